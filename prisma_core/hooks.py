@@ -1,0 +1,178 @@
+"""Hook points, and hooks as a scope.
+
+A hook point is a place in the forward pass. It holds no hooks: when it is reached it asks a context variable for
+the scope of the moment, so nothing is ever left on the model, threads do not see each other's hooks, and
+``torch.compile`` guards on the scope and traces it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from prisma_core.errors import HookError
+from prisma_core.names import layer_of
+
+
+@dataclass(frozen=True)
+class HookContext:
+    """What a hook is told about where it runs.
+
+    Attributes:
+        name: the hook point's full name, as seen from the model the scope was opened on.
+        axes: the names of the activation's axes, such as ``batch pos d_model``.
+    """
+
+    name: str
+    axes: str
+
+    def layer(self) -> int | None:
+        """Return the layer of the hook point, or None outside the blocks."""
+        return layer_of(self.name)
+
+
+Hook: TypeAlias = Callable[[Tensor, HookContext], "Tensor | None"]
+Capture: TypeAlias = Callable[[Tensor], None]
+
+
+class Stop(Exception):
+    """Ends a forward pass once everything asked for has been seen; never reaches the user."""
+
+
+def _checked(value: object, given: Tensor, at: HookContext, what: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise HookError(
+            f"The hook at {at.name} returned {type(value).__name__}; expected a tensor of shape "
+            f"{list(given.shape)} ({at.axes}), or None to go on with the {what} it was given."
+        )
+    if value.shape != given.shape or value.dtype != given.dtype or value.device != given.device:
+        raise HookError(
+            f"The hook at {at.name} returned {list(value.shape)} {value.dtype} on {value.device}; expected the {what}'s "
+            f"{list(given.shape)} ({at.axes}) {given.dtype} on {given.device}."
+        )
+    return value
+
+
+class Scope:
+    """What happens at which hook points while it is active: edits first, then gradient hooks, then captures."""
+
+    def __init__(
+        self,
+        edits: Mapping[HookPoint, tuple[tuple[Hook, HookContext], ...]] | None = None,
+        captures: Mapping[HookPoint, tuple[Capture, ...]] | None = None,
+        backward: Mapping[HookPoint, tuple[tuple[Hook, HookContext], ...]] | None = None,
+    ):
+        self.edits = dict(edits or {})
+        self.captures = dict(captures or {})
+        self.backward = dict(backward or {})
+        self.points = {*self.edits, *self.captures, *self.backward}
+
+    def inside(self, outer: Scope | None) -> Scope:
+        """Return this scope nested in another: the outer one's hooks run first."""
+        if outer is None:
+            return self
+        return Scope(
+            _joined(outer.edits, self.edits),
+            _joined(outer.captures, self.captures),
+            _joined(outer.backward, self.backward),
+        )
+
+    def fire(self, point: HookPoint, x: Tensor) -> Tensor:
+        edits = self.edits.get(point)
+        if edits is not None:
+            for hook, at in edits:
+                # A copy of its own for each hook: an edit in place must not reach what other places or caches hold.
+                given = x.clone()
+                value = hook(given, at)
+                x = given if value is None else _checked(value, x, at, "activation")
+        backward = self.backward.get(point)
+        if backward is not None:
+            x = _with_gradient_hooks(x, backward)
+        captures = self.captures.get(point)
+        if captures is not None:
+            # The same tensor is handed on: nothing below edits it in place. Where a hook may still hold it, copy.
+            kept = x if edits is None else x.clone()
+            for capture in captures:
+                capture(kept)
+            x = kept
+        return x
+
+
+def _joined(outer: Mapping[HookPoint, Any], inner: Mapping[HookPoint, Any]) -> dict[HookPoint, Any]:
+    return {**outer, **{point: outer.get(point, ()) + hooks for point, hooks in inner.items()}}
+
+
+def _with_gradient_hooks(x: Tensor, hooks: tuple[tuple[Hook, HookContext], ...]) -> Tensor:
+    at = hooks[0][1]
+    if torch.compiler.is_compiling():
+        raise HookError(f"A backward hook at {at.name} cannot run in a compiled model; run it eagerly.")
+    if not torch.is_grad_enabled():
+        raise HookError(f"A backward hook at {at.name} would never run: gradients are off. Leave torch.no_grad().")
+    if not x.requires_grad:
+        x = x.detach().requires_grad_()
+    y = x.view_as(x)  # a node of its own, so that hooks belong to this place and not to a shared tensor
+    for hook, at in hooks:
+        y.register_hook(lambda grad, hook=hook, at=at: _gradient(grad, hook, at))
+    return y
+
+
+def _gradient(grad: Tensor, hook: Hook, at: HookContext) -> Tensor:
+    given = grad.clone()
+    value = hook(given, at)
+    return given if value is None else _checked(value, grad, at, "gradient")
+
+
+_ORDER = itertools.count()
+_ACTIVE: ContextVar[Scope | None] = ContextVar("prisma_scope", default=None)
+
+
+class HookPoint:
+    """A named place where an activation can be read and replaced.
+
+    Calling it returns its argument, or what the hooks of the active scope make of it.
+
+    Args:
+        axes: names of the activation's axes.
+        derived: computed only when a scope asks for it by name.
+        equation: what the activation is, in the field's symbols.
+    """
+
+    __slots__ = ("axes", "derived", "equation", "order")
+
+    def __init__(self, axes: str, equation: str, *, derived: bool = False):
+        self.order = next(_ORDER)  # modules make their hook points in the order in which they fire
+        self.axes = axes
+        self.derived = derived
+        self.equation = equation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        scope = _ACTIVE.get()
+        if scope is None:
+            return x
+        return scope.fire(self, x)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the active scope reads or edits this point."""
+        scope = _ACTIVE.get()
+        return scope is not None and self in scope.points
+
+    def __repr__(self) -> str:
+        return f"HookPoint({self.axes!r})"
+
+
+@contextmanager
+def activate(scope: Scope) -> Iterator[None]:
+    """Make a scope active for this thread, inside whichever is active already."""
+    token = _ACTIVE.set(scope.inside(_ACTIVE.get()))
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)

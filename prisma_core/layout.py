@@ -1,0 +1,93 @@
+"""Which token is where: class token, registers, patches by frame, row and column."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from einops import rearrange
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from prisma_core.errors import InputError, UnknownName, suggest
+
+
+class TokenLayout(BaseModel):
+    """The order of the tokens along the ``pos`` axis: class token, distillation token, registers, patches.
+
+    Patches run row by row, frame by frame. ``pos`` counts all tokens.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cls: int = 0
+    distillation: int = 0
+    registers: int = 0
+    frames: int = 1
+    rows: int
+    columns: int
+
+    @property
+    def n_prefix(self) -> int:
+        return self.cls + self.distillation + self.registers
+
+    @property
+    def n_patches(self) -> int:
+        return self.frames * self.rows * self.columns
+
+    @property
+    def n_tokens(self) -> int:
+        return self.n_prefix + self.n_patches
+
+    def slice(self, subset: str) -> slice:
+        """Return the positions of a subset: cls, distillation, registers, prefix, patches or all.
+
+        Raises:
+            UnknownName: the subset is none of these.
+        """
+        registers = self.cls + self.distillation
+        subsets = {
+            "cls": slice(0, self.cls),
+            "distillation": slice(self.cls, registers),
+            "registers": slice(registers, self.n_prefix),
+            "prefix": slice(0, self.n_prefix),
+            "patches": slice(self.n_prefix, self.n_tokens),
+            "all": slice(0, self.n_tokens),
+        }
+        if subset not in subsets:
+            raise UnknownName(f"No token subset {subset!r}; there are {', '.join(subsets)}.{suggest(subset, subsets)}")
+        return subsets[subset]
+
+    def grid(self, x: Tensor, axis: int = 1) -> Tensor:
+        """Return the patches of ``x`` with the ``pos`` axis unfolded to rows and columns.
+
+        Layout: ``[... pos ...] -> [... row column ...]``, with a frame axis before them if there is more than one
+        frame. A tensor that holds patches alone is taken as it is.
+
+        Raises:
+            InputError: the axis holds neither all tokens nor just the patches.
+        """
+        axis = axis % x.ndim
+        if x.shape[axis] == self.n_tokens:
+            x = x.narrow(axis, self.n_prefix, self.n_patches)
+        elif x.shape[axis] != self.n_patches:
+            raise InputError(
+                f"Axis {axis} holds {x.shape[axis]} positions; this layout has {self.n_tokens} tokens, "
+                f"of which {self.n_patches} are patches. Was the cache taken with a token slice?"
+            )
+        x = x.movedim(axis, 0)
+        x = rearrange(x, "(f r c) ... -> f r c ...", f=self.frames, r=self.rows, c=self.columns)
+        if self.frames == 1:
+            return x[0].movedim((0, 1), (axis, axis + 1))
+        return x.movedim((0, 1, 2), (axis, axis + 1, axis + 2))
+
+    def token_names(self) -> list[str]:
+        """Return a readable name for each position: ``cls``, ``reg0``, ``r3c5``, ``f1r3c5``."""
+        names = ["cls"] * self.cls + ["dist"] * self.distillation + [f"reg{i}" for i in range(self.registers)]
+        for frame in range(self.frames):
+            prefix = f"f{frame}" if self.frames > 1 else ""
+            names += [f"{prefix}r{r}c{c}" for r in range(self.rows) for c in range(self.columns)]
+        return names
+
+    def model_post_init(self, context: Any) -> None:
+        if self.rows < 1 or self.columns < 1 or self.frames < 1:
+            raise ValueError("a layout has at least one patch")

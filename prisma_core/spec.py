@@ -1,0 +1,160 @@
+"""The facts of a model: frozen, checked, and the same after a trip through JSON. No field switches hooks on."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from prisma_core.layout import TokenLayout
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"]
+
+
+class Facts(BaseModel):
+    """Base of all specs: immutable, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class NormSpec(Facts):
+    """A norm over the last axis: layer norm or root mean square, with its own eps."""
+
+    kind: Literal["ln", "rms"] = "ln"
+    eps: float = Field(gt=0)
+
+
+class RopeSpec(Facts):
+    """Rotary positions, kept as tables of cos and sin; prefix rows are the identity.
+
+    Attributes:
+        layout: which channels turn together: neighbours, or the two halves of a head.
+        per_layer: the tables have a layer axis.
+        per_head: the tables have a head axis.
+    """
+
+    layout: Literal["interleaved", "half"]
+    per_layer: bool = False
+    per_head: bool = False
+
+
+class AttentionSpec(Facts):
+    """Softmax attention.
+
+    Attributes:
+        n_kv_heads: key and value heads; each serves ``n_heads / n_kv_heads`` query heads.
+        scale: what scores are multiplied with before the softmax.
+        qk_norm: a norm of queries and keys, for each head or over all of them.
+        qk_norm_over: the width of that norm.
+        inner_norm: a norm before the output projection.
+        bias: ``attn_bias [head query_pos key_pos]`` is added to the scores.
+    """
+
+    n_heads: int = Field(gt=0)
+    n_kv_heads: int = Field(gt=0)
+    d_head: int = Field(gt=0)
+    scale: float
+    qk_norm: NormSpec | None = None
+    qk_norm_over: Literal["head", "all_heads"] = "head"
+    inner_norm: NormSpec | None = None
+    bias: bool = False
+
+    @model_validator(mode="after")
+    def _grouped(self) -> AttentionSpec:
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
+        return self
+
+
+class MlpSpec(Facts):
+    """A two-layer perceptron, gated or not.
+
+    Attributes:
+        gated: ``act(x W_gate) * (x W_in)``.
+        inner_norm: a norm before the output projection.
+        pre_norm: an extra norm before the input projection, besides the block's.
+    """
+
+    d_mlp: int = Field(gt=0)
+    act: Activation
+    gated: bool = False
+    inner_norm: NormSpec | None = None
+    pre_norm: NormSpec | None = None
+
+
+class BlockSpec(Facts):
+    """One transformer block.
+
+    Attributes:
+        kind: ``pre``: norms before attention and MLP. ``res_post``: norms after them, before the addition.
+            ``parallel``: attention and MLP read the same normed stream and are added together.
+        n_parallel: how many attentions, then how many MLPs, run side by side.
+        attn_scale, mlp_scale: a learned scale per channel (layer scale) on what is added to the stream.
+    """
+
+    kind: Literal["pre", "res_post", "parallel"] = "pre"
+    n_parallel: int = 1
+    attn: AttentionSpec
+    mlp: MlpSpec | None
+    ln1: NormSpec | None
+    ln2: NormSpec | None
+    attn_scale: bool = False
+    mlp_scale: bool = False
+
+
+class EmbedSpec(Facts):
+    """From pixels to tokens.
+
+    Attributes:
+        patch: height and width of a patch.
+        in_channels: channels of the picture.
+        stem: ``conv``: one convolution a patch. ``opaque``: upstream's own module, which returns tokens.
+        norm: a norm of the patch embedding.
+        pos: a learned or fixed embedding is added to the tokens.
+        interpolation: how positions follow another image size; None if the size is fixed.
+    """
+
+    patch: tuple[int, int]
+    in_channels: int = 3
+    stem: Literal["conv", "opaque"] = "conv"
+    norm: NormSpec | None = None
+    pos: bool = True
+    interpolation: Literal["bicubic_antialias"] | None = None
+
+
+class PoolSpec(Facts):
+    """From tokens to the vectors the head reads.
+
+    Attributes:
+        kind: ``none``: all tokens. ``token``: the first. ``avg``: the mean. ``attention``: a learned query.
+        with_prefix: whether class and register tokens take part.
+        attn, mlp, norm: of attention pooling.
+    """
+
+    kind: Literal["none", "token", "avg", "attention"]
+    with_prefix: bool = False
+    attn: AttentionSpec | None = None
+    mlp: MlpSpec | None = None
+    norm: NormSpec | None = None
+
+
+class ModelSpec(Facts):
+    """Everything about a vision transformer but its weights."""
+
+    d_model: int = Field(gt=0)
+    image_size: tuple[int, int]
+    embed: EmbedSpec
+    layout: TokenLayout
+    blocks: tuple[BlockSpec, ...]
+    rope: RopeSpec | None = None
+    ln_pre: NormSpec | None = None
+    ln_final: NormSpec | None = None
+    pool: PoolSpec
+    ln_pool: NormSpec | None = None
+    d_pool: int = Field(gt=0)
+    n_classes: int | None = Field(default=None, gt=0)
+    n_heads_out: Literal[1, 2] = 1
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.blocks)

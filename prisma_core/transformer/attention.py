@@ -1,0 +1,172 @@
+"""Softmax attention, fused unless its insides are wanted."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from torch import Tensor, nn
+
+from prisma_core.hooks import HookPoint
+from prisma_core.spec import AttentionSpec, RopeSpec
+from prisma_core.transformer.norm import Norm
+from prisma_core.transformer.rope import rotate
+
+
+class HeadInputs(NamedTuple):
+    """Normed inputs of each head's own ``[batch pos head d_model]``, where a scope asks for them; else None."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+
+
+class Rope(NamedTuple):
+    """One layer's tables ``[pos 1|head d_head]``."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class Attention(nn.Module):
+    """Multi-head softmax attention.
+
+    Queries, keys and values come from one fused projection. Without a wish for scores or patterns the fused kernel
+    runs. ``W_Q``, ``W_K``, ``W_V``, ``W_O`` and the biases are views: writing to them edits the model.
+    """
+
+    def __init__(self, spec: AttentionSpec, d_model: int, n_tokens: int, rope: RopeSpec | None = None):
+        super().__init__()
+        self.spec = spec
+        self.rope_layout = rope.layout if rope else None
+        heads, kv_heads, width = spec.n_heads, spec.n_kv_heads, spec.d_head
+        self.sizes = [heads * width, kv_heads * width, kv_heads * width]
+        self.qkv = nn.Linear(d_model, sum(self.sizes))
+        if spec.bias:
+            self.attn_bias = nn.Parameter(torch.zeros(heads, n_tokens, n_tokens))
+        normed = ", normed" if spec.qk_norm else ""
+        kv_axis = "head" if kv_heads == heads else "kv_head"
+        self.q_norm = _qk_norm(spec, heads, "head")
+        self.k_norm = _qk_norm(spec, kv_heads, kv_axis)
+        self.hook_q = HookPoint("batch pos head d_head", f"x W_Q + b_Q{normed}")
+        self.hook_k = HookPoint(f"batch pos {kv_axis} d_head", f"x W_K + b_K{normed}")
+        self.hook_v = HookPoint(f"batch pos {kv_axis} d_head", "x W_V + b_V")
+        if rope:
+            self.hook_rot_q = HookPoint("batch pos head d_head", "q turned by its position")
+            self.hook_rot_k = HookPoint(f"batch pos {kv_axis} d_head", "k turned by its position")
+        q, k = ("rot_q", "rot_k") if rope else ("q", "k")
+        self.hook_attn_scores = HookPoint(
+            "batch head query_pos key_pos", f"{q} . {k} * scale" + (" + attn_bias" if spec.bias else "")
+        )
+        self.hook_pattern = HookPoint("batch head query_pos key_pos", "softmax(attn_scores)")
+        self.hook_z = HookPoint("batch pos head d_head", "pattern v")
+        self.ln = nn.Identity() if spec.inner_norm is None else Norm(spec.inner_norm, heads * width, "batch pos d_attn")
+        self.out = nn.Linear(heads * width, d_model)
+        source = "ln(z)" if spec.inner_norm else "z"
+        self.hook_result = HookPoint("batch pos head d_model", f"{source} W_O, of each head", derived=True)
+
+    # ---------------------------------------------------------------- weights
+
+    def _rows(self, part: int, tensor: Tensor) -> Tensor:
+        return tensor.split(self.sizes)[part]
+
+    @property
+    def W_Q(self) -> Tensor:
+        """Query weights, a view: ``[head d_model d_head]``."""
+        return rearrange(self._rows(0, self.qkv.weight), "(head d_head) d_model -> head d_model d_head", head=self.spec.n_heads)
+
+    @property
+    def W_K(self) -> Tensor:
+        """Key weights, a view: ``[kv_head d_model d_head]``."""
+        return rearrange(self._rows(1, self.qkv.weight), "(head d_head) d_model -> head d_model d_head", head=self.spec.n_kv_heads)
+
+    @property
+    def W_V(self) -> Tensor:
+        """Value weights, a view: ``[kv_head d_model d_head]``."""
+        return rearrange(self._rows(2, self.qkv.weight), "(head d_head) d_model -> head d_model d_head", head=self.spec.n_kv_heads)
+
+    @property
+    def W_O(self) -> Tensor:
+        """Output weights, a view: ``[head d_head d_model]``."""
+        return rearrange(self.out.weight, "d_model (head d_head) -> head d_head d_model", head=self.spec.n_heads)
+
+    @property
+    def b_Q(self) -> Tensor:
+        """Query bias, a view: ``[head d_head]``."""
+        return self._rows(0, self.qkv.bias).view(self.spec.n_heads, -1)
+
+    @property
+    def b_K(self) -> Tensor:
+        """Key bias, a view: ``[kv_head d_head]``."""
+        return self._rows(1, self.qkv.bias).view(self.spec.n_kv_heads, -1)
+
+    @property
+    def b_V(self) -> Tensor:
+        """Value bias, a view: ``[kv_head d_head]``."""
+        return self._rows(2, self.qkv.bias).view(self.spec.n_kv_heads, -1)
+
+    @property
+    def b_O(self) -> Tensor:
+        """Output bias: ``[d_model]``."""
+        return self.out.bias
+
+    # ---------------------------------------------------------------- forward
+
+    def forward(self, x: Tensor, rope: Rope | None = None, inputs: HeadInputs = HeadInputs()) -> Tensor:
+        q, k, v = self._project(x, inputs)
+        q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
+        q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
+        if rope is not None and self.rope_layout is not None:
+            q = self.hook_rot_q(rotate(q, rope.cos, rope.sin, self.rope_layout))
+            k = self.hook_rot_k(rotate(k, rope.cos, rope.sin, self.rope_layout))
+        z = self.hook_z(self._attend(q, k, v))
+        flat = self.ln(z.flatten(2))
+        if self.hook_result.wanted:
+            z = flat.view(z.shape)
+            result = einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos head d_model")
+            return self.hook_result(result).sum(2) + self.b_O
+        return self.out(flat)
+
+    def _project(self, x: Tensor, inputs: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (
+            part.unflatten(-1, (-1, self.spec.d_head)) for part in self.qkv(x).split(self.sizes, dim=-1)
+        )
+        pattern = "batch pos head d_model, head d_model d_head -> batch pos head d_head"
+        if inputs.q is not None:
+            q = einsum(inputs.q, self.W_Q, pattern) + self.b_Q
+        if inputs.k is not None:
+            k = einsum(inputs.k, self.W_K, pattern) + self.b_K
+        if inputs.v is not None:
+            v = einsum(inputs.v, self.W_V, pattern) + self.b_V
+        return q, k, v
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        groups = self.spec.n_heads // self.spec.n_kv_heads
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        bias = self.attn_bias if self.spec.bias else None
+        if not (self.hook_attn_scores.wanted or self.hook_pattern.wanted):
+            z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.spec.scale)
+            return z.transpose(1, 2)
+        scores = (q * self.spec.scale) @ k.transpose(-2, -1)
+        if bias is not None:
+            scores = scores + bias
+        pattern = self.hook_pattern(self.hook_attn_scores(scores).softmax(-1))
+        return (pattern @ v).transpose(1, 2)
+
+
+def _qk_norm(spec: AttentionSpec, heads: int, head_axis: str) -> Norm | nn.Identity:
+    if spec.qk_norm is None:
+        return nn.Identity()
+    if spec.qk_norm_over == "all_heads":
+        return Norm(spec.qk_norm, heads * spec.d_head, "batch pos d_attn")
+    return Norm(spec.qk_norm, spec.d_head, f"batch pos {head_axis} d_head")
+
+
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(norm, Norm) and norm.width != x.shape[-1]:
+        return norm(x.flatten(2)).view(x.shape)
+    return norm(x)

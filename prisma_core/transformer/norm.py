@@ -1,0 +1,66 @@
+"""Norms with hook points."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prisma_core.hooks import HookPoint
+from prisma_core.spec import NormSpec
+
+
+class Norm(nn.Module):
+    """Layer norm or root mean square norm over the last axis.
+
+    ``hook_scale`` is what the (centred) input is divided by; asking for it replaces the fused kernel by the explicit
+    one. ``hook_normalized`` is the output, weight and bias applied.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, spec: NormSpec, width: int, axes: str = "batch pos d_model"):
+        super().__init__()
+        self.spec = spec
+        self.width = width
+        self.weight = nn.Parameter(torch.ones(width))
+        if spec.kind == "ln":
+            self.bias = nn.Parameter(torch.zeros(width))
+        else:
+            self.register_parameter("bias", None)
+        *outer, _ = axes.split()
+        centred = "x - mean(x)" if spec.kind == "ln" else "x"
+        self.hook_scale = HookPoint(" ".join([*outer, "1"]), f"sqrt(mean(({centred})^2) + eps)")
+        self.hook_normalized = HookPoint(axes, f"({centred}) / scale * weight" + (" + bias" if spec.kind == "ln" else ""))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.hook_normalized(self._explicit(x) if self.hook_scale.wanted else self.fused(x))
+
+    def fused(self, x: Tensor) -> Tensor:
+        """Return the norm of ``x`` past all hook points."""
+        if self.spec.kind == "ln":
+            return F.layer_norm(x, (self.width,), self.weight, self.bias, self.spec.eps)
+        return F.rms_norm(x, (self.width,), self.weight, self.spec.eps)
+
+    def _explicit(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True) if self.spec.kind == "ln" else x
+        scale = self.hook_scale((centred.pow(2).mean(-1, keepdim=True) + self.spec.eps).sqrt())
+        scaled = centred / scale * self.weight
+        return scaled if self.bias is None else scaled + self.bias
+
+
+def norm_or_identity(spec: NormSpec | None, width: int, axes: str = "batch pos d_model") -> Norm | nn.Identity:
+    """Return the norm, or a module that passes its input on where the spec has none."""
+    return nn.Identity() if spec is None else Norm(spec, width, axes)
+
+
+class Scale(nn.Module):
+    """A learned factor per channel (layer scale)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma

@@ -1,0 +1,150 @@
+"""The canonical vision transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prisma_core.errors import InputError
+from prisma_core.hooked import Hooked
+from prisma_core.hooks import HookPoint
+from prisma_core.layout import TokenLayout
+from prisma_core.spec import ModelSpec
+from prisma_core.transformer.attention import Rope
+from prisma_core.transformer.block import STREAM, Block
+from prisma_core.transformer.embed import Embed, check_image
+from prisma_core.transformer.norm import norm_or_identity
+from prisma_core.transformer.pool import Pool
+
+
+class HookedViT(Hooked):
+    """A vision transformer whose every inside can be read and replaced.
+
+    Args:
+        spec: the facts; weights are whatever the parts initialise themselves with until loaded.
+        stem: upstream's own stem module, for specs whose stem is opaque.
+
+    Attributes:
+        preprocess: from pictures to the tensor the model takes; set by whoever loaded the model.
+        labels: names of the classes, if the model has any.
+    """
+
+    def __init__(self, spec: ModelSpec, stem: nn.Module | None = None):
+        super().__init__()
+        self.spec = spec
+        self.preprocess: Callable[[Any], Tensor] | None = None
+        self.labels: list[str] | None = None
+        self.reference: str | None = None
+        n_tokens = spec.layout.n_tokens
+        self.embed = Embed(spec.embed, spec.layout, spec.d_model, stem)
+        self.hook_embed = HookPoint("batch patch d_model", "the patches, projected")
+        if spec.embed.pos:
+            self.hook_pos_embed = HookPoint(STREAM, "the position embedding")
+        self.hook_full_embed = HookPoint(STREAM, "prefix tokens and embed" + (", plus pos_embed" if spec.embed.pos else ""))
+        if spec.ln_pre is not None:
+            self.ln_pre = norm_or_identity(spec.ln_pre, spec.d_model)
+            self.hook_ln_pre = HookPoint(STREAM, "ln_pre(full_embed)")
+        self.blocks = nn.ModuleList(Block(block, spec.d_model, n_tokens, spec.rope) for block in spec.blocks)
+        if spec.rope is not None:
+            shape = _rope_shape(spec)
+            self.rope_cos = nn.Parameter(torch.ones(shape))
+            self.rope_sin = nn.Parameter(torch.zeros(shape))
+        if spec.ln_final is not None:
+            self.ln_final = norm_or_identity(spec.ln_final, spec.d_model)
+            self.hook_ln_final = HookPoint(STREAM, "ln_final(resid_post of the last block)")
+        self.pool = Pool(spec.pool)
+        pooled = STREAM if spec.pool.kind == "none" else "batch d_model"
+        self.hook_pooled = HookPoint(pooled, f"{spec.pool.kind} pooling of the tokens, before ln_pool")
+        self.ln_pool = norm_or_identity(spec.ln_pool, spec.d_pool, pooled)
+        if spec.n_classes is not None:
+            self.head = nn.Linear(spec.d_pool, spec.n_classes)
+        self.hook_logits = HookPoint("batch class" if spec.pool.kind != "none" else "batch pos class", "head(ln_pool(pooled))" if spec.ln_pool else "head(pooled)")
+
+    @property
+    def layout(self) -> TokenLayout:
+        """The token layout at the native image size."""
+        return self.spec.layout
+
+    def layout_of(self, *inputs: Any) -> TokenLayout:
+        image = inputs[0] if inputs else None
+        if not isinstance(image, Tensor) or image.ndim != 4:
+            return self.spec.layout
+        rows, columns = (n // p for n, p in zip(image.shape[2:], self.spec.embed.patch, strict=True))
+        return self.spec.layout.model_copy(update={"rows": rows, "columns": columns})
+
+    def forward(
+        self, image: Tensor, *, start_at_layer: int | None = None, stop_at_layer: int | None = None
+    ) -> Tensor:
+        """Return the logits, or upstream's main output where it has no head.
+
+        Args:
+            image: ``[batch channel height width]``, or the residual stream ``[batch pos d_model]`` to go on from when
+                ``start_at_layer`` is given.
+            start_at_layer: the first block to run.
+            stop_at_layer: return the residual stream before this block instead; negative counts from the end.
+
+        Raises:
+            InputError: an input of another shape, or pixels that are not numbers.
+        """
+        n = len(self.blocks)
+        first, last = _layer(start_at_layer, 0, n), _layer(stop_at_layer, n, n)
+        if start_at_layer is None:
+            check_image(image, self.spec.embed, self.spec.image_size)
+            x, layout = self._embedded(image)
+            if self.spec.ln_pre is not None:
+                x = self.hook_ln_pre(self.ln_pre(x))
+        else:
+            x, layout = image, self.spec.layout
+            if x.ndim != 3 or x.shape[-1] != self.spec.d_model:
+                raise InputError(
+                    f"start_at_layer={start_at_layer} needs a residual stream [batch pos {self.spec.d_model}], "
+                    f"got shape {list(x.shape)}."
+                )
+        for index in range(first, last):
+            x = self.blocks[index](x, self._rope(index))
+        if stop_at_layer is not None:
+            return x
+        return self.unembed(x, layout)
+
+    def _embedded(self, image: Tensor) -> tuple[Tensor, TokenLayout]:
+        patches, layout = self.embed.patches(image)
+        x = self.embed.with_prefix(self.hook_embed(patches))
+        if self.spec.embed.pos:
+            pos = self.embed.positions(layout)
+            if self.hook_pos_embed.wanted:
+                pos = self.hook_pos_embed(pos.expand(x.shape).clone())  # a cache must not see later edits of weights
+            x = x + pos
+        return self.hook_full_embed(x), layout
+
+    def unembed(self, x: Tensor, layout: TokenLayout | None = None) -> Tensor:
+        """Return the logits of a residual stream ``[batch pos d_model]``: final norm, pooling, head."""
+        if self.spec.ln_final is not None:
+            x = self.hook_ln_final(self.ln_final(x))
+        x = self.ln_pool(self.hook_pooled(self.pool(x, layout or self.spec.layout)))
+        if self.spec.n_classes is not None:
+            x = self.head(x)
+        return self.hook_logits(x)
+
+    def _rope(self, layer: int) -> Rope | None:
+        if self.spec.rope is None:
+            return None
+        cos, sin = self.rope_cos, self.rope_sin
+        return Rope(cos[layer], sin[layer]) if self.spec.rope.per_layer else Rope(cos, sin)
+
+
+def _rope_shape(spec: ModelSpec) -> tuple[int, ...]:
+    assert spec.rope is not None
+    attn = spec.blocks[0].attn
+    layers = (len(spec.blocks),) if spec.rope.per_layer else ()
+    return (*layers, spec.layout.n_tokens, attn.n_heads if spec.rope.per_head else 1, attn.d_head)
+
+
+def _layer(index: int | None, default: int, n: int) -> int:
+    if index is None:
+        return default
+    if not -n <= index <= n:
+        raise InputError(f"No layer {index}: layers run from 0 to {n - 1}, and {n} is past the last.")
+    return index if index >= 0 else n + index
