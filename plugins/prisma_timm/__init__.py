@@ -1,1 +1,21 @@
-"""Placeholder."""
+"""timm's vision transformers for Prisma."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prisma_core import hookimpl
+from prisma_core.adapter import Adapter
+from prisma_core.sources import Source
+from prisma_timm.source import TimmSource
+from prisma_timm.vision_transformer import VisionTransformerAdapter
+
+
+@hookimpl
+def prisma_sources() -> Sequence[Source]:
+    return [TimmSource()]
+
+
+@hookimpl
+def prisma_adapters() -> Sequence[Adapter]:
+    return [VisionTransformerAdapter()]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +11,16 @@ from prisma_core.errors import InputError
 from prisma_core.hooked import Hooked
 from prisma_core.hooks import HookPoint
 from prisma_core.layout import TokenLayout
+from prisma_core.preprocess import Preprocess
 from prisma_core.spec import ModelSpec
 from prisma_core.transformer.attention import Rope
 from prisma_core.transformer.block import STREAM, Block
 from prisma_core.transformer.embed import Embed, check_image
 from prisma_core.transformer.norm import norm_or_identity
 from prisma_core.transformer.pool import Pool
+
+if TYPE_CHECKING:
+    from prisma_core.zoo import Origin
 
 
 class HookedViT(Hooked):
@@ -30,14 +33,17 @@ class HookedViT(Hooked):
     Attributes:
         preprocess: from pictures to the tensor the model takes; set by whoever loaded the model.
         labels: names of the classes, if the model has any.
+        reference: what it was loaded from.
+        origin: what it was adapted from.
     """
 
     def __init__(self, spec: ModelSpec, stem: nn.Module | None = None):
         super().__init__()
         self.spec = spec
-        self.preprocess: Callable[[Any], Tensor] | None = None
-        self.labels: list[str] | None = None
+        self.preprocess: Preprocess | None = None
+        self.labels: tuple[str, ...] | None = None
         self.reference: str | None = None
+        self.origin: Origin | None = None
         n_tokens = spec.layout.n_tokens
         self.embed = Embed(spec.embed, spec.layout, spec.d_model, stem)
         self.hook_embed = HookPoint("batch patch d_model", "the patches, projected")

@@ -1,0 +1,200 @@
+"""Which upstream place each hook point equals, and how to read those places.
+
+A table has one row a line::
+
+    blocks.{l}               ->  blocks.{l}.hook_resid_post
+    blocks.{l}.norm1 : in    ->  blocks.{l}.hook_resid_pre
+    blocks.{l}.attn.q_norm   ->  blocks.{l}.attn.hook_q         : b h p d -> b p h d
+    blocks.{l}.attn @ softmax : in  ->  blocks.{l}.attn.hook_attn_scores
+
+A place is a module's output, its first input (``: in``, or ``: in1`` for the second), or an argument or the result of a
+torch function called directly in that module's forward (``MODULE @ FUNCTION``; ``#1`` behind the name for its second
+call).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from prisma_core.errors import PrismaError
+
+_PLACE = re.compile(r"(?P<module>[\w.{}]*)(\s*@\s*(?P<function>\w+)(#(?P<call>\d+))?)?(\s*:\s*(?P<side>out|in\d*))?")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in an upstream model a tensor passes by."""
+
+    module: str
+    function: str | None = None
+    call: int = 0
+    side: str = "out"
+
+    @classmethod
+    def parse(cls, text: str) -> Place:
+        """Read a place (see the module's docstring).
+
+        Raises:
+            PrismaError: it is none.
+        """
+        match = _PLACE.fullmatch(text.strip())
+        if match is None:
+            raise PrismaError(f"{text!r} is not a place: expected 'MODULE', 'MODULE : in' or 'MODULE @ FUNCTION : in'.")
+        return cls(match["module"], match["function"], int(match["call"] or 0), match["side"] or "out")
+
+    def pick(self, args: tuple[Any, ...], result: Any) -> Tensor | None:
+        """Return the tensor that passes here, given a call's arguments and result."""
+        value: Any = result
+        if self.side != "out":
+            index = int(self.side.removeprefix("in") or 0)
+            value = args[index] if index < len(args) else None
+        elif isinstance(result, tuple):
+            value = cast("tuple[Any, ...]", result)[0]
+        return value if isinstance(value, Tensor) else None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table, its numbers bound."""
+
+    place: Place
+    hook: str
+    how: str = ""
+
+    def read(self, tensor: Tensor, sizes: Mapping[str, int]) -> Tensor:
+        if not self.how:
+            return tensor
+        named = {name: size for name, size in sizes.items() if re.search(rf"\b{name}\b", self.how)}
+        return rearrange(tensor, self.how, **named)
+
+
+@dataclass(frozen=True)
+class HookMap:
+    """A table from upstream places to hook points (see the module's docstring)."""
+
+    rows: tuple[tuple[str, str, str], ...]
+    sizes: Mapping[str, int]
+
+    @classmethod
+    def parse(cls, table: str, **sizes: int) -> HookMap:
+        """Read a table.
+
+        Raises:
+            PrismaError: a line is not a row.
+        """
+        rows: list[tuple[str, str, str]] = []
+        for line in filter(None, (line.strip() for line in table.splitlines())):
+            place, arrow, rest = line.partition("->")
+            hook, _, how = rest.partition(" : ")
+            if not arrow or not hook.strip():
+                raise PrismaError(f"{line!r} is not a row: expected 'PLACE -> HOOK POINT : EINOPS'.")
+            Place.parse(place.replace("{l}", "0"))
+            rows.append((place.strip(), hook.strip(), how.strip()))
+        return cls(tuple(rows), sizes)
+
+    def bound(self, hooks: Iterable[str]) -> list[Row]:
+        """Return the rows for the given hook points, ``{l}`` and the like filled in.
+
+        Rows for hook points that are not given are left out: a table may speak of parts a model lacks.
+        """
+        bound: list[Row] = []
+        for name in hooks:
+            for place, hook, how in self.rows:
+                pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(hook))
+                if match := re.fullmatch(pattern, name):
+                    bound.append(Row(Place.parse(place.format(**match.groupdict())), name, how))
+        return bound
+
+
+class Recorder:
+    """Reads upstream places during a pass.
+
+    >>> with Recorder(model, [Place("blocks.0")]) as seen:
+    ...     model(image)
+    >>> seen[Place("blocks.0")]
+    """
+
+    def __init__(self, model: nn.Module, places: Iterable[Place]):
+        self.model = model
+        self.places = list(dict.fromkeys(places))
+        self.seen: dict[Place, Tensor] = {}
+        self._stack = ExitStack()
+        self._inside: list[tuple[str, Counter[str]]] = []
+
+    def __enter__(self) -> dict[Place, Tensor]:
+        modules = dict(self.model.named_modules())
+        missing = sorted({place.module for place in self.places} - set(modules))
+        if missing:
+            raise PrismaError(f"The upstream model has no module {missing[0]!r}; the hook map names it.")
+        by_module: dict[str, list[Place]] = {}
+        for place in self.places:
+            by_module.setdefault(place.module, []).append(place)
+        for name, places in by_module.items():
+            module = modules[name]
+            if any(place.function for place in places):
+                self._stack.callback(module.register_forward_pre_hook(self._enter(name)).remove)
+            self._stack.callback(module.register_forward_hook(self._leave(name, places)).remove)
+        if any(place.function for place in self.places):
+            self._stack.enter_context(_Watch(self))
+        return self.seen
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def _enter(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            self._inside.append((name, Counter()))
+
+        return hook
+
+    def _leave(self, name: str, places: list[Place]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+            if self._inside and self._inside[-1][0] == name:
+                self._inside.pop()
+            for place in places:
+                if place.function is None:
+                    self.note(place, args, result)
+
+        return hook
+
+    def note(self, place: Place, args: tuple[Any, ...], result: Any) -> None:
+        tensor = place.pick(args, result)
+        if tensor is not None:
+            self.seen[place] = tensor.detach().clone()
+
+    def called(self, function: str, args: tuple[Any, ...], result: Any) -> None:
+        if not self._inside:
+            return
+        module, calls = self._inside[-1]
+        place = (module, function, calls[function])
+        calls[function] += 1
+        for wanted in self.places:
+            if (wanted.module, wanted.function, wanted.call) == place:
+                self.note(wanted, args, result)
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, recorder: Recorder):
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Arguments are copied first: upstream may go on to edit them in place.
+        name = getattr(func, "__name__", "").strip("_")
+        watched = any(place.function == name for place in self.recorder.places)
+        given = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args) if watched else ()
+        result = func(*args, **(kwargs or {}))
+        if watched:
+            with torch._C.DisableTorchFunction():
+                self.recorder.called(name, given, result)
+        return result

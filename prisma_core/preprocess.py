@@ -1,0 +1,159 @@
+"""From pictures to the tensor a model takes, as data: the same after a trip through JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from prisma_core.errors import InputError
+from prisma_core.spec import Facts
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Picture: TypeAlias = "str | Path | Image | Tensor | Any"
+
+
+class Preprocess(Facts):
+    """Resize, crop, scale to 0..1, normalise.
+
+    Attributes:
+        size: height and width of the result.
+        resize: ``shortest``: the shorter side to ``size / crop``, then the middle is cut out. ``squash``: both sides.
+        crop: the share of the resized picture that is kept.
+        interpolation: Pillow's filter.
+        mean, std: per channel, of pixels in 0..1.
+    """
+
+    size: tuple[int, int]
+    resize: Literal["shortest", "squash"] = "shortest"
+    crop: float = 1.0
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __call__(self, picture: Picture | Sequence[Picture]) -> Tensor:
+        """Return ``[batch channel height width]`` of one picture or a list of them.
+
+        Args:
+            picture: a path, a Pillow image, or an array or tensor ``[height width channel]`` or ``[height width]`` (bytes,
+                16 bits, or floats in 0..1); or a list of those.
+
+        Raises:
+            InputError: it is no picture, or holds values that are not numbers.
+        """
+        if isinstance(picture, list | tuple):
+            pictures = cast("Sequence[Picture]", picture)
+            if not pictures:
+                raise InputError("Expected at least one picture, got an empty list.")
+            return torch.cat([self(one) for one in pictures])
+        pixels = self._pixels(self.fit(open_picture(picture, channels=len(self.mean))))
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return ((pixels - mean) / std)[None]
+
+    def fit(self, image: Image) -> Image:
+        """Return the part of a picture that the model sees, at the model's size."""
+        from PIL import Image as images
+
+        scaled = tuple(math.floor(side / self.crop) for side in self.size)
+        width, height = image.size
+        if self.resize == "squash":
+            new = (scaled[0], scaled[1])
+        else:
+            # As torchvision's Resize: the shorter side exactly, the longer one rounded down.
+            short = scaled[0]
+            new = (int(short * height / width), short) if width <= height else (short, int(short * width / height))
+        if (height, width) != new:
+            image = image.resize((new[1], new[0]), images.Resampling[self.interpolation.upper()])
+        top, left = (round((have - want) / 2.0) for have, want in zip(new, self.size, strict=True))
+        return image.crop((left, top, left + self.size[1], top + self.size[0]))
+
+    def _pixels(self, image: Image) -> Tensor:
+        import numpy as np
+
+        array = np.asarray(image)
+        if array.ndim == 2:
+            array = array[:, :, None]
+        return torch.from_numpy(array.transpose(2, 0, 1).copy()).float() / 255
+
+    def denormalise(self, pixels: Tensor) -> Tensor:
+        """Return normalised pixels ``[... channel height width]`` in 0..1 again."""
+        mean, std = (torch.tensor(values, device=pixels.device).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (pixels * std + mean).clamp(0, 1)
+
+
+def open_picture(picture: Picture, channels: int = 3) -> Image:
+    """Return any picture as a Pillow image with the given number of channels (1 or 3), transparency on white.
+
+    Raises:
+        InputError: it is no picture.
+    """
+    from PIL import Image as images
+    from PIL import ImageOps
+
+    if isinstance(picture, str | Path):
+        try:
+            with images.open(picture) as opened:
+                image = cast("Image", ImageOps.exif_transpose(opened))
+                image.load()
+        except FileNotFoundError as error:
+            raise InputError(f"No picture at {picture}.") from error
+        except (OSError, SyntaxError, ValueError, images.DecompressionBombError) as error:
+            raise InputError(f"{picture} is not a picture that Pillow can read: {error}") from error
+    elif isinstance(picture, images.Image):
+        image = picture
+    else:
+        image = _from_array(picture)
+    return _flattened(image).convert("L" if channels == 1 else "RGB")
+
+
+def _flattened(image: Image) -> Image:
+    from PIL import Image as images
+
+    if image.mode.startswith("I") or image.mode == "F":
+        import numpy as np
+
+        array = np.asarray(image).astype(np.float64)
+        top = 65535.0 if array.max(initial=0) > 255 else 255.0
+        return images.fromarray((array.clip(0, top) * (255 / top)).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = images.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return images.alpha_composite(white, rgba)
+    return image
+
+
+def _from_array(picture: Any) -> Image:
+    import numpy as np
+    from PIL import Image as images
+
+    if isinstance(picture, Tensor):
+        picture = picture.detach().cpu().numpy()
+    if not isinstance(picture, np.ndarray):
+        raise InputError(
+            f"Expected a path, a Pillow image, an array or a tensor, got {type(cast(object, picture)).__name__}."
+        )
+    array = cast("np.ndarray[Any, np.dtype[Any]]", picture)
+    if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise InputError(
+            f"Expected pixels [height width] or [height width channel] with 1, 3 or 4 channels, got {list(array.shape)}."
+        )
+    if array.dtype.kind == "f":
+        if not np.isfinite(array).all():
+            raise InputError(f"The picture holds {int((~np.isfinite(array)).sum())} values that are NaN or infinite.")
+        if array.min() < 0 or array.max() > 1:
+            raise InputError(
+                f"Expected floating point pixels in 0..1, got {array.min():.3g}..{array.max():.3g}. "
+                "A tensor that is normalised already goes to the model directly."
+            )
+        array = (array * 255).round().astype(np.uint8)
+    elif array.dtype == np.uint16:
+        array = (array // 257).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        raise InputError(f"Expected pixels as uint8, uint16 or floats in 0..1, got {array.dtype}.")
+    return images.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)

@@ -1,0 +1,71 @@
+"""Where upstream models come from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from prisma_core.preprocess import Preprocess
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a source hands over: a model, and what is known about its inputs and outputs.
+
+    Attributes:
+        model: an upstream model, or one that is hooked already.
+        preprocess: from pictures to its input.
+        labels: names of its classes.
+    """
+
+    model: nn.Module
+    preprocess: Preprocess | None = None
+    labels: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """One line of ``prisma models``.
+
+    Attributes:
+        reference: what ``load`` takes.
+        family: the module or group it belongs to.
+        pretrained: whether there are trained weights.
+        note: anything else worth a word.
+    """
+
+    reference: str
+    family: str
+    pretrained: bool
+    note: str = ""
+
+
+class Source(ABC):
+    """Turns references ``name:rest`` into upstream models.
+
+    Attributes:
+        name: the part of a reference before the colon.
+        library: the package it needs, if any.
+        install: the command that installs it.
+    """
+
+    name: ClassVar[str]
+    library: ClassVar[str | None] = None
+    install: ClassVar[str] = ""
+
+    @abstractmethod
+    def load(self, rest: str, **options: Any) -> Loaded:
+        """Return the model a reference names.
+
+        Raises:
+            UnknownName: there is none of this name; the nearest are suggested.
+            LoadError: there is, but it cannot be read or reached.
+        """
+
+    @abstractmethod
+    def models(self) -> Iterator[ModelInfo]:
+        """Yield what can be loaded, without any network call."""

@@ -1,0 +1,326 @@
+"""Which upstream tensors make each canonical one: a readable table, run both ways.
+
+A table has one rule a line::
+
+    cls_token                            ->  embed.prefix            : 1 n d -> n d
+    blocks.{l}.attn.qkv.weight           ->  blocks.{l}.attn.qkv.weight
+    blocks.{l}.attn.proj.bias | zeros    ->  blocks.{l}.attn.out.bias
+    [attn.q_bias, zeros, attn.v_bias]    ->  attn.qkv.bias
+    mlp.w12.weight                       ->  [mlp.fc_gate.weight, mlp.fc_in.weight]
+    rel_pos.table                        ->  attn_bias               : {gather}
+    ignore  rel_pos.index                :   derived from the window size
+
+``{l}`` stands for a number, ``{*}`` for any rest. Several sources are joined along the first axis, several targets split
+it. ``zeros`` and ``ones`` fill what upstream lacks, alone, in a list, or after ``|`` where the source may be missing.
+Behind the colon stands an einops pattern for each source, or the name of a function of the sources.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from einops import EinopsError, rearrange
+from torch import Tensor
+
+from prisma_core.errors import WeightMapError
+
+State: TypeAlias = Mapping[str, Tensor]
+Function: TypeAlias = Callable[..., Tensor]
+_CONSTANTS: dict[str, Callable[..., Tensor]] = {"zeros": torch.zeros, "ones": torch.ones}
+_MARK = re.compile(r"\\\{(\w+|\\\*)\\\}")
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    def group(match: re.Match[str]) -> str:
+        name = match.group(1)
+        return r"(?P<rest>.+)" if name == r"\*" else rf"(?P<{name}>\d+)"
+
+    return re.compile(_MARK.sub(group, re.escape(pattern)))
+
+
+def _bind(pattern: str, bound: Mapping[str, str]) -> str:
+    return pattern.replace("{*}", bound.get("rest", "")).format(**{k: v for k, v in bound.items() if k != "rest"})
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a table. ``sources`` holds for each place the alternatives, in order."""
+
+    sources: tuple[tuple[str, ...], ...]
+    targets: tuple[str, ...]
+    how: str = ""
+
+    def bind(self, bound: Mapping[str, str]) -> Rule:
+        return Rule(
+            tuple(tuple(_bind(name, bound) for name in options) for options in self.sources),
+            tuple(_bind(name, bound) for name in self.targets),
+            self.how,
+        )
+
+    def __str__(self) -> str:
+        left = ", ".join(" | ".join(options) for options in self.sources)
+        return f"{left} -> {', '.join(self.targets)}" + (f" : {self.how}" if self.how else "")
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """A rule with its numbers bound and its alternatives chosen."""
+
+    rule: Rule
+    sources: tuple[str, ...]
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return tuple(name for name in self.sources if name not in _CONSTANTS)
+
+
+@dataclass(frozen=True)
+class WeightMap:
+    """A table of rules (see the module's docstring).
+
+    Attributes:
+        functions: what ``{name}`` in a rule stands for: a differentiable function of the rule's sources.
+        sizes: lengths of axes that einops patterns name.
+    """
+
+    rules: tuple[Rule, ...]
+    ignored: Mapping[str, str] = field(default_factory=dict[str, str])
+    functions: Mapping[str, Function] = field(default_factory=dict[str, Function])
+    sizes: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    @classmethod
+    def parse(cls, table: str, functions: Mapping[str, Function] | None = None, **sizes: int) -> WeightMap:
+        """Read a table.
+
+        Raises:
+            WeightMapError: a line is not a rule, or names a function that is not given.
+        """
+        rules: list[Rule] = []
+        ignored: dict[str, str] = {}
+        for line in filter(None, (line.strip() for line in table.splitlines())):
+            if line.startswith("ignore "):
+                name, _, reason = line.removeprefix("ignore ").partition(" : ")
+                if not reason.strip():
+                    raise WeightMapError(f"{line!r}: expected 'ignore KEYS : REASON'.")
+                ignored[name.strip()] = reason.strip()
+                continue
+            rules.append(_parse_rule(line))
+        functions = dict(functions or {})
+        for rule in rules:
+            if rule.how.startswith("{") and rule.how.strip("{}") not in functions:
+                raise WeightMapError(f"{rule}: no function {rule.how} was given; there are {', '.join(functions)}.")
+        return cls(tuple(rules), ignored, functions, sizes)
+
+    # ---------------------------------------------------------------- forwards
+
+    def forward(self, upstream: State, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+        """Return the canonical tensors. They share upstream's storage wherever a rule does not have to copy.
+
+        Args:
+            upstream: every parameter and buffer of the upstream model.
+            shapes: the shape of each canonical tensor.
+
+        Raises:
+            WeightMapError: a tensor on either side is not accounted for, or a shape is wrong.
+        """
+        chosen = list(self._choose(upstream, shapes))
+        self._account(upstream, chosen)
+        state: dict[str, Tensor] = {}
+        for item in chosen:
+            state.update(self._make(item, upstream, shapes))
+        return {name: state[name] for name in shapes}
+
+    def _choose(self, upstream: Iterable[str], targets: Iterable[str]) -> Iterator[_Chosen]:
+        present = set(upstream)
+        compiled = [(rule, [_regex(target) for target in rule.targets]) for rule in self.rules]
+        seen: set[Rule] = set()
+        unfilled: list[str] = []
+        for name in targets:
+            found = [
+                rule.bind(match.groupdict())
+                for rule, patterns in compiled
+                for pattern in patterns
+                if (match := pattern.fullmatch(name))
+            ]
+            if len(found) > 1:
+                raise WeightMapError(f"{name} is made by {len(found)} rules: {'; '.join(map(str, found))}.")
+            if not found:
+                unfilled.append(f"{name} (no rule)")
+                continue
+            rule = found[0]
+            if rule in seen:
+                continue
+            seen.add(rule)
+            sources = [next((n for n in options if n in present or n in _CONSTANTS), None) for options in rule.sources]
+            if None in sources:
+                lacking = [options[0] for options, got in zip(rule.sources, sources, strict=True) if got is None]
+                unfilled.append(f"{name} (needs {', '.join(lacking)})")
+                continue
+            yield _Chosen(rule, tuple(name for name in sources if name is not None))
+        if unfilled:
+            raise WeightMapError(
+                f"{len(unfilled)} canonical tensors cannot be filled: {_listed(unfilled)}. "
+                "The upstream model lacks these tensors: is the checkpoint of this architecture?"
+            )
+
+    def reason_to_ignore(self, name: str) -> str | None:
+        """Return why an upstream tensor is left out, or None if it is not."""
+        return next((why for pattern, why in self.ignored.items() if _regex(pattern).fullmatch(name)), None)
+
+    def function_sources(self, upstream: Iterable[str]) -> set[str]:
+        """Return the upstream tensors that go through a function, which cannot be run backwards."""
+        patterns = [
+            _regex(name)
+            for rule in self.rules
+            if rule.how.startswith("{")
+            for options in rule.sources
+            for name in options
+        ]
+        return {name for name in upstream if any(pattern.fullmatch(name) for pattern in patterns)}
+
+    def _account(self, upstream: Iterable[str], chosen: Iterable[_Chosen]) -> None:
+        used = {name for item in chosen for name in item.tensors}
+        left = [name for name in upstream if name not in used and self.reason_to_ignore(name) is None]
+        if left:
+            raise WeightMapError(
+                f"{len(left)} upstream tensors are neither mapped nor ignored: {_listed(left)}. "
+                "Map each in the adapter's weight table, or ignore it there with a reason."
+            )
+
+    def _make(self, item: _Chosen, upstream: State, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+        rule = item.rule
+        wanted = [shapes[target] for target in rule.targets]
+        like = next((upstream[name] for name in item.tensors), next(iter(upstream.values())))
+        if rule.how.startswith("{"):
+            joined = self.functions[rule.how.strip("{}")](*(upstream[name] for name in item.tensors))
+        else:
+            parts = {name: self._rearranged(rule, upstream[name]) for name in item.tensors}
+            rows = sum(shape[0] for shape in wanted) - sum(part.shape[0] for part in parts.values())
+            tail = wanted[0][1:]
+            pieces = [
+                parts[name]
+                if name in parts
+                else _CONSTANTS[name](rows, *tail, dtype=like.dtype, device=like.device)
+                for name in item.sources
+            ]
+            joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        lengths = [shape[0] for shape in wanted]
+        if len(wanted) > 1 and joined.shape[0] != sum(lengths):
+            raise WeightMapError(f"{rule}: {joined.shape[0]} rows cannot be split into {lengths}.")
+        outcome = dict(zip(rule.targets, joined.split(lengths) if len(wanted) > 1 else [joined], strict=True))
+        for name, tensor in outcome.items():
+            if tensor.shape != shapes[name]:
+                came = {source: list(upstream[source].shape) for source in item.tensors}
+                raise WeightMapError(
+                    f"{name}: expected shape {list(shapes[name])}, got {list(tensor.shape)} from {came} by '{rule}'."
+                )
+        return outcome
+
+    def _rearranged(self, rule: Rule, tensor: Tensor, *, back: bool = False, shape: torch.Size | None = None) -> Tensor:
+        if not rule.how:
+            return tensor
+        pattern = rule.how
+        if back:
+            left, right = pattern.split("->")
+            pattern = f"{right} -> {left}"
+        named = {name: size for name, size in self.sizes.items() if re.search(rf"\b{name}\b", pattern)}
+        try:
+            moved = rearrange(tensor, pattern, **named)
+        except EinopsError as error:
+            raise WeightMapError(f"{rule}: {error}") from error
+        return moved if shape is None else moved.reshape(shape)
+
+    # ---------------------------------------------------------------- backwards
+
+    def backward(self, canonical: State, upstream: State) -> dict[str, Tensor]:
+        """Return upstream tensors that hold the canonical numbers.
+
+        Args:
+            canonical: the canonical tensors.
+            upstream: the tensors the map was run forwards on: they give names and shapes, and stand for themselves
+                where a rule cannot be inverted or upstream's tensor is ignored.
+
+        Raises:
+            WeightMapError: the canonical tensors were changed where upstream has nothing to hold the change.
+        """
+        shapes = {name: tensor.shape for name, tensor in canonical.items()}
+        state: dict[str, Tensor] = {}
+        for item in self._choose(upstream, canonical):
+            for name, tensor in self._unmake(item, canonical, upstream, shapes).items():
+                if name in state and not torch.equal(state[name], tensor):
+                    raise WeightMapError(
+                        f"{name} makes several canonical tensors, and they were changed differently: "
+                        "upstream has one tensor for them and cannot hold the change."
+                    )
+                state[name] = tensor
+        for name, tensor in upstream.items():
+            state.setdefault(name, tensor)
+        return {name: state[name] for name in upstream}
+
+    def _unmake(
+        self, item: _Chosen, canonical: State, upstream: State, shapes: Mapping[str, torch.Size]
+    ) -> dict[str, Tensor]:
+        rule = item.rule
+        if rule.how.startswith("{"):
+            for name, tensor in self._make(item, upstream, shapes).items():
+                if not torch.equal(tensor.to(canonical[name]), canonical[name]):
+                    raise WeightMapError(f"{name} was changed, and '{rule}' cannot be run backwards.")
+            return {name: upstream[name] for name in item.tensors}
+        parts = [canonical[name] for name in rule.targets]
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+        rows = {
+            name: self._rearranged(rule, torch.empty(upstream[name].shape, device="meta")).shape[0]
+            for name in item.tensors
+        }
+        rest = joined.shape[0] - sum(rows.values()) if joined.ndim else 0
+        pieces = joined.split([rows.get(name, rest) for name in item.sources]) if len(item.sources) > 1 else [joined]
+        state: dict[str, Tensor] = {}
+        for name, piece in zip(item.sources, pieces, strict=True):
+            if name in _CONSTANTS:
+                if not torch.equal(piece, _CONSTANTS[name](piece.shape, dtype=piece.dtype, device=piece.device)):
+                    raise WeightMapError(
+                        f"{', '.join(rule.targets)} was changed where upstream has no tensor (it stands for {name})."
+                    )
+            else:
+                state[name] = self._rearranged(rule, piece, back=True, shape=upstream[name].shape)
+        return state
+
+    # ---------------------------------------------------------------- gradients
+
+    def pull_back(self, upstream: State, gradients: State) -> dict[str, Tensor]:
+        """Return the gradients by upstream's tensors of a loss with these gradients by the canonical ones."""
+        leaves = {
+            name: tensor.detach().clone().requires_grad_(tensor.is_floating_point()) for name, tensor in upstream.items()
+        }
+        made = self.forward(leaves, {name: tensor.shape for name, tensor in gradients.items()})
+        names = [name for name in gradients if made[name].requires_grad]
+        inputs = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+        grads = torch.autograd.grad(
+            [made[name] for name in names],
+            list(inputs.values()),
+            [gradients[name].to(made[name]) for name in names],
+            allow_unused=True,
+        )
+        return {name: grad for name, grad in zip(inputs, grads, strict=True) if grad is not None}
+
+
+def _listed(names: list[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _names(text: str) -> list[str]:
+    text = text.strip()
+    return [part.strip() for part in text[1:-1].split(",")] if text.startswith("[") else [text]
+
+
+def _parse_rule(line: str) -> Rule:
+    body, _, how = line.partition(" : ")
+    left, arrow, right = body.partition("->")
+    if not arrow or not left.strip() or not right.strip():
+        raise WeightMapError(f"{line!r} is not a rule: expected 'SOURCE -> TARGET : HOW'.")
+    sources = tuple(tuple(option.strip() for option in name.split("|")) for name in _names(left))
+    return Rule(sources, tuple(_names(right)), how.strip())

@@ -1,0 +1,245 @@
+"""Load, adapt, export and save models."""
+
+from __future__ import annotations
+
+import copy as copying
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from prisma_core.adapter import Adapter, Reader, qualified_name
+from prisma_core.errors import LoadError, PrismaError, UnknownName, UnsupportedArchitecture
+from prisma_core.hooked import Hooked
+from prisma_core.plugins import host
+from prisma_core.preprocess import Preprocess
+from prisma_core.spec import ModelSpec
+from prisma_core.transformer.vit import HookedViT
+from prisma_core.weights import WeightMap
+
+SPEC, WEIGHTS = "spec.json", "model.safetensors"
+
+
+@dataclass
+class Origin:
+    """Where an adapted model came from: what ``export`` needs.
+
+    Attributes:
+        upstream: upstream's tensors by name; without data where the weight map can make them again.
+        persistent: the names in upstream's state dict.
+    """
+
+    kind: str
+    adapter: Adapter
+    map: WeightMap
+    upstream: dict[str, Tensor]
+    persistent: list[str]
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and buffer of a module by name, shared ones under each name."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+
+
+def load(
+    reference: str,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Hooked:
+    """Return the model a reference names, hooked.
+
+    Args:
+        reference: ``source:rest``, such as ``timm:vit_base_patch16_224``, or ``file:FOLDER`` written by ``save``.
+        device, dtype: where and as what to keep the weights.
+        options: passed to the source, such as ``pretrained=False``.
+
+    Raises:
+        UnknownName: no such source or model; the nearest are suggested.
+        LoadError: the weights cannot be read or reached.
+        PluginError: the source's library is not installed.
+        UnsupportedArchitecture: the model has something the canonical transformer cannot represent.
+    """
+    name, colon, rest = reference.partition(":")
+    if not colon or not rest:
+        raise UnknownName(
+            f"{reference!r} is not a reference: expected SOURCE:MODEL, such as timm:vit_base_patch16_224. "
+            "`prisma models` lists them."
+        )
+    if name == "file":
+        model = _load_folder(Path(rest))
+    else:
+        loaded = host().source(name).load(rest, **options)
+        model = loaded.model if isinstance(loaded.model, Hooked) else adapt(loaded.model, copy=False)
+        if isinstance(model, HookedViT):
+            model.preprocess = loaded.preprocess or model.preprocess
+            model.labels = loaded.labels or model.labels
+            model.reference = reference
+    return model.to(device=device, dtype=dtype)
+
+
+def adapt(upstream: nn.Module, *, copy: bool = True) -> HookedViT:
+    """Return a hooked model that computes what ``upstream`` computes in evaluation.
+
+    Args:
+        upstream: a model of a type some installed plugin adapts. It is never changed.
+        copy: False shares its weights wherever they need no rearranging.
+
+    Raises:
+        UnsupportedArchitecture: it has something the canonical transformer cannot represent.
+        WeightMapError: its tensors do not account for the canonical ones.
+    """
+    return adapt_with(host().adapter(upstream), upstream, copy=copy)
+
+
+def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> HookedViT:
+    """Return what ``adapt`` returns, with an adapter given by hand."""
+    spec = adapter.spec(Reader(upstream))
+    stem = adapter.stem(Reader(upstream), spec)
+    table = adapter.weights(Reader(upstream), spec)
+    with torch.device("meta"):
+        model = HookedViT(spec)
+    if stem is not None:
+        model.embed.stem = copying.deepcopy(stem)
+    tensors = tensors_of(upstream)
+    shapes = {name: tensor.shape for name, tensor in tensors_of(model).items()}
+    made = table.forward(tensors, shapes)
+    owned = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
+    for name, tensor in made.items():
+        if copy and tensor.untyped_storage().data_ptr() in owned:
+            made[name] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    assign(model, made)
+    needed = set(_not_invertible(table, tensors))
+    model.origin = Origin(
+        qualified_name(upstream),
+        adapter,
+        table,
+        {
+            name: tensor.detach().clone() if name in needed else tensor.detach().to("meta")
+            for name, tensor in tensors.items()
+        },
+        list(upstream.state_dict()),
+    )
+    return model.eval()
+
+
+def _not_invertible(table: WeightMap, tensors: Mapping[str, Tensor]) -> set[str]:
+    return {name for name in tensors if table.reason_to_ignore(name) is not None} | table.function_sources(tensors)
+
+
+def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors in the places of a model's parameters and buffers, without a copy."""
+    for name, tensor in tensors.items():
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        if attribute in module._parameters:  # pyright: ignore[reportPrivateUsage]
+            value = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+            module._parameters[attribute] = value  # pyright: ignore[reportPrivateUsage]
+        else:
+            module._buffers[attribute] = tensor.detach()  # pyright: ignore[reportPrivateUsage]
+
+
+def export(model: HookedViT) -> dict[str, Tensor]:
+    """Return upstream's own state dict with the model's present weights: the weight map run backwards.
+
+    Raises:
+        LoadError: the model was not adapted from an upstream one.
+        WeightMapError: weights were edited in a way upstream has no tensor for.
+    """
+    if model.origin is None:
+        raise LoadError("This model was not adapted from an upstream one, so there is nothing to export to. Use save.")
+    canonical = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
+    state = model.origin.map.backward(canonical, model.origin.upstream)
+    return {name: state[name].contiguous() for name in model.origin.persistent}
+
+
+def save(model: HookedViT, folder: str | Path) -> Path:
+    """Write a model's spec, preprocessing and labels (JSON) and weights (safetensors) into a folder.
+
+    ``load("file:FOLDER")`` reads it, with no plugin and no network.
+
+    Raises:
+        UnsupportedArchitecture: the model has an opaque stem, which a spec cannot describe.
+    """
+    if model.spec.embed.stem == "opaque":
+        raise UnsupportedArchitecture(
+            model.origin.kind if model.origin else "this model",
+            "its stem is upstream's own module, which a file of facts and weights",
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "spec": model.spec.model_dump(mode="json"),
+        "preprocess": model.preprocess.model_dump(mode="json") if model.preprocess else None,
+        "labels": model.labels,
+        "reference": model.reference,
+    }
+    (folder / SPEC).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors_of(model).items()}, folder / WEIGHTS)
+    return folder
+
+
+def _load_folder(folder: Path) -> HookedViT:
+    for name in (SPEC, WEIGHTS):
+        if not (folder / name).is_file():
+            raise LoadError(f"{folder} holds no {name}: expected a folder written by prisma.save.")
+    try:
+        facts = cast("dict[str, Any]", json.loads((folder / SPEC).read_text(encoding="utf-8")))
+        spec = ModelSpec.model_validate(facts["spec"])
+        preprocess = Preprocess.model_validate(facts["preprocess"]) if facts.get("preprocess") else None
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        raise LoadError(f"{folder / SPEC} does not describe a model: {error}") from error
+    tensors = read_safetensors(folder / WEIGHTS)
+    with torch.device("meta"):
+        model = HookedViT(spec)
+    check_shapes(tensors, {name: tensor.shape for name, tensor in tensors_of(model).items()}, folder / WEIGHTS)
+    assign(model, {name: tensor.requires_grad_() for name, tensor in tensors.items()})
+    model.preprocess, model.labels = preprocess, tuple(facts["labels"]) if facts.get("labels") else None
+    model.reference = facts.get("reference")
+    return model.eval()
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file.
+
+    Raises:
+        LoadError: the file is missing, truncated or corrupt.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise LoadError(f"No file at {path}.") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LoadError(f"{path} is not a readable safetensors file (truncated or corrupt?): {error}") from error
+
+
+def check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], where: object) -> None:
+    """Refuse tensors that are missing, extra or misshapen.
+
+    Raises:
+        LoadError: with the names.
+    """
+    problems = [f"missing {name}" for name in shapes if name not in tensors]
+    problems += [f"extra {name}" for name in tensors if name not in shapes]
+    problems += [
+        f"{name} has shape {list(tensors[name].shape)}, expected {list(shape)}"
+        for name, shape in shapes.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise LoadError(f"{where} does not fit the model: {'; '.join(problems[:5])}{more}.")
+
+
+__all__ = ["Origin", "PrismaError", "adapt", "adapt_with", "assign", "export", "load", "save", "tensors_of"]
