@@ -119,7 +119,7 @@ class Hooked(nn.Module):
         captures: dict[HookPoint, tuple[Capture, ...]] = {}
         for name in self.resolve(names):
             point = points[name]
-            cuts = _cuts(point.axes, pos, heads)
+            cuts = () if pos is None and heads is None else _cuts(point.axes, pos, heads)
             captures[point] = (_Keep(cache.store, name, cuts, **how),)
         return captures
 

@@ -164,6 +164,12 @@ class HookPoint:
         scope = _ACTIVE.get()
         return scope is not None and self in scope.points
 
+    @property
+    def edited(self) -> bool:
+        """Whether the active scope may change what passes here, or ask for its gradient."""
+        scope = _ACTIVE.get()
+        return scope is not None and (self in scope.edits or self in scope.backward)
+
     def __repr__(self) -> str:
         return f"HookPoint({self.axes!r})"
 

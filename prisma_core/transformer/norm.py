@@ -13,8 +13,8 @@ from prisma_core.spec import NormSpec
 class Norm(nn.Module):
     """Layer norm or root mean square norm over the last axis.
 
-    ``hook_scale`` is what the (centred) input is divided by; asking for it replaces the fused kernel by the explicit
-    one. ``hook_normalized`` is the output, weight and bias applied.
+    ``hook_scale`` is what the (centred) input is divided by; editing it, or asking for it where gradients flow, replaces
+    the fused kernel by the explicit one. ``hook_normalized`` is the output, weight and bias applied.
     """
 
     weight: nn.Parameter
@@ -35,13 +35,26 @@ class Norm(nn.Module):
         self.hook_normalized = HookPoint(axes, f"({centred}) / scale * weight" + (" + bias" if spec.kind == "ln" else ""))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.hook_normalized(self._explicit(x) if self.hook_scale.wanted else self.fused(x))
+        if not self.hook_scale.wanted:
+            return self.hook_normalized(self.fused(x))
+        if self.hook_scale.edited or x.requires_grad:
+            return self.hook_normalized(self._explicit(x))
+        return self.hook_normalized(self._read(x))
 
     def fused(self, x: Tensor) -> Tensor:
         """Return the norm of ``x`` past all hook points."""
         if self.spec.kind == "ln":
             return F.layer_norm(x, (self.width,), self.weight, self.bias, self.spec.eps)
         return F.rms_norm(x, (self.width,), self.weight, self.spec.eps)
+
+    def _read(self, x: Tensor) -> Tensor:
+        """Show the scale without changing the kernel: no hook can change it, no gradient is asked for."""
+        if self.spec.kind == "ln":
+            normalized, _, inverse = torch.native_layer_norm(x, [self.width], self.weight, self.bias, self.spec.eps)
+            self.hook_scale(inverse.reciprocal())
+            return normalized
+        self.hook_scale((x.pow(2).mean(-1, keepdim=True) + self.spec.eps).sqrt())
+        return self.fused(x)
 
     def _explicit(self, x: Tensor) -> Tensor:
         centred = x - x.mean(-1, keepdim=True) if self.spec.kind == "ln" else x
