@@ -11,12 +11,12 @@ from typing import Any, cast
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prisma_core.adapter import Adapter, Reader, qualified_name
-from prisma_core.errors import LoadError, PrismaError, UnknownName, UnsupportedArchitecture
+from prisma_core.errors import LoadError, UnknownName, UnsupportedArchitecture
+from prisma_core.files import check_shapes, read_safetensors
 from prisma_core.hooked import Hooked
 from prisma_core.plugins import host
 from prisma_core.preprocess import Preprocess
@@ -208,38 +208,3 @@ def _load_folder(folder: Path) -> HookedViT:
     model.preprocess, model.labels = preprocess, tuple(facts["labels"]) if facts.get("labels") else None
     model.reference = facts.get("reference")
     return model.eval()
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file.
-
-    Raises:
-        LoadError: the file is missing, truncated or corrupt.
-    """
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise LoadError(f"No file at {path}.") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise LoadError(f"{path} is not a readable safetensors file (truncated or corrupt?): {error}") from error
-
-
-def check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], where: object) -> None:
-    """Refuse tensors that are missing, extra or misshapen.
-
-    Raises:
-        LoadError: with the names.
-    """
-    problems = [f"missing {name}" for name in shapes if name not in tensors]
-    problems += [f"extra {name}" for name in tensors if name not in shapes]
-    problems += [
-        f"{name} has shape {list(tensors[name].shape)}, expected {list(shape)}"
-        for name, shape in shapes.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise LoadError(f"{where} does not fit the model: {'; '.join(problems[:5])}{more}.")
-
-
-__all__ = ["Origin", "PrismaError", "adapt", "adapt_with", "assign", "export", "load", "save", "tensors_of"]

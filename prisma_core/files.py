@@ -1,0 +1,97 @@
+"""Tensors from files, safely: what is truncated, corrupt or wants to run code is refused in words."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from prisma_core.errors import LoadError
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a ``.safetensors`` file or of a file that ``torch.save`` wrote.
+
+    Nothing in the file is run. A state dict that lies one level down (``{"model": ..., "epoch": ...}``) is found.
+
+    Raises:
+        LoadError: there is no such file, it is truncated or corrupt, it wants to run code, or it holds no state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise LoadError(f"{path} is a folder; expected a file of weights." if path.is_dir() else f"No file at {path}.")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    return _state_dict(_unpickled(path), path)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file.
+
+    Raises:
+        LoadError: the file is missing, truncated or corrupt.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise LoadError(f"No file at {path}.") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LoadError(f"{path} is not a readable safetensors file (truncated or corrupt?): {error}") from error
+
+
+def _unpickled(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if wanted := re.search(r"(?:GLOBAL|global:?)\s+`?([\w.]+\.\w+)", str(error)):
+            raise LoadError(
+                f"{path} is a pickle that wants to run {wanted[1]}: refused, because only tensors are read from a file. "
+                "Save model.state_dict() again where you trust the file, best as safetensors."
+            ) from error
+        raise LoadError(f"{path} is not a file that torch.save wrote, or it is corrupt.") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise LoadError(f"{path} is not a readable checkpoint: is it truncated, or no file of torch.save?") from error
+
+
+def _state_dict(value: object, path: Path) -> dict[str, Tensor]:
+    if _is_state(value):
+        return dict(cast("Mapping[str, Tensor]", value))
+    inside = cast("Mapping[Any, object]", value) if isinstance(value, Mapping) else {}
+    found = {str(key): part for key, part in inside.items() if _is_state(part)}
+    if len(found) == 1:
+        return dict(cast("Mapping[str, Tensor]", next(iter(found.values()))))
+    if found:
+        raise LoadError(f"{path} holds {len(found)} state dicts ({', '.join(found)}): keep one of them in the file.")
+    raise LoadError(f"{path} holds {type(value).__name__} without a state dict: expected tensors by name.")
+
+
+def _is_state(value: object) -> bool:
+    if not isinstance(value, Mapping) or not value:
+        return False
+    items = cast("Mapping[object, object]", value).items()
+    return all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in items)
+
+
+def check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], where: object) -> None:
+    """Refuse tensors that are missing, extra or misshapen.
+
+    Raises:
+        LoadError: with the names.
+    """
+    problems = [f"missing {name}" for name in shapes if name not in tensors]
+    problems += [f"extra {name}" for name in tensors if name not in shapes]
+    problems += [
+        f"{name} has shape {list(tensors[name].shape)}, expected {list(shape)}"
+        for name, shape in shapes.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise LoadError(f"{where} does not fit the model: {'; '.join(problems[:5])}{more}.")
