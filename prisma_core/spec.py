@@ -18,10 +18,15 @@ class Facts(BaseModel):
 
 
 class NormSpec(Facts):
-    """A norm over the last axis: layer norm or root mean square, with its own eps."""
+    """A norm over the last axis: layer norm or root mean square, with its own eps.
+
+    Attributes:
+        in_float32: computed in float32 whatever comes in, even float64.
+    """
 
     kind: Literal["ln", "rms"] = "ln"
     eps: float = Field(gt=0)
+    in_float32: bool = False
 
 
 class RopeSpec(Facts):

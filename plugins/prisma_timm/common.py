@@ -1,0 +1,161 @@
+"""What timm's families share: reading norms, activations, MLPs and patch embeddings, with the rows that go with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from prisma_core.adapter import Reader
+from prisma_core.spec import Activation, MlpSpec, NormSpec
+
+LAYER_NORMS = ("torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm")
+RMS_NORMS = ("timm.layers.norm.RmsNorm", "torch.nn.modules.normalization.RMSNorm")
+RMS_NORMS_FLOAT32 = ("timm.layers.norm.RmsNormFp32",)
+IDENTITY = "torch.nn.modules.linear.Identity"
+
+ACTIVATIONS: dict[str, Activation] = {
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
+    "timm.layers.activations.QuickGELU": "quick_gelu",
+    "torch.nn.modules.activation.SiLU": "silu",
+    "torch.nn.modules.activation.ReLU": "relu",
+}
+
+IGNORED = {
+    "PatchEmbed.num_patches": "the product of grid_size",
+    "PatchEmbed.flatten": "how patches are laid out in memory between modules",
+    "PatchEmbed.output_fmt": "how patches are laid out in memory between modules",
+    "LayerNorm.elementwise_affine": "missing weights are ones, missing biases zeros",
+    "RmsNorm.elementwise_affine": "missing weights are ones",
+    "RmsNormFp32.elementwise_affine": "missing weights are ones",
+    "RmsNorm.normalized_shape": "the shape of the weights",
+    "RmsNormFp32.normalized_shape": "the shape of the weights",
+    "LayerNorm.normalized_shape": "the shape of the weights",
+    "LayerScale.init_values": "only for initialisation",
+    "LayerScale.inplace": "the numbers are the same",
+    "GluMlp.chunk_dim": "the channel axis; convolutions are refused",
+}
+
+
+def norm(module: Reader) -> NormSpec | None:
+    """Return the facts of a norm; None of an identity."""
+    if module.is_a(IDENTITY):
+        return None
+    if module.is_a(*LAYER_NORMS):
+        return NormSpec(kind="ln", eps=module.eps)
+    if module.is_a(*RMS_NORMS):
+        if module.eps is None:
+            raise module.unsupported("a norm whose eps depends on the dtype")
+        return NormSpec(kind="rms", eps=module.eps)
+    if module.is_a(*RMS_NORMS_FLOAT32):
+        return NormSpec(kind="rms", eps=module.eps, in_float32=True)
+    raise module.unsupported("a norm that is neither layer norm nor root mean square")
+
+
+def norm_rows(source: str, target: str) -> str:
+    """Return the rows of a norm's weights; ones and zeros where it has none."""
+    return f"""
+        {source}.weight | ones  ->  {target}.weight
+        {source}.bias | zeros   ->  {target}.bias
+    """
+
+
+def linear_rows(source: str, target: str) -> str:
+    """Return the rows of a linear layer's weights; zeros where it has no bias."""
+    return f"""
+        {source}.weight        ->  {target}.weight
+        {source}.bias | zeros  ->  {target}.bias
+    """
+
+
+def activation(module: Reader) -> Activation:
+    """Return the name of an activation function."""
+    if module.is_a("torch.nn.modules.activation.GELU"):
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    for name, kind in ACTIVATIONS.items():
+        if module.is_a(name):
+            return kind
+    raise module.unsupported("its activation function")
+
+
+def mlp(module: Reader) -> MlpSpec:
+    """Return the facts of timm's Mlp, GluMlp or SwiGLU."""
+    if module.is_a("timm.layers.mlp.Mlp"):
+        _linear(module, "fc1", "fc2")
+        return MlpSpec(d_mlp=module.fc1.out_features, act=activation(module.act), inner_norm=norm(module.norm))
+    if module.is_a("timm.layers.mlp.GluMlp"):
+        _linear(module, "fc1", "fc2")
+        width = module.fc1.out_features // 2
+        return MlpSpec(d_mlp=width, act=activation(module.act), gated=True, inner_norm=norm(module.norm))
+    if module.is_a("timm.layers.mlp.SwiGLU"):
+        _linear(module, "fc1_g", "fc1_x", "fc2")
+        width = module.fc1_x.out_features
+        return MlpSpec(d_mlp=width, act=activation(module.act), gated=True, inner_norm=norm(module.norm))
+    raise module.unsupported("its kind of MLP")
+
+
+def _linear(module: Reader, *names: str) -> None:
+    for name in names:
+        if not getattr(module, name).is_a("torch.nn.modules.linear.Linear"):
+            raise module.unsupported(f"{name} that is no linear layer")
+
+
+def mlp_rows(module: Reader, source: str, target: str) -> str:
+    """Return the weight rows of what ``mlp`` reads."""
+    rows = linear_rows(f"{source}.fc2", f"{target}.fc_out") + norm_rows(f"{source}.norm", f"{target}.ln")
+    if module.is_a("SwiGLU"):
+        return rows + linear_rows(f"{source}.fc1_g", f"{target}.fc_gate") + linear_rows(f"{source}.fc1_x", f"{target}.fc_in")
+    if module.is_a("GluMlp"):
+        parts = ("fc_in", "fc_gate") if module.gate_last else ("fc_gate", "fc_in")
+        return rows + f"""
+            {source}.fc1.weight        ->  [{target}.{parts[0]}.weight, {target}.{parts[1]}.weight]
+            {source}.fc1.bias | zeros  ->  [{target}.{parts[0]}.bias, {target}.{parts[1]}.bias]
+        """
+    return rows + linear_rows(f"{source}.fc1", f"{target}.fc_in")
+
+
+def mlp_hooks(module: Reader, source: str, target: str) -> str:
+    """Return the hook rows of what ``mlp`` reads."""
+    rows = f"""
+        {source}.norm : in  ->  {target}.hook_mid
+        {source}.fc2 : in   ->  {target}.hook_post
+    """
+    if module.is_a("SwiGLU"):
+        return rows + f"""
+            {source}.fc1_g  ->  {target}.hook_pre
+            {source}.fc1_x  ->  {target}.hook_pre_linear
+        """
+    if module.is_a("GluMlp"):
+        return rows + f"""
+            {source}.act : in                                     ->  {target}.hook_pre
+            {source} @ mul : {"in" if module.gate_last else "in1"}  ->  {target}.hook_pre_linear
+        """
+    return rows + f"""
+        {source}.fc1  ->  {target}.hook_pre
+    """
+
+
+def same_for_all(upstream: Reader, tables: list[str]) -> str:
+    """Return the one table all blocks have.
+
+    Raises:
+        UnsupportedArchitecture: they have different ones.
+    """
+    if len(set(tables)) != 1:
+        raise upstream.unsupported("blocks built of different modules")
+    return tables[0]
+
+
+@contextmanager
+def explicit_attention(upstream: nn.Module) -> Iterator[None]:
+    """Make timm's attention modules compute step by step for the time of the scope."""
+    fused = [module for module in upstream.modules() if getattr(module, "fused_attn", False)]
+    for module in fused:
+        module.fused_attn = False
+    try:
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True
