@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -11,6 +13,8 @@ from prisma_core.errors import InputError
 from prisma_core.layout import TokenLayout
 from prisma_core.spec import EmbedSpec
 from prisma_core.transformer.norm import norm_or_identity
+
+Grid: TypeAlias = tuple[int, int]
 
 
 class Embed(nn.Module):
@@ -35,14 +39,13 @@ class Embed(nn.Module):
         if spec.pos:
             self.pos_embed = nn.Parameter(torch.zeros(layout.n_tokens, d_model))
 
-    def patches(self, image: Tensor) -> tuple[Tensor, TokenLayout]:
-        """Return the embedded patches ``[batch patch d_model]`` and the layout of this image."""
+    def patches(self, image: Tensor) -> tuple[Tensor, Grid]:
+        """Return the embedded patches ``[batch patch d_model]`` and their rows and columns."""
         if self.spec.stem == "conv":
             grid = self.proj(image).permute(0, 2, 3, 1)
         else:
             grid = self.stem(image)
-        layout = self.layout.model_copy(update={"rows": grid.shape[1], "columns": grid.shape[2]})
-        return self.norm(grid.flatten(1, 2)), layout
+        return self.norm(grid.flatten(1, 2)), (grid.shape[1], grid.shape[2])
 
     def with_prefix(self, x: Tensor) -> Tensor:
         """Return patches with the prefix tokens before them: ``[batch pos d_model]``."""
@@ -50,16 +53,16 @@ class Embed(nn.Module):
             return x
         return torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], dim=1)
 
-    def positions(self, layout: TokenLayout) -> Tensor:
-        """Return the position embedding for a layout: ``[pos d_model]``.
+    def positions(self, size: Grid) -> Tensor:
+        """Return the position embedding for a grid of patches: ``[pos d_model]``.
 
         Source: timm's ``resample_abs_pos_embed`` for another grid (bicubic, antialiased, in float32).
         """
-        if (layout.rows, layout.columns) == (self.layout.rows, self.layout.columns):
+        if size == (self.layout.rows, self.layout.columns):
             return self.pos_embed
-        prefix, patches = self.pos_embed[: layout.n_prefix], self.pos_embed[layout.n_prefix :]
+        prefix, patches = self.pos_embed[: self.layout.n_prefix], self.pos_embed[self.layout.n_prefix :]
         grid = rearrange(patches.float(), "(r c) d -> 1 d r c", r=self.layout.rows)
-        grid = F.interpolate(grid, size=(layout.rows, layout.columns), mode="bicubic", antialias=True)
+        grid = F.interpolate(grid, size=size, mode="bicubic", antialias=True)
         return torch.cat([prefix, rearrange(grid, "1 d r c -> (r c) d").to(patches.dtype)])
 
 

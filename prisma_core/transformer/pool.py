@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from prisma_core.layout import TokenLayout
 from prisma_core.spec import PoolSpec
 
 
@@ -15,11 +14,11 @@ class Pool(nn.Module):
         super().__init__()
         self.spec = spec
 
-    def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
+    def forward(self, x: Tensor, n_prefix: int) -> Tensor:
         if self.spec.kind == "none":
             return x
         if self.spec.kind == "token":
             return x[:, 0]
         if not self.spec.with_prefix:
-            x = x[:, layout.n_prefix :]
+            x = x[:, n_prefix :]
         return x.mean(dim=1)

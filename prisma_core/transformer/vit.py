@@ -15,7 +15,7 @@ from prisma_core.preprocess import Preprocess
 from prisma_core.spec import ModelSpec
 from prisma_core.transformer.attention import Rope
 from prisma_core.transformer.block import STREAM, Block
-from prisma_core.transformer.embed import Embed, check_image
+from prisma_core.transformer.embed import Embed, Grid, check_image
 from prisma_core.transformer.norm import norm_or_identity
 from prisma_core.transformer.pool import Pool
 
@@ -99,42 +99,42 @@ class HookedViT(Hooked):
         first, last = _layer(start_at_layer, 0, n), _layer(stop_at_layer, n, n)
         if start_at_layer is None:
             check_image(image, self.spec.embed, self.spec.image_size)
-            x, layout = self._embedded(image)
+            x, grid = self._embedded(image)
             if self.spec.ln_pre is not None:
                 x = self.hook_ln_pre(self.ln_pre(x))
         else:
-            x, layout = image, self.spec.layout
+            x, grid = image, (self.spec.layout.rows, self.spec.layout.columns)
             if x.ndim != 3 or x.shape[-1] != self.spec.d_model:
                 raise InputError(
                     f"start_at_layer={start_at_layer} needs a residual stream [batch pos {self.spec.d_model}], "
                     f"got shape {list(x.shape)}."
                 )
         for index in range(first, last):
-            x = self.blocks[index](x, self._rope(index))
+            x = self.blocks[index](x, self._rope(index, grid))
         if stop_at_layer is not None:
             return x
-        return self.unembed(x, layout)
+        return self.unembed(x)
 
-    def _embedded(self, image: Tensor) -> tuple[Tensor, TokenLayout]:
-        patches, layout = self.embed.patches(image)
+    def _embedded(self, image: Tensor) -> tuple[Tensor, Grid]:
+        patches, grid = self.embed.patches(image)
         x = self.embed.with_prefix(self.hook_embed(patches))
         if self.spec.embed.pos:
-            pos = self.embed.positions(layout)
+            pos = self.embed.positions(grid)
             if self.hook_pos_embed.wanted:
                 pos = self.hook_pos_embed(pos.expand(x.shape).clone())  # a cache must not see later edits of weights
             x = x + pos
-        return self.hook_full_embed(x), layout
+        return self.hook_full_embed(x), grid
 
-    def unembed(self, x: Tensor, layout: TokenLayout | None = None) -> Tensor:
+    def unembed(self, x: Tensor) -> Tensor:
         """Return the logits of a residual stream ``[batch pos d_model]``: final norm, pooling, head."""
         if self.spec.ln_final is not None:
             x = self.hook_ln_final(self.ln_final(x))
-        x = self.ln_pool(self.hook_pooled(self.pool(x, layout or self.spec.layout)))
+        x = self.ln_pool(self.hook_pooled(self.pool(x, self.spec.layout.n_prefix)))
         if self.spec.n_classes is not None:
             x = self.head(x)
         return self.hook_logits(x)
 
-    def _rope(self, layer: int) -> Rope | None:
+    def _rope(self, layer: int, grid: Grid) -> Rope | None:
         if self.spec.rope is None:
             return None
         cos, sin = self.rope_cos, self.rope_sin
