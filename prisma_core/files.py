@@ -52,7 +52,7 @@ def _unpickled(path: Path) -> object:
     except pickle.UnpicklingError as error:
         if wanted := re.search(r"(?:GLOBAL|global:?)\s+`?([\w.]+\.\w+)", str(error)):
             raise LoadError(
-                f"{path} is a pickle that wants to run {wanted[1]}: refused, because only tensors are read from a file. "
+                f"{path} is a pickle that wants to run {wanted[1]}: refused, only tensors are read from files. "
                 "Save model.state_dict() again where you trust the file, best as safetensors."
             ) from error
         raise LoadError(f"{path} is not a file that torch.save wrote, or it is corrupt.") from error

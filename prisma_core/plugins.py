@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import pluggy
 
 from prisma_core import hookspecs
 from prisma_core.adapter import Adapter, qualified_name
 from prisma_core.errors import PluginError, UnknownName, UnsupportedArchitecture, suggest
-from prisma_core.sources import Source
+from prisma_core.sources import ModelInfo, Source
 
 if TYPE_CHECKING:
     from prisma_core.conformance.case import Case
+
+Part = TypeVar("Part")
+RESERVED = ("file",)  # what prisma.save writes; no plugin may claim it
 
 
 @dataclass(frozen=True)
@@ -40,72 +43,100 @@ class PluginInfo:
 
 
 class Host:
-    """Holds the plugins of one set of entry points."""
+    """Holds the plugins of one set of entry points.
+
+    What is broken is kept apart: ``plugins()`` says why, and everything else works.
+    """
 
     def __init__(self, found: Iterable[EntryPoint] | None = None):
         self.manager = pluggy.PluginManager(hookspecs.GROUP)
         self.manager.add_hookspecs(hookspecs)
         self.infos: dict[str, PluginInfo] = {}
-        for point in sorted(entry_points(group=hookspecs.GROUP) if found is None else found, key=lambda p: p.name):
+        points = entry_points(group=hookspecs.GROUP) if found is None else found
+        for point in sorted(points, key=lambda point: (point.name, point.value)):
             self._add(point)
 
     def _add(self, point: EntryPoint) -> None:
         distribution = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown distribution"
-        error: str | None = None
-        name = point.name
-        if name in self.infos:
-            error = f"the name {name!r} is taken by {self.infos[name].module} of {self.infos[name].distribution}"
-            name = f"{name} ({point.value})"
-        else:
-            try:
-                plugin = point.load()
-                self.manager.register(plugin, name)
-                self.manager.check_pending()
-            except Exception as problem:  # noqa: BLE001  # a stranger's module may raise anything; the rest must work
-                error = f"{type(problem).__name__}: {problem}"
-                if self.manager.get_plugin(name) is not None:
-                    self.manager.unregister(name=name)
-        self.infos[name] = PluginInfo(name, point.value, distribution, error)
+        if point.name in self.infos:
+            holder = self.infos[point.name]
+            name = f"{point.name} ({point.value})"
+            error = f"the name {point.name!r} is taken by {holder.module} of {holder.distribution}"
+            self.infos[name] = PluginInfo(name, point.value, distribution, error)
+            return
+        self.infos[point.name] = PluginInfo(point.name, point.value, distribution, self._register(point))
+
+    def _register(self, point: EntryPoint) -> str | None:
+        try:
+            self.manager.register(point.load(), point.name)
+            self.manager.check_pending()
+        except (Exception, SystemExit) as problem:  # noqa: BLE001  # a stranger's module may raise anything
+            if self.manager.get_plugin(point.name) is not None:
+                self.manager.unregister(name=point.name)
+            return _told(problem)
+        return None
 
     def plugins(self) -> list[PluginInfo]:
-        """Return every plugin found, broken ones with their error."""
-        missing = {plugin: command for source, plugin in self._sources() if (command := _missing(source))}
+        """Return every plugin found, by name, broken ones with their error."""
+        missing = {plugin: command for source, plugin in self._all_sources() if (command := _missing(source))}
+        claims = [
+            *_claims("source", self._all_sources(), lambda source: (source.name,)),
+            *_claims("adapter of", self._all_adapters(), lambda adapter: adapter.types),
+        ]
+        for what, name, plugins in claims:
+            if len(plugins) > 1:
+                for plugin in plugins:
+                    others = " and ".join(other for other in plugins if other != plugin) or "itself"
+                    self._broke(plugin, f"the {what} {name!r} is claimed by {others} too")
         return [
             PluginInfo(info.name, info.module, info.distribution, info.error, missing.get(info.name))
             for info in self.infos.values()
         ]
 
-    def _ask(self, hook: str, **kwargs: Any) -> list[tuple[Any, str]]:
-        """Return each part plugins answer a hook with, next to the plugin's name."""
-        parts: list[tuple[Any, str]] = []
-        for implementation in getattr(self.manager.hook, hook).get_hookimpls():
+    def _broke(self, plugin: str, error: str) -> None:
+        info = self.infos[plugin]
+        self.infos[plugin] = PluginInfo(info.name, info.module, info.distribution, info.error or error)
+
+    def _call(self, hook: str, **kwargs: Any) -> list[tuple[Any, str]]:
+        """Return what each plugin answers a hook with, by plugin; the broken are noted and left out."""
+        answers: list[tuple[Any, str]] = []
+        for implementation in reversed(getattr(self.manager.hook, hook).get_hookimpls()):
             name = implementation.plugin_name
+            arguments = {key: value for key, value in kwargs.items() if key in implementation.argnames}
             try:
-                parts += [(part, name) for part in implementation.function(**kwargs) or ()]
-            except Exception as problem:  # noqa: BLE001  # one broken plugin must not take the others down
-                self.infos[name] = PluginInfo(
-                    name, self.infos[name].module, self.infos[name].distribution, f"{hook}: {problem}"
-                )
+                answers.append((implementation.function(**arguments), name))
+            except (Exception, SystemExit) as problem:  # noqa: BLE001  # one broken plugin must not take the others down
+                self._broke(name, f"{hook}: {_told(problem)}")
+        return answers
+
+    def _ask(self, hook: str, kind: type[Part]) -> list[tuple[Part, str]]:
+        """Return each part plugins answer a hook with, next to the plugin's name."""
+        parts: list[tuple[Part, str]] = []
+        for answer, name in self._call(hook):
+            try:
+                found: list[object] = list(answer or ())
+            except (Exception, SystemExit) as problem:  # noqa: BLE001  # a generator runs the plugin's code here
+                self._broke(name, f"{hook}: {_told(problem)}")
+                continue
+            for part in found:
+                if isinstance(part, kind):
+                    parts.append((part, name))
+                else:
+                    got = f"the class {part.__name__}" if isinstance(part, type) else f"a {type(part).__name__}"
+                    self._broke(name, f"{hook} gave {got}; expected instances of {kind.__name__}")
         return parts
 
-    def _sources(self) -> list[tuple[Source, str]]:
-        return self._ask("prisma_sources")
+    def _all_sources(self) -> list[tuple[Source, str]]:
+        return self._ask("prisma_sources", Source)
+
+    def _all_adapters(self) -> list[tuple[Adapter, str]]:
+        return self._ask("prisma_adapters", Adapter)
 
     def sources(self) -> dict[str, Source]:
-        """Return every source by name.
-
-        Raises:
-            PluginError: two plugins claim one name.
-        """
-        claimed: dict[str, tuple[Source, str]] = {}
-        for source, plugin in self._sources():
-            if source.name in claimed:
-                raise PluginError(
-                    f"The plugins {claimed[source.name][1]!r} and {plugin!r} both claim the source {source.name!r}. "
-                    "Uninstall one of them."
-                )
-            claimed[source.name] = (source, plugin)
-        return {name: source for name, (source, _) in claimed.items()}
+        """Return every source by name, those left out that several plugins claim."""
+        claims = _claims("source", self._all_sources(), lambda source: (source.name,))
+        alone = {name for _, name, plugins in claims if len(plugins) == 1 and name not in RESERVED}
+        return {source.name: source for source, _ in self._all_sources() if source.name in alone}
 
     def source(self, name: str) -> Source:
         """Return a source, its library installed.
@@ -114,16 +145,36 @@ class Host:
             UnknownName: no plugin has it.
             PluginError: its library is missing, or two plugins claim it.
         """
-        sources = self.sources()
-        if name not in sources:
+        found = [(source, plugin) for source, plugin in self._all_sources() if source.name == name]
+        if len(found) > 1:
+            raise PluginError(
+                f"The plugins {found[0][1]!r} and {found[1][1]!r} both claim the source {name!r}. "
+                "Uninstall one of them."
+            )
+        if not found:
+            sources = [*self.sources(), *RESERVED]
             broken = [f"{info.name} ({info.error})" for info in self.infos.values() if info.error]
             raise UnknownName(
-                f"No source {name!r}. Sources: {', '.join([*sources, 'file'])}.{suggest(name, sources)}"
+                f"No source {name!r}. Sources: {', '.join(sources)}.{suggest(name, sources)}"
                 + (f" Plugins that failed: {'; '.join(broken)}." if broken else "")
             )
-        if command := _missing(sources[name]):
-            raise PluginError(f"The source {name!r} needs {sources[name].library}, which is not installed: {command}")
-        return sources[name]
+        source = found[0][0]
+        if command := _missing(source):
+            raise PluginError(f"The source {name!r} needs {source.library}, which is not installed: {command}")
+        return source
+
+    def models(self) -> list[ModelInfo]:
+        """Return what the sources can load, those left out whose library is missing."""
+        models: list[ModelInfo] = []
+        alone = self.sources()
+        for source, plugin in self._all_sources():
+            if source.name not in alone or _missing(source):
+                continue
+            try:
+                models += source.models()
+            except (Exception, SystemExit) as problem:  # noqa: BLE001  # one broken plugin must not hide the others' models
+                self._broke(plugin, f"models of {source.name}: {_told(problem)}")
+        return models
 
     def adapter(self, upstream: object) -> Adapter:
         """Return the adapter for an upstream model's type.
@@ -133,27 +184,53 @@ class Host:
             PluginError: two plugins claim it.
         """
         kind = qualified_name(upstream)
-        found = [(adapter, plugin) for adapter, plugin in self._ask("prisma_adapters") if kind in adapter.types]
+        adapters = self._all_adapters()
+        found = [(adapter, plugin) for adapter, plugin in adapters if kind in adapter.types]
         if len(found) > 1:
             raise PluginError(
                 f"The plugins {found[0][1]!r} and {found[1][1]!r} both adapt {kind}. Uninstall one of them."
             )
         if not found:
             bases = [f"{base.__module__}.{base.__qualname__}" for base in type(upstream).__mro__[1:]]
-            known = [base for base in bases if any(base in a.types for a, _ in self._ask("prisma_adapters"))]
-            hint = f" It derives from {known[0]}, which has one; a subclass may compute something else." if known else ""
+            known = [base for base in bases if any(base in adapter.types for adapter, _ in adapters)]
+            hint = (
+                f" It derives from {known[0]}, which has one; a subclass may compute something else." if known else ""
+            )
             raise UnsupportedArchitecture(kind, f"no installed plugin adapts this type.{hint} It")
         return found[0][0]
 
     def cases(self) -> list[tuple[Case, str]]:
         """Return every conformance case next to its plugin's name."""
-        return self._ask("prisma_cases")
+        return cast("list[tuple[Case, str]]", self._ask("prisma_cases", object))
+
+    def commands(self, app: Any) -> None:
+        """Let every plugin add its commands to the ``prisma`` command."""
+        self._call("prisma_commands", app=app)
+
+
+def _claims(
+    what: str, parts: Iterable[tuple[Part, str]], names: Callable[[Part], Iterable[str]]
+) -> list[tuple[str, str, list[str]]]:
+    claimed: dict[str, list[str]] = {}
+    for part, plugin in parts:
+        for name in names(part):
+            claimed.setdefault(name, []).append(plugin)
+    taken = [(what, name, [*claimed[name], "Prisma"]) for name in RESERVED if name in claimed]
+    return [*taken, *((what, name, plugins) for name, plugins in claimed.items() if name not in RESERVED)]
+
+
+def _told(problem: BaseException) -> str:
+    return " ".join(f"{type(problem).__name__}: {problem}".split())
 
 
 def _missing(source: Source) -> str | None:
-    if source.library is None or importlib.util.find_spec(source.library) is not None:
+    if source.library is None:
         return None
-    return source.install
+    try:
+        installed = importlib.util.find_spec(source.library) is not None
+    except (ImportError, ValueError):  # the package a dotted name lies in is missing, or was half imported
+        installed = False
+    return None if installed else source.install
 
 
 _lock = threading.Lock()

@@ -61,6 +61,11 @@ class Source(ABC):
     def load(self, rest: str, **options: Any) -> Loaded:
         """Return the model a reference names.
 
+        Args:
+            rest: the reference behind the colon.
+            options: what the caller gave to ``load``. Every source understands ``pretrained``: False asks for the same
+                model without its trained weights, and without any network call.
+
         Raises:
             UnknownName: there is none of this name; the nearest are suggested.
             LoadError: there is, but it cannot be read or reached.

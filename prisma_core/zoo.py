@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy as copying
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,12 +72,7 @@ def load(
         PluginError: the source's library is not installed.
         UnsupportedArchitecture: the model has something the canonical transformer cannot represent.
     """
-    name, colon, rest = reference.partition(":")
-    if not colon or not rest:
-        raise UnknownName(
-            f"{reference!r} is not a reference: expected SOURCE:MODEL, such as timm:vit_base_patch16_224. "
-            "`prisma models` lists them."
-        )
+    name, rest = _parted(reference)
     if name == "file":
         model = _load_folder(Path(rest))
     else:
@@ -86,7 +82,25 @@ def load(
             model.preprocess = loaded.preprocess or model.preprocess
             model.labels = loaded.labels or model.labels
             model.reference = reference
-    return model.to(device=device, dtype=dtype)
+    try:
+        return model.to(device=device, dtype=dtype)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch's ways to say that there is no such device
+        raise LoadError(f"{reference} cannot be put on device={device}, dtype={dtype}: {error}") from error
+
+
+def _parted(reference: str) -> tuple[str, str]:
+    name, colon, rest = reference.partition(":")
+    if colon and name and rest:
+        return name, rest
+    hint = f" Did you mean file:{reference}?" if (Path(reference) / SPEC).is_file() else ""
+    if not colon and not hint:
+        models = {info.reference.partition(":")[2]: info.reference for info in host().models()}
+        near = difflib.get_close_matches(reference, models, n=3, cutoff=0.6)
+        hint = f" Did you mean {' or '.join(models[one] for one in near)}?" if near else ""
+    raise UnknownName(
+        f"{reference!r} is not a reference: expected SOURCE:MODEL, such as timm:vit_base_patch16_224.{hint} "
+        "`prisma models` lists them."
+    )
 
 
 def adapt(upstream: nn.Module, *, copy: bool = True) -> HookedViT:
