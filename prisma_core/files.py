@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from prisma_core.errors import LoadError
@@ -63,7 +63,7 @@ def _unpickled(path: Path) -> object:
 def _state_dict(value: object, path: Path) -> dict[str, Tensor]:
     if _is_state(value):
         return dict(cast("Mapping[str, Tensor]", value))
-    inside = cast("Mapping[Any, object]", value) if isinstance(value, Mapping) else {}
+    inside: Mapping[Any, object] = cast("Mapping[Any, object]", value) if isinstance(value, Mapping) else {}
     found = {str(key): part for key, part in inside.items() if _is_state(part)}
     if len(found) == 1:
         return dict(cast("Mapping[str, Tensor]", next(iter(found.values()))))

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from pydantic import ValidationError
-from safetensors.torch import save_file
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
 from prisma_core.adapter import Adapter, Reader, qualified_name
