@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from prisma_core.decompose import Decompositions
 from prisma_core.errors import InputError
 from prisma_core.layout import TokenLayout
 from prisma_core.names import LayerQuery, resolve_one
 
 if TYPE_CHECKING:
-    from prisma_core.hooked import Hooked
+    from prisma_core.hooked import Hooked, Index
 
 
-class ActivationCache(Mapping[str, Tensor]):
+class ActivationCache(Decompositions, Mapping[str, Tensor]):
     """Activations of one pass, by full hook name.
 
     ``cache["blocks.3.attn.hook_z"]``, ``cache["z", 3]`` and ``cache["resid_post", -1]`` all work; iteration gives full
@@ -27,6 +28,7 @@ class ActivationCache(Mapping[str, Tensor]):
         layout: which token is where, if the model knows.
         grad: gradients of the loss by the same activations, if ``run_with_cache`` was given one.
         has_batch_dim: whether the first axis is ``batch``.
+        pos: the tokens kept, as they were asked for; None for all.
     """
 
     def __init__(
@@ -36,12 +38,14 @@ class ActivationCache(Mapping[str, Tensor]):
         model: Hooked | None = None,
         layout: TokenLayout | None = None,
         has_batch_dim: bool = True,
+        pos: Index | str | None = None,
     ):
         self.store = store
         self.model = model
         self.layout = layout
         self.grad: ActivationCache | None = None
         self.has_batch_dim = has_batch_dim
+        self.pos = pos
 
     def __getitem__(self, query: str | LayerQuery) -> Tensor:
         if isinstance(query, str) and query in self.store:
@@ -77,6 +81,7 @@ class ActivationCache(Mapping[str, Tensor]):
             model=self.model,
             layout=self.layout,
             has_batch_dim=False,
+            pos=self.pos,
         )
         cache.grad = None if self.grad is None else self.grad.remove_batch_dim()
         return cache

@@ -42,6 +42,10 @@ class WeightMapError(PrismaError):
     """Upstream and canonical tensors do not account for each other."""
 
 
+class NotApplicable(PrismaError):
+    """A decomposition or rewrite that does not hold for this model."""
+
+
 class LoadError(PrismaError):
     """A model, file or checkpoint that cannot be read."""
 

@@ -102,7 +102,7 @@ class Hooked(nn.Module):
             UnknownName: a name matches no hook point.
             HookError: a second pass runs in the scope.
         """
-        cache = ActivationCache({}, model=self)
+        cache = ActivationCache({}, model=self, layout=self.layout_of(), pos=pos)
         captures = self._captures(cache, names, device=device, dtype=dtype, pos=pos, heads=heads, detach=detach)
         with activate(Scope(captures=captures)):
             yield cache
@@ -114,7 +114,8 @@ class Hooked(nn.Module):
             layout = self.layout_of()
             if layout is None:
                 raise HookError(f"This model has no token layout, so pos={pos!r} means nothing; give positions.")
-            pos = layout.slice(pos)
+            subset = layout.slice(pos)
+            pos = slice(subset.start, None) if subset.stop == layout.n_tokens else subset  # the picture may be larger
         points = self.hook_points()
         captures: dict[HookPoint, tuple[Capture, ...]] = {}
         for name in self.resolve(names):
@@ -179,7 +180,7 @@ class Hooked(nn.Module):
             UnknownName: a name matches no hook point.
             HookError: a hook point asked for was not reached.
         """
-        how: dict[str, Any] = dict(device=device, dtype=dtype, pos=pos, heads=heads)
+        how: dict[str, Any] = {"device": device, "dtype": dtype, "pos": pos, "heads": heads}
         if loss is not None:
             if not output:
                 raise HookError("A loss needs the output: leave output=True.")
@@ -225,8 +226,8 @@ class Hooked(nn.Module):
         _all_reached(self.resolve(names), raw.store.keys(), {})
         tensors = list(raw.store.values())
         gradients = torch.autograd.grad(value, tensors, allow_unused=True, retain_graph=True)
-        cache = ActivationCache({}, model=self, layout=self.layout_of(*inputs))
-        grads = ActivationCache({}, model=self, layout=cache.layout)
+        cache = ActivationCache({}, model=self, layout=self.layout_of(*inputs), pos=how["pos"])
+        grads = ActivationCache({}, model=self, layout=cache.layout, pos=how["pos"])
         points = self.hook_points()
         for filled, values in ((cache, tensors), (grads, gradients)):
             for name, tensor, kept in zip(raw.store, tensors, values, strict=True):
