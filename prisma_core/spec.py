@@ -29,6 +29,28 @@ class NormSpec(Facts):
     in_float32: bool = False
 
 
+class RopeGrid(Facts):
+    """How rotary tables follow another grid of patches: row and column each turn half of the pairs of channels.
+
+    Attributes:
+        coordinates: ``index``: counted, plus ``offset``; the angle is coordinate times wave. ``centred``: patch centres
+            from -1 to 1 over the picture; the angle is 2 pi coordinate / wave.
+        waves: frequencies for ``index``, periods for ``centred``.
+        column_first: columns turn the first pairs of channels, rows the second.
+        normalize: what centred coordinates are divided by: each axis' own side, the shorter or the longer one.
+        reference: rows and columns of the grid that counted coordinates are rescaled to.
+        in_float32: cos and sin are rounded to float32.
+    """
+
+    coordinates: Literal["index", "centred"]
+    waves: tuple[float, ...]
+    column_first: bool = False
+    offset: float = 0.0
+    normalize: Literal["separate", "min", "max"] = "separate"
+    reference: tuple[int, int] | None = None
+    in_float32: bool = False
+
+
 class RopeSpec(Facts):
     """Rotary positions, kept as tables of cos and sin; prefix rows are the identity.
 
@@ -36,11 +58,13 @@ class RopeSpec(Facts):
         layout: which channels turn together: neighbours, or the two halves of a head.
         per_layer: the tables have a layer axis.
         per_head: the tables have a head axis.
+        grid: how to make tables for another image size; None if the size is fixed.
     """
 
     layout: Literal["interleaved", "half"]
     per_layer: bool = False
     per_head: bool = False
+    grid: RopeGrid | None = None
 
 
 class AttentionSpec(Facts):
@@ -93,18 +117,24 @@ class BlockSpec(Facts):
     Attributes:
         kind: ``pre``: norms before attention and MLP. ``res_post``: norms after them, before the addition.
             ``parallel``: attention and MLP read the same normed stream and are added together.
-        n_parallel: how many attentions, then how many MLPs, run side by side.
+        n_parallel: how many attentions, then how many MLPs, run side by side, each with a norm and a scale of its own.
         attn_scale, mlp_scale: a learned scale per channel (layer scale) on what is added to the stream.
     """
 
     kind: Literal["pre", "res_post", "parallel"] = "pre"
-    n_parallel: int = 1
+    n_parallel: int = Field(default=1, gt=0)
     attn: AttentionSpec
     mlp: MlpSpec | None
     ln1: NormSpec | None
     ln2: NormSpec | None
     attn_scale: bool = False
     mlp_scale: bool = False
+
+    @model_validator(mode="after")
+    def _side_by_side(self) -> BlockSpec:
+        if self.n_parallel > 1 and self.kind != "pre":
+            raise ValueError(f"n_parallel={self.n_parallel} goes with kind='pre', not with {self.kind!r}")
+        return self
 
 
 class EmbedSpec(Facts):
@@ -131,20 +161,34 @@ class PoolSpec(Facts):
     """From tokens to the vectors the head reads.
 
     Attributes:
-        kind: ``none``: all tokens. ``token``: the first. ``avg``: the mean. ``attention``: a learned query.
-        with_prefix: whether class and register tokens take part.
-        attn, mlp, norm: of attention pooling.
+        kind: ``none``: all tokens. ``token``: the first. ``avg``: the mean. ``attention``: learned queries (latents).
+        with_prefix: whether class and register tokens take part in the mean or the attention.
+        attn, mlp, norm: of attention pooling; the MLP, with its norm, is added to what attention returns.
+        n_latents: how many learned queries there are.
+        latents: which of them the head reads: the ``first``, or the ``mean``.
     """
 
     kind: Literal["none", "token", "avg", "attention"]
     with_prefix: bool = False
     attn: AttentionSpec | None = None
+    n_latents: int = Field(default=1, gt=0)
+    latents: Literal["first", "mean"] = "first"
     mlp: MlpSpec | None = None
     norm: NormSpec | None = None
 
+    @model_validator(mode="after")
+    def _attention(self) -> PoolSpec:
+        if (self.attn is not None) != (self.kind == "attention"):
+            raise ValueError("attention pooling, and no other, has an attention")
+        return self
+
 
 class ModelSpec(Facts):
-    """Everything about a vision transformer but its weights."""
+    """Everything about a vision transformer but its weights.
+
+    Attributes:
+        n_heads_out: 2: a second head reads the distillation token, and the logits are the mean of both.
+    """
 
     d_model: int = Field(gt=0)
     image_size: tuple[int, int]
@@ -159,6 +203,12 @@ class ModelSpec(Facts):
     d_pool: int = Field(gt=0)
     n_classes: int | None = Field(default=None, gt=0)
     n_heads_out: Literal[1, 2] = 1
+
+    @model_validator(mode="after")
+    def _two_heads(self) -> ModelSpec:
+        if self.n_heads_out == 2 and (self.pool.kind != "token" or self.ln_pool is not None):
+            raise ValueError("two heads read the class and the distillation token, with no norm between")
+        return self
 
     @property
     def n_layers(self) -> int:

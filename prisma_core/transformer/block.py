@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from prisma_core.hooks import HookPoint
@@ -64,16 +65,83 @@ class Block(nn.Module):
         return self.hook_resid_post(x + self.hook_mlp_out(self.ls2(self.mlp(self.ln2(x)))))
 
     def _inputs(self, x: Tensor) -> HeadInputs:
-        points = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
-        if not any(point.wanted for point in points):
-            return HeadInputs()
-        counts = (self.attn.spec.n_heads, self.attn.spec.n_kv_heads, self.attn.spec.n_kv_heads)
-        return HeadInputs(*(self._input(x, point, n) for point, n in zip(points, counts, strict=True)))
+        ln1 = None if self.spec.kind == "res_post" or self.spec.ln1 is None else cast(Norm, self.ln1)
+        return head_inputs(x, (self.hook_q_input, self.hook_k_input, self.hook_v_input), self.spec, (ln1,))[0]
 
-    def _input(self, x: Tensor, point: HookPoint, n: int) -> Tensor | None:
+
+class SideBySide(nn.Module):
+    """One block that adds several attentions to the residual stream at once, then several MLPs.
+
+    Each has a norm and a scale of its own, found by its number: ``blocks.{l}.attn.{i}``, ``blocks.{l}.ln1.{i}``.
+    ``hook_q_input`` and its like hold the heads of all attentions, one attention after the other.
+
+    Source: "Three things everyone should know about vision transformers" (Touvron et al. 2022), section 3.
+    """
+
+    def __init__(self, spec: BlockSpec, d_model: int, n_tokens: int, rope: RopeSpec | None):
+        super().__init__()
+        self.spec = spec
+        self.hook_resid_pre = HookPoint(STREAM, "the stream before the block")
+        heads = "batch pos head d_model"
+        kv_heads = heads if spec.attn.n_heads == spec.attn.n_kv_heads else "batch pos kv_head d_model"
+        self.hook_q_input = HookPoint(heads, "resid_pre, once for each query head of each attention", derived=True)
+        self.hook_k_input = HookPoint(kv_heads, "resid_pre, once for each key head of each attention", derived=True)
+        self.hook_v_input = HookPoint(kv_heads, "resid_pre, once for each value head of each attention", derived=True)
+        self.ln1, self.attn, self.ls1 = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for _ in range(spec.n_parallel):
+            self.ln1.append(norm_or_identity(spec.ln1, d_model))
+            self.attn.append(Attention(spec.attn, d_model, n_tokens, rope))
+            self.ls1.append(Scale(d_model) if spec.attn_scale else nn.Identity())
+        self.hook_attn_out = HookPoint(STREAM, "what all attentions add to the stream")
+        if spec.mlp is not None:
+            self.hook_resid_mid = HookPoint(STREAM, "resid_pre + attn_out")
+            self.ln2, self.mlp, self.ls2 = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+            for _ in range(spec.n_parallel):
+                self.ln2.append(norm_or_identity(spec.ln2, d_model))
+                self.mlp.append(MLP(spec.mlp, d_model, d_model))
+                self.ls2.append(Scale(d_model) if spec.mlp_scale else nn.Identity())
+            self.hook_mlp_out = HookPoint(STREAM, "what all MLPs add to the stream")
+        self.hook_resid_post = HookPoint(STREAM, "resid_mid + mlp_out" if spec.mlp else "resid_pre + attn_out")
+
+    def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
+        x = self.hook_resid_pre(x)
+        points = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
+        norms = tuple(None if self.spec.ln1 is None else cast(Norm, norm) for norm in self.ln1)
+        inputs = head_inputs(x, points, self.spec, norms)
+        attentions = zip(self.ln1, self.attn, self.ls1, inputs, strict=True)
+        outs = [scale(attn(norm(x), rope, own)) for norm, attn, scale, own in attentions]
+        x = x + self.hook_attn_out(torch.stack(outs).sum(0))
+        if self.spec.mlp is None:
+            return self.hook_resid_post(x)
+        x = self.hook_resid_mid(x)
+        outs = [scale(mlp(norm(x))) for norm, mlp, scale in zip(self.ln2, self.mlp, self.ls2, strict=True)]
+        return self.hook_resid_post(x + self.hook_mlp_out(torch.stack(outs).sum(0)))
+
+
+def make_block(spec: BlockSpec, d_model: int, n_tokens: int, rope: RopeSpec | None) -> Block | SideBySide:
+    """Return the block of a spec."""
+    kind = Block if spec.n_parallel == 1 else SideBySide
+    return kind(spec, d_model, n_tokens, rope)
+
+
+def head_inputs(
+    x: Tensor, points: tuple[HookPoint, HookPoint, HookPoint], spec: BlockSpec, norms: tuple[Norm | None, ...]
+) -> list[HeadInputs]:
+    """Return, for each attention, what each of its heads reads, where a scope asks for heads' own inputs.
+
+    Args:
+        x: the residual stream.
+        points: hook points of the inputs of queries, keys and values, each with the heads of all attentions.
+        norms: each attention's norm, None where it reads the stream as it is.
+    """
+    if not any(point.wanted for point in points):
+        return [HeadInputs()] * len(norms)
+    counts = (spec.attn.n_heads, spec.attn.n_kv_heads, spec.attn.n_kv_heads)
+    columns: list[list[Tensor | None]] = []
+    for point, n in zip(points, counts, strict=True):
         if not point.wanted:
-            return None
-        own = point(x.unsqueeze(2).expand(-1, -1, n, -1).contiguous())
-        if self.spec.kind == "res_post" or self.spec.ln1 is None:
-            return own
-        return cast(Norm, self.ln1).fused(own)
+            columns.append([None] * len(norms))
+            continue
+        own = point(x.unsqueeze(2).expand(-1, -1, n * len(norms), -1).contiguous()).split(n, dim=2)
+        columns.append([part if norm is None else norm.fused(part) for part, norm in zip(own, norms, strict=True)])
+    return [HeadInputs(*row) for row in zip(*columns, strict=True)]

@@ -20,6 +20,9 @@ Grid: TypeAlias = tuple[int, int]
 class Embed(nn.Module):
     """The patch projection, the prefix tokens and the position embedding.
 
+    An opaque stem returns a grid of tokens ``[batch row column d_model]``, or ``[batch patch d_model]`` if there is only
+    one size of image.
+
     Attributes:
         prefix: class, distillation and register tokens, in the order of the layout: ``[prefix d_model]``.
         pos_embed: one row for every token of the native layout, zero where upstream adds none: ``[pos d_model]``.
@@ -45,6 +48,8 @@ class Embed(nn.Module):
             grid = self.proj(image).permute(0, 2, 3, 1)
         else:
             grid = self.stem(image)
+            if grid.ndim == 3:
+                grid = grid.unflatten(1, (self.layout.rows, self.layout.columns))
         return self.norm(grid.flatten(1, 2)), (grid.shape[1], grid.shape[2])
 
     def with_prefix(self, x: Tensor) -> Tensor:

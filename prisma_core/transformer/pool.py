@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from prisma_core.spec import PoolSpec
+from prisma_core.hooks import HookPoint
+from prisma_core.spec import AttentionSpec, PoolSpec
+from prisma_core.transformer.mlp import MLP
+from prisma_core.transformer.norm import norm_or_identity
 
 
 class Pool(nn.Module):
-    """Class token, mean, or all tokens."""
+    """Class token, mean, attention from learned queries, or all tokens.
 
-    def __init__(self, spec: PoolSpec):
+    Source of attention pooling: "Set Transformer" (Lee et al. 2019), section 3.2.
+    """
+
+    def __init__(self, spec: PoolSpec, d_model: int, d_pool: int):
         super().__init__()
         self.spec = spec
+        if spec.attn is not None:
+            latents = "batch latent d_model"
+            self.attn = PoolAttention(spec.attn, spec.n_latents, d_model, d_pool, "pos" if spec.with_prefix else "patch")
+            self.hook_attn_out = HookPoint(latents, "what attention returns for each latent")
+            if spec.mlp is not None:
+                self.ln = norm_or_identity(spec.norm, d_pool, latents)
+                self.mlp = MLP(spec.mlp, d_pool, d_pool, "batch latent")
+                self.hook_mlp_out = HookPoint(latents, "what the MLP adds to attn_out")
 
     def forward(self, x: Tensor, n_prefix: int) -> Tensor:
         if self.spec.kind == "none":
@@ -20,5 +37,73 @@ class Pool(nn.Module):
         if self.spec.kind == "token":
             return x[:, 0]
         if not self.spec.with_prefix:
-            x = x[:, n_prefix :]
-        return x.mean(dim=1)
+            x = x[:, n_prefix:]
+        if self.spec.kind == "avg":
+            return x.mean(dim=1)
+        x = self.hook_attn_out(self.attn(x))
+        if self.spec.mlp is not None:
+            x = x + self.hook_mlp_out(self.mlp(self.ln(x)))
+        return x[:, 0] if self.spec.latents == "first" else x.mean(dim=1)
+
+
+class PoolAttention(nn.Module):
+    """Softmax attention from learned queries to tokens.
+
+    Attributes:
+        latent: what the queries are made of: ``[latent d_model]``.
+    """
+
+    def __init__(self, spec: AttentionSpec, n_latents: int, d_model: int, d_out: int, tokens: str):
+        super().__init__()
+        self.spec = spec
+        width = spec.n_heads * spec.d_head
+        normed = ", normed" if spec.qk_norm else ""
+        self.latent = nn.Parameter(torch.zeros(n_latents, d_model))
+        self.q = nn.Linear(d_model, width)
+        self.kv = nn.Linear(d_model, 2 * width)
+        self.q_norm = norm_or_identity(spec.qk_norm, spec.d_head, "batch latent head d_head")
+        self.k_norm = norm_or_identity(spec.qk_norm, spec.d_head, f"batch {tokens} head d_head")
+        self.hook_q = HookPoint("batch latent head d_head", f"latent W_Q + b_Q{normed}")
+        self.hook_k = HookPoint(f"batch {tokens} head d_head", f"x W_K + b_K{normed}")
+        self.hook_v = HookPoint(f"batch {tokens} head d_head", "x W_V + b_V")
+        self.hook_attn_scores = HookPoint(f"batch head latent key_{tokens}", "q . k * scale")
+        self.hook_pattern = HookPoint(f"batch head latent key_{tokens}", "softmax(attn_scores)")
+        self.hook_z = HookPoint("batch latent head d_head", "pattern v")
+        self.out = nn.Linear(width, d_out)
+
+    @property
+    def W_Q(self) -> Tensor:
+        """Query weights, a view: ``[head d_model d_head]``."""
+        return self._by_head(self.q.weight)
+
+    @property
+    def W_K(self) -> Tensor:
+        """Key weights, a view: ``[head d_model d_head]``."""
+        return self._by_head(self.kv.weight.chunk(2)[0])
+
+    @property
+    def W_V(self) -> Tensor:
+        """Value weights, a view: ``[head d_model d_head]``."""
+        return self._by_head(self.kv.weight.chunk(2)[1])
+
+    @property
+    def W_O(self) -> Tensor:
+        """Output weights, a view: ``[head d_head d_model]``."""
+        return rearrange(self.out.weight, "d_model (head d_head) -> head d_head d_model", head=self.spec.n_heads)
+
+    def _by_head(self, weight: Tensor) -> Tensor:
+        return rearrange(weight, "(head d_head) d_model -> head d_model d_head", head=self.spec.n_heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        split = (self.spec.n_heads, self.spec.d_head)
+        q = self.q(self.latent.expand(x.shape[0], -1, -1)).unflatten(-1, split)
+        k, v = (part.unflatten(-1, split) for part in self.kv(x).chunk(2, dim=-1))
+        q, k, v = self.hook_q(self.q_norm(q)), self.hook_k(self.k_norm(k)), self.hook_v(v)
+        z = self.hook_z(self._attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2))
+        return self.out(z.flatten(2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not (self.hook_attn_scores.wanted or self.hook_pattern.wanted):
+            return F.scaled_dot_product_attention(q, k, v, scale=self.spec.scale)
+        scores = self.hook_attn_scores((q * self.spec.scale) @ k.transpose(-2, -1))
+        return self.hook_pattern(scores.softmax(-1)) @ v

@@ -14,10 +14,11 @@ from prisma_core.layout import TokenLayout
 from prisma_core.preprocess import Preprocess
 from prisma_core.spec import ModelSpec
 from prisma_core.transformer.attention import Rope
-from prisma_core.transformer.block import STREAM, Block
+from prisma_core.transformer.block import STREAM, make_block
 from prisma_core.transformer.embed import Embed, Grid, check_image
 from prisma_core.transformer.norm import norm_or_identity
 from prisma_core.transformer.pool import Pool
+from prisma_core.transformer.rope import grid_tables
 
 if TYPE_CHECKING:
     from prisma_core.zoo import Origin
@@ -53,7 +54,7 @@ class HookedViT(Hooked):
         if spec.ln_pre is not None:
             self.ln_pre = norm_or_identity(spec.ln_pre, spec.d_model)
             self.hook_ln_pre = HookPoint(STREAM, "ln_pre(full_embed)")
-        self.blocks = nn.ModuleList(Block(block, spec.d_model, n_tokens, spec.rope) for block in spec.blocks)
+        self.blocks = nn.ModuleList(make_block(block, spec.d_model, n_tokens, spec.rope) for block in spec.blocks)
         if spec.rope is not None:
             shape = _rope_shape(spec)
             self.rope_cos = nn.Parameter(torch.ones(shape))
@@ -61,13 +62,20 @@ class HookedViT(Hooked):
         if spec.ln_final is not None:
             self.ln_final = norm_or_identity(spec.ln_final, spec.d_model)
             self.hook_ln_final = HookPoint(STREAM, "ln_final(resid_post of the last block)")
-        self.pool = Pool(spec.pool)
+        self.pool = Pool(spec.pool, spec.d_model, spec.d_pool)
         pooled = STREAM if spec.pool.kind == "none" else "batch d_model"
         self.hook_pooled = HookPoint(pooled, f"{spec.pool.kind} pooling of the tokens, before ln_pool")
         self.ln_pool = norm_or_identity(spec.ln_pool, spec.d_pool, pooled)
+        if spec.n_heads_out == 2:
+            self.hook_pooled_dist = HookPoint(pooled, "the distillation token")
         if spec.n_classes is not None:
             self.head = nn.Linear(spec.d_pool, spec.n_classes)
-        self.hook_logits = HookPoint("batch class" if spec.pool.kind != "none" else "batch pos class", "head(ln_pool(pooled))" if spec.ln_pool else "head(pooled)")
+            if spec.n_heads_out == 2:
+                self.head_dist = nn.Linear(spec.d_pool, spec.n_classes)
+        classes = "class" if spec.n_classes is not None else "d_model"
+        self.hook_logits = HookPoint(
+            f"batch pos {classes}" if spec.pool.kind == "none" else f"batch {classes}", _logits_equation(spec)
+        )
 
     @property
     def layout(self) -> TokenLayout:
@@ -109,8 +117,9 @@ class HookedViT(Hooked):
                     f"start_at_layer={start_at_layer} needs a residual stream [batch pos {self.spec.d_model}], "
                     f"got shape {list(x.shape)}."
                 )
+        tables = self._rope_tables(grid)
         for index in range(first, last):
-            x = self.blocks[index](x, self._rope(index, grid))
+            x = self.blocks[index](x, self._rope(index, tables))
         if stop_at_layer is not None:
             return x
         return self.unembed(x)
@@ -129,16 +138,26 @@ class HookedViT(Hooked):
         """Return the logits of a residual stream ``[batch pos d_model]``: final norm, pooling, head."""
         if self.spec.ln_final is not None:
             x = self.hook_ln_final(self.ln_final(x))
-        x = self.ln_pool(self.hook_pooled(self.pool(x, self.spec.layout.n_prefix)))
+        pooled = self.ln_pool(self.hook_pooled(self.pool(x, self.spec.layout.n_prefix)))
         if self.spec.n_classes is not None:
-            x = self.head(x)
-        return self.hook_logits(x)
+            pooled = self.head(pooled)
+        if self.spec.n_heads_out == 2:
+            second = self.hook_pooled_dist(x[:, self.spec.layout.cls])
+            pooled = (pooled + (self.head_dist(second) if self.spec.n_classes is not None else second)) / 2
+        return self.hook_logits(pooled)
 
-    def _rope(self, layer: int, grid: Grid) -> Rope | None:
-        if self.spec.rope is None:
+    def _rope_tables(self, grid: Grid) -> Rope | None:
+        rope, layout = self.spec.rope, self.spec.layout
+        if rope is None:
             return None
-        cos, sin = self.rope_cos, self.rope_sin
-        return Rope(cos[layer], sin[layer]) if self.spec.rope.per_layer else Rope(cos, sin)
+        if rope.grid is None or grid == (layout.rows, layout.columns):
+            return Rope(self.rope_cos, self.rope_sin)
+        return Rope(*grid_tables(rope.grid, rope.layout, *grid, layout.n_prefix, self.rope_cos))
+
+    def _rope(self, layer: int, tables: Rope | None) -> Rope | None:
+        if tables is None or self.spec.rope is None or not self.spec.rope.per_layer:
+            return tables
+        return Rope(tables.cos[layer], tables.sin[layer])
 
 
 def _rope_shape(spec: ModelSpec) -> tuple[int, ...]:
@@ -146,6 +165,13 @@ def _rope_shape(spec: ModelSpec) -> tuple[int, ...]:
     attn = spec.blocks[0].attn
     layers = (len(spec.blocks),) if spec.rope.per_layer else ()
     return (*layers, spec.layout.n_tokens, attn.n_heads if spec.rope.per_head else 1, attn.d_head)
+
+
+def _logits_equation(spec: ModelSpec) -> str:
+    read = "ln_pool(pooled)" if spec.ln_pool else "pooled"
+    if spec.n_heads_out == 1:
+        return read if spec.n_classes is None else f"head({read})"
+    return "(pooled + pooled_dist) / 2" if spec.n_classes is None else "(head(pooled) + head_dist(pooled_dist)) / 2"
 
 
 def _layer(index: int | None, default: int, n: int) -> int:
