@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+
+from prisma_core.preprocess import Preprocess
+
+
+class Pictures(NamedTuple):
+    """Two ways from a Pillow image to a model's input: ours, and upstream's own ``[channel height width]``."""
+
+    preprocess: Preprocess
+    reference: Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -15,7 +25,15 @@ class Case:
     Attributes:
         name: unique among the plugin's cases; shown in reports.
         build: returns the upstream model, small, at upstream's own initialisation; the kit draws the weights.
+        full: the same at its real size, where that differs; used by ``full=True``.
+        forward: how upstream is called and its main output read, where that is not ``upstream(image)``.
+        pictures: returns our and upstream's preprocessing, given the upstream model.
+        skips: names of checks that cannot hold here, each with the reason.
     """
 
     name: str
     build: Callable[[], nn.Module]
+    full: Callable[[], nn.Module] | None = None
+    forward: Callable[[nn.Module, Tensor], Tensor] | None = None
+    pictures: Callable[[nn.Module], Pictures] | None = None
+    skips: Mapping[str, str] = field(default_factory=dict[str, str])

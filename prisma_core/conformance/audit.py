@@ -1,0 +1,77 @@
+"""Every attribute of upstream's modules is read, or ignored with a reason."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+from prisma_core.adapter import qualified_name
+from prisma_core.conformance.registry import Finding, register
+from prisma_core.conformance.subject import Subject, reader_of
+
+# Of torch's own modules: what the shapes of the weights say already, and what does nothing in evaluation.
+HARMLESS: Mapping[str, frozenset[str]] = {
+    "Linear": frozenset({"in_features", "out_features"}),
+    "NonDynamicallyQuantizableLinear": frozenset({"in_features", "out_features"}),
+    "Embedding": frozenset({"num_embeddings", "embedding_dim", "sparse", "scale_grad_by_freq"}),
+    "LayerNorm": frozenset({"normalized_shape", "elementwise_affine"}),
+    "RMSNorm": frozenset({"normalized_shape", "elementwise_affine"}),
+    "Dropout": frozenset({"p", "inplace"}),
+    "SiLU": frozenset({"inplace"}),
+    "ReLU": frozenset({"inplace"}),
+    "Conv1d": frozenset({"in_channels", "out_channels", "kernel_size", "transposed", "output_padding"}),
+    "Conv2d": frozenset({"in_channels", "out_channels", "kernel_size", "transposed", "output_padding"}),
+    "Conv3d": frozenset({"in_channels", "out_channels", "kernel_size", "transposed", "output_padding"}),
+}
+_NOTHING = (nn.Identity, nn.Dropout, nn.ModuleList, nn.Sequential, nn.ModuleDict)
+
+
+@register("spec.audit", "every public attribute of upstream's modules is read, or ignored with a reason")
+def audit(subject: Subject) -> Finding:
+    reader, upstream = reader_of(subject)
+    record = reader.record
+    stem = subject.adapter.stem(reader, subject.spec)
+    opaque = {id(part) for part in stem.modules()} if stem is not None else set[int]()
+    ignored = subject.adapter.ignored
+    problems: dict[str, None] = {}
+    looked = 0
+    for path, module in upstream.named_modules():
+        if id(module) in opaque:
+            continue  # upstream's own code runs there
+        for name in _attributes(module):
+            looked += 1
+            if f"{path}.{name}".lstrip(".") not in record and not _excused(module, name, ignored):
+                problems[_say(module, name, f"= {vars(module)[name]!r}")] = None
+        for name, child in module.named_children():
+            below = f"{path}.{name}".lstrip(".")
+            if _matters(child) and id(child) not in opaque and not _visited(below, record) and not _excused(module, name, ignored):
+                problems[_say(module, name, f"({type(child).__name__})")] = None
+    return Finding(problems=tuple(problems), detail=f"{looked} attributes, {len(record)} read")
+
+
+def _attributes(module: nn.Module) -> Iterator[str]:
+    for name in vars(module):
+        if not name.startswith("_") and name not in ("training", "call_super_init", "dump_patches"):
+            yield name
+
+
+def _matters(child: nn.Module) -> bool:
+    # A module with weights shows in the weight map; one without changes numbers unseen unless its type is looked at.
+    return not isinstance(child, _NOTHING) and not any(True for _ in child.parameters())
+
+
+def _visited(path: str, record: set[str]) -> bool:
+    return path in record or any(entry.startswith(f"{path}.") for entry in record)
+
+
+def _excused(module: nn.Module, name: str, ignored: Mapping[str, str]) -> bool:
+    if type(module).__module__.startswith("torch.nn.") and name in HARMLESS.get(type(module).__name__, ()):
+        return True
+    kinds = [kind.__name__ for kind in type(module).__mro__ if kind is not nn.Module]
+    return any(fnmatch.fnmatchcase(f"{kind}.{name}", pattern) for kind in kinds for pattern in ignored)
+
+
+def _say(module: nn.Module, name: str, what: str) -> str:
+    return f"{qualified_name(module)}.{name} {what[:60]} is neither read nor ignored with a reason"

@@ -1,0 +1,161 @@
+"""Same numbers: logits, activations, gradients."""
+
+from __future__ import annotations
+
+import re
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from prisma_core.conformance import tolerances
+from prisma_core.conformance.registry import Finding, register
+from prisma_core.conformance.subject import Subject, worst
+from prisma_core.hookmap import Recorder
+from prisma_core.zoo import tensors_of
+
+
+@register("parity.logits", "logits equal upstream's in float64, and err no more than upstream does in other dtypes")
+@torch.no_grad()
+def logits(subject: Subject) -> Finding:
+    exact = subject.pair()
+    errors: dict[str, float] = {}
+    for size in subject.sizes():
+        for batch in (1, 3) if size == subject.spec.image_size else (2,):
+            image = subject.image(batch, size)
+            theirs = subject.forward(exact.upstream, image)
+            if theirs.numel() > 1 and not float(theirs.std()) > 0:
+                return Finding(problems=("upstream's output is constant or NaN: these weights prove nothing",))
+            errors[f"batch {batch} at {size[0]}x{size[1]}"] = worst(exact.model(image), theirs)
+    problems: list[str] = []
+    notes: list[str] = []
+    for dtype, device in _others(subject):
+        problem, note = _errs_as_upstream(subject, dtype, device)
+        problems += [problem] if problem else []
+        notes.append(note)
+    where = max(errors, key=lambda key: errors[key])
+    detail = f"float64: {len(errors)} inputs, worst {where}; {'; '.join(notes)}"
+    if errors[where] > tolerances.FLOAT64:
+        problems.append(f"float64: logits differ by {errors[where]:.1e} of their standard deviation, {where}")
+    return Finding(errors[where], tolerances.FLOAT64, tuple(problems), detail)
+
+
+def _others(subject: Subject) -> list[tuple[torch.dtype, torch.device]]:
+    # float64 on a GPU is the same proof again; half precision on a CPU is no one's use of it, and slow.
+    half = [torch.bfloat16, torch.float16]
+    devices = [subject.device, *([subject.also] if subject.also is not None else [])]
+    pairs = [(torch.float32, device) for device in devices]
+    return pairs + [(dtype, device) for device in devices if device.type == "cuda" for dtype in half]
+
+
+def _errs_as_upstream(subject: Subject, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+    name = f"{str(dtype).removeprefix('torch.')} on {device.type}"
+    pair = subject.pair(dtype, device)
+    image = subject.image(3, dtype=dtype, device=device)
+    # Against float64 on the very numbers that this dtype holds: the error of the arithmetic, not of the rounding.
+    exact = subject.upstream(dtype, device).double()
+    truth = subject.forward(exact, image.double())
+    ours, theirs = pair.model(image), subject.forward(pair.upstream, image)
+    if torch.equal(ours, theirs):
+        return "", f"{name}: bit-equal"
+    error, own = worst(ours, truth), worst(theirs, truth)
+    bound = tolerances.OWN_ERROR_FACTOR * own + tolerances.rounding(dtype)
+    note = f"{name}: errs by {error:.1e}, upstream by {own:.1e}"
+    return ("" if error <= bound else f"{note}, more than {bound:.1e}"), note
+
+
+@register("parity.hooks", "every activation in the hook map equals upstream's at that place, at every layer")
+@torch.no_grad()
+def hooks(subject: Subject) -> Finding:
+    found = compare(subject)
+    points = subject.pair().model.hook_points()
+    plain = [name for name, point in points.items() if not point.derived]
+    problems = [f"{name}: {reason}" for name, reason in found.unread.items()]
+    problems += [f"{name} differs by {error:.1e}" for name, error in found.errors.items() if not error <= tolerances.FLOAT64]
+    # What an upstream cannot show (a norm's scale inside its kernel) is proven by algebra from what it can.
+    problems += [f"{name} is not in the hook map" for name in plain if name not in found.errors and _must_map(name)]
+    uncovered = sorted({_family(name) for name in plain if name not in found.errors})
+    detail = f"{len(found.errors)} of {len(plain)} hook points compared"
+    if uncovered:
+        detail += f"; upstream shows no place for {', '.join(uncovered)}"
+    return Finding(max(found.errors.values(), default=float("inf")), tolerances.FLOAT64, tuple(problems), detail)
+
+
+def _must_map(name: str) -> bool:
+    return name.rsplit(".", 1)[-1] in ("hook_resid_pre", "hook_resid_post", "hook_logits")
+
+
+def _family(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".{l}.", name, count=1)
+
+
+class Comparison:
+    """Activations beside upstream's: the error at each hook point in firing order, and rows that read nothing."""
+
+    def __init__(self) -> None:
+        self.errors: dict[str, float] = {}
+        self.unread: dict[str, str] = {}
+
+
+@torch.no_grad()
+def compare(subject: Subject) -> Comparison:
+    """Return how far each mapped activation is from upstream's."""
+    upstream, model = subject.pair()
+    passes = subject.passes()
+    table = subject.adapter.hooks(_reader(subject), subject.spec)
+    rows = table.bound(list(passes.acts))
+    explicit = getattr(subject.adapter, "explicit", None)
+    scope = explicit(upstream) if explicit is not None else nullcontext()
+    with scope, Recorder(upstream, [row.place for row in rows]) as seen:
+        subject.forward(upstream, passes.image)
+    found = Comparison()
+    order = {name: index for index, name in enumerate(model.hook_points())}
+    for row in sorted(rows, key=lambda row: order[row.hook]):
+        theirs = seen.get(row.place)
+        if theirs is None:
+            found.unread[row.hook] = f"upstream never passed {row.place}"
+        else:
+            error = worst(passes.acts[row.hook], row.read(theirs, table.sizes))
+            found.errors[row.hook] = max(error, found.errors.get(row.hook, 0.0))
+    return found
+
+
+def _reader(subject: Subject):  # noqa: ANN202
+    from prisma_core.adapter import Reader
+
+    return Reader(subject.pair().upstream)
+
+
+@register("parity.gradients", "gradients by the input and by every upstream weight equal upstream's, through the map")
+def gradients(subject: Subject) -> Finding:
+    upstream, model = subject.pair()
+    image = subject.image(2)
+    theirs = subject.forward(upstream, given := image.clone().requires_grad_())
+    weights = torch.randn(theirs.shape, generator=subject.generator(2)).to(theirs)
+    groups: dict[int, list[str]] = {}
+    for name, parameter in upstream.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    parameters = dict(upstream.named_parameters())
+    wanted = torch.autograd.grad((theirs * weights).sum(), [given, *parameters.values()], allow_unused=True)
+
+    leaves = {name: tensor for name, tensor in tensors_of(model).items()}
+    active = {name: tensor for name, tensor in leaves.items() if tensor.requires_grad}
+    ours = model(mine := image.clone().requires_grad_())
+    got = torch.autograd.grad((ours * weights).sum(), [mine, *active.values()], allow_unused=True)
+    if got[0] is None or wanted[0] is None:
+        return Finding(problems=("no gradient reaches the input",))
+    canonical: dict[str, Tensor] = {name: torch.zeros_like(tensor) for name, tensor in leaves.items()}
+    canonical |= {name: grad for name, grad in zip(active, got[1:], strict=True) if grad is not None}
+    assert model.origin is not None
+    pulled = model.origin.map.pull_back(tensors_of(upstream), canonical)
+
+    errors = {"the input": worst(got[0], wanted[0], float(wanted[0].abs().max()))}
+    scale = max((float(grad.abs().max()) for grad in wanted[1:] if grad is not None), default=1.0)
+    for (name, parameter), grad in zip(parameters.items(), wanted[1:], strict=True):
+        theirs = torch.zeros_like(parameter) if grad is None else grad
+        summed = [pulled[twin] for twin in groups[id(parameter)] if twin in pulled]
+        mapped = torch.stack(summed).sum(0) if summed else torch.zeros_like(parameter)
+        # A gradient that is zero in truth (the bias of keys) is only rounding: measure it by the others.
+        errors[name] = worst(mapped, theirs, max(float(theirs.abs().max()), 1e-3 * scale))
+    problems = tuple(f"the gradient by {name} differs by {e:.1e}" for name, e in errors.items() if not e <= tolerances.GRADIENT)
+    return Finding(max(errors.values()), tolerances.GRADIENT, problems, f"the input and {len(parameters)} weights")

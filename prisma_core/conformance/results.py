@@ -1,0 +1,157 @@
+"""What a run of the kit found: results, certificates, reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from prisma_core.errors import LoadError, PrismaError
+from prisma_core.spec import Facts
+
+
+class CheckFailed(PrismaError):
+    """A conformance check did not pass."""
+
+
+class CheckResult(Facts):
+    """The outcome of one check on one model.
+
+    Attributes:
+        error: the largest error found, in the unit of the bound.
+        bound: what it may be at most.
+        detail: what was looked at, or what went wrong.
+        skipped: why the check does not apply; it then counts as neither passed nor failed.
+    """
+
+    name: str
+    passed: bool
+    error: float | None = None
+    bound: float | None = None
+    detail: str = ""
+    skipped: str | None = None
+
+    def __str__(self) -> str:
+        state = "skipped" if self.skipped else "passed" if self.passed else "FAILED"
+        numbers = f" error {self.error:.2e}" if self.error is not None else ""
+        numbers += f" of at most {self.bound:.0e}" if self.error is not None and self.bound is not None else ""
+        return f"{self.name}: {state}{numbers}" + (f": {self.skipped or self.detail}" if self.skipped or self.detail else "")
+
+
+class Certificate(Facts):
+    """What was proven about one model, and under which versions.
+
+    Attributes:
+        name: the case, reference or type checked.
+        upstream: qualified name of upstream's class.
+        library, version: the package it comes from.
+        sizes: heights and widths of the images tried.
+        weights: ``random``: every weight drawn. ``own``: as the model came.
+        full: whether upstream was built at its real size.
+        facts: a digest of the spec with its sizes left out; equal for models that differ in size alone.
+    """
+
+    name: str
+    reference: str | None = None
+    upstream: str
+    library: str
+    version: str
+    torch: str
+    dtype: str = "float64"
+    device: str = "cpu"
+    sizes: tuple[tuple[int, int], ...] = ()
+    weights: str = "random"
+    full: bool = False
+    facts: str = ""
+    seconds: float = 0.0
+    results: tuple[CheckResult, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check failed and at least one ran."""
+        ran = [result for result in self.results if result.skipped is None]
+        return bool(ran) and all(result.passed for result in ran)
+
+    @property
+    def failures(self) -> tuple[CheckResult, ...]:
+        return tuple(result for result in self.results if not result.passed and result.skipped is None)
+
+    def __getitem__(self, check: str) -> CheckResult:
+        return next(result for result in self.results if result.name == check)
+
+    def compact(self) -> str:
+        """Return one line of JSON: numbers and outcomes, without details and times."""
+        results = tuple(
+            result.model_copy(update={"detail": "", "error": None if result.error is None else float(f"{result.error:.1e}")})
+            for result in self.results
+        )
+        return self.model_copy(update={"results": results, "seconds": 0.0}).model_dump_json(exclude_defaults=True)
+
+
+class Report(Facts):
+    """What ``check`` returns: a certificate for each model checked; one, unless an adapter was given."""
+
+    certificates: tuple[Certificate, ...]
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.certificates) and all(certificate.passed for certificate in self.certificates)
+
+    @property
+    def results(self) -> tuple[CheckResult, ...]:
+        return tuple(result for certificate in self.certificates for result in certificate.results)
+
+    @property
+    def failures(self) -> tuple[CheckResult, ...]:
+        return tuple(result for certificate in self.certificates for result in certificate.failures)
+
+    @property
+    def certificate(self) -> Certificate:
+        """The only certificate.
+
+        Raises:
+            PrismaError: there are several.
+        """
+        if len(self.certificates) != 1:
+            raise PrismaError(f"This report holds {len(self.certificates)} certificates; use report.certificates.")
+        return self.certificates[0]
+
+    def raise_for_failures(self) -> None:
+        """Raise if anything failed.
+
+        Raises:
+            CheckFailed: with every failed check.
+        """
+        if self.failures:
+            lines = [f"{c.name}: {result}" for c in self.certificates for result in c.failures]
+            raise CheckFailed("\n".join(lines))
+
+    def __str__(self) -> str:
+        lines: list[str] = []
+        for certificate in self.certificates:
+            lines.append(f"{certificate.name} ({certificate.upstream}, {certificate.library} {certificate.version})")
+            lines += [f"  {result}" for result in certificate.results]
+        return "\n".join(lines)
+
+
+def write_certificates(certificates: Iterable[Certificate], path: str | Path) -> Path:
+    """Write certificates, one line of JSON each, sorted by name."""
+    lines = [certificate.compact() for certificate in sorted(certificates, key=lambda c: c.name)]
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def read_certificates(path: str | Path) -> list[Certificate]:
+    """Read what ``write_certificates`` wrote.
+
+    Raises:
+        LoadError: a line is not a certificate.
+    """
+    found: list[Certificate] = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            found.append(Certificate.model_validate_json(line))
+        except ValueError as error:
+            raise LoadError(f"{path}, line {number}, is not a certificate: {error}") from error
+    return found

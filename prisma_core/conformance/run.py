@@ -1,0 +1,195 @@
+"""Run the checks on a reference, a model, an adapter or a case."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+
+import torch
+from torch import nn
+
+from prisma_core.adapter import Adapter, qualified_name
+from prisma_core.conformance.case import Case, Pictures
+from prisma_core.conformance.registry import Check, NotApplicable, select
+from prisma_core.conformance.results import Certificate, CheckResult, Report
+from prisma_core.conformance.subject import Subject
+from prisma_core.errors import PrismaError, UnknownName, UnsupportedArchitecture
+from prisma_core.hooked import Hooked
+from prisma_core.plugins import host
+from prisma_core.sources import Loaded
+from prisma_core.transformer.vit import HookedViT
+from prisma_core.zoo import export
+
+Target = str | nn.Module | Adapter | Case
+
+
+def check(
+    target: Target,
+    *,
+    checks: str | Iterable[str] | None = None,
+    upstream: nn.Module | None = None,
+    adapter: Adapter | None = None,
+    device: torch.device | str | None = None,
+    full: bool = False,
+    pretrained: bool = False,
+    seed: int = 0,
+    progress: Callable[[str, CheckResult], None] | None = None,
+) -> Report:
+    """Prove that a model computes what its upstream computes, and that its hooks are live.
+
+    Args:
+        target: a reference (``timm:vit_tiny_patch16_224``), an upstream module, a hooked model, an adapter (all its
+            cases) or a case. Weights are drawn on a copy; the target is never changed.
+        checks: names or globs; None for all but those that are too slow to run unasked.
+        upstream: the module a hooked model was adapted from, where it came from no reference.
+        adapter: to use instead of the installed one.
+        device: where to run. None runs on the CPU, and parity.logits on a GPU too where there is one.
+        full: build a reference or case at its real size; else references that a plugin has a small case for use that.
+        pretrained: check a reference's real weights (downloads them), not drawn ones.
+        seed: of weights and images.
+        progress: called with the model's name and each result as it comes.
+
+    Raises:
+        UnknownName: no such check, reference or model.
+        UnsupportedArchitecture: the model cannot be represented, so there is nothing to check.
+    """
+    selected = select(checks)
+    certificates: list[Certificate] = []
+    for subject, reference in subjects(
+        target, upstream=upstream, adapter=adapter, device=device, full=full, pretrained=pretrained, seed=seed
+    ):
+        start = time.monotonic()
+        results: list[CheckResult] = []
+        for one in selected:
+            result = run_check(one, subject)
+            results.append(result)
+            if progress is not None:
+                progress(subject.case.name, result)
+        certificates.append(certify(subject, results, reference=reference, full=full, seconds=time.monotonic() - start))
+    return Report(certificates=tuple(certificates))
+
+
+def run_check(one: Check, subject: Subject) -> CheckResult:
+    """Return the result of one check."""
+    if reason := subject.case.skips.get(one.name):
+        return CheckResult(name=one.name, passed=False, skipped=reason)
+    try:
+        found = one.run(subject)
+    except NotApplicable as reason:
+        return CheckResult(name=one.name, passed=False, skipped=str(reason))
+    except Exception as problem:  # noqa: BLE001  # whatever a broken adapter or model raises is the finding
+        return CheckResult(name=one.name, passed=False, detail=f"{type(problem).__name__}: {problem}")
+    detail = "; ".join([*found.problems[:6], *([f"and {len(found.problems) - 6} more"] if len(found.problems) > 6 else [])])
+    return CheckResult(
+        name=one.name, passed=found.passed, error=found.error, bound=found.bound, detail=detail or found.detail
+    )
+
+
+def certify(
+    subject: Subject, results: Sequence[CheckResult], *, reference: str | None = None, full: bool = False, seconds: float = 0
+) -> Certificate:
+    """Return the certificate of results."""
+    kind = qualified_name(subject.base)
+    library = kind.split(".", 1)[0]
+    return Certificate(
+        name=subject.case.name,
+        reference=reference,
+        upstream=kind,
+        library=library,
+        version=_version(library),
+        torch=torch.__version__,
+        device=str(subject.also or subject.device),
+        sizes=tuple(subject.sizes()),
+        weights="random" if subject.drawn else "own",
+        full=full,
+        facts=subject.facts(),
+        seconds=round(seconds, 2),
+        results=tuple(results),
+    )
+
+
+def subjects(
+    target: Target,
+    *,
+    upstream: nn.Module | None = None,
+    adapter: Adapter | None = None,
+    device: torch.device | str | None = None,
+    full: bool = False,
+    pretrained: bool = False,
+    seed: int = 0,
+) -> Iterator[tuple[Subject, str | None]]:
+    """Yield what there is to check, next to its reference.
+
+    Raises:
+        UnknownName: no such reference.
+        UnsupportedArchitecture: an adapter without cases, or a model no adapter takes.
+    """
+    if isinstance(target, Adapter):
+        found = [(case, case.build()) for case, _ in host().cases()]
+        mine = [(case, built) for case, built in found if qualified_name(built) in target.types]
+        if not mine:
+            raise UnsupportedArchitecture(
+                ", ".join(target.types), "no installed plugin has a conformance case of this type. It"
+            )
+        for case, built in mine:
+            yield Subject(case, target, case.full() if full and case.full else built, seed=seed, device=device), None
+        return
+    case, reference, draw = _case(target, upstream, full=full, pretrained=pretrained)
+    built = case.full() if full and case.full else case.build()
+    yield Subject(case, adapter or host().adapter(built), built, draw=draw, seed=seed, device=device), reference
+
+
+def _case(
+    target: str | nn.Module | Case, upstream: nn.Module | None, *, full: bool, pretrained: bool
+) -> tuple[Case, str | None, bool]:
+    if isinstance(target, Case):
+        return target, None, True
+    if isinstance(target, str):
+        return *_referenced(target, full=full, pretrained=pretrained), not pretrained
+    if isinstance(target, HookedViT):
+        module = upstream if upstream is not None else _rebuilt(target)
+        return Case(qualified_name(module), lambda: module), target.reference, False
+    if isinstance(target, Hooked):
+        raise PrismaError(f"{type(target).__name__} was not adapted from an upstream model: there is nothing to compare.")
+    return Case(qualified_name(target), lambda: target), None, False
+
+
+def _referenced(reference: str, *, full: bool, pretrained: bool) -> tuple[Case, str]:
+    name, _, rest = reference.partition(":")
+    if not (full or pretrained):
+        for case, plugin in host().cases():
+            if reference in (case.name, f"{plugin}:{case.name}"):
+                return case, reference
+    loaded: list[Loaded] = []
+
+    def build() -> nn.Module:
+        loaded.append(host().source(name).load(rest, pretrained=pretrained))
+        return loaded[-1].model
+
+    if not rest:
+        raise UnknownName(f"{reference!r} is not a reference: expected SOURCE:MODEL, such as timm:vit_tiny_patch16_224.")
+    return Case(reference, build), reference
+
+
+def _rebuilt(model: HookedViT) -> nn.Module:
+    if model.origin is None or model.reference is None or model.reference.startswith("file:"):
+        raise PrismaError(
+            "This hooked model does not know its upstream module. Give it: check(model, upstream=module); "
+            "or check the upstream module itself."
+        )
+    source, _, rest = model.reference.partition(":")
+    built = host().source(source).load(rest, pretrained=False).model
+    built.load_state_dict(export(model), strict=True)
+    return built
+
+
+def _version(library: str) -> str:
+    names = packages_distributions().get(library) or [library]
+    try:
+        return version(names[0])
+    except PackageNotFoundError:
+        return "unknown"
+
+
+__all__ = ["Pictures", "certify", "check", "run_check", "subjects"]
