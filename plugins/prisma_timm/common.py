@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from prisma_core.adapter import Reader
-from prisma_core.spec import Activation, MlpSpec, NormSpec
+from prisma_core.spec import Activation, AttentionSpec, EmbedSpec, MlpSpec, NormSpec, PoolSpec
 
 LAYER_NORMS = ("torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm")
 RMS_NORMS = ("timm.layers.norm.RmsNorm", "torch.nn.modules.normalization.RMSNorm")
@@ -159,3 +159,92 @@ def explicit_attention(upstream: nn.Module) -> Iterator[None]:
     finally:
         for module in fused:
             module.fused_attn = True
+
+
+def patch_embed(module: Reader, *, pos: bool, dynamic: bool) -> EmbedSpec:
+    """Return the facts of timm's PatchEmbed.
+
+    Args:
+        pos: a position embedding is added to the tokens.
+        dynamic: the model goes on with grids of other sizes.
+    """
+    if not module.is_a("timm.layers.patch_embed.PatchEmbed"):
+        raise module.unsupported("its patch embedding")
+    if module.dynamic_img_pad:
+        raise module.unsupported("padding of images")
+    proj = module.proj
+    if not proj.is_a("torch.nn.modules.conv.Conv2d") or proj.kernel_size != proj.stride:
+        raise proj.unsupported("patches that overlap")
+    if module.img_size is None:
+        raise module.unsupported("no native image size")
+    return EmbedSpec(
+        patch=module.patch_size,
+        in_channels=proj.in_channels,
+        norm=norm(module.norm),
+        pos=pos,
+        interpolation="bicubic_antialias" if dynamic and not module.strict_img_size else None,
+    )
+
+
+def attention_pool(module: Reader, *, with_prefix: bool) -> PoolSpec:
+    """Return the facts of timm's AttentionPoolLatent."""
+    if not module.is_a("timm.layers.attention_pool.AttentionPoolLatent"):
+        raise module.unsupported("its kind of pooling")
+    if module.has("pos_embed"):
+        raise module.unsupported("positions added before pooling")
+    if not module.q.is_a("torch.nn.modules.linear.Linear") or not module.has("mlp"):
+        raise module.unsupported("attention pooling without a query projection or an MLP")
+    if module.pool not in ("token", "avg"):
+        raise module.unsupported(f"pool={module.pool!r} of several latents")
+    attn = AttentionSpec(
+        n_heads=module.num_heads,
+        n_kv_heads=module.num_heads,
+        d_head=module.head_dim,
+        scale=module.scale,
+        qk_norm=qk_norm(module),
+    )
+    return PoolSpec(
+        kind="attention",
+        with_prefix=with_prefix,
+        attn=attn,
+        n_latents=module.latent_len,
+        latents="first" if module.pool == "token" else "mean",
+        mlp=mlp(module.mlp),
+        norm=norm(module.norm),
+    )
+
+
+def qk_norm(attn: Reader) -> NormSpec | None:
+    """Return the facts of an attention's norms of queries and keys."""
+    if norm(attn.q_norm) != norm(attn.k_norm):
+        raise attn.unsupported("queries and keys normed differently")
+    return norm(attn.q_norm)
+
+
+def attention_pool_rows(module: Reader, source: str) -> str:
+    """Return the weight rows of attention pooling."""
+    return (
+        f"{source}.latent  ->  pool.attn.latent  :  1 n d -> n d"
+        + linear_rows(f"{source}.q", "pool.attn.q")
+        + linear_rows(f"{source}.kv", "pool.attn.kv")
+        + norm_rows(f"{source}.q_norm", "pool.attn.q_norm")
+        + norm_rows(f"{source}.k_norm", "pool.attn.k_norm")
+        + linear_rows(f"{source}.proj", "pool.attn.out")
+        + norm_rows(f"{source}.norm", "pool.ln")
+        + mlp_rows(module.mlp, f"{source}.mlp", "pool.mlp")
+    )
+
+
+def attention_pool_hooks(module: Reader, source: str) -> str:
+    """Return the hook rows of attention pooling; ``n`` is its number of heads."""
+    return f"""
+        {source}.q_norm                                   ->  pool.attn.hook_q            : b n p d -> b p n d
+        {source}.k_norm                                   ->  pool.attn.hook_k            : b n p d -> b p n d
+        {source} @ scaled_dot_product_attention : in2     ->  pool.attn.hook_v            : b n p d -> b p n d
+        {source} @ softmax : in                           ->  pool.attn.hook_attn_scores
+        {source} @ softmax                                ->  pool.attn.hook_pattern
+        {source}.proj : in                                ->  pool.attn.hook_z            : b p (n d) -> b p n d
+        {source}.proj_drop                                ->  pool.hook_attn_out
+        {source}.norm                                     ->  pool.ln.hook_normalized
+        {source}.mlp                                      ->  pool.hook_mlp_out
+    """ + mlp_hooks(module.mlp, f"{source}.mlp", "pool.mlp")

@@ -43,24 +43,37 @@ class Norm(nn.Module):
 
     def fused(self, x: Tensor) -> Tensor:
         """Return the norm of ``x`` past all hook points."""
+        given, weight, bias = self._operands(x)
         if self.spec.kind == "ln":
-            return F.layer_norm(x, (self.width,), self.weight, self.bias, self.spec.eps)
-        return F.rms_norm(x, (self.width,), self.weight, self.spec.eps)
+            return F.layer_norm(given, (self.width,), weight, bias, self.spec.eps).type_as(x)
+        if self.spec.in_float32:
+            return (given * self._inverse(given) * weight).type_as(x)
+        return F.rms_norm(x, (self.width,), weight, self.spec.eps)
+
+    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        if not self.spec.in_float32:
+            return x, self.weight, self.bias
+        return x.float(), self.weight.float(), None if self.bias is None else self.bias.float()
+
+    def _inverse(self, centred: Tensor) -> Tensor:
+        return torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + self.spec.eps)
 
     def _read(self, x: Tensor) -> Tensor:
         """Show the scale without changing the kernel: no hook can change it, no gradient is asked for."""
+        given, weight, bias = self._operands(x)
         if self.spec.kind == "ln":
-            normalized, _, inverse = torch.native_layer_norm(x, [self.width], self.weight, self.bias, self.spec.eps)
-            self.hook_scale(inverse.reciprocal())
-            return normalized
-        self.hook_scale((x.pow(2).mean(-1, keepdim=True) + self.spec.eps).sqrt())
+            normalized, _, inverse = torch.native_layer_norm(given, [self.width], weight, bias, self.spec.eps)
+            self.hook_scale(inverse.type_as(x).reciprocal())
+            return normalized.type_as(x)
+        self.hook_scale(self._inverse(given).type_as(x).reciprocal())
         return self.fused(x)
 
     def _explicit(self, x: Tensor) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True) if self.spec.kind == "ln" else x
-        scale = self.hook_scale((centred.pow(2).mean(-1, keepdim=True) + self.spec.eps).sqrt())
-        scaled = centred / scale * self.weight
-        return scaled if self.bias is None else scaled + self.bias
+        given, weight, bias = self._operands(x)
+        centred = given - given.mean(-1, keepdim=True) if self.spec.kind == "ln" else given
+        scale = self.hook_scale(self._inverse(centred).type_as(x).reciprocal())
+        scaled = centred * scale.reciprocal().type_as(given) * weight
+        return (scaled if bias is None else scaled + bias).type_as(x)
 
 
 def norm_or_identity(spec: NormSpec | None, width: int, axes: str = "batch pos d_model") -> Norm | nn.Identity:

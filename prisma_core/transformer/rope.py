@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from prisma_core.spec import RopeGrid
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Literal["interleaved", "half"]) -> Tensor:
+Layout = Literal["interleaved", "half"]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
     """Turn pairs of channels of queries or keys.
 
     Layout: ``x [batch pos head d_head]``; tables ``[pos 1 d_head]`` or ``[pos head d_head]``.
@@ -20,3 +25,45 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Literal["interleaved", "
     else:
         turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
     return (x * cos + turned * sin).type_as(x)
+
+
+def grid_tables(
+    spec: RopeGrid, layout: Layout, rows: int, columns: int, n_prefix: int, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin ``[pos 1 d_head]`` for a grid of patches, prefix rows the identity.
+
+    Args:
+        like: gives dtype and device.
+
+    Source: timm's RotaryEmbeddingCat and RotaryEmbeddingDinoV3: coordinates in float32, angles in the model's dtype.
+    """
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    row, column = _coordinates(spec, rows, columns, like.device)
+    axes = [row[:, None].expand(rows, columns), column[None, :].expand(rows, columns)]
+    grid = torch.stack(axes[::-1] if spec.column_first else axes, dim=-1).flatten(0, 1)
+    waves = torch.tensor(spec.waves, dtype=wide, device=like.device)
+    if spec.coordinates == "centred":
+        angles = 2 * math.pi * (2.0 * grid - 1.0).to(wide)[..., None] / waves
+    else:
+        angles = grid.to(wide)[..., None] * waves
+    cos, sin = (_spread(table.flatten(1), layout)[:, None] for table in (angles.cos(), angles.sin()))
+    if spec.in_float32:
+        cos, sin = cos.float(), sin.float()
+    one = cos.new_ones(n_prefix, *cos.shape[1:])
+    return torch.cat([one, cos]).to(like.dtype), torch.cat([torch.zeros_like(one), sin]).to(like.dtype)
+
+
+def _spread(pairs: Tensor, layout: Layout) -> Tensor:
+    return torch.cat([pairs, pairs], dim=-1) if layout == "half" else pairs.repeat_interleave(2, -1)
+
+
+def _coordinates(spec: RopeGrid, rows: int, columns: int, device: torch.device) -> list[Tensor]:
+    sides = (rows, columns)
+    over = {"separate": sides, "min": (min(sides),) * 2, "max": (max(sides),) * 2}[spec.normalize]
+    first = 0.5 if spec.coordinates == "centred" else 0.0
+    axes = [torch.arange(first, side, dtype=torch.float32, device=device) + spec.offset for side in sides]
+    if spec.coordinates == "centred":
+        axes = [axis / length for axis, length in zip(axes, over, strict=True)]
+    if spec.reference is not None:
+        axes = [axis / side * length for axis, side, length in zip(axes, sides, spec.reference, strict=True)]
+    return axes
