@@ -24,6 +24,17 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 IGNORED = {
+    "*.pretrained_cfg": "where weights and preprocessing come from",
+    "*.default_cfg": "where weights and preprocessing come from",
+    "*.pretrained_model_args": "how it was built",
+    "*.feature_info": "where features are taken from",
+    "*.grad_checkpointing": "memory in training",
+    "*.in_chans": "the channels of the patch projection",
+    "*.num_features": "the width of the head",
+    "*.head_hidden_size": "the width of the head",
+    "*.fused_attn": "which kernel computes attention",
+    "*.drop_path1": "drops in training only",
+    "*.drop_path2": "drops in training only",
     "PatchEmbed.num_patches": "the product of grid_size",
     "PatchEmbed.flatten": "how patches are laid out in memory between modules",
     "PatchEmbed.output_fmt": "how patches are laid out in memory between modules",
@@ -81,7 +92,7 @@ def activation(module: Reader) -> Activation:
 
 
 def mlp(module: Reader) -> MlpSpec:
-    """Return the facts of timm's Mlp, GluMlp or SwiGLU."""
+    """Return the facts of timm's Mlp, GluMlp, SwiGLU or GeGluMlp."""
     if module.is_a("timm.layers.mlp.Mlp"):
         _linear(module, "fc1", "fc2")
         return MlpSpec(d_mlp=module.fc1.out_features, act=activation(module.act), inner_norm=norm(module.norm))
@@ -93,6 +104,10 @@ def mlp(module: Reader) -> MlpSpec:
         _linear(module, "fc1_g", "fc1_x", "fc2")
         width = module.fc1_x.out_features
         return MlpSpec(d_mlp=width, act=activation(module.act), gated=True, inner_norm=norm(module.norm))
+    if module.is_a("timm.models.vitamin.GeGluMlp"):
+        _linear(module, "w0", "w1", "w2")
+        width = module.w1.out_features
+        return MlpSpec(d_mlp=width, act=activation(module.act), gated=True, pre_norm=norm(module.norm))
     raise module.unsupported("its kind of MLP")
 
 
@@ -104,6 +119,10 @@ def _linear(module: Reader, *names: str) -> None:
 
 def mlp_rows(module: Reader, source: str, target: str) -> str:
     """Return the weight rows of what ``mlp`` reads."""
+    if module.is_a("GeGluMlp"):
+        parts = (("w0", "fc_gate"), ("w1", "fc_in"), ("w2", "fc_out"))
+        rows = norm_rows(f"{source}.norm", f"{target}.pre_norm")
+        return rows + "".join(linear_rows(f"{source}.{theirs}", f"{target}.{ours}") for theirs, ours in parts)
     rows = linear_rows(f"{source}.fc2", f"{target}.fc_out") + norm_rows(f"{source}.norm", f"{target}.ln")
     if module.is_a("SwiGLU"):
         return rows + linear_rows(f"{source}.fc1_g", f"{target}.fc_gate") + linear_rows(f"{source}.fc1_x", f"{target}.fc_in")
@@ -118,8 +137,16 @@ def mlp_rows(module: Reader, source: str, target: str) -> str:
 
 def mlp_hooks(module: Reader, source: str, target: str) -> str:
     """Return the hook rows of what ``mlp`` reads."""
+    if module.is_a("GeGluMlp"):
+        return f"""
+            {source}.norm     ->  {target}.pre_norm.hook_normalized
+            {source}.w0       ->  {target}.hook_pre
+            {source}.w1       ->  {target}.hook_pre_linear
+            {source}.w2 : in  ->  {target}.hook_post
+        """
     rows = f"""
         {source}.norm : in  ->  {target}.hook_mid
+        {source}.norm       ->  {target}.ln.hook_normalized
         {source}.fc2 : in   ->  {target}.hook_post
     """
     if module.is_a("SwiGLU"):
@@ -175,14 +202,17 @@ def patch_embed(module: Reader, *, pos: bool, dynamic: bool) -> EmbedSpec:
     proj = module.proj
     if not proj.is_a("torch.nn.modules.conv.Conv2d") or proj.kernel_size != proj.stride:
         raise proj.unsupported("patches that overlap")
+    if tuple(proj.padding) != (0, 0) or tuple(proj.dilation) != (1, 1) or proj.groups != 1 or proj.padding_mode != "zeros":
+        raise proj.unsupported("a patch projection that pads, skips or splits pixels")
     if module.img_size is None:
         raise module.unsupported("no native image size")
+    any_size = not module.strict_img_size
     return EmbedSpec(
         patch=module.patch_size,
         in_channels=proj.in_channels,
         norm=norm(module.norm),
         pos=pos,
-        interpolation="bicubic_antialias" if dynamic and not module.strict_img_size else None,
+        interpolation="bicubic_antialias" if dynamic and any_size else None,
     )
 
 
@@ -240,7 +270,7 @@ def attention_pool_hooks(module: Reader, source: str) -> str:
     return f"""
         {source}.q_norm                                   ->  pool.attn.hook_q            : b n p d -> b p n d
         {source}.k_norm                                   ->  pool.attn.hook_k            : b n p d -> b p n d
-        {source} @ scaled_dot_product_attention : in2     ->  pool.attn.hook_v            : b n p d -> b p n d
+        {source} @ matmul#1 : in1                         ->  pool.attn.hook_v            : b n p d -> b p n d
         {source} @ softmax : in                           ->  pool.attn.hook_attn_scores
         {source} @ softmax                                ->  pool.attn.hook_pattern
         {source}.proj : in                                ->  pool.attn.hook_z            : b p (n d) -> b p n d

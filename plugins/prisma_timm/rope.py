@@ -20,33 +20,19 @@ DINOV3 = "timm.layers.pos_embed_sincos.RotaryEmbeddingDinoV3"
 MIXED = "timm.layers.pos_embed_sincos.RotaryEmbeddingMixed"
 MULTIMODAL = "timm.layers.pos_embed_sincos.RotaryEmbeddingMRope"
 
-_MADE = "what the tables were made from, and those are read"
-_AUGMENT = "augments coordinates in training only"
 IGNORED = {
-    f"{name}.{attribute}": reason
-    for name in ("RotaryEmbeddingCat", "RotaryEmbeddingDinoV3", "RotaryEmbeddingMixed", "RotaryEmbeddingMRope")
-    for attribute, reason in {
-        "dim": _MADE,
-        "depth": _MADE,
-        "num_heads": _MADE,
-        "max_res": _MADE,
-        "temperature": _MADE,
-        "linear_bands": _MADE,
-        "in_pixels": _MADE,
-        "min_period": _MADE,
-        "max_period": _MADE,
-        "mrope_section": _MADE,
-        "grid_indexing": _MADE,
-        "grid_offset": _MADE,
-        "grid_type": _MADE,
-        "ref_feat_shape": _MADE,
-        "normalize_coords": _MADE,
-        "rotate_half": "attention says how it turns; tables are taken as they are",
-        "shift_coords": _AUGMENT,
-        "jitter_coords": _AUGMENT,
-        "rescale_coords": _AUGMENT,
-        "aug_active": _AUGMENT,
-    }.items()
+    **{
+        f"RotaryEmbedding*.{name}": "what the tables are made from; they are taken from upstream's own function"
+        for name in (
+            "dim depth num_heads max_res temperature linear_bands in_pixels min_period max_period mrope_section "
+            "grid_indexing grid_offset grid_type ref_feat_shape normalize_coords rotate_half feat_shape "
+            "pos_embed pos_embed_cached t_x t_y"
+        ).split()
+    },
+    **{
+        f"RotaryEmbedding*.{name}": "moves coordinates in training only"
+        for name in ("shift_coords", "jitter_coords", "rescale_coords", "aug_active")
+    },
 }
 
 

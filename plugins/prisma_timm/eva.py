@@ -1,0 +1,246 @@
+"""timm.models.eva.Eva: EVA, EVA-02, DINOv3, PE and the RoPE ViTs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from prisma_core.adapter import Adapter, Reader
+from prisma_core.hookmap import HookMap
+from prisma_core.layout import TokenLayout
+from prisma_core.spec import AttentionSpec, BlockSpec, ModelSpec, PoolSpec, RopeSpec
+from prisma_core.weights import WeightMap
+from prisma_timm import common
+from prisma_timm import rope as ropes
+
+ATTENTIONS = ("timm.models.eva.EvaAttention", "timm.layers.attention.AttentionRope")
+BLOCK_TYPES: dict[str, Literal["pre", "res_post"]] = {
+    "timm.models.eva.EvaBlock": "pre",
+    "timm.models.eva.EvaBlockPostNorm": "res_post",
+    "timm.models.deepseek_vit.DeepseekVitBlock": "pre",
+}
+IGNORED = {
+    "EvaAttention.qkv_bias_separate": "when the bias is added changes nothing",
+    "EvaAttention.[kv]_bias": "there if q_bias is",
+    "*.q_bias": "read where queries, keys and values share a projection",
+    "*.[qkv]_proj": "read where queries, keys and values have projections of their own",
+    "AttentionRope.num_kv_groups": "heads divided by key and value heads",
+    "AttentionRope.attn_dim": "heads times their width",
+    "AttentionRope.kv_dim": "key and value heads times their width",
+    "EvaBlock.init_values": "only for initialisation",
+}
+
+
+def block(module: Reader, n_prefix: int) -> BlockSpec:
+    """Return the facts of a block with rotary attention.
+
+    Raises:
+        UnsupportedArchitecture: it is another kind of block, or has gated attention.
+    """
+    kind = next((kind for name, kind in BLOCK_TYPES.items() if module.is_a(name)), None)
+    if kind is None:
+        raise module.unsupported("its kind of block")
+    return BlockSpec(
+        kind=kind,
+        attn=_attention(module.attn, n_prefix),
+        mlp=common.mlp(module.mlp),
+        ln1=common.norm(module.norm1),
+        ln2=common.norm(module.norm2),
+        attn_scale=module.has("gamma_1"),
+        mlp_scale=module.has("gamma_2"),
+    )
+
+
+def _attention(attn: Reader, n_prefix: int) -> AttentionSpec:
+    if not attn.is_a(*ATTENTIONS):
+        raise attn.unsupported("its kind of attention")
+    if attn.has("gate"):
+        raise attn.unsupported("gated attention")
+    if attn.num_prefix_tokens != n_prefix:
+        raise attn.unsupported("prefix tokens that are turned by position")
+    return AttentionSpec(
+        n_heads=attn.num_heads,
+        n_kv_heads=attn.get("num_kv_heads", attn.num_heads),
+        d_head=attn.head_dim,
+        scale=attn.scale,
+        qk_norm=common.qk_norm(attn),
+        inner_norm=common.norm(attn.norm),
+    )
+
+
+def turning(blocks: Reader) -> Literal["interleaved", "half"]:
+    """Return which channels the blocks' attentions turn together."""
+    kinds = {bool(one.attn.rotate_half) for one in blocks}
+    if len(kinds) > 1:
+        raise blocks.unsupported("blocks that turn different channels")
+    return "half" if kinds.pop() else "interleaved"
+
+
+def block_rows(module: Reader, source: str, target: str) -> str:
+    """Return the weight rows of one block."""
+    return (
+        common.norm_rows(f"{source}.norm1", f"{target}.ln1")
+        + _attention_rows(module.attn, f"{source}.attn", f"{target}.attn")
+        + common.norm_rows(f"{source}.norm2", f"{target}.ln2")
+        + common.mlp_rows(module.mlp, f"{source}.mlp", f"{target}.mlp")
+        + f"""
+        {source}.gamma_1  ->  {target}.ls1.gamma
+        {source}.gamma_2  ->  {target}.ls2.gamma
+        """
+    )
+
+
+def _attention_rows(attn: Reader, source: str, target: str) -> str:
+    if not attn.has("qkv"):
+        parts = [attn.q_proj, attn.k_proj, attn.v_proj]
+        weight = f"[{source}.q_proj.weight, {source}.k_proj.weight, {source}.v_proj.weight]"
+        biases = [f"{source}.{n}_proj.bias" if p.has("bias") else "zeros" for n, p in zip("qkv", parts, strict=True)]
+        bias = f"[{', '.join(biases)}]" if set(biases) != {"zeros"} else "zeros"
+    else:
+        weight = f"{source}.qkv.weight"
+        separate = attn.has("q_bias")
+        bias = f"[{source}.q_bias, {source}.k_bias, {source}.v_bias]" if separate else f"{source}.qkv.bias | zeros"
+    return (
+        f"""
+        {weight}  ->  {target}.qkv.weight
+        {bias}    ->  {target}.qkv.bias
+        """
+        + common.norm_rows(f"{source}.q_norm", f"{target}.q_norm")
+        + common.norm_rows(f"{source}.k_norm", f"{target}.k_norm")
+        + common.norm_rows(f"{source}.norm", f"{target}.ln")
+        + common.linear_rows(f"{source}.proj", f"{target}.out")
+    )
+
+
+def block_hooks(module: Reader, source: str, target: str) -> str:
+    """Return the hook rows of one block; ``h`` is its number of heads."""
+    attn, to, res_post = f"{source}.attn", f"{target}.attn", module.is_a("EvaBlockPostNorm")
+    grouped = module.attn.get("num_kv_heads", module.attn.num_heads) != module.attn.num_heads
+    return f"""
+        {source} : in                                       ->  {target}.hook_resid_pre
+        {source}.norm1                                      ->  {target}.ln1.hook_normalized
+        {attn}.q_norm                                       ->  {to}.hook_q        : b h p d -> b p h d
+        {attn}.k_norm                                       ->  {to}.hook_k        : b k p d -> b p k d
+        {attn} @ {"repeat_interleave#1 : in" if grouped else "matmul#1 : in1"}  ->  {to}.hook_v  : b k p d -> b p k d
+        {attn} @ type_as                                    ->  {to}.hook_rot_q    : b h p d -> b p h d
+        {attn} @ type_as#1                                  ->  {to}.hook_rot_k    : b k p d -> b p k d
+        {attn} @ softmax : in                               ->  {to}.hook_attn_scores
+        {attn}.attn_drop                                    ->  {to}.hook_pattern
+        {attn}.norm : in                                    ->  {to}.hook_z        : b p (h d) -> b p h d
+        {source}.drop_path1                                 ->  {target}.hook_attn_out
+        {source}.{"mlp" if res_post else "norm2"} : in      ->  {target}.hook_resid_mid
+        {source}.norm2                                      ->  {target}.ln2.hook_normalized
+        {source}.drop_path2                                 ->  {target}.hook_mlp_out
+        {source}                                            ->  {target}.hook_resid_post
+    """ + common.mlp_hooks(module.mlp, f"{source}.mlp", f"{target}.mlp")
+
+
+class EvaAdapter(Adapter):
+    """Pre-norm or post-norm blocks, learned or rotary positions, class and register tokens."""
+
+    types = ("timm.models.eva.Eva",)
+    ignored: ClassVar[Mapping[str, str]] = {
+        **common.IGNORED,
+        **ropes.IGNORED,
+        **IGNORED,
+        "Eva.cls_embed": "read from class token and registers",
+        "Eva.head_init_scale": "only for initialisation",
+        "Eva.patch_drop": "drops patches in training only",
+        "Eva.num_prefix_tokens": "read from class token and registers",
+        "Eva.rope_mixed": "read from the rotary embedding",
+    }
+
+    def spec(self, upstream: Reader) -> ModelSpec:
+        patch = upstream.patch_embed
+        rows, columns = patch.grid_size
+        layout = TokenLayout(
+            cls=int(upstream.has("cls_token")),
+            registers=upstream.reg_token.shape[1] if upstream.has("reg_token") else 0,
+            rows=rows,
+            columns=columns,
+        )
+        dynamic = bool(upstream.dynamic_img_size)
+        rope = _rope(upstream, dynamic)
+        return ModelSpec(
+            d_model=upstream.embed_dim,
+            image_size=patch.img_size,
+            embed=common.patch_embed(
+                patch, pos=upstream.has("pos_embed"), dynamic=dynamic and (rope is None or rope.grid is not None)
+            ),
+            layout=layout,
+            blocks=tuple(block(one, layout.n_prefix) for one in upstream.blocks),
+            rope=rope,
+            ln_pre=common.norm(upstream.norm_pre),
+            ln_final=common.norm(upstream.norm),
+            pool=_pool(upstream),
+            ln_pool=common.norm(upstream.fc_norm),
+            d_pool=upstream.attn_pool.out_features if upstream.has("attn_pool") else upstream.embed_dim,
+            n_classes=upstream.num_classes or None,
+        )
+
+    def weights(self, upstream: Reader, spec: ModelSpec) -> WeightMap:
+        prefix = [name for name in ("cls_token", "reg_token") if upstream.has(name)]
+        position = "[zeros, pos_embed]" if upstream.no_embed_class and prefix else "pos_embed"
+        table = (
+            common.linear_rows("patch_embed.proj", "embed.proj")
+            + common.norm_rows("patch_embed.norm", "embed.norm")
+            + f"""
+            [{", ".join(prefix)}]  ->  embed.prefix     :  1 n d -> n d
+            {position}             ->  embed.pos_embed  :  1 p d -> p d
+            """
+            + common.norm_rows("norm_pre", "ln_pre")
+            + common.same_for_all(upstream, [block_rows(one, "blocks.{l}", "blocks.{l}") for one in upstream.blocks])
+            + common.norm_rows("norm", "ln_final")
+            + common.norm_rows("fc_norm", "ln_pool")
+            + common.linear_rows("head", "head")
+        )
+        if upstream.has("attn_pool"):
+            table += "\n" + common.attention_pool_rows(upstream.attn_pool, "attn_pool")
+        if spec.rope is None:
+            return WeightMap.parse(table)
+        tables = ropes.rope_tables(upstream.rope, spec.rope, spec.layout)
+        return WeightMap.parse(table + ropes.rope_rows(upstream.rope, "rope"), {"rope": tables})
+
+    def hooks(self, upstream: Reader, spec: ModelSpec) -> HookMap:
+        table = """
+            patch_embed    ->  hook_embed           : PATCHES
+            norm_pre : in  ->  hook_full_embed
+            norm_pre       ->  hook_ln_pre
+            norm           ->  ln_final.hook_normalized
+            norm           ->  hook_ln_final
+            fc_norm : in   ->  hook_pooled
+            fc_norm        ->  ln_pool.hook_normalized
+            head           ->  hook_logits
+        """.replace(": PATCHES", ": b r c d -> b (r c) d" if upstream.dynamic_img_size else "")
+        table += common.same_for_all(upstream, [block_hooks(one, "blocks.{l}", "blocks.{l}") for one in upstream.blocks])
+        sizes = {"h": spec.blocks[0].attn.n_heads}
+        if upstream.has("attn_pool"):
+            table += common.attention_pool_hooks(upstream.attn_pool, "attn_pool")
+            sizes["n"] = upstream.attn_pool.num_heads
+        return HookMap.parse(table, **sizes)
+
+    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+        return common.explicit_attention(upstream)
+
+
+def _rope(upstream: Reader, dynamic: bool) -> RopeSpec | None:
+    if not upstream.has("rope"):
+        return None
+    spec = ropes.rope(upstream.rope, turning(upstream.blocks), dynamic)
+    if spec.per_layer != bool(upstream.rope_mixed):
+        raise upstream.unsupported("rotary tables that are shared against their kind")
+    return spec
+
+
+def _pool(upstream: Reader) -> PoolSpec:
+    if upstream.has("attn_pool"):
+        return common.attention_pool(upstream.attn_pool, with_prefix=True)
+    kinds: dict[str, Literal["none", "token", "avg"]] = {"": "none", "token": "token", "avg": "avg"}
+    if upstream.global_pool not in kinds:
+        raise upstream.unsupported(f"global_pool={upstream.global_pool!r}")
+    return PoolSpec(kind=kinds[upstream.global_pool])
+
+
