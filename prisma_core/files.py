@@ -69,7 +69,9 @@ def _state_dict(value: object, path: Path) -> dict[str, Tensor]:
         return dict(cast("Mapping[str, Tensor]", next(iter(found.values()))))
     if found:
         raise LoadError(f"{path} holds {len(found)} state dicts ({', '.join(found)}): keep one of them in the file.")
-    raise LoadError(f"{path} holds {type(value).__name__} without a state dict: expected tensors by name.")
+    raise LoadError(
+        f"{path} holds a {type(cast(object, value)).__name__} without a state dict: expected tensors by name."
+    )
 
 
 def _is_state(value: object) -> bool:

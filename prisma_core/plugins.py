@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import pluggy
 
@@ -17,6 +17,8 @@ from prisma_core.errors import PluginError, UnknownName, UnsupportedArchitecture
 from prisma_core.sources import ModelInfo, Source
 
 if TYPE_CHECKING:
+    from typer import Typer
+
     from prisma_core.conformance.case import Case
 
 Part = TypeVar("Part")
@@ -87,43 +89,33 @@ class Host:
             if len(plugins) > 1:
                 for plugin in plugins:
                     others = " and ".join(other for other in plugins if other != plugin) or "itself"
-                    self._broke(plugin, f"the {what} {name!r} is claimed by {others} too")
+                    self.broke(plugin, f"the {what} {name!r} is claimed by {others} too")
         return [
             PluginInfo(info.name, info.module, info.distribution, info.error, missing.get(info.name))
             for info in self.infos.values()
         ]
 
-    def _broke(self, plugin: str, error: str) -> None:
+    def broke(self, plugin: str, error: str) -> None:
+        """Note why a plugin, or a part of it, is left out; the first reason stays."""
         info = self.infos[plugin]
         self.infos[plugin] = PluginInfo(info.name, info.module, info.distribution, info.error or error)
-
-    def _call(self, hook: str, **kwargs: Any) -> list[tuple[Any, str]]:
-        """Return what each plugin answers a hook with, by plugin; the broken are noted and left out."""
-        answers: list[tuple[Any, str]] = []
-        for implementation in reversed(getattr(self.manager.hook, hook).get_hookimpls()):
-            name = implementation.plugin_name
-            arguments = {key: value for key, value in kwargs.items() if key in implementation.argnames}
-            try:
-                answers.append((implementation.function(**arguments), name))
-            except (Exception, SystemExit) as problem:  # noqa: BLE001  # one broken plugin must not take the others down
-                self._broke(name, f"{hook}: {_told(problem)}")
-        return answers
 
     def _ask(self, hook: str, kind: type[Part]) -> list[tuple[Part, str]]:
         """Return each part plugins answer a hook with, next to the plugin's name."""
         parts: list[tuple[Part, str]] = []
-        for answer, name in self._call(hook):
+        for implementation in reversed(getattr(self.manager.hook, hook).get_hookimpls()):
+            name = implementation.plugin_name
             try:
-                found: list[object] = list(answer or ())
-            except (Exception, SystemExit) as problem:  # noqa: BLE001  # a generator runs the plugin's code here
-                self._broke(name, f"{hook}: {_told(problem)}")
+                found: list[object] = list(implementation.function() or ())
+            except (Exception, SystemExit) as problem:  # noqa: BLE001  # one broken plugin must not take the others down
+                self.broke(name, f"{hook}: {_told(problem)}")
                 continue
             for part in found:
                 if isinstance(part, kind):
                     parts.append((part, name))
                 else:
                     got = f"the class {part.__name__}" if isinstance(part, type) else f"a {type(part).__name__}"
-                    self._broke(name, f"{hook} gave {got}; expected instances of {kind.__name__}")
+                    self.broke(name, f"{hook} gave {got}; expected instances of {kind.__name__}")
         return parts
 
     def _all_sources(self) -> list[tuple[Source, str]]:
@@ -163,6 +155,10 @@ class Host:
             raise PluginError(f"The source {name!r} needs {source.library}, which is not installed: {command}")
         return source
 
+    def missing(self) -> dict[str, str]:
+        """Return the sources whose library is not installed, with the command that installs it."""
+        return {name: command for name, source in self.sources().items() if (command := _missing(source))}
+
     def models(self) -> list[ModelInfo]:
         """Return what the sources can load, those left out whose library is missing."""
         models: list[ModelInfo] = []
@@ -173,7 +169,7 @@ class Host:
             try:
                 models += source.models()
             except (Exception, SystemExit) as problem:  # noqa: BLE001  # one broken plugin must not hide the others' models
-                self._broke(plugin, f"models of {source.name}: {_told(problem)}")
+                self.broke(plugin, f"models of {source.name}: {_told(problem)}")
         return models
 
     def adapter(self, upstream: object) -> Adapter:
@@ -203,9 +199,18 @@ class Host:
         """Return every conformance case next to its plugin's name."""
         return cast("list[tuple[Case, str]]", self._ask("prisma_cases", object))
 
-    def commands(self, app: Any) -> None:
-        """Let every plugin add its commands to the ``prisma`` command."""
-        self._call("prisma_commands", app=app)
+    def commands(self, new: Callable[[], Typer]) -> list[tuple[Typer, str]]:
+        """Return an app for each plugin that has commands, made by ``new``, next to the plugin's name."""
+        apps: list[tuple[Typer, str]] = []
+        for implementation in reversed(self.manager.hook.prisma_commands.get_hookimpls()):
+            app = new()
+            try:
+                implementation.function(app)
+            except (Exception, SystemExit) as problem:  # noqa: BLE001  # the other commands must stay
+                self.broke(implementation.plugin_name, f"prisma_commands: {_told(problem)}")
+            else:
+                apps.append((app, implementation.plugin_name))
+        return apps
 
 
 def _claims(

@@ -72,9 +72,9 @@ def load(
         PluginError: the source's library is not installed.
         UnsupportedArchitecture: the model has something the canonical transformer cannot represent.
     """
-    name, rest = _parted(reference)
+    name, rest = parted(reference)
     if name == "file":
-        model = _load_folder(Path(rest))
+        model = load_folder(Path(rest))
     else:
         loaded = host().source(name).load(rest, **options)
         model = loaded.model if isinstance(loaded.model, Hooked) else adapt(loaded.model, copy=False)
@@ -88,7 +88,12 @@ def load(
         raise LoadError(f"{reference} cannot be put on device={device}, dtype={dtype}: {error}") from error
 
 
-def _parted(reference: str) -> tuple[str, str]:
+def parted(reference: str) -> tuple[str, str]:
+    """Return a reference's source and the rest.
+
+    Raises:
+        UnknownName: it has no source; references that it may mean are suggested.
+    """
     name, colon, rest = reference.partition(":")
     if colon and name and rest:
         return name, rest
@@ -204,7 +209,12 @@ def save(model: HookedViT, folder: str | Path) -> Path:
     return folder
 
 
-def _load_folder(folder: Path) -> HookedViT:
+def load_folder(folder: Path, *, weights: bool = True) -> HookedViT:
+    """Return the model that ``save`` wrote; without ``weights`` its facts alone, on the meta device.
+
+    Raises:
+        LoadError: a file is missing, truncated, corrupt, or does not fit the others.
+    """
     for name in (SPEC, WEIGHTS):
         if not (folder / name).is_file():
             raise LoadError(f"{folder} holds no {name}: expected a folder written by prisma.save.")
@@ -214,11 +224,12 @@ def _load_folder(folder: Path) -> HookedViT:
         preprocess = Preprocess.model_validate(facts["preprocess"]) if facts.get("preprocess") else None
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise LoadError(f"{folder / SPEC} does not describe a model: {error}") from error
-    tensors = read_safetensors(folder / WEIGHTS)
     with torch.device("meta"):
         model = HookedViT(spec)
-    check_shapes(tensors, {name: tensor.shape for name, tensor in tensors_of(model).items()}, folder / WEIGHTS)
-    assign(model, {name: tensor.requires_grad_() for name, tensor in tensors.items()})
+    if weights:
+        tensors = read_safetensors(folder / WEIGHTS)
+        check_shapes(tensors, {name: tensor.shape for name, tensor in tensors_of(model).items()}, folder / WEIGHTS)
+        assign(model, {name: tensor.requires_grad_() for name, tensor in tensors.items()})
     model.preprocess, model.labels = preprocess, tuple(facts["labels"]) if facts.get("labels") else None
     model.reference = facts.get("reference")
     return model.eval()

@@ -1,0 +1,82 @@
+"""``prisma models`` and ``prisma plugins``: what is there."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from prisma_core.commands.screen import note, out, show_json, table
+
+if TYPE_CHECKING:
+    from prisma_core.sources import ModelInfo
+
+
+def models(
+    search: Annotated[list[str] | None, typer.Argument(help="Words or globs that a reference must match.")] = None,
+    source: Annotated[str | None, typer.Option(help="Only this source's models.")] = None,
+    family: Annotated[str | None, typer.Option(help="Only this family (a glob).")] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Only models with trained weights.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
+) -> None:
+    """List and search the models that can be loaded."""
+    from prisma_core.plugins import host
+
+    if source is not None:
+        host().source(source)
+    found = [info for info in host().models() if source is None or info.reference.startswith(f"{source}:")]
+    chosen = [info for info in found if _matches(info, search or [], family, pretrained)]
+    absent = host().missing()
+    if as_json:
+        missing = [{"source": name, "install": command} for name, command in absent.items()]
+        show_json({"models": [asdict(info) for info in chosen], "missing": missing})
+    elif chosen:
+        shown = table("reference", "family", "weights", "note")
+        for info in chosen:
+            shown.add_row(info.reference, info.family, "trained" if info.pretrained else "", info.note)
+        out().print(shown)
+    if not as_json:
+        note("models", f"{len(chosen)} of {len(found)}.", "green")
+    for name, command in absent.items():
+        note("not installed", f"the source {name!r}: {command}", "yellow")
+    if not chosen and found:
+        _nothing([info.reference for info in found], search or [])
+
+
+def _matches(info: ModelInfo, search: list[str], family: str | None, pretrained: bool) -> bool:
+    if pretrained and not info.pretrained:
+        return False
+    if family is not None and not fnmatch.fnmatch(info.family, family):
+        return False
+    return all(_has(info, word) for word in search)
+
+
+def _has(info: ModelInfo, word: str) -> bool:
+    if any(char in word for char in "*?["):
+        return fnmatch.fnmatch(info.reference, word) or fnmatch.fnmatch(info.reference.partition(":")[2], word)
+    return word.lower() in f"{info.reference} {info.family} {info.note}".lower()
+
+
+def _nothing(references: list[str], search: list[str]) -> None:
+    from prisma_core.errors import UnknownName, suggest
+
+    names = {reference.partition(":")[2] for reference in references}
+    hint = suggest(" ".join(search), [*references, *names]) if search else ""
+    raise UnknownName(f"No model matches.{hint} `prisma models` lists all {len(references)}.")
+
+
+def plugins(as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False) -> None:
+    """List the plugins found, and what is wrong with them."""
+    from prisma_core.plugins import host
+
+    found = host().plugins()
+    if as_json:
+        show_json([asdict(info) for info in found])
+        return
+    shown = table("plugin", "module", "distribution", "state")
+    for info in found:
+        state = f"[red]broken:[/] {info.error}" if info.error else f"needs {info.missing}" if info.missing else "ready"
+        shown.add_row(info.name, info.module, info.distribution, state)
+    out().print(shown)

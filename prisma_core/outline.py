@@ -1,0 +1,56 @@
+"""A model's facts and shapes without its weights: everything happens on the meta device, which holds no numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prisma_core.errors import InputError
+from prisma_core.hooked import Hooked
+from prisma_core.transformer.vit import HookedViT
+from prisma_core.zoo import load, load_folder, parted
+
+
+def outline(reference: str, **options: Any) -> Hooked:
+    """Return the model a reference names on the meta device, without trained weights and without a network call.
+
+    Args:
+        reference, options: as for ``load``.
+
+    Raises:
+        UnknownName: no such source or model; the nearest are suggested.
+        UnsupportedArchitecture: the model has something the canonical transformer cannot represent.
+    """
+    name, rest = parted(reference)
+    if name == "file":
+        return load_folder(Path(rest), weights=False)
+    options = {"pretrained": False, **options}
+    try:
+        with torch.device("meta"):
+            model = load(reference, **options)
+    except (NotImplementedError, RuntimeError):  # upstream's constructor looks at numbers, and there are none
+        model = load(reference, **options)
+    return model.to("meta")
+
+
+def shapes(model: Hooked, batch: int = 1) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every hook point's activation, derived ones too, at the native image size.
+
+    Args:
+        model: one whose input an outline can know: it has a ``ModelSpec``.
+        batch: how many images.
+
+    Raises:
+        InputError: the model has no spec that says what it takes.
+    """
+    if not isinstance(model, HookedViT):
+        raise InputError(f"{type(model).__name__} has no spec that says which image it takes; run it with a cache.")
+    spec = model.spec
+    place = next(model.parameters())
+    image = torch.zeros(batch, spec.embed.in_channels, *spec.image_size, device=place.device, dtype=place.dtype)
+    names = list(model.hook_points())
+    with torch.no_grad():
+        _, cache = model.run_with_cache(image, names=names)
+    return {name: tuple(cache[name].shape) for name in names}
