@@ -1,1 +1,26 @@
-"""Placeholder."""
+"""Techniques of mechanistic interpretability, as plain functions over a model and its cache.
+
+    logits, cache = model.run_with_cache(image)
+    logit_lens(model, cache).logits                              # [stage batch pos class]
+    logit_attribution(model, cache, classes=[3]).values          # [component batch class]
+    patch_heads(model, image, other, logit_difference(3, 5))     # [layer head batch]
+"""
+
+from prisma_lens.attribution import Attribution, attribution_names, by_head, head_attribution, logit_attribution
+from prisma_lens.lens import LENS_NAMES, Lens, logit_lens, token_logits
+from prisma_lens.patching import activation_patch, logit_difference, patch_heads
+
+__all__ = [
+    "logit_lens",
+    "token_logits",
+    "Lens",
+    "LENS_NAMES",
+    "logit_attribution",
+    "head_attribution",
+    "by_head",
+    "attribution_names",
+    "Attribution",
+    "patch_heads",
+    "activation_patch",
+    "logit_difference",
+]

@@ -1,0 +1,251 @@
+"""prisma_lens on random models in float64: lenses, attributions and patches that a wrong step would break."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from prisma_lens import (
+    LENS_NAMES,
+    activation_patch,
+    attribution_names,
+    by_head,
+    head_attribution,
+    logit_attribution,
+    logit_difference,
+    logit_lens,
+    patch_heads,
+)
+from torch import Tensor
+
+from prisma_core import HookedViT, InputError, ModelSpec, NotApplicable, TokenLayout, UnknownName
+from prisma_core.spec import AttentionSpec, BlockSpec, EmbedSpec, MlpSpec, NormSpec, PoolSpec
+
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def vit(pool: str | PoolSpec = "token", *, kind: str = "pre", n_parallel: int = 1, **facts: object) -> HookedViT:
+    """Return a two-layer model in float64 whose every number is random."""
+    torch.manual_seed(7)
+    attn = AttentionSpec(n_heads=3, n_kv_heads=3, d_head=4, scale=0.4)
+    block = BlockSpec(
+        kind=kind, n_parallel=n_parallel, attn=attn, mlp=MlpSpec(d_mlp=10, act="gelu"), ln1=NormSpec(eps=1e-3), ln2=NormSpec(eps=1e-2),
+        attn_scale=True, mlp_scale=True,
+    )  # fmt: skip
+    pooling = pool if isinstance(pool, PoolSpec) else PoolSpec(kind=pool)
+    cls = int(pooling.kind == "token")
+    spec = ModelSpec(
+        **{
+            "d_model": 12, "image_size": (8, 12), "embed": EmbedSpec(patch=(4, 4)), "blocks": (block, block),
+            "layout": TokenLayout(cls=cls, registers=1, rows=2, columns=3),
+            "ln_final": NormSpec(eps=1e-2) if cls else None,
+            "ln_pool": None if cls else NormSpec(eps=1e-2),
+            "pool": pooling, "d_pool": 12, "n_classes": 5, **facts,
+        }
+    )  # fmt: skip
+    model = HookedViT(spec).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.4 + 0.1)
+    return model
+
+
+def image(seed: int, n: int = 1) -> Tensor:
+    return torch.randn(n, 3, 8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+BOTH_NORMS = {"ln_final": NormSpec(eps=1e-3), "ln_pool": NormSpec(eps=1e-2)}
+MODELS = {
+    "class token": {},
+    "mean": {"pool": "avg"},
+    "mean with prefix": {"pool": PoolSpec(kind="avg", with_prefix=True)},
+    "mean between two norms": {"pool": "avg", **BOTH_NORMS},
+    "class token, two rms norms": {
+        "ln_final": NormSpec(kind="rms", eps=1e-3), "ln_pool": NormSpec(kind="rms", eps=1e-2)
+    },
+    "ln_pre": {"ln_pre": NormSpec(eps=1e-3)},
+    "parallel": {"kind": "parallel"},
+}  # fmt: skip
+
+
+def build(name: str) -> HookedViT:
+    facts = dict(MODELS[name])
+    return vit(facts.pop("pool", "token"), **facts)
+
+
+# -------------------------------------------------------------------- lens
+
+
+def test_lens_of_the_class_token_at_the_end_is_the_models_output() -> None:
+    model = vit()
+    logits, cache = model.run_with_cache(image(0, 3), names=LENS_NAMES)
+    lens = logit_lens(model, cache)
+    assert lens.stages == ("0_pre", "1_pre", "final_post")
+    assert lens.logits.shape == (3, 3, 8, 5)
+    torch.testing.assert_close(lens.logits[-1, :, 0], logits, **EXACT)
+    assert (lens.logits[0, :, 0] - logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_lens_of_a_token_is_the_output_of_a_picture_of_that_token(name: str) -> None:
+    model = build(name)
+    _, cache = model.run_with_cache(image(0, 2), names=LENS_NAMES)
+    lens = logit_lens(model, cache)
+    for stage, stream in enumerate([cache["resid_pre", 0], cache["resid_pre", 1], cache["resid_post", 1]]):
+        for token in range(stream.shape[1]):
+            alone = stream[:, token : token + 1].expand_as(stream).contiguous()
+            torch.testing.assert_close(lens.logits[stage, :, token], model.unembed(alone), **EXACT)
+
+
+def test_lens_says_why_there_is_none() -> None:
+    headless = vit(n_classes=None)
+    _, cache = headless.run_with_cache(image(0), names=LENS_NAMES)
+    with pytest.raises(NotApplicable, match="no classification head"):
+        logit_lens(headless, cache)
+    model = vit()
+    _, cache = model.run_with_cache(image(0), names="resid_pre")
+    with pytest.raises(UnknownName, match="resid_post"):
+        logit_lens(model, cache)
+
+
+def test_lens_through_attention_pooling_gives_a_token_all_attention() -> None:
+    pool = PoolSpec(kind="attention", attn=AttentionSpec(n_heads=2, n_kv_heads=2, d_head=6, scale=0.3))
+    model = vit(pool)
+    _, cache = model.run_with_cache(image(0, 2), names=LENS_NAMES)
+    alone = cache["resid_pre", 1][:, 4:5].expand(-1, 7, -1).contiguous()
+    torch.testing.assert_close(logit_lens(model, cache).logits[1, :, 4], model.unembed(alone), **EXACT)
+
+
+# -------------------------------------------------------------------- attribution
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_attributions_by_layer_and_by_head_sum_to_the_logits(name: str) -> None:
+    model = build(name)
+    logits, cache = model.run_with_cache(image(1, 2), names=attribution_names(model))
+    for attribution in (logit_attribution(model, cache, [4, 0]), head_attribution(model, cache, [4, 0])):
+        assert attribution.values.shape == (len(attribution.labels), 2, 2)
+        torch.testing.assert_close(attribution.values.sum(0) + attribution.constant, logits[:, [4, 0]], **EXACT)
+
+
+def test_a_heads_attribution_is_what_the_logit_loses_without_it_under_a_frozen_norm() -> None:
+    model = vit()
+    x = image(1)
+    logits, cache = model.run_with_cache(x, names=attribution_names(model))
+    heads = by_head(head_attribution(model, cache, list(range(5))), 2)
+    assert heads.shape == (2, 3, 1, 5)
+    scale = cache["ln_final.hook_scale"]
+    z = cache["z", 1].clone()
+    z[:, :, 2] = 0
+    attn_out = model.blocks[1].ls1(model.blocks[1].attn.out(z.flatten(2)))
+    stream = cache["resid_post", 1] - cache["attn_out", 1] + attn_out
+    normed = (stream - stream.mean(-1, keepdim=True)) / scale * model.ln_final.weight + model.ln_final.bias
+    torch.testing.assert_close(logits - model.head(normed[:, 0]), heads[1, 2], **EXACT)
+
+
+def test_heads_behind_a_norm_are_refused_but_layers_are_not() -> None:
+    model = vit(kind="res_post")
+    logits, cache = model.run_with_cache(image(1), names=attribution_names(model))
+    attribution = logit_attribution(model, cache, [2])
+    torch.testing.assert_close(attribution.values.sum(0) + attribution.constant, logits[:, [2]], **EXACT)
+    with pytest.raises(NotApplicable, match="res_post"):
+        head_attribution(model, cache, [2])
+
+
+# -------------------------------------------------------------------- patching
+
+
+def test_patching_a_run_with_itself_changes_nothing() -> None:
+    model = vit()
+    effects = patch_heads(model, image(1, 2), image(1, 2), logit_difference(0, 3))
+    assert effects.shape == (2, 3, 2)
+    torch.testing.assert_close(effects, torch.zeros_like(effects), **EXACT)
+
+
+def test_patching_the_whole_stream_gives_the_other_runs_logits() -> None:
+    model = vit()
+    clean, other = image(1, 2), image(2, 2)
+    metric = logit_difference(1, 3)
+    effects = activation_patch(model, clean, other, ["hook_full_embed", "hook_resid_pre", "hook_resid_post"], metric)
+    assert len(effects) == 5
+    for name, effect in effects.items():
+        torch.testing.assert_close(effect, metric(model(other)), msg=name, **EXACT)
+        assert (effect - metric(model(clean))).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("pos", [None, 0, [0, 3], slice(2, 4)])
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_each_head_is_patched_as_by_hand(pos: object, batch_size: int) -> None:
+    model = vit()
+    clean, other = image(1, 2), image(2, 2)
+    metric = logit_difference(4, 2)
+    _, cache = model.run_with_cache(other)
+    effects = patch_heads(model, clean, other, metric, pos=pos, batch_size=batch_size)
+    where = slice(None) if pos is None else pos
+    for layer in range(2):
+        for head in range(3):
+
+            def swap(z: Tensor, at: object, layer: int = layer, head: int = head) -> None:
+                z[:, where, head] = cache["z", layer][:, where, head]
+
+            patched = model.run_with_hooks(clean, hooks={("z", layer): swap})
+            torch.testing.assert_close(effects[layer, head], metric(patched) - metric(model(clean)), **EXACT)
+            if layer == 0:  # in the last layer, only what the class token gathers counts
+                assert effects[layer, head].abs().min() > 1e-6
+
+
+def test_attentions_side_by_side_line_up_their_heads_in_a_layer() -> None:
+    model = vit(n_parallel=2)
+    clean, other = image(1), image(2)
+    metric = logit_difference(4, 2)
+    _, cache = model.run_with_cache(other)
+
+    def swap(z: Tensor, at: object) -> None:
+        z[:, :, 1] = cache["blocks.1.attn.1.hook_z"][:, :, 1]
+
+    effects = patch_heads(model, clean, other, metric)
+    assert effects.shape == (2, 6, 1)
+    patched = model.run_with_hooks(clean, hooks={"blocks.1.attn.1.hook_z": swap})
+    torch.testing.assert_close(effects[1, 4], metric(patched) - metric(model(clean)), **EXACT)
+
+
+def test_several_other_pictures_are_averaged_and_none_is_zero() -> None:
+    model = vit()
+    clean, others = image(1), image(2, 4)
+    metric = logit_difference(4, 2)
+    _, cache = model.run_with_cache(others)
+    for given, value in ((others, cache["z", 0].mean(0)[:, 1]), (None, torch.zeros(8, 4, dtype=torch.float64))):
+
+        def fill(z: Tensor, at: object, value: Tensor = value) -> None:
+            z[:, :, 1] = value
+
+        patched = model.run_with_hooks(clean, hooks={("z", 0): fill})
+        effect = patch_heads(model, clean, given, metric)[0, 1]
+        torch.testing.assert_close(effect, metric(patched) - metric(model(clean)), **EXACT)
+
+
+def test_patches_of_positions_reach_those_positions_alone() -> None:
+    model = vit()
+    clean, other = image(1), image(2)
+    names = ["hook_pattern", "hook_resid_pre"]
+    _, cache = model.run_with_cache(other)
+    effects = activation_patch(model, clean, other, names, logit_difference(0, 1), pos=[0, 2])
+    for name, effect in effects.items():
+
+        def swap(x: Tensor, at: object, name: str = name) -> None:
+            if name.endswith("pattern"):
+                x[:, :, [0, 2]] = cache[name][:, :, [0, 2]]
+            else:
+                x[:, [0, 2]] = cache[name][:, [0, 2]]
+
+        patched = model.run_with_hooks(clean, hooks={name: swap})
+        torch.testing.assert_close(effect, logit_difference(0, 1)(patched), **EXACT)
+
+
+def test_misfits_are_said() -> None:
+    model = vit()
+    with pytest.raises(InputError, match="as many"):
+        activation_patch(model, image(1, 3), image(2, 2), "hook_resid_pre", logit_difference(0, 1))
+    with pytest.raises(InputError, match="no positions"):
+        activation_patch(model, image(1), image(2), "hook_logits", logit_difference(0, 1), pos=0)
+    with pytest.raises(UnknownName):
+        activation_patch(model, image(1), image(2), "hook_zz", logit_difference(0, 1))

@@ -1,0 +1,167 @@
+"""Activation patching: put activations of one run into another, and see what it does to a number."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from prisma_core import HookContext, Hooked, InputError
+from prisma_core.names import Query, layer_of
+
+Metric: TypeAlias = Callable[[Tensor], Tensor]
+Positions: TypeAlias = "int | slice | Sequence[int] | None"
+
+
+def logit_difference(higher: int, lower: int) -> Metric:
+    """Return the metric ``logits[higher] - logits[lower]``: ``[batch class] -> [batch]``."""
+    return lambda logits: logits[:, higher] - logits[:, lower]
+
+
+def activation_patch(
+    model: Hooked,
+    clean: Tensor,
+    other: Tensor | None,
+    names: Query,
+    metric: Metric,
+    *,
+    pos: Positions = None,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> dict[str, Tensor]:
+    """Return the metric of the clean run with one activation after the other replaced: ``{name: [batch]}``.
+
+    Args:
+        model: what to run.
+        clean: the image whose run is edited: ``[batch channel height width]``.
+        other: the image whose activations are put in, as many as ``clean`` or one for all; None puts in zeros.
+        names: which activations, one at a time (see ``prisma_core.names``).
+        metric: of logits ``[batch class]``, one number each ``[batch]`` or several ``[batch ...]``.
+        pos: token positions to replace; None for all.
+        batch_size: how many images to run at once.
+        progress: show a bar.
+
+    Raises:
+        UnknownName: a name matches no hook point.
+        InputError: the two runs do not fit together, or an activation has no ``pos`` axis to choose from.
+    """
+    wanted = model.resolve(names)
+    points = model.hook_points()
+    if pos is not None:
+        for name in wanted:
+            if not {"pos", "query_pos"} & set(points[name].axes.split()):
+                raise InputError(f"{name} ({points[name].axes}) has no positions to choose from; leave pos out.")
+    source = _source(model, other, wanted)
+    patches = [_Patch(name, _part(points[name].axes, pos), source.get(name)) for name in wanted]
+    effects = _run(model, clean, patches, metric, batch_size, progress)
+    return dict(zip(wanted, effects, strict=True))
+
+
+def patch_heads(
+    model: Hooked,
+    clean: Tensor,
+    other: Tensor | None,
+    metric: Metric,
+    *,
+    pos: Positions = None,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> Tensor:
+    """Return what each head's output does: ``metric(patched) - metric(clean)``, as ``[layer head batch]``.
+
+    Args:
+        model: what to run.
+        clean: the image whose run is edited: ``[batch channel height width]``.
+        other: where the heads' outputs ``hook_z`` are taken from: one image, as many as ``clean``, or another number
+            of images, whose mean is put in (mean ablation). None puts in zeros (zero ablation).
+        metric: of logits ``[batch class]``, one number each ``[batch]`` or several ``[batch ...]``.
+        pos: token positions to replace, such as 0 for the class token; None for all.
+        batch_size: how many images to run at once.
+        progress: show a bar.
+
+    Raises:
+        InputError: the two runs do not fit together, or the layers differ in their number of heads.
+    """
+    names = [name for name in model.resolve("hook_z") if layer_of(name) is not None]
+    points = model.hook_points()
+    _, shapes = model.run_with_cache(clean[:1], names=names, output=False)
+    heads = [(name, head) for name in names for head in range(shapes[name].shape[2])]
+    counts = Counter(layer_of(name) for name, _ in heads)
+    if len(set(counts.values())) != 1:
+        raise InputError(f"The layers have {[*counts.values()]} heads, so there is no [layer head]: activation_patch.")
+    source = _source(model, other, names)
+    if other is not None and other.shape[0] not in (1, clean.shape[0]):
+        source = {name: value.mean(0, keepdim=True) for name, value in source.items()}
+    patches = [_Patch(name, _part(points[name].axes, pos, head), source.get(name)) for name, head in heads]
+    with torch.no_grad():
+        base = metric(model(clean))
+    effects = torch.stack(_run(model, clean, patches, metric, batch_size, progress))
+    return effects.unflatten(0, (len(counts), -1)) - base
+
+
+class _Patch:
+    """One replacement: at a hook point, a part of the activation by the same part of another."""
+
+    def __init__(self, name: str, part: tuple[object, ...], source: Tensor | None):
+        self.name = name
+        self.part = part
+        self.source = source
+
+    def apply(self, rows: Tensor) -> None:
+        """Edit one copy of the batch in place."""
+        if self.source is None:
+            rows[self.part] = 0
+            return
+        if self.source.shape[1:] != rows.shape[1:] or self.source.shape[0] not in (1, rows.shape[0]):
+            raise InputError(
+                f"{self.name} is {list(rows.shape)} in the clean run and {list(self.source.shape)} in the other: "
+                "give images of the same size, and as many of them or one."
+            )
+        rows[self.part] = self.source.expand_as(rows)[self.part]
+
+
+def _part(axes: str, pos: Positions, head: int | None = None) -> tuple[object, ...]:
+    """Return the index that picks positions and a head from an activation with these axes."""
+    chosen = {"pos": pos, "query_pos": pos, "head": head}
+    return tuple(slice(None) if chosen.get(name) is None else chosen[name] for name in axes.split())
+
+
+def _source(model: Hooked, other: Tensor | None, names: Sequence[str]) -> dict[str, Tensor]:
+    if other is None:
+        return {}
+    with torch.no_grad():
+        _, cache = model.run_with_cache(other, names=list(names), output=False)
+    return dict(cache)
+
+
+def _run(
+    model: Hooked, clean: Tensor, patches: Sequence[_Patch], metric: Metric, batch_size: int, progress: bool
+) -> list[Tensor]:
+    """Return the metric under each patch, several patches a pass: each has a copy of the batch of its own."""
+    n = clean.shape[0]
+    step = max(1, batch_size // n)
+    starts: Iterable[int] = range(0, len(patches), step)
+    if progress:
+        starts = track(list(starts), description="Patching", transient=True)
+    effects: list[Tensor] = []
+    for start in starts:
+        part = patches[start : start + step]
+        hooks = {name: _editor(part, name, n) for name in {patch.name for patch in part}}
+        with torch.no_grad():
+            logits = model.run_with_hooks(clean.repeat(len(part), *[1] * (clean.ndim - 1)), hooks=hooks)
+            effects += [metric(rows) for rows in logits.split(n)]
+    return effects
+
+
+def _editor(patches: Sequence[_Patch], name: str, n: int) -> Callable[[Tensor, HookContext], None]:
+    mine = [(index, patch) for index, patch in enumerate(patches) if patch.name == name]
+
+    def edit(x: Tensor, at: HookContext) -> None:
+        for index, patch in mine:
+            patch.apply(x[index * n : (index + 1) * n])
+
+    return edit
