@@ -8,6 +8,7 @@
 
 from prisma_core.conformance import audit, parity, tensors  # noqa: F401  # each registers its checks
 from prisma_core.conformance.case import Case, Pictures
+from prisma_core.conformance.doctor import Diagnosis, diagnose
 from prisma_core.conformance.randomise import randomise
 from prisma_core.conformance.registry import CHECKS, Check, select
 from prisma_core.conformance.results import (
@@ -22,12 +23,14 @@ from prisma_core.conformance.run import check
 
 __all__ = [
     "check",
+    "diagnose",
     "Case",
     "Pictures",
     "Report",
     "Certificate",
     "CheckResult",
     "CheckFailed",
+    "Diagnosis",
     "CHECKS",
     "Check",
     "select",

@@ -58,9 +58,11 @@ def _draw_eps(module: nn.Module, generator: torch.Generator) -> None:
         value = cast(object, getattr(part, "eps", None))
         if not isinstance(value, float) or not isinstance(vars(part).get("eps"), float):
             continue
-        # Twins that run side by side in one block share an eps, as upstream's constructors give them one.
+        # Twins that run side by side in one block share an eps, as upstream's constructors give them one; so do the
+        # norms of queries and keys.
         head, *rest = re.split(r"(?<=\.\d)(?=\.)|(?<=\.\d\d)(?=\.)", name, maxsplit=1)
         place = head + re.sub(r"\.\d+(?=\.|$)", "", rest[0] if rest else "")
+        place = re.sub(r"\b[qk]_norm\b", "qk_norm", place)
         if place not in drawn:
             drawn[place] = 10 ** (-4 + 2 * float(torch.rand((), generator=generator)))
         part.eps = drawn[place]

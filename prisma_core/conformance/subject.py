@@ -76,6 +76,13 @@ class Subject:
         self._pairs: dict[tuple[torch.dtype, torch.device], Pair] = {}
         self._passes: Passes | None = None
 
+    def variant(self, adapter: Adapter, make: Make) -> Subject:
+        """Return a subject with the same upstream and weights, mapped in another way."""
+        other = copy.copy(self)
+        other.adapter, other.make = adapter, make
+        other._pairs, other._passes = {}, None
+        return other
+
     def generator(self, offset: int = 0) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed + offset)
 
@@ -111,7 +118,7 @@ class Subject:
     # ---------------------------------------------------------------- images and passes
 
     def sizes(self) -> list[tuple[int, int]]:
-        """Return the native image size and, where positions follow the image, a larger one and one that is not square."""
+        """Return the native image size and, where positions follow it, a larger one and one that is not square."""
         height, width = self.spec.image_size
         if self.spec.embed.interpolation is None:
             return [(height, width)]
@@ -150,7 +157,8 @@ def facts_of(spec: ModelSpec) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-_SIZES = {"d_model", "d_mlp", "d_head", "d_pool", "image_size", "patch", "in_channels", "rows", "columns", "eps", "scale"}
+_SIZES = {"d_model", "d_mlp", "d_head", "d_pool", "image_size", "patch", "in_channels", "rows", "columns"}
+_SIZES |= {"eps", "scale"}
 _COUNTS = {"cls", "distillation", "registers", "n_classes"}
 
 
@@ -161,7 +169,9 @@ def _without_sizes(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     items = cast("dict[str, Any]", value)
-    kept = {key: bool(item) if key in _COUNTS else _without_sizes(item) for key, item in items.items() if key not in _SIZES}
+    kept = {
+        key: bool(item) if key in _COUNTS else _without_sizes(item) for key, item in items.items() if key not in _SIZES
+    }
     if "n_heads" in kept:
         kept["grouped"] = kept.pop("n_heads") != kept.pop("n_kv_heads")
     return kept

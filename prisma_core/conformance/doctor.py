@@ -1,0 +1,214 @@
+"""The parity doctor: where the numbers part, and what would bring them together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from prisma_core.adapter import Adapter, Reader
+from prisma_core.conformance import suspects, tolerances
+from prisma_core.conformance.parity import Comparison, compare
+from prisma_core.conformance.run import Target, subjects
+from prisma_core.conformance.subject import Subject, worst
+from prisma_core.errors import PrismaError
+from prisma_core.hookmap import HookMap
+from prisma_core.spec import Facts, ModelSpec
+from prisma_core.transformer.vit import HookedViT
+from prisma_core.weights import WeightMap
+
+
+class Remedy(Facts):
+    """A change that was tried.
+
+    Attributes:
+        change: in words, as the adapter's author would make it.
+        here: the error it leaves at the first hook point that diverged.
+        logits: the error it leaves in the logits.
+    """
+
+    change: str
+    here: float
+    logits: float
+
+
+class Diagnosis(Facts):
+    """What the doctor found.
+
+    Attributes:
+        agrees: logits and every mapped activation equal upstream's.
+        first: the first hook point that diverges, in firing order; None if none does.
+        error: how far it is off, in standard deviations of upstream's activation.
+        before: the last hook point that still agrees.
+        logits: the error of the logits.
+        compared: how many hook points were compared.
+        size: the image size at which it shows, if it does not at the native one.
+        problem: what kept the models from being compared at all.
+        remedies: changes that make the first diverging hook point agree; those that make the logits agree come first.
+        tried: how many changes were tried.
+    """
+
+    name: str
+    agrees: bool
+    first: str | None = None
+    error: float = 0.0
+    before: str | None = None
+    logits: float = 0.0
+    compared: int = 0
+    size: tuple[int, int] | None = None
+    problem: str | None = None
+    remedies: tuple[Remedy, ...] = ()
+    tried: int = 0
+
+    def __str__(self) -> str:
+        if self.problem:
+            return f"{self.name}: the models could not be compared. {self.problem}"
+        if self.agrees:
+            return f"{self.name}: the logits and {self.compared} activations agree with upstream."
+        at = f" at image size {self.size[0]}x{self.size[1]}" if self.size else ""
+        lines = [f"{self.name}: parts from upstream at {self.first}{at}, by {self.error:.1e} standard deviations."]
+        if self.before:
+            lines.append(f"Everything up to {self.before} agrees. The logits are off by {self.logits:.1e}.")
+        if not self.remedies:
+            lines.append(f"None of the {self.tried} usual suspects makes it agree.")
+        for remedy in self.remedies:
+            whole = "and the logits" if remedy.logits <= tolerances.FLOAT64 else f"but the logits stay off by {remedy.logits:.1e}"
+            lines.append(f"It agrees, {whole}, with: {remedy.change}.")
+        return "\n".join(lines)
+
+
+def diagnose(
+    target: Target,
+    *,
+    upstream: nn.Module | None = None,
+    adapter: Adapter | None = None,
+    device: torch.device | str | None = None,
+    full: bool = False,
+    pretrained: bool = False,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> Diagnosis:
+    """Say where a mapped model parts from its upstream, and which change would make it agree.
+
+    Args:
+        target, upstream, adapter, device, full, pretrained, seed: as ``check`` takes them; an adapter's first case is
+            looked at.
+        progress: called with each change before it is tried.
+
+    Raises:
+        UnknownName: no such reference or model.
+        UnsupportedArchitecture: the model cannot be represented.
+    """
+    subject, _ = next(
+        subjects(target, upstream=upstream, adapter=adapter, device=device, full=full, pretrained=pretrained, seed=seed)
+    )
+    return examine(subject, progress=progress)
+
+
+@torch.no_grad()
+def examine(subject: Subject, progress: Callable[[str], None] | None = None) -> Diagnosis:
+    """Return the diagnosis of a subject."""
+    name = subject.case.name
+    try:
+        found = compare(subject)
+        logits = _logits(subject, subject.spec.image_size)
+    except Exception as problem:  # noqa: BLE001  # the doctor sees broken adapters: whatever they raise is the finding
+        return Diagnosis(name=name, agrees=False, problem=f"{type(problem).__name__}: {problem}")
+    first, before = _parting(found)
+    size = None
+    if first is None and logits > tolerances.FLOAT64:
+        first = "hook_logits"
+    if first is None:
+        size = next((s for s in subject.sizes() if not _logits(subject, s) <= tolerances.FLOAT64), None)
+        if size is None:
+            return Diagnosis(name=name, agrees=True, logits=logits, compared=len(found.errors))
+        first, before, logits = "hook_pos_embed", "hook_embed", _logits(subject, size)
+    remedies, tried = _remedies(subject, first, size, progress)
+    return Diagnosis(
+        name=name,
+        agrees=False,
+        first=first,
+        error=found.errors.get(first, logits) if size is None else logits,
+        before=before,
+        logits=logits,
+        compared=len(found.errors),
+        size=size,
+        remedies=tuple(sorted(remedies, key=lambda remedy: (remedy.logits > tolerances.FLOAT64, remedy.here))),
+        tried=tried,
+    )
+
+
+def _logits(subject: Subject, size: tuple[int, int]) -> float:
+    upstream, model = subject.pair()
+    image = subject.image(2, size)
+    return worst(model(image), subject.forward(upstream, image))
+
+
+def _parting(found: Comparison) -> tuple[str | None, str | None]:
+    before = None
+    for name, error in found.errors.items():
+        if not error <= tolerances.FLOAT64:
+            return name, before
+        before = name
+    return None, before
+
+
+def _remedies(
+    subject: Subject, first: str, size: tuple[int, int] | None, progress: Callable[[str], None] | None
+) -> tuple[list[Remedy], int]:
+    remedies: list[Remedy] = []
+    tried = 0
+    for suspect in suspects.usual(subject.spec, first, subject.pair().upstream):
+        if progress is not None:
+            progress(suspect.change)
+        tried += 1
+        try:
+            variant = _altered(subject, suspect)
+            logits = _logits(variant, size or subject.spec.image_size)
+            here = logits if size else compare(variant).errors.get(first, logits)
+        except (PrismaError, RuntimeError, ValueError, AttributeError):
+            continue  # a change that does not fit this model's tensors is no remedy
+        if here <= tolerances.FLOAT64:
+            remedies.append(Remedy(change=suspect.change, here=here, logits=logits))
+    return remedies, tried
+
+
+def _altered(subject: Subject, suspect: suspects.Suspect) -> Subject:
+    adapter = _Altered(subject.adapter, suspect.spec)
+
+    def make(given: Adapter, upstream: nn.Module) -> HookedViT:
+        model = subject.make(given, upstream)
+        suspect.edit(model)
+        return model
+
+    return subject.variant(adapter, make)
+
+
+class _Altered(Adapter):
+    """Another adapter with its spec changed."""
+
+    types = ()
+
+    def __init__(self, inner: Adapter, change: Callable[[ModelSpec], ModelSpec]):
+        self.inner = inner
+        self.change = change
+
+    def spec(self, upstream: Reader) -> ModelSpec:
+        return self.change(self.inner.spec(upstream))
+
+    def weights(self, upstream: Reader, spec: ModelSpec) -> WeightMap:
+        return self.inner.weights(upstream, spec)
+
+    def hooks(self, upstream: Reader, spec: ModelSpec) -> HookMap:
+        return self.inner.hooks(upstream, spec)
+
+    def stem(self, upstream: Reader, spec: ModelSpec) -> nn.Module | None:
+        return self.inner.stem(upstream, spec)
+
+    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+        return self.inner.explicit(upstream)
+
+
+__all__ = ["Diagnosis", "Remedy", "diagnose", "examine"]
