@@ -8,7 +8,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,7 +20,7 @@ from prisma_core.errors import PrismaError
 from prisma_core.plugins import Host, host
 
 # Typer has its own copy of click in some versions and takes the library in others; its errors know their base.
-_ClickException = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+_ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
 def _version(wanted: bool) -> None:
@@ -103,8 +103,8 @@ def _run(arguments: list[str]) -> int:
     try:
         status = typer.main.get_command(app).main(args=arguments, prog_name="prisma", standalone_mode=False)
     except _ClickException as error:
-        message = error.format_message()  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
-        note("Error", f"{message} `prisma --help` lists what there is.")
+        message = str(error.format_message()).rstrip(".")
+        note("Error", f"{message}. `prisma --help` lists what there is.")
         return 2
     except typer.Abort:
         note("Error", "interrupted.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.markup import escape
@@ -24,7 +24,7 @@ def info(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON, every hook point by itself.")] = False,
 ) -> None:
-    """Show a model's facts, token layout and every hook point with its shape (no weights needed)."""
+    """Show a model's facts, tokens and hook points with their shapes."""
     from prisma_core.outline import outline
 
     model = outline(reference)
@@ -37,9 +37,9 @@ def info(
         facts = _facts(model)
         shown = table("fact", "value", title=f"[bold]{escape(reference)}[/]")
         shown.add_row("parameters", f"{facts['parameters']:,}")
-        for name, value in (facts["spec"] or {}).items():
-            for label, text in _told(name, value):
-                shown.add_row(label, escape(text))
+        spec: dict[str, Any] = facts["spec"] or {}
+        for label, text in (row for name, value in spec.items() for row in _told(name, value)):
+            shown.add_row(label, escape(text))
         if facts["tokens"]:
             shown.add_row("tokens", f"{facts['tokens']['total']}: {facts['tokens']['order']}")
         console.print(shown)
@@ -105,6 +105,7 @@ def _facts(model: Hooked) -> dict[str, Any]:
 
     spec: Any = getattr(model, "spec", None)
     layout: Any = getattr(model, "layout", None)
+    preprocess: Any = getattr(model, "preprocess", None)
     parts = [("class token", "cls"), ("distillation token", "distillation"), ("registers", "registers")]
     tokens = None
     if layout is not None:
@@ -116,7 +117,7 @@ def _facts(model: Hooked) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "spec": spec.model_dump(mode="json") if isinstance(spec, ModelSpec) else None,
         "tokens": tokens,
-        "preprocess": model.preprocess.model_dump(mode="json") if getattr(model, "preprocess", None) else None,
+        "preprocess": preprocess.model_dump(mode="json") if preprocess is not None else None,
     }
 
 
@@ -138,7 +139,8 @@ def _told(name: str, value: Any) -> list[tuple[str, str]]:
 
 def _brief(value: Any) -> str:
     if isinstance(value, dict):
-        return "  ".join(f"{key}={_brief(part)}" for key, part in value.items() if part is not None)
+        parts = cast("dict[str, Any]", value).items()
+        return "  ".join(f"{key}={_brief(part)}" for key, part in parts if part is not None and part is not False)
     if isinstance(value, list):
-        return " x ".join(map(str, value))
+        return " x ".join(map(str, cast("list[Any]", value)))
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -20,7 +20,7 @@ def check(
     full: Annotated[bool, typer.Option("--full", help="At the real size, not shrunk.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the certificate to this file.", dir_okay=False)] = None,
 ) -> None:
-    """Prove that a model computes the same numbers as upstream; exit status 1 where it does not."""
+    """Prove that a model computes what upstream computes."""
     from prisma_core import conformance
 
     report = conformance.check(reference, device=device, checks=checks or None, full=full)
@@ -40,15 +40,13 @@ def check(
     if json is not None:
         json.write_text("\n".join(c.model_dump_json(indent=1) for c in report.certificates) + "\n", encoding="utf-8")
     if not report.passed:
-        note(
-            "Error",
-            f"{len(report.failures)} of {len(report.results)} checks failed. `prisma doctor {reference}` looks for the cause.",
-        )
+        failed = f"{len(report.failures)} of {len(report.results)} checks failed"
+        note("Error", f"{failed}. `prisma doctor {reference}` looks for the cause.")
         raise typer.Exit(1)
 
 
 def doctor(reference: REFERENCE, device: DEVICE = "cpu") -> None:
-    """Find the first hook point where a model differs from upstream, and what would make it match."""
+    """Find where a model departs from upstream, and why."""
     from prisma_core import conformance
 
     out().print(str(conformance.diagnose(reference, device=device)))
