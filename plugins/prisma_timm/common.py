@@ -46,6 +46,9 @@ IGNORED = {
     "LayerNorm.normalized_shape": "the shape of the weights",
     "LayerScale.init_values": "only for initialisation",
     "LayerScale.inplace": "the numbers are the same",
+    "AttentionPoolLatent.feat_size": "the number of positions added before pooling; those are refused",
+    "AttentionPoolLatent.latent_dim": "the shape of the latents",
+    "AttentionPoolLatent.out_features": "the shape of the output projection",
     "GluMlp.chunk_dim": "the channel axis; convolutions are refused",
 }
 

@@ -25,6 +25,8 @@ BLOCK_TYPES: dict[str, Literal["pre", "res_post"]] = {
 IGNORED = {
     "EvaAttention.qkv_bias_separate": "when the bias is added changes nothing",
     "EvaAttention.[kv]_bias": "there if q_bias is",
+    "EvaAttention.rotate_half": "read where there are rotary positions",
+    "AttentionRope.rotate_half": "read where there are rotary positions",
     "*.q_bias": "read where queries, keys and values share a projection",
     "*.[qkv]_proj": "read where queries, keys and values have projections of their own",
     "AttentionRope.num_kv_groups": "heads divided by key and value heads",
@@ -116,15 +118,17 @@ def _attention_rows(attn: Reader, source: str, target: str) -> str:
 
 
 def block_hooks(module: Reader, source: str, target: str) -> str:
-    """Return the hook rows of one block; ``h`` is its number of heads."""
+    """Return the hook rows of one block; ``h`` is its number of heads, ``w`` their width."""
     attn, to, res_post = f"{source}.attn", f"{target}.attn", module.is_a("EvaBlockPostNorm")
-    grouped = module.attn.get("num_kv_heads", module.attn.num_heads) != module.attn.num_heads
+    values = f"{attn} @ matmul#1 : in1 -> {to}.hook_v : b h p d -> b p h d"
+    if not module.attn.has("qkv"):  # grouped values are repeated before that product
+        values = f"{attn}.v_proj -> {to}.hook_v : b p (k w) -> b p k w"
     return f"""
+        {values}
         {source} : in                                       ->  {target}.hook_resid_pre
         {source}.norm1                                      ->  {target}.ln1.hook_normalized
         {attn}.q_norm                                       ->  {to}.hook_q        : b h p d -> b p h d
         {attn}.k_norm                                       ->  {to}.hook_k        : b k p d -> b p k d
-        {attn} @ {"repeat_interleave#1 : in" if grouped else "matmul#1 : in1"}  ->  {to}.hook_v  : b k p d -> b p k d
         {attn} @ type_as                                    ->  {to}.hook_rot_q    : b h p d -> b p h d
         {attn} @ type_as#1                                  ->  {to}.hook_rot_k    : b k p d -> b p k d
         {attn} @ softmax : in                               ->  {to}.hook_attn_scores
@@ -151,6 +155,7 @@ class EvaAdapter(Adapter):
         "Eva.patch_drop": "drops patches in training only",
         "Eva.num_prefix_tokens": "read from class token and registers",
         "Eva.rope_mixed": "read from the rotary embedding",
+        "Eva.global_pool": "read where there is no attention pooling",
     }
 
     def spec(self, upstream: Reader) -> ModelSpec:
@@ -209,6 +214,7 @@ class EvaAdapter(Adapter):
             patch_embed    ->  hook_embed           : PATCHES
             norm_pre : in  ->  hook_full_embed
             norm_pre       ->  hook_ln_pre
+            norm_pre       ->  ln_pre.hook_normalized
             norm           ->  ln_final.hook_normalized
             norm           ->  hook_ln_final
             fc_norm : in   ->  hook_pooled
@@ -216,7 +222,7 @@ class EvaAdapter(Adapter):
             head           ->  hook_logits
         """.replace(": PATCHES", ": b r c d -> b (r c) d" if upstream.dynamic_img_size else "")
         table += common.same_for_all(upstream, [block_hooks(one, "blocks.{l}", "blocks.{l}") for one in upstream.blocks])
-        sizes = {"h": spec.blocks[0].attn.n_heads}
+        sizes = {"h": spec.blocks[0].attn.n_heads, "w": spec.blocks[0].attn.d_head}
         if upstream.has("attn_pool"):
             table += common.attention_pool_hooks(upstream.attn_pool, "attn_pool")
             sizes["n"] = upstream.attn_pool.num_heads
