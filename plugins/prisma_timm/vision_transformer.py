@@ -1,102 +1,162 @@
-"""timm.models.vision_transformer.VisionTransformer."""
+"""timm's VisionTransformer: the plain, convolution-stemmed, parallel, CLIP-like and distilled ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import ClassVar
 
 from torch import nn
 
 from prisma_core.adapter import Adapter, Reader
 from prisma_core.hookmap import HookMap
 from prisma_core.layout import TokenLayout
-from prisma_core.spec import AttentionSpec, BlockSpec, EmbedSpec, MlpSpec, ModelSpec, NormSpec, PoolSpec
+from prisma_core.spec import EmbedSpec, ModelSpec, PoolSpec
 from prisma_core.weights import WeightMap
+from prisma_timm import blocks, common
 
-WEIGHTS = """
-    patch_embed.proj.weight             ->  embed.proj.weight
-    patch_embed.proj.bias | zeros       ->  embed.proj.bias
-    cls_token                           ->  embed.prefix                       : 1 n d -> n d
-    pos_embed                           ->  embed.pos_embed                    : 1 p d -> p d
-    norm_pre.{*}                        ->  ln_pre.{*}
-    blocks.{l}.norm1.{*}                ->  blocks.{l}.ln1.{*}
-    blocks.{l}.attn.qkv.weight          ->  blocks.{l}.attn.qkv.weight
-    blocks.{l}.attn.qkv.bias | zeros    ->  blocks.{l}.attn.qkv.bias
-    blocks.{l}.attn.proj.weight         ->  blocks.{l}.attn.out.weight
-    blocks.{l}.attn.proj.bias | zeros   ->  blocks.{l}.attn.out.bias
-    blocks.{l}.norm2.{*}                ->  blocks.{l}.ln2.{*}
-    blocks.{l}.mlp.fc1.weight           ->  blocks.{l}.mlp.fc_in.weight
-    blocks.{l}.mlp.fc1.bias | zeros     ->  blocks.{l}.mlp.fc_in.bias
-    blocks.{l}.mlp.fc2.weight           ->  blocks.{l}.mlp.fc_out.weight
-    blocks.{l}.mlp.fc2.bias | zeros     ->  blocks.{l}.mlp.fc_out.bias
-    norm.{*}                            ->  ln_final.{*}
-    head.{*}                            ->  head.{*}
-"""
+DISTILLED = "timm.models.deit.VisionTransformerDistilled"
+HYBRID = "timm.layers.hybrid_embed.HybridEmbed"
+LINEAR = "torch.nn.modules.linear.Linear"
 
-HOOKS = """
-    patch_embed                  ->  hook_embed
-    norm_pre : in                ->  hook_full_embed
-    blocks.{l} : in              ->  blocks.{l}.hook_resid_pre
-    blocks.{l}.norm1             ->  blocks.{l}.ln1.hook_normalized
-    blocks.{l}.attn.q_norm       ->  blocks.{l}.attn.hook_q            : b h p d -> b p h d
-    blocks.{l}.attn.k_norm       ->  blocks.{l}.attn.hook_k            : b h p d -> b p h d
-    blocks.{l}.attn @ softmax : in  ->  blocks.{l}.attn.hook_attn_scores
-    blocks.{l}.attn.attn_drop    ->  blocks.{l}.attn.hook_pattern
-    blocks.{l}.attn.norm : in    ->  blocks.{l}.attn.hook_z            : b p (h d) -> b p h d
-    blocks.{l}.drop_path1        ->  blocks.{l}.hook_attn_out
-    blocks.{l}.norm2 : in        ->  blocks.{l}.hook_resid_mid
-    blocks.{l}.norm2             ->  blocks.{l}.ln2.hook_normalized
-    blocks.{l}.mlp.fc1           ->  blocks.{l}.mlp.hook_pre
-    blocks.{l}.mlp.fc2 : in      ->  blocks.{l}.mlp.hook_post
-    blocks.{l}.drop_path2        ->  blocks.{l}.hook_mlp_out
-    blocks.{l}                   ->  blocks.{l}.hook_resid_post
-    norm                         ->  hook_ln_final
-    fc_norm : in                 ->  hook_pooled
-    head                         ->  hook_logits
-"""
+IGNORED = {
+    "VisionTransformer.in_chans": "read from the patch embedding",
+    "VisionTransformer.num_features": "embed_dim by another name",
+    "VisionTransformer.head_hidden_size": "embed_dim by another name",
+    "VisionTransformer.feature_info": "where feature extractors may look",
+    "VisionTransformer.grad_checkpointing": "saves memory in training; the numbers are the same",
+    "VisionTransformer.weight_init_mode": "only for initialisation",
+    "VisionTransformer.fix_init": "only for initialisation",
+    "VisionTransformer.num_classes": "read from the head",
+    "VisionTransformer.pretrained_cfg": "where weights come from, and preprocessing",
+    "VisionTransformer.default_cfg": "where weights come from, and preprocessing",
+    "VisionTransformer.patch_drop": "does nothing in evaluation",
+    "VisionTransformerDistilled.distilled_training": "two outputs in training; evaluation returns their mean",
+    "PatchDropout.*": "does nothing in evaluation",
+}
 
 
 class VisionTransformerAdapter(Adapter):
-    types = ("timm.models.vision_transformer.VisionTransformer",)
+    """VisionTransformer and VisionTransformerDistilled."""
+
+    types = ("timm.models.vision_transformer.VisionTransformer", DISTILLED)
+    ignored: ClassVar[Mapping[str, str]] = {**common.IGNORED, **blocks.IGNORED, **IGNORED}
 
     def spec(self, upstream: Reader) -> ModelSpec:
-        patch = upstream.patch_embed
-        rows, columns = patch.grid_size
+        distilled = upstream.is_a(DISTILLED)
+        rows, columns = upstream.patch_embed.grid_size
+        layout = TokenLayout(
+            cls=int(upstream.has_class_token),
+            distillation=int(distilled),
+            registers=upstream.num_reg_tokens,
+            rows=rows,
+            columns=columns,
+        )
+        if layout.n_prefix != upstream.num_prefix_tokens:
+            raise upstream.unsupported(f"{upstream.num_prefix_tokens} tokens before the patches")
+        ln_pool = common.norm(upstream.fc_norm)
+        if distilled and (ln_pool is not None or upstream.has("attn_pool")):
+            raise upstream.unsupported("a norm or attention before two heads")
         return ModelSpec(
             d_model=upstream.embed_dim,
-            image_size=patch.img_size,
-            embed=EmbedSpec(patch=patch.patch_size, in_channels=patch.proj.in_channels),
-            layout=TokenLayout(cls=int(upstream.has_class_token), registers=upstream.num_reg_tokens, rows=rows, columns=columns),
-            blocks=tuple(_block(block) for block in upstream.blocks),
-            ln_final=NormSpec(eps=upstream.norm.eps),
-            pool=PoolSpec(kind="token"),
-            d_pool=upstream.embed_dim,
-            n_classes=upstream.num_classes or None,
+            image_size=upstream.patch_embed.img_size,
+            embed=_embed(upstream),
+            layout=layout,
+            blocks=tuple(blocks.block(block) for block in upstream.blocks),
+            ln_pre=common.norm(upstream.norm_pre),
+            ln_final=common.norm(upstream.norm),
+            pool=_pool(upstream),
+            ln_pool=ln_pool,
+            d_pool=upstream.attn_pool.out_features if upstream.has("attn_pool") else upstream.embed_dim,
+            n_classes=_classes(upstream.head),
+            n_heads_out=2 if distilled else 1,
         )
 
+    def stem(self, upstream: Reader, spec: ModelSpec) -> nn.Module | None:
+        return upstream.patch_embed.module if spec.embed.stem == "opaque" else None
+
     def weights(self, upstream: Reader, spec: ModelSpec) -> WeightMap:
-        return WeightMap.parse(WEIGHTS)
+        rows = """
+            head.{*}                ->  head.{*}
+            head_dist.{*}           ->  head_dist.{*}
+        """
+        if spec.embed.stem == "opaque":
+            rows += "patch_embed.{*}  ->  embed.stem.{*}\n"
+        else:
+            rows += common.linear_rows("patch_embed.proj", "embed.proj")
+            rows += common.norm_rows("patch_embed.norm", "embed.norm")
+        prefix = [name for name in ("cls_token", "dist_token", "reg_token") if upstream.has(name)]
+        rows += f"[{', '.join(prefix)}]  ->  embed.prefix  : 1 n d -> n d\n"
+        without_prefix = upstream.no_embed_class and spec.layout.n_prefix
+        rows += f"{'[zeros, pos_embed]' if without_prefix else 'pos_embed'}  ->  embed.pos_embed  : 1 p d -> p d\n"
+        for source, target in (("norm_pre", "ln_pre"), ("norm", "ln_final"), ("fc_norm", "ln_pool")):
+            rows += common.norm_rows(source, target)
+        if spec.pool.kind == "attention":
+            rows += common.attention_pool_rows(upstream.attn_pool, "attn_pool")
+        rows += common.same_for_all(upstream, [blocks.block_rows(block) for block in upstream.blocks])
+        return WeightMap.parse(rows)
 
     def hooks(self, upstream: Reader, spec: ModelSpec) -> HookMap:
-        return HookMap.parse(HOOKS, h=spec.blocks[0].attn.n_heads)
+        as_grid = "  : b r c d -> b (r c) d" if upstream.dynamic_img_size else ""
+        rows = f"""
+            patch_embed       ->  hook_embed                    {as_grid}
+            patch_embed.norm  ->  embed.norm.hook_normalized    {as_grid}
+            norm_pre : in     ->  hook_full_embed
+            norm_pre          ->  hook_ln_pre
+            norm_pre          ->  ln_pre.hook_normalized
+            norm              ->  hook_ln_final
+            norm              ->  ln_final.hook_normalized
+        """
+        if spec.n_heads_out == 2:
+            rows += """
+                head : in       ->  hook_pooled
+                head_dist : in  ->  hook_pooled_dist
+                                ->  hook_logits
+            """
+        else:
+            rows += """
+                fc_norm : in  ->  hook_pooled
+                fc_norm       ->  ln_pool.hook_normalized
+                head          ->  hook_logits
+            """
+        if spec.pool.kind == "attention":
+            rows += common.attention_pool_hooks(upstream.attn_pool, "attn_pool")
+        rows += common.same_for_all(upstream, [blocks.block_hooks(block) for block in upstream.blocks])
+        latent_heads = spec.pool.attn.n_heads if spec.pool.attn else 1
+        return HookMap.parse(rows, h=spec.blocks[0].attn.n_heads, n=latent_heads)
 
-    @contextmanager
-    def explicit(self, upstream: nn.Module) -> Iterator[None]:
-        fused = [module for module in upstream.modules() if getattr(module, "fused_attn", False)]
-        for module in fused:
-            module.fused_attn = False
-        try:
-            yield
-        finally:
-            for module in fused:
-                module.fused_attn = True
+    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+        return common.explicit_attention(upstream)
 
 
-def _block(block: Reader) -> BlockSpec:
-    attn, mlp = block.attn, block.mlp
-    return BlockSpec(
-        attn=AttentionSpec(n_heads=attn.num_heads, n_kv_heads=attn.num_heads, d_head=attn.head_dim, scale=attn.scale),
-        mlp=MlpSpec(d_mlp=mlp.fc1.out_features, act="gelu"),
-        ln1=NormSpec(eps=block.norm1.eps),
-        ln2=NormSpec(eps=block.norm2.eps),
+def _embed(upstream: Reader) -> EmbedSpec:
+    patch, pos, dynamic = upstream.patch_embed, upstream.has("pos_embed"), upstream.dynamic_img_size
+    if not patch.is_a(HYBRID):
+        return common.patch_embed(patch, pos=pos, dynamic=dynamic)
+    if patch.dynamic_img_pad:
+        raise patch.unsupported("padding of images")
+    return EmbedSpec(
+        patch=tuple(ratio * side for ratio, side in zip(patch.feature_ratio, patch.patch_size, strict=True)),
+        in_channels=patch.in_chans,
+        stem="opaque",
+        pos=pos,
+        interpolation="bicubic_antialias" if dynamic else None,
     )
+
+
+def _pool(upstream: Reader) -> PoolSpec:
+    with_prefix = upstream.pool_include_prefix
+    if upstream.has("attn_pool"):
+        return common.attention_pool(upstream.attn_pool, with_prefix=with_prefix)
+    kind = upstream.global_pool or "none"
+    if kind not in ("none", "token", "avg"):
+        raise upstream.unsupported(f"{kind!r} pooling")
+    return PoolSpec(kind=kind, with_prefix=with_prefix)
+
+
+def _classes(head: Reader) -> int | None:
+    if head.is_a(LINEAR):
+        return head.out_features
+    if head.is_a(common.IDENTITY):
+        return None
+    raise head.unsupported("its kind of head")
