@@ -6,50 +6,104 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
 
 from prisma_core.commands.info import REFERENCE
 from prisma_core.commands.screen import note, out, table
+from prisma_core.errors import InputError, LoadError
 
-DEVICE = Annotated[str, typer.Option(help="cpu or cuda.")]
+DEVICE = Annotated[
+    str | None, typer.Option(help="cpu or cuda; without it the CPU, and the logits on a GPU too where there is one.")
+]
+FULL = Annotated[bool, typer.Option("--full", help="At the real size, not shrunk.")]
+PRETRAINED = Annotated[
+    bool, typer.Option("--pretrained", help="With the real weights (downloads them), not drawn ones.")
+]
 
 
 def check(
     reference: REFERENCE,
-    device: DEVICE = "cpu",
+    device: DEVICE = None,
     checks: Annotated[list[str] | None, typer.Option(help="A check's name or a glob; may be given again.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="At the real size, not shrunk.")] = False,
+    full: FULL = False,
+    pretrained: PRETRAINED = False,
     json: Annotated[Path | None, typer.Option(help="Write the certificate to this file.", dir_okay=False)] = None,
 ) -> None:
     """Prove that a model computes what upstream computes."""
     from prisma_core import conformance
 
-    report = conformance.check(reference, device=device, checks=checks or None, full=full)
-    console = out()
+    _usable(device)
+    with Console(stderr=True).status("checking") as status:
+        report = conformance.check(
+            reference,
+            device=device,
+            checks=checks or None,
+            full=full,
+            pretrained=pretrained,
+            progress=lambda name, result: status.update(f"{name}: {result.name} done"),
+        )
     for certificate in report.certificates:
-        console.print(
-            f"[bold]{certificate.name}[/] {certificate.upstream}, {certificate.library} {certificate.version}, "
-            f"{certificate.device}, weights: {certificate.weights}"
+        out().print(
+            f"[bold]{escape(certificate.name)}[/]: {certificate.upstream} of {certificate.library} "
+            f"{certificate.version}, on {certificate.device}, weights {certificate.weights}"
         )
         shown = table("check", "outcome", "error", "at most", "")
         for result in certificate.results:
             outcome = "skipped" if result.skipped else "[green]passed[/]" if result.passed else "[bold red]FAILED[/]"
-            shown.add_row(
-                result.name, outcome, _number(result.error), _number(result.bound), result.skipped or result.detail
-            )
-        console.print(shown)
+            why = escape(result.skipped or result.detail)
+            shown.add_row(result.name, outcome, _number(result.error), _number(result.bound), why)
+        out().print(shown)
     if json is not None:
-        json.write_text("\n".join(c.model_dump_json(indent=1) for c in report.certificates) + "\n", encoding="utf-8")
+        _write(json, "\n".join(certificate.model_dump_json(indent=1) for certificate in report.certificates) + "\n")
+    ran = [result for result in report.results if result.skipped is None]
     if not report.passed:
-        failed = f"{len(report.failures)} of {len(report.results)} checks failed"
-        note("Error", f"{failed}. `prisma doctor {reference}` looks for the cause.")
+        told = f"{len(report.failures)} of {len(ran)} checks failed" if ran else "no check applies"
+        note("Error", f"{told}. `prisma doctor {reference}` looks for the cause.")
         raise typer.Exit(1)
+    note("passed", f"{len(ran)} of {len(ran)} checks, {len(report.results) - len(ran)} skipped.", "green")
 
 
-def doctor(reference: REFERENCE, device: DEVICE = "cpu") -> None:
+def doctor(reference: REFERENCE, device: DEVICE = None, full: FULL = False, pretrained: PRETRAINED = False) -> None:
     """Find where a model departs from upstream, and why."""
     from prisma_core import conformance
 
-    out().print(str(conformance.diagnose(reference, device=device)))
+    _usable(device)
+    with Console(stderr=True).status("looking") as status:
+        found = conformance.diagnose(
+            reference,
+            device=device,
+            full=full,
+            pretrained=pretrained,
+            progress=lambda change: status.update(f"trying: {change}"),
+        )
+    out().print(escape(str(found)), soft_wrap=True)
+    if not found.agrees:
+        raise typer.Exit(1)
+
+
+def _usable(device: str | None) -> None:
+    """Refuse a device that is not there, before any work.
+
+    Raises:
+        InputError: torch cannot put a number on it.
+    """
+    import torch
+
+    if device is None:
+        return
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's ways to say that there is no such device
+        usable = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        raise InputError(f"No device {device!r} here; there is {' and '.join(usable)}.") from error
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise LoadError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def _number(value: float | None) -> str:
