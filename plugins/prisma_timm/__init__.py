@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from prisma_core import hookimpl
 from prisma_core.adapter import Adapter
 from prisma_core.sources import Source
+from prisma_timm.beit import BeitAdapter
 from prisma_timm.eva import EvaAdapter
+from prisma_timm.relpos import RelPosAdapter
 from prisma_timm.source import TimmSource
 from prisma_timm.vision_transformer import VisionTransformerAdapter
 
@@ -19,4 +21,4 @@ def prisma_sources() -> Sequence[Source]:
 
 @hookimpl
 def prisma_adapters() -> Sequence[Adapter]:
-    return [VisionTransformerAdapter(), EvaAdapter()]
+    return [VisionTransformerAdapter(), EvaAdapter(), BeitAdapter(), RelPosAdapter()]

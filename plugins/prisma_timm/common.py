@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from prisma_core.adapter import Reader
 from prisma_core.spec import Activation, AttentionSpec, EmbedSpec, MlpSpec, NormSpec, PoolSpec
@@ -165,6 +168,50 @@ def mlp_hooks(module: Reader, source: str, target: str) -> str:
     return rows + f"""
         {source}.fc1  ->  {target}.hook_pre
     """
+
+
+def classes(head: Reader) -> int | None:
+    """Return how many classes a head tells apart; None if there is no head."""
+    if head.is_a(IDENTITY):
+        return None
+    if head.is_a("torch.nn.modules.linear.Linear"):
+        return head.out_features
+    raise head.unsupported("its kind of head")
+
+
+def pool(upstream: Reader, *, with_prefix: bool = False) -> PoolSpec:
+    """Return the facts of ``global_pool``."""
+    kind = upstream.global_pool or "none"
+    if kind not in ("none", "token", "avg"):
+        raise upstream.unsupported(f"{kind!r} pooling")
+    return PoolSpec(kind=kind, with_prefix=with_prefix)
+
+
+def own_tensors(module: Reader) -> list[str]:
+    """Return the names of a module's parameters and buffers, in the order ``own_function`` takes them."""
+    return [name for name, _ in [*module.module.named_parameters(), *module.module.named_buffers()]]
+
+
+def own_function(module: Reader, method: str, **given: Any) -> Callable[..., Tensor]:
+    """Return a method of an upstream module as a differentiable function of the module's tensors."""
+    called = _Method(copy.deepcopy(module.module).eval(), method, given)
+    names = [f"module.{name}" for name in own_tensors(module)]
+
+    def function(*tensors: Tensor) -> Tensor:
+        return functional_call(called, dict(zip(names, tensors, strict=True)), ())
+
+    return function
+
+
+class _Method(nn.Module):
+    def __init__(self, module: nn.Module, method: str, given: dict[str, Any]):
+        super().__init__()
+        self.module = module
+        self.method = method
+        self.given = given
+
+    def forward(self) -> Tensor:
+        return getattr(self.module, self.method)(**self.given)
 
 
 def same_for_all(upstream: Reader, tables: list[str]) -> str:

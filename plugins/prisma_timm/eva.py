@@ -11,7 +11,7 @@ from torch import nn
 from prisma_core.adapter import Adapter, Reader
 from prisma_core.hookmap import HookMap
 from prisma_core.layout import TokenLayout
-from prisma_core.spec import AttentionSpec, BlockSpec, ModelSpec, PoolSpec, RopeSpec
+from prisma_core.spec import AttentionSpec, BlockSpec, ModelSpec, RopeSpec
 from prisma_core.weights import WeightMap
 from prisma_timm import common
 from prisma_timm import rope as ropes
@@ -155,6 +155,7 @@ class EvaAdapter(Adapter):
         "Eva.patch_drop": "drops patches in training only",
         "Eva.num_prefix_tokens": "read from class token and registers",
         "Eva.rope_mixed": "read from the rotary embedding",
+        "Eva.num_classes": "read from the head",
         "Eva.global_pool": "read where there is no attention pooling",
     }
 
@@ -169,6 +170,8 @@ class EvaAdapter(Adapter):
         )
         dynamic = bool(upstream.dynamic_img_size)
         rope = _rope(upstream, dynamic)
+        mapped = upstream.has("attn_pool")
+        pool = common.attention_pool(upstream.attn_pool, with_prefix=True) if mapped else common.pool(upstream)
         return ModelSpec(
             d_model=upstream.embed_dim,
             image_size=patch.img_size,
@@ -180,10 +183,10 @@ class EvaAdapter(Adapter):
             rope=rope,
             ln_pre=common.norm(upstream.norm_pre),
             ln_final=common.norm(upstream.norm),
-            pool=_pool(upstream),
+            pool=pool,
             ln_pool=common.norm(upstream.fc_norm),
-            d_pool=upstream.attn_pool.out_features if upstream.has("attn_pool") else upstream.embed_dim,
-            n_classes=upstream.num_classes or None,
+            d_pool=upstream.attn_pool.out_features if mapped else upstream.embed_dim,
+            n_classes=common.classes(upstream.head),
         )
 
     def weights(self, upstream: Reader, spec: ModelSpec) -> WeightMap:
@@ -239,14 +242,3 @@ def _rope(upstream: Reader, dynamic: bool) -> RopeSpec | None:
     if spec.per_layer != bool(upstream.rope_mixed):
         raise upstream.unsupported("rotary tables that are shared against their kind")
     return spec
-
-
-def _pool(upstream: Reader) -> PoolSpec:
-    if upstream.has("attn_pool"):
-        return common.attention_pool(upstream.attn_pool, with_prefix=True)
-    kinds: dict[str, Literal["none", "token", "avg"]] = {"": "none", "token": "token", "avg": "avg"}
-    if upstream.global_pool not in kinds:
-        raise upstream.unsupported(f"global_pool={upstream.global_pool!r}")
-    return PoolSpec(kind=kinds[upstream.global_pool])
-
-

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from prisma_core.adapter import Reader
 from prisma_core.layout import TokenLayout
 from prisma_core.spec import RopeGrid, RopeSpec
+from prisma_timm import common
 
 AXIAL = "timm.layers.pos_embed_sincos.RotaryEmbeddingCat"
 DINOV3 = "timm.layers.pos_embed_sincos.RotaryEmbeddingDinoV3"
@@ -52,7 +51,7 @@ def _grid(module: Reader, layout: str) -> RopeGrid | None:
     if module.is_a(DINOV3):
         return RopeGrid(
             coordinates="centred",
-            waves=tuple(module.periods.tolist()),
+            waves=_waves(module.periods),
             column_first=column_first,
             offset=module.grid_offset,
             normalize=module.normalize_coords,
@@ -62,7 +61,7 @@ def _grid(module: Reader, layout: str) -> RopeGrid | None:
     reference = module.ref_feat_shape
     return RopeGrid(
         coordinates="index",
-        waves=tuple(module.bands.tolist()),
+        waves=_waves(module.bands),
         column_first=column_first,
         offset=module.grid_offset,
         reference=None if reference is None else tuple(reference),
@@ -70,9 +69,13 @@ def _grid(module: Reader, layout: str) -> RopeGrid | None:
     )
 
 
+def _waves(tensor: Tensor) -> tuple[float, ...]:
+    return () if tensor.is_meta else tuple(tensor.tolist())  # a model without data has no waves, as it has no weights
+
+
 def rope_rows(module: Reader, source: str) -> str:
     """Return the weight row of the tables; its function is ``rope_tables``."""
-    names = ", ".join(f"{source}.{name}" for name in _tensors(module.module))
+    names = ", ".join(f"{source}.{name}" for name in common.own_tensors(module))
     return f"""
         [{names}]  ->  [rope_cos, rope_sin]  :  {{rope}}
     """
@@ -81,15 +84,13 @@ def rope_rows(module: Reader, source: str) -> str:
 def rope_tables(module: Reader, spec: RopeSpec, layout: TokenLayout) -> Callable[..., Tensor]:
     """Return the function that makes both tables, one after the other, of the embedding's own tensors.
 
-    It is upstream's own, so that numbers and gradients are.
+    It calls the embedding the way upstream's models do, so that numbers and gradients are upstream's.
     """
-    own = copy.deepcopy(module.module).eval()
-    cached = module.has("feat_shape")
-    embed = _Embed(own, None if cached else (layout.rows, layout.columns))
-    names = [f"rope.{name}" for name in _tensors(own)]
+    given = {} if module.has("feat_shape") else {"shape": (layout.rows, layout.columns)}
+    embed = common.own_function(module, "get_embed", **given)
 
     def tables(*tensors: Tensor) -> Tensor:
-        made = functional_call(embed, dict(zip(names, tensors, strict=True)), ())
+        made = embed(*tensors)
         floating = next(tensor for tensor in tensors if tensor.is_floating_point())
         made = made.to(torch.promote_types(made.dtype, floating.dtype))
         made = rearrange(made, "l h p d -> l p h d" if spec.per_layer else "p d -> p 1 d")
@@ -102,19 +103,3 @@ def rope_tables(module: Reader, spec: RopeSpec, layout: TokenLayout) -> Callable
 def _with_prefix(table: Tensor, value: float, n_prefix: int) -> Tensor:
     prefix = table.new_full((*table.shape[:-3], n_prefix, *table.shape[-2:]), value)
     return torch.cat([prefix, table], dim=-3)
-
-
-def _tensors(module: nn.Module) -> list[str]:
-    return [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
-
-
-class _Embed(nn.Module):
-    """A rotary embedding called the way its model calls it."""
-
-    def __init__(self, rope: nn.Module, shape: tuple[int, int] | None):
-        super().__init__()
-        self.rope = rope
-        self.shape = shape
-
-    def forward(self) -> Tensor:
-        return self.rope.get_embed() if self.shape is None else self.rope.get_embed(shape=self.shape)  # pyright: ignore

@@ -1,0 +1,150 @@
+"""timm.models.beit.Beit: BEiT and BEiT v2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import ClassVar
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from prisma_core.adapter import Adapter, Reader
+from prisma_core.hookmap import HookMap
+from prisma_core.layout import TokenLayout
+from prisma_core.spec import AttentionSpec, BlockSpec, ModelSpec
+from prisma_core.weights import WeightMap
+from prisma_timm import common
+
+HOOKS = """
+    patch_embed                         ->  hook_embed
+    pos_drop                            ->  hook_full_embed
+    blocks.{l} : in                     ->  blocks.{l}.hook_resid_pre
+    blocks.{l}.norm1                    ->  blocks.{l}.ln1.hook_normalized
+    blocks.{l}.attn @ mul : in          ->  blocks.{l}.attn.hook_q             : b h p d -> b p h d
+    blocks.{l}.attn @ matmul : in1      ->  blocks.{l}.attn.hook_k             : b h d p -> b p h d
+    blocks.{l}.attn @ matmul#1 : in1    ->  blocks.{l}.attn.hook_v             : b h p d -> b p h d
+    blocks.{l}.attn @ softmax : in      ->  blocks.{l}.attn.hook_attn_scores
+    blocks.{l}.attn.attn_drop           ->  blocks.{l}.attn.hook_pattern
+    blocks.{l}.attn.proj : in           ->  blocks.{l}.attn.hook_z             : b p (h d) -> b p h d
+    blocks.{l}.drop_path1               ->  blocks.{l}.hook_attn_out
+    blocks.{l}.norm2 : in               ->  blocks.{l}.hook_resid_mid
+    blocks.{l}.norm2                    ->  blocks.{l}.ln2.hook_normalized
+    blocks.{l}.drop_path2               ->  blocks.{l}.hook_mlp_out
+    blocks.{l}                          ->  blocks.{l}.hook_resid_post
+    norm                                ->  ln_final.hook_normalized
+    norm                                ->  hook_ln_final
+    fc_norm : in                        ->  hook_pooled
+    fc_norm                             ->  ln_pool.hook_normalized
+    head                                ->  hook_logits
+"""
+
+
+class BeitAdapter(Adapter):
+    """Pre-norm blocks with a learned bias for each offset between two tokens, per layer, shared, or both."""
+
+    types = ("timm.models.beit.Beit",)
+    ignored: ClassVar[Mapping[str, str]] = {
+        **common.IGNORED,
+        "Beit.num_classes": "read from the head",
+        "Beit.head_init_scale": "only for initialisation",
+        "Block.init_values": "only for initialisation",
+        "Attention.qkv_bias_separate": "when the bias is added changes nothing",
+        "Attention.[kv]_bias": "there if q_bias is",
+        "Attention.window_size": "the shape of the table of biases",
+        "Attention.num_relative_distance": "the shape of the table of biases",
+        "Attention.relative_position_index": "there if the table of biases is",
+        "RelativePositionBias.window_*": "the shape of the table of biases",
+    }
+
+    def spec(self, upstream: Reader) -> ModelSpec:
+        if upstream.num_prefix_tokens != 1:
+            raise upstream.unsupported(f"{upstream.num_prefix_tokens} tokens before the patches")
+        rows, columns = upstream.patch_embed.grid_size
+        shared = upstream.has("rel_pos_bias")
+        return ModelSpec(
+            d_model=upstream.embed_dim,
+            image_size=upstream.patch_embed.img_size,
+            embed=common.patch_embed(upstream.patch_embed, pos=upstream.has("pos_embed"), dynamic=False),
+            layout=TokenLayout(cls=1, rows=rows, columns=columns),
+            blocks=tuple(_block(block, shared) for block in upstream.blocks),
+            ln_final=common.norm(upstream.norm),
+            pool=common.pool(upstream),
+            ln_pool=common.norm(upstream.fc_norm),
+            d_pool=upstream.embed_dim,
+            n_classes=common.classes(upstream.head),
+        )
+
+    def weights(self, upstream: Reader, spec: ModelSpec) -> WeightMap:
+        shared = upstream.has("rel_pos_bias")
+        table = (
+            common.linear_rows("patch_embed.proj", "embed.proj")
+            + common.norm_rows("patch_embed.norm", "embed.norm")
+            + """
+            cls_token  ->  embed.prefix     :  1 n d -> n d
+            pos_embed  ->  embed.pos_embed  :  1 p d -> p d
+            """
+            + common.same_for_all(upstream, [_block_rows(block, shared) for block in upstream.blocks])
+            + common.norm_rows("norm", "ln_final")
+            + common.norm_rows("fc_norm", "ln_pool")
+            + common.linear_rows("head", "head")
+        )
+        return WeightMap.parse(table, {"bias": attn_bias})
+
+    def hooks(self, upstream: Reader, spec: ModelSpec) -> HookMap:
+        mlps = [common.mlp_hooks(block.mlp, "blocks.{l}.mlp", "blocks.{l}.mlp") for block in upstream.blocks]
+        return HookMap.parse(HOOKS + common.same_for_all(upstream, mlps), h=spec.blocks[0].attn.n_heads)
+
+    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+        return common.explicit_attention(upstream)
+
+
+def attn_bias(*tensors: Tensor) -> Tensor:
+    """Return the bias ``[head query_pos key_pos]`` of tables ``[offset head]``, each with its index."""
+    tables = zip(tensors[::2], tensors[1::2], strict=True)
+    return torch.stack([rearrange(table[index], "q k h -> h q k") for table, index in tables]).sum(0)
+
+
+def _block(block: Reader, shared: bool) -> BlockSpec:
+    attn = block.attn
+    if not block.is_a("timm.models.beit.Block") or not attn.is_a("timm.models.beit.Attention"):
+        raise block.unsupported("its kind of block")
+    scaled = block.has("gamma_1")
+    if scaled != block.has("gamma_2"):
+        raise block.unsupported("a scale of only one of attention and MLP")
+    return BlockSpec(
+        attn=AttentionSpec(
+            n_heads=attn.num_heads,
+            n_kv_heads=attn.num_heads,
+            d_head=attn.proj.in_features // attn.num_heads,
+            scale=attn.scale,
+            bias=shared or attn.has("relative_position_bias_table"),
+        ),
+        mlp=common.mlp(block.mlp),
+        ln1=common.norm(block.norm1),
+        ln2=common.norm(block.norm2),
+        attn_scale=scaled,
+        mlp_scale=scaled,
+    )
+
+
+def _block_rows(block: Reader, shared: bool) -> str:
+    at, bias = "blocks.{l}", "zeros"
+    if block.attn.has("q_bias"):
+        bias = f"[{at}.attn.q_bias, {at}.attn.k_bias, {at}.attn.v_bias]"
+    owners = [f"{at}.attn"] * block.attn.has("relative_position_bias_table") + ["rel_pos_bias"] * shared
+    tables = [f"{owner}.relative_position_{part}" for owner in owners for part in ("bias_table", "index")]
+    return (
+        common.norm_rows(f"{at}.norm1", f"{at}.ln1")
+        + f"""
+            {at}.attn.qkv.weight  ->  {at}.attn.qkv.weight
+            {bias}                ->  {at}.attn.qkv.bias
+            [{", ".join(tables)}]  ->  {at}.attn.attn_bias  :  {{bias}}
+            {at}.gamma_1          ->  {at}.ls1.gamma
+            {at}.gamma_2          ->  {at}.ls2.gamma
+        """
+        + common.linear_rows(f"{at}.attn.proj", f"{at}.attn.out")
+        + common.norm_rows(f"{at}.norm2", f"{at}.ln2")
+        + common.mlp_rows(block.mlp, f"{at}.mlp", f"{at}.mlp")
+    )

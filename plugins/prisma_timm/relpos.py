@@ -1,0 +1,170 @@
+"""timm.models.vision_transformer_relpos.VisionTransformerRelPos."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from prisma_core.adapter import Adapter, Reader
+from prisma_core.hookmap import HookMap
+from prisma_core.layout import TokenLayout
+from prisma_core.spec import AttentionSpec, BlockSpec, ModelSpec
+from prisma_core.weights import WeightMap
+from prisma_timm import common
+from prisma_timm.blocks import is_scaled
+
+RES_POST = "timm.models.vision_transformer_relpos.ResPostRelPosBlock"
+BLOCKS = ("timm.models.vision_transformer_relpos.RelPosBlock", RES_POST)
+HOOKS = """
+    patch_embed                         ->  hook_embed
+    blocks.0 : in                       ->  hook_full_embed
+    blocks.{l} : in                     ->  blocks.{l}.hook_resid_pre
+    blocks.{l}.norm1                    ->  blocks.{l}.ln1.hook_normalized
+    blocks.{l}.attn.q_norm              ->  blocks.{l}.attn.hook_q                  : b h p d -> b p h d
+    blocks.{l}.attn.k_norm              ->  blocks.{l}.attn.hook_k                  : b h p d -> b p h d
+    blocks.{l}.attn.q_norm              ->  blocks.{l}.attn.q_norm.hook_normalized  : b h p d -> b p h d
+    blocks.{l}.attn.k_norm              ->  blocks.{l}.attn.k_norm.hook_normalized  : b h p d -> b p h d
+    blocks.{l}.attn @ matmul#1 : in1    ->  blocks.{l}.attn.hook_v                  : b h p d -> b p h d
+    blocks.{l}.attn @ softmax : in      ->  blocks.{l}.attn.hook_attn_scores
+    blocks.{l}.attn.attn_drop           ->  blocks.{l}.attn.hook_pattern
+    blocks.{l}.attn.proj : in           ->  blocks.{l}.attn.hook_z                  : b p (h d) -> b p h d
+    blocks.{l}.drop_path1               ->  blocks.{l}.hook_attn_out
+    blocks.{l}.norm2                    ->  blocks.{l}.ln2.hook_normalized
+    blocks.{l}.drop_path2               ->  blocks.{l}.hook_mlp_out
+    blocks.{l}                          ->  blocks.{l}.hook_resid_post
+    norm                                ->  ln_final.hook_normalized
+    norm                                ->  hook_ln_final
+    fc_norm : in                        ->  hook_pooled
+    fc_norm                             ->  ln_pool.hook_normalized
+    head                                ->  hook_logits
+"""
+
+
+class RelPosAdapter(Adapter):
+    """Blocks with a bias for each offset between two patches, from a table or an MLP, per layer or shared."""
+
+    types = ("timm.models.vision_transformer_relpos.VisionTransformerRelPos",)
+    ignored: ClassVar[Mapping[str, str]] = {
+        **common.IGNORED,
+        "VisionTransformerRelPos.num_classes": "read from the head",
+        "VisionTransformerRelPos.weight_init_mode": "only for initialisation",
+        "VisionTransformerRelPos.fix_init": "only for initialisation",
+        "ResPostRelPosBlock.init_values": "only for initialisation",
+        **{
+            f"RelPos[BM]*.{name}": "upstream's own function makes the bias"
+            for name in ("window_area", "bias_shape", "bias_act", "pretrained_window_size", "act", "relative_position_index")
+        },
+        "ReLU.*": "upstream's own function makes the bias",
+    }
+
+    def spec(self, upstream: Reader) -> ModelSpec:
+        rows, columns = upstream.patch_embed.grid_size
+        layout = TokenLayout(cls=int(upstream.has("cls_token")), rows=rows, columns=columns)
+        if upstream.num_prefix_tokens != layout.n_prefix:
+            raise upstream.unsupported(f"{upstream.num_prefix_tokens} tokens before the patches")
+        shared = upstream.has("shared_rel_pos")
+        return ModelSpec(
+            d_model=upstream.embed_dim,
+            image_size=upstream.patch_embed.img_size,
+            embed=common.patch_embed(upstream.patch_embed, pos=False, dynamic=False),
+            layout=layout,
+            blocks=tuple(_block(block, shared) for block in upstream.blocks),
+            ln_final=common.norm(upstream.norm),
+            pool=common.pool(upstream),
+            ln_pool=common.norm(upstream.fc_norm),
+            d_pool=upstream.embed_dim,
+            n_classes=common.classes(upstream.head),
+        )
+
+    def weights(self, upstream: Reader, spec: ModelSpec) -> WeightMap:
+        table = (
+            common.linear_rows("patch_embed.proj", "embed.proj")
+            + common.norm_rows("patch_embed.norm", "embed.norm")
+            + """
+            cls_token  ->  embed.prefix  :  1 n d -> n d
+            """
+            + common.same_for_all(upstream, [_block_rows(block) for block in upstream.blocks])
+            + common.norm_rows("norm", "ln_final")
+            + common.norm_rows("fc_norm", "ln_pool")
+            + common.linear_rows("head", "head")
+        )
+        if not spec.blocks[0].attn.bias:
+            return WeightMap.parse(table)
+        owners = [upstream.shared_rel_pos] if upstream.has("shared_rel_pos") else [b.attn.rel_pos for b in upstream.blocks]
+        source = "shared_rel_pos" if upstream.has("shared_rel_pos") else "blocks.{l}.attn.rel_pos"
+        names = ", ".join(f"{source}.{name}" for name in common.own_tensors(owners[0]))
+        table += f"[{names}]  ->  blocks.{{l}}.attn.attn_bias  :  {{bias}}"
+        return WeightMap.parse(table, {"bias": _bias(upstream, owners)})
+
+    def hooks(self, upstream: Reader, spec: ModelSpec) -> HookMap:
+        rows = [
+            common.mlp_hooks(block.mlp, "blocks.{l}.mlp", "blocks.{l}.mlp")
+            + f"blocks.{{l}}.{'mlp' if block.is_a(RES_POST) else 'norm2'} : in  ->  blocks.{{l}}.hook_resid_mid"
+            for block in upstream.blocks
+        ]
+        return HookMap.parse(HOOKS + common.same_for_all(upstream, rows), h=spec.blocks[0].attn.n_heads)
+
+    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+        return common.explicit_attention(upstream)
+
+
+def _block(block: Reader, shared: bool) -> BlockSpec:
+    attn, post = block.attn, block.is_a(RES_POST)
+    if not block.is_a(*BLOCKS) or not attn.is_a("timm.models.vision_transformer_relpos.RelPosAttention"):
+        raise block.unsupported("its kind of block")
+    own = attn.has("rel_pos")
+    if shared and own:
+        raise attn.unsupported("a bias of its own besides the shared one")
+    return BlockSpec(
+        kind="res_post" if post else "pre",
+        attn=AttentionSpec(
+            n_heads=attn.num_heads,
+            n_kv_heads=attn.num_heads,
+            d_head=attn.head_dim,
+            scale=attn.scale,
+            qk_norm=common.qk_norm(attn),
+            bias=shared or own,
+        ),
+        mlp=common.mlp(block.mlp),
+        ln1=common.norm(block.norm1),
+        ln2=common.norm(block.norm2),
+        attn_scale=not post and is_scaled(block.ls1),
+        mlp_scale=not post and is_scaled(block.ls2),
+    )
+
+
+def _block_rows(block: Reader) -> str:
+    at = "blocks.{l}"
+    return (
+        common.norm_rows(f"{at}.norm1", f"{at}.ln1")
+        + common.linear_rows(f"{at}.attn.qkv", f"{at}.attn.qkv")
+        + common.norm_rows(f"{at}.attn.q_norm", f"{at}.attn.q_norm")
+        + common.norm_rows(f"{at}.attn.k_norm", f"{at}.attn.k_norm")
+        + common.linear_rows(f"{at}.attn.proj", f"{at}.attn.out")
+        + common.norm_rows(f"{at}.norm2", f"{at}.ln2")
+        + common.mlp_rows(block.mlp, f"{at}.mlp", f"{at}.mlp")
+        + f"""
+            {at}.ls1.gamma  ->  {at}.ls1.gamma
+            {at}.ls2.gamma  ->  {at}.ls2.gamma
+        """
+    )
+
+
+def _bias(upstream: Reader, owners: list[Reader]) -> Callable[..., Tensor]:
+    facts = {_kind(owner) for owner in owners}
+    if len(facts) > 1:
+        raise upstream.unsupported("layers whose biases are made differently")
+    make = common.own_function(owners[0], "get_bias")
+    return lambda *tensors: make(*tensors)[0]
+
+
+def _kind(owner: Reader) -> tuple[object, ...]:
+    if owner.is_a("timm.layers.pos_embed_rel.RelPosBias"):
+        return "table", tuple(owner.window_size), owner.prefix_tokens
+    if owner.is_a("timm.layers.pos_embed_rel.RelPosMlp"):
+        window = tuple(owner.window_size)
+        return "mlp", window, owner.prefix_tokens, owner.mode, owner.bias_gain, owner.num_heads, common.mlp(owner.mlp)
+    raise owner.unsupported("its kind of relative position")
