@@ -199,7 +199,7 @@ class WeightMap:
             joined = self.functions[rule.how.strip("{}")](*(upstream[name] for name in item.tensors))
         else:
             parts = {name: self._rearranged(rule, upstream[name]) for name in item.tensors}
-            rows = sum(shape[0] for shape in wanted) - sum(part.shape[0] for part in parts.values())
+            rows = sum(map(_rows, wanted)) - sum(_rows(part.shape) for part in parts.values())
             tail = wanted[0][1:]
             pieces = [
                 parts[name]
@@ -208,7 +208,7 @@ class WeightMap:
                 for name in item.sources
             ]
             joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        lengths = [shape[0] for shape in wanted]
+        lengths = [_rows(shape) for shape in wanted]
         if len(wanted) > 1 and joined.shape[0] != sum(lengths):
             raise WeightMapError(f"{rule}: {joined.shape[0]} rows cannot be split into {lengths}.")
         outcome = dict(zip(rule.targets, joined.split(lengths) if len(wanted) > 1 else [joined], strict=True))
@@ -273,7 +273,7 @@ class WeightMap:
         parts = [canonical[name] for name in rule.targets]
         joined = parts[0] if len(parts) == 1 else torch.cat(parts)
         rows = {
-            name: self._rearranged(rule, torch.empty(upstream[name].shape, device="meta")).shape[0]
+            name: _rows(self._rearranged(rule, torch.empty(upstream[name].shape, device="meta")).shape)
             for name in item.tensors
         }
         rest = joined.shape[0] - sum(rows.values()) if joined.ndim else 0
@@ -306,6 +306,10 @@ class WeightMap:
             allow_unused=True,
         )
         return {name: grad for name, grad in zip(inputs, grads, strict=True) if grad is not None}
+
+
+def _rows(shape: torch.Size) -> int:
+    return shape[0] if shape else 1
 
 
 def _listed(names: list[str], most: int = 6) -> str:

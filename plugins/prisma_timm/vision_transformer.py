@@ -145,10 +145,9 @@ def _embed(upstream: Reader) -> EmbedSpec:
 
 
 def _pool(upstream: Reader) -> PoolSpec:
-    with_prefix = upstream.pool_include_prefix
+    kind, with_prefix = upstream.global_pool or "none", upstream.pool_include_prefix
     if upstream.has("attn_pool"):
         return common.attention_pool(upstream.attn_pool, with_prefix=with_prefix)
-    kind = upstream.global_pool or "none"
     if kind not in ("none", "token", "avg"):
         raise upstream.unsupported(f"{kind!r} pooling")
     return PoolSpec(kind=kind, with_prefix=with_prefix)
