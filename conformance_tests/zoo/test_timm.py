@@ -1,0 +1,36 @@
+"""Every plain vision transformer of timm comes through its adapter with the same numbers; the others are refused."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from prisma_core import UnsupportedArchitecture, adapt
+from prisma_core.conformance.pytest import suite
+from prisma_core.plugins import host
+
+timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma[timm]'")
+
+# One row an architecture of timm's transformers: whether it must come through, or which feature must be named.
+TABLE = list(csv.DictReader((Path(__file__).parent / "timm_plain.csv").open(encoding="utf-8")))
+PLAIN = sorted(row["name"] for row in TABLE if row["expected"] == "ok")
+REFUSED = [(row["name"], row["feature"]) for row in TABLE if row["expected"] == "unsupported"]
+
+test_conformance = suite("timm")
+
+
+def test_every_plain_architecture_has_a_case() -> None:
+    cases = sorted(case.name for case, plugin in host().cases() if plugin == "timm")
+    assert cases == PLAIN
+
+
+@pytest.mark.parametrize(("name", "feature"), REFUSED)
+def test_what_cannot_be_represented_is_refused_by_feature(name: str, feature: str) -> None:
+    with torch.device("meta"):
+        upstream = timm.create_model(name)
+    with pytest.raises(UnsupportedArchitecture) as refusal:
+        adapt(upstream)
+    assert feature.lower() in str(refusal.value).lower()

@@ -1,0 +1,170 @@
+"""The kit as a pytest suite, in three lines.
+
+In ``conftest.py``::
+
+    pytest_plugins = ["prisma_core.conformance.pytest"]
+
+and in a test file::
+
+    from prisma_core.conformance.pytest import suite
+    test_conformance = suite("my_plugin")
+
+Each case and check is a test of its own, such as ``test_conformance[vit_tiny-parity.logits]``; ``-k`` selects them. The
+end of the run says how many of how many cases were checked, and ``--certificates FOLDER`` writes what was proven.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from prisma_core.conformance.case import Case
+from prisma_core.conformance.doctor import examine
+from prisma_core.conformance.registry import Check, select
+from prisma_core.conformance.results import Certificate, CheckResult, write_certificates
+from prisma_core.conformance.run import certify, run_check, subjects
+from prisma_core.conformance.subject import Subject
+from prisma_core.plugins import host
+
+PROPERTY = "prisma_certificate"
+_DOCTOR_VISITS = 3  # a mistake in a part that all share would otherwise be explained once for each architecture
+
+
+def suite(
+    plugin: str, *, checks: str | Iterable[str] | None = None, cases: Sequence[Case] | None = None
+) -> Callable[..., None]:
+    """Return a test over every conformance case of a plugin and every check.
+
+    Args:
+        plugin: the name under which its cases are counted; the entry point's, unless ``cases`` are given.
+        checks: names or globs; None for all that do not have to be asked for.
+        cases: to use instead of those that the plugin's ``prisma_cases`` returns.
+
+    Raises:
+        UnknownName: no such check.
+    """
+    selected = select(checks)
+    found = list(cases) if cases is not None else [case for case, name in host().cases() if name == plugin]
+    parameters = [
+        pytest.param(case, one, id=f"{case.name}-{one.name}") for case in found for one in selected
+    ] or [pytest.param(None, None, id=plugin)]
+
+    @pytest.mark.parametrize(("case", "one"), parameters)
+    def test_conformance(case: Case | None, one: Check | None, record_property: Callable[[str, object], None]) -> None:
+        if case is None or one is None:
+            _explain_absence(plugin)
+        else:
+            _check(plugin, len(found), case, one, record_property)
+
+    return test_conformance
+
+
+def _explain_absence(plugin: str) -> None:
+    for info in host().plugins():
+        if info.name == plugin and info.missing:
+            pytest.skip(f"the plugin {plugin!r} needs a library: {info.missing}")
+    pytest.fail(f"The plugin {plugin!r} has no conformance cases: implement its hook prisma_cases.", pytrace=False)
+
+
+def _check(plugin: str, of: int, case: Case, one: Check, record_property: Callable[[str, object], None]) -> None:
+    with _one_thread():
+        subject = _subject(case)
+        result = run_check(one, subject)
+        certificate = certify(subject, [result.model_copy(update={"detail": ""})])
+        record_property(PROPERTY, json.dumps([plugin, of, certificate.model_dump(mode="json", exclude_defaults=True)]))
+        if result.skipped is not None:
+            pytest.skip(result.skipped)
+        if not result.passed:
+            pytest.fail(f"{case.name}: {result}{_explained(subject, one)}", pytrace=False)
+
+
+@lru_cache(maxsize=2)  # tests of one case follow each other, so each upstream is built once
+def _subject(case: Case) -> Subject:
+    return next(subjects(case))[0]
+
+
+_visits: Counter[str] = Counter()
+
+
+def _explained(subject: Subject, one: Check) -> str:
+    if not one.name.startswith("parity.") or (subject.case.name not in _visits and len(_visits) >= _DOCTOR_VISITS):
+        return ""
+    _visits[subject.case.name] += 1
+    return f"\n{examine(subject)}" if _visits[subject.case.name] == 1 else ""
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # The models are tiny: threads only wait for each other, all the more beside other workers.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# -------------------------------------------------------------------- what pytest calls
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("prisma")
+    group.addoption("--certificates", metavar="FOLDER", help="write what was proven, one JSON line a model, into FOLDER")
+
+
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+    found = _collected(terminalreporter)
+    for plugin, (of, certificates) in sorted(found.items()):
+        terminalreporter.section(f"conformance: {plugin}")
+        for line in summary(plugin, of, certificates):
+            terminalreporter.write_line(line)
+        if folder := cast("str | None", config.getoption("--certificates")):
+            path = write_certificates(certificates, Path(folder) / f"{plugin}.jsonl")
+            terminalreporter.write_line(f"certificates: {path}")
+
+
+def _collected(terminalreporter: Any) -> dict[str, tuple[int, list[Certificate]]]:
+    merged: dict[str, dict[str, Certificate]] = defaultdict(dict)
+    totals: dict[str, int] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, value in getattr(report, "user_properties", ()):
+                if name != PROPERTY or report.when != "call":
+                    continue
+                plugin, of, dumped = json.loads(value)
+                certificate = Certificate.model_validate(dumped)
+                totals[plugin] = of
+                before = merged[plugin].get(certificate.name)
+                results = (before.results if before else ()) + certificate.results
+                ordered = tuple(sorted(results, key=lambda result: result.name))
+                merged[plugin][certificate.name] = certificate.model_copy(update={"results": ordered})
+    return {plugin: (totals[plugin], list(certificates.values())) for plugin, certificates in merged.items()}
+
+
+def summary(plugin: str, of: int, certificates: Sequence[Certificate]) -> list[str]:
+    """Return lines that say how many of how many were checked, by check."""
+    by_check: dict[str, list[CheckResult]] = defaultdict(list)
+    for certificate in certificates:
+        for result in certificate.results:
+            by_check[result.name].append(result)
+    passed = sum(certificate.passed for certificate in certificates)
+    combinations = len({certificate.facts for certificate in certificates})
+    lines = [f"{passed} of {of} {plugin} architectures passed; {combinations} distinct combinations of facts among them"]
+    for name, results in sorted(by_check.items()):
+        ran = [result for result in results if result.skipped is None]
+        errors = [result.error for result in ran if result.error is not None]
+        line = f"  {name}: {sum(result.passed for result in ran)} of {len(ran)}"
+        if errors and (bound := next((result.bound for result in ran if result.bound is not None), None)) is not None:
+            line += f", worst error {max(errors):.1e} of at most {bound:.0e}"
+        for reason, count in Counter(result.skipped for result in results if result.skipped is not None).items():
+            line += f"; {count} skipped: {reason}"
+        lines.append(line)
+    return lines
