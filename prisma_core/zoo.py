@@ -133,7 +133,8 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> H
         model.embed.stem = copying.deepcopy(stem)
     tensors = tensors_of(upstream)
     shapes = {name: tensor.shape for name, tensor in tensors_of(model).items()}
-    made = table.forward(tensors, shapes)
+    with torch.enable_grad():  # what is made of a trainable tensor is trainable, whatever mode the caller is in
+        made = table.forward(tensors, shapes)
     owned = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
     for name, tensor in made.items():
         if copy and tensor.untyped_storage().data_ptr() in owned:

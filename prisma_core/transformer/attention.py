@@ -147,7 +147,7 @@ class Attention(nn.Module):
         groups = self.spec.n_heads // self.spec.n_kv_heads
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        bias = self.attn_bias if self.spec.bias else None
+        bias = self._bias() if self.spec.bias else None
         if not (self.hook_attn_scores.wanted or self.hook_pattern.wanted):
             z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.spec.scale)
             return z.transpose(1, 2)
@@ -156,6 +156,11 @@ class Attention(nn.Module):
             scores = scores + bias
         pattern = self.hook_pattern(self.hook_attn_scores(scores).softmax(-1))
         return (pattern @ v).transpose(1, 2)
+
+    def _bias(self) -> Tensor:
+        # Kernels look at the flag even where no gradient is taken, and choose a slower one.
+        bias = self.attn_bias if torch.is_grad_enabled() else self.attn_bias.detach()
+        return bias[None]
 
 
 def _qk_norm(spec: AttentionSpec, heads: int, head_axis: str) -> Norm | nn.Identity:
