@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 from prisma_core import hookimpl
 from prisma_core.adapter import Adapter
+from prisma_core.conformance.case import Case
 from prisma_core.sources import Source
 from prisma_timm.beit import BeitAdapter
 from prisma_timm.eva import EvaAdapter
@@ -17,6 +19,15 @@ from prisma_timm.vision_transformer import VisionTransformerAdapter
 @hookimpl
 def prisma_sources() -> Sequence[Source]:
     return [TimmSource()]
+
+
+@hookimpl
+def prisma_cases() -> Sequence[Case]:
+    if importlib.util.find_spec("timm") is None:
+        return []
+    from prisma_timm.cases import cases
+
+    return list(cases(prisma_adapters()))
 
 
 @hookimpl

@@ -90,6 +90,8 @@ def block(module: Reader) -> BlockSpec:
         return _parallel(module)
     if module.is_a(SIDE_BY_SIDE):
         return _side_by_side(module)
+    if module.is_a("DiffParallelScalingBlock"):
+        raise module.unsupported("differential attention")
     raise module.unsupported("its kind of block")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -15,28 +15,44 @@ from prisma_core.adapter import Adapter, Reader, qualified_name
 from prisma_core.conformance.case import Case, Pictures
 from prisma_core.errors import UnsupportedArchitecture
 
-HEADS, WIDTH, GRID = 3, 16, (3, 4)
+HEADS, WIDTH, GRID = 3, 16, (3, 4)  # heads, the width of one, rows and columns of patches
 
 
 def cases(adapters: Sequence[Adapter]) -> Iterator[Case]:
-    """Yield a case for every architecture in timm's registry that one of the adapters takes."""
+    """Yield a case for every architecture in timm's registry that one of the adapters takes.
+
+    Each is built once without data, which says whether its adapter can represent it.
+    """
     by_type = {name: adapter for adapter in adapters for name in adapter.types}
     for module in timm.list_modules():
-        made_here = {f"{kind.__module__}.{kind.__qualname__}" for kind in _classes(module)}
-        if not made_here & set(by_type):
-            continue
-        for name in timm.list_models(module=module):
-            if _taken(name, by_type):
-                yield Case(name, build=partial(small, name), full=partial(full, name), pictures=pictures)
+        if any(f"{kind.__module__}.{kind.__qualname__}" in by_type for kind in _classes(module)):
+            for name in timm.list_models(module=module):
+                if _taken(_outline(name), by_type):
+                    yield Case(name, build=partial(small, name), full=partial(full, name), pictures=pictures)
 
 
 def _classes(module: str) -> Iterator[type]:
     return (value for value in vars(sys.modules[f"timm.models.{module}"]).values() if isinstance(value, type))
 
 
-def _taken(name: str, adapters: dict[str, Adapter]) -> bool:
+def _outline(name: str) -> nn.Module:
+    """Return an architecture with few blocks and no data."""
+    return _first(name, [{"depth": 2}, {}])[0]
+
+
+def _first(name: str, options: Sequence[dict[str, Any]]) -> tuple[nn.Module, dict[str, Any]]:
+    """Return an architecture without data, built with the first arguments its constructor takes, and those."""
+    for given in options[:-1]:
+        try:
+            with torch.device("meta"):
+                return timm.create_model(name, pretrained=False, **given), given
+        except (TypeError, AssertionError, ValueError, RuntimeError):  # constructors refuse in their own ways
+            continue
     with torch.device("meta"):
-        model = small(name)
+        return timm.create_model(name, pretrained=False, **options[-1]), options[-1]
+
+
+def _taken(model: nn.Module, adapters: Mapping[str, Adapter]) -> bool:
     adapter = adapters.get(qualified_name(model))
     if adapter is None:
         return False
@@ -55,35 +71,26 @@ def full(name: str) -> nn.Module:
 def small(name: str) -> nn.Module:
     """Return an architecture with two blocks, narrow, for a small image that is not square.
 
-    Where a constructor does not allow one of these, it is left out.
+    What a constructor does not allow is left as it is.
     """
-    given, _ = _smallest(name)
-    return timm.create_model(name, pretrained=False, **given).eval()
+    return timm.create_model(name, pretrained=False, **_smallest(name)).eval()
 
 
 @cache
-def _smallest(name: str) -> tuple[dict[str, Any], str]:
-    """Return the most that timm lets be shrunk, tried on the meta device."""
-    image = _image_size(name)
+def _smallest(name: str) -> dict[str, Any]:
+    """Return arguments that shrink an architecture as far as its constructor lets it be."""
+    model = _outline(name)
+    depth = {"depth": 2} if len(getattr(model, "blocks", ())) == 2 else {}
+    image = {"img_size": _image_size(model)}
     narrow = {"embed_dim": HEADS * WIDTH, "num_heads": HEADS}
-    reasons = ""
-    for given in ({**narrow, "img_size": image}, {"img_size": image}, narrow, {}):
-        try:
-            timm.create_model(name, pretrained=False, device="meta", depth=2, **given)
-        except (TypeError, AssertionError, ValueError, RuntimeError) as error:
-            reasons += f"{given}: {error}\n"
-            continue
-        return {"depth": 2, **given}, reasons
-    return {}, reasons
+    return _first(name, [{**depth, **narrow, **image}, {**depth, **image}, {**depth, **narrow}, depth])[1]
 
 
-def _image_size(name: str) -> tuple[int, int]:
+def _image_size(model: nn.Module) -> tuple[int, int]:
     """Return the size of an image that has ``GRID`` patches."""
-    model = timm.create_model(name, pretrained=False, device="meta", depth=2)
-    embed = getattr(model, "patch_embed", None) or model.embeds
-    patch = embed.patch_size
+    embed: Any = getattr(model, "patch_embed", None) or model.embeds
     ratio = getattr(embed, "feature_ratio", (1, 1))
-    return (GRID[0] * patch[0] * ratio[0], GRID[1] * patch[1] * ratio[1])
+    return (GRID[0] * embed.patch_size[0] * ratio[0], GRID[1] * embed.patch_size[1] * ratio[1])
 
 
 def pictures(model: nn.Module) -> Pictures:
