@@ -1,0 +1,76 @@
+"""Arrays, pictures and attention patterns, made small enough to travel inside a page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import zlib
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL.Image import Image
+from torch import Tensor
+
+from prisma_core import TokenLayout
+
+BUDGET = 4_000_000
+"""The most attention weights a page holds; above it, neighbouring patches are taken together."""
+
+
+def pack(array: Any) -> dict[str, Any]:
+    """Return an array as JSON: its type, its shape, and its bytes, compressed and in base64."""
+    array = np.ascontiguousarray(array)
+    array = array.astype(array.dtype.newbyteorder("<"))
+    data = base64.b64encode(zlib.compress(array.tobytes(), 9)).decode()
+    return {"type": array.dtype.name, "shape": list(array.shape), "data": data}
+
+
+def data_uri(image: Image) -> str:
+    """Return a picture as a data URI."""
+    stream = io.BytesIO()
+    image.convert("RGB").save(stream, "JPEG", quality=88, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def grouped(pattern: Tensor, layout: TokenLayout, budget: int = BUDGET) -> tuple[Tensor, TokenLayout, int]:
+    """Return attention patterns, their layout, and how many patches a side were taken together to fit the budget.
+
+    Keys of a group are summed and queries averaged, so rows still sum to 1.
+
+    Layout: ``[layer head query_pos key_pos]``.
+    """
+    side = next(side for side in range(1, 1 + max(layout.rows, layout.columns)) if _size(pattern, layout, side) <= budget)
+    if side == 1:
+        return pattern, layout, 1
+    coarse = layout.model_copy(
+        update={"rows": math.ceil(layout.rows / side), "columns": math.ceil(layout.columns / side)}
+    )
+    rows, columns = torch.arange(layout.rows) // side, torch.arange(layout.columns) // side
+    groups = layout.n_prefix + (rows[:, None] * coarse.columns + columns[None]).flatten()
+    member = torch.cat([torch.arange(layout.n_prefix), groups]).to(pattern.device)
+    sums = torch.nn.functional.one_hot(member, coarse.n_tokens).to(pattern.dtype)
+    means = sums / sums.sum(0)
+    return rearrange(means, "q g -> g q") @ pattern @ sums, coarse, side
+
+
+def _size(pattern: Tensor, layout: TokenLayout, side: int) -> int:
+    tokens = layout.n_prefix + math.ceil(layout.rows / side) * math.ceil(layout.columns / side)
+    return pattern.shape[0] * pattern.shape[1] * tokens**2
+
+
+def pack_patterns(pattern: Tensor) -> dict[str, Any]:
+    """Return patterns ``[layer head query_pos key_pos]`` as roots of shares of each row's largest weight.
+
+    A weight is ``(step / steps)**2 * top``. Large sets of patterns get fewer steps.
+    """
+    top = pattern.amax(-1)
+    steps = 255 if pattern.numel() <= BUDGET // 4 else 31
+    share = (pattern / top[..., None].clamp_min(1e-12)).clamp(0, 1).sqrt()
+    return {
+        "steps": steps,
+        "top": pack(top.float().cpu().numpy()),
+        "share": pack((share * steps).round().to(torch.uint8).cpu().numpy()),
+    }

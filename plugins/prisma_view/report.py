@@ -1,0 +1,182 @@
+"""What a page shows, computed: one pass with a cache, one lens, two attributions, and a patch of every head."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from prisma_core import HookedViT, InputError, NotApplicable, TokenLayout
+from prisma_core.names import layer_of
+from prisma_core.preprocess import open_picture
+from prisma_lens import (
+    LENS_NAMES,
+    Attribution,
+    Lens,
+    attribution_names,
+    by_head,
+    head_attribution,
+    logit_attribution,
+    logit_lens,
+    patch_heads,
+)
+from prisma_view.symbols import Symbol, symbol
+
+SHOWN = 8
+"""How many classes can be picked on the page, at least those of the model's best guesses."""
+
+
+@dataclass
+class Patching:
+    """What swapping heads does.
+
+    Attributes:
+        kept, put: the classes whose logit difference is watched: the first picture's and the second's best guess.
+        before, other: that difference on the first and the second picture.
+        change: by where heads are replaced (``all`` tokens, or ``cls``): what it does to the difference ``[layer head]``.
+        guess: the best guess after it, ``[layer head]``.
+    """
+
+    kept: int
+    put: int
+    before: float
+    other: float
+    change: dict[str, Tensor] = field(default_factory=dict)
+    guess: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Report:
+    """Everything a page shows of one model and one picture. A part that does not apply is None and says why in ``why``.
+
+    Attributes:
+        picture, other: what the model sees of the two pictures, at more pixels than it gets.
+        layout: where the patches are.
+        logits: ``[class]``.
+        shown: the classes that can be picked, best guesses first.
+        lens: of one picture: ``[stage pos class]``.
+        patterns: ``[layer head query_pos key_pos]``.
+        layers, heads: attributions to the shown classes.
+    """
+
+    model: HookedViT
+    picture: Image
+    other: Image
+    layout: TokenLayout
+    logits: Tensor
+    shown: list[int]
+    patterns: Tensor
+    lens: Lens | None = None
+    layers: Attribution | None = None
+    heads: Attribution | None = None
+    patching: Patching | None = None
+    why: dict[str, str] = field(default_factory=dict)
+
+    def symbol(self, index: int) -> Symbol:
+        """Return how a class is shown."""
+        labels = self.model.labels
+        return symbol(labels[index]) if labels else symbol(f"class {index}")
+
+    @property
+    def best(self) -> int:
+        return int(self.logits.argmax())
+
+
+def report(model: HookedViT, picture: Any, other: Any, *, progress: bool = False) -> Report:
+    """Return everything a page shows.
+
+    Args:
+        model: a classifier with its preprocessing.
+        picture: what ``model.preprocess`` takes: a path, a Pillow image or an array.
+        other: a second picture, whose heads' outputs are put into the run on the first.
+        progress: show a bar while heads are patched.
+
+    Raises:
+        InputError: a picture that is none, or a model that does not know how to read pictures.
+        NotApplicable: the model is no image classifier.
+    """
+    if model.spec.n_classes is None:
+        raise NotApplicable("This model has no classification head; the page is about what a classifier sees.")
+    if model.preprocess is None:
+        raise InputError("This model does not know how to read pictures: set model.preprocess.")
+    pictures = [open_picture(each, channels=model.spec.embed.in_channels) for each in (picture, other)]
+    inputs = [_like(model, model.preprocess(each)) for each in pictures]
+    patterns = [name for name in model.resolve("hook_pattern") if layer_of(name) is not None]
+    with torch.no_grad():
+        names = {*model.resolve(LENS_NAMES), *patterns, *attribution_names(model)}
+        logits, cache = model.run_with_cache(inputs[0], names=names)
+        if cache.layout is None or cache.layout.frames > 1:
+            raise NotApplicable("The page shows pictures; this model reads films.")
+        found = Report(
+            model, *(_seen(model, each) for each in pictures), cache.layout, logits[0], [],
+            _by_layer([cache[name][0] for name in patterns], patterns),
+        )  # fmt: skip
+        lens = _try(found, "lens", lambda: logit_lens(model, cache))
+        found.lens = lens and Lens(lens.logits[:, 0], lens.stages)
+        found.shown = _shown(logits[0], found.lens)
+        found.layers = _try(found, "layers", lambda: logit_attribution(model, cache, found.shown))
+        found.heads = _try(found, "heads", lambda: head_attribution(model, cache, found.shown))
+        found.patching = _try(found, "patching", lambda: _patching(model, inputs[0], inputs[1], progress))
+    return found
+
+
+def head_values(found: Report) -> Tensor:
+    """Return the heads' attributions ``[layer head class]`` of a report that has them."""
+    assert found.heads is not None
+    return by_head(found.heads, found.model.spec.n_layers)[:, :, 0]
+
+
+def _like(model: HookedViT, image: Tensor) -> Tensor:
+    parameter = next(model.parameters())
+    return image.to(device=parameter.device, dtype=parameter.dtype)
+
+
+def _seen(model: HookedViT, picture: Image) -> Image:
+    """Return the part of a picture that the model sees, at no fewer than 448 pixels a side."""
+    assert model.preprocess is not None
+    times = max(1, -(-448 // min(model.preprocess.size)))
+    size = (model.preprocess.size[0] * times, model.preprocess.size[1] * times)
+    return model.preprocess.model_copy(update={"size": size}).fit(picture).convert("RGB")
+
+
+def _by_layer(patterns: list[Tensor], names: list[str]) -> Tensor:
+    layers = [layer_of(name) for name in names]
+    heads = [torch.cat([p for p, at in zip(patterns, layers, strict=True) if at == layer]) for layer in sorted({*layers})]
+    if len({each.shape for each in heads}) > 1:
+        raise NotApplicable("The layers of this model have different numbers of heads; the page shows them as a grid.")
+    return torch.stack(heads)
+
+
+def _try(found: Report, part: str, make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except (NotApplicable, InputError) as error:
+        found.why[part] = str(error)
+        return None
+
+
+def _shown(logits: Tensor, lens: Lens | None) -> list[int]:
+    best = logits.topk(min(SHOWN - 2, len(logits))).indices.tolist()
+    if len(logits) <= 16:
+        return logits.argsort(descending=True).tolist()
+    if lens is None:
+        return best
+    common = [index for index, _ in Counter(lens.logits[-1].argmax(-1).tolist()).most_common(SHOWN)]
+    return list(dict.fromkeys([*best, *common]))[: SHOWN + 4]
+
+
+def _patching(model: HookedViT, clean: Tensor, other: Tensor, progress: bool) -> Patching:
+    logits, others = model(clean)[0], model(other)[0]
+    kept = int(logits.argmax())
+    put = next(index for index in others.argsort(descending=True).tolist() if index != kept)
+    found = Patching(kept, put, float(logits[kept] - logits[put]), float(others[kept] - others[put]))
+    for where, pos in {"all": None, **({"cls": 0} if model.spec.pool.kind == "token" else {})}.items():
+        change = patch_heads(model, clean, other, lambda out: out, pos=pos, progress=progress)[:, :, 0]
+        found.change[where] = change[..., kept] - change[..., put]
+        found.guess[where] = (logits + change).argmax(-1)
+    return found

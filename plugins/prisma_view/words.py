@@ -1,0 +1,107 @@
+"""The sentences of the page."""
+
+from __future__ import annotations
+
+import re
+
+from prisma_view.report import Report, head_values
+
+
+def stage_name(stage: str) -> str:
+    """``0_pre`` is the embedding, ``3_pre`` the stream after block 2."""
+    if stage == "final_post":
+        return "after the last block"
+    layer = int(stage.removesuffix("_pre"))
+    return "embedding" if layer == 0 else f"after block {layer - 1}"
+
+
+def component_name(label: str) -> str:
+    """``3_attn_out`` is the attention of block 3."""
+    match = re.fullmatch(r"(\d+)_(attn|mlp)_out", label)
+    if match:
+        return f"block {match[1]} {'attention' if match[2] == 'attn' else 'MLP'}"
+    return {"embed": "patches and tokens", "pos_embed": "positions", "ln_pre": "embedding"}.get(label, label)
+
+
+def token_name(name: str) -> str:
+    """``reg0`` is the first register."""
+    if name.startswith("reg"):
+        return f"register {int(name[3:]) + 1}"
+    return {"cls": "class token", "dist": "distillation token"}[name]
+
+
+def verdict(found: Report) -> str:
+    """Say what the model sees in the picture, and how sure it is."""
+    best = found.best
+    chance = float(found.logits.softmax(-1)[best])
+    runner = int(found.logits.topk(2).indices[1])
+    sure = f"With {chance:.0%} of its belief, the model calls this picture “{found.symbol(best).name}”."
+    return f"{sure} Next comes “{found.symbol(runner).name}”."
+
+
+def lens_words(found: Report) -> str:
+    """Say how the patches come to their answers."""
+    if found.lens is None:
+        return ""
+    patches = found.lens.logits[:, found.layout.slice("patches")].argmax(-1)
+    shares = (patches == patches[-1]).float().mean(-1)
+    classes, counts = patches[-1].unique(return_counts=True)
+    order = counts.argsort(descending=True)[:3].tolist()
+    names = [f"{found.symbol(int(classes[i])).emoji} {found.symbol(int(classes[i])).name}" for i in order]
+    listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    settled = next(i for i, share in enumerate(shares.tolist()) if share >= 0.5)
+    when = stage_name(found.lens.stages[settled])
+    return f"At the end most patches say {listed}. Half of all patches hold their final answer from {_at(when)} on."
+
+
+def _at(stage: str) -> str:
+    return "the embedding" if stage == "embedding" else stage.replace("after the last block", "the very last block").replace(
+        "after block", "block"
+    )
+
+
+def patch_words(found: Report, where: str) -> str:
+    """Say which head has the most effect, and what it does."""
+    assert found.patching is not None
+    change, guess = found.patching.change[where], found.patching.guess[where]
+    layer, head = divmod(int(change.abs().argmax()), change.shape[1])
+    kept, put = found.symbol(found.patching.kept), found.symbol(found.patching.put)
+    before, after = found.patching.before, found.patching.before + float(change[layer, head])
+    said = found.symbol(int(guess[layer, head]))
+    turned = int((guess != found.best).sum())
+    result = (
+        f"and the model now says {said.emoji} {said.name}"
+        if int(guess[layer, head]) != found.best
+        else f"though the model still says {said.emoji} {said.name}"
+    )
+    others = {0: "No single head", 1: "One head"}.get(turned, f"{turned} heads")
+    return (
+        f"Head {head} of block {layer} has the most effect: with its output taken from the second picture, the lead of "
+        f"“{kept.name}” over “{put.name}” goes from {before:+.1f} to {after:+.1f}, {result}. "
+        f"{others} of {guess.numel()} can change the answer alone."
+    )
+
+
+def attribution_words(found: Report, index: int) -> str:
+    """Say which head wrote most of a class's logit."""
+    values = head_values(found)[..., found.shown.index(index)]
+    layer, head = divmod(int(values.argmax()), values.shape[1])
+    name = found.symbol(index).name
+    return f"Head {head} of block {layer} adds the most to “{name}”: {values[layer, head]:+.1f}."
+
+
+def facts(found: Report) -> list[tuple[str, str]]:
+    """Return what there is to know about the model."""
+    spec = found.model.spec
+    n_parameters = sum(parameter.numel() for parameter in found.model.parameters())
+    count = f"{n_parameters / 1e6:.1f} million" if n_parameters >= 1e6 else f"{n_parameters / 1e3:.0f} thousand"
+    height, width = spec.image_size
+    return [
+        ("blocks", str(spec.n_layers)),
+        ("heads in each", str(spec.blocks[0].attn.n_heads)),
+        ("width", str(spec.d_model)),
+        ("picture", f"{width} × {height} pixels"),
+        ("patches", f"{found.layout.columns} × {found.layout.rows}"),
+        ("classes", str(spec.n_classes)),
+        ("parameters", count),
+    ]
