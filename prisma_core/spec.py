@@ -137,6 +137,22 @@ class BlockSpec(Facts):
         return self
 
 
+class Interpolation(Facts):
+    """How a grid of positions follows another image size.
+
+    Attributes:
+        mode, antialias, align_corners: of ``torch.nn.functional.interpolate``.
+        square: resized to a square of the longer side, then cut to the grid.
+        in_float32: computed in float32 whatever the positions are, even float64.
+    """
+
+    mode: Literal["bicubic", "bilinear"] = "bicubic"
+    antialias: bool = True
+    align_corners: bool = False
+    square: bool = False
+    in_float32: bool = True
+
+
 class EmbedSpec(Facts):
     """From pixels to tokens.
 
@@ -146,6 +162,8 @@ class EmbedSpec(Facts):
         stem: ``conv``: one convolution a patch. ``opaque``: upstream's own module, which returns tokens.
         norm: a norm of the patch embedding.
         pos: a learned or fixed embedding is added to the tokens.
+        pos_grid: rows and columns that positions are kept for, where those are not the native layout's.
+        pos_factorized: one embedding for each row and one for each column are kept, and added.
         interpolation: how positions follow another image size; None if the size is fixed.
     """
 
@@ -154,7 +172,15 @@ class EmbedSpec(Facts):
     stem: Literal["conv", "opaque"] = "conv"
     norm: NormSpec | None = None
     pos: bool = True
-    interpolation: Literal["bicubic_antialias"] | None = None
+    pos_grid: tuple[int, int] | None = None
+    pos_factorized: bool = False
+    interpolation: Interpolation | None = None
+
+    @model_validator(mode="after")
+    def _resizable(self) -> EmbedSpec:
+        if self.pos_grid is not None and self.interpolation is None:
+            raise ValueError("positions of another grid than the native one need an interpolation")
+        return self
 
 
 class PoolSpec(Facts):

@@ -13,6 +13,7 @@ from prisma_core.spec import (
     AttentionSpec,
     BlockSpec,
     EmbedSpec,
+    Interpolation,
     MlpSpec,
     NormSpec,
     PoolSpec,
@@ -76,7 +77,7 @@ def build(
             "d_model": 18,
             "image_size": (8, 12),
             "embed": EmbedSpec(
-                patch=(4, 4), in_channels=3, pos=pos, interpolation="bicubic_antialias" if interpolation else None
+                patch=(4, 4), in_channels=3, pos=pos, interpolation=Interpolation() if interpolation else None
             ),
             "layout": TokenLayout(cls=cls, distillation=distillation, registers=registers, rows=2, columns=3),
             "blocks": tuple(BlockSpec(**block) for _ in range(layers)),

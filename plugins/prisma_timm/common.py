@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from prisma_core.adapter import Reader
-from prisma_core.spec import Activation, AttentionSpec, EmbedSpec, MlpSpec, NormSpec, PoolSpec
+from prisma_core.spec import Activation, AttentionSpec, EmbedSpec, Interpolation, MlpSpec, NormSpec, PoolSpec
 
 LAYER_NORMS = ("torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm")
 RMS_NORMS = ("timm.layers.norm.RmsNorm", "torch.nn.modules.normalization.RMSNorm")
@@ -262,7 +262,7 @@ def patch_embed(module: Reader, *, pos: bool, dynamic: bool) -> EmbedSpec:
         in_channels=proj.in_channels,
         norm=norm(module.norm),
         pos=pos,
-        interpolation="bicubic_antialias" if dynamic and any_size else None,
+        interpolation=Interpolation() if dynamic and any_size else None,
     )
 
 

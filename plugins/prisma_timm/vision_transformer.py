@@ -11,7 +11,7 @@ from torch import nn
 from prisma_core.adapter import Adapter, Reader
 from prisma_core.hookmap import HookMap
 from prisma_core.layout import TokenLayout
-from prisma_core.spec import EmbedSpec, ModelSpec, PoolSpec
+from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec, PoolSpec
 from prisma_core.weights import WeightMap
 from prisma_timm import blocks, common
 
@@ -140,7 +140,7 @@ def _embed(upstream: Reader) -> EmbedSpec:
         in_channels=patch.in_chans,
         stem="opaque",
         pos=pos,
-        interpolation="bicubic_antialias" if dynamic else None,
+        interpolation=Interpolation() if dynamic else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TypeAlias
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from prisma_core.errors import InputError
 from prisma_core.layout import TokenLayout
-from prisma_core.spec import EmbedSpec
+from prisma_core.spec import EmbedSpec, Interpolation
 from prisma_core.transformer.norm import norm_or_identity
 
 Grid: TypeAlias = tuple[int, int]
@@ -26,6 +27,7 @@ class Embed(nn.Module):
     Attributes:
         prefix: class, distillation and register tokens, in the order of the layout: ``[prefix d_model]``.
         pos_embed: one row for every token of the native layout, zero where upstream adds none: ``[pos d_model]``.
+        pos_rows, pos_columns: instead, where positions are factorized: ``[row d_model]``, ``[column d_model]``.
     """
 
     def __init__(self, spec: EmbedSpec, layout: TokenLayout, d_model: int, stem: nn.Module | None = None):
@@ -39,8 +41,12 @@ class Embed(nn.Module):
         self.norm = norm_or_identity(spec.norm, d_model, "batch patch d_model")
         if layout.n_prefix:
             self.prefix = nn.Parameter(torch.zeros(layout.n_prefix, d_model))
-        if spec.pos:
-            self.pos_embed = nn.Parameter(torch.zeros(layout.n_tokens, d_model))
+        self.pos_grid = spec.pos_grid or (layout.rows, layout.columns)
+        if spec.pos and spec.pos_factorized:
+            self.pos_rows = nn.Parameter(torch.zeros(self.pos_grid[0], d_model))
+            self.pos_columns = nn.Parameter(torch.zeros(self.pos_grid[1], d_model))
+        elif spec.pos:
+            self.pos_embed = nn.Parameter(torch.zeros(layout.n_prefix + math.prod(self.pos_grid), d_model))
 
     def patches(self, image: Tensor) -> tuple[Tensor, Grid]:
         """Return the embedded patches ``[batch patch d_model]`` and their rows and columns."""
@@ -59,16 +65,37 @@ class Embed(nn.Module):
         return torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], dim=1)
 
     def positions(self, size: Grid) -> Tensor:
-        """Return the position embedding for a grid of patches: ``[pos d_model]``.
-
-        Source: timm's ``resample_abs_pos_embed`` for another grid (bicubic, antialiased, in float32).
-        """
-        if size == (self.layout.rows, self.layout.columns):
+        """Return the position embedding for a grid of patches: ``[pos d_model]``."""
+        n_prefix = self.layout.n_prefix
+        if self.spec.pos_factorized:
+            rows = self._axis(self.pos_rows, size[0], max(size))
+            columns = self._axis(self.pos_columns, size[1], max(size))
+            patches = (rows[:, None] + columns[None, :]).flatten(0, 1)
+            return torch.cat([patches.new_zeros(n_prefix, patches.shape[1]), patches])
+        if size == self.pos_grid:
             return self.pos_embed
-        prefix, patches = self.pos_embed[: self.layout.n_prefix], self.pos_embed[self.layout.n_prefix :]
-        grid = rearrange(patches.float(), "(r c) d -> 1 d r c", r=self.layout.rows)
-        grid = F.interpolate(grid, size=size, mode="bicubic", antialias=True)
-        return torch.cat([prefix, rearrange(grid, "1 d r c -> (r c) d").to(patches.dtype)])
+        prefix, patches = self.pos_embed[:n_prefix], self.pos_embed[n_prefix:]
+        return torch.cat([prefix, self._resized(patches, size).to(patches.dtype)])
+
+    def _resized(self, patches: Tensor, size: Grid) -> Tensor:
+        """Source: timm's ``resample_abs_pos_embed`` and its NaFlexVit."""
+        how = self.spec.interpolation or Interpolation()
+        whole = (max(size), max(size)) if how.square else size
+        grid = rearrange(_wide(patches, how), "(r c) d -> 1 d r c", r=self.pos_grid[0])
+        grid = F.interpolate(grid, whole, mode=how.mode, align_corners=how.align_corners, antialias=how.antialias)
+        return rearrange(grid[:, :, : size[0], : size[1]], "1 d r c -> (r c) d")
+
+    def _axis(self, table: Tensor, length: int, longest: int) -> Tensor:
+        how = self.spec.interpolation or Interpolation()
+        whole = longest if how.square else length
+        if whole == table.shape[0]:
+            return table[:length]
+        wide = rearrange(_wide(table, how), "p d -> 1 d p")
+        return rearrange(F.interpolate(wide, whole, mode="linear"), "1 d p -> p d").to(table.dtype)[:length]
+
+
+def _wide(x: Tensor, how: Interpolation) -> Tensor:
+    return x if x.dtype == torch.float64 and not how.in_float32 else x.float()
 
 
 def check_image(image: Tensor, spec: EmbedSpec, native: tuple[int, int]) -> None:
