@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
 from prisma_core.preprocess import Preprocess
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -74,3 +77,7 @@ class Source(ABC):
     @abstractmethod
     def models(self) -> Iterator[ModelInfo]:
         """Yield what can be loaded, without any network call."""
+
+    def sample(self, rest: str, seed: int = 0) -> Image | None:
+        """Return a picture of the kind the model was made for, without any network call, or None if there is none."""
+        return None
