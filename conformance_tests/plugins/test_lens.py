@@ -28,8 +28,8 @@ def vit(pool: str | PoolSpec = "token", *, kind: str = "pre", n_parallel: int = 
     torch.manual_seed(7)
     attn = AttentionSpec(n_heads=3, n_kv_heads=3, d_head=4, scale=0.4)
     block = BlockSpec(
-        kind=kind, n_parallel=n_parallel, attn=attn, mlp=MlpSpec(d_mlp=10, act="gelu"), ln1=NormSpec(eps=1e-3), ln2=NormSpec(eps=1e-2),
-        attn_scale=True, mlp_scale=True,
+        kind=kind, n_parallel=n_parallel, attn=attn, mlp=MlpSpec(d_mlp=10, act="gelu"),
+        ln1=NormSpec(eps=1e-3), ln2=NormSpec(eps=1e-2), attn_scale=True, mlp_scale=True,
     )  # fmt: skip
     pooling = pool if isinstance(pool, PoolSpec) else PoolSpec(kind=pool)
     cls = int(pooling.kind == "token")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from prisma_view.report import Report, head_values
+from prisma_view.findings import Report, head_values
 
 
 def stage_name(stage: str) -> str:

@@ -1,0 +1,115 @@
+"""The command ``prisma demo``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import webbrowser
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+import prisma_core as prisma
+import prisma_view
+from prisma_core import HookedViT, InputError
+from prisma_core.plugins import host
+
+DEFAULT = "toy:scenes-3l"
+
+
+def demo(
+    image: Annotated[
+        Path | None,
+        typer.Option(help="A picture of any format and size.", show_default="one the model was made for"),
+    ] = None,
+    other: Annotated[
+        Path | None,
+        typer.Option(help="A second picture, whose heads are put into the first.", show_default="another sample"),
+    ] = None,
+    model: Annotated[str, typer.Option(help="What to look into; `prisma models` lists what there is.")] = DEFAULT,
+    out: Annotated[Path, typer.Option(help="Folder to write into.")] = Path("prisma-demo"),
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained/--no-pretrained", help="Load trained weights, or random ones (no download).")
+    ] = True,
+    show: Annotated[
+        bool | None,
+        typer.Option("--open/--no-open", help="Open the page in a browser.", show_default="where there is a screen"),
+    ] = None,
+) -> None:
+    """Look inside a vision transformer: one page with its emoji logit lens, attention, attribution and patching.
+
+    Without options it shows the small model that comes with Prisma, on a picture drawn for it; nothing is downloaded.
+    """
+    console = Console(stderr=True, highlight=False)
+    with console.status(f"Loading {model}"):
+        loaded = prisma.load(model, **({} if pretrained else {"pretrained": False}))
+    if not isinstance(loaded, HookedViT):
+        raise InputError(f"{model} is no vision transformer of Prisma's own form; the page needs one.")
+    first, second = _pictures(loaded, model, image, other)
+    _made(out)
+    with console.status("Looking"):
+        found = prisma_view.report(loaded, first, second, progress=console.is_terminal)
+    with console.status("Drawing"):
+        page = prisma_view.write_page(found, out / "index.html", trained=pretrained, command=_command())
+        pictures = prisma_view.write_pictures(found, out)
+    best = found.symbol(found.best)
+    Console(highlight=False).print(
+        f"{best.emoji} {model} sees: {best.name} ({float(found.logits.softmax(-1)[found.best]):.0%})",
+        f"page      {page}",
+        f"pictures  {', '.join(str(path) for path in pictures)}",
+        sep="\n",
+        soft_wrap=True,
+        markup=False,
+    )
+    if _wanted(show):
+        webbrowser.open(page.resolve().as_uri())
+
+
+def _pictures(model: HookedViT, reference: str, image: Path | None, other: Path | None) -> tuple[Any, Any]:
+    """Return the two pictures: the user's, or samples, the second one of another class than the first."""
+    first: Any = image if image is not None else _sample(reference, 0)
+    if other is not None:
+        return first, other
+    assert model.preprocess is not None
+    best = int(model(_input(model, first)).argmax())
+    samples = [_sample(reference, seed) for seed in range(1, 9)]
+    different = (sample for sample in samples if int(model(_input(model, sample)).argmax()) != best)
+    return first, next(different, samples[0])
+
+
+def _input(model: HookedViT, picture: Any) -> Any:
+    if model.preprocess is None:
+        raise InputError("This model does not know how to read pictures: set model.preprocess.")
+    return model.preprocess(picture)
+
+
+def _sample(reference: str, seed: int) -> Any:
+    """Return a sample of the model's own source, or of the first source that has one."""
+    sources = host().sources()
+    name, _, rest = reference.partition(":")
+    own = [sources[name]] if name in sources else []
+    for source in (*own, *sources.values()):
+        sample = source.sample(rest if source in own else "", seed)
+        if sample is not None:
+            return sample
+    raise InputError("No installed plugin offers a sample picture: give one with --image FILE and one with --other FILE.")
+
+
+def _made(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"Cannot write into {folder}: {error.strerror}. Give another folder with --out.") from error
+
+
+def _command() -> str:
+    return " ".join(["prisma", *sys.argv[1:]]) if sys.argv and Path(sys.argv[0]).stem == "prisma" else "prisma demo"
+
+
+def _wanted(show: bool | None) -> bool:
+    if show is not None:
+        return show
+    headless = sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    return sys.stdout.isatty() and not headless and not os.environ.get("CI")
