@@ -10,12 +10,26 @@ from typing import Any
 import timm
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from prisma_core.adapter import Adapter, Reader, qualified_name
 from prisma_core.conformance.case import Case, Pictures
 from prisma_core.errors import UnsupportedArchitecture
 
 HEADS, WIDTH, GRID = 3, 16, (3, 4)  # heads, the width of one, rows and columns of patches
+
+
+# What initialisation does to tensors in place. Without data it would only cost time, and most of the time at that.
+DRAWING = {f"{name}_" for name in "add clamp copy div erfinv fill mul normal uniform zero".split()}
+
+
+class _WithoutData(TorchFunctionMode):
+    """Leaves tensors without data as they are where initialisation would draw their values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in DRAWING and args and getattr(args[0], "is_meta", False):
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def cases(adapters: Sequence[Adapter]) -> Iterator[Case]:
@@ -44,11 +58,11 @@ def _first(name: str, options: Sequence[dict[str, Any]]) -> tuple[nn.Module, dic
     """Return an architecture without data, built with the first arguments its constructor takes, and those."""
     for given in options[:-1]:
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _WithoutData():
                 return timm.create_model(name, pretrained=False, **given), given
         except (TypeError, AssertionError, ValueError, RuntimeError):  # constructors refuse in their own ways
             continue
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutData():
         return timm.create_model(name, pretrained=False, **options[-1]), options[-1]
 
 
