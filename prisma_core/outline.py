@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from prisma_core.errors import InputError
 from prisma_core.hooked import Hooked
+from prisma_core.plugins import host
 from prisma_core.transformer.vit import HookedViT
 from prisma_core.zoo import load, load_folder, parted
 
@@ -26,6 +28,8 @@ def outline(reference: str, **options: Any) -> Hooked:
     name, rest = parted(reference)
     if name == "file":
         return load_folder(Path(rest), weights=False)
+    if "pretrained" not in inspect.signature(host().source(name).load).parameters:
+        return load(reference, **options).to("meta")
     options = {"pretrained": False, **options}
     try:
         with torch.device("meta"):

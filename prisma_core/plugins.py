@@ -87,7 +87,7 @@ class Host:
         ]
         for what, name, plugins in claims:
             if len(plugins) > 1:
-                for plugin in plugins:
+                for plugin in (plugin for plugin in plugins if plugin in self.infos):
                     others = " and ".join(other for other in plugins if other != plugin) or "itself"
                     self.broke(plugin, f"the {what} {name!r} is claimed by {others} too")
         return [
@@ -103,7 +103,7 @@ class Host:
     def _ask(self, hook: str, kind: type[Part]) -> list[tuple[Part, str]]:
         """Return each part plugins answer a hook with, next to the plugin's name."""
         parts: list[tuple[Part, str]] = []
-        for implementation in reversed(getattr(self.manager.hook, hook).get_hookimpls()):
+        for implementation in getattr(self.manager.hook, hook).get_hookimpls():
             name = implementation.plugin_name
             try:
                 found: list[object] = list(implementation.function() or ())
@@ -200,7 +200,7 @@ class Host:
     def commands(self, new: Callable[[], Typer]) -> list[tuple[Typer, str]]:
         """Return an app for each plugin that has commands, made by ``new``, next to the plugin's name."""
         apps: list[tuple[Typer, str]] = []
-        for implementation in reversed(self.manager.hook.prisma_commands.get_hookimpls()):
+        for implementation in self.manager.hook.prisma_commands.get_hookimpls():
             app = new()
             try:
                 implementation.function(app)
