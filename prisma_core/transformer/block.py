@@ -31,15 +31,22 @@ class Block(nn.Module):
         self.hook_q_input = HookPoint(heads, "resid_pre, once for each query head", derived=True)
         self.hook_k_input = HookPoint(kv_heads, "resid_pre, once for each key head", derived=True)
         self.hook_v_input = HookPoint(kv_heads, "resid_pre, once for each value head", derived=True)
-        self.ln1 = norm_or_identity(spec.ln1, d_model)
+        after = spec.kind == "res_post"  # parts are made in the order in which their hook points fire
+        if not after:
+            self.ln1 = norm_or_identity(spec.ln1, d_model)
         self.attn = Attention(spec.attn, d_model, n_tokens, rope)
+        if after:
+            self.ln1 = norm_or_identity(spec.ln1, d_model)
         self.ls1 = Scale(d_model) if spec.attn_scale else nn.Identity()
         self.hook_attn_out = HookPoint(STREAM, "what attention adds to the stream")
         if spec.mlp is not None:
             if spec.kind != "parallel":
                 self.hook_resid_mid = HookPoint(STREAM, "resid_pre + attn_out")
+            if spec.kind == "pre":
                 self.ln2 = norm_or_identity(spec.ln2, d_model)
             self.mlp = MLP(spec.mlp, d_model, d_model)
+            if after:
+                self.ln2 = norm_or_identity(spec.ln2, d_model)
             self.ls2 = Scale(d_model) if spec.mlp_scale else nn.Identity()
             self.hook_mlp_out = HookPoint(STREAM, "what the MLP adds to the stream")
         before = "resid_mid" if spec.kind != "parallel" else "resid_pre + attn_out"
