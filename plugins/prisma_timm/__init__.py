@@ -10,7 +10,10 @@ from prisma_core.adapter import Adapter
 from prisma_core.conformance.case import Case
 from prisma_core.sources import Source
 from prisma_timm.beit import BeitAdapter
+from prisma_timm.encoders import EncoderAdapter
 from prisma_timm.eva import EvaAdapter
+from prisma_timm.naflexvit import NaFlexVitAdapter
+from prisma_timm.refused import RefusedAdapter
 from prisma_timm.relpos import RelPosAdapter
 from prisma_timm.source import TimmSource
 from prisma_timm.vision_transformer import VisionTransformerAdapter
@@ -32,4 +35,12 @@ def prisma_cases() -> Sequence[Case]:
 
 @hookimpl
 def prisma_adapters() -> Sequence[Adapter]:
-    return [VisionTransformerAdapter(), EvaAdapter(), BeitAdapter(), RelPosAdapter()]
+    return [
+        VisionTransformerAdapter(),
+        EvaAdapter(),
+        BeitAdapter(),
+        RelPosAdapter(),
+        NaFlexVitAdapter(),
+        EncoderAdapter(),
+        RefusedAdapter(),
+    ]
