@@ -16,7 +16,8 @@ from prisma_core.names import layer_of
 from prisma_core.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from prisma_core.hooked import Hooked, Index
+    from prisma_core.captures import Index
+    from prisma_core.hooked import Hooked
     from prisma_core.transformer.block import Block
     from prisma_core.transformer.norm import Norm
     from prisma_core.transformer.vit import HookedViT

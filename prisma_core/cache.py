@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import safe_open  # pyright: ignore[reportUnknownVariableType]
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from prisma_core.decompose import Decompositions
-from prisma_core.errors import InputError
+from prisma_core.errors import InputError, LoadError, NotApplicable, UnknownName
+from prisma_core.files import read_safetensors
 from prisma_core.layout import TokenLayout
-from prisma_core.names import LayerQuery, resolve_one
+from prisma_core.names import LayerQuery, resolve_one, short_name
 
 if TYPE_CHECKING:
-    from prisma_core.hooked import Hooked, Index
+    from prisma_core.captures import Index
+    from prisma_core.hooked import Hooked
+
+_GRAD = "grad/"
+_METADATA = "prisma_cache"
 
 
 class ActivationCache(Decompositions, Mapping[str, Tensor]):
@@ -39,6 +49,7 @@ class ActivationCache(Decompositions, Mapping[str, Tensor]):
         layout: TokenLayout | None = None,
         has_batch_dim: bool = True,
         pos: Index | str | None = None,
+        axes: Mapping[str, str] | None = None,
     ):
         self.store = store
         self.model = model
@@ -46,11 +57,46 @@ class ActivationCache(Decompositions, Mapping[str, Tensor]):
         self.grad: ActivationCache | None = None
         self.has_batch_dim = has_batch_dim
         self.pos = pos
+        self._axes = axes
+
+    @property
+    def axes(self) -> Mapping[str, str]:
+        """The axes of every hook point of the model, cached or not, by full name."""
+        if self._axes is None:
+            self._axes = {} if self.model is None else {n: p.axes for n, p in self.model.hook_points().items()}
+        return self._axes
+
+    # ---------------------------------------------------------------- a mapping
 
     def __getitem__(self, query: str | LayerQuery) -> Tensor:
+        """Return an activation by full name, shorthand, or shorthand and layer.
+
+        Raises:
+            UnknownName: the query names no hook point, several, or one that was not cached.
+        """
+        return self.store[self.full_name(query)]
+
+    def full_name(self, query: str | LayerQuery) -> str:
+        """Return the full name of the cached activation that a query means.
+
+        Raises:
+            UnknownName: as for an item.
+        """
         if isinstance(query, str) and query in self.store:
-            return self.store[query]
-        return self.store[resolve_one(query, list(self.store))]
+            return query
+        known = list(self.axes) or list(self.store)
+        if isinstance(query, str):
+            cached = [name for name in self.store if query in (short_name(name), name)]
+            name = cached[0] if len(cached) == 1 else resolve_one(query, known)
+        else:
+            name = resolve_one(query, known)
+        if name not in self.store:
+            kept = sorted({short_name(each) for each in self.store})
+            raise UnknownName(
+                f"{name} is not in this cache, which holds {len(self)} activations ({', '.join(kept)}). "
+                f"Cache it: names=[{name!r}]."
+            )
+        return name
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.store)
@@ -59,11 +105,100 @@ class ActivationCache(Decompositions, Mapping[str, Tensor]):
         return len(self.store)
 
     def __contains__(self, query: object) -> bool:
-        return query in self.store
+        try:
+            return self.full_name(cast("str | LayerQuery", query)) in self.store
+        except UnknownName:
+            return False
 
     def __repr__(self) -> str:
         size = sum(tensor.numel() * tensor.element_size() for tensor in self.store.values())
         return f"ActivationCache({len(self)} activations, {size / 2**20:.1f} MiB)"
+
+    # ---------------------------------------------------------------- tokens
+
+    def patches(self, query: str, layer: int | None = None, *, axis: str | None = None) -> Tensor:
+        """Return an activation of the patches as a grid: ``[batch row column d_model]`` of ``[batch pos d_model]``.
+
+        Args:
+            query: full name or shorthand.
+            layer: the layer of a shorthand.
+            axis: which token axis to unfold, where there are two (``"query_pos"``, ``"key_pos"``).
+
+        Raises:
+            InputError: the cache does not hold all patches.
+        """
+        x, index, kept = self._tokens(query, layer, axis)
+        layout = self._layout()
+        every = list(range(layout.n_tokens))
+        if kept not in (every, every[layout.slice("patches")]):
+            raise InputError(f"The cache holds {len(kept)} of {layout.n_tokens} tokens, and not all patches.")
+        return layout.grid(x, index)
+
+    def cls(self, query: str, layer: int | None = None, *, axis: str | None = None) -> Tensor:
+        """Return an activation at the class token, its token axis gone: ``[batch d_model]``.
+
+        Raises:
+            NotApplicable: the model has no class token.
+        """
+        return self._subset("cls", query, layer, axis, lambda x, index: x.select(index, 0))
+
+    def registers(self, query: str, layer: int | None = None, *, axis: str | None = None) -> Tensor:
+        """Return an activation at the registers: ``[batch register d_model]``.
+
+        Raises:
+            NotApplicable: the model has no registers.
+        """
+        return self._subset("registers", query, layer, axis, lambda x, index: x)
+
+    def _subset(
+        self, subset: str, query: str, layer: int | None, axis: str | None, shape: Callable[[Tensor, int], Tensor]
+    ) -> Tensor:
+        x, index, kept = self._tokens(query, layer, axis)
+        layout = self._layout()
+        wanted = range(layout.n_tokens)[layout.slice(subset)]
+        if not wanted:
+            raise NotApplicable(f"This model has no {subset} tokens; its tokens are {layout!r}.")
+        if not set(wanted) <= set(kept):
+            raise InputError(f"The {subset} tokens are not in the cache. Was it taken with a token slice?")
+        columns = torch.tensor([kept.index(token) for token in wanted], device=x.device)
+        return shape(x.index_select(index, columns), index)
+
+    def _layout(self) -> TokenLayout:
+        if self.layout is None:
+            raise NotApplicable("The cache has no token layout, so which token is where is not known.")
+        return self.layout
+
+    def _tokens(self, query: str, layer: int | None, axis: str | None) -> tuple[Tensor, int, list[int]]:
+        """The activation, its token axis, and which tokens it holds there."""
+        name = self.full_name(query if layer is None else (query, layer))
+        axes = self.axes.get(name, "").split()
+        found = [each for each in axes if each in ("pos", "patch", "query_pos", "key_pos")]
+        if not found or (axis is not None and axis not in found):
+            lacks = axis or "token axis"
+            raise InputError(f"{name} has the axes {' '.join(axes) or '(unknown)'}: no {lacks} among them.")
+        if axis is None and len(found) > 1:
+            raise InputError(f"{name} has two token axes: give axis='query_pos' or axis='key_pos'.")
+        axis = axis or found[0]
+        every = list(range(self._layout().n_tokens))
+        kept = {"patch": every[self._layout().slice("patches")], "key_pos": every}.get(axis, self.positions() or [])
+        x = self.store[name]
+        index = axes.index(axis) - len(axes) + x.ndim
+        if x.shape[index] != len(kept):
+            raise InputError(f"{name} holds {x.shape[index]} tokens; expected {len(kept)} of {self.layout!r}.")
+        return x, index, kept
+
+    # ---------------------------------------------------------------- elsewhere, and other forms
+
+    def _with(self, change: Callable[[str, Tensor], Tensor], **fields: Any) -> ActivationCache:
+        kept: dict[str, Any] = {"has_batch_dim": self.has_batch_dim, "pos": self.pos, "axes": self._axes}
+        store = {name: change(name, tensor) for name, tensor in self.store.items()}
+        cache = ActivationCache(store, model=self.model, layout=self.layout, **(kept | fields))
+        cache.grad = None if self.grad is None else self.grad._with(change, **fields)
+        return cache
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ActivationCache:
+        """Return the cache on another device or in another dtype; this one stays as it is."""
+        return self._with(lambda _, x: x.to(device=device, dtype=dtype if x.is_floating_point() else None))
 
     def remove_batch_dim(self) -> ActivationCache:
         """Return the same cache without the batch axis.
@@ -73,15 +208,85 @@ class ActivationCache(Decompositions, Mapping[str, Tensor]):
         """
         if not self.has_batch_dim:
             return self
-        for name, tensor in self.store.items():
-            if tensor.shape[0] != 1:
-                raise InputError(f"{name} holds a batch of {tensor.shape[0]}; the batch axis of one alone can go.")
-        cache = ActivationCache(
-            {name: tensor[0] for name, tensor in self.store.items()},
-            model=self.model,
+        return self._with(_alone, has_batch_dim=False)
+
+    # ---------------------------------------------------------------- files
+
+    def save(self, path: str | Path) -> Path:
+        """Write the cache, gradients and all, to one safetensors file.
+
+        Raises:
+            InputError: the path does not end in ``.safetensors``.
+        """
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise InputError(f"Expected a path that ends in .safetensors, got {path}.")
+        grads = {} if self.grad is None else self.grad.store
+        named = self.store | {_GRAD + name: grad for name, grad in grads.items()}
+        facts = _File(
+            names=list(named),
+            axes=dict(self.axes),
             layout=self.layout,
-            has_batch_dim=False,
-            pos=self.pos,
+            has_batch_dim=self.has_batch_dim,
+            pos=None if self.pos is None else self.positions(),
         )
-        cache.grad = None if self.grad is None else self.grad.remove_batch_dim()
+        # A copy of each: activations may share storage, which safetensors refuses.
+        tensors = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in named.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path, metadata={_METADATA: facts.model_dump_json()})
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path, model: Hooked | None = None) -> ActivationCache:
+        """Read what ``save`` wrote.
+
+        Args:
+            path: the file.
+            model: the model that made it, which the decompositions need.
+
+        Raises:
+            LoadError: the file is truncated, corrupt, no cache, or of a model with other hook points.
+        """
+        path = Path(path)
+        tensors = read_safetensors(path)
+        with cast(Any, safe_open(path, "pt")) as file:
+            metadata = cast("dict[str, str] | None", file.metadata()) or {}
+        if _METADATA not in metadata:
+            raise LoadError(f"{path} holds tensors but no cache: expected a file written by ActivationCache.save.")
+        try:
+            facts = _File.model_validate_json(metadata[_METADATA])
+        except ValidationError as error:
+            raise LoadError(f"{path} does not describe a cache: {error}") from error
+        if set(facts.names) != set(tensors):
+            raise LoadError(f"{path} does not hold the tensors it names: was it written by something else?")
+        if model is not None and facts.axes != {name: point.axes for name, point in model.hook_points().items()}:
+            raise LoadError(f"{path} is a cache of another model: the hook points are not those of the model given.")
+        how: dict[str, Any] = {
+            "model": model,
+            "layout": facts.layout,
+            "has_batch_dim": facts.has_batch_dim,
+            "pos": facts.pos,
+            "axes": facts.axes,
+        }
+        cache = cls({name: tensors[name] for name in facts.names if not name.startswith(_GRAD)}, **how)
+        grads = {name.removeprefix(_GRAD): tensors[name] for name in facts.names if name.startswith(_GRAD)}
+        cache.grad = cls(grads, **how) if grads else None
         return cache
+
+
+class _File(BaseModel):
+    """What a file of a cache says besides its tensors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    names: list[str]
+    axes: dict[str, str]
+    layout: TokenLayout | None
+    has_batch_dim: bool
+    pos: list[int] | None
+
+
+def _alone(name: str, x: Tensor) -> Tensor:
+    if x.shape[0] != 1:
+        raise InputError(f"{name} holds a batch of {x.shape[0]}; the batch axis of one alone can go.")
+    return x[0]

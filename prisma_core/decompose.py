@@ -16,7 +16,7 @@ from prisma_core.attribution import Branch, LogitAttribution, block_of, branches
 from prisma_core.errors import InputError, NotApplicable
 
 if TYPE_CHECKING:
-    from prisma_core.hooked import Index
+    from prisma_core.captures import Index
     from prisma_core.transformer.attention import Attention
     from prisma_core.transformer.mlp import MLP
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.cache import ActivationCache
+from prisma_core.captures import Countdown, Index, Keep, Note, all_reached, cuts
 from prisma_core.errors import HookError
-from prisma_core.hooks import Capture, Hook, HookContext, HookPoint, Scope, Stop, activate
+from prisma_core.hooks import Hook, HookContext, HookPoint, Scope, Stop, activate
 from prisma_core.layout import TokenLayout
 from prisma_core.names import LayerQuery, Query, resolve
 
 HookMapping = Mapping["str | LayerQuery", Hook]
-Index = int | slice | Sequence[int] | Tensor
 
 
 class Hooked(nn.Module):
@@ -34,7 +34,7 @@ class Hooked(nn.Module):
         return points
 
     def _walk(self) -> Iterator[tuple[str, HookPoint]]:
-        for path, module in self.named_modules():
+        for path, module in cast("Iterator[tuple[str, nn.Module]]", self.named_modules()):
             for attribute, value in vars(module).items():
                 if isinstance(value, HookPoint):
                     yield (f"{path}.{attribute}" if path else attribute), value
@@ -68,6 +68,9 @@ class Hooked(nn.Module):
     def _placed(self, hooks: HookMapping | None) -> dict[HookPoint, tuple[tuple[Hook, HookContext], ...]]:
         points = self.hook_points()
         placed: dict[HookPoint, tuple[tuple[Hook, HookContext], ...]] = {}
+        given = cast(object, hooks)
+        if not isinstance(given, Mapping | None):
+            raise HookError(f"Expected hooks as {{name: hook}}, got {type(given).__name__}.")
         for query, hook in (hooks or {}).items():
             if not callable(hook):
                 raise HookError(f"The hook for {query!r} is {type(hook).__name__}; expected hook(activation, at).")
@@ -86,7 +89,7 @@ class Hooked(nn.Module):
         pos: Index | str | None = None,
         heads: Index | None = None,
         detach: bool = True,
-    ) -> Iterator[ActivationCache]:
+    ) -> Generator[ActivationCache]:
         """Open a scope that fills a cache during the next pass of this model; works on compiled models too.
 
         Args:
@@ -109,7 +112,7 @@ class Hooked(nn.Module):
 
     def _captures(
         self, cache: ActivationCache, names: Query | None, *, pos: Index | str | None, heads: Index | None, **how: Any
-    ) -> dict[HookPoint, tuple[Capture, ...]]:
+    ) -> dict[HookPoint, tuple[Keep, ...]]:
         if isinstance(pos, str):
             layout = self.layout_of()
             if layout is None:
@@ -117,12 +120,11 @@ class Hooked(nn.Module):
             subset = layout.slice(pos)
             pos = slice(subset.start, None) if subset.stop == layout.n_tokens else subset  # the picture may be larger
         points = self.hook_points()
-        captures: dict[HookPoint, tuple[Capture, ...]] = {}
-        for name in self.resolve(names):
-            point = points[name]
-            cuts = () if pos is None and heads is None else _cuts(point.axes, pos, heads)
-            captures[point] = (_Keep(cache.store, name, cuts, **how),)
-        return captures
+        last = next(reversed(points), None)  # what the pass returns, which is the user's to edit
+        return {
+            points[name]: (Keep(cache.store, name, cuts(points[name].axes, pos, heads), copy=name == last, **how),)
+            for name in self.resolve(names)
+        }
 
     # ---------------------------------------------------------------- runs
 
@@ -141,12 +143,10 @@ class Hooked(nn.Module):
         """
         fired: set[str] = set()
         watched = {**self._placed(hooks), **self._placed(backward)}
-        captures = {
-            point: tuple(_Note(fired, at.name) for _, at in placed) for point, placed in watched.items()
-        }
+        captures = {point: tuple(Note(fired, at.name) for _, at in placed) for point, placed in watched.items()}
         with self.hooks(hooks, backward=backward), activate(Scope(captures=captures)):
             output = self(*inputs, **kwargs)
-        _all_reached([at.name for placed in watched.values() for _, at in placed], fired, kwargs)
+        all_reached([at.name for placed in watched.values() for _, at in placed], fired, kwargs)
         return output
 
     def run_with_cache(
@@ -180,157 +180,62 @@ class Hooked(nn.Module):
             UnknownName: a name matches no hook point.
             HookError: a hook point asked for was not reached.
         """
+        wanted = self.resolve(names)
         how: dict[str, Any] = {"device": device, "dtype": dtype, "pos": pos, "heads": heads}
         if loss is not None:
             if not output:
                 raise HookError("A loss needs the output: leave output=True.")
             # Gradients are by what flows through the model, so cuts and casts come after the backward pass.
-            with torch.enable_grad(), self.hooks(hooks), _leaves(self, names), self.caching(names, detach=False) as raw:
+            in_graph = _leaves(self, wanted)
+            with torch.enable_grad(), self.hooks(hooks), in_graph, self.caching(wanted, detach=False) as raw:
                 result = self(*inputs, **kwargs)
                 value = loss(result)
-            return result, self._with_gradients(raw, value, names, inputs, remove_batch_dim, how)
-        wanted = len(self.resolve(names))
-        stopper = None if output else _Countdown(wanted)
-        with self.hooks(hooks), self.caching(names, detach=detach, **how) as cache:
-            if stopper is None:
-                result = self(*inputs, **kwargs)
-            else:
-                result = self._until(stopper, names, inputs, kwargs)
-        _all_reached(self.resolve(names), cache.store.keys(), kwargs)
+            cache = self._with_gradients(raw, value, how)
+        else:
+            with self.hooks(hooks), self.caching(wanted, detach=detach, **how) as cache:
+                result = self(*inputs, **kwargs) if output else self._until(wanted, inputs, kwargs)
+        if names is not None:  # None means whatever the pass goes through
+            all_reached(wanted, cache.store.keys(), kwargs)
         cache.layout = self.layout_of(*inputs)
-        if isinstance(result, Tensor) and any(result is kept for kept in cache.store.values()):
-            result = result.clone()
-        if remove_batch_dim:
-            cache = cache.remove_batch_dim()
-        return result, cache
+        if cache.grad is not None:
+            cache.grad.layout = cache.layout
+        if isinstance(result, Tensor) and _owner(result) in {_owner(kept) for kept in cache.store.values()}:
+            result = result.clone()  # the user may edit it in place
+        return result, cache.remove_batch_dim() if remove_batch_dim else cache
 
-    def _until(self, stopper: Callable[[Tensor], None], names: Query | None, inputs: Any, kwargs: Any) -> None:
+    def _until(self, names: list[str], inputs: Any, kwargs: Any) -> None:
         points = self.hook_points()
+        stopper = Countdown(len(names))
         try:
-            with activate(Scope(captures={points[name]: (stopper,) for name in self.resolve(names)})):
+            with activate(Scope(captures={points[name]: (stopper,) for name in names})):
                 self.forward(*inputs, **kwargs)
         except Stop:
             pass
 
-    def _with_gradients(
-        self,
-        raw: ActivationCache,
-        value: Tensor,
-        names: Query | None,
-        inputs: Any,
-        remove_batch_dim: bool,
-        how: dict[str, Any],
-    ) -> ActivationCache:
+    def _with_gradients(self, raw: ActivationCache, value: Tensor, how: dict[str, Any]) -> ActivationCache:
         if value.numel() != 1:
             raise HookError(f"The loss must be one number; got shape {list(value.shape)}. Pick a logit or take a mean.")
-        _all_reached(self.resolve(names), raw.store.keys(), {})
-        tensors = list(raw.store.values())
-        gradients = torch.autograd.grad(value, tensors, allow_unused=True, retain_graph=True)
-        cache = ActivationCache({}, model=self, layout=self.layout_of(*inputs), pos=how["pos"])
-        grads = ActivationCache({}, model=self, layout=cache.layout, pos=how["pos"])
+        names, tensors = list(raw.store), list(raw.store.values())
+        found = torch.autograd.grad(value, tensors, allow_unused=True, retain_graph=True, materialize_grads=True)
+        cache = ActivationCache({}, model=self, pos=how["pos"])
+        cache.grad = ActivationCache({}, model=self, pos=how["pos"])
         points = self.hook_points()
-        for filled, values in ((cache, tensors), (grads, gradients)):
-            for name, tensor, kept in zip(raw.store, tensors, values, strict=True):
-                keep = self._captures(filled, [name], **how)[points[name]][0]
-                keep(torch.zeros_like(tensor) if kept is None else kept.detach())
-        cache.grad = grads
-        return cache.remove_batch_dim() if remove_batch_dim else cache
+        for filled, values in ((cache, tensors), (cache.grad, found)):
+            captures = self._captures(filled, names, **how)
+            for name, tensor in zip(names, values, strict=True):
+                captures[points[name]][0](tensor.detach())
+        return cache
 
 
-@contextmanager
-def _leaves(model: Hooked, names: Query | None) -> Iterator[None]:
+def _owner(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _leaves(model: Hooked, names: list[str]) -> AbstractContextManager[None]:
     """Make activations asked for part of a graph even where neither input nor weights need gradients."""
     points = model.hook_points()
-    context = {name: HookContext(name, points[name].axes) for name in model.resolve(names)}
-    with activate(Scope(edits={points[name]: ((_as_leaf, at),) for name, at in context.items()})):
-        yield
+    return activate(Scope(edits={points[name]: ((_as_leaf, HookContext(name, points[name].axes)),) for name in names}))
 
 
 def _as_leaf(x: Tensor, at: HookContext) -> Tensor:
     return x if x.requires_grad else x.detach().requires_grad_()
-
-
-def _cuts(axes: str, pos: Any, heads: Any) -> tuple[tuple[int, Any], ...]:
-    names = axes.split()
-    cuts: list[tuple[int, Any]] = []
-    for index, wanted in ((pos, ("pos", "query_pos")), (heads, ("head",))):
-        axis = next((names.index(name) for name in wanted if name in names), None)
-        if index is not None and axis is not None:
-            cuts.append((axis, index))
-    return tuple(cuts)
-
-
-def _cut(x: Tensor, axis: int, index: Any) -> Tensor:
-    if isinstance(index, int):
-        index = slice(index, index + 1 or None)
-    if not isinstance(index, slice):
-        return x.index_select(axis, torch.as_tensor(index, device=x.device))
-    return x[(slice(None),) * axis + (index,)]
-
-
-class _Keep:
-    """Puts one activation into a store."""
-
-    def __init__(
-        self,
-        store: dict[str, Tensor],
-        name: str,
-        cuts: tuple[tuple[int, Any], ...],
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        detach: bool = True,
-    ):
-        self.store = store
-        self.name = name
-        self.cuts = cuts
-        self.device = device
-        self.dtype = dtype
-        self.detach = detach
-
-    def __call__(self, x: Tensor) -> None:
-        if self.name in self.store:
-            raise HookError(f"{self.name} fired twice: a cache holds one pass. Open a new scope for the next one.")
-        if self.detach and x.requires_grad:
-            x = x.detach()
-        if self.cuts:
-            whole = x
-            for axis, index in self.cuts:
-                x = _cut(x, axis, index)
-            x = x.clone() if x.numel() < whole.numel() else x  # a view would keep the whole activation alive
-        if self.device is not None or self.dtype is not None:
-            x = x.to(device=self.device, dtype=self.dtype)
-        self.store[self.name] = x
-
-
-class _Note:
-    """Notes that a hook point was reached."""
-
-    def __init__(self, fired: set[str], name: str):
-        self.fired = fired
-        self.name = name
-
-    def __call__(self, x: Tensor) -> None:
-        self.fired.add(self.name)
-
-
-class _Countdown:
-    """Stops the pass at the last of a number of captures."""
-
-    def __init__(self, left: int):
-        self.left = left
-
-    def __call__(self, x: Tensor) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise Stop
-
-
-def _all_reached(names: Sequence[str], seen: Any, kwargs: Mapping[str, Any]) -> None:
-    missing = [name for name in names if name not in cast("set[str]", seen)]
-    if missing:
-        limits = ", ".join(f"{key}={value}" for key, value in kwargs.items() if value is not None)
-        raise HookError(
-            f"{missing[0]} was not reached in this pass{f' ({limits})' if limits else ''}"
-            f"{f', nor were {len(missing) - 1} others' if len(missing) > 1 else ''}. "
-            "Ask only for hook points the pass goes through."
-        )

@@ -8,10 +8,11 @@ the scope of the moment, so nothing is ever left on the model, threads do not se
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -54,8 +55,8 @@ def _checked(value: object, given: Tensor, at: HookContext, what: str) -> Tensor
         )
     if value.shape != given.shape or value.dtype != given.dtype or value.device != given.device:
         raise HookError(
-            f"The hook at {at.name} returned {list(value.shape)} {value.dtype} on {value.device}; expected the {what}'s "
-            f"{list(given.shape)} ({at.axes}) {given.dtype} on {given.device}."
+            f"The hook at {at.name} returned {list(value.shape)} {value.dtype} on {value.device}; "
+            f"expected the {what}'s {list(given.shape)} ({at.axes}) {given.dtype} on {given.device}."
         )
     return value
 
@@ -92,16 +93,15 @@ class Scope:
                 given = x.clone()
                 value = hook(given, at)
                 x = given if value is None else _checked(value, x, at, "activation")
+            if self.captures:
+                x = x.clone()  # a hook may hold on to what it was given or returned, and a cache must not change
         backward = self.backward.get(point)
         if backward is not None:
             x = _with_gradient_hooks(x, backward)
         captures = self.captures.get(point)
         if captures is not None:
-            # The same tensor is handed on: nothing below edits it in place. Where a hook may still hold it, copy.
-            kept = x if edits is None else x.clone()
             for capture in captures:
-                capture(kept)
-            x = kept
+                capture(x)  # not a copy: nothing below edits in place
         return x
 
 
@@ -119,7 +119,7 @@ def _with_gradient_hooks(x: Tensor, hooks: tuple[tuple[Hook, HookContext], ...])
         x = x.detach().requires_grad_()
     y = x.view_as(x)  # a node of its own, so that hooks belong to this place and not to a shared tensor
     for hook, at in hooks:
-        y.register_hook(lambda grad, hook=hook, at=at: _gradient(grad, hook, at))
+        y.register_hook(partial(_gradient, hook=hook, at=at))
     return y
 
 
@@ -175,7 +175,7 @@ class HookPoint:
 
 
 @contextmanager
-def activate(scope: Scope) -> Iterator[None]:
+def activate(scope: Scope) -> Generator[None]:
     """Make a scope active for this thread, inside whichever is active already."""
     token = _ACTIVE.set(scope.inside(_ACTIVE.get()))
     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias, cast
+from typing import SupportsIndex, TypeAlias, TypeGuard, cast
 
 from prisma_core.errors import UnknownName, suggest
 
@@ -69,16 +69,23 @@ def _unknown(query: object, names: Sequence[str]) -> UnknownName:
 def _with_layer(query: LayerQuery, names: Sequence[str]) -> list[str]:
     shorthand, layer = query
     found = _shorthand(shorthand, names)
-    layers = sorted({n for name in names if (n := layer_of(name)) is not None})
-    if not found or not layers:
-        raise _unknown(query, names)
-    wanted = layer if layer >= 0 else layers[-1] + 1 + layer
-    found = [name for name in found if layer_of(name) == wanted]
     if not found:
+        raise _unknown(query, names)
+    depths: dict[str, int] = {}
+    for name in names:
+        if (match := _LAYER.search(name)) is not None:
+            tower = name[: match.start()]
+            depths[tower] = max(depths.get(tower, 0), int(match[1]) + 1)
+    places = [(name, name[: match.start()], int(match[1])) for name in found if (match := _LAYER.search(name))]
+    if not places:
+        raise UnknownName(f"{found[0]} is in no layer: ask for {short_name(found[0])!r} alone.")
+    wanted = [name for name, tower, at in places if at == (layer if layer >= 0 else depths[tower] + layer)]
+    if not wanted:
+        last = max(depths[tower] for _, tower, _ in places) - 1
         raise UnknownName(
-            f"No hook point {shorthand!r} in layer {layer}. Layers run from 0 to {layers[-1]} (or -1 for the last)."
+            f"No hook point {shorthand!r} in layer {layer}. Layers run from 0 to {last} (or -1 for the last)."
         )
-    return found
+    return wanted
 
 
 def resolve(query: Query | None, names: Sequence[str], derived: frozenset[str] = frozenset()) -> list[str]:
@@ -102,12 +109,26 @@ def resolve(query: Query | None, names: Sequence[str], derived: frozenset[str] =
         if not found:
             raise UnknownName(f"The predicate {query!r} selects none of this model's {len(names)} hook points.")
         return found
-    if isinstance(query, tuple):
-        pair = cast("tuple[object, ...]", query)
-        if len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], int):
-            return _with_layer((pair[0], pair[1]), names)
-    selected = {name for part in query for name in resolve(part, names, derived)}
+    if _is_layer_query(query):
+        return _with_layer(query, names)
+    parts = cast(object, query)
+    if not isinstance(parts, Iterable):
+        raise UnknownName(f"{query!r} is no name, glob, (shorthand, layer), predicate or collection of those.")
+    known = set(names)
+    selected: set[str] = set()
+    for part in cast("Iterable[Query]", parts):
+        if isinstance(part, str) and part in known:
+            selected.add(part)
+        else:
+            selected.update(resolve(part, names, derived))
     return [name for name in names if name in selected]
+
+
+def _is_layer_query(query: object) -> TypeGuard[LayerQuery]:
+    if not isinstance(query, tuple):
+        return False
+    pair = cast("tuple[object, ...]", query)
+    return len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], SupportsIndex)
 
 
 def _resolve_text(query: str, names: Sequence[str], derived: frozenset[str]) -> list[str]:
@@ -134,8 +155,7 @@ def resolve_one(query: str | LayerQuery, names: Sequence[str]) -> str:
     """
     found = resolve([query], names)
     if len(found) > 1:
-        raise UnknownName(
-            f"{query!r} selects {len(found)} hook points ({found[0]}, {found[1]}, ...). "
-            f"Name a layer, as in ({short_name(found[0])!r}, 0)."
-        )
+        layered = isinstance(query, str) and layer_of(found[0]) is not None
+        advice = f"Name a layer, as in ({short_name(found[0])!r}, 0)" if layered else "Give a full name"
+        raise UnknownName(f"{query!r} selects {len(found)} hook points ({found[0]}, {found[1]}, ...). {advice}.")
     return found[0]

@@ -90,11 +90,12 @@ def test_a_plugin_that_raises_on_import(good: EntryPoint, tmp_path: Any, monkeyp
     told = states(host)
     assert told["raises"] == "ZeroDivisionError: division by zero"
     assert told["leaves"] == "SystemExit: 3"
-    assert told["garbled"] is not None and told["garbled"].startswith("SyntaxError")
+    assert told["garbled"] is not None
+    assert told["garbled"].startswith("SyntaxError")
     assert told["vanished"] == "ModuleNotFoundError: No module named 'plugin_that_vanished'"
     assert told["good"] is None
     assert_good_works(host)
-    with pytest.raises(UnknownName, match="raises .ZeroDivisionError"):
+    with pytest.raises(UnknownName, match=r"raises .ZeroDivisionError"):
         host.source("raises")
 
 
@@ -124,7 +125,9 @@ def test_a_plugin_that_breaks_the_contract(
 ) -> None:
     host = Host(found=[found("bad", **hooks), good])
     told = states(host)
-    assert told["bad"] is not None and error in told["bad"] and "\n" not in told["bad"]
+    assert told["bad"] is not None
+    assert error in told["bad"]
+    assert "\n" not in told["bad"]
     assert told["good"] is None
     assert_good_works(host)
 
@@ -194,7 +197,7 @@ def test_a_type_nobody_adapts(good: EntryPoint) -> None:
     host = Host(found=[good])
     with pytest.raises(UnsupportedArchitecture, match=r"Linear: a type that no installed plugin adapts cannot be"):
         host.adapter(nn.Linear(1, 1))
-    with pytest.raises(UnsupportedArchitecture, match="it derives from .*Upstream, but a subclass may compute"):
+    with pytest.raises(UnsupportedArchitecture, match=r"it derives from .*Upstream, but a subclass may compute"):
         host.adapter(Heir())
 
 
@@ -211,7 +214,9 @@ def test_a_source_may_hand_over_a_hooked_model(
     host = Host(found=[found("ready", prisma_sources=lambda: [Ready()])])
     monkeypatch.setattr(plugins, "_host", host)
     model = prisma.load("ready:any")
-    assert model is vit and vit.labels == ("a", "b") and vit.reference == "ready:any"
+    assert model is vit
+    assert vit.labels == ("a", "b")
+    assert vit.reference == "ready:any"
     assert torch.isfinite(model(image)).all()
 
 

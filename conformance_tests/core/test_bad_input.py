@@ -1,0 +1,398 @@
+"""Whatever comes in, what goes out is a right number or one clear error."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import prisma_core as prisma
+from prisma_core import HookedViT, InputError, LoadError, UnknownName
+from prisma_core.files import read_checkpoint
+from prisma_core.preprocess import Preprocess
+from prisma_core.zoo import SPEC, WEIGHTS
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any attempt to open a socket fails the test."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a network call")
+
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refuse)
+
+
+# ---------------------------------------------------------------- references
+
+
+@pytest.mark.parametrize("reference", ["", ":", "timm:", ":vit_base_patch16_224", "vit_base_patch16_224", "/etc"])
+def test_what_is_no_reference(reference: str) -> None:
+    with pytest.raises(UnknownName, match=r"is not a reference: expected SOURCE:MODEL, such as timm:"):
+        prisma.load(reference)
+
+
+def test_a_reference_without_its_source_is_suggested() -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(UnknownName, match=r"Did you mean timm:vit_base_patch16_224 or"):
+        prisma.load("vit_base_patch16_224")
+
+
+def test_a_folder_without_its_source_is_suggested(vit: HookedViT, tmp_path: Path) -> None:
+    prisma.save(vit, tmp_path)
+    with pytest.raises(UnknownName, match=f"Did you mean file:{tmp_path}\\?"):
+        prisma.load(str(tmp_path))
+
+
+def test_an_unknown_source_and_model_suggest_the_nearest() -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(UnknownName, match=r"No source 'tim'.*Did you mean timm\?"):
+        prisma.load("tim:vit_base_patch16_224")
+    with pytest.raises(UnknownName, match=r"vit_tiny_patch16_244.*Did you mean vit_tiny_patch16_224"):
+        prisma.load("timm:vit_tiny_patch16_244", pretrained=False)
+
+
+def test_an_unknown_tag_suggests_the_nearest() -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(UnknownName, match=r"augreg_in21k_ft_in1k"):
+        prisma.load("timm:vit_tiny_patch16_224.augreg_in21k_ft_in1")
+
+
+def test_a_device_that_is_none(vit: HookedViT, tmp_path: Path) -> None:
+    reference = f"file:{prisma.save(vit, tmp_path)}"
+    with pytest.raises(LoadError, match="cannot be put on device=abacus"):
+        prisma.load(reference, device="abacus")
+
+
+# ---------------------------------------------------------------- the network
+
+
+def test_local_models_make_no_network_call(no_network: None, vit: HookedViT, image: Tensor, tmp_path: Path) -> None:
+    loaded = prisma.load(f"file:{prisma.save(vit, tmp_path)}")
+    assert torch.equal(loaded(image), vit(image))
+
+
+def test_local_checkpoints_make_no_network_call(no_network: None, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_file(model.state_dict(), tmp_path / "mine.safetensors")
+    torch.save(model.state_dict(), tmp_path / "mine.pt")
+    image = torch.randn(1, 3, 224, 224)
+    for file in ("mine.safetensors", "mine.pt"):
+        loaded = prisma.load(f"timm:vit_tiny_patch16_224@{tmp_path / file}")
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(image), model(image), rtol=0, atol=1e-10)
+
+
+def test_an_unreachable_hub_is_an_error_in_seconds(tmp_path: Path) -> None:
+    """A fresh process, for the hub's address is read on import; its port is closed, its cache empty."""
+    pytest.importorskip("timm")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    code = (
+        "import time, torch, timm, prisma_core as prisma\n"
+        "start = time.monotonic()\n"
+        "try:\n    prisma.load('timm:vit_tiny_patch16_224')\n"
+        "except prisma.LoadError as error:\n    print('LoadError', time.monotonic() - start, error)\n"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    environment |= {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    kind, seconds, message = run.stdout.split(" ", 2)
+    assert kind == "LoadError", run.stderr
+    assert float(seconds) < 30
+    assert "vit_tiny_patch16_224" in message
+
+
+# ---------------------------------------------------------------- files of weights
+
+
+class Wicked:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+def _half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+STATE = {"w": torch.arange(4000.0), "b": torch.ones(3)}
+
+
+def test_readable_checkpoints(tmp_path: Path) -> None:
+    for name, value in {"flat.pt": STATE, "nested.pth": {"model": STATE, "epoch": 3}}.items():
+        torch.save(value, tmp_path / name)
+        found = read_checkpoint(tmp_path / name)
+        assert found.keys() == STATE.keys()
+        assert all(torch.equal(found[key], STATE[key]) for key in STATE)
+    save_file(STATE, tmp_path / "flat.safetensors")
+    assert torch.equal(read_checkpoint(tmp_path / "flat.safetensors")["w"], STATE["w"])
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage"])
+def test_damaged_checkpoints(tmp_path: Path, suffix: str, damage: str) -> None:
+    path = tmp_path / f"bad.{suffix}"
+    if damage == "truncated":
+        (save_file if suffix == "safetensors" else torch.save)(STATE, path)
+        _half(path)
+    else:
+        path.write_bytes(b"" if damage == "empty" else b"these are not the weights you are looking for" * 20)
+    with pytest.raises(LoadError, match=rf"bad\.{suffix} is not a"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, legacy: bool) -> None:
+    mark = tmp_path / "it ran"
+    torch.save({"w": STATE["w"], "x": Wicked(mark)}, tmp_path / "wicked.pt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(LoadError, match=r"wants to run (posix|nt)\.mkdir: refused"):
+        read_checkpoint(tmp_path / "wicked.pt")
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(Wicked(mark)))
+    with pytest.raises(LoadError):
+        read_checkpoint(tmp_path / "plain.pkl")
+    assert not mark.exists()
+
+
+def test_checkpoints_without_one_state_dict(tmp_path: Path) -> None:
+    torch.save({"model": STATE, "ema": STATE}, tmp_path / "two.pt")
+    with pytest.raises(LoadError, match=r"2 state dicts \(model, ema\)"):
+        read_checkpoint(tmp_path / "two.pt")
+    torch.save([1, 2], tmp_path / "none.pt")
+    with pytest.raises(LoadError, match="holds a list without a state dict"):
+        read_checkpoint(tmp_path / "none.pt")
+    with pytest.raises(LoadError, match="No file at"):
+        read_checkpoint(tmp_path / "absent.pt")
+    with pytest.raises(LoadError, match="is a folder"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.fixture
+def folder(vit: HookedViT, tmp_path: Path) -> Path:
+    return prisma.save(vit, tmp_path / "saved")
+
+
+def _edited(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> str:
+    tensors = load_file(folder / WEIGHTS)
+    edit(tensors)
+    save_file(tensors, folder / WEIGHTS)
+    return f"file:{folder}"
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (lambda t: t.pop("head.bias"), "missing head.bias"),
+        (lambda t: t.update(spare=torch.ones(2)), "extra spare"),
+        (lambda t: t.update({"head.bias": torch.ones(9)}), r"head.bias has shape \[9\], expected \[7\]"),
+    ],
+)
+def test_weights_that_do_not_fit(folder: Path, edit: Callable[[dict[str, Tensor]], object], told: str) -> None:
+    with pytest.raises(LoadError, match=rf"does not fit the model: {told}\."):
+        prisma.load(_edited(folder, edit))
+
+
+def test_a_truncated_folder(folder: Path) -> None:
+    _half(folder / WEIGHTS)
+    with pytest.raises(LoadError, match="not a readable safetensors file"):
+        prisma.load(f"file:{folder}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"spec": 3}', '{"spec": {"d_model": 0}}'],
+)
+def test_a_spec_that_is_none(folder: Path, text: str) -> None:
+    (folder / SPEC).write_text(text)
+    with pytest.raises(LoadError, match=r"spec\.json does not describe a model"):
+        prisma.load(f"file:{folder}")
+
+
+def test_a_spec_with_a_fact_nobody_knows(folder: Path) -> None:
+    facts = json.loads((folder / SPEC).read_text())
+    facts["spec"]["colour"] = "green"
+    (folder / SPEC).write_text(json.dumps(facts))
+    with pytest.raises(LoadError, match="colour"):
+        prisma.load(f"file:{folder}")
+
+
+def test_a_folder_with_a_file_missing(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(LoadError, match=r"holds no model\.safetensors: expected a folder written by prisma\.save"):
+        prisma.load(f"file:{folder}")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda t: t.pop("blocks.1.attn.proj.bias"),
+        lambda t: t.update({"blocks.12.norm1.bias": torch.ones(192)}),
+        lambda t: t.update({"pos_embed": torch.ones(1, 5, 192)}),
+    ],
+    ids=["missing", "extra", "misshapen"],
+)
+def test_a_library_checkpoint_that_does_not_fit(edit: Callable[[dict[str, Tensor]], object], tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    state = timm.create_model("vit_tiny_patch16_224", pretrained=False).state_dict()
+    keys = set(state)
+    shape = state["pos_embed"].shape
+    edit(state)
+    changed = (keys ^ set(state)) or ({"pos_embed"} if state["pos_embed"].shape != shape else set())
+    save_file(state, tmp_path / "odd.safetensors")
+    with pytest.raises(LoadError) as caught:
+        prisma.load(f"timm:vit_tiny_patch16_224@{tmp_path / 'odd.safetensors'}")
+    assert changed.pop() in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_a_library_checkpoint_that_is_damaged(suffix: str, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    path = tmp_path / f"bad.{suffix}"
+    (save_file if suffix == "safetensors" else torch.save)(STATE, path)
+    _half(path)
+    with pytest.raises(LoadError, match="truncated"):
+        prisma.load(f"timm:vit_tiny_patch16_224@{path}")
+    with pytest.raises(LoadError, match="No file"):
+        prisma.load(f"timm:vit_tiny_patch16_224@{tmp_path / 'absent.pt'}")
+
+
+def test_a_library_checkpoint_that_runs_code_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    mark = tmp_path / "it ran"
+    torch.save({"head.bias": Wicked(mark)}, tmp_path / "wicked.pt")
+    with pytest.raises(LoadError, match="refused"):
+        prisma.load(f"timm:vit_tiny_patch16_224@{tmp_path / 'wicked.pt'}")
+    assert not mark.exists()
+
+
+# ---------------------------------------------------------------- pictures and tensors
+
+PREPROCESS = Preprocess(size=(8, 12))
+
+
+def _pixels(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return what preprocessing makes of an array, as colours in 0..1, ``[height width channel]``."""
+    return PREPROCESS.denormalise(PREPROCESS(array))[0].permute(1, 2, 0).numpy()
+
+
+def test_one_pixel() -> None:
+    pixels = _pixels(np.array([[[255, 0, 51]]], dtype=np.uint8))
+    assert pixels.shape == (8, 12, 3)
+    np.testing.assert_allclose(pixels, np.broadcast_to([1.0, 0.0, 0.2], pixels.shape), atol=1e-6)
+
+
+def test_alpha_lies_on_white() -> None:
+    half = np.full((8, 12, 4), [255, 0, 0, 0], dtype=np.uint8)
+    half[:, 6:, 3] = 255
+    pixels = _pixels(half)
+    np.testing.assert_allclose(pixels[:, :6], 1.0, atol=1e-6)
+    np.testing.assert_allclose(pixels[:, 6:], np.broadcast_to([1.0, 0.0, 0.0], (8, 6, 3)), atol=1e-6)
+
+
+def test_palette_with_transparency(tmp_path: Path) -> None:
+    image = Image.new("P", (12, 8), 1)
+    image.putpalette([0, 0, 0, 0, 0, 255])
+    image.save(tmp_path / "palette.png", transparency=1)
+    np.testing.assert_allclose(PREPROCESS.denormalise(PREPROCESS(tmp_path / "palette.png")).numpy(), 1.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_sixteen_bits(tmp_path: Path, as_file: bool) -> None:
+    array = np.full((8, 12), 13107, dtype=np.uint16)  # a fifth of 65535
+    picture: Any = array
+    if as_file:
+        Image.fromarray(array).save(tmp_path / "deep.png")
+        picture = tmp_path / "deep.png"
+    np.testing.assert_allclose(PREPROCESS.denormalise(PREPROCESS(picture)).numpy(), 0.2, atol=1e-6)
+
+
+def test_one_channel_becomes_three_and_three_become_one() -> None:
+    grey = np.full((8, 12), 102, dtype=np.uint8)
+    np.testing.assert_allclose(_pixels(grey), 0.4, atol=1e-6)
+    np.testing.assert_allclose(_pixels(grey[:, :, None]), 0.4, atol=1e-6)
+    single = Preprocess(size=(8, 12), mean=(0.0,), std=(1.0,))
+    assert single(np.full((8, 12, 3), 102, dtype=np.uint8)).shape == (1, 1, 8, 12)
+
+
+def test_a_picture_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "text.jpg").write_text("not a picture")
+    with pytest.raises(InputError, match=r"text\.jpg is not a picture that Pillow can read"):
+        PREPROCESS(tmp_path / "text.jpg")
+    with pytest.raises(InputError, match=r"No picture at .*absent\.png"):
+        PREPROCESS(tmp_path / "absent.png")
+    with pytest.raises(InputError, match="is not a picture"):
+        PREPROCESS(tmp_path)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / "cut.png")
+    _half(tmp_path / "cut.png")
+    with pytest.raises(InputError, match=r"cut\.png is not a picture"):
+        PREPROCESS(tmp_path / "cut.png")
+    for nothing in (None, 3, object()):
+        with pytest.raises(InputError, match="Expected a path, a Pillow image, an array or a tensor"):
+            PREPROCESS(nothing)
+    with pytest.raises(InputError, match="empty list"):
+        PREPROCESS([])
+
+
+@pytest.mark.parametrize(
+    ("array", "told"),
+    [
+        (np.zeros((8, 12, 2), np.uint8), "with 1, 3 or 4 channels"),
+        (np.zeros((3, 8, 12), np.uint8), "with 1, 3 or 4 channels"),
+        (np.zeros((0, 12), np.uint8), r"got \[0, 12\]"),
+        (np.zeros((8, 12), np.int64), "got int64"),
+        (np.full((8, 12), np.nan), "96 values that are NaN"),
+        (np.full((8, 12), 3.0), r"in 0\.\.1, got 3\.\.3"),
+    ],
+)
+def test_arrays_that_are_no_picture(array: np.ndarray[Any, Any], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        PREPROCESS(array)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda x: x[0], r"got shape \[3, 8, 12\]\. Add a batch axis"),
+        (lambda x: x[:, :1], r"Expected 3 channels .* got shape \[3, 1, 8, 12\]"),
+        (lambda x: torch.cat([x, x[:, :1]], 1), r"Expected 3 channels .* got shape \[3, 4, 8, 12\]"),
+        (lambda x: x[..., :8], r"got shape \[3, 3, 8, 8\]: this model takes one size"),
+        (lambda x: (x * 100).byte(), "Expected floating point pixels, got torch.uint8"),
+        (lambda x: torch.where(x > 2, torch.nan, x), r"holds \d+ values that are NaN or infinite"),
+        (lambda x: torch.where(x > 2, torch.inf, x), r"holds \d+ values that are NaN or infinite"),
+    ],
+)
+def test_tensors_the_model_cannot_take(
+    vit: HookedViT, image: Tensor, change: Callable[[Tensor], Tensor], told: str
+) -> None:
+    with pytest.raises(InputError, match=told):
+        vit(change(image))
+    assert torch.isfinite(vit(image)).all()
+
+
+def test_an_image_that_no_patch_fits(make: Callable[..., HookedViT]) -> None:
+    with pytest.raises(InputError, match="multiples of the patch 4x4, got 10x12"):
+        make(interpolation=True)(torch.zeros(1, 3, 10, 12))

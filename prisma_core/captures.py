@@ -1,0 +1,121 @@
+"""What a scope does with the activations it reads: keep, note, count."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from prisma_core.errors import HookError
+from prisma_core.hooks import Stop
+
+Index = int | slice | Sequence[int] | Tensor
+Cut = tuple[int, "slice | list[int]"]
+
+
+def cuts(axes: str, pos: Index | None, heads: Index | None) -> tuple[Cut, ...]:
+    """Return which part to keep of which axis of an activation with these axes."""
+    names = axes.split()
+    found: list[Cut] = []
+    for index, wanted in ((pos, ("pos", "query_pos")), (heads, ("head",))):
+        axis = next((names.index(name) for name in wanted if name in names), None)
+        if index is not None and axis is not None:
+            found.append((axis, index if isinstance(index, slice) else _listed(index)))
+    return tuple(found)
+
+
+def _listed(index: int | Sequence[int] | Tensor) -> list[int]:
+    given = cast("int | list[int]", index.tolist()) if isinstance(index, Tensor) else index
+    return [given] if isinstance(given, int) else list(given)
+
+
+class Keep:
+    """Puts one activation into a store.
+
+    Args:
+        cuts: what to keep of which axis.
+        copy: keep a copy, where the pass hands the activation itself to the user.
+    """
+
+    def __init__(
+        self,
+        store: dict[str, Tensor],
+        name: str,
+        cuts: tuple[Cut, ...],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        detach: bool = True,
+        copy: bool = False,
+    ):
+        self.store = store
+        self.name = name
+        self.cuts = cuts
+        self.device = device
+        self.dtype = dtype
+        self.detach = detach
+        self.copy = copy
+
+    def __call__(self, x: Tensor) -> None:
+        if self.name in self.store:
+            raise HookError(f"{self.name} fired twice: a cache holds one pass. Open a new scope for the next one.")
+        if self.detach and x.requires_grad:
+            x = x.detach()
+        whole = x.numel()
+        for axis, index in self.cuts:
+            x = self._cut(x, axis, index)
+        if self.copy or x.numel() < whole:
+            x = x.clone()  # a view would keep the whole activation alive
+        if self.device is not None or self.dtype is not None:
+            x = x.to(device=self.device, dtype=self.dtype)
+        self.store[self.name] = x
+
+    def _cut(self, x: Tensor, axis: int, index: slice | list[int]) -> Tensor:
+        n = x.shape[axis]
+        if isinstance(index, slice):
+            return x[(slice(None),) * axis + (index,)]
+        for each in index:
+            if not -n <= each < n:
+                raise HookError(f"No index {each} on axis {axis} of {self.name}, whose shape is {list(x.shape)}.")
+        chosen = torch.tensor([each % n for each in index], device=x.device)
+        return x.index_select(axis, chosen)
+
+
+class Note:
+    """Notes that a hook point was reached."""
+
+    def __init__(self, fired: set[str], name: str):
+        self.fired = fired
+        self.name = name
+
+    def __call__(self, x: Tensor) -> None:
+        self.fired.add(self.name)
+
+
+class Countdown:
+    """Stops the pass at the last of a number of captures."""
+
+    def __init__(self, left: int):
+        self.left = left
+
+    def __call__(self, x: Tensor) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Stop
+
+
+def all_reached(names: Sequence[str], seen: Collection[str], kwargs: Mapping[str, object]) -> None:
+    """Refuse hook points that a pass did not go through.
+
+    Raises:
+        HookError: with their names, and the arguments that may have kept the pass away from them.
+    """
+    missing = [name for name in names if name not in seen]
+    if missing:
+        limits = ", ".join(f"{key}={value}" for key, value in kwargs.items() if value is not None)
+        raise HookError(
+            f"{missing[0]} was not reached in this pass{f' ({limits})' if limits else ''}"
+            f"{f', nor were {len(missing) - 1} others' if len(missing) > 1 else ''}. "
+            "Ask only for hook points the pass goes through."
+        )
