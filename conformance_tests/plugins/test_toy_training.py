@@ -1,0 +1,289 @@
+"""Training toy models: repeatable, and the same after a kill as without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import prisma_core as prisma
+from prisma_core import InputError, LoadError, UnknownName
+from prisma_toy import checkpoints
+from prisma_toy.card import MODEL, command, finish
+from prisma_toy.training import Config, Trainer, start
+
+SMALL: dict[str, Any] = {
+    "data": "circle-position", "layers": 2, "d_model": 16, "heads": 2, "steps": 24, "batch": 4, "seed": 5,
+}  # fmt: skip
+
+
+def train(folder: Path, **options: Any) -> Trainer:
+    trainer = start({**SMALL, **options}, folder, resume=False)
+    for _ in trainer.run():
+        pass
+    return trainer
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    return train(tmp_path_factory.mktemp("runs") / "unbroken")
+
+
+def test_a_seed_decides_the_weights(unbroken: Trainer, tmp_path: Path):
+    torch.manual_seed(123)  # nobody's business
+    assert same(weights(train(tmp_path / "again")), weights(unbroken))
+    assert not same(weights(train(tmp_path / "other", seed=6)), weights(unbroken))
+
+
+def test_training_moves_every_parameter_and_lowers_the_loss(unbroken: Trainer, tmp_path: Path):
+    fresh = Trainer(unbroken.config, tmp_path / "fresh")
+    before = weights(fresh)
+    still = [name for name, tensor in weights(unbroken).items() if torch.equal(tensor, before[name])]
+    # Adding the same vector to all keys changes no softmax; its bias moves by rounding alone, or not at all.
+    assert not [name for name in still if "qkv" not in name]
+    longer = train(tmp_path / "longer", steps=150, batch=16, lr=0.01)
+    losses = [row["loss"] for row in checkpoints.log_rows(longer.folder)]
+    assert losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.parametrize("stop", [1, 7, 23])
+def test_a_stopped_run_ends_as_an_unbroken_one(unbroken: Trainer, tmp_path: Path, stop: int):
+    folder = tmp_path / "run"
+    steps = start(SMALL, folder, resume=False).run(save_every=0)
+    for _ in range(stop):
+        next(steps)
+    steps.close()
+    resumed = start({}, folder, resume=True)
+    assert resumed.step == stop
+    for _ in resumed.run():
+        pass
+    assert same(weights(resumed), weights(unbroken))
+    assert list(checkpoints.log_rows(folder)) == list(checkpoints.log_rows(unbroken.folder))
+    assert files(folder) == files(unbroken.folder)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from prisma_toy import checkpoints
+from prisma_toy.training import start
+import json
+
+given, folder, moment = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+replace, count = os.replace, 0
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def replacing(source, target):
+    global count
+    count += 1
+    if count == int(moment.split("-")[1]):
+        if moment.startswith("before"):
+            die()
+        replace(source, target)
+        die()
+    replace(source, target)
+
+os.replace = replacing
+for _ in start(given, folder, False).run(save_every=0):
+    pass
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system cannot kill -9")
+@pytest.mark.parametrize("moment", ["before-1", "before-2", "after-2", "before-3", "before-12", "after-13", "before-20"])
+def test_kill_9_in_the_middle_of_writing_loses_nothing(unbroken: Trainer, tmp_path: Path, moment: str):
+    folder = tmp_path / "run"
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, json.dumps(SMALL), str(folder), moment], capture_output=True, timeout=120
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    if moment == "before-1":  # not even the configuration was there yet
+        with pytest.raises(LoadError, match="no run to resume"):
+            start({}, folder, resume=True)
+        return
+    resumed = start({}, folder, resume=True)
+    for _ in resumed.run():
+        pass
+    assert files(folder) == files(unbroken.folder)
+
+
+def test_a_log_cut_short_is_written_again(unbroken: Trainer, tmp_path: Path):
+    folder = tmp_path / "run"
+    steps = start(SMALL, folder, resume=False).run(save_every=0, log_every=1)
+    for _ in range(9):
+        next(steps)
+    steps.close()
+    log = folder / checkpoints.LOG
+    log.write_bytes(log.read_bytes() + b'{"step": 10, "lo')
+    resumed = start({}, folder, resume=True)
+    for _ in resumed.run(log_every=1):
+        pass
+    assert [row["step"] for row in checkpoints.log_rows(folder)] == list(range(1, SMALL["steps"] + 1))
+
+
+def test_checkpoints_are_dense_early_and_load(unbroken: Trainer):
+    kept = sorted(path.name for path in (unbroken.folder / checkpoints.CHECKPOINTS).iterdir())
+    assert kept == [f"step-{step:06d}" for step in (0, 1, 2, 4, 8, 16, 24)]
+    first = prisma.load(f"file:{unbroken.folder / checkpoints.CHECKPOINTS / kept[0]}")
+    last = prisma.load(f"file:{unbroken.folder / checkpoints.CHECKPOINTS / kept[-1]}")
+    assert same(last.state_dict(), weights(unbroken))
+    assert not same(first.state_dict(), weights(unbroken))
+    assert last.labels == unbroken.task.labels
+    logits, cache = last.run_with_cache(unbroken.task.batch(2, "held-out", 0, 0).image * 2 - 1)
+    assert logits.shape == (2, 16)
+    assert "blocks.1.attn.hook_pattern" in cache
+
+
+def test_which_steps_are_kept():
+    kept = [step for step in range(5001) if checkpoints.due(step, 5000)]
+    assert kept[:9] == [0, 1, 2, 4, 8, 16, 32, 64, 72]
+    assert kept[-1] == 5000
+    gaps = [right - left for left, right in zip(kept[7:], kept[8:-1], strict=False)]
+    assert gaps == sorted(gaps)
+    assert len(kept) < 70
+
+
+def test_a_folder_in_use_is_not_overwritten(unbroken: Trainer):
+    before = files(unbroken.folder)
+    with pytest.raises(InputError, match="--resume"):
+        start(SMALL, unbroken.folder, resume=False)
+    with pytest.raises(InputError, match="--lr 0.002"):
+        start({"lr": 0.5, "layers": 2}, unbroken.folder, resume=True)
+    assert files(unbroken.folder) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"data": "scene"}, UnknownName, "scenes"),
+        ({"layers": 0}, InputError, "--layers"),
+        ({"lr": -1.0}, InputError, "--lr"),
+        ({"d_model": 30, "heads": 4}, InputError, "multiple of heads=4"),
+    ],
+)
+def test_bad_options_are_one_line_and_leave_nothing(tmp_path: Path, options: dict[str, Any], error: type, says: str):
+    with pytest.raises(error, match=says) as caught:
+        start(options, tmp_path / "run", resume=False)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "not json", "missing tensor"])
+def test_a_damaged_run_is_said(unbroken: Trainer, tmp_path: Path, damage: str):
+    folder = tmp_path / "run"
+    train(folder, steps=1)
+    state = folder / checkpoints.STATE
+    if damage == "truncated":
+        state.write_bytes(state.read_bytes()[:-40])
+    elif damage == "not json":
+        (folder / checkpoints.CONFIG).write_text("{")
+    else:
+        tensors = load_file(state)
+        del tensors["model.head.bias"]
+        checkpoints.save_state(folder, tensors, {"step": 1})
+    with pytest.raises(LoadError):
+        start({}, folder, resume=True)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("mlp_ratio", [0.0, 1.5])
+def test_with_and_without_norms_and_mlps(tmp_path: Path, norm: bool, mlp_ratio: float):
+    trainer = train(tmp_path / "run", steps=2, layers=1, norm=norm, mlp_ratio=mlp_ratio, data="scenes", batch=2)
+    points = trainer.model.hook_points()
+    assert ("blocks.0.mlp.hook_post" in points) == bool(mlp_ratio)
+    assert ("ln_final.hook_scale" in points) == norm
+    image = trainer.task.batch(2, "held-out", 0, 0).image * 2 - 1
+    logits, cache = trainer.model.run_with_cache(image)
+    added = cache["full_embed"] + cache["attn_out", 0] + (cache["mlp_out", 0] if mlp_ratio else 0)
+    torch.testing.assert_close(cache["resid_post", 0], added)
+    torch.testing.assert_close(trainer.model(image), logits)
+
+
+def test_patch_loss_is_the_pictures_loss_plus_the_patches(tmp_path: Path):
+    plain = Trainer(Config(data="scenes", layers=1, d_model=16, patch_loss=0.0), tmp_path / "plain")
+    both = Trainer(Config(data="scenes", layers=1, d_model=16, patch_loss=1.0), tmp_path / "both")
+    batch = plain.task.batch(4, "train", 0, 0)
+    (loss, logits), (total, votes) = plain.loss(batch), both.loss(batch)
+    torch.testing.assert_close(votes, logits)
+    assert total > loss
+
+
+def test_bfloat16_trains_float32_weights(tmp_path: Path):
+    trainer = train(tmp_path / "run", bf16=True, steps=3)
+    assert {tensor.dtype for tensor in weights(trainer).values()} == {torch.float32}
+    assert same(weights(train(tmp_path / "again", bf16=True, steps=3)), weights(trainer))
+    assert not same(weights(train(tmp_path / "full", steps=3)), weights(trainer))
+
+
+def test_the_card_says_how_to_make_it_again(tmp_path: Path):
+    trainer = train(tmp_path / "tiny", steps=2, mlp_ratio=0.0, norm=False)
+    score = finish(trainer, n=50)
+    card = (tmp_path / "tiny" / MODEL / "card.md").read_text()
+    line = command(trainer.config, "tiny")
+    assert line in card
+    assert "--attention-only" in line
+    assert "--no-norm" in line
+    assert "--seed 5" in line
+    assert f"{score}" in card
+    assert torch.__version__.partition("+")[0] in card
+    assert same(prisma.load(f"file:{tmp_path / 'tiny' / MODEL}").state_dict(), weights(trainer))
+
+
+def test_the_command_trains_resumes_and_explains(tmp_path: Path):
+    from typer import Typer
+    from typer.testing import CliRunner
+
+    from prisma_toy.commands import add
+
+    app = Typer()
+    app.callback()(lambda: None)
+    add(app)
+    options = ["--data", "circle", "--layers", "1", "--d-model", "8", "--heads", "2", "--steps", "3", "--batch", "2"]
+    folder = tmp_path / "run"
+    done = CliRunner().invoke(app, ["train", *options, "--out", str(folder)])
+    assert done.exit_code == 0, done.output
+    assert "Held-out accuracy" in done.output
+    assert (folder / MODEL / "model.safetensors").exists()
+    again = CliRunner().invoke(app, ["train", "--out", str(folder), "--resume"])
+    assert again.exit_code == 0, again.output
+    assert "after step 3 of 3" in again.output
+    refused = CliRunner().invoke(app, ["train", *options, "--out", str(folder)])
+    assert isinstance(refused.exception, InputError)
+    listed = CliRunner().invoke(app, ["train", "--list"])
+    assert "induction" in listed.output
+
+
+def test_the_environment_has_no_say(unbroken: Trainer, tmp_path: Path):
+    """The number of threads is part of the run, not of the machine."""
+    script = (
+        "import json, sys; from pathlib import Path; from prisma_toy.training import start\n"
+        "for _ in start(json.loads(sys.argv[1]), Path(sys.argv[2]), False).run(): pass"
+    )
+    folder = tmp_path / "run"
+    subprocess.run(
+        [sys.executable, "-c", script, json.dumps(SMALL), str(folder)],
+        check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )  # fmt: skip
+    assert files(folder) == files(unbroken.folder)

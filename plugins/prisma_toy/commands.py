@@ -1,0 +1,121 @@
+"""The command ``prisma train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def add(app: typer.Typer) -> None:
+    """Add ``train`` to the command line."""
+    app.command(name="train")(train)
+
+
+def train(
+    data: Annotated[
+        str | None, typer.Option(help="What to train on; --list shows what there is.", show_default="scenes")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Blocks.", show_default="3")] = None,
+    d_model: Annotated[int | None, typer.Option(help="Width of the residual stream.", show_default="128")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads of a block.", show_default="4")] = None,
+    attention_only: Annotated[bool, typer.Option("--attention-only", help="No MLPs.")] = False,
+    mlp_ratio: Annotated[
+        float | None, typer.Option(help="Width of the MLP over d_model; 0 for none.", show_default="2")
+    ] = None,
+    no_norm: Annotated[bool, typer.Option("--no-norm", help="No layer norm anywhere.")] = False,
+    steps: Annotated[int | None, typer.Option(help="Batches to train on.", show_default="2000")] = None,
+    batch: Annotated[int | None, typer.Option(help="Pictures in a batch.", show_default="32")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate.", show_default="0.002")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of matrices.", show_default="0.03")] = None,
+    patch_loss: Annotated[
+        float | None,
+        typer.Option(help="Weight of asking each patch for what it shows (scenes only).", show_default="1"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights and data.", show_default="0")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Of torch; part of what makes runs repeat exactly.", show_default="1")
+    ] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Matrix products in bfloat16.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("toy-run"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, which knows its options.")
+    ] = False,
+    list_data: Annotated[bool, typer.Option("--list", help="List the data there is, and stop.")] = False,
+) -> None:
+    """Train a toy vision transformer on pictures drawn as it goes.
+
+    The run can be killed at any moment: --resume goes on from the last saved state and ends with the very weights
+    that an unbroken run ends with. Checkpoints, dense early, are folders that prisma.load("file:...") reads.
+    """
+    from rich.console import Console
+
+    console = Console()
+    if list_data:
+        _list(console)
+        return
+    given: dict[str, Any] = {
+        "data": data,
+        "layers": layers,
+        "d_model": d_model,
+        "heads": heads,
+        "mlp_ratio": 0.0 if attention_only else mlp_ratio,
+        "norm": False if no_norm else None,
+        "steps": steps,
+        "batch": batch,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "patch_loss": patch_loss,
+        "seed": seed,
+        "threads": threads,
+        "bf16": bf16 or None,
+    }
+    _run(console, {name: value for name, value in given.items() if value is not None}, out, resume)
+
+
+def _list(console: Any) -> None:
+    from rich.table import Table
+
+    from prisma_toy.tasks import TASKS
+
+    table = Table("data", "label", "classes", "picture", "patch")
+    for one in TASKS.values():
+        size = f"{one.channels} x {one.size} x {one.size}"
+        table.add_row(one.name, one.summary, str(len(one.labels)), size, str(one.patch))
+    console.print(table)
+
+
+def _run(console: Any, given: dict[str, Any], out: Path, resume: bool) -> None:
+    from rich import progress
+
+    from prisma_toy.card import MODEL, finish
+    from prisma_toy.training import start
+
+    trainer = start(given, out, resume)
+    steps = trainer.config.steps
+    if trainer.step:
+        console.print(f"Going on after step {trainer.step} of {steps} in {out}.")
+    columns = (
+        progress.TextColumn("[bold]{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("loss {task.fields[loss]:.3f}  right {task.fields[accuracy]:.0%}"),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    loss = accuracy = None
+    try:
+        with progress.Progress(*columns, console=console) as bar:
+            line = bar.add_task(trainer.task.name, total=steps, completed=trainer.step, loss=float("nan"), accuracy=0.0)
+            for done in trainer.run():
+                loss = done.loss if loss is None else 0.95 * loss + 0.05 * done.loss
+                accuracy = done.accuracy if accuracy is None else 0.95 * accuracy + 0.05 * done.accuracy
+                bar.update(line, completed=done.step, loss=loss, accuracy=accuracy)
+    except KeyboardInterrupt:
+        console.print(f"Stopped. `prisma train --out {out} --resume` goes on as if nothing had happened.")
+        raise typer.Exit(130) from None
+    with console.status("Measuring on held-out pictures"):
+        score = finish(trainer)
+    console.print(f"Held-out accuracy {score}.")
+    console.print(f'Load it with prisma.load("file:{out / MODEL}").', highlight=False)

@@ -1,0 +1,77 @@
+"""How good a toy model is: on pictures no run trains on, and patch by patch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prisma_core import HookedViT
+from prisma_toy import scenes
+from prisma_toy.model import normalise
+from prisma_toy.tasks import Task
+
+
+@dataclass(frozen=True)
+class Score:
+    """So many right of so many."""
+
+    right: int
+    n: int
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the accuracy (Wilson)."""
+        z, p, n = 1.96, self.accuracy, self.n
+        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return middle - half, min(1.0, middle + half)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{100 * self.accuracy:.2f} % of {self.n} (95 % interval {100 * low:.2f} to {100 * high:.2f})"
+
+
+def patch_logits(model: HookedViT, image: Tensor) -> Tensor:
+    """Return the last layer's logit lens, final norm and head on every token: ``[batch pos class]``."""
+    x = model(image, stop_at_layer=model.spec.n_layers)
+    if model.spec.ln_final is not None:
+        x = model.ln_final(x)
+    return model.head(x)
+
+
+def held_out(model: HookedViT, on: Task, n: int, seed: int = 0, batch: int = 64) -> Score:
+    """Score a model on freshly drawn pictures that no training run draws."""
+    right, seen, step = 0, 0, 0
+    with torch.no_grad():
+        while seen < n:
+            drawn = on.batch(min(batch, n - seen), "held-out", seed, step)
+            right += int((model(normalise(drawn.image)).argmax(1) == drawn.target.argmax(1)).sum())
+            seen, step = seen + len(drawn.image), step + 1
+    return Score(right, n)
+
+
+def two_shape_lens(model: HookedViT, n: int, seed: int = 0, sure: float = 0.6) -> tuple[Score, Score]:
+    """Score the last layer's logit lens on scenes with two shapes of different classes.
+
+    Args:
+        n: scenes.
+        sure: patches count which one class covers at least so much of.
+
+    Returns:
+        the patches of shapes that show their own class, and the patches of ground that show ``empty``.
+    """
+    size, patch = model.spec.image_size[0], model.spec.embed.patch[0]
+    drawn = scenes.draw(n, size, torch.Generator().manual_seed(seed), two=1.0)
+    with torch.no_grad():
+        top = patch_logits(model, normalise(drawn.image))[:, model.layout.n_prefix :].argmax(-1)
+    share, truth = drawn.share(size // patch).flatten(2).max(1)
+    right = top == truth
+    shape, ground = ((truth > 0) & (share >= sure), (truth == 0) & (share >= sure))
+    return tuple(Score(int(right[where].sum()), int(where.sum())) for where in (shape, ground))  # pyright: ignore

@@ -1,0 +1,204 @@
+"""Scenes: coloured shapes on plain or textured ground, drawn afresh for every batch.
+
+Every scene has one label. Most show one shape of one of eleven classes, some several copies of it, some none, and some
+(for training only) two shapes that share the label by their visible areas.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from prisma_toy.shapes import KINDS, coverage
+
+EMPTY = "⬜ empty"
+_RED, _BLUE, _GREEN = (0.86, 0.16, 0.20), (0.20, 0.42, 0.90), (0.22, 0.68, 0.28)
+_YELLOW, _PURPLE, _ORANGE = (0.98, 0.82, 0.20), (0.62, 0.30, 0.80), (0.97, 0.55, 0.12)
+THINGS: tuple[tuple[str, str, tuple[float, float, float]], ...] = (
+    ("🔴 red circle", "circle", _RED),
+    ("🔺 red triangle", "triangle", _RED),
+    ("🔵 blue circle", "circle", _BLUE),
+    ("🟦 blue square", "square", _BLUE),
+    ("🟩 green square", "square", _GREEN),
+    ("💚 green heart", "heart", _GREEN),
+    ("💜 purple heart", "heart", _PURPLE),
+    ("🟣 purple circle", "circle", _PURPLE),
+    ("⭐ yellow star", "star", _YELLOW),
+    ("🌙 yellow crescent", "crescent", _YELLOW),
+    ("🔶 orange diamond", "diamond", _ORANGE),
+)
+LABELS: tuple[str, ...] = (EMPTY, *(label for label, _, _ in THINGS))
+
+_KIND_OF_CLASS = torch.tensor([0] + [KINDS.index(shape) for _, shape, _ in THINGS])
+_COLOUR_OF_CLASS = torch.tensor([(0.0, 0.0, 0.0)] + [colour for _, _, colour in THINGS])
+_SLOTS = 4
+_CLUTTER = 5
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """A batch of scenes.
+
+    Attributes:
+        image: pixels in 0..1: ``[batch 3 height width]``.
+        classes: of the shape in each slot, 0 where there is none: ``[batch slot]``.
+        visible: how much of each pixel each slot's shape covers, what lies behind others left out:
+            ``[batch slot height width]``.
+    """
+
+    image: Tensor
+    classes: Tensor
+    visible: Tensor
+
+    @property
+    def target(self) -> Tensor:
+        """The label as a distribution: shapes by visible area, or empty: ``[batch class]``."""
+        area = self.share(1)[:, :, 0, 0][:, 1:]
+        total = area.sum(1, keepdim=True)
+        empty = (total < 1e-6).float()
+        return torch.cat([empty, area / total.clamp_min(1e-6) * (1 - empty)], dim=1)
+
+    def share(self, rows: int) -> Tensor:
+        """Return how much of each cell of a grid shows each class: ``[batch class row column]``."""
+        covered = F.adaptive_avg_pool2d(self.visible, (rows, rows))
+        n, slots = self.classes.shape
+        index = self.classes[:, :, None, None].expand(n, slots, rows, rows)
+        share = torch.zeros(n, len(LABELS), rows, rows).scatter_add_(1, index, covered)
+        share[:, 0] = 1 - covered.sum(1)
+        return share
+
+
+def draw(n: int, size: int, generator: torch.Generator, *, two: float = 0.0) -> Scenes:
+    """Draw scenes.
+
+    Args:
+        n: how many.
+        size: pixels of a side.
+        generator: the only source of chance.
+        two: the share of scenes with two shapes of different classes.
+    """
+    classes = torch.zeros(n, _SLOTS, dtype=torch.long)
+    main = torch.randint(1, len(LABELS), (n,), generator=generator)
+    other = 1 + (main - 1 + torch.randint(1, len(THINGS), (n,), generator=generator)) % len(THINGS)
+    what = torch.rand(n, generator=generator)
+    empty = what < 0.1 * (1 - two)
+    several = (what >= 0.1 * (1 - two)) & (what < 0.3 * (1 - two))
+    pair = what >= 1 - two
+    copies = torch.randint(2, _SLOTS + 1, (n,), generator=generator)
+    classes[:, 0] = main.where(~empty, 0)
+    for slot in range(1, _SLOTS):
+        classes[:, slot] = main.where(several & (slot < copies), 0)
+    classes[:, 1] = other.where(pair, classes[:, 1])
+    return draw_classes(classes, size, generator)
+
+
+def draw_classes(classes: Tensor, size: int, generator: torch.Generator) -> Scenes:
+    """Draw scenes of given classes: ``[batch slot]``, 0 for no shape; shapes keep apart where there is room."""
+    n, slots = classes.shape
+    shown = (classes > 0).sum(1)
+    radius = _uniform((n, slots), 0.17, 0.32, generator) * (1 - 0.11 * (shown - 1).clamp(0, 3).float())[:, None]
+    x, y = _places(radius, classes > 0, generator)
+    angle = _uniform((n, slots), -0.4, 0.4, generator)
+    kind = _KIND_OF_CLASS[classes]
+    shapes = coverage(*(part.flatten() for part in (kind, x, y, radius, angle)), size=size)
+    shapes = shapes.view(n, slots, size, size) * (classes > 0)[:, :, None, None]
+    colours = _COLOUR_OF_CLASS[classes] * _uniform((n, slots, 1), 0.82, 1.1, generator)
+    colours = (colours + _uniform((n, slots, 3), -0.07, 0.07, generator)).clamp(0, 1)
+
+    image = _clutter(_ground(n, size, generator), size, generator)
+    visible = torch.zeros(n, slots, size, size)
+    for slot in range(slots):
+        alpha = shapes[:, slot, None]
+        shade = 1 + _uniform((n, 1, 1, 1), -0.25, 0.25, generator) * torch.linspace(-1, 1, size)[None, None, :, None]
+        image = image * (1 - alpha) + (colours[:, slot, :, None, None] * shade).clamp(0, 1) * alpha
+        visible[:, :slot] *= 1 - alpha
+        visible[:, slot] = alpha[:, 0]
+    noise = torch.randn(n, 3, size, size, generator=generator) * _uniform((n, 1, 1, 1), 0.0, 0.05, generator)
+    return Scenes((image + noise).clamp(0, 1), classes, visible)
+
+
+def _uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
+    return low + (high - low) * torch.rand(shape, generator=generator)
+
+
+def _places(radius: Tensor, present: Tensor, generator: torch.Generator, tries: int = 24) -> tuple[Tensor, Tensor]:
+    """Return centres ``[batch slot]``: of some random arrangements, the one whose shapes overlap least."""
+    n, slots = radius.shape
+    margin = radius[..., None] * 0.9
+    spots = torch.rand(n, slots, tries, generator=generator), torch.rand(n, slots, tries, generator=generator)
+    x, y = (margin + (1 - 2 * margin) * spot for spot in spots)
+    apart = torch.hypot(x[:, :, None] - x[:, None], y[:, :, None] - y[:, None])
+    overlap = (radius[:, :, None] + radius[:, None])[..., None] - apart
+    both = (present[:, :, None] & present[:, None]) & ~torch.eye(slots, dtype=torch.bool)
+    best = (overlap.clamp_min(0) * both[..., None]).sum((1, 2)).argmin(-1)
+    chosen = best[:, None, None].expand(-1, slots, 1)
+    return x.gather(2, chosen)[..., 0], y.gather(2, chosen)[..., 0]
+
+
+def _ground(n: int, size: int, generator: torch.Generator) -> Tensor:
+    """Return plain, shaded, blotched or striped ground of little colour: ``[batch 3 size size]``."""
+    light = _uniform((n, 1), 0.08, 0.95, generator)
+    base = (light + _uniform((n, 3), -0.06, 0.06, generator))[:, :, None, None]
+    blotches = F.interpolate(
+        torch.randn(n, 1, 7, 7, generator=generator), size=(size, size), mode="bicubic", align_corners=False
+    )
+    ticks = torch.linspace(-1, 1, size)
+    turn = _uniform((n, 1, 1, 1), 0, torch.pi, generator)
+    along = ticks[None, None, None, :] * torch.cos(turn) + ticks[None, None, :, None] * torch.sin(turn)
+    stripes = torch.sin(along * _uniform((n, 1, 1, 1), 8, 40, generator))
+    weights = torch.rand(n, 3, 1, 1, generator=generator) * (torch.rand(n, 3, 1, 1, generator=generator) < 0.5)
+    texture = 0.10 * blotches * weights[:, :1] + 0.12 * along * weights[:, 1:2] + 0.06 * stripes * weights[:, 2:]
+    return (base + texture).clamp(0, 1)
+
+
+def _clutter(image: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Strew small grey shapes over pictures, which are no class of their own."""
+    n = len(image)
+    kind = torch.randint(len(KINDS), (n, _CLUTTER), generator=generator)
+    radius = _uniform((n, _CLUTTER), 0.015, 0.05, generator)
+    x, y, angle = (_uniform((n, _CLUTTER), 0, top, generator) for top in (1.0, 1.0, torch.pi))
+    grey = _uniform((n, _CLUTTER, 1), 0, 1, generator) + _uniform((n, _CLUTTER, 3), -0.05, 0.05, generator)
+    shown = torch.arange(_CLUTTER) < torch.randint(0, _CLUTTER + 1, (n, 1), generator=generator)
+    alpha = coverage(*(part.flatten() for part in (kind, x, y, radius, angle)), size=size)
+    alpha = alpha.view(n, _CLUTTER, size, size) * shown[:, :, None, None] * 0.85
+    for index in range(_CLUTTER):
+        layer = alpha[:, index, None]
+        image = image * (1 - layer) + grey[:, index, :, None, None].clamp(0, 1) * layer
+    return image
+
+
+@dataclass(frozen=True)
+class SampleScene:
+    """A scene to look at, with the truth about it.
+
+    Attributes:
+        image: the picture.
+        labels: of the shapes in it.
+        classes: their indices in ``LABELS``.
+        scenes: the picture as a batch of one.
+    """
+
+    image: Image.Image
+    labels: tuple[str, ...]
+    classes: tuple[int, ...]
+    scenes: Scenes
+
+    def patch_classes(self, rows: int) -> Tensor:
+        """Return the class that covers most of each patch of a grid: ``[row column]``."""
+        return self.scenes.share(rows)[0].argmax(0)
+
+
+def sample_scene(seed: int = 0, n_shapes: int = 2, size: int = 384) -> SampleScene:
+    """Return a scene of ``n_shapes`` (at most 4) shapes of different classes, larger than the model's input."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(THINGS), generator=generator)[:n_shapes] + 1
+    classes = torch.zeros(1, _SLOTS, dtype=torch.long)
+    classes[0, :n_shapes] = order
+    scenes = draw_classes(classes, size, generator)
+    pixels = (scenes.image[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+    picked = tuple(order.tolist())
+    return SampleScene(Image.fromarray(pixels), tuple(LABELS[i] for i in picked), picked, scenes)

@@ -1,0 +1,51 @@
+"""The source ``toy:``: models trained with ``prisma train`` that come with the package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from PIL.Image import Image
+
+import prisma_core as prisma
+from prisma_core import HookedViT, InputError, UnknownName
+from prisma_core.errors import suggest
+from prisma_core.sources import Loaded, ModelInfo, Source
+from prisma_toy.scenes import sample_scene
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def bundled() -> dict[str, Path]:
+    """Return the folders of the models in the package by name."""
+    return {path.parent.name: path.parent for path in sorted(WEIGHTS.glob("*/model.safetensors"))}
+
+
+class ToySource(Source):
+    """``toy:NAME``: small trained vision transformers, hooked from the first training step; no download."""
+
+    name = "toy"
+
+    def load(self, rest: str, **options: Any) -> Loaded:
+        found = bundled()
+        if rest not in found:
+            raise UnknownName(f"No toy model {rest!r}. There are {', '.join(found)}.{suggest(rest, found)}")
+        if options:
+            raise InputError(f"toy: models take no options, got {', '.join(options)}.")
+        model = cast(HookedViT, prisma.load(f"file:{found[rest]}"))
+        return Loaded(model, model.preprocess, model.labels)
+
+    def models(self) -> Iterator[ModelInfo]:
+        for name, folder in bundled().items():
+            yield ModelInfo(f"toy:{name}", "toy", True, card_title(folder))
+
+    def sample(self, rest: str, seed: int = 0) -> Image:
+        """Return a scene of two shapes."""
+        return sample_scene(seed).image
+
+
+def card_title(folder: Path) -> str:
+    """Return the first paragraph of a model's card, without the heading."""
+    lines = (folder / "card.md").read_text(encoding="utf-8").splitlines()
+    return next((line for line in lines if line and not line.startswith("#")), "")
