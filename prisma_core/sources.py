@@ -66,8 +66,8 @@ class Source(ABC):
 
         Args:
             rest: the reference behind the colon.
-            options: what the caller gave to ``load``. A source that downloads takes ``pretrained``: False asks for the same
-                model with weights drawn at random, without any network call. ``prisma info`` does.
+            options: what the caller gave to ``load``. A source that downloads takes ``pretrained``: False asks for the
+                same model with weights drawn at random and no network call. ``prisma info`` does.
 
         Raises:
             UnknownName: there is none of this name; the nearest are suggested.

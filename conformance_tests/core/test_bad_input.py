@@ -8,7 +8,6 @@ import pickle
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("socket", "create_connection", "getaddrinfo"):
         monkeypatch.setattr(socket, name, refuse)
 
+
+SMALL = {"depth": 1, "embed_dim": 24, "num_heads": 2, "num_classes": 5, "img_size": 32}
 
 # ---------------------------------------------------------------- references
 
@@ -89,14 +90,14 @@ def test_local_models_make_no_network_call(no_network: None, vit: HookedViT, ima
 
 def test_local_checkpoints_make_no_network_call(no_network: None, tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
-    model = timm.create_model("vit_tiny_patch16_224", pretrained=False).eval()
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, **SMALL).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     save_file(model.state_dict(), tmp_path / "mine.safetensors")
     torch.save(model.state_dict(), tmp_path / "mine.pt")
-    image = torch.randn(1, 3, 224, 224)
+    image = torch.randn(1, 3, 32, 32)
     for file in ("mine.safetensors", "mine.pt"):
-        loaded = prisma.load(f"timm:vit_tiny_patch16_224@{tmp_path / file}")
+        loaded = prisma.load(f"timm:vit_tiny_patch16_224@{tmp_path / file}", **SMALL)
         with torch.no_grad():
             torch.testing.assert_close(loaded(image), model(image), rtol=0, atol=1e-10)
 
@@ -248,22 +249,22 @@ def test_a_folder_with_a_file_missing(folder: Path) -> None:
 @pytest.mark.parametrize(
     "edit",
     [
-        lambda t: t.pop("blocks.1.attn.proj.bias"),
-        lambda t: t.update({"blocks.12.norm1.bias": torch.ones(192)}),
-        lambda t: t.update({"pos_embed": torch.ones(1, 5, 192)}),
+        lambda t: t.pop("blocks.0.attn.proj.bias"),
+        lambda t: t.update({"blocks.1.norm1.bias": torch.ones(24)}),
+        lambda t: t.update({"pos_embed": torch.ones(1, 7, 24)}),
     ],
     ids=["missing", "extra", "misshapen"],
 )
 def test_a_library_checkpoint_that_does_not_fit(edit: Callable[[dict[str, Tensor]], object], tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
-    state = timm.create_model("vit_tiny_patch16_224", pretrained=False).state_dict()
+    state = timm.create_model("vit_tiny_patch16_224", pretrained=False, **SMALL).state_dict()
     keys = set(state)
     shape = state["pos_embed"].shape
     edit(state)
     changed = (keys ^ set(state)) or ({"pos_embed"} if state["pos_embed"].shape != shape else set())
     save_file(state, tmp_path / "odd.safetensors")
     with pytest.raises(LoadError) as caught:
-        prisma.load(f"timm:vit_tiny_patch16_224@{tmp_path / 'odd.safetensors'}")
+        prisma.load(f"timm:vit_tiny_patch16_224@{tmp_path / 'odd.safetensors'}", **SMALL)
     assert changed.pop() in str(caught.value)
 
 
@@ -274,9 +275,9 @@ def test_a_library_checkpoint_that_is_damaged(suffix: str, tmp_path: Path) -> No
     (save_file if suffix == "safetensors" else torch.save)(STATE, path)
     _half(path)
     with pytest.raises(LoadError, match="truncated"):
-        prisma.load(f"timm:vit_tiny_patch16_224@{path}")
+        prisma.load(f"timm:vit_tiny_patch16_224@{path}", **SMALL)
     with pytest.raises(LoadError, match="No file"):
-        prisma.load(f"timm:vit_tiny_patch16_224@{tmp_path / 'absent.pt'}")
+        prisma.load(f"timm:vit_tiny_patch16_224@{tmp_path / 'absent.pt'}", **SMALL)
 
 
 def test_a_library_checkpoint_that_runs_code_is_refused(tmp_path: Path) -> None:
@@ -284,7 +285,7 @@ def test_a_library_checkpoint_that_runs_code_is_refused(tmp_path: Path) -> None:
     mark = tmp_path / "it ran"
     torch.save({"head.bias": Wicked(mark)}, tmp_path / "wicked.pt")
     with pytest.raises(LoadError, match="refused"):
-        prisma.load(f"timm:vit_tiny_patch16_224@{tmp_path / 'wicked.pt'}")
+        prisma.load(f"timm:vit_tiny_patch16_224@{tmp_path / 'wicked.pt'}", **SMALL)
     assert not mark.exists()
 
 
