@@ -11,6 +11,8 @@ CLASSES: tuple[Colour, ...] = (
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
     (51, 34, 136), (68, 170, 153), (136, 34, 85), (153, 153, 51), (187, 187, 187),
 )  # fmt: skip
+QUIET = CLASSES[-1]
+"""Of what looks grey, such as empty ground: drawn fainter than the rest."""
 REST: Colour = (120, 120, 128)
 """Of classes too rare to have a colour of their own."""
 

@@ -94,7 +94,7 @@ def _sample(reference: str, seed: int) -> Any:
         sample = source.sample(rest if source in own else "", seed)
         if sample is not None:
             return sample
-    raise InputError("No installed plugin offers a sample picture: give one with --image FILE and one with --other FILE.")
+    raise InputError("No installed plugin offers a sample picture: give two, with --image FILE and --other FILE.")
 
 
 def _made(folder: Path) -> None:

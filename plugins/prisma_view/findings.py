@@ -9,11 +9,6 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
-
-from prisma_core import HookedViT, InputError, NotApplicable, TokenLayout
-from prisma_core.names import layer_of
-from prisma_core.preprocess import open_picture
 from prisma_lens import (
     LENS_NAMES,
     Attribution,
@@ -25,6 +20,11 @@ from prisma_lens import (
     logit_lens,
     patch_heads,
 )
+from torch import Tensor
+
+from prisma_core import HookedViT, InputError, NotApplicable, TokenLayout
+from prisma_core.names import layer_of
+from prisma_core.preprocess import open_picture
 from prisma_view.symbols import Symbol, symbol
 
 SHOWN = 8
@@ -38,7 +38,7 @@ class Patching:
     Attributes:
         kept, put: the classes whose logit difference is watched: the first picture's and the second's best guess.
         before, other: that difference on the first and the second picture.
-        change: by where heads are replaced (``all`` tokens, or ``cls``): what it does to the difference ``[layer head]``.
+        change: what it does to the difference ``[layer head]``, by where heads are replaced: ``all`` tokens, ``cls``.
         guess: the best guess after it, ``[layer head]``.
     """
 
@@ -146,7 +146,8 @@ def _seen(model: HookedViT, picture: Image) -> Image:
 
 def _by_layer(patterns: list[Tensor], names: list[str]) -> Tensor:
     layers = [layer_of(name) for name in names]
-    heads = [torch.cat([p for p, at in zip(patterns, layers, strict=True) if at == layer]) for layer in sorted({*layers})]
+    placed = list(zip(patterns, layers, strict=True))
+    heads = [torch.cat([pattern for pattern, at in placed if at == layer]) for layer in dict.fromkeys(layers)]
     if len({each.shape for each in heads}) > 1:
         raise NotApplicable("The layers of this model have different numbers of heads; the page shows them as a grid.")
     return torch.stack(heads)

@@ -42,7 +42,8 @@ def grouped(pattern: Tensor, layout: TokenLayout, budget: int = BUDGET) -> tuple
 
     Layout: ``[layer head query_pos key_pos]``.
     """
-    side = next(side for side in range(1, 1 + max(layout.rows, layout.columns)) if _size(pattern, layout, side) <= budget)
+    sides = range(1, 1 + max(layout.rows, layout.columns))
+    side = next((side for side in sides if _size(pattern, layout, side) <= budget), sides[-1])
     if side == 1:
         return pattern, layout, 1
     coarse = layout.model_copy(

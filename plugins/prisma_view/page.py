@@ -11,10 +11,10 @@ import jinja2
 from torch import Tensor
 
 from prisma_core import TokenLayout
-from prisma_view.colours import CLASSES, REST, SCALE, Colour, assign
+from prisma_view.colours import CLASSES, QUIET, REST, SCALE, Colour, assign
+from prisma_view.findings import Report, head_values
 from prisma_view.glyphs import look
 from prisma_view.pack import data_uri, grouped, pack, pack_patterns
-from prisma_view.findings import Report, head_values
 from prisma_view.words import component_name, facts, lens_words, patch_words, stage_name, token_name, verdict
 
 GUESSES = 3
@@ -54,7 +54,9 @@ def class_colours(found: Report) -> dict[int, Colour]:
     if found.lens is None:
         return assign(found.shown[: len(CLASSES)], lambda index: look(found.symbol(index).emoji))
     stages = found.lens.logits.argmax(-1)
-    counts = Counter(stages.flatten().tolist()) + Counter({index: 10 * n for index, n in Counter(stages[-1].tolist()).items()})
+    counts = Counter(stages.flatten().tolist())
+    for index in stages[-1].tolist():
+        counts[index] += 10  # the last layer is looked at most
     order = [index for index, _ in counts.most_common()]
     chosen = assign(order[: len(CLASSES)], lambda index: look(found.symbol(index).emoji))
     return {index: chosen.get(index, REST) for index in order}
@@ -68,7 +70,8 @@ def _data(found: Report, colours: dict[int, Colour]) -> dict[str, Any]:
     patching = None if found.patching is None else _patching(found, used)
     return {
         "layout": _layout(found.layout),
-        "symbols": {index: [*found.symbol(index), "#%02x%02x%02x" % colours.get(index, REST)] for index in sorted(used)},
+        "symbols": {index: [*found.symbol(index), colours.get(index, REST)] for index in sorted(used)},
+        "quiet": [index for index, colour in colours.items() if colour == QUIET],
         "shown": found.shown,
         "logits": _numbers(found.logits[found.shown]),
         "top": [[index, _number(found.logits[index]), _number(probabilities[index], 4)] for index in best],

@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from prisma_view.colours import LESS, MORE, SCALE, Colour, blend
+from prisma_view.colours import LESS, MORE, QUIET, SCALE, Colour, blend
+from prisma_view.findings import Report, head_values
 from prisma_view.glyphs import glyph
 from prisma_view.page import class_colours
-from prisma_view.findings import Report, head_values
 from prisma_view.words import component_name, stage_name
 
 PAPER: Colour = (251, 250, 248)
@@ -74,7 +74,8 @@ def lens_panel(found: Report, stage: int, width: int, height: int) -> Image.Imag
         for column, index in enumerate(line):
             left, right = (round(width * (column + step) / layout.columns) for step in (0, 1))
             top, bottom = (round(height * (row + step) / layout.rows) for step in (0, 1))
-            pen.rectangle((left, top, right - 1, bottom - 1), fill=(*colours[index], 168))
+            faint = colours[index] == QUIET
+            pen.rectangle((left, top, right - 1, bottom - 1), fill=(*colours[index], 107 if faint else 168))
             white = (255, 255, 255, 235)
             if column + 1 < layout.columns and line[column + 1] != index:
                 pen.rectangle((right - 2, top, right, bottom), fill=white)
@@ -86,10 +87,10 @@ def lens_panel(found: Report, stage: int, width: int, height: int) -> Image.Imag
             drawn = glyph(found.symbol(index).emoji, size) if size >= 9 else None
             if drawn is None:
                 continue
-            strength = 0.4 + 0.6 * chances[row][column]
+            strength = (0.4 + 0.6 * chances[row][column]) * (0.45 if colours[index] == QUIET else 1)
             faded = Image.merge("RGBA", (*drawn.split()[:3], drawn.getchannel("A").point(lambda a, s=strength: a * s)))
-            at = (round(width * (column + 0.5) / layout.columns - size / 2), round(height * (row + 0.5) / layout.rows - size / 2))
-            panel.alpha_composite(faded, at)
+            x, y = width * (column + 0.5) / layout.columns, height * (row + 0.5) / layout.rows
+            panel.alpha_composite(faded, (round(x - size / 2), round(y - size / 2)))
     return panel.convert("RGB")
 
 
@@ -100,7 +101,8 @@ def attention(found: Report, side: int = 150) -> Image.Image:
     side = max(48, min(side, 1800 // heads))
     query = 0 if layout.cls else layout.n_prefix + layout.n_patches // 2 + layout.columns // 2
     weights = found.patterns[:, :, query, layout.slice("patches")].float().cpu()
-    weights = (weights / weights.amax(-1, keepdim=True).clamp_min(1e-9)).view(layers, heads, layout.rows, layout.columns)
+    weights = weights / weights.amax(-1, keepdim=True).clamp_min(1e-9)
+    weights = weights.view(layers, heads, layout.rows, layout.columns)
     width, height = _fitted(found.picture, side)
     left, top = MARGIN + 60, 150
     sheet = _sheet(max(left + heads * (width + 8) + MARGIN, 760), top + layers * (height + 8) + MARGIN)
@@ -112,7 +114,8 @@ def attention(found: Report, side: int = 150) -> Image.Image:
         for head in range(heads):
             if layer == 0:
                 _text(sheet, (left + head * (width + 8) + width // 2 - 6, top - 32), str(head), 20, SOFT)
-            drawn = Image.fromarray(_scaled(weights[layer, head].numpy())).resize((width, height), Image.Resampling.NEAREST)
+            drawn = Image.fromarray(_scaled(weights[layer, head].numpy()))
+            drawn = drawn.resize((width, height), Image.Resampling.NEAREST)
             at = (left + head * (width + 8), top + layer * (height + 8))
             sheet.paste(drawn, at, _rounded(drawn.size, 8))
     return sheet
@@ -153,8 +156,8 @@ def patching(found: Report) -> Image.Image:
     kept, put = found.symbol(found.patching.kept), found.symbol(found.patching.put)
     sheet = _sheet(1280, max(660, 170 + _grid_size(change, 620)[1] + MARGIN))
     _text(sheet, (MARGIN, 30), "One head from another picture", 34)
-    words = f"what it does to the lead of {kept.name} over {put.name}, {found.patching.before:+.1f}; an emoji: the new answer"
-    _text(sheet, (MARGIN, 78), words, 20, SOFT)
+    words = f"what it does to the lead of {kept.name} over {put.name}, {found.patching.before:+.1f}"
+    _text(sheet, (MARGIN, 78), f"{words}; an emoji marks a new answer", 20, SOFT)
     for index, picture in enumerate((found.picture, found.other)):
         width, height = _fitted(picture, 230)
         small = picture.resize((width, height), Image.Resampling.LANCZOS)
@@ -245,4 +248,5 @@ def _heat(
             if drawn is not None:
                 sheet.paste(drawn, (left + step // 4 - 2, top + step // 10), drawn)
             if step >= 60:
-                _text(sheet, (left + step // 2 - 24, top + (step * 5 // 8 if drawn else step // 2 - 12)), f"{value:+.1f}", 18)
+                lower = step * 5 // 8 if drawn else step // 2 - 12
+                _text(sheet, (left + step // 2 - 24, top + lower), f"{value:+.1f}", 18)

@@ -35,8 +35,7 @@ def verdict(found: Report) -> str:
     best = found.best
     chance = float(found.logits.softmax(-1)[best])
     runner = int(found.logits.topk(2).indices[1])
-    sure = f"With {chance:.0%} of its belief, the model calls this picture “{found.symbol(best).name}”."
-    return f"{sure} Next comes “{found.symbol(runner).name}”."
+    return f"This one is {chance:.0%} sure of “{found.symbol(best).name}”; next comes “{found.symbol(runner).name}”."
 
 
 def lens_words(found: Report) -> str:
@@ -55,9 +54,8 @@ def lens_words(found: Report) -> str:
 
 
 def _at(stage: str) -> str:
-    return "the embedding" if stage == "embedding" else stage.replace("after the last block", "the very last block").replace(
-        "after block", "block"
-    )
+    spoken = {"embedding": "the embedding", "after the last block": "the very last block"}
+    return spoken.get(stage, stage.removeprefix("after "))
 
 
 def patch_words(found: Report, where: str) -> str:
@@ -100,8 +98,8 @@ def facts(found: Report) -> list[tuple[str, str]]:
         ("blocks", str(spec.n_layers)),
         ("heads in each", str(spec.blocks[0].attn.n_heads)),
         ("width", str(spec.d_model)),
-        ("picture", f"{width} × {height} pixels"),
-        ("patches", f"{found.layout.columns} × {found.layout.rows}"),
+        ("picture", f"{width} by {height} pixels"),
+        ("patches", f"{found.layout.columns} by {found.layout.rows}"),
         ("classes", str(spec.n_classes)),
         ("parameters", count),
     ]

@@ -39,8 +39,25 @@
     });
   }
 
+  /* The whole pattern of a head: every row as bright as its own largest weight. */
+  const square = $("square");
+  square.width = square.height = tokens;
+  square.onclick = (event) => pick(Math.min(tokens - 1, Math.max(0, Math.floor((event.offsetY / square.clientHeight) * tokens))));
+  function paintSquare() {
+    const ink = square.getContext("2d");
+    const pixels = ink.createImageData(tokens, tokens);
+    for (let query = 0; query < tokens; query++) {
+      from(state.layer, state.head, query).weights.forEach((weight, key) =>
+        pixels.data.set([...scaleColour(Math.sqrt(weight)), 255], 4 * (query * tokens + key)));
+    }
+    ink.putImageData(pixels, 0, 0);
+    $("reader").style.top = `${(100 * state.query) / tokens}%`;
+    $("reader").style.height = `${100 / tokens}%`;
+  }
+
   function paint() {
     const { layer, head, query } = state;
+    paintSquare();
     const { most, weights } = from(layer, head, query);
     const brightest = Math.max(...weights.slice(first), 1e-9);
     grid.cells.forEach((cell, patch) => {

@@ -23,9 +23,13 @@ function make(tag, properties = {}, ...children) {
 const emoji = (index) => data.symbols[index][0];
 const className = (index) => data.symbols[index][1];
 const classColour = (index) => data.symbols[index][2];
+const quiet = new Set(data.quiet);
 const called = (index) => `${emoji(index)} ${className(index)}`;
-const signed = (x, digits = 1) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(digits);
-const plain = (x, digits = 1) => (x < 0 ? "−" : "") + Math.abs(x).toFixed(digits);
+const plain = (x, digits = 1) => {
+  const text = Math.abs(x).toFixed(digits);
+  return x < 0 && Number(text) ? `−${text}` : text;
+};
+const signed = (x, digits = 1) => (x >= 0 && Number(x.toFixed(digits)) ? "+" : "") + plain(x, digits);
 const percent = (p) => (p > 0 && p < 0.01 ? "<1 %" : `${Math.round(100 * p)} %`);
 
 function scaleColour(share) {
@@ -110,6 +114,7 @@ function tokenChips(box, layout, onPick) {
 function layerHeadTable(box, layers, heads, kind, cell) {
   box.classList.add(kind);
   box.style.gridTemplateColumns = `1.9rem repeat(${heads}, minmax(0, 1fr))`;
+  box.style.setProperty("--heads", heads);
   box.append(make("span", { className: "corner", textContent: "block ↓", ariaHidden: "true" }));
   for (let head = 0; head < heads; head++) box.append(make("span", { className: "label", textContent: head, title: `head ${head}`, ariaHidden: "true" }));
   const cells = [];

@@ -68,8 +68,9 @@ if (data.patching) {
     cell.onclick = cell.onmouseenter = cell.onfocus = () => tell(layer, head);
     return cell;
   });
-  $("kept").textContent = `The first picture: ${called(kept)} leads ${className(put)} by ${plain(before)}`;
-  $("put").textContent = `The second picture: ${className(kept)} leads ${className(put)} by ${plain(other)}`;
+  const lead = (value) => (value < 0 ? `${called(put)} leads ${called(kept)} by ${plain(-value)}` : `${called(kept)} leads ${called(put)} by ${plain(value)}`);
+  $("kept").textContent = `First picture: ${lead(before)}`;
+  $("put").textContent = `Second picture: ${lead(other)}`;
 
   function tell(layer, head) {
     const value = change[where][layer][head];

@@ -26,10 +26,12 @@ if (data.lens) {
     $("ramp-high").textContent = plain(range[1]);
   }
   const ofLogit = (stage, token) => scaleColour((logitOf(stage, token) - range[0]) / Math.max(range[1] - range[0], 1e-6));
-  const ofClass = (index) => classColour(index).match(/[0-9a-f]{2}/g).map((part) => parseInt(part, 16));
+  const strength = (index, share) => (0.4 + 0.6 * share) * (quiet.has(index) ? 0.45 : 1);
   function cellColour(stage, token) {
     if (state.colour === "none") return "transparent";
-    return state.colour === "logit" ? rgb(ofLogit(stage, token), 0.82) : rgb(ofClass(guess(stage, token).index), 0.66);
+    if (state.colour === "logit") return rgb(ofLogit(stage, token), 0.82);
+    const { index } = guess(stage, token);
+    return rgb(classColour(index), quiet.has(index) ? 0.42 : 0.66);
   }
   const say = (stage, token) => {
     const { index, logit, share } = guess(stage, token);
@@ -50,7 +52,7 @@ if (data.lens) {
       const { index, share } = guess(stage, first + patch);
       const [word] = cell.children;
       word.textContent = emoji(index);
-      word.style.opacity = 0.4 + 0.6 * share;
+      word.style.opacity = strength(index, share);
       cell.style.backgroundColor = cellColour(stage, first + patch);
       cell.setAttribute("aria-label", `${tokenName(layout, first + patch)}: ${say(stage, first + patch)}`);
     });
@@ -85,7 +87,7 @@ if (data.lens) {
     }
     const sorted = [...counts].sort((a, b) => b[1] - a[1]);
     const items = sorted.slice(0, 9).map(([index, count]) =>
-      make("li", {}, make("i", { style: { background: classColour(index) } }), `${called(index)} `, make("small", { textContent: count })));
+      make("li", {}, make("i", { style: { background: rgb(classColour(index)) } }), `${called(index)} `, make("small", { textContent: count })));
     if (sorted.length > 9) items.push(make("li", {}, make("small", { textContent: `and ${sorted.length - 9} more` })));
     $("legend").replaceChildren(...items);
   }
@@ -134,7 +136,7 @@ if (data.lens) {
         ink.globalAlpha = 1;
         ink.fillStyle = cellColour(stage, first + patch);
         ink.fillRect(x, y, width, height);
-        ink.globalAlpha = 0.4 + 0.6 * share;
+        ink.globalAlpha = strength(index, share);
         ink.fillStyle = "#000";
         if (Math.min(width, height) > 14) ink.fillText(emoji(index), x + width / 2, y + height * 0.54);
       }
