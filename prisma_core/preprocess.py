@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from prisma_core.errors import InputError
@@ -24,15 +25,18 @@ class Preprocess(Facts):
 
     Attributes:
         size: height and width of the result.
-        resize: ``shortest``: the shorter side to ``size / crop``, then the middle is cut out. ``squash``: both sides.
-        crop: the share of the resized picture that is kept.
+        resize: what becomes ``size / crop``. ``shortest``: the side that lets the picture cover it. ``longest``: the side
+            that lets it fit inside. ``squash``: both sides. Then the middle is cut out, or padded.
+        crop: the share of the resized picture that is kept; above 1 there is padding around it.
+        pad: the colour of padding: ``black``, or the ``mean``.
         interpolation: Pillow's filter.
         mean, std: per channel, of pixels in 0..1.
     """
 
     size: tuple[int, int]
-    resize: Literal["shortest", "squash"] = "shortest"
-    crop: float = 1.0
+    resize: Literal["shortest", "longest", "squash"] = "shortest"
+    crop: float = Field(default=1.0, gt=0)
+    pad: Literal["black", "mean"] = "black"
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -60,18 +64,35 @@ class Preprocess(Facts):
         """Return the part of a picture that the model sees, at the model's size."""
         from PIL import Image as images
 
-        scaled = tuple(math.floor(side / self.crop) for side in self.size)
-        width, height = image.size
-        if self.resize == "squash":
-            new = (scaled[0], scaled[1])
-        else:
-            # As torchvision's Resize: the shorter side exactly, the longer one rounded down.
-            short = scaled[0]
-            new = (int(short * height / width), short) if width <= height else (short, int(short * width / height))
-        if (height, width) != new:
-            image = image.resize((new[1], new[0]), images.Resampling[self.interpolation.upper()])
-        top, left = (round((have - want) / 2.0) for have, want in zip(new, self.size, strict=True))
+        height, width = self._scaled(image.height, image.width)
+        if (image.height, image.width) != (height, width):
+            image = image.resize((width, height), images.Resampling[self.interpolation.upper()])
+        image = self._padded(image)
+        top, left = (round((have - want) / 2) for have, want in zip((image.height, image.width), self.size, strict=True))
         return image.crop((left, top, left + self.size[1], top + self.size[0]))
+
+    def _scaled(self, height: int, width: int) -> tuple[int, int]:
+        """Return the size a picture is resized to. Source: torchvision's Resize, timm's ResizeKeepRatio."""
+        rows, columns = (math.floor(side / self.crop) for side in self.size)
+        if self.resize == "squash":
+            return rows, columns
+        if self.resize == "shortest" and rows == columns:
+            # The shorter side exactly, the longer one rounded down.
+            return (int(rows * height / width), rows) if width <= height else (rows, int(rows * width / height))
+        ratio = (min if self.resize == "shortest" else max)(height / rows, width / columns)
+        return max(1, round(height / ratio)), max(1, round(width / ratio))
+
+    def _padded(self, image: Image) -> Image:
+        """Return a picture at least as large as ``size``, padded evenly. Source: torchvision's CenterCrop."""
+        from PIL import Image as images
+
+        height, width = max(image.height, self.size[0]), max(image.width, self.size[1])
+        if (image.height, image.width) == (height, width):
+            return image
+        fill = tuple(round(255 * value) if self.pad == "mean" else 0 for value in self.mean)
+        canvas = images.new(image.mode, (width, height), fill if len(fill) > 1 else fill[0])
+        canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+        return canvas
 
     def _pixels(self, image: Image) -> Tensor:
         import numpy as np

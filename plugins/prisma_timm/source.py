@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from prisma_core.errors import UnknownName, suggest
+from torch import nn
+
+from prisma_core.errors import LoadError, UnknownName, suggest
+from prisma_core.files import check_shapes, read_checkpoint
 from prisma_core.preprocess import Preprocess
 from prisma_core.sources import Loaded, ModelInfo, Source
 
+RESIZE = {"center": "shortest", "squash": "squash", "border": "longest"}
+
 
 class TimmSource(Source):
-    """``timm:NAME``, ``timm:NAME.TAG``, ``timm:NAME@CHECKPOINT``."""
+    """``timm:NAME``, ``timm:NAME.TAG``, ``timm:NAME@CHECKPOINT``.
+
+    Options go to ``timm.create_model``, such as ``pretrained=False``, ``num_classes=10`` or ``img_size=384``.
+    """
 
     name = "timm"
     library = "timm"
@@ -19,28 +28,89 @@ class TimmSource(Source):
 
     def load(self, rest: str, *, pretrained: bool = True, **options: Any) -> Loaded:
         import timm
-        from timm.data import resolve_model_data_config
 
         name, _, checkpoint = rest.partition("@")
-        if not timm.is_model(name):
-            raise UnknownName(f"timm has no model {name!r}.{suggest(name, timm.list_models())}")
-        model = timm.create_model(
-            name, pretrained=pretrained and not checkpoint, checkpoint_path=checkpoint or None, **options
-        )
-        return Loaded(model.eval(), _preprocess(resolve_model_data_config(model)))
+        _check_name(name)
+        if checkpoint:
+            model = timm.create_model(name, pretrained=False, **options)
+            _fill(model, checkpoint)
+        elif pretrained:
+            from prisma_timm.hub import create_pretrained
+
+            model = create_pretrained(name, options)
+        else:
+            model = timm.create_model(name, pretrained=False, **options)
+        from timm.data.model_config import resolve_input_data_config
+
+        return Loaded(model.eval(), preprocess(resolve_input_data_config(model)), _labels(model))
 
     def models(self) -> Iterator[ModelInfo]:
         import timm
 
-        for name in timm.list_models():
-            yield ModelInfo(f"timm:{name}", "", timm.models.is_model_pretrained(name))
+        tags: dict[str, list[str]] = defaultdict(list)
+        for reference in timm.list_pretrained():
+            name, _, tag = reference.partition(".")
+            tags[name].append(tag)
+        for module in timm.list_modules():
+            for name in timm.list_models(module=module):
+                note = f"tags: {', '.join(filter(None, tags[name]))}" if any(tags[name]) else ""
+                yield ModelInfo(f"timm:{name}", module, bool(tags[name]), note)
 
 
-def _preprocess(config: dict[str, Any]) -> Preprocess:
+def preprocess(config: dict[str, Any]) -> Preprocess:
+    """Return what timm's evaluation transform does, given timm's data config.
+
+    Raises:
+        LoadError: it does something we cannot repeat.
+    """
+    if config["crop_mode"] not in RESIZE:
+        raise LoadError(f"timm's crop mode {config['crop_mode']!r} is none of {', '.join(RESIZE)}.")
     return Preprocess(
         size=tuple(config["input_size"][1:]),
+        resize=RESIZE[config["crop_mode"]],
         crop=config["crop_pct"],
+        pad="mean" if config["crop_mode"] == "border" else "black",
         interpolation=config["interpolation"],
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
     )
+
+
+def _check_name(reference: str) -> None:
+    """Refuse a model or tag that timm does not have.
+
+    Raises:
+        UnknownName: with the nearest ones.
+    """
+    import timm
+
+    name, _, tag = reference.partition(".")
+    if not timm.is_model(name):
+        near = suggest(name, timm.list_models())
+        raise UnknownName(f"timm has no model {name!r}.{near} `prisma models {name}` searches them.")
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{name}.*")]
+    if tag and tag not in tags:
+        there = f"Its tags: {', '.join(tags)}." if tags else "It has no trained weights."
+        raise UnknownName(f"timm's {name} has no tag {tag!r}.{suggest(tag, tags)} {there}")
+
+
+def _fill(model: nn.Module, checkpoint: str) -> None:
+    """Put a local checkpoint into a model, every tensor accounted for.
+
+    Raises:
+        LoadError: the file cannot be read safely, or does not fit.
+    """
+    tensors = read_checkpoint(checkpoint)
+    state = model.state_dict()
+    check_shapes(tensors, {name: tensor.shape for name, tensor in state.items()}, checkpoint)
+    model.load_state_dict(tensors)
+
+
+def _labels(model: nn.Module) -> tuple[str, ...] | None:
+    """Return the names of a model's classes, where they are one of ImageNet's sets."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    if not getattr(model, "num_classes", 0):
+        return None
+    subset = infer_imagenet_subset(model)
+    return tuple(ImageNetInfo(subset).label_descriptions()) if subset else None
