@@ -107,7 +107,6 @@ def _run(arguments: list[str]) -> int:
         note("Error", f"{message}. `prisma --help` lists what there is.")
         return 2
     except typer.Abort:
-        note("Error", "interrupted.")
         return 130
     return status if isinstance(status, int) else 0
 

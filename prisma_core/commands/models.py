@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from prisma_core.commands.screen import note, out, show_json, table
 
@@ -35,7 +36,8 @@ def models(
     elif chosen:
         shown = table("reference", "family", "weights", "note")
         for info in chosen:
-            shown.add_row(info.reference, info.family, "trained" if info.pretrained else "", info.note)
+            weights = "trained" if info.pretrained else ""
+            shown.add_row(*(escape(text) for text in (info.reference, info.family, weights, info.note)))
         out().print(shown)
     if not as_json:
         note("models", f"{len(chosen)} of {len(found)}.", "green")
@@ -77,6 +79,8 @@ def plugins(as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")]
         return
     shown = table("plugin", "module", "distribution", "state")
     for info in found:
-        state = f"[red]broken:[/] {info.error}" if info.error else f"needs {info.missing}" if info.missing else "ready"
+        state = "ready" if info.missing is None else escape(f"needs {info.missing}")
+        if info.error:
+            state = f"[red]broken:[/] {escape(info.error)}"
         shown.add_row(info.name, info.module, info.distribution, state)
     out().print(shown)
