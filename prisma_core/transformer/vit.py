@@ -15,6 +15,7 @@ from prisma_core.preprocess import Preprocess
 from prisma_core.spec import ModelSpec
 from prisma_core.transformer.attention import Rope
 from prisma_core.transformer.block import STREAM, make_block
+from prisma_core.transformer.circuits import Circuits
 from prisma_core.transformer.embed import Embed, Grid, check_image
 from prisma_core.transformer.norm import norm_or_identity
 from prisma_core.transformer.pool import Pool
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from prisma_core.zoo import Origin
 
 
-class HookedViT(Hooked):
+class HookedViT(Circuits, Hooked):
     """A vision transformer whose every inside can be read and replaced.
 
     Args:
@@ -50,7 +51,8 @@ class HookedViT(Hooked):
         self.hook_embed = HookPoint("batch patch d_model", "the patches, projected")
         if spec.embed.pos:
             self.hook_pos_embed = HookPoint(STREAM, "the position embedding")
-        self.hook_full_embed = HookPoint(STREAM, "prefix tokens and embed" + (", plus pos_embed" if spec.embed.pos else ""))
+        added = ", plus pos_embed" if spec.embed.pos else ""
+        self.hook_full_embed = HookPoint(STREAM, f"prefix tokens and embed{added}")
         if spec.ln_pre is not None:
             self.ln_pre = norm_or_identity(spec.ln_pre, spec.d_model)
             self.hook_ln_pre = HookPoint(STREAM, "ln_pre(full_embed)")
