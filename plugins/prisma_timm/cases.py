@@ -20,7 +20,7 @@ HEADS, WIDTH, GRID = 3, 16, (3, 4)  # heads, the width of one, rows and columns 
 
 
 # What initialisation does to tensors in place. Without data it would only cost time, and most of the time at that.
-DRAWING = {f"{name}_" for name in "add clamp copy div erfinv fill mul normal uniform zero".split()}
+DRAWING = {"add_", "clamp_", "copy_", "div_", "erfinv_", "fill_", "mul_", "normal_", "uniform_", "zero_"}
 
 
 class _WithoutData(TorchFunctionMode):
@@ -51,7 +51,8 @@ def _classes(module: str) -> Iterator[type]:
 
 def _outline(name: str) -> nn.Module:
     """Return an architecture with few blocks and no data."""
-    return _first(name, [{"depth": 2}, {}])[0]
+    # Where heads for keys and values are given layer by layer, two layers need two numbers, or one for both.
+    return _first(name, [{"depth": 2}, {"depth": 2, "num_kv_heads": 1}, {}])[0]
 
 
 def _first(name: str, options: Sequence[dict[str, Any]]) -> tuple[nn.Module, dict[str, Any]]:
@@ -94,17 +95,34 @@ def small(name: str) -> nn.Module:
 def _smallest(name: str) -> dict[str, Any]:
     """Return arguments that shrink an architecture as far as its constructor lets it be."""
     model = _outline(name)
-    depth = {"depth": 2} if len(getattr(model, "blocks", ())) == 2 else {}
-    image = {"img_size": _image_size(model)}
+    depth = {"depth": 2} if len(getattr(_tower(model), "blocks", ())) == 2 else {}
+    image = {"img_size": _image_size(model), **_positions(model)}
     narrow = {"embed_dim": HEADS * WIDTH, "num_heads": HEADS}
-    return _first(name, [{**depth, **narrow, **image}, {**depth, **image}, {**depth, **narrow}, depth])[1]
+    grouped = {"num_kv_heads": (HEADS, 1)}
+    tried = [narrow | image, narrow | image | grouped, image, narrow, {}]
+    return _first(name, [depth | given for given in tried])[1]
+
+
+def _tower(model: nn.Module) -> nn.Module:
+    """Return the module that holds blocks and patches: the model, or what a classifier wraps."""
+    return getattr(model, "encoder", model)
 
 
 def _image_size(model: nn.Module) -> tuple[int, int]:
     """Return the size of an image that has ``GRID`` patches."""
-    embed: Any = getattr(model, "patch_embed", None) or model.embeds
+    tower = _tower(model)
+    embed: Any = getattr(tower, "patch_embed", None) or tower.embeds
     ratio = getattr(embed, "feature_ratio", (1, 1))
     return (GRID[0] * embed.patch_size[0] * ratio[0], GRID[1] * embed.patch_size[1] * ratio[1])
+
+
+def _positions(model: nn.Module) -> dict[str, Any]:
+    """Return arguments for models that keep positions for a grid of their own, whatever the image."""
+    kept = [part.pos_embed_grid_size for part in model.modules() if hasattr(part, "pos_embed_grid_size")]
+    if not kept:
+        return {}
+    grid = 5 if isinstance(kept[0], int) else (5, 3)
+    return {"pos_embed_grid_size": grid, "pretrained_cfg_overlay": {"input_size": (3, *_image_size(model))}}
 
 
 def pictures(model: nn.Module) -> Pictures:
