@@ -25,8 +25,8 @@ class Preprocess(Facts):
 
     Attributes:
         size: height and width of the result.
-        resize: what becomes ``size / crop``. ``shortest``: the side that lets the picture cover it. ``longest``: the side
-            that lets it fit inside. ``squash``: both sides. Then the middle is cut out, or padded.
+        resize: what becomes ``size / crop``. ``shortest``: the side that lets the picture cover it. ``longest``: the
+            side that lets it fit inside. ``squash``: both sides. Then the middle is cut out, or padded.
         crop: the share of the resized picture that is kept; above 1 there is padding around it.
         pad: the colour of padding: ``black``, or the ``mean``.
         interpolation: Pillow's filter.
@@ -45,8 +45,8 @@ class Preprocess(Facts):
         """Return ``[batch channel height width]`` of one picture or a list of them.
 
         Args:
-            picture: a path, a Pillow image, or an array or tensor ``[height width channel]`` or ``[height width]`` (bytes,
-                16 bits, or floats in 0..1); or a list of those.
+            picture: a path, a Pillow image, or an array or tensor ``[height width channel]`` or ``[height width]``
+                (bytes, 16 bits, or floats in 0..1); or a list of those.
 
         Raises:
             InputError: it is no picture, or holds values that are not numbers.
@@ -68,7 +68,7 @@ class Preprocess(Facts):
         if (image.height, image.width) != (height, width):
             image = image.resize((width, height), images.Resampling[self.interpolation.upper()])
         image = self._padded(image)
-        top, left = (round((have - want) / 2) for have, want in zip((image.height, image.width), self.size, strict=True))
+        top, left = round((image.height - self.size[0]) / 2), round((image.width - self.size[1]) / 2)
         return image.crop((left, top, left + self.size[1], top + self.size[0]))
 
     def _scaled(self, height: int, width: int) -> tuple[int, int]:
@@ -162,7 +162,8 @@ def _from_array(picture: Any) -> Image:
     array = cast("np.ndarray[Any, np.dtype[Any]]", picture)
     if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         raise InputError(
-            f"Expected pixels [height width] or [height width channel] with 1, 3 or 4 channels, got {list(array.shape)}."
+            "Expected pixels [height width] or [height width channel] with 1, 3 or 4 channels, "
+            f"got {list(array.shape)}."
         )
     if array.dtype.kind == "f":
         if not np.isfinite(array).all():

@@ -14,9 +14,8 @@ from prisma_core.preprocess import Preprocess
 
 pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma[timm]'")
 
-from timm.data import create_transform, resolve_model_data_config  # noqa: E402
-
-from prisma_timm.source import preprocess  # noqa: E402
+from prisma_timm.source import preprocess
+from timm.data import create_transform, resolve_model_data_config
 
 PICTURES = [(37, 53), (53, 37), (224, 224), (300, 301), (641, 480), (1, 1), (2, 400), (255, 256), (16, 16)]
 MODES = list(itertools.product(("center", "squash", "border"), ((3, 48, 48), (3, 32, 56), (3, 61, 40))))

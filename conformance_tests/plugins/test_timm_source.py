@@ -16,7 +16,6 @@ from prisma_core import LoadError, UnknownName
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma[timm]'")
 
 from huggingface_hub import constants  # noqa: E402
-
 from prisma_timm.source import TimmSource  # noqa: E402
 
 SMALL: dict[str, Any] = {"depth": 1, "embed_dim": 24, "num_heads": 2, "img_size": 32}
@@ -69,7 +68,8 @@ def test_tensors_that_do_not_fit_are_named(upstream: Any, tmp_path: Path) -> Non
     state["extra.weight"] = state.pop("norm.bias")
     state["head.bias"] = torch.zeros(7)
     save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(LoadError, match=r"missing norm\.bias.*extra extra\.weight.*head\.bias has shape \[7\], expected \[1000\]"):
+    named = r"missing norm\.bias.*extra extra\.weight.*head\.bias has shape \[7\], expected \[1000\]"
+    with pytest.raises(LoadError, match=named):
         prisma.load(f"timm:{NAME}@{tmp_path / 'model.safetensors'}", **SMALL)
 
 
@@ -106,7 +106,7 @@ def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_unknown_names_and_tags_suggest_the_nearest(no_network: None) -> None:
-    with pytest.raises(UnknownName, match="Did you mean .*vit_tiny_patch16_224"):
+    with pytest.raises(UnknownName, match=r"Did you mean .*vit_tiny_patch16_224"):
         prisma.load("timm:vit_tiny_patch16_22")
     with pytest.raises(UnknownName, match=r"no tag 'augreg_in21k_ft'.*augreg_in21k_ft_in1k"):
         prisma.load(f"timm:{NAME}.augreg_in21k_ft")
@@ -131,7 +131,7 @@ def test_an_unreachable_hub_is_one_error_without_retries(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(timm, "create_model", never)
-    with pytest.raises(LoadError, match="does not answer"):
+    with pytest.raises(LoadError, match="no answer there"):
         prisma.load(f"timm:{NAME}")
 
 

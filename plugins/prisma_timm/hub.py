@@ -1,7 +1,7 @@
-"""Trained weights by timm's own loader, from the cache where they lie there, and without its retries where no hub answers.
+"""Trained weights by timm's own loader: from the cache where they lie there, else after one knock on the hub's door.
 
-timm and its hub library try an unreachable host a dozen times over a minute. Here one short probe comes first, and nothing
-that other code in this process relies on (environment, timeouts, offline mode) is changed.
+timm and its hub library try an unreachable host a dozen times over a minute; one short probe spares that. Nothing that
+other code in this process relies on (environment, timeouts, offline mode) is changed.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def probe(reference: str, cfg: Any) -> None:
         raise LoadError(f"The weights of timm:{reference} are on the hub, and HF_HUB_OFFLINE is set. {instead}")
     address = _address(cfg)
     if problem := _knock(address):
-        raise LoadError(f"The weights of timm:{reference} are at {address}, which does not answer: {problem}. {instead}")
+        raise LoadError(f"The weights of timm:{reference} are at {address}: no answer there ({problem}). {instead}")
 
 
 def _address(cfg: Any) -> str:

@@ -149,6 +149,6 @@ def head_inputs(
         if not point.wanted:
             columns.append([None] * len(norms))
             continue
-        own = point(x.unsqueeze(2).expand(-1, -1, n * len(norms), -1).contiguous()).split(n, dim=2)
+        own = torch.chunk(point(x.unsqueeze(2).expand(-1, -1, n * len(norms), -1).contiguous()), len(norms), dim=2)
         columns.append([part if norm is None else norm.fused(part) for part, norm in zip(own, norms, strict=True)])
     return [HeadInputs(*row) for row in zip(*columns, strict=True)]

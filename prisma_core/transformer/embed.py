@@ -21,8 +21,8 @@ Grid: TypeAlias = tuple[int, int]
 class Embed(nn.Module):
     """The patch projection, the prefix tokens and the position embedding.
 
-    An opaque stem returns a grid of tokens ``[batch row column d_model]``, or ``[batch patch d_model]`` if there is only
-    one size of image.
+    An opaque stem returns a grid of tokens ``[batch row column d_model]``, or ``[batch patch d_model]`` if there is
+    only one size of image.
 
     Attributes:
         prefix: class, distillation and register tokens, in the order of the layout: ``[prefix d_model]``.

@@ -24,7 +24,8 @@ class Pool(nn.Module):
         self.spec = spec
         if spec.attn is not None:
             latents = "batch latent d_model"
-            self.attn = PoolAttention(spec.attn, spec.n_latents, d_model, d_pool, "pos" if spec.with_prefix else "patch")
+            tokens = "pos" if spec.with_prefix else "patch"
+            self.attn = PoolAttention(spec.attn, spec.n_latents, d_model, d_pool, tokens)
             self.hook_attn_out = HookPoint(latents, "what attention returns for each latent")
             if spec.mlp is not None:
                 self.ln = norm_or_identity(spec.norm, d_pool, latents)
