@@ -120,7 +120,8 @@ class Hooked(nn.Module):
             subset = layout.slice(pos)
             pos = slice(subset.start, None) if subset.stop == layout.n_tokens else subset  # the picture may be larger
         points = self.hook_points()
-        last = next(reversed(points), None)  # what the pass returns, which is the user's to edit
+        # What the pass returns is the user's to edit; where gradients are wanted, the tensor in the graph is kept.
+        last = next(reversed(points), None) if how.get("detach", True) else None
         return {
             points[name]: (Keep(cache.store, name, cuts(points[name].axes, pos, heads), copy=name == last, **how),)
             for name in self.resolve(names)
