@@ -89,8 +89,8 @@ class Preprocess(Facts):
         height, width = max(image.height, self.size[0]), max(image.width, self.size[1])
         if (image.height, image.width) == (height, width):
             return image
-        fill = tuple(round(255 * value) if self.pad == "mean" else 0 for value in self.mean)
-        canvas = images.new(image.mode, (width, height), fill if len(fill) > 1 else fill[0])
+        colours = [round(255 * value) if self.pad == "mean" else 0 for value in self.mean]
+        canvas = images.new(image.mode, (width, height), colours[0] if len(colours) == 1 else tuple(colours))
         canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
         return canvas
 
@@ -120,7 +120,7 @@ def open_picture(picture: Picture, channels: int = 3) -> Image:
     if isinstance(picture, str | Path):
         try:
             with images.open(picture) as opened:
-                image = cast("Image", ImageOps.exif_transpose(opened))
+                image = ImageOps.exif_transpose(opened)
                 image.load()
         except FileNotFoundError as error:
             raise InputError(f"No picture at {picture}.") from error
