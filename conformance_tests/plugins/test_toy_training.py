@@ -57,7 +57,7 @@ def test_training_moves_every_parameter_and_lowers_the_loss(unbroken: Trainer, t
     still = [name for name, tensor in weights(unbroken).items() if torch.equal(tensor, before[name])]
     # Adding the same vector to all keys changes no softmax; its bias moves by rounding alone, or not at all.
     assert not [name for name in still if "qkv" not in name]
-    longer = train(tmp_path / "longer", steps=150, batch=16, lr=0.01)
+    longer = train(tmp_path / "longer", data="circle-size", layers=1, steps=60, batch=16, lr=0.01)
     losses = [row["loss"] for row in checkpoints.log_rows(longer.folder)]
     assert losses[-1] < losses[0] - 0.3
 
@@ -112,7 +112,7 @@ for _ in start(given, folder, False).run(save_every=0):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system cannot kill -9")
-@pytest.mark.parametrize("moment", ["before-1", "before-2", "after-2", "before-3", "before-12", "after-13", "before-20"])
+@pytest.mark.parametrize("moment", ["before-1", "before-3", "after-6", "before-12"])
 def test_kill_9_in_the_middle_of_writing_loses_nothing(unbroken: Trainer, tmp_path: Path, moment: str):
     folder = tmp_path / "run"
     killed = subprocess.run(

@@ -39,6 +39,7 @@ def finish(trainer: Trainer, n: int = 4096) -> Score:
 
     def fill(folder: Path) -> None:
         prisma.save(trainer.model, folder)
+        (folder / checkpoints.CONFIG).write_text(trainer.config.model_dump_json(indent=1) + "\n", encoding="utf-8")
         (folder / CARD).write_text(text(trainer, score), encoding="utf-8")
 
     checkpoints.write_folder(trainer.folder / MODEL, fill)
@@ -61,7 +62,7 @@ def text(trainer: Trainer, score: Score) -> str:
         f"- Model: d_model {config.d_model}, {config.heads} heads, patches of {task.patch} pixels, {size:,} "
         "parameters. The head reads the mean of all tokens.",
         f"- Command: `{command(config, trainer.folder.name)}`",
-        f"- Seed: {config.seed}; {config.steps} steps of {config.batch} pictures.",
+        f"- Seed: {config.seed}; {trainer.step} steps of {config.batch} pictures.",
         f"- Held-out accuracy: {score}, on pictures drawn from chances that no training run uses.",
     ]
     if trainer.trains_patches:

@@ -64,7 +64,9 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(folder / STATE, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
+            # Copied out of the file: kernels may round by how memory is aligned.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return tensors, json.loads(file.metadata()["facts"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise LoadError(f"{folder / STATE} is not a state that prisma train wrote: {error}") from error
 

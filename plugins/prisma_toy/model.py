@@ -53,14 +53,28 @@ def toy_spec(
 
 
 def toy_model(task: Task, spec: ModelSpec, seed: int) -> HookedViT:
-    """Return a freshly initialised model; the same seed gives the same weights.
+    """Return a freshly initialised model; the same seed gives the same weights."""
+    with torch.random.fork_rng(devices=[]):  # the parts initialise themselves first, which is nobody's business
+        model = HookedViT(spec)
+    draw_weights(model, seed)
+    model.preprocess = Preprocess(
+        size=(task.size, task.size),
+        interpolation="bilinear",
+        mean=(0.5,) * task.channels,
+        std=(0.5,) * task.channels,
+    )
+    model.labels = task.labels
+    return model
+
+
+def draw_weights(model: HookedViT, seed: int) -> None:
+    """Give a model the weights that training starts from.
 
     Keys start as queries do, so heads begin by looking at patches like their own, near it. From independent ones, small
     models learn colours fast and then take long to find that shapes matter.
     Source: Trockman and Kolter 2023, "Mimetic initialization of self-attention layers", simplified.
     """
-    with torch.random.fork_rng(devices=[]):  # the parts initialise themselves first, which is nobody's business
-        model = HookedViT(spec)
+    spec = model.spec
     generator = torch.Generator().manual_seed(seed)
     depth = 1 / math.sqrt(2 * max(1, spec.n_layers))
     for name, parameter in model.named_parameters():
@@ -77,14 +91,6 @@ def toy_model(task: Task, spec: ModelSpec, seed: int) -> HookedViT:
     with torch.no_grad():
         for block in model.blocks:
             block.attn.W_K.copy_(block.attn.W_Q)
-    model.preprocess = Preprocess(
-        size=(task.size, task.size),
-        interpolation="bilinear",
-        mean=(0.5,) * task.channels,
-        std=(0.5,) * task.channels,
-    )
-    model.labels = task.labels
-    return model
 
 
 def waves(rows: int, columns: int, d_model: int, height: float = 0.5) -> torch.Tensor:

@@ -1,7 +1,8 @@
-"""Scenes: coloured shapes on plain or textured ground, drawn afresh for every batch.
+"""Scenes: coloured shapes and small beasts on plain or textured ground, drawn afresh for every batch.
 
 Every scene has one label. Most show one shape of one of eleven classes, some several copies of it, some none, and some
-(for training only) two shapes that share the label by their visible areas.
+(for training only) two shapes that share the label by their visible areas. Some classes share a colour, and only a
+pattern tells them apart, so that a patch of plain red has to look around.
 """
 
 from __future__ import annotations
@@ -13,28 +14,42 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from prisma_toy.shapes import KINDS, coverage
+from prisma_toy.shapes import KINDS, PATTERNS, coverage
 
 EMPTY = "⬜ empty"
 _RED, _BLUE, _GREEN = (0.86, 0.16, 0.20), (0.20, 0.42, 0.90), (0.22, 0.68, 0.28)
-_YELLOW, _PURPLE, _ORANGE = (0.98, 0.82, 0.20), (0.62, 0.30, 0.80), (0.97, 0.55, 0.12)
-THINGS: tuple[tuple[str, str, tuple[float, float, float]], ...] = (
-    ("🔴 red circle", "circle", _RED),
-    ("🔺 red triangle", "triangle", _RED),
-    ("🔵 blue circle", "circle", _BLUE),
-    ("🟦 blue square", "square", _BLUE),
-    ("🟩 green square", "square", _GREEN),
-    ("💚 green heart", "heart", _GREEN),
-    ("💜 purple heart", "heart", _PURPLE),
-    ("🟣 purple circle", "circle", _PURPLE),
-    ("⭐ yellow star", "star", _YELLOW),
-    ("🌙 yellow crescent", "crescent", _YELLOW),
-    ("🔶 orange diamond", "diamond", _ORANGE),
-)
-LABELS: tuple[str, ...] = (EMPTY, *(label for label, _, _ in THINGS))
+_YELLOW, _PURPLE, _ORANGE, _BLACK = (0.98, 0.82, 0.20), (0.62, 0.30, 0.80), (0.97, 0.55, 0.12), (0.10, 0.08, 0.08)
 
-_KIND_OF_CLASS = torch.tensor([0] + [KINDS.index(shape) for _, shape, _ in THINGS])
-_COLOUR_OF_CLASS = torch.tensor([(0.0, 0.0, 0.0)] + [colour for _, _, colour in THINGS])
+
+@dataclass(frozen=True)
+class Thing:
+    """One class of shapes: what it is called, and how it is drawn."""
+
+    label: str
+    shape: str
+    colour: tuple[float, float, float]
+    pattern: str = "plain"
+    second: tuple[float, float, float] = _BLACK
+
+
+THINGS: tuple[Thing, ...] = (
+    Thing("🔴 red circle", "circle", _RED),
+    Thing("🐞 ladybird", "circle", _RED, "dots", _BLACK),
+    Thing("🍉 watermelon", "circle", _RED, "rim", _GREEN),
+    Thing("⭐ yellow star", "star", _YELLOW),
+    Thing("🐝 bee", "ellipse", _YELLOW, "stripes", _BLACK),
+    Thing("🔶 orange diamond", "diamond", _ORANGE),
+    Thing("🐯 tiger", "circle", _ORANGE, "stripes", _BLACK),
+    Thing("🟦 blue square", "square", _BLUE),
+    Thing("🌍 globe", "circle", _BLUE, "continents", _GREEN),
+    Thing("💚 green heart", "heart", _GREEN),
+    Thing("🟣 purple circle", "circle", _PURPLE),
+)
+LABELS: tuple[str, ...] = (EMPTY, *(thing.label for thing in THINGS))
+
+_KIND_OF_CLASS = torch.tensor([0] + [KINDS.index(thing.shape) for thing in THINGS])
+_PATTERN_OF_CLASS = torch.tensor([0] + [list(PATTERNS).index(thing.pattern) for thing in THINGS])
+_COLOURS_OF_CLASS = torch.tensor([(_BLACK, _BLACK)] + [(thing.colour, thing.second) for thing in THINGS])
 _SLOTS = 4
 _CLUTTER = 5
 
@@ -103,18 +118,21 @@ def draw_classes(classes: Tensor, size: int, generator: torch.Generator) -> Scen
     radius = _uniform((n, slots), 0.17, 0.32, generator) * (1 - 0.11 * (shown - 1).clamp(0, 3).float())[:, None]
     x, y = _places(radius, classes > 0, generator)
     angle = _uniform((n, slots), -0.4, 0.4, generator)
-    kind = _KIND_OF_CLASS[classes]
-    shapes = coverage(*(part.flatten() for part in (kind, x, y, radius, angle)), size=size)
+    where = [part.flatten() for part in (x, y, radius, angle)]
+    shapes = coverage(_KIND_OF_CLASS[classes].flatten(), *where, size=size)
+    patterns = coverage(_PATTERN_OF_CLASS[classes].flatten(), *where, size=size, table=PATTERNS)
+    patterns = patterns.view(n, slots, 1, size, size)
     shapes = shapes.view(n, slots, size, size) * (classes > 0)[:, :, None, None]
-    colours = _COLOUR_OF_CLASS[classes] * _uniform((n, slots, 1), 0.82, 1.1, generator)
-    colours = (colours + _uniform((n, slots, 3), -0.07, 0.07, generator)).clamp(0, 1)
+    colours = _COLOURS_OF_CLASS[classes] * _uniform((n, slots, 1, 1), 0.85, 1.1, generator)
+    colours = (colours + _uniform((n, slots, 2, 3), -0.06, 0.06, generator)).clamp(0, 1)[..., None, None]
+    paint = colours[:, :, 0] + (colours[:, :, 1] - colours[:, :, 0]) * patterns
 
     image = _clutter(_ground(n, size, generator), size, generator)
     visible = torch.zeros(n, slots, size, size)
     for slot in range(slots):
         alpha = shapes[:, slot, None]
         shade = 1 + _uniform((n, 1, 1, 1), -0.25, 0.25, generator) * torch.linspace(-1, 1, size)[None, None, :, None]
-        image = image * (1 - alpha) + (colours[:, slot, :, None, None] * shade).clamp(0, 1) * alpha
+        image = image * (1 - alpha) + (paint[:, slot] * shade).clamp(0, 1) * alpha
         visible[:, :slot] *= 1 - alpha
         visible[:, slot] = alpha[:, 0]
     noise = torch.randn(n, 3, size, size, generator=generator) * _uniform((n, 1, 1, 1), 0.0, 0.05, generator)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import torch
@@ -90,16 +90,58 @@ SHAPES: dict[str, Distance] = {
 KINDS = tuple(SHAPES)
 
 
-def coverage(kind: Tensor, x: Tensor, y: Tensor, radius: Tensor, angle: Tensor, size: int) -> Tensor:
+def _plain(x: Tensor, y: Tensor) -> Tensor:
+    return torch.ones_like(x)
+
+
+def _stripes(x: Tensor, y: Tensor, period: float = 0.5) -> Tensor:
+    return (torch.remainder(y, period) - period / 2).abs() - period / 4
+
+
+def _dots(x: Tensor, y: Tensor, pitch: float = 0.52, radius: float = 0.17) -> Tensor:
+    x, y = torch.remainder(x, pitch) - pitch / 2, torch.remainder(y, pitch) - pitch / 2
+    return _disc(x, y, radius)
+
+
+def _rim(x: Tensor, y: Tensor) -> Tensor:
+    return -_disc(x, y, 0.6)
+
+
+def _continents(x: Tensor, y: Tensor) -> Tensor:
+    return torch.minimum(
+        _disc(x - 0.35, y + 0.4, 0.42), torch.minimum(_disc(x + 0.45, y - 0.1, 0.36), _disc(x - 0.3, y - 0.5, 0.26))
+    )
+
+
+PATTERNS: dict[str, Distance] = {
+    "plain": _plain,
+    "stripes": _stripes,
+    "dots": _dots,
+    "rim": _rim,
+    "continents": _continents,
+}
+
+
+def coverage(
+    kind: Tensor,
+    x: Tensor,
+    y: Tensor,
+    radius: Tensor,
+    angle: Tensor,
+    size: int,
+    table: Mapping[str, Distance] = SHAPES,
+) -> Tensor:
     """Return how much of each pixel each shape covers, in 0..1: ``[shape height width]``.
 
     Args:
-        kind: indices into ``KINDS``: ``[shape]``.
+        kind: indices into ``table``: ``[shape]``.
         x, y: centres, where the canvas is 0..1 with y running down: ``[shape]``.
         radius: of the circle around the shape, in canvases: ``[shape]``.
         angle: in radians, clockwise: ``[shape]``.
         size: pixels of the canvas' side.
+        table: what the kinds are; patterns run on without a border.
     """
+    distances = list(table.values())
     ticks = (torch.arange(size, dtype=torch.float32) + 0.5) / size
     covered = torch.zeros(len(kind), size, size)
     cos, sin = torch.cos(angle), torch.sin(angle)
@@ -109,6 +151,6 @@ def coverage(kind: Tensor, x: Tensor, y: Tensor, radius: Tensor, angle: Tensor, 
         dx = (ticks[None, None, :] - x[of_kind][:, None, None]) / r
         dy = (ticks[None, :, None] - y[of_kind][:, None, None]) / r
         c, s = cos[of_kind][:, None, None], sin[of_kind][:, None, None]
-        distance = SHAPES[KINDS[index]](dx * c + dy * s, dy * c - dx * s)
+        distance = distances[index](dx * c + dy * s, dy * c - dx * s)
         covered[of_kind] = (0.5 - distance * r * size).clamp(0, 1)
     return covered

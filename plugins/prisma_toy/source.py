@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from PIL.Image import Image
+import torch
+from PIL.Image import Image, fromarray
 
 import prisma_core as prisma
 from prisma_core import HookedViT, InputError, UnknownName
 from prisma_core.errors import suggest
 from prisma_core.sources import Loaded, ModelInfo, Source
+from prisma_toy.checkpoints import CONFIG
+from prisma_toy.model import draw_weights
 from prisma_toy.scenes import sample_scene
+from prisma_toy.tasks import task
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -31,9 +36,12 @@ class ToySource(Source):
         found = bundled()
         if rest not in found:
             raise UnknownName(f"No toy model {rest!r}. There are {', '.join(found)}.{suggest(rest, found)}")
+        pretrained = options.pop("pretrained", True)
         if options:
-            raise InputError(f"toy: models take no options, got {', '.join(options)}.")
+            raise InputError(f"toy: models take no option but pretrained, got {', '.join(options)}.")
         model = cast(HookedViT, prisma.load(f"file:{found[rest]}"))
+        if not pretrained:
+            draw_weights(model, seed=0)
         return Loaded(model, model.preprocess, model.labels)
 
     def models(self) -> Iterator[ModelInfo]:
@@ -41,8 +49,14 @@ class ToySource(Source):
             yield ModelInfo(f"toy:{name}", "toy", True, card_title(folder))
 
     def sample(self, rest: str, seed: int = 0) -> Image:
-        """Return a scene of two shapes."""
-        return sample_scene(seed).image
+        """Return a picture as the model was trained on, or a scene with two shapes."""
+        found = bundled()
+        facts = json.loads((found[rest] / CONFIG).read_text(encoding="utf-8")) if rest in found else {}
+        data = facts.get("data", "scenes")
+        if data == "scenes":
+            return sample_scene(seed).image
+        pixels = task(data).batch(1, "held-out", seed, 0).image[0, 0]
+        return fromarray((pixels * 255).round().to(torch.uint8).numpy())
 
 
 def card_title(folder: Path) -> str:
