@@ -58,10 +58,9 @@ def _shorthand(query: str, names: Sequence[str]) -> list[str]:
 
 def _unknown(query: object, names: Sequence[str]) -> UnknownName:
     shorthands = sorted({short_name(name) for name in names})
-    text = query if isinstance(query, str) else repr(query)
-    hint = suggest(text, [*names, *shorthands])
+    hint = suggest(query if isinstance(query, str) else repr(query), [*names, *shorthands])
     return UnknownName(
-        f"No hook point matches {text!r}.{hint} "
+        f"No hook point matches {query!r}.{hint} "
         f"This model has {len(names)} hook points; shorthands: {', '.join(shorthands)}."
     )
 
