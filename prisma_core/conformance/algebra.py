@@ -41,9 +41,10 @@ def algebra(subject: Subject) -> Finding:
     errors: dict[str, float] = {}
     for claim, ours, theirs in claims:
         errors[claim] = max(errors.get(claim, 0.0), worst(ours, theirs))
-    problems = tuple(f"{claim}: off by {error:.1e}" for claim, error in errors.items() if not error <= tolerances.FLOAT64)
+    bound = tolerances.routes(subject.spec)
+    problems = tuple(f"{claim}: off by {error:.1e}" for claim, error in errors.items() if not error <= bound)
     kinds = {re.sub(r"blocks\.\d+", "blocks.{l}", claim) for claim in errors}
-    return Finding(max(errors.values()), tolerances.FLOAT64, problems, f"{len(errors)} equations of {len(kinds)} kinds")
+    return Finding(max(errors.values()), bound, problems, f"{len(errors)} equations of {len(kinds)} kinds")
 
 
 def _claims(model: HookedViT, acts: dict[str, Tensor], image: Tensor, logits: Tensor) -> Iterator[Claim]:

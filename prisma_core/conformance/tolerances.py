@@ -6,6 +6,8 @@ from typing import Final
 
 import torch
 
+from prisma_core.spec import ModelSpec
+
 # float64 keeps 16 digits and two blocks lose about two of them. A wrong eps of 1e-6 moves logits by 1e-7 or more, and
 # tanh instead of erf in the activation by 1e-4, so everything that is a mistake stays far above this.
 FLOAT64: Final = 1e-10
@@ -17,6 +19,18 @@ GRADIENT: Final = 1e-9
 # Where bits may differ (another order of summation), each side errs against float64. We may err as upstream does: twice,
 # for the largest of a few thousand errors that are drawn alike differs by about that much from draw to draw.
 OWN_ERROR_FACTOR: Final = 2.0
+
+
+# Two routes to one number through a norm that rounds to float32, whatever comes in, differ by that rounding (1e-7), and
+# scales vary little about a mean, so that in units of their standard deviation it counts ten times and more.
+_FLOAT32_NORMS: Final = 1e-5
+
+
+def routes(spec: ModelSpec) -> float:
+    """Return how far two ways of computing the same number in float64 may differ."""
+    norms = [spec.ln_pre, spec.ln_final, spec.ln_pool, spec.embed.norm, spec.pool.norm]
+    norms += [norm for block in spec.blocks for norm in (block.ln1, block.ln2, block.attn.qk_norm, block.attn.inner_norm)]
+    return _FLOAT32_NORMS if any(norm is not None and norm.in_float32 for norm in norms) else FLOAT64
 
 
 def rounding(dtype: torch.dtype) -> float:
