@@ -111,7 +111,7 @@ def compiled(subject: Subject) -> Finding:
     model, image = subject.pair(torch.float32).model, subject.image(dtype=torch.float32)
     torch.compiler.reset()
     fast = torch.compile(model, fullgraph=True)
-    names = ["blocks.*.hook_resid_post", "blocks.*.attn.hook_pattern"]
+    names = ["blocks.*.hook_resid_post", "blocks.*.attn.hook_pattern"]  # with the fused kernel and without
     edit = {"blocks.0.hook_resid_post": _times(0.5)}
     errors = {"logits": worst(fast(image), model(image))}
     eager, kept = model.run_with_cache(image, names=names)

@@ -1,0 +1,163 @@
+"""The mistakes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from prisma_core import HookedViT
+from prisma_core.conformance import Pictures
+from prisma_core.hookmap import HookMap
+from prisma_core.spec import NormSpec
+
+from .mutants import (
+    CASES,
+    Cutting,
+    Ignoring,
+    Mutant,
+    Rounding,
+    Shared,
+    Silent,
+    Sticky,
+    Twice,
+    Uncompiled,
+    add_in_place,
+    attend_with_softmax_first,
+    block,
+    blocks,
+    detach_mlp,
+    exchange,
+    ignoring,
+    parameters,
+    part,
+    point,
+    resize_without_antialias,
+    scale_after_hook,
+    swap_queries_and_keys,
+    transpose_grid,
+)
+
+
+def _rows_exchanged(table: HookMap) -> HookMap:
+    other = {"blocks.{l}.hook_resid_pre": "blocks.{l}.hook_resid_mid", "blocks.{l}.hook_resid_mid": "blocks.{l}.hook_resid_pre"}
+    return replace(table, rows=tuple((place, other.get(hook, hook), how) for place, hook, how in table.rows))
+
+
+def _unfuse(upstream: nn.Module) -> None:
+    for module in upstream.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = not module.fused_attn
+
+
+def _forget(model: HookedViT) -> None:
+    assert model.origin is not None
+    model.origin.persistent.remove("norm.bias")
+
+
+def _pictures(**update: object):
+    def pictures(model: nn.Module) -> Pictures:
+        right = CASES["plain"].pictures
+        assert right is not None
+        ours, reference = right(model)
+        return Pictures(ours.model_copy(update=update), reference)
+
+    return pictures
+
+
+def _act(model: HookedViT) -> None:
+    model.blocks[0].mlp.act = F.silu
+
+
+def _random_bias(model: HookedViT) -> None:
+    for bias in parameters(model, "ln_final.bias"):
+        bias.normal_()
+
+
+MUTANTS = [
+    # ------------------------------------------------------------ numbers
+    Mutant("tanh gelu for erf gelu", "parity.logits", spec=block("mlp", act="gelu_tanh"), remedy="activation gelu "),
+    Mutant("quick gelu for gelu", "parity.logits", spec=block("mlp", act="quick_gelu"), remedy="activation gelu "),
+    Mutant("gelu for silu", "parity.logits", case="rotary", spec=block("mlp", act="gelu"), remedy="activation silu"),
+    Mutant("torch's default eps", "parity.logits", spec=part("ln_final", eps=1e-5), remedy="eps="),
+    Mutant("one eps for all", "parity.logits", spec=blocks(ln1=NormSpec(eps=1e-6)), remedy="eps="),
+    Mutant("rms for layer norm", "parity.logits", case="averaged", spec=part("ln_pool", kind="rms")),
+    Mutant("q and k swapped", "parity.logits", edit=swap_queries_and_keys, remedy="queries and keys exchanged"),
+    Mutant("attention scale 1", "parity.logits", spec=block("attn", scale=1.0), remedy="attention scale d_head**-0.5"),
+    Mutant(
+        "layer scale dropped", "parity.logits",
+        spec=blocks(attn_scale=False), table=ignoring("blocks.{l}.ls1.gamma"), 
+    ),
+    Mutant(
+        "registers before the class token", "parity.logits",
+        edit=lambda model: [x.copy_(x.detach().clone().roll(1, 0)) for x in parameters(model, "embed.prefix")],
+        remedy="prefix tokens rotated",
+    ),
+    Mutant(
+        "an output bias dropped", "parity.logits", edit=lambda m: [x.zero_() for x in parameters(m, "mlp.fc_out.bias")],
+    ),
+    Mutant(
+        "rope halves for neighbours", "parity.logits", case="rotary",
+        spec=part("rope", layout="half"), remedy="rope layout interleaved",
+    ),
+    Mutant(
+        "gate and input of the MLP exchanged", "parity.logits", case="rotary",
+        edit=lambda m: [torch.utils.swap_tensors(b.mlp.fc_gate.weight, b.mlp.fc_in.weight) for b in m.blocks],
+    ),
+    Mutant("registers averaged in", "parity.logits", case="averaged", spec=part("pool", with_prefix=True), remedy="alone"),
+    Mutant("the class token for the mean", "parity.logits", case="averaged", spec=part("pool", kind="token"), remedy="avg"),
+    Mutant("patch grid transposed", "parity.logits", edit=transpose_grid),
+    Mutant(
+        "patch kernels transposed", "parity.logits",
+        edit=lambda m: [x.copy_(x.detach().clone().transpose(2, 3)) for x in parameters(m, "embed.proj.weight")],
+        remedy="patch kernels transposed",
+    ),
+    Mutant("positions resized without antialiasing", "parity.logits", edit=resize_without_antialias, remedy="antialiased"),
+    # ------------------------------------------------------------ activations
+    Mutant("scores held after the softmax", "parity.hooks", edit=attend_with_softmax_first),
+    Mutant("two rows of the hook map exchanged", "parity.hooks", hooks=_rows_exchanged),
+    Mutant("an empty hook map", "parity.hooks", hooks=lambda table: replace(table, rows=())),
+    Mutant(
+        "a row that reads nothing", "parity.hooks",
+        hooks=lambda t: replace(t, rows=(*t.rows, ("head @ softmax", "blocks.{l}.ln1.hook_scale", ""))),
+    ),
+    Mutant("attn_out held before layer scale", "algebra", edit=scale_after_hook),
+    Mutant(
+        "keys held as values", "algebra", edit=exchange("blocks.0.attn.hook_k", "blocks.0.attn.hook_v", "names"),
+    ),
+    # ------------------------------------------------------------ gradients
+    Mutant("a gradient cut off", "parity.gradients", edit=detach_mlp),
+    # ------------------------------------------------------------ weights
+    Mutant(
+        "an ignored tensor that matters", "weights.accounted",
+        table=ignoring("blocks.{l}.attn.proj.bias", "blocks.{l}.attn.out.bias"),
+    ),
+    Mutant("a tensor filled at random", "weights.accounted", edit=_random_bias),
+    Mutant("upstream's kernel switched over", "weights.accounted", before=_unfuse),
+    Mutant("upstream's weights touched", "weights.accounted", before=lambda m: m.head.bias.data.mul_(2)),
+    Mutant("a tensor that export forgets", "weights.roundtrip", edit=_forget),
+    Mutant("a tensor that comes back changed", "weights.roundtrip", edit=lambda m: m.head.weight.mul_(2)),
+    # ------------------------------------------------------------ hooks
+    Mutant("a hook whose return is ignored", "hooks.live", edit=point("blocks.0.mlp.hook_post", Ignoring)),
+    Mutant("a hook point that never fires", "hooks.live", edit=point("blocks.1.attn.hook_k", Silent)),
+    Mutant("a derived point that never fires", "hooks.live", edit=point("blocks.1.attn.hook_result", Silent)),
+    Mutant("a hook point that fires twice", "hooks.live", edit=point("blocks.1.hook_mlp_out", Twice)),
+    Mutant("looking changes the number", "hooks.live", edit=point("blocks.0.hook_resid_mid", Rounding)),
+    Mutant("a hook point that stops gradients", "hooks.live", edit=point("blocks.1.hook_resid_mid", Cutting)),
+    Mutant("a failed hook leaves something behind", "hooks.live", edit=point("hook_embed", Sticky)),
+    Mutant("a cache that is edited later", "hooks.live", edit=add_in_place),
+    Mutant(
+        "hook points out of order", "hooks.live",
+        edit=exchange("blocks.0.attn.hook_q", "blocks.0.attn.hook_k", "order"),
+    ),
+    # ------------------------------------------------------------ the rest
+    Mutant("a default for what the module says", "spec.audit", reads=lambda r: r.record.discard("blocks.1.norm2.eps")),
+    Mutant("another crop", "preprocess", pictures=_pictures(crop=1.0)),
+    Mutant("another filter", "preprocess", pictures=_pictures(interpolation="bilinear")),
+    Mutant("another mean", "preprocess", pictures=_pictures(mean=(0.5, 0.5, 0.5))),
+    Mutant("a fact that the spec does not hold", "save.load", edit=_act),
+    Mutant("state kept on a hook point", "threads", edit=point("blocks.0.hook_resid_post", Shared)),
+    Mutant("hooks ignored once compiled", "compile", case="single", edit=point("blocks.0.hook_resid_post", Uncompiled)),
+]  # fmt: skip
