@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import TypeAlias
 
 import torch
 from rich.progress import track
 from torch import Tensor
 
-from prisma_core import HookContext, Hooked, InputError
+from prisma_core import HookContext, Hooked, HookedViT, InputError
 from prisma_core.names import Query, layer_of
 
 Metric: TypeAlias = Callable[[Tensor], Tensor]
@@ -99,7 +100,8 @@ def patch_heads(
     patches = [_Patch(name, _part(points[name].axes, pos, head), source.get(name)) for name, head in heads]
     with torch.no_grad():
         base = metric(model(clean))
-    effects = torch.stack(_run(model, clean, patches, metric, batch_size, progress))
+    streams = _streams(model, clean)
+    effects = torch.stack(_run(model, clean, patches, metric, batch_size, progress, streams))
     return effects.unflatten(0, (len(counts), -1)) - base
 
 
@@ -138,21 +140,47 @@ def _source(model: Hooked, other: Tensor | None, names: Sequence[str]) -> dict[s
     return dict(cache)
 
 
+def _streams(model: Hooked, clean: Tensor) -> dict[int, Tensor]:
+    """Return the clean stream before each block, from where a run whose edits come later may start; or nothing.
+
+    A pass that starts inside does not know the size of the picture, which rotary positions depend on.
+    """
+    if not isinstance(model, HookedViT):
+        return {}
+    if model.spec.rope is not None and tuple(clean.shape[2:]) != model.spec.image_size:
+        return {}
+    with torch.no_grad():
+        _, cache = model.run_with_cache(clean, names="*.hook_resid_pre", output=False)
+    return {layer: cache["resid_pre", layer] for layer in range(model.spec.n_layers)}
+
+
 def _run(
-    model: Hooked, clean: Tensor, patches: Sequence[_Patch], metric: Metric, batch_size: int, progress: bool
+    model: Hooked,
+    clean: Tensor,
+    patches: Sequence[_Patch],
+    metric: Metric,
+    batch_size: int,
+    progress: bool,
+    streams: Mapping[int, Tensor] | None = None,
 ) -> list[Tensor]:
-    """Return the metric under each patch, several patches a pass: each has a copy of the batch of its own."""
+    """Return the metric under each patch, several patches a pass: each has a copy of the batch of its own.
+
+    Args:
+        patches: by layer in ascending order, where streams are given.
+        streams: the clean stream before each block, if passes may start at the patched layer.
+    """
     n = clean.shape[0]
     step = max(1, batch_size // n)
-    starts: Iterable[int] = range(0, len(patches), step)
-    if progress:
-        starts = track(list(starts), description="Patching", transient=True)
+    batches: list[tuple[int | None, Sequence[_Patch]]] = []
+    for layer, group in groupby(patches, key=lambda patch: layer_of(patch.name) if streams else None):
+        members = list(group)
+        batches += [(layer, members[start : start + step]) for start in range(0, len(members), step)]
     effects: list[Tensor] = []
-    for start in starts:
-        part = patches[start : start + step]
+    for layer, part in track(batches, description="Patching", transient=True, disable=not progress):
+        start, how = (clean, {}) if not streams or layer is None else (streams[layer], {"start_at_layer": layer})
         hooks = {name: _editor(part, name, n) for name in {patch.name for patch in part}}
         with torch.no_grad():
-            logits = model.run_with_hooks(clean.repeat(len(part), *[1] * (clean.ndim - 1)), hooks=hooks)
+            logits = model.run_with_hooks(start.repeat(len(part), *[1] * (start.ndim - 1)), hooks=hooks, **how)
             effects += [metric(rows) for rows in logits.split(n)]
     return effects
 

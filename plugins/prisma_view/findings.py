@@ -30,6 +30,9 @@ from prisma_view.symbols import Symbol, symbol
 SHOWN = 8
 """How many classes can be picked on the page, at least those of the model's best guesses."""
 
+FEW_HEADS = 72
+"""Up to so many heads, each is also patched at the class token alone; for more, that takes too long."""
+
 
 @dataclass
 class Patching:
@@ -176,7 +179,11 @@ def _patching(model: HookedViT, clean: Tensor, other: Tensor, progress: bool) ->
     kept = int(logits.argmax())
     put = next(index for index in others.argsort(descending=True).tolist() if index != kept)
     found = Patching(kept, put, float(logits[kept] - logits[put]), float(others[kept] - others[put]))
-    for where, pos in {"all": None, **({"cls": 0} if model.spec.pool.kind == "token" else {})}.items():
+    n_heads = sum(block.attn.n_heads for block in model.spec.blocks)
+    places: dict[str, int | None] = {"all": None}
+    if model.spec.pool.kind == "token" and n_heads <= FEW_HEADS:
+        places["cls"] = 0
+    for where, pos in places.items():
         change = patch_heads(model, clean, other, lambda out: out, pos=pos, progress=progress)[:, :, 0]
         found.change[where] = change[..., kept] - change[..., put]
         found.guess[where] = (logits + change).argmax(-1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prisma_core import TokenLayout
 
-BUDGET = 4_000_000
+BUDGET = 6_000_000
 """The most attention weights a page holds; above it, neighbouring patches are taken together."""
 
 
@@ -68,7 +68,7 @@ def pack_patterns(pattern: Tensor) -> dict[str, Any]:
     A weight is ``(step / steps)**2 * top``. Large sets of patterns get fewer steps.
     """
     top = pattern.amax(-1)
-    steps = 255 if pattern.numel() <= BUDGET // 4 else 31
+    steps = 255 if pattern.numel() <= BUDGET // 4 else 20
     share = (pattern / top[..., None].clamp_min(1e-12)).clamp(0, 1).sqrt()
     return {
         "steps": steps,

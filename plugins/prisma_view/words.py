@@ -35,7 +35,8 @@ def verdict(found: Report) -> str:
     best = found.best
     chance = float(found.logits.softmax(-1)[best])
     runner = int(found.logits.topk(2).indices[1])
-    return f"This one is {chance:.0%} sure of “{found.symbol(best).name}”; next comes “{found.symbol(runner).name}”."
+    sure = f"{chance:.0%}" if chance >= 0.01 else "less than 1%"
+    return f"This one is {sure} sure of “{found.symbol(best).name}”; next comes “{found.symbol(runner).name}”."
 
 
 def lens_words(found: Report) -> str:

@@ -82,9 +82,12 @@
   }
   if (!first) state.query = Math.floor((rows * columns) / 2 + columns / 2);
 
-  /* Start at the head of the last block that picks out the least. */
-  const spread = (head) => from(state.layer, head, state.query).weights.slice(first).reduce((a, b) => a + b, 0);
-  state.head = Array.from({ length: heads }, (_, head) => head).reduce((a, b) => (spread(b) < spread(a) ? b : a));
+  /* Start at the head of the last block that is choosiest among patches. */
+  const choosy = (head) => {
+    const { most, weights } = from(state.layer, head, state.query);
+    return weights.slice(first).reduce((sum, weight) => sum + (most * weight) ** 2, 0);
+  };
+  state.head = Array.from({ length: heads }, (_, head) => head).reduce((a, b) => (choosy(b) > choosy(a) ? b : a));
   paintThumbs();
   paint();
 }
