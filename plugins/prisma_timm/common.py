@@ -1,4 +1,4 @@
-"""What timm's families share: reading norms, activations, MLPs and patch embeddings, with the rows that go with them."""
+"""What timm's families share: norms, activations, MLPs, patches and pools, with the rows that go with them."""
 
 from __future__ import annotations
 
@@ -131,13 +131,15 @@ def mlp_rows(module: Reader, source: str, target: str) -> str:
         return rows + "".join(linear_rows(f"{source}.{theirs}", f"{target}.{ours}") for theirs, ours in parts)
     rows = linear_rows(f"{source}.fc2", f"{target}.fc_out") + norm_rows(f"{source}.norm", f"{target}.ln")
     if module.is_a("SwiGLU"):
-        return rows + linear_rows(f"{source}.fc1_g", f"{target}.fc_gate") + linear_rows(f"{source}.fc1_x", f"{target}.fc_in")
+        rows += linear_rows(f"{source}.fc1_g", f"{target}.fc_gate")
+        return rows + linear_rows(f"{source}.fc1_x", f"{target}.fc_in")
     if module.is_a("GluMlp"):
         parts = ("fc_in", "fc_gate") if module.gate_last else ("fc_gate", "fc_in")
-        return rows + f"""
+        rows += f"""
             {source}.fc1.weight        ->  [{target}.{parts[0]}.weight, {target}.{parts[1]}.weight]
             {source}.fc1.bias | zeros  ->  [{target}.{parts[0]}.bias, {target}.{parts[1]}.bias]
         """
+        return rows
     return rows + linear_rows(f"{source}.fc1", f"{target}.fc_in")
 
 
@@ -156,18 +158,21 @@ def mlp_hooks(module: Reader, source: str, target: str) -> str:
         {source}.fc2 : in   ->  {target}.hook_post
     """
     if module.is_a("SwiGLU"):
-        return rows + f"""
+        rows += f"""
             {source}.fc1_g  ->  {target}.hook_pre
             {source}.fc1_x  ->  {target}.hook_pre_linear
         """
+        return rows
     if module.is_a("GluMlp"):
-        return rows + f"""
+        rows += f"""
             {source}.act : in                                     ->  {target}.hook_pre
             {source} @ mul : {"in" if module.gate_last else "in1"}  ->  {target}.hook_pre_linear
         """
-    return rows + f"""
+        return rows
+    rows += f"""
         {source}.fc1  ->  {target}.hook_pre
     """
+    return rows
 
 
 def classes(head: Reader) -> int | None:
@@ -252,7 +257,7 @@ def patch_embed(module: Reader, *, pos: bool, dynamic: bool) -> EmbedSpec:
     proj = module.proj
     if not proj.is_a("torch.nn.modules.conv.Conv2d") or proj.kernel_size != proj.stride:
         raise proj.unsupported("patches that overlap")
-    if tuple(proj.padding) != (0, 0) or tuple(proj.dilation) != (1, 1) or proj.groups != 1 or proj.padding_mode != "zeros":
+    if (*proj.padding, *proj.dilation, proj.groups, proj.padding_mode) != (0, 0, 1, 1, 1, "zeros"):
         raise proj.unsupported("a patch projection that pads, skips or splits pixels")
     if module.img_size is None:
         raise module.unsupported("no native image size")

@@ -224,7 +224,8 @@ class EvaAdapter(Adapter):
             fc_norm        ->  ln_pool.hook_normalized
             head           ->  hook_logits
         """.replace(": PATCHES", ": b r c d -> b (r c) d" if upstream.dynamic_img_size else "")
-        table += common.same_for_all(upstream, [block_hooks(one, "blocks.{l}", "blocks.{l}") for one in upstream.blocks])
+        at = "blocks.{l}"
+        table += common.same_for_all(upstream, [block_hooks(one, at, at) for one in upstream.blocks])
         sizes = {"h": spec.blocks[0].attn.n_heads, "w": spec.blocks[0].attn.d_head}
         if upstream.has("attn_pool"):
             table += common.attention_pool_hooks(upstream.attn_pool, "attn_pool")

@@ -53,11 +53,7 @@ class RelPosAdapter(Adapter):
         "VisionTransformerRelPos.weight_init_mode": "only for initialisation",
         "VisionTransformerRelPos.fix_init": "only for initialisation",
         "ResPostRelPosBlock.init_values": "only for initialisation",
-        **{
-            f"RelPos[BM]*.{name}": "upstream's own function makes the bias"
-            for name in ("window_area", "bias_shape", "bias_act", "pretrained_window_size", "act", "relative_position_index")
-        },
-        "ReLU.*": "upstream's own function makes the bias",
+        "RelPos[BM]*.*": "upstream's own function makes the bias of these",
     }
 
     def spec(self, upstream: Reader) -> ModelSpec:
@@ -93,8 +89,9 @@ class RelPosAdapter(Adapter):
         )
         if not spec.blocks[0].attn.bias:
             return WeightMap.parse(table)
-        owners = [upstream.shared_rel_pos] if upstream.has("shared_rel_pos") else [b.attn.rel_pos for b in upstream.blocks]
-        source = "shared_rel_pos" if upstream.has("shared_rel_pos") else "blocks.{l}.attn.rel_pos"
+        source, owners = "blocks.{l}.attn.rel_pos", [block.attn.rel_pos for block in upstream.blocks]
+        if upstream.has("shared_rel_pos"):
+            source, owners = "shared_rel_pos", [upstream.shared_rel_pos]
         names = ", ".join(f"{source}.{name}" for name in common.own_tensors(owners[0]))
         table += f"[{names}]  ->  blocks.{{l}}.attn.attn_bias  :  {{bias}}"
         return WeightMap.parse(table, {"bias": _bias(upstream, owners)})

@@ -19,14 +19,13 @@ DINOV3 = "timm.layers.pos_embed_sincos.RotaryEmbeddingDinoV3"
 MIXED = "timm.layers.pos_embed_sincos.RotaryEmbeddingMixed"
 MULTIMODAL = "timm.layers.pos_embed_sincos.RotaryEmbeddingMRope"
 
+MADE_OF = ("bands", "dim", "depth", "num_heads", "max_res", "temperature", "linear_bands", "in_pixels", "m*_period")
+CALLED_WITH = ("grid_*", "ref_feat_shape", "normalize_coords", "rotate_half", "mrope_section", "feat_shape", "t_[xy]")
+KEPT = ("pos_embed", "pos_embed_cached")
 IGNORED = {
     **{
-        f"RotaryEmbedding*.{name}": "what the tables are made from; they are taken from upstream's own function"
-        for name in (
-            "dim depth num_heads max_res temperature linear_bands in_pixels min_period max_period mrope_section "
-            "grid_indexing grid_offset grid_type ref_feat_shape normalize_coords rotate_half feat_shape "
-            "pos_embed pos_embed_cached t_x t_y"
-        ).split()
+        f"RotaryEmbedding*.{name}": "what tables are made from; they are taken from upstream's own function"
+        for name in (*MADE_OF, *CALLED_WITH, *KEPT)
     },
     **{
         f"RotaryEmbedding*.{name}": "moves coordinates in training only"

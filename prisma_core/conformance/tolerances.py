@@ -16,8 +16,8 @@ FLOAT64: Final = 1e-10
 # of their tensor, not with a typical one.
 GRADIENT: Final = 1e-9
 
-# Where bits may differ (another order of summation), each side errs against float64. We may err as upstream does: twice,
-# for the largest of a few thousand errors that are drawn alike differs by about that much from draw to draw.
+# Where bits may differ (another order of summation), each side errs against float64. We may err as upstream does, but
+# the largest of a few thousand errors that are drawn alike differs by a factor of about two from draw to draw.
 OWN_ERROR_FACTOR: Final = 2.0
 
 
@@ -29,7 +29,8 @@ _FLOAT32_NORMS: Final = 1e-5
 def routes(spec: ModelSpec) -> float:
     """Return how far two ways of computing the same number in float64 may differ."""
     norms = [spec.ln_pre, spec.ln_final, spec.ln_pool, spec.embed.norm, spec.pool.norm]
-    norms += [norm for block in spec.blocks for norm in (block.ln1, block.ln2, block.attn.qk_norm, block.attn.inner_norm)]
+    for block in spec.blocks:
+        norms += [block.ln1, block.ln2, block.attn.qk_norm, block.attn.inner_norm]
     return _FLOAT32_NORMS if any(norm is not None and norm.in_float32 for norm in norms) else FLOAT64
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prisma_core.hooks import HookPoint
 from prisma_core.spec import AttentionSpec, RopeSpec
 from prisma_core.transformer.norm import Norm
-from prisma_core.transformer.rope import rotate
+from prisma_core.transformer.rope import Layout, rotate
 
 
 class HeadInputs(NamedTuple):
@@ -21,6 +21,9 @@ class HeadInputs(NamedTuple):
     q: Tensor | None = None
     k: Tensor | None = None
     v: Tensor | None = None
+
+
+NO_INPUTS = HeadInputs()
 
 
 class Rope(NamedTuple):
@@ -40,7 +43,7 @@ class Attention(nn.Module):
     def __init__(self, spec: AttentionSpec, d_model: int, n_tokens: int, rope: RopeSpec | None = None):
         super().__init__()
         self.spec = spec
-        self.rope_layout = rope.layout if rope else None
+        self.rope_layout: Layout | None = rope.layout if rope else None
         heads, kv_heads, width = spec.n_heads, spec.n_kv_heads, spec.d_head
         self.sizes = [heads * width, kv_heads * width, kv_heads * width]
         self.qkv = nn.Linear(d_model, sum(self.sizes))
@@ -70,22 +73,28 @@ class Attention(nn.Module):
     # ---------------------------------------------------------------- weights
 
     def _rows(self, part: int, tensor: Tensor) -> Tensor:
-        return tensor.split(self.sizes)[part]
+        return torch.split(tensor, self.sizes)[part]
 
     @property
     def W_Q(self) -> Tensor:
         """Query weights, a view: ``[head d_model d_head]``."""
-        return rearrange(self._rows(0, self.qkv.weight), "(head d_head) d_model -> head d_model d_head", head=self.spec.n_heads)
+        return rearrange(
+            self._rows(0, self.qkv.weight), "(head d_head) d_model -> head d_model d_head", head=self.spec.n_heads
+        )
 
     @property
     def W_K(self) -> Tensor:
         """Key weights, a view: ``[kv_head d_model d_head]``."""
-        return rearrange(self._rows(1, self.qkv.weight), "(head d_head) d_model -> head d_model d_head", head=self.spec.n_kv_heads)
+        return rearrange(
+            self._rows(1, self.qkv.weight), "(head d_head) d_model -> head d_model d_head", head=self.spec.n_kv_heads
+        )
 
     @property
     def W_V(self) -> Tensor:
         """Value weights, a view: ``[kv_head d_model d_head]``."""
-        return rearrange(self._rows(2, self.qkv.weight), "(head d_head) d_model -> head d_model d_head", head=self.spec.n_kv_heads)
+        return rearrange(
+            self._rows(2, self.qkv.weight), "(head d_head) d_model -> head d_model d_head", head=self.spec.n_kv_heads
+        )
 
     @property
     def W_O(self) -> Tensor:
@@ -114,7 +123,7 @@ class Attention(nn.Module):
 
     # ---------------------------------------------------------------- forward
 
-    def forward(self, x: Tensor, rope: Rope | None = None, inputs: HeadInputs = HeadInputs()) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None = None, inputs: HeadInputs = NO_INPUTS) -> Tensor:
         q, k, v = self._project(x, inputs)
         q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
@@ -130,9 +139,7 @@ class Attention(nn.Module):
         return self.out(flat)
 
     def _project(self, x: Tensor, inputs: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (
-            part.unflatten(-1, (-1, self.spec.d_head)) for part in self.qkv(x).split(self.sizes, dim=-1)
-        )
+        q, k, v = (part.unflatten(-1, (-1, self.spec.d_head)) for part in self.qkv(x).split(self.sizes, dim=-1))
         pattern = "batch pos head d_model, head d_model d_head -> batch pos head d_head"
         if inputs.q is not None:
             q = einsum(inputs.q, self.W_Q, pattern) + self.b_Q

@@ -13,8 +13,8 @@ from prisma_core.spec import NormSpec
 class Norm(nn.Module):
     """Layer norm or root mean square norm over the last axis.
 
-    ``hook_scale`` is what the (centred) input is divided by; editing it, or asking for it where gradients flow, replaces
-    the fused kernel by the explicit one. ``hook_normalized`` is the output, weight and bias applied.
+    ``hook_scale`` is what the (centred) input is divided by; editing it, or asking for it where gradients flow,
+    replaces the fused kernel by the explicit one. ``hook_normalized`` is the output, weight and bias applied.
     """
 
     weight: nn.Parameter
@@ -32,7 +32,8 @@ class Norm(nn.Module):
         *outer, _ = axes.split()
         centred = "x - mean(x)" if spec.kind == "ln" else "x"
         self.hook_scale = HookPoint(" ".join([*outer, "1"]), f"sqrt(mean(({centred})^2) + eps)")
-        self.hook_normalized = HookPoint(axes, f"({centred}) / scale * weight" + (" + bias" if spec.kind == "ln" else ""))
+        affine = "weight + bias" if spec.kind == "ln" else "weight"
+        self.hook_normalized = HookPoint(axes, f"({centred}) / scale * {affine}")
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.hook_scale.wanted:
