@@ -1,0 +1,185 @@
+"""A compiled model honours a scope as an eager one does, and forgets it afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from prisma_core import HookError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def model(make):
+    return make(scale=True, registers=1, layers=1).requires_grad_(False)
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def compiled(model, backend="eager"):
+    return torch.compile(model, fullgraph=True, backend=backend)
+
+
+def halve(x, at):
+    return x / 2
+
+
+def silence(x, at):
+    x[:, 0] = 0
+
+
+@pytest.mark.parametrize(
+    ("facts", "backend"),
+    [
+        ({"rope": True, "gated": True}, "eager"),
+        ({"pool": "avg", "ln_pool": True, "n_parallel": 2}, "aot_eager"),
+        ({"kind": "res_post", "kv_heads": 2}, "eager"),
+    ],
+)
+def test_a_full_cache_equals_the_eager_one(make, image, facts, backend):
+    model = make(layers=1, **facts).requires_grad_(False)
+    logits, eager = model.run_with_cache(image)
+    run = compiled(model, backend)
+    with model.caching() as cache:
+        output = run(image)
+    torch.testing.assert_close(output, logits, **CLOSE)
+    assert set(cache) == set(eager)
+    for name in eager:
+        torch.testing.assert_close(cache[name], eager[name], **CLOSE, msg=name)
+
+
+def test_derived_points(model, image):
+    names = ["result", "q_input", "k_input", "v_input"]
+    _, eager = model.run_with_cache(image, names=names)
+    with model.caching(names) as cache:
+        compiled(model)(image)
+    assert set(cache) == set(eager)
+    for name in eager:
+        torch.testing.assert_close(cache[name], eager[name], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("name", "hook"),
+    [("embed", silence), ("z", halve), ("attn_scores", silence), ("ln1.scale", halve), ("result", silence)],
+)
+def test_edits_equal_eager_ones_and_are_forgotten(model, image, hook, name):
+    plain = model(image)
+    run = compiled(model)
+    torch.testing.assert_close(run(image), plain, **CLOSE)
+    wanted = model.run_with_hooks(image, hooks={name: hook})
+    with model.hooks({name: hook}):
+        torch.testing.assert_close(run(image), wanted, **CLOSE)
+    assert (wanted - plain).abs().max() > 1e-6
+    torch.testing.assert_close(run(image), plain, **CLOSE)
+
+
+def test_edits_and_caches_and_slices_together(model, image):
+    run = compiled(model)
+    _, eager = model.run_with_cache(image, names=["z", "logits"], hooks={"q": halve}, pos=[0, -1], heads=1)
+    with model.hooks({"q": halve}), model.caching(["z", "logits"], pos=[0, -1], heads=1) as cache:
+        run(image)
+    for name in eager:
+        torch.testing.assert_close(cache[name], eager[name], **CLOSE)
+
+
+def test_scopes_of_the_same_hooks_share_a_graph(model, image):
+    run = compiled(model)
+    run(image)
+    assert graphs() == 1
+    for _ in range(3):
+        with model.hooks({("z", 0): halve}):
+            run(image)
+        with model.caching("resid_post") as cache:
+            run(image)
+        assert len(cache) == 1
+    assert graphs() == 3
+    for _ in range(3):
+        run(image)
+    assert graphs() == 3
+
+
+def test_another_hook_is_never_mistaken_for_the_last(model, image):
+    """Same place, same code, other numbers: each pass is by its own hook."""
+    run = compiled(model)
+    for factor in (0.0, 2.0, -1.0):
+
+        def hook(x, at, factor=factor):
+            return factor * x
+
+        with model.hooks({("z", 0): hook}):
+            output = run(image)
+        torch.testing.assert_close(output, model.run_with_hooks(image, hooks={("z", 0): hook}), **CLOSE)
+
+
+def test_each_scope_fills_its_own_cache(model, image):
+    run = compiled(model)
+    caches = []
+    for shift in (0, 1, 2):
+        with model.caching("resid_post") as cache:
+            run(image + shift)
+        caches.append(cache)
+    for shift, cache in enumerate(caches):
+        _, wanted = model.run_with_cache(image + shift, names="resid_post")
+        torch.testing.assert_close(cache["resid_post", 0], wanted["resid_post", 0], **CLOSE)
+
+
+def test_gradients_flow_through_a_compiled_edit(make, image):
+    model = make(layers=1)
+    run = compiled(model, "aot_eager")
+    wanted = torch.autograd.grad(model.run_with_hooks(image, hooks={"z": halve}).sum(), model.embed.proj.weight)
+    with model.hooks({"z": halve}):
+        found = torch.autograd.grad(run(image).sum(), model.embed.proj.weight)
+    torch.testing.assert_close(found, wanted, **CLOSE)
+
+
+def test_a_model_compiled_in_place(model, image):
+    logits, eager = model.run_with_cache(image, names=["z", "resid_post"])
+    model.compile(fullgraph=True, backend="eager")
+    output, cache = model.run_with_cache(image, names=["z", "resid_post"])
+    torch.testing.assert_close(output, logits, **CLOSE)
+    for name in eager:
+        torch.testing.assert_close(cache[name], eager[name], **CLOSE)
+    wanted = model.run_with_hooks(image, hooks={"z": halve})
+    assert (wanted - logits).abs().max() > 1e-6
+    _, stopped = model.run_with_cache(image, names="z", output=False)
+    torch.testing.assert_close(stopped["z", 0], eager["z", 0], **CLOSE)
+    assert graphs() > 0
+
+
+def test_what_cannot_be_compiled_is_an_error_not_a_silence(model, image):
+    run = compiled(model)
+    errors = (HookError, torch._dynamo.exc.Unsupported)
+    with model.hooks(backward={"z": halve}), pytest.raises(errors, match="cannot run in a compiled model"):
+        run(image)
+    with model.caching("z"):
+        run(image)
+        with pytest.raises(errors, match="fired twice"):
+            run(image)
+    with model.hooks({"z": lambda x, at: x[:, :1]}), pytest.raises(errors, match=r"attn.hook_z returned \[3, 1, 4, 6\]"):
+        run(image)
+    torch.testing.assert_close(run(image), model(image), **CLOSE)
+
+
+def test_inductor(model, image):
+    """The default backend, once."""
+    model, image = model.float(), image.float()
+    run = torch.compile(model, fullgraph=True)
+    logits, eager = model.run_with_cache(image, names=["resid_post", "pattern"], hooks={"z": silence})
+    with model.hooks({"z": silence}), model.caching(["resid_post", "pattern"]) as cache:
+        output = run(image)
+    torch.testing.assert_close(output, logits, rtol=1e-3, atol=1e-3)
+    for name in eager:
+        torch.testing.assert_close(cache[name], eager[name], rtol=1e-3, atol=1e-3)
