@@ -53,7 +53,9 @@ def _averaged() -> nn.Module:
 
 def _rotary() -> nn.Module:
     """Rotary positions and a gated MLP."""
-    return timm.create_model("eva02_tiny_patch14_224", depth=2, embed_dim=24, num_heads=3, img_size=(42, 56), num_classes=7)
+    return timm.create_model(
+        "eva02_tiny_patch14_224", depth=2, embed_dim=24, num_heads=3, img_size=(42, 56), num_classes=7
+    )
 
 
 def _pictures(model: nn.Module) -> Pictures:

@@ -42,7 +42,10 @@ from .mutants import (
 
 
 def _rows_exchanged(table: HookMap) -> HookMap:
-    other = {"blocks.{l}.hook_resid_pre": "blocks.{l}.hook_resid_mid", "blocks.{l}.hook_resid_mid": "blocks.{l}.hook_resid_pre"}
+    other = {
+        "blocks.{l}.hook_resid_pre": "blocks.{l}.hook_resid_mid",
+        "blocks.{l}.hook_resid_mid": "blocks.{l}.hook_resid_pre",
+    }
     return replace(table, rows=tuple((place, other.get(hook, hook), how) for place, hook, how in table.rows))
 
 
@@ -87,51 +90,72 @@ MUTANTS = [
     Mutant("q and k swapped", "parity.logits", edit=swap_queries_and_keys, remedy="queries and keys exchanged"),
     Mutant("attention scale 1", "parity.logits", spec=block("attn", scale=1.0), remedy="attention scale d_head**-0.5"),
     Mutant(
-        "layer scale dropped", "parity.logits",
-        spec=blocks(attn_scale=False), table=ignoring("blocks.{l}.ls1.gamma"), 
+        "layer scale dropped",
+        "parity.logits",
+        spec=blocks(attn_scale=False),
+        table=ignoring("blocks.{l}.ls1.gamma"),
     ),
     Mutant(
-        "registers before the class token", "parity.logits",
+        "registers before the class token",
+        "parity.logits",
         edit=lambda model: [x.copy_(x.detach().clone().roll(1, 0)) for x in parameters(model, "embed.prefix")],
         remedy="prefix tokens rotated",
     ),
     Mutant(
-        "an output bias dropped", "parity.logits", edit=lambda m: [x.zero_() for x in parameters(m, "mlp.fc_out.bias")],
+        "an output bias dropped",
+        "parity.logits",
+        edit=lambda m: [x.zero_() for x in parameters(m, "mlp.fc_out.bias")],
     ),
     Mutant(
-        "rope halves for neighbours", "parity.logits", case="rotary",
-        spec=part("rope", layout="half"), remedy="rope layout interleaved",
+        "rope halves for neighbours",
+        "parity.logits",
+        case="rotary",
+        spec=part("rope", layout="half"),
+        remedy="rope layout interleaved",
     ),
     Mutant(
-        "gate and input of the MLP exchanged", "parity.logits", case="rotary",
+        "gate and input of the MLP exchanged",
+        "parity.logits",
+        case="rotary",
         edit=lambda m: [torch.utils.swap_tensors(b.mlp.fc_gate.weight, b.mlp.fc_in.weight) for b in m.blocks],
     ),
-    Mutant("registers averaged in", "parity.logits", case="averaged", spec=part("pool", with_prefix=True), remedy="alone"),
-    Mutant("the class token for the mean", "parity.logits", case="averaged", spec=part("pool", kind="token"), remedy="avg"),
+    Mutant(
+        "registers averaged in", "parity.logits", case="averaged", spec=part("pool", with_prefix=True), remedy="alone"
+    ),
+    Mutant(
+        "the class token for the mean", "parity.logits", case="averaged", spec=part("pool", kind="token"), remedy="avg"
+    ),
     Mutant("patch grid transposed", "parity.logits", edit=transpose_grid),
     Mutant(
-        "patch kernels transposed", "parity.logits",
+        "patch kernels transposed",
+        "parity.logits",
         edit=lambda m: [x.copy_(x.detach().clone().transpose(2, 3)) for x in parameters(m, "embed.proj.weight")],
         remedy="patch kernels transposed",
     ),
-    Mutant("positions resized without antialiasing", "parity.logits", edit=resize_without_antialias, remedy="antialiased"),
+    Mutant(
+        "positions resized without antialiasing", "parity.logits", edit=resize_without_antialias, remedy="antialiased"
+    ),
     # ------------------------------------------------------------ activations
     Mutant("scores held after the softmax", "parity.hooks", edit=attend_with_softmax_first),
     Mutant("two rows of the hook map exchanged", "parity.hooks", hooks=_rows_exchanged),
     Mutant("an empty hook map", "parity.hooks", hooks=lambda table: replace(table, rows=())),
     Mutant(
-        "a row that reads nothing", "parity.hooks",
+        "a row that reads nothing",
+        "parity.hooks",
         hooks=lambda t: replace(t, rows=(*t.rows, ("head @ softmax", "blocks.{l}.ln1.hook_scale", ""))),
     ),
     Mutant("attn_out held before layer scale", "algebra", edit=scale_after_hook),
     Mutant(
-        "keys held as values", "algebra", edit=exchange("blocks.0.attn.hook_k", "blocks.0.attn.hook_v", "names"),
+        "keys held as values",
+        "algebra",
+        edit=exchange("blocks.0.attn.hook_k", "blocks.0.attn.hook_v", "names"),
     ),
     # ------------------------------------------------------------ gradients
     Mutant("a gradient cut off", "parity.gradients", edit=detach_mlp),
     # ------------------------------------------------------------ weights
     Mutant(
-        "an ignored tensor that matters", "weights.accounted",
+        "an ignored tensor that matters",
+        "weights.accounted",
         table=ignoring("blocks.{l}.attn.proj.bias", "blocks.{l}.attn.out.bias"),
     ),
     Mutant("a tensor filled at random", "weights.accounted", edit=_random_bias),
@@ -149,7 +173,8 @@ MUTANTS = [
     Mutant("a failed hook leaves something behind", "hooks.live", edit=point("hook_embed", Sticky)),
     Mutant("a cache that is edited later", "hooks.live", edit=add_in_place),
     Mutant(
-        "hook points out of order", "hooks.live",
+        "hook points out of order",
+        "hooks.live",
         edit=exchange("blocks.0.attn.hook_q", "blocks.0.attn.hook_k", "order"),
     ),
     # ------------------------------------------------------------ the rest
@@ -160,4 +185,4 @@ MUTANTS = [
     Mutant("a fact that the spec does not hold", "save.load", edit=_act),
     Mutant("state kept on a hook point", "threads", edit=point("blocks.0.hook_resid_post", Shared)),
     Mutant("hooks ignored once compiled", "compile", case="single", edit=point("blocks.0.hook_resid_post", Uncompiled)),
-]  # fmt: skip
+]

@@ -33,7 +33,8 @@ def test_mutant_is_caught_by_the_check_that_claims_it(mutant: Mutant) -> None:
 
 # Compiling takes long, so one model of one block stands for all.
 @pytest.mark.parametrize(
-    ("case", "check"), [(case, check) for case in CASES for check in CHECKS if (check == "compile") == (case == "single")]
+    ("case", "check"),
+    [(case, check) for case in CASES for check in CHECKS if (check == "compile") == (case == "single")],
 )
 def test_what_is_right_passes(case: str, check: str) -> None:
     upstream, adapter = built(case)

@@ -6,7 +6,6 @@
     report.passed, report.failures
 """
 
-from prisma_core.conformance import algebra, audit, live, parity, running, tensors  # noqa: F401  # each registers its checks
 from prisma_core.conformance.case import Case, Pictures
 from prisma_core.conformance.doctor import Diagnosis, diagnose
 from prisma_core.conformance.randomise import randomise

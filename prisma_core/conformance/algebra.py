@@ -33,7 +33,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 @torch.no_grad()
 def algebra(subject: Subject) -> Finding:
     model, image = subject.pair().model, subject.passes().image
-    derived = [name for name, point in model.hook_points().items() if name.endswith("attn.hook_result")]
+    derived = [name for name in model.hook_points() if name.endswith("attn.hook_result")]
     every = [name for name, point in model.hook_points().items() if not point.derived]
     logits, cache = model.run_with_cache(image, names=[*every, *derived])
     claims = list(_claims(model, cache.store, image, logits))

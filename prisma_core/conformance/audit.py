@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Mapping
+from typing import cast
 
 from torch import nn
 
@@ -37,7 +38,7 @@ def audit(subject: Subject) -> Finding:
     ignored = subject.adapter.ignored
     problems: dict[str, None] = {}
     looked = 0
-    for path, module in upstream.named_modules():
+    for path, module in cast("Iterator[tuple[str, nn.Module]]", upstream.named_modules()):
         if id(module) in opaque:
             continue  # upstream's own code runs there
         for name in _attributes(module):
@@ -45,8 +46,8 @@ def audit(subject: Subject) -> Finding:
             if f"{path}.{name}".lstrip(".") not in record and not _excused(module, name, ignored):
                 problems[_say(module, name, f"= {vars(module)[name]!r}")] = None
         for name, child in module.named_children():
-            below = f"{path}.{name}".lstrip(".")
-            if _matters(child) and id(child) not in opaque and not _visited(below, record) and not _excused(module, name, ignored):
+            seen = id(child) in opaque or _visited(f"{path}.{name}".lstrip("."), record)
+            if _matters(child) and not seen and not _excused(module, name, ignored):
                 problems[_say(module, name, f"({type(child).__name__})")] = None
     return Finding(problems=tuple(problems), detail=f"{looked} attributes, {len(record)} read")
 

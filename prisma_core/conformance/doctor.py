@@ -74,7 +74,8 @@ class Diagnosis(Facts):
         if not self.remedies:
             lines.append(f"None of the {self.tried} usual suspects makes it agree.")
         for remedy in self.remedies:
-            whole = "and the logits" if remedy.logits <= tolerances.FLOAT64 else f"but the logits stay off by {remedy.logits:.1e}"
+            cured = remedy.logits <= tolerances.FLOAT64
+            whole = "and the logits" if cured else f"but the logits stay off by {remedy.logits:.1e}"
             lines.append(f"It agrees, {whole}, with: {remedy.change}.")
         return "\n".join(lines)
 

@@ -18,7 +18,7 @@ from prisma_core.transformer.vit import HookedViT
 Hook = Callable[[Tensor, HookContext], "Tensor | None"]
 
 
-@register("hooks.live", "every hook point fires once and in order, can be edited, carries gradients, leaves nothing behind")
+@register("hooks.live", "every hook point fires once, in order; edits are used, gradients flow, nothing is left behind")
 def live(subject: Subject) -> Finding:
     model = subject.make(subject.adapter, subject.upstream())
     if subject.spec.embed.stem == "opaque":
@@ -51,10 +51,11 @@ class _Remembered(nn.Module):
         self.kept: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kept is None:
+        kept = self.kept
+        if kept is None:
             with torch.no_grad():
-                self.kept = self.inner(x)
-        return self.kept.clone()
+                kept = self.kept = self.inner(x)
+        return kept.clone()
 
 
 def _fires_once(model: HookedViT, image: Tensor, names: list[str]) -> list[str]:
@@ -85,7 +86,9 @@ def _identity(model: HookedViT, image: Tensor, clean: Tensor, names: list[str], 
     explicit = [name for name in names if name.rsplit(".", 1)[-1] in _EXPLICIT]
     fused = [name for name in names if name not in set(explicit)]
     found = worst(model.run_with_hooks(image, hooks=_unchanging(explicit)), clean) if explicit else 0.0
-    if torch.equal(model.run_with_hooks(image, hooks=_unchanging(fused)), clean) and found <= tolerances.routes(model.spec):
+    if torch.equal(model.run_with_hooks(image, hooks=_unchanging(fused)), clean) and found <= tolerances.routes(
+        model.spec
+    ):
         return found
     for kind, members in _kinds(names).items():
         logits = model.run_with_hooks(image, hooks=_unchanging(members))
@@ -100,7 +103,8 @@ def _unchanging(names: list[str]) -> dict[str | tuple[str, int], Hook]:
 
 
 # Asking for these replaces a fused kernel, or one product with all heads, by explicit steps.
-_EXPLICIT = {"hook_attn_scores", "hook_pattern", "hook_scale", "hook_result", "hook_q_input", "hook_k_input", "hook_v_input"}
+_STEPS = ("attn_scores", "pattern", "scale", "result", "q_input", "k_input", "v_input")
+_EXPLICIT = {f"hook_{name}" for name in _STEPS}
 
 
 def _give_back(x: Tensor, at: HookContext) -> Tensor:
@@ -111,9 +115,7 @@ def _give_nothing(x: Tensor, at: HookContext) -> None:
     return None
 
 
-def _edits_reach(
-    subject: Subject, model: HookedViT, image: Tensor, plain: list[str], derived: list[str]
-) -> list[str]:
+def _edits_reach(subject: Subject, model: HookedViT, image: Tensor, plain: list[str], derived: list[str]) -> list[str]:
     """Edit each point in place, everything cached in the same pass: the cache sees it there, and not before."""
     problems: list[str] = []
     for asked in (plain, *_kinds(derived).values()):
@@ -151,7 +153,7 @@ class _Noise:
         self.left = torch.empty(0)
 
     def noise(self, x: Tensor) -> Tensor:
-        # Of the activation's own size, and different in each entry: a shift of all scores would leave the softmax as is.
+        # Of the activation's size, and different in each entry: a shift of all scores leaves the softmax as is.
         drawn = torch.randn(x.shape, generator=self.subject.generator(6)).to(x)
         return drawn * (x.abs().mean() + 1e-3)
 

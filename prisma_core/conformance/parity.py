@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from contextlib import nullcontext
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from prisma_core.adapter import Reader
 from prisma_core.conformance import tolerances
 from prisma_core.conformance.registry import Finding, register
 from prisma_core.conformance.subject import Subject, worst
@@ -71,7 +72,8 @@ def hooks(subject: Subject) -> Finding:
     points = subject.pair().model.hook_points()
     plain = [name for name, point in points.items() if not point.derived]
     problems = [f"{name}: {reason}" for name, reason in found.unread.items()]
-    problems += [f"{name} differs by {error:.1e}" for name, error in found.errors.items() if not error <= tolerances.FLOAT64]
+    wrong = {name: error for name, error in found.errors.items() if not error <= tolerances.FLOAT64}
+    problems += [f"{name} differs by {error:.1e}" for name, error in wrong.items()]
     # What an upstream cannot show (a norm's scale inside its kernel) is proven by algebra from what it can.
     problems += [f"{name} is not in the hook map" for name in plain if name not in found.errors and _must_map(name)]
     uncovered = sorted({_family(name) for name in plain if name not in found.errors})
@@ -102,11 +104,9 @@ def compare(subject: Subject) -> Comparison:
     """Return how far each mapped activation is from upstream's."""
     upstream, model = subject.pair()
     passes = subject.passes()
-    table = subject.adapter.hooks(_reader(subject), subject.spec)
+    table = subject.adapter.hooks(Reader(upstream), subject.spec)
     rows = table.bound(list(passes.acts))
-    explicit = getattr(subject.adapter, "explicit", None)
-    scope = explicit(upstream) if explicit is not None else nullcontext()
-    with scope, Recorder(upstream, [row.place for row in rows]) as seen:
+    with subject.adapter.explicit(upstream), Recorder(upstream, [row.place for row in rows]) as seen:
         subject.forward(upstream, passes.image)
     found = Comparison()
     order = {name: index for index, name in enumerate(model.hook_points())}
@@ -120,12 +120,6 @@ def compare(subject: Subject) -> Comparison:
     return found
 
 
-def _reader(subject: Subject):  # noqa: ANN202
-    from prisma_core.adapter import Reader
-
-    return Reader(subject.pair().upstream)
-
-
 @register("parity.gradients", "gradients by the input and by every upstream weight equal upstream's, through the map")
 def gradients(subject: Subject) -> Finding:
     upstream, model = subject.pair()
@@ -136,12 +130,12 @@ def gradients(subject: Subject) -> Finding:
     for name, parameter in upstream.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
     parameters = dict(upstream.named_parameters())
-    wanted = torch.autograd.grad((theirs * weights).sum(), [given, *parameters.values()], allow_unused=True)
+    wanted = _grads(theirs, weights, [given, *parameters.values()])
 
-    leaves = {name: tensor for name, tensor in tensors_of(model).items()}
+    leaves = tensors_of(model)
     active = {name: tensor for name, tensor in leaves.items() if tensor.requires_grad}
     ours = model(mine := image.clone().requires_grad_())
-    got = torch.autograd.grad((ours * weights).sum(), [mine, *active.values()], allow_unused=True)
+    got = _grads(ours, weights, [mine, *active.values()])
     if got[0] is None or wanted[0] is None:
         return Finding(problems=("no gradient reaches the input",))
     canonical: dict[str, Tensor] = {name: torch.zeros_like(tensor) for name, tensor in leaves.items()}
@@ -157,5 +151,11 @@ def gradients(subject: Subject) -> Finding:
         mapped = torch.stack(summed).sum(0) if summed else torch.zeros_like(parameter)
         # A gradient that is zero in truth (the bias of keys) is only rounding: measure it by the others.
         errors[name] = worst(mapped, theirs, max(float(theirs.abs().max()), 1e-3 * scale))
-    problems = tuple(f"the gradient by {name} differs by {e:.1e}" for name, e in errors.items() if not e <= tolerances.GRADIENT)
+    wrong = {name: error for name, error in errors.items() if not error <= tolerances.GRADIENT}
+    problems = tuple(f"the gradient by {name} differs by {error:.1e}" for name, error in wrong.items())
     return Finding(max(errors.values()), tolerances.GRADIENT, problems, f"the input and {len(parameters)} weights")
+
+
+def _grads(output: Tensor, weights: Tensor, by: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    # torch's stubs leave out that what is not reached comes back as None.
+    return torch.autograd.grad((output * weights).sum(), list(by), allow_unused=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -102,7 +102,7 @@ def _explained(subject: Subject, one: Check) -> str:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def _one_thread() -> Generator[None]:
     # The models are tiny: threads only wait for each other, all the more beside other workers.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -117,7 +117,7 @@ def _one_thread() -> Iterator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("prisma")
-    group.addoption("--certificates", metavar="FOLDER", help="write what was proven, one JSON line a model, into FOLDER")
+    group.addoption("--certificates", metavar="FOLDER", help="write what was proven into FOLDER")
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
@@ -157,7 +157,7 @@ def summary(plugin: str, of: int, certificates: Sequence[Certificate]) -> list[s
             by_check[result.name].append(result)
     passed = sum(certificate.passed for certificate in certificates)
     combinations = len({certificate.facts for certificate in certificates})
-    lines = [f"{passed} of {of} {plugin} architectures passed; {combinations} distinct combinations of facts among them"]
+    lines = [f"{passed} of {of} {plugin} architectures passed, with {combinations} distinct combinations of facts"]
     for name, results in sorted(by_check.items()):
         ran = [result for result in results if result.skipped is None]
         errors = [result.error for result in ran if result.error is not None]

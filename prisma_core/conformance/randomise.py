@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -54,9 +55,8 @@ def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def _draw_eps(module: nn.Module, generator: torch.Generator) -> None:
     drawn: dict[str, float] = {}
-    for name, part in module.named_modules():
-        value = cast(object, getattr(part, "eps", None))
-        if not isinstance(value, float) or not isinstance(vars(part).get("eps"), float):
+    for name, part in cast("Iterator[tuple[str, nn.Module]]", module.named_modules()):
+        if not isinstance(vars(part).get("eps"), float):
             continue
         # Twins that run side by side in one block share an eps, as upstream's constructors give them one; so do the
         # norms of queries and keys.
@@ -65,4 +65,4 @@ def _draw_eps(module: nn.Module, generator: torch.Generator) -> None:
         place = re.sub(r"\b[qk]_norm\b", "qk_norm", place)
         if place not in drawn:
             drawn[place] = 10 ** (-4 + 2 * float(torch.rand((), generator=generator)))
-        part.eps = drawn[place]
+        vars(part)["eps"] = drawn[place]

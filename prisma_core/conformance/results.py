@@ -34,7 +34,8 @@ class CheckResult(Facts):
         state = "skipped" if self.skipped else "passed" if self.passed else "FAILED"
         numbers = f" error {self.error:.2e}" if self.error is not None else ""
         numbers += f" of at most {self.bound:.0e}" if self.error is not None and self.bound is not None else ""
-        return f"{self.name}: {state}{numbers}" + (f": {self.skipped or self.detail}" if self.skipped or self.detail else "")
+        why = self.skipped or self.detail
+        return f"{self.name}: {state}{numbers}" + (f": {why}" if why else "")
 
 
 class Certificate(Facts):
@@ -80,10 +81,10 @@ class Certificate(Facts):
 
     def compact(self) -> str:
         """Return one line of JSON: numbers and outcomes, without details and times."""
-        results = tuple(
-            result.model_copy(update={"detail": "", "error": None if result.error is None else float(f"{result.error:.1e}")})
-            for result in self.results
-        )
+        def rounded(error: float | None) -> float | None:
+            return None if error is None else float(f"{error:.1e}")
+
+        results = tuple(r.model_copy(update={"detail": "", "error": rounded(r.error)}) for r in self.results)
         return self.model_copy(update={"results": results, "seconds": 0.0}).model_dump_json(exclude_defaults=True)
 
 

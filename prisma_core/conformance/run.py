@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from prisma_core.adapter import Adapter, qualified_name
+from prisma_core.conformance import algebra, audit, live, parity, running, tensors
 from prisma_core.conformance.case import Case, Pictures
 from prisma_core.conformance.registry import Check, NotApplicable, select
 from prisma_core.conformance.results import Certificate, CheckResult, Report
@@ -20,6 +21,8 @@ from prisma_core.plugins import host
 from prisma_core.sources import Loaded
 from prisma_core.transformer.vit import HookedViT
 from prisma_core.zoo import export
+
+REGISTERED = (parity, tensors, live, algebra, audit, running)  # importing a module registers its checks
 
 Target = str | nn.Module | Adapter | Case
 
@@ -80,14 +83,20 @@ def run_check(one: Check, subject: Subject) -> CheckResult:
         return CheckResult(name=one.name, passed=False, skipped=str(reason))
     except Exception as problem:  # noqa: BLE001  # whatever a broken adapter or model raises is the finding
         return CheckResult(name=one.name, passed=False, detail=f"{type(problem).__name__}: {problem}")
-    detail = "; ".join([*found.problems[:6], *([f"and {len(found.problems) - 6} more"] if len(found.problems) > 6 else [])])
+    more = [f"and {len(found.problems) - 6} more"] if len(found.problems) > 6 else []
+    detail = "; ".join([*found.problems[:6], *more])
     return CheckResult(
         name=one.name, passed=found.passed, error=found.error, bound=found.bound, detail=detail or found.detail
     )
 
 
 def certify(
-    subject: Subject, results: Sequence[CheckResult], *, reference: str | None = None, full: bool = False, seconds: float = 0
+    subject: Subject,
+    results: Sequence[CheckResult],
+    *,
+    reference: str | None = None,
+    full: bool = False,
+    seconds: float = 0,
 ) -> Certificate:
     """Return the certificate of results."""
     kind = qualified_name(subject.base)
@@ -151,7 +160,7 @@ def _case(
         module = upstream if upstream is not None else _rebuilt(target)
         return Case(qualified_name(module), lambda: module), target.reference, False
     if isinstance(target, Hooked):
-        raise PrismaError(f"{type(target).__name__} was not adapted from an upstream model: there is nothing to compare.")
+        raise PrismaError(f"{type(target).__name__} was adapted from no upstream model: there is nothing to compare.")
     return Case(qualified_name(target), lambda: target), None, False
 
 
@@ -168,7 +177,7 @@ def _referenced(reference: str, *, full: bool, pretrained: bool) -> tuple[Case, 
         return loaded[-1].model
 
     if not rest:
-        raise UnknownName(f"{reference!r} is not a reference: expected SOURCE:MODEL, such as timm:vit_tiny_patch16_224.")
+        raise UnknownName(f"{reference!r} is no reference: expected SOURCE:MODEL, such as timm:vit_tiny_patch16_224.")
     return Case(reference, build), reference
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from prisma_core.conformance import tolerances
 from prisma_core.conformance.registry import Finding, NotApplicable, register
 from prisma_core.conformance.subject import Subject, worst
-from prisma_core.hooks import HookContext
+from prisma_core.hooked import HookMapping
+from prisma_core.hooks import Hook, HookContext
 from prisma_core.transformer.vit import HookedViT
 from prisma_core.zoo import load, save, tensors_of
 
@@ -96,7 +97,7 @@ def threads(subject: Subject) -> Finding:
     return Finding(problems=tuple(problems), detail="three passes in each of two threads")
 
 
-def _times(factor: float):
+def _times(factor: float) -> Hook:
     def hook(x: Tensor, at: HookContext) -> Tensor:
         return x * factor
 
@@ -104,7 +105,7 @@ def _times(factor: float):
 
 
 @register(
-    "compile", "torch.compile(fullgraph=True) gives the same logits, caches and edits, and forgets hooks", on_request=True
+    "compile", "a model compiled with fullgraph=True has the same logits, caches and edits", on_request=True
 )
 @torch.no_grad()
 def compiled(subject: Subject) -> Finding:
@@ -112,7 +113,7 @@ def compiled(subject: Subject) -> Finding:
     torch.compiler.reset()
     fast = torch.compile(model, fullgraph=True)
     names = ["blocks.*.hook_resid_post", "blocks.*.attn.hook_pattern"]  # with the fused kernel and without
-    edit = {"blocks.0.hook_resid_post": _times(0.5)}
+    edit: HookMapping = {"blocks.0.hook_resid_post": _times(0.5)}
     errors = {"logits": worst(fast(image), model(image))}
     eager, kept = model.run_with_cache(image, names=names)
     with model.caching(names) as cache:

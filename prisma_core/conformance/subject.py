@@ -157,8 +157,9 @@ def facts_of(spec: ModelSpec) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-_SIZES = {"d_model", "d_mlp", "d_head", "d_pool", "image_size", "patch", "in_channels", "rows", "columns"}
-_SIZES |= {"eps", "scale"}
+_SIZES = frozenset(
+    ("d_model", "d_mlp", "d_head", "d_pool", "image_size", "patch", "in_channels", "rows", "columns", "eps", "scale")
+)
 _COUNTS = {"cls", "distillation", "registers", "n_classes"}
 
 

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from prisma_core.names import layer_of
-from prisma_core.spec import Activation, BlockSpec, ModelSpec, NormSpec
+from prisma_core.spec import Activation, BlockSpec, Facts, ModelSpec, NormSpec
 from prisma_core.transformer.vit import HookedViT
 
 
@@ -59,7 +59,8 @@ def _in_blocks(part: str, **update: Any) -> Callable[[ModelSpec], ModelSpec]:
 
 
 def _norms(spec: ModelSpec, first: str, upstream: nn.Module) -> Iterator[Suspect]:
-    found = {float(module.eps) for module in upstream.modules() if isinstance(vars(module).get("eps"), float)}
+    held = (vars(module).get("eps") for module in upstream.modules())
+    found = {eps for eps in held if isinstance(eps, float)}
     layer = layer_of(first)
     for place, norm in _places(spec, layer):
         where = place if layer is None or place.count(".") == 0 else f"blocks.{layer}.{place}"
@@ -71,12 +72,12 @@ def _norms(spec: ModelSpec, first: str, upstream: nn.Module) -> Iterator[Suspect
 
 
 def _places(spec: ModelSpec, layer: int | None) -> Iterator[tuple[str, NormSpec]]:
-    holders: list[tuple[str, Any]] = [("", spec), ("pool", spec.pool), ("embed", spec.embed)]
+    holders: list[tuple[str, Facts | None]] = [("", spec), ("pool", spec.pool), ("embed", spec.embed)]
     if layer is not None:
         block = spec.blocks[layer]
         holders += [("block", block), ("block.attn", block.attn), ("block.mlp", block.mlp)]
     for path, holder in holders:
-        for name in type(holder).model_fields if holder is not None else ():
+        for name in type(holder).model_fields if holder is not None else {}:
             if isinstance(value := getattr(holder, name), NormSpec):
                 yield (f"{path}.{name}" if path else name), value
 
@@ -106,9 +107,11 @@ def _attention(spec: ModelSpec) -> Iterator[Suspect]:
     attn = spec.blocks[0].attn
     for text, scale in (("d_head**-0.5", attn.d_head**-0.5), ("1", 1.0), ("d_model**-0.5", spec.d_model**-0.5)):
         if abs(scale - attn.scale) > 1e-12:
-            yield Suspect(f"attention scale {text} = {scale:.6g} (it is {attn.scale:.6g})", _in_blocks("attn", scale=scale))
+            change = f"attention scale {text} = {scale:.6g} (it is {attn.scale:.6g})"
+            yield Suspect(change, _in_blocks("attn", scale=scale))
     if attn.n_heads == attn.n_kv_heads:
-        for names, order in (("queries and keys", (1, 0, 2)), ("keys and values", (0, 2, 1)), ("queries and values", (2, 1, 0))):
+        orders = {"queries and keys": (1, 0, 2), "keys and values": (0, 2, 1), "queries and values": (2, 1, 0)}
+        for names, order in orders.items():
             yield Suspect(f"{names} exchanged", edit=_reordered(order))
         yield Suspect("q, k and v of each head side by side in the fused projection", edit=_per_head)
     if attn.qk_norm is not None:
@@ -184,7 +187,10 @@ def _joins(spec: ModelSpec) -> Iterator[Suspect]:
     block = spec.blocks[0]
     for kind in ("pre", "res_post", "parallel"):
         if kind != block.kind:
-            yield Suspect(f"block kind {kind} (it is {block.kind})", _blocks(lambda b, k=kind: b.model_copy(update={"kind": k})))
+            update = {"kind": kind}
+            yield Suspect(
+                f"block kind {kind} (it is {block.kind})", _blocks(lambda b, u=update: b.model_copy(update=u))
+            )
     for part, ending in (("attention", "ls1.gamma"), ("MLP", "ls2.gamma")):
         has = block.attn_scale if part == "attention" else block.mlp_scale
         name = "attn_scale" if part == "attention" else "mlp_scale"
@@ -192,7 +198,8 @@ def _joins(spec: ModelSpec) -> Iterator[Suspect]:
             yield Suspect(f"no layer scale on the {part}", edit=_each(ending, lambda gamma: gamma.fill_(1)))
         else:
             # Fits only if the weight map has a row for the scale.
-            yield Suspect(f"layer scale on the {part}: {name}=True", _blocks(lambda b, n=name: b.model_copy(update={n: True})))
+            flag = {name: True}
+            yield Suspect(f"layer scale on the {part}: {name}=True", _blocks(lambda b, u=flag: b.model_copy(update=u)))
 
 
 # -------------------------------------------------------------------- embedding and pooling

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -29,9 +32,11 @@ def accounted(subject: Subject) -> Finding:
     used = len(state) - len(ignored)
     error = _ignored_matter(subject, upstream, [name for name in ignored if state[name].is_floating_point()])
     if not error <= tolerances.FLOAT64:
-        problems.append(f"the map ignores tensors that matter, among {', '.join(ignored[:6])}: logits move by {error:.1e}")
+        names = ", ".join(ignored[:6])
+        problems.append(f"the map ignores tensors that matter, among {names}: logits move by {error:.1e}")
     problems += _filled_at_random(subject)
-    return Finding(error, tolerances.FLOAT64, tuple(problems), f"{used} tensors mapped, {len(ignored)} ignored with a reason")
+    detail = f"{used} tensors mapped, {len(ignored)} ignored with a reason"
+    return Finding(error, tolerances.FLOAT64, tuple(problems), detail)
 
 
 def _ignored_matter(subject: Subject, upstream: nn.Module, names: list[str]) -> float:
@@ -61,7 +66,7 @@ def _fingerprint(upstream: nn.Module) -> dict[str, object]:
     """Return everything simple about every module: flags, sizes, hooks."""
     plain = (bool, int, float, str, tuple, type(None))
     found: dict[str, object] = {}
-    for path, module in upstream.named_modules():
+    for path, module in cast("Iterator[tuple[str, nn.Module]]", upstream.named_modules()):
         found |= {f"{path}.{key}": value for key, value in vars(module).items() if isinstance(value, plain)}
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         found |= {f"{path}.{name}": len(getattr(module, name)) for name in hooks}
@@ -85,7 +90,8 @@ def roundtrip(subject: Subject) -> Finding:
     state = export(model)
     theirs = upstream.state_dict()
     problems = [f"export lacks {name}" for name in theirs if name not in state]
-    problems += [f"{name} comes back changed" for name in theirs if name in state and not _same(state[name], theirs[name])]
+    changed = [name for name in theirs if name in state and not _same(state[name], theirs[name])]
+    problems += [f"{name} comes back changed" for name in changed]
     fresh = randomise(subject.upstream(), subject.generator(5))
     # What is not saved and not drawn (eps) is no weight: take it from the model the state belongs to.
     for ours, other in zip(fresh.modules(), upstream.modules(), strict=True):
