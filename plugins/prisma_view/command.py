@@ -72,17 +72,18 @@ def _pictures(model: HookedViT, reference: str, image: Path | None, other: Path 
     first: Any = image if image is not None else _sample(reference, 0)
     if other is not None:
         return first, other
-    assert model.preprocess is not None
-    best = int(model(_input(model, first)).argmax())
-    samples = [_sample(reference, seed) for seed in range(1, 9)]
-    different = (sample for sample in samples if int(model(_input(model, sample)).argmax()) != best)
-    return first, next(different, samples[0])
+    best = _guess(model, first)
+    for seed in range(1, 9):
+        second = _sample(reference, seed)
+        if _guess(model, second) != best:
+            break
+    return first, second
 
 
-def _input(model: HookedViT, picture: Any) -> Any:
+def _guess(model: HookedViT, picture: Any) -> int:
     if model.preprocess is None:
         raise InputError("This model does not know how to read pictures: set model.preprocess.")
-    return model.preprocess(picture)
+    return int(model(model.preprocess(picture)).argmax())
 
 
 def _sample(reference: str, seed: int) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,19 +50,23 @@ def lens(found: Report, side: int = 420) -> Image.Image:
     sheet = _sheet(2 * MARGIN + (width + gap) * (len(stages) + 1) - gap, top + height + 118)
     _text(sheet, (MARGIN, 30), "What each patch says, layer by layer", 34)
     panels = [("the picture", found.picture.resize((width, height), Image.Resampling.LANCZOS))]
-    panels += [(stage_name(found.lens.stages[stage]), lens_panel(found, stage, width, height)) for stage in stages]
+    colours = class_colours(found)
+    for stage in stages:
+        panels.append((stage_name(found.lens.stages[stage]), lens_panel(found, stage, width, height, colours)))
     for index, (title, panel) in enumerate(panels):
         left = MARGIN + index * (width + gap)
         sheet.paste(panel, (left, top), _rounded(panel.size, 14))
         _text(sheet, (left, top + height + 10), title, 20, SOFT)
-    _legend(sheet, found, top + height + 58)
+    _legend(sheet, found, top + height + 58, colours)
     return sheet
 
 
-def lens_panel(found: Report, stage: int, width: int, height: int) -> Image.Image:
+def lens_panel(
+    found: Report, stage: int, width: int, height: int, colours: Mapping[int, Colour]
+) -> Image.Image:
     """Draw one layer of the lens over the picture: a colour and an emoji for each patch."""
     assert found.lens is not None
-    layout, colours = found.layout, class_colours(found)
+    layout = found.layout
     logits = found.lens.logits[stage, layout.slice("patches")]
     classes = logits.argmax(-1).view(layout.rows, layout.columns).tolist()
     chances = logits.softmax(-1).amax(-1).view(layout.rows, layout.columns).tolist()
@@ -188,9 +192,8 @@ def _title(sheet: Image.Image, words: str, emoji: str) -> None:
     _text(sheet, (MARGIN + (0 if drawn is None else 54), 30), words.replace("“", '"').replace("”", '"'), 34)
 
 
-def _legend(sheet: Image.Image, found: Report, top: int) -> None:
+def _legend(sheet: Image.Image, found: Report, top: int, colours: Mapping[int, Colour]) -> None:
     assert found.lens is not None
-    colours = class_colours(found)
     last = found.lens.logits[-1, found.layout.slice("patches")].argmax(-1)
     classes, counts = last.unique(return_counts=True)
     left = float(MARGIN)

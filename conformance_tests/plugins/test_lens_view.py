@@ -1,0 +1,296 @@
+"""prisma_view without a browser: emoji, packing, the page's text, PNG files and the demo command."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import prisma_view
+import pytest
+import torch
+import typer
+from PIL import Image
+from prisma_view import glyphs
+from prisma_view.colours import CLASSES, QUIET, assign
+from prisma_view.pack import grouped, pack, pack_patterns
+from prisma_view.symbols import FALLBACK, symbol
+
+import prisma_core as prisma
+from prisma_core import HookedViT, InputError, ModelSpec, NotApplicable, TokenLayout
+from prisma_core.cli import main
+from prisma_core.preprocess import Preprocess
+from prisma_core.spec import AttentionSpec, BlockSpec, EmbedSpec, MlpSpec, NormSpec, PoolSpec
+
+LABELS = ("🔴 red circle", "🟦 blue square", "tabby, tabby cat", "<script>&", "qwertyuiop")
+
+
+def model(**facts: Any) -> HookedViT:
+    torch.manual_seed(5)
+    block = BlockSpec(
+        attn=AttentionSpec(n_heads=2, n_kv_heads=2, d_head=6, scale=0.4), mlp=MlpSpec(d_mlp=16, act="gelu"),
+        ln1=NormSpec(eps=1e-5), ln2=NormSpec(eps=1e-5),
+    )  # fmt: skip
+    spec = ModelSpec(
+        **{
+            "d_model": 12, "image_size": (16, 24), "embed": EmbedSpec(patch=(8, 8)), "blocks": (block,) * 2,
+            "layout": TokenLayout(cls=1, rows=2, columns=3), "ln_final": NormSpec(eps=1e-5),
+            "pool": PoolSpec(kind="token"), "d_pool": 12, "n_classes": len(LABELS), **facts,
+        }
+    )  # fmt: skip
+    made = HookedViT(spec).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.5)
+    made.preprocess = Preprocess(size=(16, 24))
+    made.labels = LABELS
+    return made
+
+
+def picture(seed: int) -> Image.Image:
+    blocks = np.random.default_rng(seed).choice([0, 255], (2, 3, 3)).astype(np.uint8)
+    return Image.fromarray(blocks.repeat(20, axis=0).repeat(20, axis=1))
+
+
+def unpacked(packed: dict[str, Any]) -> np.ndarray:
+    raw = zlib.decompress(base64.b64decode(packed["data"]))
+    return np.frombuffer(raw, packed["type"]).reshape(packed["shape"])
+
+
+def data_of(page: Path) -> dict[str, Any]:
+    text = page.read_text(encoding="utf-8")
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+    assert found
+    return json.loads(found[1])
+
+
+# -------------------------------------------------------------------- emoji
+
+
+@pytest.mark.parametrize(
+    ("label", "emoji", "name"),
+    [
+        ("🔴 red circle", "🔴", "red circle"),
+        ("zebra", "🦓", "zebra"),
+        ("tiger cat", "🐈", "tiger cat"),
+        ("tabby, tabby cat", "🐈", "tabby"),
+        ("golden retriever", "🐕", "golden retriever"),
+        ("Old English sheepdog, bobtail", "🐕", "Old English sheepdog"),
+        ("hair spray", FALLBACK, "hair spray"),
+        ("qwertyuiop", FALLBACK, "qwertyuiop"),
+        ("", FALLBACK, ""),
+        ("🍕", "🍕", "🍕"),
+    ],
+)
+def test_a_label_finds_its_emoji(label: str, emoji: str, name: str) -> None:
+    assert symbol(label) == (emoji, name)
+
+
+def test_most_of_imagenet_has_an_emoji() -> None:
+    data = pytest.importorskip("timm.data", reason="needs timm: pip install 'prisma[timm]'")
+    info = data.ImageNetInfo("imagenet-1k")
+    found = [symbol(info.index_to_description(index)).emoji for index in range(info.num_classes())]
+    assert sum(emoji != FALLBACK for emoji in found) >= 700
+    assert len(set(found)) > 200
+    assert {found[index] for index in (207, 235, 254)} == {"🐕"}  # retriever, shepherd, pug
+
+
+def test_classes_get_the_nearest_colour_left() -> None:
+    looks = {3: CLASSES[2], 5: CLASSES[2], 8: (190, 190, 190)}
+    given = assign([3, 5, 8, 9], looks.get)
+    assert given[3] == CLASSES[2]
+    assert given[8] == QUIET
+    assert len(set(given.values())) == 4
+
+
+# -------------------------------------------------------------------- packing
+
+
+def test_what_is_packed_comes_out_again() -> None:
+    array = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    packed = pack(array)
+    assert packed["type"] == "float32"
+    np.testing.assert_array_equal(unpacked(packed), array)
+
+
+@pytest.mark.parametrize("size", [7, 60])
+def test_packed_patterns_are_near_the_true_ones(size: int) -> None:
+    pattern = (torch.randn(2, 3, size, size) * 3).softmax(-1)
+    packed = pack_patterns(pattern)
+    weights = (unpacked(packed["share"]) / packed["steps"]) ** 2 * unpacked(packed["top"])[..., None]
+    np.testing.assert_allclose(weights, pattern, atol=float(pattern.max()) * 1.1 / packed["steps"])
+
+
+def test_grouping_patches_sums_keys_and_averages_queries() -> None:
+    layout = TokenLayout(cls=1, registers=1, rows=5, columns=4)
+    pattern = torch.randn(2, 3, 22, 22, dtype=torch.float64).softmax(-1)
+    same, _, side = grouped(pattern, layout, budget=10**6)
+    assert side == 1
+    assert same is pattern
+    small, coarse, side = grouped(pattern, layout, budget=2 * 3 * 8 * 8)
+    assert (side, coarse.rows, coarse.columns, small.shape) == (2, 3, 2, (2, 3, 8, 8))
+    torch.testing.assert_close(small.sum(-1), torch.ones(2, 3, 8, dtype=torch.float64))
+    corner = [2 + row * 4 + column for row in (0, 1) for column in (2, 3)]
+    bottom = [2 + 16, 2 + 17]
+    expected = pattern[:, :, corner][..., bottom].sum(-1).mean(-1)
+    torch.testing.assert_close(small[:, :, 2 + 1, 2 + 4], expected)
+    torch.testing.assert_close(small[:, :, :2, :2], pattern[:, :, :2, :2])
+    assert grouped(pattern, layout, budget=1)[1].n_patches == 1
+
+
+# -------------------------------------------------------------------- page and pictures
+
+
+def test_the_page_holds_what_the_model_computes(tmp_path: Path) -> None:
+    made = model()
+    found = prisma_view.report(made, picture(1), picture(2))
+    page = prisma_view.write_page(found, tmp_path / "page.html")
+    data = data_of(page)
+    logits = made(made.preprocess(picture(1)))[0].detach()
+    assert data["top"][0][0] == int(logits.argmax())
+    assert data["top"][0][1] == pytest.approx(float(logits.max()), abs=1e-3)
+    parts = np.array(data["layers"]["values"]).sum(0) + np.array(data["layers"]["constant"])
+    np.testing.assert_allclose(parts, logits[found.shown], atol=0.01)
+    heads = np.array(data["heads"]["values"]).sum((0, 1)) + np.array(data["heads"]["rest"])
+    np.testing.assert_allclose(heads, logits[found.shown], atol=0.01)
+    lens = unpacked(data["lens"]["logits"])
+    assert lens.shape == (3, 7, 3)
+    assert lens[-1, 0, 0] == pytest.approx(float(logits.max()), abs=0.01)
+    assert set(data["patching"]["change"]) == {"all", "cls"}
+
+
+def test_the_page_is_one_file_and_labels_stay_text(tmp_path: Path) -> None:
+    found = prisma_view.report(model(), picture(1), picture(2))
+    text = prisma_view.write_page(found, tmp_path / "page.html", trained=False).read_text(encoding="utf-8")
+    assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", text)
+    assert "https:" not in text
+    assert "@import" not in text
+    assert "<script>&" not in text.split('id="data">')[1].split("</script>")[0]
+    assert "untrained weights" in text
+    assert len(text) < 500_000
+
+
+def test_the_untrained_note_is_only_where_it_belongs(tmp_path: Path) -> None:
+    found = prisma_view.report(model(), picture(1), picture(2))
+    assert "untrained" not in prisma_view.write_page(found, tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_what_does_not_apply_is_said_on_the_page(tmp_path: Path) -> None:
+    pool = PoolSpec(kind="attention", attn=AttentionSpec(n_heads=2, n_kv_heads=2, d_head=6, scale=0.3))
+    found = prisma_view.report(model(pool=pool, ln_final=None, ln_pool=NormSpec(eps=1e-5)), picture(1), picture(2))
+    assert found.layers is None
+    assert found.lens is not None
+    text = prisma_view.write_page(found, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "pools by attention" in text
+    assert [path.name for path in prisma_view.write_pictures(found, tmp_path)] == [
+        "lens.png", "attention.png", "patching.png",
+    ]  # fmt: skip
+
+
+def test_models_that_are_no_classifiers_or_see_no_pictures_are_refused() -> None:
+    with pytest.raises(NotApplicable, match="classification head"):
+        prisma_view.report(model(n_classes=None), picture(1), picture(2))
+    blind = model()
+    blind.preprocess = None
+    with pytest.raises(InputError, match="preprocess"):
+        prisma_view.report(blind, picture(1), picture(2))
+
+
+@pytest.mark.parametrize("font", [True, False])
+def test_pictures_are_drawn_with_and_without_an_emoji_font(
+    font: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    glyphs.glyph.cache_clear()
+    if not font:
+        monkeypatch.setattr(glyphs, "_font", lambda: None)
+    found = prisma_view.report(model(), picture(1), picture(2))
+    for path in prisma_view.write_pictures(found, tmp_path):
+        with Image.open(path) as drawn:
+            assert len(np.unique(np.asarray(drawn.convert("RGB")).reshape(-1, 3), axis=0)) > 10
+    glyphs.glyph.cache_clear()
+
+
+# -------------------------------------------------------------------- prisma demo
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"file:{prisma.save(model(), tmp_path_factory.mktemp('model'))}"
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+ALL = {"index.html", "lens.png", "attention.png", "attribution.png", "patching.png"}
+
+
+def test_demo_of_a_users_own_pictures(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = tmp_path / "one.gif", tmp_path / "two.png"
+    picture(1).convert("P").save(first)
+    picture(2).convert("RGBA").save(second)
+    out = tmp_path / "new" / "folder"
+    given = ["--model", saved, "--image", str(first), "--other", str(second), "--out", str(out), "--no-open"]
+    assert main(["demo", *given]) == 0
+    assert files(out) == ALL
+    told = capsys.readouterr().out
+    assert str(out / "index.html") in told
+    assert " sees: " in told
+
+
+def test_demo_without_options_needs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--no-open"]) == 0
+    assert files(tmp_path / "prisma-demo") == ALL
+    data = data_of(tmp_path / "prisma-demo" / "index.html")
+    assert data["patching"]["kept"] != data["patching"]["put"]
+
+
+def test_demo_of_a_timm_model(tmp_path: Path) -> None:
+    pytest.importorskip("timm", reason="needs timm: pip install 'prisma[timm]'")
+    assert main(["demo", "--model", "timm:test_vit", "--no-pretrained", "--no-open", "--out", str(tmp_path)]) == 0
+    assert files(tmp_path) == ALL
+    assert "untrained weights" in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--image", "nowhere.png"], "No picture at nowhere.png"),
+        (["--other", "text.png"], "not a picture"),
+        (["--model", "toy:nothing"], "nothing"),
+        (["--model", "nonsense"], "not a reference"),
+        (["--out", "text.png"], "Cannot write into text.png"),
+    ],
+)
+def test_demo_says_what_is_wrong_in_one_line(
+    options: list[str], says: str, saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.png").write_text("no picture")
+    if "--model" not in options:
+        options = [*options, "--model", saved]
+    assert main(["demo", "--no-open", *options]) == 1
+    told = capfd.readouterr()
+    assert says in told.err
+    assert len([line for line in told.err.splitlines() if line.strip()]) == 1
+    assert told.out == ""
+
+
+def test_the_page_opens_only_where_someone_looks(saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    assert main(["demo", "--model", saved, "--out", str(tmp_path)]) == 0
+    assert opened == []
+    assert main(["demo", "--model", saved, "--out", str(tmp_path), "--open"]) == 0
+    assert opened == [(tmp_path / "index.html").resolve().as_uri()]
+
+
+def test_the_command_joins_any_typer_application() -> None:
+    app = typer.Typer()
+    prisma_view.prisma_commands(app)
+    assert [command.callback.__name__ for command in app.registered_commands if command.callback] == ["demo"]
