@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-
-from prisma_core import UnknownName
 from prisma_toy import dsprites, puzzles, sample_scene, scenes
 from prisma_toy.shapes import KINDS, coverage
 from prisma_toy.tasks import TASKS, task
+
+from prisma_core import UnknownName
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -102,7 +102,8 @@ def test_a_scene_says_what_is_visible():
     assert (single.target.max(1).values == 1).all()
     empty = single.target[:, 0] == 1
     assert 10 < empty.sum() < 60
-    assert (single.visible[empty].amax() == 0) and (single.visible[~empty].sum((1, 2, 3)) > 20).all()
+    assert single.visible[empty].amax() == 0
+    assert (single.visible[~empty].sum((1, 2, 3)) > 20).all()
     assert ((single.classes > 0).sum(1) > 1).sum() > 30, "some show several copies"
     assert (drawn.visible.sum(1) <= 1 + 1e-5).all(), "what lies behind is not counted"
 

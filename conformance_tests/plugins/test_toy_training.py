@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from prisma_toy import checkpoints
+from prisma_toy.card import MODEL, command, finish
+from prisma_toy.training import Config, Trainer, start
 from safetensors.torch import load_file
 
 import prisma_core as prisma
 from prisma_core import InputError, LoadError, UnknownName
-from prisma_toy import checkpoints
-from prisma_toy.card import MODEL, command, finish
-from prisma_toy.training import Config, Trainer, start
 
 SMALL: dict[str, Any] = {
     "data": "circle-position", "layers": 2, "d_model": 16, "heads": 2, "steps": 24, "batch": 4, "seed": 5,
@@ -83,42 +83,56 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys
 from pathlib import Path
-from prisma_toy import checkpoints
 from prisma_toy.training import start
-import json
 
-given, folder, moment = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-replace, count = os.replace, 0
+given, folder, moments = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
 
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
+def run(moment):
+    when, number = moment.split("-")
+    replace, count = os.replace, 0
 
-def replacing(source, target):
-    global count
-    count += 1
-    if count == int(moment.split("-")[1]):
-        if moment.startswith("before"):
-            die()
+    def replacing(source, target):
+        nonlocal count
+        count += 1
+        if count == int(number) and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
         replace(source, target)
-        die()
-    replace(source, target)
+        if count == int(number):
+            os.kill(os.getpid(), signal.SIGKILL)
 
-os.replace = replacing
-for _ in start(given, folder, False).run(save_every=0):
-    pass
+    os.replace = replacing
+    for _ in start(given, folder / moment, False).run(save_every=0):
+        pass
+
+for moment in moments:  # nothing has run yet, so forks are clean, and torch is imported once
+    child = os.fork()
+    if not child:
+        run(moment)
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, moment
 """
+MOMENTS = ["before-1", "before-2", "before-3", "after-3", "before-6", "after-11", "before-20"]
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system cannot kill -9")
-@pytest.mark.parametrize("moment", ["before-1", "before-3", "after-6", "before-12"])
-def test_kill_9_in_the_middle_of_writing_loses_nothing(unbroken: Trainer, tmp_path: Path, moment: str):
-    folder = tmp_path / "run"
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, json.dumps(SMALL), str(folder), moment], capture_output=True, timeout=120
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs killed with SIGKILL just before or just after the n-th time that a file or folder is moved into place."""
+    folder = tmp_path_factory.mktemp("killed")
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, json.dumps(SMALL), str(folder), *MOMENTS], capture_output=True, timeout=300
     )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert done.returncode == 0, done.stderr.decode()
+    return folder
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork and no kill -9")
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_kill_9_in_the_middle_of_writing_loses_nothing(unbroken: Trainer, killed: Path, moment: str):
+    folder = killed / moment
+    assert files(folder) != files(unbroken.folder)
     if moment == "before-1":  # not even the configuration was there yet
         with pytest.raises(LoadError, match="no run to resume"):
             start({}, folder, resume=True)
@@ -160,7 +174,7 @@ def test_which_steps_are_kept():
     kept = [step for step in range(5001) if checkpoints.due(step, 5000)]
     assert kept[:9] == [0, 1, 2, 4, 8, 16, 32, 64, 72]
     assert kept[-1] == 5000
-    gaps = [right - left for left, right in zip(kept[7:], kept[8:-1], strict=False)]
+    gaps = [right - left for left, right in pairwise(kept[7:-1])]
     assert gaps == sorted(gaps)
     assert len(kept) < 70
 
@@ -169,7 +183,7 @@ def test_a_folder_in_use_is_not_overwritten(unbroken: Trainer):
     before = files(unbroken.folder)
     with pytest.raises(InputError, match="--resume"):
         start(SMALL, unbroken.folder, resume=False)
-    with pytest.raises(InputError, match="--lr 0.002"):
+    with pytest.raises(InputError, match=r"--lr 0\.002"):
         start({"lr": 0.5, "layers": 2}, unbroken.folder, resume=True)
     assert files(unbroken.folder) == before
 
@@ -252,10 +266,9 @@ def test_the_card_says_how_to_make_it_again(tmp_path: Path):
 
 
 def test_the_command_trains_resumes_and_explains(tmp_path: Path):
+    from prisma_toy.commands import add
     from typer import Typer
     from typer.testing import CliRunner
-
-    from prisma_toy.commands import add
 
     app = Typer()
     app.callback()(lambda: None)
@@ -275,15 +288,11 @@ def test_the_command_trains_resumes_and_explains(tmp_path: Path):
     assert "induction" in listed.output
 
 
-def test_the_environment_has_no_say(unbroken: Trainer, tmp_path: Path):
-    """The number of threads is part of the run, not of the machine."""
-    script = (
-        "import json, sys; from pathlib import Path; from prisma_toy.training import start\n"
-        "for _ in start(json.loads(sys.argv[1]), Path(sys.argv[2]), False).run(): pass"
-    )
-    folder = tmp_path / "run"
-    subprocess.run(
-        [sys.executable, "-c", script, json.dumps(SMALL), str(folder)],
-        check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "2"},
-    )  # fmt: skip
-    assert files(folder) == files(unbroken.folder)
+def test_threads_are_part_of_the_run_not_of_the_machine(unbroken: Trainer, tmp_path: Path):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert same(weights(train(tmp_path / "run")), weights(unbroken))
+        assert torch.get_num_threads() == unbroken.config.threads
+    finally:
+        torch.set_num_threads(before)

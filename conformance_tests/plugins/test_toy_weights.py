@@ -6,10 +6,6 @@ import re
 
 import pytest
 import torch
-
-import prisma_core as prisma
-from prisma_core import HookedViT, InputError, UnknownName
-from prisma_core.plugins import host
 from prisma_toy import sample_scene
 from prisma_toy.card import CARD, command
 from prisma_toy.checkpoints import CONFIG
@@ -17,6 +13,10 @@ from prisma_toy.measure import held_out, patch_logits, two_shape_lens
 from prisma_toy.source import bundled, card_title
 from prisma_toy.tasks import task
 from prisma_toy.training import Config
+
+import prisma_core as prisma
+from prisma_core import HookedViT, InputError, UnknownName
+from prisma_core.plugins import host
 
 BUNDLED = bundled()
 CONFIGS = {name: Config.model_validate_json((folder / CONFIG).read_text()) for name, folder in BUNDLED.items()}
