@@ -13,7 +13,8 @@ from prisma_core.conformance import tolerances
 from prisma_core.conformance.registry import Finding, register
 from prisma_core.conformance.subject import Subject, worst
 from prisma_core.spec import Activation, BlockSpec
-from prisma_core.transformer.block import Block
+from prisma_core.transformer.attention import Attention
+from prisma_core.transformer.block import Block, SideBySide
 from prisma_core.transformer.norm import Norm
 from prisma_core.transformer.vit import HookedViT
 
@@ -53,7 +54,7 @@ def _claims(model: HookedViT, acts: dict[str, Tensor], image: Tensor, logits: Te
     stream = acts.get("hook_ln_pre", acts["hook_full_embed"])
     total = stream
     for index, block in enumerate(model.blocks):
-        assert isinstance(block, Block)
+        assert isinstance(block, Block | SideBySide)
         at = f"blocks.{index}"
         yield f"{at}.hook_resid_pre = the stream so far", acts[f"{at}.hook_resid_pre"], stream
         yield from _block(at, block, acts)
@@ -91,7 +92,7 @@ def _embedding(model: HookedViT, acts: dict[str, Tensor]) -> Iterator[Claim]:
         yield from _norm("ln_pre", model.ln_pre, acts["hook_full_embed"], acts)
 
 
-def _block(at: str, block: Block, acts: dict[str, Tensor]) -> Iterator[Claim]:
+def _block(at: str, block: Block | SideBySide, acts: dict[str, Tensor]) -> Iterator[Claim]:
     spec = block.spec
     pre, attn_out = acts[f"{at}.hook_resid_pre"], acts[f"{at}.hook_attn_out"]
     total = pre + attn_out
@@ -102,35 +103,53 @@ def _block(at: str, block: Block, acts: dict[str, Tensor]) -> Iterator[Claim]:
         total = total + acts[f"{at}.hook_mlp_out"]
     yield f"{at}: resid_post = resid_mid + mlp_out", acts[f"{at}.hook_resid_post"], total
     if spec.kind != "res_post":
-        yield from _norm(f"{at}.ln1", getattr(block, "ln1", None), pre, acts)
-        yield from _norm(f"{at}.ln2", getattr(block, "ln2", None), acts.get(f"{at}.hook_resid_mid"), acts)
-    if f"{at}.attn.hook_z" in acts:
-        yield from _attention(at, block, acts)
-    if spec.mlp is not None and f"{at}.mlp.hook_pre" in acts:
-        yield from _mlp(at, spec, acts)
+        for name, norm in _parts(block, "ln1"):
+            yield from _norm(f"{at}.{name}", norm, pre, acts)
+        for name, norm in _parts(block, "ln2"):
+            yield from _norm(f"{at}.{name}", norm, acts.get(f"{at}.hook_resid_mid"), acts)
+    yield from _attentions(at, block, acts)
+    for name, _ in _parts(block, "mlp"):
+        if f"{at}.{name}.hook_pre" in acts:
+            yield from _mlp(f"{at}.{name}", spec, acts)
 
 
-def _attention(at: str, block: Block, acts: dict[str, Tensor]) -> Iterator[Claim]:
+def _parts(block: Block | SideBySide, part: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each of a block's parts of one kind with its path below the block: one, or several side by side."""
+    found = getattr(block, part, None)
+    if isinstance(found, nn.ModuleList):
+        yield from ((f"{part}.{index}", one) for index, one in enumerate(found))
+    elif found is not None:
+        yield part, found
+
+
+def _attentions(at: str, block: Block | SideBySide, acts: dict[str, Tensor]) -> Iterator[Claim]:
+    total = torch.zeros(())
+    for (name, attn), (_, scale) in zip(_parts(block, "attn"), _parts(block, "ls1"), strict=True):
+        assert isinstance(attn, Attention)
+        yield from _attention(f"{at}.{name}", attn, acts)
+        if f"{at}.{name}.hook_result" not in acts:
+            return
+        out = acts[f"{at}.{name}.hook_result"].sum(2) + attn.b_O
+        if block.spec.kind == "res_post":
+            yield from _norm(f"{at}.ln1", block.ln1, out, acts)
+            out = acts[f"{at}.ln1.hook_normalized"]
+        total = total + out * _gamma(scale)
+    yield f"{at}: heads + bias, scaled = attn_out", acts[f"{at}.hook_attn_out"], total
+
+
+def _attention(at: str, attn: Attention, acts: dict[str, Tensor]) -> Iterator[Claim]:
     def get(name: str) -> Tensor:
-        return acts[f"{at}.attn.{name}"]
+        return acts[f"{at}.{name}"]
 
-    attn = block.attn
     scores, pattern, z = get("hook_attn_scores"), get("hook_pattern"), get("hook_z")
     yield f"{at}: pattern = softmax(scores)", pattern, torch.exp(scores - scores.logsumexp(-1, keepdim=True))
     yield f"{at}: pattern rows sum to 1", pattern.sum(-1) + pattern[..., 0], 1 + pattern[..., 0]
     groups = attn.spec.n_heads // attn.spec.n_kv_heads
-    q, k = (acts.get(f"{at}.attn.hook_rot_{x}", get(f"hook_{x}")) for x in "qk")
+    q, k = (acts.get(f"{at}.hook_rot_{x}", get(f"hook_{x}")) for x in "qk")
     k, v = k.repeat_interleave(groups, 2), get("hook_v").repeat_interleave(groups, 2)
     products = torch.einsum("bqhd,bkhd->bhqk", q, k) * attn.spec.scale
     yield f"{at}: scores = q . k * scale + bias", scores, products + (attn.attn_bias if attn.spec.bias else 0)
     yield f"{at}: pattern v = z", z, torch.einsum("bhqk,bkhd->bqhd", pattern, v)
-    if f"{at}.attn.hook_result" not in acts:
-        return
-    out = get("hook_result").sum(2) + attn.b_O
-    if block.spec.kind == "res_post":
-        yield from _norm(f"{at}.ln1", block.ln1, out, acts)
-        out = acts[f"{at}.ln1.hook_normalized"]
-    yield f"{at}: heads + bias, scaled = attn_out", acts[f"{at}.hook_attn_out"], out * _gamma(block.ls1)
 
 
 def _gamma(scale: nn.Module) -> Tensor:
@@ -139,11 +158,11 @@ def _gamma(scale: nn.Module) -> Tensor:
 
 def _mlp(at: str, spec: BlockSpec, acts: dict[str, Tensor]) -> Iterator[Claim]:
     assert spec.mlp is not None
-    made = ACTIVATIONS[spec.mlp.act](acts[f"{at}.mlp.hook_pre"])
+    made = ACTIVATIONS[spec.mlp.act](acts[f"{at}.hook_pre"])
     if spec.mlp.gated:
-        made = made * acts[f"{at}.mlp.hook_pre_linear"]
+        made = made * acts[f"{at}.hook_pre_linear"]
     held = "hook_mid" if spec.mlp.inner_norm is not None else "hook_post"
-    yield f"{at}: mlp {held} = act(pre)", acts[f"{at}.mlp.{held}"], made
+    yield f"{at}.{held} = act(pre)", acts[f"{at}.{held}"], made
 
 
 def _norm(name: str, norm: object, x: Tensor | None, acts: dict[str, Tensor]) -> Iterator[Claim]:

@@ -99,7 +99,8 @@ class PoolAttention(nn.Module):
         split = (self.spec.n_heads, self.spec.d_head)
         q = self.q(self.latent.expand(x.shape[0], -1, -1)).unflatten(-1, split)
         k, v = (part.unflatten(-1, split) for part in self.kv(x).chunk(2, dim=-1))
-        q, k, v = self.hook_q(self.q_norm(q)), self.hook_k(self.k_norm(k)), self.hook_v(v)
+        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
         z = self.hook_z(self._attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2))
         return self.out(z.flatten(2))
 
