@@ -36,4 +36,4 @@ class Case:
     full: Callable[[], nn.Module] | None = None
     forward: Callable[[nn.Module, Tensor], Tensor] | None = None
     pictures: Callable[[nn.Module], Pictures] | None = None
-    skips: Mapping[str, str] = field(default_factory=dict[str, str])
+    skips: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)
