@@ -222,6 +222,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"file:{prisma.save(model(), tmp_path_factory.mktemp('model'))}"
 
 
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("pictures")
+    picture(1).convert("P").save(folder / "one.gif")
+    picture(2).convert("RGBA").save(folder / "two.png")
+    return folder / "one.gif", folder / "two.png"
+
+
 def files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
@@ -229,13 +237,15 @@ def files(folder: Path) -> set[str]:
 ALL = {"index.html", "lens.png", "attention.png", "attribution.png", "patching.png"}
 
 
-def test_demo_of_a_users_own_pictures(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first, second = tmp_path / "one.gif", tmp_path / "two.png"
-    picture(1).convert("P").save(first)
-    picture(2).convert("RGBA").save(second)
+def options_of(saved: str, pictures: tuple[Path, Path], out: Path) -> list[str]:
+    return ["--model", saved, "--image", str(pictures[0]), "--other", str(pictures[1]), "--out", str(out)]
+
+
+def test_demo_of_a_users_own_pictures(
+    saved: str, pictures: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "new" / "folder"
-    given = ["--model", saved, "--image", str(first), "--other", str(second), "--out", str(out), "--no-open"]
-    assert main(["demo", *given]) == 0
+    assert main(["demo", "--no-open", *options_of(saved, pictures, out)]) == 0
     assert files(out) == ALL
     told = capsys.readouterr().out
     assert str(out / "index.html") in told
@@ -250,9 +260,10 @@ def test_demo_without_options_needs_nothing(tmp_path: Path, monkeypatch: pytest.
     assert data["patching"]["kept"] != data["patching"]["put"]
 
 
-def test_demo_of_a_timm_model(tmp_path: Path) -> None:
+def test_demo_of_a_timm_model(pictures: tuple[Path, Path], tmp_path: Path) -> None:
     pytest.importorskip("timm", reason="needs timm: pip install 'prisma[timm]'")
-    assert main(["demo", "--model", "timm:test_vit", "--no-pretrained", "--no-open", "--out", str(tmp_path)]) == 0
+    given = options_of("timm:test_vit", pictures, tmp_path)
+    assert main(["demo", "--no-pretrained", "--no-open", *given]) == 0
     assert files(tmp_path) == ALL
     assert "untrained weights" in (tmp_path / "index.html").read_text(encoding="utf-8")
 
@@ -268,25 +279,32 @@ def test_demo_of_a_timm_model(tmp_path: Path) -> None:
     ],
 )
 def test_demo_says_what_is_wrong_in_one_line(
-    options: list[str], says: str, saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+    options: list[str],
+    says: str,
+    saved: str,
+    pictures: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Any,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.png").write_text("no picture")
-    if "--model" not in options:
-        options = [*options, "--model", saved]
-    assert main(["demo", "--no-open", *options]) == 1
+    assert main(["demo", "--no-open", *options_of(saved, pictures, tmp_path / "out"), *options]) == 1
     told = capfd.readouterr()
     assert says in told.err
     assert len([line for line in told.err.splitlines() if line.strip()]) == 1
     assert told.out == ""
 
 
-def test_the_page_opens_only_where_someone_looks(saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_opens_only_where_someone_looks(
+    saved: str, pictures: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", opened.append)
-    assert main(["demo", "--model", saved, "--out", str(tmp_path)]) == 0
+    given = options_of(saved, pictures, tmp_path)
+    assert main(["demo", *given]) == 0
     assert opened == []
-    assert main(["demo", "--model", saved, "--out", str(tmp_path), "--open"]) == 0
+    assert main(["demo", *given, "--open"]) == 0
     assert opened == [(tmp_path / "index.html").resolve().as_uri()]
 
 

@@ -54,7 +54,7 @@ class ToySource(Source):
         facts = json.loads((found[rest] / CONFIG).read_text(encoding="utf-8")) if rest in found else {}
         data = facts.get("data", "scenes")
         if data == "scenes":
-            return sample_scene(seed).image
+            return sample_scene(seed + 2).image  # the first one to be seen has two shapes unlike each other
         pixels = task(data).batch(1, "held-out", seed, 0).image[0, 0]
         return fromarray((pixels * 255).round().to(torch.uint8).numpy())
 

@@ -47,8 +47,8 @@ def demo(
         loaded = prisma.load(model, **({} if pretrained else {"pretrained": False}))
     if not isinstance(loaded, HookedViT):
         raise InputError(f"{model} is no vision transformer of Prisma's own form; the page needs one.")
-    first, second = _pictures(loaded, model, image, other)
     _made(out)
+    first, second = _pictures(loaded, model, image, other)
     with console.status("Looking"):
         found = prisma_view.report(loaded, first, second, progress=console.is_terminal)
     with console.status("Drawing"):
