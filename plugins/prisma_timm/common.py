@@ -14,6 +14,7 @@ from prisma_core.adapter import Reader
 from prisma_core.spec import Activation, AttentionSpec, EmbedSpec, Interpolation, MlpSpec, NormSpec, PoolSpec
 
 LAYER_NORMS = ("torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm")
+LAYER_NORMS_FLOAT32 = ("timm.layers.norm.LayerNormFp32",)
 RMS_NORMS = ("timm.layers.norm.RmsNorm", "torch.nn.modules.normalization.RMSNorm")
 RMS_NORMS_FLOAT32 = ("timm.layers.norm.RmsNormFp32",)
 IDENTITY = "torch.nn.modules.linear.Identity"
@@ -36,6 +37,8 @@ IGNORED = {
     "*.num_features": "the width of the head",
     "*.head_hidden_size": "the width of the head",
     "*.fused_attn": "which kernel computes attention",
+    "PatchDropout*.*": "drops in training only",
+    "DropPath.*": "drops in training only",
     "*.drop_path1": "drops in training only",
     "*.drop_path2": "drops in training only",
     "PatchEmbed.num_patches": "the product of grid_size",
@@ -62,6 +65,8 @@ def norm(module: Reader) -> NormSpec | None:
         return None
     if module.is_a(*LAYER_NORMS):
         return NormSpec(kind="ln", eps=module.eps)
+    if module.is_a(*LAYER_NORMS_FLOAT32):
+        return NormSpec(kind="ln", eps=module.eps, in_float32=True)
     if module.is_a(*RMS_NORMS):
         if module.eps is None:
             raise module.unsupported("a norm whose eps depends on the dtype")
@@ -254,21 +259,25 @@ def patch_embed(module: Reader, *, pos: bool, dynamic: bool) -> EmbedSpec:
         raise module.unsupported("its patch embedding")
     if module.dynamic_img_pad:
         raise module.unsupported("padding of images")
-    proj = module.proj
-    if not proj.is_a("torch.nn.modules.conv.Conv2d") or proj.kernel_size != proj.stride:
-        raise proj.unsupported("patches that overlap")
-    if (*proj.padding, *proj.dilation, proj.groups, proj.padding_mode) != (0, 0, 1, 1, 1, "zeros"):
-        raise proj.unsupported("a patch projection that pads, skips or splits pixels")
+    plain_patches(module.proj)
     if module.img_size is None:
         raise module.unsupported("no native image size")
     any_size = not module.strict_img_size
     return EmbedSpec(
         patch=module.patch_size,
-        in_channels=proj.in_channels,
+        in_channels=module.proj.in_channels,
         norm=norm(module.norm),
         pos=pos,
         interpolation=Interpolation() if dynamic and any_size else None,
     )
+
+
+def plain_patches(proj: Reader) -> None:
+    """Refuse a projection that does more than cut a picture into patches and multiply each with a matrix."""
+    if not proj.is_a("torch.nn.modules.conv.Conv2d") or proj.kernel_size != proj.stride:
+        raise proj.unsupported("patches that overlap")
+    if (*proj.padding, *proj.dilation, proj.groups, proj.padding_mode) != (0, 0, 1, 1, 1, "zeros"):
+        raise proj.unsupported("a patch projection that pads, skips or splits pixels")
 
 
 def attention_pool(module: Reader, *, with_prefix: bool) -> PoolSpec:
