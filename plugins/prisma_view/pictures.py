@@ -145,9 +145,9 @@ def attribution(found: Report) -> Image.Image:
         pen.line((middle, top - 2, middle, top + 28), fill=SOFT)
         box = (middle, top + 2, middle + width, top + 22) if value > 0 else (middle - width, top + 2, middle, top + 22)
         pen.rounded_rectangle(box, 3, fill=MORE if value > 0 else LESS)
-        _text(sheet, (660, top), f"{value:+.2f}", 20, SOFT)
+        _text(sheet, (660, top), _signed(value, 2), 20, SOFT)
     if grid is not None:
-        _text(sheet, (830, 108), "each head", 20, SOFT)
+        _text(sheet, (830, 84), "each head: one row a block, one column a head", 20, SOFT)
         _heat(sheet, grid, (830, 150), 560)
     return sheet
 
@@ -158,7 +158,7 @@ def patching(found: Report) -> Image.Image:
     where, change = next(iter(found.patching.change.items()))
     guess = found.patching.guess[where]
     kept, put = found.symbol(found.patching.kept), found.symbol(found.patching.put)
-    sheet = _sheet(1280, max(660, 170 + _grid_size(change, 620)[1] + MARGIN))
+    sheet = _sheet(1280, max(470, 170 + _grid_size(change, 620)[1] + MARGIN))
     _text(sheet, (MARGIN, 30), "One head from another picture", 34)
     words = f"what it does to the lead of {kept.name} over {put.name}, {found.patching.before:+.1f}"
     _text(sheet, (MARGIN, 78), f"{words}; an emoji marks a new answer", 20, SOFT)
@@ -225,6 +225,11 @@ def _scaled(share: np.ndarray) -> np.ndarray:
     return np.stack(channels, -1).round().astype(np.uint8)
 
 
+def _signed(value: float, digits: int) -> str:
+    text = f"{value:+.{digits}f}"
+    return text if float(text) else text[1:]
+
+
 def _grid_size(values: Tensor, width: int) -> tuple[int, int]:
     layers, heads = values.shape
     step = min(96, (width - 40) // heads)
@@ -245,11 +250,12 @@ def _heat(
             left, top = at[0] + 36 + head * step, at[1] + layer * step
             if layer == 0:
                 _text(sheet, (left + step // 2 - 8, top - 26), str(head), 18, SOFT)
-            colour = blend(ZERO, MORE if value > 0 else LESS, (abs(value) / most) ** 0.5)
+            strength = (abs(value) / most) ** 0.5
+            colour = blend(ZERO, MORE if value > 0 else LESS, strength)
             pen.rounded_rectangle((left, top, left + step - 4, top + step - 4), 7, fill=colour)
             drawn = glyph(marks[layer][head], step // 2) if marks and marks[layer][head] else None
             if drawn is not None:
                 sheet.paste(drawn, (left + step // 4 - 2, top + step // 10), drawn)
             if step >= 60:
                 lower = step * 5 // 8 if drawn else step // 2 - 12
-                _text(sheet, (left + step // 2 - 24, top + lower), f"{value:+.1f}", 18)
+                _text(sheet, (left + step // 2 - 20, top + lower), _signed(value, 1), 18, PAPER if strength > 0.75 else INK)

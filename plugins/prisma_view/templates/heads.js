@@ -41,6 +41,7 @@ if (data.layers) {
       const [layer, head] = [Math.floor(at / every[0].length), at % every[0].length];
       cell.style.background = diverging(share(flat[at], largest));
       cell.textContent = every[0].length <= 8 ? signed(flat[at]) : "";
+      cell.classList.toggle("strong", Math.abs(share(flat[at], largest)) > 0.75);
       cell.classList.toggle("best", at === best);
       cell.setAttribute("aria-label", `Block ${layer}, head ${head}: ${signed(flat[at], 2)}`);
     });
@@ -87,6 +88,7 @@ if (data.patching) {
       cell.style.background = diverging(share(flat[at], largest));
       cell.replaceChildren(...(said === data.top[0][0] ? [] : [make("b", { textContent: emoji(said) })]), heads <= 8 ? signed(flat[at]) : "");
       cell.classList.toggle("best", at === best);
+      cell.classList.toggle("strong", Math.abs(share(flat[at], largest)) > 0.75);
       cell.setAttribute("aria-label", `Block ${layer}, head ${head}: ${signed(flat[at], 2)}, the model says ${className(said)}`);
     });
     document.querySelectorAll(".words[data-where]").forEach((words) => { words.hidden = words.dataset.where !== where; });
