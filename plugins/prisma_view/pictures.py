@@ -258,4 +258,5 @@ def _heat(
                 sheet.paste(drawn, (left + step // 4 - 2, top + step // 10), drawn)
             if step >= 60:
                 lower = step * 5 // 8 if drawn else step // 2 - 12
-                _text(sheet, (left + step // 2 - 20, top + lower), _signed(value, 1), 18, PAPER if strength > 0.75 else INK)
+                ink = PAPER if strength > 0.75 else INK
+                _text(sheet, (left + step // 2 - 20, top + lower), _signed(value, 1), 18, ink)
