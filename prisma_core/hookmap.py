@@ -16,18 +16,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from prisma_core.errors import PrismaError
 
+_MARK = re.compile(r"\{\w+\}")
 _PLACE = re.compile(r"(?P<module>[\w.{}]*)(\s*@\s*(?P<function>\w+)(#(?P<call>\d+))?)?(\s*:\s*(?P<side>out|in\d*))?")
 
 
@@ -98,7 +98,10 @@ class HookMap:
             hook, _, how = rest.partition(" : ")
             if not arrow or not hook.strip():
                 raise PrismaError(f"{line!r} is not a row: expected 'PLACE -> HOOK POINT : EINOPS'.")
-            Place.parse(place.replace("{l}", "0"))
+            if unbound := set(_MARK.findall(place)) - set(_MARK.findall(hook)):
+                marks = ", ".join(sorted(unbound))
+                raise PrismaError(f"{line!r}: {marks} stands in the place but not in the hook point.")
+            Place.parse(_MARK.sub("0", place))
             rows.append((place.strip(), hook.strip(), how.strip()))
         return cls(tuple(rows), sizes)
 
@@ -132,37 +135,41 @@ class Recorder:
         self._inside: list[tuple[str, Counter[str]]] = []
 
     def __enter__(self) -> dict[Place, Tensor]:
-        modules = dict(self.model.named_modules())
+        modules = dict(cast("Iterator[tuple[str, nn.Module]]", self.model.named_modules()))
         missing = sorted({place.module for place in self.places} - set(modules))
         if missing:
             raise PrismaError(f"The upstream model has no module {missing[0]!r}; the hook map names it.")
         by_module: dict[str, list[Place]] = {}
         for place in self.places:
             by_module.setdefault(place.module, []).append(place)
-        for name, places in by_module.items():
-            module = modules[name]
-            if any(place.function for place in places):
-                self._stack.callback(module.register_forward_pre_hook(self._enter(name)).remove)
-            self._stack.callback(module.register_forward_hook(self._leave(name, places)).remove)
-        if any(place.function for place in self.places):
+        functions = any(place.function for place in self.places)
+        for name, module in modules.items():
+            places = by_module.get(name, [])
+            if functions or places:  # a function belongs to the innermost module, so every module has to be followed
+                self._stack.callback(module.register_forward_pre_hook(self._enter(name, places)).remove)
+                self._stack.callback(module.register_forward_hook(self._leave(places)).remove)
+        if functions:
             self._stack.enter_context(_Watch(self))
         return self.seen
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
+        self._inside.clear()
 
-    def _enter(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
+    def _enter(self, name: str, places: list[Place]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             self._inside.append((name, Counter()))
+            for place in places:
+                if place.function is None and place.side != "out":
+                    self.note(place, args, None)  # now, for the module may go on to edit its input in place
 
         return hook
 
-    def _leave(self, name: str, places: list[Place]) -> Callable[..., None]:
+    def _leave(self, places: list[Place]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-            if self._inside and self._inside[-1][0] == name:
-                self._inside.pop()
+            self._inside.pop()
             for place in places:
-                if place.function is None:
+                if place.function is None and place.side == "out":
                     self.note(place, args, result)
 
         return hook
@@ -195,6 +202,5 @@ class _Watch(TorchFunctionMode):
         given = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args) if watched else ()
         result = func(*args, **(kwargs or {}))
         if watched:
-            with torch._C.DisableTorchFunction():
-                self.recorder.called(name, given, result)
+            self.recorder.called(name, given, result)
         return result

@@ -10,17 +10,18 @@ A table has one rule a line::
     rel_pos.table                        ->  attn_bias               : {gather}
     ignore  rel_pos.index                :   derived from the window size
 
-``{l}`` stands for a number, ``{*}`` for any rest. Several sources are joined along the first axis, several targets split
-it. ``zeros`` and ``ones`` fill what upstream lacks, alone, in a list, or after ``|`` where the source may be missing.
+``{l}`` stands for a number, ``{*}`` for any rest. Several sources are joined along the first axis, several targets
+split it. ``zeros`` and ``ones`` fill what upstream lacks, alone, in a list, or after ``|`` where the source may be
+missing.
 Behind the colon stands an einops pattern for each source, or the name of a function of the sources.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from einops import EinopsError, rearrange
@@ -35,9 +36,14 @@ _MARK = re.compile(r"\\\{(\w+|\\\*)\\\}")
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
+    seen: set[str] = set()
+
     def group(match: re.Match[str]) -> str:
-        name = match.group(1)
-        return r"(?P<rest>.+)" if name == r"\*" else rf"(?P<{name}>\d+)"
+        name = "rest" if match.group(1) == r"\*" else match.group(1)
+        if name in seen:
+            return f"(?P={name})"
+        seen.add(name)
+        return r"(?P<rest>.+)" if name == "rest" else rf"(?P<{name}>\d+)"
 
     return re.compile(_MARK.sub(group, re.escape(pattern)))
 
@@ -134,8 +140,8 @@ class WeightMap:
             state.update(self._make(item, upstream, shapes))
         return {name: state[name] for name in shapes}
 
-    def _choose(self, upstream: Iterable[str], targets: Iterable[str]) -> Iterator[_Chosen]:
-        present = set(upstream)
+    def _choose(self, upstream: Iterable[str], targets: Collection[str]) -> Iterator[_Chosen]:
+        present, wanted = set(upstream), set(targets)
         compiled = [(rule, [_regex(target) for target in rule.targets]) for rule in self.rules]
         seen: set[Rule] = set()
         unfilled: list[str] = []
@@ -155,6 +161,8 @@ class WeightMap:
             if rule in seen:
                 continue
             seen.add(rule)
+            if beyond := [target for target in rule.targets if target not in wanted]:
+                raise WeightMapError(f"{rule} makes {_listed(beyond)}, which the canonical model does not have.")
             sources = [next((n for n in options if n in present or n in _CONSTANTS), None) for options in rule.sources]
             if None in sources:
                 lacking = [options[0] for options, got in zip(rule.sources, sources, strict=True) if got is None]
@@ -201,6 +209,9 @@ class WeightMap:
             parts = {name: self._rearranged(rule, upstream[name]) for name in item.tensors}
             rows = sum(map(_rows, wanted)) - sum(_rows(part.shape) for part in parts.values())
             tail = wanted[0][1:]
+            if rows < 0 or (len(item.sources) > 1 and any(part.shape[1:] != tail for part in parts.values())):
+                came = {source: list(part.shape) for source, part in parts.items()}
+                raise WeightMapError(f"{rule}: {came} cannot be joined into {[list(shape) for shape in wanted]}.")
             pieces = [
                 parts[name]
                 if name in parts
@@ -211,7 +222,7 @@ class WeightMap:
         lengths = [_rows(shape) for shape in wanted]
         if len(wanted) > 1 and joined.shape[0] != sum(lengths):
             raise WeightMapError(f"{rule}: {joined.shape[0]} rows cannot be split into {lengths}.")
-        outcome = dict(zip(rule.targets, joined.split(lengths) if len(wanted) > 1 else [joined], strict=True))
+        outcome = dict(zip(rule.targets, torch.split(joined, lengths) if len(wanted) > 1 else [joined], strict=True))
         for name, tensor in outcome.items():
             if tensor.shape != shapes[name]:
                 came = {source: list(upstream[source].shape) for source in item.tensors}
@@ -277,7 +288,8 @@ class WeightMap:
             for name in item.tensors
         }
         rest = joined.shape[0] - sum(rows.values()) if joined.ndim else 0
-        pieces = joined.split([rows.get(name, rest) for name in item.sources]) if len(item.sources) > 1 else [joined]
+        lengths = [rows.get(name, rest) for name in item.sources]
+        pieces = torch.split(joined, lengths) if len(lengths) > 1 else [joined]
         state: dict[str, Tensor] = {}
         for name, piece in zip(item.sources, pieces, strict=True):
             if name in _CONSTANTS:
@@ -294,18 +306,20 @@ class WeightMap:
     def pull_back(self, upstream: State, gradients: State) -> dict[str, Tensor]:
         """Return the gradients by upstream's tensors of a loss with these gradients by the canonical ones."""
         leaves = {
-            name: tensor.detach().clone().requires_grad_(tensor.is_floating_point()) for name, tensor in upstream.items()
+            name: tensor.detach().clone().requires_grad_(tensor.is_floating_point())
+            for name, tensor in upstream.items()
         }
         made = self.forward(leaves, {name: tensor.shape for name, tensor in gradients.items()})
         names = [name for name in gradients if made[name].requires_grad]
         inputs = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-        grads = torch.autograd.grad(
+        found = torch.autograd.grad(
             [made[name] for name in names],
             list(inputs.values()),
             [gradients[name].to(made[name]) for name in names],
             allow_unused=True,
         )
-        return {name: grad for name, grad in zip(inputs, grads, strict=True) if grad is not None}
+        grads = zip(inputs, cast("tuple[Tensor | None, ...]", found), strict=True)
+        return {name: grad for name, grad in grads if grad is not None}
 
 
 def _rows(shape: torch.Size) -> int:

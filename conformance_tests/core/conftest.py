@@ -134,27 +134,28 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(autouse=True)
-def _in_float64() -> Iterator[None]:
+@pytest.fixture
+def in_float64() -> Iterator[None]:
+    """Whatever a test makes is float64."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture
-def make() -> Callable[..., HookedViT]:
+def make(in_float64: None) -> Callable[..., HookedViT]:
     """Build a model of these facts."""
     return build
 
 
 @pytest.fixture
-def vit() -> HookedViT:
+def vit(in_float64: None) -> HookedViT:
     """A plain model with layer scale and registers."""
     return build(scale=True, registers=2)
 
 
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
-def variant(request: pytest.FixtureRequest) -> HookedViT:
+def variant(request: pytest.FixtureRequest, in_float64: None) -> HookedViT:
     """Each kind of model in turn."""
     return build(**request.param)
 

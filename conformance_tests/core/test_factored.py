@@ -8,6 +8,7 @@ import torch
 from prisma_core import InputError, NotApplicable
 from prisma_core.factored import FactoredMatrix
 
+pytestmark = pytest.mark.usefixtures("in_float64")
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
 
