@@ -24,7 +24,7 @@ def pack(array: Any) -> dict[str, Any]:
     """Return an array as JSON: its type, its shape, and its bytes, compressed and in base64."""
     array = np.ascontiguousarray(array)
     array = array.astype(array.dtype.newbyteorder("<"))
-    data = base64.b64encode(zlib.compress(array.tobytes(), 9)).decode()
+    data = base64.b64encode(zlib.compress(array.tobytes(), 6)).decode()
     return {"type": array.dtype.name, "shape": list(array.shape), "data": data}
 
 
@@ -68,7 +68,7 @@ def pack_patterns(pattern: Tensor) -> dict[str, Any]:
     A weight is ``(step / steps)**2 * top``. Large sets of patterns get fewer steps.
     """
     top = pattern.amax(-1)
-    steps = 255 if pattern.numel() <= BUDGET // 4 else 20
+    steps = 255 if pattern.numel() <= BUDGET // 4 else 15
     share = (pattern / top[..., None].clamp_min(1e-12)).clamp(0, 1).sqrt()
     return {
         "steps": steps,
