@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
@@ -42,8 +43,8 @@ def check(
     """Prove that a model computes what its upstream computes, and that its hooks are live.
 
     Args:
-        target: a reference (``timm:vit_tiny_patch16_224``), an upstream module, a hooked model, an adapter (all its
-            cases) or a case. Weights are drawn on a copy; the target is never changed.
+        target: a reference (``timm:vit_tiny_patch16_224``), a case or an adapter (all its cases), whose weights are
+            drawn; or an upstream module or hooked model, with the weights it has. The target is never changed.
         checks: names or globs; None for all but those that are too slow to run unasked.
         upstream: the module a hooked model was adapted from, where it came from no reference.
         adapter: to use instead of the installed one.
@@ -157,7 +158,7 @@ def _case(
     if isinstance(target, str):
         return *_referenced(target, full=full, pretrained=pretrained), not pretrained
     if isinstance(target, HookedViT):
-        module = upstream if upstream is not None else _rebuilt(target)
+        module = _rebuilt(target, upstream)
         return Case(qualified_name(module), lambda: module), target.reference, False
     if isinstance(target, Hooked):
         raise PrismaError(f"{type(target).__name__} was adapted from no upstream model: there is nothing to compare.")
@@ -181,14 +182,18 @@ def _referenced(reference: str, *, full: bool, pretrained: bool) -> tuple[Case, 
     return Case(reference, build), reference
 
 
-def _rebuilt(model: HookedViT) -> nn.Module:
-    if model.origin is None or model.reference is None or model.reference.startswith("file:"):
+def _rebuilt(model: HookedViT, upstream: nn.Module | None) -> nn.Module:
+    """Return an upstream module with the hooked model's present weights."""
+    if upstream is not None:
+        built = copy.deepcopy(upstream)
+    elif model.origin is None or model.reference is None or model.reference.startswith("file:"):
         raise PrismaError(
             "This hooked model does not know its upstream module. Give it: check(model, upstream=module); "
             "or check the upstream module itself."
         )
-    source, _, rest = model.reference.partition(":")
-    built = host().source(source).load(rest, pretrained=False).model
+    else:
+        source, _, rest = model.reference.partition(":")
+        built = host().source(source).load(rest, pretrained=False).model
     built.load_state_dict(export(model), strict=True)
     return built
 

@@ -1,0 +1,123 @@
+"""The kit's own parts: selection, drawn weights, certificates, the table, and every kind of target."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+import prisma_core as prisma
+from prisma_core import PrismaError, UnknownName
+from prisma_core.conformance import (
+    CHECKS,
+    Certificate,
+    CheckFailed,
+    CheckResult,
+    check,
+    randomise,
+    read_certificates,
+    select,
+    write_certificates,
+)
+from prisma_core.conformance.pytest import summary
+from prisma_core.conformance.run import subjects
+from prisma_core.conformance.table import supported, write_table
+
+pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma[timm]'")
+
+from .mutants import CASES, built
+from .table import MUTANTS
+
+FAST = ["parity.logits", "weights.*"]
+
+
+def test_checks_are_selected_by_name_and_glob() -> None:
+    assert [one.name for one in select("weights.*")] == ["weights.accounted", "weights.roundtrip"]
+    assert {one.name for one in select()} == set(CHECKS) - {"compile"}
+    assert [one.name for one in select("compile")] == ["compile"]
+    with pytest.raises(UnknownName, match=r"Did you mean parity\.logits"):
+        select("parity.logit")
+
+
+def test_draws_are_the_same_for_a_seed_and_leave_nothing_at_its_default() -> None:
+    upstream, _ = built("plain")
+    before = copy.deepcopy(upstream.state_dict())
+    once, again, other = (randomise(copy.deepcopy(upstream), torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    for name, tensor in once.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+        assert not torch.equal(tensor, other.state_dict()[name]), name
+        assert tensor.std() > 0.05, name
+    eps = [part.eps for part in once.modules() if hasattr(part, "eps")]
+    assert len(set(eps)) == len(eps) > 3
+    assert all(torch.equal(tensor, before[name]) for name, tensor in upstream.state_dict().items())
+
+
+def test_every_kind_of_target_is_checked() -> None:
+    upstream, adapter = built("plain")
+    own = check(upstream, checks=FAST)
+    assert own.passed, str(own)
+    assert own.certificate.weights == "own"
+    hooked = prisma.adapt(upstream)
+    assert check(hooked, upstream=upstream, checks=FAST).passed
+    with pytest.raises(PrismaError, match="upstream=module"):
+        check(hooked)
+    case = check(CASES["plain"], adapter=adapter, checks=FAST)
+    assert case.passed
+    assert case.certificate.weights == "random"
+    with pytest.raises(UnknownName):
+        check("no-such-reference")
+
+
+def test_a_hooked_model_is_checked_with_its_present_weights() -> None:
+    upstream, _ = built("plain")
+    hooked = prisma.adapt(upstream)
+    with torch.no_grad():
+        hooked.head.bias.add_(1)
+    subject, _ = next(subjects(hooked, upstream=upstream))
+    assert torch.equal(subject.base.head.bias, hooked.head.bias)
+    assert not torch.equal(upstream.head.bias, hooked.head.bias)
+
+
+def test_a_failed_report_raises_with_the_numbers() -> None:
+    subject = next(mutant for mutant in MUTANTS if mutant.name == "q and k swapped").subject()
+    report = check(CASES["plain"], adapter=subject.adapter, checks="parity.logits")
+    report.raise_for_failures()  # the mistake is in the making, not in the adapter
+    wrong = next(mutant for mutant in MUTANTS if mutant.name == "tanh gelu for erf gelu").subject()
+    report = check(CASES["plain"], adapter=wrong.adapter, checks="parity.logits")
+    with pytest.raises(CheckFailed, match=r"plain: parity\.logits: FAILED error .*e-0"):
+        report.raise_for_failures()
+
+
+def test_certificates_and_the_table_made_of_them(tmp_path: Path) -> None:
+    certificate = check(CASES["averaged"], checks=FAST).certificate
+    failed = certificate.model_copy(
+        update={"name": "broken", "results": (CheckResult(name="parity.logits", passed=False, error=0.5, bound=1e-10),)}
+    )
+    path = write_certificates([failed, certificate], tmp_path / "timm.jsonl")
+    back = read_certificates(path)
+    assert [one.name for one in back] == ["averaged", "broken"]
+    assert back[0].passed
+    assert not back[1].passed
+    assert back[0].facts == certificate.facts
+    page = write_table(tmp_path).read_text(encoding="utf-8")
+    assert page == supported(back)
+    assert "1 of 2 architectures pass" in page
+    assert "| broken | 5e-01 |  |  | 0 of 1; fails parity.logits |" in page
+
+
+def test_the_summary_counts_what_ran() -> None:
+    passed = CheckResult(name="parity.logits", passed=True, error=1e-12, bound=1e-10)
+    skipped = CheckResult(name="preprocess", passed=False, skipped="no transform")
+    common = {"upstream": "a.B", "library": "a", "version": "1", "torch": "2"}
+    certificates = [
+        Certificate(name="x", facts="1", results=(passed, skipped), **common),
+        Certificate(
+            name="y", facts="1", results=(passed.model_copy(update={"passed": False, "error": 1.0}),), **common
+        ),
+    ]
+    lines = summary("zoo", 3, certificates)
+    assert lines[0] == "1 of 3 zoo architectures passed, with 1 distinct combinations of facts"
+    assert lines[1].strip() == "parity.logits: 1 of 2, worst error 1.0e+00 of at most 1e-10"
+    assert lines[2].strip() == "preprocess: 0 of 0; 1 skipped: no transform"
