@@ -18,8 +18,19 @@ from prisma_lens import (
 from torch import Tensor
 
 from prisma_core import HookedViT, InputError, ModelSpec, NotApplicable, TokenLayout, UnknownName
-from prisma_core.spec import AttentionSpec, BlockSpec, EmbedSpec, MlpSpec, NormSpec, PoolSpec
+from prisma_core.spec import (
+    AttentionSpec,
+    BlockSpec,
+    EmbedSpec,
+    Interpolation,
+    MlpSpec,
+    NormSpec,
+    PoolSpec,
+    RopeGrid,
+    RopeSpec,
+)
 
+ANY_SIZE = Interpolation()
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
@@ -191,6 +202,23 @@ def test_each_head_is_patched_as_by_hand(pos: object, batch_size: int) -> None:
             torch.testing.assert_close(effects[layer, head], metric(patched) - metric(model(clean)), **EXACT)
             if layer == 0:  # in the last layer, only what the class token gathers counts
                 assert effects[layer, head].abs().min() > 1e-6
+
+
+def test_heads_of_a_larger_picture_are_patched_with_its_own_rotary_positions() -> None:
+    grid = RopeGrid(coordinates="index", waves=(0.7,))
+    model = vit(rope=RopeSpec(layout="half", grid=grid), embed=EmbedSpec(patch=(4, 4), interpolation=ANY_SIZE))
+    generator = torch.Generator().manual_seed(1)
+    # As many patches as the native picture has, so that tables of the wrong grid would fit.
+    clean, other = torch.randn(2, 1, 3, 12, 8, dtype=torch.float64, generator=generator)
+    metric = logit_difference(4, 2)
+    _, cache = model.run_with_cache(other)
+
+    def swap(z: Tensor, at: object) -> None:
+        z[:, :, 2] = cache["z", 0][:, :, 2]
+
+    patched = model.run_with_hooks(clean, hooks={("z", 0): swap})
+    effect = patch_heads(model, clean, other, metric)[0, 2]
+    torch.testing.assert_close(effect, metric(patched) - metric(model(clean)), **EXACT)
 
 
 def test_attentions_side_by_side_line_up_their_heads_in_a_layer() -> None:
