@@ -46,6 +46,12 @@ def finish(trainer: Trainer, n: int = 4096) -> Score:
     return score
 
 
+def _length(trainer: Trainer) -> str:
+    if trainer.step == trainer.config.steps:
+        return f"{trainer.step} steps"
+    return f"checkpoint step-{trainer.step:06d} of that run of {trainer.config.steps} steps"
+
+
 def text(trainer: Trainer, score: Score) -> str:
     """Return the card."""
     config, spec, task = trainer.config, trainer.model.spec, trainer.task
@@ -62,7 +68,7 @@ def text(trainer: Trainer, score: Score) -> str:
         f"- Model: d_model {config.d_model}, {config.heads} heads, patches of {task.patch} pixels, {size:,} "
         "parameters. The head reads the mean of all tokens.",
         f"- Command: `{command(config, trainer.folder.name)}`",
-        f"- Seed: {config.seed}; {trainer.step} steps of {config.batch} pictures.",
+        f"- Seed: {config.seed}; {_length(trainer)} of {config.batch} pictures.",
         f"- Held-out accuracy: {score}, on pictures drawn from chances that no training run uses.",
     ]
     if trainer.trains_patches:

@@ -67,7 +67,7 @@ def _one_hot(index: Tensor, n: int) -> Tensor:
 
 
 def _scenes() -> Task:
-    size, patch = 64, 8
+    size, patch = 96, 8
 
     def draw(n: int, generator: torch.Generator, training: bool) -> Batch:
         drawn = scenes.draw(n, size, generator, two=0.3 if training else 0.0)
