@@ -18,7 +18,7 @@ from prisma_timm import rope as ropes
 
 EMBEDS = "timm.models.naflexvit.NaFlexEmbeds"
 EVA_BLOCK = "timm.models.eva.EvaBlock"
-LINEAR, CONV = "torch.nn.modules.linear.Linear", "torch.nn.modules.conv.Conv2d"
+LINEAR = "torch.nn.modules.linear.Linear"
 HOOKS = """
     embeds.norm      ->  hook_embed
     embeds.norm      ->  embed.norm.hook_normalized
@@ -59,6 +59,7 @@ class NaFlexVitAdapter(Adapter):
         "NaFlexEmbeds.embed_dim": "read from the model",
         "NaFlexEmbeds.has_class_token": "read from the class token",
         "NaFlexEmbeds.num_reg_tokens": "read from the registers",
+        "NaFlexEmbeds.channels_last": "read where patches are projected by a linear layer",
         "NaFlexEmbeds.flatten": "how patches are laid out in memory between modules",
         "NaFlexEmbeds.default_img_size": "the configuration says the native size",
     }
@@ -177,7 +178,9 @@ def _embed(embeds: Reader, native: tuple[int, int]) -> EmbedSpec:
         raise embeds.unsupported("a norm of pixels")
     if embeds.dynamic_img_pad:
         raise embeds.unsupported("padding of images")
-    if not embeds.proj.is_a(LINEAR if embeds.is_linear else CONV):
+    if not embeds.is_linear:
+        common.plain_patches(embeds.proj)
+    elif not embeds.proj.is_a(LINEAR):
         raise embeds.proj.unsupported("its patch projection")
     kind = embeds.pos_embed_type
     if kind not in ("learned", "factorized", "none"):

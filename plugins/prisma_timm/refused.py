@@ -36,4 +36,4 @@ def _reason(upstream: Reader) -> UnsupportedArchitecture:
                 return block.attn.unsupported("a bias that depends on the queries")
         return upstream.neck.unsupported("convolutions behind the blocks")
     encoder = upstream.encoder if upstream.has("encoder") else upstream
-    return next(iter(encoder.blocks)).unsupported("norms both before and after attention and MLP")
+    return next(iter(encoder.blocks)).unsupported("sandwich norms, before and after attention and MLP")
