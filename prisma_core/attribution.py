@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from einops import einsum
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError, NotApplicable, UnknownName, suggest
@@ -36,11 +37,11 @@ class LogitAttribution(Mapping[str, Tensor]):
 
     def apply_ln_to_stack(
         self,
-        residual_stack: Tensor,
+        residual_stack: Float[Tensor, "component *batch pos d_model"],
         layer: int | None = None,
         mlp_input: bool = False,
         pos_slice: Index | str | None = None,
-    ) -> Tensor:
+    ) -> Float[Tensor, "component *batch pos d_model"]:
         """Return a stack as the norm that reads the stream would leave it, its scale frozen at the cached one.
 
         The norm is then linear: components stay components, and the biases of the norm are left out (for the logits,
@@ -62,12 +63,12 @@ class LogitAttribution(Mapping[str, Tensor]):
 
     def logit_attrs(
         self,
-        residual_stack: Tensor,
+        residual_stack: Float[Tensor, "component *batch pos d_model"],
         classes: Classes,
         against: Classes | None = None,
         pos_slice: Index | str | None = None,
         per_token: bool = False,
-    ) -> Tensor:
+    ) -> Float[Tensor, " component *read"]:
         """Return what each component adds to a logit: ``[component batch]``.
 
         The final norms are applied with their cached scales, then the model's own pooling, then the head. Over a full
@@ -93,7 +94,7 @@ class LogitAttribution(Mapping[str, Tensor]):
             attrs = attrs + (of_head if pooled is None else of_head * self._shares(pooled, normed, pos_slice))
         return attrs if per_token or heads[0][1] is None else attrs.sum(-1)
 
-    def logit_constant(self, classes: Classes, against: Classes | None = None) -> Tensor:
+    def logit_constant(self, classes: Classes, against: Classes | None = None) -> Float[Tensor, " *read"]:
         """Return the part of a logit that is in no component: the biases of the final norms and the head, ``[batch]``.
 
         Args:

@@ -6,10 +6,11 @@ TransformerLens'; ``layer`` is the block whose input is decomposed, and None or 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 import torch
 from einops import einsum, rearrange
+from jaxtyping import Float
 from torch import Tensor
 
 from prisma_core.attribution import Branch, LogitAttribution, block_of, branches, positions_of
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from prisma_core.transformer.attention import Attention
     from prisma_core.transformer.mlp import MLP
 
-Labelled = tuple[Tensor, list[str]]
+Stack: TypeAlias = Float[Tensor, "component *batch pos d_model"]
+Labelled: TypeAlias = tuple[Stack, list[str]]
 
 
 class Decompositions(LogitAttribution):
@@ -35,7 +37,7 @@ class Decompositions(LogitAttribution):
         pos_slice: Index | str | None = None,
         incl_embeds: bool = True,
         return_labels: bool = False,
-    ) -> Tensor | Labelled:
+    ) -> Stack | Labelled:
         """Return what was added to the stream before a layer, one component each.
 
         Components are ``embed`` and ``pos_embed`` (or ``ln_pre``, where a norm of the embedding starts the stream),
@@ -81,7 +83,7 @@ class Decompositions(LogitAttribution):
         pos_slice: Index | str | None = None,
         mlp_input: bool = False,
         return_labels: bool = False,
-    ) -> Tensor | Labelled:
+    ) -> Stack | Labelled:
         """Return the stream itself before every block up to a layer: ``0_pre``, ``0_mid``, ..., ``final_post``.
 
         Args:
@@ -114,7 +116,7 @@ class Decompositions(LogitAttribution):
         incl_remainder: bool = False,
         pos_slice: Index | str | None = None,
         apply_ln: bool = False,
-    ) -> Tensor | Labelled:
+    ) -> Stack | Labelled:
         """Return what each head of every block before a layer adds to the stream: ``L0H0``, ``L0H1``, ...
 
         Layer scale is applied; attention's output bias belongs to no head and is in the remainder.
@@ -152,7 +154,7 @@ class Decompositions(LogitAttribution):
         return_labels: bool = False,
         incl_remainder: bool = False,
         apply_ln: bool = False,
-    ) -> Tensor | Labelled:
+    ) -> Stack | Labelled:
         """Return what each MLP neuron of every block before a layer adds to the stream: ``L0N0``, ``L0N1``, ...
 
         This is large: give ``pos_slice`` or ``neuron_slice``. Layer scale is applied; the output bias belongs to no
@@ -235,7 +237,7 @@ class Decompositions(LogitAttribution):
         apply_ln: bool,
         pos_slice: Index | str | None,
         return_labels: bool,
-    ) -> Tensor | Labelled:
+    ) -> Stack | Labelled:
         stack = torch.stack(parts)
         if apply_ln:
             stack = self.apply_ln_to_stack(stack, layer, mlp_input, pos_slice)

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 import torch
+from jaxtyping import Complex, Float
 from torch import Tensor
 
 from prisma_core.errors import InputError
@@ -14,9 +15,9 @@ from prisma_core.errors import InputError
 class Svd(NamedTuple):
     """Singular value decomposition ``U diag(S) Vh``, with as many values as the product has inner channels."""
 
-    U: Tensor
-    S: Tensor
-    Vh: Tensor
+    U: Float[Tensor, "*outer left inner"]
+    S: Float[Tensor, "*outer inner"]
+    Vh: Float[Tensor, "*outer inner right"]
 
 
 class FactoredMatrix:
@@ -29,7 +30,7 @@ class FactoredMatrix:
         InputError: the inner axes differ, or the leading ones do not broadcast.
     """
 
-    def __init__(self, A: Tensor, B: Tensor):
+    def __init__(self, A: Float[Tensor, "*a left inner"], B: Float[Tensor, "*b other right"]):
         if A.ndim < 2 or B.ndim < 2 or A.shape[-1] != B.shape[-2]:
             raise InputError(f"Expected [... left inner] and [... inner right], got {list(A.shape)}, {list(B.shape)}.")
         try:
@@ -49,12 +50,12 @@ class FactoredMatrix:
         return self.A.ndim
 
     @property
-    def AB(self) -> Tensor:
+    def AB(self) -> Float[Tensor, "*outer left right"]:
         """The product itself: ``[... left right]``."""
         return self.A @ self.B
 
     @property
-    def BA(self) -> Tensor:
+    def BA(self) -> Float[Tensor, "*outer inner inner"]:
         """The product the other way round, ``[... inner inner]``, which has the same eigenvalues but zeros.
 
         Raises:
@@ -77,35 +78,35 @@ class FactoredMatrix:
         return Svd(q_a @ small.U, small.S, small.Vh @ q_b.mT)
 
     @property
-    def U(self) -> Tensor:
+    def U(self) -> Float[Tensor, "*outer left inner"]:
         """Left singular vectors: ``[... left inner]``."""
         return self.svd.U
 
     @property
-    def S(self) -> Tensor:
+    def S(self) -> Float[Tensor, "*outer inner"]:
         """Singular values: ``[... inner]``."""
         return self.svd.S
 
     @property
-    def Vh(self) -> Tensor:
+    def Vh(self) -> Float[Tensor, "*outer inner right"]:
         """Right singular vectors: ``[... inner right]``."""
         return self.svd.Vh
 
     @property
-    def V(self) -> Tensor:
+    def V(self) -> Float[Tensor, "*outer right inner"]:
         """Right singular vectors as columns: ``[... right inner]``."""
         return self.svd.Vh.mT
 
     @property
-    def eigenvalues(self) -> Tensor:
+    def eigenvalues(self) -> Complex[Tensor, "*outer inner"]:
         """Eigenvalues of a square product, those that must be zero left out: ``[... inner]``, complex."""
         return cast(Tensor, torch.linalg.eigvals(self.BA))
 
-    def norm(self) -> Tensor:
+    def norm(self) -> Float[Tensor, " *outer"]:
         """Return the Frobenius norm: ``[...]``."""
         return self.S.square().sum(-1).sqrt()
 
-    def trace(self) -> Tensor:
+    def trace(self) -> Float[Tensor, " *outer"]:
         """Return the trace of a square product: ``[...]``."""
         return self.BA.diagonal(dim1=-2, dim2=-1).sum(-1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from einops import rearrange
+from jaxtyping import Shaped
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -57,7 +58,7 @@ class TokenLayout(BaseModel):
             raise UnknownName(f"No token subset {subset!r}; there are {', '.join(subsets)}.{suggest(subset, subsets)}")
         return subsets[subset]
 
-    def grid(self, x: Tensor, axis: int = 1) -> Tensor:
+    def grid(self, x: Shaped[Tensor, " ..."], axis: int = 1) -> Shaped[Tensor, " ..."]:
         """Return the patches of ``x`` with the ``pos`` axis unfolded to rows and columns.
 
         Layout: ``[... pos ...] -> [... row column ...]``, with a frame axis before them if there is more than one

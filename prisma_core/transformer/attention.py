@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from prisma_core.hooks import HookPoint
@@ -76,54 +77,56 @@ class Attention(nn.Module):
         return torch.split(tensor, self.sizes)[part]
 
     @property
-    def W_Q(self) -> Tensor:
+    def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
         """Query weights, a view: ``[head d_model d_head]``."""
         return rearrange(
             self._rows(0, self.qkv.weight), "(head d_head) d_model -> head d_model d_head", head=self.spec.n_heads
         )
 
     @property
-    def W_K(self) -> Tensor:
+    def W_K(self) -> Float[Tensor, "kv_head d_model d_head"]:
         """Key weights, a view: ``[kv_head d_model d_head]``."""
         return rearrange(
             self._rows(1, self.qkv.weight), "(head d_head) d_model -> head d_model d_head", head=self.spec.n_kv_heads
         )
 
     @property
-    def W_V(self) -> Tensor:
+    def W_V(self) -> Float[Tensor, "kv_head d_model d_head"]:
         """Value weights, a view: ``[kv_head d_model d_head]``."""
         return rearrange(
             self._rows(2, self.qkv.weight), "(head d_head) d_model -> head d_model d_head", head=self.spec.n_kv_heads
         )
 
     @property
-    def W_O(self) -> Tensor:
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
         """Output weights, a view: ``[head d_head d_model]``."""
         return rearrange(self.out.weight, "d_model (head d_head) -> head d_head d_model", head=self.spec.n_heads)
 
     @property
-    def b_Q(self) -> Tensor:
+    def b_Q(self) -> Float[Tensor, "head d_head"]:
         """Query bias, a view: ``[head d_head]``."""
         return self._rows(0, self.qkv.bias).view(self.spec.n_heads, -1)
 
     @property
-    def b_K(self) -> Tensor:
+    def b_K(self) -> Float[Tensor, "kv_head d_head"]:
         """Key bias, a view: ``[kv_head d_head]``."""
         return self._rows(1, self.qkv.bias).view(self.spec.n_kv_heads, -1)
 
     @property
-    def b_V(self) -> Tensor:
+    def b_V(self) -> Float[Tensor, "kv_head d_head"]:
         """Value bias, a view: ``[kv_head d_head]``."""
         return self._rows(2, self.qkv.bias).view(self.spec.n_kv_heads, -1)
 
     @property
-    def b_O(self) -> Tensor:
+    def b_O(self) -> Float[Tensor, " d_model"]:
         """Output bias: ``[d_model]``."""
         return self.out.bias
 
     # ---------------------------------------------------------------- forward
 
-    def forward(self, x: Tensor, rope: Rope | None = None, inputs: HeadInputs = NO_INPUTS) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], rope: Rope | None = None, inputs: HeadInputs = NO_INPUTS
+    ) -> Float[Tensor, "batch pos d_model"]:
         q, k, v = self._project(x, inputs)
         q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from prisma_core.hooks import HookPoint
@@ -52,7 +53,9 @@ class Block(nn.Module):
         before = "resid_mid" if spec.kind != "parallel" else "resid_pre + attn_out"
         self.hook_resid_post = HookPoint(STREAM, f"{before} + mlp_out" if spec.mlp else "resid_pre + attn_out")
 
-    def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], rope: Rope | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
         x = self.hook_resid_pre(x)
         if self.spec.kind == "parallel":
             normed = self.ln1(x)
@@ -110,7 +113,9 @@ class SideBySide(nn.Module):
             self.hook_mlp_out = HookPoint(STREAM, "what all MLPs add to the stream")
         self.hook_resid_post = HookPoint(STREAM, "resid_mid + mlp_out" if spec.mlp else "resid_pre + attn_out")
 
-    def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], rope: Rope | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
         x = self.hook_resid_pre(x)
         points = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
         norms = tuple(None if self.spec.ln1 is None else cast(Norm, norm) for norm in self.ln1)

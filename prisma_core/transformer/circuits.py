@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from prisma_core.errors import NotApplicable
@@ -28,52 +29,52 @@ class Circuits:
     head: nn.Linear
 
     @property
-    def W_Q(self) -> Tensor:
+    def W_Q(self) -> Float[Tensor, "layer head d_model d_head"]:
         """Query weights: ``[layer head d_model d_head]``."""
         return self._heads(lambda attn: attn.W_Q)
 
     @property
-    def W_K(self) -> Tensor:
+    def W_K(self) -> Float[Tensor, "layer head d_model d_head"]:
         """Key weights: ``[layer head d_model d_head]``."""
         return self._heads(lambda attn: attn.W_K)
 
     @property
-    def W_V(self) -> Tensor:
+    def W_V(self) -> Float[Tensor, "layer head d_model d_head"]:
         """Value weights: ``[layer head d_model d_head]``."""
         return self._heads(lambda attn: attn.W_V)
 
     @property
-    def W_O(self) -> Tensor:
+    def W_O(self) -> Float[Tensor, "layer head d_head d_model"]:
         """Output weights: ``[layer head d_head d_model]``."""
         return self._heads(lambda attn: attn.W_O)
 
     @property
-    def b_Q(self) -> Tensor:
+    def b_Q(self) -> Float[Tensor, "layer head d_head"]:
         """Query biases: ``[layer head d_head]``."""
         return self._heads(lambda attn: attn.b_Q)
 
     @property
-    def b_K(self) -> Tensor:
+    def b_K(self) -> Float[Tensor, "layer head d_head"]:
         """Key biases: ``[layer head d_head]``."""
         return self._heads(lambda attn: attn.b_K)
 
     @property
-    def b_V(self) -> Tensor:
+    def b_V(self) -> Float[Tensor, "layer head d_head"]:
         """Value biases: ``[layer head d_head]``."""
         return self._heads(lambda attn: attn.b_V)
 
     @property
-    def W_in(self) -> Tensor:
+    def W_in(self) -> Float[Tensor, "layer d_model d_mlp"]:
         """MLP input weights: ``[layer d_model d_mlp]``."""
         return self._mlps(lambda mlp: mlp.W_in)
 
     @property
-    def W_out(self) -> Tensor:
+    def W_out(self) -> Float[Tensor, "layer d_mlp d_model"]:
         """MLP output weights: ``[layer d_mlp d_model]``."""
         return self._mlps(lambda mlp: mlp.W_out)
 
     @property
-    def W_U(self) -> Tensor:
+    def W_U(self) -> Float[Tensor, "d_model class"]:
         """The head's weights, a view: ``[d_model class]``."""
         if self.spec.n_classes is None:
             raise NotApplicable("This model has no head, so it has no W_U.")

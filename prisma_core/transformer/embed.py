@@ -8,6 +8,7 @@ from typing import TypeAlias
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError
@@ -48,7 +49,9 @@ class Embed(nn.Module):
         elif spec.pos:
             self.pos_embed = nn.Parameter(torch.zeros(layout.n_prefix + math.prod(self.pos_grid), d_model))
 
-    def patches(self, image: Tensor) -> tuple[Tensor, Grid]:
+    def patches(
+        self, image: Float[Tensor, "batch channel height width"]
+    ) -> tuple[Float[Tensor, "batch patch d_model"], Grid]:
         """Return the embedded patches ``[batch patch d_model]`` and their rows and columns."""
         if self.spec.stem == "conv":
             grid = self.proj(image).permute(0, 2, 3, 1)
@@ -58,13 +61,13 @@ class Embed(nn.Module):
                 grid = grid.unflatten(1, (self.layout.rows, self.layout.columns))
         return self.norm(grid.flatten(1, 2)), (grid.shape[1], grid.shape[2])
 
-    def with_prefix(self, x: Tensor) -> Tensor:
+    def with_prefix(self, x: Float[Tensor, "batch patch d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """Return patches with the prefix tokens before them: ``[batch pos d_model]``."""
         if not self.layout.n_prefix:
             return x
         return torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], dim=1)
 
-    def positions(self, size: Grid) -> Tensor:
+    def positions(self, size: Grid) -> Float[Tensor, "pos d_model"]:
         """Return the position embedding for a grid of patches: ``[pos d_model]``."""
         n_prefix = self.layout.n_prefix
         if self.spec.pos_factorized:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from prisma_core.hooks import HookPoint
@@ -58,31 +59,31 @@ class MLP(nn.Module):
         self.act = ACTIVATIONS[spec.act]
 
     @property
-    def W_in(self) -> Tensor:
+    def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
         """Input weights, a view: ``[d_model d_mlp]``."""
         return self.fc_in.weight.T
 
     @property
-    def W_gate(self) -> Tensor:
+    def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
         """Gate weights of a gated MLP, a view: ``[d_model d_mlp]``."""
         return self.fc_gate.weight.T
 
     @property
-    def W_out(self) -> Tensor:
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
         """Output weights, a view: ``[d_mlp d_model]``."""
         return self.fc_out.weight.T
 
     @property
-    def b_in(self) -> Tensor:
+    def b_in(self) -> Float[Tensor, " d_mlp"]:
         """Input bias: ``[d_mlp]``."""
         return self.fc_in.bias
 
     @property
-    def b_out(self) -> Tensor:
+    def b_out(self) -> Float[Tensor, " d_model"]:
         """Output bias: ``[d_model]``."""
         return self.fc_out.bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*tokens d_in"]) -> Float[Tensor, "*tokens d_out"]:
         x = self.pre_norm(x)
         if self.spec.gated:
             activated = self.act(self.hook_pre(self.fc_gate(x))) * self.hook_pre_linear(self.fc_in(x))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from prisma_core.hooks import HookPoint
@@ -35,14 +36,14 @@ class Norm(nn.Module):
         affine = "weight + bias" if spec.kind == "ln" else "weight"
         self.hook_normalized = HookPoint(axes, f"({centred}) / scale * {affine}")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*outer width"]) -> Float[Tensor, "*outer width"]:
         if not self.hook_scale.wanted:
             return self.hook_normalized(self.fused(x))
         if self.hook_scale.edited or x.requires_grad:
             return self.hook_normalized(self._explicit(x))
         return self.hook_normalized(self._read(x))
 
-    def fused(self, x: Tensor) -> Tensor:
+    def fused(self, x: Float[Tensor, "*outer width"]) -> Float[Tensor, "*outer width"]:
         """Return the norm of ``x`` past all hook points."""
         given, weight, bias = self._operands(x)
         if self.spec.kind == "ln":
@@ -89,5 +90,5 @@ class Scale(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*outer width"]) -> Float[Tensor, "*outer width"]:
         return x * self.gamma

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from prisma_core.hooks import HookPoint
@@ -32,7 +33,7 @@ class Pool(nn.Module):
                 self.mlp = MLP(spec.mlp, d_pool, d_pool, "batch latent")
                 self.hook_mlp_out = HookPoint(latents, "what the MLP adds to attn_out")
 
-    def forward(self, x: Tensor, n_prefix: int) -> Tensor:
+    def forward(self, x: Float[Tensor, "batch pos d_model"], n_prefix: int) -> Float[Tensor, "batch *pos d_pool"]:
         if self.spec.kind == "none":
             return x
         if self.spec.kind == "token":
@@ -73,29 +74,29 @@ class PoolAttention(nn.Module):
         self.out = nn.Linear(width, d_out)
 
     @property
-    def W_Q(self) -> Tensor:
+    def W_Q(self) -> Float[Tensor, "head d_in d_head"]:
         """Query weights, a view: ``[head d_model d_head]``."""
         return self._by_head(self.q.weight)
 
     @property
-    def W_K(self) -> Tensor:
+    def W_K(self) -> Float[Tensor, "head d_in d_head"]:
         """Key weights, a view: ``[head d_model d_head]``."""
         return self._by_head(self.kv.weight.chunk(2)[0])
 
     @property
-    def W_V(self) -> Tensor:
+    def W_V(self) -> Float[Tensor, "head d_in d_head"]:
         """Value weights, a view: ``[head d_model d_head]``."""
         return self._by_head(self.kv.weight.chunk(2)[1])
 
     @property
-    def W_O(self) -> Tensor:
+    def W_O(self) -> Float[Tensor, "head d_head d_out"]:
         """Output weights, a view: ``[head d_head d_model]``."""
         return rearrange(self.out.weight, "d_model (head d_head) -> head d_head d_model", head=self.spec.n_heads)
 
     def _by_head(self, weight: Tensor) -> Tensor:
         return rearrange(weight, "(head d_head) d_model -> head d_model d_head", head=self.spec.n_heads)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch latent d_out"]:
         split = (self.spec.n_heads, self.spec.d_head)
         q = self.q(self.latent.expand(x.shape[0], -1, -1)).unflatten(-1, split)
         k, v = (part.unflatten(-1, split) for part in self.kv(x).chunk(2, dim=-1))

@@ -6,6 +6,7 @@ import math
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from prisma_core.spec import RopeGrid
@@ -13,7 +14,12 @@ from prisma_core.spec import RopeGrid
 Layout = Literal["interleaved", "half"]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+def rotate(
+    x: Float[Tensor, "batch pos head d_head"],
+    cos: Float[Tensor, " pos #head d_head"],
+    sin: Float[Tensor, " pos #head d_head"],
+    layout: Layout,
+) -> Float[Tensor, "batch pos head d_head"]:
     """Turn pairs of channels of queries or keys.
 
     Layout: ``x [batch pos head d_head]``; tables ``[pos 1 d_head]`` or ``[pos head d_head]``.

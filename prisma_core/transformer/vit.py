@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError
@@ -136,7 +137,7 @@ class HookedViT(Circuits, Hooked):
             x = x + pos
         return self.hook_full_embed(x), grid
 
-    def unembed(self, x: Tensor) -> Tensor:
+    def unembed(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, " batch *out"]:
         """Return the logits of a residual stream ``[batch pos d_model]``: final norm, pooling, head."""
         if self.spec.ln_final is not None:
             x = self.hook_ln_final(self.ln_final(x))
