@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from prisma_view.pack import grouped, pack, pack_patterns
 from prisma_view.symbols import FALLBACK, symbol
 
 import prisma_core as prisma
-from prisma_core import HookedViT, InputError, ModelSpec, NotApplicable, TokenLayout
+from prisma_core import HookedViT, InputError, ModelSpec, NotApplicable, PluginError, TokenLayout
 from prisma_core.cli import main
 from prisma_core.preprocess import Preprocess
 from prisma_core.spec import AttentionSpec, BlockSpec, EmbedSpec, MlpSpec, NormSpec, PoolSpec
@@ -145,6 +146,11 @@ def test_grouping_patches_sums_keys_and_averages_queries() -> None:
 # -------------------------------------------------------------------- page and pictures
 
 
+@pytest.fixture(scope="module")
+def found() -> prisma_view.Report:
+    return prisma_view.report(model(), picture(1), picture(2))
+
+
 def test_the_page_holds_what_the_model_computes(tmp_path: Path) -> None:
     made = model()
     found = prisma_view.report(made, picture(1), picture(2))
@@ -163,8 +169,7 @@ def test_the_page_holds_what_the_model_computes(tmp_path: Path) -> None:
     assert set(data["patching"]["change"]) == {"all", "cls"}
 
 
-def test_the_page_is_one_file_and_labels_stay_text(tmp_path: Path) -> None:
-    found = prisma_view.report(model(), picture(1), picture(2))
+def test_the_page_is_one_file_and_labels_stay_text(found: prisma_view.Report, tmp_path: Path) -> None:
     text = prisma_view.write_page(found, tmp_path / "page.html", trained=False).read_text(encoding="utf-8")
     assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", text)
     assert "https:" not in text
@@ -174,8 +179,7 @@ def test_the_page_is_one_file_and_labels_stay_text(tmp_path: Path) -> None:
     assert len(text) < 500_000
 
 
-def test_the_untrained_note_is_only_where_it_belongs(tmp_path: Path) -> None:
-    found = prisma_view.report(model(), picture(1), picture(2))
+def test_the_untrained_note_is_only_where_it_belongs(found: prisma_view.Report, tmp_path: Path) -> None:
     assert "untrained" not in prisma_view.write_page(found, tmp_path / "page.html").read_text(encoding="utf-8")
 
 
@@ -202,12 +206,11 @@ def test_models_that_are_no_classifiers_or_see_no_pictures_are_refused() -> None
 
 @pytest.mark.parametrize("font", [True, False])
 def test_pictures_are_drawn_with_and_without_an_emoji_font(
-    font: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    font: bool, found: prisma_view.Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     glyphs.glyph.cache_clear()
     if not font:
         monkeypatch.setattr(glyphs, "_font", lambda: None)
-    found = prisma_view.report(model(), picture(1), picture(2))
     for path in prisma_view.write_pictures(found, tmp_path):
         with Image.open(path) as drawn:
             assert len(np.unique(np.asarray(drawn.convert("RGB")).reshape(-1, 3), axis=0)) > 10
@@ -306,6 +309,14 @@ def test_the_page_opens_only_where_someone_looks(
     assert opened == []
     assert main(["demo", *given, "--open"]) == 0
     assert opened == [(tmp_path / "index.html").resolve().as_uri()]
+
+
+def test_a_missing_library_is_said_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("prisma_view.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "emoji", None)
+    with pytest.raises(PluginError, match=r'emoji.*pip install "prisma\[view\]"'):
+        _ = prisma_view.report
 
 
 def test_the_command_joins_any_typer_application() -> None:
