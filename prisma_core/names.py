@@ -45,7 +45,7 @@ def _ends_with(name: str, shorthand: str) -> bool:
     parts = name.split(".")
     if last not in (parts[-1], parts[-1].removeprefix("hook_")):
         return False
-    return parts[: -1][len(parts) - 1 - len(path) :] == path
+    return parts[:-1][len(parts) - 1 - len(path) :] == path
 
 
 def _shorthand(query: str, names: Sequence[str]) -> list[str]:
@@ -135,9 +135,7 @@ def _resolve_text(query: str, names: Sequence[str], derived: frozenset[str]) -> 
         return [query]
     if any(char in query for char in "*?["):
         found = [
-            name
-            for name in fnmatch.filter(names, query)
-            if name not in derived or name.rsplit(".", 1)[-1] in query
+            name for name in fnmatch.filter(names, query) if name not in derived or name.rsplit(".", 1)[-1] in query
         ]
     else:
         found = _shorthand(query, names)

@@ -213,9 +213,7 @@ class WeightMap:
                 came = {source: list(part.shape) for source, part in parts.items()}
                 raise WeightMapError(f"{rule}: {came} cannot be joined into {[list(shape) for shape in wanted]}.")
             pieces = [
-                parts[name]
-                if name in parts
-                else _CONSTANTS[name](rows, *tail, dtype=like.dtype, device=like.device)
+                parts[name] if name in parts else _CONSTANTS[name](rows, *tail, dtype=like.dtype, device=like.device)
                 for name in item.sources
             ]
             joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces)

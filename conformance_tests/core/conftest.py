@@ -94,7 +94,8 @@ def build(
     torch.manual_seed(seed)
     model = HookedViT(spec)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.15 if norm is None else 0.5)  # no norm, no bound: softmaxes would saturate
+        # Without norms nothing bounds the stream, and softmaxes would saturate.
+        torch.nn.init.normal_(parameter, std=0.15 if norm is None else 0.5)
     model.labels = LABELS if n_classes else None
     return model.eval()
 

@@ -142,7 +142,7 @@ def test_dtype_device_and_graph(vit, image):
 
 
 def test_removing_the_batch_axis(vit, image):
-    logits, cache = vit.run_with_cache(image[:1], loss=lambda logits: logits[0, 1])
+    _, cache = vit.run_with_cache(image[:1], loss=lambda logits: logits[0, 1])
     alone = cache.remove_batch_dim()
     assert not alone.has_batch_dim
     assert torch.equal(alone["z", 1], cache["z", 1][0])
@@ -243,7 +243,6 @@ def test_a_cache_does_not_follow_what_a_hook_holds(vit, image):
 
     def hold(x, at):
         held.append(x)
-        return None
 
     def give(x, at):
         held.append(torch.zeros_like(x))
@@ -318,24 +317,23 @@ def loss_of(logits):
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 def test_gradients_equal_finite_differences(vit, image, frozen):
     vit.requires_grad_(not frozen)
-    logits, cache = vit.run_with_cache(image, loss=loss_of)
+    _, cache = vit.run_with_cache(image, loss=loss_of)
     assert set(cache.grad) == set(cache)
     generator = torch.Generator().manual_seed(5)
     of_layers = [("resid_mid", 0), ("pattern", 1), ("attn_scores", 0), ("ln2.scale", 0), ("mlp.post", 1)]
     for name in ("embed", *of_layers, "pooled"):
         direction = torch.randn(cache[name].shape, generator=generator, dtype=torch.float64)
-        step = 1e-6
         values = [
-            loss_of(vit.run_with_hooks(image, hooks={name: lambda x, at, s=s: x + s * step * direction}))
-            for s in (1, -1)
+            loss_of(vit.run_with_hooks(image, hooks={name: lambda x, at, shift=step * direction: x + shift}))
+            for step in (1e-6, -1e-6)
         ]
-        wanted = (values[0] - values[1]) / (2 * step)
+        wanted = (values[0] - values[1]) / 2e-6
         torch.testing.assert_close((cache.grad[name] * direction).sum(), wanted.detach(), rtol=1e-6, atol=1e-7)
     assert all(parameter.grad is None for parameter in vit.parameters())
 
 
 def test_gradients_equal_autograds(variant, image):
-    logits, cache = variant.run_with_cache(image, loss=loss_of)
+    _, cache = variant.run_with_cache(image, loss=loss_of)
     with variant.caching(detach=False) as graph:
         output = variant(image)
     found = torch.autograd.grad(loss_of(output), [graph[name] for name in cache], allow_unused=True)
@@ -353,7 +351,7 @@ def test_gradients_are_sliced_and_cast_as_the_cache_is(vit, image):
 
 
 def test_gradients_with_hooks_in_the_same_pass(vit, image):
-    """d loss / d resid_post after an edit that halves it is half of ... nothing: the loss is of the edited stream."""
+    """Gradients are by the edited activation, which is what the cache holds."""
     edit = {("resid_post", 0): lambda x, at: 2 * x}
     logits, cache = vit.run_with_cache(image, loss=loss_of, hooks=edit)
     torch.testing.assert_close(logits, vit.run_with_hooks(image, hooks=edit), rtol=1e-11, atol=1e-11)

@@ -168,7 +168,10 @@ def test_what_cannot_be_compiled_is_an_error_not_a_silence(model, image):
         run(image)
         with pytest.raises(errors, match="fired twice"):
             run(image)
-    with model.hooks({"z": lambda x, at: x[:, :1]}), pytest.raises(errors, match=r"attn.hook_z returned \[3, 1, 4, 6\]"):
+    with (
+        model.hooks({"z": lambda x, at: x[:, :1]}),
+        pytest.raises(errors, match=r"attn.hook_z returned \[3, 1, 4, 6\]"),
+    ):
         run(image)
     torch.testing.assert_close(run(image), model(image), **CLOSE)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+
 import pytest
 import torch
 from torch import Tensor
@@ -61,7 +63,8 @@ def test_neurons_alone_sum_to_mlp_out_without_bias(make, image):
     vit = make(scale=True, gated=True)
     _, cache = vit.run_with_cache(image)
     stack, labels = cache.stack_neuron_results(return_labels=True)
-    assert labels[:2] == ["L0N0", "L0N1"] and labels[-1] == "L1N19"
+    assert labels[:2] == ["L0N0", "L0N1"]
+    assert labels[-1] == "L1N19"
     for layer, block in enumerate(vit.blocks):
         total = stack[layer * 20 : layer * 20 + 20].sum(0) + block.ls2.gamma * block.mlp.b_out
         torch.testing.assert_close(total, cache["mlp_out", layer], **EXACT)
@@ -150,7 +153,9 @@ def test_tokens_alone_are_enough_where_the_model_reads_one(vit, image):
 def test_each_token_has_its_share_of_a_mean(make, image):
     logits, cache = make(pool="avg", registers=2).run_with_cache(image)
     attrs = cache.logit_attrs(cache.decompose_resid(), 3, per_token=True)
-    assert attrs.shape == (6, 3, 9) and not attrs[..., :3].any() and attrs[..., 3:].all()
+    assert attrs.shape == (6, 3, 9)
+    assert not attrs[..., :3].any()
+    assert attrs[..., 3:].all()
     torch.testing.assert_close(attrs.sum((0, 2)) + cache.logit_constant(3), logits[:, 3], **EXACT)
 
 
@@ -204,7 +209,7 @@ def test_a_cache_that_lacks_something_says_what_to_cache(vit, image):
             total = cache.logit_attrs(cache.decompose_resid(), 1).sum(0) + cache.logit_constant(1)
             break
         except UnknownName as error:
-            asked |= set(eval(str(error).split("names=")[1].rstrip(".")))
+            asked |= set(ast.literal_eval(str(error).split("names=")[1].rstrip(".")))
             _, cache = vit.run_with_cache(image, names=asked)
     torch.testing.assert_close(total, vit(image)[:, 1], **EXACT)
     _, cache = vit.run_with_cache(image, names="z", heads=0)

@@ -91,7 +91,9 @@ def test_specs_survive_json(variant):
     assert {name: tensor.shape for name, tensor in twin.state_dict().items()} == shapes
 
 
-@pytest.mark.parametrize("path", [(), ("embed",), ("layout",), ("pool",), ("ln_final",), ("blocks", 0), ("blocks", 0, "attn")])
+@pytest.mark.parametrize(
+    "path", [(), ("embed",), ("layout",), ("pool",), ("ln_final",), ("blocks", 0), ("blocks", 0, "attn")]
+)
 def test_a_fact_nobody_knows_is_refused(vit, path):
     facts = json.loads(vit.spec.model_dump_json())
     place = facts

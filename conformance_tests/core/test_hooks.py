@@ -12,6 +12,7 @@ import torch
 from prisma_core import HookError, UnknownName
 from prisma_core.hooks import _ACTIVE
 
+
 def zero(x, at):
     x.zero_()
 
@@ -107,9 +108,7 @@ def test_one_result_can_be_knocked_out(vit, image):
     def drop_z(x, at):
         x[:, :, 1] = 0
 
-    close(
-        vit.run_with_hooks(image, hooks={("result", 0): drop}), vit.run_with_hooks(image, hooks={("z", 0): drop_z})
-    )
+    close(vit.run_with_hooks(image, hooks={("result", 0): drop}), vit.run_with_hooks(image, hooks={("z", 0): drop_z}))
 
 
 # -------------------------------------------------------------------- edits
@@ -126,7 +125,9 @@ def test_in_place_and_returned_edits_agree(vit, image):
     def returned(x, at):
         return torch.cat([torch.zeros_like(x[:, :1]), x[:, 1:]], dim=1)
 
-    outputs = [vit.run_with_hooks(image, hooks={("resid_mid", 0): f}) for f in (in_place, in_place_and_returned, returned)]
+    outputs = [
+        vit.run_with_hooks(image, hooks={("resid_mid", 0): f}) for f in (in_place, in_place_and_returned, returned)
+    ]
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], outputs[2])
     assert not torch.equal(outputs[0], vit(image))
@@ -175,7 +176,10 @@ def test_what_a_hook_is_told(vit, image):
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (lambda x: x[:, :1], r"blocks.0.hook_resid_mid returned \[3, 1, 18\].*expected.*\[3, 9, 18\] \(batch pos d_model\)"),
+        (
+            lambda x: x[:, :1],
+            r"blocks.0.hook_resid_mid returned \[3, 1, 18\].*expected.*\[3, 9, 18\] \(batch pos d_model\)",
+        ),
         (lambda x: x.float(), r"torch.float32 on cpu; expected the activation's \[3, 9, 18\].*torch.float64 on cpu"),
         (lambda x: x.to("meta"), r"on meta; expected"),
         (lambda x: 3, r"returned int; expected a tensor of shape \[3, 9, 18\]"),
@@ -278,7 +282,7 @@ def test_two_threads_have_their_own_hooks(vit, image):
 
 
 def test_a_hook_that_is_never_reached_is_an_error(vit, image):
-    with pytest.raises(HookError, match="blocks.1.attn.hook_z was not reached"):
+    with pytest.raises(HookError, match=r"blocks\.1\.attn\.hook_z was not reached"):
         vit.run_with_hooks(image, hooks={"z": lambda x, at: x}, stop_at_layer=1)
 
 
@@ -294,7 +298,9 @@ def test_backward_hooks_read_gradients(vit, image):
     leaf = image.clone().requires_grad_()
     with vit.hooks(backward={"resid_post": read, "pattern": read, "embed": read}):
         vit(leaf)[:, 2].sum().backward()
-    _, cache = vit.run_with_cache(image, names=["resid_post", "pattern", "embed"], loss=lambda logits: logits[:, 2].sum())
+    _, cache = vit.run_with_cache(
+        image, names=["resid_post", "pattern", "embed"], loss=lambda logits: logits[:, 2].sum()
+    )
     assert set(seen) == set(cache.grad)
     for name, gradient in seen.items():
         close(gradient, cache.grad[name])
@@ -337,14 +343,19 @@ def test_backward_hooks_come_after_edits_and_before_captures(vit, image):
         {("resid_mid", 0): lambda x, at: order.append("edit") or 2 * x},
         backward={("resid_mid", 0): lambda g, at: order.append("gradient")},
     ):
-        logits, cache = vit.run_with_cache(image, names=("resid_mid", 0), detach=False)
+        _, cache = vit.run_with_cache(image, names=("resid_mid", 0), detach=False)
     cache["resid_mid", 0].square().sum().backward(retain_graph=True)
     assert order == ["edit", "gradient"]
     close(cache["resid_mid", 0], 2 * vit.run_with_cache(image, names=("resid_mid", 0))[1]["resid_mid", 0])
 
 
 @pytest.mark.parametrize(
-    ("value", "words"), [(lambda g: g[:1], "expected the gradient's"), (lambda g: g.float(), "torch.float32"), (lambda g: 1, "returned int")]
+    ("value", "words"),
+    [
+        (lambda g: g[:1], "expected the gradient's"),
+        (lambda g: g.float(), "torch.float32"),
+        (lambda g: 1, "returned int"),
+    ],
 )
 def test_unusable_gradients_are_errors(vit, image, value, words):
     with vit.hooks(backward={("resid_mid", 1): lambda g, at: value(g)}), pytest.raises(HookError, match=words):
@@ -370,7 +381,9 @@ def test_run_with_hooks_takes_backward_hooks(vit, image):
 # -------------------------------------------------------------------- copies
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
 def test_copies_of_a_model_have_hook_points_of_their_own(vit, image, duplicate):
     vit.hook_points()
     logits, cache = vit.run_with_cache(image)

@@ -30,7 +30,12 @@ NAMES = [
     "hook_logits",
 ]
 DERIVED = frozenset(name for name in NAMES if name.endswith(("hook_result", "hook_q_input")))
-DUAL = [f"{tower}.{name}" for tower, depth in (("vision", 12), ("text", 6)) for name in NAMES if (layer_of(name) or 0) < depth]
+DUAL = [
+    f"{tower}.{name}"
+    for tower, depth in (("vision", 12), ("text", 6))
+    for name in NAMES
+    if (layer_of(name) or 0) < depth
+]
 
 
 def found(query, names=NAMES):
@@ -110,7 +115,9 @@ def test_what_selects_nothing_is_an_error(query, words):
 
 
 def test_an_error_lists_the_shorthands():
-    with pytest.raises(UnknownName, match=r"111 hook points; shorthands: attn_out, embed, logits, q, q_input, resid_post"):
+    with pytest.raises(
+        UnknownName, match=r"111 hook points; shorthands: attn_out, embed, logits, q, q_input, resid_post"
+    ):
         found("xyz")
 
 

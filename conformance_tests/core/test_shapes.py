@@ -58,7 +58,8 @@ SCRIPT = """
         stack, _ = cache.decompose_resid(return_labels=True)
         cache.accumulated_resid(), cache.patches("resid_post", 0)
         if vit.spec.pool.kind != "attention":
-            cache.logit_attrs(stack, 1), cache.logit_attrs(stack, [1, 2], 3, per_token=True), cache.logit_constant("cat")
+            cache.logit_attrs(stack, 1), cache.logit_attrs(stack, [1, 2], 3, per_token=True)
+            cache.logit_constant("cat")
         if vit.spec.blocks[0].kind != "res_post":
             cache.stack_head_results(apply_ln=vit.spec.pool.kind != "attention")
             cache.stack_neuron_results(neuron_slice=[0], incl_remainder=True)
@@ -68,9 +69,9 @@ SCRIPT = """
         vit.blocks[0].attn if facts.get("n_parallel") else vit.blocks[0].attn.W_Q
 
     # The checks are live: a wrong shape is refused where nothing else would say a word.
-    for wrong in (lambda: vit.blocks[0](image), lambda: vit.unembed(image), lambda: cache.apply_ln_to_stack(image[0, 0])):
+    for call, wrong in ((vit.blocks[0], image), (vit.unembed, image), (cache.apply_ln_to_stack, image[0, 0])):
         try:
-            wrong()
+            call(wrong)
         except jaxtyping.TypeCheckError:
             continue
         raise SystemExit("a wrong shape went through")

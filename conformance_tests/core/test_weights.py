@@ -25,7 +25,11 @@ CASES = {
     "scalar": ("temperature -> scale", {"temperature": ()}, {"scale": ()}),
     "numbered": ("old.{l}.w -> new.{l}.v", {"old.0.w": (2,), "old.11.w": (3,)}, {"new.0.v": (2,), "new.11.v": (3,)}),
     "a number named twice": ("a.{l}.b.{l} -> c.{l}.d.{l}", {"a.3.b.3": (2,)}, {"c.3.d.3": (2,)}),
-    "any rest": ("norm.{*} -> ln.{*}", {"norm.weight": (2,), "norm.a.bias": (3,)}, {"ln.weight": (2,), "ln.a.bias": (3,)}),
+    "any rest": (
+        "norm.{*} -> ln.{*}",
+        {"norm.weight": (2,), "norm.a.bias": (3,)},
+        {"ln.weight": (2,), "ln.a.bias": (3,)},
+    ),
     "rearranged": ("p -> q : 1 n d -> n d", {"p": (1, 4, 3)}, {"q": (4, 3)}),
     "rearranged by size": ("p -> q : (h d) m -> h m d", {"p": (6, 5)}, {"q": (2, 5, 3)}),
     "joined": ("[q, k, v] -> qkv", {"q": (2, 3), "k": (1, 3), "v": (4, 3)}, {"qkv": (7, 3)}),
@@ -35,7 +39,11 @@ CASES = {
     "zeros alone": ("zeros -> bias\na -> b", {"a": (2,)}, {"bias": (3,), "b": (2,)}),
     "ones alone": ("ones -> w\na -> b", {"a": (2,)}, {"w": (3, 2), "b": (2,)}),
     "zeros in a list": ("[q, zeros, v] -> qkv", {"q": (2,), "v": (3,)}, {"qkv": (7,)}),
-    "zeros where there are none": ("a.bias | zeros -> b.bias\na.w -> b.w", {"a.w": (2,)}, {"b.bias": (3,), "b.w": (2,)}),
+    "zeros where there are none": (
+        "a.bias | zeros -> b.bias\na.w -> b.w",
+        {"a.w": (2,)},
+        {"b.bias": (3,), "b.w": (2,)},
+    ),
     "no zeros where there are some": ("a.bias | zeros -> b.bias", {"a.bias": (3,)}, {"b.bias": (3,)}),
     "the second name": ("old | new -> x", {"new": (3,)}, {"x": (3,)}),
     "one for two": ("a -> b\na -> c", {"a": (3,)}, {"b": (3,), "c": (3,)}),
@@ -79,11 +87,21 @@ def test_storage_is_shared_where_nothing_has_to_move():
 @pytest.mark.parametrize(
     ("table", "sources", "targets", "words"),
     [
-        ("a -> b", {"a": (2,), "extra": (3,)}, {"b": (2,)}, r"1 upstream tensors are neither mapped nor ignored: extra"),
+        (
+            "a -> b",
+            {"a": (2,), "extra": (3,)},
+            {"b": (2,)},
+            r"1 upstream tensors are neither mapped nor ignored: extra",
+        ),
         ("a -> b", {"a": (2,)}, {"b": (2,), "c": (2,)}, r"1 canonical tensors cannot be filled: c \(no rule\)"),
         ("a -> b\nx -> c", {"a": (2,)}, {"b": (2,), "c": (2,)}, r"c \(needs x\)"),
         ("[a, x] -> b", {"a": (2,)}, {"b": (3,)}, r"b \(needs x\)"),
-        ("a -> b", {"a": (2, 3)}, {"b": (3, 2)}, r"b: expected shape \[3, 2\], got \[2, 3\] from \{'a': \[2, 3\]\} by 'a -> b'"),
+        (
+            "a -> b",
+            {"a": (2, 3)},
+            {"b": (3, 2)},
+            r"b: expected shape \[3, 2\], got \[2, 3\] from \{'a': \[2, 3\]\} by 'a -> b'",
+        ),
         ("a -> b : 1 n -> n", {"a": (2, 3)}, {"b": (3,)}, "(?s)a -> b : 1 n -> n: .*Shape mismatch"),
         ("a -> b\nc -> b", {"a": (2,), "c": (2,)}, {"b": (2,)}, "b is made by 2 rules: a -> b; c -> b"),
         ("a.{l} -> b.{l}\na.0 -> b.0", {"a.0": (2,)}, {"b.0": (2,)}, "b.0 is made by 2 rules"),
@@ -123,7 +141,9 @@ def test_functions_run_forwards_and_give_their_sources_back_unchanged():
     assert table.function_sources(upstream) == {"table.0"}
     assert torch.equal(table.backward(made, upstream)["table.0"], upstream["table.0"])
     made["bias.0"][0] += 1
-    with pytest.raises(WeightMapError, match=r"bias.0 was changed, and 'table.0 -> bias.0 : \{gather\}' cannot be run back"):
+    with pytest.raises(
+        WeightMapError, match=r"bias.0 was changed, and 'table.0 -> bias.0 : \{gather\}' cannot be run back"
+    ):
         table.backward(made, upstream)
 
 
@@ -140,7 +160,9 @@ def test_edits_come_back_where_upstream_can_hold_them():
     for name, at, word in (("qkv", 2, "zeros"), ("w", 0, "ones")):
         spoiled = {each: tensor.clone() for each, tensor in made.items()}
         spoiled[name][at] = 5.0
-        with pytest.raises(WeightMapError, match=rf"{name} was changed where upstream has no tensor \(it stands for {word}\)"):
+        with pytest.raises(
+            WeightMapError, match=rf"{name} was changed where upstream has no tensor \(it stands for {word}\)"
+        ):
             table.backward(spoiled, upstream)
 
 
@@ -157,7 +179,15 @@ def test_one_upstream_tensor_for_two_can_only_be_changed_alike():
 
 def test_gradients_pulled_back_equal_autograds():
     index = torch.tensor([2, 0, 1, 1])
-    text = "[q, zeros, v] -> qkv\nt -> bias : {gather}\np -> pos : 1 n d -> n d\na -> b\na -> c\nw -> [x, y]\nignore i : an index"
+    text = """
+        [q, zeros, v] -> qkv
+        t -> bias : {gather}
+        p -> pos : 1 n d -> n d
+        a -> b
+        a -> c
+        w -> [x, y]
+        ignore i : an index
+    """
     table = WeightMap.parse(text, {"gather": lambda t: t[index] ** 2})
     upstream = sized({"q": (2, 2), "v": (2, 2), "t": (3,), "p": (1, 2, 3), "a": (3,), "w": (4,)})
     upstream["i"] = index
