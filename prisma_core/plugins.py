@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -13,7 +13,8 @@ import pluggy
 
 from prisma_core import hookspecs
 from prisma_core.adapter import Adapter, qualified_name
-from prisma_core.errors import PluginError, UnknownName, UnsupportedArchitecture, suggest
+from prisma_core.errors import InputError, PluginError, UnknownName, UnsupportedArchitecture, suggest
+from prisma_core.hooked import Hooked
 from prisma_core.sources import ModelInfo, Source
 
 if TYPE_CHECKING:
@@ -100,11 +101,13 @@ class Host:
         info = self.infos[plugin]
         self.infos[plugin] = PluginInfo(info.name, info.module, info.distribution, info.error or error)
 
-    def _ask(self, hook: str, kind: type[Part]) -> list[tuple[Part, str]]:
+    def _ask(self, hook: str, kind: type[Part], only: Container[str] | None = None) -> list[tuple[Part, str]]:
         """Return each part plugins answer a hook with, next to the plugin's name."""
         parts: list[tuple[Part, str]] = []
         for implementation in getattr(self.manager.hook, hook).get_hookimpls():
             name = implementation.plugin_name
+            if only is not None and name not in only:
+                continue
             try:
                 found: list[object] = list(implementation.function() or ())
             except (Exception, SystemExit) as problem:  # noqa: BLE001  # one broken plugin must not take the others down
@@ -136,7 +139,10 @@ class Host:
         Raises:
             UnknownName: no plugin has it.
             PluginError: its library is missing, or two plugins claim it.
+            InputError: it is Prisma's own.
         """
+        if name in RESERVED:
+            raise InputError(f"A {name}: model was saved hooked: there is no upstream to adapt or compare with.")
         found = [(source, plugin) for source, plugin in self._all_sources() if source.name == name]
         if len(found) > 1:
             raise PluginError(
@@ -178,7 +184,10 @@ class Host:
         Raises:
             UnsupportedArchitecture: no plugin takes this type.
             PluginError: two plugins claim it.
+            InputError: the model is hooked already.
         """
+        if isinstance(upstream, Hooked):
+            raise InputError("This model came hooked, from no library: there is no upstream to adapt or compare with.")
         kind = qualified_name(upstream)
         adapters = self._all_adapters()
         found = [(adapter, plugin) for adapter, plugin in adapters if kind in adapter.types]
@@ -193,9 +202,14 @@ class Host:
             raise UnsupportedArchitecture(kind, f"a type that no installed plugin adapts{hint}")
         return found[0][0]
 
-    def cases(self) -> list[tuple[Case, str]]:
-        """Return every conformance case next to its plugin's name."""
-        return cast("list[tuple[Case, str]]", self._ask("prisma_cases", object))
+    def homes(self, part: Source | Adapter) -> set[str]:
+        """Return the names of the plugins that have a source or an adapter of this kind."""
+        parts = [*self._all_sources(), *self._all_adapters()]
+        return {plugin for theirs, plugin in parts if type(theirs) is type(part)}
+
+    def cases(self, only: Container[str] | None = None) -> list[tuple[Case, str]]:
+        """Return every conformance case next to its plugin's name; of some plugins alone, if given."""
+        return cast("list[tuple[Case, str]]", self._ask("prisma_cases", object, only))
 
     def commands(self, new: Callable[[], Typer]) -> list[tuple[Typer, str]]:
         """Return an app for each plugin that has commands, made by ``new``, next to the plugin's name."""

@@ -294,6 +294,7 @@ def test_check_that_fails(with_timm: Run, monkeypatch: pytest.MonkeyPatch) -> No
         (("info", "file:/no/such/folder"), 1, "holds no spec.json"),
         (("models", "tiny:ona"), 1, "No model matches. Did you mean tiny:one"),
         (("models", "--family", "smal"), 1, "No family 'smal'. Did you mean small"),
+        (("check", "file:somewhere"), 1, "was saved hooked: there is no upstream"),
         (("check", "tiny:one"), 1, "This model came hooked, from no library"),
         (("models", "--source", "tony"), 1, "Did you mean tiny?"),
         (("check", "nothing"), 1, "'nothing' is not a reference"),

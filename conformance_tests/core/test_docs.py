@@ -12,6 +12,7 @@ import re
 import socket
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +59,15 @@ ALL = [block for page in PAGES for block in blocks(page)]
 
 
 @pytest.fixture
-def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are tiny, and other workers run beside this one
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def prepared(_one_thread: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to work in, with two pictures, no network and a host of its own."""
 
     def refuse(*args: Any, **kwargs: Any) -> Any:

@@ -44,7 +44,7 @@ def models(
     for name, command in absent.items():
         note("not installed", f"the source {name!r}: {command}", "yellow")
     if not chosen and found:
-        _nothing([info.reference for info in found], search or [])
+        _nothing(found, search or [], family)
 
 
 def _matches(info: ModelInfo, search: list[str], family: str | None, pretrained: bool) -> bool:
@@ -61,12 +61,16 @@ def _has(info: ModelInfo, word: str) -> bool:
     return word.lower() in f"{info.reference} {info.family} {info.note}".lower()
 
 
-def _nothing(references: list[str], search: list[str]) -> None:
+def _nothing(found: list[ModelInfo], search: list[str], family: str | None) -> None:
     from prisma_core.errors import UnknownName, suggest
 
-    names = {reference.partition(":")[2] for reference in references}
-    hint = suggest(" ".join(search), [*references, *names]) if search else ""
-    raise UnknownName(f"No model matches.{hint} `prisma models` lists all {len(references)}.")
+    families = {info.family for info in found}
+    within = [info.reference for info in found if family is None or fnmatch.fnmatch(info.family, family)]
+    if family is not None and not within:
+        raise UnknownName(f"No family {family!r}.{suggest(family, families)} Families: {', '.join(sorted(families))}.")
+    names = {reference.partition(":")[2] for reference in within}
+    hint = suggest(" ".join(search), [*within, *names]) if search else ""
+    raise UnknownName(f"No model matches.{hint} `prisma models` lists all {len(found)}.")
 
 
 def plugins(as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False) -> None:

@@ -52,10 +52,10 @@ def suite(
         UnknownName: no such check.
     """
     selected = select(checks)
-    found = list(cases) if cases is not None else [case for case, name in host().cases() if name == plugin]
-    parameters = [
-        pytest.param(case, one, id=f"{case.name}-{one.name}") for case in found for one in selected
-    ] or [pytest.param(None, None, id=plugin)]
+    found = list(cases) if cases is not None else [case for case, _ in host().cases({plugin})]
+    parameters = [pytest.param(case, one, id=f"{case.name}-{one.name}") for case in found for one in selected] or [
+        pytest.param(None, None, id=plugin)
+    ]
 
     @pytest.mark.parametrize(("case", "one"), parameters)
     def test_conformance(case: Case | None, one: Check | None, record_property: Callable[[str, object], None]) -> None:

@@ -16,12 +16,12 @@ from prisma_core.conformance.case import Case, Pictures
 from prisma_core.conformance.registry import Check, NotApplicable, select
 from prisma_core.conformance.results import Certificate, CheckResult, Report
 from prisma_core.conformance.subject import Subject
-from prisma_core.errors import PrismaError, UnknownName, UnsupportedArchitecture
+from prisma_core.errors import PrismaError, UnsupportedArchitecture
 from prisma_core.hooked import Hooked
 from prisma_core.plugins import host
 from prisma_core.sources import Loaded
 from prisma_core.transformer.vit import HookedViT
-from prisma_core.zoo import export
+from prisma_core.zoo import export, parted
 
 REGISTERED = (parity, tensors, live, algebra, audit, running)  # importing a module registers its checks
 
@@ -136,7 +136,7 @@ def subjects(
         UnsupportedArchitecture: an adapter without cases, or a model no adapter takes.
     """
     if isinstance(target, Adapter):
-        found = [(case, case.build()) for case, _ in host().cases()]
+        found = [(case, case.build()) for case, _ in host().cases(host().homes(target) or None)]
         mine = [(case, built) for case, built in found if qualified_name(built) in target.types]
         if not mine:
             raise UnsupportedArchitecture(
@@ -166,9 +166,9 @@ def _case(
 
 
 def _referenced(reference: str, *, full: bool, pretrained: bool) -> tuple[Case, str]:
-    name, _, rest = reference.partition(":")
+    name, rest = parted(reference)
     if not (full or pretrained):
-        for case, plugin in host().cases():
+        for case, plugin in host().cases(host().homes(host().source(name))):
             if reference in (case.name, f"{plugin}:{case.name}"):
                 return case, reference
     loaded: list[Loaded] = []
@@ -177,8 +177,6 @@ def _referenced(reference: str, *, full: bool, pretrained: bool) -> tuple[Case, 
         loaded.append(host().source(name).load(rest, pretrained=pretrained))
         return loaded[-1].model
 
-    if not rest:
-        raise UnknownName(f"{reference!r} is no reference: expected SOURCE:MODEL, such as timm:vit_tiny_patch16_224.")
     return Case(reference, build), reference
 
 
