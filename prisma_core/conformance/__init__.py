@@ -1,9 +1,9 @@
 """The proof that a mapped model computes what its upstream computes, and that its hooks are live.
 
-    from prisma_core.conformance import check
+from prisma_core.conformance import check
 
-    report = check("timm:vit_tiny_patch16_224")
-    report.passed, report.failures
+report = check("timm:vit_tiny_patch16_224")
+report.passed, report.failures
 """
 
 from prisma_core.conformance.case import Case, Pictures

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prisma_core.conformance import tolerances
 from prisma_core.conformance.registry import Finding, register
@@ -20,10 +20,7 @@ Hook = Callable[[Tensor, HookContext], "Tensor | None"]
 
 @register("hooks.live", "every hook point fires once, in order; edits are used, gradients flow, nothing is left behind")
 def live(subject: Subject) -> Finding:
-    model = subject.make(subject.adapter, subject.upstream())
-    if subject.spec.embed.stem == "opaque":
-        # Upstream's own stem has no hook points inside, and may cost a hundred times what the blocks do.
-        model.embed.stem = _Remembered(model.embed.stem)
+    model = subject.own_model()
     image = subject.image(2)
     points = model.hook_points()
     plain = [name for name, point in points.items() if not point.derived]
@@ -40,22 +37,6 @@ def live(subject: Subject) -> Finding:
         problems += _gradients_flow(subject, model, image, names)
     detail = f"{len(plain)} hook points and {len(derived)} derived ones"
     return Finding(error, tolerances.routes(model.spec), tuple(problems), detail)
-
-
-class _Remembered(nn.Module):
-    """A module that computes what it returns for one input once."""
-
-    def __init__(self, inner: nn.Module):
-        super().__init__()
-        self.inner = inner
-        self.kept: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        kept = self.kept
-        if kept is None:
-            with torch.no_grad():
-                kept = self.kept = self.inner(x)
-        return kept.clone()
 
 
 def _fires_once(model: HookedViT, image: Tensor, names: list[str]) -> list[str]:

@@ -81,6 +81,7 @@ class Certificate(Facts):
 
     def compact(self) -> str:
         """Return one line of JSON: numbers and outcomes, without details and times."""
+
         def rounded(error: float | None) -> float | None:
             return None if error is None else float(f"{error:.1e}")
 

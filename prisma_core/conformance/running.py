@@ -62,7 +62,7 @@ def save_load(subject: Subject) -> Finding:
 @register("threads", "two threads use one model with different hooks and do not see each other's")
 @torch.no_grad()
 def threads(subject: Subject) -> Finding:
-    model, image = subject.pair().model, subject.image()
+    model, image = subject.own_model(), subject.image()
     name = "blocks.0.hook_resid_post"
     alone = [model.run_with_hooks(image, hooks={name: _times(factor)}) for factor in (0.5, 2.0)]
     clean = model(image)
@@ -104,9 +104,7 @@ def _times(factor: float) -> Hook:
     return hook
 
 
-@register(
-    "compile", "a model compiled with fullgraph=True has the same logits, caches and edits", on_request=True
-)
+@register("compile", "a model compiled with fullgraph=True has the same logits, caches and edits", on_request=True)
 @torch.no_grad()
 def compiled(subject: Subject) -> Finding:
     model, image = subject.pair(torch.float32).model, subject.image(dtype=torch.float32)

@@ -100,6 +100,17 @@ class Subject:
             self._pairs[key] = Pair(upstream, self.make(self.adapter, upstream))
         return self._pairs[key]
 
+    def own_model(self) -> HookedViT:
+        """Return a hooked model of one's own for one image, in float64.
+
+        An opaque stem runs once: it is upstream's own module, has no hook points inside, and may cost a hundred times
+        what the blocks do.
+        """
+        model = self.make(self.adapter, self.upstream())
+        if model.spec.embed.stem == "opaque":
+            model.embed.stem = Remembered(model.embed.stem)
+        return model
+
     @property
     def spec(self) -> ModelSpec:
         return self.pair().model.spec
@@ -149,6 +160,22 @@ class Subject:
     def facts(self) -> str:
         """Return a digest of the spec with its sizes left out."""
         return facts_of(self.spec)
+
+
+class Remembered(nn.Module):
+    """A module that computes what it returns for one input once."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+        self.kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.kept
+        if kept is None:
+            with torch.no_grad():
+                kept = self.kept = self.inner(x)
+        return kept.clone()
 
 
 def facts_of(spec: ModelSpec) -> str:
