@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from prisma_view.page import write_page
     from prisma_view.pictures import write_pictures
     from prisma_view.symbols import symbol
+    from prisma_view.words import percent
 
-__all__ = ["report", "write_page", "write_pictures", "Report", "symbol", "prisma_commands"]
+__all__ = ["report", "write_page", "write_pictures", "Report", "symbol", "percent", "prisma_commands"]
 
 _HOMES = {
     "report": "findings",
@@ -28,6 +29,7 @@ _HOMES = {
     "write_page": "page",
     "write_pictures": "pictures",
     "symbol": "symbols",
+    "percent": "words",
 }
 
 

@@ -56,7 +56,7 @@ def demo(
         pictures = prisma_view.write_pictures(found, out)
     best = found.symbol(found.best)
     Console(highlight=False).print(
-        f"{best.emoji} {model} sees: {best.name} ({float(found.logits.softmax(-1)[found.best]):.0%})",
+        f"{best.emoji} {model} sees: {best.name} ({prisma_view.percent(float(found.logits.softmax(-1)[found.best]))})",
         f"page      {page}",
         f"pictures  {', '.join(str(path) for path in pictures)}",
         sep="\n",

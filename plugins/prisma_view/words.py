@@ -30,13 +30,18 @@ def token_name(name: str) -> str:
     return {"cls": "class token", "dist": "distillation token"}[name]
 
 
+def percent(chance: float) -> str:
+    """Return a probability in words."""
+    return f"{chance:.0%}" if chance >= 0.01 else "less than 1%"
+
+
 def verdict(found: Report) -> str:
     """Say what the model sees in the picture, and how sure it is."""
     best = found.best
     chance = float(found.logits.softmax(-1)[best])
     runner = int(found.logits.topk(2).indices[1])
-    sure = f"{chance:.0%}" if chance >= 0.01 else "less than 1%"
-    return f"This one is {sure} sure of “{found.symbol(best).name}”; next comes “{found.symbol(runner).name}”."
+    first, second = found.symbol(best).name, found.symbol(runner).name
+    return f"This one is {percent(chance)} sure of “{first}”; next comes “{second}”."
 
 
 def lens_words(found: Report) -> str:

@@ -29,6 +29,7 @@ const plain = (x, digits = 1) => {
   const text = Math.abs(x).toFixed(digits);
   return x < 0 && Number(text) ? `−${text}` : text;
 };
+const digitsFor = (largest) => (largest < 0.95 ? 2 : 1);
 const signed = (x, digits = 1) => (x >= 0 && Number(x.toFixed(digits)) ? "+" : "") + plain(x, digits);
 const percent = (p) => (p > 0 && p < 0.01 ? "<1 %" : `${Math.round(100 * p)} %`);
 
@@ -113,7 +114,7 @@ function tokenChips(box, layout, onPick) {
 /* A table of layers by heads with a column of labels before and a row of labels above. */
 function layerHeadTable(box, layers, heads, kind, cell) {
   box.classList.add(kind);
-  box.style.gridTemplateColumns = `1.9rem repeat(${heads}, minmax(0, 1fr))`;
+  box.style.gridTemplateColumns = `1.9rem repeat(${heads}, minmax(0, ${layers > 6 ? "4.6rem" : "8rem"}))`;
   box.style.setProperty("--heads", heads);
   box.append(make("span", { className: "corner", textContent: "block ↓", ariaHidden: "true" }));
   for (let head = 0; head < heads; head++) box.append(make("span", { className: "label", textContent: head, title: `head ${head}`, ariaHidden: "true" }));

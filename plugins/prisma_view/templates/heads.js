@@ -21,7 +21,7 @@ if (data.layers) {
     const width = `${(50 * Math.abs(value)) / most}%`;
     const bar = make("i", { style: { background: `var(--${value < 0 ? "less" : "more"})`, width, left: value < 0 ? `calc(50% - ${width})` : "50%" } });
     return make("div", { className: `piece ${kind}`, role: "listitem" }, make("span", { textContent: label }),
-      make("span", { className: "track" }, bar), make("span", { className: "number", textContent: kind ? plain(value) : signed(value) }));
+      make("span", { className: "track" }, bar), make("span", { className: "number", textContent: kind ? plain(value, digitsFor(most)) : signed(value, digitsFor(most)) }));
   }
 
   function choose(i) {
@@ -40,7 +40,7 @@ if (data.layers) {
     cells.forEach((cell, at) => {
       const [layer, head] = [Math.floor(at / every[0].length), at % every[0].length];
       cell.style.background = diverging(share(flat[at], largest));
-      cell.textContent = every[0].length <= 8 ? signed(flat[at]) : "";
+      cell.textContent = every[0].length <= 8 ? signed(flat[at], digitsFor(largest)) : "";
       cell.classList.toggle("strong", Math.abs(share(flat[at], largest)) > 0.75);
       cell.classList.toggle("best", at === best);
       cell.setAttribute("aria-label", `Block ${layer}, head ${head}: ${signed(flat[at], 2)}`);
@@ -86,7 +86,7 @@ if (data.patching) {
       const [layer, head] = [Math.floor(at / heads), at % heads];
       const said = guess[where][layer][head];
       cell.style.background = diverging(share(flat[at], largest));
-      cell.replaceChildren(...(said === data.top[0][0] ? [] : [make("b", { textContent: emoji(said) })]), heads <= 8 ? signed(flat[at]) : "");
+      cell.replaceChildren(...(said === data.top[0][0] ? [] : [make("b", { textContent: emoji(said) })]), heads <= 8 ? signed(flat[at], digitsFor(largest)) : "");
       cell.classList.toggle("best", at === best);
       cell.classList.toggle("strong", Math.abs(share(flat[at], largest)) > 0.75);
       cell.setAttribute("aria-label", `Block ${layer}, head ${head}: ${signed(flat[at], 2)}, the model says ${className(said)}`);
