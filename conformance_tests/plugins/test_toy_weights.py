@@ -62,14 +62,11 @@ def test_a_bundled_model_is_as_good_as_its_card_says(name: str):
     fresh = held_out(loaded(name), task(config.data), n=512, seed=17)
     low, high = fresh.interval
     assert low - 0.005 <= float(stated[1]) / 100 <= high + 0.005
+    assert fresh.accuracy >= (0.95 if config.data == "scenes" else 0.5)
     assert f"`{command(config, name)}`" in card
     assert re.search(rf"Seed: {config.seed}; .*\b{config.steps} steps", card)
     assert re.search(r"Made 20\d\d-\d\d-\d\d with torch \d", card)
     assert card_title(BUNDLED[name]).startswith(f"{config.layers} layer")
-
-
-def test_the_scene_classifier_is_good():
-    assert held_out(loaded("scenes-3l"), task("scenes"), n=512, seed=1).accuracy >= 0.95
 
 
 def test_the_last_lens_separates_the_shapes_of_a_scene_with_two():
