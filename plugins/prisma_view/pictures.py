@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 from torch import Tensor
 
 from prisma_view.colours import LESS, MORE, QUIET, SCALE, Colour, blend
@@ -92,9 +92,14 @@ def lens_panel(
             if drawn is None:
                 continue
             strength = (0.4 + 0.6 * chances[row][column]) * (0.45 if colours[index] == QUIET else 1)
-            faded = Image.merge("RGBA", (*drawn.split()[:3], drawn.getchannel("A").point(lambda a, s=strength: a * s)))
+            alpha = drawn.getchannel("A").point(lambda a, s=strength: a * s)
+            faded = Image.merge("RGBA", (*drawn.split()[:3], alpha))
             x, y = width * (column + 0.5) / layout.columns, height * (row + 0.5) / layout.rows
-            panel.alpha_composite(faded, (round(x - size / 2), round(y - size / 2)))
+            at = (round(x - size / 2), round(y - size / 2))
+            shadow = Image.new("RGBA", drawn.size, (0, 0, 0, 0))
+            shadow.putalpha(ImageChops.offset(alpha, 1, 1).point(lambda a: a * 0.7))
+            panel.alpha_composite(shadow, at)
+            panel.alpha_composite(faded, at)
     return panel.convert("RGB")
 
 
