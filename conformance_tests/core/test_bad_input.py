@@ -166,6 +166,7 @@ def test_damaged_checkpoints(tmp_path: Path, suffix: str, damage: str) -> None:
         read_checkpoint(path)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, legacy: bool) -> None:
     mark = tmp_path / "it ran"
@@ -280,6 +281,7 @@ def test_a_library_checkpoint_that_is_damaged(suffix: str, tmp_path: Path) -> No
         prisma.load(f"timm:vit_tiny_patch16_224@{tmp_path / 'absent.pt'}", **SMALL)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_library_checkpoint_that_runs_code_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     mark = tmp_path / "it ran"
