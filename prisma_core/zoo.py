@@ -16,7 +16,7 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor, nn
 
 from prisma_core.adapter import Adapter, Reader, qualified_name
-from prisma_core.errors import LoadError, UnknownName, UnsupportedArchitecture
+from prisma_core.errors import LoadError, UnknownName, UnsupportedArchitecture, WeightMapError
 from prisma_core.files import check_shapes, read_safetensors
 from prisma_core.hooked import Hooked
 from prisma_core.plugins import host
@@ -140,7 +140,8 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> H
         if copy and tensor.untyped_storage().data_ptr() in owned:
             made[name] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
     assign(model, made)
-    needed = set(_not_invertible(table, tensors))
+    persistent = list(upstream.state_dict())
+    needed = _not_invertible(table, tensors) | (set(tensors) - set(persistent))
     model.origin = Origin(
         qualified_name(upstream),
         adapter,
@@ -149,7 +150,7 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> H
             name: tensor.detach().clone() if name in needed else tensor.detach().to("meta")
             for name, tensor in tensors.items()
         },
-        list(upstream.state_dict()),
+        persistent,
     )
     return model.eval()
 
@@ -181,6 +182,10 @@ def export(model: HookedViT) -> dict[str, Tensor]:
         raise LoadError("This model was not adapted from an upstream one, so there is nothing to export to. Use save.")
     canonical = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
     state = model.origin.map.backward(canonical, model.origin.upstream)
+    fixed = {name: was for name, was in model.origin.upstream.items() if name not in set(model.origin.persistent)}
+    for name, was in fixed.items():
+        if not torch.equal(state[name], was.to(state[name])):
+            raise WeightMapError(f"What {name} makes was changed, and upstream's state dict does not hold it.")
     return {name: state[name].contiguous() for name in model.origin.persistent}
 
 

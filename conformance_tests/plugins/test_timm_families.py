@@ -138,6 +138,15 @@ def test_a_changed_table_cannot_be_exported(build: Callable[[], nn.Module], name
         prisma.export(model)
 
 
+def test_a_key_bias_upstream_keeps_at_zero_cannot_be_exported() -> None:
+    model = prisma.adapt(timm.create_model("beit_base_patch16_224", depth=1, embed_dim=24, num_heads=2, img_size=32))
+    assert set(prisma.export(model)) == set(model.origin.persistent)
+    with torch.no_grad():
+        model.blocks[0].attn.b_K.add_(1.0)
+    with pytest.raises(prisma.WeightMapError, match="k_bias"):
+        prisma.export(model)
+
+
 def test_one_size_stays_one_size_where_tables_cannot_follow() -> None:
     model = prisma.adapt(eva(rope_type="mixed", dynamic_img_size=True))
     with pytest.raises(prisma.errors.InputError, match="one size"):
