@@ -58,10 +58,11 @@ def text(trainer: Trainer, score: Score) -> str:
     size = sum(p.numel() for p in trainer.model.parameters())
     parts = "attention alone" if spec.blocks[0].mlp is None else "attention and MLP"
     norms = "with layer norm" if config.norm else "without layer norm"
+    layers = "1 layer" if config.layers == 1 else f"{config.layers} layers"
     lines = [
         f"# {trainer.folder.name}",
         "",
-        f"{config.layers} layer{'s' * (config.layers > 1)} of {parts}, {norms}: {task.summary}, {100 * score.accuracy:.1f} % held-out.",
+        f"{layers} of {parts}, {norms}: {task.summary}, {100 * score.accuracy:.1f} % held-out.",
         "",
         f"- Data: `{task.name}`, {len(task.labels)} classes, {task.channels} x {task.size} x {task.size}, drawn by "
         "this package for every batch afresh; no data set is downloaded or stored.",
