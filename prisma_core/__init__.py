@@ -7,6 +7,8 @@
     cache["pattern", 3], cache["resid_post", -1]
 """
 
+from typing import TYPE_CHECKING, Any
+
 from prisma_core.cache import ActivationCache
 from prisma_core.errors import (
     HookError,
@@ -27,11 +29,24 @@ from prisma_core.spec import ModelSpec
 from prisma_core.transformer import HookedViT
 from prisma_core.zoo import adapt, export, load, save
 
+if TYPE_CHECKING:
+    from prisma_core.conformance import check
+
+
+def __getattr__(name: str) -> Any:
+    if name == "check":  # the kit is large, and most who import the core never ask for it
+        from prisma_core.conformance import check
+
+        return check
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "load",
     "adapt",
     "export",
     "save",
+    "check",
     "HookedViT",
     "Hooked",
     "ActivationCache",

@@ -25,7 +25,7 @@ _ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.
 
 def _version(wanted: bool) -> None:
     if wanted:
-        out().print(f"prisma {version('prisma')}")
+        out().print(f"prisma {version('prisma-interp')}")
         raise typer.Exit
 
 

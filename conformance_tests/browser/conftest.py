@@ -23,7 +23,7 @@ def browser() -> Iterator[Chrome]:
     driver = shutil.which("chromedriver")
     if found is None or driver is None:
         pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver fonts-noto-color-emoji")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install 'prisma[test]'")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install 'prisma-interp[test]'")
     options = webdriver.ChromeOptions()
     options.binary_location = found
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:

@@ -129,7 +129,7 @@ def test_each_command_has_help(run: Run, command: str) -> None:
 
 def test_version(run: Run) -> None:
     ran = run("--version")
-    assert (ran.status, ran.out.strip()) == (0, f"prisma {version('prisma')}")
+    assert (ran.status, ran.out.strip()) == (0, f"prisma {version('prisma-interp')}")
 
 
 def test_as_a_program() -> None:

@@ -25,7 +25,7 @@ from prisma_core.conformance.pytest import summary
 from prisma_core.conformance.run import subjects
 from prisma_core.conformance.table import supported, write_table
 
-pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma[timm]'")
+pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 
 from .mutants import CASES, built
 from .table import MUTANTS

@@ -10,7 +10,7 @@ from prisma_core.conformance.doctor import examine
 from prisma_core.conformance.run import run_check
 from prisma_core.conformance.subject import Subject
 
-pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma[timm]'")
+pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 
 from .mutants import CASES, Mutant, built
 from .table import MUTANTS

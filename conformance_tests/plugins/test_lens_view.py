@@ -92,7 +92,7 @@ def test_a_label_finds_its_emoji(label: str, emoji: str, name: str) -> None:
 
 
 def test_most_of_imagenet_has_an_emoji() -> None:
-    data = pytest.importorskip("timm.data", reason="needs timm: pip install 'prisma[timm]'")
+    data = pytest.importorskip("timm.data", reason="needs timm: pip install 'prisma-interp[timm]'")
     info = data.ImageNetInfo("imagenet-1k")
     found = [symbol(info.index_to_description(index)).emoji for index in range(info.num_classes())]
     assert sum(emoji != FALLBACK for emoji in found) >= 700
@@ -264,7 +264,7 @@ def test_demo_without_options_needs_nothing(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_demo_of_a_timm_model(pictures: tuple[Path, Path], tmp_path: Path) -> None:
-    pytest.importorskip("timm", reason="needs timm: pip install 'prisma[timm]'")
+    pytest.importorskip("timm", reason="needs timm: pip install 'prisma-interp[timm]'")
     given = options_of("timm:test_vit", pictures, tmp_path)
     assert main(["demo", "--no-pretrained", "--no-open", *given]) == 0
     assert files(tmp_path) == ALL

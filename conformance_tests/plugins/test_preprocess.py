@@ -12,7 +12,7 @@ from PIL import Image
 
 from prisma_core.preprocess import Preprocess
 
-pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma[timm]'")
+pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 
 from prisma_timm.source import preprocess
 from timm.data import create_transform, resolve_model_data_config

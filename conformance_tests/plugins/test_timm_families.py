@@ -15,7 +15,7 @@ from prisma_core.conformance.case import Case
 from prisma_core.conformance.run import check
 from prisma_core.errors import UnsupportedArchitecture, WeightMapError
 
-timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma[timm]'")
+timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 
 from timm.models.beit import Beit  # noqa: E402
 from timm.models.deepseek_vit import DeepseekVitClassifier  # noqa: E402

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import prisma_core as prisma
 from prisma_core import LoadError, UnknownName
 
-timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma[timm]'")
+timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 
 from huggingface_hub import constants  # noqa: E402
 from prisma_timm.source import TimmSource  # noqa: E402

@@ -15,7 +15,7 @@ from prisma_core import UnsupportedArchitecture
 from prisma_core.conformance.case import Case
 from prisma_core.conformance.run import check
 
-timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma[timm]'")
+timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 
 from timm.layers import AttentionPoolLatent, GluMlp, LayerNorm, LayerNormFp32, QuickGELU, RmsNorm, SwiGLU  # noqa: E402
 from timm.models import vision_transformer as vit  # noqa: E402

@@ -12,7 +12,7 @@ from prisma_core import UnsupportedArchitecture, adapt
 from prisma_core.conformance.pytest import suite
 from prisma_core.plugins import host
 
-timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma[timm]'")
+timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 
 # One row an architecture of timm's transformers: whether it must come through, or which feature must be named.
 TABLE = list(csv.DictReader((Path(__file__).parent / "timm_plain.csv").open(encoding="utf-8")))

@@ -24,7 +24,7 @@ class TimmSource(Source):
 
     name = "timm"
     library = "timm"
-    install = 'pip install "prisma[timm]"'
+    install = 'pip install "prisma-interp[timm]"'
 
     def load(self, rest: str, *, pretrained: bool = True, **options: Any) -> Loaded:
         import timm

@@ -44,7 +44,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     except ModuleNotFoundError as error:
-        raise PluginError(f'Pages need {error.name}, which is not installed: pip install "prisma[view]"') from error
+        raise PluginError(f'Pages need {error.name}, which is not installed: pip install "prisma-interp[view]"') from error
 
 
 @hookimpl
