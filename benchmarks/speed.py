@@ -197,7 +197,9 @@ def main() -> None:
     cases = [(name, batch) for name in options.models for batch in options.batches]
     for name, batch in track(cases, "timing", console=console):
         rows += compare(name, batch, options.repeats, device, compiled=not options.no_compile)
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    machine = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    )
     title = f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__}"
     table = Table("model", "batch", "what", "against", "ratio", "seconds", title=title)
     for row in rows:

@@ -1,10 +1,10 @@
 """Prisma opens up vision transformers: one hooked, proven model for every library's ViT.
 
-    import prisma_core as prisma
+import prisma_core as prisma
 
-    model = prisma.load("timm:vit_base_patch16_224")
-    logits, cache = model.run_with_cache(model.preprocess("cat.jpg"))
-    cache["pattern", 3], cache["resid_post", -1]
+model = prisma.load("timm:vit_base_patch16_224")
+logits, cache = model.run_with_cache(model.preprocess("cat.jpg"))
+cache["pattern", 3], cache["resid_post", -1]
 """
 
 from typing import TYPE_CHECKING, Any

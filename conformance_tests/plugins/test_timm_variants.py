@@ -22,7 +22,13 @@ from timm.models import vision_transformer as vit  # noqa: E402
 from timm.models.deit import VisionTransformerDistilled  # noqa: E402
 
 SMALL: dict[str, Any] = {
-    "img_size": (24, 32), "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 7, "mlp_ratio": 2
+    "img_size": (24, 32),
+    "patch_size": 8,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 3,
+    "num_classes": 7,
+    "mlp_ratio": 2,
 }
 PLAIN_NORM = partial(LayerNorm, affine=False)
 
@@ -89,8 +95,12 @@ def one_thread() -> Iterator[None]:
 def test_a_variant_computes_the_same(name: str) -> None:
     torch.manual_seed(0)
     report = check(Case(name, VARIANTS[name]))
-    failed = [f"{one.name}: {one.detail}" for certificate in report.certificates for one in certificate.results
-              if not one.passed and not one.skipped]
+    failed = [
+        f"{one.name}: {one.detail}"
+        for certificate in report.certificates
+        for one in certificate.results
+        if not one.passed and not one.skipped
+    ]
     assert not failed, "\n".join(failed)
 
 
@@ -113,7 +123,8 @@ def partial_class(kind: type, **given: Any) -> type:
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "differential": (partial(plain, attn_layer="diff", num_heads=2), "differential attention"),
     "differential, parallel": (
-        partial(plain, block_fn=vit.DiffParallelScalingBlock, num_heads=2), "differential attention"
+        partial(plain, block_fn=vit.DiffParallelScalingBlock, num_heads=2),
+        "differential attention",
     ),
     "gate": (gated, "gate"),
     "prr": (partial(plain, global_pool="prr"), "pooling"),
@@ -121,7 +132,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "act": (partial(plain, act_layer=nn.Mish), "activation"),
     "padded": (partial(plain, dynamic_img_pad=True), "padding"),
     "fused projection": (
-        partial(plain, block_fn=partial(vit.ParallelScalingBlock, fuse_out_proj=True)), "one output projection"
+        partial(plain, block_fn=partial(vit.ParallelScalingBlock, fuse_out_proj=True)),
+        "one output projection",
     ),
 }
 

@@ -1,9 +1,9 @@
 """Techniques of mechanistic interpretability, as plain functions over a model and its cache.
 
-    logits, cache = model.run_with_cache(image)
-    logit_lens(model, cache).logits                              # [stage batch pos class]
-    logit_attribution(model, cache, classes=[3]).values          # [component batch class]
-    patch_heads(model, image, other, logit_difference(3, 5))     # [layer head batch]
+logits, cache = model.run_with_cache(image)
+logit_lens(model, cache).logits                              # [stage batch pos class]
+logit_attribution(model, cache, classes=[3]).values          # [component batch class]
+patch_heads(model, image, other, logit_difference(3, 5))     # [layer head batch]
 """
 
 from prisma_lens.attribution import Attribution, attribution_names, by_head, head_attribution, logit_attribution

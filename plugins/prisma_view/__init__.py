@@ -1,8 +1,8 @@
 """What people look at: one self-contained HTML page, and the same panels as PNG.
 
-    found = report(model, "cat.jpg", "dog.jpg")
-    write_page(found, Path("cat.html"))
-    write_pictures(found, Path("."))
+found = report(model, "cat.jpg", "dog.jpg")
+write_page(found, Path("cat.html"))
+write_pictures(found, Path("."))
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     except ModuleNotFoundError as error:
-        raise PluginError(f'Pages need {error.name}, which is not installed: pip install "prisma-interp[view]"') from error
+        raise PluginError(
+            f'Pages need {error.name}, which is not installed: pip install "prisma-interp[view]"'
+        ) from error
 
 
 @hookimpl

@@ -61,9 +61,7 @@ def lens(found: Report, side: int = 420) -> Image.Image:
     return sheet
 
 
-def lens_panel(
-    found: Report, stage: int, width: int, height: int, colours: Mapping[int, Colour]
-) -> Image.Image:
+def lens_panel(found: Report, stage: int, width: int, height: int, colours: Mapping[int, Colour]) -> Image.Image:
     """Draw one layer of the lens over the picture: a colour and an emoji for each patch."""
     assert found.lens is not None
     layout = found.layout

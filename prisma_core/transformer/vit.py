@@ -92,9 +92,7 @@ class HookedViT(Circuits, Hooked):
         rows, columns = (n // p for n, p in zip(image.shape[2:], self.spec.embed.patch, strict=True))
         return self.spec.layout.model_copy(update={"rows": rows, "columns": columns})
 
-    def forward(
-        self, image: Tensor, *, start_at_layer: int | None = None, stop_at_layer: int | None = None
-    ) -> Tensor:
+    def forward(self, image: Tensor, *, start_at_layer: int | None = None, stop_at_layer: int | None = None) -> Tensor:
         """Return the logits, or upstream's main output where it has no head.
 
         Args:
