@@ -2,7 +2,8 @@
 
     python benchmarks/speed.py --json figures.json
 
-Every figure is a ratio of medians: the two sides run in turn, in one process, on the same input and weights.
+Every figure is a ratio of medians: the two sides run in turn, in one process, on the same input and weights, and which
+one goes first alternates.
 """
 
 from __future__ import annotations
@@ -122,25 +123,27 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def medians(sides: dict[str, Run], repeats: int, device: torch.device) -> dict[str, float]:
-    """Return the median seconds of each side, all sides run in turn."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for name in sides:
-        for _ in range(2):
-            sides[name]()
-    order = list(sides)
-    for _ in range(repeats):
-        for name in order:
+def ratio(one: Run, other: Run, budget: float, device: torch.device) -> tuple[float, float, int]:
+    """Return the ratio of the medians of two sides run in turn, the median seconds of the first, and how many runs."""
+    for side in (one, other, one, other):  # warm-up, and compilation where there is any
+        side()
+    start = time.perf_counter()
+    one(), other()
+    synchronise(device)
+    repeats = min(101, max(11, round(budget / (time.perf_counter() - start))))
+    times: dict[Run, list[float]] = {one: [], other: []}
+    for index in range(repeats):
+        for side in (one, other) if index % 2 else (other, one):
             synchronise(device)
             start = time.perf_counter()
-            sides[name]()
+            side()
             synchronise(device)
-            times[name].append(time.perf_counter() - start)
-        order.reverse()
-    return {name: statistics.median(values) for name, values in times.items()}
+            times[side].append(time.perf_counter() - start)
+    medians = {side: statistics.median(values) for side, values in times.items()}
+    return medians[one] / medians[other], medians[one], repeats
 
 
-def compare(name: str, batch: int, repeats: int, device: torch.device, *, compiled: bool) -> list[dict[str, Any]]:
+def compare(name: str, batch: int, budget: float, device: torch.device, *, compiled: bool) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     upstream = timm.create_model(name).eval().to(device)
     hooked = prisma.adapt(upstream, copy=False)
@@ -148,46 +151,38 @@ def compare(name: str, batch: int, repeats: int, device: torch.device, *, compil
     sides: dict[str, Run] = {
         "timm": lambda: upstream(image),
         "hooked": lambda: hooked(image),
-        "by hand, residuals": lambda: hand_written_residuals(upstream, image),
         "cache residuals": lambda: hooked.run_with_cache(image, names="resid_post"),
-        "by hand, everything": lambda: hand_written_everything(upstream, image),
+        "by hand, residuals": lambda: hand_written_residuals(upstream, image),
         "cache everything": lambda: hooked.run_with_cache(image),
+        "by hand, everything": lambda: hand_written_everything(upstream, image),
     }
+    pairs = [
+        ("hooked", "timm"),
+        ("cache residuals", "timm"),
+        ("by hand, residuals", "timm"),
+        ("cache everything", "by hand, everything"),
+    ]
     if compiled:
         fast = torch.compile(hooked, fullgraph=True)
         sides["compiled"] = lambda: fast(image)
         sides["compiled, cache residuals"] = lambda: cached_by_scope(fast, hooked, image)
+        pairs += [("compiled", "timm"), ("compiled, cache residuals", "timm")]
+    rows: list[dict[str, Any]] = []
     with torch.no_grad():
-        took = medians(sides, repeats, device)
-        full, by_hand = hooked.run_with_cache(image)[1], hand_written_everything(upstream, image)
-    against = {
-        "hooked": "timm",
-        "cache residuals": "timm",
-        "by hand, residuals": "timm",
-        "cache everything": "by hand, everything",
-        "compiled": "timm",
-        "compiled, cache residuals": "timm",
-    }
-    return [
-        {
-            "model": name,
-            "batch": batch,
-            "what": side,
-            "against": other,
-            "ratio": round(took[side] / took[other], 4),
-            "seconds": round(took[side], 5),
-            "tensors": (len(full), len(by_hand)) if side == "cache everything" else None,
-        }
-        for side, other in against.items()
-        if side in took
-    ]
+        for one, other in pairs:
+            value, seconds, repeats = ratio(sides[one], sides[other], budget, device)
+            row = {"model": name, "batch": batch, "what": one, "against": other}
+            rows.append({**row, "ratio": round(value, 3), "seconds": round(seconds, 4), "runs": repeats})
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["vit_base_patch32_224", "vit_base_patch16_224"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--repeats", type=int, default=15, help="counted runs of each side (default: 15)")
+    parser.add_argument(
+        "--budget", type=float, default=15, help="seconds for each pair (default: 15; 11 runs at least)"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled rows out")
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -196,14 +191,15 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     cases = [(name, batch) for name in options.models for batch in options.batches]
     for name, batch in track(cases, "timing", console=console):
-        rows += compare(name, batch, options.repeats, device, compiled=not options.no_compile)
+        rows += compare(name, batch, options.budget, device, compiled=not options.no_compile)
     machine = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     )
     title = f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__}"
-    table = Table("model", "batch", "what", "against", "ratio", "seconds", title=title)
+    columns = ("model", "batch", "what", "against", "ratio", "seconds", "runs")
+    table = Table(*columns, title=title)
     for row in rows:
-        table.add_row(*(str(row[key]) for key in ("model", "batch", "what", "against", "ratio", "seconds")))
+        table.add_row(*(str(row[key]) for key in columns))
     console.print(table)
     if options.json:
         options.json.write_text(json.dumps({"conditions": title, "rows": rows}, indent=1) + "\n", encoding="utf-8")

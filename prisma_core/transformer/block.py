@@ -27,11 +27,7 @@ class Block(nn.Module):
         super().__init__()
         self.spec = spec
         self.hook_resid_pre = HookPoint(STREAM, "the stream before the block")
-        heads = "batch pos head d_model"
-        kv_heads = heads if spec.attn.n_heads == spec.attn.n_kv_heads else "batch pos kv_head d_model"
-        self.hook_q_input = HookPoint(heads, "resid_pre, once for each query head", derived=True)
-        self.hook_k_input = HookPoint(kv_heads, "resid_pre, once for each key head", derived=True)
-        self.hook_v_input = HookPoint(kv_heads, "resid_pre, once for each value head", derived=True)
+        self.hook_q_input, self.hook_k_input, self.hook_v_input = head_input_points(spec)
         after = spec.kind == "res_post"  # parts are made in the order in which their hook points fire
         if not after:
             self.ln1 = norm_or_identity(spec.ln1, d_model)
@@ -92,11 +88,7 @@ class SideBySide(nn.Module):
         super().__init__()
         self.spec = spec
         self.hook_resid_pre = HookPoint(STREAM, "the stream before the block")
-        heads = "batch pos head d_model"
-        kv_heads = heads if spec.attn.n_heads == spec.attn.n_kv_heads else "batch pos kv_head d_model"
-        self.hook_q_input = HookPoint(heads, "resid_pre, once for each query head of each attention", derived=True)
-        self.hook_k_input = HookPoint(kv_heads, "resid_pre, once for each key head of each attention", derived=True)
-        self.hook_v_input = HookPoint(kv_heads, "resid_pre, once for each value head of each attention", derived=True)
+        self.hook_q_input, self.hook_k_input, self.hook_v_input = head_input_points(spec)
         self.ln1, self.attn, self.ls1 = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for _ in range(spec.n_parallel):
             self.ln1.append(norm_or_identity(spec.ln1, d_model))
@@ -134,6 +126,17 @@ def make_block(spec: BlockSpec, d_model: int, n_tokens: int, rope: RopeSpec | No
     """Return the block of a spec."""
     kind = Block if spec.n_parallel == 1 else SideBySide
     return kind(spec, d_model, n_tokens, rope)
+
+
+def head_input_points(spec: BlockSpec) -> tuple[HookPoint, HookPoint, HookPoint]:
+    """Return the hook points of what each head reads for its queries, keys and values."""
+    grouped = "kv_head" if spec.attn.n_heads != spec.attn.n_kv_heads else "head"
+    of_each = " of each attention" if spec.n_parallel > 1 else ""
+    query, key, value = (
+        HookPoint(f"batch pos {axis} d_model", f"resid_pre, once for each {kind} head{of_each}", derived=True)
+        for kind, axis in (("query", "head"), ("key", grouped), ("value", grouped))
+    )
+    return query, key, value
 
 
 def head_inputs(
