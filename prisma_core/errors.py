@@ -64,5 +64,8 @@ def suggest(name: str, options: Iterable[str], n: int = 3) -> str:
     >>> suggest("tim", ["timm", "toy"])
     ' Did you mean timm?'
     """
-    near = difflib.get_close_matches(name, list(options), n=n, cutoff=0.5)
+    given = list(options)
+    # What is being typed comes first: by likeness alone a short beginning is far from every long name.
+    begun = sorted((option for option in given if name and option.startswith(name)), key=len)
+    near = list(dict.fromkeys(begun + difflib.get_close_matches(name, given, n=n, cutoff=0.5)))[:n]
     return f" Did you mean {' or '.join(near)}?" if near else ""

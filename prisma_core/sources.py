@@ -14,6 +14,8 @@ from prisma_core.preprocess import Preprocess
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from prisma_core.conformance.case import Case
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -80,4 +82,8 @@ class Source(ABC):
 
     def sample(self, rest: str, seed: int = 0) -> Image | None:
         """Return a picture of the kind the model was made for, without any network call, or None if there is none."""
+        return None
+
+    def case(self, rest: str) -> Case | None:
+        """Return the conformance case of a reference's architecture, or None if only its real size can be checked."""
         return None

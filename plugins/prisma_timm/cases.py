@@ -37,12 +37,24 @@ def cases(adapters: Sequence[Adapter]) -> Iterator[Case]:
 
     Each is built once without data, which says whether its adapter can represent it.
     """
-    by_type = {name: adapter for adapter in adapters for name in adapter.types}
+    by_type = types_of(adapters)
     for module in timm.list_modules():
         if any(f"{kind.__module__}.{kind.__qualname__}" in by_type for kind in _classes(module)):
             for name in timm.list_models(module=module):
-                if _taken(_outline(name), by_type):
-                    yield Case(name, build=partial(small, name), full=partial(full, name), pictures=pictures)
+                if (found := case(name, by_type)) is not None:
+                    yield found
+
+
+def types_of(adapters: Sequence[Adapter]) -> dict[str, Adapter]:
+    """Return adapters by the types they take."""
+    return {name: adapter for adapter in adapters for name in adapter.types}
+
+
+def case(name: str, adapters: Mapping[str, Adapter]) -> Case | None:
+    """Return the case of one architecture, or None if no adapter, given by the types they take, can represent it."""
+    if not timm.is_model(name) or not _taken(_outline(name), adapters):
+        return None
+    return Case(name, build=partial(small, name), full=partial(full, name), pictures=pictures)
 
 
 def _classes(module: str) -> Iterator[type]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from prisma_core.conformance.case import Case
 from prisma_core.errors import LoadError, UnknownName, suggest
 from prisma_core.files import check_shapes, read_checkpoint
 from prisma_core.preprocess import Preprocess
@@ -55,6 +56,12 @@ class TimmSource(Source):
             for name in timm.list_models(module=module):
                 note = f"tags: {', '.join(filter(None, tags[name]))}" if any(tags[name]) else ""
                 yield ModelInfo(f"timm:{name}", module, bool(tags[name]), note)
+
+    def case(self, rest: str) -> Case | None:
+        from prisma_timm import prisma_adapters
+        from prisma_timm.cases import case, types_of
+
+        return case(rest, types_of(prisma_adapters()))
 
 
 def preprocess(config: dict[str, Any]) -> Preprocess:

@@ -167,10 +167,8 @@ def _case(
 
 def _referenced(reference: str, *, full: bool, pretrained: bool) -> tuple[Case, str]:
     name, rest = parted(reference)
-    if not (full or pretrained):
-        for case, plugin in host().cases(host().homes(host().source(name))):
-            if reference in (case.name, f"{plugin}:{case.name}"):
-                return case, reference
+    if not (full or pretrained) and (case := host().source(name).case(rest)) is not None:
+        return case, reference
     loaded: list[Loaded] = []
 
     def build() -> nn.Module:
