@@ -11,6 +11,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from prisma_core.captures import indices
 from prisma_core.errors import InputError, NotApplicable, UnknownName, suggest
 from prisma_core.layout import TokenLayout
 from prisma_core.names import layer_of
@@ -301,8 +302,7 @@ def positions_of(index: Index | None, n: int) -> list[int]:
         return list(every)
     if isinstance(index, slice):
         return list(every[index])
-    given = cast("int | list[int]", index.tolist()) if isinstance(index, Tensor) else index
-    wanted = [given] if isinstance(given, int) else list(cast("Sequence[int]", given))
+    wanted = indices(index)
     if any(not -n <= each < n for each in wanted):
         raise InputError(f"No position {wanted}: there are {n}.")
     return [every[each] for each in wanted]

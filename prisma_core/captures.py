@@ -22,13 +22,22 @@ def cuts(axes: str, pos: Index | None, heads: Index | None) -> tuple[Cut, ...]:
     for index, wanted in ((pos, ("pos", "query_pos")), (heads, ("head",))):
         axis = next((names.index(name) for name in wanted if name in names), None)
         if index is not None and axis is not None:
-            found.append((axis, index if isinstance(index, slice) else _listed(index)))
+            found.append((axis, index if isinstance(index, slice) else indices(index)))
     return tuple(found)
 
 
-def _listed(index: int | Sequence[int] | Tensor) -> list[int]:
-    given = cast("int | list[int]", index.tolist()) if isinstance(index, Tensor) else index
-    return [given] if isinstance(given, int) else list(given)
+def indices(index: int | Sequence[int] | Tensor) -> list[int]:
+    """Return positions given as a number, numbers, or a mask, as a list.
+
+    Raises:
+        HookError: they are not whole numbers.
+    """
+    wanted = torch.as_tensor(index)
+    if wanted.dtype == torch.bool:
+        wanted = wanted.nonzero()
+    if wanted.is_floating_point() and wanted.numel():
+        raise HookError(f"Expected positions as whole numbers or a mask, got {wanted.dtype}.")
+    return cast("list[int]", wanted.flatten().tolist())
 
 
 class Keep:
@@ -36,7 +45,6 @@ class Keep:
 
     Args:
         cuts: what to keep of which axis.
-        copy: keep a copy, where the pass hands the activation itself to the user.
     """
 
     def __init__(
@@ -47,7 +55,6 @@ class Keep:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         detach: bool = True,
-        copy: bool = False,
     ):
         self.store = store
         self.name = name
@@ -55,7 +62,6 @@ class Keep:
         self.device = device
         self.dtype = dtype
         self.detach = detach
-        self.copy = copy
 
     def __call__(self, x: Tensor) -> None:
         if self.name in self.store:
@@ -65,7 +71,7 @@ class Keep:
         whole = x.numel()
         for axis, index in self.cuts:
             x = self._cut(x, axis, index)
-        if self.copy or x.numel() < whole:
+        if x.numel() < whole:
             x = x.clone()  # a view would keep the whole activation alive
         if self.device is not None or self.dtype is not None:
             x = x.to(device=self.device, dtype=self.dtype)

@@ -32,10 +32,7 @@ class UnsupportedArchitecture(PrismaError):
     def __init__(self, module: str, feature: str):
         self.module = module
         self.feature = feature
-        super().__init__(
-            f"{module}: {feature} cannot be represented by the canonical transformer. "
-            "Nothing was loaded, so no number is wrong."
-        )
+        super().__init__(f"{module} is not supported: {feature}. Nothing was made, so no number is wrong.")
 
 
 class WeightMapError(PrismaError):

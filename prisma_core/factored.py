@@ -70,9 +70,12 @@ class FactoredMatrix:
         """The transpose."""
         return FactoredMatrix(self.B.mT, self.A.mT)
 
-    @cached_property
     def svd(self) -> Svd:
-        """The singular value decomposition, through QR of the factors."""
+        """Return the singular value decomposition, through QR of the factors; computed once."""
+        return self._svd
+
+    @cached_property
+    def _svd(self) -> Svd:
         (q_a, r_a), (q_b, r_b) = _qr(self.A), _qr(self.B.mT)
         small = Svd(*cast("tuple[Tensor, Tensor, Tensor]", torch.linalg.svd(r_a @ r_b.mT, full_matrices=False)))
         return Svd(q_a @ small.U, small.S, small.Vh @ q_b.mT)
@@ -80,22 +83,22 @@ class FactoredMatrix:
     @property
     def U(self) -> Float[Tensor, "*outer left inner"]:
         """Left singular vectors: ``[... left inner]``."""
-        return self.svd.U
+        return self.svd().U
 
     @property
     def S(self) -> Float[Tensor, "*outer inner"]:
         """Singular values: ``[... inner]``."""
-        return self.svd.S
+        return self.svd().S
 
     @property
     def Vh(self) -> Float[Tensor, "*outer inner right"]:
         """Right singular vectors: ``[... inner right]``."""
-        return self.svd.Vh
+        return self.svd().Vh
 
     @property
     def V(self) -> Float[Tensor, "*outer right inner"]:
         """Right singular vectors as columns: ``[... right inner]``."""
-        return self.svd.Vh.mT
+        return self.svd().Vh.mT
 
     @property
     def eigenvalues(self) -> Complex[Tensor, "*outer inner"]:

@@ -48,6 +48,11 @@ class Hooked(nn.Module):
         """Return the token layout a pass over these inputs has, where the model knows one."""
         return None
 
+    @property
+    def only_layout(self) -> TokenLayout | None:
+        """The token layout of every pass, or None where it follows the input."""
+        return None
+
     # ---------------------------------------------------------------- scopes
 
     def hooks(
@@ -101,11 +106,14 @@ class Hooked(nn.Module):
             heads: heads to keep. Axes stay.
             detach: False keeps the autograd graph.
 
+        The cache of a model that takes pictures of any size does not know which it was: give it
+        ``cache.layout = model.layout_of(image)`` before asking it for grids.
+
         Raises:
             UnknownName: a name matches no hook point.
             HookError: a second pass runs in the scope.
         """
-        cache = ActivationCache({}, model=self, layout=self.layout_of(), pos=pos)
+        cache = ActivationCache({}, model=self, layout=self.only_layout, pos=pos)
         captures = self._captures(cache, names, device=device, dtype=dtype, pos=pos, heads=heads, detach=detach)
         with activate(Scope(captures=captures)):
             yield cache
@@ -120,10 +128,8 @@ class Hooked(nn.Module):
             subset = layout.slice(pos)
             pos = slice(subset.start, None) if subset.stop == layout.n_tokens else subset  # the picture may be larger
         points = self.hook_points()
-        # What the pass returns is the user's to edit; where gradients are wanted, the tensor in the graph is kept.
-        last = next(reversed(points), None) if how.get("detach", True) else None
         return {
-            points[name]: (Keep(cache.store, name, cuts(points[name].axes, pos, heads), copy=name == last, **how),)
+            points[name]: (Keep(cache.store, name, cuts(points[name].axes, pos, heads), **how),)
             for name in self.resolve(names)
         }
 
@@ -197,7 +203,7 @@ class Hooked(nn.Module):
                 result = self(*inputs, **kwargs) if output else self._until(wanted, inputs, kwargs)
         if names is not None:  # None means whatever the pass goes through
             all_reached(wanted, cache.store.keys(), kwargs)
-        cache.layout = self.layout_of(*inputs)
+        cache.layout = self.layout_of(*(inputs or kwargs.values()))
         if cache.grad is not None:
             cache.grad.layout = cache.layout
         if isinstance(result, Tensor) and _owner(result) in {_owner(kept) for kept in cache.store.values()}:

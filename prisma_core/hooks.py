@@ -174,6 +174,11 @@ class HookPoint:
         return f"HookPoint({self.axes!r})"
 
 
+def unshared(x: Tensor) -> Tensor:
+    """Return what passes between a model and its user: a copy where a scope may keep it, for the user may edit it."""
+    return x if _ACTIVE.get() is None else x.clone()
+
+
 @contextmanager
 def activate(scope: Scope) -> Generator[None]:
     """Make a scope active for this thread, inside whichever is active already."""

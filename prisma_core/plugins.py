@@ -199,7 +199,7 @@ class Host:
             bases = [f"{base.__module__}.{base.__qualname__}" for base in type(upstream).__mro__[1:]]
             known = [base for base in bases if any(base in adapter.types for adapter, _ in adapters)]
             hint = f" (it derives from {known[0]}, but a subclass may compute something else)" if known else ""
-            raise UnsupportedArchitecture(kind, f"a type that no installed plugin adapts{hint}")
+            raise UnsupportedArchitecture(kind, f"no installed plugin adapts this type{hint}")
         return found[0][0]
 
     def homes(self, part: Source | Adapter) -> set[str]:

@@ -136,12 +136,14 @@ def open_picture(picture: Picture, channels: int = 3) -> Image:
 def _flattened(image: Image) -> Image:
     from PIL import Image as images
 
-    if image.mode.startswith("I") or image.mode == "F":
+    if image.mode.startswith("I"):  # 16 bits; Pillow opens some such files with 32
         import numpy as np
 
-        array = np.asarray(image).astype(np.float64)
-        top = 65535.0 if array.max(initial=0) > 255 else 255.0
-        return images.fromarray((array.clip(0, top) * (255 / top)).astype(np.uint8))
+        return _from_array(np.asarray(image).clip(0, 65535).astype(np.uint16))
+    if image.mode == "F":
+        import numpy as np
+
+        return _from_array(np.asarray(image))
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = images.new("RGBA", rgba.size, (255, 255, 255, 255))

@@ -287,6 +287,6 @@ def _refactor(attn: AttentionSpec, path: str, state: dict[str, Tensor]) -> None:
 
 def _svd(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Singular vectors and values of ``a b^T``, as many as ``a`` and ``b`` have columns: ``[head d_model d_head]``."""
-    u, size, vh = FactoredMatrix(a, b.mT).svd
+    u, size, vh = FactoredMatrix(a, b.mT).svd()
     lacking = a.shape[-1] - size.shape[-1]
     return F.pad(u, (0, lacking)), F.pad(size, (0, lacking)), F.pad(vh.mT, (0, lacking))

@@ -16,7 +16,7 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor, nn
 
 from prisma_core.adapter import Adapter, Reader, qualified_name
-from prisma_core.errors import LoadError, UnknownName, UnsupportedArchitecture, WeightMapError
+from prisma_core.errors import InputError, LoadError, UnknownName, UnsupportedArchitecture, WeightMapError
 from prisma_core.files import check_shapes, read_safetensors
 from prisma_core.hooked import Hooked
 from prisma_core.plugins import host
@@ -56,7 +56,7 @@ def load(
     reference: str,
     *,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     **options: Any,
 ) -> Hooked:
     """Return the model a reference names, hooked.
@@ -82,6 +82,11 @@ def load(
             model.preprocess = loaded.preprocess or model.preprocess
             model.labels = loaded.labels or model.labels
             model.reference = reference
+    if isinstance(dtype, str):
+        named = getattr(torch, dtype.removeprefix("torch."), None)
+        if not isinstance(named, torch.dtype):
+            raise LoadError(f"{dtype!r} is not a dtype: expected one of torch's, such as torch.float16.")
+        dtype = named
     try:
         return model.to(device=device, dtype=dtype)
     except (RuntimeError, AssertionError, TypeError) as error:  # torch's ways to say that there is no such device
@@ -119,6 +124,9 @@ def adapt(upstream: nn.Module, *, copy: bool = True) -> HookedViT:
         UnsupportedArchitecture: it has something the canonical transformer cannot represent.
         WeightMapError: its tensors do not account for the canonical ones.
     """
+    given = cast("object", upstream)
+    if not isinstance(given, nn.Module):
+        raise InputError(f"adapt takes a model, got {type(given).__name__}. prisma.load takes a reference.")
     return adapt_with(host().adapter(upstream), upstream, copy=copy)
 
 
@@ -135,6 +143,11 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> H
     shapes = {name: tensor.shape for name, tensor in tensors_of(model).items()}
     with torch.enable_grad():  # what is made of a trainable tensor is trainable, whatever mode the caller is in
         made = table.forward(tensors, shapes)
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, tensor in made.items():  # one upstream tensor may make several of ours: each is to be edited on its own
+        if (place := (tensor.data_ptr(), tensor.shape)) in seen:
+            made[name] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        seen.add(place)
     owned = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
     for name, tensor in made.items():
         if copy and tensor.untyped_storage().data_ptr() in owned:
@@ -200,7 +213,7 @@ def save(model: HookedViT, folder: str | Path) -> Path:
     if model.spec.embed.stem == "opaque":
         raise UnsupportedArchitecture(
             model.origin.kind if model.origin else "this model",
-            "its stem is upstream's own module, which a file of facts and weights",
+            "its stem is upstream's own module, which a file of facts and weights cannot hold; use export",
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -209,9 +222,15 @@ def save(model: HookedViT, folder: str | Path) -> Path:
         "preprocess": model.preprocess.model_dump(mode="json") if model.preprocess else None,
         "labels": model.labels,
         "reference": model.reference,
+        "frozen": [name for name, tensor in tensors_of(model).items() if not tensor.requires_grad],
     }
     (folder / SPEC).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors_of(model).items()}, folder / WEIGHTS)
+    # A tensor that is part of a larger one is copied: a file holds each on its own.
+    whole = {
+        name: tensor.detach().clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor.detach()
+        for name, tensor in tensors_of(model).items()
+    }
+    save_file({name: tensor.contiguous() for name, tensor in whole.items()}, folder / WEIGHTS)
     return folder
 
 
@@ -235,7 +254,8 @@ def load_folder(folder: Path, *, weights: bool = True) -> HookedViT:
     if weights:
         tensors = read_safetensors(folder / WEIGHTS)
         check_shapes(tensors, {name: tensor.shape for name, tensor in tensors_of(model).items()}, folder / WEIGHTS)
-        assign(model, {name: tensor.requires_grad_() for name, tensor in tensors.items()})
+        frozen = set(facts.get("frozen", ()))
+        assign(model, {name: tensor.requires_grad_(name not in frozen) for name, tensor in tensors.items()})
     model.preprocess, model.labels = preprocess, tuple(facts["labels"]) if facts.get("labels") else None
     model.reference = facts.get("reference")
     return model.eval()

@@ -332,6 +332,25 @@ def test_sixteen_bits(tmp_path: Path, as_file: bool) -> None:
     np.testing.assert_allclose(PREPROCESS.denormalise(PREPROCESS(picture)).numpy(), 0.2, atol=1e-6)
 
 
+def test_dark_pictures_of_sixteen_bits_stay_dark(tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 12), 200, dtype=np.uint16)).save(tmp_path / "dark.png")
+    assert PREPROCESS.denormalise(PREPROCESS(tmp_path / "dark.png")).max() < 0.01
+
+
+def test_pictures_of_floats_are_checked_as_arrays_are() -> None:
+    array = np.full((8, 12), 0.25, dtype=np.float32)
+    np.testing.assert_allclose(_pixels(Image.fromarray(array)), 64 / 255, atol=1e-6)
+    array[0, 0] = np.nan
+    with pytest.raises(InputError, match="NaN"):
+        PREPROCESS(Image.fromarray(array))
+
+
+def test_a_picture_for_the_model_goes_through_preprocess() -> None:
+    model = prisma.load("toy:scenes-3l")
+    with pytest.raises(InputError, match=r"model\.preprocess"):
+        model(Image.new("RGB", (8, 8)))
+
+
 def test_one_channel_becomes_three_and_three_become_one() -> None:
     grey = np.full((8, 12), 102, dtype=np.uint8)
     np.testing.assert_allclose(_pixels(grey), 0.4, atol=1e-6)

@@ -422,3 +422,52 @@ def test_files_that_are_no_cache(vit, make, image, tmp_path):
         save_file(tensors, tmp_path / name, metadata={"prisma_cache": text})
         with pytest.raises(LoadError, match=words):
             ActivationCache.load(tmp_path / name)
+
+
+def test_a_mask_means_the_positions_it_marks(vit, image):
+    mask = torch.zeros(vit.layout.n_tokens, dtype=torch.bool)
+    mask[[2, 5]] = True
+    _, whole = vit.run_with_cache(image, names="*hook_resid_*")
+    for given in (mask, mask.tolist(), mask.numpy()):
+        _, cache = vit.run_with_cache(image, names="resid_post", pos=given)
+        assert torch.equal(cache["resid_post", 1], whole["resid_post", 1][:, [2, 5]])
+        assert torch.equal(whole.accumulated_resid(pos_slice=given), whole.accumulated_resid(pos_slice=[2, 5]))
+    with pytest.raises(HookError, match="whole numbers"):
+        vit.run_with_cache(image, names="resid_post", pos=[0.5])
+
+
+def test_what_the_user_gives_and_gets_is_not_what_the_cache_holds(vit, image):
+    with vit.caching() as cache:
+        stream = vit(image, stop_at_layer=1)
+    kept = cache["resid_post", 0].clone()
+    stream.mul_(2)
+    assert torch.equal(cache["resid_post", 0], kept)
+    with vit.caching() as cache:
+        logits = vit(stream, start_at_layer=1)
+    kept = cache["resid_pre", 1].clone(), cache["hook_logits"].clone()
+    stream.zero_(), logits.zero_()
+    assert torch.equal(cache["resid_pre", 1], kept[0])
+    assert torch.equal(cache["hook_logits"], kept[1])
+
+
+def test_a_scope_does_not_guess_the_size_of_a_picture_it_has_not_seen(make):
+    model = make(interpolation=True)
+    rows, columns = model.layout.rows, model.layout.columns
+    height, width = model.spec.embed.patch
+    picture = torch.randn(1, model.spec.embed.in_channels, columns * height, rows * width)
+    assert rows != columns
+    with model.caching("resid_post") as cache:
+        model(picture)
+    with pytest.raises(NotApplicable, match="layout"):
+        cache.patches("resid_post", 0)
+    cache.layout = model.layout_of(picture)
+    assert cache.patches("resid_post", 0).shape[1:3] == (columns, rows)
+    _, cache = model.run_with_cache(image=picture, names="resid_post")
+    assert cache.patches("resid_post", 0).shape[1:3] == (columns, rows)
+
+
+def test_going_on_from_a_stream_needs_to_know_the_grid_where_positions_turn(make):
+    model = make(rope=True)
+    stream = torch.randn(1, model.layout.n_tokens + 1, model.spec.d_model)
+    with pytest.raises(InputError, match="grid="):
+        model(stream, start_at_layer=1)

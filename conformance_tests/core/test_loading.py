@@ -112,3 +112,27 @@ def test_saving_and_loading_is_exact(vit: HookedViT, image: torch.Tensor, tmp_pa
     assert isinstance(loaded, HookedViT)
     assert torch.equal(loaded(image), vit(image))
     assert (loaded.spec, loaded.labels, loaded.reference) == (vit.spec, vit.labels, "somewhere:else")
+
+
+def test_saving_keeps_what_is_frozen(vit: HookedViT, tmp_path: Path) -> None:
+    vit.embed.requires_grad_(False)
+    back = prisma.load(f"file:{prisma.save(vit, tmp_path)}")
+    frozen = {name for name, tensor in back.named_parameters() if not tensor.requires_grad}
+    assert frozen == {name for name, tensor in vit.named_parameters() if not tensor.requires_grad} != set()
+
+
+def test_one_upstream_tensor_that_makes_two_of_ours_makes_two(tmp_path: Path) -> None:
+    model = prisma.load("timm:vit_pwee_patch16_reg1_gap_256", pretrained=False, depth=1)
+    with torch.no_grad():
+        model.blocks[0].ls1.gamma.mul_(3)
+    assert not torch.equal(model.blocks[0].ls1.gamma, model.blocks[0].ls2.gamma)
+    back = prisma.load(f"file:{prisma.save(model, tmp_path)}")
+    assert torch.equal(back.blocks[0].ls1.gamma, model.blocks[0].ls1.gamma)
+
+
+def test_what_adapt_does_not_take_is_said() -> None:
+    with pytest.raises(prisma.InputError, match=r"prisma\.load takes a reference"):
+        prisma.adapt("timm:vit_tiny_patch16_224")
+    with pytest.raises(prisma.LoadError, match=r"torch\.float16"):
+        prisma.load("toy:scenes-3l", dtype="flt")
+    assert prisma.load("toy:scenes-3l", dtype="float16").blocks[0].attn.W_Q.dtype == torch.float16

@@ -64,7 +64,7 @@ SCRIPT = """
             cache.stack_head_results(apply_ln=vit.spec.pool.kind != "attention")
             cache.stack_neuron_results(neuron_slice=[0], incl_remainder=True)
             rewrite(vit, fold_layer_norm)
-        vit.OV.svd, vit.QK.eigenvalues, vit.QK[0, 1].norm(), vit.OV.trace(), vit.W_U, vit.b_K
+        vit.OV.svd(), vit.QK.eigenvalues, vit.QK[0, 1].norm(), vit.OV.trace(), vit.W_U, vit.b_K
         vit.run_with_cache(image[:1], remove_batch_dim=True)[1].decompose_resid(1)
         vit.blocks[0].attn if facts.get("n_parallel") else vit.blocks[0].attn.W_Q
 

@@ -255,7 +255,7 @@ def add_in_place(model: HookedViT) -> None:
     def forward(x: Tensor, rope: Any = None) -> Tensor:
         x = layer.hook_resid_pre(x)
         x = x if x.requires_grad else x.data
-        attn_out = layer.hook_attn_out(layer.ls1(layer.attn(layer.ln1(x), rope)))
+        attn_out = layer.hook_attn_out(layer.ls1(layer.attn(layer.ln1(x), rope, layer._inputs(x))))
         x = x + attn_out if x.requires_grad else x.add_(attn_out)
         x = layer.hook_resid_mid(x)
         return layer.hook_resid_post(x + layer.hook_mlp_out(layer.ls2(layer.mlp(layer.ln2(x)))))

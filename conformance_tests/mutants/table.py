@@ -86,7 +86,13 @@ MUTANTS = [
     Mutant("gelu for silu", "parity.logits", case="rotary", spec=block("mlp", act="gelu"), remedy="activation silu"),
     Mutant("torch's default eps", "parity.logits", spec=part("ln_final", eps=1e-5), remedy="eps="),
     Mutant("one eps for all", "parity.logits", spec=blocks(ln1=NormSpec(eps=1e-6)), remedy="eps="),
-    Mutant("rms for layer norm", "parity.logits", case="averaged", spec=part("ln_pool", kind="rms")),
+    Mutant(
+        "rms for layer norm",
+        "parity.logits",
+        case="averaged",
+        spec=part("ln_pool", kind="rms"),
+        table=ignoring("fc_norm.bias"),
+    ),
     Mutant("q and k swapped", "parity.logits", edit=swap_queries_and_keys, remedy="queries and keys exchanged"),
     Mutant("attention scale 1", "parity.logits", spec=block("attn", scale=1.0), remedy="attention scale d_head**-0.5"),
     Mutant(

@@ -315,7 +315,7 @@ def test_a_missing_library_is_said_with_the_command_that_installs_it(monkeypatch
     for name in [name for name in sys.modules if name.startswith("prisma_view.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "emoji", None)
-    with pytest.raises(PluginError, match=r'emoji.*pip install "prisma\[view\]"'):
+    with pytest.raises(PluginError, match=r'emoji.*pip install "prisma-interp\[view\]"'):
         _ = prisma_view.report
 
 

@@ -17,7 +17,6 @@ from prisma_timm import blocks, common
 
 DISTILLED = "timm.models.deit.VisionTransformerDistilled"
 HYBRID = "timm.layers.hybrid_embed.HybridEmbed"
-LINEAR = "torch.nn.modules.linear.Linear"
 
 IGNORED = {
     "VisionTransformer.in_chans": "read from the patch embedding",
@@ -28,6 +27,7 @@ IGNORED = {
     "VisionTransformer.weight_init_mode": "only for initialisation",
     "VisionTransformer.fix_init": "only for initialisation",
     "VisionTransformer.num_classes": "read from the head",
+    "VisionTransformer.global_pool": "read where there is no attention pooling",
     "VisionTransformer.pretrained_cfg": "where weights come from, and preprocessing",
     "VisionTransformer.default_cfg": "where weights come from, and preprocessing",
     "VisionTransformer.patch_drop": "does nothing in evaluation",
@@ -68,7 +68,7 @@ class VisionTransformerAdapter(Adapter):
             pool=_pool(upstream),
             ln_pool=ln_pool,
             d_pool=upstream.attn_pool.out_features if upstream.has("attn_pool") else upstream.embed_dim,
-            n_classes=_classes(upstream.head),
+            n_classes=common.classes(upstream.head),
             n_heads_out=2 if distilled else 1,
         )
 
@@ -145,17 +145,6 @@ def _embed(upstream: Reader) -> EmbedSpec:
 
 
 def _pool(upstream: Reader) -> PoolSpec:
-    kind, with_prefix = upstream.global_pool or "none", upstream.pool_include_prefix
     if upstream.has("attn_pool"):
-        return common.attention_pool(upstream.attn_pool, with_prefix=with_prefix)
-    if kind not in ("none", "token", "avg"):
-        raise upstream.unsupported(f"{kind!r} pooling")
-    return PoolSpec(kind=kind, with_prefix=with_prefix)
-
-
-def _classes(head: Reader) -> int | None:
-    if head.is_a(LINEAR):
-        return head.out_features
-    if head.is_a(common.IDENTITY):
-        return None
-    raise head.unsupported("its kind of head")
+        return common.attention_pool(upstream.attn_pool, with_prefix=upstream.pool_include_prefix)
+    return common.pool(upstream, with_prefix=upstream.pool_include_prefix)

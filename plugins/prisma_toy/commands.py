@@ -100,18 +100,18 @@ def _run(console: Any, given: dict[str, Any], out: Path, resume: bool) -> None:
         progress.TextColumn("[bold]{task.description}"),
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
-        progress.TextColumn("loss {task.fields[loss]:.3f}  right {task.fields[accuracy]:.0%}"),
+        progress.TextColumn("{task.fields[so_far]}"),
         progress.TimeElapsedColumn(),
         progress.TimeRemainingColumn(),
     )
     loss = accuracy = None
     try:
         with progress.Progress(*columns, console=console) as bar:
-            line = bar.add_task(trainer.task.name, total=steps, completed=trainer.step, loss=float("nan"), accuracy=0.0)
+            line = bar.add_task(trainer.task.name, total=steps, completed=trainer.step, so_far="")
             for done in trainer.run():
                 loss = done.loss if loss is None else 0.95 * loss + 0.05 * done.loss
                 accuracy = done.accuracy if accuracy is None else 0.95 * accuracy + 0.05 * done.accuracy
-                bar.update(line, completed=done.step, loss=loss, accuracy=accuracy)
+                bar.update(line, completed=done.step, so_far=f"loss {loss:.3f}  right {accuracy:.0%}")
     except KeyboardInterrupt:
         console.print(f"Stopped. `prisma train --out {out} --resume` goes on as if nothing had happened.")
         raise typer.Exit(130) from None

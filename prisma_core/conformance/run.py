@@ -140,7 +140,7 @@ def subjects(
         mine = [(case, built) for case, built in found if qualified_name(built) in target.types]
         if not mine:
             raise UnsupportedArchitecture(
-                ", ".join(target.types), "no installed plugin has a conformance case of this type. It"
+                ", ".join(target.types), "no installed plugin has a conformance case of this type"
             )
         for case, built in mine:
             yield Subject(case, target, case.full() if full and case.full else built, seed=seed, device=device), None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +107,11 @@ def check_image(image: Tensor, spec: EmbedSpec, native: tuple[int, int]) -> None
     Raises:
         InputError: wrong rank, channels, size, or values that are not numbers.
     """
+    given = cast("object", image)
+    if not isinstance(given, Tensor):
+        raise InputError(
+            f"Expected an image tensor, got {type(given).__name__}. model.preprocess makes one of a picture."
+        )
     expected = f"[batch {spec.in_channels} {native[0]} {native[1]}]"
     if image.ndim != 4:
         hint = " Add a batch axis: image[None]." if image.ndim == 3 else ""

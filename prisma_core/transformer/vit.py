@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prisma_core.errors import InputError
 from prisma_core.hooked import Hooked
-from prisma_core.hooks import HookPoint
+from prisma_core.hooks import HookPoint, unshared
 from prisma_core.layout import TokenLayout
 from prisma_core.preprocess import Preprocess
 from prisma_core.spec import ModelSpec
@@ -86,13 +86,24 @@ class HookedViT(Circuits, Hooked):
         return self.spec.layout
 
     def layout_of(self, *inputs: Any) -> TokenLayout:
-        image = inputs[0] if inputs else None
-        if not isinstance(image, Tensor) or image.ndim != 4:
+        image = next((given for given in inputs if isinstance(given, Tensor) and given.ndim == 4), None)
+        if image is None:
             return self.spec.layout
         rows, columns = (n // p for n, p in zip(image.shape[2:], self.spec.embed.patch, strict=True))
         return self.spec.layout.model_copy(update={"rows": rows, "columns": columns})
 
-    def forward(self, image: Tensor, *, start_at_layer: int | None = None, stop_at_layer: int | None = None) -> Tensor:
+    @property
+    def only_layout(self) -> TokenLayout | None:
+        return self.spec.layout if self.spec.embed.interpolation is None else None
+
+    def forward(
+        self,
+        image: Tensor,
+        *,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+        grid: Grid | None = None,
+    ) -> Tensor:
         """Return the logits, or upstream's main output where it has no head.
 
         Args:
@@ -100,6 +111,8 @@ class HookedViT(Circuits, Hooked):
                 ``start_at_layer`` is given.
             start_at_layer: the first block to run.
             stop_at_layer: return the residual stream before this block instead; negative counts from the end.
+            grid: with ``start_at_layer``, rows and columns of the stream's patches where the picture was not of the
+                native size: rotary positions need them.
 
         Raises:
             InputError: an input of another shape, or pixels that are not numbers.
@@ -112,18 +125,22 @@ class HookedViT(Circuits, Hooked):
             if self.spec.ln_pre is not None:
                 x = self.hook_ln_pre(self.ln_pre(x))
         else:
-            x, grid = image, (self.spec.layout.rows, self.spec.layout.columns)
+            x = unshared(image)
+            grid = grid or (self.spec.layout.rows, self.spec.layout.columns)
             if x.ndim != 3 or x.shape[-1] != self.spec.d_model:
                 raise InputError(
                     f"start_at_layer={start_at_layer} needs a residual stream [batch pos {self.spec.d_model}], "
                     f"got shape {list(x.shape)}."
                 )
+            if self.spec.rope is not None and x.shape[1] != self.spec.layout.n_prefix + grid[0] * grid[1]:
+                raise InputError(
+                    f"start_at_layer={start_at_layer} was given {x.shape[1]} tokens, which are not "
+                    f"{self.spec.layout.n_prefix} and a grid of {grid[0]}x{grid[1]}: give grid=(rows, columns)."
+                )
         tables = self._rope_tables(grid)
         for index in range(first, last):
             x = self.blocks[index](x, self._rope(index, tables))
-        if stop_at_layer is not None:
-            return x
-        return self.unembed(x)
+        return unshared(x if stop_at_layer is not None else self.unembed(x))
 
     def _embedded(self, image: Tensor) -> tuple[Tensor, Grid]:
         patches, grid = self.embed.patches(image)
