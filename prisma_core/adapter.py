@@ -11,7 +11,7 @@ from torch import nn
 
 from prisma_core.errors import UnsupportedArchitecture
 from prisma_core.hookmap import HookMap
-from prisma_core.spec import ModelSpec
+from prisma_core.spec import AnySpec
 from prisma_core.weights import WeightMap
 
 
@@ -90,7 +90,7 @@ class Adapter(ABC):
     ignored: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
-    def spec(self, upstream: Reader) -> ModelSpec:
+    def spec(self, upstream: Reader) -> AnySpec:
         """Return the facts.
 
         Raises:
@@ -98,14 +98,14 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def weights(self, upstream: Reader, spec: ModelSpec) -> WeightMap:
+    def weights(self, upstream: Reader, spec: AnySpec) -> WeightMap:
         """Return which upstream tensors make each canonical one."""
 
     @abstractmethod
-    def hooks(self, upstream: Reader, spec: ModelSpec) -> HookMap:
+    def hooks(self, upstream: Reader, spec: AnySpec) -> HookMap:
         """Return which upstream place each hook point equals."""
 
-    def stem(self, upstream: Reader, spec: ModelSpec) -> nn.Module | None:
+    def stem(self, upstream: Reader, spec: AnySpec) -> nn.Module | None:
         """Return upstream's own stem, for a spec whose stem is opaque. It is copied before use."""
         return None
 

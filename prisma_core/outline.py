@@ -11,7 +11,7 @@ import torch
 from prisma_core.errors import InputError
 from prisma_core.hooked import Hooked
 from prisma_core.plugins import host
-from prisma_core.transformer.vit import HookedViT
+from prisma_core.transformer import Canonical
 from prisma_core.zoo import load, load_folder, parted
 
 
@@ -49,12 +49,13 @@ def shapes(model: Hooked, batch: int = 1) -> dict[str, tuple[int, ...]]:
     Raises:
         InputError: the model has no spec that says what it takes.
     """
-    if not isinstance(model, HookedViT):
-        raise InputError(f"{type(model).__name__} has no spec that says which image it takes; run it with a cache.")
-    spec = model.spec
+    if not isinstance(model, Canonical):
+        raise InputError(f"{type(model).__name__} has no spec that says what it takes; run it with a cache.")
     place = next(model.parameters())
-    image = torch.zeros(batch, spec.embed.in_channels, *spec.image_size, device=place.device, dtype=place.dtype)
-    names = list(model.hook_points())
     with torch.no_grad():
-        _, cache = model.run_with_cache(image, names=names)
+        inputs = [
+            x.to(place.device, place.dtype if x.is_floating_point() else None) for x in model.sample_inputs(batch)
+        ]
+        names = list(model.hook_points())
+        _, cache = model.run_with_cache(*inputs, names=names)
     return {name: tuple(cache[name].shape) for name in names}

@@ -21,8 +21,8 @@ from prisma_core.files import check_shapes, read_safetensors
 from prisma_core.hooked import Hooked
 from prisma_core.plugins import host
 from prisma_core.preprocess import Preprocess
-from prisma_core.spec import ModelSpec
-from prisma_core.transformer.vit import HookedViT
+from prisma_core.spec import read_spec
+from prisma_core.transformer import Canonical, HookedViT, build
 from prisma_core.weights import WeightMap
 
 SPEC, WEIGHTS = "spec.json", "model.safetensors"
@@ -78,7 +78,7 @@ def load(
     else:
         loaded = host().source(name).load(rest, **options)
         model = loaded.model if isinstance(loaded.model, Hooked) else adapt(loaded.model, copy=False)
-        if isinstance(model, HookedViT):
+        if isinstance(model, Canonical):
             model.preprocess = loaded.preprocess or model.preprocess
             model.labels = loaded.labels or model.labels
             model.reference = reference
@@ -113,7 +113,7 @@ def parted(reference: str) -> tuple[str, str]:
     )
 
 
-def adapt(upstream: nn.Module, *, copy: bool = True) -> HookedViT:
+def adapt(upstream: nn.Module, *, copy: bool = True) -> Canonical:
     """Return a hooked model that computes what ``upstream`` computes in evaluation.
 
     Args:
@@ -130,15 +130,16 @@ def adapt(upstream: nn.Module, *, copy: bool = True) -> HookedViT:
     return adapt_with(host().adapter(upstream), upstream, copy=copy)
 
 
-def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> HookedViT:
+def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> Canonical:
     """Return what ``adapt`` returns, with an adapter given by hand."""
     spec = adapter.spec(Reader(upstream))
     stem = adapter.stem(Reader(upstream), spec)
     table = adapter.weights(Reader(upstream), spec)
     with torch.device("meta"):
-        model = HookedViT(spec)
+        model = build(spec)
     if stem is not None:
-        model.embed.stem = copying.deepcopy(stem)
+        for tower in _with_own_stem(model):
+            tower.embed.stem = copying.deepcopy(stem)
     tensors = tensors_of(upstream)
     shapes = {name: tensor.shape for name, tensor in tensors_of(model).items()}
     with torch.enable_grad():  # what is made of a trainable tensor is trainable, whatever mode the caller is in
@@ -168,6 +169,11 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> H
     return model.eval()
 
 
+def _with_own_stem(model: Canonical) -> list[HookedViT]:
+    towers = [tower for tower in model.towers().values() if isinstance(tower, HookedViT)]
+    return [tower for tower in towers if tower.spec.embed.stem == "opaque"]
+
+
 def _not_invertible(table: WeightMap, tensors: Mapping[str, Tensor]) -> set[str]:
     return {name for name in tensors if table.reason_to_ignore(name) is not None} | table.function_sources(tensors)
 
@@ -184,7 +190,7 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             module._buffers[attribute] = tensor.detach()  # pyright: ignore[reportPrivateUsage]
 
 
-def export(model: HookedViT) -> dict[str, Tensor]:
+def export(model: Canonical) -> dict[str, Tensor]:
     """Return upstream's own state dict with the model's present weights: the weight map run backwards.
 
     Raises:
@@ -202,7 +208,7 @@ def export(model: HookedViT) -> dict[str, Tensor]:
     return {name: state[name].contiguous() for name in model.origin.persistent}
 
 
-def save(model: HookedViT, folder: str | Path) -> Path:
+def save(model: Canonical, folder: str | Path) -> Path:
     """Write a model's spec, preprocessing and labels (JSON) and weights (safetensors) into a folder.
 
     ``load("file:FOLDER")`` reads it, with no plugin and no network.
@@ -210,7 +216,7 @@ def save(model: HookedViT, folder: str | Path) -> Path:
     Raises:
         UnsupportedArchitecture: the model has an opaque stem, which a spec cannot describe.
     """
-    if model.spec.embed.stem == "opaque":
+    if _with_own_stem(model):
         raise UnsupportedArchitecture(
             model.origin.kind if model.origin else "this model",
             "its stem is upstream's own module, which a file of facts and weights cannot hold; use export",
@@ -234,7 +240,7 @@ def save(model: HookedViT, folder: str | Path) -> Path:
     return folder
 
 
-def load_folder(folder: Path, *, weights: bool = True) -> HookedViT:
+def load_folder(folder: Path, *, weights: bool = True) -> Canonical:
     """Return the model that ``save`` wrote; without ``weights`` its facts alone, on the meta device.
 
     Raises:
@@ -245,12 +251,12 @@ def load_folder(folder: Path, *, weights: bool = True) -> HookedViT:
             raise LoadError(f"{folder} holds no {name}: expected a folder written by prisma.save.")
     try:
         facts = cast("dict[str, Any]", json.loads((folder / SPEC).read_text(encoding="utf-8")))
-        spec = ModelSpec.model_validate(facts["spec"])
+        spec = read_spec(facts["spec"])
         preprocess = Preprocess.model_validate(facts["preprocess"]) if facts.get("preprocess") else None
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise LoadError(f"{folder / SPEC} does not describe a model: {error}") from error
     with torch.device("meta"):
-        model = HookedViT(spec)
+        model = build(spec)
     if weights:
         tensors = read_safetensors(folder / WEIGHTS)
         check_shapes(tensors, {name: tensor.shape for name, tensor in tensors_of(model).items()}, folder / WEIGHTS)

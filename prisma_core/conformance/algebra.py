@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 
 from prisma_core.conformance import tolerances
 from prisma_core.conformance.registry import Finding, register
-from prisma_core.conformance.subject import Subject, worst
+from prisma_core.conformance.subject import Inputs, Subject, worst
 from prisma_core.spec import Activation, BlockSpec
+from prisma_core.transformer import Canonical, HookedDual, HookedText, HookedViT
 from prisma_core.transformer.attention import Attention
 from prisma_core.transformer.block import Block, SideBySide
 from prisma_core.transformer.norm import Norm
-from prisma_core.transformer.vit import HookedViT
 
 Claim = tuple[str, Tensor, Tensor]
 
@@ -33,11 +34,11 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 @register("algebra", "each activation is what its equation makes of the others, and the parts sum to the logits")
 @torch.no_grad()
 def algebra(subject: Subject) -> Finding:
-    model, image = subject.pair().model, subject.passes().image
+    model, inputs = subject.pair().model, subject.passes().inputs
     derived = [name for name in model.hook_points() if name.endswith("attn.hook_result")]
     every = [name for name, point in model.hook_points().items() if not point.derived]
-    logits, cache = model.run_with_cache(image, names=[*every, *derived])
-    claims = list(_claims(model, cache.store, image, logits))
+    logits, cache = model.run_with_cache(*inputs, names=[*every, *derived])
+    claims = list(_claims(model, cache.store, inputs, logits))
     # One bad claim must not hide another, and a claim about activations that are not there proves nothing.
     errors: dict[str, float] = {}
     for claim, ours, theirs in claims:
@@ -48,9 +49,57 @@ def algebra(subject: Subject) -> Finding:
     return Finding(max(errors.values()), bound, problems, f"{len(errors)} equations of {len(kinds)} kinds")
 
 
-def _claims(model: HookedViT, acts: dict[str, Tensor], image: Tensor, logits: Tensor) -> Iterator[Claim]:
+def _claims(model: Canonical, acts: dict[str, Tensor], inputs: Inputs, logits: Tensor) -> Iterator[Claim]:
     yield "hook_logits is the output", acts["hook_logits"], logits
-    yield from _embedding(model, acts)
+    if isinstance(model, HookedDual):
+        yield from _dual(model, acts, inputs)
+    elif isinstance(model, HookedText):
+        yield from _embedding(model, acts)
+        stream, total = yield from _stream(model, acts)
+        yield "unembed(the sum of the parts) = logits", model.unembed(total, *inputs), logits
+        yield from _ending(model, stream, acts)
+        tokens = acts.get("hook_ln_final", stream)
+        yield "hook_pooled = the token that pooling names", acts["hook_pooled"], _pooled(model, tokens, *inputs)
+    elif isinstance(model, HookedViT):
+        yield from _embedding(model, acts)
+        stream, total = yield from _stream(model, acts)
+        unembedded = model(total, start_at_layer=len(model.blocks))
+        yield "unembed(the sum of the parts) = logits", unembedded, logits
+        yield from _ending(model, stream, acts)
+        yield from _pooling(model, acts.get("hook_ln_final", stream), acts)
+
+
+def _dual(model: HookedDual, acts: dict[str, Tensor], inputs: Inputs) -> Iterator[Claim]:
+    for (prefix, tower), given in zip(model.towers().items(), inputs, strict=True):
+        own = {name.removeprefix(prefix): x for name, x in acts.items() if name.startswith(prefix)}
+        for claim, ours, theirs in _claims(tower, own, (given,), own["hook_logits"]):
+            yield f"{prefix}{claim}", ours, theirs
+    embeds: list[Tensor] = []
+    for name, tower in (("hook_image_embed", "vision"), ("hook_text_embed", "text")):
+        features = acts[f"{tower}.hook_logits"]
+        embeds.append(acts[name])
+        yield (
+            f"{name} = {tower}.hook_logits, of unit length",
+            acts[name],
+            features / features.norm(dim=-1, keepdim=True),
+        )
+    alike = torch.einsum("ie,te->it", *embeds) * torch.exp(model.logit_scale)
+    yield "hook_logits = image . text * scale", acts["hook_logits"], alike + getattr(model, "logit_bias", 0)
+
+
+def _pooled(model: HookedText, tokens: Tensor, ids: Tensor) -> Tensor:
+    pool = model.spec.pool
+    if pool.kind == "none":
+        return tokens
+    found: list[Tensor] = []
+    for x, row in zip(tokens, cast("list[list[int]]", ids.tolist()), strict=True):
+        ends = {"argmax": row.index(max(row)), "first": 0, "last": len(row) - 1}
+        found.append(x[row.index(cast(int, pool.eos_id)) if pool.kind == "eos" else ends[pool.kind]])
+    return torch.stack(found)
+
+
+def _stream(model: HookedViT | HookedText, acts: dict[str, Tensor]) -> Generator[Claim, None, tuple[Tensor, Tensor]]:
+    """Claim what holds along the residual stream; return its end, and the sum of all that was added."""
     stream = acts.get("hook_ln_pre", acts["hook_full_embed"])
     total = stream
     for index, block in enumerate(model.blocks):
@@ -62,11 +111,16 @@ def _claims(model: HookedViT, acts: dict[str, Tensor], image: Tensor, logits: Te
         for part in ("hook_attn_out", "hook_mlp_out"):
             total = total + acts[f"{at}.{part}"] if f"{at}.{part}" in acts else total
     yield "embedding + every attn_out + every mlp_out = the last resid_post", total, stream
-    yield "unembed(the sum of the parts) = logits", _unembedded(model, total, image), logits
+    return stream, total
+
+
+def _ending(model: HookedViT | HookedText, stream: Tensor, acts: dict[str, Tensor]) -> Iterator[Claim]:
     if "hook_ln_final" in acts:
         yield from _norm("ln_final", model.ln_final, stream, acts)
         yield "hook_ln_final = ln_final.hook_normalized", acts["hook_ln_final"], acts["ln_final.hook_normalized"]
-    tokens = acts.get("hook_ln_final", stream)
+
+
+def _pooling(model: HookedViT, tokens: Tensor, acts: dict[str, Tensor]) -> Iterator[Claim]:
     pool, prefix = model.spec.pool, model.spec.layout.n_prefix
     if pool.kind == "none":
         yield "hook_pooled = all tokens", acts["hook_pooled"], tokens
@@ -76,13 +130,9 @@ def _claims(model: HookedViT, acts: dict[str, Tensor], image: Tensor, logits: Te
         yield "hook_pooled = the mean", acts["hook_pooled"], tokens[:, 0 if pool.with_prefix else prefix :].mean(1)
 
 
-def _unembedded(model: HookedViT, stream: Tensor, image: Tensor) -> Tensor:
-    return model(stream, start_at_layer=len(model.blocks))
-
-
-def _embedding(model: HookedViT, acts: dict[str, Tensor]) -> Iterator[Claim]:
+def _embedding(model: HookedViT | HookedText, acts: dict[str, Tensor]) -> Iterator[Claim]:
     tokens = acts["hook_embed"]
-    if model.spec.layout.n_prefix:
+    if isinstance(model, HookedViT) and model.spec.layout.n_prefix:
         tokens = torch.cat([model.embed.prefix.expand(tokens.shape[0], -1, -1), tokens], 1)
     if "hook_pos_embed" in acts:
         tokens = tokens + acts["hook_pos_embed"]
@@ -148,7 +198,9 @@ def _attention(at: str, attn: Attention, acts: dict[str, Tensor]) -> Iterator[Cl
     q, k = (acts.get(f"{at}.hook_rot_{x}", get(f"hook_{x}")) for x in "qk")
     k, v = k.repeat_interleave(groups, 2), get("hook_v").repeat_interleave(groups, 2)
     products = torch.einsum("bqhd,bkhd->bhqk", q, k) * attn.spec.scale
-    yield f"{at}: scores = q . k * scale + bias", scores, products + (attn.attn_bias if attn.spec.bias else 0)
+    products = products + (attn.attn_bias if attn.spec.bias else 0)
+    hidden = torch.isneginf(scores)  # what a mask hides is proven by parity
+    yield f"{at}: scores = q . k * scale + bias", scores, products.masked_fill(hidden, -torch.inf)
     yield f"{at}: pattern v = z", z, torch.einsum("bhqk,bkhd->bqhd", pattern, v)
 
 

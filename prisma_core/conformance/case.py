@@ -26,7 +26,7 @@ class Case:
         name: unique among the plugin's cases; shown in reports.
         build: returns the upstream model, small, at upstream's own initialisation; the kit draws the weights.
         full: the same at its real size, where that differs; used by ``full=True``.
-        forward: how upstream is called and its main output read, where that is not ``upstream(image)``.
+        forward: how upstream is called and its main output read, where that is not ``upstream(*inputs)``.
         pictures: returns our and upstream's preprocessing, given the upstream model.
         skips: names of checks that cannot hold here, each with the reason.
     """
@@ -34,6 +34,6 @@ class Case:
     name: str
     build: Callable[[], nn.Module]
     full: Callable[[], nn.Module] | None = None
-    forward: Callable[[nn.Module, Tensor], Tensor] | None = None
+    forward: Callable[..., Tensor] | None = None
     pictures: Callable[[nn.Module], Pictures] | None = None
     skips: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)

@@ -15,8 +15,9 @@ from prisma_core.conformance.run import Target, subjects
 from prisma_core.conformance.subject import Subject, worst
 from prisma_core.errors import PrismaError
 from prisma_core.hookmap import HookMap
-from prisma_core.spec import Facts, ModelSpec
-from prisma_core.transformer.vit import HookedViT
+from prisma_core.spec import AnySpec, Facts
+from prisma_core.transformer import Canonical
+from prisma_core.transformer.canonical import Size
 from prisma_core.weights import WeightMap
 
 
@@ -57,7 +58,7 @@ class Diagnosis(Facts):
     before: str | None = None
     logits: float = 0.0
     compared: int = 0
-    size: tuple[int, int] | None = None
+    size: Size | None = None
     problem: str | None = None
     remedies: tuple[Remedy, ...] = ()
     tried: int = 0
@@ -67,7 +68,7 @@ class Diagnosis(Facts):
             return f"{self.name}: the models could not be compared. {self.problem}"
         if self.agrees:
             return f"{self.name}: the logits and {self.compared} activations agree with upstream."
-        at = f" at image size {self.size[0]}x{self.size[1]}" if self.size else ""
+        at = f" at image size {'x'.join(map(str, self.size))}" if self.size else ""
         lines = [f"{self.name}: parts from upstream at {self.first}{at}, by {self.error:.1e} standard deviations."]
         if self.before:
             lines.append(f"Everything up to {self.before} agrees. The logits are off by {self.logits:.1e}.")
@@ -114,7 +115,7 @@ def examine(subject: Subject, progress: Callable[[str], None] | None = None) -> 
     name = subject.case.name
     try:
         found = compare(subject)
-        logits = _logits(subject, subject.spec.image_size)
+        logits = _logits(subject, subject.sizes()[0])
     except Exception as problem:  # noqa: BLE001  # the doctor sees broken adapters: whatever they raise is the finding
         return Diagnosis(name=name, agrees=False, problem=f"{type(problem).__name__}: {problem}")
     first, before = _parting(found)
@@ -141,10 +142,10 @@ def examine(subject: Subject, progress: Callable[[str], None] | None = None) -> 
     )
 
 
-def _logits(subject: Subject, size: tuple[int, int]) -> float:
+def _logits(subject: Subject, size: Size) -> float:
     upstream, model = subject.pair()
-    image = subject.image(2, size)
-    return worst(model(image), subject.forward(upstream, image))
+    inputs = subject.inputs(2, size)
+    return worst(model(*inputs), subject.forward(upstream, *inputs))
 
 
 def _parting(found: Comparison) -> tuple[str | None, str | None]:
@@ -157,7 +158,7 @@ def _parting(found: Comparison) -> tuple[str | None, str | None]:
 
 
 def _remedies(
-    subject: Subject, first: str, size: tuple[int, int] | None, progress: Callable[[str], None] | None
+    subject: Subject, first: str, size: Size | None, progress: Callable[[str], None] | None
 ) -> tuple[list[Remedy], int]:
     remedies: list[Remedy] = []
     tried = 0
@@ -167,7 +168,7 @@ def _remedies(
         tried += 1
         try:
             variant = _altered(subject, suspect)
-            logits = _logits(variant, size or subject.spec.image_size)
+            logits = _logits(variant, size or subject.sizes()[0])
             here = logits if size else compare(variant).errors.get(first, logits)
         except (PrismaError, RuntimeError, ValueError, AttributeError):
             continue  # a change that does not fit this model's tensors is no remedy
@@ -179,7 +180,7 @@ def _remedies(
 def _altered(subject: Subject, suspect: suspects.Suspect) -> Subject:
     adapter = _Altered(subject.adapter, suspect.spec)
 
-    def make(given: Adapter, upstream: nn.Module) -> HookedViT:
+    def make(given: Adapter, upstream: nn.Module) -> Canonical:
         model = subject.make(given, upstream)
         suspect.edit(model)
         return model
@@ -192,20 +193,20 @@ class _Altered(Adapter):
 
     types = ()
 
-    def __init__(self, inner: Adapter, change: Callable[[ModelSpec], ModelSpec]):
+    def __init__(self, inner: Adapter, change: Callable[[AnySpec], AnySpec]):
         self.inner = inner
         self.change = change
 
-    def spec(self, upstream: Reader) -> ModelSpec:
+    def spec(self, upstream: Reader) -> AnySpec:
         return self.change(self.inner.spec(upstream))
 
-    def weights(self, upstream: Reader, spec: ModelSpec) -> WeightMap:
+    def weights(self, upstream: Reader, spec: AnySpec) -> WeightMap:
         return self.inner.weights(upstream, spec)
 
-    def hooks(self, upstream: Reader, spec: ModelSpec) -> HookMap:
+    def hooks(self, upstream: Reader, spec: AnySpec) -> HookMap:
         return self.inner.hooks(upstream, spec)
 
-    def stem(self, upstream: Reader, spec: ModelSpec) -> nn.Module | None:
+    def stem(self, upstream: Reader, spec: AnySpec) -> nn.Module | None:
         return self.inner.stem(upstream, spec)
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from prisma_core.conformance import tolerances
 from prisma_core.conformance.registry import Finding, register
-from prisma_core.conformance.subject import Subject, worst
+from prisma_core.conformance.subject import Inputs, Subject, differentiable, worst
 from prisma_core.errors import HookError
 from prisma_core.hooks import HookContext
-from prisma_core.transformer.vit import HookedViT
+from prisma_core.transformer import Canonical
 
 Hook = Callable[[Tensor, HookContext], "Tensor | None"]
 
@@ -21,32 +21,32 @@ Hook = Callable[[Tensor, HookContext], "Tensor | None"]
 @register("hooks.live", "every hook point fires once, in order; edits are used, gradients flow, nothing is left behind")
 def live(subject: Subject) -> Finding:
     model = subject.own_model()
-    image = subject.image(2)
+    inputs = subject.inputs(2)
     points = model.hook_points()
     plain = [name for name, point in points.items() if not point.derived]
     derived = [name for name, point in points.items() if point.derived]
     with torch.no_grad():
-        clean = model(image)
+        clean = model(*inputs)
         # All together, then each kind of derived point alone: the inputs of each head bypass what reads the shared one.
-        problems = [*_fires_once(model, image, plain), *_fires_once(model, image, derived)]
-        error = _identity(model, image, clean, [*plain, *derived], problems)
-        problems += _edits_reach(subject, model, image, plain, derived)
-        problems += _in_place_equals_returned(subject, model, image, plain)
-        problems += _nothing_left(model, image, clean, plain)
+        problems = [*_fires_once(model, inputs, plain), *_fires_once(model, inputs, derived)]
+        error = _identity(model, inputs, clean, [*plain, *derived], problems)
+        problems += _edits_reach(subject, model, inputs, plain, derived)
+        problems += _in_place_equals_returned(subject, model, inputs, plain)
+        problems += _nothing_left(model, inputs, clean, plain)
     for names in (plain, *_kinds(derived).values()):
-        problems += _gradients_flow(subject, model, image, names)
+        problems += _gradients_flow(subject, model, inputs, names)
     detail = f"{len(plain)} hook points and {len(derived)} derived ones"
     return Finding(error, tolerances.routes(model.spec), tuple(problems), detail)
 
 
-def _fires_once(model: HookedViT, image: Tensor, names: list[str]) -> list[str]:
+def _fires_once(model: Canonical, inputs: Inputs, names: list[str]) -> list[str]:
     fired: list[str] = []
 
     def note(x: Tensor, at: HookContext) -> None:
         fired.append(at.name)
 
     if names:
-        model.run_with_hooks(image, hooks=dict.fromkeys(names, note))
+        model.run_with_hooks(*inputs, hooks=dict.fromkeys(names, note))
     problems = [f"{name} fires {fired.count(name)} times" for name in names if fired.count(name) != 1]
     order = [name for name in model.hook_points() if name in set(names)]
     if not problems and fired != order:
@@ -62,17 +62,17 @@ def _kinds(names: list[str]) -> dict[str, list[str]]:
     return kinds
 
 
-def _identity(model: HookedViT, image: Tensor, clean: Tensor, names: list[str], problems: list[str]) -> float:
+def _identity(model: Canonical, inputs: Inputs, clean: Tensor, names: list[str], problems: list[str]) -> float:
     """Hooks that change nothing: bit-equal, or to rounding where another kernel runs; failures are told by kind."""
     explicit = [name for name in names if name.rsplit(".", 1)[-1] in _EXPLICIT]
     fused = [name for name in names if name not in set(explicit)]
-    found = worst(model.run_with_hooks(image, hooks=_unchanging(explicit)), clean) if explicit else 0.0
-    if torch.equal(model.run_with_hooks(image, hooks=_unchanging(fused)), clean) and found <= tolerances.routes(
+    found = worst(model.run_with_hooks(*inputs, hooks=_unchanging(explicit)), clean) if explicit else 0.0
+    if torch.equal(model.run_with_hooks(*inputs, hooks=_unchanging(fused)), clean) and found <= tolerances.routes(
         model.spec
     ):
         return found
     for kind, members in _kinds(names).items():
-        logits = model.run_with_hooks(image, hooks=_unchanging(members))
+        logits = model.run_with_hooks(*inputs, hooks=_unchanging(members))
         error = worst(logits, clean)
         if not error <= tolerances.routes(model.spec) or (kind not in _EXPLICIT and not torch.equal(logits, clean)):
             problems.append(f"a hook that changes nothing at {kind} moves the logits by {error:.1e}")
@@ -96,17 +96,17 @@ def _give_nothing(x: Tensor, at: HookContext) -> None:
     return None
 
 
-def _edits_reach(subject: Subject, model: HookedViT, image: Tensor, plain: list[str], derived: list[str]) -> list[str]:
+def _edits_reach(subject: Subject, model: Canonical, inputs: Inputs, plain: list[str], derived: list[str]) -> list[str]:
     """Edit each point in place, everything cached in the same pass: the cache sees it there, and not before."""
     problems: list[str] = []
     for asked in (plain, *_kinds(derived).values()):
         # Every explicit kernel on both sides, so that what comes before must be the same to the bit.
         names = plain if asked is plain else [*plain, *asked]
-        logits, cache = model.run_with_cache(image, names=names)
+        logits, cache = model.run_with_cache(*inputs, names=names)
         before = {key: value.clone() for key, value in cache.store.items()}
         for name in asked:
             edit = _Noise(subject)
-            edited, cache = model.run_with_cache(image, names=names, hooks={name: edit.in_place})
+            edited, cache = model.run_with_cache(*inputs, names=names, hooks={name: edit.in_place})
             if edit.given is None:
                 problems.append(f"{name} never runs its hook")
                 continue
@@ -120,7 +120,7 @@ def _edits_reach(subject: Subject, model: HookedViT, image: Tensor, plain: list[
     return problems
 
 
-def _earlier(model: HookedViT, names: list[str], name: str) -> list[str]:
+def _earlier(model: Canonical, names: list[str], name: str) -> list[str]:
     order = [point for point in model.hook_points() if point in set(names)]
     return order[: order.index(name)]
 
@@ -150,14 +150,14 @@ class _Noise:
         x.add_(self.noise(x.clone()))
 
 
-def _in_place_equals_returned(subject: Subject, model: HookedViT, image: Tensor, plain: list[str]) -> list[str]:
+def _in_place_equals_returned(subject: Subject, model: Canonical, inputs: Inputs, plain: list[str]) -> list[str]:
     noise = _Noise(subject)
-    returned = model.run_with_hooks(image, hooks=dict.fromkeys(plain, noise.returned))
-    edited = model.run_with_hooks(image, hooks=dict.fromkeys(plain, noise.edited))
+    returned = model.run_with_hooks(*inputs, hooks=dict.fromkeys(plain, noise.returned))
+    edited = model.run_with_hooks(*inputs, hooks=dict.fromkeys(plain, noise.edited))
     return [] if torch.equal(returned, edited) else ["editing in place and returning give different logits"]
 
 
-def _nothing_left(model: HookedViT, image: Tensor, clean: Tensor, plain: list[str]) -> list[str]:
+def _nothing_left(model: Canonical, inputs: Inputs, clean: Tensor, plain: list[str]) -> list[str]:
     problems: list[str] = []
 
     class Oops(Exception):
@@ -172,18 +172,18 @@ def _nothing_left(model: HookedViT, image: Tensor, clean: Tensor, plain: list[st
     for name in {plain[0], plain[len(plain) // 2], plain[-1]}:
         for hook, expected in ((fail, Oops), (misshapen, HookError)):
             try:
-                model.run_with_hooks(image, hooks={name: hook})
+                model.run_with_hooks(*inputs, hooks={name: hook})
             except expected:
                 pass
             else:
                 problems.append(f"a hook at {name} that fails goes unseen ({expected.__name__} expected)")
-            if not torch.equal(model(image), clean):
+            if not torch.equal(model(*inputs), clean):
                 problems.append(f"after a hook at {name} has failed, logits stay changed")
     wanted = [name for name, point in model.hook_points().items() if point.wanted]
     return problems + [f"{name} is still wanted after its scope has ended" for name in wanted]
 
 
-def _gradients_flow(subject: Subject, model: HookedViT, image: Tensor, names: list[str]) -> list[str]:
+def _gradients_flow(subject: Subject, model: Canonical, inputs: Inputs, names: list[str]) -> list[str]:
     runs: list[str] = []
 
     def note(grad: Tensor, at: HookContext) -> None:
@@ -192,7 +192,7 @@ def _gradients_flow(subject: Subject, model: HookedViT, image: Tensor, names: li
     def loss(output: Any) -> Tensor:
         return (output * torch.randn(output.shape, generator=subject.generator(7)).to(output)).sum()
 
-    _, cache = model.run_with_cache(image, names=names, loss=loss)
+    _, cache = model.run_with_cache(*inputs, names=names, loss=loss)
     problems: list[str] = []
     grads = cache.grad
     assert grads is not None
@@ -203,7 +203,7 @@ def _gradients_flow(subject: Subject, model: HookedViT, image: Tensor, names: li
         elif not bool(grad.any()):
             problems.append(f"no gradient reaches {name}")
     with model.hooks(backward=dict.fromkeys(names, note)):
-        loss(model(image.clone().requires_grad_())).backward()
+        loss(model(*differentiable(inputs))).backward()
     for parameter in model.parameters():
         parameter.grad = None
     return problems + [f"the backward hook at {n} runs {runs.count(n)} times" for n in names if runs.count(n) != 1]

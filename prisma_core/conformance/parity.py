@@ -11,7 +11,7 @@ from torch import Tensor
 from prisma_core.adapter import Reader
 from prisma_core.conformance import tolerances
 from prisma_core.conformance.registry import Finding, register
-from prisma_core.conformance.subject import Subject, worst
+from prisma_core.conformance.subject import Inputs, Subject, differentiable, worst
 from prisma_core.hookmap import Recorder
 from prisma_core.zoo import tensors_of
 
@@ -22,12 +22,12 @@ def logits(subject: Subject) -> Finding:
     exact = subject.pair()
     errors: dict[str, float] = {}
     for size in subject.sizes():
-        for batch in (1, 3) if size == subject.spec.image_size else (2,):
-            image = subject.image(batch, size)
-            theirs = subject.forward(exact.upstream, image)
+        for batch in (1, 3) if size == subject.sizes()[0] else (2,):
+            inputs = subject.inputs(batch, size)
+            theirs = subject.forward(exact.upstream, *inputs)
             if theirs.numel() > 1 and not float(theirs.std()) > 0:
                 return Finding(problems=("upstream's output is constant or NaN: these weights prove nothing",))
-            errors[f"batch {batch} at {size[0]}x{size[1]}"] = worst(exact.model(image), theirs)
+            errors[f"batch {batch} at {'x'.join(map(str, size))}"] = worst(exact.model(*inputs), theirs)
     problems: list[str] = []
     notes: list[str] = []
     for dtype, device in _others(subject):
@@ -52,11 +52,11 @@ def _others(subject: Subject) -> list[tuple[torch.dtype, torch.device]]:
 def _errs_as_upstream(subject: Subject, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
     name = f"{str(dtype).removeprefix('torch.')} on {device.type}"
     pair = subject.pair(dtype, device)
-    image = subject.image(3, dtype=dtype, device=device)
+    inputs = subject.inputs(3, dtype=dtype, device=device)
     # Against float64 on the very numbers that this dtype holds: the error of the arithmetic, not of the rounding.
     exact = subject.upstream(dtype, device).double()
-    truth = subject.forward(exact, image.double())
-    ours, theirs = pair.model(image), subject.forward(pair.upstream, image)
+    truth = subject.forward(exact, *(x.double() if x.is_floating_point() else x for x in inputs))
+    ours, theirs = pair.model(*inputs), subject.forward(pair.upstream, *inputs)
     if torch.equal(ours, theirs):
         return "", f"{name}: bit-equal"
     error, own = worst(ours, truth), worst(theirs, truth)
@@ -107,7 +107,7 @@ def compare(subject: Subject) -> Comparison:
     table = subject.adapter.hooks(Reader(upstream), subject.spec)
     rows = table.bound(list(passes.acts))
     with subject.adapter.explicit(upstream), Recorder(upstream, [row.place for row in rows]) as seen:
-        subject.forward(upstream, passes.image)
+        subject.forward(upstream, *passes.inputs)
     found = Comparison()
     order = {name: index for index, name in enumerate(model.hook_points())}
     for row in sorted(rows, key=lambda row: order[row.hook]):
@@ -123,29 +123,34 @@ def compare(subject: Subject) -> Comparison:
 @register("parity.gradients", "gradients by the input and by every upstream weight equal upstream's, through the map")
 def gradients(subject: Subject) -> Finding:
     upstream, model = subject.pair()
-    image = subject.image(2)
-    theirs = subject.forward(upstream, given := image.clone().requires_grad_())
+    inputs = subject.inputs(2)
+    theirs = subject.forward(upstream, *(given := differentiable(inputs)))
     weights = torch.randn(theirs.shape, generator=subject.generator(2)).to(theirs)
     groups: dict[int, list[str]] = {}
     for name, parameter in upstream.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
     parameters = dict(upstream.named_parameters())
-    wanted = _grads(theirs, weights, [given, *parameters.values()])
+    wanted = _grads(theirs, weights, [*_floats(given), *parameters.values()])
 
     leaves = tensors_of(model)
     active = {name: tensor for name, tensor in leaves.items() if tensor.requires_grad}
-    ours = model(mine := image.clone().requires_grad_())
-    got = _grads(ours, weights, [mine, *active.values()])
-    if got[0] is None or wanted[0] is None:
+    ours = model(*(mine := differentiable(inputs)))
+    got = _grads(ours, weights, [*_floats(mine), *active.values()])
+    n = len(_floats(mine))
+    if any(grad is None for grad in (*got[:n], *wanted[:n])):
         return Finding(problems=("no gradient reaches the input",))
     canonical: dict[str, Tensor] = {name: torch.zeros_like(tensor) for name, tensor in leaves.items()}
-    canonical |= {name: grad for name, grad in zip(active, got[1:], strict=True) if grad is not None}
+    canonical |= {name: grad for name, grad in zip(active, got[n:], strict=True) if grad is not None}
     assert model.origin is not None
     pulled = model.origin.map.pull_back(tensors_of(upstream), canonical)
 
-    errors = {"the input": worst(got[0], wanted[0], float(wanted[0].abs().max()))}
-    scale = max((float(grad.abs().max()) for grad in wanted[1:] if grad is not None), default=1.0)
-    for (name, parameter), grad in zip(parameters.items(), wanted[1:], strict=True):
+    errors: dict[str, float] = {}
+    for ours, theirs in zip(got[:n], wanted[:n], strict=True):
+        assert ours is not None
+        assert theirs is not None
+        errors["the input"] = worst(ours, theirs, float(theirs.abs().max()))
+    scale = max((float(grad.abs().max()) for grad in wanted[n:] if grad is not None), default=1.0)
+    for (name, parameter), grad in zip(parameters.items(), wanted[n:], strict=True):
         theirs = torch.zeros_like(parameter) if grad is None else grad
         summed = [pulled[twin] for twin in groups[id(parameter)] if twin in pulled]
         mapped = torch.stack(summed).sum(0) if summed else torch.zeros_like(parameter)
@@ -154,6 +159,10 @@ def gradients(subject: Subject) -> Finding:
     wrong = {name: error for name, error in errors.items() if not error <= tolerances.GRADIENT}
     problems = tuple(f"the gradient by {name} differs by {error:.1e}" for name, error in wrong.items())
     return Finding(max(errors.values()), tolerances.GRADIENT, problems, f"the input and {len(parameters)} weights")
+
+
+def _floats(inputs: Inputs) -> list[Tensor]:
+    return [x for x in inputs if x.is_floating_point()]
 
 
 def _grads(output: Tensor, weights: Tensor, by: Sequence[Tensor]) -> Sequence[Tensor | None]:

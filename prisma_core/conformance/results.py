@@ -45,7 +45,7 @@ class Certificate(Facts):
         name: the case, reference or type checked.
         upstream: qualified name of upstream's class.
         library, version: the package it comes from.
-        sizes: heights and widths of the images tried.
+        sizes: of the inputs tried: heights and widths of images, lengths of texts.
         weights: ``random``: every weight drawn. ``own``: as the model came.
         full: whether upstream was built at its real size.
         facts: a digest of the spec with its sizes left out; equal for models that differ in size alone.
@@ -59,7 +59,7 @@ class Certificate(Facts):
     torch: str
     dtype: str = "float64"
     device: str = "cpu"
-    sizes: tuple[tuple[int, int], ...] = ()
+    sizes: tuple[tuple[int, ...], ...] = ()
     weights: str = "random"
     full: bool = False
     facts: str = ""

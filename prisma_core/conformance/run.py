@@ -20,7 +20,7 @@ from prisma_core.errors import PrismaError, UnsupportedArchitecture
 from prisma_core.hooked import Hooked
 from prisma_core.plugins import host
 from prisma_core.sources import Loaded
-from prisma_core.transformer.vit import HookedViT
+from prisma_core.transformer import Canonical
 from prisma_core.zoo import export, parted
 
 REGISTERED = (parity, tensors, live, algebra, audit, running)  # importing a module registers its checks
@@ -157,7 +157,7 @@ def _case(
         return target, None, True
     if isinstance(target, str):
         return *_referenced(target, full=full, pretrained=pretrained), not pretrained
-    if isinstance(target, HookedViT):
+    if isinstance(target, Canonical):
         module = _rebuilt(target, upstream)
         return Case(qualified_name(module), lambda: module), target.reference, False
     if isinstance(target, Hooked):
@@ -178,7 +178,7 @@ def _referenced(reference: str, *, full: bool, pretrained: bool) -> tuple[Case, 
     return Case(reference, build), reference
 
 
-def _rebuilt(model: HookedViT, upstream: nn.Module | None) -> nn.Module:
+def _rebuilt(model: Canonical, upstream: nn.Module | None) -> nn.Module:
     """Return an upstream module with the hooked model's present weights."""
     if upstream is not None:
         built = copy.deepcopy(upstream)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from prisma_core.conformance import tolerances
 from prisma_core.conformance.registry import Finding, NotApplicable, register
-from prisma_core.conformance.subject import Subject, worst
+from prisma_core.conformance.subject import Subject, opaque_stems, worst
 from prisma_core.hooked import HookMapping
 from prisma_core.hooks import Hook, HookContext
-from prisma_core.transformer.vit import HookedViT
+from prisma_core.transformer import Canonical
 from prisma_core.zoo import load, save, tensors_of
 
 
@@ -42,30 +42,30 @@ def preprocess(subject: Subject) -> Finding:
 @torch.no_grad()
 def save_load(subject: Subject) -> Finding:
     model = subject.pair().model
-    if model.spec.embed.stem == "opaque":
+    if opaque_stems(model):
         raise NotApplicable("the stem is upstream's own module, which a file of facts and weights cannot hold")
-    image = subject.image()
+    inputs = subject.inputs()
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder)
         back = load(f"file:{folder}")
-    assert isinstance(back, HookedViT)
+    assert isinstance(back, Canonical)
     problems = [] if back.spec == model.spec else ["the spec comes back changed"]
     kept = tensors_of(back.to(subject.device))
     for name, tensor in tensors_of(model).items():
         if name not in kept or kept[name].dtype != tensor.dtype or not torch.equal(kept[name], tensor):
             problems.append(f"{name} comes back changed")
     # The weights are the same to the bit; where a file's bytes lie in memory decides how sums are vectorised.
-    error = worst(back(image), model(image))
+    error = worst(back(*inputs), model(*inputs))
     return Finding(error, tolerances.FLOAT64, tuple(problems), f"{len(kept)} tensors")
 
 
 @register("threads", "two threads use one model with different hooks and do not see each other's")
 @torch.no_grad()
 def threads(subject: Subject) -> Finding:
-    model, image = subject.own_model(), subject.image()
-    name = "blocks.0.hook_resid_post"
-    alone = [model.run_with_hooks(image, hooks={name: _times(factor)}) for factor in (0.5, 2.0)]
-    clean = model(image)
+    model, inputs = subject.own_model(), subject.inputs()
+    name = next(name for name in model.hook_points() if name.endswith("blocks.0.hook_resid_post"))
+    alone = [model.run_with_hooks(*inputs, hooks={name: _times(factor)}) for factor in (0.5, 2.0)]
+    clean = model(*inputs)
     seen: list[list[Tensor]] = [[], []]
     failures: list[BaseException] = []
     meet = threading.Barrier(2, timeout=60)
@@ -78,7 +78,7 @@ def threads(subject: Subject) -> Finding:
         try:
             with torch.no_grad():
                 for _ in range(3):
-                    seen[index].append(model.run_with_hooks(image, hooks={name: hook}))
+                    seen[index].append(model.run_with_hooks(*inputs, hooks={name: hook}))
         except Exception as problem:  # noqa: BLE001  # reported by the thread that started this one
             failures.append(problem)
             meet.abort()
@@ -92,7 +92,7 @@ def threads(subject: Subject) -> Finding:
     for index, outputs in enumerate(seen):
         if not all(torch.equal(output, alone[index]) for output in outputs):
             problems.append(f"thread {index} sees what another thread's hooks do")
-    if not torch.equal(model(image), clean):
+    if not torch.equal(model(*inputs), clean):
         problems.append("hooks of a finished thread stay on the model")
     return Finding(problems=tuple(problems), detail="three passes in each of two threads")
 
@@ -107,22 +107,22 @@ def _times(factor: float) -> Hook:
 @register("compile", "a model compiled with fullgraph=True has the same logits, caches and edits", on_request=True)
 @torch.no_grad()
 def compiled(subject: Subject) -> Finding:
-    model, image = subject.pair(torch.float32).model, subject.image(dtype=torch.float32)
+    model, inputs = subject.pair(torch.float32).model, subject.inputs(dtype=torch.float32)
     torch.compiler.reset()
     fast = torch.compile(model, fullgraph=True)
-    names = ["blocks.*.hook_resid_post", "blocks.*.attn.hook_pattern"]  # with the fused kernel and without
-    edit: HookMapping = {"blocks.0.hook_resid_post": _times(0.5)}
-    errors = {"logits": worst(fast(image), model(image))}
-    eager, kept = model.run_with_cache(image, names=names)
+    names = ["*blocks.*.hook_resid_post", "*blocks.*.attn.hook_pattern"]  # with the fused kernel and without
+    edit: HookMapping = {"*blocks.0.hook_resid_post": _times(0.5)}
+    errors = {"logits": worst(fast(*inputs), model(*inputs))}
+    eager, kept = model.run_with_cache(*inputs, names=names)
     with model.caching(names) as cache:
-        errors["logits while caching"] = worst(fast(image), eager)
+        errors["logits while caching"] = worst(fast(*inputs), eager)
     errors |= {f"cached {name}": worst(cache.store[name], kept.store[name]) for name in kept if name in cache.store}
     problems = [f"the compiled model does not cache {name}" for name in kept if name not in cache.store]
     with model.hooks(edit):
-        edited = fast(image)
-    errors["edited logits"] = worst(edited, model.run_with_hooks(image, hooks=edit))
-    errors["logits after the scope"] = worst(fast(image), model(image))
-    if torch.equal(edited, fast(image)):
+        edited = fast(*inputs)
+    errors["edited logits"] = worst(edited, model.run_with_hooks(*inputs, hooks=edit))
+    errors["logits after the scope"] = worst(fast(*inputs), model(*inputs))
+    if torch.equal(edited, fast(*inputs)):
         problems.append("the compiled model ignores an edit")
     # The compiler fuses and reorders in float32; an ignored hook shows at 1e-1.
     where = max(errors, key=lambda key: errors[key])

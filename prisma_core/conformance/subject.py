@@ -15,24 +15,26 @@ from prisma_core.adapter import Adapter, Reader
 from prisma_core.conformance.case import Case
 from prisma_core.conformance.randomise import randomise
 from prisma_core.errors import PrismaError
-from prisma_core.spec import ModelSpec
-from prisma_core.transformer.vit import HookedViT
+from prisma_core.spec import AnySpec
+from prisma_core.transformer import Canonical, HookedViT
+from prisma_core.transformer.canonical import Size
 from prisma_core.zoo import adapt_with
 
-Make = Callable[[Adapter, nn.Module], HookedViT]
+Make = Callable[[Adapter, nn.Module], Canonical]
+Inputs = tuple[Tensor, ...]
 
 
 class Pair(NamedTuple):
     """Both sides at one dtype on one device."""
 
     upstream: nn.Module
-    model: HookedViT
+    model: Canonical
 
 
 class Passes(NamedTuple):
-    """One pass with everything kept: the image, the logits, every activation."""
+    """One pass with everything kept: the inputs, the logits, every activation."""
 
-    image: Tensor
+    inputs: Inputs
     logits: Tensor
     acts: dict[str, Tensor]
 
@@ -100,66 +102,68 @@ class Subject:
             self._pairs[key] = Pair(upstream, self.make(self.adapter, upstream))
         return self._pairs[key]
 
-    def own_model(self) -> HookedViT:
-        """Return a hooked model of one's own for one image, in float64.
+    def own_model(self) -> Canonical:
+        """Return a hooked model of one's own for one input, in float64.
 
         An opaque stem runs once: it is upstream's own module, has no hook points inside, and may cost a hundred times
         what the blocks do.
         """
         model = self.make(self.adapter, self.upstream())
-        if model.spec.embed.stem == "opaque":
-            model.embed.stem = Remembered(model.embed.stem)
+        for tower in opaque_stems(model):
+            tower.embed.stem = Remembered(tower.embed.stem)
         return model
 
     @property
-    def spec(self) -> ModelSpec:
+    def spec(self) -> AnySpec:
         return self.pair().model.spec
 
-    def forward(self, upstream: nn.Module, image: Tensor) -> Tensor:
+    def forward(self, upstream: nn.Module, *inputs: Tensor) -> Tensor:
         """Return upstream's main output."""
         if self.case.forward is not None:
-            return self.case.forward(upstream, image)
-        result = cast(object, upstream(image))
+            return self.case.forward(upstream, *inputs)
+        result = cast(object, upstream(*inputs))
         if isinstance(result, tuple):
             result = cast("tuple[object, ...]", result)[0]
         if not isinstance(result, Tensor):
             raise PrismaError(f"Upstream returns {type(result).__name__}: the case needs forward= to read its output.")
         return result
 
-    # ---------------------------------------------------------------- images and passes
+    # ---------------------------------------------------------------- inputs and passes
 
-    def sizes(self) -> list[tuple[int, int]]:
-        """Return the native image size and, where positions follow it, a larger one and one that is not square."""
-        height, width = self.spec.image_size
-        if self.spec.embed.interpolation is None:
-            return [(height, width)]
-        down, across = self.spec.embed.patch
-        return [(height, width), (height + 2 * down, width + 2 * across), (height + down, max(across, width - across))]
+    def sizes(self) -> list[Size]:
+        """Return the sizes of input to try, the native one first."""
+        return self.pair().model.sizes()
 
-    def image(
+    def inputs(
         self,
         batch: int = 1,
-        size: tuple[int, int] | None = None,
+        size: Size | None = None,
         dtype: torch.dtype = torch.float64,
         device: torch.device | None = None,
-    ) -> Tensor:
-        """Return a random image, the same for the same arguments."""
-        shape = (batch, self.spec.embed.in_channels, *(size or self.spec.image_size))
-        # Drawn as float32 so that every dtype that can hold it sees the same image.
-        return torch.randn(shape, generator=self.generator(1)).to(device=device or self.device, dtype=dtype)
+    ) -> Inputs:
+        """Return random inputs, the same for the same arguments."""
+        drawn = self.pair().model.sample_inputs(batch, size=size, generator=self.generator(1))
+        # Drawn as float32 so that every dtype that can hold it sees the same input.
+        return tuple(x.to(device or self.device, dtype if x.is_floating_point() else None) for x in drawn)
 
     def passes(self) -> Passes:
         """Return one pass of the hooked model in float64 with every activation, derived ones apart."""
         if self._passes is None:
-            model, image = self.pair().model, self.image(batch=2)
+            model, inputs = self.pair().model, self.inputs(batch=2)
             with torch.no_grad():
-                logits, cache = model.run_with_cache(image)
-            self._passes = Passes(image, logits, dict(cache.store))
+                logits, cache = model.run_with_cache(*inputs)
+            self._passes = Passes(inputs, logits, dict(cache.store))
         return self._passes
 
     def facts(self) -> str:
         """Return a digest of the spec with its sizes left out."""
         return facts_of(self.spec)
+
+
+def opaque_stems(model: Canonical) -> list[HookedViT]:
+    """Return the towers whose stem is upstream's own module."""
+    towers = [tower for tower in model.towers().values() if isinstance(tower, HookedViT)]
+    return [tower for tower in towers if tower.spec.embed.stem == "opaque"]
 
 
 class Remembered(nn.Module):
@@ -178,16 +182,15 @@ class Remembered(nn.Module):
         return kept.clone()
 
 
-def facts_of(spec: ModelSpec) -> str:
+def facts_of(spec: AnySpec) -> str:
     """Return a digest of a spec that is equal for models that differ in size alone."""
     text = json.dumps(_without_sizes(spec.model_dump(mode="json")), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-_SIZES = frozenset(
-    ("d_model", "d_mlp", "d_head", "d_pool", "image_size", "patch", "in_channels", "rows", "columns", "eps", "scale")
-)
-_COUNTS = {"cls", "distillation", "registers", "n_classes"}
+_SIZES = {"d_model", "d_mlp", "d_head", "d_pool", "image_size", "patch", "in_channels", "rows", "columns"}
+_SIZES |= {"n_vocab", "n_ctx", "eps", "scale"}
+_COUNTS = {"cls", "distillation", "registers", "n_classes", "pad_id", "eos_id"}
 
 
 def _without_sizes(value: Any) -> Any:
@@ -198,7 +201,9 @@ def _without_sizes(value: Any) -> Any:
         return value
     items = cast("dict[str, Any]", value)
     kept = {
-        key: bool(item) if key in _COUNTS else _without_sizes(item) for key, item in items.items() if key not in _SIZES
+        key: item not in (None, 0) if key in _COUNTS else _without_sizes(item)
+        for key, item in items.items()
+        if key not in _SIZES
     }
     if "n_heads" in kept:
         kept["grouped"] = kept.pop("n_heads") != kept.pop("n_kv_heads")
@@ -212,11 +217,21 @@ def worst(ours: Tensor, theirs: Tensor, unit: float | None = None) -> float:
     if not ours.numel():
         return 0.0
     ours, theirs = ours.detach().double(), theirs.detach().double()
+    hidden = torch.isneginf(theirs)  # scores that a mask hides
+    if hidden.any():
+        if not torch.equal(hidden, torch.isneginf(ours)):
+            return float("inf")
+        ours, theirs = ours[~hidden], theirs[~hidden]
     if unit is None:
         unit = float(theirs.std()) if theirs.numel() > 1 else float(theirs.abs())
     difference = float((ours - theirs).abs().max())
     # A NaN on either side is the worst error there is; comparisons with it would be false.
     return difference / max(unit, 1e-30) if difference == difference else float("inf")
+
+
+def differentiable(inputs: Inputs) -> Inputs:
+    """Return the inputs with a gradient wherever they can have one."""
+    return tuple(x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs)
 
 
 def reader_of(subject: Subject) -> tuple[Reader, nn.Module]:

@@ -12,15 +12,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from prisma_core.names import layer_of
-from prisma_core.spec import Activation, BlockSpec, Facts, ModelSpec, NormSpec
+from prisma_core.spec import Activation, AnySpec, BlockSpec, DualSpec, Facts, ModelSpec, NormSpec, TextSpec
 from prisma_core.transformer.vit import HookedViT
 
 
-def _same(spec: ModelSpec) -> ModelSpec:
+def _same(spec: Any) -> Any:
     return spec
 
 
-def _nothing(model: HookedViT) -> None:
+def _nothing(model: Any) -> None:
     return None
 
 
@@ -29,18 +29,32 @@ class Suspect:
     """A change to try: of the facts, or of the adapted model."""
 
     change: str
-    spec: Callable[[ModelSpec], ModelSpec] = _same
-    edit: Callable[[HookedViT], None] = _nothing
+    spec: Callable[[Any], Any] = _same
+    edit: Callable[[Any], None] = _nothing
 
 
-def usual(spec: ModelSpec, first: str, upstream: nn.Module) -> Iterator[Suspect]:
+def usual(spec: AnySpec, first: str, upstream: nn.Module) -> Iterator[Suspect]:
     """Yield what is worth trying for a model that parts from upstream at a hook point."""
+    if isinstance(spec, DualSpec):
+        tower = "text" if first.startswith("text.") else "vision"
+        found = usual(spec.text if tower == "text" else spec.vision, first.removeprefix(f"{tower}."), upstream)
+        yield from (_in_tower(tower, suspect) for suspect in found)
+        return
+    if isinstance(spec, TextSpec):
+        return
     yield from _norms(spec, first, upstream)
     yield from _attention(spec)
     yield from _mlps(spec)
     yield from _joins(spec)
     yield from _embedding(spec)
     yield from _pooling(spec)
+
+
+def _in_tower(tower: str, suspect: Suspect) -> Suspect:
+    def change(spec: DualSpec) -> DualSpec:
+        return spec.model_copy(update={tower: suspect.spec(getattr(spec, tower))})
+
+    return Suspect(f"{tower}: {suspect.change}", change, lambda model: suspect.edit(getattr(model, tower)))
 
 
 def _blocks(change: Callable[[BlockSpec], BlockSpec]) -> Callable[[ModelSpec], ModelSpec]:

@@ -47,9 +47,9 @@ def _ignored_matter(subject: Subject, upstream: nn.Module, names: list[str]) -> 
     for name in names:
         noise = torch.rand(tensors[name].shape, generator=subject.generator(3)).to(tensors[name])
         tensors[name].add_(noise)
-    image = subject.image(2)
-    theirs = subject.forward(upstream, image)
-    return worst(subject.make(subject.adapter, upstream)(image), theirs)
+    inputs = subject.inputs(2)
+    theirs = subject.forward(upstream, *inputs)
+    return worst(subject.make(subject.adapter, upstream)(*inputs), theirs)
 
 
 def _filled_at_random(subject: Subject) -> list[str]:
@@ -98,8 +98,8 @@ def roundtrip(subject: Subject) -> Finding:
         if isinstance(vars(other).get("eps"), float):
             ours.eps = other.eps
     fresh.load_state_dict(state, strict=True)
-    image = subject.image()
-    if not torch.equal(subject.forward(fresh, image), subject.forward(upstream, image)):
+    inputs = subject.inputs()
+    if not torch.equal(subject.forward(fresh, *inputs), subject.forward(upstream, *inputs)):
         problems.append("the reloaded upstream gives other logits")
     return Finding(problems=tuple(problems), detail=f"{len(theirs)} tensors")
 

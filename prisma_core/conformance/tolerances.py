@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Iterator
+from typing import Final, cast
 
 import torch
 
-from prisma_core.spec import ModelSpec
+from prisma_core.spec import Facts, NormSpec
 
 # float64 keeps 16 digits and two blocks lose about two of them. A wrong eps of 1e-6 moves logits by 1e-7 or more, and
 # tanh instead of erf in the activation by 1e-4, so everything that is a mistake stays far above this.
@@ -26,12 +27,20 @@ OWN_ERROR_FACTOR: Final = 2.0
 _FLOAT32_NORMS: Final = 1e-5
 
 
-def routes(spec: ModelSpec) -> float:
+def routes(spec: Facts) -> float:
     """Return how far two ways of computing the same number in float64 may differ."""
-    norms = [spec.ln_pre, spec.ln_final, spec.ln_pool, spec.embed.norm, spec.pool.norm]
-    for block in spec.blocks:
-        norms += [block.ln1, block.ln2, block.attn.qk_norm, block.attn.inner_norm]
-    return _FLOAT32_NORMS if any(norm is not None and norm.in_float32 for norm in norms) else FLOAT64
+    return _FLOAT32_NORMS if any(norm.in_float32 for norm in _norms(spec)) else FLOAT64
+
+
+def _norms(facts: object) -> Iterator[NormSpec]:
+    if isinstance(facts, NormSpec):
+        yield facts
+    elif isinstance(facts, Facts):
+        for _, value in facts:
+            yield from _norms(value)
+    elif isinstance(facts, tuple):
+        for value in cast("tuple[object, ...]", facts):
+            yield from _norms(value)
 
 
 def rounding(dtype: torch.dtype) -> float:

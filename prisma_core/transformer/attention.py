@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from prisma_core.hooks import HookPoint
@@ -125,15 +125,27 @@ class Attention(nn.Module):
     # ---------------------------------------------------------------- forward
 
     def forward(
-        self, x: Float[Tensor, "batch pos d_model"], rope: Rope | None = None, inputs: HeadInputs = NO_INPUTS
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        rope: Rope | None = None,
+        inputs: HeadInputs = NO_INPUTS,
+        mask: Bool[Tensor, "#batch 1 query_pos key_pos"] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
+        """Return what attention makes of a normed stream.
+
+        Args:
+            x: the normed stream.
+            rope: tables to turn queries and keys by.
+            inputs: of each head's own, instead of ``x``.
+            mask: which keys each query may read; None for all. Scores of others are minus infinity.
+        """
         q, k, v = self._project(x, inputs)
         q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
         if rope is not None and self.rope_layout is not None:
             q = self.hook_rot_q(rotate(q, rope.cos, rope.sin, self.rope_layout))
             k = self.hook_rot_k(rotate(k, rope.cos, rope.sin, self.rope_layout))
-        z = self.hook_z(self._attend(q, k, v))
+        z = self.hook_z(self._attend(q, k, v, mask))
         flat = self.ln(z.flatten(2))
         if self.hook_result.wanted:
             z = flat.view(z.shape)
@@ -152,12 +164,12 @@ class Attention(nn.Module):
             v = einsum(inputs.v, self.W_V, pattern) + self.b_V
         return q, k, v
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         groups = self.spec.n_heads // self.spec.n_kv_heads
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        bias = self._bias() if self.spec.bias else None
+        bias = self._bias(mask, q.dtype)
         if not (self.hook_attn_scores.wanted or self.hook_pattern.wanted):
             z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.spec.scale)
             return z.transpose(1, 2)
@@ -167,10 +179,15 @@ class Attention(nn.Module):
         pattern = self.hook_pattern(self.hook_attn_scores(scores).softmax(-1))
         return (pattern @ v).transpose(1, 2)
 
-    def _bias(self) -> Tensor:
-        # Kernels look at the flag even where no gradient is taken, and choose a slower one.
-        bias = self.attn_bias if torch.is_grad_enabled() else self.attn_bias.detach()
-        return bias[None]
+    def _bias(self, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        bias = None
+        if self.spec.bias:
+            # Kernels look at the flag even where no gradient is taken, and choose a slower one.
+            bias = (self.attn_bias if torch.is_grad_enabled() else self.attn_bias.detach())[None]
+        if mask is None:
+            return bias
+        hidden = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+        return hidden if bias is None else bias + hidden
 
 
 def _qk_norm(spec: AttentionSpec, heads: int, head_axis: str) -> Norm | nn.Identity:

@@ -50,18 +50,18 @@ class Block(nn.Module):
         self.hook_resid_post = HookPoint(STREAM, f"{before} + mlp_out" if spec.mlp else "resid_pre + attn_out")
 
     def forward(
-        self, x: Float[Tensor, "batch pos d_model"], rope: Rope | None = None
+        self, x: Float[Tensor, "batch pos d_model"], rope: Rope | None = None, mask: Tensor | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
         x = self.hook_resid_pre(x)
         if self.spec.kind == "parallel":
             normed = self.ln1(x)
-            attn_out = self.hook_attn_out(self.ls1(self.attn(normed, rope, self._inputs(x))))
+            attn_out = self.hook_attn_out(self.ls1(self.attn(normed, rope, self._inputs(x), mask)))
             mlp_out = self.hook_mlp_out(self.ls2(self.mlp(normed)))
             return self.hook_resid_post(x + attn_out + mlp_out)
         if self.spec.kind == "res_post":
-            attn_out = self.hook_attn_out(self.ls1(self.ln1(self.attn(x, rope, self._inputs(x)))))
+            attn_out = self.hook_attn_out(self.ls1(self.ln1(self.attn(x, rope, self._inputs(x), mask))))
         else:
-            attn_out = self.hook_attn_out(self.ls1(self.attn(self.ln1(x), rope, self._inputs(x))))
+            attn_out = self.hook_attn_out(self.ls1(self.attn(self.ln1(x), rope, self._inputs(x), mask)))
         x = x + attn_out
         if self.spec.mlp is None:
             return self.hook_resid_post(x)
@@ -106,14 +106,14 @@ class SideBySide(nn.Module):
         self.hook_resid_post = HookPoint(STREAM, "resid_mid + mlp_out" if spec.mlp else "resid_pre + attn_out")
 
     def forward(
-        self, x: Float[Tensor, "batch pos d_model"], rope: Rope | None = None
+        self, x: Float[Tensor, "batch pos d_model"], rope: Rope | None = None, mask: Tensor | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
         x = self.hook_resid_pre(x)
         points = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
         norms = tuple(None if self.spec.ln1 is None else cast(Norm, norm) for norm in self.ln1)
         inputs = head_inputs(x, points, self.spec, norms)
         attentions = zip(self.ln1, self.attn, self.ls1, inputs, strict=True)
-        outs = [scale(attn(norm(x), rope, own)) for norm, attn, scale, own in attentions]
+        outs = [scale(attn(norm(x), rope, own, mask)) for norm, attn, scale, own in attentions]
         x = x + self.hook_attn_out(torch.stack(outs).sum(0))
         if self.spec.mlp is None:
             return self.hook_resid_post(x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
@@ -13,7 +13,6 @@ from prisma_core.errors import NotApplicable
 from prisma_core.factored import FactoredMatrix
 
 if TYPE_CHECKING:
-    from prisma_core.spec import ModelSpec
     from prisma_core.transformer.attention import Attention
     from prisma_core.transformer.mlp import MLP
 
@@ -24,7 +23,7 @@ class Circuits:
     Heads of attentions side by side follow each other; key and value heads that serve several heads are repeated.
     """
 
-    spec: ModelSpec
+    spec: Any  # of a tower: it has blocks and classes
     blocks: nn.ModuleList
     head: nn.Linear
 

@@ -2,51 +2,39 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError
-from prisma_core.hooked import Hooked
 from prisma_core.hooks import HookPoint, unshared
 from prisma_core.layout import TokenLayout
-from prisma_core.preprocess import Preprocess
 from prisma_core.spec import ModelSpec
 from prisma_core.transformer.attention import Rope
 from prisma_core.transformer.block import STREAM, make_block
+from prisma_core.transformer.canonical import Canonical, Size, layer_index
 from prisma_core.transformer.circuits import Circuits
 from prisma_core.transformer.embed import Embed, Grid, check_image
 from prisma_core.transformer.norm import norm_or_identity
 from prisma_core.transformer.pool import Pool
 from prisma_core.transformer.rope import grid_tables
 
-if TYPE_CHECKING:
-    from prisma_core.zoo import Origin
 
-
-class HookedViT(Circuits, Hooked):
+class HookedViT(Circuits, Canonical):
     """A vision transformer whose every inside can be read and replaced.
 
     Args:
         spec: the facts; weights are whatever the parts initialise themselves with until loaded.
         stem: upstream's own stem module, for specs whose stem is opaque.
-
-    Attributes:
-        preprocess: from pictures to the tensor the model takes; set by whoever loaded the model.
-        labels: names of the classes, if the model has any.
-        reference: what it was loaded from.
-        origin: what it was adapted from.
     """
+
+    spec: ModelSpec
 
     def __init__(self, spec: ModelSpec, stem: nn.Module | None = None):
         super().__init__()
         self.spec = spec
-        self.preprocess: Preprocess | None = None
-        self.labels: tuple[str, ...] | None = None
-        self.reference: str | None = None
-        self.origin: Origin | None = None
         n_tokens = spec.layout.n_tokens
         self.embed = Embed(spec.embed, spec.layout, spec.d_model, stem)
         self.hook_embed = HookPoint("batch patch d_model", "the patches, projected")
@@ -96,6 +84,18 @@ class HookedViT(Circuits, Hooked):
     def only_layout(self) -> TokenLayout | None:
         return self.spec.layout if self.spec.embed.interpolation is None else None
 
+    def sizes(self) -> list[Size]:
+        height, width = self.spec.image_size
+        if self.spec.embed.interpolation is None:
+            return [(height, width)]
+        down, across = self.spec.embed.patch  # a larger one, and one that is not square
+        return [(height, width), (height + 2 * down, width + 2 * across), (height + down, max(across, width - across))]
+
+    def sample_inputs(
+        self, batch: int = 1, *, size: Size | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, ...]:
+        return (torch.randn(batch, self.spec.embed.in_channels, *(size or self.spec.image_size), generator=generator),)
+
     def forward(
         self,
         image: Tensor,
@@ -118,7 +118,7 @@ class HookedViT(Circuits, Hooked):
             InputError: an input of another shape, or pixels that are not numbers.
         """
         n = len(self.blocks)
-        first, last = _layer(start_at_layer, 0, n), _layer(stop_at_layer, n, n)
+        first, last = layer_index(start_at_layer, 0, n), layer_index(stop_at_layer, n, n)
         if start_at_layer is None:
             check_image(image, self.spec.embed, self.spec.image_size)
             x, grid = self._embedded(image)
@@ -190,11 +190,3 @@ def _logits_equation(spec: ModelSpec) -> str:
     if spec.n_heads_out == 1:
         return read if spec.n_classes is None else f"head({read})"
     return "(pooled + pooled_dist) / 2" if spec.n_classes is None else "(head(pooled) + head_dist(pooled_dist)) / 2"
-
-
-def _layer(index: int | None, default: int, n: int) -> int:
-    if index is None:
-        return default
-    if not -n <= index <= n:
-        raise InputError(f"No layer {index}: layers run from 0 to {n - 1}, and {n} is past the last.")
-    return index if index >= 0 else n + index

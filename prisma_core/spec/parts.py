@@ -1,12 +1,10 @@
-"""The facts of a model: frozen, checked, and the same after a trip through JSON. No field switches hooks on."""
+"""The facts of a model's parts: frozen, checked, and the same after a trip through JSON. No field switches hooks on."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-from prisma_core.layout import TokenLayout
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"]
 
@@ -207,35 +205,3 @@ class PoolSpec(Facts):
         if (self.attn is not None) != (self.kind == "attention"):
             raise ValueError("attention pooling, and no other, has an attention")
         return self
-
-
-class ModelSpec(Facts):
-    """Everything about a vision transformer but its weights.
-
-    Attributes:
-        n_heads_out: 2: a second head reads the distillation token, and the logits are the mean of both.
-    """
-
-    d_model: int = Field(gt=0)
-    image_size: tuple[int, int]
-    embed: EmbedSpec
-    layout: TokenLayout
-    blocks: tuple[BlockSpec, ...]
-    rope: RopeSpec | None = None
-    ln_pre: NormSpec | None = None
-    ln_final: NormSpec | None = None
-    pool: PoolSpec
-    ln_pool: NormSpec | None = None
-    d_pool: int = Field(gt=0)
-    n_classes: int | None = Field(default=None, gt=0)
-    n_heads_out: Literal[1, 2] = 1
-
-    @model_validator(mode="after")
-    def _two_heads(self) -> ModelSpec:
-        if self.n_heads_out == 2 and (self.pool.kind != "token" or self.ln_pool is not None):
-            raise ValueError("two heads read the class and the distillation token, with no norm between")
-        return self
-
-    @property
-    def n_layers(self) -> int:
-        return len(self.blocks)

@@ -1,0 +1,1 @@
+"""transformers' plain vision transformers for Prisma."""

@@ -1,0 +1,1 @@
+"""Register tokens, and outliers that do without them for Prisma."""

@@ -1,0 +1,36 @@
+"""The facts of a model: frozen, checked, and the same after a trip through JSON."""
+
+from prisma_core.spec.models import AnySpec, DualSpec, ModelSpec, TextPoolSpec, TextSpec, read_spec
+from prisma_core.spec.parts import (
+    Activation,
+    AttentionSpec,
+    BlockSpec,
+    EmbedSpec,
+    Facts,
+    Interpolation,
+    MlpSpec,
+    NormSpec,
+    PoolSpec,
+    RopeGrid,
+    RopeSpec,
+)
+
+__all__ = [
+    "Activation",
+    "AnySpec",
+    "AttentionSpec",
+    "BlockSpec",
+    "DualSpec",
+    "EmbedSpec",
+    "Facts",
+    "Interpolation",
+    "MlpSpec",
+    "ModelSpec",
+    "NormSpec",
+    "PoolSpec",
+    "RopeGrid",
+    "RopeSpec",
+    "TextPoolSpec",
+    "TextSpec",
+    "read_spec",
+]

@@ -1,0 +1,117 @@
+"""The facts of whole models: a vision transformer, a text transformer, and the two as a dual encoder."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field, TypeAdapter, model_validator
+
+from prisma_core.layout import TokenLayout
+from prisma_core.spec.parts import BlockSpec, EmbedSpec, Facts, NormSpec, PoolSpec, RopeSpec
+
+
+class ModelSpec(Facts):
+    """Everything about a vision transformer but its weights.
+
+    Attributes:
+        n_heads_out: 2: a second head reads the distillation token, and the logits are the mean of both.
+    """
+
+    kind: Literal["vision"] = "vision"
+    d_model: int = Field(gt=0)
+    image_size: tuple[int, int]
+    embed: EmbedSpec
+    layout: TokenLayout
+    blocks: tuple[BlockSpec, ...]
+    rope: RopeSpec | None = None
+    ln_pre: NormSpec | None = None
+    ln_final: NormSpec | None = None
+    pool: PoolSpec
+    ln_pool: NormSpec | None = None
+    d_pool: int = Field(gt=0)
+    n_classes: int | None = Field(default=None, gt=0)
+    n_heads_out: Literal[1, 2] = 1
+
+    @model_validator(mode="after")
+    def _two_heads(self) -> ModelSpec:
+        if self.n_heads_out == 2 and (self.pool.kind != "token" or self.ln_pool is not None):
+            raise ValueError("two heads read the class and the distillation token, with no norm between")
+        return self
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.blocks)
+
+
+class TextPoolSpec(Facts):
+    """From a text's tokens to the one vector the head reads.
+
+    Attributes:
+        kind: ``argmax``: at the largest token id, where CLIP's end of text stands. ``eos``: at the first ``eos_id``.
+            ``first`` and ``last``: at that position. ``none``: all tokens.
+    """
+
+    kind: Literal["argmax", "eos", "first", "last", "none"]
+    eos_id: int | None = None
+
+    @model_validator(mode="after")
+    def _eos(self) -> TextPoolSpec:
+        if (self.eos_id is not None) != (self.kind == "eos"):
+            raise ValueError("pooling at the end of text, and no other, needs its id")
+        return self
+
+
+class TextSpec(Facts):
+    """Everything about a text transformer but its weights.
+
+    Attributes:
+        n_vocab: tokens in the vocabulary.
+        n_ctx: the longest text, in tokens.
+        causal: a token attends to itself and to those before it alone.
+        pad_id: a token nobody attends to; None where padding is attended to like any other.
+        ln_pre: a norm of the embeddings.
+        n_classes: the width of the output projection; None where there is none.
+    """
+
+    kind: Literal["text"] = "text"
+    d_model: int = Field(gt=0)
+    n_vocab: int = Field(gt=0)
+    n_ctx: int = Field(gt=0)
+    causal: bool
+    pad_id: int | None = None
+    blocks: tuple[BlockSpec, ...]
+    ln_pre: NormSpec | None = None
+    ln_final: NormSpec | None = None
+    pool: TextPoolSpec
+    ln_pool: NormSpec | None = None
+    n_classes: int | None = Field(default=None, gt=0)
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.blocks)
+
+
+class DualSpec(Facts):
+    """Everything about a dual encoder but its weights.
+
+    Attributes:
+        logit_bias: a learned number is added to every similarity.
+    """
+
+    kind: Literal["dual"] = "dual"
+    vision: ModelSpec
+    text: TextSpec
+    logit_bias: bool = False
+
+
+AnySpec: TypeAlias = ModelSpec | TextSpec | DualSpec
+_ADAPTER: TypeAdapter[AnySpec] = TypeAdapter(Annotated[AnySpec, Field(discriminator="kind")])
+
+
+def read_spec(facts: dict[str, Any]) -> AnySpec:
+    """Return the spec that ``model_dump`` made these facts of.
+
+    Raises:
+        ValidationError: they are no spec.
+    """
+    return _ADAPTER.validate_python({"kind": "vision", **facts})

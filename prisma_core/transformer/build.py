@@ -1,0 +1,25 @@
+"""From a spec to the model it describes."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from prisma_core.spec import AnySpec, DualSpec, ModelSpec
+from prisma_core.transformer.canonical import Canonical
+from prisma_core.transformer.dual import HookedDual
+from prisma_core.transformer.text import HookedText
+from prisma_core.transformer.vit import HookedViT
+
+
+def build(spec: AnySpec, stem: nn.Module | None = None) -> Canonical:
+    """Return the model of a spec, its weights not yet loaded.
+
+    Args:
+        spec: the facts.
+        stem: upstream's own stem module, for specs whose stem is opaque.
+    """
+    if isinstance(spec, ModelSpec):
+        return HookedViT(spec, stem)
+    if isinstance(spec, DualSpec):
+        return HookedDual(spec, stem)
+    return HookedText(spec)

@@ -1,0 +1,73 @@
+"""What the canonical models share: where they came from, and inputs to try them on."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from prisma_core.errors import InputError
+from prisma_core.hooked import Hooked
+
+if TYPE_CHECKING:
+    from prisma_core.preprocess import Preprocess
+    from prisma_core.zoo import Origin
+
+Size = tuple[int, ...]
+
+
+class Canonical(Hooked):
+    """A model in canonical form, described by its spec.
+
+    Attributes:
+        spec: the facts.
+        preprocess: from pictures to the tensor the model takes; set by whoever loaded the model.
+        labels: names of the classes, if the model has any.
+        reference: what it was loaded from.
+        origin: what it was adapted from.
+    """
+
+    spec: Any  # each model says which of AnySpec
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.preprocess: Preprocess | None = None
+        self.labels: tuple[str, ...] | None = None
+        self.reference: str | None = None
+        self.origin: Origin | None = None
+
+    def towers(self) -> Mapping[str, Canonical]:
+        """Return the transformers this model is made of, by the prefix of their hook points."""
+        return {"": self}
+
+    @abstractmethod
+    def sizes(self) -> list[Size]:
+        """Return the sizes of input to try: the native one first, then others the model admits."""
+
+    @abstractmethod
+    def sample_inputs(
+        self, batch: int = 1, *, size: Size | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, ...]:
+        """Return inputs of the right shapes, drawn at random on the CPU: ``model(*model.sample_inputs())``.
+
+        Args:
+            batch: how many.
+            size: one of ``sizes()``; default the native one.
+            generator: of the numbers; default torch's.
+        """
+
+
+def layer_index(index: int | None, default: int, n: int) -> int:
+    """Return which layer an index means; negative ones count from the end, and ``n`` is past the last.
+
+    Raises:
+        InputError: there is none.
+    """
+    if index is None:
+        return default
+    if not -n <= index <= n:
+        raise InputError(f"No layer {index}: layers run from 0 to {n - 1}, and {n} is past the last.")
+    return index if index >= 0 else n + index

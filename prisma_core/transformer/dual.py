@@ -1,0 +1,128 @@
+"""The canonical dual encoder: pictures and texts in one space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from prisma_core.errors import InputError
+from prisma_core.hooks import HookPoint, unshared
+from prisma_core.layout import TokenLayout
+from prisma_core.preprocess import Picture
+from prisma_core.spec import DualSpec
+from prisma_core.transformer.canonical import Canonical, Size
+from prisma_core.transformer.text import HookedText
+from prisma_core.transformer.vit import HookedViT
+
+Tokenizer = Callable[[Sequence[str]], Tensor]
+
+
+class HookedDual(Canonical):
+    """A vision and a text tower, and how alike what they say is.
+
+    Each tower is a model of its own: ``model.vision``, ``model.text``. Hook points of the whole begin with their
+    names.
+
+    Attributes:
+        tokenizer: from texts to tokens ``[text pos]``; set by whoever loaded the model.
+        logit_scale: the logarithm of what similarities are multiplied with.
+        logit_bias: what is added to them, if the spec has one.
+    """
+
+    spec: DualSpec
+
+    def __init__(self, spec: DualSpec, stem: nn.Module | None = None):
+        super().__init__()
+        self.spec = spec
+        self.tokenizer: Tokenizer | None = None
+        self.vision = HookedViT(spec.vision, stem)
+        self.text = HookedText(spec.text)
+        self.logit_scale = nn.Parameter(torch.zeros(()))
+        if spec.logit_bias:
+            self.logit_bias = nn.Parameter(torch.zeros(()))
+        self.hook_image_embed = HookPoint("batch d_embed", "vision.logits / norm(vision.logits)")
+        self.hook_text_embed = HookPoint("text d_embed", "text.logits / norm(text.logits)")
+        bias = " + logit_bias" if spec.logit_bias else ""
+        self.hook_logits = HookPoint("batch text", f"image_embed . text_embed * exp(logit_scale){bias}")
+
+    def layout_of(self, *inputs: Any) -> TokenLayout:
+        return self.vision.layout_of(*inputs)
+
+    def towers(self) -> Mapping[str, Canonical]:
+        return {"vision.": self.vision, "text.": self.text}
+
+    def sizes(self) -> list[Size]:
+        return self.vision.sizes()
+
+    def sample_inputs(
+        self, batch: int = 1, *, size: Size | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, ...]:
+        return (
+            *self.vision.sample_inputs(batch, size=size, generator=generator),
+            *self.text.sample_inputs(batch + 1, generator=generator),
+        )
+
+    def forward(self, image: Tensor, tokens: Int[Tensor, "text pos"]) -> Float[Tensor, "batch text"]:
+        """Return how alike each image and each text are.
+
+        Args:
+            image: what ``vision`` takes.
+            tokens: what ``text`` takes: ``[text pos]``.
+        """
+        seen = self.hook_image_embed(F.normalize(self.vision(image), dim=-1))
+        read = self.hook_text_embed(F.normalize(self.text(tokens), dim=-1))
+        logits = seen @ read.T * self.logit_scale.exp()
+        if self.spec.logit_bias:
+            logits = logits + self.logit_bias
+        return unshared(self.hook_logits(logits))
+
+    def encode_image(self, image: Tensor | Picture | Sequence[Picture]) -> Float[Tensor, "batch d_embed"]:
+        """Return unit vectors ``[batch d_embed]`` of pictures, or of the tensor the model takes.
+
+        Hooks on ``vision.`` and on ``image_embed`` run.
+        """
+        return self.hook_image_embed(F.normalize(self.vision(self._pictured(image)), dim=-1))
+
+    def encode_text(self, text: Tensor | str | Sequence[str]) -> Float[Tensor, "text d_embed"]:
+        """Return unit vectors ``[text d_embed]`` of a text, a list of texts, or tokens ``[text pos]``.
+
+        Hooks on ``text.`` and on ``text_embed`` run.
+        """
+        return self.hook_text_embed(F.normalize(self.text(self.tokens(text)), dim=-1))
+
+    def classify(
+        self, image: Tensor | Picture | Sequence[Picture], labels: Sequence[str], *, template: str = "a photo of a {}."
+    ) -> Float[Tensor, "batch label"]:
+        """Return the probability of each label for each picture ``[batch label]``, with no training: zero-shot.
+
+        Args:
+            image: pictures, or the tensor the model takes.
+            labels: names of classes.
+            template: the sentence they are put in, at ``{}``.
+        """
+        tokens = self.tokens([template.format(label) for label in labels])
+        return self(self._pictured(image), tokens).softmax(-1)
+
+    def tokens(self, text: Tensor | str | Sequence[str]) -> Int[Tensor, "text pos"]:
+        """Return tokens ``[text pos]`` of texts, on the model's device; tokens come back as they are.
+
+        Raises:
+            InputError: there is no tokenizer.
+        """
+        if isinstance(text, Tensor):
+            return text
+        if self.tokenizer is None:
+            raise InputError("This model came without a tokenizer: set model.tokenizer, or give tokens [text pos].")
+        return self.tokenizer([text] if isinstance(text, str) else list(text)).to(self.logit_scale.device)
+
+    def _pictured(self, image: Any) -> Tensor:
+        if isinstance(image, Tensor) and image.ndim >= 4:
+            return image
+        if self.preprocess is None:
+            raise InputError("This model came without preprocessing: give the tensor it takes.")
+        return self.preprocess(image).to(self.logit_scale.device, self.logit_scale.dtype)

@@ -1,0 +1,153 @@
+"""The canonical text transformer: one tower of a dual encoder, or a model of its own."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from prisma_core.errors import InputError
+from prisma_core.hooks import HookPoint, unshared
+from prisma_core.spec import TextPoolSpec, TextSpec
+from prisma_core.transformer.block import STREAM, make_block
+from prisma_core.transformer.canonical import Canonical, Size, layer_index
+from prisma_core.transformer.circuits import Circuits
+from prisma_core.transformer.norm import norm_or_identity
+
+
+class TokenEmbed(nn.Module):
+    """One row for every token of the vocabulary, and one for every position.
+
+    Attributes:
+        W_E: ``[vocab d_model]``.
+        pos_embed: ``[pos d_model]``.
+    """
+
+    def __init__(self, spec: TextSpec):
+        super().__init__()
+        self.W_E = nn.Parameter(torch.zeros(spec.n_vocab, spec.d_model))
+        self.pos_embed = nn.Parameter(torch.zeros(spec.n_ctx, spec.d_model))
+
+
+class HookedText(Circuits, Canonical):
+    """A text transformer whose every inside can be read and replaced.
+
+    Args:
+        spec: the facts; weights are whatever the parts initialise themselves with until loaded.
+    """
+
+    spec: TextSpec
+
+    def __init__(self, spec: TextSpec):
+        super().__init__()
+        self.spec = spec
+        self.embed = TokenEmbed(spec)
+        self.hook_embed = HookPoint(STREAM, "W_E[token]")
+        self.hook_pos_embed = HookPoint(STREAM, "the position embedding")
+        self.hook_full_embed = HookPoint(STREAM, "embed + pos_embed")
+        if spec.ln_pre is not None:
+            self.ln_pre = norm_or_identity(spec.ln_pre, spec.d_model)
+            self.hook_ln_pre = HookPoint(STREAM, "ln_pre(full_embed)")
+        self.blocks = nn.ModuleList(make_block(block, spec.d_model, spec.n_ctx, None) for block in spec.blocks)
+        if spec.ln_final is not None:
+            self.ln_final = norm_or_identity(spec.ln_final, spec.d_model)
+            self.hook_ln_final = HookPoint(STREAM, "ln_final(resid_post of the last block)")
+        pooled = STREAM if spec.pool.kind == "none" else "batch d_model"
+        self.hook_pooled = HookPoint(pooled, f"the stream pooled by {spec.pool.kind}, before ln_pool")
+        self.ln_pool = norm_or_identity(spec.ln_pool, spec.d_model, pooled)
+        if spec.n_classes is not None:
+            self.head = nn.Linear(spec.d_model, spec.n_classes)
+        read = "ln_pool(pooled)" if spec.ln_pool else "pooled"
+        axes = pooled if spec.n_classes is None else pooled.replace("d_model", "class")
+        self.hook_logits = HookPoint(axes, f"head({read})" if spec.n_classes is not None else read)
+
+    def sizes(self) -> list[Size]:
+        return [(self.spec.n_ctx,), (max(2, self.spec.n_ctx - 2),)]
+
+    def sample_inputs(
+        self, batch: int = 1, *, size: Size | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, ...]:
+        length = size[0] if size else self.spec.n_ctx
+        special = {self.spec.pad_id, self.spec.pool.eos_id}
+        plain = torch.tensor([token for token in range(self.spec.n_vocab) if token not in special])
+        tokens = plain[torch.randint(len(plain), (batch, length), generator=generator)]
+        # Texts of different lengths: the end of the text stands somewhere, and only padding comes after it.
+        ends = torch.randint(1, length, (batch,), generator=generator)
+        after = torch.arange(length) > ends[:, None]
+        if self.spec.pad_id is not None:
+            tokens = torch.where(after, self.spec.pad_id, tokens)
+        if self.spec.pool.eos_id is not None:
+            tokens[torch.arange(batch), ends] = self.spec.pool.eos_id
+        return (tokens,)
+
+    def forward(self, tokens: Int[Tensor, "batch pos"], *, stop_at_layer: int | None = None) -> Tensor:
+        """Return the pooled and projected text, or all tokens where nothing pools.
+
+        Args:
+            tokens: ``[batch pos]``, at most ``n_ctx`` of them.
+            stop_at_layer: return the residual stream before this block instead; negative counts from the end.
+
+        Raises:
+            InputError: tokens of another shape or kind.
+        """
+        self._check(tokens)
+        x = self.hook_embed(self.embed.W_E[tokens])
+        pos = self.embed.pos_embed[: tokens.shape[1]]
+        if self.hook_pos_embed.wanted:
+            pos = self.hook_pos_embed(pos.expand(x.shape).clone())  # a cache must not see later edits of weights
+        x = self.hook_full_embed(x + pos)
+        if self.spec.ln_pre is not None:
+            x = self.hook_ln_pre(self.ln_pre(x))
+        mask = self._mask(tokens)
+        for index in range(layer_index(stop_at_layer, len(self.blocks), len(self.blocks))):
+            x = self.blocks[index](x, None, mask)
+        return unshared(x if stop_at_layer is not None else self.unembed(x, tokens))
+
+    def unembed(self, x: Float[Tensor, "batch pos d_model"], tokens: Int[Tensor, "batch pos"]) -> Tensor:
+        """Return the output for a residual stream ``[batch pos d_model]``: final norm, pooling, projection."""
+        if self.spec.ln_final is not None:
+            x = self.hook_ln_final(self.ln_final(x))
+        pooled = self.ln_pool(self.hook_pooled(pool_tokens(self.spec.pool, x, tokens)))
+        return self.hook_logits(self.head(pooled) if self.spec.n_classes is not None else pooled)
+
+    def _mask(self, tokens: Tensor) -> Bool[Tensor, "#batch 1 query_pos key_pos"] | None:
+        """Return which keys each query may read, or None if all."""
+        n = tokens.shape[1]
+        mask = None
+        if self.spec.causal:
+            mask = torch.ones(n, n, dtype=torch.bool, device=tokens.device).tril()[None, None]
+        if self.spec.pad_id is not None:
+            text = (tokens != self.spec.pad_id)[:, None, None, :].expand(-1, 1, n, n)
+            mask = text if mask is None else mask & text
+        return mask
+
+    def _check(self, tokens: Tensor) -> None:
+        given = cast("object", tokens)
+        if not isinstance(given, Tensor):
+            raise InputError(
+                f"Expected tokens [batch pos], got {type(given).__name__}. The model's tokenizer makes them of text."
+            )
+        if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise InputError(
+                f"Expected tokens [batch pos] of whole numbers, got shape {list(tokens.shape)} of {tokens.dtype}."
+            )
+        if tokens.shape[1] > self.spec.n_ctx:
+            raise InputError(f"Expected at most {self.spec.n_ctx} tokens, got {tokens.shape[1]}: cut the text.")
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and tokens.numel():
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= self.spec.n_vocab:
+                raise InputError(f"Expected tokens from 0 to {self.spec.n_vocab - 1}, got {low} to {high}.")
+
+
+def pool_tokens(
+    spec: TextPoolSpec, x: Float[Tensor, "batch pos d_model"], tokens: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch *pos d_model"]:
+    """Return the vectors that a pooling takes from the stream."""
+    if spec.kind == "none":
+        return x
+    if spec.kind in ("first", "last"):
+        return x[:, 0 if spec.kind == "first" else -1]
+    found = tokens if spec.kind == "argmax" else (tokens == spec.eos_id).int()
+    return x[torch.arange(x.shape[0], device=x.device), found.argmax(-1)]
