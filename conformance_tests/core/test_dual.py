@@ -31,8 +31,8 @@ def block(width: int) -> BlockSpec:
 
 
 def text_spec(**facts: object) -> TextSpec:
-    given = {"causal": True, "pool": TextPoolSpec(kind="argmax"), **facts}
-    return TextSpec(d_model=12, n_vocab=50, n_ctx=9, blocks=(block(12),) * 2, ln_final=LN, n_classes=10, **given)
+    given = {"causal": True, "pool": TextPoolSpec(kind="argmax"), "n_classes": 10, **facts}
+    return TextSpec(d_model=12, n_vocab=50, n_ctx=9, blocks=(block(12),) * 2, ln_final=LN, **given)
 
 
 def drawn(spec: TextSpec | DualSpec, seed: int = 0):
