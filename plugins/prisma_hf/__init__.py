@@ -1,1 +1,25 @@
-"""transformers' plain vision transformers for Prisma."""
+"""The image encoders of transformers for Prisma."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+from prisma_core import hookimpl
+from prisma_core.adapter import Adapter
+from prisma_core.conformance.case import Case
+from prisma_hf.encoder import EncoderAdapter
+
+
+@hookimpl
+def prisma_adapters() -> Sequence[Adapter]:
+    return [EncoderAdapter()]
+
+
+@hookimpl
+def prisma_cases() -> Sequence[Case]:
+    if importlib.util.find_spec("transformers") is None:
+        return []
+    from prisma_hf.cases import cases
+
+    return list(cases())

@@ -1,0 +1,175 @@
+"""What transformers' vision models are made of: norms, activations, projections, and attention step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from prisma_core.adapter import Reader
+from prisma_core.spec import Activation, NormSpec
+
+LAYER_NORM = "torch.nn.modules.normalization.LayerNorm"
+LINEAR = "torch.nn.modules.linear.Linear"
+CONV = "torch.nn.modules.conv.Conv2d"
+
+ACTIVATIONS: dict[str, Activation] = {
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.NewGELUActivation": "gelu_tanh",
+    "transformers.activations.FastGELUActivation": "gelu_tanh",
+    "transformers.activations.AccurateGELUActivation": "gelu_tanh",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.QuickGELUActivation": "quick_gelu",
+    "transformers.activations.SiLUActivation": "silu",
+    "torch.nn.modules.activation.SiLU": "silu",
+    "torch.nn.modules.activation.ReLU": "relu",
+}
+
+IGNORED = {
+    "*.config": "what it was built from; the facts are read off the modules",
+    "*.gradient_checkpointing": "memory in training",
+    "*.name_or_path": "where it came from",
+    "*.warnings_issued": "what was said before",
+    "*.generation_config": "of text",
+    "*.can_generate": "of text",
+    "*.num_labels": "the width of the head",
+    "*.kernel_config": "which kernels run",
+    "*.loss_type": "of training",
+    "*.mask_token": "stands for patches that the caller hides",
+    "*.pooler": "its output stands beside the main output",
+    "*.patch_size": "the size of the patch projection's kernel",
+    "*.image_size": "the same in several places; one is read",
+    "*.all_tied_weights_keys": "how weights are saved",
+    "*.tie_weights_keys": "how weights are saved",
+    "*.base_model_tp_plan": "how weights are spread over devices",
+    "*.base_model_pp_plan": "how weights are spread over devices",
+    "*.base_model_ep_plan": "how weights are spread over devices",
+    "*.tp_plan": "how weights are spread over devices",
+    "*.attention_dropout": "off in evaluation",
+    "*.hidden_dropout_prob": "off in evaluation",
+    "*.drop_prob": "off in evaluation",
+    "*.num_channels": "the channels of the patch projection",
+    "*.num_patches": "the number of positions",
+    "*.all_head_size": "heads times their width",
+    "*.embed_dim": "the width of the projections",
+    "*.head_dim": "the width of the projections by the number of heads",
+    "*Pooler.activation": "of what stands beside the main output",
+    "*.is_causal": "a flag for kernels that mask; upstream gives no mask",
+    "GELUActivation.act": "the function that the class is named after",
+    "GELUTanh.act": "the function that the class is named after",
+    "AccurateGELUActivation.precomputed_constant": "of the tanh formula",
+    "*DropPath.*": "off in evaluation",
+}
+
+
+def walk(reader: Reader, path: str) -> Any:
+    """Return what stands at a dotted path, itself for an empty one."""
+    value: Any = reader
+    for name in filter(None, path.split(".")):
+        value = getattr(value, name)
+    return value
+
+
+def linear(module: Reader) -> Reader:
+    """Return a module that must be a linear layer."""
+    if not module.is_a(LINEAR):
+        raise module.unsupported("a projection that is no linear layer")
+    return module
+
+
+def norm(module: Reader) -> NormSpec | None:
+    """Return the facts of a norm; None of an identity."""
+    if module.is_a("torch.nn.modules.linear.Identity"):
+        return None
+    if module.is_a(LAYER_NORM):
+        return NormSpec(kind="ln", eps=module.eps)
+    if type(module.module).__name__.endswith("RMSNorm") and module.has("variance_epsilon"):
+        return NormSpec(kind="rms", eps=module.variance_epsilon, in_float32=True)
+    raise module.unsupported("a norm that is neither layer norm nor root mean square")
+
+
+def norm_rows(source: str, target: str) -> str:
+    """Return the rows of a norm's weights; ones and zeros where it has none."""
+    return f"""
+        {source}.weight | ones  ->  {target}.weight
+        {source}.bias | zeros   ->  {target}.bias
+    """
+
+
+def linear_rows(source: str, target: str) -> str:
+    """Return the rows of a linear layer's weights; zeros where it has no bias."""
+    return f"""
+        {source}.weight        ->  {target}.weight
+        {source}.bias | zeros  ->  {target}.bias
+    """
+
+
+def joined_bias(given: Sequence[str | None]) -> str:
+    """Return the left side of a row that joins biases, None where there is none.
+
+    >>> joined_bias(["q.bias", None, "v.bias"])
+    '[q.bias, zeros, v.bias]'
+    """
+    names: list[str] = []
+    for name in given:
+        if name is not None or names[-1:] != ["zeros"]:  # neighbours that both lack one are filled at once
+            names.append(name or "zeros")
+    return names[0] if len(names) == 1 else f"[{', '.join(names)}]"
+
+
+def activation(module: object) -> Activation:
+    """Return the name of an activation function."""
+    if not isinstance(module, Reader):
+        raise TypeError(f"expected a module, got {module!r}")
+    if module.is_a("torch.nn.modules.activation.GELU"):
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    for name, kind in ACTIVATIONS.items():
+        if module.is_a(name):
+            return kind
+    raise module.unsupported("its activation function")
+
+
+def plain_patches(proj: Reader) -> None:
+    """Refuse a projection that does more than cut a picture into patches and multiply each with a matrix."""
+    if not proj.is_a(CONV) or proj.kernel_size != proj.stride:
+        raise proj.unsupported("patches that overlap")
+    padded = proj.padding not in ("valid", (0, 0))
+    if padded or (*proj.dilation, proj.groups, proj.padding_mode) != (1, 1, 1, "zeros"):
+        raise proj.unsupported("a patch projection that pads, skips or splits pixels")
+
+
+@contextmanager
+def explicit_attention(upstream: nn.Module) -> Iterator[None]:
+    """Make upstream compute attention step by step for the time of the scope.
+
+    Its softmax keeps float64: upstream's explicit form, and that alone, would round scores to float32.
+    """
+    configs = {id(config): config for part in upstream.modules() if (config := getattr(part, "config", None))}
+    before = [(config, vars(config).get("_attn_implementation_internal")) for config in configs.values()]
+    fused = [part for part in upstream.modules() if "Sdpa" in type(part).__name__]
+    kinds = [type(part) for part in fused]
+    try:
+        for config, _ in before:
+            vars(config)["_attn_implementation_internal"] = "eager"
+        for part, kind in zip(fused, kinds, strict=True):
+            part.__class__ = kind.__base__
+        with _Float64Softmax():
+            yield
+    finally:
+        for config, implementation in before:
+            vars(config)["_attn_implementation_internal"] = implementation
+        for part, kind in zip(fused, kinds, strict=True):
+            part.__class__ = kind
+
+
+class _Float64Softmax(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if getattr(func, "__name__", "") == "softmax" and kwargs.get("dtype") is torch.float32:
+            if args[0].dtype == torch.float64:
+                del kwargs["dtype"]
+        return func(*args, **kwargs)
