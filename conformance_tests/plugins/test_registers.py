@@ -1,0 +1,207 @@
+"""Registers: outliers found where they were planted, models with other numbers of registers, neurons moved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from prisma_registers import (
+    Neuron,
+    attention_to,
+    extra_registers,
+    register_neurons,
+    registers_at_test_time,
+    token_norms,
+    without_registers,
+)
+from torch import Tensor
+
+from prisma_core import HookedViT, InputError, ModelSpec, NotApplicable, TokenLayout
+from prisma_core.cli import main
+from prisma_core.conformance.randomise import randomise
+from prisma_core.spec import AttentionSpec, BlockSpec, EmbedSpec, Interpolation, MlpSpec, NormSpec, PoolSpec, RopeSpec
+from prisma_core.zoo import tensors_of
+
+LN = NormSpec(eps=1e-3)
+
+
+def vit(registers: int = 2, pool: PoolSpec | None = None, *, rope: bool = True, bias: bool = True) -> HookedViT:
+    """Return a three-layer model in float64 whose every number is random."""
+    attn = AttentionSpec(n_heads=2, n_kv_heads=2, d_head=6, scale=0.4, bias=bias)
+    block = BlockSpec(attn=attn, mlp=MlpSpec(d_mlp=20, act="relu"), ln1=LN, ln2=LN)
+    spec = ModelSpec(
+        d_model=12,
+        image_size=(12, 16),
+        embed=EmbedSpec(patch=(4, 4), interpolation=None if rope or bias else Interpolation()),
+        layout=TokenLayout(cls=1, registers=registers, rows=3, columns=4),
+        blocks=(block,) * 3,
+        rope=RopeSpec(layout="half") if rope else None,
+        ln_final=LN,
+        pool=pool or PoolSpec(kind="token"),
+        d_pool=12,
+        n_classes=5,
+    )
+    model = randomise(HookedViT(spec).double(), torch.Generator().manual_seed(1)).eval()
+    if rope:  # as all rotary models are: prefix tokens are not turned
+        model.rope_cos.data[: spec.layout.n_prefix] = 1
+        model.rope_sin.data[: spec.layout.n_prefix] = 0
+    return model
+
+
+def images(n: int = 3) -> Tensor:
+    return torch.randn(n, 3, 12, 16, generator=torch.Generator().manual_seed(2)).double()
+
+
+def fingerprint(model: HookedViT) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors_of(model).items()}
+
+
+def plant(model: HookedViT, layer: int, neuron: int, spot: int) -> None:
+    """Make one neuron fire at one patch alone, and write a huge vector into the stream."""
+    mark = torch.randn(12, generator=torch.Generator().manual_seed(9)).double()
+    with torch.no_grad():
+        for block in model.blocks:  # nothing else speaks loudly
+            block.attn.out.weight.mul_(1e-2)
+            block.mlp.fc_out.weight.mul_(1e-2)
+        model.embed.pos_embed[:] *= 0.1
+        model.embed.pos_embed[model.layout.n_prefix + spot] = 30 * mark
+        mlp = model.blocks[layer].mlp
+        direction = torch.nn.functional.layer_norm(mark, (12,))
+        mlp.fc_in.weight[neuron] = direction / model.blocks[layer].ln2.weight
+        mlp.fc_in.bias[neuron] = -8
+        mlp.fc_out.weight[:, neuron] = 200 * torch.randn(12, generator=torch.Generator().manual_seed(5)).double()
+
+
+@torch.no_grad()
+def test_norms_are_those_of_the_stream_and_outliers_stand_where_they_were_planted() -> None:
+    model, x = vit(), images()
+    plant(model, 1, 7, spot=6)
+    norms = token_norms(model, x, batch_size=2)
+    _, cache = model.run_with_cache(x)
+    assert torch.allclose(norms.norms[2], cache["resid_post", 2].norm(dim=-1), rtol=1e-12)
+    found = norms.outliers(factor=5)
+    planted = model.layout.n_prefix + 6
+    assert found[1:, :, planted].all()
+    assert found[1:].sum() == 2 * 3
+    cutoff = float(norms.norms[1, :, planted].min()) - 1
+    assert norms.first_layer(cutoff=cutoff) == 1
+    row = norms.by_layer(cutoff=cutoff)[1]
+    assert row.positions == ("r1c2",)
+    assert row.outliers == pytest.approx(1 / 12)
+    assert row.largest == pytest.approx(float(norms.norms[1].max()))
+
+
+@torch.no_grad()
+def test_the_planted_neuron_is_found_and_moved_into_an_added_token() -> None:
+    model, x = vit(registers=0), images()
+    plant(model, 1, 7, spot=6)
+    cutoff = float(token_norms(model, x).norms[1, :, model.layout.n_prefix + 6].min()) - 1
+    neurons = register_neurons(model, x, top=3, cutoff=cutoff)
+    assert (neurons[0].layer, neurons[0].index) == (1, 7)
+    assert neurons[0].score > 20 * neurons[0].elsewhere
+    assert neurons[0].score > neurons[1].score > neurons[2].score
+    before, clean = fingerprint(model), model(x)
+    with registers_at_test_time(model, neurons[:1]) as cleaned:
+        moved = token_norms(cleaned, x)
+        _, cache = cleaned.run_with_cache(x, names=["blocks.1.mlp.hook_post"])
+    assert moved.layout.registers == 1
+    assert moved.first_layer(cutoff=cutoff) is None
+    assert (moved.norms[1, :, 1] > cutoff).all()
+    acts = cache["blocks.1.mlp.hook_post"][..., 7]
+    assert not acts[:, 2:].any()
+    assert (acts[:, 1] > 0).all()
+    assert torch.equal(model(x), clean)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(model).items())
+
+
+@pytest.mark.parametrize("pool", [PoolSpec(kind="token"), PoolSpec(kind="avg")])
+@torch.no_grad()
+def test_without_registers_is_what_masking_them_gives(pool: PoolSpec) -> None:
+    model, x = vit(registers=2, pool=pool), images()
+    registers = model.layout.slice("registers")
+
+    def hide(scores: Tensor, at: object) -> None:
+        scores[..., registers] = -torch.inf
+
+    masked, cache = model.run_with_cache(x, names="resid_post", hooks={"attn_scores": hide})
+    with without_registers(model) as bare:
+        logits, short = bare.run_with_cache(x, names="resid_post")
+    assert bare.layout.registers == 0
+    assert torch.allclose(logits, masked, rtol=0, atol=1e-11)
+    kept = torch.cat([cache["resid_post", 2][:, :1], cache["resid_post", 2][:, 3:]], 1)
+    assert torch.allclose(short["resid_post", 2], kept, rtol=0, atol=1e-11)
+    assert not torch.isclose(model(x), logits).all()
+
+
+@torch.no_grad()
+def test_added_registers_take_part_and_removing_them_gives_the_model_back() -> None:
+    model, x = vit(registers=1), images()
+    with extra_registers(model, 3) as wider:
+        assert wider.layout.registers == 4
+        changed, cache = wider.run_with_cache(x, names=["hook_full_embed", "pattern"])
+        assert not cache["hook_full_embed"][:, 2:5].any()
+        assert cache["pattern", 0].shape[-1] == model.layout.n_tokens + 3
+        with without_registers(wider) as bare, without_registers(model) as same:
+            assert torch.equal(bare(x), same(x))
+    assert not torch.isclose(model(x), changed).all()
+    # A token that no one reads changes nothing.
+    with extra_registers(model, 1, values=torch.ones(1, 12)) as wider, wider.hooks({"attn_scores": _hide_third}):
+        assert torch.allclose(wider(x), model(x), rtol=0, atol=1e-11)
+
+
+def _hide_third(scores: Tensor, at: object) -> None:
+    scores[..., 2] = -torch.inf
+
+
+@torch.no_grad()
+def test_weights_are_shared_and_other_sizes_still_work() -> None:
+    model = vit(registers=2, rope=False, bias=False)
+    with without_registers(model) as bare:
+        assert bare.blocks[1].mlp.fc_in.weight.data_ptr() == model.blocks[1].mlp.fc_in.weight.data_ptr()
+        larger = torch.randn(1, 3, 20, 16).double()
+        bare(larger)
+        assert bare.layout_of(larger).rows == 5
+
+
+@torch.no_grad()
+def test_attention_to_registers_by_head() -> None:
+    model, x = vit(registers=2), images()
+    _, cache = model.run_with_cache(x, names="pattern")
+    wanted = cache["pattern", 1][:, :, 3:, 1:3].sum(-1).mean((0, 2))
+    found = attention_to(model, x, "registers", batch_size=2)
+    assert found.shape == (3, 2)
+    assert torch.allclose(found[1], wanted)
+    total = sum(attention_to(model, x, kind) for kind in ("cls", "registers", "patches"))
+    assert torch.allclose(total, torch.ones(3, 2).double())
+
+
+def test_what_cannot_be_done_is_said() -> None:
+    bare, x = vit(registers=0), images()
+    with pytest.raises(NotApplicable, match="no registers to remove"), without_registers(bare):
+        pass
+    with pytest.raises(NotApplicable, match="no tokens of the kind 'registers'"):
+        attention_to(bare, x)
+    mean = vit(registers=2, pool=PoolSpec(kind="avg", with_prefix=True))
+    with pytest.raises(NotApplicable, match="avg pooling reads registers"), without_registers(mean):
+        pass
+    with pytest.raises(InputError, match=r"values \[2 12\], got shape \[1, 12\]"):
+        extra_registers(bare, 2, values=torch.zeros(1, 12)).__enter__()
+    with pytest.raises(InputError, match="No neuron 20 in layer 0: there are 20"):
+        registers_at_test_time(bare, [Neuron(0, 20)]).__enter__()
+    with pytest.raises(NotApplicable, match="No patch is an outlier"):
+        register_neurons(bare, x, cutoff=1e9)
+    with pytest.raises(InputError, match="at least one image"):
+        token_norms(bare, x[:0])
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (40, 30), "teal").save(path)
+    assert main(["registers", "toy:scenes-3l", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "1 picture, 0 registers" in said
+    assert [line.split()[0] for line in said.splitlines() if line.strip()[:1].isdigit()][:3] == ["0", "1", "2"]
+    assert main(["registers", "toy:scenes-3l", str(tmp_path / "missing.png")]) == 1
+    assert "missing.png" in capsys.readouterr().err

@@ -1,0 +1,73 @@
+"""The command ``prisma registers``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import prisma_core as prisma
+from prisma_core import HookedViT, InputError
+from prisma_core.transformer import HookedDual
+from prisma_registers.norms import attention_to, token_norms
+
+
+def registers(
+    reference: Annotated[str, typer.Argument(help="What to look into; `prisma models` lists what there is.")],
+    images: Annotated[list[Path], typer.Argument(help="Pictures to look at.")],
+    cutoff: Annotated[
+        float | None,
+        typer.Option(help="The norm above which a token is an outlier.", show_default="3 times the median"),
+    ] = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained/--no-pretrained", help="Load trained weights, or random ones (no download).")
+    ] = True,
+) -> None:
+    """Show which tokens are high-norm outliers, layer by layer, and which heads attend to registers."""
+    status = Console(stderr=True, highlight=False)
+    with status.status(f"Loading {reference}"):
+        loaded = prisma.load(reference, **({} if pretrained else {"pretrained": False}))
+    model = loaded.vision if isinstance(loaded, HookedDual) else loaded
+    if not isinstance(model, HookedViT):
+        raise InputError(f"{reference} is no vision transformer of Prisma's own form.")
+    preprocess = loaded.preprocess if isinstance(loaded, HookedDual) else model.preprocess
+    if preprocess is None:
+        raise InputError("This model does not know how to read pictures.")
+    batch = preprocess(images)
+    norms = token_norms(model, batch, progress=status.is_terminal)
+    keys = next((kind for kind in ("registers", "cls") if _any(norms.layout, kind)), None)
+    shares = attention_to(model, batch, keys, progress=status.is_terminal) if keys else None
+    out = Console(highlight=False)
+    out.print(_table(norms.by_layer(cutoff=cutoff), shares, keys))
+    first = norms.first_layer(cutoff=cutoff)
+    said = "no patch is an outlier" if first is None else f"patches are outliers from layer {first} on"
+    pictures = "1 picture" if len(batch) == 1 else f"{len(batch)} pictures"
+    out.print(f"{pictures}, {norms.layout.registers} registers: {said}.")
+    if not pretrained:
+        out.print("These weights are random: the norms say nothing about a trained model.", style="yellow")
+
+
+def _any(layout: prisma.TokenLayout, kind: str) -> bool:
+    where = layout.slice(kind)
+    return where.start < where.stop
+
+
+def _table(rows: list, shares: torch.Tensor | None, keys: str | None) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("layer", "median norm", "largest", "outliers"):
+        table.add_column(column, justify="right")
+    if keys:
+        table.add_column(f"attention of patches to {keys}", justify="right")
+        table.add_column("most in head", justify="right")
+    table.add_column("outliers in most pictures")
+    for row in rows:
+        cells = [str(row.layer), f"{row.median:.1f}", f"{row.largest:.1f}", f"{row.outliers:.1%}"]
+        if shares is not None:
+            own = shares[row.layer]
+            cells += [f"{float(own.mean()):.1%}", f"{int(own.argmax())} ({float(own.max()):.0%})"]
+        table.add_row(*cells, ", ".join(row.positions[:6]) + (" ..." if len(row.positions) > 6 else ""))
+    return table

@@ -1,0 +1,150 @@
+"""Which tokens are high-norm outliers, at which layers, and how much attention goes where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from rich.progress import track
+from torch import Tensor
+
+from prisma_core import HookedViT, InputError, NotApplicable, TokenLayout
+
+
+class LayerNorms(NamedTuple):
+    """One layer of a study.
+
+    Attributes:
+        layer: counted from 0.
+        median, largest: norms of patches.
+        outliers: the share of patches that are outliers.
+        positions: names of the tokens that are outliers in most of the images.
+    """
+
+    layer: int
+    median: float
+    largest: float
+    outliers: float
+    positions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TokenNorms:
+    """Norms of the residual stream after every block.
+
+    Attributes:
+        norms: ``[layer batch pos]``.
+        layout: which token is where.
+    """
+
+    norms: Float[Tensor, "layer batch pos"]
+    layout: TokenLayout
+
+    def outliers(self, *, cutoff: float | None = None, factor: float = 3.0) -> Bool[Tensor, "layer batch pos"]:
+        """Return which tokens are outliers.
+
+        Args:
+            cutoff: the norm above which a token is one, the same in every layer (Darcet et al. take 150 for DINOv2).
+            factor: without a cutoff: how many times the median norm of the layer's patches.
+
+        Source: "Vision transformers need registers" (Darcet et al. 2024), section 2.1, for the cutoff.
+        """
+        if cutoff is not None:
+            return self.norms > cutoff
+        patches = self.norms[..., self.layout.slice("patches")]
+        return self.norms > factor * patches.flatten(1).median(-1).values[:, None, None]
+
+    def first_layer(self, *, cutoff: float | None = None, factor: float = 3.0) -> int | None:
+        """Return the first layer at which a patch is an outlier, or None."""
+        found = self.outliers(cutoff=cutoff, factor=factor)[..., self.layout.slice("patches")].flatten(1).any(-1)
+        return int(found.int().argmax()) if bool(found.any()) else None
+
+    def by_layer(self, *, cutoff: float | None = None, factor: float = 3.0) -> list[LayerNorms]:
+        """Return one row a layer."""
+        found = self.outliers(cutoff=cutoff, factor=factor)
+        names, patches = self.layout.token_names(), self.layout.slice("patches")
+        rows: list[LayerNorms] = []
+        for layer, (norms, outlying) in enumerate(zip(self.norms, found, strict=True)):
+            often = outlying.float().mean(0) > 0.5
+            rows.append(
+                LayerNorms(
+                    layer,
+                    float(norms[:, patches].median()),
+                    float(norms[:, patches].max()),
+                    float(outlying[:, patches].float().mean()),
+                    tuple(name for name, is_one in zip(names, often.tolist(), strict=True) if is_one),
+                )
+            )
+        return rows
+
+
+@torch.no_grad()
+def token_norms(
+    model: HookedViT,
+    images: Float[Tensor, "batch channel height width"],
+    *,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> TokenNorms:
+    """Return the norm of every token in the residual stream after every block.
+
+    Args:
+        model: any hooked vision transformer.
+        images: ``[batch channel height width]``.
+        batch_size: how many to run at once.
+        progress: show a bar.
+
+    Raises:
+        InputError: there is no image.
+    """
+    found: list[Tensor] = []
+    for part in _batches(images, batch_size, progress, "norms"):
+        _, cache = model.run_with_cache(part, names="resid_post", output=False)
+        found.append(torch.stack([cache["resid_post", layer].norm(dim=-1) for layer in range(len(model.blocks))]))
+    return TokenNorms(torch.cat(found, dim=1), model.layout_of(images))
+
+
+@torch.no_grad()
+def attention_to(
+    model: HookedViT,
+    images: Float[Tensor, "batch channel height width"],
+    keys: str = "registers",
+    *,
+    queries: str = "patches",
+    batch_size: int = 8,
+    progress: bool = False,
+) -> Float[Tensor, "layer head"]:
+    """Return how much of their attention some tokens give to others, for each head: ``[layer head]``, from 0 to 1.
+
+    Args:
+        model: any hooked vision transformer whose layers have as many heads.
+        images: ``[batch channel height width]``.
+        keys, queries: subsets of the layout: cls, distillation, registers, prefix, patches or all.
+        batch_size: how many images to run at once.
+        progress: show a bar.
+
+    Raises:
+        UnknownName: there is no such subset.
+        NotApplicable: the model has no token of that kind.
+    """
+    layout = model.layout_of(images)
+    at = {subset: layout.slice(subset) for subset in (keys, queries)}
+    for subset, where in at.items():
+        if where.start == where.stop:
+            raise NotApplicable(f"This model has no tokens of the kind {subset!r}.")
+    total = torch.zeros(())
+    for part in _batches(images, batch_size, progress, "attention"):
+        _, cache = model.run_with_cache(part, names="blocks.*.attn.hook_pattern", output=False)
+        patterns = [cache["attn.pattern", layer] for layer in range(len(model.blocks))]
+        shares = [pattern[:, :, at[queries], at[keys]].sum(-1).mean(-1) for pattern in patterns]
+        total = total + torch.stack([share.sum(0) for share in shares]).cpu()
+    return total / len(images)
+
+
+def _batches(images: Tensor, batch_size: int, progress: bool, what: str) -> Iterator[Tensor]:
+    if not len(images):
+        raise InputError("Expected at least one image [batch channel height width], got none.")
+    yield from track(images.split(batch_size), what, disable=not progress, transient=True)

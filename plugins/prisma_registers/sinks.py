@@ -1,0 +1,86 @@
+"""Register neurons: the few MLP neurons that write outlier norms."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from rich.progress import track
+from torch import Tensor
+
+from prisma_core import HookedViT, NotApplicable
+from prisma_registers.norms import TokenNorms, token_norms
+
+
+class Neuron(NamedTuple):
+    """One MLP neuron.
+
+    Attributes:
+        layer, index: where it is.
+        score: its mean activation at outlier patches.
+        elsewhere: its mean activation at the other patches.
+    """
+
+    layer: int
+    index: int
+    score: float = 0.0
+    elsewhere: float = 0.0
+
+
+@torch.no_grad()
+def register_neurons(
+    model: HookedViT,
+    images: Float[Tensor, "batch channel height width"],
+    *,
+    top: int = 10,
+    norms: TokenNorms | None = None,
+    cutoff: float | None = None,
+    factor: float = 3.0,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> list[Neuron]:
+    """Return the neurons that are most active at outlier patches, up to the layer after which patches are outliers.
+
+    Args:
+        model: any hooked vision transformer with an MLP in its layers.
+        images: ``[batch channel height width]``; a few dozen are enough.
+        top: how many neurons.
+        norms: ``token_norms`` of the same images, where they are at hand.
+        cutoff, factor: what an outlier is (see ``TokenNorms.outliers``).
+        batch_size: how many images to run at once.
+        progress: show a bar.
+
+    Raises:
+        NotApplicable: no patch of these images is an outlier.
+
+    Source: "Vision transformers don't need trained registers" (Jiang et al. 2025), section 3.
+    """
+    norms = norms or token_norms(model, images, batch_size=batch_size, progress=progress)
+    first = norms.first_layer(cutoff=cutoff, factor=factor)
+    if first is None:
+        raise NotApplicable("No patch is an outlier in these images: there are no register neurons to find.")
+    # Outliers stay once they are there: where the norm is largest at the end of the chosen layer is where they are.
+    patches = norms.layout.slice("patches")
+    outlying = norms.outliers(cutoff=cutoff, factor=factor)[first][:, patches]
+    names = [f"blocks.{layer}.mlp.hook_post" for layer in range(first + 1) if model.spec.blocks[layer].mlp is not None]
+    sums: dict[str, Tensor] = {}
+    for part, mask in track(
+        list(zip(images.split(batch_size), outlying.split(batch_size), strict=True)),
+        "neurons",
+        disable=not progress,
+        transient=True,
+    ):
+        _, cache = model.run_with_cache(part, names=names, output=False)
+        for name in names:
+            acts = cache[name][:, patches].double()
+            both = torch.stack([acts[mask].sum(0), acts[~mask].sum(0)])
+            sums[name] = sums.get(name, 0) + both
+    counts = torch.stack([outlying.sum(), (~outlying).sum()]).clamp(min=1)
+    found = [
+        Neuron(int(name.split(".")[1]), index, float(means[0, index]), float(means[1, index]))
+        for name, total in sums.items()
+        for means in [total / counts.to(total.device)[:, None]]
+        for index in means[0].topk(min(top, means.shape[1])).indices.tolist()
+    ]
+    return sorted(found, key=lambda neuron: -neuron.score)[:top]
