@@ -11,6 +11,7 @@ from prisma_core.spec.parts import (
     MlpSpec,
     NormSpec,
     PoolSpec,
+    RopeCount,
     RopeGrid,
     RopeSpec,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "ModelSpec",
     "NormSpec",
     "PoolSpec",
+    "RopeCount",
     "RopeGrid",
     "RopeSpec",
     "TextPoolSpec",

@@ -14,6 +14,7 @@ class ModelSpec(Facts):
     """Everything about a vision transformer but its weights.
 
     Attributes:
+        image_size: height and width of a picture, or of a video's frames.
         n_heads_out: 2: a second head reads the distillation token, and the logits are the mean of both.
     """
 
@@ -38,9 +39,20 @@ class ModelSpec(Facts):
             raise ValueError("two heads read the class and the distillation token, with no norm between")
         return self
 
+    @model_validator(mode="after")
+    def _frames(self) -> ModelSpec:
+        if self.layout.frames > 1 and self.embed.tubelet is None:
+            raise ValueError(f"{self.layout.frames} frames of patches need a video: give the embedding a tubelet")
+        return self
+
     @property
     def n_layers(self) -> int:
         return len(self.blocks)
+
+    @property
+    def n_frames(self) -> int | None:
+        """Frames of the video it takes; None for a model of pictures."""
+        return None if self.embed.tubelet is None else self.layout.frames * self.embed.tubelet
 
 
 class TextPoolSpec(Facts):

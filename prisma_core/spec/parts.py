@@ -49,6 +49,26 @@ class RopeGrid(Facts):
     in_float32: bool = False
 
 
+class RopeCount(Facts):
+    """How rotary tables follow another video: frame, row and column each turn channels of their own, the rest stays.
+
+    Tokens are counted through, as if every frame had the native rows and columns, whatever its size: upstream's way.
+
+    Attributes:
+        pairs: how many pairs of channels each of frame, row and column turns.
+        theta: pair ``i`` turns by the coordinate times ``theta ** (-i / pairs)``.
+        tiled: the tables hold an axis' frequencies one after the other, twice over, whichever channels turn together;
+            False: each twice in a row.
+        rows, columns: of a native frame.
+    """
+
+    pairs: int = Field(gt=0)
+    theta: float = Field(gt=0)
+    tiled: bool = False
+    rows: int = Field(gt=0)
+    columns: int = Field(gt=0)
+
+
 class RopeSpec(Facts):
     """Rotary positions, kept as tables of cos and sin; prefix rows are the identity.
 
@@ -62,7 +82,7 @@ class RopeSpec(Facts):
     layout: Literal["interleaved", "half"]
     per_layer: bool = False
     per_head: bool = False
-    grid: RopeGrid | None = None
+    grid: RopeGrid | RopeCount | None = None
 
 
 class AttentionSpec(Facts):
@@ -156,6 +176,8 @@ class EmbedSpec(Facts):
 
     Attributes:
         patch: height and width of a patch.
+        tubelet: how many frames a patch spans, for models that take videos; None for those that take pictures.
+        any_length: videos may have another number of frames than the native one.
         in_channels: channels of the picture.
         stem: ``conv``: one convolution a patch. ``opaque``: upstream's own module, which returns tokens.
         norm: a norm of the patch embedding.
@@ -166,6 +188,8 @@ class EmbedSpec(Facts):
     """
 
     patch: tuple[int, int]
+    tubelet: int | None = Field(default=None, gt=0)
+    any_length: bool = False
     in_channels: int = 3
     stem: Literal["conv", "opaque"] = "conv"
     norm: NormSpec | None = None
@@ -178,6 +202,14 @@ class EmbedSpec(Facts):
     def _resizable(self) -> EmbedSpec:
         if self.pos_grid is not None and self.interpolation is None:
             raise ValueError("positions of another grid than the native one need an interpolation")
+        return self
+
+    @model_validator(mode="after")
+    def _videos(self) -> EmbedSpec:
+        if self.tubelet is not None and (self.stem == "opaque" or self.pos_factorized):
+            raise ValueError("a video's patches come from one convolution, and its positions are not factorized")
+        if self.any_length and (self.tubelet is None or self.pos):
+            raise ValueError("only videos have a length, and one without a position embedding for every frame")
         return self
 
 

@@ -13,17 +13,30 @@ from torch import Tensor, nn
 
 from prisma_core.errors import InputError
 from prisma_core.layout import TokenLayout
-from prisma_core.spec import EmbedSpec, Interpolation
+from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec
 from prisma_core.transformer.norm import norm_or_identity
 
-Grid: TypeAlias = tuple[int, int]
+Grid: TypeAlias = tuple[int, ...]  # rows and columns of patches, before them frames if it is a video
+
+
+def native_grid(spec: ModelSpec) -> Grid:
+    """Return the grid of patches of an input of the native size."""
+    layout = spec.layout
+    frames = () if spec.embed.tubelet is None else (layout.frames,)
+    return (*frames, layout.rows, layout.columns)
+
+
+def native_shape(spec: ModelSpec) -> tuple[int, ...]:
+    """Return the shape of one picture ``[channel height width]``, or video ``[frame channel height width]``."""
+    frames = () if spec.n_frames is None else (spec.n_frames,)
+    return (*frames, spec.embed.in_channels, *spec.image_size)
 
 
 class Embed(nn.Module):
     """The patch projection, the prefix tokens and the position embedding.
 
     An opaque stem returns a grid of tokens ``[batch row column d_model]``, or ``[batch patch d_model]`` if there is
-    only one size of image.
+    only one size of image. Patches of videos run frame by frame.
 
     Attributes:
         prefix: class, distillation and register tokens, in the order of the layout: ``[prefix d_model]``.
@@ -35,7 +48,10 @@ class Embed(nn.Module):
         super().__init__()
         self.spec = spec
         self.layout = layout
-        if spec.stem == "conv":
+        if spec.tubelet is not None:
+            tube = (spec.tubelet, *spec.patch)
+            self.proj = nn.Conv3d(spec.in_channels, d_model, tube, stride=tube)
+        elif spec.stem == "conv":
             self.proj = nn.Conv2d(spec.in_channels, d_model, spec.patch, stride=spec.patch)
         elif stem is not None:
             self.stem = stem
@@ -47,19 +63,22 @@ class Embed(nn.Module):
             self.pos_rows = nn.Parameter(torch.zeros(self.pos_grid[0], d_model))
             self.pos_columns = nn.Parameter(torch.zeros(self.pos_grid[1], d_model))
         elif spec.pos:
-            self.pos_embed = nn.Parameter(torch.zeros(layout.n_prefix + math.prod(self.pos_grid), d_model))
+            n_patches = layout.frames * math.prod(self.pos_grid)
+            self.pos_embed = nn.Parameter(torch.zeros(layout.n_prefix + n_patches, d_model))
 
     def patches(
-        self, image: Float[Tensor, "batch channel height width"]
+        self, image: Float[Tensor, "batch *frame channel height width"]
     ) -> tuple[Float[Tensor, "batch patch d_model"], Grid]:
-        """Return the embedded patches ``[batch patch d_model]`` and their rows and columns."""
-        if self.spec.stem == "conv":
+        """Return the embedded patches ``[batch patch d_model]`` and their grid."""
+        if self.spec.tubelet is not None:
+            grid = self.proj(image.transpose(1, 2)).permute(0, 2, 3, 4, 1)
+        elif self.spec.stem == "conv":
             grid = self.proj(image).permute(0, 2, 3, 1)
         else:
             grid = self.stem(image)
             if grid.ndim == 3:
                 grid = grid.unflatten(1, (self.layout.rows, self.layout.columns))
-        return self.norm(grid.flatten(1, 2)), (grid.shape[1], grid.shape[2])
+        return self.norm(grid.flatten(1, -2)), tuple(grid.shape[1:-1])
 
     def with_prefix(self, x: Float[Tensor, "batch patch d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """Return patches with the prefix tokens before them: ``[batch pos d_model]``."""
@@ -67,9 +86,9 @@ class Embed(nn.Module):
             return x
         return torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], dim=1)
 
-    def positions(self, size: Grid) -> Float[Tensor, "pos d_model"]:
+    def positions(self, grid: Grid) -> Float[Tensor, "pos d_model"]:
         """Return the position embedding for a grid of patches: ``[pos d_model]``."""
-        n_prefix = self.layout.n_prefix
+        n_prefix, size = self.layout.n_prefix, (grid[-2], grid[-1])
         if self.spec.pos_factorized:
             rows = self._axis(self.pos_rows, size[0], max(size))
             columns = self._axis(self.pos_columns, size[1], max(size))
@@ -80,13 +99,13 @@ class Embed(nn.Module):
         prefix, patches = self.pos_embed[:n_prefix], self.pos_embed[n_prefix:]
         return torch.cat([prefix, self._resized(patches, size).to(patches.dtype)])
 
-    def _resized(self, patches: Tensor, size: Grid) -> Tensor:
+    def _resized(self, patches: Tensor, size: tuple[int, int]) -> Tensor:
         """Source: timm's ``resample_abs_pos_embed`` and its NaFlexVit."""
-        how = self.spec.interpolation or Interpolation()
+        how, frames = self.spec.interpolation or Interpolation(), self.layout.frames
         whole = (max(size), max(size)) if how.square else size
-        grid = rearrange(_wide(patches, how), "(r c) d -> 1 d r c", r=self.pos_grid[0])
+        grid = rearrange(_wide(patches, how), "(f r c) d -> f d r c", f=frames, r=self.pos_grid[0])
         grid = F.interpolate(grid, whole, mode=how.mode, align_corners=how.align_corners, antialias=how.antialias)
-        return rearrange(grid[:, :, : size[0], : size[1]], "1 d r c -> (r c) d")
+        return rearrange(grid[:, :, : size[0], : size[1]], "f d r c -> (f r c) d")
 
     def _axis(self, table: Tensor, length: int, longest: int) -> Tensor:
         how = self.spec.interpolation or Interpolation()
@@ -101,39 +120,48 @@ def _wide(x: Tensor, how: Interpolation) -> Tensor:
     return x if x.dtype == torch.float64 and not how.in_float32 else x.float()
 
 
-def check_image(image: Tensor, spec: EmbedSpec, native: tuple[int, int]) -> None:
+def check_image(image: Tensor, spec: ModelSpec) -> None:
     """Refuse what the embedding cannot take, in words.
 
     Raises:
         InputError: wrong rank, channels, size, or values that are not numbers.
     """
+    native, what = native_shape(spec), "image" if spec.n_frames is None else "video"
+    a = "an" if what == "image" else "a"
     given = cast("object", image)
     if not isinstance(given, Tensor):
+        raise InputError(f"Expected {a} {what} tensor, got {type(given).__name__}. model.preprocess makes one.")
+    expected = f"{a} {what} [batch {' '.join(map(str, native))}]"
+    if image.ndim != len(native) + 1:
+        hint = f" Add a batch axis: {what}[None]." if image.ndim == len(native) else ""
+        raise InputError(f"Expected {expected}, got shape {list(image.shape)}.{hint}")
+    if image.shape[-3] != spec.embed.in_channels:
         raise InputError(
-            f"Expected an image tensor, got {type(given).__name__}. model.preprocess makes one of a picture."
-        )
-    expected = f"[batch {spec.in_channels} {native[0]} {native[1]}]"
-    if image.ndim != 4:
-        hint = " Add a batch axis: image[None]." if image.ndim == 3 else ""
-        raise InputError(f"Expected an image {expected}, got shape {list(image.shape)}.{hint}")
-    if image.shape[1] != spec.in_channels:
-        raise InputError(
-            f"Expected {spec.in_channels} channels in {expected}, got shape {list(image.shape)}. "
-            "model.preprocess makes the right tensor of any picture."
+            f"Expected {spec.embed.in_channels} channels in {expected}, got shape {list(image.shape)}. "
+            "model.preprocess makes the right tensor."
         )
     if not image.is_floating_point():
-        raise InputError(f"Expected floating point pixels, got {image.dtype}. model.preprocess scales a picture.")
-    size = (image.shape[2], image.shape[3])
-    if size != native and spec.interpolation is None:
-        raise InputError(
-            f"Expected an image {expected}, got shape {list(image.shape)}: this model takes one size. "
-            "model.preprocess resizes a picture."
-        )
-    if size != native and (size[0] % spec.patch[0] or size[1] % spec.patch[1]):
-        raise InputError(
-            f"Expected height and width to be multiples of the patch {spec.patch[0]}x{spec.patch[1]}, "
-            f"got {size[0]}x{size[1]}."
-        )
+        raise InputError(f"Expected floating point pixels, got {image.dtype}. model.preprocess scales them.")
+    _check_size(image, spec, expected)
     # Looking at the pixels would stop a GPU's queue at every call, and cannot be traced.
     if image.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.isfinite(image).all():
-        raise InputError(f"The image holds {int((~torch.isfinite(image)).sum())} values that are NaN or infinite.")
+        raise InputError(f"The {what} holds {int((~torch.isfinite(image)).sum())} values that are NaN or infinite.")
+
+
+def _check_size(image: Tensor, spec: ModelSpec, expected: str) -> None:
+    embed, size = spec.embed, (image.shape[-2], image.shape[-1])
+    if size != spec.image_size and embed.interpolation is None:
+        raise InputError(
+            f"Expected {expected}, got shape {list(image.shape)}: this model takes one size. model.preprocess resizes."
+        )
+    if size != spec.image_size and (size[0] % embed.patch[0] or size[1] % embed.patch[1]):
+        raise InputError(
+            f"Expected height and width to be multiples of the patch {embed.patch[0]}x{embed.patch[1]}, "
+            f"got {size[0]}x{size[1]}."
+        )
+    if embed.tubelet is None or image.shape[1] == spec.n_frames:
+        return
+    if not embed.any_length:
+        raise InputError(f"Expected {expected}, got {image.shape[1]} frames: this model takes videos of one length.")
+    if image.shape[1] % embed.tubelet or not image.shape[1]:
+        raise InputError(f"Expected a multiple of {embed.tubelet} frames, got {image.shape[1]}.")

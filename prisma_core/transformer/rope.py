@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prisma_core.spec import RopeGrid
+from prisma_core.spec import RopeCount, RopeGrid
 
 Layout = Literal["interleaved", "half"]
 
@@ -57,6 +57,30 @@ def grid_tables(
         cos, sin = cos.float(), sin.float()
     one = cos.new_ones(n_prefix, *cos.shape[1:])
     return torch.cat([one, cos]).to(like.dtype), torch.cat([torch.zeros_like(one), sin]).to(like.dtype)
+
+
+def count_tables(
+    spec: RopeCount, layout: Layout, n_patches: int, n_prefix: int, d_head: int, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin ``[pos 1 d_head]`` for the patches of a video, prefix rows the identity.
+
+    Args:
+        like: gives dtype and device.
+
+    Source: transformers' VJEPA2RopeAttention and rotate_queries_or_keys, with the same operations in the same order.
+    """
+    index = torch.arange(n_patches, device=like.device)
+    in_frame = index % (spec.rows * spec.columns)
+    axes = (index // (spec.rows * spec.columns), in_frame // spec.columns, in_frame % spec.columns)
+    omega = torch.arange(spec.pairs, dtype=like.dtype, device=like.device)
+    omega = 1.0 / spec.theta ** (omega / spec.pairs)
+    cos, sin = like.new_ones(n_prefix + n_patches, 1, d_head), like.new_zeros(n_prefix + n_patches, 1, d_head)
+    for axis, coordinate in enumerate(axes):
+        angles = coordinate[:, None] * omega
+        turned = slice(axis * 2 * spec.pairs, (axis + 1) * 2 * spec.pairs)
+        for table, values in ((cos, angles.cos()), (sin, angles.sin())):
+            table[n_prefix:, 0, turned] = _spread(values, "half" if spec.tiled else layout)
+    return cos, sin
 
 
 def _spread(pairs: Tensor, layout: Layout) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,19 +12,19 @@ from torch import Tensor, nn
 from prisma_core.errors import InputError
 from prisma_core.hooks import HookPoint, unshared
 from prisma_core.layout import TokenLayout
-from prisma_core.spec import ModelSpec
+from prisma_core.spec import ModelSpec, RopeCount
 from prisma_core.transformer.attention import Rope
 from prisma_core.transformer.block import STREAM, make_block
 from prisma_core.transformer.canonical import Canonical, Size, layer_index
 from prisma_core.transformer.circuits import Circuits
-from prisma_core.transformer.embed import Embed, Grid, check_image
+from prisma_core.transformer.embed import Embed, Grid, check_image, native_grid, native_shape
 from prisma_core.transformer.norm import norm_or_identity
 from prisma_core.transformer.pool import Pool
-from prisma_core.transformer.rope import grid_tables
+from prisma_core.transformer.rope import count_tables, grid_tables
 
 
 class HookedViT(Circuits, Canonical):
-    """A vision transformer whose every inside can be read and replaced.
+    """A vision transformer whose every inside can be read and replaced; it takes pictures, or videos.
 
     Args:
         spec: the facts; weights are whatever the parts initialise themselves with until loaded.
@@ -70,31 +71,41 @@ class HookedViT(Circuits, Canonical):
 
     @property
     def layout(self) -> TokenLayout:
-        """The token layout at the native image size."""
+        """The token layout at the native size."""
         return self.spec.layout
 
     def layout_of(self, *inputs: Any) -> TokenLayout:
-        image = next((given for given in inputs if isinstance(given, Tensor) and given.ndim == 4), None)
+        embed, rank = self.spec.embed, 4 if self.spec.embed.tubelet is None else 5
+        image = next((given for given in inputs if isinstance(given, Tensor) and given.ndim == rank), None)
         if image is None:
             return self.spec.layout
-        rows, columns = (n // p for n, p in zip(image.shape[2:], self.spec.embed.patch, strict=True))
-        return self.spec.layout.model_copy(update={"rows": rows, "columns": columns})
+        rows, columns = (n // p for n, p in zip(image.shape[-2:], embed.patch, strict=True))
+        frames = image.shape[1] // embed.tubelet if embed.tubelet else 1
+        return self.spec.layout.model_copy(update={"frames": frames, "rows": rows, "columns": columns})
 
     @property
     def only_layout(self) -> TokenLayout | None:
-        return self.spec.layout if self.spec.embed.interpolation is None else None
+        fixed = self.spec.embed.interpolation is None and not self.spec.embed.any_length
+        return self.spec.layout if fixed else None
 
     def sizes(self) -> list[Size]:
-        height, width = self.spec.image_size
-        if self.spec.embed.interpolation is None:
-            return [(height, width)]
-        down, across = self.spec.embed.patch  # a larger one, and one that is not square
-        return [(height, width), (height + 2 * down, width + 2 * across), (height + down, max(across, width - across))]
+        embed, (height, width) = self.spec.embed, self.spec.image_size
+        sizes: list[Size] = [(height, width)]
+        if embed.interpolation is not None:  # a larger one, and one that is not square
+            down, across = embed.patch
+            sizes += [(height + 2 * down, width + 2 * across), (height + down, max(across, width - across))]
+        if embed.tubelet is None or self.spec.n_frames is None:
+            return sizes
+        longer = [(self.spec.n_frames + 2 * embed.tubelet, height, width)] if embed.any_length else []
+        return [(self.spec.n_frames, *size) for size in sizes] + longer
 
     def sample_inputs(
         self, batch: int = 1, *, size: Size | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, ...]:
-        return (torch.randn(batch, self.spec.embed.in_channels, *(size or self.spec.image_size), generator=generator),)
+        shape = list(native_shape(self.spec))
+        if size is not None:
+            shape = [*size[:-2], self.spec.embed.in_channels, *size[-2:]]
+        return (torch.randn(batch, *shape, generator=generator),)
 
     def forward(
         self,
@@ -107,12 +118,12 @@ class HookedViT(Circuits, Canonical):
         """Return the logits, or upstream's main output where it has no head.
 
         Args:
-            image: ``[batch channel height width]``, or the residual stream ``[batch pos d_model]`` to go on from when
-                ``start_at_layer`` is given.
+            image: ``[batch channel height width]``, a video ``[batch frame channel height width]`` for models that take
+                those, or the residual stream ``[batch pos d_model]`` to go on from when ``start_at_layer`` is given.
             start_at_layer: the first block to run.
             stop_at_layer: return the residual stream before this block instead; negative counts from the end.
-            grid: with ``start_at_layer``, rows and columns of the stream's patches where the picture was not of the
-                native size: rotary positions need them.
+            grid: with ``start_at_layer``, rows and columns of the stream's patches (frames before them) where the
+                input was not of the native size: rotary positions need them.
 
         Raises:
             InputError: an input of another shape, or pixels that are not numbers.
@@ -120,22 +131,23 @@ class HookedViT(Circuits, Canonical):
         n = len(self.blocks)
         first, last = layer_index(start_at_layer, 0, n), layer_index(stop_at_layer, n, n)
         if start_at_layer is None:
-            check_image(image, self.spec.embed, self.spec.image_size)
+            check_image(image, self.spec)
             x, grid = self._embedded(image)
             if self.spec.ln_pre is not None:
                 x = self.hook_ln_pre(self.ln_pre(x))
         else:
             x = unshared(image)
-            grid = grid or (self.spec.layout.rows, self.spec.layout.columns)
+            grid = grid or native_grid(self.spec)
             if x.ndim != 3 or x.shape[-1] != self.spec.d_model:
                 raise InputError(
                     f"start_at_layer={start_at_layer} needs a residual stream [batch pos {self.spec.d_model}], "
                     f"got shape {list(x.shape)}."
                 )
-            if self.spec.rope is not None and x.shape[1] != self.spec.layout.n_prefix + grid[0] * grid[1]:
+            if self.spec.rope is not None and x.shape[1] != self.spec.layout.n_prefix + math.prod(grid):
+                axes = "(rows, columns)" if self.spec.n_frames is None else "(frames, rows, columns)"
                 raise InputError(
                     f"start_at_layer={start_at_layer} was given {x.shape[1]} tokens, which are not "
-                    f"{self.spec.layout.n_prefix} and a grid of {grid[0]}x{grid[1]}: give grid=(rows, columns)."
+                    f"{self.spec.layout.n_prefix} and a grid of {'x'.join(map(str, grid))}: give grid={axes}."
                 )
         tables = self._rope_tables(grid)
         for index in range(first, last):
@@ -168,9 +180,12 @@ class HookedViT(Circuits, Canonical):
         rope, layout = self.spec.rope, self.spec.layout
         if rope is None:
             return None
-        if rope.grid is None or grid == (layout.rows, layout.columns):
+        if rope.grid is None or grid == native_grid(self.spec):
             return Rope(self.rope_cos, self.rope_sin)
-        return Rope(*grid_tables(rope.grid, rope.layout, *grid, layout.n_prefix, self.rope_cos))
+        like, prefix = self.rope_cos, layout.n_prefix
+        if isinstance(rope.grid, RopeCount):
+            return Rope(*count_tables(rope.grid, rope.layout, math.prod(grid), prefix, like.shape[-1], like))
+        return Rope(*grid_tables(rope.grid, rope.layout, grid[-2], grid[-1], prefix, like))
 
     def _rope(self, layer: int, tables: Rope | None) -> Rope | None:
         if tables is None or self.spec.rope is None or not self.spec.rope.per_layer:
