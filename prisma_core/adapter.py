@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
-from prisma_core.errors import UnsupportedArchitecture
+from prisma_core.errors import PrismaError, UnsupportedArchitecture
 from prisma_core.hookmap import HookMap
-from prisma_core.spec import AnySpec
+from prisma_core.spec import AnySpec, MapSpec
 from prisma_core.weights import WeightMap
 
 
@@ -62,6 +62,19 @@ class Reader:
         full = qualified_name(self.module)
         return any(full == name or full.rsplit(".", 1)[-1] == name for name in names)
 
+    def expect(self, kind: str | None = None, **facts: Any) -> Reader:
+        """Return the reader itself: its module is of this type, and its attributes have these values.
+
+        Raises:
+            UnsupportedArchitecture: the type or a value is another.
+        """
+        if kind is not None and not self.is_a(kind):
+            raise self.unsupported(f"expected a {kind} here")
+        for name, value in facts.items():
+            if (came := getattr(self, name)) != value:
+                raise self.unsupported(f"{name}={came!r}, expected {value!r}")
+        return self
+
     def __iter__(self) -> Iterator[Reader]:
         for name, child in self.module.named_children():
             yield Reader(child, self._below(name), self.record)
@@ -109,6 +122,88 @@ class Adapter(ABC):
         """Return upstream's own stem, for a spec whose stem is opaque. It is copied before use."""
         return None
 
+    def parts(self, upstream: Reader) -> Sequence[Adapter]:
+        """Return the other adapters that this one leaves parts of upstream to: what they ignore is ignored there."""
+        return ()
+
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
         """Return a scope in which upstream computes attention step by step, so that patterns can be seen."""
         return nullcontext()
+
+
+class MapAdapter(Adapter):
+    """Hooks a kind of upstream model that the canonical transformer cannot express, where it stands.
+
+    ``adapt`` returns a ``HookedUpstream``: upstream's own module, copied, with hook points at the places of ``table``.
+    There are no canonical weights. A whole adapter::
+
+        class Windows(MapAdapter):
+            types = ("library.models.Windows",)
+
+            def facts(self, upstream):
+                return MapSpec(shape=(3, *upstream.img_size), n_classes=upstream.head.out_features)
+
+            def table(self, upstream):
+                rows = "embed -> hook_embed : batch pos d_model = patches times weights"
+                for l, block in enumerate(upstream.blocks):
+                    rows += f'''
+                        blocks.{l} : in           ->  blocks.{l}.hook_resid_pre  : batch pos d_model
+                        blocks.{l}.attn @ unbind  ->  blocks.{l}.attn.hook_q : batch head pos d -> batch pos head d
+                        blocks.{l}.attn @ softmax : in
+                                                  ->  blocks.{l}.attn.hook_attn_scores : batch head query_pos key_pos
+                        blocks.{l}.attn @ softmax ->  blocks.{l}.attn.hook_pattern : batch head query_pos key_pos
+                        blocks.{l}.attn.proj : in ->  blocks.{l}.attn.hook_z : batch pos (head d) -> batch pos head d
+                        blocks.{l}.attn           ->  blocks.{l}.hook_attn_out   : batch pos d_model
+                        blocks.{l} @ add          ->  blocks.{l}.hook_resid_mid  : batch pos d_model
+                        blocks.{l}                ->  blocks.{l}.hook_resid_post : batch pos d_model
+                    '''
+                return HookMap.parse(rows, head=upstream.blocks[0].attn.num_heads)
+
+    A place must be one where a change reaches everything after it: a block's input (``blocks.0 : in``) is the stream,
+    while its first norm's input is read by that norm alone. What is added to the stream inside a block is the sum
+    ``blocks.0 @ add``. Axes folded into one are unfolded by einops, with the sizes given to ``parse``; ``batch`` is
+    known without being given: ``(batch window) head query_pos key_pos -> batch window head query_pos key_pos``.
+    """
+
+    @abstractmethod
+    def facts(self, upstream: Reader) -> MapSpec:
+        """Return what the model takes.
+
+        Raises:
+            UnsupportedArchitecture: something the table does not hold for.
+        """
+
+    @abstractmethod
+    def table(self, upstream: Reader) -> HookMap:
+        """Return a row for each hook point, in the order in which they fire, with its axes; no marks.
+
+        How the rows are written: ``prisma_core.hookmap``.
+        """
+
+    def elsewhere(self, upstream: Reader) -> HookMap:
+        """Return further places that hold the same activations, for the conformance kit alone.
+
+        They are read from an untouched upstream inside ``explicit``: where the table opens a fused kernel
+        (``: scores``, ``: pattern``), this is what proves what it shows.
+        """
+        return HookMap((), {})
+
+    def output(self, result: Any) -> Tensor:
+        """Return the main output, given what upstream returns.
+
+        Raises:
+            PrismaError: it is no tensor and no tuple that begins with one; override this method.
+        """
+        value: object = cast("tuple[object, ...]", result)[0] if isinstance(result, tuple) else result
+        if not isinstance(value, Tensor):
+            raise PrismaError(f"Upstream returns {type(result).__name__}: the adapter needs output() to read it.")
+        return value
+
+    def spec(self, upstream: Reader) -> Any:
+        return self.facts(upstream)
+
+    def hooks(self, upstream: Reader, spec: Any) -> HookMap:
+        return self.table(upstream)
+
+    def weights(self, upstream: Reader, spec: Any) -> WeightMap:
+        raise UnsupportedArchitecture(qualified_name(upstream.module), "no weight map: it has no canonical form")
