@@ -1,1 +1,25 @@
-"""Video transformers for Prisma."""
+"""Videos for Prisma: transformers' video models, and videos read from files."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+from prisma_core import hookimpl
+from prisma_core.adapter import Adapter
+from prisma_core.conformance.case import Case
+from prisma_vivit.vivit import VivitAdapter
+
+
+@hookimpl
+def prisma_cases() -> Sequence[Case]:
+    if importlib.util.find_spec("transformers") is None:
+        return []
+    from prisma_vivit.cases import cases
+
+    return list(cases())
+
+
+@hookimpl
+def prisma_adapters() -> Sequence[Adapter]:
+    return [VivitAdapter()]

@@ -1,0 +1,150 @@
+"""What transformers' video models are made of: norms, activations, tubelets, and attention step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from prisma_core.adapter import Reader
+from prisma_core.layout import TokenLayout
+from prisma_core.spec import Activation, AttentionSpec, EmbedSpec, NormSpec
+
+ACTIVATIONS: dict[str, Activation] = {
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.NewGELUActivation": "gelu_tanh",
+    "transformers.activations.FastGELUActivation": "gelu_tanh",  # sqrt(2 / pi) cut after ten digits: 1e-12 apart
+    "transformers.activations.QuickGELUActivation": "quick_gelu",
+    "transformers.activations.SiLUActivation": "silu",
+    "torch.nn.modules.activation.SiLU": "silu",
+    "torch.nn.modules.activation.ReLU": "relu",
+}
+
+IGNORED = {
+    "*.config": "what the model was built from; facts are read off the modules",
+    "*.name_or_path": "where it came from",
+    "*.warnings_issued": "what was said before",
+    "*.generation_config": "of text",
+    "*.loss_type": "of training",
+    "*.kernel_config": "which kernels run",
+    "*.num_labels": "the width of the head",
+    "*.gradient_checkpointing": "memory in training",
+    "*.*_plan": "how weights are spread over devices",
+    "*.all_tied_weights_keys": "how weights are saved",
+    "*.attention_dropout": "off in evaluation",
+    "*.dropout_prob": "off in evaluation",
+    "*.is_causal": "a flag for kernels that mask; upstream gives no mask",
+    "*.all_head_size": "heads times their width",
+    "*.hidden_size": "the width of the stream",
+    "*.num_patches": "the product of the layout's sides",
+    "*.num_channels": "the channels of the tubelet projection",
+    "GELUActivation.act": "the function that the class is named after",
+    "GELUTanh.act": "the function that the class is named after",
+}
+
+
+def norm(module: Reader) -> NormSpec:
+    """Return the facts of a layer norm."""
+    if not module.is_a("torch.nn.modules.normalization.LayerNorm"):
+        raise module.unsupported("a norm that is no layer norm")
+    return NormSpec(eps=module.eps)
+
+
+def activation(module: Reader) -> Activation:
+    """Return the name of an activation function."""
+    for name, kind in ACTIVATIONS.items():
+        if module.is_a(name):
+            return kind
+    raise module.unsupported("its activation function")
+
+
+def attention(module: Reader, heads: int, d_head: int) -> AttentionSpec:
+    """Return the facts of a plain attention."""
+    return AttentionSpec(n_heads=heads, n_kv_heads=heads, d_head=d_head, scale=module.scaling)
+
+
+def tubelets(
+    proj: Reader, image_size: tuple[int, int], frames: int, *, cls: int = 0, **facts: Any
+) -> tuple[EmbedSpec, TokenLayout]:
+    """Return the facts of a tubelet projection for videos of this size, and the layout of what it makes.
+
+    Args:
+        proj: a Conv3d over frame, row and column.
+        image_size: height and width of a frame.
+        frames: how many there are.
+        cls: class tokens before the patches.
+        facts: further facts of the embedding.
+    """
+    if not proj.is_a("torch.nn.modules.conv.Conv3d") or proj.kernel_size != proj.stride:
+        raise proj.unsupported("tubelets that overlap")
+    padded = proj.padding not in ("valid", (0, 0, 0))
+    if padded or (proj.dilation, proj.groups, proj.padding_mode) != ((1, 1, 1), 1, "zeros"):
+        raise proj.unsupported("a tubelet projection that pads, skips or splits pixels")
+    depth, down, across = proj.kernel_size
+    layout = TokenLayout(cls=cls, frames=frames // depth, rows=image_size[0] // down, columns=image_size[1] // across)
+    return EmbedSpec(patch=(down, across), tubelet=depth, in_channels=proj.in_channels, **facts), layout
+
+
+def classes(head: Reader) -> int | None:
+    """Return how many classes a head has; None of an identity."""
+    if head.is_a("torch.nn.modules.linear.Identity"):
+        return None
+    if not head.is_a("torch.nn.modules.linear.Linear"):
+        raise head.unsupported("a head that is no linear layer")
+    return head.out_features
+
+
+def linear_rows(source: str, target: str) -> str:
+    """Return the rows of a linear layer's weights; zeros where it has no bias."""
+    return f"""
+        {source}.weight        ->  {target}.weight
+        {source}.bias | zeros  ->  {target}.bias
+    """
+
+
+def qkv_rows(source: str, target: str, names: tuple[str, str, str], biases: tuple[bool, bool, bool]) -> str:
+    """Return the rows that join the projections of queries, keys and values; zeros where one has no bias."""
+    weights = ", ".join(f"{source}.{name}.weight" for name in names)
+    given = [f"{source}.{name}.bias" if there else "zeros" for name, there in zip(names, biases, strict=True)]
+    joined = f"[{', '.join(given)}]" if any(biases) else "zeros"
+    return f"""
+        [{weights}]  ->  {target}.weight
+        {joined}     ->  {target}.bias
+    """
+
+
+def dtype_of(upstream: Reader) -> dict[str, Any]:
+    """Return dtype and device of a model's weights, as arguments."""
+    tensor = next(upstream.module.parameters())
+    return {"dtype": tensor.dtype, "device": tensor.device}
+
+
+@contextmanager
+def explicit_attention(upstream: nn.Module) -> Iterator[None]:
+    """Make upstream compute attention step by step for the time of the scope, and leave it as it was.
+
+    Its softmax keeps float64: upstream's explicit form, and that alone, would round to float32.
+    """
+    configs = {id(part.config): part.config for part in upstream.modules() if hasattr(part, "config")}
+    before = {key: vars(config).get("_attn_implementation_internal") for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            vars(config)["_attn_implementation_internal"] = "eager"
+        with _WideSoftmax():
+            yield
+    finally:
+        for key, config in configs.items():
+            vars(config)["_attn_implementation_internal"] = before[key]
+
+
+class _WideSoftmax(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.nn.functional.softmax and args[0].dtype == torch.float64:
+            kwargs.pop("dtype", None)
+        return func(*args, **kwargs)
