@@ -107,8 +107,10 @@ def compare(subject: Subject) -> Comparison:
     table = subject.adapter.hooks(Reader(upstream), subject.spec)
     rows = table.bound(list(passes.acts))
     with subject.adapter.explicit(upstream), Recorder(upstream, [row.place for row in rows]) as seen:
-        subject.forward(upstream, *passes.inputs)
+        output = subject.forward(upstream, *passes.inputs)
     found = Comparison()
+    if "hook_logits" in passes.acts:  # the main output, wherever a case reads it
+        found.errors["hook_logits"] = worst(passes.acts["hook_logits"], output)
     order = {name: index for index, name in enumerate(model.hook_points())}
     for row in sorted(rows, key=lambda row: order[row.hook]):
         theirs = seen.get(row.place)
@@ -149,8 +151,10 @@ def gradients(subject: Subject) -> Finding:
         assert ours is not None
         assert theirs is not None
         errors["the input"] = worst(ours, theirs, float(theirs.abs().max()))
-    scale = max((float(grad.abs().max()) for grad in wanted[n:] if grad is not None), default=1.0)
+    scale = max((float(grad.abs().max()) for grad in wanted[n:] if grad is not None and grad.numel()), default=1.0)
     for (name, parameter), grad in zip(parameters.items(), wanted[n:], strict=True):
+        if not parameter.numel():
+            continue  # a table of no tokens has no gradient
         theirs = torch.zeros_like(parameter) if grad is None else grad
         summed = [pulled[twin] for twin in groups[id(parameter)] if twin in pulled]
         mapped = torch.stack(summed).sum(0) if summed else torch.zeros_like(parameter)

@@ -1,0 +1,21 @@
+"""DINOv2 and DINOv3 as transformers has them come through with the same numbers."""
+
+from __future__ import annotations
+
+import prisma_dino
+import pytest
+
+from prisma_core.conformance.pytest import suite
+from prisma_core.plugins import host
+
+transformers = pytest.importorskip(
+    "transformers", reason="transformers is not installed: pip install 'prisma-interp[hf]'"
+)
+
+test_conformance = suite("dino")
+
+
+def test_every_class_has_a_case() -> None:
+    cases = [case.build() for case, _ in host().cases({"dino"})]
+    built = {f"{type(case).__module__}.{type(case).__qualname__}" for case in cases}
+    assert built == {name for adapter in prisma_dino.prisma_adapters() for name in adapter.types}
