@@ -34,6 +34,7 @@ _PLACE = re.compile(r"(?P<module>[\w.{}]*)(\s*@\s*(?P<function>\w+)(#(?P<call>\d
 @dataclass(frozen=True)
 class Place:
     """Where in an upstream model a tensor passes by."""
+from prisma_core.names import tagged
 
     module: str
     function: str | None = None
@@ -142,6 +143,30 @@ class Recorder:
         by_module: dict[str, list[Place]] = {}
         for place in self.places:
             by_module.setdefault(place.module, []).append(place)
+    def prefixed(self, upstream: str, canonical: str) -> HookMap:
+        """Return this table for models that hold upstream's and ours as parts: ``prefixed("visual.trunk.", "vision.")``.
+
+        Args:
+            upstream: what upstream's modules begin with in the larger model.
+            canonical: what our hook points begin with there.
+        """
+        tag = re.sub(r"\W", "_", canonical).strip("_")
+
+        def inside(place: str) -> str:
+            at_root = not place or place[0] in "@:"  # the part itself
+            return f"{upstream.rstrip('.')} {place}".strip() if at_root else upstream + place
+
+        rows = ((inside(place), canonical + hook, tagged(how, self.sizes, tag)) for place, hook, how in self.rows)
+        return HookMap(tuple(rows), {f"{name}_{tag}": size for name, size in self.sizes.items()})
+
+    def without(self, *hooks: str) -> HookMap:
+        """Return this table without the rows of these hook points."""
+        return HookMap(tuple(row for row in self.rows if row[1] not in hooks), self.sizes)
+
+    def __or__(self, other: HookMap) -> HookMap:
+        """Return the table with the rows of both."""
+        return HookMap(self.rows + other.rows, {**self.sizes, **other.sizes})
+
         functions = any(place.function for place in self.places)
         for name, module in modules.items():
             places = by_module.get(name, [])

@@ -156,3 +156,14 @@ def resolve_one(query: str | LayerQuery, names: Sequence[str]) -> str:
         advice = f"Name a layer, as in ({short_name(found[0])!r}, 0)" if layered else "Give a full name"
         raise UnknownName(f"{query!r} selects {len(found)} hook points ({found[0]}, {found[1]}, ...). {advice}.")
     return found[0]
+
+
+def tagged(how: str, names: Iterable[str], tag: str) -> str:
+    """Return an einops pattern with a tag on each of these axes: two tables may give one axis different lengths.
+
+    >>> tagged("b p (h d) -> b p h d", ["h"], "vision")
+    'b p (h_vision d) -> b p h_vision d'
+    """
+    for name in names:
+        how = re.sub(rf"\b{name}\b", f"{name}_{tag}", how)
+    return how

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from prisma_core.preprocess import Preprocess
 
@@ -25,11 +25,13 @@ class Loaded:
         model: an upstream model, or one that is hooked already.
         preprocess: from pictures to its input.
         labels: names of its classes.
+        tokenizer: from texts to tokens ``[text pos]``, for models that read.
     """
 
     model: nn.Module
     preprocess: Preprocess | None = None
     labels: tuple[str, ...] | None = None
+    tokenizer: Callable[[Sequence[str]], Tensor] | None = None
 
 
 @dataclass(frozen=True)

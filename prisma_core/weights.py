@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias, cast
 
 import torch
@@ -28,6 +28,7 @@ from einops import EinopsError, rearrange
 from torch import Tensor
 
 from prisma_core.errors import WeightMapError
+from prisma_core.names import tagged
 
 State: TypeAlias = Mapping[str, Tensor]
 Function: TypeAlias = Callable[..., Tensor]
@@ -120,6 +121,50 @@ class WeightMap:
             if rule.how.startswith("{") and rule.how.strip("{}") not in functions:
                 raise WeightMapError(f"{rule}: no function {rule.how} was given; there are {', '.join(functions)}.")
         return cls(tuple(rules), ignored, functions, sizes)
+
+    # ---------------------------------------------------------------- parts of larger models
+
+    def prefixed(self, upstream: str, canonical: str) -> WeightMap:
+        """Return this table for models that hold upstream's and ours as parts: ``prefixed("visual.trunk.", "vision.")``.
+
+        Args:
+            upstream: what upstream's names begin with in the larger model.
+            canonical: what ours begin with there.
+        """
+        tag = re.sub(r"\W", "_", canonical).strip("_")
+
+        def named(rule: Rule) -> Rule:
+            sources = tuple(
+                tuple(name if name in _CONSTANTS else upstream + name for name in options) for options in rule.sources
+            )
+            how = f"{{{canonical}{rule.how[1:]}" if rule.how.startswith("{") else tagged(rule.how, self.sizes, tag)
+            return Rule(sources, tuple(canonical + target for target in rule.targets), how)
+
+        return WeightMap(
+            tuple(named(rule) for rule in self.rules),
+            {upstream + name: why for name, why in self.ignored.items()},
+            {canonical + name: function for name, function in self.functions.items()},
+            {f"{name}_{tag}": size for name, size in self.sizes.items()},
+        )
+
+    def without(self, *targets: str) -> WeightMap:
+        """Return this table without the rules that make these canonical tensors: ``without("head.{*}")``."""
+        patterns = [_regex(target) for target in targets]
+        kept = [
+            rule
+            for rule in self.rules
+            if not any(pattern.fullmatch(name) for pattern in patterns for name in rule.targets)
+        ]
+        return replace(self, rules=tuple(kept))
+
+    def __or__(self, other: WeightMap) -> WeightMap:
+        """Return the table with the rules of both."""
+        return WeightMap(
+            self.rules + other.rules,
+            {**self.ignored, **other.ignored},
+            {**self.functions, **other.functions},
+            {**self.sizes, **other.sizes},
+        )
 
     # ---------------------------------------------------------------- forwards
 

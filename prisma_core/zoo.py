@@ -22,7 +22,7 @@ from prisma_core.hooked import Hooked
 from prisma_core.plugins import host
 from prisma_core.preprocess import Preprocess
 from prisma_core.spec import read_spec
-from prisma_core.transformer import Canonical, HookedViT, build
+from prisma_core.transformer import Canonical, HookedDual, HookedText, HookedViT, build
 from prisma_core.weights import WeightMap
 
 SPEC, WEIGHTS = "spec.json", "model.safetensors"
@@ -83,6 +83,8 @@ def load(
             model.labels = loaded.labels or model.labels
             model.reference = reference
     if isinstance(dtype, str):
+        if isinstance(model, HookedDual | HookedText):
+            model.tokenizer = loaded.tokenizer or model.tokenizer
         named = getattr(torch, dtype.removeprefix("torch."), None)
         if not isinstance(named, torch.dtype):
             raise LoadError(f"{dtype!r} is not a dtype: expected one of torch's, such as torch.float16.")

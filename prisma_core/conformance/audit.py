@@ -11,6 +11,7 @@ from torch import nn
 from prisma_core.adapter import qualified_name
 from prisma_core.conformance.registry import Finding, register
 from prisma_core.conformance.subject import Subject, reader_of
+from prisma_core.weights import WeightMap
 
 # Of torch's own modules: what the shapes of the weights say already, and what does nothing in evaluation.
 HARMLESS: Mapping[str, frozenset[str]] = {
@@ -35,12 +36,15 @@ def audit(subject: Subject) -> Finding:
     record = reader.record
     stem = subject.adapter.stem(reader, subject.spec)
     opaque = {id(part) for part in stem.modules()} if stem is not None else set[int]()
-    ignored = subject.adapter.ignored
+    ignored = dict(subject.adapter.ignored)
+    for part in subject.adapter.parts(reader):
+        ignored |= part.ignored
+    apart = _ignored_modules(upstream, subject.adapter.weights(reader, subject.spec))
     problems: dict[str, None] = {}
     looked = 0
     for path, module in cast("Iterator[tuple[str, nn.Module]]", upstream.named_modules()):
-        if id(module) in opaque:
-            continue  # upstream's own code runs there
+        if id(module) in opaque or any(path == part or path.startswith(f"{part}.") for part in apart):
+            continue  # upstream's own code runs there, or nothing of it is mapped
         for name in _attributes(module):
             looked += 1
             if f"{path}.{name}".lstrip(".") not in record and not _excused(module, name, ignored):
@@ -50,6 +54,16 @@ def audit(subject: Subject) -> Finding:
             if _matters(child) and not seen and not _excused(module, name, ignored):
                 problems[_say(module, name, f"({type(child).__name__})")] = None
     return Finding(problems=tuple(problems), detail=f"{looked} attributes, {len(record)} read")
+
+
+def _ignored_modules(upstream: nn.Module, table: WeightMap) -> list[str]:
+    """Return the paths of modules all of whose weights the map ignores, with the reason that it gives."""
+    found: list[str] = []
+    for path, module in cast("Iterator[tuple[str, nn.Module]]", upstream.named_modules()):
+        names = [f"{path}.{name}" for name in module.state_dict()]
+        if path and names and all(table.reason_to_ignore(name) is not None for name in names):
+            found.append(path)
+    return found
 
 
 def _attributes(module: nn.Module) -> Iterator[str]:

@@ -136,7 +136,7 @@ class _Noise:
     def noise(self, x: Tensor) -> Tensor:
         # Of the activation's size, and different in each entry: a shift of all scores leaves the softmax as is.
         drawn = torch.randn(x.shape, generator=self.subject.generator(6)).to(x)
-        return drawn * (x.abs().mean() + 1e-3)
+        return drawn * (x[torch.isfinite(x)].abs().mean() + 1e-3)  # scores that a mask hides are minus infinity
 
     def in_place(self, x: Tensor, at: HookContext) -> None:
         self.given = x.clone()

@@ -217,7 +217,7 @@ def worst(ours: Tensor, theirs: Tensor, unit: float | None = None) -> float:
     if not ours.numel():
         return 0.0
     ours, theirs = ours.detach().double(), theirs.detach().double()
-    hidden = torch.isneginf(theirs)  # scores that a mask hides
+    hidden = theirs < torch.finfo(torch.float64).min / 2  # scores that a mask hides, by infinity or by the least number
     if hidden.any():
         if not torch.equal(hidden, torch.isneginf(ours)):
             return float("inf")

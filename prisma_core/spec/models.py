@@ -80,7 +80,9 @@ class TextSpec(Facts):
         n_vocab: tokens in the vocabulary.
         n_ctx: the longest text, in tokens.
         causal: a token attends to itself and to those before it alone.
+        suffix: a learned token stands behind the text (CoCa's class token).
         pad_id: a token nobody attends to; None where padding is attended to like any other.
+        pad_lag: how many places too late padding is hidden: CoCa's published weights were trained with a slip of 1.
         ln_pre: a norm of the embeddings.
         n_classes: the width of the output projection; None where there is none.
     """
@@ -90,7 +92,9 @@ class TextSpec(Facts):
     n_vocab: int = Field(gt=0)
     n_ctx: int = Field(gt=0)
     causal: bool
+    suffix: bool = False
     pad_id: int | None = None
+    pad_lag: int = Field(default=0, ge=0)
     blocks: tuple[BlockSpec, ...]
     ln_pre: NormSpec | None = None
     ln_final: NormSpec | None = None
@@ -101,6 +105,11 @@ class TextSpec(Facts):
     @property
     def n_layers(self) -> int:
         return len(self.blocks)
+
+    @property
+    def n_tokens(self) -> int:
+        """The longest text, in tokens, with what stands behind it."""
+        return self.n_ctx + int(self.suffix)
 
 
 class DualSpec(Facts):

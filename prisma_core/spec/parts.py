@@ -225,6 +225,8 @@ class PoolSpec(Facts):
     """
 
     kind: Literal["none", "token", "avg", "attention"]
+        d_latent: their width, where it is not the tokens'.
+        latent_norm: a norm of the queries before they are projected.
     with_prefix: bool = False
     attn: AttentionSpec | None = None
     n_latents: int = Field(default=1, gt=0)
@@ -232,6 +234,8 @@ class PoolSpec(Facts):
     mlp: MlpSpec | None = None
     norm: NormSpec | None = None
 
+    d_latent: int | None = Field(default=None, gt=0)
+    latent_norm: NormSpec | None = None
     @model_validator(mode="after")
     def _attention(self) -> PoolSpec:
         if (self.attn is not None) != (self.kind == "attention"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +13,11 @@ from torch import Tensor, nn
 from prisma_core.errors import InputError
 from prisma_core.hooks import HookPoint, unshared
 from prisma_core.layout import TokenLayout
-from prisma_core.preprocess import Picture
+from prisma_core.preprocess import Picture, Preprocess
 from prisma_core.spec import DualSpec
 from prisma_core.transformer.canonical import Canonical, Size
-from prisma_core.transformer.text import HookedText
+from prisma_core.transformer.text import HookedText, Tokenizer
 from prisma_core.transformer.vit import HookedViT
-
-Tokenizer = Callable[[Sequence[str]], Tensor]
 
 
 class HookedDual(Canonical):
@@ -29,7 +27,8 @@ class HookedDual(Canonical):
     names.
 
     Attributes:
-        tokenizer: from texts to tokens ``[text pos]``; set by whoever loaded the model.
+        tokenizer: from texts to tokens ``[text pos]``; the text tower's own.
+        preprocess: from pictures to the tensor the model takes; the vision tower's own.
         logit_scale: the logarithm of what similarities are multiplied with.
         logit_bias: what is added to them, if the spec has one.
     """
@@ -39,7 +38,6 @@ class HookedDual(Canonical):
     def __init__(self, spec: DualSpec, stem: nn.Module | None = None):
         super().__init__()
         self.spec = spec
-        self.tokenizer: Tokenizer | None = None
         self.vision = HookedViT(spec.vision, stem)
         self.text = HookedText(spec.text)
         self.logit_scale = nn.Parameter(torch.zeros(()))
@@ -49,6 +47,23 @@ class HookedDual(Canonical):
         self.hook_text_embed = HookPoint("text d_embed", "text.logits / norm(text.logits)")
         bias = " + logit_bias" if spec.logit_bias else ""
         self.hook_logits = HookPoint("batch text", f"image_embed . text_embed * exp(logit_scale){bias}")
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self.text.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, value: Tokenizer | None) -> None:
+        self.text.tokenizer = value
+
+    @property
+    def preprocess(self) -> Preprocess | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.vision.preprocess
+
+    @preprocess.setter
+    def preprocess(self, value: Preprocess | None) -> None:
+        if "vision" in self._modules:  # the base sets it before there is a tower
+            self.vision.preprocess = value
 
     def layout_of(self, *inputs: Any) -> TokenLayout:
         return self.vision.layout_of(*inputs)
@@ -74,8 +89,9 @@ class HookedDual(Canonical):
             image: what ``vision`` takes.
             tokens: what ``text`` takes: ``[text pos]``.
         """
-        seen = self.hook_image_embed(F.normalize(self.vision(image), dim=-1))
-        read = self.hook_text_embed(F.normalize(self.text(tokens), dim=-1))
+        seen, read = self.vision(image), self.text(tokens)
+        seen = self.hook_image_embed(F.normalize(seen, dim=-1))
+        read = self.hook_text_embed(F.normalize(read, dim=-1))
         logits = seen @ read.T * self.logit_scale.exp()
         if self.spec.logit_bias:
             logits = logits + self.logit_bias
@@ -114,11 +130,7 @@ class HookedDual(Canonical):
         Raises:
             InputError: there is no tokenizer.
         """
-        if isinstance(text, Tensor):
-            return text
-        if self.tokenizer is None:
-            raise InputError("This model came without a tokenizer: set model.tokenizer, or give tokens [text pos].")
-        return self.tokenizer([text] if isinstance(text, str) else list(text)).to(self.logit_scale.device)
+        return self.text.tokens(text)
 
     def _pictured(self, image: Any) -> Tensor:
         if isinstance(image, Tensor) and image.ndim >= 4:

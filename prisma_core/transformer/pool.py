@@ -26,7 +26,7 @@ class Pool(nn.Module):
         if spec.attn is not None:
             latents = "batch latent d_model"
             tokens = "pos" if spec.with_prefix else "patch"
-            self.attn = PoolAttention(spec.attn, spec.n_latents, d_model, d_pool, tokens)
+            self.attn = PoolAttention(spec.attn, spec, d_model, d_pool, tokens)
             self.hook_attn_out = HookPoint(latents, "what attention returns for each latent")
             if spec.mlp is not None:
                 self.ln = norm_or_identity(spec.norm, d_pool, latents)
@@ -55,17 +55,20 @@ class PoolAttention(nn.Module):
         latent: what the queries are made of: ``[latent d_model]``.
     """
 
-    def __init__(self, spec: AttentionSpec, n_latents: int, d_model: int, d_out: int, tokens: str):
+    def __init__(self, spec: AttentionSpec, pool: PoolSpec, d_model: int, d_out: int, tokens: str):
         super().__init__()
         self.spec = spec
         width = spec.n_heads * spec.d_head
         normed = ", normed" if spec.qk_norm else ""
-        self.latent = nn.Parameter(torch.zeros(n_latents, d_model))
-        self.q = nn.Linear(d_model, width)
+        d_latent = pool.d_latent or d_model
+        self.latent = nn.Parameter(torch.zeros(pool.n_latents, d_latent))
+        self.ln_latent = norm_or_identity(pool.latent_norm, d_latent, "batch latent d_model")
+        self.q = nn.Linear(d_latent, width)
         self.kv = nn.Linear(d_model, 2 * width)
         self.q_norm = norm_or_identity(spec.qk_norm, spec.d_head, "batch latent head d_head")
         self.k_norm = norm_or_identity(spec.qk_norm, spec.d_head, f"batch {tokens} head d_head")
-        self.hook_q = HookPoint("batch latent head d_head", f"latent W_Q + b_Q{normed}")
+        read = "ln_latent(latent)" if pool.latent_norm else "latent"
+        self.hook_q = HookPoint("batch latent head d_head", f"{read} W_Q + b_Q{normed}")
         self.hook_k = HookPoint(f"batch {tokens} head d_head", f"x W_K + b_K{normed}")
         self.hook_v = HookPoint(f"batch {tokens} head d_head", "x W_V + b_V")
         self.hook_attn_scores = HookPoint(f"batch head latent key_{tokens}", "q . k * scale")
@@ -98,7 +101,7 @@ class PoolAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch latent d_out"]:
         split = (self.spec.n_heads, self.spec.d_head)
-        q = self.q(self.latent.expand(x.shape[0], -1, -1)).unflatten(-1, split)
+        q = self.q(self.ln_latent(self.latent.expand(x.shape[0], -1, -1))).unflatten(-1, split)
         k, v = (part.unflatten(-1, split) for part in self.kv(x).chunk(2, dim=-1))
         q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -17,18 +18,24 @@ from prisma_core.transformer.circuits import Circuits
 from prisma_core.transformer.norm import norm_or_identity
 
 
+Tokenizer = Callable[[Sequence[str]], Tensor]
+
+
 class TokenEmbed(nn.Module):
     """One row for every token of the vocabulary, and one for every position.
 
     Attributes:
         W_E: ``[vocab d_model]``.
+        suffix: what stands behind the text, where the spec has it: ``[d_model]``.
         pos_embed: ``[pos d_model]``.
     """
 
     def __init__(self, spec: TextSpec):
         super().__init__()
         self.W_E = nn.Parameter(torch.zeros(spec.n_vocab, spec.d_model))
-        self.pos_embed = nn.Parameter(torch.zeros(spec.n_ctx, spec.d_model))
+        if spec.suffix:
+            self.suffix = nn.Parameter(torch.zeros(spec.d_model))
+        self.pos_embed = nn.Parameter(torch.zeros(spec.n_tokens, spec.d_model))
 
 
 class HookedText(Circuits, Canonical):
@@ -36,6 +43,9 @@ class HookedText(Circuits, Canonical):
 
     Args:
         spec: the facts; weights are whatever the parts initialise themselves with until loaded.
+
+    Attributes:
+        tokenizer: from texts to tokens ``[text pos]``; set by whoever loaded the model.
     """
 
     spec: TextSpec
@@ -43,14 +53,15 @@ class HookedText(Circuits, Canonical):
     def __init__(self, spec: TextSpec):
         super().__init__()
         self.spec = spec
+        self.tokenizer: Tokenizer | None = None
         self.embed = TokenEmbed(spec)
-        self.hook_embed = HookPoint(STREAM, "W_E[token]")
+        self.hook_embed = HookPoint("batch token d_model" if spec.suffix else STREAM, "W_E[token]")
         self.hook_pos_embed = HookPoint(STREAM, "the position embedding")
-        self.hook_full_embed = HookPoint(STREAM, "embed + pos_embed")
+        self.hook_full_embed = HookPoint(STREAM, f"embed{', suffix behind it,' if spec.suffix else ''} + pos_embed")
         if spec.ln_pre is not None:
             self.ln_pre = norm_or_identity(spec.ln_pre, spec.d_model)
             self.hook_ln_pre = HookPoint(STREAM, "ln_pre(full_embed)")
-        self.blocks = nn.ModuleList(make_block(block, spec.d_model, spec.n_ctx, None) for block in spec.blocks)
+        self.blocks = nn.ModuleList(make_block(block, spec.d_model, spec.n_tokens, None) for block in spec.blocks)
         if spec.ln_final is not None:
             self.ln_final = norm_or_identity(spec.ln_final, spec.d_model)
             self.hook_ln_final = HookPoint(STREAM, "ln_final(resid_post of the last block)")
@@ -94,7 +105,9 @@ class HookedText(Circuits, Canonical):
         """
         self._check(tokens)
         x = self.hook_embed(self.embed.W_E[tokens])
-        pos = self.embed.pos_embed[: tokens.shape[1]]
+        if self.spec.suffix:
+            x = torch.cat([x, self.embed.suffix.expand(x.shape[0], 1, -1)], dim=1)
+        pos = self.embed.pos_embed[: x.shape[1]]
         if self.hook_pos_embed.wanted:
             pos = self.hook_pos_embed(pos.expand(x.shape).clone())  # a cache must not see later edits of weights
         x = self.hook_full_embed(x + pos)
@@ -105,6 +118,18 @@ class HookedText(Circuits, Canonical):
             x = self.blocks[index](x, None, mask)
         return unshared(x if stop_at_layer is not None else self.unembed(x, tokens))
 
+    def tokens(self, text: Tensor | str | Sequence[str]) -> Int[Tensor, "text pos"]:
+        """Return tokens ``[text pos]`` of texts, on the model's device; tokens come back as they are.
+
+        Raises:
+            InputError: there is no tokenizer.
+        """
+        if isinstance(text, Tensor):
+            return text
+        if self.tokenizer is None:
+            raise InputError("This model came without a tokenizer: set model.tokenizer, or give tokens [text pos].")
+        return self.tokenizer([text] if isinstance(text, str) else list(text)).to(self.embed.W_E.device)
+
     def unembed(self, x: Float[Tensor, "batch pos d_model"], tokens: Int[Tensor, "batch pos"]) -> Tensor:
         """Return the output for a residual stream ``[batch pos d_model]``: final norm, pooling, projection."""
         if self.spec.ln_final is not None:
@@ -114,12 +139,15 @@ class HookedText(Circuits, Canonical):
 
     def _mask(self, tokens: Tensor) -> Bool[Tensor, "#batch 1 query_pos key_pos"] | None:
         """Return which keys each query may read, or None if all."""
-        n = tokens.shape[1]
+        n = tokens.shape[1] + int(self.spec.suffix)
         mask = None
         if self.spec.causal:
             mask = torch.ones(n, n, dtype=torch.bool, device=tokens.device).tril()[None, None]
         if self.spec.pad_id is not None:
-            text = (tokens != self.spec.pad_id)[:, None, None, :].expand(-1, 1, n, n)
+            text = tokens != self.spec.pad_id
+            if self.spec.suffix:
+                text = torch.cat([text, text.new_ones(text.shape[0], 1)], dim=1)
+            text = text.roll(self.spec.pad_lag, dims=1)[:, None, None, :].expand(-1, 1, n, n)
             mask = text if mask is None else mask & text
         return mask
 
