@@ -1,6 +1,30 @@
-"""What all tests share: one thread for each worker."""
+"""What all tests share: one thread for each worker, and a hub on loopback."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 import torch
+from loopback import Hub, serving
 
 # Workers share the cores, and the models are tiny: more threads only wait for each other.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub on this machine, with a cache of its own."""
+    constants = pytest.importorskip("huggingface_hub.constants", reason="the hub's library is not installed")
+    for variable in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    with serving(tmp_path / "hub") as hub:
+        (tmp_path / "hub").mkdir()
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants._HF_DEFAULT_ENDPOINT, hub.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        yield hub
