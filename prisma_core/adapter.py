@@ -194,9 +194,10 @@ class MapAdapter(Adapter):
         Raises:
             PrismaError: it is no tensor and no tuple that begins with one; override this method.
         """
-        value: object = cast("tuple[object, ...]", result)[0] if isinstance(result, tuple) else result
+        value = cast("tuple[object, ...]", result)[0] if isinstance(result, tuple) else cast("object", result)
         if not isinstance(value, Tensor):
-            raise PrismaError(f"Upstream returns {type(result).__name__}: the adapter needs output() to read it.")
+            kind = qualified_name(cast("object", result))
+            raise PrismaError(f"Upstream returns {kind}: the adapter needs output() to read the main output from it.")
         return value
 
     def spec(self, upstream: Reader) -> Any:

@@ -9,7 +9,15 @@ A table has one row a line::
 
 A place is a module's output, its first input (``: in``, or ``: in1`` for the second), or an argument or the result of a
 torch function called directly in that module's forward (``MODULE @ FUNCTION``; ``#1`` behind the name for its second
-call).
+call). Where several tensors come out, ``: out`` is the first and ``: out1`` the second.
+
+For a model without a canonical form (``prisma_core.mapped``) the table is all there is, so each row names the axes as
+well, alone or as the right side of its einops, and may end in an equation. The fused kernel can be opened there::
+
+    blocks.{l}                    ->  blocks.{l}.hook_resid_post     : batch pos d_model  = resid_mid + mlp_out
+    blocks.{l}.attn @ softmax     ->  blocks.{l}.attn.hook_pattern   : (batch window) head q k -> batch window head q k
+    blocks.{l}.attn @ scaled_dot_product_attention : scores  ->  blocks.{l}.attn.hook_attn_scores  : batch head q k
+    blocks.{l}.attn @ scaled_dot_product_attention : pattern ->  blocks.{l}.attn.hook_pattern      : batch head q k
 """
 
 from __future__ import annotations
@@ -26,15 +34,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from prisma_core.errors import PrismaError
+from prisma_core.names import tagged
 
 _MARK = re.compile(r"\{\w+\}")
-_PLACE = re.compile(r"(?P<module>[\w.{}]*)(\s*@\s*(?P<function>\w+)(#(?P<call>\d+))?)?(\s*:\s*(?P<side>out|in\d*))?")
+_PLACE = re.compile(
+    r"(?P<module>[\w.{}]*)(\s*@\s*(?P<function>\w+)(#(?P<call>\d+))?)?(\s*:\s*(?P<side>out\d*|in\d*|scores|pattern))?"
+)
+FUSED = "scaled_dot_product_attention"
+INSIDE = ("scores", "pattern")  # of fused attention: no argument and no result, and seen only where they are made
 
 
 @dataclass(frozen=True)
 class Place:
     """Where in an upstream model a tensor passes by."""
-from prisma_core.names import tagged
 
     module: str
     function: str | None = None
@@ -51,17 +63,27 @@ from prisma_core.names import tagged
         match = _PLACE.fullmatch(text.strip())
         if match is None:
             raise PrismaError(f"{text!r} is not a place: expected 'MODULE', 'MODULE : in' or 'MODULE @ FUNCTION : in'.")
+        if match["side"] in INSIDE and match["function"] != FUSED:
+            raise PrismaError(f"{text!r} is not a place: scores and pattern are parts of 'MODULE @ {FUSED}'.")
         return cls(match["module"], match["function"], int(match["call"] or 0), match["side"] or "out")
 
     def pick(self, args: tuple[Any, ...], result: Any) -> Tensor | None:
         """Return the tensor that passes here, given a call's arguments and result."""
-        value: Any = result
-        if self.side != "out":
-            index = int(self.side.removeprefix("in") or 0)
-            value = args[index] if index < len(args) else None
-        elif isinstance(result, tuple):
-            value = cast("tuple[Any, ...]", result)[0]
+        if self.side in INSIDE:
+            return None
+        several = args if self.side.startswith("in") else result
+        value: Any = several
+        if isinstance(several, tuple):
+            given = cast("tuple[Any, ...]", several)
+            value = given[self.index] if self.index < len(given) else None
+        elif self.index:
+            value = None
         return value if isinstance(value, Tensor) else None
+
+    @property
+    def index(self) -> int:
+        """Which of several tensors it is."""
+        return int(self.side.lstrip("inout") or 0)
 
 
 @dataclass(frozen=True)
@@ -71,12 +93,27 @@ class Row:
     place: Place
     hook: str
     how: str = ""
+    equation: str = ""
+
+    @property
+    def axes(self) -> str:
+        """The names of the activation's axes; empty where the row does not say."""
+        return self.how.partition("->")[2].strip() or self.how
 
     def read(self, tensor: Tensor, sizes: Mapping[str, int]) -> Tensor:
-        if not self.how:
+        """Return upstream's tensor as the hook point shows it."""
+        return self._rearranged(tensor, self.how, sizes)
+
+    def write(self, activation: Tensor, sizes: Mapping[str, int]) -> Tensor:
+        """Return an activation as upstream holds it: ``read`` the other way round."""
+        left, _, right = self.how.partition("->")
+        return self._rearranged(activation, f"{right} -> {left}" if right else "", sizes)
+
+    def _rearranged(self, tensor: Tensor, how: str, sizes: Mapping[str, int]) -> Tensor:
+        if "->" not in how:
             return tensor
-        named = {name: size for name, size in sizes.items() if re.search(rf"\b{name}\b", self.how)}
-        return rearrange(tensor, self.how, **named)
+        named = {name: size for name, size in sizes.items() if re.search(rf"\b{name}\b", how)}
+        return rearrange(tensor, how, **named)
 
 
 @dataclass(frozen=True)
@@ -98,13 +135,37 @@ class HookMap:
             place, arrow, rest = line.partition("->")
             hook, _, how = rest.partition(" : ")
             if not arrow or not hook.strip():
-                raise PrismaError(f"{line!r} is not a row: expected 'PLACE -> HOOK POINT : EINOPS'.")
+                raise PrismaError(f"{line!r} is not a row: expected 'PLACE -> HOOK POINT : EINOPS = EQUATION'.")
             if unbound := set(_MARK.findall(place)) - set(_MARK.findall(hook)):
                 marks = ", ".join(sorted(unbound))
                 raise PrismaError(f"{line!r}: {marks} stands in the place but not in the hook point.")
             Place.parse(_MARK.sub("0", place))
             rows.append((place.strip(), hook.strip(), how.strip()))
         return cls(tuple(rows), sizes)
+
+    def prefixed(self, upstream: str, canonical: str) -> HookMap:
+        """Return this table for models that hold upstream's and ours as parts: ``prefixed("trunk.", "vision.")``.
+
+        Args:
+            upstream: what upstream's modules begin with in the larger model.
+            canonical: what our hook points begin with there.
+        """
+        tag = re.sub(r"\W", "_", canonical).strip("_")
+
+        def inside(place: str) -> str:
+            at_root = not place or place[0] in "@:"  # the part itself
+            return f"{upstream.rstrip('.')} {place}".strip() if at_root else upstream + place
+
+        rows = ((inside(place), canonical + hook, tagged(how, self.sizes, tag)) for place, hook, how in self.rows)
+        return HookMap(tuple(rows), {f"{name}_{tag}": size for name, size in self.sizes.items()})
+
+    def without(self, *hooks: str) -> HookMap:
+        """Return this table without the rows of these hook points."""
+        return HookMap(tuple(row for row in self.rows if row[1] not in hooks), self.sizes)
+
+    def __or__(self, other: HookMap) -> HookMap:
+        """Return the table with the rows of both."""
+        return HookMap(self.rows + other.rows, {**self.sizes, **other.sizes})
 
     def bound(self, hooks: Iterable[str]) -> list[Row]:
         """Return the rows for the given hook points, ``{l}`` and the like filled in.
@@ -116,8 +177,25 @@ class HookMap:
             for place, hook, how in self.rows:
                 pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(hook))
                 if match := re.fullmatch(pattern, name):
-                    bound.append(Row(Place.parse(place.format(**match.groupdict())), name, how))
+                    bound.append(Row(Place.parse(place.format(**match.groupdict())), name, *_parted(how)))
         return bound
+
+    def plain(self) -> list[Row]:
+        """Return every row of a table without marks, in order.
+
+        Raises:
+            PrismaError: a row has a mark: nothing says which numbers it stands for.
+        """
+        for place, hook, _ in self.rows:
+            if _MARK.search(place + hook):
+                raise PrismaError(f"'{place} -> {hook}' leaves numbers open; write a row for each layer.")
+        return [Row(Place.parse(place), hook, *_parted(how)) for place, hook, how in self.rows]
+
+
+def _parted(how: str) -> tuple[str, str]:
+    """Return a row's einops or axes, and its equation."""
+    einops, _, equation = how.partition(" = ")
+    return einops.strip(), equation.strip()
 
 
 class Recorder:
@@ -143,30 +221,6 @@ class Recorder:
         by_module: dict[str, list[Place]] = {}
         for place in self.places:
             by_module.setdefault(place.module, []).append(place)
-    def prefixed(self, upstream: str, canonical: str) -> HookMap:
-        """Return this table for models that hold upstream's and ours as parts: ``prefixed("visual.trunk.", "vision.")``.
-
-        Args:
-            upstream: what upstream's modules begin with in the larger model.
-            canonical: what our hook points begin with there.
-        """
-        tag = re.sub(r"\W", "_", canonical).strip("_")
-
-        def inside(place: str) -> str:
-            at_root = not place or place[0] in "@:"  # the part itself
-            return f"{upstream.rstrip('.')} {place}".strip() if at_root else upstream + place
-
-        rows = ((inside(place), canonical + hook, tagged(how, self.sizes, tag)) for place, hook, how in self.rows)
-        return HookMap(tuple(rows), {f"{name}_{tag}": size for name, size in self.sizes.items()})
-
-    def without(self, *hooks: str) -> HookMap:
-        """Return this table without the rows of these hook points."""
-        return HookMap(tuple(row for row in self.rows if row[1] not in hooks), self.sizes)
-
-    def __or__(self, other: HookMap) -> HookMap:
-        """Return the table with the rows of both."""
-        return HookMap(self.rows + other.rows, {**self.sizes, **other.sizes})
-
         functions = any(place.function for place in self.places)
         for name, module in modules.items():
             places = by_module.get(name, [])

@@ -15,10 +15,11 @@ from pydantic import ValidationError
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
-from prisma_core.adapter import Adapter, Reader, qualified_name
+from prisma_core.adapter import Adapter, MapAdapter, Reader, qualified_name
 from prisma_core.errors import InputError, LoadError, UnknownName, UnsupportedArchitecture, WeightMapError
 from prisma_core.files import check_shapes, read_safetensors
 from prisma_core.hooked import Hooked
+from prisma_core.mapped import HookedUpstream, own_copy
 from prisma_core.plugins import host
 from prisma_core.preprocess import Preprocess
 from prisma_core.spec import read_spec
@@ -82,9 +83,9 @@ def load(
             model.preprocess = loaded.preprocess or model.preprocess
             model.labels = loaded.labels or model.labels
             model.reference = reference
-    if isinstance(dtype, str):
         if isinstance(model, HookedDual | HookedText):
             model.tokenizer = loaded.tokenizer or model.tokenizer
+    if isinstance(dtype, str):
         named = getattr(torch, dtype.removeprefix("torch."), None)
         if not isinstance(named, torch.dtype):
             raise LoadError(f"{dtype!r} is not a dtype: expected one of torch's, such as torch.float16.")
@@ -134,6 +135,9 @@ def adapt(upstream: nn.Module, *, copy: bool = True) -> Canonical:
 
 def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> Canonical:
     """Return what ``adapt`` returns, with an adapter given by hand."""
+    if isinstance(adapter, MapAdapter):
+        spec, table = adapter.facts(Reader(upstream)), adapter.table(Reader(upstream))
+        return HookedUpstream(own_copy(upstream, copy=copy), table, spec, adapter.output)
     spec = adapter.spec(Reader(upstream))
     stem = adapter.stem(Reader(upstream), spec)
     table = adapter.weights(Reader(upstream), spec)
@@ -199,6 +203,8 @@ def export(model: Canonical) -> dict[str, Tensor]:
         LoadError: the model was not adapted from an upstream one.
         WeightMapError: weights were edited in a way upstream has no tensor for.
     """
+    if isinstance(model, HookedUpstream):
+        return model.export()
     if model.origin is None:
         raise LoadError("This model was not adapted from an upstream one, so there is nothing to export to. Use save.")
     canonical = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
@@ -218,6 +224,12 @@ def save(model: Canonical, folder: str | Path) -> Path:
     Raises:
         UnsupportedArchitecture: the model has an opaque stem, which a spec cannot describe.
     """
+    if isinstance(model, HookedUpstream):
+        raise UnsupportedArchitecture(
+            qualified_name(model.upstream),
+            "it runs as upstream's own module, which a file of facts and weights cannot hold; keep what "
+            "prisma.export(model) returns, which upstream loads",
+        )
     if _with_own_stem(model):
         raise UnsupportedArchitecture(
             model.origin.kind if model.origin else "this model",

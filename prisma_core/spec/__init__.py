@@ -1,5 +1,6 @@
 """The facts of a model: frozen, checked, and the same after a trip through JSON."""
 
+from prisma_core.spec.maps import MapSpec
 from prisma_core.spec.models import AnySpec, DualSpec, ModelSpec, TextPoolSpec, TextSpec, read_spec
 from prisma_core.spec.parts import (
     Activation,
@@ -25,6 +26,7 @@ __all__ = [
     "EmbedSpec",
     "Facts",
     "Interpolation",
+    "MapSpec",
     "MlpSpec",
     "ModelSpec",
     "NormSpec",

@@ -1,0 +1,24 @@
+"""The facts of a model that is hooked where it stands: what it takes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from prisma_core.spec.parts import Facts
+
+
+class MapSpec(Facts):
+    """What a model takes that has a hook map but no canonical form.
+
+    Attributes:
+        shape: of one input, the batch left out: ``(3, 224, 224)`` for a picture, ``(8, 3, 224, 224)`` for a video.
+        sizes: other lengths of the last axes it admits, such as heights and widths; none where the size is fixed.
+        n_classes: the width of its head; None where there is none.
+    """
+
+    kind: Literal["map"] = "map"
+    shape: tuple[int, ...] = Field(min_length=1)
+    sizes: tuple[tuple[int, ...], ...] = ()
+    n_classes: int | None = Field(default=None, gt=0)
