@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from prisma_core import hookimpl
 from prisma_core.adapter import Adapter
 from prisma_core.conformance.case import Case
+from prisma_vivit.videomae import VideoMAEAdapter
 from prisma_vivit.vivit import VivitAdapter
+from prisma_vivit.vjepa2 import VJEPA2Adapter
 
 
 @hookimpl
@@ -22,4 +24,4 @@ def prisma_cases() -> Sequence[Case]:
 
 @hookimpl
 def prisma_adapters() -> Sequence[Adapter]:
-    return [VivitAdapter()]
+    return [VivitAdapter(), VideoMAEAdapter(), VJEPA2Adapter()]
