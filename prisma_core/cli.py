@@ -14,6 +14,7 @@ import typer
 
 from prisma_core.commands.info import info
 from prisma_core.commands.models import models, plugins
+from prisma_core.commands.new_plugin import new_plugin
 from prisma_core.commands.prove import check, doctor
 from prisma_core.commands.screen import note, out
 from prisma_core.errors import PrismaError
@@ -46,7 +47,7 @@ def build(plugins_of: Host) -> typer.Typer:
     """Return the command with the commands of a host's plugins; a name that is taken stays whose it was."""
     app = _new()
     app.callback()(_options)
-    for command in (models, plugins, info, check, doctor):
+    for command in (models, plugins, info, check, doctor, new_plugin):
         app.command(rich_help_panel="Commands")(command)
     taken = {_name(command): "Prisma" for command in app.registered_commands}
     for theirs, plugin in plugins_of.commands(_new):
