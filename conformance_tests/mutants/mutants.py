@@ -58,6 +58,14 @@ def _rotary() -> nn.Module:
     )
 
 
+def _pooled() -> nn.Module:
+    """Attention pooling, queries and keys normed."""
+    return timm.models.vision_transformer.VisionTransformer(
+        img_size=(32, 48), patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=7,
+        global_pool="map", qk_norm=True,
+    )  # fmt: skip
+
+
 def _pictures(model: nn.Module) -> Pictures:
     config = {"input_size": (3, 40, 56), "crop_pct": 0.9, "interpolation": "bicubic", "mean": (0.4, 0.5, 0.6)}
     ours = Preprocess(size=(40, 56), crop=0.9, interpolation="bicubic", mean=(0.4, 0.5, 0.6), std=(0.3, 0.2, 0.1))
@@ -68,6 +76,7 @@ CASES = {
     "plain": Case("plain", _plain, pictures=_pictures),
     "averaged": Case("averaged", _averaged),
     "rotary": Case("rotary", _rotary),
+    "pooled": Case("pooled", _pooled),
     "single": Case("single", _single),
 }
 
@@ -88,6 +97,7 @@ class Mutant:
     Attributes:
         name: what is wrong.
         check: the check that claims to catch it.
+        says: what the check must find, in its own words.
         case: the model it is made in.
         spec, table, hooks: the mistake in the adapter's facts, weight map or hook map.
         make: the mistake in how the hooked model comes out.
@@ -98,6 +108,7 @@ class Mutant:
 
     name: str
     check: str
+    says: str
     case: str = "plain"
     spec: Callable[[ModelSpec], ModelSpec] = lambda spec: spec
     table: Callable[[WeightMap], WeightMap] = lambda table: table
@@ -228,12 +239,30 @@ def attend_with_softmax_first(model: HookedViT) -> None:
     for layer in model.blocks:
         attn = layer.attn
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, attn: Any = attn) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attn: Any = attn) -> Tensor:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
             pattern = ((q * attn.spec.scale) @ k.transpose(-2, -1)).softmax(-1)
             return (attn.hook_pattern(attn.hook_attn_scores(pattern)) @ v).transpose(1, 2)
 
         attn._attend = attend
+
+
+def pool_without_dividing(model: HookedViT) -> None:
+    """The pattern of attention pooling held before it is divided by its sum."""
+    attn: Any = model.pool.attn
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        powers = attn.hook_attn_scores((q * attn.spec.scale) @ k.transpose(-2, -1)).exp()
+        return attn.hook_pattern(powers) @ v / powers.sum(-1, keepdim=True)
+
+    attn._attend = attend
+
+
+def unspoken_point(model: HookedViT) -> None:
+    """A hook point that no equation and no row speaks of."""
+    layer: Any = model.blocks[0]
+    forward, layer.hook_extra = layer.forward, HookPoint("batch pos d_model", "whatever this is")
+    layer.forward = lambda *given: layer.hook_extra(forward(*given))
 
 
 def scale_after_hook(model: HookedViT) -> None:
@@ -289,6 +318,14 @@ class Ignoring(HookPoint):
         return x
 
 
+class Squared(HookPoint):
+    """Shows the square of what passes."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        super().__call__(x.square())
+        return x
+
+
 class Silent(HookPoint):
     def __call__(self, x: Tensor) -> Tensor:
         return x
@@ -332,10 +369,11 @@ class Shared(HookPoint):
 
 
 class Uncompiled(HookPoint):
-    """Quietly does nothing in a compiled model."""
+    """Quietly ignores hooks in a compiled model."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x if torch.compiler.is_compiling() else super().__call__(x)
+        made = super().__call__(x)
+        return x if torch.compiler.is_compiling() else made
 
 
 def exchange(path: str, other: str, what: str) -> Callable[[HookedViT], None]:

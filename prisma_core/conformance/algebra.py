@@ -3,226 +3,304 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator
 from typing import cast
 
 import torch
-import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from prisma_core.conformance import tolerances
-from prisma_core.conformance.registry import Finding, register
+from prisma_core.adapter import Reader
+from prisma_core.conformance import claims, tolerances
+from prisma_core.conformance.claims import Acts, Claim, Claims, Part
+from prisma_core.conformance.registry import Finding, NotApplicable, register
 from prisma_core.conformance.subject import Inputs, Subject, worst
-from prisma_core.spec import Activation, BlockSpec
 from prisma_core.transformer import Canonical, HookedDual, HookedText, HookedViT
-from prisma_core.transformer.attention import Attention
+from prisma_core.transformer.attention import Rope
 from prisma_core.transformer.block import Block, SideBySide
-from prisma_core.transformer.norm import Norm
-
-Claim = tuple[str, Tensor, Tensor]
-
-# Written out here, not taken from the model: its own table is what is checked.
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)),
-    "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
-    "quick_gelu": lambda x: x / (1 + torch.exp(-1.702 * x)),
-    "silu": lambda x: x / (1 + torch.exp(-x)),
-    "relu": lambda x: x.clamp(min=0),
-}
 
 
 @register("algebra", "each activation is what its equation makes of the others, and the parts sum to the logits")
 @torch.no_grad()
 def algebra(subject: Subject) -> Finding:
-    model, inputs = subject.pair().model, subject.passes().inputs
-    derived = [name for name in model.hook_points() if name.endswith("attn.hook_result")]
-    every = [name for name, point in model.hook_points().items() if not point.derived]
-    logits, cache = model.run_with_cache(*inputs, names=[*every, *derived])
-    claims = list(_claims(model, cache.store, inputs, logits))
+    model, passes = subject.pair().model, subject.passes()
     # One bad claim must not hide another, and a claim about activations that are not there proves nothing.
     errors: dict[str, float] = {}
-    for claim, ours, theirs in claims:
-        errors[claim] = max(errors.get(claim, 0.0), worst(ours, theirs))
+    claimed: set[str] = set()
+    for held, made in (
+        (passes.acts, _model(model, Acts(passes.acts), passes.inputs)),
+        (_asked(model, passes.inputs), _derived(model, passes.acts)),
+    ):
+        for point, equation, value in made:
+            claimed.add(point)
+            claim = f"{point} = {equation}"
+            errors[claim] = max(errors.get(claim, 0.0), worst(held[point], value))
     bound = tolerances.routes(subject.spec)
-    problems = tuple(f"{claim}: off by {error:.1e}" for claim, error in errors.items() if not error <= bound)
-    kinds = {re.sub(r"blocks\.\d+", "blocks.{l}", claim) for claim in errors}
-    return Finding(max(errors.values()), bound, problems, f"{len(errors)} equations of {len(kinds)} kinds")
+    problems = [f"{claim}: off by {error:.1e}" for claim, error in errors.items() if not error <= bound]
+    problems += [f"{point} is in no hook map and no equation" for point in _unproven(subject, claimed)]
+    if not errors and not problems:
+        raise NotApplicable("no equation speaks of these hook points: all are compared with upstream")
+    kinds = {_family(claim) for claim in errors}
+    error = max(errors.values(), default=0.0)
+    return Finding(error, bound, tuple(problems), f"{len(errors)} equations of {len(kinds)} kinds")
 
 
-def _claims(model: Canonical, acts: dict[str, Tensor], inputs: Inputs, logits: Tensor) -> Iterator[Claim]:
-    yield "hook_logits is the output", acts["hook_logits"], logits
+def _asked(model: Canonical, inputs: Inputs) -> dict[str, Tensor]:
+    """Return what is computed only when it is asked for, of one input: it is large."""
+    derived = [name for name, point in model.hook_points().items() if point.derived]
+    if not derived:
+        return {}
+    logits = [name for name in model.hook_points() if name.endswith("hook_logits")]
+    _, cache = model.run_with_cache(*(x[:1] for x in inputs), names=[*derived, *logits])
+    return cache.store
+
+
+def _unproven(subject: Subject, claimed: set[str]) -> list[str]:
+    """Return the hook points that nothing speaks of: they may hold anything."""
+    upstream, model = subject.pair()
+    points = list(model.hook_points())
+    mapped = {row.hook for row in subject.adapter.hooks(Reader(upstream), subject.spec).bound(points)}
+    return sorted({_family(point) for point in points if point not in claimed and point not in mapped})
+
+
+def _family(text: str) -> str:
+    return re.sub(r"blocks\.\d+", "blocks.{l}", text)
+
+
+# -------------------------------------------------------------------- models
+
+
+def _model(model: Canonical, acts: Acts, inputs: Inputs) -> Claims:
     if isinstance(model, HookedDual):
         yield from _dual(model, acts, inputs)
     elif isinstance(model, HookedText):
-        yield from _embedding(model, acts)
-        stream, total = yield from _stream(model, acts)
-        yield "unembed(the sum of the parts) = logits", model.unembed(total, *inputs), logits
-        yield from _ending(model, stream, acts)
-        tokens = acts.get("hook_ln_final", stream)
-        yield "hook_pooled = the token that pooling names", acts["hook_pooled"], _pooled(model, tokens, *inputs)
+        (tokens,) = inputs
+        x = yield from _text_embedding(model, acts, tokens)
+        x, total = yield from _blocks(model, acts, x, _hidden(model, tokens))
+        yield acts.claim("hook_logits", "unembed(the sum of the parts)", model.unembed(total, tokens))
+        yield acts.claim("hook_pooled", "the token that pooling names", _named(model, x, tokens))
+        yield from _head(model, acts)
     elif isinstance(model, HookedViT):
-        yield from _embedding(model, acts)
-        stream, total = yield from _stream(model, acts)
-        unembedded = model(total, start_at_layer=len(model.blocks))
-        yield "unembed(the sum of the parts) = logits", unembedded, logits
-        yield from _ending(model, stream, acts)
-        yield from _pooling(model, acts.get("hook_ln_final", stream), acts)
+        (image,) = inputs
+        x = yield from _embedding(model, acts, image)
+        x, total = yield from _blocks(model, acts, x, None)
+        yield acts.claim("hook_logits", "unembed(the sum of the parts)", model.unembed(total))
+        yield from _pooling(model, acts, x)
+        yield from _head(model, acts, x)
+    else:
+        yield from _named_alike(acts)
 
 
-def _dual(model: HookedDual, acts: dict[str, Tensor], inputs: Inputs) -> Iterator[Claim]:
-    for (prefix, tower), given in zip(model.towers().items(), inputs, strict=True):
-        own = {name.removeprefix(prefix): x for name, x in acts.items() if name.startswith(prefix)}
-        for claim, ours, theirs in _claims(tower, own, (given,), own["hook_logits"]):
-            yield f"{prefix}{claim}", ours, theirs
+def _named_alike(acts: Acts) -> Claims:
+    """Claim what names alone promise, for models that run as upstream's own module."""
+    for name in acts.store:
+        path, _, point = name.rpartition(".")
+        own = acts.under(path) if path else acts
+        if point == "hook_pattern" and "hook_attn_scores" in own:
+            yield from claims.softmax(own)
+        for total, before, added in (
+            ("hook_resid_mid", "hook_resid_pre", "hook_attn_out"),
+            ("hook_resid_post", "hook_resid_mid", "hook_mlp_out"),
+        ):
+            # A stream that is pooled on its way is no plain sum, and its parts differ in shape.
+            if point == total and before in own and added in own and own[before].shape == own[total].shape:
+                yield own.claim(total, f"{before} + {added}", own[before] + own[added])
+
+
+def _dual(model: HookedDual, acts: Acts, inputs: Inputs) -> Claims:
     embeds: list[Tensor] = []
-    for name, tower in (("hook_image_embed", "vision"), ("hook_text_embed", "text")):
-        features = acts[f"{tower}.hook_logits"]
-        embeds.append(acts[name])
-        yield (
-            f"{name} = {tower}.hook_logits, of unit length",
-            acts[name],
-            features / features.norm(dim=-1, keepdim=True),
-        )
+    for (tower, own), given, name in zip(model.towers().items(), inputs, ("image", "text"), strict=True):
+        prefix = tower.removesuffix(".")
+        yield from _model(own, acts.under(prefix), (given,))
+        features = acts[f"{tower}hook_logits"]
+        unit = features / features.square().sum(-1, keepdim=True).sqrt()
+        yield acts.claim(f"hook_{name}_embed", f"{tower}logits, of unit length", unit)
+        embeds.append(acts[f"hook_{name}_embed"])
     alike = torch.einsum("ie,te->it", *embeds) * torch.exp(model.logit_scale)
-    yield "hook_logits = image . text * scale", acts["hook_logits"], alike + getattr(model, "logit_bias", 0)
+    bias = model.logit_bias if model.spec.logit_bias else 0
+    yield acts.claim("hook_logits", "image_embed . text_embed * exp(logit_scale) + logit_bias", alike + bias)
 
 
-def _pooled(model: HookedText, tokens: Tensor, ids: Tensor) -> Tensor:
-    pool = model.spec.pool
-    if pool.kind == "none":
-        return tokens
-    found: list[Tensor] = []
-    for x, row in zip(tokens, cast("list[list[int]]", ids.tolist()), strict=True):
-        ends = {"argmax": row.index(max(row)), "first": 0, "last": len(row) - 1}
-        found.append(x[row.index(cast(int, pool.eos_id)) if pool.kind == "eos" else ends[pool.kind]])
-    return torch.stack(found)
+def _derived(model: Canonical, plain: dict[str, Tensor]) -> Claims:
+    """Claim what is computed only when it is asked for; asking must not change what comes out."""
+    for prefix, tower in model.towers().items():
+        if not isinstance(tower, HookedViT | HookedText):
+            continue
+        acts = Acts({name: x[:1] for name, x in plain.items() if name.startswith(prefix)}, prefix)
+        for index, layer in _layers(tower):
+            yield from claims.derived(acts.under(f"blocks.{index}"), layer)
+        yield acts.claim("hook_logits", "the same, whatever is asked for", acts["hook_logits"])
 
 
-def _stream(model: HookedViT | HookedText, acts: dict[str, Tensor]) -> Generator[Claim, None, tuple[Tensor, Tensor]]:
-    """Claim what holds along the residual stream; return its end, and the sum of all that was added."""
-    stream = acts.get("hook_ln_pre", acts["hook_full_embed"])
-    total = stream
-    for index, block in enumerate(model.blocks):
-        assert isinstance(block, Block | SideBySide)
-        at = f"blocks.{index}"
-        yield f"{at}.hook_resid_pre = the stream so far", acts[f"{at}.hook_resid_pre"], stream
-        yield from _block(at, block, acts)
-        stream = acts[f"{at}.hook_resid_post"]
-        for part in ("hook_attn_out", "hook_mlp_out"):
-            total = total + acts[f"{at}.{part}"] if f"{at}.{part}" in acts else total
-    yield "embedding + every attn_out + every mlp_out = the last resid_post", total, stream
+def _layers(model: HookedViT | HookedText) -> list[tuple[int, Block | SideBySide]]:
+    return [(index, layer) for index, layer in enumerate(model.blocks) if isinstance(layer, Block | SideBySide)]
+
+
+# -------------------------------------------------------------------- before the blocks
+
+
+def _embedding(model: HookedViT, acts: Acts, image: Tensor) -> Part:
+    embed, layout = model.embed, model.spec.layout
+    if embed.spec.stem == "conv":
+        kernel, bias = embed.proj.weight.flatten(1), cast(Tensor, embed.proj.bias)
+        projected = _pixels(model, image) @ kernel.T + bias
+        projected = yield from claims.norm(acts.under("embed.norm"), embed.norm, projected)
+        yield acts.claim("hook_embed", "pixels of each patch W + b, normed", projected)
+    elif embed.spec.norm is not None:
+        stemmed = cast(Tensor, embed.stem(image)).flatten(1, -2)
+        normed = yield from claims.norm(acts.under("embed.norm"), embed.norm, stemmed)
+        yield acts.claim("hook_embed", "norm(stem(image))", normed)
+    tokens = acts["hook_embed"]
+    if layout.n_prefix:
+        tokens = torch.cat([embed.prefix.expand(len(tokens), -1, -1), tokens], 1)
+    if embed.spec.pos and embed.pos_grid == (layout.rows, layout.columns):
+        yield acts.claim("hook_pos_embed", "the embedding of each position", _positions(model).expand_as(tokens))
+    return (yield from _embedded(model, acts, tokens))
+
+
+def _pixels(model: HookedViT, image: Tensor) -> Tensor:
+    """Return the pixels under each kernel ``[batch patch pixel]``."""
+    spec, layout = model.spec.embed, model.spec.layout
+    (p, q), t = spec.patch, spec.tubelet or 1
+    video = image if spec.tubelet else image[:, None]
+    video = video[..., : layout.rows * p, : layout.columns * q]
+    return rearrange(video, "b (f t) i (r p) (c q) -> b (f r c) (i t p q)", t=t, p=p, q=q)
+
+
+def _positions(model: HookedViT) -> Tensor:
+    embed = model.embed
+    if not embed.spec.pos_factorized:
+        return embed.pos_embed
+    patches = (embed.pos_rows[:, None] + embed.pos_columns).flatten(0, 1)
+    return torch.cat([patches.new_zeros(model.spec.layout.n_prefix, patches.shape[1]), patches])
+
+
+def _text_embedding(model: HookedText, acts: Acts, ids: Tensor) -> Part:
+    embed = model.embed
+    yield acts.claim("hook_embed", "W_E[token]", embed.W_E[ids])
+    tokens = acts["hook_embed"]
+    if model.spec.suffix:
+        tokens = torch.cat([tokens, embed.suffix.expand(len(tokens), 1, -1)], 1)
+    positions = embed.pos_embed[: tokens.shape[1]].expand_as(tokens)
+    yield acts.claim("hook_pos_embed", "the embedding of each position", positions)
+    return (yield from _embedded(model, acts, tokens))
+
+
+def _embedded(model: HookedViT | HookedText, acts: Acts, tokens: Tensor) -> Part:
+    full = acts["hook_full_embed"]
+    if "hook_pos_embed" in acts:
+        # The stream begins with full_embed, so that resid_pre says what it holds, and this what was added.
+        yield acts.claim("hook_pos_embed", "full_embed - prefix and embed", full - tokens)
+        tokens = tokens + acts["hook_pos_embed"]
+    yield acts.claim("hook_full_embed", "prefix and embed + pos_embed", tokens)
+    if model.spec.ln_pre is None:
+        return full
+    normed = yield from claims.norm(acts.under("ln_pre"), model.ln_pre, full)
+    yield acts.claim("hook_ln_pre", "ln_pre(full_embed)", normed)
+    return acts["hook_ln_pre"]
+
+
+# -------------------------------------------------------------------- along the stream
+
+
+def _blocks(
+    model: HookedViT | HookedText, acts: Acts, stream: Tensor, hidden: Tensor | None
+) -> Generator[Claim, None, tuple[Tensor, Tensor]]:
+    """Claim what holds along the residual stream; return what pooling reads, and the sum of all that was added."""
+    total, point = stream, ""
+    for index, layer in _layers(model):
+        own = acts.under(f"blocks.{index}")
+        yield own.claim("hook_resid_pre", "the stream so far", stream)
+        stream = yield from claims.block(own, layer, _rope(model, index), hidden)
+        total = total + sum(own[part] for part in ("hook_attn_out", "hook_mlp_out") if part in own)
+        point = f"blocks.{index}.hook_resid_post"
+    if point:
+        yield acts.claim(point, "embedding + every attn_out + every mlp_out", total)
+    if model.spec.ln_final is not None:
+        normed = yield from claims.norm(acts.under("ln_final"), model.ln_final, stream)
+        yield acts.claim("hook_ln_final", "ln_final(the last resid_post)", normed)
+        stream = acts["hook_ln_final"]
     return stream, total
 
 
-def _ending(model: HookedViT | HookedText, stream: Tensor, acts: dict[str, Tensor]) -> Iterator[Claim]:
-    if "hook_ln_final" in acts:
-        yield from _norm("ln_final", model.ln_final, stream, acts)
-        yield "hook_ln_final = ln_final.hook_normalized", acts["hook_ln_final"], acts["ln_final.hook_normalized"]
+def _rope(model: HookedViT | HookedText, layer: int) -> Rope | None:
+    if not isinstance(model, HookedViT) or model.spec.rope is None:
+        return None
+    tables = (model.rope_cos, model.rope_sin)
+    return Rope(*(table[layer] if model.spec.rope.per_layer else table for table in tables))
 
 
-def _pooling(model: HookedViT, tokens: Tensor, acts: dict[str, Tensor]) -> Iterator[Claim]:
+def _hidden(model: HookedText, ids: Tensor) -> Tensor:
+    """Return which keys each query may not read: those after it, and padding."""
+    spec = model.spec
+    padding = ids == spec.pad_id if spec.pad_id is not None else torch.zeros_like(ids).bool()
+    if spec.suffix:
+        padding = torch.cat([padding, padding.new_zeros(len(ids), 1)], 1)
+    padding = padding.roll(spec.pad_lag, 1)[:, None, None, :]
+    positions = torch.arange(padding.shape[-1], device=ids.device)
+    return padding | (positions > positions[:, None]) if spec.causal else padding
+
+
+# -------------------------------------------------------------------- behind the blocks
+
+
+def _named(model: HookedText, x: Tensor, ids: Tensor) -> Tensor:
+    pool = model.spec.pool
+    if pool.kind == "none":
+        return x
+    found: list[Tensor] = []
+    for own, row in zip(x, cast("list[list[int]]", ids.tolist()), strict=True):
+        ends = {"argmax": row.index(max(row)), "first": 0, "last": len(own) - 1}
+        found.append(own[row.index(cast(int, pool.eos_id)) if pool.kind == "eos" else ends[pool.kind]])
+    return torch.stack(found)
+
+
+def _pooling(model: HookedViT, acts: Acts, x: Tensor) -> Claims:
     pool, prefix = model.spec.pool, model.spec.layout.n_prefix
     if pool.kind == "none":
-        yield "hook_pooled = all tokens", acts["hook_pooled"], tokens
-    elif pool.kind == "token":
-        yield "hook_pooled = the first token", acts["hook_pooled"], tokens[:, 0]
-    elif pool.kind == "avg":
-        yield "hook_pooled = the mean", acts["hook_pooled"], tokens[:, 0 if pool.with_prefix else prefix :].mean(1)
-
-
-def _embedding(model: HookedViT | HookedText, acts: dict[str, Tensor]) -> Iterator[Claim]:
-    tokens = acts["hook_embed"]
-    if isinstance(model, HookedViT) and model.spec.layout.n_prefix:
-        tokens = torch.cat([model.embed.prefix.expand(tokens.shape[0], -1, -1), tokens], 1)
-    if "hook_pos_embed" in acts:
-        tokens = tokens + acts["hook_pos_embed"]
-    yield "prefix and embed + pos_embed = full_embed", acts["hook_full_embed"], tokens
-    if "hook_ln_pre" in acts:
-        yield "ln_pre.hook_normalized = hook_ln_pre", acts["hook_ln_pre"], acts["ln_pre.hook_normalized"]
-        yield from _norm("ln_pre", model.ln_pre, acts["hook_full_embed"], acts)
-
-
-def _block(at: str, block: Block | SideBySide, acts: dict[str, Tensor]) -> Iterator[Claim]:
-    spec = block.spec
-    pre, attn_out = acts[f"{at}.hook_resid_pre"], acts[f"{at}.hook_attn_out"]
-    total = pre + attn_out
-    if spec.mlp is not None:
-        if f"{at}.hook_resid_mid" in acts:
-            yield f"{at}: resid_mid = resid_pre + attn_out", acts[f"{at}.hook_resid_mid"], total
-            total = acts[f"{at}.hook_resid_mid"]
-        total = total + acts[f"{at}.hook_mlp_out"]
-    yield f"{at}: resid_post = resid_mid + mlp_out", acts[f"{at}.hook_resid_post"], total
-    if spec.kind != "res_post":
-        for name, norm in _parts(block, "ln1"):
-            yield from _norm(f"{at}.{name}", norm, pre, acts)
-        for name, norm in _parts(block, "ln2"):
-            yield from _norm(f"{at}.{name}", norm, acts.get(f"{at}.hook_resid_mid"), acts)
-    yield from _attentions(at, block, acts)
-    for name, _ in _parts(block, "mlp"):
-        if f"{at}.{name}.hook_pre" in acts:
-            yield from _mlp(f"{at}.{name}", spec, acts)
-
-
-def _parts(block: Block | SideBySide, part: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield each of a block's parts of one kind with its path below the block: one, or several side by side."""
-    found = getattr(block, part, None)
-    if isinstance(found, nn.ModuleList):
-        yield from ((f"{part}.{index}", one) for index, one in enumerate(found))
-    elif found is not None:
-        yield part, found
-
-
-def _attentions(at: str, block: Block | SideBySide, acts: dict[str, Tensor]) -> Iterator[Claim]:
-    total = torch.zeros(())
-    for (name, attn), (_, scale) in zip(_parts(block, "attn"), _parts(block, "ls1"), strict=True):
-        assert isinstance(attn, Attention)
-        yield from _attention(f"{at}.{name}", attn, acts)
-        if f"{at}.{name}.hook_result" not in acts:
-            return
-        out = acts[f"{at}.{name}.hook_result"].sum(2) + attn.b_O
-        if block.spec.kind == "res_post":
-            yield from _norm(f"{at}.ln1", block.ln1, out, acts)
-            out = acts[f"{at}.ln1.hook_normalized"]
-        total = total + out * _gamma(scale)
-    yield f"{at}: heads + bias, scaled = attn_out", acts[f"{at}.hook_attn_out"], total
-
-
-def _attention(at: str, attn: Attention, acts: dict[str, Tensor]) -> Iterator[Claim]:
-    def get(name: str) -> Tensor:
-        return acts[f"{at}.{name}"]
-
-    scores, pattern, z = get("hook_attn_scores"), get("hook_pattern"), get("hook_z")
-    yield f"{at}: pattern = softmax(scores)", pattern, torch.exp(scores - scores.logsumexp(-1, keepdim=True))
-    yield f"{at}: pattern rows sum to 1", pattern.sum(-1) + pattern[..., 0], 1 + pattern[..., 0]
-    groups = attn.spec.n_heads // attn.spec.n_kv_heads
-    q, k = (acts.get(f"{at}.hook_rot_{x}", get(f"hook_{x}")) for x in "qk")
-    k, v = k.repeat_interleave(groups, 2), get("hook_v").repeat_interleave(groups, 2)
-    products = torch.einsum("bqhd,bkhd->bhqk", q, k) * attn.spec.scale
-    products = products + (attn.attn_bias if attn.spec.bias else 0)
-    hidden = torch.isneginf(scores)  # what a mask hides is proven by parity
-    yield f"{at}: scores = q . k * scale + bias", scores, products.masked_fill(hidden, -torch.inf)
-    yield f"{at}: pattern v = z", z, torch.einsum("bhqk,bkhd->bqhd", pattern, v)
-
-
-def _gamma(scale: nn.Module) -> Tensor:
-    return next(iter(scale.parameters()), torch.ones(()))
-
-
-def _mlp(at: str, spec: BlockSpec, acts: dict[str, Tensor]) -> Iterator[Claim]:
-    assert spec.mlp is not None
-    made = ACTIVATIONS[spec.mlp.act](acts[f"{at}.hook_pre"])
-    if spec.mlp.gated:
-        made = made * acts[f"{at}.hook_pre_linear"]
-    held = "hook_mid" if spec.mlp.inner_norm is not None else "hook_post"
-    yield f"{at}.{held} = act(pre)", acts[f"{at}.{held}"], made
-
-
-def _norm(name: str, norm: object, x: Tensor | None, acts: dict[str, Tensor]) -> Iterator[Claim]:
-    if not isinstance(norm, Norm) or x is None or f"{name}.hook_scale" not in acts:
+        yield acts.claim("hook_pooled", "all tokens", x)
         return
-    centred = x - x.mean(-1, keepdim=True) if norm.spec.kind == "ln" else x
-    scale = (centred.square().mean(-1, keepdim=True) + norm.spec.eps).sqrt()
-    yield f"{name}.hook_scale = sqrt(variance + eps)", acts[f"{name}.hook_scale"], scale
-    normalized = F.layer_norm(x, x.shape[-1:], eps=norm.spec.eps) if norm.spec.kind == "ln" else x / scale
-    normalized = normalized * norm.weight + (0 if norm.bias is None else norm.bias)
-    yield f"{name}.hook_normalized = x / scale * weight + bias", acts[f"{name}.hook_normalized"], normalized
+    if pool.kind == "token":
+        yield acts.claim("hook_pooled", "the first token", x[:, 0])
+        return
+    taken = x if pool.with_prefix else x[:, prefix:]
+    if pool.kind == "patches":
+        yield acts.claim("hook_pooled", "the patches", taken)
+        return
+    if pool.kind == "token_and_avg":
+        both = torch.cat([x[:, 0], taken.sum(1) / taken.shape[1]], -1)
+        yield acts.claim("hook_pooled", "the first token and the mean of the tokens", both)
+        return
+    if pool.kind in ("patches", "avg", "token_and_avg"):
+        mean = taken.sum(1) / taken.shape[1]
+        held = {"patches": taken, "avg": mean, "token_and_avg": torch.cat([x[:, 0], mean], 1)}[pool.kind]
+        yield acts.claim("hook_pooled", f"{pool.kind} of the tokens", held)
+        return
+    own = acts.under("pool")
+    out = yield from claims.pool_attention(own.under("attn"), model.pool.attn, taken)
+    yield own.claim("hook_attn_out", "z W_O + b_O", out)
+    latents = own["hook_attn_out"]
+    if pool.mlp is not None:
+        normed = yield from claims.norm(own.under("ln"), model.pool.ln, latents)
+        out = yield from claims.mlp(own.under("mlp"), model.pool.mlp, normed)
+        yield own.claim("hook_mlp_out", "post W_out + b_out", out)
+        latents = latents + own["hook_mlp_out"]
+    pooled = latents[:, 0] if pool.latents == "first" else latents.mean(1)
+    yield acts.claim("hook_pooled", f"attn_out + mlp_out, the {pool.latents} latent", pooled)
+
+
+def _head(model: HookedViT | HookedText, acts: Acts, tokens: Tensor | None = None) -> Claims:
+    read = yield from claims.norm(acts.under("ln_pool"), model.ln_pool, acts["hook_pooled"])
+    logits = _linear(model, "head", read)
+    if isinstance(model, HookedViT) and model.spec.n_heads_out == 2:
+        assert tokens is not None
+        yield acts.claim("hook_pooled_dist", "the distillation token", tokens[:, model.spec.layout.cls])
+        logits = (logits + _linear(model, "head_dist", acts["hook_pooled_dist"])) / 2
+    yield acts.claim("hook_logits", "head(ln_pool(pooled))", logits)
+
+
+def _linear(model: HookedViT | HookedText, name: str, x: Tensor) -> Tensor:
+    if model.spec.n_classes is None:
+        return x
+    head = cast(nn.Linear, getattr(model, name))
+    return x @ head.weight.T + head.bias

@@ -35,7 +35,8 @@ def preprocess(subject: Subject) -> Finding:
         errors[f"{width}x{height}"] = worst(ours(picture)[0], reference(picture), unit=1.0)
     where = max(errors, key=lambda key: errors[key])
     # Both divide bytes in float32; one step of a byte would be 4e-3.
-    return Finding(errors[where], 1e-5, (), f"{len(errors)} pictures, worst {where}")
+    wrong = [f"a picture of {size} differs by {error:.1e}" for size, error in errors.items() if not error <= 1e-5]
+    return Finding(errors[where], 1e-5, tuple(wrong), f"{len(errors)} pictures, worst {where}")
 
 
 @register("save.load", "a saved model comes back with the same facts, weights and logits")
@@ -56,6 +57,8 @@ def save_load(subject: Subject) -> Finding:
             problems.append(f"{name} comes back changed")
     # The weights are the same to the bit; where a file's bytes lie in memory decides how sums are vectorised.
     error = worst(back(*inputs), model(*inputs))
+    if not error <= tolerances.FLOAT64:
+        problems.append(f"the logits come back changed by {error:.1e}")
     return Finding(error, tolerances.FLOAT64, tuple(problems), f"{len(kept)} tensors")
 
 

@@ -1,0 +1,241 @@
+"""What the parts of a block hold, written out in plain operations: the modules' own forward is what is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor, nn
+
+from prisma_core.spec import Activation, AttentionSpec
+from prisma_core.transformer.attention import Attention, Rope
+from prisma_core.transformer.block import Block, SideBySide
+from prisma_core.transformer.mlp import MLP
+from prisma_core.transformer.norm import Norm, Scale
+from prisma_core.transformer.pool import PoolAttention
+
+# Written out here, not taken from the model: its own table is what is checked.
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
+    "quick_gelu": lambda x: x / (1 + torch.exp(-1.702 * x)),
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+    "relu": lambda x: x.clamp(min=0),
+}
+
+
+class Claim(NamedTuple):
+    """That a hook point holds what an equation makes of other activations and weights."""
+
+    point: str
+    equation: str
+    value: Tensor
+
+
+Claims = Iterator[Claim]
+Part = Generator[Claim, None, Tensor]  # claims, and what the part hands on
+
+
+@dataclass(frozen=True)
+class Acts:
+    """The activations of one pass, below a path."""
+
+    store: Mapping[str, Tensor]
+    at: str = ""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.store[self.at + name]
+
+    def __contains__(self, name: str) -> bool:
+        return self.at + name in self.store
+
+    def under(self, part: str) -> Acts:
+        return Acts(self.store, f"{self.at}{part}.")
+
+    def claim(self, name: str, equation: str, value: Tensor) -> Claim:
+        return Claim(self.at + name, equation, value)
+
+
+# -------------------------------------------------------------------- norms and MLPs
+
+
+def norm(acts: Acts, module: nn.Module, x: Tensor) -> Part:
+    if not isinstance(module, Norm):
+        return x
+    centred = x - x.mean(-1, keepdim=True) if module.spec.kind == "ln" else x
+    scale = (centred.square().mean(-1, keepdim=True) + module.spec.eps).sqrt()
+    yield acts.claim("hook_scale", "sqrt(mean square of centred x + eps)", scale)
+    normalized = centred / scale * module.weight + (0 if module.bias is None else module.bias)
+    yield acts.claim("hook_normalized", "centred x / scale * weight + bias", normalized)
+    return acts["hook_normalized"]
+
+
+def mlp(acts: Acts, module: MLP, x: Tensor) -> Part:
+    spec = module.spec
+    x = yield from norm(acts.under("pre_norm"), module.pre_norm, x)
+    if spec.gated:
+        yield acts.claim("hook_pre", "x W_gate + b_gate", x @ module.W_gate + module.fc_gate.bias)
+        yield acts.claim("hook_pre_linear", "x W_in + b_in", x @ module.W_in + module.b_in)
+        made, how = ACTIVATIONS[spec.act](acts["hook_pre"]) * acts["hook_pre_linear"], "act(pre) * pre_linear"
+    else:
+        yield acts.claim("hook_pre", "x W_in + b_in", x @ module.W_in + module.b_in)
+        made, how = ACTIVATIONS[spec.act](acts["hook_pre"]), "act(pre)"
+    if spec.inner_norm is None:
+        yield acts.claim("hook_post", how, made)
+    else:
+        yield acts.claim("hook_mid", how, made)
+        made = yield from norm(acts.under("ln"), module.ln, acts["hook_mid"])
+        yield acts.claim("hook_post", "ln(mid)", made)
+    return acts["hook_post"] @ module.W_out + module.b_out
+
+
+# -------------------------------------------------------------------- attention
+
+
+def attention(acts: Acts, attn: Attention, x: Tensor, rope: Rope | None, hidden: Tensor | None) -> Part:
+    """Claim what attention holds.
+
+    Args:
+        acts, attn: its activations and the module.
+        x: what it reads.
+        rope: tables of this layer.
+        hidden: which keys each query may not read: ``[batch 1 query_pos key_pos]``.
+    """
+    onto = "batch pos d_model, head d_model d_head -> batch pos head d_head"
+    q = yield from _head_norm(acts.under("q_norm"), attn.q_norm, einsum(x, attn.W_Q, onto) + attn.b_Q)
+    k = yield from _head_norm(acts.under("k_norm"), attn.k_norm, einsum(x, attn.W_K, onto) + attn.b_K)
+    yield acts.claim("hook_q", "x W_Q + b_Q, normed", q)
+    yield acts.claim("hook_k", "x W_K + b_K, normed", k)
+    yield acts.claim("hook_v", "x W_V + b_V", einsum(x, attn.W_V, onto) + attn.b_V)
+    q, k, v = acts["hook_q"], acts["hook_k"], acts["hook_v"]
+    if rope is not None and attn.rope_layout is not None:
+        yield acts.claim("hook_rot_q", "q turned by its position", _turned(q, rope, attn.rope_layout))
+        yield acts.claim("hook_rot_k", "k turned by its position", _turned(k, rope, attn.rope_layout))
+        q, k = acts["hook_rot_q"], acts["hook_rot_k"]
+    groups = attn.spec.n_heads // attn.spec.n_kv_heads
+    k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
+    yield from _attend(acts, attn.spec, q, k, v, attn.attn_bias if attn.spec.bias else None, hidden)
+    z = yield from norm(acts.under("ln"), attn.ln, acts["hook_z"].flatten(2))
+    out = einsum(z.view(acts["hook_z"].shape), attn.W_O, "batch pos head d, head d d_model -> batch pos d_model")
+    return out + attn.b_O
+
+
+def pool_attention(acts: Acts, attn: PoolAttention, x: Tensor) -> Part:
+    """Claim what attention pooling holds; ``x`` is the tokens it reads."""
+    onto = "... d_model, head d_model d_head -> ... head d_head"
+    b_K, b_V = rearrange(attn.kv.bias, "(two head d_head) -> two head d_head", two=2, head=attn.spec.n_heads)
+    latents = attn.latent.expand(x.shape[0], -1, -1)
+    latents = yield from norm(acts.under("ln_latent"), attn.ln_latent, latents)
+    q = einsum(latents, attn.W_Q, onto) + attn.q.bias.view(attn.spec.n_heads, -1)
+    q = yield from norm(acts.under("q_norm"), attn.q_norm, q)
+    k = yield from norm(acts.under("k_norm"), attn.k_norm, einsum(x, attn.W_K, onto) + b_K)
+    yield acts.claim("hook_q", "latent W_Q + b_Q, normed", q)
+    yield acts.claim("hook_k", "x W_K + b_K, normed", k)
+    yield acts.claim("hook_v", "x W_V + b_V", einsum(x, attn.W_V, onto) + b_V)
+    yield from _attend(acts, attn.spec, acts["hook_q"], acts["hook_k"], acts["hook_v"], None, None)
+    return einsum(acts["hook_z"], attn.W_O, "batch latent head d, head d d_out -> batch latent d_out") + attn.out.bias
+
+
+def _head_norm(acts: Acts, module: nn.Module, x: Tensor) -> Part:
+    """Claim a norm of queries or keys: of each head, or of all heads together."""
+    given = x.flatten(2) if isinstance(module, Norm) and module.width != x.shape[-1] else x
+    normed = yield from norm(acts, module, given)
+    return normed.view(x.shape)
+
+
+def _turned(x: Tensor, rope: Rope, layout: str) -> Tensor:
+    """Turn channels in pairs: ``i`` and its partner ``j`` become ``i cos - j sin`` and ``j cos + i sin``."""
+    channel, half = torch.arange(x.shape[-1], device=x.device), x.shape[-1] // 2
+    first = channel < half if layout == "half" else channel % 2 == 0
+    distance = half if layout == "half" else 1
+    partner = torch.where(first, channel + distance, channel - distance)
+    return x * rope.cos + torch.where(first, -x[..., partner], x[..., partner]) * rope.sin
+
+
+def _attend(
+    acts: Acts, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, hidden: Tensor | None
+) -> Claims:
+    made = einsum(q, k, "b q h d, b k h d -> b h q k") * spec.scale + (0 if bias is None else bias)
+    made = made if hidden is None else made.masked_fill(hidden, -torch.inf)
+    yield acts.claim("hook_attn_scores", "q . k * scale + bias, masked", made)
+    yield from softmax(acts)
+    yield acts.claim("hook_z", "pattern v", einsum(acts["hook_pattern"], v, "b h q k, b k h d -> b q h d"))
+
+
+def softmax(acts: Acts) -> Claims:
+    scores, pattern = acts["hook_attn_scores"], acts["hook_pattern"]
+    yield acts.claim("hook_pattern", "softmax(scores)", torch.exp(scores - scores.logsumexp(-1, keepdim=True)))
+    yield acts.claim("hook_pattern", "pattern / the sum of its row", pattern / pattern.sum(-1, keepdim=True))
+
+
+# -------------------------------------------------------------------- blocks
+
+
+def block(acts: Acts, layer: Block | SideBySide, rope: Rope | None, hidden: Tensor | None) -> Part:
+    """Claim what a block holds; return its ``resid_post``."""
+    pre, kind = acts["hook_resid_pre"], layer.spec.kind
+    normed, out = pre, torch.zeros_like(pre)
+    for (name, attn), (ln, ln1), (_, scale) in zip(*(_parts(layer, p) for p in ("attn", "ln1", "ls1")), strict=True):
+        assert isinstance(attn, Attention)
+        if kind != "res_post":
+            normed = yield from norm(acts.under(ln), ln1, pre)
+        attended = yield from attention(acts.under(name), attn, normed, rope, hidden)
+        if kind == "res_post":
+            attended = yield from norm(acts.under(ln), ln1, attended)
+        out = out + attended * _gamma(scale)
+    yield acts.claim("hook_attn_out", "z W_O + b_O, scaled", out)
+    stream = pre + acts["hook_attn_out"]
+    if layer.spec.mlp is not None:
+        if kind != "parallel":
+            yield acts.claim("hook_resid_mid", "resid_pre + attn_out", stream)
+            stream = normed = acts["hook_resid_mid"]
+        yield from _mlps(acts, layer, normed)
+        stream = stream + acts["hook_mlp_out"]
+    yield acts.claim("hook_resid_post", "resid_mid + mlp_out", stream)
+    return acts["hook_resid_post"]
+
+
+def _mlps(acts: Acts, layer: Block | SideBySide, x: Tensor) -> Claims:
+    """Claim a block's MLPs, which read ``x``, through a norm where there is one before them."""
+    total = torch.zeros_like(x)
+    norms = list(_parts(layer, "ln2")) or [("ln2", nn.Identity())]
+    for (name, module), (ln, ln2), (_, scale) in zip(_parts(layer, "mlp"), norms, _parts(layer, "ls2"), strict=True):
+        assert isinstance(module, MLP)
+        normed = x
+        if layer.spec.kind == "pre":
+            normed = yield from norm(acts.under(ln), ln2, x)
+        made = yield from mlp(acts.under(name), module, normed)
+        if layer.spec.kind == "res_post":
+            made = yield from norm(acts.under(ln), ln2, made)
+        total = total + made * _gamma(scale)
+    yield acts.claim("hook_mlp_out", "post W_out + b_out, scaled", total)
+
+
+def derived(acts: Acts, layer: Block | SideBySide) -> Claims:
+    """Claim what a block computes when it is asked for by name, from what it holds otherwise."""
+    pre, spec = acts["hook_resid_pre"], layer.spec.attn
+    for point, heads in (("q", spec.n_heads), ("k", spec.n_kv_heads), ("v", spec.n_kv_heads)):
+        copies = pre[:, :, None].expand(-1, -1, heads * layer.spec.n_parallel, -1)
+        yield acts.claim(f"hook_{point}_input", "resid_pre, once for each head", copies)
+    for name, attn in _parts(layer, "attn"):
+        assert isinstance(attn, Attention)
+        own = acts.under(name)
+        z = own["hook_z"] if spec.inner_norm is None else own["ln.hook_normalized"].view(own["hook_z"].shape)
+        each = einsum(z, attn.W_O, "batch pos head d, head d d_model -> batch pos head d_model")
+        yield own.claim("hook_result", "z W_O, of each head", each)
+
+
+def _parts(layer: Block | SideBySide, part: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each of a block's parts of one kind with its path below the block: one, or several side by side."""
+    found = getattr(layer, part, None)
+    if isinstance(found, nn.ModuleList):
+        yield from ((f"{part}.{index}", one) for index, one in enumerate(found))
+    elif found is not None:
+        yield part, found
+
+
+def _gamma(scale: nn.Module) -> Tensor | float:
+    return scale.gamma if isinstance(scale, Scale) else 1.0
