@@ -127,6 +127,11 @@ class LogitAttribution(Mapping[str, Tensor]):
                 "This model pools by attention, which weighs tokens by their content: logits are no sum over "
                 "components of the stream. decompose_resid and accumulated_resid hold all the same."
             )
+        if spec.pool.kind == "token_and_avg":
+            raise NotApplicable(
+                "This model's head reads the class token and the mean of the others side by side: logits are no sum "
+                "over components of one stream. decompose_resid and accumulated_resid hold all the same."
+            )
         if spec.n_heads_out == 2:
             return [(vit.head, 0), (vit.head_dist, spec.layout.cls)]
         if spec.pool.kind == "avg":

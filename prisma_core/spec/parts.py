@@ -32,15 +32,16 @@ class RopeGrid(Facts):
 
     Attributes:
         coordinates: ``index``: counted, plus ``offset``; the angle is coordinate times wave. ``centred``: patch centres
-            from -1 to 1 over the picture; the angle is 2 pi coordinate / wave.
-        waves: frequencies for ``index``, periods for ``centred``.
+            from -1 to 1 over the picture; the angle is 2 pi coordinate / wave. ``radians``: patch centres from -2 pi to
+            2 pi, rounded to float32; the angle is coordinate times wave.
+        waves: periods for ``centred``, frequencies for the others.
         column_first: columns turn the first pairs of channels, rows the second.
         normalize: what centred coordinates are divided by: each axis' own side, the shorter or the longer one.
         reference: rows and columns of the grid that counted coordinates are rescaled to.
         in_float32: cos and sin are rounded to float32.
     """
 
-    coordinates: Literal["index", "centred"]
+    coordinates: Literal["index", "centred", "radians"]
     waves: tuple[float, ...]
     column_first: bool = False
     offset: float = 0.0
@@ -161,6 +162,7 @@ class Interpolation(Facts):
     Attributes:
         mode, antialias, align_corners: of ``torch.nn.functional.interpolate``.
         square: resized to a square of the longer side, then cut to the grid.
+        offset: the grid is scaled by (side + offset) / native side, instead of to its sides.
         in_float32: computed in float32 whatever the positions are, even float64.
     """
 
@@ -168,6 +170,7 @@ class Interpolation(Facts):
     antialias: bool = True
     align_corners: bool = False
     square: bool = False
+    offset: float = 0.0
     in_float32: bool = True
 
 
@@ -217,25 +220,26 @@ class PoolSpec(Facts):
     """From tokens to the vectors the head reads.
 
     Attributes:
-        kind: ``none``: all tokens. ``token``: the first. ``avg``: the mean. ``attention``: learned queries (latents).
+        kind: ``none``: all tokens. ``patches``: all but the prefix. ``token``: the first. ``avg``: the mean.
+            ``token_and_avg``: the first, then the mean, side by side. ``attention``: learned queries (latents).
         with_prefix: whether class and register tokens take part in the mean or the attention.
         attn, mlp, norm: of attention pooling; the MLP, with its norm, is added to what attention returns.
         n_latents: how many learned queries there are.
+        d_latent: their width, where it is not the tokens'.
+        latent_norm: a norm of the queries before they are projected.
         latents: which of them the head reads: the ``first``, or the ``mean``.
     """
 
-    kind: Literal["none", "token", "avg", "attention"]
-        d_latent: their width, where it is not the tokens'.
-        latent_norm: a norm of the queries before they are projected.
+    kind: Literal["none", "patches", "token", "avg", "token_and_avg", "attention"]
     with_prefix: bool = False
     attn: AttentionSpec | None = None
     n_latents: int = Field(default=1, gt=0)
+    d_latent: int | None = Field(default=None, gt=0)
+    latent_norm: NormSpec | None = None
     latents: Literal["first", "mean"] = "first"
     mlp: MlpSpec | None = None
     norm: NormSpec | None = None
 
-    d_latent: int | None = Field(default=None, gt=0)
-    latent_norm: NormSpec | None = None
     @model_validator(mode="after")
     def _attention(self) -> PoolSpec:
         if (self.attn is not None) != (self.kind == "attention"):

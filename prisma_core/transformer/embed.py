@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TypeAlias, cast
 
 import torch
@@ -100,11 +101,16 @@ class Embed(nn.Module):
         return torch.cat([prefix, self._resized(patches, size).to(patches.dtype)])
 
     def _resized(self, patches: Tensor, size: tuple[int, int]) -> Tensor:
-        """Source: timm's ``resample_abs_pos_embed`` and its NaFlexVit."""
+        """Source: timm's ``resample_abs_pos_embed`` and its NaFlexVit; with an offset, Meta's DINO and DINOv2."""
         how, frames = self.spec.interpolation or Interpolation(), self.layout.frames
         whole = (max(size), max(size)) if how.square else size
         grid = rearrange(_wide(patches, how), "(f r c) d -> f d r c", f=frames, r=self.pos_grid[0])
-        grid = F.interpolate(grid, whole, mode=how.mode, align_corners=how.align_corners, antialias=how.antialias)
+        resize = partial(F.interpolate, mode=how.mode, align_corners=how.align_corners, antialias=how.antialias)
+        if how.offset:
+            scales = [(side + how.offset) / native for side, native in zip(whole, self.pos_grid, strict=True)]
+            grid = resize(grid, scale_factor=scales)
+        else:
+            grid = resize(grid, whole)
         return rearrange(grid[:, :, : size[0], : size[1]], "f d r c -> (f r c) d")
 
     def _axis(self, table: Tensor, length: int, longest: int) -> Tensor:

@@ -15,7 +15,7 @@ from prisma_core.transformer.norm import norm_or_identity
 
 
 class Pool(nn.Module):
-    """Class token, mean, attention from learned queries, or all tokens.
+    """Class token, mean, both, attention from learned queries, the patches, or all tokens.
 
     Source of attention pooling: "Set Transformer" (Lee et al. 2019), section 3.2.
     """
@@ -36,12 +36,16 @@ class Pool(nn.Module):
     def forward(self, x: Float[Tensor, "batch pos d_model"], n_prefix: int) -> Float[Tensor, "batch *pos d_pool"]:
         if self.spec.kind == "none":
             return x
+        first = x[:, 0]
         if self.spec.kind == "token":
-            return x[:, 0]
+            return first
         if not self.spec.with_prefix:
             x = x[:, n_prefix:]
-        if self.spec.kind == "avg":
-            return x.mean(dim=1)
+        if self.spec.kind == "patches":
+            return x
+        if self.spec.kind in ("avg", "token_and_avg"):
+            mean = x.mean(dim=1)
+            return mean if self.spec.kind == "avg" else torch.cat([first, mean], dim=1)
         x = self.hook_attn_out(self.attn(x))
         if self.spec.mlp is not None:
             x = x + self.hook_mlp_out(self.mlp(self.ln(x)))

@@ -50,6 +50,8 @@ def grid_tables(
     waves = torch.tensor(spec.waves, dtype=wide, device=like.device)
     if spec.coordinates == "centred":
         angles = 2 * math.pi * (2.0 * grid - 1.0).to(wide)[..., None] / waves
+    elif spec.coordinates == "radians":
+        angles = 2 * math.pi * (2.0 * grid - 1.0)[..., None] * waves
     else:
         angles = grid.to(wide)[..., None] * waves
     cos, sin = (_spread(table.flatten(1), layout)[:, None] for table in (angles.cos(), angles.sin()))
@@ -90,9 +92,10 @@ def _spread(pairs: Tensor, layout: Layout) -> Tensor:
 def _coordinates(spec: RopeGrid, rows: int, columns: int, device: torch.device) -> list[Tensor]:
     sides = (rows, columns)
     over = {"separate": sides, "min": (min(sides),) * 2, "max": (max(sides),) * 2}[spec.normalize]
-    first = 0.5 if spec.coordinates == "centred" else 0.0
+    centred = spec.coordinates != "index"
+    first = 0.5 if centred else 0.0
     axes = [torch.arange(first, side, dtype=torch.float32, device=device) + spec.offset for side in sides]
-    if spec.coordinates == "centred":
+    if centred:
         axes = [axis / length for axis, length in zip(axes, over, strict=True)]
     if spec.reference is not None:
         axes = [axis / side * length for axis, side, length in zip(axes, sides, spec.reference, strict=True)]

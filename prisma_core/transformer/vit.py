@@ -55,7 +55,7 @@ class HookedViT(Circuits, Canonical):
             self.ln_final = norm_or_identity(spec.ln_final, spec.d_model)
             self.hook_ln_final = HookPoint(STREAM, "ln_final(resid_post of the last block)")
         self.pool = Pool(spec.pool, spec.d_model, spec.d_pool)
-        pooled = STREAM if spec.pool.kind == "none" else "batch d_model"
+        pooled = {"none": STREAM, "patches": "batch patch d_model"}.get(spec.pool.kind, "batch d_model")
         self.hook_pooled = HookPoint(pooled, f"{spec.pool.kind} pooling of the tokens, before ln_pool")
         self.ln_pool = norm_or_identity(spec.ln_pool, spec.d_pool, pooled)
         if spec.n_heads_out == 2:
@@ -65,9 +65,7 @@ class HookedViT(Circuits, Canonical):
             if spec.n_heads_out == 2:
                 self.head_dist = nn.Linear(spec.d_pool, spec.n_classes)
         classes = "class" if spec.n_classes is not None else "d_model"
-        self.hook_logits = HookPoint(
-            f"batch pos {classes}" if spec.pool.kind == "none" else f"batch {classes}", _logits_equation(spec)
-        )
+        self.hook_logits = HookPoint(pooled.replace("d_model", classes), _logits_equation(spec))
 
     @property
     def layout(self) -> TokenLayout:
