@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -88,17 +88,6 @@ class Keep:
         return x.index_select(axis, chosen)
 
 
-class Note:
-    """Notes that a hook point was reached."""
-
-    def __init__(self, fired: set[str], name: str):
-        self.fired = fired
-        self.name = name
-
-    def __call__(self, x: Tensor) -> None:
-        self.fired.add(self.name)
-
-
 class Countdown:
     """Stops the pass at the last of a number of captures."""
 
@@ -111,17 +100,16 @@ class Countdown:
             raise Stop
 
 
-def all_reached(names: Sequence[str], seen: Collection[str], kwargs: Mapping[str, object]) -> None:
-    """Refuse hook points that a pass did not go through.
+def refuse_unreached(names: Sequence[str], kwargs: Mapping[str, object]) -> None:
+    """Refuse hook points that a pass did not go by, if there are any.
 
     Raises:
         HookError: with their names, and the arguments that may have kept the pass away from them.
     """
-    missing = [name for name in names if name not in seen]
-    if missing:
+    if names:
         limits = ", ".join(f"{key}={value}" for key, value in kwargs.items() if value is not None)
         raise HookError(
-            f"{missing[0]} was not reached in this pass{f' ({limits})' if limits else ''}"
-            f"{f', nor were {len(missing) - 1} others' if len(missing) > 1 else ''}. "
+            f"{names[0]} was not reached in this pass{f' ({limits})' if limits else ''}"
+            f"{f', nor were {len(names) - 1} others' if len(names) > 1 else ''}. "
             "Ask only for hook points the pass goes through."
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.cache import ActivationCache
-from prisma_core.captures import Countdown, Index, Keep, Note, all_reached, cuts
+from prisma_core.captures import Countdown, Index, Keep, cuts, refuse_unreached
 from prisma_core.errors import HookError
-from prisma_core.hooks import Hook, HookContext, HookPoint, Scope, Stop, activate
+from prisma_core.hooks import Hook, HookContext, HookPoint, Passes, Placed, Scope, Stop, activate, check_hook, ended
+from prisma_core.keywords import check_keywords, keywords, named
 from prisma_core.layout import TokenLayout
 from prisma_core.names import LayerQuery, Query, resolve
+from prisma_core.points import Points
 
 HookMapping = Mapping["str | LayerQuery", Hook]
 
@@ -22,22 +24,29 @@ HookMapping = Mapping["str | LayerQuery", Hook]
 class Hooked(nn.Module):
     """A module with hook points.
 
-    Hook points are found wherever a submodule has one as an attribute, and are named by their path.
+    Hook points are found wherever a submodule has one as an attribute, and are named by their path. They are looked for
+    again when a submodule was replaced or added.
     """
+
+    def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
+        if kwargs and not torch.compiler.is_compiling():
+            self._check_keywords(kwargs)
+        output = super().__call__(*inputs, **kwargs)
+        ended(self)
+        return output
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_points"}  # a copy finds its own
 
     def hook_points(self) -> dict[str, HookPoint]:
         """Return every hook point by its full name, in firing order."""
-        points = self.__dict__.get("_points")
-        if points is None:
-            points = dict(sorted(self._walk(), key=lambda item: item[1].order))
-            self.__dict__["_points"] = points
-        return points
+        return self._points_now().found
 
-    def _walk(self) -> Iterator[tuple[str, HookPoint]]:
-        for path, module in cast("Iterator[tuple[str, nn.Module]]", self.named_modules()):
-            for attribute, value in vars(module).items():
-                if isinstance(value, HookPoint):
-                    yield (f"{path}.{attribute}" if path else attribute), value
+    def _points_now(self) -> Points:
+        points = self.__dict__.setdefault("_points", None)
+        if points is None or not points.hold(self):
+            points = self.__dict__["_points"] = Points(self, Hooked)
+        return points
 
     def resolve(self, query: Query | None) -> list[str]:
         """Return the full names of the hook points a query selects (see ``prisma_core.names``)."""
@@ -67,21 +76,59 @@ class Hooked(nn.Module):
 
         Raises:
             UnknownName: a name matches no hook point.
+            HookError: a hook cannot be called; or, on leaving the scope, passes of the model came to their end in it
+                and none went by a hook point that has a hook. For a tower's hook points it is the tower's own passes
+                that count, so a scope in which no pass ran to its end leaves in silence.
         """
-        return activate(Scope(edits=self._placed(hooks), backward=self._placed(backward)))
+        return self._hooked(hooks, backward)
 
-    def _placed(self, hooks: HookMapping | None) -> dict[HookPoint, tuple[tuple[Hook, HookContext], ...]]:
+    def _hooked(
+        self, hooks: HookMapping | None, backward: HookMapping | None, kwargs: Mapping[str, Any] | None = None
+    ) -> AbstractContextManager[None]:
+        edits, gradients = self._placed(hooks), self._placed(backward)
+        placed = [hook for at_point in (*edits.values(), *gradients.values()) for hook in at_point]
+        return self._watched(
+            Scope(edits=edits, backward=gradients),
+            {hook.at.name for hook in placed},
+            lambda: [hook.at.name for hook in placed if not hook.reached],
+            kwargs,
+        )
+
+    @contextmanager
+    def _watched(
+        self,
+        scope: Scope,
+        names: Collection[str],
+        unreached: Callable[[], list[str]],
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Generator[None]:
+        """Activate a scope, and refuse hook points that no pass in it went by.
+
+        Args:
+            names: the hook points that count.
+            unreached: those of them that were not reached, in the end.
+            kwargs: of the one pass that was to reach all of them; None where it is not known whether one ran.
+        """
+        owners = self._points_now().owners
+        passes = {path: Passes() for path in {owners[name] for name in names}}
+        scope.passes = {self.get_submodule(path): (each,) for path, each in passes.items()}
+        with activate(scope):
+            yield
+        refuse_unreached(
+            [name for name in unreached() if kwargs is not None or passes[owners[name]].ended], kwargs or {}
+        )
+
+    def _placed(self, hooks: HookMapping | None) -> dict[HookPoint, tuple[Placed, ...]]:
         points = self.hook_points()
-        placed: dict[HookPoint, tuple[tuple[Hook, HookContext], ...]] = {}
+        placed: dict[HookPoint, tuple[Placed, ...]] = {}
         given = cast(object, hooks)
         if not isinstance(given, Mapping | None):
             raise HookError(f"Expected hooks as {{name: hook}}, got {type(given).__name__}.")
         for query, hook in (hooks or {}).items():
-            if not callable(hook):
-                raise HookError(f"The hook for {query!r} is {type(hook).__name__}; expected hook(activation, at).")
+            check_hook(query, hook)
             for name in self.resolve([query]):
                 point = points[name]
-                placed[point] = (*placed.get(point, ()), (hook, HookContext(name, point.axes)))
+                placed[point] = (*placed.get(point, ()), Placed(hook, HookContext(name, point.axes)))
         return placed
 
     @contextmanager
@@ -111,15 +158,32 @@ class Hooked(nn.Module):
 
         Raises:
             UnknownName: a name matches no hook point.
-            HookError: a second pass runs in the scope.
+            HookError: a second pass runs in the scope; or, on leaving it, a pass came to its end without going by a
+                hook point that was asked for (see ``hooks``).
         """
+        wanted = self.resolve(names)
+        asked = () if names is None else wanted  # None means whatever the pass goes by
+        filling = self._filling(wanted, device=device, dtype=dtype, pos=pos, heads=heads, detach=detach)
+        with (
+            filling as cache,
+            self._watched(Scope(), asked, lambda: [each for each in asked if each not in cache.store]),
+        ):
+            yield cache
+
+    @contextmanager
+    def _filling(self, names: list[str], *, pos: Index | str | None = None, **how: Any) -> Generator[ActivationCache]:
         cache = ActivationCache({}, model=self, layout=self.only_layout, pos=pos)
-        captures = self._captures(cache, names, device=device, dtype=dtype, pos=pos, heads=heads, detach=detach)
-        with activate(Scope(captures=captures)):
+        with activate(Scope(captures=self._captures(cache, names, pos=pos, **how))):
             yield cache
 
     def _captures(
-        self, cache: ActivationCache, names: Query | None, *, pos: Index | str | None, heads: Index | None, **how: Any
+        self,
+        cache: ActivationCache,
+        names: list[str],
+        *,
+        pos: Index | str | None = None,
+        heads: Index | None = None,
+        **how: Any,
     ) -> dict[HookPoint, tuple[Keep, ...]]:
         if isinstance(pos, str):
             layout = self.layout_of()
@@ -128,10 +192,7 @@ class Hooked(nn.Module):
             subset = layout.slice(pos)
             pos = slice(subset.start, None) if subset.stop == layout.n_tokens else subset  # the picture may be larger
         points = self.hook_points()
-        return {
-            points[name]: (Keep(cache.store, name, cuts(points[name].axes, pos, heads), **how),)
-            for name in self.resolve(names)
-        }
+        return {points[name]: (Keep(cache.store, name, cuts(points[name].axes, pos, heads), **how),) for name in names}
 
     # ---------------------------------------------------------------- runs
 
@@ -148,13 +209,15 @@ class Hooked(nn.Module):
             UnknownName: a name matches no hook point.
             HookError: a hook returned something unusable, or its hook point was not reached.
         """
-        fired: set[str] = set()
-        watched = {**self._placed(hooks), **self._placed(backward)}
-        captures = {point: tuple(Note(fired, at.name) for _, at in placed) for point, placed in watched.items()}
-        with self.hooks(hooks, backward=backward), activate(Scope(captures=captures)):
-            output = self(*inputs, **kwargs)
-        all_reached([at.name for placed in watched.values() for _, at in placed], fired, kwargs)
-        return output
+        self._check_keywords(kwargs, self.run_with_hooks)
+        with self._hooked(hooks, backward, kwargs):
+            return self(*inputs, **kwargs)
+
+    def _check_keywords(self, given: Mapping[str, Any], method: Callable[..., Any] | None = None) -> None:
+        taken = keywords(self.forward)
+        if method is not None and taken is not None:
+            taken = [*named(method), *taken]
+        check_keywords(type(self).__name__ if method is None else method.__name__, given, taken)
 
     def run_with_cache(
         self,
@@ -187,6 +250,7 @@ class Hooked(nn.Module):
             UnknownName: a name matches no hook point.
             HookError: a hook point asked for was not reached.
         """
+        self._check_keywords(kwargs, self.run_with_cache)
         wanted = self.resolve(names)
         how: dict[str, Any] = {"device": device, "dtype": dtype, "pos": pos, "heads": heads}
         if loss is not None:
@@ -194,15 +258,15 @@ class Hooked(nn.Module):
                 raise HookError("A loss needs the output: leave output=True.")
             # Gradients are by what flows through the model, so cuts and casts come after the backward pass.
             in_graph = _leaves(self, wanted)
-            with torch.enable_grad(), self.hooks(hooks), in_graph, self.caching(wanted, detach=False) as raw:
+            with torch.enable_grad(), self.hooks(hooks), in_graph, self._filling(wanted, detach=False) as raw:
                 result = self(*inputs, **kwargs)
                 value = loss(result)
             cache = self._with_gradients(raw, value, how)
         else:
-            with self.hooks(hooks), self.caching(wanted, detach=detach, **how) as cache:
+            with self.hooks(hooks), self._filling(wanted, detach=detach, **how) as cache:
                 result = self(*inputs, **kwargs) if output else self._until(wanted, inputs, kwargs)
-        if names is not None:  # None means whatever the pass goes through
-            all_reached(wanted, cache.store.keys(), kwargs)
+        if names is not None:  # None means whatever the pass goes by
+            refuse_unreached([name for name in wanted if name not in cache.store], kwargs)
         cache.layout = self.layout_of(*(inputs or kwargs.values()))
         if cache.grad is not None:
             cache.grad.layout = cache.layout
@@ -241,7 +305,8 @@ def _owner(x: Tensor) -> int:
 def _leaves(model: Hooked, names: list[str]) -> AbstractContextManager[None]:
     """Make activations asked for part of a graph even where neither input nor weights need gradients."""
     points = model.hook_points()
-    return activate(Scope(edits={points[name]: ((_as_leaf, HookContext(name, points[name].axes)),) for name in names}))
+    edits = {points[name]: (Placed(_as_leaf, HookContext(name, points[name].axes)),) for name in names}
+    return activate(Scope(edits=edits))
 
 
 def _as_leaf(x: Tensor, at: HookContext) -> Tensor:

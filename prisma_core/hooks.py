@@ -7,6 +7,7 @@ the scope of the moment, so nothing is ever left on the model, threads do not se
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prisma_core.errors import HookError
 from prisma_core.names import layer_of
@@ -61,18 +62,81 @@ def _checked(value: object, given: Tensor, at: HookContext, what: str) -> Tensor
     return value
 
 
+class Placed:
+    """A hook at a hook point.
+
+    Attributes:
+        reached: whether a pass has come by.
+    """
+
+    def __init__(self, hook: Hook, at: HookContext):
+        self.hook = hook
+        self.at = at
+        self.reached = False
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        self.reached = True
+        if torch.compiler.is_compiling():
+            return self.hook(x, self.at)
+        try:
+            return self.hook(x, self.at)
+        except TypeError as error:
+            if error.__traceback__ is not None and error.__traceback__.tb_next is None:  # the call itself failed
+                told = f"The hook at {self.at.name} cannot be called as hook(activation, at)"
+                raise HookError(f"{told}: {error}") from error
+            error.add_note(f"in the hook at {self.at.name}")
+            raise
+        except Exception as error:
+            error.add_note(f"in the hook at {self.at.name}")
+            raise
+
+
+def check_hook(query: object, hook: object) -> None:
+    """Refuse what cannot be called as a hook is called.
+
+    Raises:
+        HookError: with what was given.
+    """
+    if not callable(hook):
+        raise HookError(f"The hook for {query!r} is {type(hook).__name__}; expected hook(activation, at).")
+    try:
+        signature = inspect.signature(hook)
+    except (TypeError, ValueError):  # written in C: the call will tell
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        name = getattr(hook, "__name__", type(hook).__name__)
+        raise HookError(
+            f"The hook for {query!r} is {name}{signature}; expected hook(activation, at), both by position: {error}."
+        ) from error
+
+
+class Passes:
+    """Whether a pass of one model came to its end in a scope."""
+
+    def __init__(self) -> None:
+        self.ended = False
+
+
 class Scope:
-    """What happens at which hook points while it is active: edits first, then gradient hooks, then captures."""
+    """What happens at which hook points while it is active: edits first, then gradient hooks, then captures.
+
+    Args:
+        passes: for models whose passes matter to whoever opened the scope, where to note that one ended.
+    """
 
     def __init__(
         self,
-        edits: Mapping[HookPoint, tuple[tuple[Hook, HookContext], ...]] | None = None,
+        edits: Mapping[HookPoint, tuple[Placed, ...]] | None = None,
         captures: Mapping[HookPoint, tuple[Capture, ...]] | None = None,
-        backward: Mapping[HookPoint, tuple[tuple[Hook, HookContext], ...]] | None = None,
+        backward: Mapping[HookPoint, tuple[Placed, ...]] | None = None,
+        passes: Mapping[nn.Module, tuple[Passes, ...]] | None = None,
     ):
         self.edits = dict(edits or {})
         self.captures = dict(captures or {})
         self.backward = dict(backward or {})
+        self.passes = dict(passes or {})
         self.points = {*self.edits, *self.captures, *self.backward}
 
     def inside(self, outer: Scope | None) -> Scope:
@@ -83,16 +147,17 @@ class Scope:
             _joined(outer.edits, self.edits),
             _joined(outer.captures, self.captures),
             _joined(outer.backward, self.backward),
+            _joined(outer.passes, self.passes),
         )
 
     def fire(self, point: HookPoint, x: Tensor) -> Tensor:
         edits = self.edits.get(point)
         if edits is not None:
-            for hook, at in edits:
+            for hook in edits:
                 # A copy of its own for each hook: an edit in place must not reach what other places or caches hold.
                 given = x.clone()
-                value = hook(given, at)
-                x = given if value is None else _checked(value, x, at, "activation")
+                value = hook(given)
+                x = given if value is None else _checked(value, x, hook.at, "activation")
             if self.captures:
                 x = x.clone()  # a hook may hold on to what it was given or returned, and a cache must not change
         backward = self.backward.get(point)
@@ -105,12 +170,12 @@ class Scope:
         return x
 
 
-def _joined(outer: Mapping[HookPoint, Any], inner: Mapping[HookPoint, Any]) -> dict[HookPoint, Any]:
-    return {**outer, **{point: outer.get(point, ()) + hooks for point, hooks in inner.items()}}
+def _joined(outer: Mapping[Any, Any], inner: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {**outer, **{place: outer.get(place, ()) + added for place, added in inner.items()}}
 
 
-def _with_gradient_hooks(x: Tensor, hooks: tuple[tuple[Hook, HookContext], ...]) -> Tensor:
-    at = hooks[0][1]
+def _with_gradient_hooks(x: Tensor, hooks: tuple[Placed, ...]) -> Tensor:
+    at = hooks[0].at
     if torch.compiler.is_compiling():
         raise HookError(f"A backward hook at {at.name} cannot run in a compiled model; run it eagerly.")
     if not torch.is_grad_enabled():
@@ -118,15 +183,16 @@ def _with_gradient_hooks(x: Tensor, hooks: tuple[tuple[Hook, HookContext], ...])
     if not x.requires_grad:
         x = x.detach().requires_grad_()
     y = x.view_as(x)  # a node of its own, so that hooks belong to this place and not to a shared tensor
-    for hook, at in hooks:
-        y.register_hook(partial(_gradient, hook=hook, at=at))
+    for hook in hooks:
+        hook.reached = True
+        y.register_hook(partial(_gradient, hook=hook))
     return y
 
 
-def _gradient(grad: Tensor, hook: Hook, at: HookContext) -> Tensor:
+def _gradient(grad: Tensor, hook: Placed) -> Tensor:
     given = grad.clone()
-    value = hook(given, at)
-    return given if value is None else _checked(value, grad, at, "gradient")
+    value = hook(given)
+    return given if value is None else _checked(value, grad, hook.at, "gradient")
 
 
 _ORDER = itertools.count()
@@ -177,6 +243,14 @@ class HookPoint:
 def unshared(x: Tensor) -> Tensor:
     """Return what passes between a model and its user: a copy where a scope may keep it, for the user may edit it."""
     return x if _ACTIVE.get() is None else x.clone()
+
+
+def ended(model: nn.Module) -> None:
+    """Note that a pass of a model came to its end."""
+    scope = _ACTIVE.get()
+    if scope is not None and model in scope.passes:
+        for passes in scope.passes[model]:
+            passes.ended = True
 
 
 @contextmanager

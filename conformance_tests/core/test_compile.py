@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -174,6 +176,34 @@ def test_what_cannot_be_compiled_is_an_error_not_a_silence(model, image):
     ):
         run(image)
     torch.testing.assert_close(run(image), model(image), **CLOSE)
+
+
+def test_a_scope_of_several_passes_shares_a_graph_and_tells_what_they_missed(model, image):
+    run = compiled(model)
+    with model.hooks({("z", 0): halve}):
+        outputs = [run(image + shift) for shift in range(3)]
+    assert graphs() == 1
+    for shift, output in enumerate(outputs):
+        wanted = model.run_with_hooks(image + shift, hooks={("z", 0): halve})
+        torch.testing.assert_close(output, wanted, **CLOSE)
+    with pytest.raises(HookError, match=r"blocks\.0\.attn\.hook_z was not reached"), model.hooks({"z": halve}):
+        run(image, stop_at_layer=0)
+    with pytest.raises(HookError, match="hook_logits was not reached"), model.caching("logits"):
+        run(image, stop_at_layer=0)
+
+
+def test_a_replaced_submodule_of_a_compiled_model(model, image):
+    run = compiled(model)
+    with model.hooks({("z", 0): halve}):
+        run(image)
+    model.blocks[0] = copy.deepcopy(model.blocks[0])
+    model.blocks[0].attn.W_O.mul_(2)
+    with model.hooks({("z", 0): halve}), model.caching("z") as cache:
+        output = run(image)
+    wanted, eager = model.run_with_cache(image, names="z", hooks={("z", 0): halve})
+    torch.testing.assert_close(output, wanted, **CLOSE)
+    torch.testing.assert_close(cache["z", 0], eager["z", 0], **CLOSE)
+    assert (wanted - model(image)).abs().max() > 1e-6
 
 
 def test_inductor(model, image):

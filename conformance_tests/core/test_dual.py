@@ -129,6 +129,23 @@ def test_two_towers_in_one_cache(dual: HookedDual) -> None:
 
 
 @torch.no_grad()
+def test_a_tower_by_itself_leaves_hooks_on_the_other_alone(dual: HookedDual) -> None:
+    image, tokens = inputs_of(dual)
+    seen: list[str] = []
+    with dual.hooks({"*": lambda x, at: seen.append(at.name)}), dual.caching(["resid_post", "hook_image_embed"]):
+        dual.encode_image(image)
+    assert {name.split(".")[0] for name in seen} == {"vision", "hook_image_embed"}
+    late = {("resid_post", -1): lambda x, at: None}  # of both towers
+    with (
+        pytest.raises(prisma.HookError, match=r"text\.blocks\.1\.hook_resid_post was not reached in this pass\. Ask"),
+        dual.hooks(late),
+    ):
+        dual.text(tokens, stop_at_layer=1)
+    with dual.vision.hooks(late):
+        dual(image, tokens)
+
+
+@torch.no_grad()
 def test_zero_shot_with_texts(dual: HookedDual) -> None:
     image, _ = inputs_of(dual)
     dual.tokenizer = lambda texts: torch.tensor([[len(t) % 50, 49, *[0] * 5] for t in texts])

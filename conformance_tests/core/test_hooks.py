@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
 
-from prisma_core import HookError, UnknownName
+from prisma_core import HookError, HookPoint, UnknownName
 from prisma_core.hooks import _ACTIVE
 
 
@@ -284,6 +286,127 @@ def test_two_threads_have_their_own_hooks(vit, image):
 def test_a_hook_that_is_never_reached_is_an_error(vit, image):
     with pytest.raises(HookError, match=r"blocks\.1\.attn\.hook_z was not reached"):
         vit.run_with_hooks(image, hooks={"z": lambda x, at: x}, stop_at_layer=1)
+
+
+def test_a_scope_tells_of_hook_points_that_its_passes_did_not_go_by(vit, make, image):
+    keep = {"z": lambda x, at: None}
+    stream = vit(image, stop_at_layer=1)
+    with pytest.raises(HookError, match=r"blocks\.1\.attn\.hook_z was not reached"), vit.hooks(keep):
+        vit(image, stop_at_layer=1)
+    with pytest.raises(HookError, match=r"blocks\.1\.attn\.hook_z was not reached"), vit.caching("z"):
+        vit(image, stop_at_layer=1)
+    with pytest.raises(HookError, match=r"hook_embed was not reached"), vit.hooks(backward={"embed": keep["z"]}):
+        vit(stream, start_at_layer=1)
+    with vit.hooks(keep):  # one pass of several is enough
+        vit(image, stop_at_layer=1)
+        vit(image)
+    with vit.caching() as cache:  # nothing was asked for by name
+        vit(image, stop_at_layer=1)
+    assert "blocks.1.attn.hook_z" not in cache
+    with vit.hooks(keep), vit.caching("q"):  # no pass at all, or of another model
+        make(seed=3)(image)
+    with vit.hooks({("z", 1): keep["z"]}), vit.caching(("z", 1)):  # a pass that is cut short knows no end
+        vit.run_with_cache(image, names=("z", 0), output=False)
+    assert _ACTIVE.get() is None
+
+
+def test_an_error_of_the_pass_is_not_hidden_by_what_it_did_not_reach(vit, image):
+    def work():
+        with vit.hooks({"z": lambda x, at: None}):
+            vit(image, stop_at_layer=1)
+            _ = 1 / 0
+
+    with pytest.raises(ZeroDivisionError):
+        work()
+
+
+def test_a_replaced_submodule_has_its_hooks_run(vit, image):
+    """Hook points are those of the modules of now, however often they were asked for before."""
+    named = list(vit.hook_points())
+    vit.blocks[1].attn = copy.deepcopy(vit.blocks[1].attn)
+    assert set(vit.hook_points()) == set(named)
+    plain = vit(image)
+    with vit.hooks({("z", 1): lambda x, at: 0 * x}):
+        assert not torch.equal(vit(image), plain)
+    vit.blocks[0] = copy.deepcopy(vit.blocks[1])
+    with vit.caching("resid_post") as cache:
+        vit(image)
+    assert len(cache) == 2
+    vit.blocks.append(copy.deepcopy(vit.blocks[1]))
+    _, cache = vit.run_with_cache(image, names=("z", 2))
+    assert list(cache) == ["blocks.2.attn.hook_z"]
+    del vit.blocks[2]
+    with pytest.raises(UnknownName):
+        vit.resolve("blocks.2.attn.hook_z")
+    plain = vit(image)
+    vit.blocks[0].attn.hook_z = HookPoint("batch pos head d_head", "z")
+    with vit.hooks({("z", 0): lambda x, at: 0 * x}):
+        assert not torch.equal(vit(image), plain)
+    vit.blocks[0].hook_mine = HookPoint("batch", "nothing")
+    assert "blocks.0.hook_mine" in vit.hook_points()
+    with pytest.raises(HookError, match=r"blocks\.0\.hook_mine was not reached"), vit.hooks({"mine": zero}):
+        vit(image)
+
+
+def test_a_submodule_replaced_within_a_scope_is_told(vit, image):
+    def work():
+        with vit.hooks({("z", 1): zero}):
+            vit.blocks[1] = copy.deepcopy(vit.blocks[1])
+            vit(image)
+
+    with pytest.raises(HookError, match=r"blocks\.1\.attn\.hook_z was not reached"):
+        work()
+
+
+def test_a_model_nobody_holds_is_gone_at_once(make):
+    """What is remembered about hook points does not hold the model: its memory is free without a garbage collector."""
+    model = make()
+    model.hook_points()
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+# -------------------------------------------------------------------- what goes wrong inside a hook
+
+
+def test_what_a_hook_raises_says_where(vit, image):
+    def broken(x, at):
+        raise ValueError("oh no")
+
+    with pytest.raises(ValueError, match="oh no") as caught:
+        vit.run_with_hooks(image, hooks={("z", 1): broken})
+    assert caught.value.__notes__ == ["in the hook at blocks.1.attn.hook_z"]
+    with pytest.raises(TypeError, match="NoneType") as caught:  # raised inside the hook: not about how it was called
+        vit.run_with_hooks(image, hooks={("z", 1): lambda x, at: x + None})
+    assert caught.value.__notes__ == ["in the hook at blocks.1.attn.hook_z"]
+    with vit.hooks(backward={("z", 0): broken}), pytest.raises(ValueError, match="oh no") as caught:
+        vit(image).sum().backward()
+    assert caught.value.__notes__ == ["in the hook at blocks.0.attn.hook_z"]
+
+
+@pytest.mark.parametrize(
+    ("hook", "told"),
+    [
+        (lambda x: x, r"The hook for 'z' is <lambda>\(x\); expected hook\(activation, at\)"),
+        (lambda x, at, more: x, "missing a required argument: 'more'"),
+        (lambda x, *, hook: x, "expected hook"),
+        (torch.nn.Identity().forward, r"forward\(input"),
+    ],
+)
+def test_a_hook_of_other_arguments_is_refused_before_the_pass(vit, hook, told):
+    for how in ({"hooks": {"z": hook}}, {"backward": {"z": hook}}):
+        with pytest.raises(HookError, match=told):
+            vit.hooks(**how)
+
+
+def test_a_hook_written_in_c_is_refused_when_it_is_called(vit, image):
+    with pytest.raises(HookError, match=r"blocks\.0\.attn\.hook_z cannot be called as hook\(activation, at\): relu"):
+        vit.run_with_hooks(image, hooks={("z", 0): torch.relu})
 
 
 # -------------------------------------------------------------------- gradients
