@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from prisma_core.adapter import Reader
+from prisma_core.adapter import MapAdapter, Reader
 from prisma_core.conformance import tolerances
 from prisma_core.conformance.registry import Finding, register
 from prisma_core.conformance.subject import Inputs, Subject, differentiable, worst
-from prisma_core.hookmap import Recorder
+from prisma_core.hookmap import INSIDE, HookMap, Recorder
 from prisma_core.zoo import tensors_of
 
 
@@ -74,8 +75,9 @@ def hooks(subject: Subject) -> Finding:
     problems = [f"{name}: {reason}" for name, reason in found.unread.items()]
     wrong = {name: error for name, error in found.errors.items() if not error <= tolerances.FLOAT64}
     problems += [f"{name} differs by {error:.1e}" for name, error in wrong.items()]
+    must = bool if isinstance(subject.adapter, MapAdapter) else _must_map
     # What an upstream cannot show (a norm's scale inside its kernel) is proven by algebra from what it can.
-    problems += [f"{name} is not in the hook map" for name in plain if name not in found.errors and _must_map(name)]
+    problems += [f"{name} is not in the hook map" for name in plain if name not in found.errors and must(name)]
     uncovered = sorted({_family(name) for name in plain if name not in found.errors})
     detail = f"{len(found.errors)} of {len(plain)} hook points compared"
     if uncovered:
@@ -104,22 +106,35 @@ def compare(subject: Subject) -> Comparison:
     """Return how far each mapped activation is from upstream's."""
     upstream, model = subject.pair()
     passes = subject.passes()
-    table = subject.adapter.hooks(Reader(upstream), subject.spec)
-    rows = table.bound(list(passes.acts))
-    with subject.adapter.explicit(upstream), Recorder(upstream, [row.place for row in rows]) as seen:
-        output = subject.forward(upstream, *passes.inputs)
     found = Comparison()
-    if "hook_logits" in passes.acts:  # the main output, wherever a case reads it
-        found.errors["hook_logits"] = worst(passes.acts["hook_logits"], output)
     order = {name: index for index, name in enumerate(model.hook_points())}
-    for row in sorted(rows, key=lambda row: order[row.hook]):
-        theirs = seen.get(row.place)
-        if theirs is None:
-            found.unread[row.hook] = f"upstream never passed {row.place}"
-        else:
-            error = worst(passes.acts[row.hook], row.read(theirs, table.sizes))
-            found.errors[row.hook] = max(error, found.errors.get(row.hook, 0.0))
+    for table, scope in _tables(subject, upstream):
+        sizes = {**table.sizes, "batch": len(passes.inputs[0])}
+        rows = [row for row in table.bound(list(passes.acts)) if row.place.side not in INSIDE]
+        with scope, Recorder(upstream, [row.place for row in rows]) as seen:
+            output = subject.forward(upstream, *passes.inputs)
+        if "hook_logits" in passes.acts:  # the main output, wherever a case reads it
+            found.errors["hook_logits"] = max(
+                worst(passes.acts["hook_logits"], output), found.errors.get("hook_logits", 0.0)
+            )
+        for row in sorted(rows, key=lambda row: order[row.hook]):
+            theirs = seen.get(row.place)
+            if theirs is None:
+                found.unread[row.hook] = f"upstream never passed {row.place}"
+            else:
+                error = worst(passes.acts[row.hook], row.read(theirs, sizes))
+                found.errors[row.hook] = max(error, found.errors.get(row.hook, 0.0))
     return found
+
+
+def _tables(subject: Subject, upstream: nn.Module) -> list[tuple[HookMap, AbstractContextManager[None]]]:
+    """Return which places to read, each table with the state upstream has to be in."""
+    adapter = subject.adapter
+    table = adapter.hooks(Reader(upstream), subject.spec)
+    if not isinstance(adapter, MapAdapter):
+        return [(table, adapter.explicit(upstream))]
+    # The model runs as upstream does: first the places where it does, then what opening a kernel is to equal.
+    return [(table, nullcontext()), (adapter.elsewhere(Reader(upstream)), adapter.explicit(upstream))]
 
 
 @register("parity.gradients", "gradients by the input and by every upstream weight equal upstream's, through the map")

@@ -10,14 +10,15 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, ver
 import torch
 from torch import nn
 
-from prisma_core.adapter import Adapter, qualified_name
-from prisma_core.conformance import algebra, audit, live, parity, running, tensors
+from prisma_core.adapter import Adapter, MapAdapter, qualified_name
+from prisma_core.conformance import algebra, audit, live, mapped, parity, running, tensors
 from prisma_core.conformance.case import Case, Pictures
 from prisma_core.conformance.registry import Check, NotApplicable, select
 from prisma_core.conformance.results import Certificate, CheckResult, Report
 from prisma_core.conformance.subject import Subject
 from prisma_core.errors import PrismaError, UnsupportedArchitecture
 from prisma_core.hooked import Hooked
+from prisma_core.mapped import HookedUpstream
 from prisma_core.plugins import host
 from prisma_core.sources import Loaded
 from prisma_core.transformer import Canonical
@@ -79,7 +80,7 @@ def run_check(one: Check, subject: Subject) -> CheckResult:
     if reason := subject.case.skips.get(one.name):
         return CheckResult(name=one.name, passed=False, skipped=reason)
     try:
-        found = one.run(subject)
+        found = mapped.run(one, subject) if isinstance(subject.adapter, MapAdapter) else one.run(subject)
     except NotApplicable as reason:
         return CheckResult(name=one.name, passed=False, skipped=str(reason))
     except Exception as problem:  # noqa: BLE001  # whatever a broken adapter or model raises is the finding
@@ -182,7 +183,7 @@ def _rebuilt(model: Canonical, upstream: nn.Module | None) -> nn.Module:
     """Return an upstream module with the hooked model's present weights."""
     if upstream is not None:
         built = copy.deepcopy(upstream)
-    elif model.origin is None or model.reference is None or model.reference.startswith("file:"):
+    elif not _known(model) or model.reference is None or model.reference.startswith("file:"):
         raise PrismaError(
             "This hooked model does not know its upstream module. Give it: check(model, upstream=module); "
             "or check the upstream module itself."
@@ -192,6 +193,10 @@ def _rebuilt(model: Canonical, upstream: nn.Module | None) -> nn.Module:
         built = host().source(source).load(rest, pretrained=False).model
     built.load_state_dict(export(model), strict=True)
     return built
+
+
+def _known(model: Canonical) -> bool:
+    return model.origin is not None or isinstance(model, HookedUpstream)
 
 
 def _version(library: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -15,6 +16,7 @@ from prisma_core.adapter import Adapter, Reader
 from prisma_core.conformance.case import Case
 from prisma_core.conformance.randomise import randomise
 from prisma_core.errors import PrismaError
+from prisma_core.mapped import HookedUpstream
 from prisma_core.spec import AnySpec
 from prisma_core.transformer import Canonical, HookedViT
 from prisma_core.transformer.canonical import Size
@@ -156,7 +158,11 @@ class Subject:
         return self._passes
 
     def facts(self) -> str:
-        """Return a digest of the spec with its sizes left out."""
+        """Return a digest of the spec with its sizes left out; where there is none, of the kinds of hook points."""
+        model = self.pair().model
+        if isinstance(model, HookedUpstream):
+            kinds = {re.sub(r"\d+", "", f"{name} {point.axes}") for name, point in model.hook_points().items()}
+            return hashlib.sha256("\n".join(sorted(kinds)).encode()).hexdigest()[:12]
         return facts_of(self.spec)
 
 

@@ -19,9 +19,9 @@ from prisma_core.zoo import export, tensors_of
 @torch.no_grad()
 def accounted(subject: Subject) -> Finding:
     upstream = subject.upstream()
-    before, state = _fingerprint(upstream), {name: tensor.clone() for name, tensor in tensors_of(upstream).items()}
+    before, state = fingerprint(upstream), {name: tensor.clone() for name, tensor in tensors_of(upstream).items()}
     model = subject.make(subject.adapter, upstream)
-    problems = [f"adapting changed {what}" for what in _changes(upstream, before, state)]
+    problems = [f"adapting changed {what}" for what in changes(upstream, before, state)]
     for name, tensor in tensors_of(model).items():
         if tensor.is_meta:
             problems.append(f"{name} was never filled")
@@ -64,7 +64,7 @@ def _filled_at_random(subject: Subject) -> list[str]:
     return [f"{name} is filled at random" for name, tensor in made[0].items() if not torch.equal(tensor, made[1][name])]
 
 
-def _fingerprint(upstream: nn.Module) -> dict[str, object]:
+def fingerprint(upstream: nn.Module) -> dict[str, object]:
     """Return everything simple about every module: flags, sizes, hooks."""
     plain = (bool, int, float, str, tuple, type(None))
     found: dict[str, object] = {}
@@ -77,8 +77,8 @@ def _fingerprint(upstream: nn.Module) -> dict[str, object]:
     return found
 
 
-def _changes(upstream: nn.Module, before: dict[str, object], state: dict[str, Tensor]) -> list[str]:
-    after = _fingerprint(upstream)
+def changes(upstream: nn.Module, before: dict[str, object], state: dict[str, Tensor]) -> list[str]:
+    after = fingerprint(upstream)
     changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     now = tensors_of(upstream)
     changed += [name for name, tensor in state.items() if name not in now or not torch.equal(tensor, now[name])]
