@@ -23,26 +23,31 @@ from prisma_core.transformer.block import Block, SideBySide
 @register("algebra", "each activation is what its equation makes of the others, and the parts sum to the logits")
 @torch.no_grad()
 def algebra(subject: Subject) -> Finding:
-    model, passes = subject.pair().model, subject.passes()
-    # One bad claim must not hide another, and a claim about activations that are not there proves nothing.
-    errors: dict[str, float] = {}
-    claimed: set[str] = set()
-    for held, made in (
-        (passes.acts, _model(model, Acts(passes.acts), passes.inputs)),
-        (_asked(model, passes.inputs), _derived(model, passes.acts)),
-    ):
-        for point, equation, value in made:
-            claimed.add(point)
-            claim = f"{point} = {equation}"
-            errors[claim] = max(errors.get(claim, 0.0), worst(held[point], value))
-    bound = tolerances.routes(subject.spec)
-    problems = [f"{claim}: off by {error:.1e}" for claim, error in errors.items() if not error <= bound]
-    problems += [f"{point} is in no hook map and no equation" for point in _unproven(subject, claimed)]
+    passes, bound = subject.passes(), tolerances.routes(subject.spec)
+    errors = equations(subject.pair().model, passes.inputs, passes.acts)
+    problems = [f"{point} = {equation}: off by {e:.1e}" for (point, equation), e in errors.items() if not e <= bound]
+    problems += [f"{point} is in no hook map and no equation" for point in _unproven(subject, {p for p, _ in errors})]
     if not errors and not problems:
         raise NotApplicable("no equation speaks of these hook points: all are compared with upstream")
-    kinds = {_family(claim) for claim in errors}
+    kinds = {_family(f"{point} = {equation}") for point, equation in errors}
     error = max(errors.values(), default=0.0)
     return Finding(error, bound, tuple(problems), f"{len(errors)} equations of {len(kinds)} kinds")
+
+
+def equations(model: Canonical, inputs: Inputs, acts: dict[str, Tensor]) -> dict[tuple[str, str], float]:
+    """Return how far each hook point is from what each equation makes of the others.
+
+    Args:
+        model, inputs: of the pass.
+        acts: all of its activations but the derived ones.
+    """
+    # One bad claim must not hide another, and a claim about activations that are not there proves nothing.
+    errors: dict[tuple[str, str], float] = {}
+    asked = _asked(model, inputs)
+    for held, made in ((acts, _model(model, Acts(acts), inputs)), (asked, _derived(model, acts) if asked else ())):
+        for point, equation, value in made:
+            errors[point, equation] = max(errors.get((point, equation), 0.0), worst(held[point], value))
+    return errors
 
 
 def _asked(model: Canonical, inputs: Inputs) -> dict[str, Tensor]:
