@@ -119,6 +119,8 @@ class ActivationCache(Decompositions, Mapping[str, Tensor]):
     def patches(self, query: str, layer: int | None = None, *, axis: str | None = None) -> Tensor:
         """Return an activation of the patches as a grid: ``[batch row column d_model]`` of ``[batch pos d_model]``.
 
+        Of a video: ``[batch frame row column d_model]``.
+
         Args:
             query: full name or shorthand.
             layer: the layer of a shorthand.
@@ -133,6 +135,22 @@ class ActivationCache(Decompositions, Mapping[str, Tensor]):
         if kept not in (every, every[layout.slice("patches")]):
             raise InputError(f"The cache holds {len(kept)} of {layout.n_tokens} tokens, and not all patches.")
         return layout.grid(x, index)
+
+    def frame(self, index: int, query: str, layer: int | None = None, *, axis: str | None = None) -> Tensor:
+        """Return an activation of one frame's patches as a grid: ``[batch row column d_model]``.
+
+        Args:
+            index: the frame of patches; negative ones count from the end. Each spans the frames of one tubelet.
+            query, layer, axis: as for ``patches``.
+
+        Raises:
+            UnknownName: there is no such frame.
+            InputError: the cache does not hold all of its patches.
+        """
+        rows, columns = self._layout().rows, self._layout().columns
+        return self._subset(
+            f"frame {index}", query, layer, axis, lambda x, place: torch.unflatten(x, place, (rows, columns))
+        )
 
     def cls(self, query: str, layer: int | None = None, *, axis: str | None = None) -> Tensor:
         """Return an activation at the class token, its token axis gone: ``[batch d_model]``.

@@ -148,8 +148,8 @@ class Hooked(nn.Module):
             names: which activations (see ``prisma_core.names``); None for all that are not derived.
             device: where to keep them; default where they are.
             dtype: what to keep them as; default as they are.
-            pos: token positions to keep, or a subset of the layout (``"cls"``, ``"registers"``, ``"patches"``); of
-                patterns and scores, the query positions. Axes stay: ``pos=0`` keeps one token.
+            pos: token positions to keep, or a subset of the layout (``"cls"``, ``"registers"``, ``"patches"``,
+                ``"frame 3"``); of patterns and scores, the query positions. Axes stay: ``pos=0`` keeps one token.
             heads: heads to keep. Axes stay.
             detach: False keeps the autograd graph.
 
@@ -190,7 +190,7 @@ class Hooked(nn.Module):
             if layout is None:
                 raise HookError(f"This model has no token layout, so pos={pos!r} means nothing; give positions.")
             subset = layout.slice(pos)
-            pos = slice(subset.start, None) if subset.stop == layout.n_tokens else subset  # the picture may be larger
+            pos = slice(subset.start, None) if pos in ("patches", "all") else subset  # the picture may be larger
         points = self.hook_points()
         return {points[name]: (Keep(cache.store, name, cuts(points[name].axes, pos, heads), **how),) for name in names}
 
@@ -252,6 +252,8 @@ class Hooked(nn.Module):
         """
         self._check_keywords(kwargs, self.run_with_cache)
         wanted = self.resolve(names)
+        if isinstance(pos, str) and pos.startswith("frame ") and (layout := self.layout_of(*inputs)) is not None:
+            pos = layout.slice(pos)  # how many patches a frame has depends on the input
         how: dict[str, Any] = {"device": device, "dtype": dtype, "pos": pos, "heads": heads}
         if loss is not None:
             if not output:

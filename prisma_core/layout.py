@@ -40,11 +40,15 @@ class TokenLayout(BaseModel):
         return self.n_prefix + self.n_patches
 
     def slice(self, subset: str) -> slice:
-        """Return the positions of a subset: cls, distillation, registers, prefix, patches or all.
+        """Return the positions of a subset: cls, distillation, registers, prefix, patches, all, or one ``frame 3``.
+
+        Frames are those of patches, counted from 0; negative ones count from the end.
 
         Raises:
-            UnknownName: the subset is none of these.
+            UnknownName: the subset is none of these, or there is no such frame.
         """
+        if subset.startswith("frame "):
+            return self._frame(subset)
         registers = self.cls + self.distillation
         subsets = {
             "cls": slice(0, self.cls),
@@ -57,6 +61,13 @@ class TokenLayout(BaseModel):
         if subset not in subsets:
             raise UnknownName(f"No token subset {subset!r}; there are {', '.join(subsets)}.{suggest(subset, subsets)}")
         return subsets[subset]
+
+    def _frame(self, subset: str) -> slice:
+        number, size = subset.removeprefix("frame "), self.rows * self.columns
+        if not number.lstrip("-").isdecimal() or not -self.frames <= int(number) < self.frames:
+            raise UnknownName(f"No {subset!r}: frames of patches run from 0 to {self.frames - 1}.")
+        first = self.n_prefix + int(number) % self.frames * size
+        return slice(first, first + size)
 
     def grid(self, x: Shaped[Tensor, " ..."], axis: int = 1) -> Shaped[Tensor, " ..."]:
         """Return the patches of ``x`` with the ``pos`` axis unfolded to rows and columns.
