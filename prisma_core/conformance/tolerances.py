@@ -7,7 +7,7 @@ from typing import Final, cast
 
 import torch
 
-from prisma_core.spec import Facts, NormSpec
+from prisma_core.spec import Facts, NormSpec, RopeSpec
 
 # float64 keeps 16 digits and two blocks lose about two of them. A wrong eps of 1e-6 moves logits by 1e-7 or more, and
 # tanh instead of erf in the activation by 1e-4, so everything that is a mistake stays far above this.
@@ -22,25 +22,25 @@ GRADIENT: Final = 1e-9
 OWN_ERROR_FACTOR: Final = 2.0
 
 
-# Two routes to one number through a norm that rounds to float32, whatever comes in, differ by that rounding (1e-7), and
+# Two routes to one number through a norm or a rotation that rounds to float32, whatever comes in, differ by that rounding (1e-7), and
 # scales vary little about a mean, so that in units of their standard deviation it counts ten times and more.
-_FLOAT32_NORMS: Final = 1e-5
+_IN_FLOAT32: Final = 1e-5
 
 
 def routes(spec: Facts) -> float:
     """Return how far two ways of computing the same number in float64 may differ."""
-    return _FLOAT32_NORMS if any(norm.in_float32 for norm in _norms(spec)) else FLOAT64
+    return _IN_FLOAT32 if any(part.in_float32 for part in _rounding(spec)) else FLOAT64
 
 
-def _norms(facts: object) -> Iterator[NormSpec]:
-    if isinstance(facts, NormSpec):
+def _rounding(facts: object) -> Iterator[NormSpec | RopeSpec]:
+    if isinstance(facts, NormSpec | RopeSpec):
         yield facts
     elif isinstance(facts, Facts):
         for _, value in facts:
-            yield from _norms(value)
+            yield from _rounding(value)
     elif isinstance(facts, tuple):
         for value in cast("tuple[object, ...]", facts):
-            yield from _norms(value)
+            yield from _rounding(value)
 
 
 def rounding(dtype: torch.dtype) -> float:

@@ -20,11 +20,19 @@ class NormSpec(Facts):
 
     Attributes:
         in_float32: computed in float32 whatever comes in, even float64.
+        weight_in_float32: so is the product with the weight; False: that follows in the dtype that came in.
     """
 
     kind: Literal["ln", "rms"] = "ln"
     eps: float = Field(gt=0)
     in_float32: bool = False
+    weight_in_float32: bool = True
+
+    @model_validator(mode="after")
+    def _weight_last(self) -> NormSpec:
+        if not self.weight_in_float32 and (self.kind != "rms" or not self.in_float32):
+            raise ValueError("weight_in_float32=False goes with a root mean square norm in float32")
+        return self
 
 
 class RopeGrid(Facts):
@@ -77,12 +85,14 @@ class RopeSpec(Facts):
         layout: which channels turn together: neighbours, or the two halves of a head.
         per_layer: the tables have a layer axis.
         per_head: the tables have a head axis.
+        in_float32: queries and keys are turned in float32 whatever they are, even float64.
         grid: how to make tables for another image size; None if the size is fixed.
     """
 
     layout: Literal["interleaved", "half"]
     per_layer: bool = False
     per_head: bool = False
+    in_float32: bool = False
     grid: RopeGrid | RopeCount | None = None
 
 

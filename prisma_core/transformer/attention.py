@@ -45,6 +45,7 @@ class Attention(nn.Module):
         super().__init__()
         self.spec = spec
         self.rope_layout: Layout | None = rope.layout if rope else None
+        self.rope_in_float32 = rope is not None and rope.in_float32
         heads, kv_heads, width = spec.n_heads, spec.n_kv_heads, spec.d_head
         self.sizes = [heads * width, kv_heads * width, kv_heads * width]
         self.qkv = nn.Linear(d_model, sum(self.sizes))
@@ -143,8 +144,8 @@ class Attention(nn.Module):
         q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
         if rope is not None and self.rope_layout is not None:
-            q = self.hook_rot_q(rotate(q, rope.cos, rope.sin, self.rope_layout))
-            k = self.hook_rot_k(rotate(k, rope.cos, rope.sin, self.rope_layout))
+            q = self.hook_rot_q(rotate(q, rope.cos, rope.sin, self.rope_layout, self.rope_in_float32))
+            k = self.hook_rot_k(rotate(k, rope.cos, rope.sin, self.rope_layout, self.rope_in_float32))
         z = self.hook_z(self._attend(q, k, v, mask))
         flat = self.ln(z.flatten(2))
         if self.hook_result.wanted:

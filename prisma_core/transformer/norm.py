@@ -49,13 +49,20 @@ class Norm(nn.Module):
         if self.spec.kind == "ln":
             return F.layer_norm(given, (self.width,), weight, bias, self.spec.eps).type_as(x)
         if self.spec.in_float32:
-            return (given * self._inverse(given) * weight).type_as(x)
+            return self._weighted(given * self._inverse(given), x)
         return F.rms_norm(x, (self.width,), weight, self.spec.eps)
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         if not self.spec.in_float32:
             return x, self.weight, self.bias
         return x.float(), self.weight.float(), None if self.bias is None else self.bias.float()
+
+    def _weighted(self, scaled: Tensor, x: Tensor) -> Tensor:
+        _, weight, bias = self._operands(x)
+        if not self.spec.weight_in_float32:
+            scaled, weight = scaled.type_as(x), self.weight
+        scaled = scaled * weight
+        return (scaled if bias is None else scaled + bias).type_as(x)
 
     def _inverse(self, centred: Tensor) -> Tensor:
         return torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + self.spec.eps)
@@ -71,11 +78,10 @@ class Norm(nn.Module):
         return self.fused(x)
 
     def _explicit(self, x: Tensor) -> Tensor:
-        given, weight, bias = self._operands(x)
+        given, _, _ = self._operands(x)
         centred = given - given.mean(-1, keepdim=True) if self.spec.kind == "ln" else given
         scale = self.hook_scale(self._inverse(centred).type_as(x).reciprocal())
-        scaled = centred * scale.reciprocal().type_as(given) * weight
-        return (scaled if bias is None else scaled + bias).type_as(x)
+        return self._weighted(centred * scale.reciprocal().type_as(given), x)
 
 
 def norm_or_identity(spec: NormSpec | None, width: int, axes: str = "batch pos d_model") -> Norm | nn.Identity:

@@ -19,12 +19,15 @@ def rotate(
     cos: Float[Tensor, " pos #head d_head"],
     sin: Float[Tensor, " pos #head d_head"],
     layout: Layout,
+    in_float32: bool = False,
 ) -> Float[Tensor, "batch pos head d_head"]:
-    """Turn pairs of channels of queries or keys.
+    """Turn pairs of channels of queries or keys; ``in_float32``: whatever they are, and back to that.
 
     Layout: ``x [batch pos head d_head]``; tables ``[pos 1 d_head]`` or ``[pos head d_head]``.
     Source: RoFormer (Su et al. 2021), equation 34.
     """
+    if in_float32:
+        return rotate(x.float(), cos.float(), sin.float(), layout).type_as(x)
     if layout == "half":
         first, second = x.chunk(2, dim=-1)
         turned = torch.cat([-second, first], dim=-1)
