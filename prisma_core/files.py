@@ -16,10 +16,14 @@ from torch import Tensor
 from prisma_core.errors import LoadError
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+def read_checkpoint(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
     """Return the tensors of a ``.safetensors`` file or of a file that ``torch.save`` wrote.
 
     Nothing in the file is run. A state dict that lies one level down (``{"model": ..., "epoch": ...}``) is found.
+
+    Args:
+        path: the file.
+        key: which state dict to take where several lie one level down.
 
     Raises:
         LoadError: there is no such file, it is truncated or corrupt, it wants to run code, or it holds no state dict.
@@ -29,7 +33,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         raise LoadError(f"{path} is a folder; expected a file of weights." if path.is_dir() else f"No file at {path}.")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    return _state_dict(_unpickled(path), path)
+    return _state_dict(_unpickled(path), path, key)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -61,15 +65,18 @@ def _unpickled(path: Path) -> object:
         raise LoadError(f"{path} is not a readable checkpoint: is it truncated, or no file of torch.save?") from error
 
 
-def _state_dict(value: object, path: Path) -> dict[str, Tensor]:
+def _state_dict(value: object, path: Path, key: str | None) -> dict[str, Tensor]:
     if _is_state(value):
         return dict(cast("Mapping[str, Tensor]", value))
     inside: Mapping[Any, object] = cast("Mapping[Any, object]", value) if isinstance(value, Mapping) else {}
     found = {str(key): part for key, part in inside.items() if _is_state(part)}
-    if len(found) == 1:
-        return dict(cast("Mapping[str, Tensor]", next(iter(found.values()))))
+    if len(found) == 1 or key in found:
+        return dict(cast("Mapping[str, Tensor]", found.get(key or "", next(iter(found.values())))))
     if found:
-        raise LoadError(f"{path} holds {len(found)} state dicts ({', '.join(found)}): keep one of them in the file.")
+        lacks = f", and none named {key!r}" if key else ""
+        raise LoadError(
+            f"{path} holds {len(found)} state dicts ({', '.join(found)}){lacks}: keep one of them in the file."
+        )
     raise LoadError(
         f"{path} holds a {type(cast(object, value)).__name__} without a state dict: expected tensors by name."
     )
