@@ -123,7 +123,7 @@ def center_writing_weights(spec: ModelSpec, state: State) -> dict[str, Tensor]:
     if spec.ln_pre is None:
         projected = spec.embed.stem == "conv" and spec.embed.norm is None
         written += [("embed.proj.weight", 0), ("embed.proj.bias", 0)] if projected else []
-        written += [("embed.prefix", 1), ("embed.pos_embed", 1)]
+        written += [(f"embed.{table}", 1) for table in ("prefix", "pos_embed", "pos_rows", "pos_columns")]
     for block in _blocks(spec):
         for side in block.sides():
             for out in (f"{side.attn}.out", *([f"{side.mlp}.fc_out"] if block.spec.mlp is not None else [])):

@@ -33,6 +33,7 @@ def build(
     ln_final: bool = True,
     ln_pool: bool = False,
     pos: bool = True,
+    factorized: bool = False,
     pool: str = "token",
     with_prefix: bool = False,
     scale: bool = False,
@@ -77,7 +78,10 @@ def build(
             "d_model": 18,
             "image_size": (8, 12),
             "embed": EmbedSpec(
-                patch=(4, 4), in_channels=3, pos=pos, interpolation=Interpolation() if interpolation else None
+                patch=(4, 4),
+                pos=pos,
+                pos_factorized=factorized,
+                interpolation=Interpolation() if interpolation else None,
             ),
             "layout": TokenLayout(cls=cls, distillation=distillation, registers=registers, rows=2, columns=3),
             "blocks": tuple(BlockSpec(**block) for _ in range(layers)),
@@ -115,24 +119,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all tokens": {"pool": "none", "ln_pool": True},
     "rms, glu": {"norm": RMS, "gated": True},
     "no norms at all": {"norm": None, "ln_final": False},
-    "res_post": {"kind": "res_post"},
+    "res_post": {"kind": "res_post", "scale": True},
     "res_post without norm": {"kind": "res_post", "norm": None},
-    "parallel": {"kind": "parallel", "scale": True},
+    "parallel": {"kind": "parallel", "scale": True, "gated": True},
     "side by side": {"n_parallel": 2, "scale": True},
     "attention only, grouped": {"mlp": False, "kv_heads": 2},
     "two heads": {"distillation": 1},
     "inner norms": {"inner_norm": True},
     "rope, qk_norm, bias": {"rope": True, "qk_norm": True, "attn_bias": True},
 }
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> Iterator[None]:
-    """Models this small only lose time to threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -1,18 +1,25 @@
 """What the docs say is true: code runs, generated pages are up to date, links and commands exist, names are documented.
 
 Every ``python`` block of a page runs, in order, in one namespace, without a network. A block whose first line is
-``# NAME.py`` is written to that file, which the blocks behind it may import; a ``toml`` block with entry points is
-installed. A block whose first line is ``# needs the network`` is skipped, and counted so.
+``# NAME.py`` is written to that file, which the blocks behind it may import; a ``diff`` block changes such a file; a
+``toml`` block with entry points is installed. A block whose first line is ``# needs the network`` is skipped, and counted
+so.
+
+A ``text`` block right behind a ``python`` or ``bash`` block is what that block prints: ``...`` stands for anything, and
+numbers with an exponent for any such number. Only ``bash`` blocks with such a ``text`` block are run, in this process:
+``prisma``, ``cd``, and ``pip install -e .``.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import os
 import re
+import shlex
 import socket
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +31,12 @@ from PIL import Image
 
 import prisma_core as prisma
 from prisma_core import hookspecs, plugins
-from prisma_core.cli import build
+from prisma_core.cli import build, main
 from prisma_core.plugins import Host
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("plugin/*.md"))]
 FENCE = re.compile(r"^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 NETWORK = "# needs the network\n"
 
@@ -39,10 +47,17 @@ class Block(NamedTuple):
     language: str
     text: str
     online: bool
+    shown: str | None
 
 
 def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
+    matches = list(FENCE.finditer(text))
+    shown = {
+        one.end(): two["text"]
+        for one, two in itertools.pairwise(matches)
+        if two["language"] == "text" and not text[one.end() : two.start()].strip()
+    }
     return [
         Block(
             page,
@@ -50,8 +65,9 @@ def blocks(page: Path) -> list[Block]:
             match["language"],
             match["text"],
             match["text"].startswith(NETWORK),
+            shown.get(match.end()),
         )
-        for match in FENCE.finditer(text)
+        for match in matches
     ]
 
 
@@ -59,15 +75,7 @@ ALL = [block for page in PAGES for block in blocks(page)]
 
 
 @pytest.fixture
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are tiny, and other workers run beside this one
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def prepared(_one_thread: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to work in, with two pictures, no network and a host of its own."""
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
@@ -102,25 +110,92 @@ def _installed(text: str, folder: Path) -> None:
     (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
 
 
+class Reading:
+    """A reader who does what a page says, in a folder of one's own."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        self.folder = folder
+        self.monkeypatch = monkeypatch
+        self.namespace: dict[str, Any] = {"__name__": "__docs__"}
+
+    def forget(self) -> None:
+        """Forget what was imported from the folder, and which plugins there are: its files have changed."""
+        for name, module in list(sys.modules.items()):
+            if str(self.folder) in str(getattr(module, "__file__", "")):
+                self.monkeypatch.delitem(sys.modules, name)
+        self.monkeypatch.setattr(plugins, "_host", None)
+        importlib.invalidate_caches()
+
+    def follow(self, block: Block) -> None:
+        if block.language == "toml" and "entry-points" in block.text:
+            _installed(block.text, self.folder)
+        elif block.language == "diff":
+            self._change(block.text)
+        elif block.language == "bash" and block.shown is not None:
+            for line in block.text.splitlines():
+                self._type(shlex.split(line))
+        elif block.language == "python" and not block.online:
+            if name := re.match(r"# ([\w/]+\.py)\n", block.text):
+                Path(name[1]).write_text(block.text)
+                self.forget()
+            else:
+                code = compile("\n" * block.line + block.text, str(block.page.relative_to(ROOT)), "exec")
+                exec(code, self.namespace)
+
+    def _type(self, words: list[str]) -> None:
+        if words[0] == "cd":
+            self.monkeypatch.chdir(words[1])
+        elif words[:3] == ["pip", "install", "-e"]:
+            _installed(Path("pyproject.toml").read_text(), self.folder)
+            self.monkeypatch.syspath_prepend(os.getcwd())
+            self.forget()
+        else:
+            assert words[0] == "prisma", f"only prisma, cd and pip install -e can be followed, not {words}"
+            main(words[1:])
+
+    def _change(self, text: str) -> None:
+        name, *lines = text.splitlines()
+        path = Path(name.removeprefix("--- "))
+        gone, came = ("".join(f"{line[1:]}\n" for line in lines if line[0] in kinds) for kinds in (" -", " +"))
+        before = path.read_text()
+        assert before.count(gone) == 1, f"{path} does not hold these lines once:\n{gone}"
+        path.write_text(before.replace(gone, came))
+        self.forget()
+
+
+def _like(shown: str) -> re.Pattern[str]:
+    lines = [
+        "(?:.*\n)*?"
+        if line == "..."
+        else re.sub(r"\d(?:\\\.\d+)?e(?:\\-|\+|\\\+)\d\d", r"\\d(?:\\.\\d+)?e[+-]\\d\\d", re.escape(line)).replace(
+            r"\.\.\.", ".*"
+        )
+        + "\n"
+        for line in _squeezed(shown)
+    ]
+    return re.compile("".join(lines))
+
+
+def _squeezed(text: str) -> list[str]:
+    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
-def test_the_code_of_a_page_runs(page: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = set(sys.modules)
-    namespace: dict[str, Any] = {"__name__": "__docs__"}
+def test_the_code_of_a_page_runs(
+    page: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reading = Reading(prepared, monkeypatch)
     try:
         for block in blocks(page):
-            if block.language == "toml" and "entry-points" in block.text:
-                _installed(block.text, prepared)
-            if block.language != "python" or block.online:
-                continue
-            if name := re.match(r"# (\w+\.py)\n", block.text):
-                (prepared / name[1]).write_text(block.text)
-                continue
-            code = compile("\n" * block.line + block.text, str(page.relative_to(ROOT)), "exec")
-            exec(code, namespace)
+            capsys.readouterr()
+            reading.follow(block)
+            if block.shown is not None and not block.online:
+                printed = capsys.readouterr()
+                lines = [*_squeezed(printed.out), *_squeezed(printed.err)]
+                told = "".join(f"{line}\n" for line in lines)
+                assert _like(block.shown).fullmatch(told), f"line {block.line} of {page.name} prints:\n{told}"
     finally:
-        for name in set(sys.modules) - before:
-            if str(prepared) in str(getattr(sys.modules[name], "__file__", "")):
-                monkeypatch.delitem(sys.modules, name)
+        reading.forget()
 
 
 @pytest.mark.parametrize(
@@ -190,7 +265,7 @@ def test_every_public_name_is_in_the_reference() -> None:
 
 
 def test_every_plugin_hook_is_documented_and_documented_hooks_exist() -> None:
-    text = (ROOT / "docs" / "write-a-plugin.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "plugin" / "reference.md").read_text(encoding="utf-8")
     hooks = {name for name in vars(hookspecs) if name.startswith("prisma_")}
     assert hooks == {"prisma_sources", "prisma_adapters", "prisma_cases", "prisma_commands"}
     assert set(re.findall(r"`(prisma_(?:sources|adapters|cases|commands)\w*)\b", text)) == hooks

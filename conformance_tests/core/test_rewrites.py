@@ -15,6 +15,8 @@ from prisma_core.rewrites import (
     rewrite,
 )
 
+from .conftest import VARIANTS
+
 REWRITES = [
     fold_layer_norm,
     fold_layer_scale,
@@ -22,30 +24,13 @@ REWRITES = [
     fold_value_biases,
     refactor_factored_attn_matrices,
 ]
-RMS = {"kind": "rms", "eps": 1e-2}
-
 FACTS = {
-    "plain": {},
-    "layer scale, registers": {"scale": True, "registers": 2},
-    "ln_pre": {"ln_pre": True},
-    "no positions": {"pos": False},
-    "mean of patches": {"pool": "avg", "registers": 1},
-    "mean of all, both norms": {"pool": "avg", "with_prefix": True, "ln_pool": True},
-    "ln after pool": {"pool": "avg", "ln_final": False, "ln_pool": True, "cls": 0},
-    "all tokens": {"pool": "none", "ln_pool": True},
-    "rms, glu": {"rms": True, "gated": True},
-    "no norms at all": {"norm": None, "ln_final": False},
-    "res_post": {"kind": "res_post", "scale": True},
-    "res_post without norm": {"kind": "res_post", "norm": None},
-    "parallel": {"kind": "parallel", "scale": True, "gated": True},
-    "side by side": {"n_parallel": 2, "scale": True},
-    "attention only, grouped": {"mlp": False, "kv_heads": 2},
-    "two heads": {"distillation": 1},
-    "inner norms": {"inner_norm": True},
+    **VARIANTS,
     "qk_norm": {"qk_norm": True},
     "rope": {"rope": True},
     "attention bias": {"attn_bias": True},
     "attention pooling": {"pool": "attention"},
+    "factorized positions": {"factorized": True},
     "no head": {"n_classes": None},
 }
 
@@ -59,23 +44,20 @@ REFUSED = {
         "res_post without norm",
     },
     fold_value_biases: {"inner norms"},
-    refactor_factored_attn_matrices: {"inner norms", "qk_norm", "rope", "attention only, grouped"},
+    refactor_factored_attn_matrices: {
+        "inner norms",
+        "qk_norm",
+        "rope",
+        "rope, qk_norm, bias",
+        "attention only, grouped",
+    },
 }
-
-
-def model_of(make, facts):
-    from prisma_core.spec import NormSpec
-
-    facts = dict(facts)
-    if facts.pop("rms", False):
-        facts["norm"] = NormSpec.model_validate(RMS)
-    return make(**facts)
 
 
 @pytest.mark.parametrize("facts", FACTS)
 @pytest.mark.parametrize("how", REWRITES, ids=lambda how: how.__name__)
 def test_the_logits_stay_or_the_rewrite_is_refused(make, image, how, facts):
-    vit = model_of(make, FACTS[facts])
+    vit = make(**FACTS[facts])
     before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
     if facts in REFUSED[how]:
         with pytest.raises(NotApplicable):
@@ -105,7 +87,7 @@ def norms_of(vit, *, but=()):
 
 @pytest.mark.parametrize("facts", ["plain", "parallel", "side by side", "inner norms", "rms, glu", "two heads"])
 def test_a_folded_norm_only_centres_and_scales(make, facts):
-    for name, norm in norms_of(rewrite(model_of(make, FACTS[facts]), fold_layer_norm)).items():
+    for name, norm in norms_of(rewrite(make(**FACTS[facts]), fold_layer_norm)).items():
         assert norm.weight.eq(1).all(), name
         assert norm.bias is None or norm.bias.eq(0).all(), name
 
@@ -118,8 +100,9 @@ def test_norms_that_nothing_linear_reads_stay(make):
     assert new.ln_pool.weight.eq(1).all()
 
 
-def test_a_centred_stream_has_no_mean(make, image):
-    vit = make(scale=True, registers=2)
+@pytest.mark.parametrize("facts", [{"registers": 2}, {"factorized": True}])
+def test_a_centred_stream_has_no_mean(make, image, facts):
+    vit = make(scale=True, **facts)
     _, cache = rewrite(vit, center_writing_weights).run_with_cache(image, names=["resid_pre", "resid_post", "mlp_out"])
     _, old = vit.run_with_cache(image, names="resid_post")
     for name, activation in cache.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -80,15 +80,6 @@ VARIANTS: dict[str, Callable[[], nn.Module]] = {
     "mean of three latents, normed queries": partial(latents, "avg", qk_norm=True, qkv_bias=False),
     "two heads, none of them": partial(distilled, num_classes=0),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small lose more to threads than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
