@@ -225,7 +225,7 @@ def _final_norms(spec: ModelSpec) -> list[tuple[str, list[str]]]:
     if spec.ln_final is not None:
         if pool.kind == "attention":
             found.append(("ln_final", ["pool.attn.kv"]))
-        elif spec.ln_pool is None:
+        elif spec.ln_pool is None and pool.kind != "token_and_avg":  # there the head reads the norm twice over
             found.append(("ln_final", head))
     if pool.mlp is not None and pool.norm is not None:
         gated = ["pool.mlp.fc_gate"] if pool.mlp.gated else []

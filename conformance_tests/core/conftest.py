@@ -90,7 +90,7 @@ def build(
             "ln_final": final if ln_final else None,
             "ln_pool": final if ln_pool else None,
             "pool": PoolSpec.model_validate({"kind": pool, "with_prefix": with_prefix, "attn": attn_pool(pool)}),
-            "d_pool": 18,
+            "d_pool": 36 if pool == "token_and_avg" else 18,
             "n_classes": n_classes,
             "n_heads_out": 2 if distillation else 1,
         }

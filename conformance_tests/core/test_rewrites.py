@@ -31,6 +31,7 @@ FACTS = {
     "attention bias": {"attn_bias": True},
     "attention pooling": {"pool": "attention"},
     "factorized positions": {"factorized": True},
+    "first token and mean": {"pool": "token_and_avg"},
     "no head": {"n_classes": None},
 }
 
