@@ -125,7 +125,7 @@ class WeightMap:
     # ---------------------------------------------------------------- parts of larger models
 
     def prefixed(self, upstream: str, canonical: str) -> WeightMap:
-        """Return this table for models that hold upstream's and ours as parts: ``prefixed("visual.trunk.", "vision.")``.
+        """Return this table for models that hold upstream's and ours as parts: ``prefixed("trunk.", "vision.")``.
 
         Args:
             upstream: what upstream's names begin with in the larger model.

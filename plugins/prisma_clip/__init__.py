@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 from prisma_clip.towers import DualAdapter, TextAdapter, TimmAdapter, VisionAdapter
 from prisma_core import hookimpl
 from prisma_core.adapter import Adapter
+from prisma_core.conformance.case import Case
 
 
 @hookimpl
 def prisma_adapters() -> Sequence[Adapter]:
     return [DualAdapter(), VisionAdapter(), TimmAdapter(), TextAdapter()]
+
+
+@hookimpl
+def prisma_cases() -> Sequence[Case]:
+    found: list[Case] = []
+    if importlib.util.find_spec("open_clip") is not None:
+        from prisma_clip.cases import lone_towers, whole
+
+        found += [*whole(), *lone_towers()]
+    return found

@@ -1,26 +1,215 @@
-"""Conformance cases: open_clip's architectures, built small."""
+"""Conformance cases: every architecture of open_clip's that the adapters take, built small."""
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import open_clip
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prisma_core.conformance.case import Case, Pictures
+from prisma_core.errors import UnsupportedArchitecture
+from prisma_core.plugins import host
+
+HEADS, WIDTH, GRID = 3, 16, (2, 3)  # heads, the width of one, rows and columns of patches
+EMBED = HEADS * WIDTH  # timm's towers without a projection embed by their own width
+VISION = {"width": HEADS * WIDTH, "head_width": WIDTH, "layers": 2}
+TEXT = {"width": 2 * WIDTH, "heads": 2, "layers": 2, "vocab_size": 41}
+CONTEXT = 7
+TEXTS = ("ViT-B-16-SigLIP", "EVA02-B-16", "coca_ViT-B-32")  # one for each kind of mask
+
+
+def whole() -> Iterator[Case]:
+    """Yield a case for every model of open_clip's whose two towers can be represented."""
+    for name in open_clip.list_models():
+        if (found := case(name)) is not None:
+            yield found
+
+
+def lone_towers() -> Iterator[Case]:
+    """Yield a case for every vision tower whose text tower is not taken, and for a text tower of each kind."""
+    for name in open_clip.list_models():
+        config = config_of(name)
+        if "hf_model_name" in config["text_cfg"] and _sees(config["vision_cfg"]):
+            yield Case(f"{name}/visual", build=partial(small_vision, name), pictures=pictures)
+    for name in TEXTS:
+        yield Case(f"{name}/text", build=partial(small_text, name), forward=read)
+
+
+def case(name: str) -> Case | None:
+    """Return the case of one model, or None if one of its towers cannot be represented."""
+    if name not in open_clip.list_models():
+        return None
+    config = config_of(name)
+    if "hf_model_name" in config["text_cfg"] or not _sees(config["vision_cfg"]):
+        return None
+    return Case(name, build=partial(small, name), forward=logits, pictures=pictures)
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """Return a copy of a model's configuration."""
+    config = open_clip.get_model_config(name)
+    assert isinstance(config, dict)
+    return config
+
+
+def _sees(vision: dict[str, Any]) -> bool:
+    """Return whether a vision tower is a transformer that some adapter takes."""
+    if "timm_model_name" in vision:
+        import timm
+
+        name = vision["timm_model_name"]
+        return _timm_family_taken(timm.model_entrypoint(name).__module__, name)
+    return isinstance(vision["layers"], int)  # several numbers are the stages of a convolutional network
+
+
+_FAMILIES: dict[str, bool] = {}
+
+
+def _timm_family_taken(module: str, example: str) -> bool:
+    if module not in _FAMILIES:
+        _FAMILIES[module] = _timm_taken(example)
+    return _FAMILIES[module]
+
+
+def _timm_taken(example: str) -> bool:
+    import timm
+
+    try:
+        with torch.device("meta"):
+            host().adapter(timm.create_model(example, depth=2))
+    except (TypeError, UnsupportedArchitecture):  # not made of blocks, or none that an adapter takes
+        return False
+    return True
+
+
+def logits(model: Any, image: Tensor, tokens: Tensor) -> Tensor:
+    """Return how alike images and texts are, from what open_clip's models return."""
+    if isinstance(model, open_clip.CoCa):  # its forward writes captions too, and needs a text for each image
+        seen, read, scale = model.encode_image(image), model.encode_text(tokens), model.logit_scale.exp()
+        bias = [] if model.logit_bias is None else [model.logit_bias]
+    else:
+        seen, read, scale, *bias = model(image, tokens)
+    alike = scale * seen @ read.T
+    return alike + bias[0] if bias else alike
+
+
+def read(model: Any, tokens: Tensor) -> Tensor:
+    """Return what a text tower makes of tokens; a causal one takes only texts of the full length."""
+    if model.attn_mask is not None and model.cls_emb is None:
+        tokens = F.pad(tokens, (0, model.context_length - tokens.shape[1]))
+    given = model(tokens)
+    return given[0] if isinstance(given, tuple) else given
+
+
+def pictures(model: Any) -> Pictures:
+    """Return our preprocessing for a model, and open_clip's."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    from prisma_clip.source import preprocess
+
+    config = getattr(model, "visual", model).preprocess_cfg
+    return Pictures(preprocess(config), image_transform_v2(PreprocessCfg(**config), is_train=False))
+
+
+# -------------------------------------------------------------------- small models
+
 
 def small(name: str) -> nn.Module:
-    config: dict[str, Any] = open_clip.get_model_config(name)
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    config["embed_dim"] = 12
-    vision.update(width=32, layers=2, head_width=16, image_size=(2 * 8, 3 * 8), patch_size=8)
-    text.update(width=24, layers=2, heads=2, context_length=7, vocab_size=50)
-    custom = config.pop("custom_text", False)
-    return open_clip.model.CLIP(**config).eval()
+    """Return a model with two blocks in each tower, narrow, for a small image that is not square."""
+    config = config_of(name)
+    text = {**config["text_cfg"], **TEXT, "context_length": CONTEXT}
+    if text.get("proj_type") == "none" or "multimodal_cfg" in config:
+        text |= {"width": EMBED, "heads": HEADS}  # what reads the text wants this width
+    for part in ("pad_id", "eos_id"):  # special tokens stay in the vocabulary, wherever they were
+        if part in text:
+            text[part] %= TEXT["vocab_size"]
+    return _built(name, config, text)
 
 
-def forward(model: Any, image: Tensor, tokens: Tensor) -> Tensor:
-    given = model(image, tokens)
-    seen, read, scale, *bias = given
-    logits = scale * seen @ read.T
-    return logits + bias[0] if bias else logits
+def small_vision(name: str) -> nn.Module:
+    """Return a small vision tower of a model."""
+    text = {**TEXT, "context_length": CONTEXT}
+    model: Any = _built(name, config_of(name), text)
+    return model.visual
+
+
+def small_text(name: str) -> nn.Module:
+    """Return a small text tower of a model."""
+    model: Any = small(name)
+    return model.text
+
+
+def _built(name: str, config: dict[str, Any], text: dict[str, Any]) -> nn.Module:
+    vision = dict(config["vision_cfg"])
+    options: dict[str, Any] = {"embed_dim": EMBED, "text_cfg": text}
+    if "timm_model_name" in vision:
+        with _small_timm():
+            return _created(name, options | {"vision_cfg": vision | {"timm_model_pretrained": False}})
+    if isinstance(vision.get("layers"), int):
+        patch = 4
+        vision |= VISION | {"patch_size": patch, "image_size": (GRID[0] * patch, GRID[1] * patch)}
+        vision |= {"attn_pooler_queries": 4, "attn_pooler_heads": 4} if vision.get("attentional_pool") else {}
+        vision |= {"patch_dropout": 0.5}
+        if "mlp_ratio" in vision:
+            vision["mlp_ratio"] = min(vision["mlp_ratio"], 3.0)
+    options["vision_cfg"] = vision
+    if "multimodal_cfg" in config:
+        captions = {"width": EMBED, "heads": 2, "layers": 1, "context_length": CONTEXT, "vocab_size": 41}
+        options["multimodal_cfg"] = config["multimodal_cfg"] | captions
+    return _created(name, options)
+
+
+def _created(name: str, options: dict[str, Any]) -> nn.Module:
+    logging.disable(logging.WARNING)  # it warns that weights are random
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            model = open_clip.create_model(
+                name, load_weights=False, pretrained_text=False, device=torch.get_default_device(), **options
+            )
+            return model.eval()
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@contextmanager
+def _small_timm() -> Iterator[None]:
+    """Let open_clip build timm's models small: it hands them no arguments that would."""
+    import timm
+
+    original = timm.create_model
+
+    def create(name: str, **options: Any) -> nn.Module:
+        for more in _shrinking(name, original):
+            try:
+                return original(name, **{**options, **more})
+            except (TypeError, AssertionError, ValueError, RuntimeError):  # constructors refuse in their own ways
+                continue
+        return original(name, **options)
+
+    timm.create_model = create
+    try:
+        yield
+    finally:
+        timm.create_model = original
+
+
+@cache
+def _shrinking(name: str, create: Callable[..., Any]) -> list[dict[str, Any]]:
+    """Return arguments that make one of timm's models small, the most shrinking ones first."""
+    with torch.device("meta"):
+        try:
+            model = create(name, depth=2)
+        except (TypeError, AssertionError, ValueError):  # not made of blocks
+            return [{}]
+    embed = model.patch_embed
+    ratio = getattr(embed, "feature_ratio", (1, 1))
+    image = {"depth": 2, "img_size": tuple(GRID[side] * embed.patch_size[side] * ratio[side] for side in (0, 1))}
+    return [image | {"embed_dim": EMBED, "num_heads": HEADS}, image, {"depth": 2}]

@@ -175,10 +175,11 @@ class DualAdapter(Adapter):
             own = "@ normalize#1 : in  ->  text.hook_logits\n"
         else:
             text = tower(upstream.text).hooks(upstream.text, spec.text).prefixed("text.", "text.")
-        own += """
-            @ normalize    ->  hook_image_embed
-            @ normalize#1  ->  hook_text_embed
-        """
+        if not upstream.is_a(COCA):  # whose forward writes captions, and needs as many texts as images
+            own += """
+                @ normalize    ->  hook_image_embed
+                @ normalize#1  ->  hook_text_embed
+            """
         return vision.prefixed("visual.", "vision.") | text | HookMap.parse(own)
 
     def stem(self, upstream: Reader, spec: AnySpec) -> nn.Module | None:
