@@ -124,6 +124,9 @@ def compare(subject: Subject) -> Comparison:
             else:
                 error = worst(passes.acts[row.hook], row.read(theirs, sizes))
                 found.errors[row.hook] = max(error, found.errors.get(row.hook, 0.0))
+    found.errors = {
+        name: found.errors[name] for name in order if name in found.errors
+    }  # the first that errs comes first
     return found
 
 
