@@ -415,6 +415,45 @@ def test_tensors_the_model_cannot_take(
     assert torch.isfinite(vit(image)).all()
 
 
+def test_an_input_of_another_dtype_or_device(vit: HookedViT, image: Tensor) -> None:
+    vit = vit.float()
+    stream = vit(image.float(), stop_at_layer=1)
+    told = (
+        r"Expected the {} in torch\.float32, as the model's weights are; it is in torch\.float64.*to\(torch\.float32\)"
+    )
+    with pytest.raises(InputError, match=told.format("image")):
+        vit(image)
+    with pytest.raises(InputError, match=told.format("stream")):
+        vit(stream.double(), start_at_layer=1)
+    with pytest.raises(InputError, match=r"Expected the image on meta, where the model is; it is on cpu\. Move it"):
+        vit.to("meta")(image.float())
+
+
+def test_autocast_brings_dtypes_together(vit: HookedViT, image: Tensor) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.isfinite(vit.float()(image.bfloat16())).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"names_filter": "z"}, r"run_with_cache takes no 'names_filter': here it is names=\."),
+        ({"incl_bwd": True}, r"here it is loss="),
+        ({"stop_at_leyer": 1}, r"run_with_cache takes no 'stop_at_leyer'\. Did you mean stop_at_layer"),
+        ({"nams": "z"}, r"Did you mean names"),
+        ({"return_type": "logits"}, r"It takes names, hooks, .*start_at_layer"),
+    ],
+)
+def test_keywords_that_nothing_takes(vit: HookedViT, image: Tensor, given: dict[str, Any], told: str) -> None:
+    for output in (True, False):
+        with pytest.raises(InputError, match=told):
+            vit.run_with_cache(image, output=output, **given)
+    with pytest.raises(InputError, match=r"run_with_hooks takes no 'fwd_hooks': here it is hooks=\{name: hook\}"):
+        vit.run_with_hooks(image, fwd_hooks=[])
+    with pytest.raises(InputError, match=r"HookedViT takes no 'stop_layer'\. Did you mean stop_at_layer"):
+        vit(image, stop_layer=1)
+
+
 def test_an_image_that_no_patch_fits(make: Callable[..., HookedViT]) -> None:
     with pytest.raises(InputError, match="multiples of the patch 4x4, got 10x12"):
         make(interpolation=True)(torch.zeros(1, 3, 10, 12))

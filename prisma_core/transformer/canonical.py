@@ -60,6 +60,28 @@ class Canonical(Hooked):
         """
 
 
+def check_place(what: str, x: Tensor, weight: Tensor | None) -> None:
+    """Refuse an input that is not where the weights are, or not of their dtype.
+
+    Raises:
+        InputError: with both, and what moves it.
+    """
+    if weight is None:
+        return
+    if x.device != weight.device:
+        raise InputError(
+            f"Expected the {what} on {weight.device}, where the model is; it is on {x.device}. "
+            f"Move it: {what}.to({str(weight.device)!r})."
+        )
+    if x.dtype == weight.dtype or not (x.is_floating_point() and weight.is_floating_point()):
+        return
+    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):  # else torch brings the two together
+        raise InputError(
+            f"Expected the {what} in {weight.dtype}, as the model's weights are; it is in {x.dtype}. "
+            f"Convert it: {what}.to({weight.dtype}), or the model: model.to({x.dtype})."
+        )
+
+
 def layer_index(index: int | None, default: int, n: int) -> int:
     """Return which layer an index means; negative ones count from the end, and ``n`` is past the last.
 

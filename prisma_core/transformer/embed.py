@@ -67,6 +67,12 @@ class Embed(nn.Module):
             n_patches = layout.frames * math.prod(self.pos_grid)
             self.pos_embed = nn.Parameter(torch.zeros(layout.n_prefix + n_patches, d_model))
 
+    @property
+    def first_weight(self) -> Tensor | None:
+        """The weight that pixels meet first; None where the stem has none."""
+        made_here = self.spec.stem == "conv" or self.spec.tubelet is not None
+        return self.proj.weight if made_here else next(self.stem.parameters(), None)
+
     def patches(
         self, image: Float[Tensor, "batch *frame channel height width"]
     ) -> tuple[Float[Tensor, "batch patch d_model"], Grid]:

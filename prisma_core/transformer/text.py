@@ -13,10 +13,9 @@ from prisma_core.errors import InputError
 from prisma_core.hooks import HookPoint, unshared
 from prisma_core.spec import TextPoolSpec, TextSpec
 from prisma_core.transformer.block import STREAM, make_block
-from prisma_core.transformer.canonical import Canonical, Size, layer_index
+from prisma_core.transformer.canonical import Canonical, Size, check_place, layer_index
 from prisma_core.transformer.circuits import Circuits
 from prisma_core.transformer.norm import norm_or_identity
-
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
 
@@ -161,6 +160,7 @@ class HookedText(Circuits, Canonical):
             raise InputError(
                 f"Expected tokens [batch pos] of whole numbers, got shape {list(tokens.shape)} of {tokens.dtype}."
             )
+        check_place("tokens", tokens, self.embed.W_E)
         if tokens.shape[1] > self.spec.n_ctx:
             raise InputError(f"Expected at most {self.spec.n_ctx} tokens, got {tokens.shape[1]}: cut the text.")
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and tokens.numel():

@@ -15,7 +15,7 @@ from prisma_core.layout import TokenLayout
 from prisma_core.spec import ModelSpec, RopeCount
 from prisma_core.transformer.attention import Rope
 from prisma_core.transformer.block import STREAM, make_block
-from prisma_core.transformer.canonical import Canonical, Size, layer_index
+from prisma_core.transformer.canonical import Canonical, Size, check_place, layer_index
 from prisma_core.transformer.circuits import Circuits
 from prisma_core.transformer.embed import Embed, Grid, check_image, native_grid, native_shape
 from prisma_core.transformer.norm import norm_or_identity
@@ -130,10 +130,12 @@ class HookedViT(Circuits, Canonical):
         first, last = layer_index(start_at_layer, 0, n), layer_index(stop_at_layer, n, n)
         if start_at_layer is None:
             check_image(image, self.spec)
+            check_place("image" if image.ndim == 4 else "video", image, self.embed.first_weight)
             x, grid = self._embedded(image)
             if self.spec.ln_pre is not None:
                 x = self.hook_ln_pre(self.ln_pre(x))
         else:
+            check_place("stream", image, self.embed.first_weight)
             x = unshared(image)
             grid = grid or native_grid(self.spec)
             if x.ndim != 3 or x.shape[-1] != self.spec.d_model:
