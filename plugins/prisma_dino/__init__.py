@@ -8,19 +8,32 @@ from collections.abc import Sequence
 from prisma_core import hookimpl
 from prisma_core.adapter import Adapter
 from prisma_core.conformance.case import Case
+from prisma_core.sources import Source
 from prisma_dino.dinov2 import Dinov2Adapter
 from prisma_dino.dinov3 import Dinov3Adapter
+from prisma_dino.heads import DinoHead, last_layers, linear_input, load_head, load_linear_head
+from prisma_dino.meta_adapter import MetaAdapter
+from prisma_dino.source import DinoSource
+
+__all__ = ["DinoHead", "last_layers", "linear_input", "load_head", "load_linear_head"]
+
+
+@hookimpl
+def prisma_sources() -> Sequence[Source]:
+    return [DinoSource()]
 
 
 @hookimpl
 def prisma_adapters() -> Sequence[Adapter]:
-    return [Dinov2Adapter(), Dinov3Adapter()]
+    return [Dinov2Adapter(), Dinov3Adapter(), MetaAdapter()]
 
 
 @hookimpl
 def prisma_cases() -> Sequence[Case]:
+    from prisma_dino.meta_cases import meta_cases
+
     if importlib.util.find_spec("transformers") is None:
-        return []
+        return list(meta_cases())
     from prisma_dino.cases import cases
 
-    return list(cases())
+    return [*cases(), *meta_cases()]

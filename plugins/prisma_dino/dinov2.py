@@ -87,7 +87,7 @@ class Dinov2Adapter(Adapter):
         """
         rows += _final_norm(f"{at}layernorm", spec)
         layers = [blocks.block_rows(one, f"{at}encoder.layer.{{l}}") for one in tower.encoder.layer]
-        functions = {"around": _around_registers(n)} if n else {}
+        functions = {"around": around_registers(n)} if n else {}
         return WeightMap.parse(rows + blocks.same_for_all(upstream, layers), functions)
 
     def hooks(self, upstream: Reader, spec: ModelSpec) -> HookMap:
@@ -141,7 +141,7 @@ def _embeddings(module: Reader) -> tuple[TokenLayout, EmbedSpec, tuple[int, int]
     return layout, embed, (height, width)
 
 
-def _around_registers(n: int) -> Callable[..., Tensor]:
+def around_registers(n: int) -> Callable[..., Tensor]:
     """Return what makes positions ``[1 pos d]`` of class token and patches those of all tokens ``[pos d]``."""
 
     def around(positions: Tensor) -> Tensor:

@@ -1,0 +1,166 @@
+"""From Meta's state dicts to models: architecture facts are read off the tensors' shapes, never off a file's name."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prisma_core.errors import InputError, LoadError
+from prisma_core.files import check_shapes, read_checkpoint
+from prisma_dino.meta import Architecture, MetaViT
+
+HEADS = re.compile(r"(?:dino_|ibot_)?head\..+")
+WRAPPED = re.compile(r"^(?:module\.|_orig_mod\.)+")
+CHUNKED = re.compile(r"^blocks\.\d+\.(\d+)\.")
+NEEDED = ("cls_token", "patch_embed.proj.weight", "blocks.0.norm1.weight", "blocks.0.attn.qkv.weight", "norm.weight")
+D_HEAD = 64  # of every model Meta published; the first two generations' files do not say
+
+
+def read(path: str | Path, key: str | None = "teacher") -> dict[str, Tensor]:
+    """Return the tensors of one of Meta's files by their plain names: backbone and heads, wrappers taken off.
+
+    Args:
+        path: a backbone's file, or a whole training checkpoint.
+        key: which of a checkpoint's networks.
+
+    Raises:
+        LoadError: the file cannot be read safely, or has no such network.
+    """
+    # Checkpoints of training hold their arguments; a Namespace only carries names and values.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        tensors = read_checkpoint(path, key)
+    tensors = {WRAPPED.sub("", name): tensor for name, tensor in tensors.items()}
+    if key and any(name.startswith(f"{key}.") for name in tensors):
+        tensors = {
+            WRAPPED.sub("", name.removeprefix(f"{key}.")): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(f"{key}.")
+        }
+    return {CHUNKED.sub(r"blocks.\1.", name.removeprefix("backbone.")): tensor for name, tensor in tensors.items()}
+
+
+def architecture(
+    tensors: Mapping[str, Tensor],
+    where: object,
+    *,
+    heads: int | None = None,
+    eps: float | None = None,
+    image_size: int | None = None,
+) -> Architecture:
+    """Return what a backbone's tensors say of it.
+
+    What shapes do not say follows a rule. Heads: from the number of rotary periods, else heads of 64 channels. Eps:
+    1e-5 with rotary positions, else 1e-6. Positions of other sizes: scaled by (side + 0.1) without registers,
+    antialiased with them.
+
+    Args:
+        where: the file, for messages.
+        heads, eps: instead of the rule.
+        image_size: the native side of pictures, of models with rotary positions; the others' is in the file.
+
+    Raises:
+        LoadError: these are no tensors of such a backbone.
+        InputError: an option that the file contradicts, or one that it needs.
+    """
+    lacking = [name for name in NEEDED if name not in tensors]
+    if lacking:
+        there = ", ".join(list(tensors)[:4])
+        raise LoadError(
+            f"{where} is no vision transformer of DINO's: it lacks {', '.join(lacking)}; it holds {there}, ..."
+        )
+    width, in_channels, *patch = tensors["patch_embed.proj.weight"].shape
+    rotary = "rope_embed.periods" in tensors
+    registers_name = "storage_tokens" if rotary else "register_tokens"
+    registers = tensors[registers_name].shape[1] if registers_name in tensors else 0
+    second = rotary or registers > 0 or "mask_token" in tensors or "blocks.0.ls1.gamma" in tensors
+    mlp = next((kind for kind, name in _MLPS.items() if f"blocks.0.mlp.{name}.weight" in tensors), None)
+    if mlp is None or len(patch) != 2:
+        raise LoadError(f"{where} is no vision transformer of DINO's: its MLP or its patches are of another kind.")
+    periods = len(tensors["rope_embed.periods"]) if rotary else 0
+    return Architecture(
+        width=width,
+        depth=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
+        heads=_heads(width, periods, heads, where),
+        patch=(patch[0], patch[1]),
+        side=_side(tensors, patch, image_size, where),
+        d_mlp=tensors[f"blocks.0.mlp.{'fc2' if mlp == 'plain' else 'w3'}.weight"].shape[1],
+        in_channels=in_channels,
+        registers=registers,
+        registers_name=registers_name,
+        mlp=mlp,
+        layer_scale="blocks.0.ls1.gamma" in tensors,
+        mask_token="mask_token" in tensors,
+        local_norm="local_cls_norm.weight" in tensors,
+        qkv_bias="blocks.0.attn.qkv.bias" in tensors,
+        masked_bias="blocks.0.attn.qkv.bias_mask" in tensors,
+        proj_bias="blocks.0.attn.proj.bias" in tensors,
+        ffn_bias=f"blocks.0.mlp.{_MLPS[mlp]}.bias" in tensors,
+        periods=periods,
+        eps=eps or (1e-5 if rotary else 1e-6),
+        antialias=registers > 0,
+        offset=0.0 if registers else 0.1,
+        in_float32=second,
+    )
+
+
+_MLPS: dict[Any, str] = {"plain": "fc1", "packed": "w12", "split": "w1"}
+
+
+def _heads(width: int, periods: int, given: int | None, where: object) -> int:
+    told = width // (4 * periods) if periods else None
+    if told and given not in (None, told):
+        raise InputError(f"{where} has {periods} rotary periods, so {told} heads, not heads={given}.")
+    heads = told or given or width // D_HEAD
+    if not heads or width % heads or (not told and not given and width % D_HEAD):
+        raise InputError(f"{where} has {width} channels, which are not {given or 'heads of 64'}: give heads=NUMBER.")
+    return heads
+
+
+def _side(tensors: Mapping[str, Tensor], patch: list[int], image_size: int | None, where: object) -> int:
+    if "pos_embed" in tensors:
+        patches = tensors["pos_embed"].shape[1] - 1
+        side = math.isqrt(patches)
+        if side * side != patches:
+            raise LoadError(f"{where} has positions for {patches} patches, which are no square.")
+        if image_size not in (None, side * patch[0]):
+            raise InputError(
+                f"{where} has positions for {side * patch[0]} pixels a side. Load it without image_size=: "
+                "it takes pictures of other sizes all the same."
+            )
+        return side
+    size = image_size or 224
+    if size % patch[0]:
+        raise InputError(f"image_size={size} is no multiple of {where}'s patches of {patch[0]}.")
+    return size // patch[0]
+
+
+def build(tensors: Mapping[str, Tensor], where: object, **options: Any) -> MetaViT:
+    """Return the module with a backbone's tensors in it, every one accounted for; heads are left out.
+
+    Args:
+        where: the file, for messages.
+        options: as ``architecture`` takes them.
+
+    Raises:
+        LoadError: tensors are missing, of another shape, or of a kind that is not supported.
+        InputError: an option that the file contradicts, or one that it needs.
+    """
+    backbone = {name: tensor for name, tensor in tensors.items() if not HEADS.fullmatch(name)}
+    with torch.device("meta"):
+        model = MetaViT(architecture(backbone, where, **options))
+    check_shapes(backbone, {name: tensor.shape for name, tensor in model.state_dict().items()}, where)
+    unset = [name for name, tensor in backbone.items() if not bool(torch.isfinite(tensor).all())]
+    if unset:
+        raise LoadError(
+            f"{where} holds values that are NaN or infinite, in {', '.join(unset[:3])}. "
+            "Masks of biases are NaN until the model is initialised: was it saved before?"
+        )
+    model.load_state_dict(backbone, strict=True, assign=True)
+    return model.eval()
