@@ -5,10 +5,17 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 
+from prisma_clip.source import OpenClipSource
 from prisma_clip.towers import DualAdapter, TextAdapter, TimmAdapter, VisionAdapter
 from prisma_core import hookimpl
 from prisma_core.adapter import Adapter
 from prisma_core.conformance.case import Case
+from prisma_core.sources import Source
+
+
+@hookimpl
+def prisma_sources() -> Sequence[Source]:
+    return [OpenClipSource()]
 
 
 @hookimpl
