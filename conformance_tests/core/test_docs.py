@@ -2,8 +2,8 @@
 
 Every ``python`` block of a page runs, in order, in one namespace, without a network. A block whose first line is
 ``# NAME.py`` is written to that file, which the blocks behind it may import; a ``diff`` block changes such a file; a
-``toml`` block with entry points is installed. A block whose first line is ``# needs the network`` is skipped, and counted
-so.
+``toml`` block with entry points is installed. A block whose first line is ``# needs the network`` is skipped, and
+counted so.
 
 A ``text`` block right behind a ``python`` or ``bash`` block is what that block prints: ``...`` stands for anything, and
 numbers with an exponent for any such number. Only ``bash`` blocks with such a ``text`` block are run, in this process:
@@ -163,12 +163,17 @@ class Reading:
         self.forget()
 
 
+VARIES = re.compile(r"(\.\.\.|\d(?:\.\d+)?e[+-]\d\d)")
+
+
 def _like(shown: str) -> re.Pattern[str]:
+    """Return what matches the lines that a page shows, squeezed."""
+    any_of = {True: ".*", False: r"\d(?:\.\d+)?e[+-]\d\d"}
     lines = [
         "(?:.*\n)*?"
         if line == "..."
-        else re.sub(r"\d(?:\\\.\d+)?e(?:\\-|\+|\\\+)\d\d", r"\\d(?:\\.\\d+)?e[+-]\\d\\d", re.escape(line)).replace(
-            r"\.\.\.", ".*"
+        else "".join(
+            any_of[part == "..."] if VARIES.fullmatch(part) else re.escape(part) for part in VARIES.split(line)
         )
         + "\n"
         for line in _squeezed(shown)
