@@ -1,0 +1,239 @@
+"""``dino:FILE``: Meta's own state dicts, whole checkpoints, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from prisma_dino.meta import Architecture, MetaViT
+from prisma_dino.meta_cases import SECOND, SMALL, THIRD, build
+from torch import Tensor
+
+import prisma_core as prisma
+from prisma_core import InputError, UnsupportedArchitecture
+from prisma_core.conformance.randomise import randomise
+from prisma_core.errors import LoadError
+
+RESIZED_WITH_REGISTERS = {"registers": 2, "antialias": True, "offset": 0.0}
+GENERATIONS = {
+    "v1": {},
+    "v2": SECOND,
+    "v2_registers": {**SECOND, **RESIZED_WITH_REGISTERS},
+    "v2_giant": {**SECOND, **RESIZED_WITH_REGISTERS, "mlp": "packed"},
+    "v3": THIRD,
+    "v3_plus": {**THIRD, "mlp": "split"},
+    "v3_7b": {**THIRD, "mlp": "split", "masked_bias": False, "qkv_bias": False, "local_norm": True},
+}
+
+
+def drawn(**options: Any) -> MetaViT:
+    """Return a model with random weights, and with masks and periods as files have them."""
+    model = build(Architecture(**{**SMALL, **options}))
+    kept = {name: x.clone() for name, x in model.named_buffers()}
+    eps = model.norm.eps
+    randomise(model, torch.Generator().manual_seed(0))
+    for name, buffer in model.named_buffers():
+        buffer.copy_(kept[name])
+    for part in model.modules():
+        if hasattr(part, "eps"):
+            part.eps = eps  # no file holds it
+    return model
+
+
+def written(model: MetaViT, path: Path, wrap: Callable[[dict[str, Tensor]], Any] = dict) -> str:
+    torch.save(wrap(model.state_dict()), path / "weights.pth")
+    return f"dino:{path / 'weights.pth'}"
+
+
+def options(**given: Any) -> dict[str, Any]:
+    """Return what a small model's file cannot say, and no real one has to."""
+    return {"image_size": 12} if given.get("periods") else {"heads": 3}
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_a_file_gives_the_facts_and_the_numbers_of_its_model(generation: str, tmp_path: Path) -> None:
+    given = GENERATIONS[generation]
+    upstream = drawn(**given)
+    model = prisma.load(written(upstream, tmp_path), **options(**given))
+    assert model.spec == prisma.adapt(upstream).spec
+    upstream, model = upstream.double(), model.double()
+    bound = 1e-6 if given.get("periods") else 1e-12  # rotary tables were made in float32
+    for size in ((12, 12), (20, 20), (16, 8), (4, 36)):
+        image = torch.randn(2, 3, *size, dtype=torch.float64)
+        theirs = upstream(image).detach()
+        assert float((model(image).detach() - theirs).abs().max() / theirs.std()) < bound
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_export_gives_the_file_back(generation: str, tmp_path: Path) -> None:
+    given = GENERATIONS[generation]
+    upstream = drawn(**given)
+    exported = prisma.export(prisma.load(written(upstream, tmp_path), **options(**given)))
+    wanted = upstream.state_dict()
+    assert list(exported) == list(wanted)
+    assert all(torch.equal(exported[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize(
+    ("given", "how"),
+    [
+        ({}, {"scale_factor": (5.1 / 3, 2.1 / 3)}),
+        (SECOND, {"scale_factor": (5.1 / 3, 2.1 / 3)}),
+        ({**SECOND, **RESIZED_WITH_REGISTERS}, {"size": (5, 2), "antialias": True}),
+    ],
+)
+def test_positions_follow_other_sizes_as_metas_do(given: dict[str, Any], how: dict[str, Any], tmp_path: Path) -> None:
+    upstream = drawn(**given)
+    model = prisma.load(written(upstream, tmp_path), heads=3)
+    grid = upstream.pos_embed[:, 1:].detach().reshape(1, 3, 3, 24).permute(0, 3, 1, 2)
+    wanted = F.interpolate(grid, mode="bicubic", **how).permute(0, 2, 3, 1).reshape(10, 24)
+    found = model.embed.positions((5, 2))
+    prefix = 1 + given.get("registers", 0)
+    assert torch.equal(found[prefix:], wanted)
+    assert torch.equal(found[:1], upstream.pos_embed[0, :1])
+    assert not found[1:prefix].any()
+
+
+def test_eps_is_that_of_the_generation_unless_given(tmp_path: Path) -> None:
+    first, third = drawn(), drawn(**THIRD)
+    assert prisma.load(written(first, tmp_path), heads=3).spec.ln_final.eps == 1e-6
+    assert prisma.load(written(third, tmp_path)).spec.ln_final.eps == 1e-5
+    assert prisma.load(written(third, tmp_path), eps=1e-3).spec.blocks[1].ln2.eps == 1e-3
+
+
+def test_heads_are_of_64_channels_unless_the_file_says_otherwise(tmp_path: Path) -> None:
+    wide = MetaViT(replace(Architecture(**SMALL), width=128, heads=2))
+    assert prisma.load(written(wide, tmp_path)).spec.blocks[0].attn.n_heads == 2
+    with pytest.raises(InputError, match=r"24 channels.*heads of 64.*heads=NUMBER"):
+        prisma.load(written(drawn(), tmp_path))
+    with pytest.raises(InputError, match=r"24 channels.*not 5"):
+        prisma.load(written(drawn(), tmp_path), heads=5)
+    third = written(drawn(**THIRD), tmp_path)
+    assert prisma.load(third).spec.blocks[0].attn.n_heads == 3
+    with pytest.raises(InputError, match="so 3 heads, not heads=4"):
+        prisma.load(third, heads=4)
+
+
+def test_the_native_size_is_in_the_file_or_224(tmp_path: Path) -> None:
+    assert prisma.load(written(drawn(**THIRD), tmp_path)).spec.image_size == (224, 224)
+    with pytest.raises(InputError, match="no multiple"):
+        prisma.load(written(drawn(**THIRD), tmp_path), image_size=30)
+    with pytest.raises(InputError, match="12 pixels a side"):
+        prisma.load(written(drawn(), tmp_path), heads=3, image_size=24)
+
+
+def test_preprocessing_is_metas(tmp_path: Path) -> None:
+    model = prisma.load(written(drawn(), tmp_path), heads=3)
+    picture = torch.rand(300, 400, 3).numpy()
+    assert model.preprocess is not None
+    assert model.preprocess(picture).shape == (1, 3, 224, 224)
+    assert model(model.preprocess(picture)).shape == (1, 24)
+
+
+# -------------------------------------------------------------------- checkpoints of training
+
+
+def test_the_teacher_of_a_training_checkpoint_is_taken_unless_the_student_is_asked_for(tmp_path: Path) -> None:
+    teacher, student = drawn(), drawn(layer_scale=True)
+    head = {"mlp.0.weight": torch.randn(8, 24), "last_layer.weight_g": torch.ones(5, 1)}
+
+    def checkpoint(state: dict[str, Tensor]) -> dict[str, Any]:
+        def network(state: dict[str, Tensor], at: str) -> dict[str, Tensor]:
+            return {
+                **{f"{at}backbone.{name}": x for name, x in state.items()},
+                **{f"{at}head.{name}": x for name, x in head.items()},
+            }
+
+        return {
+            "student": network(student.state_dict(), "module."),
+            "teacher": network(state, ""),
+            "optimizer": {"state": {}, "param_groups": []},
+            "epoch": 3,
+            "args": argparse.Namespace(arch="vit_small", lr=0.1),
+            "dino_loss": {"center": torch.zeros(1, 5)},
+        }
+
+    reference, image = written(teacher, tmp_path, checkpoint), torch.randn(1, 3, 12, 12)
+    assert torch.allclose(prisma.load(reference, heads=3)(image), teacher(image), atol=1e-5)
+    model = prisma.load(reference, heads=3, key="student")
+    assert torch.allclose(model(image), student(image), atol=1e-5)
+    with pytest.raises(LoadError, match=r"student, teacher, dino_loss.*none named 'ema'"):
+        prisma.load(reference, heads=3, key="ema")
+
+
+def test_blocks_in_chunks_and_networks_side_by_side_are_found(tmp_path: Path) -> None:
+    teacher, image = drawn(**SECOND), torch.randn(1, 3, 12, 12)
+
+    def checkpoint(state: dict[str, Tensor]) -> dict[str, Any]:
+        chunked = {name.replace("blocks.1.", "blocks.1.1.").replace("blocks.0.", "blocks.0.0."): name for name in state}
+        teachers = {f"teacher.backbone.{name}": state[old] for name, old in chunked.items()}
+        return {
+            "model": {**teachers, **{f"student.backbone.{name}": torch.zeros(1) for name in chunked}},
+            "iteration": 7,
+        }
+
+    assert torch.allclose(
+        prisma.load(written(teacher, tmp_path, checkpoint), heads=3)(image), teacher(image), atol=1e-5
+    )
+
+
+# -------------------------------------------------------------------- what is refused
+
+
+def test_another_architecture_is_refused_by_what_it_lacks(tmp_path: Path) -> None:
+    torch.save({"conv1.weight": torch.zeros(8, 3, 7, 7), "bn1.weight": torch.zeros(8)}, tmp_path / "resnet.pth")
+    with pytest.raises(LoadError, match=r"lacks cls_token.*holds conv1.weight"):
+        prisma.load(f"dino:{tmp_path / 'resnet.pth'}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("blocks.1.mlp.fc2.bias"), "missing blocks.1.mlp.fc2.bias"),
+        (lambda s: s.update({"cls_norm.weight": torch.ones(24)}), "extra cls_norm.weight"),
+        (lambda s: s.update({"norm.bias": torch.ones(23)}), r"norm.bias has shape \[23\], expected \[24\]"),
+        (lambda s: s.update({"norm.bias": torch.full((24,), torch.nan)}), "NaN or infinite, in norm.bias"),
+        (lambda s: s.update({"pos_embed": torch.zeros(1, 9, 24)}), "8 patches, which are no square"),
+    ],
+)
+def test_tensors_that_do_not_account_for_the_model_are_named(
+    change: Callable[[dict[str, Tensor]], Any], message: str, tmp_path: Path
+) -> None:
+    def changed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        change(state)
+        return dict(state)
+
+    with pytest.raises(LoadError, match=message):
+        prisma.load(written(drawn(), tmp_path, changed), heads=3)
+
+
+def test_a_mask_that_was_never_set_is_refused(tmp_path: Path) -> None:
+    model = drawn(**THIRD)
+    model.blocks[1].attn.qkv.bias_mask.fill_(torch.nan)
+    with pytest.raises(LoadError, match=r"blocks.1.attn.qkv.bias_mask.*before"):
+        prisma.load(written(model, tmp_path))
+
+
+def test_another_module_of_the_first_ones_name_is_refused() -> None:
+    other = type("VisionTransformer", (MetaViT,), {"__module__": "vision_transformer"})(Architecture(**SMALL))
+    with pytest.raises(UnsupportedArchitecture, match=r"interpolate_antialias.*facebookresearch/dino's has not"):
+        prisma.adapt(other)
+
+
+def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
+    torch.save({"teacher": drawn().state_dict(), "code": _Code()}, tmp_path / "code.pth")
+    with pytest.raises(LoadError, match="refused"):
+        prisma.load(f"dino:{tmp_path / 'code.pth'}", heads=3)
+    with pytest.raises(LoadError, match="No file"):
+        prisma.load(f"dino:{tmp_path / 'nothing.pth'}")
+
+
+class _Code:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (pytest.fail, ("the file's code was run",))
