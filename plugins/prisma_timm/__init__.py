@@ -10,12 +10,16 @@ from prisma_core.adapter import Adapter
 from prisma_core.conformance.case import Case
 from prisma_core.sources import Source
 from prisma_timm.beit import BeitAdapter
+from prisma_timm.convnext import ConvNeXtAdapter
 from prisma_timm.encoders import EncoderAdapter
 from prisma_timm.eva import EvaAdapter
+from prisma_timm.hiera import HieraAdapter
 from prisma_timm.naflexvit import NaFlexVitAdapter
 from prisma_timm.refused import RefusedAdapter
 from prisma_timm.relpos import RelPosAdapter
+from prisma_timm.sam import SamAdapter
 from prisma_timm.source import TimmSource
+from prisma_timm.swin import SwinAdapter, SwinV2Adapter, SwinV2CrAdapter
 from prisma_timm.vision_transformer import VisionTransformerAdapter
 
 
@@ -42,5 +46,11 @@ def prisma_adapters() -> Sequence[Adapter]:
         RelPosAdapter(),
         NaFlexVitAdapter(),
         EncoderAdapter(),
+        SwinAdapter(),
+        SwinV2Adapter(),
+        SwinV2CrAdapter(),
+        HieraAdapter(),
+        ConvNeXtAdapter(),
+        SamAdapter(),
         RefusedAdapter(),
     ]

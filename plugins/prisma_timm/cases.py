@@ -15,20 +15,24 @@ from torch.overrides import TorchFunctionMode
 from prisma_core.adapter import Adapter, Reader, qualified_name
 from prisma_core.conformance.case import Case, Pictures
 from prisma_core.errors import UnsupportedArchitecture
+from prisma_timm.mapping import FamilyMap
 
 HEADS, WIDTH, GRID = 3, 16, (3, 4)  # heads, the width of one, rows and columns of patches
 
 
 # What initialisation does to tensors in place. Without data it would only cost time, and most of the time at that.
 DRAWING = {"add_", "clamp_", "copy_", "div_", "erfinv_", "fill_", "mul_", "normal_", "uniform_", "zero_"}
+DRAWING |= {"kaiming_uniform_", "kaiming_normal_"}
 
 
-class _WithoutData(TorchFunctionMode):
+class WithoutData(TorchFunctionMode):
     """Leaves tensors without data as they are where initialisation would draw their values."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in DRAWING and args and getattr(args[0], "is_meta", False):
-            return args[0]
+        if getattr(func, "__name__", "") in DRAWING:
+            drawn = args[0] if args else (kwargs or {}).get("tensor")
+            if getattr(drawn, "is_meta", False):
+                return drawn
         return func(*args, **(kwargs or {}))
 
 
@@ -52,7 +56,15 @@ def types_of(adapters: Sequence[Adapter]) -> dict[str, Adapter]:
 
 def case(name: str, adapters: Mapping[str, Adapter]) -> Case | None:
     """Return the case of one architecture, or None if no adapter, given by the types they take, can represent it."""
-    if not timm.is_model(name) or not _taken(_outline(name), adapters):
+    if not timm.is_model(name):
+        return None
+    home = timm.model_entrypoint(name).__module__
+    for kind in _classes(home.rpartition(".")[2]):
+        adapter = adapters.get(f"{kind.__module__}.{kind.__qualname__}")
+        if isinstance(adapter, FamilyMap) and kind.__module__ == home:  # all of such a family have the same parts
+            build = partial(timm.create_model, name, pretrained=False, **adapter.small)
+            return Case(name, build=build, full=partial(full, name), pictures=pictures)
+    if not _taken(_outline(name), adapters):
         return None
     return Case(name, build=partial(small, name), full=partial(full, name), pictures=pictures)
 
@@ -71,11 +83,11 @@ def _first(name: str, options: Sequence[dict[str, Any]]) -> tuple[nn.Module, dic
     """Return an architecture without data, built with the first arguments its constructor takes, and those."""
     for given in options[:-1]:
         try:
-            with torch.device("meta"), _WithoutData():
+            with torch.device("meta"), WithoutData():
                 return timm.create_model(name, pretrained=False, **given), given
         except (TypeError, AssertionError, ValueError, RuntimeError):  # constructors refuse in their own ways
             continue
-    with torch.device("meta"), _WithoutData():
+    with torch.device("meta"), WithoutData():
         return timm.create_model(name, pretrained=False, **options[-1]), options[-1]
 
 

@@ -8,14 +8,13 @@ from prisma_core.hookmap import HookMap
 from prisma_core.spec import ModelSpec
 from prisma_core.weights import WeightMap
 
-SAM = "timm.models.vision_transformer_sam.VisionTransformerSAM"
 GEMMA4 = ("timm.models.gemma4_vit.Gemma4VitClassifier", "timm.models.gemma4_vit.Gemma4VitEncoder")
 
 
 class RefusedAdapter(Adapter):
-    """Windows with a bias that depends on the queries (SAM), and norms around everything (Gemma 4)."""
+    """Norms around everything (Gemma 4)."""
 
-    types = (SAM, *GEMMA4)
+    types = GEMMA4
 
     def spec(self, upstream: Reader) -> ModelSpec:
         raise _reason(upstream)
@@ -28,12 +27,5 @@ class RefusedAdapter(Adapter):
 
 
 def _reason(upstream: Reader) -> UnsupportedArchitecture:
-    if upstream.is_a(SAM):
-        for block in upstream.blocks:
-            if block.window_size:
-                return block.unsupported(f"attention in windows of {block.window_size} patches")
-            if block.attn.use_rel_pos:
-                return block.attn.unsupported("a bias that depends on the queries")
-        return upstream.neck.unsupported("convolutions behind the blocks")
     encoder = upstream.encoder if upstream.has("encoder") else upstream
     return next(iter(encoder.blocks)).unsupported("sandwich norms, before and after attention and MLP")

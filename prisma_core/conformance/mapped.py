@@ -119,7 +119,9 @@ def _claims(model: HookedUpstream, acts: Mapping[str, Tensor], logits: Tensor) -
     if "hook_logits" in acts:
         yield "hook_logits is the output", acts["hook_logits"], logits
     for at in dict.fromkeys(name.rpartition(".")[0] for name in acts):
-        yield from _stream(at, {name: acts.get(f"{at}.hook_{name}") for name in _STREAM})
+        yield from _stream(
+            at, {name: acts.get(f"{at}.hook_{name}") for name in _STREAM}, f"{at}.ln3.hook_normalized" in acts
+        )
         yield from _attention(at, {name: acts.get(f"{at}.hook_{name}") for name in _ATTENTION})
     for name, x in acts.items():
         if (before := re.fullmatch(r"(.*blocks\.)(\d+)\.hook_resid_pre", name)) is not None:
@@ -128,18 +130,25 @@ def _claims(model: HookedUpstream, acts: Mapping[str, Tensor], logits: Tensor) -
                 yield f"{name} = what the block before leaves", x, previous
 
 
-_STREAM = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+_STREAM = ("resid_pre", "shortcut", "attn_out", "resid_mid", "mlp_out", "resid_post")
 _ATTENTION = ("attn_scores", "pattern", "v", "z")
 
 
-def _stream(at: str, x: Mapping[str, Tensor | None]) -> Iterator[Claim]:
-    pre, attn_out, mid, mlp_out, post = (x[name] for name in _STREAM)
-    if pre is not None and attn_out is not None and mid is not None and pre.shape == mid.shape:
-        yield f"{at}: resid_mid = resid_pre + attn_out", mid, pre + attn_out
+def _stream(at: str, x: Mapping[str, Tensor | None], normed: bool) -> Iterator[Claim]:
+    pre, shortcut, attn_out, mid, mlp_out, post = (x[name] for name in _STREAM)
+    kept, what = (pre, "resid_pre") if shortcut is None else (shortcut, "shortcut")
+    if kept is not None and attn_out is not None and mid is not None:
+        yield f"{at}: resid_mid = {what} + attn_out", mid, kept + attn_out.reshape(kept.shape)
     if mid is None and attn_out is None:
-        mid = pre  # a block with one branch
-    if mid is not None and mlp_out is not None and post is not None:
-        yield f"{at}: resid_post = resid_mid + mlp_out", post, mid + mlp_out
+        mid = kept  # a block with one branch
+    if (
+        mid is not None and mlp_out is not None and post is not None and not normed
+    ):  # some keep rows and columns apart, some do not
+        yield (
+            f"{at}: resid_post = {'resid_mid' if attn_out is not None else what} + mlp_out",
+            post,
+            mid + (mlp_out.reshape(mid.shape)),
+        )
 
 
 def _attention(at: str, x: Mapping[str, Tensor | None]) -> Iterator[Claim]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 
 import torch
@@ -199,6 +200,7 @@ def _known(model: Canonical) -> bool:
     return model.origin is not None or isinstance(model, HookedUpstream)
 
 
+@cache  # looking through everything that is installed takes as long as several checks
 def _version(library: str) -> str:
     names = packages_distributions().get(library) or [library]
     try:

@@ -1,0 +1,69 @@
+"""timm's families without a canonical form are hooked where they stand: each architecture at its small size.
+
+The numbers of all of them are checked; all checks are run on one architecture for each way in which blocks, norms and
+heads are put together (``all`` in the table), for the others repeat them.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+import prisma_core as prisma
+from prisma_core.conformance.pytest import suite
+from prisma_core.mapped import HookedUpstream
+from prisma_core.plugins import host
+
+timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
+
+TABLE = list(csv.DictReader((Path(__file__).parent / "timm_mapped.csv").open(encoding="utf-8")))
+CASES = {row["name"]: host().source("timm").case(row["name"]) for row in TABLE}
+ALL = [CASES[row["name"]] for row in TABLE if row["checks"] == "all"]
+NUMBERS = ["parity.logits", "parity.hooks", "algebra"]
+OTHERS = ["parity.gradients", "hooks.live", "weights.*", "spec.audit", "save.load", "preprocess", "threads"]
+
+test_numbers = suite("timm, hook maps", checks=NUMBERS, cases=list(CASES.values()))
+test_others = suite("timm, hook maps, other checks", checks=OTHERS, cases=ALL)
+
+
+@pytest.mark.parametrize("module", sorted({row["module"] for row in TABLE}))
+def test_every_architecture_of_these_families_is_in_the_table(module: str) -> None:
+    assert sorted(timm.list_models(module=module)) == [row["name"] for row in TABLE if row["module"] == module]
+    assert all(CASES[row["name"]] is not None for row in TABLE if row["module"] == module)
+
+
+def test_a_reference_gives_a_hooked_model_with_all_that_loading_knows() -> None:
+    model = prisma.load("timm:swin_tiny_patch4_window7_224", pretrained=False)
+    assert isinstance(model, HookedUpstream)
+    assert model.reference == "timm:swin_tiny_patch4_window7_224"
+    assert model.labels is not None and len(model.labels) == 1000
+    image = model.preprocess(torch.randint(256, (300, 400, 3), dtype=torch.uint8))
+    assert image.shape == (1, 3, 224, 224)
+    _, cache = model.run_with_cache(image, names=["stages.2.*.hook_pattern", ("resid_post", -1)])
+    assert cache["stages.2.blocks.5.attn.hook_pattern"].shape == (1, 4, 12, 49, 49)
+    assert cache["stages.3.blocks.1.hook_resid_post"].shape == (1, 7, 7, 768)
+    assert len(cache) == 6 + 4  # of six patterns, and the last block of each stage
+
+
+def test_a_case_without_the_library_s_fused_kernel() -> None:
+    """Where timm is told to go step by step, the table names other places; the numbers are the same."""
+    torch.manual_seed(0)
+    upstream = timm.create_model("hiera_tiny_224", **host().adapter(_hiera()).small).eval()
+    image = torch.randn(1, 3, 64, 96)
+    fused = prisma.adapt(upstream)
+    for block in upstream.blocks:
+        block.attn.fused_attn = False
+    steps = prisma.adapt(upstream)
+    assert [*fused.hook_points()] != [*steps.hook_points()]  # the values are reached after the pattern here
+    first, second = (dict(model.run_with_cache(image)[1].store) for model in (fused, steps))
+    assert first.keys() == second.keys()
+    for name, x in first.items():
+        torch.testing.assert_close(x, second[name], rtol=1e-4, atol=1e-5)
+
+
+def _hiera() -> torch.nn.Module:
+    with torch.device("meta"):
+        return timm.create_model("hiera_tiny_224")
