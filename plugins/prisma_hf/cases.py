@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-import transformers
+import torch
 from torch import Tensor, nn
 
 from prisma_core.conformance.case import Case
+from prisma_hf import parts
+from prisma_hf.classes import MODELS
 
 SMALL: dict[str, Any] = {
     "hidden_size": 24,
@@ -21,26 +26,96 @@ SMALL: dict[str, Any] = {
     "layer_norm_eps": 3e-5,
     "hidden_act": "gelu_new",
 }
+CLASSES = {"num_labels": 5}
 
 
 def main_output(upstream: Any, image: Tensor) -> Tensor:
     """Return what a model is called for: logits where it has a head, else the last hidden state."""
-    size = upstream.config.image_size
+    config = upstream.config
+    size = config.image_size
     native = (size, size) if isinstance(size, int) else tuple(size)
-    asked = {} if tuple(image.shape[2:]) == native else {"interpolate_pos_encoding": True}
-    output = upstream(image, **asked)
+    given: dict[str, Any] = {}
+    if tuple(image.shape[2:]) != native and not _always_resizes(upstream):
+        given["interpolate_pos_encoding"] = True
+    output = upstream(image, **given)
     return output.logits if hasattr(output, "logits") else output.last_hidden_state
 
 
-def cases() -> Iterator[Case]:
-    def vit(**given: Any) -> nn.Module:
-        return transformers.ViTModel(transformers.ViTConfig(**{**SMALL, **given}))
+def _always_resizes(upstream: Any) -> bool:
+    return "interpolate_pos_encoding" not in inspect.signature(type(upstream).forward).parameters
 
-    yield Case("ViTModel", vit, forward=main_output)
-    yield Case(
-        "ViTForImageClassification",
-        lambda: transformers.ViTForImageClassification(
-            transformers.ViTConfig(**{**SMALL, "qkv_bias": False, "num_labels": 5, "image_size": (16, 24)})
-        ),
-        forward=main_output,
-    )
+
+def unmasked(upstream: Any, image: Tensor) -> Tensor:
+    """Return what a masked autoencoder's encoder makes of all patches, in their order."""
+    down, across = upstream.embeddings.patch_embeddings.patch_size
+    count = (image.shape[2] // down) * (image.shape[3] // across)
+    noise = torch.arange(count, device=image.device).expand(len(image), -1)
+    return upstream(image, noise=noise, interpolate_pos_encoding=True).last_hidden_state
+
+
+def unrounded(upstream: Any, image: Tensor) -> Tensor:
+    """Return the main output of a class whose attention is explicit alone, and its softmax rounds float64 to float32."""
+    with parts.float64_softmax():
+        return main_output(upstream, image)
+
+
+FORWARD = {"ViTMAEModel": unmasked, "GitVisionModel": unrounded}
+
+
+def built(name: str, **given: Any) -> nn.Module:
+    """Return a small model of one of the classes."""
+    path = next(path for path in MODELS if path.endswith(f".{name}"))
+    module, _, _ = path.rpartition(".")
+    kind = getattr(importlib.import_module(module), name)
+    return kind(kind.config_class(**{**SMALL, **given}))
+
+
+def case(name: str, variant: str = "", **given: Any) -> Case:
+    """Return the case of a class with a small config."""
+    title = f"{name}{'.' if variant else ''}{variant}"
+    return Case(title, partial(built, name, **given), forward=FORWARD.get(name, main_output))
+
+
+def cases() -> Iterator[Case]:
+    """Yield a case for every class, and more for what a class may or may not have."""
+    wide = {"image_size": (16, 24)}
+    yield case("ViTModel")
+    yield case("ViTForImageClassification", qkv_bias=False, **wide, **CLASSES)
+    yield case("DeiTModel", hidden_act="quick_gelu", **wide)
+    yield case("DeiTForImageClassification", **CLASSES)
+    yield case("DeiTForImageClassificationWithTeacher", qkv_bias=False, **CLASSES)
+    yield case("ViTMAEModel", mask_ratio=0.0)
+    yield case("ViTMSNModel")
+    yield case("ViTMSNForImageClassification", **wide, **CLASSES)
+    yield case("IJepaModel")
+    yield case("IJepaForImageClassification", hidden_act="silu", **CLASSES)
+    yield case("PixioModel", n_cls_tokens=3)
+    flat = {"use_mean_pooling": False, "layer_scale_init_value": 0.0}
+    tables = {"use_relative_position_bias": True, "use_shared_relative_position_bias": True}
+    for model in ("Beit", "Data2VecVision"):
+        yield case(f"{model}Model", use_absolute_position_embeddings=True, **flat)
+        yield case(f"{model}Model", "tables", **tables, image_size=(16, 24), use_mask_token=True)
+        yield case(f"{model}ForImageClassification", use_relative_position_bias=True, **CLASSES)
+        yield case(f"{model}ForImageClassification", "first_token", **flat, **CLASSES)
+    yield case("DPTModel", qkv_bias=False, is_hybrid=False)
+    yield case("FlavaImageModel", **wide)
+    for name in ("Blip", "Blip2", "InstructBlip", "InstructBlipVideo"):
+        yield case(f"{name}VisionModel", num_channels=3)
+    for name in ("Idefics2", "Idefics3", "SmolVLM"):
+        yield case(f"{name}VisionTransformer")
+    yield case("Idefics2VisionTransformer", "uneven", image_size=38, patch_size=2)
+    yield case("JanusVisionModel", use_qk_norm=False, attention_bias=False)
+    yield case("GraniteDoclingVisionModel", num_channels=3, deepstack_visual_indexes=[0], scale_factor=2, image_size=32)
+    for name in ("Git", "Kosmos2", "CLIPSeg", "OwlViT", "Owlv2"):
+        yield case(f"{name}VisionModel", hidden_act="quick_gelu")
+    yield case("MLCDVisionModel")
+    yield case("Aimv2VisionModel", hidden_act="silu", is_native=False, use_head=False, rms_norm_eps=3e-5)
+    yield case("Aimv2VisionModel", "head", qkv_bias=True, mlp_bias=True, is_native=False, use_head=True)
+    patches = {"image_size": (24, 24), "patch_size": (8, 8)}
+    for name in ("InternVL", "QianfanOCR"):
+        yield case(f"{name}VisionModel", layer_scale_init_value=0.3, **patches)
+        given = {"norm_type": "rms_norm", "use_qk_norm": True, "use_mean_pooling": False, "attention_bias": True}
+        yield case(f"{name}VisionModel", "rms", layer_scale_init_value=0.3, **patches, **given)
+    yield case("Tipsv2VisionModel", num_register_tokens=2, mlp_ratio=2)
+    yield case("Tipsv2VisionModel", "gated", num_register_tokens=2, mlp_ratio=2, use_swiglu_ffn=True)
+    yield case("MgpstrModel", distilled=False, image_size=(16, 24), mlp_ratio=1.5)

@@ -11,9 +11,9 @@ from torch import nn
 from prisma_core.adapter import Adapter, Reader, qualified_name
 from prisma_core.hookmap import HookMap
 from prisma_core.layout import TokenLayout
-from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec, PoolSpec
+from prisma_core.spec import EmbedSpec, ModelSpec, PoolSpec, RopeSpec
 from prisma_core.weights import WeightMap
-from prisma_hf import blocks, parts
+from prisma_hf import bias, blocks, parts, positions
 from prisma_hf.classes import MODELS
 from prisma_hf.names import ModelNames, TowerNames
 
@@ -30,16 +30,22 @@ class EncoderAdapter(Adapter):
         proj = parts.walk(tower, names.tower.proj)
         layout = _layout(tower, names.tower)
         classes = _classes(upstream, names)
+        ln_pool = parts.walk(upstream, names.ln_pool) if names.ln_pool else None
+        ln_pool = None if ln_pool is None else parts.norm(ln_pool)
         return ModelSpec(
             d_model=proj.out_channels,
             image_size=_image_size(tower, names.tower),
             embed=_embed(tower, names.tower, layout),
             layout=layout,
-            blocks=tuple(blocks.block(block, names.tower.block) for block in parts.walk(tower, names.tower.blocks)),
+            blocks=tuple(
+                blocks.block(block, names.tower.block, bias.shared(tower, names.tower))
+                for block in parts.walk(tower, names.tower.blocks)
+            ),
+            rope=RopeSpec(layout="half", in_float32=True) if names.tower.rope else None,
             ln_pre=parts.norm(parts.walk(tower, names.tower.ln_pre)) if names.tower.ln_pre else None,
             ln_final=parts.norm(parts.walk(tower, names.tower.ln_final)) if names.tower.ln_final else None,
-            pool=_pool(names),
-            ln_pool=parts.norm(parts.walk(upstream, names.ln_pool)) if names.ln_pool else None,
+            pool=_pool(names, normed=ln_pool is not None),
+            ln_pool=ln_pool,
             d_pool=proj.out_channels,
             n_classes=classes,
             n_heads_out=2 if names.head_dist else 1,
@@ -51,41 +57,56 @@ class EncoderAdapter(Adapter):
         rows = parts.linear_rows(f"{at}{names.tower.proj}", "embed.proj")
         if names.tower.prefix:
             tokens = ", ".join(f"{at}{path}" for _, path in names.tower.prefix)
-            rows += f"[{tokens}]  ->  embed.prefix  : 1 n d -> n d\n"
-        rows += f"{at}{names.tower.pos}  ->  embed.pos_embed  : 1 p d -> p d\n"
+            flat = parts.walk(tower, names.tower.prefix[0][1]).ndim == 1
+            rows += f"[{tokens}]  ->  embed.prefix  : {'d -> 1 d' if flat else '1 n d -> n d'}\n"
+        made, functions = positions.rows(tower, at, names.tower, spec.layout)
+        turned, turning = positions.rope_rows(tower, at, names.tower, spec.layout)
+        rows += made + turned
+        rows += parts.norm_rows(f"{at}{names.tower.embed_norm}", "embed.norm") if names.tower.embed_norm else ""
+        rows += f"ignore {at}embeddings.position_ids : positions are counted\n"
         for source, target in ((names.tower.ln_pre, "ln_pre"), (names.tower.ln_final, "ln_final")):
             rows += parts.norm_rows(f"{at}{source}", target) if source else ""
-        rows += blocks.rows(parts.walk(tower, names.tower.blocks), f"{at}{names.tower.blocks}", names.tower.block)
-        rows += parts.norm_rows(names.ln_pool, "ln_pool") if names.ln_pool else ""
+        layers = parts.walk(tower, names.tower.blocks)
+        rows += blocks.rows(layers, f"{at}{names.tower.blocks}", names.tower.block)
+        rows += parts.norm_rows(names.ln_pool, "ln_pool") if spec.ln_pool is not None else ""
         rows += parts.linear_rows(names.head, "head") if names.head else ""
         rows += parts.linear_rows(names.head_dist, "head_dist") if names.head_dist else ""
         for key, reason in names.tower.ignored.items():
             rows += f"ignore {at}{key} : {reason}\n"
         for key, reason in names.ignored.items():
             rows += f"ignore {key} : {reason}\n"
-        return WeightMap.parse(rows)
+        tables = bias.tables(tower, at, names.tower)
+        biases = {"bias": bias.function(tables, spec.layout)} if tables else {}
+        rows += bias.rows(tables) if tables else ""
+        return WeightMap.parse(rows, {**functions, **turning, **biases})
 
     def hooks(self, upstream: Reader, spec: ModelSpec) -> HookMap:
         names = MODELS[qualified_name(upstream.module)]
         tower, at = parts.walk(upstream, names.at), _prefixed(names.at)
         first = f"{at}{names.tower.blocks}.0 : in"
+        embedded = f"{at}{names.tower.embed_norm or names.tower.proj}"
         rows = f"""
-            {at}{names.tower.proj}  ->  hook_embed  : b d r c -> b (r c) d
+            {embedded}  ->  hook_embed  {"" if spec.embed.norm else ": b d r c -> b (r c) d"}
             {f"{at}{names.tower.ln_pre} : in" if names.tower.ln_pre else first}  ->  hook_full_embed
         """
-        rows += blocks.hooks(parts.walk(tower, names.tower.blocks), f"{at}{names.tower.blocks}", names.tower.block)
+        layers, rope = parts.walk(tower, names.tower.blocks), spec.rope is not None
+        rows += blocks.hooks(layers, f"{at}{names.tower.blocks}", names.tower.block, rope=rope)
         if names.tower.ln_pre:
             rows += f"""
                 {at}{names.tower.ln_pre}  ->  ln_pre.hook_normalized
                 {at}{names.tower.ln_pre}  ->  hook_ln_pre
             """
+        if spec.embed.norm is not None:
+            rows += f"{embedded}  ->  embed.norm.hook_normalized\n"
+        end = f"{at}{names.tower.blocks}.{spec.n_layers - 1}"
+        last = f"{at}{names.tower.ln_final}" if spec.ln_final is not None else end
+        last = f"{at.removesuffix('.')} {names.tower.last}" if names.tower.last else last
         if spec.ln_final is not None:
             rows += f"""
-                {at}{names.tower.ln_final}  ->  ln_final.hook_normalized
-                {at}{names.tower.ln_final}  ->  hook_ln_final
+                {last}  ->  ln_final.hook_normalized
+                {last}  ->  hook_ln_final
             """
-        last = f"{at}{names.tower.ln_final}" if spec.ln_final is not None else f"{at}{names.tower.blocks}.{{l}}"
-        if names.ln_pool:
+        if spec.ln_pool is not None:
             rows += f"""
                 {names.ln_pool} : in  ->  hook_pooled
                 {names.ln_pool}       ->  ln_pool.hook_normalized
@@ -97,7 +118,7 @@ class EncoderAdapter(Adapter):
         if names.head_dist:
             rows += f"""
                 {names.head_dist} : in  ->  hook_pooled_dist
-                 @ truediv              ->  hook_logits
+                 @ div              ->  hook_logits
             """
         else:
             rows += f"{names.head or last}  ->  hook_logits\n"
@@ -119,21 +140,20 @@ def _image_size(tower: Reader, names: TowerNames) -> tuple[int, int]:
 def _layout(tower: Reader, names: TowerNames) -> TokenLayout:
     height, width = _image_size(tower, names)
     down, across = parts.walk(tower, names.proj).kernel_size
-    counts = {kind: parts.walk(tower, path).shape[1] for kind, path in names.prefix}
+    tokens = {kind: parts.walk(tower, path) for kind, path in names.prefix}
+    counts = {kind: 1 if token.ndim == 1 else token.shape[1] for kind, token in tokens.items()}
     return TokenLayout(**counts, rows=height // down, columns=width // across)
 
 
 def _embed(tower: Reader, names: TowerNames, layout: TokenLayout) -> EmbedSpec:
     proj = parts.walk(tower, names.proj)
     parts.plain_patches(proj)
-    # Upstream takes the root of the number of positions for a side of their grid, and one number for a patch's sides.
-    square = layout.rows == layout.columns and isinstance(parts.walk(tower, names.side), int)
-    how = Interpolation(antialias=False, in_float32=names.resize_float32)
     return EmbedSpec(
         patch=proj.kernel_size,
         in_channels=proj.in_channels,
-        pos=True,
-        interpolation=how if square and names.resize != "never" else None,
+        norm=parts.norm(parts.walk(tower, names.embed_norm)) if names.embed_norm else None,
+        pos=positions.check(tower, names, layout),
+        interpolation=positions.interpolation(tower, names, layout),
     )
 
 
@@ -144,7 +164,9 @@ def _classes(upstream: Reader, names: ModelNames) -> int | None:
     return None if head.is_a("torch.nn.modules.linear.Identity") else parts.linear(head).out_features
 
 
-def _pool(names: ModelNames) -> PoolSpec:
+def _pool(names: ModelNames, *, normed: bool) -> PoolSpec:
+    if names.ln_pool and not normed:
+        return PoolSpec(kind="token")
     if names.pool == "avg_all":
         return PoolSpec(kind="avg", with_prefix=True)
     return PoolSpec(kind=names.pool)

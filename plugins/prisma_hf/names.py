@@ -18,8 +18,13 @@ class BlockNames:
         q, k, v: projections; or ``qkv``, one for all, its rows in that order.
         ls1, ls2: parameters of layer scale.
         act: the activation function.
-        attn_out, mlp_out: the places of what is added to the stream, where those are not the outputs of ``out`` and
-            ``fc2``.
+        bias: the module whose table is added to the scores.
+        q_norm, k_norm: norms of queries and keys.
+        mlp: the MLP, which may be a gated one with projections ``gate_proj``, ``up_proj`` and ``down_proj`` instead.
+        absent: modules that must be identities.
+        addend: the place of what attention adds to the stream, where that is not the output of ``out``.
+        pos_first: what ``out`` reads has its axes in the order position, batch, channel.
+        attn_out, mlp_out: the places of what is added to the stream where there is layer scale.
     """
 
     attn: str = "self_attn"
@@ -38,6 +43,13 @@ class BlockNames:
     fc2: str = "mlp.fc2"
     ls1: str = ""
     ls2: str = ""
+    bias: str = ""
+    q_norm: str = ""
+    k_norm: str = ""
+    mlp: str = "mlp"
+    absent: tuple[str, ...] = ()
+    addend: str = ""
+    pos_first: bool = False
     attn_out: str = ""
     mlp_out: str = ""
 
@@ -51,11 +63,19 @@ class TowerNames:
         proj: the patch projection.
         image: the attribute that holds the size of image.
         prefix: tokens before the patches, each kind with its parameter.
+        embed_norm: a norm of the patch embedding.
         pos: the position embedding, of all tokens.
-        side: the attribute that upstream divides the sides of an image of another size by; a number, or it cannot.
-        resize: whether upstream's positions follow other sizes of image: ``asked``, if the caller says so; ``always``; or
-            ``never``.
+        pos_without_registers: there are none for registers, which come in later.
+        looked_up: upstream computes which of its positions a patch takes.
+        rope: the module that turns queries and keys, and ``rope_cls``, the angles of the class token.
+        last: the place of the main output, where the final norm is called again later.
+        side: the attribute that upstream divides the sides of an image of another size by: a number, or it cannot.
+            Empty where it can divide by anything.
+        resize: whether upstream's positions follow other sizes of image: ``asked``, if the caller says so;
+            ``always``; or ``never``.
+        mode, antialias: of that interpolation.
         resize_float32: in float32, whatever they are.
+        bias: the module whose table is added to the scores of all blocks.
         ignored: tensors that its main output does not depend on, each with the reason.
     """
 
@@ -64,12 +84,21 @@ class TowerNames:
     proj: str = "embeddings.patch_embeddings.projection"
     image: str = "embeddings.patch_embeddings.image_size"
     prefix: tuple[tuple[Prefix, str], ...] = (("cls", "embeddings.cls_token"),)
+    embed_norm: str = ""
     pos: str = "embeddings.position_embeddings"
+    pos_without_registers: bool = False
+    looked_up: bool = False
+    rope: str = ""
+    rope_cls: str = ""
+    last: str = ""
     ln_pre: str = ""
     ln_final: str = "layernorm"
     side: str = "embeddings.patch_size"
     resize: Literal["asked", "always", "never"] = "asked"
+    mode: Literal["bicubic", "bilinear"] = "bicubic"
+    antialias: bool = False
     resize_float32: bool = False
+    bias: str = ""
     ignored: dict[str, str] = field(default_factory=dict[str, str], hash=False)
 
 
@@ -81,13 +110,13 @@ class ModelNames:
         at: the path of the encoder.
         head, head_dist: linear layers that return the logits; two: the mean of both.
         pool: what the head reads.
-        ln_pool: the norm of what it reads.
+        ln_pool: the norm of what it reads; where upstream has None there, the head reads the first token.
     """
 
     tower: TowerNames
     at: str = ""
     head: str = ""
     head_dist: str = ""
-    pool: Literal["none", "token", "avg", "avg_all"] = "none"
+    pool: Literal["none", "token", "patches", "avg", "avg_all"] = "none"
     ln_pool: str = ""
     ignored: dict[str, str] = field(default_factory=dict[str, str], hash=False)

@@ -54,11 +54,35 @@ IGNORED = {
     "*.drop_prob": "off in evaluation",
     "*.num_channels": "the channels of the patch projection",
     "*.num_patches": "the number of positions",
+    "*.patch_shape": "the image's size by that of a patch",
+    "*.grid_size": "the image's size by that of a patch",
+    "*.num_patches_per_side": "the image's size by that of a patch",
+    "*.num_positions": "the number of positions",
+    "*.num_tokens": "the number of positions less that of patches",
+    "*.n_cls_tokens": "the number of tokens before the patches",
+    "*RotaryEmbedding.rope_type": "upstream's own function makes the tables",
+    "*RotaryEmbedding.attention_scaling": "upstream's own function makes the tables",
+    "*.has_relative_position_bias": "there is a module for it, or none",
+    "*.chunk_size_feed_forward": "memory",
+    "*.seq_len_dim": "memory",
+    "*.attention_head_size": "the width of the projections by the number of heads",
+    "*.hidden_size": "the width of the projections",
+    "*.intermediate_size": "the width of the projections",
+    "*.num_key_value_groups": "one; the projections' widths are compared",
+    "*.num_register_tokens": "the number of register tokens",
+    "*.use_head": "there is a module for it, or none",
+    "*.dropout": "off in evaluation",
+    "*.dropout_prob": "off in evaluation",
+    "*.drop_path*": "off in evaluation",
+    "*Pooler.layernorm": "of what stands beside the main output",
+    "*.deepstack_visual_indexes": "which streams the language model reads besides",
+    "Embedding.padding_idx": "of training",
+    "Embedding.max_norm": "upstream sets none",
+    "Embedding.norm_type": "upstream sets no norm",
     "*.all_head_size": "heads times their width",
     "*.embed_dim": "the width of the projections",
     "*.head_dim": "the width of the projections by the number of heads",
     "*Pooler.activation": "of what stands beside the main output",
-    "*.is_causal": "a flag for kernels that mask; upstream gives no mask",
     "GELUActivation.act": "the function that the class is named after",
     "GELUTanh.act": "the function that the class is named after",
     "AccurateGELUActivation.precomputed_constant": "of the tanh formula",
@@ -72,6 +96,13 @@ def walk(reader: Reader, path: str) -> Any:
     for name in filter(None, path.split(".")):
         value = getattr(value, name)
     return value
+
+
+def find(reader: Reader, path: str) -> Any:
+    """Return what stands at a dotted path, or None where it ends in nothing."""
+    above, _, name = path.rpartition(".")
+    owner = walk(reader, above)
+    return getattr(owner, name) if owner.has(name) else None
 
 
 def linear(module: Reader) -> Reader:
@@ -88,7 +119,7 @@ def norm(module: Reader) -> NormSpec | None:
     if module.is_a(LAYER_NORM):
         return NormSpec(kind="ln", eps=module.eps)
     if type(module.module).__name__.endswith("RMSNorm") and module.has("variance_epsilon"):
-        return NormSpec(kind="rms", eps=module.variance_epsilon, in_float32=True)
+        return NormSpec(kind="rms", eps=module.variance_epsilon, in_float32=True, weight_in_float32=False)
     raise module.unsupported("a norm that is neither layer norm nor root mean square")
 
 
@@ -143,6 +174,13 @@ def plain_patches(proj: Reader) -> None:
 
 
 @contextmanager
+def float64_softmax() -> Iterator[None]:
+    """Keep the softmax of explicit attention in float64, where upstream would round scores to float32."""
+    with _Float64Softmax():
+        yield
+
+
+@contextmanager
 def explicit_attention(upstream: nn.Module) -> Iterator[None]:
     """Make upstream compute attention step by step for the time of the scope.
 
@@ -157,7 +195,7 @@ def explicit_attention(upstream: nn.Module) -> Iterator[None]:
             vars(config)["_attn_implementation_internal"] = "eager"
         for part, kind in zip(fused, kinds, strict=True):
             part.__class__ = kind.__base__
-        with _Float64Softmax():
+        with float64_softmax():
             yield
     finally:
         for config, implementation in before:
@@ -169,7 +207,7 @@ def explicit_attention(upstream: nn.Module) -> Iterator[None]:
 class _Float64Softmax(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if getattr(func, "__name__", "") == "softmax" and kwargs.get("dtype") is torch.float32:
-            if args[0].dtype == torch.float64:
-                del kwargs["dtype"]
+        rounds = getattr(func, "__name__", "") == "softmax" and kwargs.get("dtype") is torch.float32
+        if rounds and args[0].dtype == torch.float64:
+            del kwargs["dtype"]
         return func(*args, **kwargs)

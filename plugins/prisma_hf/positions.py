@@ -1,0 +1,121 @@
+"""Positions: which of upstream's rows a token takes, how they follow other sizes, and by what queries and keys turn."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from prisma_core.adapter import Reader
+from prisma_core.layout import TokenLayout
+from prisma_core.spec import Interpolation
+from prisma_hf import bias, parts
+from prisma_hf.names import TowerNames
+
+Functions = Mapping[str, Callable[..., Tensor]]
+
+
+def table(tower: Reader, names: TowerNames) -> Reader | Tensor | None:
+    """Return the position embedding: a parameter, a table to look up, or None."""
+    if not names.pos:
+        return None
+    found = parts.find(tower, names.pos)
+    above, _, _ = names.pos.rpartition(".")
+    ids = parts.walk(tower, above).get("position_ids") if isinstance(found, Reader) else None
+    if ids is not None and not torch.equal(ids.flatten(), torch.arange(ids.numel(), device=ids.device)):
+        raise tower.unsupported("positions that are not counted from the first patch on")
+    return found
+
+
+def check(tower: Reader, names: TowerNames, layout: TokenLayout) -> bool:
+    """Return whether there are positions, one for every token that takes one."""
+    found = table(tower, names)
+    if found is None:
+        return False
+    length = found.num_embeddings if isinstance(found, Reader) else found.shape[1]
+    expected = layout.n_tokens - (layout.registers if names.pos_without_registers else 0)
+    if length != expected:
+        raise tower.unsupported(f"{length} positions for {expected} tokens")
+    if names.resize == "always" and layout.rows != layout.columns:
+        raise tower.unsupported("positions that are interpolated from a square grid, which this picture's is not")
+    return True
+
+
+def interpolation(tower: Reader, names: TowerNames, layout: TokenLayout) -> Interpolation | None:
+    """Return how positions follow other sizes of image; None if the size is fixed."""
+    if table(tower, names) is None or names.resize == "never" or bias.tables(tower, "", names):
+        return None
+    # Upstream takes the root of the number of positions for a side of their grid.
+    if layout.rows != layout.columns or (names.side and not isinstance(parts.walk(tower, names.side), int)):
+        return None
+    return Interpolation(mode=names.mode, antialias=names.antialias, in_float32=names.resize_float32)
+
+
+def rows(tower: Reader, at: str, names: TowerNames, layout: TokenLayout) -> tuple[str, Functions]:
+    """Return the weight rows of positions, and their functions."""
+    found = table(tower, names)
+    if found is None:
+        return "", {}
+    source = f"{at}{names.pos}.weight" if isinstance(found, Reader) else f"{at}{names.pos}"
+    how = "" if isinstance(found, Reader) else " : 1 p d -> p d"
+    if names.looked_up and (ids := looked_up(tower, layout)) is not None:
+        return f"{source}  ->  embed.pos_embed : {{positions}}\n", {"positions": lambda rows: rows[ids]}
+    if names.pos_without_registers and layout.registers:
+        return f"{source}  ->  embed.pos_embed : {{positions}}\n", {"positions": _with_registers(layout)}
+    return f"{source}  ->  embed.pos_embed{how}\n", {}
+
+
+def _with_registers(layout: TokenLayout) -> Callable[..., Tensor]:
+    def made(rows: Tensor) -> Tensor:
+        nothing = rows.new_zeros(layout.registers, rows.shape[-1])
+        return torch.cat([rows[0, : layout.cls], nothing, rows[0, layout.cls :]])
+
+    return made
+
+
+@torch.no_grad()
+def looked_up(tower: Reader, layout: TokenLayout) -> Tensor | None:
+    """Return which row of its positions upstream gives each patch of a picture of native size; None for each its own.
+
+    Upstream computes them in floating point, and some grids come out uneven.
+    """
+    embeddings: Any = copy.deepcopy(tower.embeddings.module).to_empty(device="cpu").float()
+    for parameter in embeddings.parameters():
+        parameter.zero_()
+    count = layout.rows * layout.columns
+    embeddings.position_embedding.weight.copy_(torch.arange(count).float()[:, None])
+    patch = embeddings.patch_embedding
+    height, width = layout.rows * patch.kernel_size[0], layout.columns * patch.kernel_size[1]
+    image, mask = torch.zeros(1, patch.in_channels, height, width), torch.ones(1, layout.rows, layout.columns).bool()
+    ids = embeddings(image, mask)[0, :, 0].long()
+    return None if torch.equal(ids, torch.arange(count)) else ids
+
+
+def rope_rows(tower: Reader, at: str, names: TowerNames, layout: TokenLayout) -> tuple[str, Functions]:
+    """Return the weight rows of rotary tables, and their functions: the class token turns by angles of its own."""
+    if not names.rope:
+        return "", {}
+    turning = copy.deepcopy(parts.walk(tower, names.rope).module)
+    row, column = torch.meshgrid(torch.arange(layout.rows), torch.arange(layout.columns), indexing="ij")
+    grid = torch.stack([row.flatten(), column.flatten()], dim=-1)
+
+    def made(part: int) -> Callable[..., Tensor]:
+        def tables(angles: Tensor, frequencies: Tensor) -> Tensor:
+            given = (angles, grid.to(angles.device))
+            patches = functional_call(turning, {"inv_freq": frequencies}, given)[part].to(angles.dtype)
+            own = torch.cat([angles, angles], dim=-1)
+            return torch.cat([own.sin() if part else own.cos(), patches])[:, None]
+
+        return tables
+
+    sources = f"[{at}{names.rope_cls}, {at}{names.rope}.inv_freq]"
+    rows = f"""
+        {sources}  ->  rope_cos : {{cos}}
+        {sources}  ->  rope_sin : {{sin}}
+        ignore {at}{names.rope}.original_inv_freq : the frequencies, kept twice
+    """
+    return rows, {"cos": made(0), "sin": made(1)}
