@@ -144,6 +144,8 @@ class Attention(nn.Module):
         q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
         if rope is not None and self.rope_layout is not None:
+            if self.rope_in_float32:
+                rope = Rope(rope.cos.float(), rope.sin.float())  # once for both, as gradients are summed
             q = self.hook_rot_q(rotate(q, rope.cos, rope.sin, self.rope_layout, self.rope_in_float32))
             k = self.hook_rot_k(rotate(k, rope.cos, rope.sin, self.rope_layout, self.rope_in_float32))
         z = self.hook_z(self._attend(q, k, v, mask))
