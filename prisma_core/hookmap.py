@@ -157,7 +157,7 @@ class HookMap:
             return f"{upstream.rstrip('.')} {place}".strip() if at_root else upstream + place
 
         rows = ((inside(place), canonical + hook, tagged(how, self.sizes, tag)) for place, hook, how in self.rows)
-        return HookMap(tuple(rows), {f"{name}_{tag}": size for name, size in self.sizes.items()})
+        return HookMap(tuple(rows), {tagged(name, [name], tag): size for name, size in self.sizes.items()})
 
     def without(self, *hooks: str) -> HookMap:
         """Return this table without the rows of these hook points."""

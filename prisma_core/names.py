@@ -164,6 +164,6 @@ def tagged(how: str, names: Iterable[str], tag: str) -> str:
     >>> tagged("b p (h d) -> b p h d", ["h"], "vision")
     'b p (h_vision d) -> b p h_vision d'
     """
-    for name in names:
+    for name in names if tag else ():
         how = re.sub(rf"\b{name}\b", f"{name}_{tag}", how)
     return how

@@ -144,7 +144,7 @@ class WeightMap:
             tuple(named(rule) for rule in self.rules),
             {upstream + name: why for name, why in self.ignored.items()},
             {canonical + name: function for name, function in self.functions.items()},
-            {f"{name}_{tag}": size for name, size in self.sizes.items()},
+            {tagged(name, [name], tag): size for name, size in self.sizes.items()},
         )
 
     def without(self, *targets: str) -> WeightMap:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 
+from prisma_clip.hf_dual import HfDual, Projected
+from prisma_clip.hf_towers import TOWERS as HF_TOWERS
 from prisma_clip.source import OpenClipSource
 from prisma_clip.towers import DualAdapter, TextAdapter, TimmAdapter, VisionAdapter
 from prisma_core import hookimpl
@@ -20,7 +22,7 @@ def prisma_sources() -> Sequence[Source]:
 
 @hookimpl
 def prisma_adapters() -> Sequence[Adapter]:
-    return [DualAdapter(), VisionAdapter(), TimmAdapter(), TextAdapter()]
+    return [DualAdapter(), VisionAdapter(), TimmAdapter(), TextAdapter(), HfDual(), Projected(), *HF_TOWERS]
 
 
 @hookimpl
@@ -30,4 +32,8 @@ def prisma_cases() -> Sequence[Case]:
         from prisma_clip.cases import lone_towers, whole
 
         found += [*whole(), *lone_towers()]
+    if importlib.util.find_spec("transformers") is not None:
+        from prisma_clip.hf_cases import hf_cases
+
+        found += hf_cases()
     return found

@@ -26,7 +26,8 @@ WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 class OpenClipSource(Source):
     """``open_clip:MODEL@TAG``, ``open_clip:MODEL@FILE``, ``open_clip:CONFIG.json@FILE``, ``open_clip:FOLDER``.
 
-    A folder holds a configuration and weights, as open_clip's own tools leave them on the hub. Options go to ``open_clip.create_model``, such as ``pretrained=False``, ``force_image_size=336``.
+    A folder holds a configuration and weights, as open_clip leaves them on the hub. Options go to
+    ``open_clip.create_model``, such as ``pretrained=False``, ``force_image_size=336``.
     """
 
     name = "open_clip"

@@ -1,0 +1,131 @@
+"""What transformers' CLIP-like towers share: blocks of split queries, keys and values, and how to look inside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from prisma_clip.common import LINEAR, activation, linear_rows, norm, norm_rows, same_for_all
+from prisma_clip.explicit import explicit_attention
+from prisma_core.adapter import Reader
+from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec
+
+IGNORED = {
+    "*.config": "facts are read from the modules that it built",
+    "*.kernel_config": "which kernels run",
+    "*.loss_type": "of training",
+    "*.all_tied_weights_keys": "how weights are saved",
+    "GELUTanh.act": "one of two ways to compute the same",
+    "GELUActivation.act": "one of two ways to compute the same",
+    "*.generation_config": "how texts are written",
+    "*.warnings_issued": "which warnings were shown",
+    "*.gradient_checkpointing": "saves memory in training; the numbers are the same",
+    "*.embed_dim": "the width of the weights",
+    "*.dropout": "does nothing in evaluation",
+    "*.attention_dropout": "does nothing in evaluation",
+    "*.num_positions": "rows of the position embedding",
+    "*.patch_size": "read from the patch projection",
+    "*.use_head": "whether there is a head",
+    "*.projection_dim": "the shape of the projections",
+    "*.text_embed_dim": "the shape of the projections",
+    "*.vision_embed_dim": "the shape of the projections",
+    "*.name_or_path": "where it was loaded from",
+    "Embedding.padding_idx": "which row is not trained",
+    "Embedding.max_norm": "would be applied to the weights in training",
+    "Embedding.norm_type": "would be applied to the weights in training",
+    "MultiheadAttention.dropout": "does nothing in evaluation",
+    "MultiheadAttention.embed_dim": "the shape of the weights",
+    "MultiheadAttention.[kv]dim": "the shape of the weights",
+    "Siglip2MultiheadAttentionPoolingHead.num_heads": "read from its attention",
+}
+
+
+def block(module: Reader, *, causal: bool) -> BlockSpec:
+    """Return the facts of a block whose parts are named as CLIP's."""
+    attn = module.self_attn
+    if attn.is_causal and not causal:
+        raise attn.unsupported("attention that looks back alone")
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        if not getattr(attn, name).is_a(LINEAR):
+            raise attn.unsupported(f"{name} that is no linear layer")
+    mlp = module.mlp
+    return BlockSpec(
+        attn=AttentionSpec(n_heads=attn.num_heads, n_kv_heads=attn.num_heads, d_head=attn.head_dim, scale=attn.scale),
+        mlp=MlpSpec(d_mlp=mlp.fc1.out_features, act=activation(mlp.activation_fn)),
+        ln1=norm(module.layer_norm1),
+        ln2=norm(module.layer_norm2),
+    )
+
+
+def blocks_rows(encoder: Reader) -> str:
+    """Return the weight rows of all blocks."""
+    at, ours = "encoder.layers.{l}", "blocks.{l}"
+    rows = ""
+    for part in ("weight", "bias | zeros"):
+        sources = ", ".join(f"{at}.self_attn.{x}_proj.{part}" for x in "qkv")
+        rows += f"[{sources}]  ->  {ours}.attn.qkv.{part.partition(' ')[0]}\n"
+    rows += linear_rows(f"{at}.self_attn.out_proj", f"{ours}.attn.out")
+    rows += linear_rows(f"{at}.mlp.fc1", f"{ours}.mlp.fc_in") + linear_rows(f"{at}.mlp.fc2", f"{ours}.mlp.fc_out")
+    return rows + norm_rows(f"{at}.layer_norm1", f"{ours}.ln1") + norm_rows(f"{at}.layer_norm2", f"{ours}.ln2")
+
+
+BLOCKS_HOOKS = """
+    encoder.layers.{l}.layer_norm1 : in          ->  blocks.{l}.hook_resid_pre
+    encoder.layers.{l}.layer_norm1               ->  blocks.{l}.ln1.hook_normalized
+    encoder.layers.{l}.self_attn.q_proj          ->  blocks.{l}.attn.hook_q  : b p (h d) -> b p h d
+    encoder.layers.{l}.self_attn.k_proj          ->  blocks.{l}.attn.hook_k  : b p (h d) -> b p h d
+    encoder.layers.{l}.self_attn.v_proj          ->  blocks.{l}.attn.hook_v  : b p (h d) -> b p h d
+    encoder.layers.{l}.self_attn @ softmax : in  ->  blocks.{l}.attn.hook_attn_scores
+    encoder.layers.{l}.self_attn @ softmax       ->  blocks.{l}.attn.hook_pattern
+    encoder.layers.{l}.self_attn.out_proj : in   ->  blocks.{l}.attn.hook_z  : b p (h d) -> b p h d
+    encoder.layers.{l}.self_attn                 ->  blocks.{l}.hook_attn_out
+    encoder.layers.{l}.layer_norm2 : in          ->  blocks.{l}.hook_resid_mid
+    encoder.layers.{l}.layer_norm2               ->  blocks.{l}.ln2.hook_normalized
+    encoder.layers.{l}.mlp.fc1                   ->  blocks.{l}.mlp.hook_pre
+    encoder.layers.{l}.mlp.fc2 : in              ->  blocks.{l}.mlp.hook_post
+    encoder.layers.{l}.mlp                       ->  blocks.{l}.hook_mlp_out
+    encoder.layers.{l}                           ->  blocks.{l}.hook_resid_post
+"""
+
+
+def blocks(encoder: Reader, *, causal: bool) -> tuple[BlockSpec, ...]:
+    """Return the facts of an encoder's blocks."""
+    found = tuple(block(layer, causal=causal) for layer in encoder.layers)
+    same_for_all(encoder, [type(layer.module).__qualname__ for layer in encoder.layers])
+    return found
+
+
+# -------------------------------------------------------------------- looking inside
+
+
+@contextmanager
+def eager(upstream: nn.Module) -> Iterator[None]:
+    """Make transformers' attentions compute step by step for the time of the scope, in the dtype they are in.
+
+    Its own step-by-step attention rounds patterns to float32, which the kernel it uses otherwise does not.
+    """
+    configs = {id(part.config): part.config for part in upstream.modules() if hasattr(part, "config")}
+    key = "_attn_implementation_internal"
+    before = [(config, vars(config)[key]) for config in configs.values() if key in vars(config)]
+    try:
+        for config, _ in before:
+            vars(config)[key] = "eager"
+        with explicit_attention(upstream), _Unrounded():
+            yield
+    finally:
+        for config, implementation in before:
+            vars(config)[key] = implementation
+
+
+class _Unrounded(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        rounds = getattr(func, "__name__", "") == "softmax" and kwargs.get("dtype") is torch.float32
+        if rounds and args[0].dtype == torch.float64:
+            kwargs["dtype"] = None
+        return func(*args, **kwargs)
