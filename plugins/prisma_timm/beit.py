@@ -16,28 +16,14 @@ from prisma_core.layout import TokenLayout
 from prisma_core.spec import AttentionSpec, BlockSpec, ModelSpec
 from prisma_core.weights import WeightMap
 from prisma_timm import common
+from prisma_timm.blocks import pattern_hooks, stream_hooks
 
 HOOKS = """
-    patch_embed                         ->  hook_embed
-    pos_drop                            ->  hook_full_embed
-    blocks.{l} : in                     ->  blocks.{l}.hook_resid_pre
-    blocks.{l}.norm1                    ->  blocks.{l}.ln1.hook_normalized
-    blocks.{l}.attn @ mul : in          ->  blocks.{l}.attn.hook_q             : b h p d -> b p h d
-    blocks.{l}.attn @ matmul : in1      ->  blocks.{l}.attn.hook_k             : b h d p -> b p h d
-    blocks.{l}.attn @ matmul#1 : in1    ->  blocks.{l}.attn.hook_v             : b h p d -> b p h d
-    blocks.{l}.attn @ softmax : in      ->  blocks.{l}.attn.hook_attn_scores
-    blocks.{l}.attn.attn_drop           ->  blocks.{l}.attn.hook_pattern
-    blocks.{l}.attn.proj : in           ->  blocks.{l}.attn.hook_z             : b p (h d) -> b p h d
-    blocks.{l}.drop_path1               ->  blocks.{l}.hook_attn_out
-    blocks.{l}.norm2 : in               ->  blocks.{l}.hook_resid_mid
-    blocks.{l}.norm2                    ->  blocks.{l}.ln2.hook_normalized
-    blocks.{l}.drop_path2               ->  blocks.{l}.hook_mlp_out
-    blocks.{l}                          ->  blocks.{l}.hook_resid_post
-    norm                                ->  ln_final.hook_normalized
-    norm                                ->  hook_ln_final
-    fc_norm : in                        ->  hook_pooled
-    fc_norm                             ->  ln_pool.hook_normalized
-    head                                ->  hook_logits
+    patch_embed                       ->  hook_embed
+    pos_drop                          ->  hook_full_embed
+    blocks.{l}.attn @ mul : in        ->  blocks.{l}.attn.hook_q  : b h p d -> b p h d
+    blocks.{l}.attn @ matmul : in1    ->  blocks.{l}.attn.hook_k  : b h d p -> b p h d
+    blocks.{l}.attn @ matmul#1 : in1  ->  blocks.{l}.attn.hook_v  : b h p d -> b p h d
 """
 
 
@@ -47,9 +33,6 @@ class BeitAdapter(Adapter):
     types = ("timm.models.beit.Beit",)
     ignored: ClassVar[Mapping[str, str]] = {
         **common.IGNORED,
-        "Beit.num_classes": "read from the head",
-        "Beit.head_init_scale": "only for initialisation",
-        "Block.init_values": "only for initialisation",
         "Attention.qkv_bias_separate": "when the bias is added changes nothing",
         "Attention.[kv]_bias": "there if q_bias is",
         "Attention.window_size": "the shape of the table of biases",
@@ -86,15 +69,15 @@ class BeitAdapter(Adapter):
             pos_embed  ->  embed.pos_embed  :  1 p d -> p d
             """
             + common.same_for_all(upstream, [_block_rows(block, shared) for block in upstream.blocks])
-            + common.norm_rows("norm", "ln_final")
-            + common.norm_rows("fc_norm", "ln_pool")
-            + common.linear_rows("head", "head")
+            + common.end_rows()
         )
         return WeightMap.parse(table, {"bias": attn_bias})
 
     def hooks(self, upstream: Reader, spec: ModelSpec) -> HookMap:
-        mlps = [common.mlp_hooks(block.mlp, "blocks.{l}.mlp", "blocks.{l}.mlp") for block in upstream.blocks]
-        return HookMap.parse(HOOKS + common.same_for_all(upstream, mlps), h=spec.blocks[0].attn.n_heads)
+        at = "blocks.{l}"
+        rows = HOOKS + common.END_HOOKS + stream_hooks(at, at) + pattern_hooks(f"{at}.attn", f"{at}.attn", z="proj")
+        mlps = [common.mlp_hooks(block.mlp, f"{at}.mlp", f"{at}.mlp") for block in upstream.blocks]
+        return HookMap.parse(rows + common.same_for_all(upstream, mlps), h=spec.blocks[0].attn.n_heads)
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return common.explicit_attention(upstream)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prisma_core.adapter import Reader
 from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec
-from prisma_timm.common import IDENTITY, activation, linear_rows, mlp, mlp_hooks, mlp_rows, norm, norm_rows, qk_norm
+from prisma_timm.common import IDENTITY, activation, heads, linear_rows, mlp, mlp_hooks, mlp_rows, norm, norm_rows
 
 PRE = "timm.models.vision_transformer.Block"
 RES_POST = "timm.models.vision_transformer.ResPostBlock"
@@ -13,10 +13,7 @@ SIDE_BY_SIDE = "timm.models.vision_transformer.ParallelThingsBlock"
 
 IGNORED = {
     "Attention.attn_dim": "num_heads times head_dim",
-    "*.fused_attn": "which kernel runs; the numbers are the same",
-    "ResPostBlock.init_values": "only for initialisation",
     "ParallelScalingBlock.in_split": "the widths of the MLP and of attention",
-    "DropPath.*": "does nothing in evaluation",
 }
 
 
@@ -37,14 +34,7 @@ def attention(module: Reader) -> AttentionSpec:
         raise module.unsupported("its kind of attention")
     if module.has("gate"):
         raise module.unsupported("a gate on the output of attention")
-    return AttentionSpec(
-        n_heads=module.num_heads,
-        n_kv_heads=module.num_heads,
-        d_head=module.head_dim,
-        scale=module.scale,
-        inner_norm=norm(module.norm),
-        qk_norm=qk_norm(module),
-    )
+    return heads(module, inner_norm=norm(module.norm))
 
 
 def attention_rows(source: str, target: str) -> str:
@@ -58,18 +48,37 @@ def attention_rows(source: str, target: str) -> str:
     )
 
 
-def attention_hooks(source: str, target: str) -> str:
-    """Return the hook rows of what ``attention`` reads."""
+def pattern_hooks(source: str, target: str, *, z: str) -> str:
+    """Return the hook rows of scores, patterns and what they make of values, which the module ``z`` reads."""
+    return f"""
+        {source} @ softmax : in  ->  {target}.hook_attn_scores
+        {source}.attn_drop       ->  {target}.hook_pattern
+        {source}.{z} : in        ->  {target}.hook_z  : b p (h d) -> b p h d
+    """
+
+
+def attention_hooks(source: str, target: str, *, z: str = "norm") -> str:
+    """Return the hook rows of an attention with normed queries and keys (see ``pattern_hooks``)."""
     return f"""
         {source}.q_norm          ->  {target}.hook_q                  : b h p d -> b p h d
         {source}.k_norm          ->  {target}.hook_k                  : b h p d -> b p h d
         {source}.q_norm          ->  {target}.q_norm.hook_normalized  : b h p d -> b p h d
         {source}.k_norm          ->  {target}.k_norm.hook_normalized  : b h p d -> b p h d
         {source} @ matmul#1 : in1  ->  {target}.hook_v                : b h p d -> b p h d
-        {source} @ softmax : in  ->  {target}.hook_attn_scores
-        {source}.attn_drop       ->  {target}.hook_pattern
-        {source}.norm : in       ->  {target}.hook_z                  : b p (h d) -> b p h d
         {source}.norm            ->  {target}.ln.hook_normalized
+    """ + pattern_hooks(source, target, z=z)
+
+
+def stream_hooks(source: str, target: str, *, middle: str = "norm2") -> str:
+    """Return the hook rows of a block's stream, which the module ``middle`` reads between attention and MLP."""
+    return f"""
+        {source} : in           ->  {target}.hook_resid_pre
+        {source}.norm1          ->  {target}.ln1.hook_normalized
+        {source}.drop_path1     ->  {target}.hook_attn_out
+        {source}.{middle} : in  ->  {target}.hook_resid_mid
+        {source}.norm2          ->  {target}.ln2.hook_normalized
+        {source}.drop_path2     ->  {target}.hook_mlp_out
+        {source}                ->  {target}.hook_resid_post
     """
 
 
@@ -98,17 +107,10 @@ def block(module: Reader) -> BlockSpec:
 def _parallel(module: Reader) -> BlockSpec:
     if module.has("out_proj"):
         raise module.unsupported("one output projection for attention and MLP")
-    attn = AttentionSpec(
-        n_heads=module.num_heads,
-        n_kv_heads=module.num_heads,
-        d_head=module.head_dim,
-        scale=module.scale,
-        qk_norm=qk_norm(module),
-    )
     scaled = is_scaled(module.ls)
     return BlockSpec(
         kind="parallel",
-        attn=attn,
+        attn=heads(module),
         mlp=MlpSpec(d_mlp=module.mlp_out_proj.in_features, act=activation(module.mlp_act)),
         ln1=norm(module.in_norm),
         ln2=None,
@@ -212,6 +214,7 @@ def block_hooks(module: Reader) -> str:
         return (
             stream
             + ("" if is_scaled(module.ls) else addends)
+            + pattern_hooks(at, f"{at}.attn", z="attn_out_proj")
             + f"""
                 {at}.in_norm             ->  {at}.ln1.hook_normalized
                 {at}.q_norm              ->  {at}.attn.hook_q
@@ -219,23 +222,12 @@ def block_hooks(module: Reader) -> str:
                 {at}.q_norm              ->  {at}.attn.q_norm.hook_normalized
                 {at}.k_norm              ->  {at}.attn.k_norm.hook_normalized
                 {at} @ matmul#1 : in1    ->  {at}.attn.hook_v              : b h p d -> b p h d
-                {at} @ softmax : in      ->  {at}.attn.hook_attn_scores
-                {at}.attn_drop           ->  {at}.attn.hook_pattern
-                {at}.attn_out_proj : in  ->  {at}.attn.hook_z              : b p (h d) -> b p h d
                 {at}.mlp_act : in        ->  {at}.mlp.hook_pre
                 {at}.mlp_out_proj : in   ->  {at}.mlp.hook_post
             """
         )
-    middle = f"{at}.mlp : in" if module.is_a(RES_POST) else f"{at}.norm2 : in"
     return (
-        stream
+        stream_hooks(at, at, middle="mlp" if module.is_a(RES_POST) else "norm2")
         + attention_hooks(f"{at}.attn", f"{at}.attn")
         + mlp_hooks(module.mlp, f"{at}.mlp", f"{at}.mlp")
-        + f"""
-            {at}.norm1       ->  {at}.ln1.hook_normalized
-            {at}.drop_path1  ->  {at}.hook_attn_out
-            {middle}         ->  {at}.hook_resid_mid
-            {at}.norm2       ->  {at}.ln2.hook_normalized
-            {at}.drop_path2  ->  {at}.hook_mlp_out
-        """
     )

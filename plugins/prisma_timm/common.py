@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import nn
 
 from prisma_core.adapter import Reader
 from prisma_core.spec import Activation, AttentionSpec, EmbedSpec, Interpolation, MlpSpec, NormSpec, PoolSpec
@@ -37,6 +35,12 @@ IGNORED = {
     "*.num_features": "the width of the head",
     "*.head_hidden_size": "the width of the head",
     "*.fused_attn": "which kernel computes attention",
+    "*.num_classes": "read from the head",
+    "*.init_values": "only for initialisation",
+    "*.head_init_scale": "only for initialisation",
+    "*.weight_init_mode": "only for initialisation",
+    "*.fix_init": "only for initialisation",
+    "*.patch_drop": "drops in training only",
     "PatchDropout*.*": "drops in training only",
     "DropPath.*": "drops in training only",
     "*.drop_path1": "drops in training only",
@@ -50,7 +54,6 @@ IGNORED = {
     "RmsNorm.normalized_shape": "the shape of the weights",
     "RmsNormFp32.normalized_shape": "the shape of the weights",
     "LayerNorm.normalized_shape": "the shape of the weights",
-    "LayerScale.init_values": "only for initialisation",
     "LayerScale.inplace": "the numbers are the same",
     "AttentionPoolLatent.feat_size": "the number of positions added before pooling; those are refused",
     "AttentionPoolLatent.latent_dim": "the shape of the latents",
@@ -197,33 +200,6 @@ def pool(upstream: Reader, *, with_prefix: bool = False) -> PoolSpec:
     return PoolSpec(kind=kind, with_prefix=with_prefix)
 
 
-def own_tensors(module: Reader) -> list[str]:
-    """Return the names of a module's parameters and buffers, in the order ``own_function`` takes them."""
-    return [name for name, _ in [*module.module.named_parameters(), *module.module.named_buffers()]]
-
-
-def own_function(module: Reader, method: str, **given: Any) -> Callable[..., Tensor]:
-    """Return a method of an upstream module as a differentiable function of the module's tensors."""
-    called = _Method(copy.deepcopy(module.module).eval(), method, given)
-    names = [f"module.{name}" for name in own_tensors(module)]
-
-    def function(*tensors: Tensor) -> Tensor:
-        return functional_call(called, dict(zip(names, tensors, strict=True)), ())
-
-    return function
-
-
-class _Method(nn.Module):
-    def __init__(self, module: nn.Module, method: str, given: dict[str, Any]):
-        super().__init__()
-        self.module = module
-        self.method = method
-        self.given = given
-
-    def forward(self) -> Tensor:
-        return getattr(self.module, self.method)(**self.given)
-
-
 def same_for_all(upstream: Reader, tables: list[str]) -> str:
     """Return the one table all blocks have.
 
@@ -280,34 +256,6 @@ def plain_patches(proj: Reader) -> None:
         raise proj.unsupported("a patch projection that pads, skips or splits pixels")
 
 
-def attention_pool(module: Reader, *, with_prefix: bool) -> PoolSpec:
-    """Return the facts of timm's AttentionPoolLatent."""
-    if not module.is_a("timm.layers.attention_pool.AttentionPoolLatent"):
-        raise module.unsupported("its kind of pooling")
-    if module.has("pos_embed"):
-        raise module.unsupported("positions added before pooling")
-    if not module.q.is_a("torch.nn.modules.linear.Linear") or not module.has("mlp"):
-        raise module.unsupported("attention pooling without a query projection or an MLP")
-    if module.pool not in ("token", "avg"):
-        raise module.unsupported(f"pool={module.pool!r} of several latents")
-    attn = AttentionSpec(
-        n_heads=module.num_heads,
-        n_kv_heads=module.num_heads,
-        d_head=module.head_dim,
-        scale=module.scale,
-        qk_norm=qk_norm(module),
-    )
-    return PoolSpec(
-        kind="attention",
-        with_prefix=with_prefix,
-        attn=attn,
-        n_latents=module.latent_len,
-        latents="first" if module.pool == "token" else "mean",
-        mlp=mlp(module.mlp),
-        norm=norm(module.norm),
-    )
-
-
 def qk_norm(attn: Reader) -> NormSpec | None:
     """Return the facts of an attention's norms of queries and keys."""
     if norm(attn.q_norm) != norm(attn.k_norm):
@@ -315,30 +263,32 @@ def qk_norm(attn: Reader) -> NormSpec | None:
     return norm(attn.q_norm)
 
 
-def attention_pool_rows(module: Reader, source: str) -> str:
-    """Return the weight rows of attention pooling."""
+def heads(attn: Reader, **facts: Any) -> AttentionSpec:
+    """Return the facts that timm's attentions share, and those given."""
+    n = attn.num_heads
+    shared = {"n_heads": n, "n_kv_heads": n, "d_head": attn.head_dim, "scale": attn.scale, "qk_norm": qk_norm(attn)}
+    return AttentionSpec.model_validate(shared | facts)
+
+
+def end_rows() -> str:
+    """Return the weight rows of what stands before and behind the blocks, wherever a model has it."""
     return (
-        f"{source}.latent  ->  pool.attn.latent  :  1 n d -> n d"
-        + linear_rows(f"{source}.q", "pool.attn.q")
-        + linear_rows(f"{source}.kv", "pool.attn.kv")
-        + norm_rows(f"{source}.q_norm", "pool.attn.q_norm")
-        + norm_rows(f"{source}.k_norm", "pool.attn.k_norm")
-        + linear_rows(f"{source}.proj", "pool.attn.out")
-        + norm_rows(f"{source}.norm", "pool.ln")
-        + mlp_rows(module.mlp, f"{source}.mlp", "pool.mlp")
+        norm_rows("norm_pre", "ln_pre")
+        + norm_rows("norm", "ln_final")
+        + norm_rows("fc_norm", "ln_pool")
+        + linear_rows("head", "head")
     )
 
 
-def attention_pool_hooks(module: Reader, source: str) -> str:
-    """Return the hook rows of attention pooling; ``n`` is its number of heads."""
-    return f"""
-        {source}.q_norm                                   ->  pool.attn.hook_q            : b n p d -> b p n d
-        {source}.k_norm                                   ->  pool.attn.hook_k            : b n p d -> b p n d
-        {source} @ matmul#1 : in1                         ->  pool.attn.hook_v            : b n p d -> b p n d
-        {source} @ softmax : in                           ->  pool.attn.hook_attn_scores
-        {source} @ softmax                                ->  pool.attn.hook_pattern
-        {source}.proj : in                                ->  pool.attn.hook_z            : b p (n d) -> b p n d
-        {source}.proj_drop                                ->  pool.hook_attn_out
-        {source}.norm                                     ->  pool.ln.hook_normalized
-        {source}.mlp                                      ->  pool.hook_mlp_out
-    """ + mlp_hooks(module.mlp, f"{source}.mlp", "pool.mlp")
+STREAM_HOOKS = """
+    norm_pre  ->  hook_ln_pre
+    norm_pre  ->  ln_pre.hook_normalized
+    norm      ->  hook_ln_final
+    norm      ->  ln_final.hook_normalized
+"""
+HEAD_HOOKS = """
+    fc_norm : in  ->  hook_pooled
+    fc_norm       ->  ln_pool.hook_normalized
+    head          ->  hook_logits
+"""
+END_HOOKS = STREAM_HOOKS + HEAD_HOOKS  # of what ``end_rows`` fills

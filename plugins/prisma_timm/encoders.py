@@ -42,7 +42,6 @@ class EncoderAdapter(Adapter):
         **common.IGNORED,
         **ropes.IGNORED,
         **eva.IGNORED,
-        "*.num_classes": "read from the head",
         "*.num_prefix_tokens": "the patches are all tokens there are",
         "*.output_fmt": "how tokens are laid out between modules",
         "*.feature_dim": "how tokens are laid out between modules",

@@ -13,8 +13,9 @@ from prisma_core.hookmap import HookMap
 from prisma_core.layout import TokenLayout
 from prisma_core.spec import AttentionSpec, BlockSpec, ModelSpec, RopeSpec
 from prisma_core.weights import WeightMap
-from prisma_timm import common
+from prisma_timm import common, latents
 from prisma_timm import rope as ropes
+from prisma_timm.blocks import pattern_hooks, stream_hooks
 
 ATTENTIONS = ("timm.models.eva.EvaAttention", "timm.layers.attention.AttentionRope")
 BLOCK_TYPES: dict[str, Literal["pre", "res_post"]] = {
@@ -32,7 +33,6 @@ IGNORED = {
     "AttentionRope.num_kv_groups": "heads divided by key and value heads",
     "AttentionRope.attn_dim": "heads times their width",
     "AttentionRope.kv_dim": "key and value heads times their width",
-    "EvaBlock.init_values": "only for initialisation",
 }
 
 
@@ -63,14 +63,7 @@ def _attention(attn: Reader, n_prefix: int) -> AttentionSpec:
         raise attn.unsupported("gated attention")
     if attn.num_prefix_tokens != n_prefix:
         raise attn.unsupported("prefix tokens that are turned by position")
-    return AttentionSpec(
-        n_heads=attn.num_heads,
-        n_kv_heads=attn.get("num_kv_heads", attn.num_heads),
-        d_head=attn.head_dim,
-        scale=attn.scale,
-        qk_norm=common.qk_norm(attn),
-        inner_norm=common.norm(attn.norm),
-    )
+    return common.heads(attn, n_kv_heads=attn.get("num_kv_heads", attn.num_heads), inner_norm=common.norm(attn.norm))
 
 
 def turning(blocks: Reader) -> Literal["interleaved", "half"]:
@@ -119,27 +112,22 @@ def _attention_rows(attn: Reader, source: str, target: str) -> str:
 
 def block_hooks(module: Reader, source: str, target: str) -> str:
     """Return the hook rows of one block; ``h`` is its number of heads, ``w`` their width."""
-    attn, to, res_post = f"{source}.attn", f"{target}.attn", module.is_a("EvaBlockPostNorm")
+    attn, to = f"{source}.attn", f"{target}.attn"
     values = f"{attn} @ matmul#1 : in1 -> {to}.hook_v : b h p d -> b p h d"
     if not module.attn.has("qkv"):  # grouped values are repeated before that product
         values = f"{attn}.v_proj -> {to}.hook_v : b p (k w) -> b p k w"
-    return f"""
+    return (
+        f"""
         {values}
-        {source} : in                                       ->  {target}.hook_resid_pre
-        {source}.norm1                                      ->  {target}.ln1.hook_normalized
-        {attn}.q_norm                                       ->  {to}.hook_q        : b h p d -> b p h d
-        {attn}.k_norm                                       ->  {to}.hook_k        : b k p d -> b p k d
-        {attn} @ type_as                                    ->  {to}.hook_rot_q    : b h p d -> b p h d
-        {attn} @ type_as#1                                  ->  {to}.hook_rot_k    : b k p d -> b p k d
-        {attn} @ softmax : in                               ->  {to}.hook_attn_scores
-        {attn}.attn_drop                                    ->  {to}.hook_pattern
-        {attn}.norm : in                                    ->  {to}.hook_z        : b p (h d) -> b p h d
-        {source}.drop_path1                                 ->  {target}.hook_attn_out
-        {source}.{"mlp" if res_post else "norm2"} : in      ->  {target}.hook_resid_mid
-        {source}.norm2                                      ->  {target}.ln2.hook_normalized
-        {source}.drop_path2                                 ->  {target}.hook_mlp_out
-        {source}                                            ->  {target}.hook_resid_post
-    """ + common.mlp_hooks(module.mlp, f"{source}.mlp", f"{target}.mlp")
+        {attn}.q_norm       ->  {to}.hook_q      : b h p d -> b p h d
+        {attn}.k_norm       ->  {to}.hook_k      : b k p d -> b p k d
+        {attn} @ type_as    ->  {to}.hook_rot_q  : b h p d -> b p h d
+        {attn} @ type_as#1  ->  {to}.hook_rot_k  : b k p d -> b p k d
+        """
+        + stream_hooks(source, target, middle="mlp" if module.is_a("EvaBlockPostNorm") else "norm2")
+        + pattern_hooks(attn, to, z="norm")
+        + common.mlp_hooks(module.mlp, f"{source}.mlp", f"{target}.mlp")
+    )
 
 
 class EvaAdapter(Adapter):
@@ -151,11 +139,8 @@ class EvaAdapter(Adapter):
         **ropes.IGNORED,
         **IGNORED,
         "Eva.cls_embed": "read from class token and registers",
-        "Eva.head_init_scale": "only for initialisation",
-        "Eva.patch_drop": "drops patches in training only",
         "Eva.num_prefix_tokens": "read from class token and registers",
         "Eva.rope_mixed": "read from the rotary embedding",
-        "Eva.num_classes": "read from the head",
         "Eva.global_pool": "read where there is no attention pooling",
     }
 
@@ -171,7 +156,7 @@ class EvaAdapter(Adapter):
         dynamic = bool(upstream.dynamic_img_size)
         rope = _rope(upstream, dynamic)
         mapped = upstream.has("attn_pool")
-        pool = common.attention_pool(upstream.attn_pool, with_prefix=True) if mapped else common.pool(upstream)
+        pool = latents.pool(upstream.attn_pool, with_prefix=True) if mapped else common.pool(upstream)
         return ModelSpec(
             d_model=upstream.embed_dim,
             image_size=patch.img_size,
@@ -199,36 +184,28 @@ class EvaAdapter(Adapter):
             [{", ".join(prefix)}]  ->  embed.prefix     :  1 n d -> n d
             {position}             ->  embed.pos_embed  :  1 p d -> p d
             """
-            + common.norm_rows("norm_pre", "ln_pre")
             + common.same_for_all(upstream, [block_rows(one, "blocks.{l}", "blocks.{l}") for one in upstream.blocks])
-            + common.norm_rows("norm", "ln_final")
-            + common.norm_rows("fc_norm", "ln_pool")
-            + common.linear_rows("head", "head")
+            + common.end_rows()
         )
         if upstream.has("attn_pool"):
-            table += "\n" + common.attention_pool_rows(upstream.attn_pool, "attn_pool")
+            table += "\n" + latents.pool_rows(upstream.attn_pool, "attn_pool")
         if spec.rope is None:
             return WeightMap.parse(table)
         tables = ropes.rope_tables(upstream.rope, spec.rope, spec.layout)
         return WeightMap.parse(table + ropes.rope_rows(upstream.rope, "rope"), {"rope": tables})
 
     def hooks(self, upstream: Reader, spec: ModelSpec) -> HookMap:
-        table = """
-            patch_embed    ->  hook_embed           : PATCHES
+        as_grid = "  : b r c d -> b (r c) d" if upstream.dynamic_img_size else ""
+        table = f"""
+            patch_embed    ->  hook_embed {as_grid}
             norm_pre : in  ->  hook_full_embed
-            norm_pre       ->  hook_ln_pre
-            norm_pre       ->  ln_pre.hook_normalized
-            norm           ->  ln_final.hook_normalized
-            norm           ->  hook_ln_final
-            fc_norm : in   ->  hook_pooled
-            fc_norm        ->  ln_pool.hook_normalized
-            head           ->  hook_logits
-        """.replace(": PATCHES", ": b r c d -> b (r c) d" if upstream.dynamic_img_size else "")
+        """
+        table += common.END_HOOKS
         at = "blocks.{l}"
         table += common.same_for_all(upstream, [block_hooks(one, at, at) for one in upstream.blocks])
         sizes = {"h": spec.blocks[0].attn.n_heads, "w": spec.blocks[0].attn.d_head}
         if upstream.has("attn_pool"):
-            table += common.attention_pool_hooks(upstream.attn_pool, "attn_pool")
+            table += latents.pool_hooks(upstream.attn_pool, "attn_pool")
             sizes["n"] = upstream.attn_pool.num_heads
         return HookMap.parse(table, **sizes)
 

@@ -13,7 +13,7 @@ from prisma_core.hookmap import HookMap
 from prisma_core.layout import TokenLayout
 from prisma_core.spec import BlockSpec, EmbedSpec, Interpolation, ModelSpec
 from prisma_core.weights import WeightMap
-from prisma_timm import blocks, common, eva
+from prisma_timm import blocks, common, eva, latents
 from prisma_timm import rope as ropes
 
 EMBEDS = "timm.models.naflexvit.NaFlexEmbeds"
@@ -23,13 +23,6 @@ HOOKS = """
     embeds.norm      ->  hook_embed
     embeds.norm      ->  embed.norm.hook_normalized
     embeds.pos_drop  ->  hook_full_embed
-    norm_pre         ->  hook_ln_pre
-    norm_pre         ->  ln_pre.hook_normalized
-    norm             ->  ln_final.hook_normalized
-    norm             ->  hook_ln_final
-    fc_norm : in     ->  hook_pooled
-    fc_norm          ->  ln_pool.hook_normalized
-    head             ->  hook_logits
 """
 
 
@@ -42,15 +35,11 @@ class NaFlexVitAdapter(Adapter):
         **ropes.IGNORED,
         **eva.IGNORED,
         **blocks.IGNORED,
-        "NaFlexVit.num_classes": "read from the head",
         "NaFlexVit.global_pool": "read where there is no attention pooling",
         "NaFlexVit.use_key_only_attn_mask": "images need no mask",
         "NaFlexVit.num_*_tokens": "read from the embedding",
         "NaFlexVit.has_class_token": "read from the embedding",
         "NaFlexVit.rope_is_mixed": "read from the rotary embedding",
-        "NaFlexVit.weight_init_mode": "only for initialisation",
-        "NaFlexVit.fix_init": "only for initialisation",
-        "NaFlexVit.patch_drop": "drops patches in training only",
         "*.supports_patch_interpolation": "patches of an image have one size",
         "NaFlexEmbeds.enable_patch_interpolator": "patches of an image have one size",
         "NaFlexEmbeds.patch_interpolator": "patches of an image have one size",
@@ -86,7 +75,7 @@ class NaFlexVitAdapter(Adapter):
             embed = embed.model_copy(update={"interpolation": None})
         mapped, with_prefix = upstream.has("attn_pool"), upstream.pool_include_prefix
         if mapped:
-            pool = common.attention_pool(upstream.attn_pool, with_prefix=with_prefix)
+            pool = latents.pool(upstream.attn_pool, with_prefix=with_prefix)
         else:
             pool = common.pool(upstream, with_prefix=with_prefix)
         return ModelSpec(
@@ -120,14 +109,11 @@ class NaFlexVitAdapter(Adapter):
             {"[zeros, embeds.pos_embed]" if prefix else "embeds.pos_embed"}  ->  embed.pos_embed  : 1 y x d -> (y x) d
             """
             + common.norm_rows("embeds.norm", "embed.norm")
-            + common.norm_rows("norm_pre", "ln_pre")
             + common.same_for_all(upstream, [_rows(block, at) for block in upstream.blocks])
-            + common.norm_rows("norm", "ln_final")
-            + common.norm_rows("fc_norm", "ln_pool")
-            + common.linear_rows("head", "head")
+            + common.end_rows()
         )
         if upstream.has("attn_pool"):
-            table += "\n" + common.attention_pool_rows(upstream.attn_pool, "attn_pool")
+            table += "\n" + latents.pool_rows(upstream.attn_pool, "attn_pool")
         functions: dict[str, Any] = {}
         if spec.rope is not None:
             table += ropes.rope_rows(upstream.rope, "rope")
@@ -140,8 +126,10 @@ class NaFlexVitAdapter(Adapter):
         attn, latent = spec.blocks[0].attn, spec.pool.attn
         rows = common.same_for_all(upstream, [_hooks(block, "blocks.{l}") for block in upstream.blocks])
         if upstream.has("attn_pool"):
-            rows += common.attention_pool_hooks(upstream.attn_pool, "attn_pool")
-        return HookMap.parse(HOOKS + rows, h=attn.n_heads, w=attn.d_head, n=latent.n_heads if latent else 1)
+            rows += latents.pool_hooks(upstream.attn_pool, "attn_pool")
+        return HookMap.parse(
+            HOOKS + common.END_HOOKS + rows, h=attn.n_heads, w=attn.d_head, n=latent.n_heads if latent else 1
+        )
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return common.explicit_attention(upstream)

@@ -11,35 +11,16 @@ from torch import Tensor, nn
 from prisma_core.adapter import Adapter, Reader
 from prisma_core.hookmap import HookMap
 from prisma_core.layout import TokenLayout
-from prisma_core.spec import AttentionSpec, BlockSpec, ModelSpec
+from prisma_core.spec import BlockSpec, ModelSpec
 from prisma_core.weights import WeightMap
-from prisma_timm import common
-from prisma_timm.blocks import is_scaled
+from prisma_timm import common, functions
+from prisma_timm.blocks import attention_hooks, is_scaled, stream_hooks
 
 RES_POST = "timm.models.vision_transformer_relpos.ResPostRelPosBlock"
 BLOCKS = ("timm.models.vision_transformer_relpos.RelPosBlock", RES_POST)
 HOOKS = """
-    patch_embed                         ->  hook_embed
-    blocks.0 : in                       ->  hook_full_embed
-    blocks.{l} : in                     ->  blocks.{l}.hook_resid_pre
-    blocks.{l}.norm1                    ->  blocks.{l}.ln1.hook_normalized
-    blocks.{l}.attn.q_norm              ->  blocks.{l}.attn.hook_q                  : b h p d -> b p h d
-    blocks.{l}.attn.k_norm              ->  blocks.{l}.attn.hook_k                  : b h p d -> b p h d
-    blocks.{l}.attn.q_norm              ->  blocks.{l}.attn.q_norm.hook_normalized  : b h p d -> b p h d
-    blocks.{l}.attn.k_norm              ->  blocks.{l}.attn.k_norm.hook_normalized  : b h p d -> b p h d
-    blocks.{l}.attn @ matmul#1 : in1    ->  blocks.{l}.attn.hook_v                  : b h p d -> b p h d
-    blocks.{l}.attn @ softmax : in      ->  blocks.{l}.attn.hook_attn_scores
-    blocks.{l}.attn.attn_drop           ->  blocks.{l}.attn.hook_pattern
-    blocks.{l}.attn.proj : in           ->  blocks.{l}.attn.hook_z                  : b p (h d) -> b p h d
-    blocks.{l}.drop_path1               ->  blocks.{l}.hook_attn_out
-    blocks.{l}.norm2                    ->  blocks.{l}.ln2.hook_normalized
-    blocks.{l}.drop_path2               ->  blocks.{l}.hook_mlp_out
-    blocks.{l}                          ->  blocks.{l}.hook_resid_post
-    norm                                ->  ln_final.hook_normalized
-    norm                                ->  hook_ln_final
-    fc_norm : in                        ->  hook_pooled
-    fc_norm                             ->  ln_pool.hook_normalized
-    head                                ->  hook_logits
+    patch_embed    ->  hook_embed
+    blocks.0 : in  ->  hook_full_embed
 """
 
 
@@ -49,10 +30,6 @@ class RelPosAdapter(Adapter):
     types = ("timm.models.vision_transformer_relpos.VisionTransformerRelPos",)
     ignored: ClassVar[Mapping[str, str]] = {
         **common.IGNORED,
-        "VisionTransformerRelPos.num_classes": "read from the head",
-        "VisionTransformerRelPos.weight_init_mode": "only for initialisation",
-        "VisionTransformerRelPos.fix_init": "only for initialisation",
-        "ResPostRelPosBlock.init_values": "only for initialisation",
         "RelPos[BM]*.*": "upstream's own function makes the bias of these",
     }
 
@@ -83,26 +60,27 @@ class RelPosAdapter(Adapter):
             cls_token  ->  embed.prefix  :  1 n d -> n d
             """
             + common.same_for_all(upstream, [_block_rows(block) for block in upstream.blocks])
-            + common.norm_rows("norm", "ln_final")
-            + common.norm_rows("fc_norm", "ln_pool")
-            + common.linear_rows("head", "head")
+            + common.end_rows()
         )
         if not spec.blocks[0].attn.bias:
             return WeightMap.parse(table)
         source, owners = "blocks.{l}.attn.rel_pos", [block.attn.rel_pos for block in upstream.blocks]
         if upstream.has("shared_rel_pos"):
             source, owners = "shared_rel_pos", [upstream.shared_rel_pos]
-        names = ", ".join(f"{source}.{name}" for name in common.own_tensors(owners[0]))
+        names = ", ".join(f"{source}.{name}" for name in functions.own_tensors(owners[0]))
         table += f"[{names}]  ->  blocks.{{l}}.attn.attn_bias  :  {{bias}}"
         return WeightMap.parse(table, {"bias": _bias(upstream, owners)})
 
     def hooks(self, upstream: Reader, spec: ModelSpec) -> HookMap:
+        at = "blocks.{l}"
         rows = [
-            common.mlp_hooks(block.mlp, "blocks.{l}.mlp", "blocks.{l}.mlp")
-            + f"blocks.{{l}}.{'mlp' if block.is_a(RES_POST) else 'norm2'} : in  ->  blocks.{{l}}.hook_resid_mid"
+            stream_hooks(at, at, middle="mlp" if block.is_a(RES_POST) else "norm2")
+            + attention_hooks(f"{at}.attn", f"{at}.attn", z="proj")
+            + common.mlp_hooks(block.mlp, f"{at}.mlp", f"{at}.mlp")
             for block in upstream.blocks
         ]
-        return HookMap.parse(HOOKS + common.same_for_all(upstream, rows), h=spec.blocks[0].attn.n_heads)
+        table = HOOKS + common.END_HOOKS + common.same_for_all(upstream, rows)
+        return HookMap.parse(table, h=spec.blocks[0].attn.n_heads)
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return common.explicit_attention(upstream)
@@ -117,14 +95,7 @@ def _block(block: Reader, shared: bool) -> BlockSpec:
         raise attn.unsupported("a bias of its own besides the shared one")
     return BlockSpec(
         kind="res_post" if post else "pre",
-        attn=AttentionSpec(
-            n_heads=attn.num_heads,
-            n_kv_heads=attn.num_heads,
-            d_head=attn.head_dim,
-            scale=attn.scale,
-            qk_norm=common.qk_norm(attn),
-            bias=shared or own,
-        ),
+        attn=common.heads(attn, bias=shared or own),
         mlp=common.mlp(block.mlp),
         ln1=common.norm(block.norm1),
         ln2=common.norm(block.norm2),
@@ -154,7 +125,7 @@ def _bias(upstream: Reader, owners: list[Reader]) -> Callable[..., Tensor]:
     facts = {_kind(owner) for owner in owners}
     if len(facts) > 1:
         raise upstream.unsupported("layers whose biases are made differently")
-    make = common.own_function(owners[0], "get_bias")
+    make = functions.own_function(owners[0], "get_bias")
     return lambda *tensors: make(*tensors)[0]
 
 

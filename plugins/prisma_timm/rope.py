@@ -12,7 +12,7 @@ from torch import Tensor
 from prisma_core.adapter import Reader
 from prisma_core.layout import TokenLayout
 from prisma_core.spec import RopeGrid, RopeSpec
-from prisma_timm import common
+from prisma_timm import functions
 
 AXIAL = "timm.layers.pos_embed_sincos.RotaryEmbeddingCat"
 DINOV3 = "timm.layers.pos_embed_sincos.RotaryEmbeddingDinoV3"
@@ -74,7 +74,7 @@ def _waves(tensor: Tensor) -> tuple[float, ...]:
 
 def rope_rows(module: Reader, source: str) -> str:
     """Return the weight row of the tables; its function is ``rope_tables``."""
-    names = ", ".join(f"{source}.{name}" for name in common.own_tensors(module))
+    names = ", ".join(f"{source}.{name}" for name in functions.own_tensors(module))
     return f"""
         [{names}]  ->  [rope_cos, rope_sin]  :  {{rope}}
     """
@@ -86,7 +86,7 @@ def rope_tables(module: Reader, spec: RopeSpec, layout: TokenLayout) -> Callable
     It calls the embedding the way upstream's models do, so that numbers and gradients are upstream's.
     """
     given = {} if module.has("feat_shape") else {"shape": (layout.rows, layout.columns)}
-    embed = common.own_function(module, "get_embed", **given)
+    embed = functions.own_function(module, "get_embed", **given)
 
     def tables(*tensors: Tensor) -> Tensor:
         made = embed(*tensors)

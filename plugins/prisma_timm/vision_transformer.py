@@ -13,26 +13,14 @@ from prisma_core.hookmap import HookMap
 from prisma_core.layout import TokenLayout
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec, PoolSpec
 from prisma_core.weights import WeightMap
-from prisma_timm import blocks, common
+from prisma_timm import blocks, common, latents
 
 DISTILLED = "timm.models.deit.VisionTransformerDistilled"
 HYBRID = "timm.layers.hybrid_embed.HybridEmbed"
 
 IGNORED = {
-    "VisionTransformer.in_chans": "read from the patch embedding",
-    "VisionTransformer.num_features": "embed_dim by another name",
-    "VisionTransformer.head_hidden_size": "embed_dim by another name",
-    "VisionTransformer.feature_info": "where feature extractors may look",
-    "VisionTransformer.grad_checkpointing": "saves memory in training; the numbers are the same",
-    "VisionTransformer.weight_init_mode": "only for initialisation",
-    "VisionTransformer.fix_init": "only for initialisation",
-    "VisionTransformer.num_classes": "read from the head",
     "VisionTransformer.global_pool": "read where there is no attention pooling",
-    "VisionTransformer.pretrained_cfg": "where weights come from, and preprocessing",
-    "VisionTransformer.default_cfg": "where weights come from, and preprocessing",
-    "VisionTransformer.patch_drop": "does nothing in evaluation",
     "VisionTransformerDistilled.distilled_training": "two outputs in training; evaluation returns their mean",
-    "PatchDropout.*": "does nothing in evaluation",
 }
 
 
@@ -76,10 +64,7 @@ class VisionTransformerAdapter(Adapter):
         return upstream.patch_embed.module if spec.embed.stem == "opaque" else None
 
     def weights(self, upstream: Reader, spec: ModelSpec) -> WeightMap:
-        rows = """
-            head.{*}                ->  head.{*}
-            head_dist.{*}           ->  head_dist.{*}
-        """
+        rows = common.end_rows() + "head_dist.{*}  ->  head_dist.{*}\n"
         if spec.embed.stem == "opaque":
             rows += "patch_embed.{*}  ->  embed.stem.{*}\n"
         else:
@@ -89,10 +74,8 @@ class VisionTransformerAdapter(Adapter):
         rows += f"[{', '.join(prefix)}]  ->  embed.prefix  : 1 n d -> n d\n"
         without_prefix = upstream.no_embed_class and spec.layout.n_prefix
         rows += f"{'[zeros, pos_embed]' if without_prefix else 'pos_embed'}  ->  embed.pos_embed  : 1 p d -> p d\n"
-        for source, target in (("norm_pre", "ln_pre"), ("norm", "ln_final"), ("fc_norm", "ln_pool")):
-            rows += common.norm_rows(source, target)
         if spec.pool.kind == "attention":
-            rows += common.attention_pool_rows(upstream.attn_pool, "attn_pool")
+            rows += latents.pool_rows(upstream.attn_pool, "attn_pool")
         rows += common.same_for_all(upstream, [blocks.block_rows(block) for block in upstream.blocks])
         return WeightMap.parse(rows)
 
@@ -102,11 +85,8 @@ class VisionTransformerAdapter(Adapter):
             patch_embed       ->  hook_embed                    {as_grid}
             patch_embed.norm  ->  embed.norm.hook_normalized    {as_grid}
             norm_pre : in     ->  hook_full_embed
-            norm_pre          ->  hook_ln_pre
-            norm_pre          ->  ln_pre.hook_normalized
-            norm              ->  hook_ln_final
-            norm              ->  ln_final.hook_normalized
         """
+        rows += common.STREAM_HOOKS
         if spec.n_heads_out == 2:
             rows += """
                 head : in       ->  hook_pooled
@@ -114,13 +94,9 @@ class VisionTransformerAdapter(Adapter):
                                 ->  hook_logits
             """
         else:
-            rows += """
-                fc_norm : in  ->  hook_pooled
-                fc_norm       ->  ln_pool.hook_normalized
-                head          ->  hook_logits
-            """
+            rows += common.HEAD_HOOKS
         if spec.pool.kind == "attention":
-            rows += common.attention_pool_hooks(upstream.attn_pool, "attn_pool")
+            rows += latents.pool_hooks(upstream.attn_pool, "attn_pool")
         rows += common.same_for_all(upstream, [blocks.block_hooks(block) for block in upstream.blocks])
         latent_heads = spec.pool.attn.n_heads if spec.pool.attn else 1
         return HookMap.parse(rows, h=spec.blocks[0].attn.n_heads, n=latent_heads)
@@ -146,5 +122,5 @@ def _embed(upstream: Reader) -> EmbedSpec:
 
 def _pool(upstream: Reader) -> PoolSpec:
     if upstream.has("attn_pool"):
-        return common.attention_pool(upstream.attn_pool, with_prefix=upstream.pool_include_prefix)
+        return latents.pool(upstream.attn_pool, with_prefix=upstream.pool_include_prefix)
     return common.pool(upstream, with_prefix=upstream.pool_include_prefix)

@@ -161,14 +161,10 @@ def _attend(
     made = einsum(q, k, "b q h d, b k h d -> b h q k") * spec.scale + (0 if bias is None else bias)
     made = made if hidden is None else made.masked_fill(hidden, -torch.inf)
     yield acts.claim("hook_attn_scores", "q . k * scale + bias, masked", made)
-    yield from softmax(acts)
-    yield acts.claim("hook_z", "pattern v", einsum(acts["hook_pattern"], v, "b h q k, b k h d -> b q h d"))
-
-
-def softmax(acts: Acts) -> Claims:
     scores, pattern = acts["hook_attn_scores"], acts["hook_pattern"]
     yield acts.claim("hook_pattern", "softmax(scores)", torch.exp(scores - scores.logsumexp(-1, keepdim=True)))
     yield acts.claim("hook_pattern", "pattern / the sum of its row", pattern / pattern.sum(-1, keepdim=True))
+    yield acts.claim("hook_z", "pattern v", einsum(pattern, v, "b h q k, b k h d -> b q h d"))
 
 
 # -------------------------------------------------------------------- blocks
