@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from prisma_core.preprocess import Preprocess
+from prisma_core.video import VideoPreprocess
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,13 +24,13 @@ class Loaded:
 
     Attributes:
         model: an upstream model, or one that is hooked already.
-        preprocess: from pictures to its input.
+        preprocess: from pictures, or videos, to its input.
         labels: names of its classes.
         tokenizer: from texts to tokens ``[text pos]``, for models that read.
     """
 
     model: nn.Module
-    preprocess: Preprocess | None = None
+    preprocess: Preprocess | VideoPreprocess | None = None
     labels: tuple[str, ...] | None = None
     tokenizer: Callable[[Sequence[str]], Tensor] | None = None
 

@@ -21,9 +21,9 @@ from prisma_core.files import check_shapes, read_safetensors
 from prisma_core.hooked import Hooked
 from prisma_core.mapped import HookedUpstream, own_copy
 from prisma_core.plugins import host
-from prisma_core.preprocess import Preprocess
 from prisma_core.spec import read_spec
 from prisma_core.transformer import Canonical, HookedDual, HookedText, HookedViT, build
+from prisma_core.video import read_preprocess
 from prisma_core.weights import WeightMap
 
 SPEC, WEIGHTS = "spec.json", "model.safetensors"
@@ -266,7 +266,7 @@ def load_folder(folder: Path, *, weights: bool = True) -> Canonical:
     try:
         facts = cast("dict[str, Any]", json.loads((folder / SPEC).read_text(encoding="utf-8")))
         spec = read_spec(facts["spec"])
-        preprocess = Preprocess.model_validate(facts["preprocess"]) if facts.get("preprocess") else None
+        preprocess = read_preprocess(facts["preprocess"]) if facts.get("preprocess") else None
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise LoadError(f"{folder / SPEC} does not describe a model: {error}") from error
     with torch.device("meta"):

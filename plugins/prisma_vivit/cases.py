@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
-from prisma_core.conformance.case import Case
+from prisma_core.conformance.case import Case, Pictures
+from prisma_vivit.processing import preprocess_of
 
 VIVIT = {
     "image_size": [8, 12],
@@ -51,22 +53,57 @@ VJEPA2 = {
 }
 
 
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "VivitImageProcessor": {"size": {"shortest_edge": 45}, "crop_size": {"height": 40, "width": 40}},
+    "VivitVideoProcessor": {"size": {"shortest_edge": 45}, "crop_size": {"height": 40, "width": 40}},
+    "VideoMAEImageProcessorPil": {"size": {"shortest_edge": 48}, "crop_size": {"height": 40, "width": 40}},
+    "VideoMAEVideoProcessor": {"size": {"height": 30, "width": 44}, "do_center_crop": False, "image_mean": [0.3] * 3},
+    "VJEPA2VideoProcessor": {"crop_size": 40},
+    "TimesformerVideoProcessor": {"size": {"shortest_edge": 40}, "crop_size": {"height": 40, "width": 40}},
+}
+
+
 def cases() -> Iterator[Case]:
     """Yield a case for every class and every fact that tells two of its models apart."""
-    yield _case("VivitModel", **VIVIT)
-    yield _case("VivitForVideoClassification", **VIVIT)
+    yield _case("VivitModel", processor="VivitVideoProcessor", **VIVIT)
+    yield _case("VivitForVideoClassification", processor="VivitImageProcessor", **VIVIT)
     yield _case("VivitForVideoClassification", "no bias, exact gelu", **VIVIT, qkv_bias=False, hidden_act="gelu")
-    yield _case("VideoMAEModel", **VIDEOMAE)
+    yield _case("VideoMAEModel", processor="VideoMAEVideoProcessor", **VIDEOMAE)
     yield _case("VideoMAEModel", "norm, no bias", **VIDEOMAE, use_mean_pooling=False, qv_bias=False)
-    yield _case("VideoMAEForVideoClassification", **VIDEOMAE, hidden_act="quick_gelu")
+    yield _case(
+        "VideoMAEForVideoClassification", processor="VideoMAEImageProcessorPil", hidden_act="quick_gelu", **VIDEOMAE
+    )
     yield _case("VideoMAEForVideoClassification", "first token", **VIDEOMAE, use_mean_pooling=False)
-    yield _case("VJEPA2Model", **VJEPA2)
+    yield _case("VJEPA2Model", processor="VJEPA2VideoProcessor", **VJEPA2)
     yield _case("VJEPA2Model", "no bias", **VJEPA2, qkv_bias=False, drop_path_rate=0.1)
 
 
-def _case(kind: str, what: str = "", **facts: Any) -> Case:
+def _case(kind: str, what: str = "", processor: str | None = None, **facts: Any) -> Case:
     name = f"{kind} ({what})" if what else kind
-    return Case(name, build=partial(small, kind, **facts), forward=main_output)
+    return Case(
+        name,
+        build=partial(small, kind, **facts),
+        forward=main_output,
+        pictures=partial(_pictures, processor) if processor else None,
+    )
+
+
+def _pictures(name: str, upstream: nn.Module) -> Pictures:
+    """Return our preprocessing of one frame, and a processor's of transformers."""
+    theirs = processor(name)
+
+    def reference(frame: Any) -> Tensor:
+        made = theirs([np.asarray(frame)] * 2, return_tensors="pt")
+        return made.get("pixel_values", made.get("pixel_values_videos"))[0, 0]
+
+    return Pictures(preprocess_of(theirs, 2).each, reference)
+
+
+def processor(name: str) -> Any:
+    """Return a processor of transformers, small."""
+    import transformers
+
+    return getattr(transformers, name)(**PROCESSORS[name])
 
 
 def small(kind: str, **facts: Any) -> nn.Module:

@@ -14,6 +14,7 @@ from prisma_core.hooked import Hooked
 
 if TYPE_CHECKING:
     from prisma_core.preprocess import Preprocess
+    from prisma_core.video import VideoPreprocess
     from prisma_core.zoo import Origin
 
 Size = tuple[int, ...]
@@ -24,7 +25,7 @@ class Canonical(Hooked):
 
     Attributes:
         spec: the facts.
-        preprocess: from pictures to the tensor the model takes; set by whoever loaded the model.
+        preprocess: from pictures, or videos, to the tensor the model takes; set by whoever loaded the model.
         labels: names of the classes, if the model has any.
         reference: what it was loaded from.
         origin: what it was adapted from.
@@ -34,7 +35,7 @@ class Canonical(Hooked):
 
     def __init__(self) -> None:
         super().__init__()
-        self.preprocess: Preprocess | None = None
+        self.preprocess: Preprocess | VideoPreprocess | None = None
         self.labels: tuple[str, ...] | None = None
         self.reference: str | None = None
         self.origin: Origin | None = None

@@ -18,6 +18,7 @@ from prisma_core.spec import DualSpec
 from prisma_core.transformer.canonical import Canonical, Size
 from prisma_core.transformer.text import HookedText, Tokenizer
 from prisma_core.transformer.vit import HookedViT
+from prisma_core.video import VideoPreprocess
 
 
 class HookedDual(Canonical):
@@ -57,11 +58,11 @@ class HookedDual(Canonical):
         self.text.tokenizer = value
 
     @property
-    def preprocess(self) -> Preprocess | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def preprocess(self) -> Preprocess | VideoPreprocess | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.vision.preprocess
 
     @preprocess.setter
-    def preprocess(self, value: Preprocess | None) -> None:
+    def preprocess(self, value: Preprocess | VideoPreprocess | None) -> None:
         if "vision" in self._modules:  # the base sets it before there is a tower
             self.vision.preprocess = value
 
