@@ -29,28 +29,27 @@ class Preprocess(Facts):
         resize: what becomes ``size / crop``. ``shortest``: the side that lets the picture cover it. ``longest``: the
             side that lets it fit inside. ``squash``: both sides. Then the middle is cut out, or padded.
         crop: the share of the resized picture that is kept; above 1 there is padding around it.
-        middle: which middle is cut out where an odd number of pixels is left over: with half a pixel rounded to an even
-            number, as torchvision does, or ``down``, as transformers does.
         pad: the colour of padding: ``black``, or the ``mean``.
-        interpolation: the filter, by Pillow's name.
-        resizer: who resizes bytes: Pillow, or torch with antialias. They differ by one step of a byte here and there.
+        interpolation: Pillow's filter.
+        resampling: who applies it: ``pillow``, or torch to a tensor of bytes, antialiased; some bytes differ by one.
+        corner: where half a pixel is left over, the cut starts at the even one of both, or at the first (``floor``).
         mean, std: per channel, of pixels in 0..1.
     """
 
     size: tuple[int, int]
     resize: Literal["shortest", "longest", "squash"] = "shortest"
     crop: float = Field(default=1.0, gt=0)
-    middle: Literal["even", "down"] = "even"
     pad: Literal["black", "mean"] = "black"
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
-    resizer: Literal["pillow", "torch"] = "pillow"
+    resampling: Literal["pillow", "torch"] = "pillow"
+    corner: Literal["even", "floor"] = "even"
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     @model_validator(mode="after")
-    def _torch_has_the_filter(self) -> Preprocess:
-        if self.resizer == "torch" and self.interpolation not in ("bilinear", "bicubic"):
-            raise ValueError(f"torch resizes by bilinear or bicubic, not by {self.interpolation!r}")
+    def _filter(self) -> Preprocess:
+        if self.resampling == "torch" and self.interpolation == "lanczos":
+            raise ValueError("torch has no lanczos filter: use resampling='pillow'")
         return self
 
     def __call__(self, picture: Picture | Sequence[Picture]) -> Tensor:
@@ -74,24 +73,30 @@ class Preprocess(Facts):
 
     def fit(self, image: Image) -> Image:
         """Return the part of a picture that the model sees, at the model's size."""
+        from PIL import Image as images
+
         height, width = self._scaled(image.height, image.width)
         if (image.height, image.width) != (height, width):
-            image = self._resized(image, height, width)
+            if self.resampling == "torch":
+                image = self._resized(image, height, width)
+            else:
+                image = image.resize((width, height), images.Resampling[self.interpolation.upper()])
         image = self._padded(image)
-        halved = round if self.middle == "even" else math.floor
-        top, left = halved((image.height - self.size[0]) / 2), halved((image.width - self.size[1]) / 2)
+        start = math.floor if self.corner == "floor" else round
+        top, left = start((image.height - self.size[0]) / 2), start((image.width - self.size[1]) / 2)
         return image.crop((left, top, left + self.size[1], top + self.size[0]))
 
     def _resized(self, image: Image, height: int, width: int) -> Image:
+        """Source: torchvision's resize of tensors."""
         import numpy as np
         from PIL import Image as images
 
-        if self.resizer == "pillow":
-            return image.resize((width, height), images.Resampling[self.interpolation.upper()])
-        array = torch.from_numpy(np.array(image))
-        pixels = (array if array.ndim == 3 else array[:, :, None]).permute(2, 0, 1)[None]
-        made = F.interpolate(pixels, (height, width), mode=self.interpolation, antialias=True, align_corners=False)
-        return images.fromarray(made[0].permute(1, 2, 0).squeeze(2).numpy())
+        array = np.asarray(image)
+        pixels = torch.from_numpy(array.reshape(*array.shape[:2], -1).transpose(2, 0, 1).copy())[None]
+        smooth = self.interpolation in ("bilinear", "bicubic")
+        mode = self.interpolation if smooth else "nearest"
+        resized = F.interpolate(pixels, (height, width), mode=mode, antialias=smooth)[0].permute(1, 2, 0).numpy()
+        return images.fromarray(resized[:, :, 0] if array.ndim == 2 else resized)
 
     def _scaled(self, height: int, width: int) -> tuple[int, int]:
         """Return the size a picture is resized to. Source: torchvision's Resize, timm's ResizeKeepRatio."""
