@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -82,6 +82,13 @@ class Source(ABC):
     @abstractmethod
     def models(self) -> Iterator[ModelInfo]:
         """Yield what can be loaded, without any network call."""
+
+    def loadable(self, rests: Collection[str]) -> Collection[str] | None:
+        """Return those of some references, each behind its colon, that an adapter takes; None if it is not known.
+
+        No network call, and quickly: ``prisma models`` asks for all it lists.
+        """
+        return None
 
     def sample(self, rest: str, seed: int = 0) -> Image | None:
         """Return a picture of the kind the model was made for, without any network call, or None if there is none."""

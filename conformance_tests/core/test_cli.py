@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from importlib.metadata import EntryPoint, version
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,10 @@ class Tiny(Source):
     def models(self) -> Iterator[ModelInfo]:
         yield ModelInfo("tiny:one", "small", pretrained=True, note="tags: a, b")
         yield ModelInfo("tiny:two", "smaller", pretrained=False)
+        yield ModelInfo("tiny:huge", "large", pretrained=False)
+
+    def loadable(self, rests: Collection[str]) -> Collection[str] | None:
+        return set(rests) - {"huge"}
 
 
 class Hungry(Source):
@@ -145,8 +149,21 @@ def test_models(run: Run) -> None:
     ran = run("models")
     assert ran.status == 0
     assert [line.split()[0] for line in ran.out.splitlines()] == ["reference", "tiny:one", "tiny:two"]
-    assert ran.err[0] == "models: 2 of 2."
+    assert ran.err[0] == "models: 2 of 3. 1 more match that no installed adapter takes: --all lists them."
     assert ran.err[1] == "not installed: the source 'hungry': pip install \"prisma[hungry]\""
+    assert all(line == line.rstrip() for line in ran.out.splitlines())  # not padded to a screen nobody looks at
+
+
+def test_models_that_no_adapter_takes(run: Run) -> None:
+    ran = run("models", "--all")
+    assert [line.split()[0] for line in ran.out.splitlines()[1:]] == ["tiny:one", "tiny:two", "tiny:huge"]
+    assert "no adapter" in ran.out.splitlines()[3]
+    assert ran.err[0] == "models: 3 of 3."
+    loads = {info["reference"]: info["loads"] for info in json.loads(run("models", "--all", "--json").out)["models"]}
+    assert loads == {"tiny:one": True, "tiny:two": True, "tiny:huge": False}
+    alone = run("models", "huge")
+    assert (alone.status, alone.out) == (0, "")
+    assert "1 more match that no installed adapter takes" in alone.err[0]
 
 
 @pytest.mark.parametrize(

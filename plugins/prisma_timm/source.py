@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
@@ -56,6 +56,13 @@ class TimmSource(Source):
             for name in timm.list_models(module=module):
                 note = f"tags: {', '.join(filter(None, tags[name]))}" if any(tags[name]) else ""
                 yield ModelInfo(f"timm:{name}", module, bool(tags[name]), note)
+
+    def loadable(self, rests: Collection[str]) -> Collection[str] | None:
+        from prisma_timm import prisma_adapters
+        from prisma_timm.cases import types_of
+        from prisma_timm.known import loadable
+
+        return loadable(rests, types_of(prisma_adapters()))
 
     def case(self, rest: str) -> Case | None:
         from prisma_timm import prisma_adapters

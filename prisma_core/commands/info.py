@@ -101,7 +101,7 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def _facts(model: Hooked) -> dict[str, Any]:
-    from prisma_core.spec import ModelSpec
+    from prisma_core.spec import MapSpec, ModelSpec
 
     spec: Any = getattr(model, "spec", None)
     layout: Any = getattr(model, "layout", None)
@@ -115,7 +115,7 @@ def _facts(model: Hooked) -> dict[str, Any]:
         tokens = {"total": layout.n_tokens, "order": order}
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "spec": spec.model_dump(mode="json") if isinstance(spec, ModelSpec) else None,
+        "spec": spec.model_dump(mode="json") if isinstance(spec, ModelSpec | MapSpec) else None,
         "tokens": tokens,
         "preprocess": preprocess.model_dump(mode="json") if preprocess is not None else None,
     }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from prisma_core.commands.screen import note, out, show_json, table
+from prisma_core.commands.screen import note, show, show_json, table
 
 if TYPE_CHECKING:
     from prisma_core.sources import ModelInfo
@@ -20,31 +20,63 @@ def models(
     source: Annotated[str | None, typer.Option(help="Only this source's models.")] = None,
     family: Annotated[str | None, typer.Option(help="Only this family (a glob).")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Only models with trained weights.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Those too that no installed adapter takes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
 ) -> None:
     """List and search the models that can be loaded."""
+    from rich.console import Console
+
     from prisma_core.plugins import host
 
     if source is not None:
         host().source(source)
     found = [info for info in host().models() if source is None or info.reference.startswith(f"{source}:")]
     chosen = [info for info in found if _matches(info, search or [], family, pretrained)]
+    with Console(stderr=True).status("looking which of them an adapter takes"):
+        loads = _loads(chosen)
+    shown = [info for info in chosen if everything or loads[info.reference] is not False]
     absent = host().missing()
     if as_json:
         missing = [{"source": name, "install": command} for name, command in absent.items()]
-        show_json({"models": [asdict(info) for info in chosen], "missing": missing})
-    elif chosen:
-        shown = table("reference", "family", "weights", "note")
-        for info in chosen:
-            weights = "trained" if info.pretrained else ""
-            shown.add_row(*(escape(text) for text in (info.reference, info.family, weights, info.note)))
-        out().print(shown)
-    if not as_json:
-        note("models", f"{len(chosen)} of {len(found)}.", "green")
+        listed = [asdict(info) | {"loads": loads[info.reference]} for info in shown]
+        show_json({"models": listed, "missing": missing})
+    else:
+        _show(shown, loads, everything)
+        left_out = len(chosen) - len(shown)
+        told = f" {left_out} more match that no installed adapter takes: --all lists them." if left_out else ""
+        note("models", f"{len(shown)} of {len(found)}.{told}", "green")
     for name, command in absent.items():
         note("not installed", f"the source {name!r}: {command}", "yellow")
     if not chosen and found:
         _nothing(found, search or [], family)
+
+
+def _loads(infos: list[ModelInfo]) -> dict[str, bool | None]:
+    """Return for each reference whether an adapter takes it; None where the source does not know."""
+    from prisma_core.plugins import host
+
+    rests: dict[str, list[str]] = {}
+    for info in infos:
+        name, _, rest = info.reference.partition(":")
+        rests.setdefault(name, []).append(rest)
+    known = {name: host().source(name).loadable(several) for name, several in rests.items()}
+    return {
+        f"{name}:{rest}": None if (taken := known[name]) is None else rest in taken
+        for name, several in rests.items()
+        for rest in several
+    }
+
+
+def _show(infos: list[ModelInfo], loads: dict[str, bool | None], everything: bool) -> None:
+    if not infos:
+        return
+    shown = table("reference", "family", "weights", *(["loads"] if everything else []), "note")
+    for info in infos:
+        weights = "trained" if info.pretrained else ""
+        word = {True: "yes", False: "no adapter", None: ""}[loads[info.reference]]
+        cells = (info.reference, info.family, weights, *([word] if everything else []), info.note)
+        shown.add_row(*(escape(text) for text in cells))
+    show(shown)
 
 
 def _matches(info: ModelInfo, search: list[str], family: str | None, pretrained: bool) -> bool:
@@ -67,7 +99,11 @@ def _nothing(found: list[ModelInfo], search: list[str], family: str | None) -> N
     families = {info.family for info in found}
     within = [info.reference for info in found if family is None or fnmatch.fnmatch(info.family, family)]
     if family is not None and not within:
-        raise UnknownName(f"No family {family!r}.{suggest(family, families)} Families: {', '.join(sorted(families))}.")
+        few = sorted(families)
+        told = (
+            f" Families: {', '.join(few)}." if len(few) <= 5 else f" There are {len(few)}: `prisma models` shows them."
+        )
+        raise UnknownName(f"No family {family!r}.{suggest(family, families) or told}")
     names = {reference.partition(":")[2] for reference in within}
     hint = suggest(" ".join(search), [*within, *names]) if search else ""
     raise UnknownName(f"No model matches.{hint} `prisma models` lists all {len(found)}.")
@@ -87,4 +123,4 @@ def plugins(as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")]
         if info.error:
             state = f"[red]broken:[/] {escape(info.error)}"
         shown.add_row(info.name, info.module, info.distribution, state)
-    out().print(shown)
+    show(shown)

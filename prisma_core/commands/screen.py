@@ -22,6 +22,17 @@ def note(kind: str, message: str, style: str = "red") -> None:
     Console(stderr=True, highlight=False).print(line, soft_wrap=True)
 
 
+def show(shown: Table) -> None:
+    """Write a table on stdout: fitted to a screen, or each line as long as it has to be where nobody looks at one."""
+    if sys.stdout.isatty():
+        out().print(shown)
+        return
+    console = Console(highlight=False, width=10_000)
+    with console.capture() as captured:
+        console.print(shown)
+    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+
+
 def table(*columns: str, title: str | None = None) -> Table:
     """Return an empty table that keeps its first column whole."""
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
