@@ -137,8 +137,8 @@ def _embedding(model: HookedViT, acts: Acts, image: Tensor) -> Part:
     tokens = acts["hook_embed"]
     if layout.n_prefix:
         tokens = torch.cat([embed.prefix.expand(len(tokens), -1, -1), tokens], 1)
-    if embed.spec.pos and embed.pos_grid == (layout.rows, layout.columns):
-        yield acts.claim("hook_pos_embed", "the embedding of each position", _positions(model).expand_as(tokens))
+    if (positions := _positions(model)) is not None:
+        yield acts.claim("hook_pos_embed", "the embedding of each position", positions.expand_as(tokens))
     return (yield from _embedded(model, acts, tokens))
 
 
@@ -151,12 +151,18 @@ def _pixels(model: HookedViT, image: Tensor) -> Tensor:
     return rearrange(video, "b (f t) i (r p) (c q) -> b (f r c) (i t p q)", t=t, p=p, q=q)
 
 
-def _positions(model: HookedViT) -> Tensor:
-    embed = model.embed
+def _positions(model: HookedViT) -> Tensor | None:
+    """Return what is kept for each position; None where there is nothing, or where it is resized to the grid."""
+    embed, layout = model.embed, model.spec.layout
+    if not embed.spec.pos or embed.pos_grid != (layout.rows, layout.columns):
+        return None
     if not embed.spec.pos_factorized:
         return embed.pos_embed
+    how = embed.spec.interpolation
+    if how is not None and how.square and layout.rows != layout.columns:
+        return None
     patches = (embed.pos_rows[:, None] + embed.pos_columns).flatten(0, 1)
-    return torch.cat([patches.new_zeros(model.spec.layout.n_prefix, patches.shape[1]), patches])
+    return torch.cat([patches.new_zeros(layout.n_prefix, patches.shape[1]), patches])
 
 
 def _text_embedding(model: HookedText, acts: Acts, ids: Tensor) -> Part:
