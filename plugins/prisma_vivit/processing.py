@@ -42,8 +42,8 @@ def preprocess_of(processor: Any, frames: int) -> VideoPreprocess:
     each = Preprocess(
         size=(height, width),
         interpolation=FILTERS[int(processor.resample)],
-        resizer="torch" if torchvision else "pillow",
-        middle="down",
+        resampling="torch" if torchvision else "pillow",
+        corner="floor",
         mean=mean,
         std=std,
         **facts,
