@@ -39,7 +39,8 @@ def test_a_reference_gives_a_hooked_model_with_all_that_loading_knows() -> None:
     model = prisma.load("timm:swin_tiny_patch4_window7_224", pretrained=False)
     assert isinstance(model, HookedUpstream)
     assert model.reference == "timm:swin_tiny_patch4_window7_224"
-    assert model.labels is not None and len(model.labels) == 1000
+    assert model.labels is not None
+    assert len(model.labels) == 1000
     image = model.preprocess(torch.randint(256, (300, 400, 3), dtype=torch.uint8))
     assert image.shape == (1, 3, 224, 224)
     _, cache = model.run_with_cache(image, names=["stages.2.*.hook_pattern", ("resid_post", -1)])

@@ -14,6 +14,7 @@ from prisma_core.conformance.registry import Check, Finding, NotApplicable
 from prisma_core.conformance.subject import Subject, differentiable, worst
 from prisma_core.conformance.tensors import changes, fingerprint
 from prisma_core.errors import HookError
+from prisma_core.hooks import HookContext
 from prisma_core.mapped import HookedUpstream
 from prisma_core.zoo import tensors_of
 
@@ -100,11 +101,22 @@ def _caching(model: HookedUpstream) -> Callable[..., Tensor]:
 
 @torch.no_grad()
 def algebra(subject: Subject) -> Finding:
-    """What activations are to each other, as far as it holds in every model, and what the adapter says."""
+    """What activations are to each other, as far as it holds in every model, and what the adapter says.
+
+    What is said of the residual stream has to hold while the stream is edited too: a place that only some of what
+    follows reads (a norm's input) shows the stream, and is none.
+    """
     model, passes = _model(subject), subject.passes()
-    claims = [*_claims(model, passes.acts, passes.logits)]
+    claims = [claim for _, claim in _claims(passes.acts, passes.logits)]
     if isinstance(subject.adapter, MapAdapter):
         claims += subject.adapter.equations(Reader(subject.upstream()), passes.acts)
+    for kind in ("resid_pre", "resid_mid", "resid_post"):
+        names = [name for name in model.hook_points() if name.endswith(f"hook_{kind}")]
+        if names:
+            noise = _noise(subject)
+            logits, cache = model.run_with_cache(*passes.inputs, hooks=dict.fromkeys(names, noise))
+            made = _claims(cache.store, logits)
+            claims += [(f"{text}, with {kind} edited", *sides) for of, (text, *sides) in made if of not in ("", kind)]
     errors: dict[str, float] = {}
     for claim, ours, theirs in claims:
         errors[claim] = max(errors.get(claim, 0.0), worst(ours, theirs))
@@ -115,40 +127,48 @@ def algebra(subject: Subject) -> Finding:
     return Finding(max(errors.values()), tolerances.FLOAT64, problems, f"{len(errors)} equations of {len(kinds)} kinds")
 
 
-def _claims(model: HookedUpstream, acts: Mapping[str, Tensor], logits: Tensor) -> Iterator[Claim]:
+def _noise(subject: Subject) -> Callable[[Tensor, HookContext], Tensor]:
+    generator = subject.generator(8)
+
+    def hook(x: Tensor, at: HookContext) -> Tensor:
+        return x + torch.randn(x.shape, generator=generator).to(x)
+
+    return hook
+
+
+def _claims(acts: Mapping[str, Tensor], logits: Tensor) -> Iterator[tuple[str, Claim]]:
+    """Yield what holds in every model, next to the kind of activation of the stream it says something of."""
     if "hook_logits" in acts:
-        yield "hook_logits is the output", acts["hook_logits"], logits
+        yield "", ("hook_logits is the output", acts["hook_logits"], logits)
     for at in dict.fromkeys(name.rpartition(".")[0] for name in acts):
-        yield from _stream(
-            at, {name: acts.get(f"{at}.hook_{name}") for name in _STREAM}, f"{at}.ln3.hook_normalized" in acts
-        )
-        yield from _attention(at, {name: acts.get(f"{at}.hook_{name}") for name in _ATTENTION})
+        normed = f"{at}.ln3.hook_normalized" in acts
+        yield from _stream(at, {name: acts.get(f"{at}.hook_{name}") for name in _STREAM}, normed)
+        for claim in _attention(at, {name: acts.get(f"{at}.hook_{name}") for name in _ATTENTION}):
+            yield "", claim
     for name, x in acts.items():
         if (before := re.fullmatch(r"(.*blocks\.)(\d+)\.hook_resid_pre", name)) is not None:
             previous = acts.get(f"{before[1]}{int(before[2]) - 1}.hook_resid_post")
             if previous is not None:
-                yield f"{name} = what the block before leaves", x, previous
+                yield "resid_pre", (f"{name} = what the block before leaves", x, previous)
 
 
 _STREAM = ("resid_pre", "shortcut", "attn_out", "resid_mid", "mlp_out", "resid_post")
 _ATTENTION = ("attn_scores", "pattern", "v", "z")
 
 
-def _stream(at: str, x: Mapping[str, Tensor | None], normed: bool) -> Iterator[Claim]:
+def _stream(at: str, x: Mapping[str, Tensor | None], normed: bool) -> Iterator[tuple[str, Claim]]:
     pre, shortcut, attn_out, mid, mlp_out, post = (x[name] for name in _STREAM)
     kept, what = (pre, "resid_pre") if shortcut is None else (shortcut, "shortcut")
     if kept is not None and attn_out is not None and mid is not None:
-        yield f"{at}: resid_mid = {what} + attn_out", mid, kept + attn_out.reshape(kept.shape)
+        made = kept + attn_out.reshape(kept.shape)
+        yield "resid_mid", (f"{at}: resid_mid = {what} + attn_out", mid, made)
     if mid is None and attn_out is None:
         mid = kept  # a block with one branch
-    if (
-        mid is not None and mlp_out is not None and post is not None and not normed
-    ):  # some keep rows and columns apart, some do not
-        yield (
-            f"{at}: resid_post = {'resid_mid' if attn_out is not None else what} + mlp_out",
-            post,
-            mid + (mlp_out.reshape(mid.shape)),
-        )
+    else:
+        what = "resid_mid"
+    if mid is not None and mlp_out is not None and post is not None and not normed:
+        made = mid + mlp_out.reshape(mid.shape)  # some keep rows and columns apart, some do not
+        yield "resid_post", (f"{at}: resid_post = {what} + mlp_out", post, made)
 
 
 def _attention(at: str, x: Mapping[str, Tensor | None]) -> Iterator[Claim]:
