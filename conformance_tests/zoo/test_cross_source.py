@@ -362,7 +362,10 @@ def of_timm(state: State) -> dict[str, Tensor]:
 
 
 # The last norm of the image tower is applied to what is pooled, or to all tokens: the same vector.
-ENDS = {r"(ln_final|ln_pool)\.": "before or after pooling", r"(hook_ln_final|hook_pooled)$": "before or after pooling"}
+ENDS = {
+    r"^(vision\.)?(ln_final|ln_pool)\.": "before or after pooling",
+    r"^(vision\.)?hook_(ln_final|pooled)$": "before or after pooling",
+}
 
 
 def clip() -> tuple[nn.Module, dict[str, Tensor]]:
