@@ -1,4 +1,4 @@
-"""Toy vision transformers for Prisma: three that come trained, and ``prisma train`` for your own."""
+"""Toy vision transformers for Prisma: three that come trained, those the project published, and ``prisma train``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from prisma_core import hookimpl
+from prisma_core.adapter import Adapter
+from prisma_core.conformance.case import Case
 from prisma_core.sources import Source
+from prisma_toy.adapter import PublishedAdapter
 from prisma_toy.scenes import SampleScene, sample_scene
 from prisma_toy.source import ToySource
 
@@ -17,6 +20,18 @@ if TYPE_CHECKING:
 @hookimpl
 def prisma_sources() -> Sequence[Source]:
     return [ToySource()]
+
+
+@hookimpl
+def prisma_adapters() -> Sequence[Adapter]:
+    return [PublishedAdapter()]
+
+
+@hookimpl
+def prisma_cases() -> Sequence[Case]:
+    from prisma_toy.cases import cases
+
+    return cases()
 
 
 @hookimpl

@@ -14,6 +14,7 @@ import prisma_core as prisma
 from prisma_core import HookedViT, InputError, UnknownName
 from prisma_core.errors import suggest
 from prisma_core.sources import Loaded, ModelInfo, Source
+from prisma_toy import fetch
 from prisma_toy.checkpoints import CONFIG
 from prisma_toy.model import draw_weights
 from prisma_toy.scenes import sample_scene
@@ -28,14 +29,22 @@ def bundled() -> dict[str, Path]:
 
 
 class ToySource(Source):
-    """``toy:NAME``: small trained vision transformers, hooked from the first training step; no download."""
+    """``toy:NAME``: small trained vision transformers, hooked from the first training step; no download.
+
+    ``toy:FILE.pth`` and ``toy:published/OWNER/NAME`` are what the Prisma project published (see ``fetch.load``).
+    """
 
     name = "toy"
 
     def load(self, rest: str, **options: Any) -> Loaded:
+        if fetch.is_published(rest):
+            return fetch.load(rest, **options)
         found = bundled()
         if rest not in found:
-            raise UnknownName(f"No toy model {rest!r}. There are {', '.join(found)}.{suggest(rest, found)}")
+            raise UnknownName(
+                f"No toy model {rest!r}.{suggest(rest, found)} There are {', '.join(found)}; and toy:FILE.pth and "
+                f"toy:{fetch.PREFIX}OWNER/NAME for what the Prisma project published."
+            )
         pretrained = options.pop("pretrained", True)
         if options:
             raise InputError(f"toy: models take no option but pretrained, got {', '.join(options)}.")
