@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from prisma_core import hookimpl
 from prisma_core.adapter import Adapter
 from prisma_core.conformance.case import Case
+from prisma_core.sources import Source
 from prisma_hf.encoder import EncoderAdapter
+from prisma_hf.source import HfSource
+
+
+@hookimpl
+def prisma_sources() -> Sequence[Source]:
+    return [HfSource()]
 
 
 @hookimpl

@@ -54,7 +54,7 @@ def unmasked(upstream: Any, image: Tensor) -> Tensor:
 
 
 def unrounded(upstream: Any, image: Tensor) -> Tensor:
-    """Return the main output of a class whose attention is explicit alone, and its softmax rounds float64 to float32."""
+    """Return the main output of a class whose attention is explicit alone, with a softmax in float32."""
     with parts.float64_softmax():
         return main_output(upstream, image)
 

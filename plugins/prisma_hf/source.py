@@ -1,0 +1,238 @@
+"""The source ``hf:``: any model of transformers, by its name on the hub or from a folder that save_pretrained wrote."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from prisma_core.conformance.case import Case
+from prisma_core.errors import LoadError, UnknownName, suggest
+from prisma_core.preprocess import Preprocess
+from prisma_core.sources import Loaded, ModelInfo, Source
+from prisma_hf import hub
+from prisma_hf.classes import MODELS
+
+CLASSES = {path.rpartition(".")[2]: path for path in MODELS}
+# What transformers and the readers of files below it raise over files that are broken, missing or of something else.
+BROKEN = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    EOFError,
+    SafetensorError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
+OF_FILES = {"local_files_only", "revision", "trust_remote_code"}
+
+
+class HfSource(Source):
+    """``hf:ORGANISATION/NAME``, ``hf:ORGANISATION/NAME@REVISION``, ``hf:./FOLDER``, or ``hf:CLASS`` at random.
+
+    Options:
+        pretrained: False draws the weights at random; only the configuration is read.
+        architecture: the class to load, where it is not the one that the configuration names. Weights of the file that
+            this class has no place for are left out.
+        part: the path of a module of the model, such as ``vision_model``: that alone is handed over.
+        trust_remote_code: run code that comes with the model. Off unless you say so.
+
+    Others go to ``from_pretrained``, such as ``num_labels=10``; without weights, into the configuration.
+    """
+
+    name = "hf"
+    library = "transformers"
+    install = 'pip install "prisma-interp[hf]"'
+
+    def load(
+        self,
+        rest: str,
+        *,
+        pretrained: bool = True,
+        architecture: str | None = None,
+        part: str | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> Loaded:
+        if rest in CLASSES:
+            if pretrained:
+                raise LoadError(
+                    f"hf:{rest} is a class without weights. Load it with pretrained=False, or name a model."
+                )
+            kind = _imported(CLASSES[rest])
+            return _loaded(_part(kind(kind.config_class(**options)), part, rest), kind.config_class(**options), None)
+        place = hub.place(rest)
+        if not place.folder and "/" not in place.name:
+            raise UnknownName(
+                f"{rest!r} is neither a model on the hub (ORGANISATION/NAME), nor a folder, nor a class."
+                f"{suggest(rest, CLASSES)} `prisma models --source hf` lists the classes."
+            )
+        common = {**place.arguments(weights=pretrained), "trust_remote_code": trust_remote_code}
+        config, rest_of_options = _config(place, common, options)
+        kind = _kind(config, architecture, trusted=trust_remote_code)
+        if pretrained:
+            model = _pretrained(place, kind, config, common | rest_of_options, whole=architecture is None)
+        else:
+            model = _fresh(kind, config, rest_of_options)
+        return _loaded(_part(model, part, str(place)), config, _preprocess(place, common))
+
+    def models(self) -> Iterator[ModelInfo]:
+        for name, path in CLASSES.items():
+            yield ModelInfo(
+                f"hf:{name}", path.split(".")[2], False, "a class; weights: hf:ORGANISATION/NAME or hf:./FOLDER"
+            )
+
+    def case(self, rest: str) -> Case | None:
+        from prisma_hf.cases import cases
+
+        name = rest
+        if rest not in CLASSES:
+            place = hub.place(rest)
+            if not (place.folder or place.cached(hub.CONFIG)):
+                return None
+            config, _ = _config(place, {**place.arguments(weights=False), "trust_remote_code": False}, {})
+            name = next(iter(config.architectures or ()), "")
+        return next((case for case in cases() if case.name == name), None)
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _config(place: hub.Place, common: dict[str, Any], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return a model's configuration, and the options that are none of its settings.
+
+    Raises:
+        LoadError: it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(place.name, return_unused_kwargs=True, **common, **options)
+    except BROKEN as error:
+        raise LoadError(f"The configuration of {place} could not be read: {_brief(error)}") from error
+
+
+def _kind(config: Any, architecture: str | None, *, trusted: bool) -> Any:
+    """Return the class to load: the one asked for, the one the configuration names, or what transformers falls back to.
+
+    Raises:
+        UnknownName: transformers has none of the name asked for.
+    """
+    import transformers
+
+    names = [architecture] if architecture else list(config.architectures or ())
+    for name in names:
+        # Not every class of a module is exported; some stand in the module of the configuration's neighbour alone.
+        home = type(config).__module__.replace(".configuration_", ".modeling_")
+        found = getattr(transformers, name, None) or _in_module(home, name)
+        if found is not None:
+            return found
+    if architecture:
+        raise UnknownName(f"transformers has no class {architecture!r}.{suggest(architecture, dir(transformers))}")
+    if trusted and "AutoModelForImageClassification" in (getattr(config, "auto_map", None) or {}):
+        return transformers.AutoModelForImageClassification
+    if type(config) in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        return transformers.AutoModelForImageClassification
+    return transformers.AutoModel
+
+
+def _in_module(home: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(home), name, None)
+    except ModuleNotFoundError:
+        return None
+
+
+def _pretrained(place: hub.Place, kind: Any, config: Any, arguments: dict[str, Any], *, whole: bool) -> nn.Module:
+    """Return a model with its trained weights, every tensor accounted for.
+
+    Args:
+        whole: tensors that the class has no place for are an error.
+
+    Raises:
+        LoadError: a file cannot be read safely, or does not fit.
+    """
+    kept = {"attn_implementation": "sdpa"} if getattr(kind, "_supports_sdpa", True) else {}
+    try:
+        model, info = kind.from_pretrained(
+            place.name,
+            config=config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to be told of all of them, and refuse
+            weights_only=True,
+            **{**kept, **arguments},
+        )
+    except (*BROKEN, TypeError) as error:
+        raise LoadError(f"The weights of {place} could not be read: {_brief(error)}") from error
+    problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
+    problems += [f"{name} has shape {list(came)}, expected {list(own)}" for name, came, own in info["mismatched_keys"]]
+    problems += [f"extra {name}" for name in sorted(info["unexpected_keys"]) if whole]
+    problems += [str(message) for message in info["error_msgs"]]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise LoadError(
+            f"{place} does not fit {type(model).__name__}: {'; '.join(problems[:5])}{more}. "
+            "Another class that fits is asked for with architecture=NAME."
+        )
+    return model.eval()
+
+
+def _fresh(kind: Any, config: Any, options: dict[str, Any]) -> nn.Module:
+    """Return a model with weights drawn at random.
+
+    Raises:
+        LoadError: an option is none of the class.
+    """
+    build = getattr(kind, "from_config", None) or kind._from_config  # auto classes have the one, others the other
+    options = {name: value for name, value in options.items() if name not in OF_FILES}
+    try:
+        return build(config, **options).eval()
+    except TypeError as error:
+        raise LoadError(f"{kind.__name__} cannot be made with {', '.join(options) or 'this'}: {error}") from error
+
+
+def _part(model: nn.Module, part: str | None, what: str) -> nn.Module:
+    """Return a module of a model.
+
+    Raises:
+        UnknownName: there is none; the nearest are suggested.
+    """
+    if not part:
+        return model.eval()
+    modules = dict(model.named_modules())
+    if part not in modules:
+        raise UnknownName(f"{what} has no part {part!r}.{suggest(part, modules)}")
+    return modules[part].eval()
+
+
+def _loaded(model: nn.Module, config: Any, preprocess: Preprocess | None) -> Loaded:
+    labels = getattr(config, "id2label", None) or {}
+    names = tuple(str(labels[index]) for index in range(len(labels)) if index in labels)
+    known = len(names) == len(labels) and any(not name.startswith("LABEL_") for name in names)
+    return Loaded(model, preprocess, names if known else None)
+
+
+def _preprocess(place: hub.Place, common: dict[str, Any]) -> Preprocess | None:
+    """Return what the model's own image processor does, or None if there is none or it does what ours cannot."""
+    from transformers import AutoImageProcessor
+
+    from prisma_hf.pictures import preprocess
+
+    try:
+        return preprocess(AutoImageProcessor.from_pretrained(place.name, **common))
+    except (*BROKEN, ImportError):  # no file of one, or its library is not installed: the model is there all the same
+        return None
+
+
+def _brief(error: Exception) -> str:
+    """Return an error's message without the advice behind it, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 700 else f"{text[:700]}..."
