@@ -53,6 +53,17 @@ VJEPA2 = {
 }
 
 
+TIMESFORMER = {
+    "image_size": 12,
+    "patch_size": 4,
+    "num_frames": 4,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "num_channels": 2,
+    "num_labels": 5,
+}
 PROCESSORS: dict[str, dict[str, Any]] = {
     "VivitImageProcessor": {"size": {"shortest_edge": 45}, "crop_size": {"height": 40, "width": 40}},
     "VivitVideoProcessor": {"size": {"shortest_edge": 45}, "crop_size": {"height": 40, "width": 40}},
@@ -76,6 +87,15 @@ def cases() -> Iterator[Case]:
     yield _case("VideoMAEForVideoClassification", "first token", **VIDEOMAE, use_mean_pooling=False)
     yield _case("VJEPA2Model", processor="VJEPA2VideoProcessor", **VJEPA2)
     yield _case("VJEPA2Model", "no bias", **VJEPA2, qkv_bias=False, drop_path_rate=0.1)
+    yield _case("TimesformerModel", "joint", attention_type="joint_space_time", hidden_act="gelu_new", **TIMESFORMER)
+    yield _case("TimesformerForVideoClassification", processor="TimesformerVideoProcessor", **TIMESFORMER)
+    yield _case(
+        "TimesformerForVideoClassification",
+        "space alone, no bias",
+        attention_type="space_only",
+        qkv_bias=False,
+        **TIMESFORMER,
+    )
 
 
 def _case(kind: str, what: str = "", processor: str | None = None, **facts: Any) -> Case:
