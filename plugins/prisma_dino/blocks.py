@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -236,7 +236,7 @@ def same_for_all(upstream: Reader, tables: list[str]) -> str:
 
 
 @contextmanager
-def explicit_attention(upstream: nn.Module) -> Iterator[None]:
+def explicit_attention(upstream: nn.Module) -> Generator[None]:
     """Make upstream compute attention step by step for the time of the scope."""
     configs = {id(part.config): part.config for part in upstream.modules() if hasattr(part, "config")}
     before = [(config, config._attn_implementation) for config in configs.values()]

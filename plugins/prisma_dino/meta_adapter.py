@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import ClassVar
 
@@ -187,7 +187,7 @@ def _rope_tables(module: Reader, layout: TokenLayout) -> Callable[..., Tensor]:
 
 
 @contextmanager
-def _explicit(upstream: nn.Module) -> Iterator[None]:
+def _explicit(upstream: nn.Module) -> Generator[None]:
     fused = [part for part in upstream.modules() if getattr(part, "fused", False)]
     for part in fused:
         part.fused = False
