@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -14,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prisma_core.adapter import MapAdapter
 from prisma_core.conformance.case import Case, Pictures
+from prisma_core.conformance.registry import CHECKS
 from prisma_core.errors import UnsupportedArchitecture
 from prisma_core.plugins import host
 
@@ -23,22 +27,45 @@ EMBED = HEADS * WIDTH  # timm's towers without a projection embed by their own w
 VISION = {"width": HEADS * WIDTH, "head_width": WIDTH, "layers": 2}
 TEXT = {"width": 2 * WIDTH, "heads": 2, "layers": 2, "vocab_size": 41}
 CONTEXT = 7
+SIZES = {"width", "layers", "heads", "head_width", "mlp_ratio", "image_size", "patch_size", "context_length"}
+SIZES |= {"vocab_size", "hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode", "eos_id", "pad_id"}
+SIZES |= {"timm_drop", "timm_drop_path", "timm_model_pretrained", "patch_dropout", "output_tokens"}
+PARITY = ("parity.logits", "parity.hooks")
+ALIKE = {
+    name: "proven on a model whose configuration differs in sizes, or in which of a family of timm's it names, alone"
+    for name in CHECKS
+    if name not in PARITY
+}
+ELSEWHERE = dict.fromkeys(("hooks.live", "threads"), "proven on timm's model and on a text tower of its own")
 TEXTS = ("ViT-B-16-SigLIP", "EVA02-B-16", "coca_ViT-B-32")  # one for each kind of mask
 
 
 def whole() -> Iterator[Case]:
-    """Yield a case for every model of open_clip's whose two towers can be represented."""
+    """Yield a case for every model of open_clip's whose two towers can be represented.
+
+    The first of those whose configurations differ in sizes alone goes through every check, the others through parity.
+    """
+    seen: set[str] = set()
     for name in open_clip.list_models():
-        if (found := case(name)) is not None:
-            yield found
+        if (found := case(name)) is None:
+            continue
+        config = config_of(name)
+        kind = _kind(config)
+        skips = ALIKE if kind in seen else ELSEWHERE if "timm_model_name" in config["vision_cfg"] else {}
+        yield replace(found, skips=skips)
+        seen.add(kind)
 
 
 def lone_towers() -> Iterator[Case]:
     """Yield a case for every vision tower whose text tower is not taken, and for a text tower of each kind."""
+    seen: set[str] = set()
     for name in open_clip.list_models():
         config = config_of(name)
         if "hf_model_name" in config["text_cfg"] and _sees(config["vision_cfg"]):
-            yield Case(f"{name}/visual", build=partial(small_vision, name), pictures=pictures)
+            found = Case(f"{name}/visual", build=partial(small_vision, name), pictures=pictures)
+            kind = _kind({**config, "text_cfg": {}})
+            yield replace(found, skips=ALIKE) if kind in seen else found
+            seen.add(kind)
     for name in TEXTS:
         yield Case(f"{name}/text", build=partial(small_text, name), forward=read)
 
@@ -58,6 +85,20 @@ def config_of(name: str) -> dict[str, Any]:
     config = open_clip.get_model_config(name)
     assert isinstance(config, dict)
     return config
+
+
+def _kind(config: dict[str, Any]) -> str:
+    """Return what a configuration says, sizes and the names of timm's models and of tokenizers left out."""
+    import timm
+
+    def facts(part: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in part.items() if name not in SIZES and value is not None}
+
+    vision, text = facts(config["vision_cfg"]), facts(config["text_cfg"])
+    if name := vision.pop("timm_model_name", None):
+        vision["timm"] = timm.model_entrypoint(name).__module__
+    whole = {name: value for name, value in config.items() if name not in ("vision_cfg", "text_cfg", "embed_dim")}
+    return json.dumps([vision, text, "multimodal_cfg" in whole, {**whole, "multimodal_cfg": None}], sort_keys=True)
 
 
 def _sees(vision: dict[str, Any]) -> bool:
@@ -84,10 +125,10 @@ def _timm_taken(example: str) -> bool:
 
     try:
         with torch.device("meta"):
-            host().adapter(timm.create_model(example, depth=2))
+            taken = host().adapter(timm.create_model(example, depth=2))
+        return not isinstance(taken, MapAdapter)
     except (TypeError, UnsupportedArchitecture):  # not made of blocks, or none that an adapter takes
         return False
-    return True
 
 
 def logits(model: Any, image: Tensor, tokens: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prisma_clip.common import IDENTITY, LINEAR, linear_rows
-from prisma_core.adapter import Adapter, Reader
+from prisma_core.adapter import Adapter, MapAdapter, Reader
 from prisma_core.errors import PluginError, UnsupportedArchitecture
 from prisma_core.hookmap import HookMap
 from prisma_core.plugins import host
@@ -24,7 +24,10 @@ def trunk_adapter(upstream: Reader) -> Adapter:
         UnsupportedArchitecture: one does, but not this one.
     """
     try:
-        return host().adapter(upstream.trunk.module)
+        adapter = host().adapter(upstream.trunk.module)
+        if isinstance(adapter, MapAdapter):  # it shows activations of a model of its own, and makes no tower
+            raise upstream.trunk.unsupported("a vision tower that is no plain transformer")
+        return adapter
     except UnsupportedArchitecture as error:
         if any(info.name == "timm" and info.error is None for info in host().plugins()):
             raise
