@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
@@ -200,9 +201,12 @@ class LogitAttribution(Mapping[str, Tensor]):
         vit = self._vit()
         labels = vit.labels or ()
         if isinstance(given, str):
-            if given not in labels:
+            if given in labels:
+                return labels.index(given)
+            alike = [index for index, label in enumerate(labels) if _words(label) == _words(given)]
+            if len(alike) != 1:
                 raise UnknownName(f"No class {given!r} among the model's {len(labels)} labels.{suggest(given, labels)}")
-            return labels.index(given)
+            return alike[0]
         n = vit.spec.n_classes or 0
         if not 0 <= given < n:
             raise UnknownName(f"No class {given}: they run from 0 to {n - 1}.")
@@ -317,3 +321,8 @@ def _linear(norm: Norm, x: Tensor, scale: Tensor) -> Tensor:
     if norm.spec.kind == "ln":
         x = x - x.mean(-1, keepdim=True)
     return x / scale * norm.weight.to(x)
+
+
+def _words(label: str) -> list[str]:
+    """Return the words of a label: an emoji before them, capitals and punctuation do not count."""
+    return re.findall(r"\w+", label.casefold())

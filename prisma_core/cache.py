@@ -36,7 +36,7 @@ class ActivationCache(Decompositions, Mapping[str, Tensor]):
         store: the activations themselves.
         model: the model that made them, needed for the decompositions.
         layout: which token is where, if the model knows.
-        grad: gradients of the loss by the same activations, if ``run_with_cache`` was given one.
+        gradients: those of the loss by the same activations; None if ``run_with_cache`` was given no loss.
         has_batch_dim: whether the first axis is ``batch``.
         pos: the tokens kept, as they were asked for; None for all.
     """
@@ -54,7 +54,7 @@ class ActivationCache(Decompositions, Mapping[str, Tensor]):
         self.store = store
         self.model = model
         self.layout = layout
-        self.grad: ActivationCache | None = None
+        self.gradients: ActivationCache | None = None
         self.has_batch_dim = has_batch_dim
         self.pos = pos
         self._axes = axes
@@ -65,6 +65,19 @@ class ActivationCache(Decompositions, Mapping[str, Tensor]):
         if self._axes is None:
             self._axes = {} if self.model is None else {n: p.axes for n, p in self.model.hook_points().items()}
         return self._axes
+
+    @property
+    def grad(self) -> ActivationCache:
+        """The gradients of the loss by the same activations.
+
+        Raises:
+            NotApplicable: there was no loss.
+        """
+        if self.gradients is None:
+            raise NotApplicable(
+                "This cache holds no gradients: take it with run_with_cache(..., loss=function of the output)."
+            )
+        return self.gradients
 
     # ---------------------------------------------------------------- a mapping
 
@@ -211,7 +224,7 @@ class ActivationCache(Decompositions, Mapping[str, Tensor]):
         kept: dict[str, Any] = {"has_batch_dim": self.has_batch_dim, "pos": self.pos, "axes": self._axes}
         store = {name: change(name, tensor) for name, tensor in self.store.items()}
         cache = ActivationCache(store, model=self.model, layout=self.layout, **(kept | fields))
-        cache.grad = None if self.grad is None else self.grad._with(change, **fields)
+        cache.gradients = None if self.gradients is None else self.gradients._with(change, **fields)
         return cache
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ActivationCache:
@@ -239,7 +252,7 @@ class ActivationCache(Decompositions, Mapping[str, Tensor]):
         path = Path(path)
         if path.suffix != ".safetensors":
             raise InputError(f"Expected a path that ends in .safetensors, got {path}.")
-        grads = {} if self.grad is None else self.grad.store
+        grads = {} if self.gradients is None else self.gradients.store
         named = self.store | {_GRAD + name: grad for name, grad in grads.items()}
         facts = _File(
             names=list(named),
@@ -288,7 +301,7 @@ class ActivationCache(Decompositions, Mapping[str, Tensor]):
         }
         cache = cls({name: tensors[name] for name in facts.names if not name.startswith(_GRAD)}, **how)
         grads = {name.removeprefix(_GRAD): tensors[name] for name in facts.names if name.startswith(_GRAD)}
-        cache.grad = cls(grads, **how) if grads else None
+        cache.gradients = cls(grads, **how) if grads else None
         return cache
 
 

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from prisma_core.errors import HookError
+from prisma_core.errors import HookError, InputError
 from prisma_core.hooks import Stop
 
 Index = int | slice | Sequence[int] | Tensor
@@ -38,6 +38,21 @@ def indices(index: int | Sequence[int] | Tensor) -> list[int]:
     if wanted.is_floating_point() and wanted.numel():
         raise HookError(f"Expected positions as whole numbers or a mask, got {wanted.dtype}.")
     return cast("list[int]", wanted.flatten().tolist())
+
+
+def check_device(device: torch.device | str | None) -> None:
+    """Refuse a device that is not there, before a pass is made for nothing.
+
+    Raises:
+        InputError: torch cannot put anything on it.
+    """
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch's ways to say so
+        there = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        raise InputError(f"Expected a device of torch's, got {device!r}; there is {' and '.join(there)}.") from error
 
 
 class Keep:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.cache import ActivationCache
-from prisma_core.captures import Countdown, Index, Keep, cuts, refuse_unreached
+from prisma_core.captures import Countdown, Index, Keep, check_device, cuts, refuse_unreached
 from prisma_core.errors import HookError
 from prisma_core.hooks import Hook, HookContext, HookPoint, Passes, Placed, Scope, Stop, activate, check_hook, ended
 from prisma_core.keywords import check_keywords, keywords, named
@@ -162,6 +162,7 @@ class Hooked(nn.Module):
                 hook point that was asked for (see ``hooks``).
         """
         wanted = self.resolve(names)
+        check_device(device)
         asked = () if names is None else wanted  # None means whatever the pass goes by
         filling = self._filling(wanted, device=device, dtype=dtype, pos=pos, heads=heads, detach=detach)
         with (
@@ -254,6 +255,7 @@ class Hooked(nn.Module):
         wanted = self.resolve(names)
         if isinstance(pos, str) and pos.startswith("frame ") and (layout := self.layout_of(*inputs)) is not None:
             pos = layout.slice(pos)  # how many patches a frame has depends on the input
+        check_device(device)
         how: dict[str, Any] = {"device": device, "dtype": dtype, "pos": pos, "heads": heads}
         if loss is not None:
             if not output:
@@ -270,8 +272,8 @@ class Hooked(nn.Module):
         if names is not None:  # None means whatever the pass goes by
             refuse_unreached([name for name in wanted if name not in cache.store], kwargs)
         cache.layout = self.layout_of(*(inputs or kwargs.values()))
-        if cache.grad is not None:
-            cache.grad.layout = cache.layout
+        if cache.gradients is not None:
+            cache.gradients.layout = cache.layout
         if isinstance(result, Tensor) and _owner(result) in {_owner(kept) for kept in cache.store.values()}:
             result = result.clone()  # the user may edit it in place
         return result, cache.remove_batch_dim() if remove_batch_dim else cache
@@ -291,9 +293,9 @@ class Hooked(nn.Module):
         names, tensors = list(raw.store), list(raw.store.values())
         found = torch.autograd.grad(value, tensors, allow_unused=True, retain_graph=True, materialize_grads=True)
         cache = ActivationCache({}, model=self, pos=how["pos"])
-        cache.grad = ActivationCache({}, model=self, pos=how["pos"])
+        cache.gradients = ActivationCache({}, model=self, pos=how["pos"])
         points = self.hook_points()
-        for filled, values in ((cache, tensors), (cache.grad, found)):
+        for filled, values in ((cache, tensors), (cache.gradients, found)):
             captures = self._captures(filled, names, **how)
             for name, tensor in zip(names, values, strict=True):
                 captures[points[name]][0](tensor.detach())

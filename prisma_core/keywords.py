@@ -8,6 +8,8 @@ from typing import Any
 
 from prisma_core.errors import InputError, suggest
 
+FEW = 15  # so many names are listed next to a suggestion
+
 # Spellings of the same thing elsewhere, and ours.
 _OURS = {
     "names_filter": "names=",
@@ -55,4 +57,6 @@ def check_keywords(who: str, given: Iterable[str], taken: Iterable[str] | None) 
         ours = _OURS.get(name)
         if ours is not None and ours.partition("=")[0] in names:
             raise InputError(f"{who} takes no {name!r}: here it is {ours}.")
-        raise InputError(f"{who} takes no {name!r}.{suggest(name, names)} It takes {', '.join(names) or 'none'}.")
+        near = suggest(name, names)
+        rest = "" if near and len(names) > FEW else f" It takes {', '.join(names) or 'none'}."
+        raise InputError(f"{who} takes no {name!r}.{near}{rest}")

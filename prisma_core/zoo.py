@@ -19,8 +19,10 @@ from prisma_core.adapter import Adapter, MapAdapter, Reader, qualified_name
 from prisma_core.errors import InputError, LoadError, UnknownName, UnsupportedArchitecture, WeightMapError
 from prisma_core.files import check_shapes, read_safetensors
 from prisma_core.hooked import Hooked
+from prisma_core.keywords import check_keywords, keywords
 from prisma_core.mapped import HookedUpstream, own_copy
 from prisma_core.plugins import host
+from prisma_core.sources import Loaded, Source
 from prisma_core.spec import read_spec
 from prisma_core.transformer import Canonical, HookedDual, HookedText, HookedViT, build
 from prisma_core.video import read_preprocess
@@ -75,9 +77,10 @@ def load(
     """
     name, rest = parted(reference)
     if name == "file":
+        check_keywords("file:", options, ())
         model = load_folder(Path(rest))
     else:
-        loaded = host().source(name).load(rest, **options)
+        loaded = _loaded(host().source(name), rest, options)
         model = loaded.model if isinstance(loaded.model, Hooked) else adapt(loaded.model, copy=False)
         if isinstance(model, Canonical):
             model.preprocess = loaded.preprocess or model.preprocess
@@ -94,6 +97,18 @@ def load(
         return model.to(device=device, dtype=dtype)
     except (RuntimeError, AssertionError, TypeError) as error:  # torch's ways to say that there is no such device
         raise LoadError(f"{reference} cannot be put on device={device}, dtype={dtype}: {error}") from error
+
+
+def _loaded(source: Source, rest: str, options: dict[str, Any]) -> Loaded:
+    check_keywords(f"{source.name}:", options, keywords(source.load))
+    try:
+        return source.load(rest, **options)
+    except TypeError as error:
+        if options and "unexpected keyword argument" in str(error):  # of the library's constructor, not of ours
+            raise InputError(
+                f"{source.name}:{rest} takes no such option (given: {', '.join(options)}): {error}."
+            ) from error
+        raise
 
 
 def parted(reference: str) -> tuple[str, str]:
@@ -236,7 +251,10 @@ def save(model: Canonical, folder: str | Path) -> Path:
             "its stem is upstream's own module, which a file of facts and weights cannot hold; use export",
         )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LoadError(f"Expected a folder to save into, got {folder}: {error.strerror}.") from error
     facts = {
         "spec": model.spec.model_dump(mode="json"),
         "preprocess": model.preprocess.model_dump(mode="json") if model.preprocess else None,
@@ -262,7 +280,9 @@ def load_folder(folder: Path, *, weights: bool = True) -> Canonical:
     """
     for name in (SPEC, WEIGHTS):
         if not (folder / name).is_file():
-            raise LoadError(f"{folder} holds no {name}: expected a folder written by prisma.save.")
+            inner = sorted(folder.glob(f"*/{SPEC}"), key=lambda path: path.parent.name != "model")  # a run of training
+            hint = f" Did you mean file:{inner[0].parent}?" if inner else ""
+            raise LoadError(f"{folder} holds no {name}: expected a folder written by prisma.save.{hint}")
     try:
         facts = cast("dict[str, Any]", json.loads((folder / SPEC).read_text(encoding="utf-8")))
         spec = read_spec(facts["spec"])

@@ -80,6 +80,81 @@ def test_a_device_that_is_none(vit: HookedViT, tmp_path: Path) -> None:
         prisma.load(reference, device="abacus")
 
 
+def test_an_option_that_no_source_takes(vit: HookedViT, tmp_path: Path) -> None:
+    reference = f"file:{prisma.save(vit, tmp_path)}"
+    with pytest.raises(InputError, match=r"file: takes no 'pretraned'\. It takes none"):
+        prisma.load(reference, pretraned=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "near"),
+    [
+        ("vit_tiny_patch16_224", "pretraned", "pretrained"),
+        ("vit_tiny_patch16_224", "img_sise", "img_size"),
+        ("vit_tiny_patch16_224", "chekpoint_path", "checkpoint_path"),
+        ("eva02_tiny_patch14_224", "swigl_mlp", "swiglu_mlp"),
+    ],
+)
+def test_a_misspelt_option_is_told_before_any_download(no_network: None, name: str, option: str, near: str) -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(InputError, match=rf"timm:{name} takes no '{option}'\. Did you mean {near}"):
+        prisma.load(f"timm:{name}", **{option: False})
+
+
+def test_options_that_a_class_reads_itself(no_network: None) -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(InputError, match="pritrained"):
+        prisma.load("timm:naflexvit_base_patch16_gap", pretrained=False, pritrained=3)
+    small = prisma.load("timm:vit_tiny_patch16_224", pretrained=False, **SMALL, pretrained_cfg_overlay={})
+    assert len(small.blocks) == 1
+
+
+# ---------------------------------------------------------------- folders
+
+
+def test_a_file_where_a_folder_should_be(vit: HookedViT, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    for path in (tmp_path / "taken", tmp_path / "taken" / "below"):
+        with pytest.raises(LoadError, match=r"Expected a folder to save into, got .*taken"):
+            prisma.save(vit, path)
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_the_folder_above_a_model(vit: HookedViT, tmp_path: Path) -> None:
+    for name in ("aaa", "model"):
+        prisma.save(vit, tmp_path / name)
+    with pytest.raises(LoadError, match=rf"holds no spec\.json.* Did you mean file:{tmp_path / 'model'}\?"):
+        prisma.load(f"file:{tmp_path}")
+
+
+# ---------------------------------------------------------------- caches
+
+
+@pytest.mark.parametrize("device", ["cudda", "cuda:99", "gpu"])
+def test_a_cache_on_a_device_that_is_none(vit: HookedViT, image: Tensor, device: str) -> None:
+    with pytest.raises(InputError, match=rf"Expected a device of torch's, got '{device}'; there is cpu"):
+        vit.run_with_cache(image, device=device)
+    with pytest.raises(InputError, match=device), vit.caching(device=device):
+        pass
+
+
+def test_gradients_without_a_loss(vit: HookedViT, image: Tensor) -> None:
+    _, cache = vit.run_with_cache(image, names="z")
+    assert cache.gradients is None
+    with pytest.raises(prisma.errors.NotApplicable, match=r"holds no gradients: take it with run_with_cache\(.*loss="):
+        _ = cache.grad["z", 0]
+
+
+def test_a_class_by_its_words(vit: HookedViT, image: Tensor) -> None:
+    _, cache = vit.run_with_cache(image)
+    vit.labels = ("🔴 red circle", "🟥 red square", "Emu, large", "fox", "⭐ star", "🌟 star", "hen")
+    for given, index in (("red circle", 0), ("Red Square", 1), ("emu large", 2), ("🔴 red circle", 0), ("⭐ star", 4)):
+        assert torch.equal(cache.logit_constant(given), cache.logit_constant(index)), given
+    for given in ("star", "circle"):  # two of them, none of them
+        with pytest.raises(UnknownName, match=f"No class '{given}'"):
+            cache.logit_constant(given)
+
+
 # ---------------------------------------------------------------- the network
 
 

@@ -11,11 +11,15 @@ from unittest import mock
 
 import timm
 import torch
+from timm.models import build_model_with_cfg  # pyright: ignore[reportUnknownVariableType]
 
 from prisma_core.adapter import Adapter
+from prisma_core.errors import InputError
+from prisma_core.keywords import check_keywords, keywords, named
 from prisma_timm.cases import WithoutData, case
 
 BUILDER = "build_model_with_cfg"  # what timm's entry points hand a class and its arguments to
+FEATURES = ("features_only", "out_indices")  # what every builder takes besides its own arguments
 UNREAD = {"pretrained_cfg", "pretrained_cfg_overlay", "pretrained_filter_fn", "pretrained_strict", "feature_cfg"}
 
 
@@ -47,7 +51,9 @@ def loadable(names: Collection[str], adapters: Mapping[str, Adapter]) -> set[str
     return found
 
 
-def _blueprints(names: Collection[str]) -> Iterator[tuple[str, _Blueprint | None]]:
+def _blueprints(
+    names: Collection[str], options: Mapping[str, Any] | None = None
+) -> Iterator[tuple[str, _Blueprint | None]]:
     """Yield for each architecture what its entry point would build; None where it builds in its own way."""
     modules = {module: sys.modules[f"timm.models.{module}"] for module in timm.list_modules()}
     for name in names:
@@ -62,7 +68,7 @@ def _blueprints(names: Collection[str]) -> Iterator[tuple[str, _Blueprint | None
                 continue
             try:
                 with torch.device("meta"), WithoutData():  # some entry points build a stem first
-                    entry(pretrained=False)
+                    entry(pretrained=False, **(options or {}))
             except _Blueprint as blueprint:
                 drawn = blueprint
             else:
@@ -93,3 +99,24 @@ def _without_numbers(value: Any) -> object:
     if isinstance(value, list | tuple):
         return tuple(repr(_without_numbers(part)) for part in cast("Sequence[object]", value))
     return repr(value)
+
+
+def check_options(reference: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that neither timm's builders nor the class of an architecture takes, before anything is fetched.
+
+    Raises:
+        InputError: with the nearest there are.
+    """
+    name = reference.partition(".")[0]
+    ours = set(named(timm.create_model))
+    try:
+        ((_, blueprint),) = _blueprints([name], {key: value for key, value in options.items() if key not in ours})
+    except TypeError as error:
+        raise InputError(f"timm:{name} takes no such options ({', '.join(options)}): {error}.") from error
+    if blueprint is None:
+        return
+    taken = keywords(blueprint.kind)  # None where the class takes anything
+    if taken is not None:
+        builders = [*named(timm.create_model), *named(cast("Callable[..., Any]", build_model_with_cfg))]
+        left = [key for key in options if key in ours or key in blueprint.arguments]  # the rest an entry point took
+        check_keywords(f"timm:{name}", left, ["pretrained", *taken, *builders, *FEATURES])

@@ -32,6 +32,10 @@ class TimmSource(Source):
 
         name, _, checkpoint = rest.partition("@")
         _check_name(name)
+        if options:
+            from prisma_timm.known import check_options
+
+            check_options(name, options)
         if checkpoint:
             model = timm.create_model(name, pretrained=False, **options)
             _fill(model, checkpoint)
