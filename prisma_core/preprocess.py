@@ -94,7 +94,7 @@ class Preprocess(Facts):
         array = np.asarray(image)
         pixels = torch.from_numpy(array.reshape(*array.shape[:2], -1).transpose(2, 0, 1).copy())[None]
         smooth = self.interpolation in ("bilinear", "bicubic")
-        mode = self.interpolation if smooth else "nearest"
+        mode = self.interpolation if smooth else "nearest-exact"  # as Pillow has it: the pixel whose middle is nearest
         resized = F.interpolate(pixels, (height, width), mode=mode, antialias=smooth)[0].permute(1, 2, 0).numpy()
         return images.fromarray(resized[:, :, 0] if array.ndim == 2 else resized)
 
