@@ -130,6 +130,18 @@ class Adapter(ABC):
         """Return a scope in which upstream computes attention step by step, so that patterns can be seen."""
         return nullcontext()
 
+    def output(self, result: Any) -> Tensor:
+        """Return the main output, given what upstream returns.
+
+        Raises:
+            PrismaError: it is no tensor and no tuple that begins with one; override this method.
+        """
+        value = cast("tuple[object, ...]", result)[0] if isinstance(result, tuple) else cast("object", result)
+        if not isinstance(value, Tensor):
+            kind = qualified_name(cast("object", result))
+            raise PrismaError(f"Upstream returns {kind}: the adapter needs output() to read the main output from it.")
+        return value
+
 
 class MapAdapter(Adapter):
     """Hooks a kind of upstream model that the canonical transformer cannot express, where it stands.
@@ -195,18 +207,6 @@ class MapAdapter(Adapter):
         prove that a hook point holds what it is called: scores that are not made of q and k are another layer's.
         """
         yield from ()
-
-    def output(self, result: Any) -> Tensor:
-        """Return the main output, given what upstream returns.
-
-        Raises:
-            PrismaError: it is no tensor and no tuple that begins with one; override this method.
-        """
-        value = cast("tuple[object, ...]", result)[0] if isinstance(result, tuple) else cast("object", result)
-        if not isinstance(value, Tensor):
-            kind = qualified_name(cast("object", result))
-            raise PrismaError(f"Upstream returns {kind}: the adapter needs output() to read the main output from it.")
-        return value
 
     def spec(self, upstream: Reader) -> Any:
         return self.facts(upstream)

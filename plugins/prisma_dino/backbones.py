@@ -1,11 +1,24 @@
-"""What transformers' backbones return: the patches behind their last stage."""
+"""What transformers' models return, and what their backbones do: the patches behind their last stage."""
 
 from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
 
 from prisma_core.adapter import Reader
 from prisma_core.spec import PoolSpec
 
 V3 = "DINOv3ViTBackbone"
+
+
+def main_output(result: Any) -> Tensor:
+    """Return a classifier's logits, a model's pooled output, or a backbone's last feature map as tokens."""
+    for name in ("logits", "pooler_output"):
+        if getattr(result, name, None) is not None:
+            return getattr(result, name)
+    last: Tensor = result.feature_maps[-1]
+    return last if last.ndim == 3 else last.flatten(2).transpose(1, 2)
 
 
 def pool(upstream: Reader) -> PoolSpec:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 from prisma_core.conformance.case import Case
 
@@ -60,7 +60,8 @@ def cases() -> Iterator[Case]:
         "dinov2_registers_backbone": (f"{registers}Backbone", {**few, "apply_layernorm": False}),
     }
     for name, (kind, options) in every.items():
-        yield _case(name, kind, f"{kind.removesuffix('Model').removesuffix('Backbone')}", {**V2, **options})
+        config = f"{registers if kind.startswith(registers) else plain}Config"
+        yield Case(name, build=partial(build, kind, config, {**V2, **options}))
     v3: dict[str, tuple[str, dict[str, Any]]] = {
         "dinov3": ("DINOv3ViTModel", {}),
         "dinov3_gated": ("DINOv3ViTModel", {"use_gated_mlp": True, "hidden_act": "silu", "mlp_bias": False}),
@@ -70,32 +71,9 @@ def cases() -> Iterator[Case]:
         "dinov3_backbone_tokens": ("DINOv3ViTBackbone", {"reshape_hidden_states": False}),
     }
     for name, (kind, options) in v3.items():
-        yield _case(name, kind, "DINOv3ViT", {**V3, **options})
-
-
-def _case(name: str, kind: str, config: str, options: dict[str, Any]) -> Case:
-    outputs = {"Model": pooled, "Backbone": last_map}
-    forward = next((how for ending, how in outputs.items() if kind.endswith(ending)), logits)
-    config = config.removesuffix("ForImageClassification")
-    return Case(name, build=partial(build, kind, f"{config}Config", options), forward=forward)
+        yield Case(name, build=partial(build, kind, "DINOv3ViTConfig", {**V3, **options}))
 
 
 def build(kind: str, config: str, options: dict[str, Any]) -> nn.Module:
     """Return a model of one of transformers' classes."""
     return getattr(transformers, kind)(getattr(transformers, config)(**options)).eval()
-
-
-def pooled(upstream: nn.Module, image: Tensor) -> Tensor:
-    """Return a model's pooled output."""
-    return upstream(image).pooler_output
-
-
-def logits(upstream: nn.Module, image: Tensor) -> Tensor:
-    """Return a classifier's output."""
-    return upstream(image).logits
-
-
-def last_map(upstream: nn.Module, image: Tensor) -> Tensor:
-    """Return a backbone's last feature map as tokens."""
-    found = upstream(image).feature_maps[-1]
-    return found if found.ndim == 3 else found.flatten(2).transpose(1, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +112,9 @@ class Dinov2Adapter(Adapter):
             """
         layers = [blocks.block_hooks(one, f"{at}encoder.layer.{{l}}", rope=False) for one in tower.encoder.layer]
         return HookMap.parse(rows + blocks.same_for_all(upstream, layers), h=spec.blocks[0].attn.n_heads)
+
+    def output(self, result: Any) -> Tensor:
+        return backbones.main_output(result)
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return blocks.explicit_attention(upstream)

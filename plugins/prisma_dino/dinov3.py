@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,9 @@ class Dinov3Adapter(Adapter):
             """
         layers = [blocks.block_hooks(one, "model.layer.{l}", rope=True) for one in upstream.model.layer]
         return HookMap.parse(rows + blocks.same_for_all(upstream, layers), h=spec.blocks[0].attn.n_heads)
+
+    def output(self, result: Any) -> Tensor:
+        return backbones.main_output(result)
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return blocks.explicit_attention(upstream)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from prisma_core.conformance.case import Case
+from prisma_core.conformance.case import Case, Pictures
 from prisma_dino.meta import Architecture, MaskedLinear, MetaViT, RopePositions
+from prisma_dino.source import MEAN, STD, preprocess
 
 SMALL: dict[str, Any] = {"width": 24, "depth": 2, "heads": 3, "patch": (4, 4), "side": 3, "d_mlp": 40}
 SECOND: dict[str, Any] = {"layer_scale": True, "mask_token": True, "in_float32": True}
@@ -36,7 +37,7 @@ def meta_cases() -> Iterator[Case]:
         "meta_v3_7b": {**THIRD, "mlp": "split", "masked_bias": False, "qkv_bias": False, "local_norm": True},
     }
     for name, options in every.items():
-        yield Case(name, build=partial(build, Architecture(**{**SMALL, **options})))
+        yield Case(name, build=partial(build, Architecture(**{**SMALL, **options})), pictures=pictures)
 
 
 def build(arch: Architecture) -> nn.Module:
@@ -48,3 +49,18 @@ def build(arch: Architecture) -> nn.Module:
         if isinstance(part, MaskedLinear):
             part.bias_mask[arch.width : 2 * arch.width] = 0
     return model
+
+
+def pictures(model: nn.Module) -> Pictures:
+    """Return our preprocessing, and the one that Meta's evaluations are written with."""
+    from torchvision import transforms
+
+    theirs = transforms.Compose(
+        [
+            transforms.Resize(256, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+    return Pictures(preprocess(cast(MetaViT, model)), theirs)

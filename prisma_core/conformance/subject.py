@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from prisma_core.adapter import Adapter, Reader
 from prisma_core.conformance.case import Case
 from prisma_core.conformance.randomise import randomise
-from prisma_core.errors import PrismaError
 from prisma_core.mapped import HookedUpstream
 from prisma_core.spec import AnySpec
 from prisma_core.transformer import Canonical, HookedViT
@@ -123,12 +122,7 @@ class Subject:
         """Return upstream's main output."""
         if self.case.forward is not None:
             return self.case.forward(upstream, *inputs)
-        result = cast(object, upstream(*inputs))
-        if isinstance(result, tuple):
-            result = cast("tuple[object, ...]", result)[0]
-        if not isinstance(result, Tensor):
-            raise PrismaError(f"Upstream returns {type(result).__name__}: the case needs forward= to read its output.")
-        return result
+        return self.adapter.output(upstream(*inputs))
 
     # ---------------------------------------------------------------- inputs and passes
 
