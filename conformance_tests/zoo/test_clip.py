@@ -1,4 +1,4 @@
-"""Every open_clip model with plain transformers for towers comes through with the same numbers; the others are refused."""
+"""open_clip models made of plain transformers come through with the same numbers; the others are refused by name."""
 
 from __future__ import annotations
 
