@@ -215,9 +215,10 @@ class WeightMap:
                 continue
             yield _Chosen(rule, tuple(name for name in sources if name is not None))
         if unfilled:
+            advice = "Add a rule that makes it to the weight map." if any("(no rule)" in name for name in unfilled) else ""
+            advice = advice or "The upstream model lacks these tensors: is the checkpoint of this architecture?"
             raise WeightMapError(
-                f"{len(unfilled)} canonical tensors cannot be filled: {_listed(unfilled)}. "
-                "The upstream model lacks these tensors: is the checkpoint of this architecture?"
+                f"{len(unfilled)} canonical tensors cannot be filled: {_listed(unfilled)}. {advice}"
             )
 
     def reason_to_ignore(self, name: str) -> str | None:
