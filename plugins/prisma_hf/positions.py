@@ -20,10 +20,14 @@ Functions = Mapping[str, Callable[..., Tensor]]
 
 
 def table(tower: Reader, names: TowerNames) -> Reader | Tensor | None:
-    """Return the position embedding: a parameter, a table to look up, or None."""
+    """Return the position embedding: a parameter, a table to look up, or None.
+
+    Raises:
+        UnsupportedArchitecture: there is no such attribute, not even None: positions are made on the way.
+    """
     if not names.pos:
         return None
-    found = parts.find(tower, names.pos)
+    found = parts.walk(tower, names.pos)
     above, _, _ = names.pos.rpartition(".")
     ids = parts.walk(tower, above).get("position_ids") if isinstance(found, Reader) else None
     if ids is not None and not torch.equal(ids.flatten(), torch.arange(ids.numel(), device=ids.device)):
