@@ -7,12 +7,15 @@ heads are put together (``all`` in the table), for the others repeat them.
 from __future__ import annotations
 
 import csv
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import prisma_core as prisma
+from prisma_core.conformance import Case
 from prisma_core.conformance.pytest import suite
 from prisma_core.mapped import HookedUpstream
 from prisma_core.plugins import host
@@ -25,8 +28,8 @@ ALL = [CASES[row["name"]] for row in TABLE if row["checks"] == "all"]
 NUMBERS = ["parity.logits", "parity.hooks", "algebra"]
 OTHERS = ["parity.gradients", "hooks.live", "weights.*", "spec.audit", "save.load", "preprocess", "threads"]
 
-test_numbers = suite("timm, hook maps", checks=NUMBERS, cases=list(CASES.values()))
-test_others = suite("timm, hook maps, other checks", checks=OTHERS, cases=ALL)
+test_numbers = suite("timm-mapped", checks=NUMBERS, cases=list(CASES.values()))
+test_others = suite("timm-mapped", checks=OTHERS, cases=ALL)
 
 
 @pytest.mark.parametrize("module", sorted({row["module"] for row in TABLE}))
@@ -49,11 +52,17 @@ def test_a_reference_gives_a_hooked_model_with_all_that_loading_knows() -> None:
     assert len(cache) == 6 + 4  # of six patterns, and the last block of each stage
 
 
-def test_a_case_without_the_library_s_fused_kernel() -> None:
-    """Where timm is told to go step by step, the table names other places; the numbers are the same."""
+def built(name: str, **options: Any) -> torch.nn.Module:
+    case = CASES[name]
+    assert case is not None
+    assert isinstance(case.build, partial)
+    return case.build(**options)
+
+
+def test_where_the_library_goes_step_by_step_the_numbers_are_the_same() -> None:
+    """The table names other places then."""
     torch.manual_seed(0)
-    upstream = timm.create_model("hiera_tiny_224", **host().adapter(_hiera()).small).eval()
-    image = torch.randn(1, 3, 64, 96)
+    upstream, image = built("hiera_tiny_224"), torch.randn(1, 3, 64, 96)
     fused = prisma.adapt(upstream)
     for block in upstream.blocks:
         block.attn.fused_attn = False
@@ -65,6 +74,32 @@ def test_a_case_without_the_library_s_fused_kernel() -> None:
         torch.testing.assert_close(x, second[name], rtol=1e-4, atol=1e-5)
 
 
-def _hiera() -> torch.nn.Module:
-    with torch.device("meta"):
-        return timm.create_model("hiera_tiny_224")
+def test_swin_on_the_fused_kernel() -> None:
+    """timm leaves this off unless it is asked for."""
+
+    def build() -> torch.nn.Module:
+        upstream = built("swin_tiny_patch4_window7_224")
+        for stage in upstream.layers:
+            for block in stage.blocks:
+                block.attn.fused_attn = True
+        return upstream
+
+    report = prisma.check(Case("swin, fused", build), checks=["parity.*", "algebra", "hooks.live"])
+    assert report.passed, str(report)
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224"])
+def test_swin_at_sizes_of_other_pictures(name: str) -> None:
+    report = prisma.check(Case(name, partial(built, name, strict_img_size=False)), checks=["parity.*", "algebra"])
+    assert report.passed, str(report)
+    assert len(report.certificate.sizes) == 2
+
+
+def test_a_feature_that_no_row_stands_for_is_refused() -> None:
+    for name, options in (("convnext_tiny", {"global_pool": ""}), ("hiera_tiny_224", {"global_pool": ""})):
+        with pytest.raises(prisma.UnsupportedArchitecture, match="a head without pooling"):
+            prisma.adapt(built(name, **options))
+    upstream = built("samvit_base_patch16")
+    upstream.blocks[0].attn.fused_attn = False
+    with pytest.raises(prisma.UnsupportedArchitecture, match="step by step"):
+        prisma.adapt(upstream)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from prisma_core.adapter import Reader
 from prisma_core.hookmap import HookMap
 from prisma_core.spec import MapSpec
-from prisma_timm import mapping
+from prisma_timm import common, mapping
 
 GRID = "batch row column d_model"
 HEADS = "(batch window) head pos d_head -> batch window pos head d_head"
@@ -71,7 +72,7 @@ class SwinAdapter(mapping.FamilyMap):
 
     def attention(self, source: str, at: str, attn: Reader) -> str:
         """Return the rows of attention in windows."""
-        fused = bool(attn.get("fused_attn", False))
+        fused = _fused(attn)
         if fused:
             inside = mapping.opened_rows(source, at, SQUARE)
         else:
@@ -84,6 +85,19 @@ class SwinAdapter(mapping.FamilyMap):
             {inside}
             {z}                       ->  {at}.hook_z  : {HEADS}  = pattern v
         """
+
+    def elsewhere(self, upstream: Reader) -> HookMap:
+        rows = [
+            mapping.pattern_rows(f"{source}.{inside}", f"{at}.{inside}", SQUARE, module=block.attn.has("softmax"))
+            for at, source, stage in self.stages(upstream)
+            for layer, block in enumerate(stage.blocks)
+            if _fused(block.attn)
+            for inside in (f"blocks.{layer}.attn",)
+        ]
+        return HookMap.parse("\n".join(rows))
+
+    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+        return common.explicit_attention(upstream)
 
     def equations(self, upstream: Reader, acts: Mapping[str, Tensor]) -> Iterator[mapping.Claim]:
         for at, _, stage in self.stages(upstream):
@@ -100,6 +114,10 @@ class SwinAdapter(mapping.FamilyMap):
             yield f"{at}: {norm} = ln({stream})", normed.reshape(x.shape), module(x)
         yield from mapping.mlp_equations(at, block.module, acts[f"{at}.ln2.hook_normalized"], acts)
         yield f"{at}: mlp_out = post W_out + b_out", acts[f"{at}.hook_mlp_out"], mapping.mlp_out(block.module, acts, at)
+
+
+def _fused(attn: Reader) -> bool:
+    return bool(attn.get("fused_attn", False))
 
 
 class SwinV2Adapter(SwinAdapter):
