@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from prisma_core.errors import PrismaError, UnsupportedArchitecture
 from prisma_core.hookmap import HookMap
+from prisma_core.preprocess import Preprocess
 from prisma_core.spec import AnySpec, MapSpec
+from prisma_core.video import VideoPreprocess
 from prisma_core.weights import WeightMap
 
 
@@ -120,6 +122,14 @@ class Adapter(ABC):
 
     def stem(self, upstream: Reader, spec: AnySpec) -> nn.Module | None:
         """Return upstream's own stem, for a spec whose stem is opaque. It is copied before use."""
+        return None
+
+    def preprocess(self, upstream: Reader, processor: Any) -> Preprocess | VideoPreprocess | None:
+        """Return what a processor of upstream's library does to pictures or videos, where the source cannot tell.
+
+        Raises:
+            LoadError: it does something we cannot repeat.
+        """
         return None
 
     def parts(self, upstream: Reader) -> Sequence[Adapter]:

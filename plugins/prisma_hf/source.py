@@ -11,10 +11,13 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
+from prisma_core.adapter import Reader
 from prisma_core.conformance.case import Case
-from prisma_core.errors import LoadError, UnknownName, suggest
+from prisma_core.errors import LoadError, PrismaError, UnknownName, suggest
+from prisma_core.plugins import host
 from prisma_core.preprocess import Preprocess
 from prisma_core.sources import Loaded, ModelInfo, Source
+from prisma_core.video import VideoPreprocess
 from prisma_hf import hub
 from prisma_hf.classes import MODELS
 
@@ -80,7 +83,8 @@ class HfSource(Source):
             model = _pretrained(place, kind, config, common | rest_of_options, whole=architecture is None)
         else:
             model = _fresh(kind, config, rest_of_options)
-        return _loaded(_part(model, part, str(place)), config, _preprocess(place, common))
+        model = _part(model, part, str(place))
+        return _loaded(model, config, _preprocess(place, common) or _video_preprocess(place, model, common))
 
     def models(self) -> Iterator[ModelInfo]:
         for name, path in CLASSES.items():
@@ -213,7 +217,7 @@ def _part(model: nn.Module, part: str | None, what: str) -> nn.Module:
     return modules[part].eval()
 
 
-def _loaded(model: nn.Module, config: Any, preprocess: Preprocess | None) -> Loaded:
+def _loaded(model: nn.Module, config: Any, preprocess: Preprocess | VideoPreprocess | None) -> Loaded:
     labels = getattr(config, "id2label", None) or {}
     names = tuple(str(labels[index]) for index in range(len(labels)) if index in labels)
     known = len(names) == len(labels) and any(not name.startswith("LABEL_") for name in names)
@@ -230,6 +234,18 @@ def _preprocess(place: hub.Place, common: dict[str, Any]) -> Preprocess | None:
         return preprocess(AutoImageProcessor.from_pretrained(place.name, **common))
     except (*BROKEN, ImportError):  # no file of one, or its library is not installed: the model is there all the same
         return None
+
+
+def _video_preprocess(place: hub.Place, model: nn.Module, common: dict[str, Any]) -> VideoPreprocess | None:
+    """Return what the model's own video processor does, as its adapter says, or None if there is none."""
+    from transformers import AutoVideoProcessor
+
+    try:
+        processor = AutoVideoProcessor.from_pretrained(place.name, **common)
+        made = host().adapter(model).preprocess(Reader(model), processor)
+    except (*BROKEN, ImportError, PrismaError):  # the model is there all the same
+        return None
+    return made if isinstance(made, VideoPreprocess) else None
 
 
 def _brief(error: Exception) -> str:

@@ -10,10 +10,12 @@ from prisma_core.adapter import Adapter
 from prisma_core.conformance.case import Case
 from prisma_core.video import VideoPreprocess, read_video
 from prisma_vivit.processing import preprocess_of
+from prisma_vivit.refused import RefusedAdapter
 from prisma_vivit.timesformer import TimesformerAdapter
 from prisma_vivit.videomae import VideoMAEAdapter
 from prisma_vivit.vivit import VivitAdapter
 from prisma_vivit.vjepa2 import VJEPA2Adapter
+from prisma_vivit.vjepa2_maps import Predictor, VJEPA2ClassifierAdapter, VJEPA2PredictorAdapter
 
 
 @hookimpl
@@ -27,7 +29,15 @@ def prisma_cases() -> Sequence[Case]:
 
 @hookimpl
 def prisma_adapters() -> Sequence[Adapter]:
-    return [VivitAdapter(), VideoMAEAdapter(), VJEPA2Adapter(), TimesformerAdapter()]
+    return [
+        VivitAdapter(),
+        VideoMAEAdapter(),
+        VJEPA2Adapter(),
+        VJEPA2PredictorAdapter(),
+        VJEPA2ClassifierAdapter(),
+        TimesformerAdapter(),
+        RefusedAdapter(),
+    ]
 
 
-__all__ = ["VideoPreprocess", "preprocess_of", "prisma_adapters", "prisma_cases", "read_video"]
+__all__ = ["Predictor", "VideoPreprocess", "preprocess_of", "prisma_adapters", "prisma_cases", "read_video"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prisma_core.conformance.case import Case, Pictures
 from prisma_vivit.processing import preprocess_of
+from prisma_vivit.vjepa2_maps import Predictor
 
 VIVIT = {
     "image_size": [8, 12],
@@ -87,6 +88,8 @@ def cases() -> Iterator[Case]:
     yield _case("VideoMAEForVideoClassification", "first token", **VIDEOMAE, use_mean_pooling=False)
     yield _case("VJEPA2Model", processor="VJEPA2VideoProcessor", **VJEPA2)
     yield _case("VJEPA2Model", "no bias", **VJEPA2, qkv_bias=False, drop_path_rate=0.1)
+    yield _case("VJEPA2ForVideoClassification", **VJEPA2)
+    yield Case("VJEPA2Predictor", build=_predictor)
     yield _case("TimesformerModel", "joint", attention_type="joint_space_time", hidden_act="gelu_new", **TIMESFORMER)
     yield _case("TimesformerForVideoClassification", processor="TimesformerVideoProcessor", **TIMESFORMER)
     yield _case(
@@ -106,6 +109,10 @@ def _case(kind: str, what: str = "", processor: str | None = None, **facts: Any)
         forward=main_output,
         pictures=partial(_pictures, processor) if processor else None,
     )
+
+
+def _predictor() -> nn.Module:
+    return Predictor(small("VJEPA2Model", **VJEPA2))
 
 
 def _pictures(name: str, upstream: nn.Module) -> Pictures:

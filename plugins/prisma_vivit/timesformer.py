@@ -11,8 +11,10 @@ from torch import Tensor
 from prisma_core.adapter import MapAdapter, Reader
 from prisma_core.hookmap import HookMap
 from prisma_core.spec import MapSpec
+from prisma_core.video import VideoPreprocess
 from prisma_vivit import parts
 from prisma_vivit.mapping import Acts, Claim, attention_equations, how, mlp_equations, square_rows
+from prisma_vivit.processing import preprocess_of
 
 MODEL = "transformers.models.timesformer.modeling_timesformer.TimesformerModel"
 CLASSIFIER = "transformers.models.timesformer.modeling_timesformer.TimesformerForVideoClassification"
@@ -55,6 +57,9 @@ class TimesformerAdapter(MapAdapter):
             """
         config = base.module.config
         return HookMap.parse(rows, head=config.num_attention_heads, frame=config.num_frames)
+
+    def preprocess(self, upstream: Reader, processor: Any) -> VideoPreprocess:
+        return preprocess_of(processor, self.facts(upstream).shape[0])
 
     def output(self, result: Any) -> Tensor:
         return result.logits if hasattr(result, "logits") else result.last_hidden_state

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
 from prisma_core.adapter import Adapter, Reader
 from prisma_core.hookmap import HookMap
 from prisma_core.spec import BlockSpec, MlpSpec, ModelSpec, PoolSpec
+from prisma_core.video import VideoPreprocess
 from prisma_core.weights import WeightMap
 from prisma_vivit import parts
+from prisma_vivit.processing import preprocess_of
 
 MODEL = "transformers.models.vivit.modeling_vivit.VivitModel"
 CLASSIFIER = "transformers.models.vivit.modeling_vivit.VivitForVideoClassification"
@@ -106,6 +108,11 @@ class VivitAdapter(Adapter):
             """,
             h=spec.blocks[0].attn.n_heads,
         )
+
+    def preprocess(self, upstream: Reader, processor: Any) -> VideoPreprocess:
+        frames = self.spec(upstream).n_frames
+        assert frames is not None
+        return preprocess_of(processor, frames)
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return parts.explicit_attention(upstream)

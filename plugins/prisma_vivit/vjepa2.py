@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,10 @@ from prisma_core.adapter import Adapter, Reader
 from prisma_core.hookmap import HookMap
 from prisma_core.spec import BlockSpec, Interpolation, MlpSpec, ModelSpec, PoolSpec, RopeCount, RopeSpec
 from prisma_core.transformer.rope import count_tables
+from prisma_core.video import VideoPreprocess
 from prisma_core.weights import WeightMap
 from prisma_vivit import parts
+from prisma_vivit.processing import preprocess_of
 
 MODEL = "transformers.models.vjepa2.modeling_vjepa2.VJEPA2Model"
 THETA = 10000.0  # written into upstream's code
@@ -121,6 +123,11 @@ class VJEPA2Adapter(Adapter):
             """,
             h=spec.blocks[0].attn.n_heads,
         )
+
+    def preprocess(self, upstream: Reader, processor: Any) -> VideoPreprocess:
+        frames = self.spec(upstream).n_frames
+        assert frames is not None
+        return preprocess_of(processor, frames)
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return parts.explicit_attention(upstream)
