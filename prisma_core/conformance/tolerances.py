@@ -22,8 +22,9 @@ GRADIENT: Final = 1e-9
 OWN_ERROR_FACTOR: Final = 2.0
 
 
-# Two routes to one number through a norm or a rotation that rounds to float32, whatever comes in, differ by that rounding (1e-7), and
-# scales vary little about a mean, so that in units of their standard deviation it counts ten times and more.
+# Two routes to one number through a norm or a rotation that rounds to float32, whatever comes in, differ by that
+# rounding (1e-7), and scales vary little about a mean, so that in units of their standard deviation it counts ten times
+# and more.
 _IN_FLOAT32: Final = 1e-5
 
 
