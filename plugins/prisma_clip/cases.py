@@ -252,5 +252,15 @@ def _shrinking(name: str, create: Callable[..., Any]) -> list[dict[str, Any]]:
             return [{}]
     embed = model.patch_embed
     ratio = getattr(embed, "feature_ratio", (1, 1))
+    stem = _small_stages() if type(getattr(embed, "backbone", None)).__name__ == "MbConvStages" else {}
     image = {"depth": 2, "img_size": tuple(GRID[side] * embed.patch_size[side] * ratio[side] for side in (0, 1))}
-    return [image | {"embed_dim": EMBED, "num_heads": HEADS}, image, {"depth": 2}]
+    return [image | stem | {"embed_dim": EMBED, "num_heads": HEADS}, image, {"depth": 2}]
+
+
+def _small_stages() -> dict[str, Any]:
+    """Return arguments that make ViTamin's convolutional stages narrow."""
+    from timm.models.vitamin import VitCfg, VitConvCfg
+
+    norms = VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6)
+    widths = (WIDTH, 2 * WIDTH, EMBED)
+    return {"embed_cfg": VitCfg(widths, depths=(1, 1, 1), stem_width=WIDTH, conv_cfg=norms, head_type="1d")}
