@@ -42,7 +42,7 @@ class Pool(nn.Module):
         if not self.spec.with_prefix:
             x = x[:, n_prefix:]
         if self.spec.kind == "patches":
-            return x
+            return x.contiguous()  # as a hook's copy of it is, for the head's kernel looks at that
         if self.spec.kind in ("avg", "token_and_avg"):
             mean = x.mean(dim=1)
             return mean if self.spec.kind == "avg" else torch.cat([first, mean], dim=1)
