@@ -215,11 +215,10 @@ class WeightMap:
                 continue
             yield _Chosen(rule, tuple(name for name in sources if name is not None))
         if unfilled:
-            advice = "Add a rule that makes it to the weight map." if any("(no rule)" in name for name in unfilled) else ""
-            advice = advice or "The upstream model lacks these tensors: is the checkpoint of this architecture?"
-            raise WeightMapError(
-                f"{len(unfilled)} canonical tensors cannot be filled: {_listed(unfilled)}. {advice}"
-            )
+            advice = "The upstream model lacks these tensors: is the checkpoint of this architecture?"
+            if any(name.endswith("(no rule)") for name in unfilled):
+                advice = "Add a rule that makes it to the weight map."
+            raise WeightMapError(f"{len(unfilled)} canonical tensors cannot be filled: {_listed(unfilled)}. {advice}")
 
     def reason_to_ignore(self, name: str) -> str | None:
         """Return why an upstream tensor is left out, or None if it is not."""
