@@ -141,7 +141,7 @@ def _collected(terminalreporter: Any) -> dict[str, tuple[int, list[Certificate]]
                     continue
                 plugin, of, dumped = json.loads(value)
                 certificate = Certificate.model_validate(dumped)
-                totals[plugin] = of
+                totals[plugin] = max(of, totals.get(plugin, 0))  # several suites may share a name
                 before = merged[plugin].get(certificate.name)
                 results = (before.results if before else ()) + certificate.results
                 ordered = tuple(sorted(results, key=lambda result: result.name))
