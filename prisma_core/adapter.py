@@ -149,7 +149,7 @@ class Adapter(ABC):
         value = cast("tuple[object, ...]", result)[0] if isinstance(result, tuple) else cast("object", result)
         if not isinstance(value, Tensor):
             kind = qualified_name(cast("object", result))
-            raise PrismaError(f"Upstream returns {kind}: the adapter needs output() to read the main output from it.")
+            raise PrismaError(f"Upstream returns {kind}: the adapter needs output(), or the case forward=, to read it.")
         return value
 
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from prisma_dino.cases import V2, V3, build
+from prisma_dino.dinov2 import Dinov2Adapter
+from prisma_dino.dinov3 import Dinov3Adapter
+from prisma_dino.meta_adapter import MetaAdapter
 from torch import nn
 
 import prisma_core as prisma
-from prisma_core import UnsupportedArchitecture
+from prisma_core import ModelSpec, UnsupportedArchitecture
+from prisma_core.adapter import Reader
 from prisma_core.conformance.randomise import randomise
 from prisma_core.errors import InputError, NotApplicable
+from prisma_core.plugins import host
+from prisma_core.spec import PoolSpec
+from prisma_core.weights import WeightMap
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install prisma-interp[hf]")
 
@@ -95,3 +104,89 @@ def test_sizes_that_cut_patches_are_refused() -> None:
     model = prisma.adapt(drawn("DINOv3ViTModel", "DINOv3ViT"))
     with pytest.raises(InputError, match="multiples of the patch"):
         model(torch.randn(1, 3, 10, 12, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("Dinov2WithRegistersModel", "Dinov2WithRegisters"),
+        ("Dinov2ForImageClassification", "Dinov2"),
+        ("DINOv3ViTModel", "DINOv3ViT"),
+    ],
+)
+def test_folders_that_transformers_wrote_come_in_through_its_source(kind: str, config: str, tmp_path: Path) -> None:
+    upstream = drawn(kind, config).float()
+    for part in upstream.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.eps = 1e-5 if "3" in config else 1e-6  # the config's
+    upstream.save_pretrained(tmp_path)
+    model, image = prisma.load(f"hf:{tmp_path}"), torch.randn(2, 3, 16, 20)
+    theirs = upstream(image)
+    wanted = theirs.logits if "logits" in theirs else theirs.pooler_output
+    torch.testing.assert_close(model(image), wanted, rtol=1e-5, atol=1e-5)
+
+
+# -------------------------------------------------------------------- broken adapters, and what catches them
+
+
+def _interpolation(**update: Any) -> Any:
+    def change(spec: ModelSpec) -> ModelSpec:
+        how = spec.embed.interpolation.model_copy(update=update)
+        return spec.model_copy(update={"embed": spec.embed.model_copy(update={"interpolation": how})})
+
+    return change
+
+
+def _centred(spec: ModelSpec) -> ModelSpec:
+    """Periods and unrounded coordinates, as timm has them."""
+    grid = spec.rope.grid
+    waves = tuple(1 / wave for wave in grid.waves)
+    grid = grid.model_copy(update={"coordinates": "centred", "waves": waves})
+    return spec.model_copy(update={"rope": spec.rope.model_copy(update={"grid": grid})})
+
+
+BROKEN = {
+    "positions antialiased": (Dinov2Adapter, "dinov2", _interpolation(antialias=True), "parity.logits"),
+    "positions not antialiased": (Dinov2Adapter, "dinov2_registers", _interpolation(antialias=False), "parity.logits"),
+    "positions in float64": (Dinov2Adapter, "dinov2", _interpolation(in_float32=False), "parity.logits"),
+    "no offset": (MetaAdapter, "meta_v2", _interpolation(offset=0.0), "parity.logits"),
+    "the first one's positions in float32": (MetaAdapter, "meta_v1", _interpolation(in_float32=True), "parity.logits"),
+    "another library's rounding of angles": (Dinov3Adapter, "dinov3", _centred, "parity.logits"),
+    "a mean over registers": (
+        Dinov2Adapter,
+        "dinov2_registers_classifier",
+        lambda spec: spec.model_copy(update={"pool": PoolSpec(kind="token_and_avg", with_prefix=True)}),
+        "parity.hooks",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", BROKEN)
+def test_a_broken_fact_is_caught(mistake: str) -> None:
+    kind, name, change, caught_by = BROKEN[mistake]
+
+    class Broken(kind):
+        def spec(self, upstream: Reader) -> ModelSpec:
+            return change(super().spec(upstream))
+
+    case = next(case for case, _ in host().cases({"dino"}) if case.name == name)
+    prisma.check(case, adapter=kind(), checks=caught_by).raise_for_failures()
+    assert not prisma.check(case, adapter=Broken(), checks=caught_by).passed
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "right", "wrong"),
+    [
+        (Dinov2Adapter, "dinov2_registers", "around", lambda x: torch.cat([x[0], x.new_zeros(3, x.shape[2])])),
+        (MetaAdapter, "meta_v3", "masked", lambda bias, mask: bias + 0 * mask),
+        (MetaAdapter, "meta_v3", "rope", lambda periods: periods.new_ones(26, 1, 8)),
+    ],
+)
+def test_a_broken_function_of_weights_is_caught(kind: Any, name: str, right: str, wrong: Any) -> None:
+    class Broken(kind):
+        def weights(self, upstream: Reader, spec: ModelSpec) -> WeightMap:
+            table = super().weights(upstream, spec)
+            return replace(table, functions={**table.functions, right: wrong})
+
+    case = next(case for case, _ in host().cases({"dino"}) if case.name == name)
+    assert not prisma.check(case, adapter=Broken(), checks="parity.logits").passed

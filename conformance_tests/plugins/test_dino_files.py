@@ -134,6 +134,8 @@ def test_preprocessing_is_metas(tmp_path: Path) -> None:
     assert model.preprocess is not None
     assert model.preprocess(picture).shape == (1, 3, 224, 224)
     assert model(model.preprocess(picture)).shape == (1, 24)
+    other = prisma.load(written(drawn(), tmp_path), heads=3, mean=(0.43, 0.41, 0.3), std=(0.2, 0.16, 0.14)).preprocess
+    assert (other.mean, other.std) == ((0.43, 0.41, 0.3), (0.2, 0.16, 0.14))
 
 
 # -------------------------------------------------------------------- checkpoints of training
@@ -211,6 +213,11 @@ def test_tensors_that_do_not_account_for_the_model_are_named(
 
     with pytest.raises(LoadError, match=message):
         prisma.load(written(drawn(), tmp_path, changed), heads=3)
+
+
+def test_an_option_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"got head.*heads"):
+        prisma.load(written(drawn(), tmp_path), head=3)
 
 
 def test_a_mask_that_was_never_set_is_refused(tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from prisma_core.errors import InputError, suggest
 from prisma_core.preprocess import Preprocess
 from prisma_core.sources import Loaded, ModelInfo, Source
 from prisma_dino import state
 from prisma_dino.meta import MetaViT
 
+OPTIONS = ("heads", "eps", "image_size", "key", "mean", "std")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -17,14 +19,26 @@ class DinoSource(Source):
     """``dino:FILE``: a state dict of DINO, DINOv2 or DINOv3 as Meta publishes them, or a checkpoint of training.
 
     Options: ``heads``, ``eps`` and ``image_size`` where the file's shapes do not say, ``key`` for which network of a
-    checkpoint (default the teacher).
+    checkpoint (default the teacher), ``mean`` and ``std`` of pictures where those are not ImageNet's.
     """
 
     name = "dino"
 
-    def load(self, rest: str, *, pretrained: bool = True, key: str = "teacher", **options: Any) -> Loaded:
+    def load(
+        self,
+        rest: str,
+        *,
+        pretrained: bool = True,
+        key: str = "teacher",
+        mean: tuple[float, ...] = MEAN,
+        std: tuple[float, ...] = STD,
+        **options: Any,
+    ) -> Loaded:
+        if unknown := sorted(set(options) - {"heads", "eps", "image_size"}):
+            near = suggest(unknown[0], OPTIONS)
+            raise InputError(f"dino: takes the options {', '.join(OPTIONS)}; got {', '.join(unknown)}.{near}")
         model = state.build(state.read(rest, key), rest, **options)
-        return Loaded(model, preprocess(model))
+        return Loaded(model, preprocess(model).model_copy(update={"mean": tuple(mean), "std": tuple(std)}))
 
     def models(self) -> Iterator[ModelInfo]:
         return iter(())  # whatever files there are

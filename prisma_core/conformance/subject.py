@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from prisma_core.adapter import Adapter, Reader
+from prisma_core.adapter import Adapter, MapAdapter, Reader
 from prisma_core.conformance.case import Case
 from prisma_core.conformance.randomise import randomise
 from prisma_core.mapped import HookedUpstream
@@ -122,7 +122,10 @@ class Subject:
         """Return upstream's main output."""
         if self.case.forward is not None:
             return self.case.forward(upstream, *inputs)
-        return self.adapter.output(upstream(*inputs))
+        result = upstream(*inputs)
+        if isinstance(self.adapter, MapAdapter):  # its output is the hooked model's, so it is no witness
+            return Adapter.output(self.adapter, result)
+        return self.adapter.output(result)
 
     # ---------------------------------------------------------------- inputs and passes
 
