@@ -18,6 +18,8 @@ def block(module: Reader, names: BlockNames, shared_bias: bool = False) -> Block
         shared_bias: a table that all blocks share is added to the scores.
     """
     names = _resolved(module, names)
+    if names.single and getattr(module, names.single) != 1:
+        raise module.unsupported("several experts in place of an MLP")
     for path in names.absent:
         if parts.norm(parts.walk(module, path)) is not None:
             raise module.unsupported(f"a norm at {path}, with which upstream itself fails")

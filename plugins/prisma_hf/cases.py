@@ -9,6 +9,8 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from prisma_core.conformance.case import Case, Pictures
@@ -81,7 +83,24 @@ def processed(name: str, upstream: nn.Module) -> Pictures:
     return pictures(getattr(transformers, name)())
 
 
-FORWARD = {"ViTMAEModel": unmasked, "GitVisionModel": unrounded}
+def pixels(upstream: Any, image: Tensor) -> Tensor:
+    """Return the pixels that a model predicts, by patch, as they were before it put them together to a picture."""
+    apart = F.pixel_unshuffle(upstream(image).reconstruction, upstream.config.encoder_stride)
+    return rearrange(apart, "b k r c -> b (r c) k")
+
+
+def last_map(upstream: Any, image: Tensor) -> Tensor:
+    """Return the last of a backbone's feature maps."""
+    return upstream(image).feature_maps[-1]
+
+
+FORWARD = {
+    "VitPoseBackbone": last_map,
+    "ViTForMaskedImageModeling": pixels,
+    "DeiTForMaskedImageModeling": pixels,
+    "ViTMAEModel": unmasked,
+    "GitVisionModel": unrounded,
+}
 
 
 def built(name: str, **given: Any) -> nn.Module:
@@ -106,19 +125,23 @@ def case(name: str, variant: str = "", **given: Any) -> Case:
 
 def cases() -> Iterator[Case]:
     """Yield a case for every class, and more for what a class may or may not have."""
+    flat = {"use_mean_pooling": False, "layer_scale_init_value": 0.0}
     wide = {"image_size": (16, 24)}
     yield case("ViTModel")
     yield case("ViTForImageClassification", qkv_bias=False, **wide, **CLASSES)
     yield case("DeiTModel", hidden_act="quick_gelu", **wide)
     yield case("DeiTForImageClassification", **CLASSES)
     yield case("DeiTForImageClassificationWithTeacher", qkv_bias=False, **CLASSES)
+    yield case("ViTForMaskedImageModeling", encoder_stride=4)
+    yield case("DeiTForMaskedImageModeling", encoder_stride=8)
+    yield case("BeitForMaskedImageModeling", vocab_size=11, use_mask_token=True, **flat)
+    yield case("BeitForMaskedImageModeling", "tables", vocab_size=11, use_relative_position_bias=True)
     yield case("ViTMAEModel", mask_ratio=0.0)
     yield case("ViTMSNModel")
     yield case("ViTMSNForImageClassification", **wide, **CLASSES)
     yield case("IJepaModel")
     yield case("IJepaForImageClassification", hidden_act="silu", **CLASSES)
     yield case("PixioModel", n_cls_tokens=3)
-    flat = {"use_mean_pooling": False, "layer_scale_init_value": 0.0}
     tables = {"use_relative_position_bias": True, "use_shared_relative_position_bias": True}
     for model in ("Beit", "Data2VecVision"):
         yield case(f"{model}Model", use_absolute_position_embeddings=True, **flat)
@@ -126,6 +149,7 @@ def cases() -> Iterator[Case]:
         yield case(f"{model}ForImageClassification", use_relative_position_bias=True, **CLASSES)
         yield case(f"{model}ForImageClassification", "first_token", **flat, **CLASSES)
     yield case("DPTModel", qkv_bias=False, is_hybrid=False)
+    yield case("VitPoseBackbone", mlp_ratio=2, qkv_bias=False, image_size=(16, 24), patch_size=(8, 8))
     yield case("FlavaImageModel", **wide)
     for name in ("Blip", "Blip2", "InstructBlip", "InstructBlipVideo"):
         yield case(f"{name}VisionModel", num_channels=3)

@@ -82,6 +82,14 @@ DPT = TowerNames(
     mode="bilinear",
     ignored=POOLER,
 )
+VITPOSE = TowerNames(
+    replace(BERT_BLOCK, scale="scaling", fc1="mlp.fc1", act="mlp.activation", fc2="mlp.fc2", single="num_experts"),
+    blocks="encoder.layer",
+    stem="embeddings.patch_embeddings",
+    prefix=(),
+    pos_and_first=True,
+    resize="never",
+)
 DATA2VEC = TowerNames(
     replace(
         BERT_BLOCK,
@@ -187,6 +195,11 @@ def _classifier(tower: TowerNames, at: str, **given: str) -> ModelNames:
     return ModelNames(tower, **{"at": at, "head": "classifier", "pool": "token", **given})  # type: ignore[arg-type]
 
 
+def _pixels(tower: TowerNames, at: str) -> ModelNames:
+    """Return the names of a class that predicts the pixels of each patch; it puts them together for squares alone."""
+    return ModelNames(replace(tower, resize="never"), at=at, head="decoder.0", pool="patches")
+
+
 MODELS: dict[str, ModelNames] = {
     f"transformers.models.{name}": names
     for name, names in {
@@ -197,6 +210,8 @@ MODELS: dict[str, ModelNames] = {
         "deit.modeling_deit.DeiTForImageClassificationWithTeacher": _classifier(
             DEIT, "deit", head="cls_classifier", head_dist="distillation_classifier"
         ),
+        "vit.modeling_vit.ViTForMaskedImageModeling": _pixels(VIT, "vit"),
+        "deit.modeling_deit.DeiTForMaskedImageModeling": _pixels(DEIT, "deit"),
         "vit_mae.modeling_vit_mae.ViTMAEModel": ModelNames(VIT),
         "vit_msn.modeling_vit_msn.ViTMSNModel": ModelNames(VIT),
         "vit_msn.modeling_vit_msn.ViTMSNForImageClassification": _classifier(VIT, "vit"),
@@ -207,11 +222,15 @@ MODELS: dict[str, ModelNames] = {
         "beit.modeling_beit.BeitForImageClassification": _classifier(
             BEIT, "beit", pool="avg", ln_pool="beit.pooler.layernorm"
         ),
+        "beit.modeling_beit.BeitForMaskedImageModeling": ModelNames(
+            BEIT, at="beit", head="lm_head", pool="patches", ln_pool="layernorm"
+        ),
         "data2vec.modeling_data2vec_vision.Data2VecVisionModel": ModelNames(DATA2VEC),
         "data2vec.modeling_data2vec_vision.Data2VecVisionForImageClassification": _classifier(
             DATA2VEC, "data2vec_vision", pool="avg", ln_pool="data2vec_vision.pooler.layernorm"
         ),
         "dpt.modeling_dpt.DPTModel": ModelNames(DPT),
+        "vitpose_backbone.modeling_vitpose_backbone.VitPoseBackbone": ModelNames(VITPOSE),
         "flava.modeling_flava.FlavaImageModel": ModelNames(FLAVA),
         "blip.modeling_blip.BlipVisionModel": ModelNames(BLIP),
         "blip_2.modeling_blip_2.Blip2VisionModel": ModelNames(BLIP),

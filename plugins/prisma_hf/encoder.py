@@ -51,10 +51,17 @@ class EncoderAdapter(Adapter):
             n_heads_out=2 if names.head_dist else 1,
         )
 
+    def stem(self, upstream: Reader, spec: ModelSpec) -> nn.Module | None:
+        names = MODELS[qualified_name(upstream.module)]
+        tower = parts.walk(upstream, names.at)
+        return parts.walk(tower, names.tower.stem).module if names.tower.stem else None
+
     def weights(self, upstream: Reader, spec: ModelSpec) -> WeightMap:
         names = MODELS[qualified_name(upstream.module)]
         tower, at = parts.walk(upstream, names.at), _prefixed(names.at)
-        rows = parts.linear_rows(f"{at}{names.tower.proj}", "embed.proj")
+        rows = f"{at}{names.tower.stem}.{{*}}  ->  embed.stem.{{*}}\n"
+        if not names.tower.stem:
+            rows = parts.linear_rows(f"{at}{names.tower.proj}", "embed.proj")
         if names.tower.prefix:
             tokens = ", ".join(f"{at}{path}" for _, path in names.tower.prefix)
             flat = parts.walk(tower, names.tower.prefix[0][1]).ndim == 1
@@ -69,7 +76,13 @@ class EncoderAdapter(Adapter):
         layers = parts.walk(tower, names.tower.blocks)
         rows += blocks.rows(layers, f"{at}{names.tower.blocks}", names.tower.block)
         rows += parts.norm_rows(names.ln_pool, "ln_pool") if spec.ln_pool is not None else ""
-        rows += parts.linear_rows(names.head, "head") if names.head else ""
+        if names.head and parts.walk(upstream, names.head).is_a(parts.CONV):
+            rows += f"""
+                {names.head}.weight        ->  head.weight  : o d 1 1 -> o d
+                {names.head}.bias | zeros  ->  head.bias
+            """
+        elif names.head:
+            rows += parts.linear_rows(names.head, "head")
         rows += parts.linear_rows(names.head_dist, "head_dist") if names.head_dist else ""
         for key, reason in names.tower.ignored.items():
             rows += f"ignore {at}{key} : {reason}\n"
@@ -84,9 +97,10 @@ class EncoderAdapter(Adapter):
         names = MODELS[qualified_name(upstream.module)]
         tower, at = parts.walk(upstream, names.at), _prefixed(names.at)
         first = f"{at}{names.tower.blocks}.0 : in"
-        embedded = f"{at}{names.tower.embed_norm or names.tower.proj}"
+        embedded = f"{at}{names.tower.embed_norm or names.tower.stem or names.tower.proj}"
+        flat = bool(names.tower.embed_norm or names.tower.stem)
         rows = f"""
-            {embedded}  ->  hook_embed  {"" if spec.embed.norm else ": b d r c -> b (r c) d"}
+            {embedded}  ->  hook_embed  {"" if flat else ": b d r c -> b (r c) d"}
             {f"{at}{names.tower.ln_pre} : in" if names.tower.ln_pre else first}  ->  hook_full_embed
         """
         layers, rope = parts.walk(tower, names.tower.blocks), spec.rope is not None
@@ -106,13 +120,18 @@ class EncoderAdapter(Adapter):
                 {last}  ->  ln_final.hook_normalized
                 {last}  ->  hook_ln_final
             """
-        if spec.ln_pool is not None:
+        grid = ""
+        if names.head and parts.walk(upstream, names.head).is_a(parts.CONV):
+            grid = "  : b d r c -> b (r c) d"
+        if spec.ln_pool is not None and names.pool == "patches":  # upstream norms all tokens before it cuts
+            rows += f"{names.head} : in  ->  ln_pool.hook_normalized\n"
+        elif spec.ln_pool is not None:
             rows += f"""
                 {names.ln_pool} : in  ->  hook_pooled
                 {names.ln_pool}       ->  ln_pool.hook_normalized
             """
         elif names.head:
-            rows += f"{names.head} : in  ->  hook_pooled\n"
+            rows += f"{names.head} : in  ->  hook_pooled{grid}\n"
         else:
             rows += f"{last}  ->  hook_pooled\n"
         if names.head_dist:
@@ -121,7 +140,7 @@ class EncoderAdapter(Adapter):
                  @ div              ->  hook_logits
             """
         else:
-            rows += f"{names.head or last}  ->  hook_logits\n"
+            rows += f"{names.head or last}  ->  hook_logits{grid}\n"
         return HookMap.parse(rows, h=spec.blocks[0].attn.n_heads)
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
@@ -147,10 +166,12 @@ def _layout(tower: Reader, names: TowerNames) -> TokenLayout:
 
 def _embed(tower: Reader, names: TowerNames, layout: TokenLayout) -> EmbedSpec:
     proj = parts.walk(tower, names.proj)
-    parts.plain_patches(proj)
+    if not names.stem:
+        parts.plain_patches(proj)
     return EmbedSpec(
         patch=proj.kernel_size,
         in_channels=proj.in_channels,
+        stem="opaque" if names.stem else "conv",
         norm=parts.norm(parts.walk(tower, names.embed_norm)) if names.embed_norm else None,
         pos=positions.check(tower, names, layout),
         interpolation=positions.interpolation(tower, names, layout),
@@ -161,6 +182,11 @@ def _classes(upstream: Reader, names: ModelNames) -> int | None:
     if not names.head:
         return None
     head = parts.walk(upstream, names.head)
+    if head.is_a(parts.CONV) and names.pool == "patches":
+        parts.plain_patches(head)
+        if tuple(head.kernel_size) != (1, 1):
+            raise head.unsupported("a head that reads several patches at once")
+        return head.out_channels
     return None if head.is_a("torch.nn.modules.linear.Identity") else parts.linear(head).out_features
 
 

@@ -21,6 +21,7 @@ class BlockNames:
         bias: the module whose table is added to the scores.
         q_norm, k_norm: norms of queries and keys.
         mlp: the MLP, which may be a gated one with projections ``gate_proj``, ``up_proj`` and ``down_proj`` instead.
+        single: an attribute that counts experts, of which there must be one.
         absent: modules that must be identities.
         addend: the place of what attention adds to the stream, where that is not the output of ``out``.
         pos_first: what ``out`` reads has its axes in the order position, batch, channel.
@@ -47,6 +48,7 @@ class BlockNames:
     q_norm: str = ""
     k_norm: str = ""
     mlp: str = "mlp"
+    single: str = ""
     absent: tuple[str, ...] = ()
     addend: str = ""
     pos_first: bool = False
@@ -61,11 +63,13 @@ class TowerNames:
     Attributes:
         blocks: the list of blocks.
         proj: the patch projection.
+        stem: the module from pictures to patches, where it is more than that projection.
         image: the attribute that holds the size of image.
         prefix: tokens before the patches, each kind with its parameter.
         embed_norm: a norm of the patch embedding.
         pos: the position embedding, of all tokens.
         pos_without_registers: there are none for registers, which come in later.
+        pos_and_first: the first position, which is no patch's, is added to those of all patches.
         looked_up: upstream computes which of its positions a patch takes.
         rope: the module that turns queries and keys, and ``rope_cls``, the angles of the class token.
         last: the place of the main output, where the final norm is called again later.
@@ -82,11 +86,13 @@ class TowerNames:
     block: BlockNames
     blocks: str = "layers"
     proj: str = "embeddings.patch_embeddings.projection"
+    stem: str = ""
     image: str = "embeddings.patch_embeddings.image_size"
     prefix: tuple[tuple[Prefix, str], ...] = (("cls", "embeddings.cls_token"),)
     embed_norm: str = ""
     pos: str = "embeddings.position_embeddings"
     pos_without_registers: bool = False
+    pos_and_first: bool = False
     looked_up: bool = False
     rope: str = ""
     rope_cls: str = ""
@@ -108,7 +114,8 @@ class ModelNames:
 
     Attributes:
         at: the path of the encoder.
-        head, head_dist: linear layers that return the logits; two: the mean of both.
+        head, head_dist: linear layers that return the logits; two: the mean of both. A head over patches may be a
+            convolution of single patches.
         pool: what the head reads.
         ln_pool: the norm of what it reads; where upstream has None there, the head reads the first token.
     """

@@ -41,7 +41,7 @@ def check(tower: Reader, names: TowerNames, layout: TokenLayout) -> bool:
     if found is None:
         return False
     length = found.num_embeddings if isinstance(found, Reader) else found.shape[1]
-    expected = layout.n_tokens - (layout.registers if names.pos_without_registers else 0)
+    expected = layout.n_tokens - (layout.registers if names.pos_without_registers else 0) + int(names.pos_and_first)
     if length != expected:
         raise tower.unsupported(f"{length} positions for {expected} tokens")
     if names.resize == "always" and layout.rows != layout.columns:
@@ -68,6 +68,8 @@ def rows(tower: Reader, at: str, names: TowerNames, layout: TokenLayout) -> tupl
     how = "" if isinstance(found, Reader) else " : 1 p d -> p d"
     if names.looked_up and (ids := looked_up(tower, layout)) is not None:
         return f"{source}  ->  embed.pos_embed : {{positions}}\n", {"positions": lambda rows: rows[ids]}
+    if names.pos_and_first:
+        return f"{source}  ->  embed.pos_embed : {{positions}}\n", {"positions": lambda rows: rows[0, 1:] + rows[0, :1]}
     if names.pos_without_registers and layout.registers:
         return f"{source}  ->  embed.pos_embed : {{positions}}\n", {"positions": _with_registers(layout)}
     return f"{source}  ->  embed.pos_embed{how}\n", {}

@@ -15,7 +15,6 @@ REASONS: dict[str, tuple[str, ...]] = {
         "pixtral.modeling_pixtral.PixtralVisionModel",
         "radio.modeling_radio.RadioModel",
         "sapiens2.modeling_sapiens2.Sapiens2Model",
-        "vitpose_backbone.modeling_vitpose_backbone.VitPoseBackbone",
     ),
     "a projector behind the encoder": (
         "cohere_compass.modeling_cohere_compass.CohereCompassVisionModel",
