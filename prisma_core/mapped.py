@@ -39,7 +39,7 @@ class HookedUpstream(Canonical):
     def __init__(self, upstream: nn.Module, table: HookMap, spec: MapSpec, output: Callable[[Any], Tensor]):
         super().__init__()
         self.spec: MapSpec = spec
-        self.upstream = upstream.eval()
+        self.upstream = upstream
         self._output = output
         self._bound = _bound(table)
         for bound in self._bound:
@@ -54,6 +54,7 @@ class HookedUpstream(Canonical):
                 tap = taps.get(name) or _Tap([])
                 module.register_forward_pre_hook(tap.enter)
                 module.register_forward_hook(tap.leave)
+        self.eval()
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Tensor:
         """Return upstream's main output."""

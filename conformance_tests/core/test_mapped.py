@@ -19,7 +19,7 @@ from prisma_core.conformance.case import Case
 from prisma_core.conformance.registry import select
 from prisma_core.conformance.run import run_check
 from prisma_core.conformance.subject import Subject
-from prisma_core.hookmap import FUSED, HookMap
+from prisma_core.hookmap import FUSED, HookMap, Place
 from prisma_core.mapped import HookedUpstream
 from prisma_core.spec import MapSpec
 from prisma_core.zoo import adapt_with
@@ -183,6 +183,7 @@ def x() -> Tensor:
 
 def test_without_hooks_it_is_upstream_to_the_bit(model, upstream, x):
     assert torch.equal(model(x), upstream(x)[0])
+    assert not any(module.training for module in model.modules())
     assert model.sample_inputs(3, size=(9, 4))[0].shape == (3, 9, 4)
     assert model.sizes() == [(4,), (9, 4)]
 
@@ -370,6 +371,33 @@ def test_tables_that_cannot_be_used(upstream, rows, words):
 def test_rows_that_do_not_fit_what_passes(upstream, x, rows, words):
     with pytest.raises(PrismaError, match=words):
         adapt_with(with_rows(lambda _: rows), upstream).run_with_cache(x)
+
+
+@pytest.mark.parametrize(
+    ("how", "shape"),
+    [
+        (HEAD, (4, 2, 3, 5)),
+        (SQUARE, (4, 2, 3, 3)),
+        ("batch d_model row column -> batch row column d_model", (2, 4, 3, 5)),
+        ("batch d_model 1 1 -> batch d_model", (2, 7, 1, 1)),
+        ("batch pos (head d_head) -> batch pos head d_head", (2, 5, 6)),
+        ("batch pos d_model", (2, 3, 4)),
+    ],
+)
+def test_what_is_written_is_what_was_read(how, shape):
+    (row,) = HookMap.parse(f"place -> hook_x : {how} = an equation").plain()
+    sizes, x = {"batch": 2, "unused": 9} | ({"head": 3} if "(head" in how else {}), torch.randn(shape)
+    seen = row.read(x, sizes)
+    assert seen.ndim == len(row.axes.split())
+    assert torch.equal(row.write(seen, sizes), x)
+    assert row.equation == "an equation"
+
+
+def test_one_of_several_results_is_read():
+    place = Place.parse("attn @ unbind : out2")
+    assert torch.equal(place.pick((), torch.arange(3).unbind(0)), torch.tensor(2))
+    assert place.pick((), torch.arange(2).unbind(0)) is None
+    assert Place.parse("attn : out1").pick((), torch.zeros(3)) is None
 
 
 # -------------------------------------------------------------------- the kit
