@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 import typer
+from rich.console import Console
 
 import prisma_core as prisma
 from prisma_core import HookedViT, LoadError, hookimpl, plugins
 from prisma_core.cli import main
+from prisma_core.commands.info import _points
 from prisma_core.plugins import Host
 from prisma_core.sources import Loaded, ModelInfo, Source
 
@@ -152,6 +154,34 @@ def test_models(run: Run) -> None:
     assert ran.err[0] == "models: 2 of 3. 1 more match that no installed adapter takes: --all lists them."
     assert ran.err[1] == "not installed: the source 'hungry': pip install \"prisma[hungry]\""
     assert all(line == line.rstrip() for line in ran.out.splitlines())  # not padded to a screen nobody looks at
+
+
+def test_tables_are_not_padded_and_leave_out_defaults(run: Run) -> None:
+    lines = run("info", "tiny:any").out.splitlines()
+    assert all(line == line.rstrip() for line in lines)
+    facts = [line.split()[0] for line in lines[: lines.index("")]]
+    assert "d_model" in facts
+    assert "ln_pre" not in facts  # has none, as by default
+    assert not any(line.endswith(("False", "none")) for line in lines)
+
+
+def test_hook_points_on_a_narrow_screen() -> None:
+    """Each name whole, nothing cut."""
+    row = {
+        "name": "blocks.{0-11}.attn.hook_attn_scores", "axes": "batch head query_pos key_pos",
+        "shape": [1, 12, 197, 197], "equation": "q . k * scale", "derived": True,
+    }  # fmt: skip
+    console = Console(width=80, force_terminal=False)
+    with console.capture() as captured:
+        console.print(_points([row], narrow=True))
+    words = " ".join(captured.get().split())
+    for text in (row["name"], "query_pos key_pos", "(1 12 197 197)", "q . k * scale", "(only when asked for by name)"):
+        assert text in words
+    assert "…" not in words
+
+
+def test_a_question_has_one_mark(run: Run) -> None:
+    assert "?." not in run("modles").err[0]
 
 
 def test_models_that_no_adapter_takes(run: Run) -> None:

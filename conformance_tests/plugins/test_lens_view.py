@@ -16,9 +16,11 @@ import pytest
 import torch
 import typer
 from PIL import Image
+from prisma_lens import Lens
 from prisma_view import glyphs
-from prisma_view.colours import CLASSES, QUIET, assign
+from prisma_view.colours import CLASSES, QUIET, REST, assign
 from prisma_view.pack import grouped, pack, pack_patterns
+from prisma_view.pictures import BAND, WARNING, _legend
 from prisma_view.symbols import FALLBACK, symbol
 
 import prisma_core as prisma
@@ -126,6 +128,17 @@ def test_packed_patterns_are_near_the_true_ones(size: int) -> None:
     np.testing.assert_allclose(weights, pattern, atol=float(pattern.max()) * 1.1 / packed["steps"])
 
 
+def test_patterns_that_need_much_room_get_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = torch.randn(2, 3, 40, 40).softmax(-1)
+    fine = pack_patterns(pattern)
+    assert fine["steps"] == 255
+    room = len(fine["share"]["data"]) // 2
+    monkeypatch.setattr("prisma_view.pack.ROOM", room)
+    coarse = pack_patterns(pattern)
+    assert coarse["steps"] < 255
+    assert len(coarse["share"]["data"]) <= room
+
+
 def test_grouping_patches_sums_keys_and_averages_queries() -> None:
     layout = TokenLayout(cls=1, registers=1, rows=5, columns=4)
     pattern = torch.randn(2, 3, 22, 22, dtype=torch.float64).softmax(-1)
@@ -215,6 +228,40 @@ def test_pictures_are_drawn_with_and_without_an_emoji_font(
         with Image.open(path) as drawn:
             assert len(np.unique(np.asarray(drawn.convert("RGB")).reshape(-1, 3), axis=0)) > 10
     glyphs.glyph.cache_clear()
+
+
+def test_pictures_of_random_weights_say_so(found: prisma_view.Report, tmp_path: Path) -> None:
+    for path in prisma_view.write_pictures(found, tmp_path):
+        with Image.open(path) as plain:
+            before = np.asarray(plain.convert("RGB"))
+        prisma_view.write_pictures(found, tmp_path, trained=False)
+        with Image.open(path) as warned:
+            after = np.asarray(warned.convert("RGB"))
+        np.testing.assert_array_equal(after[BAND:], before)
+        assert (after[:BAND] == WARNING).all(-1).mean() > 0.5
+        prisma_view.write_pictures(found, tmp_path)
+
+
+@pytest.mark.parametrize(("width", "rows"), [(4000, 1), (900, 3), (420, 4)])
+def test_the_legend_names_every_class_of_its_panels(width: int, rows: int) -> None:
+    names = tuple(f"a long name {index}" for index in range(30))
+    logits = torch.eye(30)[None].repeat(2, 1, 1)
+    logits[0] = logits[0].flip(0)
+    layout = TokenLayout(rows=5, columns=6)
+    made = model(n_classes=30)
+    made.labels = names
+    found = prisma_view.Report(
+        made, picture(1), picture(2), layout, logits[0, 0], [0], logits[None, None], lens=Lens(logits, ("a", "b"))
+    )
+    colours = {index: CLASSES[index] if index < 9 else REST for index in range(30)}
+    legend = _legend(found, [0, 1], width, colours)
+    words = [entry[1] for row in legend for entry in row]
+    assert len(legend) <= rows
+    named = words[:-1]
+    assert words[-1] == f"{30 - len(named)} other classes"
+    assert set(named) <= set(names[:9])
+    assert len(named) == 9 or width < 4000
+    assert all(entry[0] + 34 < width for row in legend for entry in row)
 
 
 # -------------------------------------------------------------------- prisma demo
@@ -323,3 +370,18 @@ def test_the_command_joins_any_typer_application() -> None:
     app = typer.Typer()
     prisma_view.prisma_commands(app)
     assert [command.callback.__name__ for command in app.registered_commands if command.callback] == ["demo"]
+
+
+@pytest.mark.parametrize("option", ["--image", "--other"])
+def test_a_picture_that_is_missing_leaves_no_folder(option: str, saved: str, tmp_path: Path) -> None:
+    assert main(["demo", "--model", saved, option, str(tmp_path / "missing.png"), "--out", str(tmp_path / "out")]) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_random_weights_are_told_in_the_terminal(
+    pictures: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["--image", str(pictures[0]), "--other", str(pictures[1]), "--out", str(tmp_path), "--no-open"]
+    assert main(["demo", "--model", "toy:dsprites-attn-1l", "--no-pretrained", *names]) == 0
+    assert "Random weights: toy:dsprites-attn-1l was not trained" in " ".join(capsys.readouterr().err.split())
+    assert "untrained weights" in (tmp_path / "index.html").read_text(encoding="utf-8")

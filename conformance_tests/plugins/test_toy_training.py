@@ -281,11 +281,23 @@ def test_the_command_trains_resumes_and_explains(tmp_path: Path):
     assert (folder / MODEL / "model.safetensors").exists()
     again = CliRunner().invoke(app, ["train", "--out", str(folder), "--resume"])
     assert again.exit_code == 0, again.output
-    assert "after step 3 of 3" in again.output
+    assert "is finished: all 3 steps" in again.output
+    assert "measuring" in done.output
+    assert "measuring" not in again.output
+    (folder / MODEL / "card.md").unlink()  # killed before it was measured
+    assert "after step 3 of 3" in CliRunner().invoke(app, ["train", "--out", str(folder), "--resume"]).output
     refused = CliRunner().invoke(app, ["train", *options, "--out", str(folder)])
     assert isinstance(refused.exception, InputError)
     listed = CliRunner().invoke(app, ["train", "--list"])
     assert "induction" in listed.output
+
+
+def test_averages_of_a_run_that_goes_on_start_from_its_log(unbroken: Trainer, tmp_path: Path):
+    assert checkpoints.recent(tmp_path) == (None, None)
+    rows = [json.loads(line) for line in (unbroken.folder / checkpoints.LOG).read_text().splitlines()]
+    loss, accuracy = checkpoints.recent(unbroken.folder, rows=2)
+    assert loss == pytest.approx((rows[-1]["loss"] + rows[-2]["loss"]) / 2)
+    assert accuracy == pytest.approx((rows[-1]["accuracy"] + rows[-2]["accuracy"]) / 2)
 
 
 def test_threads_are_part_of_the_run_not_of_the_machine(unbroken: Trainer, tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,9 +34,13 @@ def command(config: Config, out: str) -> str:
     return " ".join([*options, f"--out {out}"])
 
 
-def finish(trainer: Trainer, n: int = 4096) -> Score:
+HELD_OUT = 4096
+_ACCURACY = "- Held-out accuracy: "
+
+
+def finish(trainer: Trainer, n: int = HELD_OUT, progress: Callable[[int], None] | None = None) -> Score:
     """Write the trained model with its card into the run's folder, and return its score on ``n`` held-out pictures."""
-    score = held_out(trainer.model, trainer.task, n)
+    score = held_out(trainer.model, trainer.task, n, progress=progress)
 
     def fill(folder: Path) -> None:
         prisma.save(trainer.model, folder)
@@ -44,6 +49,16 @@ def finish(trainer: Trainer, n: int = 4096) -> Score:
 
     checkpoints.write_folder(trainer.folder / MODEL, fill)
     return score
+
+
+def measured(trainer: Trainer) -> str | None:
+    """Return what was measured when a run was finished, or None if it has not been."""
+    card = trainer.folder / MODEL / CARD
+    if trainer.step < trainer.config.steps or not card.is_file():
+        return None
+    lines = card.read_text(encoding="utf-8").splitlines()
+    found = next((line for line in lines if line.startswith(_ACCURACY)), None)
+    return found and found.removeprefix(_ACCURACY).partition(", on pictures")[0]
 
 
 def _length(trainer: Trainer) -> str:
@@ -70,7 +85,7 @@ def text(trainer: Trainer, score: Score) -> str:
         "parameters. The head reads the mean of all tokens.",
         f"- Command: `{command(config, trainer.folder.name)}`",
         f"- Seed: {config.seed}; {_length(trainer)} of {config.batch} pictures.",
-        f"- Held-out accuracy: {score}, on pictures drawn from chances that no training run uses.",
+        f"{_ACCURACY}{score}, on pictures drawn from chances that no training run uses.",
     ]
     if trainer.trains_patches:
         shapes, ground = two_shape_lens(trainer.model, 256)

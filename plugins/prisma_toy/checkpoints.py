@@ -107,3 +107,13 @@ def due(step: int, steps: int) -> bool:
         return False
     stride = 1 << (step.bit_length() - 4)
     return step % stride == 0
+
+
+def recent(folder: Path, rows: int = 5) -> tuple[float | None, float | None]:
+    """Return the mean loss and accuracy of the last rows of a run's log, or None twice where there are none."""
+    log = folder / LOG
+    lines = log.read_text(encoding="utf-8").splitlines()[-rows:] if log.is_file() else []
+    found = [json.loads(line) for line in lines]
+    if not found:
+        return None, None
+    return sum(row["loss"] for row in found) / len(found), sum(row["accuracy"] for row in found) / len(found)

@@ -89,11 +89,16 @@ def _list(console: Any) -> None:
 def _run(console: Any, given: dict[str, Any], out: Path, resume: bool) -> None:
     from rich import progress
 
-    from prisma_toy.card import MODEL, finish
+    from prisma_toy.card import HELD_OUT, MODEL, finish, measured
+    from prisma_toy.checkpoints import recent
     from prisma_toy.training import start
 
     trainer = start(given, out, resume)
     steps = trainer.config.steps
+    if (score := measured(trainer)) is not None:
+        console.print(f"The run in {out} is finished: all {steps} steps, held-out accuracy {score}.", soft_wrap=True)
+        console.print(f'Load it with prisma.load("file:{out / MODEL}").', highlight=False, soft_wrap=True)
+        return
     if trainer.step:
         console.print(f"Going on after step {trainer.step} of {steps} in {out}.")
     columns = (
@@ -104,7 +109,7 @@ def _run(console: Any, given: dict[str, Any], out: Path, resume: bool) -> None:
         progress.TimeElapsedColumn(),
         progress.TimeRemainingColumn(),
     )
-    loss = accuracy = None
+    loss, accuracy = recent(trainer.folder)  # of a run that goes on, what its log says
     try:
         with progress.Progress(*columns, console=console) as bar:
             line = bar.add_task(trainer.task.name, total=steps, completed=trainer.step, so_far="")
@@ -115,7 +120,8 @@ def _run(console: Any, given: dict[str, Any], out: Path, resume: bool) -> None:
     except KeyboardInterrupt:
         console.print(f"Stopped. `prisma train --out {out} --resume` goes on as if nothing had happened.")
         raise typer.Exit(130) from None
-    with console.status("Measuring on held-out pictures"):
-        score = finish(trainer)
+    with progress.Progress(*columns, console=console) as bar:
+        line = bar.add_task("measuring", total=HELD_OUT, so_far="on held-out pictures")
+        score = finish(trainer, progress=lambda seen: bar.update(line, completed=seen))
     console.print(f"Held-out accuracy {score}.")
-    console.print(f'Load it with prisma.load("file:{out / MODEL}").', highlight=False)
+    console.print(f'Load it with prisma.load("file:{out / MODEL}").', highlight=False, soft_wrap=True)

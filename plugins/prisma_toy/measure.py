@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -46,14 +47,27 @@ def patch_logits(model: HookedViT, image: Tensor) -> Tensor:
     return model.head(x)
 
 
-def held_out(model: HookedViT, on: Task, n: int, seed: int = 0, batch: int = 64) -> Score:
-    """Score a model on freshly drawn pictures that no training run draws."""
+def held_out(
+    model: HookedViT,
+    on: Task,
+    n: int,
+    seed: int = 0,
+    batch: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> Score:
+    """Score a model on freshly drawn pictures that no training run draws.
+
+    Args:
+        progress: told after each batch how many have been seen.
+    """
     right, seen, step = 0, 0, 0
     with torch.no_grad():
         while seen < n:
             drawn = on.batch(min(batch, n - seen), "held-out", seed, step)
             right += int((model(normalise(drawn.image)).argmax(1) == drawn.target.argmax(1)).sum())
             seen, step = seen + len(drawn.image), step + 1
+            if progress is not None:
+                progress(seen)
     return Score(right, n)
 
 

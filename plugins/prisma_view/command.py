@@ -15,6 +15,7 @@ import prisma_core as prisma
 import prisma_view
 from prisma_core import HookedViT, InputError
 from prisma_core.plugins import host
+from prisma_core.preprocess import open_picture
 
 DEFAULT = "toy:scenes-3l"
 
@@ -43,17 +44,22 @@ def demo(
     Without options it shows the small model that comes with Prisma, on a picture drawn for it; nothing is downloaded.
     """
     console = Console(stderr=True, highlight=False)
+    for path in (image, other):  # what cannot be read is told before anything is loaded or written
+        if path is not None:
+            open_picture(path)
     with console.status(f"Loading {model}"):
         loaded = prisma.load(model, **({} if pretrained else {"pretrained": False}))
     if not isinstance(loaded, HookedViT):
         raise InputError(f"{model} is no vision transformer of Prisma's own form; the page needs one.")
-    _made(out)
     first, second = _pictures(loaded, model, image, other)
+    _made(out)
     with console.status("Looking"):
         found = prisma_view.report(loaded, first, second, progress=console.is_terminal)
     with console.status("Drawing"):
         page = prisma_view.write_page(found, out / "index.html", trained=pretrained, command=_command())
-        pictures = prisma_view.write_pictures(found, out)
+        pictures = prisma_view.write_pictures(found, out, trained=pretrained)
+    if not pretrained:
+        console.print(f"[bold yellow]Random weights:[/] {model} was not trained, so nothing it says was learned.")
     best = found.symbol(found.best)
     Console(highlight=False).print(
         f"{best.emoji} {model} sees: {best.name} ({prisma_view.percent(float(found.logits.softmax(-1)[found.best]))})",

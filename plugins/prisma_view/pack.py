@@ -19,6 +19,10 @@ from prisma_core import TokenLayout
 BUDGET = 6_000_000
 """The most attention weights a page holds; above it, neighbouring patches are taken together."""
 
+STEPS = (255, 15, 9, 6)
+ROOM = 2_100_000
+"""How many characters the attention weights may take, if fewer steps can help it."""
+
 
 def pack(array: Any) -> dict[str, Any]:
     """Return an array as JSON: its type, its shape, and its bytes, compressed and in base64."""
@@ -65,13 +69,13 @@ def _size(pattern: Tensor, layout: TokenLayout, side: int) -> int:
 def pack_patterns(pattern: Tensor) -> dict[str, Any]:
     """Return patterns ``[layer head query_pos key_pos]`` as roots of shares of each row's largest weight.
 
-    A weight is ``(step / steps)**2 * top``. Large sets of patterns get fewer steps.
+    A weight is ``(step / steps)**2 * top``. There are as many steps as there is room for.
     """
     top = pattern.amax(-1)
-    steps = 255 if pattern.numel() <= BUDGET // 4 else 15
     share = (pattern / top[..., None].clamp_min(1e-12)).clamp(0, 1).sqrt()
-    return {
-        "steps": steps,
-        "top": pack(top.float().cpu().numpy()),
-        "share": pack((share * steps).round().to(torch.uint8).cpu().numpy()),
-    }
+    packed: dict[str, Any] = {}
+    for steps in STEPS if pattern.numel() <= BUDGET // 4 else STEPS[1:]:
+        packed = {"steps": steps, "share": pack((share * steps).round().to(torch.uint8).cpu().numpy())}
+        if len(packed["share"]["data"]) <= ROOM:
+            break
+    return {**packed, "top": pack(top.float().cpu().numpy())}

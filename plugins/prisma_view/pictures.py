@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 from torch import Tensor
 
-from prisma_view.colours import LESS, MORE, QUIET, SCALE, Colour, blend
+from prisma_view.colours import LESS, MORE, QUIET, REST, SCALE, Colour, blend
 from prisma_view.findings import Report, head_values
 from prisma_view.glyphs import glyph
 from prisma_view.page import class_colours
@@ -21,10 +21,17 @@ SOFT: Colour = (92, 98, 112)
 ZERO: Colour = (241, 239, 234)
 MARGIN = 48
 MOST_STAGES = 4
+BAND = 54
+WARNING: Colour = (176, 62, 8)
+LEGEND_ROWS, LEGEND_STEP = 3, 38
 
 
-def write_pictures(found: Report, folder: Path) -> list[Path]:
-    """Write ``lens.png``, ``attention.png``, ``attribution.png`` and ``patching.png``, those that apply."""
+def write_pictures(found: Report, folder: Path, *, trained: bool = True) -> list[Path]:
+    """Write ``lens.png``, ``attention.png``, ``attribution.png`` and ``patching.png``, those that apply.
+
+    Args:
+        trained: False says on each that the weights are random.
+    """
     drawn: dict[str, Callable[[Report], Image.Image]] = {"attention": attention}
     if found.lens is not None:
         drawn = {"lens": lens, **drawn}
@@ -35,8 +42,17 @@ def write_pictures(found: Report, folder: Path) -> list[Path]:
     paths: list[Path] = []
     for name, draw in drawn.items():
         paths.append(folder / f"{name}.png")
-        draw(found).save(paths[-1], optimize=True)
+        sheet = draw(found)
+        (sheet if trained else _under_warning(sheet)).save(paths[-1], optimize=True)
     return paths
+
+
+def _under_warning(sheet: Image.Image) -> Image.Image:
+    """Return a sheet under a band that says that its weights are random."""
+    made = Image.new("RGB", (sheet.width, sheet.height + BAND), WARNING)
+    made.paste(sheet, (0, BAND))
+    _text(made, (MARGIN, 12), "Random weights: nothing here was learned.", 26, PAPER)
+    return made
 
 
 def lens(found: Report, side: int = 420) -> Image.Image:
@@ -47,17 +63,26 @@ def lens(found: Report, side: int = 420) -> Image.Image:
     stages = [round(1 + index * (n - 2) / max(1, count - 1)) for index in range(count)] if n > count else list(range(n))
     width, height = _fitted(found.picture, side)
     gap, top = 28, 108
-    sheet = _sheet(2 * MARGIN + (width + gap) * (len(stages) + 1) - gap, top + height + 118)
+    colours = class_colours(found)
+    across = 2 * MARGIN + (width + gap) * (len(stages) + 1) - gap
+    legend = _legend(found, stages, across, colours)
+    sheet = _sheet(across, top + height + 80 + LEGEND_STEP * len(legend))
     _text(sheet, (MARGIN, 30), "What each patch says, layer by layer", 34)
     panels = [("the picture", found.picture.resize((width, height), Image.Resampling.LANCZOS))]
-    colours = class_colours(found)
     for stage in stages:
         panels.append((stage_name(found.lens.stages[stage]), lens_panel(found, stage, width, height, colours)))
     for index, (title, panel) in enumerate(panels):
         left = MARGIN + index * (width + gap)
         sheet.paste(panel, (left, top), _rounded(panel.size, 14))
         _text(sheet, (left, top + height + 10), title, 20, SOFT)
-    _legend(sheet, found, top + height + 58, colours)
+    for row, entries in enumerate(legend):
+        for left, name, emoji, colour in entries:
+            at = top + height + 58 + LEGEND_STEP * row
+            ImageDraw.Draw(sheet).rounded_rectangle((left, at + 2, left + 24, at + 26), 5, fill=colour)
+            drawn = None if emoji is None else glyph(emoji, 28)
+            if drawn is not None:
+                sheet.paste(drawn, (left + 33, at), drawn)
+            _text(sheet, (left + (34 if emoji is None else 70), at), name, 22)
     return sheet
 
 
@@ -195,20 +220,40 @@ def _title(sheet: Image.Image, words: str, emoji: str) -> None:
     _text(sheet, (MARGIN + (0 if drawn is None else 54), 30), words.replace("“", '"').replace("”", '"'), 34)
 
 
-def _legend(sheet: Image.Image, found: Report, top: int, colours: Mapping[int, Colour]) -> None:
+def _legend(
+    found: Report, stages: Sequence[int], width: int, colours: Mapping[int, Colour]
+) -> list[list[tuple[int, str, str | None, Colour]]]:
+    """Return the rows of a legend of every class that the panels show: where, its name, emoji and colour.
+
+    Classes without a colour of their own, and what three rows do not hold, are named together.
+    """
     assert found.lens is not None
-    last = found.lens.logits[-1, found.layout.slice("patches")].argmax(-1)
-    classes, counts = last.unique(return_counts=True)
-    left = float(MARGIN)
-    for index in classes[counts.argsort(descending=True)].tolist():
-        words = found.symbol(index).name
-        if left + 90 + ImageFont.load_default(22).getlength(words) > sheet.width - MARGIN:
-            break
-        ImageDraw.Draw(sheet).rounded_rectangle((left, top + 2, left + 24, top + 26), 5, fill=colours[index])
-        drawn = glyph(found.symbol(index).emoji, 28)
-        if drawn is not None:
-            sheet.paste(drawn, (round(left) + 33, top), drawn)
-        left += 70 + _text(sheet, (round(left) + 70, top), words, 22) + 32
+    shown = found.lens.logits[list(stages)][:, found.layout.slice("patches")].argmax(-1)
+    classes, counts = shown.unique(return_counts=True)
+    ordered = classes[counts.argsort(descending=True)].tolist()
+    font = ImageFont.load_default(22)
+    rows: list[list[tuple[int, str, str | None, Colour]]] = [[]]
+    left, left_out = MARGIN, [index for index in ordered if colours[index] == REST]
+    kept = [index for index in ordered if colours[index] != REST]
+    for place, index in enumerate(kept):
+        symbol = found.symbol(index)
+        needed = 70 + round(font.getlength(symbol.name)) + 32
+        last = len(rows) == LEGEND_ROWS  # whose end is for those left out
+        if rows[-1] and left + needed > width - MARGIN - (240 if last else 0):
+            if last:
+                left_out += kept[place:]
+                break
+            rows.append([])
+            left = MARGIN
+        rows[-1].append((left, symbol.name, symbol.emoji, colours[index]))
+        left += needed
+    if left_out:
+        words = f"{len(left_out)} other {'class' if len(left_out) == 1 else 'classes'}"
+        if left + 34 + font.getlength(words) > width - MARGIN:
+            rows.append([])
+            left = MARGIN
+        rows[-1].append((left, words, None, REST))
+    return rows
 
 
 def _fitted(picture: Image.Image, side: int) -> tuple[int, int]:

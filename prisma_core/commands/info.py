@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.markup import escape
+from rich.table import Table
 
-from prisma_core.commands.screen import out, show_json, table
+from prisma_core.commands.screen import out, show, show_json, table
 
 if TYPE_CHECKING:
     from prisma_core.hooked import Hooked
 
+WIDE = 130  # columns that the table of hook points needs to have each on one line
 REFERENCE = Annotated[str, typer.Argument(help="SOURCE:MODEL, such as timm:vit_base_patch16_224.", show_default=False)]
 
 
@@ -32,23 +35,37 @@ def info(
     if as_json:
         show_json({"reference": reference, **_facts(model), "hook_points": rows})
         return
-    console = out()
     if pattern is None:
         facts = _facts(model)
         shown = table("fact", "value", title=f"[bold]{escape(reference)}[/]")
         shown.add_row("parameters", f"{facts['parameters']:,}")
-        spec: dict[str, Any] = facts["spec"] or {}
+        spec: dict[str, Any] = _stated(model)
         for label, text in (row for name, value in spec.items() for row in _told(name, value)):
             shown.add_row(label, escape(text))
         if facts["tokens"]:
             shown.add_row("tokens", f"{facts['tokens']['total']}: {facts['tokens']['order']}")
-        console.print(shown)
-        console.print()
-    shown = table("hook point", "axes", "shape", "equation")
-    for row in rows if pattern is not None else folded(rows):
+        show(shown)
+        out().print()
+    show(_points(rows if pattern is not None else folded(rows), narrow=sys.stdout.isatty() and out().width < WIDE))
+
+
+def _points(rows: list[dict[str, Any]], *, narrow: bool) -> Table:
+    """Return a table of hook points; a narrow one has a second column of two lines instead of three of one."""
+    shown = table("hook point", *(["axes, shape and equation"] if narrow else ["axes", "shape", "equation"]))
+    for row in rows:
         equation = row["equation"] + ("  (only when asked for by name)" if row["derived"] else "")
-        shown.add_row(row["name"], row["axes"], " ".join(map(str, row["shape"])), escape(equation))
-    console.print(shown)
+        shape = " ".join(map(str, row["shape"]))
+        cells = [row["axes"], shape, escape(equation)]
+        shown.add_row(row["name"], *([f"{cells[0]} [dim]({shape})[/]\n[dim]{cells[2]}[/]"] if narrow else cells))
+    return shown
+
+
+def _stated(model: Hooked) -> dict[str, Any]:
+    """Return the facts of a model that are not what they are by default."""
+    from prisma_core.spec import ModelSpec
+
+    spec: Any = getattr(model, "spec", None)
+    return spec.model_dump(mode="json", exclude_defaults=True) if isinstance(spec, ModelSpec) else {}
 
 
 def hook_rows(model: Hooked, pattern: str | None = None) -> list[dict[str, Any]]:

@@ -30,7 +30,11 @@ def check(
     pretrained: PRETRAINED = False,
     json: Annotated[Path | None, typer.Option(help="Write the certificate to this file.", dir_okay=False)] = None,
 ) -> None:
-    """Prove that a model computes what upstream computes."""
+    """Prove that a model computes what upstream computes.
+
+    A model that was hooked from the start, such as those of `toy:` and `file:`, has no upstream to compare with: check the
+    reference it was adapted from, such as `timm:vit_base_patch16_224`.
+    """
     from prisma_core import conformance
 
     _usable(device)
