@@ -32,8 +32,8 @@ def check(
 ) -> None:
     """Prove that a model computes what upstream computes.
 
-    A model that was hooked from the start, such as those of `toy:` and `file:`, has no upstream to compare with: check the
-    reference it was adapted from, such as `timm:vit_base_patch16_224`.
+    A model that was hooked from the start, such as those of `toy:` and `file:`, has no upstream to compare with:
+    check the reference it was adapted from, such as `timm:vit_base_patch16_224`.
     """
     from prisma_core import conformance
 
