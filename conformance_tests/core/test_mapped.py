@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prisma_core import HookError, PrismaError, UnknownName, UnsupportedArchitecture, export, save
+from prisma_core import HookError, PrismaError, UnknownName, UnsupportedArchitecture, export, save, taps
 from prisma_core.adapter import MapAdapter, Reader, qualified_name
 from prisma_core.conformance import check
 from prisma_core.conformance.case import Case
@@ -472,10 +472,8 @@ def test_an_opened_kernel_that_nothing_vouches_for_is_caught():
 
 
 def test_a_kernel_opened_with_other_numbers_is_caught(monkeypatch):
-    from prisma_core import mapped
-
-    real = mapped._opened
-    monkeypatch.setattr(mapped, "_opened", lambda run, inside, q, *rest, **kw: real(run, inside, 1.01 * q, *rest, **kw))
+    real = taps._opened
+    monkeypatch.setattr(taps, "_opened", lambda run, inside, q, *rest, **kw: real(run, inside, 1.01 * q, *rest, **kw))
     assert {"parity.hooks", "hooks.live"} <= failing(Adapter())
 
 
