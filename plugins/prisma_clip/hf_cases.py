@@ -36,6 +36,7 @@ TEXT = {
     "eos_token_id": 5,
     "pad_token_id": 1,
 }
+BERT = TEXT | {"max_position_embeddings": 10, "project_dim": 28, "type_vocab_size": 2}
 ROUNDED = {"parity.gradients": "upstream rounds the gradient by positions to float32 on its way through a resize"}
 WITHIN = dict.fromkeys(("hooks.live", "threads"), "proven on the dual encoder, which has this tower")
 LARGEST = {"eos_token_id": 2}  # transformers then reads the largest id
@@ -70,6 +71,10 @@ def hf_cases() -> Iterator[Case]:
     for name in ("AltCLIP", "ChineseCLIP"):
         one = partial(tower, name, "Vision", VISION)
         yield Case(f"hf/{name}VisionModel", one, forward=partial(_seen, name), skips=WITHIN)
+        yield Case(f"hf/{name}Model", partial(dual, name, VISION, BERT), forward=partial(_alike_padded, name))
+    yield Case("hf/AltCLIPTextModel", partial(tower, "AltCLIP", "Text", BERT), forward=_read_padded, skips=WITHIN)
+    skips = WITHIN | {"parity.gradients": "upstream keeps the row of padding from training, which all tokens show"}
+    yield Case("hf/ChineseCLIPTextModel", partial(tower, "ChineseCLIP", "Text", BERT), forward=_words, skips=skips)
 
 
 def tower(name: str, part: str, sizes: dict[str, Any], ending: str = "") -> nn.Module:
@@ -111,3 +116,19 @@ def _read(model: Any, tokens: Tensor) -> Tensor:
 
 def _alike(name: str, model: Any, image: Tensor, tokens: Tensor) -> Tensor:
     return model(input_ids=tokens, **_pixels(name, image)).logits_per_image
+
+
+def _mask(model: Any, tokens: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": tokens, "attention_mask": (tokens != BERT["pad_token_id"]).long()}
+
+
+def _alike_padded(name: str, model: Any, image: Tensor, tokens: Tensor) -> Tensor:
+    return model(**_mask(model, tokens), **_pixels(name, image)).logits_per_image
+
+
+def _read_padded(model: Any, tokens: Tensor) -> Tensor:
+    return model(**_mask(model, tokens)).pooler_output
+
+
+def _words(model: Any, tokens: Tensor) -> Tensor:
+    return model(**_mask(model, tokens)).last_hidden_state

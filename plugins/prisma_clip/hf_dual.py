@@ -9,8 +9,9 @@ from typing import ClassVar
 from torch import nn
 
 from prisma_clip.common import LINEAR, linear_rows
-from prisma_clip.hf_parts import IGNORED, eager
-from prisma_clip.hf_towers import TOWERS, _models
+from prisma_clip.hf_bert import through
+from prisma_clip.hf_parts import IGNORED, Tower, eager, models
+from prisma_clip.hf_towers import TOWERS
 from prisma_core.adapter import Adapter, Reader
 from prisma_core.hookmap import HookMap
 from prisma_core.spec import AnySpec, DualSpec, ModelSpec, TextSpec
@@ -20,7 +21,7 @@ from prisma_core.weights import WeightMap
 class Projected(Adapter):
     """A tower, and a linear layer behind what it returns."""
 
-    types = _models(
+    types = models(
         "clip.modeling_clip.CLIPVisionModelWithProjection",
         "clip.modeling_clip.CLIPTextModelWithProjection",
         "metaclip_2.modeling_metaclip_2.MetaClip2VisionModelWithProjection",
@@ -48,7 +49,7 @@ def _which(upstream: Reader) -> tuple[str, str]:
     return ("vision_model", "visual_projection") if upstream.has("vision_model") else ("text_model", "text_projection")
 
 
-def tower(module: Reader) -> Adapter:
+def tower(module: Reader) -> Tower:
     """Return the adapter of a tower.
 
     Raises:
@@ -66,16 +67,21 @@ def projected_spec(module: Reader, projection: Reader | None) -> ModelSpec | Tex
     assert isinstance(spec, ModelSpec | TextSpec)
     if projection is None:
         return spec
-    if not projection.is_a(LINEAR) or spec.n_classes is not None:
-        raise projection.unsupported("a projection that is no linear layer, or behind another one")
-    return spec.model_copy(update={"n_classes": projection.out_features})
+    if not projection.is_a(LINEAR):
+        raise projection.unsupported("a projection that is no linear layer")
+    more = {} if tower(module).pooled is None else {"pool": tower(module).pooled}
+    return spec.model_copy(update={"n_classes": projection.out_features, **more})
 
 
 def projected_weights(upstream: Reader, spec: AnySpec, at: str, projection: str | None) -> WeightMap:
     """Return the weight map of a tower with a linear layer behind it."""
     module = getattr(upstream, at)
     table = tower(module).weights(module, spec).prefixed(f"{at}.", "")
-    return table if projection is None else table | WeightMap.parse(linear_rows(projection, "head"))
+    if projection is None:
+        return table
+    if module.has("transformation"):
+        return table.without("head.{*}") | through(f"{at}.transformation", projection, "head")
+    return table | WeightMap.parse(linear_rows(projection, "head"))
 
 
 def projected_hooks(upstream: Reader, spec: AnySpec, at: str, projection: str | None) -> HookMap:
@@ -85,7 +91,7 @@ def projected_hooks(upstream: Reader, spec: AnySpec, at: str, projection: str | 
     if projection is None:
         return table
     own = HookMap.parse(f"{projection}  ->  hook_logits\n")
-    if isinstance(spec, TextSpec):
+    if isinstance(spec, TextSpec) and not module.has("transformation"):
         own = own | HookMap.parse(f"{projection} : in  ->  hook_pooled\n")
     return table.without("hook_logits") | own
 
@@ -93,7 +99,7 @@ def projected_hooks(upstream: Reader, spec: AnySpec, at: str, projection: str | 
 class HfDual(Adapter):
     """CLIP, SigLIP, SigLIP 2 and MetaCLIP 2 as transformers has them."""
 
-    types = _models(
+    types = models(
         "clip.modeling_clip.CLIPModel",
         "siglip.modeling_siglip.SiglipModel",
         "siglip2.modeling_siglip2.Siglip2Model",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from prisma_clip.common import LINEAR, activation, linear_rows, norm, norm_rows, same_for_all
 from prisma_clip.explicit import explicit_attention
-from prisma_core.adapter import Reader
-from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec
+from prisma_core.adapter import Adapter, Reader
+from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec, TextPoolSpec
 
 IGNORED = {
     "*.config": "facts are read from the modules that it built",
@@ -30,6 +30,11 @@ IGNORED = {
     "*.attention_dropout": "does nothing in evaluation",
     "*.num_positions": "rows of the position embedding",
     "*.patch_size": "read from the patch projection",
+    "*.chunk_size_feed_forward": "saves memory; the numbers are the same",
+    "*.seq_len_dim": "saves memory; the numbers are the same",
+    "*.all_head_size": "the shape of the weights",
+    "*.pooler": "makes a second output of the first token, which is left out",
+    "*Pooler.activation": "of an output that is left out",
     "*.use_head": "whether there is a head",
     "*.projection_dim": "the shape of the projections",
     "*.text_embed_dim": "the shape of the projections",
@@ -129,3 +134,25 @@ class _Unrounded(TorchFunctionMode):
         if rounds and args[0].dtype == torch.float64:
             kwargs["dtype"] = None
         return func(*args, **kwargs)
+
+
+# -------------------------------------------------------------------- adapters
+
+
+def models(*names: str) -> tuple[str, ...]:
+    """Return the qualified names of classes among transformers' models."""
+    return tuple(f"transformers.models.{name}" for name in names)
+
+
+class Tower(Adapter):
+    """What all towers share: transformers' own attention looked into.
+
+    Attributes:
+        pooled: what a projection behind the tower reads, where the tower alone returns all tokens.
+    """
+
+    ignored: ClassVar[Mapping[str, str]] = IGNORED
+    pooled: ClassVar[TextPoolSpec | None] = None
+
+    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+        return eager(upstream)

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from typing import ClassVar
-
-from torch import nn
-
 from prisma_clip.common import activation, linear_rows, norm, norm_hooks, norm_rows, patches
-from prisma_clip.hf_parts import BLOCKS_HOOKS, IGNORED, blocks, blocks_rows, eager
+from prisma_clip.hf_bert import AltText, ChineseText
+from prisma_clip.hf_parts import BLOCKS_HOOKS, Tower, blocks, blocks_rows, models
 from prisma_clip.native import mha, mha_hooks
-from prisma_core.adapter import Adapter, Reader
+from prisma_core.adapter import Reader
 from prisma_core.hookmap import HookMap
 from prisma_core.layout import TokenLayout
 from prisma_core.spec import (
@@ -30,23 +25,10 @@ BICUBIC = Interpolation(antialias=False, in_float32=False)
 BILINEAR = Interpolation(mode="bilinear", in_float32=True)  # in float32 on the CPU alone, where antialiasing needs it
 
 
-def _models(*names: str) -> tuple[str, ...]:
-    return tuple(f"transformers.models.{name}" for name in names)
-
-
-class Tower(Adapter):
-    """What all towers share: transformers' own attention looked into."""
-
-    ignored: ClassVar[Mapping[str, str]] = IGNORED
-
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
-        return eager(upstream)
-
-
 class ClipVision(Tower):
     """A class token, a norm before the blocks, and one of the class token behind them."""
 
-    types = _models(
+    types = models(
         "clip.modeling_clip.CLIPVisionModel",
         "metaclip_2.modeling_metaclip_2.MetaClip2VisionModel",
         "altclip.modeling_altclip.AltCLIPVisionModel",
@@ -102,7 +84,7 @@ class ClipVision(Tower):
 class SiglipVision(Tower):
     """No class token; the norm behind the blocks, then attention from a learned query."""
 
-    types = _models(
+    types = models(
         "siglip.modeling_siglip.SiglipVisionModel",
         "siglip2.modeling_siglip2.Siglip2VisionModel",
     )
@@ -208,7 +190,7 @@ def _attention_pool(head: Reader) -> PoolSpec:
 class ClipText(Tower):
     """Causal; the end of the text is read."""
 
-    types = _models(
+    types = models(
         "clip.modeling_clip.CLIPTextModel",
         "metaclip_2.modeling_metaclip_2.MetaClip2TextModel",
     )
@@ -230,7 +212,7 @@ class ClipText(Tower):
 class SiglipText(Tower):
     """Looks both ways; the last token is read, whatever it is, and projected."""
 
-    types = _models(
+    types = models(
         "siglip.modeling_siglip.SiglipTextModel",
         "siglip2.modeling_siglip2.Siglip2TextModel",
     )
@@ -286,4 +268,4 @@ TEXT_HOOKS = (
     + BLOCKS_HOOKS
 )
 
-TOWERS: tuple[Adapter, ...] = (ClipVision(), SiglipVision(), ClipText(), SiglipText())
+TOWERS: tuple[Tower, ...] = (ClipVision(), SiglipVision(), ClipText(), SiglipText(), ChineseText(), AltText())

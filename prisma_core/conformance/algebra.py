@@ -171,7 +171,11 @@ def _text_embedding(model: HookedText, acts: Acts, ids: Tensor) -> Part:
     tokens = acts["hook_embed"]
     if model.spec.suffix:
         tokens = torch.cat([tokens, embed.suffix.expand(len(tokens), 1, -1)], 1)
-    positions = embed.pos_embed[: tokens.shape[1]].expand_as(tokens)
+    rows = torch.arange(tokens.shape[1]).expand(tokens.shape[:2])
+    if model.spec.pos_by_text:
+        text = ids != model.spec.pad_id
+        rows = torch.stack([one.cumsum(0).where(one, torch.zeros(())) for one in text]).long()
+    positions = embed.pos_embed[rows.to(ids.device)]
     yield acts.claim("hook_pos_embed", "the embedding of each position", positions)
     return (yield from _embedded(model, acts, tokens))
 
@@ -202,6 +206,9 @@ def _blocks(
         own = acts.under(f"blocks.{index}")
         yield own.claim("hook_resid_pre", "the stream so far", stream)
         stream = yield from claims.block(own, layer, _rope(model, index), hidden)
+        if layer.spec.kind == "post":  # the stream itself is normed, so it is no sum of what was added
+            total, point = stream, ""
+            continue
         total = total + sum(own[part] for part in ("hook_attn_out", "hook_mlp_out") if part in own)
         point = f"blocks.{index}.hook_resid_post"
     if point:

@@ -171,12 +171,14 @@ def _attend(
 
 
 def block(acts: Acts, layer: Block | SideBySide, rope: Rope | None, hidden: Tensor | None) -> Part:
-    """Claim what a block holds; return its ``resid_post``."""
+    """Claim what a block holds; return the stream behind it: its ``resid_post``, normed where the block does that."""
     pre, kind = acts["hook_resid_pre"], layer.spec.kind
+    if kind == "post":
+        return (yield from _post(acts, layer, hidden))
     normed, out = pre, torch.zeros_like(pre)
     for (name, attn), (ln, ln1), (_, scale) in zip(*(_parts(layer, p) for p in ("attn", "ln1", "ls1")), strict=True):
         assert isinstance(attn, Attention)
-        if kind != "res_post":
+        if kind in ("pre", "parallel"):
             normed = yield from norm(acts.under(ln), ln1, pre)
         attended = yield from attention(acts.under(name), attn, normed, rope, hidden)
         if kind == "res_post":
@@ -192,6 +194,19 @@ def block(acts: Acts, layer: Block | SideBySide, rope: Rope | None, hidden: Tens
         stream = stream + acts["hook_mlp_out"]
     yield acts.claim("hook_resid_post", "resid_mid + mlp_out", stream)
     return acts["hook_resid_post"]
+
+
+def _post(acts: Acts, layer: Block | SideBySide, hidden: Tensor | None) -> Part:
+    assert isinstance(layer, Block)
+    pre = acts["hook_resid_pre"]
+    attended = yield from attention(acts.under("attn"), layer.attn, pre, None, hidden)
+    yield acts.claim("hook_attn_out", "z W_O + b_O, scaled", attended * _gamma(layer.ls1))
+    yield acts.claim("hook_resid_mid", "resid_pre + attn_out", pre + acts["hook_attn_out"])
+    stream = yield from norm(acts.under("ln1"), layer.ln1, acts["hook_resid_mid"])
+    made = yield from mlp(acts.under("mlp"), layer.mlp, stream)
+    yield acts.claim("hook_mlp_out", "post W_out + b_out, scaled", made * _gamma(layer.ls2))
+    yield acts.claim("hook_resid_post", "ln1(resid_mid) + mlp_out", stream + acts["hook_mlp_out"])
+    return (yield from norm(acts.under("ln2"), layer.ln2, acts["hook_resid_post"]))
 
 
 def _mlps(acts: Acts, layer: Block | SideBySide, x: Tensor) -> Claims:

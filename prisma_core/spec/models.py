@@ -45,6 +45,12 @@ class ModelSpec(Facts):
             raise ValueError(f"{self.layout.frames} frames of patches need a video: give the embedding a tubelet")
         return self
 
+    @model_validator(mode="after")
+    def _stream(self) -> ModelSpec:
+        if any(block.kind == "post" for block in self.blocks):
+            raise ValueError("blocks that norm the stream itself (post) are those of texts")
+        return self
+
     @property
     def n_layers(self) -> int:
         return len(self.blocks)
@@ -83,6 +89,7 @@ class TextSpec(Facts):
         suffix: a learned token stands behind the text (CoCa's class token).
         pad_id: a token nobody attends to; None where padding is attended to like any other.
         pad_lag: how many places too late padding is hidden: CoCa's published weights were trained with a slip of 1.
+        pos_by_text: positions count the tokens that are no padding, from row 1 on; padding has row 0.
         ln_pre: a norm of the embeddings.
         n_classes: the width of the output projection; None where there is none.
     """
@@ -95,6 +102,7 @@ class TextSpec(Facts):
     suffix: bool = False
     pad_id: int | None = None
     pad_lag: int = Field(default=0, ge=0)
+    pos_by_text: bool = False
     blocks: tuple[BlockSpec, ...]
     ln_pre: NormSpec | None = None
     ln_final: NormSpec | None = None
@@ -105,6 +113,12 @@ class TextSpec(Facts):
     @property
     def n_layers(self) -> int:
         return len(self.blocks)
+
+    @model_validator(mode="after")
+    def _positions(self) -> TextSpec:
+        if self.pos_by_text and (self.pad_id is None or self.suffix):
+            raise ValueError("positions that count text need a padding to leave out, and nothing behind it")
+        return self
 
     @property
     def n_tokens(self) -> int:

@@ -145,12 +145,13 @@ class BlockSpec(Facts):
 
     Attributes:
         kind: ``pre``: norms before attention and MLP. ``res_post``: norms after them, before the addition.
+            ``post``: norms after the addition, of the stream itself, as in BERT.
             ``parallel``: attention and MLP read the same normed stream and are added together.
         n_parallel: how many attentions, then how many MLPs, run side by side, each with a norm and a scale of its own.
         attn_scale, mlp_scale: a learned scale per channel (layer scale) on what is added to the stream.
     """
 
-    kind: Literal["pre", "res_post", "parallel"] = "pre"
+    kind: Literal["pre", "res_post", "parallel", "post"] = "pre"
     n_parallel: int = Field(default=1, gt=0)
     attn: AttentionSpec
     mlp: MlpSpec | None
@@ -163,6 +164,8 @@ class BlockSpec(Facts):
     def _side_by_side(self) -> BlockSpec:
         if self.n_parallel > 1 and self.kind != "pre":
             raise ValueError(f"n_parallel={self.n_parallel} goes with kind='pre', not with {self.kind!r}")
+        if self.kind == "post" and self.mlp is None:
+            raise ValueError("a post-norm block has an MLP")
         return self
 
 

@@ -20,7 +20,8 @@ STREAM = "batch pos d_model"
 class Block(nn.Module):
     """One block that adds attention, then MLP, to the residual stream.
 
-    ``hook_attn_out`` and ``hook_mlp_out`` are always what is added to the stream, after any norm and layer scale.
+    ``hook_attn_out`` and ``hook_mlp_out`` are always what is added to the stream, after any norm and layer scale. A
+    ``post`` block norms the stream itself: the MLP reads ``ln1(resid_mid)``, and the next block ``ln2(resid_post)``.
     """
 
     def __init__(self, spec: BlockSpec, d_model: int, n_tokens: int, rope: RopeSpec | None):
@@ -29,7 +30,7 @@ class Block(nn.Module):
         self.hook_resid_pre = HookPoint(STREAM, "the stream before the block")
         self.hook_q_input, self.hook_k_input, self.hook_v_input = head_input_points(spec)
         after = spec.kind == "res_post"  # parts are made in the order in which their hook points fire
-        if not after:
+        if spec.kind in ("pre", "parallel"):
             self.ln1 = norm_or_identity(spec.ln1, d_model)
         self.attn = Attention(spec.attn, d_model, n_tokens, rope)
         if after:
@@ -41,13 +42,17 @@ class Block(nn.Module):
                 self.hook_resid_mid = HookPoint(STREAM, "resid_pre + attn_out")
             if spec.kind == "pre":
                 self.ln2 = norm_or_identity(spec.ln2, d_model)
+            if spec.kind == "post":
+                self.ln1 = norm_or_identity(spec.ln1, d_model)
             self.mlp = MLP(spec.mlp, d_model, d_model)
             if after:
                 self.ln2 = norm_or_identity(spec.ln2, d_model)
             self.ls2 = Scale(d_model) if spec.mlp_scale else nn.Identity()
             self.hook_mlp_out = HookPoint(STREAM, "what the MLP adds to the stream")
-        before = "resid_mid" if spec.kind != "parallel" else "resid_pre + attn_out"
+        before = {"parallel": "resid_pre + attn_out", "post": "ln1(resid_mid)"}.get(spec.kind, "resid_mid")
         self.hook_resid_post = HookPoint(STREAM, f"{before} + mlp_out" if spec.mlp else "resid_pre + attn_out")
+        if spec.kind == "post":
+            self.ln2 = norm_or_identity(spec.ln2, d_model)
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], rope: Rope | None = None, mask: Tensor | None = None
@@ -58,6 +63,10 @@ class Block(nn.Module):
             attn_out = self.hook_attn_out(self.ls1(self.attn(normed, rope, self._inputs(x), mask)))
             mlp_out = self.hook_mlp_out(self.ls2(self.mlp(normed)))
             return self.hook_resid_post(x + attn_out + mlp_out)
+        if self.spec.kind == "post":
+            attn_out = self.hook_attn_out(self.ls1(self.attn(x, rope, self._inputs(x), mask)))
+            x = self.ln1(self.hook_resid_mid(x + attn_out))
+            return self.ln2(self.hook_resid_post(x + self.hook_mlp_out(self.ls2(self.mlp(x)))))
         if self.spec.kind == "res_post":
             attn_out = self.hook_attn_out(self.ls1(self.ln1(self.attn(x, rope, self._inputs(x), mask))))
         else:
@@ -71,7 +80,8 @@ class Block(nn.Module):
         return self.hook_resid_post(x + self.hook_mlp_out(self.ls2(self.mlp(self.ln2(x)))))
 
     def _inputs(self, x: Tensor) -> HeadInputs:
-        ln1 = None if self.spec.kind == "res_post" or self.spec.ln1 is None else cast(Norm, self.ln1)
+        reads_as_is = self.spec.kind in ("res_post", "post") or self.spec.ln1 is None
+        ln1 = None if reads_as_is else cast(Norm, self.ln1)
         return head_inputs(x, (self.hook_q_input, self.hook_k_input, self.hook_v_input), self.spec, (ln1,))[0]
 
 

@@ -62,7 +62,7 @@ class HookedDual(Canonical):
         return self.vision.preprocess
 
     @preprocess.setter
-    def preprocess(self, value: Preprocess | VideoPreprocess | None) -> None:
+    def preprocess(self, value: Preprocess | VideoPreprocess | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         if "vision" in self._modules:  # the base sets it before there is a tower
             self.vision.preprocess = value
 

@@ -26,7 +26,7 @@ class TokenEmbed(nn.Module):
     Attributes:
         W_E: ``[vocab d_model]``.
         suffix: what stands behind the text, where the spec has it: ``[d_model]``.
-        pos_embed: ``[pos d_model]``.
+        pos_embed: ``[pos d_model]``; one row more, the first, where padding has one of its own.
     """
 
     def __init__(self, spec: TextSpec):
@@ -34,7 +34,7 @@ class TokenEmbed(nn.Module):
         self.W_E = nn.Parameter(torch.zeros(spec.n_vocab, spec.d_model))
         if spec.suffix:
             self.suffix = nn.Parameter(torch.zeros(spec.d_model))
-        self.pos_embed = nn.Parameter(torch.zeros(spec.n_tokens, spec.d_model))
+        self.pos_embed = nn.Parameter(torch.zeros(spec.n_tokens + int(spec.pos_by_text), spec.d_model))
 
 
 class HookedText(Circuits, Canonical):
@@ -106,7 +106,7 @@ class HookedText(Circuits, Canonical):
         x = self.hook_embed(self.embed.W_E[tokens])
         if self.spec.suffix:
             x = torch.cat([x, self.embed.suffix.expand(x.shape[0], 1, -1)], dim=1)
-        pos = self.embed.pos_embed[: x.shape[1]]
+        pos = self.positions(tokens)
         if self.hook_pos_embed.wanted:
             pos = self.hook_pos_embed(pos.expand(x.shape).clone())  # a cache must not see later edits of weights
         x = self.hook_full_embed(x + pos)
@@ -116,6 +116,13 @@ class HookedText(Circuits, Canonical):
         for index in range(layer_index(stop_at_layer, len(self.blocks), len(self.blocks))):
             x = self.blocks[index](x, None, mask)
         return unshared(x if stop_at_layer is not None else self.unembed(x, tokens))
+
+    def positions(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "*batch pos d_model"]:
+        """Return the position embedding of each token, for one text where all have the same."""
+        if self.spec.pos_by_text:
+            text = (tokens != self.spec.pad_id).int()
+            return self.embed.pos_embed[text.cumsum(1) * text]
+        return self.embed.pos_embed[: tokens.shape[1] + int(self.spec.suffix)]
 
     def tokens(self, text: Tensor | str | Sequence[str]) -> Int[Tensor, "text pos"]:
         """Return tokens ``[text pos]`` of texts, on the model's device; tokens come back as they are.
