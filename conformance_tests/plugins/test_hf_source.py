@@ -43,7 +43,10 @@ def upstream(tmp_path: Path) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "hosted" in request.fixturenames:
+        return
+
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("the network was touched")
 
@@ -194,9 +197,71 @@ def test_an_unreachable_hub_is_an_error_at_once(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(LoadError, match=r"hf:nobody/nothing@v2 is at http://hub\.invalid: no answer"):
+    with pytest.raises(
+        LoadError, match=r"hf:nobody/nothing@v2 is at http://hub\.invalid, and not in the cache: no answer"
+    ):
         prisma.load("hf:nobody/nothing@v2")
     assert len(tries) == 1
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(LoadError, match="HF_HUB_OFFLINE"):
         prisma.load("hf:nobody/nothing")
+
+
+# -------------------------------------------------------------------- from a hub on this machine
+
+HUB_ID = "someone/small-vit"
+
+
+@pytest.fixture
+def hosted(loopback: Any) -> Any:
+    """A model whose files, as save_pretrained writes them, are on the hub, its weights in several of them."""
+    model = small()
+    for part in model.modules():
+        if "eps" in vars(part):
+            part.eps = model.config.layer_norm_eps
+    folder = loopback.repository(HUB_ID)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return model
+
+
+def test_a_name_comes_from_the_hub_once(hosted: Any, loopback: Any) -> None:
+    for _ in range(2):
+        model = prisma.load(f"hf:{HUB_ID}")
+        with torch.no_grad():
+            assert torch.equal(model(IMAGE), hosted(IMAGE).logits)
+        assert model.preprocess is not None
+        asked = len(loopback.asked)
+    prisma.load(f"hf:{HUB_ID}@main")
+    assert len(loopback.asked) == asked
+
+
+def test_without_weights_none_are_sent(hosted: Any, loopback: Any) -> None:
+    assert prisma.load(f"hf:{HUB_ID}", pretrained=False).spec.n_classes == 3
+    assert not any("safetensors" in line for line in loopback.asked)
+
+
+def test_a_corrupted_download_is_an_error_and_the_next_try_succeeds(hosted: Any, loopback: Any) -> None:
+    loopback.fault = "corrupt"
+    with pytest.raises(LoadError, match="came corrupted"):
+        prisma.load(f"hf:{HUB_ID}")
+    with torch.no_grad():
+        assert torch.equal(prisma.load(f"hf:{HUB_ID}")(IMAGE), hosted(IMAGE).logits)
+
+
+def test_a_download_that_breaks_off_is_an_error_and_the_next_try_succeeds(
+    hosted: Any, loopback: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the hub's library waits between its own tries
+    loopback.fault, loopback.faults = "break off", 1000
+    with pytest.raises(LoadError, match="broke off"):
+        prisma.load(f"hf:{HUB_ID}")
+    loopback.fault = None
+    with torch.no_grad():
+        assert torch.equal(prisma.load(f"hf:{HUB_ID}")(IMAGE), hosted(IMAGE).logits)
+
+
+def test_a_name_that_the_hub_does_not_know(hosted: Any) -> None:
+    with pytest.raises(UnknownName, match="no such repository"):
+        prisma.load("hf:someone/else")

@@ -62,17 +62,12 @@ def unrounded(upstream: Any, image: Tensor) -> Tensor:
         return main_output(upstream, image)
 
 
-# The processor that transformers gives each kind of model, once for each kind of processor.
+# The processor that transformers gives each kind of model, once for each way to resize and cut.
 PROCESSORS = {
     "ViTModel": "ViTImageProcessor",
     "DeiTModel": "DeiTImageProcessor",
     "BeitForImageClassification": "BeitImageProcessor",
     "MLCDVisionModel": "CLIPImageProcessor",
-    "PixioModel": "BitImageProcessor",
-    "BlipVisionModel": "BlipImageProcessor",
-    "DPTModel": "DPTImageProcessor",
-    "FlavaImageModel": "FlavaImageProcessor",
-    "OwlViTVisionModel": "OwlViTImageProcessor",
 }
 
 

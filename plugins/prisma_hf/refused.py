@@ -10,12 +10,12 @@ from prisma_core.spec import ModelSpec
 from prisma_core.weights import WeightMap
 
 REASONS: dict[str, tuple[str, ...]] = {
-    "not adapted yet": (
-        "bridgetower.modeling_bridgetower.BridgeTowerVisionModel",
-        "pixtral.modeling_pixtral.PixtralVisionModel",
-        "radio.modeling_radio.RadioModel",
-        "sapiens2.modeling_sapiens2.Sapiens2Model",
-    ),
+    "a decoder that reads tokens, not a picture; its encoder comes through: adapt model.vit, "
+    'or load with architecture="ViTMAEModel"': ("vit_mae.modeling_vit_mae.ViTMAEForPreTraining",),
+    "not adapted: its attention is torch's own module": ("bridgetower.modeling_bridgetower.BridgeTowerVisionModel",),
+    "not adapted: its pictures are packed into one row of tokens": ("pixtral.modeling_pixtral.PixtralVisionModel",),
+    "not adapted: it conditions pictures and cuts positions at random": ("radio.modeling_radio.RadioModel",),
+    "not adapted: its rotary positions and groups of heads": ("sapiens2.modeling_sapiens2.Sapiens2Model",),
     "a projector behind the encoder": (
         "cohere_compass.modeling_cohere_compass.CohereCompassVisionModel",
         "dots3_note.modeling_dots3_note.Dots3NoteVisionModel",

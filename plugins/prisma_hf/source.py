@@ -6,6 +6,7 @@ import importlib
 import pickle
 import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -18,8 +19,8 @@ from prisma_core.plugins import host
 from prisma_core.preprocess import Preprocess
 from prisma_core.sources import Loaded, ModelInfo, Source
 from prisma_core.video import VideoPreprocess
-from prisma_hf import hub
 from prisma_hf.classes import MODELS
+from prisma_hf.places import Place, place
 
 CLASSES = {path.rpartition(".")[2]: path for path in MODELS}
 # What transformers and the readers of files below it raise over files that are broken, missing or of something else.
@@ -33,7 +34,7 @@ BROKEN = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
 )
-OF_FILES = {"local_files_only", "revision", "trust_remote_code"}
+OF_FILES = {"local_files_only", "trust_remote_code"}
 
 
 class HfSource(Source):
@@ -70,21 +71,22 @@ class HfSource(Source):
                 )
             kind = _imported(CLASSES[rest])
             return _loaded(_part(kind(kind.config_class(**options)), part, rest), kind.config_class(**options), None)
-        place = hub.place(rest)
-        if not place.folder and "/" not in place.name:
+        where = place(rest)
+        if not where.local and "/" not in where.name:
             raise UnknownName(
                 f"{rest!r} is neither a model on the hub (ORGANISATION/NAME), nor a folder, nor a class."
                 f"{suggest(rest, CLASSES)} `prisma models --source hf` lists the classes."
             )
-        common = {**place.arguments(weights=pretrained), "trust_remote_code": trust_remote_code}
-        config, rest_of_options = _config(place, common, options)
+        folder = where.folder(weights=pretrained)
+        common = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+        config, others = _config(where, folder, common, options)
         kind = _kind(config, architecture, trusted=trust_remote_code)
         if pretrained:
-            model = _pretrained(place, kind, config, common | rest_of_options, whole=architecture is None)
+            model = _pretrained(where, folder, kind, config, common | others, whole=architecture is None)
         else:
-            model = _fresh(kind, config, rest_of_options)
-        model = _part(model, part, str(place))
-        return _loaded(model, config, _preprocess(place, common) or _video_preprocess(place, model, common))
+            model = _fresh(kind, config, others)
+        model = _part(model, part, str(where))
+        return _loaded(model, config, _preprocess(folder, common) or _video_preprocess(folder, model, common))
 
     def models(self) -> Iterator[ModelInfo]:
         for name, path in CLASSES.items():
@@ -97,10 +99,11 @@ class HfSource(Source):
 
         name = rest
         if rest not in CLASSES:
-            place = hub.place(rest)
-            if not (place.folder or place.cached(hub.CONFIG)):
+            where = place(rest)
+            folder = where.cached_config()
+            if folder is None:
                 return None
-            config, _ = _config(place, {**place.arguments(weights=False), "trust_remote_code": False}, {})
+            config, _ = _config(where, folder, {"local_files_only": True, "trust_remote_code": False}, {})
             name = next(iter(config.architectures or ()), "")
         return next((case for case in cases() if case.name == name), None)
 
@@ -110,7 +113,7 @@ def _imported(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _config(place: hub.Place, common: dict[str, Any], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _config(where: Place, folder: Path, common: dict[str, Any], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return a model's configuration, and the options that are none of its settings.
 
     Raises:
@@ -119,9 +122,9 @@ def _config(place: hub.Place, common: dict[str, Any], options: dict[str, Any]) -
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(place.name, return_unused_kwargs=True, **common, **options)
+        return AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **common, **options)
     except BROKEN as error:
-        raise LoadError(f"The configuration of {place} could not be read: {_brief(error)}") from error
+        raise LoadError(f"The configuration of {where} could not be read: {_brief(error)}") from error
 
 
 def _kind(config: Any, architecture: str | None, *, trusted: bool) -> Any:
@@ -155,7 +158,9 @@ def _in_module(home: str, name: str) -> Any:
         return None
 
 
-def _pretrained(place: hub.Place, kind: Any, config: Any, arguments: dict[str, Any], *, whole: bool) -> nn.Module:
+def _pretrained(
+    where: Place, folder: Path, kind: Any, config: Any, arguments: dict[str, Any], *, whole: bool
+) -> nn.Module:
     """Return a model with its trained weights, every tensor accounted for.
 
     Args:
@@ -167,7 +172,7 @@ def _pretrained(place: hub.Place, kind: Any, config: Any, arguments: dict[str, A
     kept = {"attn_implementation": "sdpa"} if getattr(kind, "_supports_sdpa", True) else {}
     try:
         model, info = kind.from_pretrained(
-            place.name,
+            folder,
             config=config,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # to be told of all of them, and refuse
@@ -175,7 +180,8 @@ def _pretrained(place: hub.Place, kind: Any, config: Any, arguments: dict[str, A
             **{**kept, **arguments},
         )
     except (*BROKEN, TypeError) as error:
-        raise LoadError(f"The weights of {place} could not be read: {_brief(error)}") from error
+        again = " What was broken in the cache was removed: try again." if where.forget_broken(folder) else ""
+        raise LoadError(f"The weights of {where} could not be read: {_brief(error)}{again}") from error
     problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
     problems += [f"{name} has shape {list(came)}, expected {list(own)}" for name, came, own in info["mismatched_keys"]]
     problems += [f"extra {name}" for name in sorted(info["unexpected_keys"]) if whole]
@@ -183,7 +189,7 @@ def _pretrained(place: hub.Place, kind: Any, config: Any, arguments: dict[str, A
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise LoadError(
-            f"{place} does not fit {type(model).__name__}: {'; '.join(problems[:5])}{more}. "
+            f"{where} does not fit {type(model).__name__}: {'; '.join(problems[:5])}{more}. "
             "Another class that fits is asked for with architecture=NAME."
         )
     return model.eval()
@@ -224,24 +230,24 @@ def _loaded(model: nn.Module, config: Any, preprocess: Preprocess | VideoPreproc
     return Loaded(model, preprocess, names if known else None)
 
 
-def _preprocess(place: hub.Place, common: dict[str, Any]) -> Preprocess | None:
+def _preprocess(folder: Path, common: dict[str, Any]) -> Preprocess | None:
     """Return what the model's own image processor does, or None if there is none or it does what ours cannot."""
     from transformers import AutoImageProcessor
 
     from prisma_hf.pictures import preprocess
 
     try:
-        return preprocess(AutoImageProcessor.from_pretrained(place.name, **common))
+        return preprocess(AutoImageProcessor.from_pretrained(folder, **common))
     except (*BROKEN, ImportError):  # no file of one, or its library is not installed: the model is there all the same
         return None
 
 
-def _video_preprocess(place: hub.Place, model: nn.Module, common: dict[str, Any]) -> VideoPreprocess | None:
+def _video_preprocess(folder: Path, model: nn.Module, common: dict[str, Any]) -> VideoPreprocess | None:
     """Return what the model's own video processor does, as its adapter says, or None if there is none."""
     from transformers import AutoVideoProcessor
 
     try:
-        processor = AutoVideoProcessor.from_pretrained(place.name, **common)
+        processor = AutoVideoProcessor.from_pretrained(folder, **common)
         made = host().adapter(model).preprocess(Reader(model), processor)
     except (*BROKEN, ImportError, PrismaError):  # the model is there all the same
         return None
