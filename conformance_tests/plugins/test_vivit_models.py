@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,14 @@ import torch
 from torch import Tensor, nn
 
 import prisma_core as prisma
-from prisma_core import HookedViT, InputError, UnsupportedArchitecture
+from prisma_core import HookedViT, InputError, ModelSpec, UnsupportedArchitecture
+from prisma_core.conformance import check
 from prisma_core.conformance.randomise import randomise
 from prisma_core.mapped import HookedUpstream
 from prisma_core.plugins import host
+from prisma_core.spec import PoolSpec, RopeCount
 from prisma_core.video import VideoPreprocess
+from prisma_core.weights import WeightMap
 
 transformers: Any = pytest.importorskip(
     "transformers", reason="transformers is not installed: pip install 'prisma-interp[video]'"
@@ -119,6 +125,71 @@ def test_showing_attention_step_by_step_leaves_upstream_as_it_was(kind: str) -> 
     after = {name: dict(vars(part.config)) for name, part in upstream.named_modules() if hasattr(part, "config")}
     assert after == before
     assert torch.equal(cases.main_output(upstream, x), clean)
+
+
+def test_videos_shorter_than_a_tubelet_are_refused() -> None:
+    with pytest.raises(UnsupportedArchitecture, match="videos shorter than a tubelet"):
+        prisma.adapt(drawn("VJEPA2Model", frames_per_clip=1))
+
+
+# ---------------------------------------------------------------- mistakes that must be caught
+
+
+def _untiled(spec: ModelSpec) -> ModelSpec:
+    assert spec.rope is not None
+    assert isinstance(spec.rope.grid, RopeCount)
+    grid = spec.rope.grid.model_copy(update={"tiled": False})
+    return spec.model_copy(update={"rope": spec.rope.model_copy(update={"grid": grid})})
+
+
+def _column_by_column(spec: ModelSpec) -> ModelSpec:
+    assert spec.rope is not None
+    assert isinstance(spec.rope.grid, RopeCount)
+    grid = spec.rope.grid.model_copy(update={"rows": 1, "columns": 4})
+    return spec.model_copy(update={"rope": spec.rope.model_copy(update={"grid": grid})})
+
+
+def _mean_of_tokens(spec: ModelSpec) -> ModelSpec:
+    return spec.model_copy(update={"pool": PoolSpec(kind="avg", with_prefix=True)})
+
+
+@pytest.mark.parametrize(
+    ("kind", "mistake"),
+    [
+        ("VJEPA2Model", _untiled),
+        ("VJEPA2Model", _column_by_column),
+        ("VivitForVideoClassification", _mean_of_tokens),
+        ("VideoMAEForVideoClassification (first token)", _mean_of_tokens),
+    ],
+)
+def test_a_wrong_fact_is_caught(kind: str, mistake: Callable[[ModelSpec], ModelSpec]) -> None:
+    case = next(case for case in cases.cases() if case.name == kind)
+    adapter = copy.copy(host().adapter(case.build()))
+    right = adapter.spec
+    adapter.spec = lambda upstream: mistake(right(upstream))  # type: ignore[method-assign]
+    (certificate,) = check(case, adapter=adapter, checks="parity.logits").certificates
+    assert not certificate.results[0].passed
+    assert "logits differ by" in certificate.results[0].detail, "by its numbers, not by an error"
+
+
+def test_frames_backwards_are_caught() -> None:
+    case = next(case for case in cases.cases() if case.name == "VivitModel")
+    adapter = copy.copy(host().adapter(case.build()))
+    right = adapter.weights
+
+    def weights(upstream: Any, spec: Any) -> WeightMap:
+        table = right(upstream, spec)
+        rules = [
+            dataclasses.replace(rule, how="{flip}") if rule.targets == ("embed.proj.{*}",) else rule
+            for rule in table.rules
+        ]
+        flip = {"flip": lambda x: x.flip(2) if x.ndim == 5 else x}
+        return dataclasses.replace(table, rules=tuple(rules), functions=flip)
+
+    adapter.weights = weights  # type: ignore[method-assign]
+    (certificate,) = check(case, adapter=adapter, checks="parity.logits").certificates
+    assert not certificate.results[0].passed
+    assert "logits differ by" in certificate.results[0].detail, "by its numbers, not by an error"
 
 
 # ---------------------------------------------------------------- other sizes

@@ -86,6 +86,8 @@ def tubelets(
     if padded or (proj.dilation, proj.groups, proj.padding_mode) != ((1, 1, 1), 1, "zeros"):
         raise proj.unsupported("a tubelet projection that pads, skips or splits pixels")
     depth, down, across = proj.kernel_size
+    if frames < depth:
+        raise proj.unsupported("videos shorter than a tubelet")
     layout = TokenLayout(cls=cls, frames=frames // depth, rows=image_size[0] // down, columns=image_size[1] // across)
     return EmbedSpec(patch=(down, across), tubelet=depth, in_channels=proj.in_channels, **facts), layout
 

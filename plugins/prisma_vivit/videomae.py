@@ -61,7 +61,7 @@ class VideoMAEAdapter(Adapter):
         biases = (attn.query.has("bias"), attn.key.has("bias"), attn.value.has("bias"))
         layer = f"{at}encoder.layer.{{l}}"
 
-        def fixed() -> Tensor:
+        def fixed() -> Tensor:  # of no tensor that upstream saves: "zeros" in its row only holds the place
             return positions[0].to(**like)
 
         return WeightMap.parse(

@@ -71,7 +71,7 @@ class VJEPA2Adapter(Adapter):
         assert isinstance(spec.rope.grid, RopeCount)
         rope, layout, like = spec.rope.grid, spec.layout, torch.empty((), **parts.dtype_of(upstream))
 
-        def tables() -> Tensor:
+        def tables() -> Tensor:  # of no tensor of upstream's: "zeros" in their row only holds the place
             d_head = spec.blocks[0].attn.d_head
             return torch.cat(count_tables(rope, "interleaved", layout.n_patches, 0, d_head, like))
 
