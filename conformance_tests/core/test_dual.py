@@ -8,6 +8,8 @@ from torch import Tensor
 
 import prisma_core as prisma
 from prisma_core.conformance.randomise import randomise
+from prisma_core.hookmap import HookMap, Place
+from prisma_core.preprocess import Preprocess
 from prisma_core.spec import (
     AttentionSpec,
     BlockSpec,
@@ -21,6 +23,7 @@ from prisma_core.spec import (
     TextSpec,
 )
 from prisma_core.transformer import HookedDual, HookedText, build
+from prisma_core.weights import WeightMap
 
 LN = NormSpec(eps=1e-3)
 
@@ -185,3 +188,109 @@ def test_saved_and_loaded(dual: HookedDual, tmp_path) -> None:
     assert isinstance(back, HookedDual)
     assert back.spec == dual.spec
     assert torch.allclose(back(*inputs), dual(*inputs), atol=1e-12)
+
+
+# -------------------------------------------------------------------- what some texts have more
+
+
+@torch.no_grad()
+def test_a_token_behind_the_text_is_read_last() -> None:
+    pool = TextPoolSpec(kind="last")
+    model = drawn(text_spec(suffix=True, pad_id=7, pool=pool))
+    tokens = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 7, 7]])
+    _, cache = model.run_with_cache(tokens)
+    assert cache["hook_embed"].shape[1] == 9
+    assert cache["hook_full_embed"].shape[1] == 10
+    assert torch.equal(cache["hook_pooled"], cache["hook_ln_final"][:, 9])
+    pattern = cache["pattern", 1]
+    assert not pattern[..., 6:9].any(), "padding is hidden"
+    assert pattern[:, :, 9, 9].all(), "the token behind it is not"
+    late = drawn(text_spec(suffix=True, pad_id=7, pad_lag=1, pool=pool))
+    pattern = late.run_with_cache(tokens, names=["pattern"])[1]["pattern", 1]
+    assert pattern[:, :, 9, 6].all()
+    assert not pattern[..., 7:].any(), "all is hidden one place too late"
+
+
+@torch.no_grad()
+def test_positions_may_count_the_text_alone() -> None:
+    model = drawn(text_spec(pad_id=7, pos_by_text=True, causal=False, pool=TextPoolSpec(kind="first")))
+    assert model.embed.pos_embed.shape[0] == 10
+    tokens = torch.tensor([[3, 7, 4, 5, 7]])
+    _, cache = model.run_with_cache(tokens, names=["hook_pos_embed"])
+    assert torch.equal(cache["hook_pos_embed"][0], model.embed.pos_embed[[1, 0, 2, 3, 0]])
+    with pytest.raises(ValueError, match="need a padding"):
+        text_spec(pos_by_text=True)
+
+
+@torch.no_grad()
+def test_a_post_norm_block_norms_the_stream_itself() -> None:
+    post = block(12).model_copy(update={"kind": "post", "ln2": NormSpec(eps=0.1)})
+    spec = text_spec().model_copy(update={"blocks": (post,) * 2, "ln_final": None})
+    model = drawn(spec)
+    inputs = inputs_of(model)
+    _, cache = model.run_with_cache(*inputs)
+    mid, end = cache["resid_mid", 0], cache["resid_post", 0]
+    assert torch.allclose(mid, cache["resid_pre", 0] + cache["attn_out", 0], atol=1e-12)
+    assert torch.allclose(end, model.blocks[0].ln1.fused(mid) + cache["mlp_out", 0], atol=1e-12)
+    assert torch.allclose(cache["resid_pre", 1], model.blocks[0].ln2.fused(end), atol=1e-12)
+    halved = model.run_with_hooks(*inputs, hooks={("resid_post", 1): lambda x, at: x * 0.5})
+    assert not torch.isclose(halved, model(*inputs)).any(), "eps is large, so a norm does not undo a scale"
+    with pytest.raises(ValueError, match="those of texts"):
+        ModelSpec(
+            d_model=12,
+            image_size=(4, 4),
+            embed=EmbedSpec(patch=(4, 4)),
+            layout=prisma.TokenLayout(rows=1, columns=1),
+            blocks=(post,),
+            pool=PoolSpec(kind="avg"),
+            d_pool=12,
+        )
+
+
+# -------------------------------------------------------------------- tables of parts
+
+
+def test_tables_of_parts_join_into_one() -> None:
+    part = WeightMap.parse(
+        """
+        w           ->  a.weight   : (h d) m -> h d m
+        w | zeros   ->  b.weight   : {twice}
+        ignore c.{*}  :   a constant
+        """,
+        {"twice": lambda w: 2 * w},
+        h=2,
+    )
+    other = WeightMap.parse("w  ->  a.weight  : (h d) m -> h d m", h=3)
+    whole = part.without("b.{*}").prefixed("one.", "left.") | other.prefixed("two.", "right.")
+    tensors = {"one.w": torch.randn(4, 5), "two.w": torch.randn(6, 5), "one.c.x": torch.ones(1)}
+    shapes = {"left.a.weight": torch.Size([2, 2, 5]), "right.a.weight": torch.Size([3, 2, 5])}
+    made = whole.forward(tensors, shapes)
+    assert torch.equal(made["left.a.weight"].flatten(0, 1), tensors["one.w"])
+    assert torch.equal(made["right.a.weight"].flatten(0, 1), tensors["two.w"])
+    back = whole.backward(made, tensors)
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+    del tensors["two.w"]
+    doubled = part.prefixed("one.", "left.").forward(
+        tensors, {"left.a.weight": shapes["left.a.weight"], "left.b.weight": torch.Size([4, 5])}
+    )
+    assert torch.equal(doubled["left.b.weight"], 2 * tensors["one.w"])
+
+
+def test_hook_maps_of_parts_join_into_one() -> None:
+    part = HookMap.parse("conv -> hook_embed : b (h d) -> b h d\n@ softmax : in -> hook_logits", h=2)
+    whole = part.prefixed("visual.", "vision.") | part.without("hook_logits").prefixed("text.", "text.")
+    rows = {row.hook: row for row in whole.bound(["vision.hook_embed", "vision.hook_logits", "text.hook_logits"])}
+    assert set(rows) == {"vision.hook_embed", "vision.hook_logits"}
+    assert rows["vision.hook_embed"].place == Place("visual.conv")
+    assert rows["vision.hook_logits"].place == Place("visual", "softmax", side="in")
+    assert rows["vision.hook_embed"].read(torch.zeros(3, 8), whole.sizes).shape == (3, 2, 4)
+
+
+def test_a_tower_has_the_preprocessing_and_tokenizer_of_the_whole(dual: HookedDual) -> None:
+    dual.preprocess = Preprocess(size=(16, 16))
+    dual.tokenizer = lambda texts: torch.zeros(len(texts), 9, dtype=torch.long)
+    try:
+        assert dual.vision.preprocess is dual.preprocess
+        assert dual.text.tokens(["a", "b"]).shape == (2, 9)
+    finally:
+        dual.preprocess = dual.tokenizer = None

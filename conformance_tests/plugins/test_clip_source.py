@@ -231,6 +231,34 @@ def test_an_original_tinyclip_checkpoint(
     assert model.tokens(["a cat"]).shape == (1, 77)
 
 
+@torch.no_grad()
+def test_a_tinyclip_checkpoint_whose_layers_differ_in_heads(upstream: Any, tmp_path: Path, no_network: None) -> None:
+    # What was taken out of the checkpoint adds nothing in the full model.
+    block = upstream.visual.transformer.resblocks[0]
+    block.attn.out_proj.weight[:, 64:] = 0
+    block.mlp.c_proj.weight[:, 100:] = 0
+    state = dict(upstream.state_dict())
+    at = "visual.transformer.resblocks.0"
+    for part in ("weight", "bias"):
+        whole = state[f"{at}.attn.in_proj_{part}"]
+        state[f"{at}.attn.in_proj_{part}"] = whole.unflatten(0, (3, 2, 64))[:, 0].flatten(0, 1)
+        state[f"{at}.mlp.c_fc.{part}"] = state[f"{at}.mlp.c_fc.{part}"][:100]
+    state[f"{at}.attn.out_proj.weight"] = state[f"{at}.attn.out_proj.weight"][:, :64]
+    state[f"{at}.mlp.c_proj.weight"] = state[f"{at}.mlp.c_proj.weight"][:, :100]
+    path = tmp_path / "TinyCLIP-auto-ViT-63M-32-Text-31M.pt"
+    torch.save({"state_dict": {_all_in_parallel(name): x.clone() for name, x in state.items()}}, path)
+    model = prisma.load(f"open_clip:TinyCLIP-auto-ViT-63M-32-Text-31M@{path}")
+    assert model.spec.vision.blocks[0].attn.n_heads == 1
+    assert model.spec.vision.blocks[0].mlp.d_mlp == 100
+    assert equal(model, with_eps(upstream))
+    _, cache = model.run_with_cache(IMAGE, TOKENS, names=["vision.pattern"])
+    assert cache["vision.blocks.0.attn.hook_pattern"].shape == (2, 1, 5, 5)
+    del state[f"{at}.attn.in_proj_weight"]
+    torch.save({"state_dict": {_apart(name): x.clone() for name, x in state.items()}}, path)
+    with pytest.raises(LoadError, match="without attention"):
+        prisma.load(f"open_clip:TinyCLIP-auto-ViT-63M-32-Text-31M@{path}")
+
+
 def test_a_tinyclip_checkpoint_with_old_keys_needs_its_configuration(upstream: Any, tmp_path: Path) -> None:
     path = tmp_path / "old.pt"
     torch.save({"state_dict": {f"module.{name}": x for name, x in upstream.state_dict().items()}}, path)

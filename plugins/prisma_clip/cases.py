@@ -66,6 +66,7 @@ def lone_towers() -> Iterator[Case]:
             kind = _kind({**config, "text_cfg": {}})
             yield replace(found, skips=ALIKE) if kind in seen else found
             seen.add(kind)
+    yield Case("TinyCLIP-auto", build=narrow, forward=logits)
     for name in TEXTS:
         yield Case(f"{name}/text", build=partial(small_text, name), forward=read)
 
@@ -186,6 +187,19 @@ def small_text(name: str) -> nn.Module:
     """Return a small text tower of a model."""
     model: Any = small(name)
     return model.text
+
+
+def narrow() -> nn.Module:
+    """Return a model of TinyCLIP's automatic inheritance: its blocks differ in heads and neurons."""
+    from prisma_clip.tinyclip import NarrowAttention
+
+    model: Any = small("ViT-B-32")
+    for tower in (model.visual.transformer, model.transformer):
+        for heads, block in enumerate(tower.resblocks, start=1):
+            width, neurons = block.mlp.c_fc.in_features, 20 + heads
+            block.attn = NarrowAttention(width, heads)
+            block.mlp.c_fc, block.mlp.c_proj = nn.Linear(width, neurons), nn.Linear(neurons, width)
+    return model.eval()
 
 
 def _built(name: str, config: dict[str, Any], text: dict[str, Any]) -> nn.Module:

@@ -147,7 +147,7 @@ class SiglipVision(Tower):
         pool = spec.pool.attn
         if pool is None:
             return HookMap.parse(rows + "post_layernorm  ->  hook_logits\n", h=spec.blocks[0].attn.n_heads)
-        rows += mha_hooks("head.attention", "pool.attn", heads="n")
+        rows += mha_hooks("head.attention", "pool.attn", width="e")
         rows += """
             head.attention      ->  pool.hook_attn_out
             head.layernorm      ->  pool.ln.hook_normalized
@@ -157,7 +157,7 @@ class SiglipVision(Tower):
             head                ->  hook_pooled
             head                ->  hook_logits
         """
-        return HookMap.parse(rows, h=spec.blocks[0].attn.n_heads, n=pool.n_heads)
+        return HookMap.parse(rows, h=spec.blocks[0].attn.n_heads, e=pool.d_head)
 
 
 def _square_patches(embed: Reader) -> tuple[EmbedSpec, int]:

@@ -24,6 +24,7 @@ from prisma_core.weights import WeightMap
 BLOCK = "open_clip.transformer.ResidualAttentionBlock"
 CUSTOM_BLOCK = "open_clip.transformer.CustomResidualAttentionBlock"
 ATTENTION = "open_clip.transformer.Attention"
+NARROW = "prisma_clip.tinyclip.NarrowAttention"
 MHA = "torch.nn.modules.activation.MultiheadAttention"
 
 IGNORED = {
@@ -68,7 +69,10 @@ IGNORED = {
 
 
 def mha(module: Reader) -> AttentionSpec:
-    """Return the facts of torch's multi-head attention."""
+    """Return the facts of torch's multi-head attention, or of TinyCLIP's with fewer heads."""
+    if module.is_a(NARROW):
+        heads, width = module.num_heads, module.head_dim
+        return AttentionSpec(n_heads=heads, n_kv_heads=heads, d_head=width, scale=width**-0.5)
     if not module.batch_first:
         raise module.unsupported("tokens before the batch")
     if module.has("bias_k") or module.has("bias_v") or module.add_zero_attn:
@@ -113,7 +117,7 @@ def block(module: Reader) -> BlockSpec:
     custom = module.is_a(CUSTOM_BLOCK)
     if not custom and (not module.is_a(BLOCK) or module.has("ln_1_kv")):
         raise module.unsupported("its kind of block")
-    if not custom and not module.attn.is_a(MHA):
+    if not custom and not module.attn.is_a(MHA, NARROW):
         raise module.attn.unsupported("its kind of attention")
     if custom and norm(module.ln_attn) is not None:
         raise module.unsupported("sandwich norms, before and after attention")
@@ -152,7 +156,7 @@ def block_rows(module: Reader, source: str, target: str) -> str:
 
 
 def block_hooks(module: Reader, source: str, target: str) -> str:
-    """Return the hook rows of a block; ``h`` is its number of heads."""
+    """Return the hook rows of a block; ``d`` is the width of a head."""
     rows = f"""
         {source}.ln_1 : in        ->  {target}.hook_resid_pre
         {source}.ln_1             ->  {target}.ln1.hook_normalized
@@ -182,9 +186,9 @@ def block_hooks(module: Reader, source: str, target: str) -> str:
     )
 
 
-def mha_hooks(source: str, target: str, heads: str = "h") -> str:
-    """Return the hook rows of torch's multi-head attention, taken step by step."""
-    split = f"b p ({heads} d) -> b p {heads} d"
+def mha_hooks(source: str, target: str, width: str = "d") -> str:
+    """Return the hook rows of torch's multi-head attention, taken step by step; ``width`` names that of a head."""
+    split = f"b p (h {width}) -> b p h {width}"
     return f"""
         {source} @ linear        ->  {target}.hook_q            : {split}
         {source} @ linear#1      ->  {target}.hook_k            : {split}
@@ -280,7 +284,7 @@ def vision_weights(upstream: Reader, spec: ModelSpec) -> WeightMap:
 def vision_hooks(upstream: Reader, spec: ModelSpec) -> HookMap:
     """Return the hook map of open_clip's VisionTransformer."""
     rows = """
-        conv1          ->  hook_embed  : b d r c -> b (r c) d
+        conv1          ->  hook_embed  : b m r c -> b (r c) m
         ln_pre : in    ->  hook_full_embed
                        ->  hook_logits
     """
@@ -289,18 +293,18 @@ def vision_hooks(upstream: Reader, spec: ModelSpec) -> HookMap:
     if pool.attn is not None:
         rows += (
             norm_hooks("attn_pool.ln_k", "ln_final", "hook_ln_final")
-            + mha_hooks("attn_pool.attn", "pool.attn", heads="n")
+            + mha_hooks("attn_pool.attn", "pool.attn", width="e")
             + """
             attn_pool             ->  pool.hook_attn_out
             @ matmul : in         ->  ln_pool.hook_normalized
             """
         )
-        return HookMap.parse(rows, h=spec.blocks[0].attn.n_heads, n=pool.attn.n_heads)
+        return HookMap.parse(rows, d=spec.blocks[0].attn.d_head, e=pool.attn.d_head)
     if spec.ln_pool is None:
         rows += norm_hooks("ln_post", "ln_final", "hook_ln_final") + "@ matmul : in  ->  hook_pooled\n"
     else:
         rows += norm_hooks("ln_post", "ln_pool") + "ln_post : in  ->  hook_pooled\n"
-    return HookMap.parse(rows, h=spec.blocks[0].attn.n_heads)
+    return HookMap.parse(rows, d=spec.blocks[0].attn.d_head)
 
 
 def _blocks_rows(transformer: Reader) -> str:
@@ -392,4 +396,4 @@ def text_hooks(upstream: Reader, spec: TextSpec) -> HookMap:
     if upstream.has("text_projection") and not spec.suffix:
         place = "text_projection : in" if isinstance(upstream.text_projection, Reader) else "@ matmul : in"
         rows += f"{place}  ->  hook_pooled\n"
-    return HookMap.parse(rows, h=spec.blocks[0].attn.n_heads)
+    return HookMap.parse(rows, d=spec.blocks[0].attn.d_head)

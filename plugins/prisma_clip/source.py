@@ -51,11 +51,11 @@ class OpenClipSource(Source):
         elif _is_tag(name, which):
             weights = _fetched(name, which)
             model = _create(name, _as_trained(name, which) | options)
-            _fill(model, weights, sizes=bool(options))
+            fill(model, weights, sizes=bool(options))
             _set_preprocessing(model, _tag(name, which))
         elif which:
             model = _create(name, options)
-            _fill(model, which, sizes=bool(options))
+            fill(model, which, sizes=bool(options))
         else:
             raise LoadError(
                 f"open_clip:{name} names no trained weights. {_tags_of(name)} Load open_clip:{name}@TAG, "
@@ -173,9 +173,9 @@ def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> Loa
     files = [folder / name for name in WEIGHTS if (folder / name).is_file()]
     if pretrained and not files:
         raise LoadError(f"{folder} holds none of {', '.join(WEIGHTS)}. Give pretrained=False for random weights.")
-    model = _create_from(config, options)
+    model = create_from(config, options)
     if pretrained:
-        _fill(model, files[0], sizes=bool(options))
+        fill(model, files[0], sizes=bool(options))
     _set_preprocessing(model, config.get("preprocess_cfg", {}))
     return _loaded(model, Tokenizer(folder=folder.resolve()))
 
@@ -186,9 +186,9 @@ def _from_config(path: Path, checkpoint: str, pretrained: bool, options: dict[st
         raise LoadError(
             f"open_clip:{path} names no weights: expected open_clip:{path}@CHECKPOINT, or pretrained=False."
         )
-    model = _create_from(config, options)
+    model = create_from(config, options)
     if pretrained:
-        _fill(model, checkpoint, sizes=bool(options))
+        fill(model, checkpoint, sizes=bool(options))
     _set_preprocessing(model, config.get("preprocess_cfg", {}))
     return _loaded(model, Tokenizer())
 
@@ -207,7 +207,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return whole
 
 
-def _create_from(config: dict[str, Any], options: dict[str, Any]) -> nn.Module:
+def create_from(config: dict[str, Any], options: dict[str, Any]) -> nn.Module:
     """Return the model of a configuration that open_clip does not know by name."""
     import tempfile
 
@@ -230,7 +230,7 @@ def _set_preprocessing(model: nn.Module, config: dict[str, Any]) -> None:
 # -------------------------------------------------------------------- weights
 
 
-def _fill(model: Any, path: str | Path, *, sizes: bool) -> None:
+def fill(model: Any, path: str | Path, *, sizes: bool) -> None:
     """Put a checkpoint into a model, every tensor accounted for.
 
     Args:

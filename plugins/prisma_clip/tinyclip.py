@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prisma_core.errors import LoadError
@@ -63,11 +64,14 @@ def load(path: str | Path, **options: Any) -> nn.Module:
     Raises:
         LoadError: the file cannot be read safely, or its weights are not those of a transformer with heads of 64.
     """
-    from prisma_clip.source import _create_from, _fill  # pyright: ignore[reportPrivateUsage]
+    from prisma_clip.source import create_from, fill
 
     state = unwrapped(read_checkpoint(path))
-    model = _create_from({"model_cfg": config(state, path)}, options)
-    _fill(model, path, sizes=bool(options))
+    model: Any = create_from({"model_cfg": config(state, path)}, options)
+    for prefix, tower in (("visual.transformer.", model.visual.transformer), ("transformer.", model.transformer)):
+        for index, block in enumerate(tower.resblocks):
+            _narrow(block, state, f"{prefix}resblocks.{index}.", path)
+    fill(model, path, sizes=bool(options))
     return model
 
 
@@ -95,17 +99,15 @@ def config(state: Mapping[str, Tensor], path: object = "the checkpoint") -> dict
             "image_size": grid * patch,
             "layers": _layers(state, "visual.transformer."),
             "width": width,
-            "head_width": min(HEAD, width),
-            "mlp_ratio": _ratio(state, "visual.transformer.", width),
+            "head_width": width // _heads(width),
             "patch_size": patch,
         },
         "text_cfg": {
             "context_length": text_pos.shape[0],
             "vocab_size": vocabulary,
             "width": text_width,
-            "heads": max(1, text_width // HEAD),
+            "heads": _heads(text_width),
             "layers": _layers(state, "transformer."),
-            "mlp_ratio": _ratio(state, "transformer.", text_width),
         },
     }
 
@@ -115,5 +117,60 @@ def _layers(state: Mapping[str, Tensor], tower: str) -> int:
     return 1 + max(int(name.removeprefix(prefix).partition(".")[0]) for name in state if name.startswith(prefix))
 
 
-def _ratio(state: Mapping[str, Tensor], tower: str, width: int) -> float:
-    return state[f"{tower}resblocks.0.mlp.c_fc.weight"].shape[0] / width
+def _heads(width: int) -> int:
+    """Return how many heads fill a width; 1 where none do, for then each block has its own number."""
+    return 1 if width % HEAD else width // HEAD
+
+
+# -------------------------------------------------------------------- automatic inheritance
+
+
+class NarrowAttention(nn.Module):
+    """Multi-head attention whose heads together are not as wide as the stream: some were taken out.
+
+    Called as open_clip calls ``nn.MultiheadAttention``, step by step.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.num_heads = heads
+        self.head_dim = HEAD
+        self.in_proj_weight = nn.Parameter(torch.zeros(3 * heads * HEAD, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * heads * HEAD))
+        self.out_proj = nn.Linear(heads * HEAD, width)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, None]:
+        q, k, v = (
+            F.linear(x, weight, bias).unflatten(-1, (self.num_heads, HEAD)).transpose(1, 2)
+            for x, weight, bias in zip(
+                (query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True
+            )
+        )
+        scores = q * HEAD**-0.5 @ k.transpose(-2, -1)
+        pattern = torch.softmax(scores if attn_mask is None else scores + attn_mask, dim=-1)
+        return F.linear((pattern @ v).transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias), None
+
+
+def _narrow(block: Any, state: Mapping[str, Tensor], prefix: str, path: object) -> None:
+    """Give a block the heads and neurons that its weights have.
+
+    Raises:
+        LoadError: all heads or all neurons were taken out, or a head is not of 64 channels.
+    """
+    try:
+        projection, neurons = state[f"{prefix}attn.in_proj_weight"], state[f"{prefix}mlp.c_fc.weight"].shape[0]
+    except KeyError as error:
+        raise LoadError(
+            f"{path} lacks {error}: a block without attention or without an MLP is not supported."
+        ) from error
+    rows, width = projection.shape
+    if rows % (3 * HEAD):
+        raise LoadError(
+            f"{path}: {prefix}attn has {rows} rows, which are not the queries, keys and values of heads of 64."
+        )
+    if rows != 3 * width:
+        block.attn = NarrowAttention(width, rows // (3 * HEAD))
+    if neurons != block.mlp.c_fc.out_features:
+        block.mlp.c_fc, block.mlp.c_proj = nn.Linear(width, neurons), nn.Linear(neurons, width)
