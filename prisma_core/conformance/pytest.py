@@ -16,6 +16,7 @@ end of the run says how many of how many cases were checked, and ``--certificate
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -39,7 +40,11 @@ _DOCTOR_VISITS = 3  # a mistake in a part that all share would otherwise be expl
 
 
 def suite(
-    plugin: str, *, checks: str | Iterable[str] | None = None, cases: Sequence[Case] | None = None
+    plugin: str,
+    *,
+    checks: str | Iterable[str] | None = None,
+    cases: Sequence[Case] | None = None,
+    once: str | Iterable[str] = (),
 ) -> Callable[..., None]:
     """Return a test over every conformance case of a plugin and every check.
 
@@ -47,22 +52,33 @@ def suite(
         plugin: the name under which its cases are counted; the entry point's, unless ``cases`` are given.
         checks: names or globs; None for all that do not have to be asked for.
         cases: to use instead of those that the plugin's ``prisma_cases`` returns.
+        once: names or globs of checks that run on one architecture for each distinct combination of facts. On others
+            they are skipped, and counted so; ``--certificates`` runs them on all.
 
     Raises:
         UnknownName: no such check.
     """
     selected = select(checks)
+    rare = {one.name for one in select(once)} if once else set[str]()
     found = list(cases) if cases is not None else [case for case, _ in host().cases({plugin})]
     parameters = [pytest.param(case, one, id=f"{case.name}-{one.name}") for case in found for one in selected] or [
         pytest.param(None, None, id=plugin)
     ]
 
     @pytest.mark.parametrize(("case", "one"), parameters)
-    def test_conformance(case: Case | None, one: Check | None, record_property: Callable[[str, object], None]) -> None:
+    def test_conformance(
+        case: Case | None,
+        one: Check | None,
+        record_property: Callable[[str, object], None],
+        request: pytest.FixtureRequest,
+        tmp_path_factory: pytest.TempPathFactory,
+    ) -> None:
         if case is None or one is None:
             _explain_absence(plugin)
-        else:
-            _check(plugin, len(found), case, one, record_property)
+            return
+        spare = one.name in rare and not request.config.getoption("--certificates")
+        folder = _shared(tmp_path_factory) if spare else None
+        _check(plugin, len(found), case, one, record_property, folder)
 
     return test_conformance
 
@@ -74,10 +90,35 @@ def _explain_absence(plugin: str) -> None:
     pytest.fail(f"The plugin {plugin!r} has no conformance cases: implement its hook prisma_cases.", pytrace=False)
 
 
-def _check(plugin: str, of: int, case: Case, one: Check, record_property: Callable[[str, object], None]) -> None:
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder that all workers of this run share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+def _taken(folder: Path, name: str) -> bool:
+    """Return whether another test of this run has taken this name; if not, it is ours."""
+    try:
+        (folder / name).touch(exist_ok=False)
+    except FileExistsError:
+        return True
+    return False
+
+
+def _check(
+    plugin: str,
+    of: int,
+    case: Case,
+    one: Check,
+    record_property: Callable[[str, object], None],
+    folder: Path | None = None,
+) -> None:
     with _one_thread():
         subject = _subject(case)
-        result = run_check(one, subject)
+        if folder is not None and _taken(folder, f"{plugin}-{one.name}-{subject.facts()}"):
+            result = CheckResult(name=one.name, passed=False, skipped="checked on another one with the same facts")
+        else:
+            result = run_check(one, subject)
         certificate = certify(subject, [result.model_copy(update={"detail": ""})])
         record_property(PROPERTY, json.dumps([plugin, of, certificate.model_dump(mode="json", exclude_defaults=True)]))
         if result.skipped is not None:
