@@ -18,6 +18,7 @@ from prisma_core.weights import WeightMap
 VISION = "open_clip.transformer.VisionTransformer"
 TEXT = "open_clip.transformer.TextTransformer"
 TIMM = "open_clip.timm_model.TimmModel"
+HF_TEXT = "open_clip.hf_model.HFTextEncoder"
 CLIP = "open_clip.model.CLIP"
 CUSTOM_TEXT = "open_clip.model.CustomTextCLIP"
 COCA = "open_clip.coca_model.CoCa"
@@ -125,6 +126,8 @@ def tower(module: Reader) -> Adapter:
     for name, adapter in TOWERS.items():
         if module.is_a(name):
             return adapter
+    if module.is_a(HF_TEXT):
+        raise module.unsupported(f"a text tower of transformers ({type(module.transformer.module).__name__})")
     raise module.unsupported("its kind of tower")
 
 
