@@ -11,7 +11,7 @@ from prisma_core import UnsupportedArchitecture, adapt
 
 transformers = pytest.importorskip("transformers", reason="transformers is missing: pip install 'prisma-interp[hf]'")
 
-from prisma_hf.cases import built, main_output  # noqa: E402
+from prisma_hf.cases import autoencoder, built, main_output  # noqa: E402
 from prisma_hf.parts import explicit_attention  # noqa: E402
 
 
@@ -71,3 +71,18 @@ def test_other_sizes_follow_upstreams_interpolation(name: str, size: tuple[int, 
     assert torch.allclose(model(image), main_output(upstream, image), rtol=0, atol=1e-10)
     native = torch.nn.functional.interpolate(image, (24, 24))
     assert not torch.allclose(model(native).mean(1), model(image).mean(1))
+
+
+@torch.no_grad()
+def test_a_masked_autoencoder_hides_what_the_noise_says() -> None:
+    upstream: Any = autoencoder().eval().mae
+    image = torch.randn(2, 2, 24, 24)
+    noise = torch.rand(2, 9, generator=torch.Generator().manual_seed(0))
+    model = adapt(upstream)
+    pixels = model(image, noise=noise)
+    assert torch.equal(pixels, upstream(image, noise=noise).logits)
+    _, cache = model.run_with_cache(image, noise=noise)
+    assert cache["blocks.0.hook_resid_pre"].shape == (2, 1 + 4, 24)  # the class token and what is not hidden
+    assert cache["decoder.blocks.1.attn.hook_pattern"].shape == (2, 2, 10, 10)
+    other = torch.rand(2, 9, generator=torch.Generator().manual_seed(1))
+    assert not torch.allclose(model(image, noise=other), pixels)

@@ -10,6 +10,7 @@ from prisma_core.adapter import Adapter
 from prisma_core.conformance.case import Case
 from prisma_core.sources import Source
 from prisma_hf.encoder import EncoderAdapter
+from prisma_hf.mae import AutoencoderAdapter
 from prisma_hf.refused import RefusedAdapter
 from prisma_hf.source import HfSource
 
@@ -21,7 +22,7 @@ def prisma_sources() -> Sequence[Source]:
 
 @hookimpl
 def prisma_adapters() -> Sequence[Adapter]:
-    return [EncoderAdapter(), RefusedAdapter()]
+    return [EncoderAdapter(), AutoencoderAdapter(), RefusedAdapter()]
 
 
 @hookimpl

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from prisma_core.conformance.case import Case, Pictures
 from prisma_hf import parts
 from prisma_hf.classes import MODELS
+from prisma_hf.mae import InOrder
 from prisma_hf.pictures import pictures
 
 SMALL: dict[str, Any] = {
@@ -106,6 +107,15 @@ def built(name: str, **given: Any) -> nn.Module:
     return kind(kind.config_class(**{**SMALL, **given}))
 
 
+def autoencoder() -> nn.Module:
+    """Return a small masked autoencoder that hides the last patches."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    decoder = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}
+    given = {**SMALL, **{f"decoder_{name}": value for name, value in decoder.items()}, "mask_ratio": 0.5}
+    return InOrder(ViTMAEForPreTraining(ViTMAEConfig(**given)))
+
+
 def case(name: str, variant: str = "", **given: Any) -> Case:
     """Return the case of a class with a small config."""
     title = f"{name}{'.' if variant else ''}{variant}"
@@ -132,6 +142,7 @@ def cases() -> Iterator[Case]:
     yield case("BeitForMaskedImageModeling", vocab_size=11, use_mask_token=True, **flat)
     yield case("BeitForMaskedImageModeling", "tables", vocab_size=11, use_relative_position_bias=True)
     yield case("ViTMAEModel", mask_ratio=0.0)
+    yield Case("ViTMAEForPreTraining", autoencoder)
     yield case("ViTMSNModel")
     yield case("ViTMSNForImageClassification", **wide, **CLASSES)
     yield case("IJepaModel")

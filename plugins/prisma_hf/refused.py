@@ -10,8 +10,6 @@ from prisma_core.spec import ModelSpec
 from prisma_core.weights import WeightMap
 
 REASONS: dict[str, tuple[str, ...]] = {
-    "a decoder that reads tokens, not a picture; its encoder comes through: adapt model.vit, "
-    'or load with architecture="ViTMAEModel"': ("vit_mae.modeling_vit_mae.ViTMAEForPreTraining",),
     "not adapted: its attention is torch's own module": ("bridgetower.modeling_bridgetower.BridgeTowerVisionModel",),
     "not adapted: its pictures are packed into one row of tokens": ("pixtral.modeling_pixtral.PixtralVisionModel",),
     "not adapted: it conditions pictures and cuts positions at random": ("radio.modeling_radio.RadioModel",),
