@@ -30,11 +30,11 @@ CONTEXT = 7
 SIZES = {"width", "layers", "heads", "head_width", "mlp_ratio", "image_size", "patch_size", "context_length"}
 SIZES |= {"vocab_size", "hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode", "eos_id", "pad_id"}
 SIZES |= {"timm_drop", "timm_drop_path", "timm_model_pretrained", "patch_dropout", "output_tokens"}
-PARITY = ("parity.logits", "parity.hooks")
+EVERY = ("parity.logits", "parity.hooks", "weights.accounted", "weights.roundtrip")
 ALIKE = {
     name: "proven on a model whose configuration differs in sizes, or in which of a family of timm's it names, alone"
     for name in CHECKS
-    if name not in PARITY
+    if name not in EVERY
 }
 ELSEWHERE = dict.fromkeys(("hooks.live", "threads"), "proven on timm's model and on a text tower of its own")
 TEXTS = ("ViT-B-16-SigLIP", "EVA02-B-16", "coca_ViT-B-32")  # one for each kind of mask
@@ -66,7 +66,7 @@ def lone_towers() -> Iterator[Case]:
             kind = _kind({**config, "text_cfg": {}})
             yield replace(found, skips=ALIKE) if kind in seen else found
             seen.add(kind)
-    yield Case("TinyCLIP-auto", build=narrow, forward=logits)
+    yield Case("tinyclip/auto", build=narrow, forward=logits)
     for name in TEXTS:
         yield Case(f"{name}/text", build=partial(small_text, name), forward=read)
 
