@@ -6,6 +6,7 @@ import importlib
 import pickle
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from prisma_core.sources import Loaded, ModelInfo, Source
 from prisma_core.video import VideoPreprocess
 from prisma_hf.classes import MODELS
 from prisma_hf.places import Place, place
+from prisma_hf.texts import tokenizer
 
 CLASSES = {path.rpartition(".")[2]: path for path in MODELS}
 # What transformers and the readers of files below it raise over files that are broken, missing or of something else.
@@ -81,12 +83,14 @@ class HfSource(Source):
         common = {"local_files_only": True, "trust_remote_code": trust_remote_code}
         config, others = _config(where, folder, common, options)
         kind = _kind(config, architecture, trusted=trust_remote_code)
+        config = _own(config, kind)
         if pretrained:
             model = _pretrained(where, folder, kind, config, common | others, whole=architecture is None)
         else:
             model = _fresh(kind, config, others)
         model = _part(model, part, str(where))
-        return _loaded(model, config, _preprocess(folder, common) or _video_preprocess(folder, model, common))
+        loaded = _loaded(model, config, _preprocess(folder, common) or _video_preprocess(folder, model, common))
+        return replace(loaded, tokenizer=tokenizer(folder, config, common))
 
     def models(self) -> Iterator[ModelInfo]:
         for name, path in CLASSES.items():
@@ -207,6 +211,13 @@ def _fresh(kind: Any, config: Any, options: dict[str, Any]) -> nn.Module:
         return build(config, **options).eval()
     except TypeError as error:
         raise LoadError(f"{kind.__name__} cannot be made with {', '.join(options) or 'this'}: {error}") from error
+
+
+def _own(config: Any, kind: Any) -> Any:
+    """Return the part of a configuration that a class takes: a tower's, of a model of several."""
+    wanted = getattr(kind, "config_class", None)
+    parts = [] if type(config) is wanted else [part for part in vars(config).values() if type(part) is wanted]
+    return parts[0] if parts else config
 
 
 def _part(model: nn.Module, part: str | None, what: str) -> nn.Module:
