@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from typing import NamedTuple
 
-from torch import nn
-
 from prisma_core.adapter import Reader
+from prisma_core.reading import linear_rows
 from prisma_core.spec import Activation, AttentionSpec, BlockSpec, MlpSpec, NormSpec
 
 LAYER_NORM = "torch.nn.modules.normalization.LayerNorm"
@@ -91,14 +88,6 @@ def norm(module: Reader) -> NormSpec:
     return NormSpec(eps=module.eps)
 
 
-def plain_patches(proj: Reader) -> None:
-    """Refuse a projection that does more than cut a picture into patches and multiply each with a matrix."""
-    if not proj.is_a("torch.nn.modules.conv.Conv2d") or proj.kernel_size != proj.stride:
-        raise proj.unsupported("patches that overlap")
-    if (*proj.padding, *proj.dilation, proj.groups, proj.padding_mode) != (0, 0, 1, 1, 1, "zeros"):
-        raise proj.unsupported("a patch projection that pads, skips or splits pixels")
-
-
 def block(module: Reader) -> BlockSpec:
     """Return the facts of a block."""
     if not module.is_a(*BLOCKS):
@@ -162,14 +151,6 @@ def classes(head: Reader) -> int | None:
     return None if head.is_a(IDENTITY) else _linear(head).out_features
 
 
-def linear_rows(source: str, target: str) -> str:
-    """Return the rows of a linear layer's weights; zeros where it has no bias."""
-    return f"""
-        {source}.weight        ->  {target}.weight
-        {source}.bias | zeros  ->  {target}.bias
-    """
-
-
 def block_rows(module: Reader, source: str) -> str:
     """Return the weight rows of one block; ``source`` is its path."""
     to, attn = "blocks.{l}", f"{source}.attention"
@@ -222,28 +203,3 @@ def block_hooks(module: Reader, source: str, *, rope: bool) -> str:
             {attn} @ cat#3  ->  {to}.attn.hook_rot_k  : b h p d -> b p h d
         """
     return rows
-
-
-def same_for_all(upstream: Reader, tables: list[str]) -> str:
-    """Return the one table all blocks have.
-
-    Raises:
-        UnsupportedArchitecture: they have different ones.
-    """
-    if len(set(tables)) != 1:
-        raise upstream.unsupported("blocks built of different modules")
-    return tables[0]
-
-
-@contextmanager
-def explicit_attention(upstream: nn.Module) -> Generator[None]:
-    """Make upstream compute attention step by step for the time of the scope."""
-    configs = {id(part.config): part.config for part in upstream.modules() if hasattr(part, "config")}
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    try:
-        for config, _ in before:
-            config._attn_implementation = "eager"
-        yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.adapter import Adapter, Reader
+from prisma_core.explicit import eager_attention
 from prisma_core.hookmap import HookMap
 from prisma_core.layout import TokenLayout
+from prisma_core.reading import plain_patches, same_for_all
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec, PoolSpec
 from prisma_core.weights import WeightMap
 from prisma_dino import backbones, blocks
@@ -88,7 +90,7 @@ class Dinov2Adapter(Adapter):
         rows += _final_norm(f"{at}layernorm", spec)
         layers = [blocks.block_rows(one, f"{at}encoder.layer.{{l}}") for one in tower.encoder.layer]
         functions = {"around": around_registers(n)} if n else {}
-        return WeightMap.parse(rows + blocks.same_for_all(upstream, layers), functions)
+        return WeightMap.parse(rows + same_for_all(upstream, layers), functions)
 
     def hooks(self, upstream: Reader, spec: ModelSpec) -> HookMap:
         tower, at = _tower(upstream)
@@ -111,13 +113,13 @@ class Dinov2Adapter(Adapter):
                 @ getitem  ->  hook_logits
             """
         layers = [blocks.block_hooks(one, f"{at}encoder.layer.{{l}}", rope=False) for one in tower.encoder.layer]
-        return HookMap.parse(rows + blocks.same_for_all(upstream, layers), h=spec.blocks[0].attn.n_heads)
+        return HookMap.parse(rows + same_for_all(upstream, layers), h=spec.blocks[0].attn.n_heads)
 
     def output(self, result: Any) -> Tensor:
         return backbones.main_output(result)
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
-        return blocks.explicit_attention(upstream)
+        return eager_attention(upstream)
 
 
 def _embeddings(module: Reader) -> tuple[TokenLayout, EmbedSpec, tuple[int, int]]:
@@ -127,7 +129,7 @@ def _embeddings(module: Reader) -> tuple[TokenLayout, EmbedSpec, tuple[int, int]
     patches = module.patch_embeddings
     if not patches.is_a("Dinov2PatchEmbeddings", "Dinov2WithRegistersPatchEmbeddings"):
         raise patches.unsupported("its kind of patches")
-    blocks.plain_patches(patches.projection)
+    plain_patches(patches.projection)
     height, width = patches.image_size
     down, across = patches.projection.kernel_size
     rows, columns = height // down, width // across

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from prisma_core.adapter import Adapter, Reader
+from prisma_core.explicit import eager_attention
 from prisma_core.hookmap import HookMap
 from prisma_core.layout import TokenLayout
+from prisma_core.reading import plain_patches, same_for_all
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec, PoolSpec, RopeGrid, RopeSpec
 from prisma_core.weights import WeightMap
 from prisma_dino import backbones, blocks
@@ -38,7 +40,7 @@ class Dinov3Adapter(Adapter):
 
     def spec(self, upstream: Reader) -> ModelSpec:
         patch, rope = upstream.embeddings.patch_embeddings, upstream.rope_embeddings
-        blocks.plain_patches(patch)
+        plain_patches(patch)
         if not rope.is_a(ROPE):
             raise rope.unsupported("its kind of rotary embedding")
         sides = _pair(rope.config.patch_size)
@@ -77,7 +79,7 @@ class Dinov3Adapter(Adapter):
         """
         layers = [blocks.block_rows(one, "model.layer.{l}") for one in upstream.model.layer]
         tables = _rope_tables(upstream.rope_embeddings, spec)
-        return WeightMap.parse(rows + blocks.same_for_all(upstream, layers), {"rope": tables})
+        return WeightMap.parse(rows + same_for_all(upstream, layers), {"rope": tables})
 
     def hooks(self, upstream: Reader, spec: ModelSpec) -> HookMap:
         rows = """
@@ -94,13 +96,13 @@ class Dinov3Adapter(Adapter):
                 @ getitem  ->  hook_logits
             """
         layers = [blocks.block_hooks(one, "model.layer.{l}", rope=True) for one in upstream.model.layer]
-        return HookMap.parse(rows + blocks.same_for_all(upstream, layers), h=spec.blocks[0].attn.n_heads)
+        return HookMap.parse(rows + same_for_all(upstream, layers), h=spec.blocks[0].attn.n_heads)
 
     def output(self, result: Any) -> Tensor:
         return backbones.main_output(result)
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
-        return blocks.explicit_attention(upstream)
+        return eager_attention(upstream)
 
 
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:

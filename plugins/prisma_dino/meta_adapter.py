@@ -14,6 +14,7 @@ from torch.func import functional_call
 from prisma_core.adapter import Adapter, Reader
 from prisma_core.hookmap import HookMap
 from prisma_core.layout import TokenLayout
+from prisma_core.reading import plain_patches, same_for_all
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec, PoolSpec, RopeGrid, RopeSpec
 from prisma_core.weights import WeightMap
 from prisma_dino import blocks, meta_blocks
@@ -65,7 +66,7 @@ class MetaAdapter(Adapter):
 
     def spec(self, upstream: Reader) -> ModelSpec:
         proj = upstream.patch_embed.proj
-        blocks.plain_patches(proj)
+        plain_patches(proj)
         if upstream.is_a(V1):  # other repositories have a module of this name, too
             there = {*vars(upstream.module), *dict(upstream.module.named_children())}
             if others := sorted(name for name in there - V1_HAS if not name.startswith("_")):
@@ -120,7 +121,7 @@ class MetaAdapter(Adapter):
             rows += "rope_embed.periods  ->  [rope_cos, rope_sin]  : {rope}\n"
             functions["rope"] = _rope_tables(upstream.rope_embed, spec.layout)
         tables = [meta_blocks.block_rows(block) for block in upstream.blocks]
-        return WeightMap.parse(rows + blocks.same_for_all(upstream, tables), functions)
+        return WeightMap.parse(rows + same_for_all(upstream, tables), functions)
 
     def hooks(self, upstream: Reader, spec: ModelSpec) -> HookMap:
         output = "@ getitem" if upstream.is_a(V1) else "head"
@@ -135,7 +136,7 @@ class MetaAdapter(Adapter):
         # Meta's second generation never takes attention's steps apart.
         stepwise, rope = not upstream.is_a(V2), spec.rope is not None
         tables = [meta_blocks.block_hooks(block, rope=rope, stepwise=stepwise) for block in upstream.blocks]
-        return HookMap.parse(rows + blocks.same_for_all(upstream, tables), h=spec.blocks[0].attn.n_heads)
+        return HookMap.parse(rows + same_for_all(upstream, tables), h=spec.blocks[0].attn.n_heads)
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return _explicit(upstream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from prisma_core.adapter import Reader
+from prisma_core.reading import linear_rows
 from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec
 from prisma_dino import blocks
 
@@ -59,7 +60,7 @@ def block_rows(module: Reader) -> str:
         {at}.ls1.gamma          ->  {at}.ls1.gamma
         {at}.norm2.{{*}}        ->  {at}.ln2.{{*}}
         {at}.ls2.gamma          ->  {at}.ls2.gamma
-    """ + blocks.linear_rows(f"{at}.attn.proj", f"{at}.attn.out")
+    """ + linear_rows(f"{at}.attn.proj", f"{at}.attn.out")
     if module.mlp.has("w12"):
         rows += f"""
             {at}.mlp.w12.weight        ->  [{at}.mlp.fc_gate.weight, {at}.mlp.fc_in.weight]
@@ -70,7 +71,7 @@ def block_rows(module: Reader) -> str:
         parts = {"w1": "fc_gate", "w2": "fc_in", "w3": "fc_out"}
     else:
         parts = {"fc1": "fc_in", "fc2": "fc_out"}
-    return rows + "".join(blocks.linear_rows(f"{at}.mlp.{own}", f"{at}.mlp.{to}") for own, to in parts.items())
+    return rows + "".join(linear_rows(f"{at}.mlp.{own}", f"{at}.mlp.{to}") for own, to in parts.items())
 
 
 def block_hooks(module: Reader, *, rope: bool, stepwise: bool) -> str:

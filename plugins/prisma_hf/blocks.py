@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Literal
 
 from prisma_core.adapter import Reader
+from prisma_core.reading import linear_rows, norm_rows
 from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec, NormSpec
 from prisma_hf import parts
 from prisma_hf.names import BlockNames
@@ -96,7 +97,7 @@ def rows(layers: Reader, at: str, names: BlockNames) -> str:
     names = _resolved(first, names)
     theirs, ours = f"{at}.{{l}}", "blocks.{l}"
     if names.qkv:
-        rows = parts.linear_rows(f"{theirs}.{names.qkv}", f"{ours}.attn.qkv")
+        rows = linear_rows(f"{theirs}.{names.qkv}", f"{ours}.attn.qkv")
     else:
         projections = (names.q, names.k, names.v)
         weights = ", ".join(f"{theirs}.{path}.weight" for path in projections)
@@ -108,10 +109,10 @@ def rows(layers: Reader, at: str, names: BlockNames) -> str:
         """
     norms = ((names.ln1, "ln1"), (names.ln2, "ln2"), (names.q_norm, "attn.q_norm"), (names.k_norm, "attn.k_norm"))
     for source, target in norms:
-        rows += parts.norm_rows(f"{theirs}.{source}", f"{ours}.{target}") if source else ""
+        rows += norm_rows(f"{theirs}.{source}", f"{ours}.{target}") if source else ""
     linears = {"attn.out": names.out, "mlp.fc_in": names.fc1, "mlp.fc_gate": names.gate, "mlp.fc_out": names.fc2}
     for target, source in linears.items():
-        rows += parts.linear_rows(f"{theirs}.{source}", f"{ours}.{target}") if source else ""
+        rows += linear_rows(f"{theirs}.{source}", f"{ours}.{target}") if source else ""
     for source, target in ((names.ls1, "ls1"), (names.ls2, "ls2")):
         rows += f"{theirs}.{source}  ->  {ours}.{target}.gamma\n" if source else ""
     return rows

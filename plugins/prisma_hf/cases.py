@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from prisma_core.conformance.case import Case, Pictures
-from prisma_hf import parts
+from prisma_core.explicit import float64_softmax
 from prisma_hf.classes import MODELS
 from prisma_hf.mae import InOrder
 from prisma_hf.pictures import pictures
@@ -59,7 +59,7 @@ def unmasked(upstream: Any, image: Tensor) -> Tensor:
 
 def unrounded(upstream: Any, image: Tensor) -> Tensor:
     """Return the main output of a class whose attention is explicit alone, with a softmax in float32."""
-    with parts.float64_softmax():
+    with float64_softmax():
         return main_output(upstream, image)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from prisma_core.adapter import Adapter, Reader, qualified_name
 from prisma_core.hookmap import HookMap
 from prisma_core.layout import TokenLayout
+from prisma_core.reading import linear_rows, norm_rows, plain_patches
 from prisma_core.spec import EmbedSpec, ModelSpec, PoolSpec, RopeSpec
 from prisma_core.weights import WeightMap
 from prisma_hf import bias, blocks, parts, positions
@@ -61,7 +62,7 @@ class EncoderAdapter(Adapter):
         tower, at = parts.walk(upstream, names.at), _prefixed(names.at)
         rows = f"{at}{names.tower.stem}.{{*}}  ->  embed.stem.{{*}}\n"
         if not names.tower.stem:
-            rows = parts.linear_rows(f"{at}{names.tower.proj}", "embed.proj")
+            rows = linear_rows(f"{at}{names.tower.proj}", "embed.proj")
         if names.tower.prefix:
             tokens = ", ".join(f"{at}{path}" for _, path in names.tower.prefix)
             flat = parts.walk(tower, names.tower.prefix[0][1]).ndim == 1
@@ -69,21 +70,21 @@ class EncoderAdapter(Adapter):
         made, functions = positions.rows(tower, at, names.tower, spec.layout)
         turned, turning = positions.rope_rows(tower, at, names.tower, spec.layout)
         rows += made + turned
-        rows += parts.norm_rows(f"{at}{names.tower.embed_norm}", "embed.norm") if names.tower.embed_norm else ""
+        rows += norm_rows(f"{at}{names.tower.embed_norm}", "embed.norm") if names.tower.embed_norm else ""
         rows += f"ignore {at}embeddings.position_ids : positions are counted\n"
         for source, target in ((names.tower.ln_pre, "ln_pre"), (names.tower.ln_final, "ln_final")):
-            rows += parts.norm_rows(f"{at}{source}", target) if source else ""
+            rows += norm_rows(f"{at}{source}", target) if source else ""
         layers = parts.walk(tower, names.tower.blocks)
         rows += blocks.rows(layers, f"{at}{names.tower.blocks}", names.tower.block)
-        rows += parts.norm_rows(names.ln_pool, "ln_pool") if spec.ln_pool is not None else ""
+        rows += norm_rows(names.ln_pool, "ln_pool") if spec.ln_pool is not None else ""
         if names.head and parts.walk(upstream, names.head).is_a(parts.CONV):
             rows += f"""
                 {names.head}.weight        ->  head.weight  : o d 1 1 -> o d
                 {names.head}.bias | zeros  ->  head.bias
             """
         elif names.head:
-            rows += parts.linear_rows(names.head, "head")
-        rows += parts.linear_rows(names.head_dist, "head_dist") if names.head_dist else ""
+            rows += linear_rows(names.head, "head")
+        rows += linear_rows(names.head_dist, "head_dist") if names.head_dist else ""
         for key, reason in names.tower.ignored.items():
             rows += f"ignore {at}{key} : {reason}\n"
         for key, reason in names.ignored.items():
@@ -167,7 +168,7 @@ def _layout(tower: Reader, names: TowerNames) -> TokenLayout:
 def _embed(tower: Reader, names: TowerNames, layout: TokenLayout) -> EmbedSpec:
     proj = parts.walk(tower, names.proj)
     if not names.stem:
-        parts.plain_patches(proj)
+        plain_patches(proj)
     return EmbedSpec(
         patch=proj.kernel_size,
         in_channels=proj.in_channels,
@@ -183,7 +184,7 @@ def _classes(upstream: Reader, names: ModelNames) -> int | None:
         return None
     head = parts.walk(upstream, names.head)
     if head.is_a(parts.CONV) and names.pool == "patches":
-        parts.plain_patches(head)
+        plain_patches(head)
         if tuple(head.kernel_size) != (1, 1):
             raise head.unsupported("a head that reads several patches at once")
         return head.out_channels

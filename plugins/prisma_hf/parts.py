@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from prisma_core.adapter import Reader
+from prisma_core.explicit import eager_attention
 from prisma_core.spec import Activation, NormSpec
 
 LAYER_NORM = "torch.nn.modules.normalization.LayerNorm"
@@ -129,22 +128,6 @@ def norm(module: Reader) -> NormSpec | None:
     raise module.unsupported("a norm that is neither layer norm nor root mean square")
 
 
-def norm_rows(source: str, target: str) -> str:
-    """Return the rows of a norm's weights; ones and zeros where it has none."""
-    return f"""
-        {source}.weight | ones  ->  {target}.weight
-        {source}.bias | zeros   ->  {target}.bias
-    """
-
-
-def linear_rows(source: str, target: str) -> str:
-    """Return the rows of a linear layer's weights; zeros where it has no bias."""
-    return f"""
-        {source}.weight        ->  {target}.weight
-        {source}.bias | zeros  ->  {target}.bias
-    """
-
-
 def joined_bias(given: Sequence[str | None]) -> str:
     """Return the left side of a row that joins biases, None where there is none.
 
@@ -170,50 +153,16 @@ def activation(module: object) -> Activation:
     raise module.unsupported("its activation function")
 
 
-def plain_patches(proj: Reader) -> None:
-    """Refuse a projection that does more than cut a picture into patches and multiply each with a matrix."""
-    if not proj.is_a(CONV) or proj.kernel_size != proj.stride:
-        raise proj.unsupported("patches that overlap")
-    padded = proj.padding not in ("valid", (0, 0))
-    if padded or (*proj.dilation, proj.groups, proj.padding_mode) != (1, 1, 1, "zeros"):
-        raise proj.unsupported("a patch projection that pads, skips or splits pixels")
-
-
-@contextmanager
-def float64_softmax() -> Iterator[None]:
-    """Keep the softmax of explicit attention in float64, where upstream would round scores to float32."""
-    with _Float64Softmax():
-        yield
-
-
 @contextmanager
 def explicit_attention(upstream: nn.Module) -> Iterator[None]:
-    """Make upstream compute attention step by step for the time of the scope.
-
-    Its softmax keeps float64: upstream's explicit form, and that alone, would round scores to float32.
-    """
-    configs = {id(config): config for part in upstream.modules() if (config := getattr(part, "config", None))}
-    before = [(config, vars(config).get("_attn_implementation_internal")) for config in configs.values()]
+    """Make upstream compute attention step by step for the time of the scope, where its class is another one too."""
     fused = [part for part in upstream.modules() if "Sdpa" in type(part).__name__]
     kinds = [type(part) for part in fused]
     try:
-        for config, _ in before:
-            vars(config)["_attn_implementation_internal"] = "eager"
         for part, kind in zip(fused, kinds, strict=True):
             part.__class__ = kind.__base__
-        with float64_softmax():
+        with eager_attention(upstream):
             yield
     finally:
-        for config, implementation in before:
-            vars(config)["_attn_implementation_internal"] = implementation
         for part, kind in zip(fused, kinds, strict=True):
             part.__class__ = kind
-
-
-class _Float64Softmax(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        rounds = getattr(func, "__name__", "") == "softmax" and kwargs.get("dtype") is torch.float32
-        if rounds and args[0].dtype == torch.float64:
-            del kwargs["dtype"]
-        return func(*args, **kwargs)

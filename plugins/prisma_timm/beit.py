@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prisma_core.adapter import Adapter, Reader
 from prisma_core.hookmap import HookMap
 from prisma_core.layout import TokenLayout
+from prisma_core.reading import linear_rows, norm_rows, same_for_all
 from prisma_core.spec import AttentionSpec, BlockSpec, ModelSpec
 from prisma_core.weights import WeightMap
 from prisma_timm import common
@@ -62,13 +63,13 @@ class BeitAdapter(Adapter):
     def weights(self, upstream: Reader, spec: ModelSpec) -> WeightMap:
         shared = upstream.has("rel_pos_bias")
         table = (
-            common.linear_rows("patch_embed.proj", "embed.proj")
-            + common.norm_rows("patch_embed.norm", "embed.norm")
+            linear_rows("patch_embed.proj", "embed.proj")
+            + norm_rows("patch_embed.norm", "embed.norm")
             + """
             cls_token  ->  embed.prefix     :  1 n d -> n d
             pos_embed  ->  embed.pos_embed  :  1 p d -> p d
             """
-            + common.same_for_all(upstream, [_block_rows(block, shared) for block in upstream.blocks])
+            + same_for_all(upstream, [_block_rows(block, shared) for block in upstream.blocks])
             + common.end_rows()
         )
         return WeightMap.parse(table, {"bias": attn_bias})
@@ -77,7 +78,7 @@ class BeitAdapter(Adapter):
         at = "blocks.{l}"
         rows = HOOKS + common.END_HOOKS + stream_hooks(at, at) + pattern_hooks(f"{at}.attn", f"{at}.attn", z="proj")
         mlps = [common.mlp_hooks(block.mlp, f"{at}.mlp", f"{at}.mlp") for block in upstream.blocks]
-        return HookMap.parse(rows + common.same_for_all(upstream, mlps), h=spec.blocks[0].attn.n_heads)
+        return HookMap.parse(rows + same_for_all(upstream, mlps), h=spec.blocks[0].attn.n_heads)
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return common.explicit_attention(upstream)
@@ -119,7 +120,7 @@ def _block_rows(block: Reader, shared: bool) -> str:
     owners = [f"{at}.attn"] * block.attn.has("relative_position_bias_table") + ["rel_pos_bias"] * shared
     tables = [f"{owner}.relative_position_{part}" for owner in owners for part in ("bias_table", "index")]
     return (
-        common.norm_rows(f"{at}.norm1", f"{at}.ln1")
+        norm_rows(f"{at}.norm1", f"{at}.ln1")
         + f"""
             {at}.attn.qkv.weight  ->  {at}.attn.qkv.weight
             {bias}                ->  {at}.attn.qkv.bias
@@ -127,7 +128,7 @@ def _block_rows(block: Reader, shared: bool) -> str:
             {at}.gamma_1          ->  {at}.ls1.gamma
             {at}.gamma_2          ->  {at}.ls2.gamma
         """
-        + common.linear_rows(f"{at}.attn.proj", f"{at}.attn.out")
-        + common.norm_rows(f"{at}.norm2", f"{at}.ln2")
+        + linear_rows(f"{at}.attn.proj", f"{at}.attn.out")
+        + norm_rows(f"{at}.norm2", f"{at}.ln2")
         + common.mlp_rows(block.mlp, f"{at}.mlp", f"{at}.mlp")
     )

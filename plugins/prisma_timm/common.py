@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
 
 from prisma_core.adapter import Reader
+from prisma_core.explicit import switched
+from prisma_core.reading import linear_rows, norm_rows, plain_patches
 from prisma_core.spec import Activation, AttentionSpec, EmbedSpec, Interpolation, MlpSpec, NormSpec, PoolSpec
 
 LAYER_NORMS = ("torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm")
@@ -77,22 +78,6 @@ def norm(module: Reader) -> NormSpec | None:
     if module.is_a(*RMS_NORMS_FLOAT32):
         return NormSpec(kind="rms", eps=module.eps, in_float32=True)
     raise module.unsupported("a norm that is neither layer norm nor root mean square")
-
-
-def norm_rows(source: str, target: str) -> str:
-    """Return the rows of a norm's weights; ones and zeros where it has none."""
-    return f"""
-        {source}.weight | ones  ->  {target}.weight
-        {source}.bias | zeros   ->  {target}.bias
-    """
-
-
-def linear_rows(source: str, target: str) -> str:
-    """Return the rows of a linear layer's weights; zeros where it has no bias."""
-    return f"""
-        {source}.weight        ->  {target}.weight
-        {source}.bias | zeros  ->  {target}.bias
-    """
 
 
 def activation(module: Reader) -> Activation:
@@ -200,28 +185,10 @@ def pool(upstream: Reader, *, with_prefix: bool = False) -> PoolSpec:
     return PoolSpec(kind=kind, with_prefix=with_prefix)
 
 
-def same_for_all(upstream: Reader, tables: list[str]) -> str:
-    """Return the one table all blocks have.
-
-    Raises:
-        UnsupportedArchitecture: they have different ones.
-    """
-    if len(set(tables)) != 1:
-        raise upstream.unsupported("blocks built of different modules")
-    return tables[0]
-
-
-@contextmanager
-def explicit_attention(upstream: nn.Module) -> Iterator[None]:
-    """Make timm's attention modules compute step by step for the time of the scope."""
+def explicit_attention(upstream: nn.Module) -> AbstractContextManager[None]:
+    """Return a scope in which timm's attention modules compute step by step."""
     fused = [module for module in upstream.modules() if getattr(module, "fused_attn", False)]
-    for module in fused:
-        module.fused_attn = False
-    try:
-        yield
-    finally:
-        for module in fused:
-            module.fused_attn = True
+    return switched(fused, "fused_attn", False)
 
 
 def patch_embed(module: Reader, *, pos: bool, dynamic: bool) -> EmbedSpec:
@@ -246,14 +213,6 @@ def patch_embed(module: Reader, *, pos: bool, dynamic: bool) -> EmbedSpec:
         pos=pos,
         interpolation=Interpolation() if dynamic and any_size else None,
     )
-
-
-def plain_patches(proj: Reader) -> None:
-    """Refuse a projection that does more than cut a picture into patches and multiply each with a matrix."""
-    if not proj.is_a("torch.nn.modules.conv.Conv2d") or proj.kernel_size != proj.stride:
-        raise proj.unsupported("patches that overlap")
-    if (*proj.padding, *proj.dilation, proj.groups, proj.padding_mode) != (0, 0, 1, 1, 1, "zeros"):
-        raise proj.unsupported("a patch projection that pads, skips or splits pixels")
 
 
 def qk_norm(attn: Reader) -> NormSpec | None:

@@ -11,6 +11,7 @@ from torch import nn
 from prisma_core.adapter import Adapter, Reader
 from prisma_core.hookmap import HookMap
 from prisma_core.layout import TokenLayout
+from prisma_core.reading import linear_rows, norm_rows, same_for_all
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec
 from prisma_core.weights import WeightMap
 from prisma_timm import common, eva
@@ -73,22 +74,22 @@ class EncoderAdapter(Adapter):
         assert spec.rope is not None
         at, encoder = "encoder.blocks.{l}", upstream.encoder
         table = (
-            common.linear_rows("encoder.patch_embed.proj", "embed.proj")
-            + common.norm_rows("encoder.patch_embed.norm", "embed.norm")
+            linear_rows("encoder.patch_embed.proj", "embed.proj")
+            + norm_rows("encoder.patch_embed.norm", "embed.norm")
             + """
             encoder.pos_embed  ->  embed.pos_embed  :  1 p d -> p d
             """
-            + common.same_for_all(encoder, [eva.block_rows(one, at, "blocks.{l}") for one in encoder.blocks])
-            + common.norm_rows("encoder.norm", "ln_final")
-            + common.norm_rows("norm", "ln_pool")
-            + common.linear_rows("head", "head")
+            + same_for_all(encoder, [eva.block_rows(one, at, "blocks.{l}") for one in encoder.blocks])
+            + norm_rows("encoder.norm", "ln_final")
+            + norm_rows("norm", "ln_pool")
+            + linear_rows("head", "head")
             + ropes.rope_rows(encoder.rope, "encoder.rope")
         )
         return WeightMap.parse(table, {"rope": ropes.rope_tables(encoder.rope, spec.rope, spec.layout)})
 
     def hooks(self, upstream: Reader, spec: ModelSpec) -> HookMap:
         at, encoder, attn = "encoder.blocks.{l}", upstream.encoder, spec.blocks[0].attn
-        rows = common.same_for_all(encoder, [eva.block_hooks(one, at, "blocks.{l}") for one in encoder.blocks])
+        rows = same_for_all(encoder, [eva.block_hooks(one, at, "blocks.{l}") for one in encoder.blocks])
         return HookMap.parse(HOOKS + rows, h=attn.n_heads, w=attn.d_head)
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:

@@ -11,6 +11,7 @@ from torch import nn
 from prisma_core.adapter import Adapter, Reader
 from prisma_core.hookmap import HookMap
 from prisma_core.layout import TokenLayout
+from prisma_core.reading import linear_rows, norm_rows, same_for_all
 from prisma_core.spec import AttentionSpec, BlockSpec, ModelSpec, RopeSpec
 from prisma_core.weights import WeightMap
 from prisma_timm import common, latents
@@ -77,9 +78,9 @@ def turning(blocks: Reader) -> Literal["interleaved", "half"]:
 def block_rows(module: Reader, source: str, target: str) -> str:
     """Return the weight rows of one block."""
     return (
-        common.norm_rows(f"{source}.norm1", f"{target}.ln1")
+        norm_rows(f"{source}.norm1", f"{target}.ln1")
         + _attention_rows(module.attn, f"{source}.attn", f"{target}.attn")
-        + common.norm_rows(f"{source}.norm2", f"{target}.ln2")
+        + norm_rows(f"{source}.norm2", f"{target}.ln2")
         + common.mlp_rows(module.mlp, f"{source}.mlp", f"{target}.mlp")
         + f"""
         {source}.gamma_1  ->  {target}.ls1.gamma
@@ -103,10 +104,10 @@ def _attention_rows(attn: Reader, source: str, target: str) -> str:
         {weight}  ->  {target}.qkv.weight
         {bias}    ->  {target}.qkv.bias
         """
-        + common.norm_rows(f"{source}.q_norm", f"{target}.q_norm")
-        + common.norm_rows(f"{source}.k_norm", f"{target}.k_norm")
-        + common.norm_rows(f"{source}.norm", f"{target}.ln")
-        + common.linear_rows(f"{source}.proj", f"{target}.out")
+        + norm_rows(f"{source}.q_norm", f"{target}.q_norm")
+        + norm_rows(f"{source}.k_norm", f"{target}.k_norm")
+        + norm_rows(f"{source}.norm", f"{target}.ln")
+        + linear_rows(f"{source}.proj", f"{target}.out")
     )
 
 
@@ -178,13 +179,13 @@ class EvaAdapter(Adapter):
         prefix = [name for name in ("cls_token", "reg_token") if upstream.has(name)]
         position = "[zeros, pos_embed]" if upstream.no_embed_class and prefix else "pos_embed"
         table = (
-            common.linear_rows("patch_embed.proj", "embed.proj")
-            + common.norm_rows("patch_embed.norm", "embed.norm")
+            linear_rows("patch_embed.proj", "embed.proj")
+            + norm_rows("patch_embed.norm", "embed.norm")
             + f"""
             [{", ".join(prefix)}]  ->  embed.prefix     :  1 n d -> n d
             {position}             ->  embed.pos_embed  :  1 p d -> p d
             """
-            + common.same_for_all(upstream, [block_rows(one, "blocks.{l}", "blocks.{l}") for one in upstream.blocks])
+            + same_for_all(upstream, [block_rows(one, "blocks.{l}", "blocks.{l}") for one in upstream.blocks])
             + common.end_rows()
         )
         if upstream.has("attn_pool"):
@@ -202,7 +203,7 @@ class EvaAdapter(Adapter):
         """
         table += common.END_HOOKS
         at = "blocks.{l}"
-        table += common.same_for_all(upstream, [block_hooks(one, at, at) for one in upstream.blocks])
+        table += same_for_all(upstream, [block_hooks(one, at, at) for one in upstream.blocks])
         sizes = {"h": spec.blocks[0].attn.n_heads, "w": spec.blocks[0].attn.d_head}
         if upstream.has("attn_pool"):
             table += latents.pool_hooks(upstream.attn_pool, "attn_pool")

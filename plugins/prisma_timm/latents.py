@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from prisma_core.adapter import Reader
+from prisma_core.reading import linear_rows, norm_rows
 from prisma_core.spec import PoolSpec
-from prisma_timm.common import heads, linear_rows, mlp, mlp_hooks, mlp_rows, norm, norm_rows
+from prisma_timm.common import heads, mlp, mlp_hooks, mlp_rows, norm
 
 
 def pool(module: Reader, *, with_prefix: bool) -> PoolSpec:

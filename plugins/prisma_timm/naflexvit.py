@@ -11,6 +11,7 @@ from torch import nn
 from prisma_core.adapter import Adapter, Reader
 from prisma_core.hookmap import HookMap
 from prisma_core.layout import TokenLayout
+from prisma_core.reading import norm_rows, plain_patches, same_for_all
 from prisma_core.spec import BlockSpec, EmbedSpec, Interpolation, ModelSpec
 from prisma_core.weights import WeightMap
 from prisma_timm import blocks, common, eva, latents
@@ -108,8 +109,8 @@ class NaFlexVitAdapter(Adapter):
             embeds.pos_embed_x        ->  embed.pos_columns  : 1 p d -> p d
             {"[zeros, embeds.pos_embed]" if prefix else "embeds.pos_embed"}  ->  embed.pos_embed  : 1 y x d -> (y x) d
             """
-            + common.norm_rows("embeds.norm", "embed.norm")
-            + common.same_for_all(upstream, [_rows(block, at) for block in upstream.blocks])
+            + norm_rows("embeds.norm", "embed.norm")
+            + same_for_all(upstream, [_rows(block, at) for block in upstream.blocks])
             + common.end_rows()
         )
         if upstream.has("attn_pool"):
@@ -124,7 +125,7 @@ class NaFlexVitAdapter(Adapter):
 
     def hooks(self, upstream: Reader, spec: ModelSpec) -> HookMap:
         attn, latent = spec.blocks[0].attn, spec.pool.attn
-        rows = common.same_for_all(upstream, [_hooks(block, "blocks.{l}") for block in upstream.blocks])
+        rows = same_for_all(upstream, [_hooks(block, "blocks.{l}") for block in upstream.blocks])
         if upstream.has("attn_pool"):
             rows += latents.pool_hooks(upstream.attn_pool, "attn_pool")
         return HookMap.parse(
@@ -167,7 +168,7 @@ def _embed(embeds: Reader, native: tuple[int, int]) -> EmbedSpec:
     if embeds.dynamic_img_pad:
         raise embeds.unsupported("padding of images")
     if not embeds.is_linear:
-        common.plain_patches(embeds.proj)
+        plain_patches(embeds.proj)
     elif not embeds.proj.is_a(LINEAR):
         raise embeds.proj.unsupported("its patch projection")
     kind = embeds.pos_embed_type

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from prisma_core.adapter import Adapter, Reader
 from prisma_core.hookmap import HookMap
 from prisma_core.layout import TokenLayout
+from prisma_core.reading import linear_rows, norm_rows, same_for_all
 from prisma_core.spec import BlockSpec, ModelSpec
 from prisma_core.weights import WeightMap
 from prisma_timm import common, functions
@@ -54,12 +55,12 @@ class RelPosAdapter(Adapter):
 
     def weights(self, upstream: Reader, spec: ModelSpec) -> WeightMap:
         table = (
-            common.linear_rows("patch_embed.proj", "embed.proj")
-            + common.norm_rows("patch_embed.norm", "embed.norm")
+            linear_rows("patch_embed.proj", "embed.proj")
+            + norm_rows("patch_embed.norm", "embed.norm")
             + """
             cls_token  ->  embed.prefix  :  1 n d -> n d
             """
-            + common.same_for_all(upstream, [_block_rows(block) for block in upstream.blocks])
+            + same_for_all(upstream, [_block_rows(block) for block in upstream.blocks])
             + common.end_rows()
         )
         if not spec.blocks[0].attn.bias:
@@ -79,7 +80,7 @@ class RelPosAdapter(Adapter):
             + common.mlp_hooks(block.mlp, f"{at}.mlp", f"{at}.mlp")
             for block in upstream.blocks
         ]
-        table = HOOKS + common.END_HOOKS + common.same_for_all(upstream, rows)
+        table = HOOKS + common.END_HOOKS + same_for_all(upstream, rows)
         return HookMap.parse(table, h=spec.blocks[0].attn.n_heads)
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
@@ -107,12 +108,12 @@ def _block(block: Reader, shared: bool) -> BlockSpec:
 def _block_rows(block: Reader) -> str:
     at = "blocks.{l}"
     return (
-        common.norm_rows(f"{at}.norm1", f"{at}.ln1")
-        + common.linear_rows(f"{at}.attn.qkv", f"{at}.attn.qkv")
-        + common.norm_rows(f"{at}.attn.q_norm", f"{at}.attn.q_norm")
-        + common.norm_rows(f"{at}.attn.k_norm", f"{at}.attn.k_norm")
-        + common.linear_rows(f"{at}.attn.proj", f"{at}.attn.out")
-        + common.norm_rows(f"{at}.norm2", f"{at}.ln2")
+        norm_rows(f"{at}.norm1", f"{at}.ln1")
+        + linear_rows(f"{at}.attn.qkv", f"{at}.attn.qkv")
+        + norm_rows(f"{at}.attn.q_norm", f"{at}.attn.q_norm")
+        + norm_rows(f"{at}.attn.k_norm", f"{at}.attn.k_norm")
+        + linear_rows(f"{at}.attn.proj", f"{at}.attn.out")
+        + norm_rows(f"{at}.norm2", f"{at}.ln2")
         + common.mlp_rows(block.mlp, f"{at}.mlp", f"{at}.mlp")
         + f"""
             {at}.ls1.gamma  ->  {at}.ls1.gamma

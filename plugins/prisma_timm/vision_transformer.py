@@ -11,6 +11,7 @@ from torch import nn
 from prisma_core.adapter import Adapter, Reader
 from prisma_core.hookmap import HookMap
 from prisma_core.layout import TokenLayout
+from prisma_core.reading import linear_rows, norm_rows, same_for_all
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec, PoolSpec
 from prisma_core.weights import WeightMap
 from prisma_timm import blocks, common, latents
@@ -68,15 +69,15 @@ class VisionTransformerAdapter(Adapter):
         if spec.embed.stem == "opaque":
             rows += "patch_embed.{*}  ->  embed.stem.{*}\n"
         else:
-            rows += common.linear_rows("patch_embed.proj", "embed.proj")
-            rows += common.norm_rows("patch_embed.norm", "embed.norm")
+            rows += linear_rows("patch_embed.proj", "embed.proj")
+            rows += norm_rows("patch_embed.norm", "embed.norm")
         prefix = [name for name in ("cls_token", "dist_token", "reg_token") if upstream.has(name)]
         rows += f"[{', '.join(prefix)}]  ->  embed.prefix  : 1 n d -> n d\n"
         without_prefix = upstream.no_embed_class and spec.layout.n_prefix
         rows += f"{'[zeros, pos_embed]' if without_prefix else 'pos_embed'}  ->  embed.pos_embed  : 1 p d -> p d\n"
         if spec.pool.kind == "attention":
             rows += latents.pool_rows(upstream.attn_pool, "attn_pool")
-        rows += common.same_for_all(upstream, [blocks.block_rows(block) for block in upstream.blocks])
+        rows += same_for_all(upstream, [blocks.block_rows(block) for block in upstream.blocks])
         return WeightMap.parse(rows)
 
     def hooks(self, upstream: Reader, spec: ModelSpec) -> HookMap:
@@ -97,7 +98,7 @@ class VisionTransformerAdapter(Adapter):
             rows += common.HEAD_HOOKS
         if spec.pool.kind == "attention":
             rows += latents.pool_hooks(upstream.attn_pool, "attn_pool")
-        rows += common.same_for_all(upstream, [blocks.block_hooks(block) for block in upstream.blocks])
+        rows += same_for_all(upstream, [blocks.block_hooks(block) for block in upstream.blocks])
         latent_heads = spec.pool.attn.n_heads if spec.pool.attn else 1
         return HookMap.parse(rows, h=spec.blocks[0].attn.n_heads, n=latent_heads)
 

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-
-import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from prisma_core.adapter import Reader
 from prisma_core.layout import TokenLayout
@@ -101,14 +95,6 @@ def classes(head: Reader) -> int | None:
     return head.out_features
 
 
-def linear_rows(source: str, target: str) -> str:
-    """Return the rows of a linear layer's weights; zeros where it has no bias."""
-    return f"""
-        {source}.weight        ->  {target}.weight
-        {source}.bias | zeros  ->  {target}.bias
-    """
-
-
 def qkv_rows(source: str, target: str, names: tuple[str, str, str], biases: tuple[bool, bool, bool]) -> str:
     """Return the rows that join the projections of queries, keys and values; zeros where one has no bias."""
     weights = ", ".join(f"{source}.{name}.weight" for name in names)
@@ -124,29 +110,3 @@ def dtype_of(upstream: Reader) -> dict[str, Any]:
     """Return dtype and device of a model's weights, as arguments."""
     tensor = next(upstream.module.parameters())
     return {"dtype": tensor.dtype, "device": tensor.device}
-
-
-@contextmanager
-def explicit_attention(upstream: nn.Module) -> Iterator[None]:
-    """Make upstream compute attention step by step for the time of the scope, and leave it as it was.
-
-    Its softmax keeps float64: upstream's explicit form, and that alone, would round to float32.
-    """
-    configs = {id(part.config): part.config for part in upstream.modules() if hasattr(part, "config")}
-    before = {key: vars(config).get("_attn_implementation_internal") for key, config in configs.items()}
-    try:
-        for config in configs.values():
-            vars(config)["_attn_implementation_internal"] = "eager"
-        with _WideSoftmax():
-            yield
-    finally:
-        for key, config in configs.items():
-            vars(config)["_attn_implementation_internal"] = before[key]
-
-
-class _WideSoftmax(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.nn.functional.softmax and args[0].dtype == torch.float64:
-            kwargs.pop("dtype", None)
-        return func(*args, **kwargs)

@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from prisma_core.adapter import Adapter, Reader
+from prisma_core.explicit import eager_attention
 from prisma_core.hookmap import HookMap
+from prisma_core.reading import linear_rows
 from prisma_core.spec import BlockSpec, MlpSpec, ModelSpec, PoolSpec
 from prisma_core.video import VideoPreprocess
 from prisma_core.weights import WeightMap
@@ -75,9 +77,9 @@ class VideoMAEAdapter(Adapter):
                 classifier.{{*}}                ->  head.{{*}}
             """
             + parts.qkv_rows(f"{layer}.attention.attention", "blocks.{l}.attn.qkv", ("query", "key", "value"), biases)
-            + parts.linear_rows(f"{layer}.attention.output.dense", "blocks.{l}.attn.out")
-            + parts.linear_rows(f"{layer}.intermediate.dense", "blocks.{l}.mlp.fc_in")
-            + parts.linear_rows(f"{layer}.output.dense", "blocks.{l}.mlp.fc_out"),
+            + linear_rows(f"{layer}.attention.output.dense", "blocks.{l}.attn.out")
+            + linear_rows(f"{layer}.intermediate.dense", "blocks.{l}.mlp.fc_in")
+            + linear_rows(f"{layer}.output.dense", "blocks.{l}.mlp.fc_out"),
             {"positions": fixed},
         )
 
@@ -117,7 +119,7 @@ class VideoMAEAdapter(Adapter):
         return preprocess_of(processor, frames)
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
-        return parts.explicit_attention(upstream)
+        return eager_attention(upstream)
 
 
 def _block(layer: Reader) -> BlockSpec:

@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 from torch import nn
 
 from prisma_core.adapter import Adapter, Reader
+from prisma_core.explicit import eager_attention
 from prisma_core.hookmap import HookMap
+from prisma_core.reading import linear_rows
 from prisma_core.spec import BlockSpec, MlpSpec, ModelSpec, PoolSpec
 from prisma_core.video import VideoPreprocess
 from prisma_core.weights import WeightMap
@@ -74,9 +76,9 @@ class VivitAdapter(Adapter):
             + parts.qkv_rows(
                 f"{layer}.attention", "blocks.{l}.attn.qkv", ("q_proj", "k_proj", "v_proj"), (bias, bias, bias)
             )
-            + parts.linear_rows(f"{layer}.attention.o_proj", "blocks.{l}.attn.out")
-            + parts.linear_rows(f"{layer}.mlp.fc1", "blocks.{l}.mlp.fc_in")
-            + parts.linear_rows(f"{layer}.mlp.fc2", "blocks.{l}.mlp.fc_out")
+            + linear_rows(f"{layer}.attention.o_proj", "blocks.{l}.attn.out")
+            + linear_rows(f"{layer}.mlp.fc1", "blocks.{l}.mlp.fc_in")
+            + linear_rows(f"{layer}.mlp.fc2", "blocks.{l}.mlp.fc_out")
         )
 
     def hooks(self, upstream: Reader, spec: ModelSpec) -> HookMap:
@@ -115,7 +117,7 @@ class VivitAdapter(Adapter):
         return preprocess_of(processor, frames)
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
-        return parts.explicit_attention(upstream)
+        return eager_attention(upstream)
 
 
 def _block(layer: Reader) -> BlockSpec:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.adapter import Adapter, Reader
+from prisma_core.explicit import eager_attention
 from prisma_core.hookmap import HookMap
+from prisma_core.reading import linear_rows
 from prisma_core.spec import BlockSpec, Interpolation, MlpSpec, ModelSpec, PoolSpec, RopeCount, RopeSpec
 from prisma_core.transformer.rope import count_tables
 from prisma_core.video import VideoPreprocess
@@ -87,9 +89,9 @@ class VJEPA2Adapter(Adapter):
                 ignore predictor.{{*}} : the predictor is a model of its own, which reads what this one returns
             """
             + parts.qkv_rows(f"{layer}.attention", "blocks.{l}.attn.qkv", ("query", "key", "value"), (bias, bias, bias))
-            + parts.linear_rows(f"{layer}.attention.proj", "blocks.{l}.attn.out")
-            + parts.linear_rows(f"{layer}.mlp.fc1", "blocks.{l}.mlp.fc_in")
-            + parts.linear_rows(f"{layer}.mlp.fc2", "blocks.{l}.mlp.fc_out"),
+            + linear_rows(f"{layer}.attention.proj", "blocks.{l}.attn.out")
+            + linear_rows(f"{layer}.mlp.fc1", "blocks.{l}.mlp.fc_in")
+            + linear_rows(f"{layer}.mlp.fc2", "blocks.{l}.mlp.fc_out"),
             {"rope": tables},
         )
 
@@ -130,7 +132,7 @@ class VJEPA2Adapter(Adapter):
         return preprocess_of(processor, frames)
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
-        return parts.explicit_attention(upstream)
+        return eager_attention(upstream)
 
 
 def block(layer: Reader) -> BlockSpec:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.adapter import MapAdapter, Reader
+from prisma_core.explicit import eager_attention
 from prisma_core.hookmap import HookMap
 from prisma_core.spec import MapSpec
 from prisma_core.video import VideoPreprocess
@@ -85,7 +86,7 @@ class VJEPA2PredictorAdapter(MapAdapter):
         return HookMap.parse(_elsewhere_rows(predictor, f"{at}layer")) if _fused(predictor) else HookMap((), {})
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
-        return parts.explicit_attention(upstream)
+        return eager_attention(upstream)
 
     def output(self, result: Any) -> Tensor:
         return result if isinstance(result, Tensor) else result.last_hidden_state
@@ -141,7 +142,7 @@ class VJEPA2ClassifierAdapter(MapAdapter):
         return HookMap.parse(rows + _elsewhere_rows(upstream.vjepa2.encoder, "vjepa2.encoder.layer"))
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
-        return parts.explicit_attention(upstream)
+        return eager_attention(upstream)
 
     def preprocess(self, upstream: Reader, processor: Any) -> VideoPreprocess:
         return preprocess_of(processor, self.facts(upstream).shape[0])
