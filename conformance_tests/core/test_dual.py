@@ -223,6 +223,22 @@ def test_positions_may_count_the_text_alone() -> None:
 
 
 @torch.no_grad()
+def test_the_mean_leaves_padding_out_and_an_mlp_may_project_it() -> None:
+    head = MlpSpec(d_mlp=6, act="gelu")
+    model = drawn(text_spec(pad_id=7, causal=False, pool=TextPoolSpec(kind="avg"), head=head))
+    tokens = torch.tensor([[3, 4, 5, 7, 7]])
+    out, cache = model.run_with_cache(tokens)
+    assert torch.allclose(cache["hook_pooled"], cache["hook_ln_final"][:, :3].mean(1), atol=1e-12)
+    assert torch.allclose(out, model(tokens[:, :3]), atol=1e-12)
+    post = torch.nn.functional.gelu(cache["head_mlp.hook_pre"])
+    assert torch.allclose(post @ model.head_mlp.W_out + model.head_mlp.b_out, out, atol=1e-12)
+    with pytest.raises(prisma.NotApplicable, match="head is an MLP"):
+        _ = model.W_U
+    with pytest.raises(ValueError, match="needs a padding"):
+        text_spec(pool=TextPoolSpec(kind="avg"))
+
+
+@torch.no_grad()
 def test_a_post_norm_block_norms_the_stream_itself() -> None:
     post = block(12).model_copy(update={"kind": "post", "ln2": NormSpec(eps=0.1)})
     spec = text_spec().model_copy(update={"blocks": (post,) * 2, "ln_final": None})

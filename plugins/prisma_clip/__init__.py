@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 
+from prisma_clip.hf_bert import OpenClipText
 from prisma_clip.hf_dual import HfDual, Projected
 from prisma_clip.hf_towers import TOWERS as HF_TOWERS
 from prisma_clip.source import OpenClipSource
@@ -22,7 +23,16 @@ def prisma_sources() -> Sequence[Source]:
 
 @hookimpl
 def prisma_adapters() -> Sequence[Adapter]:
-    return [DualAdapter(), VisionAdapter(), TimmAdapter(), TextAdapter(), HfDual(), Projected(), *HF_TOWERS]
+    return [
+        DualAdapter(),
+        VisionAdapter(),
+        TimmAdapter(),
+        TextAdapter(),
+        OpenClipText(),
+        HfDual(),
+        Projected(),
+        *HF_TOWERS,
+    ]
 
 
 @hookimpl

@@ -37,6 +37,12 @@ ALIKE = {
     if name not in EVERY
 }
 ELSEWHERE = dict.fromkeys(("hooks.live", "threads"), "proven on timm's model and on a text tower of its own")
+BERTS = {
+    "roberta-ViT-B-32": "Roberta",
+    "xlm-roberta-base-ViT-B-32": "XLMRoberta",
+    "xlm-roberta-large-ViT-H-14": "XLMRoberta",
+    "coca_roberta-ViT-B-32": "Roberta",
+}
 TEXTS = ("ViT-B-16-SigLIP", "EVA02-B-16", "coca_ViT-B-32")  # one for each kind of mask
 
 
@@ -66,6 +72,8 @@ def lone_towers() -> Iterator[Case]:
             kind = _kind({**config, "text_cfg": {}})
             yield replace(found, skips=ALIKE) if kind in seen else found
             seen.add(kind)
+    for name, kind in BERTS.items():
+        yield Case(f"{name}/whole", build=partial(with_bert, name, kind), forward=logits)
     yield Case("tinyclip/auto", build=narrow, forward=logits)
     for name in TEXTS:
         yield Case(f"{name}/text", build=partial(small_text, name), forward=read)
@@ -187,6 +195,22 @@ def small_text(name: str) -> nn.Module:
     """Return a small text tower of a model."""
     model: Any = small(name)
     return model.text
+
+
+def with_bert(name: str, kind: str) -> nn.Module:
+    """Return a small model whose text tower is transformers'; open_clip asks the hub for its configuration."""
+    import transformers
+    from open_clip.hf_model import HFTextEncoder
+
+    sizes = {"vocab_size": 41, "hidden_size": 32, "intermediate_size": 36, "num_hidden_layers": 2, "pad_token_id": 1}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 10, "type_vocab_size": 2}
+    config = config_of(name)
+    model: Any = _built(name, config, {**TEXT, "context_length": CONTEXT})
+    made = getattr(transformers, f"{kind}Config")(**sizes)
+    text = open_clip.CLIPTextCfg(**config["text_cfg"])
+    pooling = {"pooler_type": text.hf_pooler_type, "proj_type": text.hf_proj_type}
+    model.text = HFTextEncoder("", EMBED, config=made, output_tokens="multimodal_cfg" in config, **pooling)
+    return model.eval()
 
 
 def narrow() -> nn.Module:

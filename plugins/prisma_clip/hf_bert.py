@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from prisma_clip.common import LINEAR, activation, linear_rows, norm, norm_hooks, norm_rows
+from prisma_clip.common import IDENTITY, LINEAR, activation, linear_rows, norm, norm_hooks, norm_rows
 from prisma_clip.hf_parts import Tower, models
 from prisma_core.adapter import Reader
 from prisma_core.hookmap import HookMap
@@ -153,6 +156,71 @@ class AltText(Tower):
         assert isinstance(spec, TextSpec)
         own = HookMap.parse(norm_hooks("pre_LN", "ln_final", "hook_ln_final"))
         return _hooks("roberta.embeddings", "roberta.encoder.layers", spec) | own
+
+
+class OpenClipText(Tower):
+    """RoBERTa in open_clip's wrapping: the mean of the text, and one linear layer or two with an activation between."""
+
+    types = ("open_clip.hf_model.HFTextEncoder",)
+    inner = models("roberta.modeling_roberta.RobertaModel", "xlm_roberta.modeling_xlm_roberta.XLMRobertaModel")
+    ignored: ClassVar[Mapping[str, str]] = {
+        **Tower.ignored,
+        "HFTextEncoder.*": "read from the modules",
+        "ClsLastHiddenStatePooler.cls_token_position": "the first",
+        "*.is_decoder": "read as is_causal",
+        "*.add_cross_attention": "there is none where nothing is decoded",
+        "*.is_cross_attention": "there is none where nothing is decoded",
+        "*.layer_idx": "which layer it is",
+    }
+
+    def spec(self, upstream: Reader) -> TextSpec:
+        text = upstream.transformer
+        if not text.is_a(*self.inner):
+            raise upstream.unsupported(f"a text tower of transformers ({type(text.module).__name__})")
+        pools = {"open_clip.hf_model.MeanPooler": "avg", "open_clip.hf_model.ClsLastHiddenStatePooler": "first"}
+        kind = next((pools[name] for name in pools if upstream.pooler.is_a(name)), None)
+        if kind is None:
+            raise upstream.pooler.unsupported("its kind of pooling")
+        width, head = _projection(upstream.proj)
+        return TextSpec(
+            **_embedded(text.embeddings, list(text.encoder.layer)),
+            pool=TextPoolSpec(kind=kind),
+            n_classes=width,
+            head=head,
+        )
+
+    def weights(self, upstream: Reader, spec: AnySpec) -> WeightMap:
+        assert isinstance(spec, TextSpec)
+        own = linear_rows("proj", "head")
+        if spec.head is not None:
+            own = linear_rows("proj.0", "head_mlp.fc_in") + linear_rows("proj.2", "head_mlp.fc_out")
+        own += "ignore transformer.pooler.{*} : makes a second output of the first token, which is not read\n"
+        table = _rows(upstream.transformer.embeddings, "transformer.embeddings", "transformer.encoder.layer")
+        return table | WeightMap.parse(own)
+
+    def hooks(self, upstream: Reader, spec: AnySpec) -> HookMap:
+        assert isinstance(spec, TextSpec)
+        own = """
+            pooler  ->  hook_pooled
+            proj    ->  hook_logits
+        """
+        if spec.head is not None:
+            own += """
+                proj.0       ->  head_mlp.hook_pre
+                proj.2 : in  ->  head_mlp.hook_post
+            """
+        return _hooks("transformer.embeddings", "transformer.encoder.layer", spec) | HookMap.parse(own)
+
+
+def _projection(proj: Reader) -> tuple[int | None, MlpSpec | None]:
+    if proj.is_a(IDENTITY):
+        return None, None
+    if proj.is_a(LINEAR):
+        return proj.out_features, None
+    layers = list(proj)
+    if len(layers) != 3 or not layers[0].is_a(LINEAR) or not layers[2].is_a(LINEAR):
+        raise proj.unsupported("a projection that is neither one linear layer nor two")
+    return layers[2].out_features, MlpSpec(d_mlp=layers[0].out_features, act=activation(layers[1]))
 
 
 def through(first: str, second: str, target: str) -> WeightMap:

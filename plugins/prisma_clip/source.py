@@ -137,6 +137,13 @@ class Tokenizer:
 def _create(name: str, options: dict[str, Any]) -> nn.Module:
     import open_clip
 
+    text = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
+    if (repository := text.get("hf_model_name")) and "text_cfg" not in options:
+        from prisma_core.hub import fetch  # open_clip asks the hub for it; if it cannot come, that is one short error
+
+        fetch(
+            repository, ["config.json"], reference=f"the configuration of open_clip:{name}'s text tower, {repository},"
+        )
     logger = logging.getLogger()
     before = logger.level
     logger.setLevel(logging.ERROR)  # it warns that weights are random; they are about to be filled, or asked to be so

@@ -10,6 +10,7 @@ from torch import nn
 
 from prisma_clip import native, timm_tower
 from prisma_clip.explicit import explicit_attention
+from prisma_clip.hf_bert import OpenClipText
 from prisma_core.adapter import Adapter, Reader
 from prisma_core.hookmap import HookMap
 from prisma_core.spec import AnySpec, DualSpec, ModelSpec, TextSpec
@@ -114,7 +115,12 @@ class TextAdapter(Adapter):
         return explicit_attention(upstream)
 
 
-TOWERS: dict[str, Adapter] = {VISION: VisionAdapter(), TIMM: TimmAdapter(), TEXT: TextAdapter()}
+TOWERS: dict[str, Adapter] = {
+    VISION: VisionAdapter(),
+    TIMM: TimmAdapter(),
+    TEXT: TextAdapter(),
+    HF_TEXT: OpenClipText(),
+}
 
 
 def tower(module: Reader) -> Adapter:
@@ -126,8 +132,6 @@ def tower(module: Reader) -> Adapter:
     for name, adapter in TOWERS.items():
         if module.is_a(name):
             return adapter
-    if module.is_a(HF_TEXT):
-        raise module.unsupported(f"a text tower of transformers ({type(module.transformer.module).__name__})")
     raise module.unsupported("its kind of tower")
 
 
@@ -190,8 +194,10 @@ class DualAdapter(Adapter):
         return tower(upstream.visual).stem(upstream.visual, spec.vision)
 
     def parts(self, upstream: Reader) -> Sequence[Adapter]:
-        return tower(upstream.visual).parts(upstream.visual)
+        text = [] if upstream.is_a(CLIP) else [tower(upstream.text)]
+        return [*tower(upstream.visual).parts(upstream.visual), *text]
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
-        visual = Reader(upstream).visual
-        return _explicit([(tower(visual), visual.module)], upstream)
+        reader = Reader(upstream)
+        towers = [reader.visual] if reader.is_a(CLIP) else [reader.visual, reader.text]
+        return _explicit([(tower(one), one.module) for one in towers], upstream)

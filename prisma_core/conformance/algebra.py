@@ -242,11 +242,14 @@ def _hidden(model: HookedText, ids: Tensor) -> Tensor:
 
 
 def _named(model: HookedText, x: Tensor, ids: Tensor) -> Tensor:
-    pool = model.spec.pool
+    pool, pad = model.spec.pool, model.spec.pad_id
     if pool.kind == "none":
         return x
     found: list[Tensor] = []
     for own, row in zip(x, cast("list[list[int]]", ids.tolist()), strict=True):
+        if pool.kind == "avg":
+            found.append(torch.stack([vector for vector, token in zip(own, row, strict=True) if token != pad]).mean(0))
+            continue
         ends = {"argmax": row.index(max(row)), "first": 0, "last": len(own) - 1}
         found.append(own[row.index(cast(int, pool.eos_id)) if pool.kind == "eos" else ends[pool.kind]])
     return torch.stack(found)
@@ -288,6 +291,10 @@ def _pooling(model: HookedViT, acts: Acts, x: Tensor) -> Claims:
 
 def _head(model: HookedViT | HookedText, acts: Acts, tokens: Tensor | None = None) -> Claims:
     read = yield from claims.norm(acts.under("ln_pool"), model.ln_pool, acts["hook_pooled"])
+    if isinstance(model, HookedText) and model.spec.head is not None:
+        made = yield from claims.mlp(acts.under("head_mlp"), model.head_mlp, read)
+        yield acts.claim("hook_logits", "head(ln_pool(pooled))", made)
+        return
     logits = _linear(model, "head", read)
     if isinstance(model, HookedViT) and model.spec.n_heads_out == 2:
         assert tokens is not None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field, TypeAdapter, model_validator
 
 from prisma_core.layout import TokenLayout
-from prisma_core.spec.parts import BlockSpec, EmbedSpec, Facts, NormSpec, PoolSpec, RopeSpec
+from prisma_core.spec.parts import BlockSpec, EmbedSpec, Facts, MlpSpec, NormSpec, PoolSpec, RopeSpec
 
 
 class ModelSpec(Facts):
@@ -66,10 +66,11 @@ class TextPoolSpec(Facts):
 
     Attributes:
         kind: ``argmax``: at the largest token id, where CLIP's end of text stands. ``eos``: at the first ``eos_id``.
-            ``first`` and ``last``: at that position. ``none``: all tokens.
+            ``first`` and ``last``: at that position. ``avg``: the mean of the tokens that are no padding. ``none``: all
+            tokens.
     """
 
-    kind: Literal["argmax", "eos", "first", "last", "none"]
+    kind: Literal["argmax", "eos", "first", "last", "avg", "none"]
     eos_id: int | None = None
 
     @model_validator(mode="after")
@@ -92,6 +93,7 @@ class TextSpec(Facts):
         pos_by_text: positions count the tokens that are no padding, from row 1 on; padding has row 0.
         ln_pre: a norm of the embeddings.
         n_classes: the width of the output projection; None where there is none.
+        head: an MLP in the place of the projection.
     """
 
     kind: Literal["text"] = "text"
@@ -109,6 +111,7 @@ class TextSpec(Facts):
     pool: TextPoolSpec
     ln_pool: NormSpec | None = None
     n_classes: int | None = Field(default=None, gt=0)
+    head: MlpSpec | None = None
 
     @property
     def n_layers(self) -> int:
@@ -118,6 +121,10 @@ class TextSpec(Facts):
     def _positions(self) -> TextSpec:
         if self.pos_by_text and (self.pad_id is None or self.suffix):
             raise ValueError("positions that count text need a padding to leave out, and nothing behind it")
+        if self.pool.kind == "avg" and (self.pad_id is None or self.suffix):
+            raise ValueError("a mean of the tokens that are no padding needs a padding, and nothing behind it")
+        if self.head is not None and self.n_classes is None:
+            raise ValueError("an MLP in the place of the projection needs n_classes, its width")
         return self
 
     @property

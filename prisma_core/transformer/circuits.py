@@ -77,6 +77,8 @@ class Circuits:
         """The head's weights, a view: ``[d_model class]``."""
         if self.spec.n_classes is None:
             raise NotApplicable("This model has no head, so it has no W_U.")
+        if not hasattr(self, "head"):
+            raise NotApplicable("This model's head is an MLP, so it has no W_U: see its head_mlp.")
         return self.head.weight.T
 
     @property

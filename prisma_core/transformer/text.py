@@ -15,6 +15,7 @@ from prisma_core.spec import TextPoolSpec, TextSpec
 from prisma_core.transformer.block import STREAM, make_block
 from prisma_core.transformer.canonical import Canonical, Size, check_place, layer_index
 from prisma_core.transformer.circuits import Circuits
+from prisma_core.transformer.mlp import MLP
 from prisma_core.transformer.norm import norm_or_identity
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
@@ -68,7 +69,10 @@ class HookedText(Circuits, Canonical):
         self.hook_pooled = HookPoint(pooled, f"the stream pooled by {spec.pool.kind}, before ln_pool")
         self.ln_pool = norm_or_identity(spec.ln_pool, spec.d_model, pooled)
         if spec.n_classes is not None:
-            self.head = nn.Linear(spec.d_model, spec.n_classes)
+            if spec.head is None:
+                self.head = nn.Linear(spec.d_model, spec.n_classes)
+            else:
+                self.head_mlp = MLP(spec.head, spec.d_model, spec.n_classes, pooled.removesuffix(" d_model"))
         read = "ln_pool(pooled)" if spec.ln_pool else "pooled"
         axes = pooled if spec.n_classes is None else pooled.replace("d_model", "class")
         self.hook_logits = HookPoint(axes, f"head({read})" if spec.n_classes is not None else read)
@@ -140,8 +144,10 @@ class HookedText(Circuits, Canonical):
         """Return the output for a residual stream ``[batch pos d_model]``: final norm, pooling, projection."""
         if self.spec.ln_final is not None:
             x = self.hook_ln_final(self.ln_final(x))
-        pooled = self.ln_pool(self.hook_pooled(pool_tokens(self.spec.pool, x, tokens)))
-        return self.hook_logits(self.head(pooled) if self.spec.n_classes is not None else pooled)
+        pooled = self.ln_pool(self.hook_pooled(pool_tokens(self.spec.pool, x, tokens, self.spec.pad_id)))
+        if self.spec.n_classes is not None:
+            pooled = self.head(pooled) if self.spec.head is None else self.head_mlp(pooled)
+        return self.hook_logits(pooled)
 
     def _mask(self, tokens: Tensor) -> Bool[Tensor, "#batch 1 query_pos key_pos"] | None:
         """Return which keys each query may read, or None if all."""
@@ -177,11 +183,17 @@ class HookedText(Circuits, Canonical):
 
 
 def pool_tokens(
-    spec: TextPoolSpec, x: Float[Tensor, "batch pos d_model"], tokens: Int[Tensor, "batch pos"]
+    spec: TextPoolSpec,
+    x: Float[Tensor, "batch pos d_model"],
+    tokens: Int[Tensor, "batch pos"],
+    pad_id: int | None = None,
 ) -> Float[Tensor, "batch *pos d_model"]:
     """Return the vectors that a pooling takes from the stream."""
     if spec.kind == "none":
         return x
+    if spec.kind == "avg":
+        text = (tokens != pad_id)[..., None]
+        return (x * text).sum(1) / text.sum(1)
     if spec.kind in ("first", "last"):
         return x[:, 0 if spec.kind == "first" else -1]
     found = tokens if spec.kind == "argmax" else (tokens == spec.eos_id).int()
