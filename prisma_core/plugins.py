@@ -202,6 +202,10 @@ class Host:
             raise UnsupportedArchitecture(kind, f"no installed plugin adapts this type{hint}")
         return found[0][0]
 
+    def types(self) -> list[str]:
+        """Return the qualified names of all upstream types that some adapter takes."""
+        return sorted({kind for adapter, _ in self._all_adapters() for kind in adapter.types})
+
     def homes(self, part: Source | Adapter) -> set[str]:
         """Return the names of the plugins that have a source or an adapter of this kind."""
         parts = [*self._all_sources(), *self._all_adapters()]

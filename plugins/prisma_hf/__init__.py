@@ -11,7 +11,6 @@ from prisma_core.conformance.case import Case
 from prisma_core.sources import Source
 from prisma_hf.encoder import EncoderAdapter
 from prisma_hf.mae import AutoencoderAdapter
-from prisma_hf.refused import RefusedAdapter
 from prisma_hf.source import HfSource
 
 
@@ -22,7 +21,7 @@ def prisma_sources() -> Sequence[Source]:
 
 @hookimpl
 def prisma_adapters() -> Sequence[Adapter]:
-    return [EncoderAdapter(), AutoencoderAdapter(), RefusedAdapter()]
+    return [EncoderAdapter(), AutoencoderAdapter()]
 
 
 @hookimpl

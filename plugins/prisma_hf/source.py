@@ -20,11 +20,9 @@ from prisma_core.plugins import host
 from prisma_core.preprocess import Preprocess
 from prisma_core.sources import Loaded, ModelInfo, Source
 from prisma_core.video import VideoPreprocess
-from prisma_hf.classes import MODELS
 from prisma_hf.places import Place, place
 from prisma_hf.texts import tokenizer
 
-CLASSES = {path.rpartition(".")[2]: path for path in MODELS}
 # What transformers and the readers of files below it raise over files that are broken, missing or of something else.
 BROKEN = (
     OSError,
@@ -66,18 +64,20 @@ class HfSource(Source):
         trust_remote_code: bool = False,
         **options: Any,
     ) -> Loaded:
-        if rest in CLASSES:
+        if rest in _classes():
             if pretrained:
                 raise LoadError(
                     f"hf:{rest} is a class without weights. Load it with pretrained=False, or name a model."
                 )
-            kind = _imported(CLASSES[rest])
+            kind = _imported(_classes()[rest])
+            if not hasattr(kind, "config_class"):
+                raise LoadError(f"hf:{rest} is a part of a model: load the model, with part= the part's path in it.")
             return _loaded(_part(kind(kind.config_class(**options)), part, rest), kind.config_class(**options), None)
         where = place(rest)
         if not where.local and "/" not in where.name:
             raise UnknownName(
                 f"{rest!r} is neither a model on the hub (ORGANISATION/NAME), nor a folder, nor a class."
-                f"{suggest(rest, CLASSES)} `prisma models --source hf` lists the classes."
+                f"{suggest(rest, _classes())} `prisma models --source hf` lists the classes."
             )
         folder = where.folder(weights=pretrained)
         common = {"local_files_only": True, "trust_remote_code": trust_remote_code}
@@ -93,7 +93,7 @@ class HfSource(Source):
         return replace(loaded, tokenizer=tokenizer(folder, config, common))
 
     def models(self) -> Iterator[ModelInfo]:
-        for name, path in CLASSES.items():
+        for name, path in _classes().items():
             yield ModelInfo(
                 f"hf:{name}", path.split(".")[2], False, "a class; weights: hf:ORGANISATION/NAME or hf:./FOLDER"
             )
@@ -102,7 +102,7 @@ class HfSource(Source):
         from prisma_hf.cases import cases
 
         name = rest
-        if rest not in CLASSES:
+        if rest not in _classes():
             where = place(rest)
             folder = where.cached_config()
             if folder is None:
@@ -110,6 +110,11 @@ class HfSource(Source):
             config, _ = _config(where, folder, {"local_files_only": True, "trust_remote_code": False}, {})
             name = next(iter(config.architectures or ()), "")
         return next((case for case in cases() if case.name == name), None)
+
+
+def _classes() -> dict[str, str]:
+    """Return the paths of transformers' classes that any installed adapter takes, by their names."""
+    return {path.rpartition(".")[2]: path for path in host().types() if path.startswith("transformers.")}
 
 
 def _imported(path: str) -> Any:

@@ -39,8 +39,7 @@ def info(
         facts = _facts(model)
         shown = table("fact", "value", title=f"[bold]{escape(reference)}[/]")
         shown.add_row("parameters", f"{facts['parameters']:,}")
-        spec: dict[str, Any] = _stated(model)
-        for label, text in (row for name, value in spec.items() for row in _told(name, value)):
+        for label, text in _stated(model):
             shown.add_row(label, escape(text))
         if facts["tokens"]:
             shown.add_row("tokens", f"{facts['tokens']['total']}: {facts['tokens']['order']}")
@@ -60,12 +59,22 @@ def _points(rows: list[dict[str, Any]], *, narrow: bool) -> Table:
     return shown
 
 
-def _stated(model: Hooked) -> dict[str, Any]:
-    """Return the facts of a model that are not what they are by default."""
-    from prisma_core.spec import ModelSpec
+def _stated(model: Hooked) -> list[tuple[str, str]]:
+    """Return rows of the facts of a model that are not what they are by default; each tower's under its name."""
+    from prisma_core.spec import AnySpec, DualSpec
 
     spec: Any = getattr(model, "spec", None)
-    return spec.model_dump(mode="json", exclude_defaults=True) if isinstance(spec, ModelSpec) else {}
+    if not isinstance(spec, AnySpec):
+        return []
+    facts: dict[str, Any] = spec.model_dump(mode="json", exclude_defaults=True)
+    towers = {f"{tower}.": facts.pop(tower) for tower in ("vision", "text") if isinstance(spec, DualSpec)}
+    parts = {"": facts, **towers}
+    return [
+        (f"{prefix}{label}", text)
+        for prefix, own in parts.items()
+        for name, value in own.items()
+        for label, text in _told(name, value)
+    ]
 
 
 def hook_rows(model: Hooked, pattern: str | None = None) -> list[dict[str, Any]]:
@@ -157,6 +166,8 @@ def _told(name: str, value: Any) -> list[tuple[str, str]]:
 def _brief(value: Any) -> str:
     if isinstance(value, dict):
         parts = cast("dict[str, Any]", value).items()
+        if not parts:
+            return "default"
         return "  ".join(f"{key}={_brief(part)}" for key, part in parts if part is not None and part is not False)
     if isinstance(value, list):
         return " x ".join(map(str, cast("list[Any]", value)))
