@@ -166,9 +166,7 @@ def _told(name: str, value: Any) -> list[tuple[str, str]]:
 def _brief(value: Any) -> str:
     if isinstance(value, dict):
         parts = cast("dict[str, Any]", value).items()
-        if not parts:
-            return "default"
-        return "  ".join(f"{key}={_brief(part)}" for key, part in parts if part is not None and part is not False)
+        return "  ".join(f"{key}={_brief(part)}" for key, part in parts if part is not None) or "default"
     if isinstance(value, list):
         return " x ".join(map(str, cast("list[Any]", value)))
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
