@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from prisma_clip.common import IDENTITY, activation, linear_rows, norm, norm_rows, same_for_all
+from prisma_clip.common import IDENTITY, activation, norm
 from prisma_core.adapter import Reader
+from prisma_core.reading import linear_rows, norm_rows, same_for_all
 from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec
 
 BLOCK = "open_clip.transformer.ResidualAttentionBlock"

@@ -55,22 +55,6 @@ def patches(proj: Reader, *, interpolation: Interpolation | None = None) -> Embe
     return EmbedSpec(patch=proj.kernel_size, in_channels=proj.in_channels, interpolation=interpolation)
 
 
-def norm_rows(source: str, target: str) -> str:
-    """Return the rows of a norm's weights; ones and zeros where it has none."""
-    return f"""
-        {source}.weight | ones  ->  {target}.weight
-        {source}.bias | zeros   ->  {target}.bias
-    """
-
-
-def linear_rows(source: str, target: str) -> str:
-    """Return the rows of a linear layer's weights; zeros where it has no bias."""
-    return f"""
-        {source}.weight        ->  {target}.weight
-        {source}.bias | zeros  ->  {target}.bias
-    """
-
-
 def matrix_rows(source: str, target: str) -> str:
     """Return the rows of a matrix that is multiplied from the right, ``[in out]``, without a bias."""
     return f"""
@@ -83,14 +67,3 @@ def norm_hooks(source: str, target: str, out: str | None = None) -> str:
     """Return the hook rows of a norm; ``out`` is another hook point that holds its output."""
     rows = f"{source}  ->  {target}.hook_normalized\n"
     return rows + (f"{source}  ->  {out}\n" if out else "")
-
-
-def same_for_all(upstream: Reader, tables: list[str]) -> str:
-    """Return the one table all blocks have.
-
-    Raises:
-        UnsupportedArchitecture: they have different ones.
-    """
-    if len(set(tables)) != 1:
-        raise upstream.unsupported("blocks built of different modules")
-    return tables[0]

@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from prisma_clip.common import IDENTITY, LINEAR, activation, linear_rows, norm, norm_hooks, norm_rows
+from prisma_clip.common import IDENTITY, LINEAR, activation, norm, norm_hooks
 from prisma_clip.hf_parts import Tower, models
 from prisma_core.adapter import Reader
 from prisma_core.hookmap import HookMap
+from prisma_core.reading import linear_rows, norm_rows
 from prisma_core.spec import AnySpec, AttentionSpec, BlockSpec, MlpSpec, TextPoolSpec, TextSpec
 from prisma_core.weights import WeightMap
 

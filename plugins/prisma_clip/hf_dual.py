@@ -8,12 +8,13 @@ from typing import ClassVar
 
 from torch import nn
 
-from prisma_clip.common import LINEAR, linear_rows
+from prisma_clip.common import LINEAR
 from prisma_clip.hf_bert import through
 from prisma_clip.hf_parts import IGNORED, Tower, eager, models
 from prisma_clip.hf_towers import TOWERS
 from prisma_core.adapter import Adapter, Reader
 from prisma_core.hookmap import HookMap
+from prisma_core.reading import linear_rows
 from prisma_core.spec import AnySpec, DualSpec, ModelSpec, TextSpec
 from prisma_core.weights import WeightMap
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from prisma_clip.common import LINEAR, activation, linear_rows, norm, norm_rows, same_for_all
-from prisma_clip.explicit import explicit_attention
+from prisma_clip.common import LINEAR, activation, norm
 from prisma_core.adapter import Adapter, Reader
+from prisma_core.explicit import eager_attention, multihead_attention
+from prisma_core.reading import linear_rows, norm_rows, same_for_all
 from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec, TextPoolSpec
 
 IGNORED = {
@@ -110,30 +109,9 @@ def blocks(encoder: Reader, *, causal: bool) -> tuple[BlockSpec, ...]:
 
 @contextmanager
 def eager(upstream: nn.Module) -> Iterator[None]:
-    """Make transformers' attentions compute step by step for the time of the scope, in the dtype they are in.
-
-    Its own step-by-step attention rounds patterns to float32, which the kernel it uses otherwise does not.
-    """
-    configs = {id(part.config): part.config for part in upstream.modules() if hasattr(part, "config")}
-    key = "_attn_implementation_internal"
-    before = [(config, vars(config)[key]) for config in configs.values() if key in vars(config)]
-    try:
-        for config, _ in before:
-            vars(config)[key] = "eager"
-        with explicit_attention(upstream), _Unrounded():
-            yield
-    finally:
-        for config, implementation in before:
-            vars(config)[key] = implementation
-
-
-class _Unrounded(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        rounds = getattr(func, "__name__", "") == "softmax" and kwargs.get("dtype") is torch.float32
-        if rounds and args[0].dtype == torch.float64:
-            kwargs["dtype"] = None
-        return func(*args, **kwargs)
+    """Make transformers' attentions, and torch's own among them, compute step by step for the time of the scope."""
+    with eager_attention(upstream), multihead_attention(upstream):
+        yield
 
 
 # -------------------------------------------------------------------- adapters

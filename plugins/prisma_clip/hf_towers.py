@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from prisma_clip.blocks import mha, mha_hooks
-from prisma_clip.common import activation, linear_rows, norm, norm_hooks, norm_rows, patches
+from prisma_clip.common import activation, norm, norm_hooks, patches
 from prisma_clip.hf_bert import AltText, ChineseText
 from prisma_clip.hf_parts import BLOCKS_HOOKS, Tower, blocks, blocks_rows, models
 from prisma_core.adapter import Reader
 from prisma_core.hookmap import HookMap
 from prisma_core.layout import TokenLayout
+from prisma_core.reading import linear_rows, norm_rows
 from prisma_core.spec import (
     AnySpec,
     EmbedSpec,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from prisma_clip.blocks import MHA, block, blocks_hooks, blocks_rows, mha, mha_hooks
-from prisma_clip.common import linear_rows, matrix_rows, norm, norm_hooks, norm_rows, patches
+from prisma_clip.common import matrix_rows, norm, norm_hooks, patches
 from prisma_core.adapter import Reader
 from prisma_core.hookmap import HookMap
 from prisma_core.layout import TokenLayout
+from prisma_core.reading import linear_rows, norm_rows
 from prisma_core.spec import ModelSpec, NormSpec, PoolSpec, TextPoolSpec, TextSpec
 from prisma_core.weights import WeightMap
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from prisma_clip.common import IDENTITY, LINEAR, linear_rows
+from prisma_clip.common import IDENTITY, LINEAR
 from prisma_core.adapter import Adapter, MapAdapter, Reader
 from prisma_core.errors import PluginError, UnsupportedArchitecture
 from prisma_core.hookmap import HookMap
 from prisma_core.plugins import host
+from prisma_core.reading import linear_rows
 from prisma_core.spec import ModelSpec
 from prisma_core.weights import WeightMap
 

@@ -9,9 +9,9 @@ from typing import ClassVar
 from torch import nn
 
 from prisma_clip import native, timm_tower
-from prisma_clip.explicit import explicit_attention
 from prisma_clip.hf_bert import OpenClipText
 from prisma_core.adapter import Adapter, Reader
+from prisma_core.explicit import multihead_attention
 from prisma_core.hookmap import HookMap
 from prisma_core.spec import AnySpec, DualSpec, ModelSpec, TextSpec
 from prisma_core.weights import WeightMap
@@ -38,7 +38,7 @@ IGNORED = {
 @contextmanager
 def _explicit(adapters: Sequence[tuple[Adapter, nn.Module]], upstream: nn.Module):
     with ExitStack() as stack:
-        stack.enter_context(explicit_attention(upstream))
+        stack.enter_context(multihead_attention(upstream))
         for adapter, module in adapters:
             stack.enter_context(adapter.explicit(module))
         yield
@@ -62,7 +62,7 @@ class VisionAdapter(Adapter):
         return native.vision_hooks(upstream, spec)
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
-        return explicit_attention(upstream)
+        return multihead_attention(upstream)
 
 
 class TimmAdapter(Adapter):
@@ -112,7 +112,7 @@ class TextAdapter(Adapter):
         return native.text_hooks(upstream, spec) | HookMap.parse("-> hook_logits")
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
-        return explicit_attention(upstream)
+        return multihead_attention(upstream)
 
 
 TOWERS: dict[str, Adapter] = {
