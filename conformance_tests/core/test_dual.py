@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 import prisma_core as prisma
+from prisma_core import InputError
 from prisma_core.conformance.randomise import randomise
 from prisma_core.hookmap import HookMap, Place
 from prisma_core.preprocess import Preprocess
@@ -162,7 +168,7 @@ def test_zero_shot_with_texts(dual: HookedDual) -> None:
         )
     finally:
         dual.tokenizer = None
-    with pytest.raises(prisma.InputError, match="without a tokenizer"):
+    with pytest.raises(prisma.InputError, match="has no tokenizer"):
         dual.encode_text("a cat")
 
 
@@ -310,3 +316,76 @@ def test_a_tower_has_the_preprocessing_and_tokenizer_of_the_whole(dual: HookedDu
         assert dual.text.tokens(["a", "b"]).shape == (2, 9)
     finally:
         dual.preprocess = dual.tokenizer = None
+
+
+def letters(texts: Sequence[str]) -> Tensor:
+    """Return a letter a token, cut and filled up to nine; 49 is the end of the text."""
+    rows = [[*(ord(letter) % 48 for letter in text[:8]), 49] for text in texts]
+    return torch.tensor([row + [48] * (9 - len(row)) for row in rows])
+
+
+@pytest.fixture
+def reader(dual: HookedDual, monkeypatch: pytest.MonkeyPatch) -> HookedDual:
+    monkeypatch.setattr(dual.text, "tokenizer", letters)
+    return dual
+
+
+@torch.no_grad()
+def test_one_label_is_a_text_and_not_its_letters(reader: HookedDual) -> None:
+    image, _ = inputs_of(reader)
+    assert reader.classify(image, "cat", template="{}").shape == (2, 1)
+    assert torch.equal(
+        reader.classify(image, ["cat", "ox"], template="{}"), reader(image, letters(["cat", "ox"])).softmax(-1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("labels", "template"), [(["cat"], "a photo"), (["cat"], ["{}", "a {}"]), ([], "{}"), ([1, 2], "{}")]
+)
+def test_labels_and_templates_that_say_nothing_are_refused(reader: HookedDual, labels: Any, template: Any) -> None:
+    with pytest.raises(InputError, match="Expected"):
+        reader.classify(inputs_of(reader)[0], labels, template=template)
+
+
+def test_pictures_alone_are_refused_with_the_way_to_one_tower(reader: HookedDual) -> None:
+    image, _ = inputs_of(reader)
+    for run in (reader, reader.run_with_cache, reader.run_with_hooks):
+        with pytest.raises(InputError, match=r"got no tokens.*encode_image.*vision\.run_with_cache"):
+            run(image)
+
+
+def test_a_text_that_is_cut_is_said_to_be(reader: HookedDual) -> None:
+    with pytest.warns(UserWarning, match=r"1 of 2 texts are longer than the 9 tokens") as seen:
+        reader.tokens(["cat", "cat " * 5])
+    assert len(seen) == 1
+    with warnings.catch_warnings(action="error"):
+        reader.tokens(["a letter"])  # fills the nine, with its end
+
+
+def test_what_is_no_text_is_refused(reader: HookedDual) -> None:
+    for wrong in ([1, 2], [], ["cat", None]):
+        with pytest.raises(InputError, match="Expected a text"):
+            reader.tokens(wrong)  # type: ignore[arg-type]
+
+
+def test_a_saved_model_says_where_its_tokenizer_comes_from(reader: HookedDual, tmp_path: Path) -> None:
+    again = prisma.load(f"file:{prisma.save(reader, tmp_path)}")
+    with pytest.raises(InputError, match=r"model\.tokenizer = open_clip\.get_tokenizer"):
+        again.tokens("cat")
+    again.reference = "toy:dual"
+    with pytest.raises(InputError, match=r"model\.tokenizer = prisma\.load\('toy:dual'\)\.tokenizer"):
+        again.tokens("cat")
+    again.tokenizer = reader.tokenizer
+    assert torch.equal(again.tokens("cat"), letters(["cat"]))
+
+
+def test_decompositions_of_a_pair_say_whose_to_take(dual: HookedDual) -> None:
+    image, tokens = inputs_of(dual)
+    _, cache = dual.run_with_cache(image, tokens)
+    with pytest.raises(prisma.NotApplicable, match=r"model\.vision\.run_with_cache\(image\)"):
+        cache.decompose_resid()
+    _, cache = dual.text.run_with_cache(tokens)
+    with pytest.raises(prisma.NotApplicable, match="Text towers have no decompositions yet"):
+        cache.accumulated_resid()
+    _, cache = dual.vision.run_with_cache(image)
+    assert len(cache.accumulated_resid()) > 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from prisma_core.layout import TokenLayout
 from prisma_core.preprocess import Picture, Preprocess
 from prisma_core.spec import DualSpec
 from prisma_core.transformer.canonical import Canonical, Size
-from prisma_core.transformer.text import HookedText, Tokenizer
+from prisma_core.transformer.text import HookedText, Tokenizer, tokens_of
 from prisma_core.transformer.vit import HookedViT
 from prisma_core.video import VideoPreprocess
 
@@ -83,13 +83,21 @@ class HookedDual(Canonical):
             *self.text.sample_inputs(batch + 1, generator=generator),
         )
 
-    def forward(self, image: Tensor, tokens: Int[Tensor, "text pos"]) -> Float[Tensor, "batch text"]:
+    def forward(self, image: Tensor, tokens: Int[Tensor, "text pos"] | None = None) -> Float[Tensor, "batch text"]:
         """Return how alike each image and each text are.
 
         Args:
             image: what ``vision`` takes.
             tokens: what ``text`` takes: ``[text pos]``.
+
+        Raises:
+            InputError: there are no tokens, or an input is of another shape or kind.
         """
+        if tokens is None:
+            raise InputError(
+                "Expected pictures and tokens [text pos], got no tokens: model(image, model.tokens(texts)). For one "
+                "tower alone: model.encode_image(image), model.encode_text(texts), model.vision.run_with_cache(image)."
+            )
         seen, read = self.vision(image), self.text(tokens)
         seen = self.hook_image_embed(F.normalize(seen, dim=-1))
         read = self.hook_text_embed(F.normalize(read, dim=-1))
@@ -113,7 +121,11 @@ class HookedDual(Canonical):
         return self.hook_text_embed(F.normalize(self.text(self.tokens(text)), dim=-1))
 
     def classify(
-        self, image: Tensor | Picture | Sequence[Picture], labels: Sequence[str], *, template: str = "a photo of a {}."
+        self,
+        image: Tensor | Picture | Sequence[Picture],
+        labels: str | Sequence[str],
+        *,
+        template: str = "a photo of a {}.",
     ) -> Float[Tensor, "batch label"]:
         """Return the probability of each label for each picture ``[batch label]``, with no training: zero-shot.
 
@@ -121,17 +133,29 @@ class HookedDual(Canonical):
             image: pictures, or the tensor the model takes.
             labels: names of classes.
             template: the sentence they are put in, at ``{}``.
+
+        Raises:
+            InputError: there are no labels, or no place for them in the template.
         """
-        tokens = self.tokens([template.format(label) for label in labels])
+        given = cast("object", template)
+        if not isinstance(given, str) or "{}" not in given:
+            raise InputError(
+                f"Expected one sentence with {{}} where the label goes, such as 'a photo of a {{}}.', got {given!r}. "
+                "With several, take the mean of what classify returns for each."
+            )
+        names = [labels] if isinstance(labels, str) else list(labels)
+        if not names or not all(isinstance(cast("object", name), str) for name in names):
+            raise InputError(f"Expected names of classes, such as ['cat', 'dog'], got {labels!r}.")
+        tokens = self.tokens([template.replace("{}", name) for name in names])
         return self(self._pictured(image), tokens).softmax(-1)
 
     def tokens(self, text: Tensor | str | Sequence[str]) -> Int[Tensor, "text pos"]:
         """Return tokens ``[text pos]`` of texts, on the model's device; tokens come back as they are.
 
         Raises:
-            InputError: there is no tokenizer.
+            InputError: there is no tokenizer, or these are no texts.
         """
-        return self.text.tokens(text)
+        return tokens_of(self.text, text, self.reference)
 
     def _pictured(self, image: Any) -> Tensor:
         if isinstance(image, Tensor) and image.ndim >= 4:

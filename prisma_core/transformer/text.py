@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
@@ -132,13 +134,9 @@ class HookedText(Circuits, Canonical):
         """Return tokens ``[text pos]`` of texts, on the model's device; tokens come back as they are.
 
         Raises:
-            InputError: there is no tokenizer.
+            InputError: there is no tokenizer, or these are no texts.
         """
-        if isinstance(text, Tensor):
-            return text
-        if self.tokenizer is None:
-            raise InputError("This model came without a tokenizer: set model.tokenizer, or give tokens [text pos].")
-        return self.tokenizer([text] if isinstance(text, str) else list(text)).to(self.embed.W_E.device)
+        return tokens_of(self, text, self.reference)
 
     def unembed(self, x: Float[Tensor, "batch pos d_model"], tokens: Int[Tensor, "batch pos"]) -> Tensor:
         """Return the output for a residual stream ``[batch pos d_model]``: final norm, pooling, projection."""
@@ -180,6 +178,49 @@ class HookedText(Circuits, Canonical):
             low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= self.spec.n_vocab:
                 raise InputError(f"Expected tokens from 0 to {self.spec.n_vocab - 1}, got {low} to {high}.")
+
+
+def tokens_of(model: HookedText, text: Tensor | str | Sequence[str], reference: str | None) -> Int[Tensor, "text pos"]:
+    """Return what ``tokens`` of a text tower, or of the model it is part of, returns.
+
+    Args:
+        reference: what the whole was loaded from first.
+    """
+    if isinstance(text, Tensor):
+        return text
+    texts = [text] if isinstance(text, str) else list(cast("Iterable[object]", text))
+    if not texts or not all(isinstance(each, str) for each in texts):
+        wrong = next((type(each).__name__ for each in texts if not isinstance(each, str)), "none")
+        raise InputError(f"Expected a text, texts or a tensor of tokens [text pos], got a list with {wrong}.")
+    if model.tokenizer is None:
+        made = f"prisma.load({reference!r}).tokenizer" if reference else "open_clip.get_tokenizer(NAME)"
+        raise InputError(
+            f"This model has no tokenizer: a saved or adapted model comes without. Set model.tokenizer = {made}, or "
+            "give tokens [text pos]."
+        )
+    tokens = model.tokenizer(cast("list[str]", texts)).to(model.embed.W_E.device)
+    cut = _cut(model, cast("list[str]", texts), tokens)
+    if cut:
+        warnings.warn(
+            f"{len(cut)} of {len(texts)} texts are longer than the {model.spec.n_ctx} tokens that this model reads: "
+            f"what stands behind was left out. The first: {cut[0][:40]!r}...",
+            stacklevel=3,
+        )
+    return tokens
+
+
+def _cut(model: HookedText, texts: Sequence[str], tokens: Tensor) -> list[str]:
+    """Return the texts whose end the tokenizer left out: without their last letter they make the same tokens."""
+    # A byte is a token at most, so few texts are long enough to be asked about.
+    long = [index for index, text in enumerate(texts) if len(text.encode(errors="replace")) > model.spec.n_ctx - 2]
+    shorter = {index: re.sub(r"\w\W*\Z", "", texts[index]) for index in long}
+    asked = [index for index in long if shorter[index] not in ("", texts[index])]
+    if model.tokenizer is None or not asked:
+        return []
+    again = model.tokenizer([shorter[index] for index in asked]).to(tokens.device)
+    if again.shape[1:] != tokens.shape[1:]:  # filled up to the longest: nothing was cut
+        return []
+    return [texts[index] for index, row in zip(asked, again, strict=True) if torch.equal(row, tokens[index])]
 
 
 def pool_tokens(
