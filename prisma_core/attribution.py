@@ -16,7 +16,7 @@ from prisma_core.captures import indices
 from prisma_core.errors import InputError, NotApplicable, UnknownName, suggest
 from prisma_core.layout import TokenLayout
 from prisma_core.names import layer_of
-from prisma_core.spec import ModelSpec
+from prisma_core.spec import DualSpec, ModelSpec, TextSpec
 
 if TYPE_CHECKING:
     from prisma_core.captures import Index
@@ -215,12 +215,8 @@ class LogitAttribution(Mapping[str, Tensor]):
     # ---------------------------------------------------------------- reading the cache
 
     def _vit(self) -> HookedViT:
-        if self.model is None or not isinstance(getattr(self.model, "spec", None), ModelSpec):
-            raise NotApplicable(
-                "Decompositions need the weights of a canonical vision transformer, and this cache has "
-                f"{'no model' if self.model is None else type(self.model).__name__}. "
-                "Set cache.model, or give it to ActivationCache.load(path, model=model)."
-            )
+        if not isinstance(getattr(self.model, "spec", None), ModelSpec):
+            raise NotApplicable(_no_decomposition(self.model))
         return cast("HookedViT", self.model)
 
     def _end(self, layer: int | None, mlp_input: bool = False) -> int:
@@ -269,6 +265,26 @@ class LogitAttribution(Mapping[str, Tensor]):
             return None
         kept = self.layout.slice(self.pos) if isinstance(self.pos, str) else self.pos
         return positions_of(kept, self.layout.n_tokens)
+
+
+def _no_decomposition(model: Hooked | None) -> str:
+    spec = getattr(model, "spec", None)
+    if model is None:
+        return (
+            "Decompositions need the weights of a canonical vision transformer, and this cache has no model. "
+            "Set cache.model, or give it to ActivationCache.load(path, model=model)."
+        )
+    if isinstance(spec, DualSpec):
+        return (
+            "Decompositions read one vision transformer, and this cache is of a pair of towers. Take the tower's own: "
+            "model.vision.run_with_cache(image)."
+        )
+    if isinstance(spec, TextSpec):
+        return "Text towers have no decompositions yet: they hold for vision transformers in canonical form."
+    return (
+        f"Decompositions and the logit lens need a canonical form, and this model ({type(model).__name__}) has none: "
+        "there are no weights such as W_O to read. Its activations, edits and patches are all there is."
+    )
 
 
 def block_of(vit: HookedViT, index: int) -> Block:

@@ -26,6 +26,24 @@ def cuts(axes: str, pos: Index | None, heads: Index | None) -> tuple[Cut, ...]:
     return tuple(found)
 
 
+def check_axes(axes: Sequence[str], pos: Index | None, heads: Index | None) -> None:
+    """Refuse a choice of positions or heads if no activation asked for has any; those without are kept whole.
+
+    Args:
+        axes: those of each activation.
+
+    Raises:
+        InputError: with the axes there are.
+    """
+    for index, wanted, what in ((pos, ("pos", "query_pos"), "pos"), (heads, ("head",), "heads")):
+        if index is not None and axes and not any(name in each.split() for each in axes for name in wanted):
+            there = " and ".join(f"[{each}]" for each in list(dict.fromkeys(axes))[:3])
+            raise InputError(
+                f"{what}= chooses along the axis {' or '.join(map(repr, wanted))}, and nothing asked for has one: "
+                f"it is {there}. Leave {what} out, or ask for activations that have it."
+            )
+
+
 def indices(index: int | Sequence[int] | Tensor) -> list[int]:
     """Return positions given as a number, numbers, or a mask, as a list.
 

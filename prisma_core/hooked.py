@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.cache import ActivationCache
-from prisma_core.captures import Countdown, Index, Keep, check_device, cuts, refuse_unreached
+from prisma_core.captures import Countdown, Index, Keep, check_axes, check_device, cuts, refuse_unreached
 from prisma_core.errors import HookError
 from prisma_core.hooks import Hook, HookContext, HookPoint, Passes, Placed, Scope, Stop, activate, check_hook, ended
 from prisma_core.keywords import check_keywords, keywords, named
@@ -150,7 +150,7 @@ class Hooked(nn.Module):
             dtype: what to keep them as; default as they are.
             pos: token positions to keep, or a subset of the layout (``"cls"``, ``"registers"``, ``"patches"``,
                 ``"frame 3"``); of patterns and scores, the query positions. Axes stay: ``pos=0`` keeps one token.
-            heads: heads to keep. Axes stay.
+            heads: heads to keep. Axes stay. Activations without such an axis are kept whole.
             detach: False keeps the autograd graph.
 
         The cache of a model that takes pictures of any size does not know which it was: give it
@@ -193,6 +193,7 @@ class Hooked(nn.Module):
             subset = layout.slice(pos)
             pos = slice(subset.start, None) if pos in ("patches", "all") else subset  # the picture may be larger
         points = self.hook_points()
+        check_axes([points[name].axes for name in names], pos, heads)
         return {points[name]: (Keep(cache.store, name, cuts(points[name].axes, pos, heads), **how),) for name in names}
 
     # ---------------------------------------------------------------- runs

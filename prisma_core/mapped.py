@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from prisma_core.errors import HookError, InputError, PrismaError
 from prisma_core.hookmap import HookMap
+from prisma_core.keywords import check_keywords, keywords, named
 from prisma_core.spec import MapSpec
 from prisma_core.taps import Bound, Tap, watching
-from prisma_core.transformer.canonical import Canonical, Size
+from prisma_core.transformer.canonical import Canonical, Size, check_place
 
 
 class HookedUpstream(Canonical):
@@ -54,7 +55,25 @@ class HookedUpstream(Canonical):
         self.eval()
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Tensor:
-        """Return upstream's main output."""
+        """Return upstream's main output.
+
+        Raises:
+            InputError: an input of another kind or shape, or one that upstream cannot take.
+        """
+        if torch.compiler.is_compiling():
+            return self._run(*inputs, **kwargs)
+        given = self._checked(inputs, kwargs)
+        if given is None or tuple(given.shape[1:]) in self._shapes():
+            return self._run(*inputs, **kwargs)
+        try:
+            return self._run(*inputs, **kwargs)
+        except (RuntimeError, AssertionError, ValueError) as error:  # how upstream's code says that a size does not do
+            raise InputError(
+                f"Expected {self._expected()}, got shape {list(given.shape)}, on which upstream's code failed "
+                f"({str(error).strip().partition(chr(10))[0]}). model.preprocess makes the right tensor."
+            ) from error
+
+    def _run(self, *inputs: Any, **kwargs: Any) -> Tensor:
         wanted = [bound for bound in self._bound if bound.point.wanted]
         if not wanted:
             return self._output(self.upstream(*inputs, **kwargs))
@@ -64,6 +83,60 @@ class HookedUpstream(Canonical):
             )
         with watching(wanted, _batch(inputs, kwargs)):
             return self._output(self.upstream(*inputs, **kwargs))
+
+    @property
+    def layout(self) -> None:
+        """None: which token is where is upstream's own affair."""
+        return None
+
+    def _check_keywords(self, given: Mapping[str, Any], method: Callable[..., Any] | None = None) -> None:
+        taken = keywords(self.upstream.forward)
+        for name in ("start_at_layer", "stop_at_layer"):
+            if name in given and name not in (taken or ()):
+                raise InputError(
+                    f"A model without canonical form runs upstream's code from end to end, so it takes no {name!r}. "
+                    "Hooks and caches reach every place inside: run_with_hooks, run_with_cache."
+                )
+        own = [] if method is None else named(method)
+        who = type(self).__name__ if method is None else method.__name__
+        check_keywords(who, given, None if taken is None else [*own, *taken])
+
+    def _expected(self) -> str:
+        what, shape = self._what(), " ".join(map(str, self.spec.shape))
+        return f"{'a' if what == 'video' else 'an'} {what} [batch {shape}]"
+
+    def _what(self) -> str:
+        return {3: "image", 4: "video"}.get(len(self.spec.shape), "input")
+
+    def _shapes(self) -> list[Size]:
+        return [self._sized(size) for size in ((), *self.spec.sizes)]
+
+    def _sized(self, size: Size) -> Size:
+        return (*self.spec.shape[: len(self.spec.shape) - len(size)], *size)
+
+    def _checked(self, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """Return the input that the spec speaks of; None where it was given by a name only upstream knows."""
+        if not inputs and kwargs:
+            return None
+        what, expected, shape = self._what(), self._expected(), self.spec.shape
+        given: object = inputs[0] if inputs else None
+        if not isinstance(given, Tensor):
+            makes = "" if what == "input" else " model.preprocess makes one."
+            raise InputError(f"Expected a tensor, {expected}, got {type(given).__name__}.{makes}")
+        if given.ndim != len(shape) + 1:
+            hint = f" Add a batch axis: {what}[None]." if given.ndim == len(shape) else ""
+            raise InputError(f"Expected {expected}, got shape {list(given.shape)}.{hint}")
+        if len(shape) > 2 and given.shape[-3] != shape[-3]:
+            raise InputError(
+                f"Expected {shape[-3]} channels in {expected}, got shape {list(given.shape)}. "
+                "model.preprocess makes the right tensor."
+            )
+        if not given.is_floating_point():
+            raise InputError(f"Expected floating point numbers, got {given.dtype}. model.preprocess scales pixels.")
+        check_place(what, given, next((each for each in self.parameters() if each.is_floating_point()), None))
+        if given.device.type == "cpu" and not torch.isfinite(given).all():
+            raise InputError(f"The {what} holds {int((~torch.isfinite(given)).sum())} values that are NaN or infinite.")
+        return given
 
     def sizes(self) -> list[Size]:
         shape = self.spec.shape
@@ -78,7 +151,7 @@ class HookedUpstream(Canonical):
                 raise InputError(
                     f"Expected a size of at most {len(shape)} axes, as in {list(shape)}; got {list(size)}."
                 )
-            shape = (*shape[: len(shape) - len(size)], *size)
+            shape = self._sized(size)
         return (torch.randn(batch, *shape, generator=generator),)
 
     def export(self) -> dict[str, Tensor]:

@@ -12,7 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prisma_core import HookError, PrismaError, UnknownName, UnsupportedArchitecture, export, save, taps
+from prisma_core import (
+    HookError,
+    InputError,
+    NotApplicable,
+    PrismaError,
+    UnknownName,
+    UnsupportedArchitecture,
+    export,
+    save,
+    taps,
+)
 from prisma_core.adapter import MapAdapter, Reader, qualified_name
 from prisma_core.conformance import check
 from prisma_core.conformance.case import Case
@@ -490,3 +500,74 @@ def test_an_output_that_is_not_upstream_s_is_caught():
             return 2 * super().output(result)
 
     assert "parity.logits" in failing(Other())
+
+
+# -------------------------------------------------------------------- what it does not take
+
+
+class Painter(nn.Module):
+    """Takes pictures of one size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 2, stride=2), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).flatten(1))
+
+
+@pytest.fixture
+def painter() -> HookedUpstream:
+    rows = "conv -> hook_embed : batch d_model row column\nhead -> hook_logits : batch class"
+    return HookedUpstream(Painter(), HookMap.parse(rows), MapSpec(shape=(3, 4, 4)), lambda result: result)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (torch.zeros(3, 4, 4), r"\[batch 3 4 4\], got shape \[3, 4, 4\]. Add a batch axis: image\[None\]"),
+        (torch.zeros(2, 4), r"got shape \[2, 4\]"),
+        (torch.zeros(1, 1, 4, 4), "Expected 3 channels"),
+        (torch.zeros(1, 3, 6, 4), r"\[batch 3 4 4\], got shape \[1, 3, 6, 4\], on which upstream's code failed"),
+        ("cat.jpg", "got str. model.preprocess makes one"),
+        (None, "got NoneType"),
+        (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), "got torch.uint8"),
+        (torch.zeros(1, 3, 4, 4, dtype=torch.float16), "in torch.float64.*it is in torch.float16"),
+        (torch.zeros(1, 3, 4, 4, device="meta"), "on cpu, where the model is; it is on meta"),
+        (torch.full((1, 3, 4, 4), torch.nan), "48 values that are NaN"),
+    ],
+)
+def test_inputs_are_refused_in_words(painter: HookedUpstream, given: Any, said: str) -> None:
+    given = given.double() if isinstance(given, Tensor) and given.dtype == torch.float32 else given
+    with pytest.raises(InputError, match=said):
+        painter(given)
+    with pytest.raises(InputError, match=said):
+        painter.run_with_cache(given, names="logits", output=False)
+
+
+def test_there_is_no_layer_to_start_at_and_no_layout(painter: HookedUpstream) -> None:
+    x = torch.randn(1, 3, 4, 4)
+    with pytest.raises(InputError, match="takes no 'start_at_layer'"):
+        painter(x, start_at_layer=1)
+    with pytest.raises(InputError, match="takes no 'stop_at_layer'"):
+        painter.run_with_cache(x, stop_at_layer=1)
+    with pytest.raises(InputError, match="takes no 'mask'"):
+        painter(x, mask=x)
+    assert painter.layout is None
+    assert torch.equal(painter(x=x), painter(x))
+
+
+def test_positions_and_heads_that_nothing_asked_for_has(model: HookedUpstream, x: Tensor) -> None:
+    with pytest.raises(InputError, match=r"heads= chooses along the axis 'head', and nothing asked for has one: it is"):
+        model.run_with_cache(x, names="resid_post", heads=[0])
+    with pytest.raises(InputError, match="pos= chooses along"), model.caching("logits", pos=0):
+        pass
+    _, cache = model.run_with_cache(x, names=["resid_post", "z"], heads=[0])
+    assert cache["z", 0].shape[-2] == 1  # and what has no heads is kept whole
+    assert cache["resid_post", 0].shape == (2, 6, WIDTH)
+
+
+def test_decompositions_say_that_there_is_no_canonical_form(model: HookedUpstream, x: Tensor) -> None:
+    _, cache = model.run_with_cache(x)
+    with pytest.raises(NotApplicable, match="need a canonical form, and this model"):
+        cache.decompose_resid()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prisma_core import ActivationCache, HookedViT
+from prisma_core import ActivationCache, HookedViT, ModelSpec
 
 _NEEDED = ("hook_full_embed", "hook_pos_embed", "hook_ln_pre", "hook_attn_out", "hook_mlp_out")
 _HEADS = ("hook_z", "attn.ln.hook_normalized", "hook_resid_post")
@@ -79,7 +79,8 @@ def by_head(attribution: Attribution, n_layers: int) -> Tensor:
 
 def _read_tokens(model: HookedViT) -> int | None:
     """The one token the head reads, or None for all: spares the memory of the others."""
-    return 0 if model.spec.pool.kind == "token" else None
+    spec: object = model.spec
+    return 0 if isinstance(spec, ModelSpec) and spec.pool.kind == "token" else None  # the cache refuses other models
 
 
 def _attributed(
