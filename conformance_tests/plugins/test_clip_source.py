@@ -22,7 +22,9 @@ open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed:
 
 from huggingface_hub import constants  # noqa: E402
 from prisma_clip import tinyclip  # noqa: E402
-from prisma_clip.cases import logits  # noqa: E402
+from prisma_clip.towers import DualAdapter  # noqa: E402
+
+logits = DualAdapter().call
 from prisma_clip.source import OpenClipSource, Tokenizer, preprocess  # noqa: E402
 
 NAME = "ViT-B-32"
@@ -326,3 +328,17 @@ def test_every_model_is_listed_without_a_network(no_network: None) -> None:
     listed = {info.reference: info for info in OpenClipSource().models()}
     assert set(listed) == {f"open_clip:{name}" for name in open_clip.list_models()}
     assert "openai" in listed["open_clip:ViT-B-32"].note
+
+
+def test_what_loads_is_told_from_its_configuration(no_network: None) -> None:
+    """The convolutional towers and the texts read with mT5 and NLLB are refused by the adapters."""
+    found = set(OpenClipSource().loadable(open_clip.list_models()) or ())
+    refused = {"RN50", "convnext_base", "swin_base_patch4_window7_224", "MobileCLIP-S1"}
+    refused |= {"mt5-base-ViT-B-32", "nllb-clip-base-siglip"}
+    assert not refused & found
+    assert {"ViT-B-32", "ViT-B-16-SigLIP", "coca_ViT-B-32", "xlm-roberta-base-ViT-B-32", "roberta-ViT-B-32"} <= found
+
+
+def test_a_folder_that_is_not_there_is_said_to_be_missing(no_network: None) -> None:
+    with pytest.raises(LoadError, match="No folder at my/folder"):
+        prisma.load("open_clip:my/folder")

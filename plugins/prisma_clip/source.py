@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,11 @@ class OpenClipSource(Source):
             tags = open_clip.list_pretrained_tags_by_model(name)
             family = config["vision_cfg"].get("timm_model_name") or "open_clip"
             yield ModelInfo(f"open_clip:{name}", family, bool(tags), f"tags: {', '.join(tags)}" if tags else "")
+
+    def loadable(self, rests: Collection[str]) -> Collection[str] | None:
+        from prisma_clip.cases import case
+
+        return {rest for rest in rests if case(rest) is not None or _bert(rest)}
 
     def case(self, rest: str) -> Case | None:
         from prisma_clip.cases import case
@@ -313,6 +318,15 @@ def _tags_of(name: str) -> str:
     return f"Its tags: {', '.join(tags)}." if tags else "It has no tags."
 
 
+def _bert(name: str) -> bool:
+    """Return whether a model has a plain vision tower of open_clip's own, and reads with a RoBERTa of transformers'."""
+    import open_clip
+
+    config: Any = open_clip.get_model_config(name)
+    kind = config["text_cfg"].get("hf_model_name", "")  # a name on the hub: what it is stands there alone
+    return "roberta" in kind and isinstance(config["vision_cfg"].get("layers"), int)
+
+
 def _check_name(name: str, which: str) -> None:
     """Refuse a model or tag that open_clip does not have.
 
@@ -323,6 +337,8 @@ def _check_name(name: str, which: str) -> None:
     import open_clip
 
     if not _known(name):
+        if "/" in name or name.startswith("."):
+            raise LoadError(f"No folder at {name}: expected one with {CONFIG} and weights, or a name of open_clip's.")
         near = suggest(name, open_clip.list_models())
         raise UnknownName(f"open_clip has no model {name!r}.{near} `prisma models {name}` searches them.")
     if not which or _is_tag(name, which) or Path(which).is_file():
