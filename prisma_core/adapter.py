@@ -140,13 +140,23 @@ class Adapter(ABC):
         """Return a scope in which upstream computes attention step by step, so that patterns can be seen."""
         return nullcontext()
 
+    def call(self, upstream: nn.Module, *inputs: Tensor) -> Tensor:
+        """Call upstream with what the hooked model takes, and return its main output."""
+        return self.output(upstream(*inputs))
+
     def output(self, result: Any) -> Tensor:
         """Return the main output, given what upstream returns.
 
         Raises:
-            PrismaError: it is no tensor and no tuple that begins with one; override this method.
+            PrismaError: it is no tensor, no tuple that begins with one, and has no logits or last hidden state;
+                override this method.
         """
-        value = cast("tuple[object, ...]", result)[0] if isinstance(result, tuple) else cast("object", result)
+        value = cast("object", result)
+        if isinstance(result, Mapping):
+            named = cast("Mapping[str, object]", result)
+            value = named.get("logits", named.get("last_hidden_state"))
+        elif isinstance(result, tuple):
+            value = cast("tuple[object, ...]", result)[0]
         if not isinstance(value, Tensor):
             kind = qualified_name(cast("object", result))
             raise PrismaError(f"Upstream returns {kind}: the adapter needs output(), or the case forward=, to read it.")

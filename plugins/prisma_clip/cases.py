@@ -13,8 +13,7 @@ from typing import Any
 
 import open_clip
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from prisma_core.adapter import MapAdapter
 from prisma_core.conformance.case import Case, Pictures
@@ -73,10 +72,10 @@ def lone_towers() -> Iterator[Case]:
             yield replace(found, skips=ALIKE) if kind in seen else found
             seen.add(kind)
     for name, kind in BERTS.items():
-        yield Case(f"{name}/whole", build=partial(with_bert, name, kind), forward=logits)
-    yield Case("tinyclip/auto", build=narrow, forward=logits)
+        yield Case(f"{name}/whole", build=partial(with_bert, name, kind))
+    yield Case("tinyclip/auto", build=narrow)
     for name in TEXTS:
-        yield Case(f"{name}/text", build=partial(small_text, name), forward=read)
+        yield Case(f"{name}/text", build=partial(small_text, name))
 
 
 def case(name: str) -> Case | None:
@@ -86,7 +85,7 @@ def case(name: str) -> Case | None:
     config = config_of(name)
     if "hf_model_name" in config["text_cfg"] or not _sees(config["vision_cfg"]):
         return None
-    return Case(name, build=partial(small, name), forward=logits, pictures=pictures)
+    return Case(name, build=partial(small, name), pictures=pictures)
 
 
 def config_of(name: str) -> dict[str, Any]:
@@ -138,25 +137,6 @@ def _timm_taken(example: str) -> bool:
         return not isinstance(taken, MapAdapter)
     except (TypeError, UnsupportedArchitecture):  # not made of blocks, or none that an adapter takes
         return False
-
-
-def logits(model: Any, image: Tensor, tokens: Tensor) -> Tensor:
-    """Return how alike images and texts are, from what open_clip's models return."""
-    if isinstance(model, open_clip.CoCa):  # its forward writes captions too, and needs a text for each image
-        seen, read, scale = model.encode_image(image), model.encode_text(tokens), model.logit_scale.exp()
-        bias = [] if model.logit_bias is None else [model.logit_bias]
-    else:
-        seen, read, scale, *bias = model(image, tokens)
-    alike = scale * seen @ read.T
-    return alike + bias[0] if bias else alike
-
-
-def read(model: Any, tokens: Tensor) -> Tensor:
-    """Return what a text tower makes of tokens; a causal one takes only texts of the full length."""
-    if model.attn_mask is not None and model.cls_emb is None:
-        tokens = F.pad(tokens, (0, model.context_length - tokens.shape[1]))
-    given = model(tokens)
-    return given[0] if isinstance(given, tuple) else given
 
 
 def pictures(model: Any) -> Pictures:

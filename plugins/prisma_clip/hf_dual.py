@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from prisma_clip.common import LINEAR
 from prisma_clip.hf_bert import through
-from prisma_clip.hf_parts import IGNORED, Tower, eager, models
+from prisma_clip.hf_parts import IGNORED, Tower, eager, models, pixels, texts
 from prisma_clip.hf_towers import TOWERS
 from prisma_core.adapter import Adapter, Reader
 from prisma_core.hookmap import HookMap
@@ -41,6 +41,14 @@ class Projected(Adapter):
     def hooks(self, upstream: Reader, spec: AnySpec) -> HookMap:
         at, projection = _which(upstream)
         return projected_hooks(upstream, spec, at, projection)
+
+    def call(self, upstream: nn.Module, *inputs: Tensor) -> Tensor:
+        at, _ = _which(Reader(upstream))
+        if at == "vision_model":
+            return upstream(**pixels(upstream.vision_model, *inputs)).image_embeds
+        spec = self.spec(Reader(upstream))
+        assert isinstance(spec, TextSpec)
+        return upstream(**texts(spec, *inputs)).text_embeds
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return eager(upstream)
@@ -147,6 +155,11 @@ class HfDual(Adapter):
             | projected_hooks(upstream, spec.text, "text_model", written).prefixed("", "text.")
             | own
         )
+
+    def call(self, upstream: nn.Module, *inputs: Tensor) -> Tensor:
+        image, tokens = inputs
+        spec = self.spec(Reader(upstream))
+        return upstream(**texts(spec.text, tokens), **pixels(upstream.vision_model, image)).logits_per_image
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return eager(upstream)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from einops import rearrange
+from torch import Tensor, nn
 
 from prisma_clip.common import LINEAR, activation, norm
 from prisma_core.adapter import Adapter, Reader
 from prisma_core.explicit import eager_attention, multihead_attention
 from prisma_core.reading import linear_rows, norm_rows, same_for_all
-from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec, TextPoolSpec
+from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec, TextPoolSpec, TextSpec
 
 IGNORED = {
     "*.config": "facts are read from the modules that it built",
@@ -104,7 +106,28 @@ def blocks(encoder: Reader, *, causal: bool) -> tuple[BlockSpec, ...]:
     return found
 
 
-# -------------------------------------------------------------------- looking inside
+# -------------------------------------------------------------------- calling, and looking inside
+
+
+def pixels(tower: Any, image: Tensor) -> dict[str, Any]:
+    """Return the arguments that a vision tower, or a model that has it, takes for a picture."""
+    embed = tower.embeddings
+    if not isinstance(embed.patch_embedding, nn.Linear):
+        native = (embed.image_size, embed.image_size)
+        return {"pixel_values": image, "interpolate_pos_encoding": tuple(image.shape[2:]) != native}
+    patch = embed.patch_size  # SigLIP 2 is handed patches, each in one
+    rows, columns = image.shape[2] // patch, image.shape[3] // patch
+    flat = rearrange(image, "b c (r p) (s q) -> b (r s) (p q c)", p=patch, q=patch)
+    shapes = torch.tensor([[rows, columns]] * len(image), device=image.device)
+    mask = torch.ones(flat.shape[:2], dtype=torch.long, device=image.device)
+    return {"pixel_values": flat, "spatial_shapes": shapes, "pixel_attention_mask": mask}
+
+
+def texts(spec: TextSpec, tokens: Tensor) -> dict[str, Any]:
+    """Return the arguments that a text tower, or a model that has it, takes for tokens; padding is masked if it is."""
+    if spec.pad_id is None:
+        return {"input_ids": tokens}
+    return {"input_ids": tokens, "attention_mask": (tokens != spec.pad_id).long()}
 
 
 @contextmanager
@@ -131,6 +154,11 @@ class Tower(Adapter):
 
     ignored: ClassVar[Mapping[str, str]] = IGNORED
     pooled: ClassVar[TextPoolSpec | None] = None
+
+    def call(self, upstream: nn.Module, *inputs: Tensor) -> Tensor:
+        spec = self.spec(Reader(upstream))
+        given = upstream(**(texts(spec, *inputs) if isinstance(spec, TextSpec) else pixels(upstream, *inputs)))
+        return given.last_hidden_state if spec.pool.kind == "none" else given.pooler_output
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return eager(upstream)

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import ClassVar
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from prisma_clip import native, timm_tower
 from prisma_clip.hf_bert import OpenClipText
@@ -88,6 +89,16 @@ class TimmAdapter(Adapter):
     def parts(self, upstream: Reader) -> Sequence[Adapter]:
         return [timm_tower.trunk_adapter(upstream)]
 
+    def call(self, upstream: nn.Module, *inputs: Tensor) -> Tensor:
+        image, tokens = inputs
+        if Reader(upstream).is_a(COCA):  # its forward writes captions too, and needs a text for each image
+            seen, read, scale = upstream.encode_image(image), upstream.encode_text(tokens), upstream.logit_scale.exp()
+            bias = [] if upstream.logit_bias is None else [upstream.logit_bias]
+        else:
+            seen, read, scale, *bias = upstream(image, tokens)
+        alike = scale * seen @ read.T
+        return alike + bias[0] if bias else alike
+
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
         reader = Reader(upstream)
         return timm_tower.trunk_adapter(reader).explicit(reader.trunk.module)
@@ -110,6 +121,12 @@ class TextAdapter(Adapter):
     def hooks(self, upstream: Reader, spec: AnySpec) -> HookMap:
         assert isinstance(spec, TextSpec)
         return native.text_hooks(upstream, spec) | HookMap.parse("-> hook_logits")
+
+    def call(self, upstream: nn.Module, *inputs: Tensor) -> Tensor:
+        (tokens,) = inputs
+        if upstream.attn_mask is not None and upstream.cls_emb is None:  # a causal one takes only texts of full length
+            tokens = F.pad(tokens, (0, upstream.context_length - tokens.shape[1]))
+        return self.output(upstream(tokens))
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return multihead_attention(upstream)
@@ -196,6 +213,16 @@ class DualAdapter(Adapter):
     def parts(self, upstream: Reader) -> Sequence[Adapter]:
         text = [] if upstream.is_a(CLIP) else [tower(upstream.text)]
         return [*tower(upstream.visual).parts(upstream.visual), *text]
+
+    def call(self, upstream: nn.Module, *inputs: Tensor) -> Tensor:
+        image, tokens = inputs
+        if Reader(upstream).is_a(COCA):  # its forward writes captions too, and needs a text for each image
+            seen, read, scale = upstream.encode_image(image), upstream.encode_text(tokens), upstream.logit_scale.exp()
+            bias = [] if upstream.logit_bias is None else [upstream.logit_bias]
+        else:
+            seen, read, scale, *bias = upstream(image, tokens)
+        alike = scale * seen @ read.T
+        return alike + bias[0] if bias else alike
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
         reader = Reader(upstream)

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from einops import rearrange
-from torch import Tensor, nn
+from torch import nn
 
 from prisma_core.conformance.case import Case, Pictures
-from prisma_core.explicit import float64_softmax
 from prisma_hf.classes import MODELS
 from prisma_hf.mae import InOrder
 from prisma_hf.pictures import pictures
@@ -33,36 +28,6 @@ SMALL: dict[str, Any] = {
 CLASSES = {"num_labels": 5}
 
 
-def main_output(upstream: Any, image: Tensor) -> Tensor:
-    """Return what a model is called for: logits where it has a head, else the last hidden state."""
-    config = upstream.config
-    size = config.image_size
-    native = (size, size) if isinstance(size, int) else tuple(size)
-    given: dict[str, Any] = {}
-    if tuple(image.shape[2:]) != native and not _always_resizes(upstream):
-        given["interpolate_pos_encoding"] = True
-    output = upstream(image, **given)
-    return output.logits if hasattr(output, "logits") else output.last_hidden_state
-
-
-def _always_resizes(upstream: Any) -> bool:
-    return "interpolate_pos_encoding" not in inspect.signature(type(upstream).forward).parameters
-
-
-def unmasked(upstream: Any, image: Tensor) -> Tensor:
-    """Return what a masked autoencoder's encoder makes of all patches, in their order."""
-    down, across = upstream.embeddings.patch_embeddings.patch_size
-    count = (image.shape[2] // down) * (image.shape[3] // across)
-    noise = torch.arange(count, device=image.device).expand(len(image), -1)
-    return upstream(image, noise=noise, interpolate_pos_encoding=True).last_hidden_state
-
-
-def unrounded(upstream: Any, image: Tensor) -> Tensor:
-    """Return the main output of a class whose attention is explicit alone, with a softmax in float32."""
-    with float64_softmax():
-        return main_output(upstream, image)
-
-
 # The processor that transformers gives each kind of model, once for each way to resize and cut.
 PROCESSORS = {
     "ViTModel": "ViTImageProcessor",
@@ -77,26 +42,6 @@ def processed(name: str, upstream: nn.Module) -> Pictures:
     import transformers
 
     return pictures(getattr(transformers, name)())
-
-
-def pixels(upstream: Any, image: Tensor) -> Tensor:
-    """Return the pixels that a model predicts, by patch, as they were before it put them together to a picture."""
-    apart = F.pixel_unshuffle(upstream(image).reconstruction, upstream.config.encoder_stride)
-    return rearrange(apart, "b k r c -> b (r c) k")
-
-
-def last_map(upstream: Any, image: Tensor) -> Tensor:
-    """Return the last of a backbone's feature maps."""
-    return upstream(image).feature_maps[-1]
-
-
-FORWARD = {
-    "VitPoseBackbone": last_map,
-    "ViTForMaskedImageModeling": pixels,
-    "DeiTForMaskedImageModeling": pixels,
-    "ViTMAEModel": unmasked,
-    "GitVisionModel": unrounded,
-}
 
 
 def built(name: str, **given: Any) -> nn.Module:
@@ -123,7 +68,6 @@ def case(name: str, variant: str = "", **given: Any) -> Case:
     return Case(
         title,
         partial(built, name, **given),
-        forward=FORWARD.get(name, main_output),
         pictures=partial(processed, processor) if processor else None,
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from prisma_core.adapter import Adapter, Reader, qualified_name
 from prisma_core.hookmap import HookMap
@@ -14,7 +14,7 @@ from prisma_core.layout import TokenLayout
 from prisma_core.reading import linear_rows, norm_rows, plain_patches
 from prisma_core.spec import EmbedSpec, ModelSpec, PoolSpec, RopeSpec
 from prisma_core.weights import WeightMap
-from prisma_hf import bias, blocks, parts, positions
+from prisma_hf import bias, blocks, calling, parts, positions
 from prisma_hf.classes import MODELS
 from prisma_hf.names import ModelNames, TowerNames
 
@@ -143,6 +143,9 @@ class EncoderAdapter(Adapter):
         else:
             rows += f"{names.head or last}  ->  hook_logits{grid}\n"
         return HookMap.parse(rows, h=spec.blocks[0].attn.n_heads)
+
+    def call(self, upstream: nn.Module, *inputs: Tensor) -> Tensor:
+        return calling.call(upstream, *inputs)
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return parts.explicit_attention(upstream)

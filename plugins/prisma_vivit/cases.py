@@ -106,7 +106,6 @@ def _case(kind: str, what: str = "", processor: str | None = None, **facts: Any)
     return Case(
         name,
         build=partial(small, kind, **facts),
-        forward=main_output,
         pictures=partial(_pictures, processor) if processor else None,
     )
 
@@ -139,9 +138,3 @@ def small(kind: str, **facts: Any) -> nn.Module:
 
     made = getattr(transformers, kind)
     return made(made.config_class(**facts)).eval()
-
-
-def main_output(upstream: nn.Module, video: Tensor) -> Tensor:
-    """Return the logits, or all tokens of a model without a head."""
-    output: Any = upstream(video)
-    return output.logits if hasattr(output, "logits") else output.last_hidden_state

@@ -122,10 +122,9 @@ class Subject:
         """Return upstream's main output."""
         if self.case.forward is not None:
             return self.case.forward(upstream, *inputs)
-        result = upstream(*inputs)
         if isinstance(self.adapter, MapAdapter):  # its output is the hooked model's, so it is no witness
-            return Adapter.output(self.adapter, result)
-        return self.adapter.output(result)
+            return Adapter.output(self.adapter, upstream(*inputs))
+        return self.adapter.call(upstream, *inputs)
 
     # ---------------------------------------------------------------- inputs and passes
 
@@ -191,8 +190,9 @@ def facts_of(spec: AnySpec) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-_SIZES = {"d_model", "d_mlp", "d_head", "d_pool", "image_size", "patch", "in_channels", "rows", "columns"}
-_SIZES |= {"n_vocab", "n_ctx", "eps", "scale"}
+_WIDTHS = {"d_model", "d_mlp", "d_head", "d_pool", "n_vocab"}
+_LENGTHS = {"image_size", "patch", "in_channels", "rows", "columns", "n_ctx"}
+_SIZES = {*_WIDTHS, *_LENGTHS, "eps", "scale"}
 _COUNTS = {"cls", "distillation", "registers", "n_classes", "pad_id", "eos_id"}
 
 
