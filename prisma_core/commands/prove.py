@@ -65,6 +65,10 @@ def check(
         told = f"{len(report.failures)} of {len(ran)} checks failed" if ran else "no check applies"
         note("Error", f"{told}. `prisma doctor {reference}` looks for the cause.")
         raise typer.Exit(1)
+    if not pretrained:
+        size = "at its real size" if full else "shrunk where a small form is known"
+        told = f"this is about the architecture, {size}, with weights drawn at random. Those that {reference} names"
+        note("note", f"{told} were not read: --pretrained checks them.", "yellow")
     note("passed", f"{len(ran)} of {len(ran)} checks, {len(report.results) - len(ran)} skipped.", "green")
 
 
