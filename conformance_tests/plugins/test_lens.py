@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from prisma_lens import (
@@ -18,11 +20,14 @@ from prisma_lens import (
 from torch import Tensor
 
 from prisma_core import HookedViT, InputError, ModelSpec, NotApplicable, TokenLayout, UnknownName
+from prisma_core.hookmap import HookMap
+from prisma_core.mapped import HookedUpstream
 from prisma_core.spec import (
     AttentionSpec,
     BlockSpec,
     EmbedSpec,
     Interpolation,
+    MapSpec,
     MlpSpec,
     NormSpec,
     PoolSpec,
@@ -277,3 +282,41 @@ def test_misfits_are_said() -> None:
         activation_patch(model, image(1), image(2), "hook_logits", logit_difference(0, 1), pos=0)
     with pytest.raises(UnknownName):
         activation_patch(model, image(1), image(2), "hook_zz", logit_difference(0, 1))
+
+
+def windows(heads: int) -> HookedUpstream:
+    """Return two stages whose hook_z has windows before positions: two heads in the first, in the second as said."""
+    torch.manual_seed(0)
+    rows = "".join(
+        f"{n} -> stages.{n}.blocks.0.attn.hook_z : batch (window pos) (head d_head) -> batch window pos head d_head\n"
+        for n in range(2)
+    )
+    stages = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Linear(8, 4 * heads), torch.nn.Tanh())
+    table = HookMap.parse(rows + "2 -> hook_logits : batch pos class", window=3, d_head=4)
+    return HookedUpstream(stages, table, MapSpec(shape=(6, 5)), lambda result: result)
+
+
+def test_heads_stand_on_the_axis_named_head_and_layers_are_counted_across_stages() -> None:
+    model, x = windows(2), torch.randn(3, 6, 5)
+    found = patch_heads(model, x, None, lambda out: out.mean(1))
+    assert found.shape == (2, 2, 3, 8)
+
+    def without(z: Tensor, at: object) -> None:
+        z[:, :, :, 1] = 0
+
+    for stage in range(2):
+        edited = model.run_with_hooks(x, hooks={f"stages.{stage}.blocks.0.attn.hook_z": without})
+        assert torch.allclose(found[stage, 1], (edited - model(x)).mean(1), atol=1e-6)
+
+
+def test_heads_that_differ_by_stage_are_refused() -> None:
+    with pytest.raises(InputError, match=r"stages\.0\.blocks\.0 has 2, stages\.1\.blocks\.0 has 3"):
+        patch_heads(windows(3), torch.randn(1, 6, 5), None, lambda out: out.mean(1))
+
+
+def test_models_without_canonical_form_have_no_lens_and_no_attribution() -> None:
+    model, x = windows(2), torch.randn(1, 6, 5)
+    _, cache = model.run_with_cache(x)
+    for study in (logit_lens, *(partial(each, classes=[0]) for each in (logit_attribution, head_attribution))):
+        with pytest.raises(NotApplicable, match="need a canonical form"):
+            study(model, cache)

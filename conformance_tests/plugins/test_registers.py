@@ -21,7 +21,23 @@ from torch import Tensor
 from prisma_core import HookedViT, InputError, ModelSpec, NotApplicable, TokenLayout
 from prisma_core.cli import main
 from prisma_core.conformance.randomise import randomise
-from prisma_core.spec import AttentionSpec, BlockSpec, EmbedSpec, Interpolation, MlpSpec, NormSpec, PoolSpec, RopeSpec
+from prisma_core.hookmap import HookMap
+from prisma_core.mapped import HookedUpstream
+from prisma_core.spec import (
+    AttentionSpec,
+    BlockSpec,
+    DualSpec,
+    EmbedSpec,
+    Interpolation,
+    MapSpec,
+    MlpSpec,
+    NormSpec,
+    PoolSpec,
+    RopeSpec,
+    TextPoolSpec,
+    TextSpec,
+)
+from prisma_core.transformer import HookedDual, build
 from prisma_core.zoo import tensors_of
 
 LN = NormSpec(eps=1e-3)
@@ -205,3 +221,36 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert [line.split()[0] for line in said.splitlines() if line.strip()[:1].isdigit()][:3] == ["0", "1", "2"]
     assert main(["registers", "toy:scenes-3l", str(tmp_path / "missing.png")]) == 1
     assert "missing.png" in capsys.readouterr().err
+
+
+def two_towers() -> HookedDual:
+    pool = TextPoolSpec(kind="argmax")
+    blocks = vit(bias=False).spec.blocks
+    text = TextSpec(d_model=12, n_ctx=4, n_vocab=9, blocks=blocks, causal=True, pool=pool, n_classes=5)
+    made = build(DualSpec(vision=vit().spec, text=text))
+    assert isinstance(made, HookedDual)
+    return made.double().eval()
+
+
+def test_models_without_tokens_of_their_own_are_refused_in_words() -> None:
+    mapped = HookedUpstream(
+        torch.nn.Linear(4, 4), HookMap.parse("-> hook_logits : batch pos d_model"), MapSpec(shape=(6, 4)), lambda y: y
+    ).double()
+    x = torch.randn(1, 6, 4).double()
+    for study in (
+        lambda model: token_norms(model, x),
+        lambda model: attention_to(model, x),
+        lambda model: register_neurons(model, x),
+        lambda model: without_registers(model).__enter__(),
+        lambda model: extra_registers(model).__enter__(),
+        lambda model: registers_at_test_time(model, [Neuron(0, 0)]).__enter__(),
+    ):
+        with pytest.raises(NotApplicable, match="this is a HookedUpstream"):
+            study(mapped)
+        with pytest.raises(NotApplicable, match=r"give model\.vision"):
+            study(two_towers())
+
+
+def test_no_neurons_are_no_neurons_to_move() -> None:
+    with pytest.raises(InputError, match="at least one neuron"):
+        registers_at_test_time(vit(), []).__enter__()

@@ -89,11 +89,18 @@ def patch_heads(
     """
     names = [name for name in model.resolve("hook_z") if layer_of(name) is not None]
     points = model.hook_points()
+    axes = {name: points[name].axes.split() for name in names}
+    if without := next((name for name in names if "head" not in axes[name]), None):
+        raise InputError(f"{without} ({points[without].axes}) has no axis 'head', so there are no heads to patch.")
     _, shapes = model.run_with_cache(clean[:1], names=names, output=False)
-    heads = [(name, head) for name in names for head in range(shapes[name].shape[2])]
-    counts = Counter(layer_of(name) for name, _ in heads)
+    heads = [(name, head) for name in names for head in range(shapes[name].shape[axes[name].index("head")])]
+    counts = Counter(_block(name) for name, _ in heads)
     if len(set(counts.values())) != 1:
-        raise InputError(f"The layers have {[*counts.values()]} heads, so there is no [layer head]: activation_patch.")
+        each = ", ".join(f"{block} has {n}" for block, n in counts.items())
+        raise InputError(
+            f"The number of heads differs between layers ({each}), so there is no [layer head] to return. "
+            "activation_patch(names=...) replaces a layer's hook_z as a whole."
+        )
     source = _source(model, other, names)
     if other is not None and other.shape[0] not in (1, clean.shape[0]):
         source = {name: value.mean(0, keepdim=True) for name, value in source.items()}
@@ -124,6 +131,12 @@ class _Patch:
                 "give images of the same size, and as many of them or one."
             )
         rows[self.part] = self.source.expand_as(rows)[self.part]
+
+
+def _block(name: str) -> str:
+    """``stages.1.blocks.0.attn.hook_z`` is of ``stages.1.blocks.0``."""
+    before, _, rest = f".{name}".rpartition(".blocks.")
+    return f"{before}.blocks.{rest.partition('.')[0]}".removeprefix(".")
 
 
 def _part(axes: str, pos: Positions, head: int | None = None) -> tuple[object, ...]:

@@ -18,7 +18,7 @@ from prisma_registers.norms import attention_to, token_norms
 
 def registers(
     reference: Annotated[str, typer.Argument(help="What to look into; `prisma models` lists what there is.")],
-    images: Annotated[list[Path], typer.Argument(help="Pictures to look at.")],
+    images: Annotated[list[Path], typer.Argument(help="Pictures to look at, or videos for a model of those.")],
     cutoff: Annotated[
         float | None,
         typer.Option(help="The norm above which a token is an outlier.", show_default="3 times the median"),
@@ -32,12 +32,17 @@ def registers(
     with status.status(f"Loading {reference}"):
         loaded = prisma.load(reference, **({} if pretrained else {"pretrained": False}))
     model = loaded.vision if isinstance(loaded, HookedDual) else loaded
+    if isinstance(loaded, HookedDual):
+        status.print(f"{reference} is a pair of towers: this looks at its vision tower.", soft_wrap=True)
     if not isinstance(model, HookedViT):
-        raise InputError(f"{reference} is no vision transformer of Prisma's own form.")
+        raise InputError(
+            f"{reference} is no vision transformer in canonical form, so it has no registers and no stream of tokens "
+            "to measure: docs/how-to-other-architectures.md says how to look into it."
+        )
     preprocess = loaded.preprocess if isinstance(loaded, HookedDual) else model.preprocess
     if preprocess is None:
         raise InputError("This model does not know how to read pictures.")
-    batch = preprocess(images)
+    batch = torch.cat([preprocess(path) for path in images])
     norms = token_norms(model, batch, progress=status.is_terminal)
     keys = next((kind for kind in ("registers", "cls") if _any(norms.layout, kind)), None)
     shares = attention_to(model, batch, keys, progress=status.is_terminal) if keys else None
@@ -45,7 +50,8 @@ def registers(
     out.print(_table(norms.by_layer(cutoff=cutoff), shares, keys))
     first = norms.first_layer(cutoff=cutoff)
     said = "no patch is an outlier" if first is None else f"patches are outliers from layer {first} on"
-    pictures = "1 picture" if len(batch) == 1 else f"{len(batch)} pictures"
+    kind = "picture" if model.spec.n_frames is None else "video"
+    pictures = f"1 {kind}" if len(batch) == 1 else f"{len(batch)} {kind}s"
     out.print(f"{pictures}, {norms.layout.registers} registers: {said}.")
     if not pretrained:
         out.print("These weights are random: the norms say nothing about a trained model.", style="yellow")

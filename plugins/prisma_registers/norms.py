@@ -12,6 +12,7 @@ from rich.progress import track
 from torch import Tensor
 
 from prisma_core import HookedViT, InputError, NotApplicable, TokenLayout
+from prisma_core.transformer import HookedDual
 
 
 class LayerNorms(NamedTuple):
@@ -99,7 +100,9 @@ def token_norms(
 
     Raises:
         InputError: there is no image.
+        NotApplicable: the model is no vision transformer in canonical form.
     """
+    check_vit(model)
     found: list[Tensor] = []
     for part in _batches(images, batch_size, progress, "norms"):
         _, cache = model.run_with_cache(part, names="resid_post", output=False)
@@ -128,8 +131,9 @@ def attention_to(
 
     Raises:
         UnknownName: there is no such subset.
-        NotApplicable: the model has no token of that kind.
+        NotApplicable: the model has no token of that kind, or is no vision transformer in canonical form.
     """
+    check_vit(model)
     layout = model.layout_of(images)
     at = {subset: layout.slice(subset) for subset in (keys, queries)}
     for subset, where in at.items():
@@ -142,6 +146,25 @@ def attention_to(
         shares = [pattern[:, :, at[queries], at[keys]].sum(-1).mean(-1) for pattern in patterns]
         total = total + torch.stack([share.sum(0) for share in shares]).cpu()
     return total / len(images)
+
+
+def check_vit(model: object) -> None:
+    """Refuse models that have no tokens in a known place.
+
+    Raises:
+        NotApplicable: it says what to take instead.
+    """
+    if isinstance(model, HookedViT):
+        return
+    if isinstance(model, HookedDual):
+        raise NotApplicable(
+            "This model is a pair of towers; registers are the vision tower's: give model.vision, such as "
+            "token_norms(model.vision, images)."
+        )
+    raise NotApplicable(
+        f"Registers and token norms need a vision transformer in canonical form, whose layers share one stream of "
+        f"tokens; this is a {type(model).__name__}. What it computes is in its cache: run_with_cache."
+    )
 
 
 def _batches(images: Tensor, batch_size: int, progress: bool, what: str) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from prisma_core import HookContext, HookedViT, InputError, NotApplicable
 from prisma_core.zoo import assign, tensors_of
+from prisma_registers.norms import check_vit
 from prisma_registers.sinks import Neuron
 
 # Which axis of a table runs over tokens.
@@ -27,6 +28,7 @@ def without_registers(model: HookedViT) -> Generator[HookedViT]:
     Raises:
         NotApplicable: it has none, or its pooling reads them.
     """
+    check_vit(model)
     registers = model.layout.slice("registers")
     if registers.start == registers.stop:
         raise NotApplicable("This model has no registers to remove.")
@@ -50,6 +52,7 @@ def extra_registers(
         InputError: ``n`` is below 1, or values have another shape.
         NotApplicable: the model's pooling reads its prefix tokens, so more of them change what it pools.
     """
+    check_vit(model)
     if n < 1:
         raise InputError(f"Expected at least one register to add, got n={n}.")
     like = next(model.parameters())
@@ -71,14 +74,17 @@ def registers_at_test_time(model: HookedViT, neurons: Iterable[Neuron], n: int =
         n: how many registers to add; each gets the same activations.
 
     Raises:
-        InputError: there is no such neuron.
+        InputError: there is no such neuron, or none was given.
 
     Source: "Vision transformers don't need trained registers" (Jiang et al. 2025), section 4.
     """
+    check_vit(model)
     by_layer: dict[int, list[int]] = {}
     for neuron in neurons:
         _check(model, neuron)
         by_layer.setdefault(neuron.layer, []).append(neuron.index)
+    if not by_layer:
+        raise InputError("Expected at least one neuron to move, got none: register_neurons(model, images) finds some.")
     with extra_registers(model, n) as wider:
         n_prefix = wider.layout.n_prefix
 
