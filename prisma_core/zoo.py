@@ -116,7 +116,14 @@ def parted(reference: str) -> tuple[str, str]:
 
     Raises:
         UnknownName: it has no source; references that it may mean are suggested.
+        InputError: it is no text.
     """
+    given = cast("object", reference)
+    if not isinstance(given, str):
+        raise InputError(
+            f"Expected a reference such as 'timm:vit_base_patch16_224', got {type(given).__name__}. "
+            "prisma.adapt takes a model."
+        )
     name, colon, rest = reference.partition(":")
     if colon and name and rest:
         return name, rest

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import prisma_core as prisma
-from prisma_core import LoadError, UnknownName, UnsupportedArchitecture
+from prisma_core import InputError, LoadError, UnknownName, UnsupportedArchitecture
 from prisma_core.conformance.randomise import randomise
 
 transformers = pytest.importorskip("transformers", reason="transformers is missing: pip install 'prisma-interp[hf]'")
@@ -129,7 +129,7 @@ def test_without_weights_the_configuration_is_enough(upstream: Any, tmp_path: Pa
         prisma.load(f"hf:{tmp_path}")
     model = prisma.load(f"hf:{tmp_path}", pretrained=False, num_hidden_layers=1)
     assert (model.spec.n_layers, model.spec.n_classes) == (1, 3)
-    with pytest.raises(LoadError, match="cannot be made with colour"):
+    with pytest.raises(InputError, match="takes no option 'colour'"):
         prisma.load(f"hf:{tmp_path}", pretrained=False, colour="red")
 
 
@@ -265,3 +265,57 @@ def test_a_download_that_breaks_off_is_an_error_and_the_next_try_succeeds(
 def test_a_name_that_the_hub_does_not_know(hosted: Any) -> None:
     with pytest.raises(UnknownName, match="no such repository"):
         prisma.load("hf:someone/else")
+
+
+def test_a_misspelt_option_is_refused_with_the_nearest(upstream: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no 'num_hiden_layers'\. Did you mean num_hidden_layers"):
+        prisma.load("hf:ViTModel", pretrained=False, num_hiden_layers=2)
+    with pytest.raises(InputError, match=r"vision_config takes no 'num_hiden_layers'\. Did you mean num_hidden_layers"):
+        prisma.load("hf:CLIPModel", pretrained=False, vision_config={"num_hiden_layers": 2})
+    for pretrained in (True, False):
+        with pytest.raises(InputError, match=r"no option 'num_labls'.*Did you mean num_labels"):
+            prisma.load(f"hf:{tmp_path}", pretrained=pretrained, num_labls=3)
+    given = {**SMALL, "image_size": 32, "patch_size": 8}
+    assert prisma.load("hf:ViTForImageClassification", pretrained=False, num_labels=5, **given).spec.n_classes == 5
+    with pytest.raises(LoadError, match="hidden_size"):
+        prisma.load("hf:ViTModel", pretrained=False, hidden_size="wide")
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_a_class_that_cannot_be_made_of_the_configuration(upstream: Any, tmp_path: Path, pretrained: bool) -> None:
+    with pytest.raises(LoadError, match=r"has a ViTConfig\. BeitModel takes a BeitConfig, and cannot be made"):
+        prisma.load(f"hf:{tmp_path}", architecture="BeitModel", pretrained=pretrained)
+    for wrong in ("ViTConfig", "set_seed"):
+        with pytest.raises(LoadError, match=f"{wrong} of transformers is no class of models"):
+            prisma.load(f"hf:{tmp_path}", architecture=wrong, pretrained=pretrained)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["BertModel"]}))
+    with pytest.raises(LoadError, match=r"has a ViTConfig\. BertModel takes a BertConfig"):
+        prisma.load(f"hf:{tmp_path}", pretrained=pretrained)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": "ViTForImageClassification"}))
+    assert prisma.load(f"hf:{tmp_path}", pretrained=pretrained).spec.n_classes == 3
+
+
+def test_a_pooler_that_the_file_lacks_is_left_out_on_request(upstream: Any, tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="add_pooling_layer=False"):
+        prisma.load(f"hf:{tmp_path}", architecture="ViTModel")
+
+
+def test_transformers_is_quiet_during_a_load_alone(
+    upstream: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    prisma.load(f"hf:{tmp_path}")
+    with pytest.raises(LoadError):
+        prisma.load(f"hf:{tmp_path}", architecture="ViTModel")
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    written = capfd.readouterr()
+    assert "Loading weights" not in written.err
+    assert "LOAD REPORT" not in written.err + written.out
+
+
+def test_a_reference_that_is_no_text() -> None:
+    with pytest.raises(InputError, match="got NoneType"):
+        prisma.load(None)  # type: ignore[arg-type]

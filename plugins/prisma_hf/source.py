@@ -16,6 +16,7 @@ from torch import nn
 from prisma_core.adapter import Reader
 from prisma_core.conformance.case import Case
 from prisma_core.errors import LoadError, PrismaError, UnknownName, suggest
+from prisma_core.keywords import named
 from prisma_core.plugins import host
 from prisma_core.preprocess import Preprocess
 from prisma_core.sources import Loaded, ModelInfo, Source
@@ -47,7 +48,7 @@ class HfSource(Source):
         part: the path of a module of the model, such as ``vision_model``: that alone is handed over.
         trust_remote_code: run code that comes with the model. Off unless you say so.
 
-    Others go to ``from_pretrained``, such as ``num_labels=10``; without weights, into the configuration.
+    Others go into the configuration, such as ``num_hidden_layers=2`` without weights, and to ``from_pretrained``.
     """
 
     name = "hf"
@@ -64,6 +65,8 @@ class HfSource(Source):
         trust_remote_code: bool = False,
         **options: Any,
     ) -> Loaded:
+        from prisma_hf.options import quiet
+
         if rest in _classes():
             if pretrained:
                 raise LoadError(
@@ -72,7 +75,9 @@ class HfSource(Source):
             kind = _imported(_classes()[rest])
             if not hasattr(kind, "config_class"):
                 raise LoadError(f"hf:{rest} is a part of a model: load the model, with part= the part's path in it.")
-            return _loaded(_part(kind(kind.config_class(**options)), part, rest), kind.config_class(**options), None)
+            with quiet():
+                model, config = _of_class(kind, rest, options)
+            return _loaded(_part(model, part, rest), config, None)
         where = place(rest)
         if not where.local and "/" not in where.name:
             raise UnknownName(
@@ -81,16 +86,8 @@ class HfSource(Source):
             )
         folder = where.folder(weights=pretrained)
         common = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-        config, others = _config(where, folder, common, options)
-        kind = _kind(config, architecture, trusted=trust_remote_code)
-        config = _own(config, kind)
-        if pretrained:
-            model = _pretrained(where, folder, kind, config, common | others, whole=architecture is None)
-        else:
-            model = _fresh(kind, config, others)
-        model = _part(model, part, str(where))
-        loaded = _loaded(model, config, _preprocess(folder, common) or _video_preprocess(folder, model, common))
-        return replace(loaded, tokenizer=tokenizer(folder, config, common))
+        with quiet():
+            return _read(where, folder, pretrained, architecture, part, common, options)
 
     def models(self) -> Iterator[ModelInfo]:
         for name, path in _classes().items():
@@ -122,6 +119,28 @@ def _imported(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+def _read(
+    where: Place,
+    folder: Path,
+    pretrained: bool,
+    architecture: str | None,
+    part: str | None,
+    common: dict[str, Any],
+    options: dict[str, Any],
+) -> Loaded:
+    """Return what ``load`` returns, of a folder."""
+    config, others = _config(where, folder, common, options)
+    kind = _kind(config, architecture, trusted=common["trust_remote_code"])
+    config = _own(config, kind)
+    if pretrained:
+        model = _pretrained(where, folder, kind, config, common | others, whole=architecture is None)
+    else:
+        model = _fresh(str(where), kind, config, others)
+    model = _part(model, part, str(where))
+    loaded = _loaded(model, config, _preprocess(folder, common) or _video_preprocess(folder, model, common))
+    return replace(loaded, tokenizer=tokenizer(folder, config, common))
+
+
 def _config(where: Place, folder: Path, common: dict[str, Any], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return a model's configuration, and the options that are none of its settings.
 
@@ -144,11 +163,14 @@ def _kind(config: Any, architecture: str | None, *, trusted: bool) -> Any:
     """
     import transformers
 
-    names = [architecture] if architecture else list(config.architectures or ())
-    for name in names:
+    listed: Any = config.architectures or ()
+    names = [architecture] if architecture else [listed] if isinstance(listed, str) else list(listed)
+    for name in map(str, names):
         # Not every class of a module is exported; some stand in the module of the configuration's neighbour alone.
         home = type(config).__module__.replace(".configuration_", ".modeling_")
         found = getattr(transformers, name, None) or _in_module(home, name)
+        if found is not None and not hasattr(found, "from_config") and not hasattr(found, "_from_config"):
+            raise LoadError(f"{name} of transformers is no class of models: name one with architecture=NAME.")
         if found is not None:
             return found
     if architecture:
@@ -178,6 +200,8 @@ def _pretrained(
     Raises:
         LoadError: a file cannot be read safely, or does not fit.
     """
+    from prisma_hf.options import UNKNOWN, refuse_unknown
+
     kept = {"attn_implementation": "sdpa"} if getattr(kind, "_supports_sdpa", True) else {}
     try:
         model, info = kind.from_pretrained(
@@ -188,7 +212,11 @@ def _pretrained(
             weights_only=True,
             **{**kept, **arguments},
         )
+    except AttributeError as error:
+        raise LoadError(_unfit(str(where), kind, config, error)) from error
     except (*BROKEN, TypeError) as error:
+        if isinstance(error, TypeError) and UNKNOWN.search(str(error)):
+            refuse_unknown(str(where), error, kind, config)
         again = " What was broken in the cache was removed: try again." if where.forget_broken(folder) else ""
         raise LoadError(f"The weights of {where} could not be read: {_brief(error)}{again}") from error
     problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
@@ -197,25 +225,63 @@ def _pretrained(
     problems += [str(message) for message in info["error_msgs"]]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise LoadError(
-            f"{where} does not fit {type(model).__name__}: {'; '.join(problems[:5])}{more}. "
-            "Another class that fits is asked for with architecture=NAME."
-        )
+        without = "add_pooling_layer"
+        if without in named(type(model)) and any("pooler." in name for name in info["missing_keys"]):
+            hint = f"Where the file has no pooler, give {without}=False."
+        else:
+            hint = "Another class that fits is asked for with architecture=NAME."
+        raise LoadError(f"{where} does not fit {type(model).__name__}: {'; '.join(problems[:5])}{more}. {hint}")
     return model.eval()
 
 
-def _fresh(kind: Any, config: Any, options: dict[str, Any]) -> nn.Module:
+def _fresh(where: str, kind: Any, config: Any, options: dict[str, Any]) -> nn.Module:
     """Return a model with weights drawn at random.
 
     Raises:
-        LoadError: an option is none of the class.
+        InputError: an option is none of the class.
+        LoadError: the class cannot be made of this configuration.
     """
+    from prisma_hf.options import refuse_unknown
+
     build = getattr(kind, "from_config", None) or kind._from_config  # auto classes have the one, others the other
     options = {name: value for name, value in options.items() if name not in OF_FILES}
     try:
         return build(config, **options).eval()
     except TypeError as error:
-        raise LoadError(f"{kind.__name__} cannot be made with {', '.join(options) or 'this'}: {error}") from error
+        if options:
+            refuse_unknown(where, error, kind, config)
+        raise LoadError(_unfit(where, kind, config, error)) from error
+    except (AttributeError, *BROKEN) as error:
+        raise LoadError(_unfit(where, kind, config, error)) from error
+
+
+def _of_class(kind: Any, name: str, options: dict[str, Any]) -> tuple[nn.Module, Any]:
+    """Return a class's model with weights drawn at random, and its configuration.
+
+    Raises:
+        InputError: an option is none of the configuration's.
+        LoadError: the configuration makes no model.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    from prisma_hf.options import check_settings
+
+    check_settings(f"hf:{name}", kind.config_class, options)
+    try:
+        config = kind.config_class(**options)
+        return kind(config), config
+    except (StrictDataclassError, AttributeError, TypeError, *BROKEN) as error:
+        raise LoadError(f"hf:{name} cannot be made with these options: {_brief(error)}") from error
+
+
+def _unfit(where: str, kind: Any, config: Any, error: Exception) -> str:
+    """Return what to say where a class stumbled over a configuration."""
+    wanted = getattr(kind, "config_class", None)
+    own = "" if wanted is None or isinstance(config, wanted) else f" takes a {wanted.__name__}, and"
+    return (
+        f"{where} has a {type(config).__name__}. {kind.__name__}{own} cannot be made of it: {_brief(error)}. "
+        "Name a class that fits with architecture=NAME."
+    )
 
 
 def _own(config: Any, kind: Any) -> Any:
