@@ -19,6 +19,10 @@ from prisma_core.spec import Facts
 
 Decoder: TypeAlias = Literal["torchcodec", "av"]
 Video: TypeAlias = "str | Path | Tensor | Sequence[Picture] | Any"
+_ENDINGS = """
+    3g2 3gp asf avi divx f4v flv m2ts m4v mjpeg mkv mov mp4 mpe mpeg mpg mts ogm ogv qt ts vob webm wmv
+"""
+FILMS = frozenset(f".{ending}" for ending in _ENDINGS.split())
 INSTALL = 'pip install "prisma-interp[video]"'
 
 
@@ -38,7 +42,8 @@ class VideoPreprocess(Facts):
 
         Args:
             video: the path of a file, an array or tensor ``[frame height width channel]``, or a list of frames, each
-                anything that is a picture; or a list of arrays or of lists of frames: several videos.
+                anything that is a picture. A list of paths of video files, of arrays or of lists of frames: several
+                videos.
 
         Raises:
             InputError: it is no video, or has fewer frames than the model takes.
@@ -77,9 +82,12 @@ def read_video(
         decoder: what decodes; None for torchcodec where it is installed and works, else PyAV.
 
     Raises:
-        InputError: there is no such file, it is no video, is cut off or damaged, or has fewer frames.
+        InputError: there is no such file, it is no video, is cut off or damaged, or has fewer frames; or fewer than one
+            frame is wanted.
         PluginError: neither torchcodec nor PyAV is installed.
     """
+    if frames is not None and frames < 1:
+        raise InputError(f"Expected at least one frame to take, or None for all; got frames={frames}.")
     path = Path(path)
     if not path.is_file():
         raise InputError(f"No video at {path}.")
@@ -112,6 +120,9 @@ def evenly(n: int, wanted: int | None, what: str) -> list[int]:
 
 
 def _is_video(video: object) -> bool:
+    """Whether it is a video by itself, not a frame: a picture's file is told from a film's by its ending."""
+    if isinstance(video, str | Path):
+        return Path(video).suffix.lower() in FILMS
     return isinstance(video, list | tuple) or getattr(video, "ndim", 0) == 4
 
 

@@ -27,7 +27,19 @@ import prisma_core as prisma
 from prisma_core import HookedViT, InputError, ModelSpec, NotApplicable, PluginError, TokenLayout
 from prisma_core.cli import main
 from prisma_core.preprocess import Preprocess
-from prisma_core.spec import AttentionSpec, BlockSpec, EmbedSpec, MlpSpec, NormSpec, PoolSpec
+from prisma_core.spec import (
+    AttentionSpec,
+    BlockSpec,
+    DualSpec,
+    EmbedSpec,
+    MlpSpec,
+    NormSpec,
+    PoolSpec,
+    TextPoolSpec,
+    TextSpec,
+)
+from prisma_core.transformer import build
+from prisma_core.video import VideoPreprocess
 
 LABELS = ("🔴 red circle", "🟦 blue square", "tabby, tabby cat", "<script>&", "qwertyuiop")
 
@@ -385,3 +397,59 @@ def test_random_weights_are_told_in_the_terminal(
     assert main(["demo", "--model", "toy:dsprites-attn-1l", "--no-pretrained", *names]) == 0
     assert "Random weights: toy:dsprites-attn-1l was not trained" in " ".join(capsys.readouterr().err.split())
     assert "untrained weights" in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+def test_what_the_page_lacks_is_told_in_the_terminal(
+    pictures: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool = PoolSpec(kind="attention", attn=AttentionSpec(n_heads=2, n_kv_heads=2, d_head=6, scale=0.3))
+    kept = prisma.save(model(pool=pool, ln_final=None, ln_pool=NormSpec(eps=1e-5)), tmp_path / "model")
+    assert main(["demo", "--no-open", *options_of(f"file:{kept}", pictures, tmp_path / "out")]) == 0
+    assert files(tmp_path / "out") == ALL - {"attribution.png"}
+    told = capsys.readouterr().err
+    assert "Without attribution.png: This model pools by attention" in told
+    assert told.count("Without") == 1
+
+
+def towers() -> prisma.Hooked:
+    block = model().spec.blocks[0]
+    text = TextSpec(
+        d_model=12, n_ctx=4, n_vocab=9, blocks=(block,), causal=True, pool=TextPoolSpec(kind="argmax"), n_classes=5
+    )
+    return build(DualSpec(vision=model().spec, text=text))
+
+
+def films() -> HookedViT:
+    made = model(embed=EmbedSpec(patch=(8, 8), tubelet=1), layout=TokenLayout(cls=1, frames=2, rows=2, columns=3))
+    made.preprocess = VideoPreprocess(frames=2, each=Preprocess(size=(16, 24)))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [(towers, "prisma_view.report(model.vision, first, second)"), (films, "the page shows pictures, not videos")],
+)
+def test_models_without_pages_are_refused_with_what_there_is_instead(
+    made: Any, says: str, pictures: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = prisma.save(made(), tmp_path / "model")
+    assert main(["demo", "--no-open", *options_of(f"file:{kept}", pictures, tmp_path / "out")]) == 1
+    assert says in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_without_canonical_form_have_no_page(
+    pictures: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("timm", reason="needs timm: pip install 'prisma-interp[timm]'")
+    given = options_of("timm:test_convnext", pictures, tmp_path)
+    assert main(["demo", "--no-pretrained", "--no-open", *given]) == 1
+    assert "docs/how-to-other-architectures.md" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_vision_tower_by_itself_has_a_report() -> None:
+    dual = towers()
+    dual.preprocess = Preprocess(size=(16, 24))
+    found = prisma_view.report(dual.vision, picture(1), picture(2))
+    assert found.lens is not None
+    assert found.heads is not None

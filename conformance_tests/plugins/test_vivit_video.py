@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 import prisma_core as prisma
 from prisma_core import InputError, LoadError
+from prisma_core.cli import main
 from prisma_core.errors import PluginError
 from prisma_core.preprocess import Preprocess
 from prisma_core.video import VideoPreprocess, evenly, read_preprocess, read_video
@@ -124,6 +125,9 @@ def test_files_that_are_no_videos(film: Callable[..., Path], tmp_path: Path) -> 
             read_video(tmp_path / name)
     with pytest.raises(InputError, match=r"ffv1\.avi has 20 frames, and 21 are wanted"):
         read_video(film("ffv1.avi"), 21)
+    for few in (0, -3):
+        with pytest.raises(InputError, match=f"at least one frame to take, or None for all; got frames={few}"):
+            read_video(film("ffv1.avi"), few)
 
 
 def test_without_a_decoder_it_says_what_to_install(film: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +157,10 @@ def test_every_form_of_a_video_gives_the_same_tensor(film: Callable[..., Path], 
     for form in (str(path), frames, torch.from_numpy(frames), list(frames), pictures, files, frames / 255):
         assert torch.equal(preprocess(form), made)
     assert torch.equal(preprocess([frames, pictures]), made.repeat(2, 1, 1, 1, 1))
+    for forms in ([path, str(path)], [path, frames], (pictures, str(path))):
+        assert torch.equal(preprocess(forms), made.repeat(2, 1, 1, 1, 1))
+    still = [str(tmp_path / "first.png")] * 5  # pictures' files are frames
+    assert torch.equal(preprocess(still), EACH(frames[0])[None].repeat(1, 5, 1, 1, 1))
     assert torch.allclose(preprocess.denormalise(made)[0], EACH.denormalise(made[0]))
 
 
@@ -215,7 +223,9 @@ def test_processors_that_leave_frames_at_their_size_are_refused(cases: Any) -> N
             preprocess_of(kind(**options), 4)
 
 
-def test_a_saved_model_takes_a_file(cases: Any, film: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_saved_model_takes_a_file(
+    cases: Any, film: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from prisma_vivit import preprocess_of
 
     upstream = cases.small("VivitForVideoClassification", **cases.VIVIT | {"num_channels": 3, "image_size": [40, 40]})
@@ -227,3 +237,5 @@ def test_a_saved_model_takes_a_file(cases: Any, film: Callable[..., Path], tmp_p
     video = back.preprocess(path)
     with torch.no_grad():
         torch.testing.assert_close(back(video), upstream(video).logits, rtol=0, atol=1e-5)
+    assert main(["registers", f"file:{tmp_path / 'saved'}", str(path), str(path)]) == 0
+    assert "2 videos, 0 registers" in capsys.readouterr().out

@@ -16,8 +16,15 @@ import prisma_view
 from prisma_core import HookedViT, InputError
 from prisma_core.plugins import host
 from prisma_core.preprocess import open_picture
+from prisma_core.transformer import HookedDual
 
 DEFAULT = "toy:scenes-3l"
+PARTS = {
+    "lens": "lens.png",
+    "layers": "attribution.png",
+    "heads": "the heads in attribution.png",
+    "patching": "patching.png",
+}
 
 
 def demo(
@@ -49,17 +56,20 @@ def demo(
             open_picture(path)
     with console.status(f"Loading {model}"):
         loaded = prisma.load(model, **({} if pretrained else {"pretrained": False}))
-    if not isinstance(loaded, HookedViT):
-        raise InputError(f"{model} is no vision transformer of Prisma's own form; the page needs one.")
-    first, second = _pictures(loaded, model, image, other)
+    shown = _with_pages(loaded, model)
+    first, second = _pictures(shown, model, image, other)
     _made(out)
     with console.status("Looking"):
-        found = prisma_view.report(loaded, first, second, progress=console.is_terminal)
+        found = prisma_view.report(shown, first, second, progress=console.is_terminal)
     with console.status("Drawing"):
         page = prisma_view.write_page(found, out / "index.html", trained=pretrained, command=_command())
         pictures = prisma_view.write_pictures(found, out, trained=pretrained)
     if not pretrained:
         console.print(f"[bold yellow]Random weights:[/] {model} was not trained, so nothing it says was learned.")
+    for part, reason in found.why.items():
+        if part == "heads" and "layers" in found.why:  # the whole picture is missing, which was said
+            continue
+        console.print(f"Without {PARTS[part]}: {reason}", soft_wrap=True, markup=False)
     best = found.symbol(found.best)
     Console(highlight=False).print(
         f"{best.emoji} {model} sees: {best.name} ({prisma_view.percent(float(found.logits.softmax(-1)[found.best]))})",
@@ -71,6 +81,28 @@ def demo(
     )
     if _wanted(show):
         webbrowser.open(page.resolve().as_uri())
+
+
+def _with_pages(loaded: object, reference: str) -> HookedViT:
+    """Return the model if there are pages of its kind.
+
+    Raises:
+        InputError: there are none; it says what there is instead.
+    """
+    if isinstance(loaded, HookedDual):
+        raise InputError(
+            f"{reference} is a pair of towers, which names no classes by itself, and the page is about a classifier. "
+            f"Its vision tower is model.vision: prisma_view.report(model.vision, first, second) takes its output's "
+            f"coordinates for classes, and `prisma registers {reference} PICTURE` looks at its tokens."
+        )
+    if not isinstance(loaded, HookedViT):
+        raise InputError(
+            f"{reference} is no vision transformer in canonical form, and the page needs one. Its activations can be "
+            "read and edited all the same: docs/how-to-other-architectures.md."
+        )
+    if loaded.spec.n_frames is not None:
+        raise InputError(f"{reference} takes videos, and the page shows pictures, not videos.")
+    return loaded
 
 
 def _pictures(model: HookedViT, reference: str, image: Path | None, other: Path | None) -> tuple[Any, Any]:
