@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 from prisma_core.errors import LoadError, PrismaError
 from prisma_core.spec import Facts
@@ -46,6 +47,7 @@ class Certificate(Facts):
         upstream: qualified name of upstream's class.
         library, version: the package it comes from.
         sizes: of the inputs tried: heights and widths of images, lengths of texts.
+        form: ``mapped``: it has no canonical form, and upstream's own module is hooked where it stands.
         weights: ``random``: every weight drawn. ``own``: as the model came.
         full: whether upstream was built at its real size.
         facts: a digest of the spec with its sizes left out; equal for models that differ in size alone.
@@ -60,6 +62,7 @@ class Certificate(Facts):
     dtype: str = "float64"
     device: str = "cpu"
     sizes: tuple[tuple[int, ...], ...] = ()
+    form: Literal["canonical", "mapped"] = "canonical"
     weights: str = "random"
     full: bool = False
     facts: str = ""

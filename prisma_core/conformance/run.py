@@ -113,6 +113,7 @@ def certify(
         torch=torch.__version__,
         device=str(subject.also or subject.device),
         sizes=tuple(subject.sizes()),
+        form="mapped" if isinstance(subject.adapter, MapAdapter) else "canonical",
         weights="random" if subject.drawn else "own",
         full=full,
         facts=subject.facts(),
