@@ -340,7 +340,7 @@ def test_one_label_is_a_text_and_not_its_letters(reader: HookedDual) -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "template"), [(["cat"], "a photo"), (["cat"], ["{}", "a {}"]), ([], "{}"), ([1, 2], "{}")]
+    ("labels", "template"), [(["cat"], "a photo"), (["cat"], ["{}", "a {}"]), ([], "{}"), ([1, 2], "{}"), (None, "{}")]
 )
 def test_labels_and_templates_that_say_nothing_are_refused(reader: HookedDual, labels: Any, template: Any) -> None:
     with pytest.raises(InputError, match="Expected"):
@@ -363,7 +363,7 @@ def test_a_text_that_is_cut_is_said_to_be(reader: HookedDual) -> None:
 
 
 def test_what_is_no_text_is_refused(reader: HookedDual) -> None:
-    for wrong in ([1, 2], [], ["cat", None]):
+    for wrong in ([1, 2], [], ["cat", None], 3, None):
         with pytest.raises(InputError, match="Expected a text"):
             reader.tokens(wrong)  # type: ignore[arg-type]
 

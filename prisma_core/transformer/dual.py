@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -143,7 +143,8 @@ class HookedDual(Canonical):
                 f"Expected one sentence with {{}} where the label goes, such as 'a photo of a {{}}.', got {given!r}. "
                 "With several, take the mean of what classify returns for each."
             )
-        names = [labels] if isinstance(labels, str) else list(labels)
+        several = cast("object", labels)
+        names = [labels] if isinstance(labels, str) else list(labels) if isinstance(several, Iterable) else []
         if not names or not all(isinstance(cast("object", name), str) for name in names):
             raise InputError(f"Expected names of classes, such as ['cat', 'dog'], got {labels!r}.")
         tokens = self.tokens([template.replace("{}", name) for name in names])

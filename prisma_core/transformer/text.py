@@ -188,10 +188,10 @@ def tokens_of(model: HookedText, text: Tensor | str | Sequence[str], reference: 
     """
     if isinstance(text, Tensor):
         return text
-    texts = [text] if isinstance(text, str) else list(cast("Iterable[object]", text))
+    several = cast("Iterable[object]", text) if isinstance(cast("object", text), Iterable) else ()
+    texts = [text] if isinstance(text, str) else list(several)
     if not texts or not all(isinstance(each, str) for each in texts):
-        wrong = next((type(each).__name__ for each in texts if not isinstance(each, str)), "none")
-        raise InputError(f"Expected a text, texts or a tensor of tokens [text pos], got a list with {wrong}.")
+        raise InputError(f"Expected a text, a list of texts or a tensor of tokens [text pos], got {str(text)[:80]}.")
     if model.tokenizer is None:
         made = f"prisma.load({reference!r}).tokenizer" if reference else "open_clip.get_tokenizer(NAME)"
         raise InputError(
