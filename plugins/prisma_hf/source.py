@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import pickle
-import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 
 from prisma_core.adapter import Reader
@@ -21,21 +18,9 @@ from prisma_core.plugins import host
 from prisma_core.preprocess import Preprocess
 from prisma_core.sources import Loaded, ModelInfo, Source
 from prisma_core.video import VideoPreprocess
+from prisma_hf.making import BROKEN, brief, fresh, of_class, unfit
 from prisma_hf.places import Place, place
 from prisma_hf.texts import tokenizer
-
-# What transformers and the readers of files below it raise over files that are broken, missing or of something else.
-BROKEN = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    KeyError,
-    EOFError,
-    SafetensorError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-)
-OF_FILES = {"local_files_only", "trust_remote_code"}
 
 
 class HfSource(Source):
@@ -76,7 +61,7 @@ class HfSource(Source):
             if not hasattr(kind, "config_class"):
                 raise LoadError(f"hf:{rest} is a part of a model: load the model, with part= the part's path in it.")
             with quiet():
-                model, config = _of_class(kind, rest, options)
+                model, config = of_class(kind, rest, options)
             return _loaded(_part(model, part, rest), config, None)
         where = place(rest)
         if not where.local and "/" not in where.name:
@@ -135,7 +120,7 @@ def _read(
     if pretrained:
         model = _pretrained(where, folder, kind, config, common | others, whole=architecture is None)
     else:
-        model = _fresh(str(where), kind, config, others)
+        model = fresh(str(where), kind, config, others)
     model = _part(model, part, str(where))
     loaded = _loaded(model, config, _preprocess(folder, common) or _video_preprocess(folder, model, common))
     return replace(loaded, tokenizer=tokenizer(folder, config, common))
@@ -152,7 +137,7 @@ def _config(where: Place, folder: Path, common: dict[str, Any], options: dict[st
     try:
         return AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **common, **options)
     except BROKEN as error:
-        raise LoadError(f"The configuration of {where} could not be read: {_brief(error)}") from error
+        raise LoadError(f"The configuration of {where} could not be read: {brief(error)}") from error
 
 
 def _kind(config: Any, architecture: str | None, *, trusted: bool) -> Any:
@@ -213,12 +198,12 @@ def _pretrained(
             **{**kept, **arguments},
         )
     except AttributeError as error:
-        raise LoadError(_unfit(str(where), kind, config, error)) from error
+        raise LoadError(unfit(str(where), kind, config, error)) from error
     except (*BROKEN, TypeError) as error:
         if isinstance(error, TypeError) and UNKNOWN.search(str(error)):
             refuse_unknown(str(where), error, kind, config)
         again = " What was broken in the cache was removed: try again." if where.forget_broken(folder) else ""
-        raise LoadError(f"The weights of {where} could not be read: {_brief(error)}{again}") from error
+        raise LoadError(f"The weights of {where} could not be read: {brief(error)}{again}") from error
     problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
     problems += [f"{name} has shape {list(came)}, expected {list(own)}" for name, came, own in info["mismatched_keys"]]
     problems += [f"extra {name}" for name in sorted(info["unexpected_keys"]) if whole]
@@ -232,56 +217,6 @@ def _pretrained(
             hint = "Another class that fits is asked for with architecture=NAME."
         raise LoadError(f"{where} does not fit {type(model).__name__}: {'; '.join(problems[:5])}{more}. {hint}")
     return model.eval()
-
-
-def _fresh(where: str, kind: Any, config: Any, options: dict[str, Any]) -> nn.Module:
-    """Return a model with weights drawn at random.
-
-    Raises:
-        InputError: an option is none of the class.
-        LoadError: the class cannot be made of this configuration.
-    """
-    from prisma_hf.options import refuse_unknown
-
-    build = getattr(kind, "from_config", None) or kind._from_config  # auto classes have the one, others the other
-    options = {name: value for name, value in options.items() if name not in OF_FILES}
-    try:
-        return build(config, **options).eval()
-    except TypeError as error:
-        if options:
-            refuse_unknown(where, error, kind, config)
-        raise LoadError(_unfit(where, kind, config, error)) from error
-    except (AttributeError, *BROKEN) as error:
-        raise LoadError(_unfit(where, kind, config, error)) from error
-
-
-def _of_class(kind: Any, name: str, options: dict[str, Any]) -> tuple[nn.Module, Any]:
-    """Return a class's model with weights drawn at random, and its configuration.
-
-    Raises:
-        InputError: an option is none of the configuration's.
-        LoadError: the configuration makes no model.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-
-    from prisma_hf.options import check_settings
-
-    check_settings(f"hf:{name}", kind.config_class, options)
-    try:
-        config = kind.config_class(**options)
-        return kind(config), config
-    except (StrictDataclassError, AttributeError, TypeError, *BROKEN) as error:
-        raise LoadError(f"hf:{name} cannot be made with these options: {_brief(error)}") from error
-
-
-def _unfit(where: str, kind: Any, config: Any, error: Exception) -> str:
-    """Return what to say where a class stumbled over a configuration."""
-    wanted = getattr(kind, "config_class", None)
-    own = "" if wanted is None or isinstance(config, wanted) else f" takes a {wanted.__name__}, and"
-    return (
-        f"{where} has a {type(config).__name__}. {kind.__name__}{own} cannot be made of it: {_brief(error)}. "
-        "Name a class that fits with architecture=NAME."
-    )
 
 
 def _own(config: Any, kind: Any) -> Any:
@@ -334,9 +269,3 @@ def _video_preprocess(folder: Path, model: nn.Module, common: dict[str, Any]) ->
     except (*BROKEN, ImportError, PrismaError):  # the model is there all the same
         return None
     return made if isinstance(made, VideoPreprocess) else None
-
-
-def _brief(error: Exception) -> str:
-    """Return an error's message without the advice behind it, in one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) < 700 else f"{text[:700]}..."
