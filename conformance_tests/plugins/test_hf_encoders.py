@@ -11,7 +11,8 @@ from prisma_core import UnsupportedArchitecture, adapt
 
 transformers = pytest.importorskip("transformers", reason="transformers is missing: pip install 'prisma-interp[hf]'")
 
-from prisma_hf.cases import autoencoder, built, main_output  # noqa: E402
+from prisma_hf.calling import main_output  # noqa: E402
+from prisma_hf.cases import autoencoder, built  # noqa: E402
 from prisma_hf.parts import explicit_attention  # noqa: E402
 
 
