@@ -18,11 +18,13 @@ from prisma_registers import (
 )
 from torch import Tensor
 
+import prisma_core as prisma
 from prisma_core import HookedViT, InputError, ModelSpec, NotApplicable, TokenLayout
 from prisma_core.cli import main
 from prisma_core.conformance.randomise import randomise
 from prisma_core.hookmap import HookMap
 from prisma_core.mapped import HookedUpstream
+from prisma_core.plugins import host
 from prisma_core.spec import (
     AttentionSpec,
     BlockSpec,
@@ -254,3 +256,36 @@ def test_models_without_tokens_of_their_own_are_refused_in_words() -> None:
 def test_no_neurons_are_no_neurons_to_move() -> None:
     with pytest.raises(InputError, match="at least one neuron"):
         registers_at_test_time(vit(), []).__enter__()
+
+
+REGISTER_VITS = [
+    ("timm", "vit_small_patch14_reg4_dinov2"),
+    ("timm", "vit_base_patch16_dinov3"),
+    ("timm", "vit_betwixt_patch16_reg4_gap_256"),
+    ("dino", "dinov2_registers"),
+    ("dino", "dinov3"),
+    ("dino", "meta_v2_registers"),
+]
+
+
+@pytest.mark.parametrize(("plugin", "name"), REGISTER_VITS)
+@torch.no_grad()
+def test_register_vits_of_the_libraries(plugin: str, name: str) -> None:
+    case = next(case for case, _ in host().cases({plugin}) if case.name == name)
+    model = prisma.adapt(randomise(case.build(), torch.Generator().manual_seed(4)).double().eval())
+    (x,) = (given.double() for given in model.sample_inputs(2, generator=torch.Generator().manual_seed(5)))
+    registers = model.layout.slice("registers")
+    assert registers.stop - registers.start == model.layout.registers > 0
+
+    def hide(scores: Tensor, at: object) -> None:
+        scores[..., registers] = -torch.inf
+
+    _, cache = model.run_with_cache(x, names="resid_post", hooks={"attn_scores": hide})
+    with without_registers(model) as bare:
+        _, short = bare.run_with_cache(x, names="resid_post")
+    last = cache["resid_post", -1]
+    kept = torch.cat([last[:, : registers.start], last[:, registers.stop :]], 1)
+    assert torch.allclose(short["resid_post", -1], kept, rtol=0, atol=1e-10)
+    share = attention_to(model, x, "registers")
+    assert share.shape == (model.spec.n_layers, model.spec.blocks[0].attn.n_heads)
+    assert ((share > 0) & (share < 1)).all()
