@@ -152,8 +152,12 @@ def resolve_one(query: str | LayerQuery, names: Sequence[str]) -> str:
     """
     found = resolve([query], names)
     if len(found) > 1:
-        layered = isinstance(query, str) and layer_of(found[0]) is not None
-        advice = f"Name a layer, as in ({short_name(found[0])!r}, 0)" if layered else "Give a full name"
+        advice = "Give a full name"
+        towers = sorted({name.partition(".")[0] for name in found})
+        if not isinstance(query, str) and len(towers) == len(found):
+            advice = f"Name a tower, as in ({f'{towers[-1]}.{query[0]}'!r}, {query[1]})"
+        elif isinstance(query, str) and layer_of(found[0]) is not None:
+            advice = f"Name a layer, as in ({short_name(found[0])!r}, 0)"
         raise UnknownName(f"{query!r} selects {len(found)} hook points ({found[0]}, {found[1]}, ...). {advice}.")
     return found[0]
 

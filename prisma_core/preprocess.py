@@ -32,6 +32,7 @@ class Preprocess(Facts):
         pad: the colour of padding: ``black``, or the ``mean``.
         interpolation: Pillow's filter.
         resampling: who applies it: ``pillow``, or torch to a tensor of bytes, antialiased; some bytes differ by one.
+            ``torch_float``: torch, to pixels in 0..1 that are not rounded to bytes in between.
         corner: where half a pixel is left over, the cut starts at the even one of both, or at the first (``floor``).
         mean, std: per channel, of pixels in 0..1.
     """
@@ -41,15 +42,17 @@ class Preprocess(Facts):
     crop: float = Field(default=1.0, gt=0)
     pad: Literal["black", "mean"] = "black"
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
-    resampling: Literal["pillow", "torch"] = "pillow"
+    resampling: Literal["pillow", "torch", "torch_float"] = "pillow"
     corner: Literal["even", "floor"] = "even"
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     @model_validator(mode="after")
     def _filter(self) -> Preprocess:
-        if self.resampling == "torch" and self.interpolation == "lanczos":
+        if self.resampling != "pillow" and self.interpolation == "lanczos":
             raise ValueError("torch has no lanczos filter: use resampling='pillow'")
+        if self.resampling == "torch_float" and (self.resize, self.crop) != ("squash", 1.0):
+            raise ValueError("resampling='torch_float' goes with resize='squash' and crop=1")
         return self
 
     def __call__(self, picture: Picture | Sequence[Picture]) -> Tensor:
@@ -67,7 +70,11 @@ class Preprocess(Facts):
             if not pictures:
                 raise InputError("Expected at least one picture, got an empty list.")
             return torch.cat([self(one) for one in pictures])
-        pixels = self._pixels(self.fit(open_picture(picture, channels=len(self.mean))))
+        image = open_picture(picture, channels=len(self.mean))
+        if self.resampling == "torch_float":
+            pixels = self._interpolated(self._pixels(image)[None], *self.size)[0]
+        else:
+            pixels = self._pixels(self.fit(image))
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return ((pixels - mean) / std)[None]
 
@@ -77,7 +84,7 @@ class Preprocess(Facts):
 
         height, width = self._scaled(image.height, image.width)
         if (image.height, image.width) != (height, width):
-            if self.resampling == "torch":
+            if self.resampling != "pillow":
                 image = self._resized(image, height, width)
             else:
                 image = image.resize((width, height), images.Resampling[self.interpolation.upper()])
@@ -93,10 +100,13 @@ class Preprocess(Facts):
 
         array = np.asarray(image)
         pixels = torch.from_numpy(array.reshape(*array.shape[:2], -1).transpose(2, 0, 1).copy())[None]
+        resized = self._interpolated(pixels, height, width)[0].permute(1, 2, 0).numpy()
+        return images.fromarray(resized[:, :, 0] if array.ndim == 2 else resized)
+
+    def _interpolated(self, pixels: Tensor, height: int, width: int) -> Tensor:
         smooth = self.interpolation in ("bilinear", "bicubic")
         mode = self.interpolation if smooth else "nearest-exact"  # as Pillow has it: the pixel whose middle is nearest
-        resized = F.interpolate(pixels, (height, width), mode=mode, antialias=smooth)[0].permute(1, 2, 0).numpy()
-        return images.fromarray(resized[:, :, 0] if array.ndim == 2 else resized)
+        return F.interpolate(pixels, (height, width), mode=mode, antialias=smooth)
 
     def _scaled(self, height: int, width: int) -> tuple[int, int]:
         """Return the size a picture is resized to. Source: torchvision's Resize, timm's ResizeKeepRatio."""

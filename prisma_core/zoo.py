@@ -6,7 +6,7 @@ import copy as copying
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,10 +41,10 @@ class Origin:
     """
 
     kind: str
-    adapter: Adapter
-    map: WeightMap
-    upstream: dict[str, Tensor]
-    persistent: list[str]
+    adapter: Adapter = field(repr=False)
+    map: WeightMap = field(repr=False)
+    upstream: dict[str, Tensor] = field(repr=False)
+    persistent: list[str] = field(repr=False)
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

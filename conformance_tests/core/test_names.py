@@ -150,7 +150,9 @@ def test_one():
     assert resolve_one(("z", -1), NAMES) == "blocks.11.attn.hook_z"
     with pytest.raises(UnknownName, match=r"'z' selects 12 hook points .* Name a layer, as in \('z', 0\)"):
         resolve_one("z", NAMES)
-    with pytest.raises(UnknownName, match=r"selects 2 hook points \(vision.blocks.11.* Give a full name"):
+    with pytest.raises(
+        UnknownName, match=r"selects 2 hook points \(vision.blocks.11.* Name a tower, as in \('vision.resid_post', -1\)"
+    ):
         resolve_one(("resid_post", -1), DUAL)
 
 

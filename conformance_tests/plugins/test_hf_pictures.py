@@ -56,3 +56,13 @@ def test_pillow_and_tensors_resize_differently() -> None:
     assert one is not None
     assert other is not None
     assert not torch.equal(one(Image.fromarray(noise)), other(Image.fromarray(noise)))
+
+
+def test_a_processor_that_scales_before_it_resizes() -> None:
+    processor = transformers.DINOv3ViTImageProcessor(size={"height": 41, "width": 37})
+    ours = preprocess(processor)
+    assert ours is not None
+    assert ours.resampling == "torch_float"
+    noise = np.random.default_rng(3).integers(0, 256, (61, 90, 3)).astype("uint8")
+    picture = Image.fromarray(noise)
+    assert torch.allclose(ours(picture)[0], reference(processor)(picture), rtol=0, atol=1e-6)

@@ -30,12 +30,18 @@ def preprocess(processor: Any) -> Preprocess | None:
     ours = _expected(processor)
     if ours is None:
         return None
-    theirs = reference(processor)
+    candidates = [ours]
+    if ours.resampling == "torch" and (ours.resize, ours.crop) == ("squash", 1.0):
+        candidates.append(ours.model_copy(update={"resampling": "torch_float"}))  # if it scales before it resizes
+    probes = [_probe(size) for size in PROBES]
     try:
-        same = all(_agree(ours(picture)[0], theirs(picture)) for picture in map(_probe, PROBES))
+        theirs = [reference(processor)(picture) for picture in probes]
     except (ValueError, TypeError, KeyError, RuntimeError):  # it wants more than a picture
         return None
-    return ours if same else None
+    for one in candidates:
+        if all(_agree(one(picture)[0], made) for picture, made in zip(probes, theirs, strict=True)):
+            return one
+    return None
 
 
 def _expected(processor: Any) -> Preprocess | None:

@@ -45,6 +45,9 @@ def models(
         left_out = len(chosen) - len(shown)
         told = f" {left_out} more match that no installed adapter takes: --all lists them." if left_out else ""
         note("models", f"{len(shown)} of {len(found)}.{told}", "green")
+    if source is not None and not found and source not in absent:
+        takes = " ".join((host().source(source).__doc__ or "").split("\n\n")[0].split()).replace("``", "`")
+        note("models", f"this source lists none. It takes {takes}" if takes else "this source lists none.", "yellow")
     for name, command in absent.items():
         note("not installed", f"the source {name!r}: {command}", "yellow")
     if not chosen and found:
