@@ -89,16 +89,6 @@ class TimmAdapter(Adapter):
     def parts(self, upstream: Reader) -> Sequence[Adapter]:
         return [timm_tower.trunk_adapter(upstream)]
 
-    def call(self, upstream: nn.Module, *inputs: Tensor) -> Tensor:
-        image, tokens = inputs
-        if Reader(upstream).is_a(COCA):  # its forward writes captions too, and needs a text for each image
-            seen, read, scale = upstream.encode_image(image), upstream.encode_text(tokens), upstream.logit_scale.exp()
-            bias = [] if upstream.logit_bias is None else [upstream.logit_bias]
-        else:
-            seen, read, scale, *bias = upstream(image, tokens)
-        alike = scale * seen @ read.T
-        return alike + bias[0] if bias else alike
-
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
         reader = Reader(upstream)
         return timm_tower.trunk_adapter(reader).explicit(reader.trunk.module)
