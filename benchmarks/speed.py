@@ -143,7 +143,9 @@ def ratio(one: Run, other: Run, budget: float, device: torch.device) -> tuple[fl
     return medians[one] / medians[other], medians[one], repeats
 
 
-def compare(name: str, batch: int, budget: float, device: torch.device, *, compiled: bool) -> list[dict[str, Any]]:
+def compare(
+    name: str, batch: int, budget: float, device: torch.device, *, compiled: bool, only: list[str] | None = None
+) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     upstream = timm.create_model(name).eval().to(device)
     hooked = prisma.adapt(upstream, copy=False)
@@ -169,7 +171,7 @@ def compare(name: str, batch: int, budget: float, device: torch.device, *, compi
         pairs += [("compiled", "timm"), ("compiled, cache residuals", "timm")]
     rows: list[dict[str, Any]] = []
     with torch.no_grad():
-        for one, other in pairs:
+        for one, other in (pair for pair in pairs if only is None or pair[0] in only):
             value, seconds, repeats = ratio(sides[one], sides[other], budget, device)
             row = {"model": name, "batch": batch, "what": one, "against": other}
             rows.append({**row, "ratio": round(value, 3), "seconds": round(seconds, 4), "runs": repeats})
@@ -185,13 +187,14 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled rows out")
+    parser.add_argument("--only", nargs="+", metavar="WHAT", help="only these rows, such as 'cache residuals'")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
     device = torch.device(options.device)
     rows: list[dict[str, Any]] = []
     cases = [(name, batch) for name in options.models for batch in options.batches]
     for name, batch in track(cases, "timing", console=console):
-        rows += compare(name, batch, options.budget, device, compiled=not options.no_compile)
+        rows += compare(name, batch, options.budget, device, compiled=not options.no_compile, only=options.only)
     machine = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     )
