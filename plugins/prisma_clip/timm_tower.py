@@ -30,7 +30,7 @@ def trunk_adapter(upstream: Reader) -> Adapter:
             raise upstream.trunk.unsupported("a vision tower that is no plain transformer")
         return adapter
     except UnsupportedArchitecture as error:
-        if any(info.name == "timm" and info.error is None for info in host().plugins()):
+        if any(kind.startswith("timm.") for kind in host().types()):
             raise
         raise PluginError(
             "This model's vision tower is timm's, and no installed plugin adapts timm's models: "

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from prisma_core.adapter import Adapter, Reader
-from prisma_core.explicit import eager_attention
+from prisma_core.adapter import Reader
 from prisma_core.hookmap import HookMap
 from prisma_core.reading import linear_rows
 from prisma_core.spec import BlockSpec, MlpSpec, ModelSpec, PoolSpec
-from prisma_core.video import VideoPreprocess
 from prisma_core.weights import WeightMap
 from prisma_vivit import parts
-from prisma_vivit.processing import preprocess_of
+from prisma_vivit.base import VideoAdapter
 
 MODEL = "transformers.models.videomae.modeling_videomae.VideoMAEModel"
 CLASSIFIER = "transformers.models.videomae.modeling_videomae.VideoMAEForVideoClassification"
@@ -29,7 +26,7 @@ IGNORED = {
 }
 
 
-class VideoMAEAdapter(Adapter):
+class VideoMAEAdapter(VideoAdapter):
     """VideoMAEModel, whose main output is all tokens, and VideoMAEForVideoClassification."""
 
     types = (MODEL, CLASSIFIER)
@@ -112,14 +109,6 @@ class VideoMAEAdapter(Adapter):
         """
         pooled = "fc_norm : in" if spec.ln_pool else "classifier : in" if at else tokens
         return HookMap.parse(f"{rows}\n{pooled} -> hook_pooled", h=spec.blocks[0].attn.n_heads)
-
-    def preprocess(self, upstream: Reader, processor: Any) -> VideoPreprocess:
-        frames = self.spec(upstream).n_frames
-        assert frames is not None
-        return preprocess_of(processor, frames)
-
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
-        return eager_attention(upstream)
 
 
 def _block(layer: Reader) -> BlockSpec:

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from torch import nn
-
-from prisma_core.adapter import Adapter, Reader
-from prisma_core.explicit import eager_attention
+from prisma_core.adapter import Reader
 from prisma_core.hookmap import HookMap
 from prisma_core.reading import linear_rows
 from prisma_core.spec import BlockSpec, MlpSpec, ModelSpec, PoolSpec
-from prisma_core.video import VideoPreprocess
 from prisma_core.weights import WeightMap
 from prisma_vivit import parts
-from prisma_vivit.processing import preprocess_of
+from prisma_vivit.base import VideoAdapter
 
 MODEL = "transformers.models.vivit.modeling_vivit.VivitModel"
 CLASSIFIER = "transformers.models.vivit.modeling_vivit.VivitForVideoClassification"
@@ -29,7 +24,7 @@ IGNORED = {
 }
 
 
-class VivitAdapter(Adapter):
+class VivitAdapter(VideoAdapter):
     """VivitModel, whose main output is all tokens, and VivitForVideoClassification.
 
     Frames of another size are refused: upstream's ``interpolate_pos_encoding`` forgets that there are frames.
@@ -110,14 +105,6 @@ class VivitAdapter(Adapter):
             """,
             h=spec.blocks[0].attn.n_heads,
         )
-
-    def preprocess(self, upstream: Reader, processor: Any) -> VideoPreprocess:
-        frames = self.spec(upstream).n_frames
-        assert frames is not None
-        return preprocess_of(processor, frames)
-
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
-        return eager_attention(upstream)
 
 
 def _block(layer: Reader) -> BlockSpec:

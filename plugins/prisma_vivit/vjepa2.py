@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from prisma_core.adapter import Adapter, Reader
-from prisma_core.explicit import eager_attention
+from prisma_core.adapter import Reader
 from prisma_core.hookmap import HookMap
 from prisma_core.reading import linear_rows
 from prisma_core.spec import BlockSpec, Interpolation, MlpSpec, ModelSpec, PoolSpec, RopeCount, RopeSpec
 from prisma_core.transformer.rope import count_tables
-from prisma_core.video import VideoPreprocess
 from prisma_core.weights import WeightMap
 from prisma_vivit import parts
-from prisma_vivit.processing import preprocess_of
+from prisma_vivit.base import VideoAdapter
 
 MODEL = "transformers.models.vjepa2.modeling_vjepa2.VJEPA2Model"
 THETA = 10000.0  # written into upstream's code
@@ -37,7 +34,7 @@ IGNORED = {
 }
 
 
-class VJEPA2Adapter(Adapter):
+class VJEPA2Adapter(VideoAdapter):
     """VJEPA2Model, whose main output is what the encoder makes of all tokens.
 
     Upstream turns neighbouring channels by tables laid out for halves: a table like any other, for us. Tokens of frames
@@ -125,14 +122,6 @@ class VJEPA2Adapter(Adapter):
             """,
             h=spec.blocks[0].attn.n_heads,
         )
-
-    def preprocess(self, upstream: Reader, processor: Any) -> VideoPreprocess:
-        frames = self.spec(upstream).n_frames
-        assert frames is not None
-        return preprocess_of(processor, frames)
-
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
-        return eager_attention(upstream)
 
 
 def block(layer: Reader) -> BlockSpec:
