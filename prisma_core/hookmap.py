@@ -29,12 +29,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
 
-from einops import rearrange
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from prisma_core.errors import PrismaError
 from prisma_core.names import tagged
+from prisma_core.rules import rearranged
 
 _MARK = re.compile(r"\{\w+\}")
 _PLACE = re.compile(
@@ -102,18 +102,11 @@ class Row:
 
     def read(self, tensor: Tensor, sizes: Mapping[str, int]) -> Tensor:
         """Return upstream's tensor as the hook point shows it."""
-        return self._rearranged(tensor, self.how, sizes)
+        return rearranged(tensor, self.how, sizes)
 
     def write(self, activation: Tensor, sizes: Mapping[str, int]) -> Tensor:
         """Return an activation as upstream holds it: ``read`` the other way round."""
-        left, _, right = self.how.partition("->")
-        return self._rearranged(activation, f"{right} -> {left}" if right else "", sizes)
-
-    def _rearranged(self, tensor: Tensor, how: str, sizes: Mapping[str, int]) -> Tensor:
-        if "->" not in how:
-            return tensor
-        named = {name: size for name, size in sizes.items() if re.search(rf"\b{name}\b", how)}
-        return rearrange(tensor, how, **named)
+        return rearranged(activation, self.how, sizes, back=True)
 
 
 @dataclass(frozen=True)

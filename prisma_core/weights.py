@@ -24,53 +24,14 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias, cast
 
 import torch
-from einops import EinopsError, rearrange
 from torch import Tensor
 
 from prisma_core.errors import WeightMapError
 from prisma_core.names import tagged
+from prisma_core.rules import CONSTANTS, Rule, pattern_of
 
 State: TypeAlias = Mapping[str, Tensor]
 Function: TypeAlias = Callable[..., Tensor]
-_CONSTANTS: dict[str, Callable[..., Tensor]] = {"zeros": torch.zeros, "ones": torch.ones}
-_MARK = re.compile(r"\\\{(\w+|\\\*)\\\}")
-
-
-def _regex(pattern: str) -> re.Pattern[str]:
-    seen: set[str] = set()
-
-    def group(match: re.Match[str]) -> str:
-        name = "rest" if match.group(1) == r"\*" else match.group(1)
-        if name in seen:
-            return f"(?P={name})"
-        seen.add(name)
-        return r"(?P<rest>.+)" if name == "rest" else rf"(?P<{name}>\d+)"
-
-    return re.compile(_MARK.sub(group, re.escape(pattern)))
-
-
-def _bind(pattern: str, bound: Mapping[str, str]) -> str:
-    return pattern.replace("{*}", bound.get("rest", "")).format(**{k: v for k, v in bound.items() if k != "rest"})
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One line of a table. ``sources`` holds for each place the alternatives, in order."""
-
-    sources: tuple[tuple[str, ...], ...]
-    targets: tuple[str, ...]
-    how: str = ""
-
-    def bind(self, bound: Mapping[str, str]) -> Rule:
-        return Rule(
-            tuple(tuple(_bind(name, bound) for name in options) for options in self.sources),
-            tuple(_bind(name, bound) for name in self.targets),
-            self.how,
-        )
-
-    def __str__(self) -> str:
-        left = ", ".join(" | ".join(options) for options in self.sources)
-        return f"{left} -> {', '.join(self.targets)}" + (f" : {self.how}" if self.how else "")
 
 
 @dataclass(frozen=True)
@@ -82,7 +43,7 @@ class _Chosen:
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        return tuple(name for name in self.sources if name not in _CONSTANTS)
+        return tuple(name for name in self.sources if name not in CONSTANTS)
 
 
 @dataclass(frozen=True)
@@ -115,7 +76,7 @@ class WeightMap:
                     raise WeightMapError(f"{line!r}: expected 'ignore KEYS : REASON'.")
                 ignored[name.strip()] = reason.strip()
                 continue
-            rules.append(_parse_rule(line))
+            rules.append(Rule.parse(line))
         functions = dict(functions or {})
         for rule in rules:
             if rule.how.startswith("{") and rule.how.strip("{}") not in functions:
@@ -135,7 +96,7 @@ class WeightMap:
 
         def named(rule: Rule) -> Rule:
             sources = tuple(
-                tuple(name if name in _CONSTANTS else upstream + name for name in options) for options in rule.sources
+                tuple(name if name in CONSTANTS else upstream + name for name in options) for options in rule.sources
             )
             how = f"{{{canonical}{rule.how[1:]}" if rule.how.startswith("{") else tagged(rule.how, self.sizes, tag)
             return Rule(sources, tuple(canonical + target for target in rule.targets), how)
@@ -149,7 +110,7 @@ class WeightMap:
 
     def without(self, *targets: str) -> WeightMap:
         """Return this table without the rules that make these canonical tensors: ``without("head.{*}")``."""
-        patterns = [_regex(target) for target in targets]
+        patterns = [pattern_of(target) for target in targets]
         kept = [
             rule
             for rule in self.rules
@@ -187,7 +148,7 @@ class WeightMap:
 
     def _choose(self, upstream: Iterable[str], targets: Collection[str]) -> Iterator[_Chosen]:
         present, wanted = set(upstream), set(targets)
-        compiled = [(rule, [_regex(target) for target in rule.targets]) for rule in self.rules]
+        compiled = [(rule, [pattern_of(target) for target in rule.targets]) for rule in self.rules]
         seen: set[Rule] = set()
         unfilled: list[str] = []
         for name in targets:
@@ -208,7 +169,7 @@ class WeightMap:
             seen.add(rule)
             if beyond := [target for target in rule.targets if target not in wanted]:
                 raise WeightMapError(f"{rule} makes {_listed(beyond)}, which the canonical model does not have.")
-            sources = [next((n for n in options if n in present or n in _CONSTANTS), None) for options in rule.sources]
+            sources = [next((n for n in options if n in present or n in CONSTANTS), None) for options in rule.sources]
             if None in sources:
                 lacking = [options[0] for options, got in zip(rule.sources, sources, strict=True) if got is None]
                 unfilled.append(f"{name} (needs {', '.join(lacking)})")
@@ -222,12 +183,12 @@ class WeightMap:
 
     def reason_to_ignore(self, name: str) -> str | None:
         """Return why an upstream tensor is left out, or None if it is not."""
-        return next((why for pattern, why in self.ignored.items() if _regex(pattern).fullmatch(name)), None)
+        return next((why for pattern, why in self.ignored.items() if pattern_of(pattern).fullmatch(name)), None)
 
     def function_sources(self, upstream: Iterable[str]) -> set[str]:
         """Return the upstream tensors that go through a function, which cannot be run backwards."""
         patterns = [
-            _regex(name)
+            pattern_of(name)
             for rule in self.rules
             if rule.how.startswith("{")
             for options in rule.sources
@@ -251,14 +212,14 @@ class WeightMap:
         if rule.how.startswith("{"):
             joined = self.functions[rule.how.strip("{}")](*(upstream[name] for name in item.tensors))
         else:
-            parts = {name: self._rearranged(rule, upstream[name]) for name in item.tensors}
+            parts = {name: rule.rearrange(upstream[name], self.sizes) for name in item.tensors}
             rows = sum(map(_rows, wanted)) - sum(_rows(part.shape) for part in parts.values())
             tail = wanted[0][1:]
             if rows < 0 or (len(item.sources) > 1 and any(part.shape[1:] != tail for part in parts.values())):
                 came = {source: list(part.shape) for source, part in parts.items()}
                 raise WeightMapError(f"{rule}: {came} cannot be joined into {[list(shape) for shape in wanted]}.")
             pieces = [
-                parts[name] if name in parts else _CONSTANTS[name](rows, *tail, dtype=like.dtype, device=like.device)
+                parts[name] if name in parts else CONSTANTS[name](rows, *tail, dtype=like.dtype, device=like.device)
                 for name in item.sources
             ]
             joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
@@ -273,20 +234,6 @@ class WeightMap:
                     f"{name}: expected shape {list(shapes[name])}, got {list(tensor.shape)} from {came} by '{rule}'."
                 )
         return outcome
-
-    def _rearranged(self, rule: Rule, tensor: Tensor, *, back: bool = False, shape: torch.Size | None = None) -> Tensor:
-        if not rule.how:
-            return tensor
-        pattern = rule.how
-        if back:
-            left, right = pattern.split("->")
-            pattern = f"{right} -> {left}"
-        named = {name: size for name, size in self.sizes.items() if re.search(rf"\b{name}\b", pattern)}
-        try:
-            moved = rearrange(tensor, pattern, **named)
-        except EinopsError as error:
-            raise WeightMapError(f"{rule}: {error}") from error
-        return moved if shape is None else moved.reshape(shape)
 
     # ---------------------------------------------------------------- backwards
 
@@ -327,7 +274,7 @@ class WeightMap:
         parts = [canonical[name] for name in rule.targets]
         joined = parts[0] if len(parts) == 1 else torch.cat(parts)
         rows = {
-            name: _rows(self._rearranged(rule, torch.empty(upstream[name].shape, device="meta")).shape)
+            name: _rows(rule.rearrange(torch.empty(upstream[name].shape, device="meta"), self.sizes).shape)
             for name in item.tensors
         }
         rest = joined.shape[0] - sum(rows.values()) if joined.ndim else 0
@@ -335,13 +282,13 @@ class WeightMap:
         pieces = torch.split(joined, lengths) if len(lengths) > 1 else [joined]
         state: dict[str, Tensor] = {}
         for name, piece in zip(item.sources, pieces, strict=True):
-            if name in _CONSTANTS:
-                if not torch.equal(piece, _CONSTANTS[name](piece.shape, dtype=piece.dtype, device=piece.device)):
+            if name in CONSTANTS:
+                if not torch.equal(piece, CONSTANTS[name](piece.shape, dtype=piece.dtype, device=piece.device)):
                     raise WeightMapError(
                         f"{', '.join(rule.targets)} was changed where upstream has no tensor (it stands for {name})."
                     )
             else:
-                state[name] = self._rearranged(rule, piece, back=True, shape=upstream[name].shape)
+                state[name] = rule.rearrange(piece, self.sizes, back=True).reshape(upstream[name].shape)
         return state
 
     # ---------------------------------------------------------------- gradients
@@ -371,17 +318,3 @@ def _rows(shape: torch.Size) -> int:
 
 def _listed(names: list[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _names(text: str) -> list[str]:
-    text = text.strip()
-    return [part.strip() for part in text[1:-1].split(",")] if text.startswith("[") else [text]
-
-
-def _parse_rule(line: str) -> Rule:
-    body, _, how = line.partition(" : ")
-    left, arrow, right = body.partition("->")
-    if not arrow or not left.strip() or not right.strip():
-        raise WeightMapError(f"{line!r} is not a rule: expected 'SOURCE -> TARGET : HOW'.")
-    sources = tuple(tuple(option.strip() for option in name.split("|")) for name in _names(left))
-    return Rule(sources, tuple(_names(right)), how.strip())

@@ -22,7 +22,8 @@ from prisma_core.conformance.subject import Subject
 from prisma_core.hookmap import HookMap
 from prisma_core.plugins import host
 from prisma_core.preprocess import Preprocess
-from prisma_core.weights import Rule, WeightMap
+from prisma_core.rules import Rule
+from prisma_core.weights import WeightMap
 from prisma_core.zoo import adapt_with
 
 # -------------------------------------------------------------------- models to break
