@@ -25,9 +25,10 @@ from prisma_core.hooked import Hooked
 from prisma_core.hooks import HookContext, HookPoint
 from prisma_core.hookspecs import hookimpl
 from prisma_core.layout import TokenLayout
+from prisma_core.saved import save
 from prisma_core.spec import ModelSpec
 from prisma_core.transformer import HookedViT
-from prisma_core.zoo import adapt, export, load, save
+from prisma_core.zoo import adapt, export, load
 
 if TYPE_CHECKING:
     from prisma_core.conformance import check

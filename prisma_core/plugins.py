@@ -7,13 +7,22 @@ import threading
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, TypeVar, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import pluggy
 
 from prisma_core import hookspecs
 from prisma_core.adapter import Adapter, qualified_name
-from prisma_core.errors import InputError, PluginError, UnknownName, UnsupportedArchitecture, suggest
+from prisma_core.errors import (
+    InputError,
+    LoadError,
+    PluginError,
+    PrismaError,
+    UnknownName,
+    UnsupportedArchitecture,
+    suggest,
+)
 from prisma_core.hooked import Hooked
 from prisma_core.sources import ModelInfo, Source
 
@@ -161,6 +170,34 @@ class Host:
             raise PluginError(f"The source {name!r} needs {source.library}, which is not installed: {command}")
         return source
 
+    def keep(self, companion: object, folder: Path) -> str:
+        """Have a source write what makes a companion of a model again; return the source's name.
+
+        Raises:
+            LoadError: no source knows it, or one does and cannot keep it.
+        """
+        for name, source in self.sources().items():
+            if not _missing(source) and source.keep(companion, folder):
+                return name
+        called = getattr(companion, "__qualname__", type(companion).__qualname__)
+        module = getattr(companion, "__module__", type(companion).__module__)
+        raise LoadError(f"no source of an installed plugin keeps {module}.{called}")
+
+    def kept(self, source: str, folder: Path) -> Any:
+        """Return what a source wrote into a folder with ``keep``.
+
+        Raises:
+            UnknownName: no plugin has the source.
+            PluginError: its library is missing.
+            LoadError: the files cannot be read.
+        """
+        try:
+            return self.source(source).kept(folder)
+        except PrismaError:
+            raise
+        except Exception as problem:  # so that a file that is broken is one error, whoever reads it
+            raise LoadError(f"The source {source!r} cannot read {folder}: {_told(problem)}") from problem
+
     def missing(self) -> dict[str, str]:
         """Return the sources whose library is not installed, with the command that installs it."""
         return {name: command for name, source in self.sources().items() if (command := _missing(source))}
@@ -202,9 +239,9 @@ class Host:
             raise UnsupportedArchitecture(kind, f"no installed plugin adapts this type{hint}")
         return found[0][0]
 
-    def types(self) -> list[str]:
-        """Return the qualified names of all upstream types that some adapter takes."""
-        return sorted({kind for adapter, _ in self._all_adapters() for kind in adapter.types})
+    def types(self) -> dict[str, str]:
+        """Return the qualified names of all upstream types that some adapter takes, with the plugin's name."""
+        return dict(sorted((kind, plugin) for adapter, plugin in self._all_adapters() for kind in adapter.types))
 
     def homes(self, part: Source | Adapter) -> set[str]:
         """Return the names of the plugins that have a source or an adapter of this kind."""

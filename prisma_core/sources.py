@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -93,6 +94,25 @@ class Source(ABC):
     def sample(self, rest: str, seed: int = 0) -> Image | None:
         """Return a picture of the kind the model was made for, without any network call, or None if there is none."""
         return None
+
+    def keep(self, companion: object, folder: Path) -> bool:
+        """Write what makes a tokenizer or a processor again into an empty folder; False if it is of no kind known.
+
+        ``prisma.save`` asks every source whose library is there, and tries what ``kept`` returns before it relies on
+        it. No code goes into the folder: it may come from a stranger.
+
+        Raises:
+            LoadError: it is of this library, but cannot be kept: its files cannot be reached, or do not say it all.
+        """
+        return False
+
+    def kept(self, folder: Path) -> Any:
+        """Return what ``keep`` wrote into a folder, made again with no network call.
+
+        Raises:
+            LoadError: the files cannot be read.
+        """
+        raise NotImplementedError
 
     def case(self, rest: str) -> Case | None:
         """Return the conformance case of a reference's architecture, or None if only its real size can be checked."""

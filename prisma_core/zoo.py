@@ -1,34 +1,27 @@
-"""Load, adapt, export and save models."""
+"""Load, adapt and export models."""
 
 from __future__ import annotations
 
 import copy as copying
 import difflib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from pydantic import ValidationError
-from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
 from prisma_core.adapter import Adapter, MapAdapter, Reader, qualified_name
-from prisma_core.errors import InputError, LoadError, UnknownName, UnsupportedArchitecture, WeightMapError
-from prisma_core.files import check_shapes, read_safetensors
+from prisma_core.errors import InputError, LoadError, UnknownName, WeightMapError
 from prisma_core.hooked import Hooked
 from prisma_core.keywords import check_keywords, keywords
 from prisma_core.mapped import HookedUpstream, own_copy
 from prisma_core.plugins import host
+from prisma_core.saved import SPEC, assign, load_folder, tensors_of, with_own_stem
 from prisma_core.sources import Loaded, Source
-from prisma_core.spec import read_spec
-from prisma_core.transformer import Canonical, HookedDual, HookedText, HookedViT, build
-from prisma_core.video import read_preprocess
+from prisma_core.transformer import Canonical, HookedDual, HookedText, build
 from prisma_core.weights import WeightMap
-
-SPEC, WEIGHTS = "spec.json", "model.safetensors"
 
 
 @dataclass
@@ -45,14 +38,6 @@ class Origin:
     map: WeightMap = field(repr=False)
     upstream: dict[str, Tensor] = field(repr=False)
     persistent: list[str] = field(repr=False)
-
-
-def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return every parameter and buffer of a module by name, shared ones under each name."""
-    return {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
 
 
 def load(
@@ -166,7 +151,7 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> C
     with torch.device("meta"):
         model = build(spec)
     if stem is not None:
-        for tower in _with_own_stem(model):
+        for tower in with_own_stem(model):
             tower.embed.stem = copying.deepcopy(stem)
     tensors = tensors_of(upstream)
     shapes = {name: tensor.shape for name, tensor in tensors_of(model).items()}
@@ -197,25 +182,8 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> C
     return model.eval()
 
 
-def _with_own_stem(model: Canonical) -> list[HookedViT]:
-    towers = [tower for tower in model.towers().values() if isinstance(tower, HookedViT)]
-    return [tower for tower in towers if tower.spec.embed.stem == "opaque"]
-
-
 def _not_invertible(table: WeightMap, tensors: Mapping[str, Tensor]) -> set[str]:
     return {name for name in tensors if table.reason_to_ignore(name) is not None} | table.function_sources(tensors)
-
-
-def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put tensors in the places of a model's parameters and buffers, without a copy."""
-    for name, tensor in tensors.items():
-        path, _, attribute = name.rpartition(".")
-        module = model.get_submodule(path)
-        if attribute in module._parameters:  # pyright: ignore[reportPrivateUsage]
-            value = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
-            module._parameters[attribute] = value  # pyright: ignore[reportPrivateUsage]
-        else:
-            module._buffers[attribute] = tensor.detach()  # pyright: ignore[reportPrivateUsage]
 
 
 def export(model: Canonical) -> dict[str, Tensor]:
@@ -236,73 +204,3 @@ def export(model: Canonical) -> dict[str, Tensor]:
         if not torch.equal(state[name], was.to(state[name])):
             raise WeightMapError(f"What {name} makes was changed, and upstream's state dict does not hold it.")
     return {name: state[name].contiguous() for name in model.origin.persistent}
-
-
-def save(model: Canonical, folder: str | Path) -> Path:
-    """Write a model's spec, preprocessing and labels (JSON) and weights (safetensors) into a folder.
-
-    ``load("file:FOLDER")`` reads it, with no plugin and no network.
-
-    Raises:
-        UnsupportedArchitecture: the model has an opaque stem, which a spec cannot describe.
-    """
-    if isinstance(model, HookedUpstream):
-        raise UnsupportedArchitecture(
-            qualified_name(model.upstream),
-            "it runs as upstream's own module, which a file of facts and weights cannot hold; keep what "
-            "prisma.export(model) returns, which upstream loads",
-        )
-    if _with_own_stem(model):
-        raise UnsupportedArchitecture(
-            model.origin.kind if model.origin else "this model",
-            "its stem is upstream's own module, which a file of facts and weights cannot hold; use export",
-        )
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LoadError(f"Expected a folder to save into, got {folder}: {error.strerror}.") from error
-    facts = {
-        "spec": model.spec.model_dump(mode="json"),
-        "preprocess": model.preprocess.model_dump(mode="json") if model.preprocess else None,
-        "labels": model.labels,
-        "reference": model.reference,
-        "frozen": [name for name, tensor in tensors_of(model).items() if not tensor.requires_grad],
-    }
-    (folder / SPEC).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    # A tensor that is part of a larger one is copied: a file holds each on its own.
-    whole = {
-        name: tensor.detach().clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor.detach()
-        for name, tensor in tensors_of(model).items()
-    }
-    save_file({name: tensor.contiguous() for name, tensor in whole.items()}, folder / WEIGHTS)
-    return folder
-
-
-def load_folder(folder: Path, *, weights: bool = True) -> Canonical:
-    """Return the model that ``save`` wrote; without ``weights`` its facts alone, on the meta device.
-
-    Raises:
-        LoadError: a file is missing, truncated, corrupt, or does not fit the others.
-    """
-    for name in (SPEC, WEIGHTS):
-        if not (folder / name).is_file():
-            inner = sorted(folder.glob(f"*/{SPEC}"), key=lambda path: path.parent.name != "model")  # a run of training
-            hint = f" Did you mean file:{inner[0].parent}?" if inner else ""
-            raise LoadError(f"{folder} holds no {name}: expected a folder written by prisma.save.{hint}")
-    try:
-        facts = cast("dict[str, Any]", json.loads((folder / SPEC).read_text(encoding="utf-8")))
-        spec = read_spec(facts["spec"])
-        preprocess = read_preprocess(facts["preprocess"]) if facts.get("preprocess") else None
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
-        raise LoadError(f"{folder / SPEC} does not describe a model: {error}") from error
-    with torch.device("meta"):
-        model = build(spec)
-    if weights:
-        tensors = read_safetensors(folder / WEIGHTS)
-        check_shapes(tensors, {name: tensor.shape for name, tensor in tensors_of(model).items()}, folder / WEIGHTS)
-        frozen = set(facts.get("frozen", ()))
-        assign(model, {name: tensor.requires_grad_(name not in frozen) for name, tensor in tensors.items()})
-    model.preprocess, model.labels = preprocess, tuple(facts["labels"]) if facts.get("labels") else None
-    model.reference = facts.get("reference")
-    return model.eval()

@@ -23,7 +23,7 @@ import prisma_core as prisma
 from prisma_core import HookedViT, InputError, LoadError, UnknownName
 from prisma_core.files import read_checkpoint
 from prisma_core.preprocess import Preprocess
-from prisma_core.zoo import SPEC, WEIGHTS
+from prisma_core.saved import SPEC, WEIGHTS
 
 
 @pytest.fixture

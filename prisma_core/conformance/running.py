@@ -13,8 +13,9 @@ from prisma_core.conformance.registry import Finding, NotApplicable, register
 from prisma_core.conformance.subject import Subject, opaque_stems, worst
 from prisma_core.hooked import HookMapping
 from prisma_core.hooks import Hook, HookContext
+from prisma_core.saved import save
 from prisma_core.transformer import Canonical
-from prisma_core.zoo import load, save, tensors_of
+from prisma_core.zoo import load, tensors_of
 
 
 @register("preprocess", "the same picture gives the same tensor as upstream's own transform")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +43,11 @@ class Canonical(Hooked):
     def towers(self) -> Mapping[str, Canonical]:
         """Return the transformers this model is made of, by the prefix of their hook points."""
         return {"": self}
+
+    def companions(self) -> Mapping[str, Callable[[Any], Tensor]]:
+        """Return the attributes that hold what another library made, each with a way to try it: equal results mean
+        that two are the same."""
+        return {}
 
     @abstractmethod
     def sizes(self) -> list[Size]:

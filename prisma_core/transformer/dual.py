@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -71,6 +71,9 @@ class HookedDual(Canonical):
 
     def towers(self) -> Mapping[str, Canonical]:
         return {"vision.": self.vision, "text.": self.text}
+
+    def companions(self) -> Mapping[str, Callable[[Any], Tensor]]:
+        return {what: tried for tower in self.towers().values() for what, tried in tower.companions().items()}
 
     def sizes(self) -> list[Size]:
         return self.vision.sizes()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,6 +21,8 @@ from prisma_core.transformer.mlp import MLP
 from prisma_core.transformer.norm import norm_or_identity
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
+# What tells tokenizers apart: case, accents, other scripts, spaces, what is cut and what fills up.
+TEXTS = ("a photo of a cat.", " Zwei  Äpfel, 3 DON'TS & 猫🐈\n</s>", "", "again and again, " * 200)
 
 
 class TokenEmbed(nn.Module):
@@ -78,6 +80,9 @@ class HookedText(Circuits, Canonical):
         read = "ln_pool(pooled)" if spec.ln_pool else "pooled"
         axes = pooled if spec.n_classes is None else pooled.replace("d_model", "class")
         self.hook_logits = HookPoint(axes, f"head({read})" if spec.n_classes is not None else read)
+
+    def companions(self) -> Mapping[str, Callable[[Any], Tensor]]:
+        return {"tokenizer": lambda tokenizer: tokenizer(list(TEXTS))}
 
     def sizes(self) -> list[Size]:
         return [(self.spec.n_ctx,), (max(2, self.spec.n_ctx - 2),)]
@@ -195,7 +200,7 @@ def tokens_of(model: HookedText, text: Tensor | str | Sequence[str], reference: 
     if model.tokenizer is None:
         made = f"prisma.load({reference!r}).tokenizer" if reference else "open_clip.get_tokenizer(NAME)"
         raise InputError(
-            f"This model has no tokenizer: a saved or adapted model comes without. Set model.tokenizer = {made}, or "
+            f"This model has no tokenizer: an adapted model comes without. Set model.tokenizer = {made}, or "
             "give tokens [text pos]."
         )
     tokens = model.tokenizer(cast("list[str]", texts)).to(model.embed.W_E.device)
