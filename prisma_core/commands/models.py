@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from prisma_core.commands.screen import note, show, show_json, table
+from prisma_core.errors import UnknownName, suggest
 
 if TYPE_CHECKING:
     from prisma_core.sources import ModelInfo
@@ -21,13 +22,19 @@ def models(
     family: Annotated[str | None, typer.Option(help="Only this family (a glob).")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Only models with trained weights.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="Those too that no installed adapter takes.")] = False,
+    classes: Annotated[
+        bool, typer.Option("--classes", help="The classes that adapters take, and what is proven about each.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
 ) -> None:
-    """List and search the models that can be loaded."""
+    """List and search the models that can be loaded, or the classes that come through."""
     from rich.console import Console
 
     from prisma_core.plugins import host
 
+    if classes:
+        _classes(search or [], as_json)
+        return
     if source is not None:
         host().source(source)
     found = [info for info in host().models() if source is None or info.reference.startswith(f"{source}:")]
@@ -52,6 +59,34 @@ def models(
         note("not installed", f"the source {name!r}: {command}", "yellow")
     if not chosen and found:
         _nothing(found, search or [], family)
+
+
+def _classes(search: list[str], as_json: bool) -> None:
+    """Show docs/conformance/supported.md, as the installed plugins carry it."""
+    from prisma_core.conformance.supported import read_supported
+    from prisma_core.plugins import host
+
+    types, proven = host().types(), read_supported(host())
+    chosen = [name for name in types if all(word.lower() in f"{types[name]} {name}".lower() for word in search)]
+    if not chosen:
+        raise UnknownName(f"No class matches. `prisma models --classes` lists all {len(types)}.")
+    rows = {name: proven.get(name) for name in chosen}
+    if as_json:
+        about = {name: row.model_dump() if row else {} for name, row in rows.items()}
+        show_json([{"upstream": name, "plugin": types[name]} | about[name] for name in rows])
+        return
+    shown = table("upstream class", "plugin", "form", "architectures that pass", "worst error of the logits")
+    for name, row in rows.items():
+        cells = ("", "no certificate", "")
+        if row is not None:
+            worst = "" if row.error is None else f"{row.error:.0e}"
+            cells = (row.form, f"{row.passed} of {row.architectures}", worst)
+        shown.add_row(name, types[name], *cells)
+    show(shown)
+    known = [row for row in rows.values() if row]
+    passed, counted = sum(row.passed for row in known), sum(row.architectures for row in known)
+    told = f"{passed} of {counted} architectures pass. Errors are in standard deviations."
+    note("classes", f"{len(chosen)} of {len(types)}. {told}", "green")
 
 
 def _loads(infos: list[ModelInfo]) -> dict[str, bool | None]:
@@ -97,8 +132,6 @@ def _has(info: ModelInfo, word: str) -> bool:
 
 
 def _nothing(found: list[ModelInfo], search: list[str], family: str | None) -> None:
-    from prisma_core.errors import UnknownName, suggest
-
     families = {info.family for info in found}
     within = [info.reference for info in found if family is None or fnmatch.fnmatch(info.family, family)]
     if family is not None and not within:

@@ -9,16 +9,17 @@ from pathlib import Path
 
 from prisma_core.conformance.registry import CHECKS
 from prisma_core.conformance.results import Certificate, read_certificates
+from prisma_core.conformance.supported import summarise, write_supported
 from prisma_core.errors import LoadError
 
 NAME = "supported.md"
 
 
-def write_table(folder: str | Path) -> Path:
-    """Write ``supported.md`` from every ``*.jsonl`` of certificates in a folder.
+def write_table(folder: str | Path, *packages: str) -> Path:
+    """Write ``supported.md`` from a folder's certificates (``*.jsonl``), and what packages of plugins carry of it.
 
     Raises:
-        LoadError: the folder holds no certificates, or a line is none.
+        LoadError: the folder holds no certificates, a line is none, or a package is no plugin's or has none among them.
     """
     folder = Path(folder)
     found = [certificate for path in sorted(folder.glob("*.jsonl")) for certificate in read_certificates(path)]
@@ -26,6 +27,8 @@ def write_table(folder: str | Path) -> Path:
         raise LoadError(f"{folder} holds no certificates (*.jsonl): write them with pytest --certificates {folder}.")
     path = folder / NAME
     path.write_text(supported(found), encoding="utf-8")
+    for package in packages:
+        write_supported(found, package)
     return path
 
 
@@ -59,11 +62,9 @@ def _lines(certificates: Sequence[Certificate]) -> Iterator[str]:
     yield ""
     yield "| upstream class | form | architectures | pass | worst error of the logits |"
     yield "| --- | --- | ---: | ---: | ---: |"
-    for kind, members in sorted(kinds.items()):
-        errors = [error for member in members if (error := _error(member, "parity.logits")) is not None]
-        worst = f"{max(errors):.0e}" if errors else ""
-        passed = sum(member.passed for member in members)
-        yield f"| `{kind}` | {members[0].form} | {len(members)} | {passed} | {worst} |"
+    for row in summarise(certificates):
+        worst = "" if row.error is None else f"{row.error:.0e}"
+        yield f"| `{row.upstream}` | {row.form} | {row.architectures} | {row.passed} | {worst} |"
     yield ""
     yield "| check | proves | pass | do not apply |"
     yield "| --- | --- | ---: | ---: |"
@@ -95,4 +96,4 @@ def _passed(certificate: Certificate) -> str:
 
 
 if __name__ == "__main__":
-    write_table(sys.argv[1] if len(sys.argv) > 1 else "docs/conformance")
+    write_table(*(sys.argv[1:] or ["docs/conformance"]))
