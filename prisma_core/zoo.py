@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from prisma_core.adapter import Adapter, MapAdapter, Reader, qualified_name
-from prisma_core.errors import InputError, LoadError, UnknownName, WeightMapError
+from prisma_core.errors import InputError, LoadError, UnknownName, UnsupportedArchitecture, WeightMapError
 from prisma_core.hooked import Hooked
 from prisma_core.keywords import check_keywords, keywords
 from prisma_core.mapped import HookedUpstream, own_copy
@@ -142,10 +143,14 @@ def adapt(upstream: nn.Module, *, copy: bool = True) -> Canonical:
 
 def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> Canonical:
     """Return what ``adapt`` returns, with an adapter given by hand."""
+    try:
+        spec = adapter.spec(Reader(upstream))
+    except ValidationError as error:
+        raise UnsupportedArchitecture(
+            qualified_name(upstream), f"facts that no spec can hold ({_said(error)})"
+        ) from error
     if isinstance(adapter, MapAdapter):
-        spec, table = adapter.facts(Reader(upstream)), adapter.table(Reader(upstream))
-        return HookedUpstream(own_copy(upstream, copy=copy), table, spec, adapter.output)
-    spec = adapter.spec(Reader(upstream))
+        return HookedUpstream(own_copy(upstream, copy=copy), adapter.table(Reader(upstream)), spec, adapter.output)
     stem = adapter.stem(Reader(upstream), spec)
     table = adapter.weights(Reader(upstream), spec)
     with torch.device("meta"):
@@ -180,6 +185,11 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> C
         persistent,
     )
     return model.eval()
+
+
+def _said(error: ValidationError) -> str:
+    """Return what is wrong with facts, in one line."""
+    return "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}, not {one['input']!r}" for one in error.errors())
 
 
 def _not_invertible(table: WeightMap, tensors: Mapping[str, Tensor]) -> set[str]:

@@ -23,7 +23,7 @@ class ModelSpec(Facts):
     image_size: tuple[int, int]
     embed: EmbedSpec
     layout: TokenLayout
-    blocks: tuple[BlockSpec, ...]
+    blocks: tuple[BlockSpec, ...] = Field(min_length=1)
     rope: RopeSpec | None = None
     ln_pre: NormSpec | None = None
     ln_final: NormSpec | None = None
@@ -105,7 +105,7 @@ class TextSpec(Facts):
     pad_id: int | None = None
     pad_lag: int = Field(default=0, ge=0)
     pos_by_text: bool = False
-    blocks: tuple[BlockSpec, ...]
+    blocks: tuple[BlockSpec, ...] = Field(min_length=1)
     ln_pre: NormSpec | None = None
     ln_final: NormSpec | None = None
     pool: TextPoolSpec

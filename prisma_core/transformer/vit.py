@@ -91,7 +91,8 @@ class HookedViT(Circuits, Canonical):
         sizes: list[Size] = [(height, width)]
         if embed.interpolation is not None:  # a larger one, and one that is not square
             down, across = embed.patch
-            sizes += [(height + 2 * down, width + 2 * across), (height + down, max(across, width - across))]
+            rows, columns = height // down, width // across  # a native size may leave pixels over, others may not
+            sizes += [((rows + 2) * down, (columns + 2) * across), ((rows + 1) * down, max(1, columns - 1) * across)]
         if embed.tubelet is None or self.spec.n_frames is None:
             return sizes
         longer = [(self.spec.n_frames + 2 * embed.tubelet, height, width)] if embed.any_length else []
