@@ -77,7 +77,7 @@ def text(trainer: Trainer, score: Score) -> str:
     lines = [
         f"# {trainer.folder.name}",
         "",
-        f"{layers} of {parts}, {norms}: {task.summary}, {100 * score.accuracy:.1f} % held-out.",
+        f"{layers} of {parts}, {norms}: {task.summary}, {100 * score.accuracy:.2f} % held-out.",
         "",
         f"- Data: `{task.name}`, {len(task.labels)} classes, {task.channels} x {task.size} x {task.size}, drawn by "
         "this package for every batch afresh; no data set is downloaded or stored.",
