@@ -36,6 +36,37 @@ def same_for_all(upstream: Reader, tables: Sequence[str]) -> str:
     return tables[0]
 
 
+def masks_as_built(attn: Reader, *, causal: bool = False) -> None:
+    """Refuse attention of transformers' that is told to look elsewhere than its model's own masks let it.
+
+    Its kernels obey ``is_causal``: the attention's own, or one in the configuration, though no class declares it there.
+
+    Args:
+        causal: whether the model masks what comes after a token.
+
+    Raises:
+        UnsupportedArchitecture: it is told otherwise.
+    """
+    said = getattr(attn.get("config"), "is_causal", None)
+    if said is not None and bool(said) != causal:
+        raise attn.unsupported(f"config.is_causal={said!r}, which changes what a token may read; take it out")
+    if attn.get("is_causal") and not causal:
+        raise attn.unsupported("causal attention: under fused kernels a token reads those before it alone")
+
+
+def ends_with_last_stage(backbone: Reader) -> None:
+    """Refuse a backbone whose last feature map is not the last block's.
+
+    Raises:
+        UnsupportedArchitecture: it is of an earlier stage.
+    """
+    if backbone.out_features[-1] != backbone.stage_names[-1]:
+        raise backbone.unsupported(
+            f"a last feature map that is not the last block's (out_features={list(backbone.out_features)!r}; add "
+            f"{backbone.stage_names[-1]!r}; the others are hook points)"
+        )
+
+
 def plain_patches(proj: Reader) -> None:
     """Refuse a projection that does more than cut a picture into patches and multiply each with a matrix.
 

@@ -12,7 +12,7 @@ from prisma_clip.common import IDENTITY, LINEAR, activation, norm, norm_hooks
 from prisma_clip.hf_parts import Tower, models
 from prisma_core.adapter import Reader
 from prisma_core.hookmap import HookMap
-from prisma_core.reading import linear_rows, norm_rows
+from prisma_core.reading import linear_rows, masks_as_built, norm_rows
 from prisma_core.spec import AnySpec, AttentionSpec, BlockSpec, MlpSpec, TextPoolSpec, TextSpec
 from prisma_core.weights import WeightMap
 
@@ -38,8 +38,7 @@ BLOCKS_HOOKS = """
 def block(module: Reader) -> BlockSpec:
     """Return the facts of one of BERT's blocks."""
     attn, inner = module.attention.self, module.intermediate
-    if attn.is_causal:
-        raise attn.unsupported("attention that looks back alone")
+    masks_as_built(attn)
     for part in (attn.query, attn.key, attn.value, module.attention.output.dense, inner.dense, module.output.dense):
         if not part.is_a(LINEAR):
             raise part.unsupported("a projection that is no linear layer")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prisma_clip.common import LINEAR, activation, norm
 from prisma_core.adapter import Adapter, Reader
 from prisma_core.explicit import eager_attention, multihead_attention
-from prisma_core.reading import linear_rows, norm_rows, same_for_all
+from prisma_core.reading import linear_rows, masks_as_built, norm_rows, same_for_all
 from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec, TextPoolSpec, TextSpec
 
 IGNORED = {
@@ -54,8 +54,7 @@ IGNORED = {
 def block(module: Reader, *, causal: bool) -> BlockSpec:
     """Return the facts of a block whose parts are named as CLIP's."""
     attn = module.self_attn
-    if attn.is_causal and not causal:
-        raise attn.unsupported("attention that looks back alone")
+    masks_as_built(attn, causal=causal)
     for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
         if not getattr(attn, name).is_a(LINEAR):
             raise attn.unsupported(f"{name} that is no linear layer")

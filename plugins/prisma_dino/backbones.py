@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from prisma_core.adapter import Reader
+from prisma_core.reading import ends_with_last_stage
 from prisma_core.spec import PoolSpec
 
 V3 = "DINOv3ViTBackbone"
@@ -27,11 +28,7 @@ def pool(upstream: Reader) -> PoolSpec:
     Raises:
         UnsupportedArchitecture: it does not come from the last block.
     """
-    if upstream.out_features[-1] != upstream.stage_names[-1]:
-        raise upstream.unsupported(
-            f"a last feature map that is not the last block's (out_features={list(upstream.out_features)!r}; add "
-            f"{upstream.stage_names[-1]!r}; the others are hook points)"
-        )
+    ends_with_last_stage(upstream)
     every = not (upstream.is_a(V3) or upstream.config.reshape_hidden_states)
     return PoolSpec(kind="none" if every else "patches")
 

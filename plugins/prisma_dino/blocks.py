@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from prisma_core.adapter import Reader
-from prisma_core.reading import linear_rows
+from prisma_core.reading import linear_rows, masks_as_built
 from prisma_core.spec import Activation, AttentionSpec, BlockSpec, MlpSpec, NormSpec
 
 LAYER_NORM = "torch.nn.modules.normalization.LayerNorm"
@@ -69,7 +69,6 @@ IGNORED = {
     "*.num_patches": "the number of positions",
     "*.attention_dropout": "off in evaluation",
     "*.dropout": "off in evaluation",
-    "*.is_causal": "a flag for kernels that mask; upstream gives no mask",
     "*.embed_dim": "the width of the projections",
     "*.hidden_size": "the width of the projections",
     "*.intermediate_size": "the width of the projections",
@@ -108,6 +107,7 @@ def block(module: Reader) -> BlockSpec:
 def _attention(attn: Reader) -> AttentionSpec:
     if not attn.is_a(*ATTENTIONS):
         raise attn.unsupported("its kind of attention")
+    masks_as_built(attn)
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         _linear(getattr(attn, name))
     heads = attn.get("num_heads") or attn.num_attention_heads

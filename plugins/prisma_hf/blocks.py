@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Literal
 
 from prisma_core.adapter import Reader
-from prisma_core.reading import linear_rows, norm_rows
+from prisma_core.reading import linear_rows, masks_as_built, norm_rows
 from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec, NormSpec
 from prisma_hf import parts
 from prisma_hf.names import BlockNames
@@ -45,8 +45,7 @@ def _resolved(module: Reader, names: BlockNames) -> BlockNames:
 
 def _attention(module: Reader, names: BlockNames, shared_bias: bool) -> AttentionSpec:
     attn = parts.walk(module, names.attn)
-    if attn.get("is_causal"):
-        raise attn.unsupported("causal attention: under fused kernels a patch reads those before it alone")
+    masks_as_built(attn)
     heads = getattr(attn, names.heads)
     out = parts.linear(parts.walk(module, names.out))
     width = out.in_features // heads

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prisma_core.adapter import Adapter, Reader, qualified_name
 from prisma_core.hookmap import HookMap
 from prisma_core.layout import TokenLayout
-from prisma_core.reading import linear_rows, norm_rows, plain_patches
+from prisma_core.reading import ends_with_last_stage, linear_rows, norm_rows, plain_patches
 from prisma_core.spec import EmbedSpec, ModelSpec, PoolSpec, RopeSpec
 from prisma_core.weights import WeightMap
 from prisma_hf import bias, blocks, calling, parts, positions
@@ -29,6 +29,8 @@ class EncoderAdapter(Adapter):
         names = MODELS[qualified_name(upstream.module)]
         tower = parts.walk(upstream, names.at)
         proj = parts.walk(tower, names.tower.proj)
+        if upstream.has("out_features"):
+            ends_with_last_stage(upstream)
         layout = _layout(tower, names.tower)
         classes = _classes(upstream, names)
         ln_pool = parts.walk(upstream, names.ln_pool) if names.ln_pool else None

@@ -6,6 +6,7 @@ from typing import Any
 
 from prisma_core.adapter import Reader
 from prisma_core.layout import TokenLayout
+from prisma_core.reading import masks_as_built
 from prisma_core.spec import Activation, AttentionSpec, EmbedSpec, NormSpec
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -32,7 +33,7 @@ IGNORED = {
     "*.all_tied_weights_keys": "how weights are saved",
     "*.attention_dropout": "off in evaluation",
     "*.dropout_prob": "off in evaluation",
-    "*.is_causal": "a flag for kernels that mask; upstream gives no mask",
+    "*.is_causal": "read in canonical models; elsewhere upstream's own code obeys it",
     "*.all_head_size": "heads times their width",
     "*.hidden_size": "the width of the stream",
     "*.num_patches": "the product of the layout's sides",
@@ -59,6 +60,7 @@ def activation(module: Reader) -> Activation:
 
 def attention(module: Reader, heads: int, d_head: int) -> AttentionSpec:
     """Return the facts of a plain attention."""
+    masks_as_built(module)
     return AttentionSpec(n_heads=heads, n_kv_heads=heads, d_head=d_head, scale=module.scaling)
 
 
