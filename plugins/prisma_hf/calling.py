@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from prisma_core.explicit import float64_softmax
+from prisma_core.explicit import float64_softmax, switched
 
 
 def call(upstream: Any, image: Tensor) -> Tensor:
@@ -35,11 +35,12 @@ def _always_resizes(upstream: Any) -> bool:
 
 
 def unmasked(upstream: Any, image: Tensor) -> Tensor:
-    """Return what a masked autoencoder's encoder makes of all patches, in their order."""
+    """Return what a masked autoencoder's encoder makes of all patches, in their order, however many it is to hide."""
     down, across = upstream.embeddings.patch_embeddings.patch_size
     count = (image.shape[2] // down) * (image.shape[3] // across)
     noise = torch.arange(count, device=image.device).expand(len(image), -1)
-    return upstream(image, noise=noise, interpolate_pos_encoding=True).last_hidden_state
+    with switched([upstream.config], "mask_ratio", 0.0):
+        return upstream(image, noise=noise, interpolate_pos_encoding=True).last_hidden_state
 
 
 def unrounded(upstream: Any, image: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def unrounded(upstream: Any, image: Tensor) -> Tensor:
 
 def pixels(upstream: Any, image: Tensor) -> Tensor:
     """Return the pixels that a model predicts, by patch, as they were before it put them together to a picture."""
-    apart = F.pixel_unshuffle(upstream(image).reconstruction, upstream.config.encoder_stride)
+    apart = F.pixel_unshuffle(upstream(image).reconstruction, upstream.decoder[1].upscale_factor)
     return rearrange(apart, "b k r c -> b (r c) k")
 
 

@@ -65,7 +65,9 @@ class EncoderAdapter(Adapter):
         rows = f"{at}{names.tower.stem}.{{*}}  ->  embed.stem.{{*}}\n"
         if not names.tower.stem:
             rows = linear_rows(f"{at}{names.tower.proj}", "embed.proj")
-        if names.tower.prefix:
+        if names.tower.prefix and not spec.layout.n_prefix:
+            rows += "".join(f"ignore {at}{path} : holds no token\n" for _, path in names.tower.prefix)
+        elif names.tower.prefix:
             tokens = ", ".join(f"{at}{path}" for _, path in names.tower.prefix)
             flat = parts.walk(tower, names.tower.prefix[0][1]).ndim == 1
             rows += f"[{tokens}]  ->  embed.prefix  : {'d -> 1 d' if flat else '1 n d -> n d'}\n"
