@@ -12,7 +12,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from prisma_core.captures import indices
+from prisma_core.captures import positions_of
 from prisma_core.errors import InputError, NotApplicable, UnknownName, suggest
 from prisma_core.layout import TokenLayout
 from prisma_core.names import layer_of
@@ -319,18 +319,6 @@ def branches(vit: HookedViT, index: int, kind: Literal["attn", "mlp"]) -> list[B
         return [Branch(path, 0, *found)]
     sides = zip(*(cast(nn.ModuleList, each) for each in found), strict=True)
     return [Branch(f"{path}.{side}", side, *parts) for side, parts in enumerate(sides)]
-
-
-def positions_of(index: Index | None, n: int) -> list[int]:
-    every = range(n)
-    if index is None:
-        return list(every)
-    if isinstance(index, slice):
-        return list(every[index])
-    wanted = indices(index)
-    if any(not -n <= each < n for each in wanted):
-        raise InputError(f"No position {wanted}: there are {n}.")
-    return [every[each] for each in wanted]
 
 
 def _linear(norm: Norm, x: Tensor, scale: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from prisma_core.errors import InputError, LoadError, NotApplicable, UnknownName
 from prisma_core.files import read_safetensors
 from prisma_core.layout import TokenLayout
 from prisma_core.names import LayerQuery, resolve_one, short_name
+from prisma_core.views import TokenViews
 
 if TYPE_CHECKING:
     from prisma_core.captures import Index
@@ -26,7 +27,7 @@ _GRAD = "grad/"
 _METADATA = "prisma_cache"
 
 
-class ActivationCache(Decompositions, Mapping[str, Tensor]):
+class ActivationCache(TokenViews, Decompositions, Mapping[str, Tensor]):
     """Activations of one pass, by full hook name.
 
     ``cache["blocks.3.attn.hook_z"]``, ``cache["z", 3]`` and ``cache["resid_post", -1]`` all work; iteration gives full
@@ -126,97 +127,6 @@ class ActivationCache(Decompositions, Mapping[str, Tensor]):
     def __repr__(self) -> str:
         size = sum(tensor.numel() * tensor.element_size() for tensor in self.store.values())
         return f"ActivationCache({len(self)} activations, {size / 2**20:.1f} MiB)"
-
-    # ---------------------------------------------------------------- tokens
-
-    def patches(self, query: str, layer: int | None = None, *, axis: str | None = None) -> Tensor:
-        """Return an activation of the patches as a grid: ``[batch row column d_model]`` of ``[batch pos d_model]``.
-
-        Of a video: ``[batch frame row column d_model]``.
-
-        Args:
-            query: full name or shorthand.
-            layer: the layer of a shorthand.
-            axis: which token axis to unfold, where there are two (``"query_pos"``, ``"key_pos"``).
-
-        Raises:
-            InputError: the cache does not hold all patches.
-        """
-        x, index, kept = self._tokens(query, layer, axis)
-        layout = self._layout()
-        every = list(range(layout.n_tokens))
-        if kept not in (every, every[layout.slice("patches")]):
-            raise InputError(f"The cache holds {len(kept)} of {layout.n_tokens} tokens, and not all patches.")
-        return layout.grid(x, index)
-
-    def frame(self, index: int, query: str, layer: int | None = None, *, axis: str | None = None) -> Tensor:
-        """Return an activation of one frame's patches as a grid: ``[batch row column d_model]``.
-
-        Args:
-            index: the frame of patches; negative ones count from the end. Each spans the frames of one tubelet.
-            query, layer, axis: as for ``patches``.
-
-        Raises:
-            UnknownName: there is no such frame.
-            InputError: the cache does not hold all of its patches.
-        """
-        rows, columns = self._layout().rows, self._layout().columns
-        return self._subset(
-            f"frame {index}", query, layer, axis, lambda x, place: torch.unflatten(x, place, (rows, columns))
-        )
-
-    def cls(self, query: str, layer: int | None = None, *, axis: str | None = None) -> Tensor:
-        """Return an activation at the class token, its token axis gone: ``[batch d_model]``.
-
-        Raises:
-            NotApplicable: the model has no class token.
-        """
-        return self._subset("cls", query, layer, axis, lambda x, index: x.select(index, 0))
-
-    def registers(self, query: str, layer: int | None = None, *, axis: str | None = None) -> Tensor:
-        """Return an activation at the registers: ``[batch register d_model]``.
-
-        Raises:
-            NotApplicable: the model has no registers.
-        """
-        return self._subset("registers", query, layer, axis, lambda x, index: x)
-
-    def _subset(
-        self, subset: str, query: str, layer: int | None, axis: str | None, shape: Callable[[Tensor, int], Tensor]
-    ) -> Tensor:
-        x, index, kept = self._tokens(query, layer, axis)
-        layout = self._layout()
-        wanted = range(layout.n_tokens)[layout.slice(subset)]
-        if not wanted:
-            raise NotApplicable(f"This model has no {subset} tokens; its tokens are {layout!r}.")
-        if not set(wanted) <= set(kept):
-            raise InputError(f"The {subset} tokens are not in the cache. Was it taken with a token slice?")
-        columns = torch.tensor([kept.index(token) for token in wanted], device=x.device)
-        return shape(x.index_select(index, columns), index)
-
-    def _layout(self) -> TokenLayout:
-        if self.layout is None:
-            raise NotApplicable("The cache has no token layout, so which token is where is not known.")
-        return self.layout
-
-    def _tokens(self, query: str, layer: int | None, axis: str | None) -> tuple[Tensor, int, list[int]]:
-        """The activation, its token axis, and which tokens it holds there."""
-        name = self.full_name(query if layer is None else (query, layer))
-        axes = self.axes.get(name, "").split()
-        found = [each for each in axes if each in ("pos", "patch", "query_pos", "key_pos")]
-        if not found or (axis is not None and axis not in found):
-            lacks = axis or "token axis"
-            raise InputError(f"{name} has the axes {' '.join(axes) or '(unknown)'}: no {lacks} among them.")
-        if axis is None and len(found) > 1:
-            raise InputError(f"{name} has two token axes: give axis='query_pos' or axis='key_pos'.")
-        axis = axis or found[0]
-        every = list(range(self._layout().n_tokens))
-        kept = {"patch": every[self._layout().slice("patches")], "key_pos": every}.get(axis, self.positions() or [])
-        x = self.store[name]
-        index = axes.index(axis) - len(axes) + x.ndim
-        if x.shape[index] != len(kept):
-            raise InputError(f"{name} holds {x.shape[index]} tokens; expected {len(kept)} of {self.layout!r}.")
-        return x, index, kept
 
     # ---------------------------------------------------------------- elsewhere, and other forms
 

@@ -58,6 +58,23 @@ def indices(index: int | Sequence[int] | Tensor) -> list[int]:
     return cast("list[int]", wanted.flatten().tolist())
 
 
+def positions_of(index: Index | None, n: int) -> list[int]:
+    """Return which of ``n`` places an index means, all for None.
+
+    Raises:
+        InputError: there is no such place.
+    """
+    every = range(n)
+    if index is None:
+        return list(every)
+    if isinstance(index, slice):
+        return list(every[index])
+    wanted = indices(index)
+    if any(not -n <= each < n for each in wanted):
+        raise InputError(f"No position {wanted}: there are {n}.")
+    return [every[each] for each in wanted]
+
+
 def check_device(device: torch.device | str | None) -> None:
     """Refuse a device that is not there, before a pass is made for nothing.
 

@@ -13,7 +13,8 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from prisma_core.attribution import Branch, LogitAttribution, block_of, branches, positions_of
+from prisma_core.attribution import Branch, LogitAttribution, block_of, branches
+from prisma_core.captures import positions_of
 from prisma_core.errors import InputError, NotApplicable
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from prisma_core.cache import ActivationCache
 from prisma_core.captures import Countdown, Index, Keep, check_axes, check_device, cuts, refuse_unreached
-from prisma_core.errors import HookError
+from prisma_core.errors import HookError, InputError
+from prisma_core.gradients import gradients, leaves
 from prisma_core.hooks import Hook, HookContext, HookPoint, Passes, Placed, Scope, Stop, activate, check_hook, ended
 from prisma_core.keywords import check_keywords, keywords, named
 from prisma_core.layout import TokenLayout
@@ -149,7 +150,8 @@ class Hooked(nn.Module):
             device: where to keep them; default where they are.
             dtype: what to keep them as; default as they are.
             pos: token positions to keep, or a subset of the layout (``"cls"``, ``"registers"``, ``"patches"``,
-                ``"frame 3"``); of patterns and scores, the query positions. Axes stay: ``pos=0`` keeps one token.
+                ``"frame 3"``); of patterns and scores, the query positions. Axes stay: ``pos=0`` keeps one token. Where
+                frames have an axis of their own, ``pos`` counts one frame's tokens, and a frame is not cut.
             heads: heads to keep. Axes stay. Activations without such an axis are kept whole.
             detach: False keeps the autograd graph.
 
@@ -177,6 +179,14 @@ class Hooked(nn.Module):
         with activate(Scope(captures=self._captures(cache, names, pos=pos, **how))):
             yield cache
 
+    def _refilled(self, store: Mapping[str, Tensor], *, pos: Index | str | None, **how: Any) -> ActivationCache:
+        """Return a cache of activations at hand, cut and cast as one of a pass would be."""
+        cache, points = ActivationCache({}, model=self, pos=pos), self.hook_points()
+        captures = self._captures(cache, list(store), pos=pos, **how)
+        for name, tensor in store.items():
+            captures[points[name]][0](tensor.detach())
+        return cache
+
     def _captures(
         self,
         cache: ActivationCache,
@@ -184,17 +194,30 @@ class Hooked(nn.Module):
         *,
         pos: Index | str | None = None,
         heads: Index | None = None,
+        layout: TokenLayout | None = None,
         **how: Any,
     ) -> dict[HookPoint, tuple[Keep, ...]]:
+        points = self.hook_points()
+        axes = {name: points[name].axes for name in names}
+        places = None if isinstance(pos, str) else pos
         if isinstance(pos, str):
-            layout = self.layout_of()
+            layout = layout or self.layout_of()
             if layout is None:
                 raise HookError(f"This model has no token layout, so pos={pos!r} means nothing; give positions.")
             subset = layout.slice(pos)
-            pos = slice(subset.start, None) if pos in ("patches", "all") else subset  # the picture may be larger
-        points = self.hook_points()
-        check_axes([points[name].axes for name in names], pos, heads)
-        return {points[name]: (Keep(cache.store, name, cuts(points[name].axes, pos, heads), **how),) for name in names}
+            places = slice(subset.start, None) if pos in ("patches", "all") else subset  # the picture may be larger
+        framed = isinstance(pos, str) and pos.startswith("frame ")
+        whole = {name for name in names if framed and "frame" in axes[name].split()}  # there, pos is not of all frames
+        if names and len(whole) == len(names):
+            raise InputError(
+                f"{names[0]} ({axes[names[0]]}) has its frames on an axis of their own, which pos={pos!r} does not "
+                "cut. Cache it whole and take cache.frame(...)."
+            )
+        check_axes(list(axes.values()), places, heads)
+        return {
+            points[name]: (Keep(cache.store, name, cuts(axes[name], None if name in whole else places, heads), **how),)
+            for name in names
+        }
 
     # ---------------------------------------------------------------- runs
 
@@ -254,25 +277,27 @@ class Hooked(nn.Module):
         """
         self._check_keywords(kwargs, self.run_with_cache)
         wanted = self.resolve(names)
-        if isinstance(pos, str) and pos.startswith("frame ") and (layout := self.layout_of(*inputs)) is not None:
-            pos = layout.slice(pos)  # how many patches a frame has depends on the input
         check_device(device)
-        how: dict[str, Any] = {"device": device, "dtype": dtype, "pos": pos, "heads": heads}
+        # How many patches a frame has depends on the input.
+        layout = self.layout_of(*inputs, *kwargs.values()) if isinstance(pos, str) else None
+        how: dict[str, Any] = {"device": device, "dtype": dtype, "pos": pos, "heads": heads, "layout": layout}
         if loss is not None:
             if not output:
                 raise HookError("A loss needs the output: leave output=True.")
             # Gradients are by what flows through the model, so cuts and casts come after the backward pass.
-            in_graph = _leaves(self, wanted)
+            in_graph = leaves(self.hook_points(), wanted)
             with torch.enable_grad(), self.hooks(hooks), in_graph, self._filling(wanted, detach=False) as raw:
                 result = self(*inputs, **kwargs)
                 value = loss(result)
-            cache = self._with_gradients(raw, value, how)
+            found = gradients(value, raw.store)
+            cache = self._refilled(raw.store, **how)
+            cache.gradients = self._refilled(found, **how)
         else:
             with self.hooks(hooks), self._filling(wanted, detach=detach, **how) as cache:
                 result = self(*inputs, **kwargs) if output else self._until(wanted, inputs, kwargs)
         if names is not None:  # None means whatever the pass goes by
             refuse_unreached([name for name in wanted if name not in cache.store], kwargs)
-        cache.layout = self.layout_of(*(inputs or kwargs.values()))
+        cache.layout = self.layout_of(*inputs, *kwargs.values())
         if cache.gradients is not None:
             cache.gradients.layout = cache.layout
         if isinstance(result, Tensor) and _owner(result) in {_owner(kept) for kept in cache.store.values()}:
@@ -288,31 +313,6 @@ class Hooked(nn.Module):
         except Stop:
             pass
 
-    def _with_gradients(self, raw: ActivationCache, value: Tensor, how: dict[str, Any]) -> ActivationCache:
-        if value.numel() != 1:
-            raise HookError(f"The loss must be one number; got shape {list(value.shape)}. Pick a logit or take a mean.")
-        names, tensors = list(raw.store), list(raw.store.values())
-        found = torch.autograd.grad(value, tensors, allow_unused=True, retain_graph=True, materialize_grads=True)
-        cache = ActivationCache({}, model=self, pos=how["pos"])
-        cache.gradients = ActivationCache({}, model=self, pos=how["pos"])
-        points = self.hook_points()
-        for filled, values in ((cache, tensors), (cache.gradients, found)):
-            captures = self._captures(filled, names, **how)
-            for name, tensor in zip(names, values, strict=True):
-                captures[points[name]][0](tensor.detach())
-        return cache
-
 
 def _owner(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
-
-
-def _leaves(model: Hooked, names: list[str]) -> AbstractContextManager[None]:
-    """Make activations asked for part of a graph even where neither input nor weights need gradients."""
-    points = model.hook_points()
-    edits = {points[name]: (Placed(_as_leaf, HookContext(name, points[name].axes)),) for name in names}
-    return activate(Scope(edits=edits))
-
-
-def _as_leaf(x: Tensor, at: HookContext) -> Tensor:
-    return x if x.requires_grad else x.detach().requires_grad_()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from einops import rearrange
 from jaxtyping import Shaped
@@ -16,6 +16,9 @@ class TokenLayout(BaseModel):
     """The order of the tokens along the ``pos`` axis: class token, distillation token, registers, patches.
 
     Patches run row by row, frame by frame. ``pos`` counts all tokens.
+
+    Attributes:
+        order: ``row column frame``: patches run row by row, each with all of its frames.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -26,6 +29,7 @@ class TokenLayout(BaseModel):
     frames: int = 1
     rows: int
     columns: int
+    order: Literal["frame row column", "row column frame"] = "frame row column"
 
     @property
     def n_prefix(self) -> int:
@@ -66,8 +70,14 @@ class TokenLayout(BaseModel):
         number, size = subset.removeprefix("frame "), self.rows * self.columns
         if not number.lstrip("-").isdecimal() or not -self.frames <= int(number) < self.frames:
             raise UnknownName(f"No {subset!r}: frames of patches run from 0 to {self.frames - 1}.")
-        first = self.n_prefix + int(number) % self.frames * size
-        return slice(first, first + size)
+        frame = int(number) % self.frames
+        if self.order == "row column frame":
+            return slice(self.n_prefix + frame, self.n_tokens, self.frames)
+        return slice(self.n_prefix + frame * size, self.n_prefix + (frame + 1) * size)
+
+    def one_frame(self) -> TokenLayout:
+        """Return the layout of a frame by itself: the prefix tokens and its patches."""
+        return self.model_copy(update={"frames": 1})
 
     def grid(self, x: Shaped[Tensor, " ..."], axis: int = 1) -> Shaped[Tensor, " ..."]:
         """Return the patches of ``x`` with the ``pos`` axis unfolded to rows and columns.
@@ -87,7 +97,9 @@ class TokenLayout(BaseModel):
                 f"of which {self.n_patches} are patches. Was the cache taken with a token slice?"
             )
         x = x.movedim(axis, 0)
-        x = rearrange(x, "(f r c) ... -> f r c ...", f=self.frames, r=self.rows, c=self.columns)
+        x = rearrange(
+            x, f"({self.order}) ... -> frame row column ...", frame=self.frames, row=self.rows, column=self.columns
+        )
         if self.frames == 1:
             return x[0].movedim((0, 1), (axis, axis + 1))
         return x.movedim((0, 1, 2), (axis, axis + 1, axis + 2))
@@ -95,10 +107,12 @@ class TokenLayout(BaseModel):
     def token_names(self) -> list[str]:
         """Return a readable name for each position: ``cls``, ``reg0``, ``r3c5``, ``f1r3c5``."""
         names = ["cls"] * self.cls + ["dist"] * self.distillation + [f"reg{i}" for i in range(self.registers)]
-        for frame in range(self.frames):
-            prefix = f"f{frame}" if self.frames > 1 else ""
-            names += [f"{prefix}r{r}c{c}" for r in range(self.rows) for c in range(self.columns)]
-        return names
+        places = [f"r{row}c{column}" for row in range(self.rows) for column in range(self.columns)]
+        if self.frames == 1:
+            return names + places
+        if self.order == "row column frame":
+            return names + [f"f{frame}{place}" for place in places for frame in range(self.frames)]
+        return names + [f"f{frame}{place}" for frame in range(self.frames) for place in places]
 
     def model_post_init(self, context: Any) -> None:
         if self.rows < 1 or self.columns < 1 or self.frames < 1:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prisma_core.errors import HookError, InputError, PrismaError
 from prisma_core.hookmap import HookMap
 from prisma_core.keywords import check_keywords, keywords, named
+from prisma_core.layout import TokenLayout
 from prisma_core.spec import MapSpec
 from prisma_core.taps import Bound, Tap, watching
 from prisma_core.transformer.canonical import Canonical, Size, check_place
@@ -85,9 +86,31 @@ class HookedUpstream(Canonical):
             return self._output(self.upstream(*inputs, **kwargs))
 
     @property
-    def layout(self) -> None:
-        """None: which token is where is upstream's own affair."""
-        return None
+    def layout(self) -> TokenLayout | None:
+        """The token layout at the native size, where the spec says; else which token is where is upstream's affair."""
+        return self.spec.layout
+
+    @property
+    def only_layout(self) -> TokenLayout | None:
+        return None if self.spec.sizes else self.spec.layout
+
+    def layout_of(self, *inputs: Any) -> TokenLayout | None:
+        layout, shape = self.spec.layout, self.spec.shape
+        given: list[object] = [each for each in inputs if isinstance(each, Tensor | list | tuple)]
+        if layout is None or not given:
+            return layout
+        x = given[0]
+        if len(given) > 1 or not isinstance(x, Tensor) or x.ndim != len(shape) + 1:
+            return None  # what else upstream takes, such as masks, may choose tokens
+        if tuple(x.shape[1:]) == shape:
+            return layout
+        if len(shape) < 3 or not self.spec.sizes:
+            return None
+        grid = {"rows": (-2, layout.rows), "columns": (-1, layout.columns)}
+        if len(shape) == 4:
+            grid["frames"] = (-4, layout.frames)
+        seen = {name: x.shape[axis] // (shape[axis] // n) for name, (axis, n) in grid.items()}
+        return layout.model_copy(update=seen)
 
     def _check_keywords(self, given: Mapping[str, Any], method: Callable[..., Any] | None = None) -> None:
         taken = keywords(self.upstream.forward)

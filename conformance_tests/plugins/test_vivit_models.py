@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import prisma_core as prisma
-from prisma_core import HookedViT, InputError, ModelSpec, UnsupportedArchitecture
+from prisma_core import HookedViT, InputError, ModelSpec, UnknownName, UnsupportedArchitecture
 from prisma_core.conformance import check
 from prisma_core.conformance.randomise import randomise
 from prisma_core.mapped import HookedUpstream
@@ -294,3 +294,100 @@ def test_a_folder_that_transformers_wrote_is_loaded_with_its_preprocessing(kind:
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(model(x), main_output(upstream, x), rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- maps by time
+
+
+def touched(upstream: Any, model: HookedUpstream, frame: int, row: int, column: int) -> tuple[Any, Any]:
+    """Return the caches of a video, and of the same one with a patch of a frame painted over."""
+    x = video(upstream)
+    painted = x.clone()
+    painted[:, frame, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 3
+    return model.run_with_cache(x)[1], model.run_with_cache(painted)[1]
+
+
+@pytest.mark.parametrize("place", [(0, 0, 1), (2, 1, 0), (3, 1, 2)])
+@pytest.mark.parametrize("attention", ["divided_space_time", "joint_space_time", "space_only"])
+def test_timesformers_views_find_the_patch_that_was_painted_over(attention: str, place: tuple[int, int, int]) -> None:
+    upstream = drawn("TimesformerForVideoClassification", attention_type=attention)
+    clean, painted = touched(upstream, prisma.adapt(upstream), *place)
+    names = ["embed", "full_embed", ("resid_pre", 0)]
+    names += [("ln_time.normalized", 0), ("time.q", 0)] if attention.startswith("divided") else [("ln1.normalized", 0)]
+    for query in names:
+        given = (query,) if isinstance(query, str) else query
+        grid, other = clean.patches(*given), painted.patches(*given)
+        assert grid.shape[:4] == (2, 4, 3, 3), query
+        moved = (grid != other).flatten(4).any(-1).any(0)
+        assert moved.nonzero().tolist() == [list(place)], query
+        for frame in (0, 1, 2, -1):
+            torch.testing.assert_close(clean.frame(frame, *given), grid[:, frame], rtol=0, atol=0)
+
+
+def test_patterns_by_time_are_those_of_the_two_attentions() -> None:
+    upstream = drawn("TimesformerForVideoClassification")
+    model = prisma.adapt(upstream)
+    assert model.layout.order == "row column frame"
+    _, cache = model.run_with_cache(video(upstream))
+    time, space = cache["time.pattern", 0], cache["space.pattern", 0]
+    assert time.shape == (2, 9, 3, 4, 4)
+    read = cache.frame(1, "time.pattern", 0, axis="key_frame")  # what each frame of a patch reads in frame 1
+    assert torch.equal(read, time[..., 1].unflatten(1, (3, 3)))
+    assert torch.equal(cache.patches("time.pattern", 0), time.unflatten(1, (3, 3)))
+    within = cache.frame(2, "space.pattern", 0, axis="key_pos")
+    assert torch.equal(within, space[:, 2, :, :, 1:].unflatten(-1, (3, 3)))
+    assert torch.equal(cache.cls("space.pattern", 0, axis="query_pos"), space[..., 0, :])
+    assert cache.patches("space.pattern", 0, axis="key_pos").shape == (2, 3, 10, 4, 3, 3)
+    assert torch.equal(cache.cls("resid_post", 1), cache["resid_post", 1][:, 0])
+    with pytest.raises(InputError, match="has two frame axes: give axis='query_frame' or axis='key_frame'"):
+        cache.frame(1, "time.pattern", 0)
+    with pytest.raises(InputError, match="no key_pos among them"):
+        cache.frame(1, "time.pattern", 0, axis="key_pos")
+    with pytest.raises(UnknownName, match="frames of patches run from 0 to 3"):
+        cache.frame(4, "time_out", 0)
+    with pytest.raises(InputError, match="no token axis"):
+        cache.frame(0, "logits")
+    with pytest.raises(InputError, match="cls tokens are not in the cache"):
+        cache.cls("time_out", 0)
+
+
+def test_one_frame_of_timesformers_stream_is_cached() -> None:
+    upstream = drawn("TimesformerForVideoClassification")
+    model = prisma.adapt(upstream)
+    _, whole = model.run_with_cache(video(upstream))
+    _, part = model.run_with_cache(video(upstream), names=["resid_post", "space.z"], pos="frame 2")
+    assert part["resid_post", 1].shape == (2, 9, 24)
+    for name in ("resid_post", "space.z"):  # the second has an axis of frames, and is kept whole
+        assert torch.equal(part.frame(2, name, 1), whole.frame(2, name, 1))
+    with pytest.raises(InputError, match="not in the cache"):
+        part.frame(1, "resid_post", 1)
+    with pytest.raises(InputError, match=r"frames on an axis of their own.*cache\.frame"):
+        model.run_with_cache(video(upstream), names="space.z", pos="frame 2")
+
+
+def test_the_predictors_tokens_by_time() -> None:
+    upstream = drawn("VJEPA2Model")
+    encoded = prisma.adapt(upstream)(video(upstream))
+    predictor = prisma.adapt(Predictor(upstream))
+    predicted, cache = predictor.run_with_cache(encoded)
+    grid = cache.patches("logits")
+    assert grid.shape == (2, 3, 2, 2, upstream.config.hidden_size)
+    assert torch.equal(cache.frame(1, "logits"), predicted[:, 4:8].unflatten(1, (2, 2)))
+    with pytest.raises(InputError, match="holds 24 tokens; expected 12"):
+        cache.patches("resid_post", 0)  # each position twice: seen, and to be predicted
+    pairs = cache["rot_q", 0].unflatten(1, (-1, 2))
+    assert predictor.layout.grid(pairs).shape[:5] == (2, 3, 2, 2, 2)
+    seen, asked = [torch.arange(8).expand(2, -1)], [torch.arange(4, 12).expand(2, -1)]
+    _, cache = predictor.run_with_cache(encoded, context_mask=seen, target_mask=asked)
+    with pytest.raises(prisma.NotApplicable, match="no token layout"):
+        cache.frame(0, "logits")
+
+
+def test_the_classifiers_views_follow_the_video() -> None:
+    upstream = drawn("VJEPA2ForVideoClassification")
+    model = prisma.adapt(upstream)
+    for frames, size, grid in ((6, (8, 8), (3, 2, 2)), (4, (12, 4), (2, 3, 1))):
+        _, cache = model.run_with_cache(video(upstream, frames, size))
+        assert cache.patches("blocks.0.hook_resid_post").shape[1:4] == grid
+        assert cache.patches("pool.attn.pattern", axis="key_pos").shape[-3:] == grid
+        assert torch.equal(cache.frame(-1, "embed"), cache.patches("embed")[:, -1])

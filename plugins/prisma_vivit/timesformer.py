@@ -10,6 +10,7 @@ from torch import Tensor
 
 from prisma_core.adapter import MapAdapter, Reader
 from prisma_core.hookmap import HookMap
+from prisma_core.layout import TokenLayout
 from prisma_core.spec import MapSpec
 from prisma_core.video import VideoPreprocess
 from prisma_vivit import parts
@@ -35,7 +36,9 @@ class TimesformerAdapter(MapAdapter):
         patches, config = _base(upstream).embeddings.patch_embeddings, _base(upstream).module.config
         classes = parts.classes(upstream.classifier) if upstream.is_a(CLASSIFIER) else None
         shape = (config.num_frames, patches.projection.in_channels, *patches.image_size)
-        return MapSpec(shape=shape, n_classes=classes)
+        rows, columns = (side // part for side, part in zip(patches.image_size, patches.patch_size, strict=True))
+        layout = TokenLayout(cls=1, frames=config.num_frames, rows=rows, columns=columns, order="row column frame")
+        return MapSpec(shape=shape, layout=layout, n_classes=classes)
 
     def table(self, upstream: Reader) -> HookMap:
         base, at = _base(upstream), "timesformer." if upstream.is_a(CLASSIFIER) else ""

@@ -12,16 +12,22 @@ from torch import Tensor, nn
 from prisma_core.adapter import MapAdapter, Reader
 from prisma_core.explicit import eager_attention
 from prisma_core.hookmap import HookMap
+from prisma_core.layout import TokenLayout
 from prisma_core.spec import MapSpec
 from prisma_core.video import VideoPreprocess
 from prisma_vivit import parts
-from prisma_vivit.mapping import Acts, Claim, attention_equations, how, mlp_equations, square_rows
+from prisma_vivit.mapping import Acts, Claim, how, square_rows
 from prisma_vivit.processing import preprocess_of
+from prisma_vivit.vjepa2_equations import layers_equations, query_equations, turned_equations
 
 CLASSIFIER = "transformers.models.vjepa2.modeling_vjepa2.VJEPA2ForVideoClassification"
 PREDICTOR = "transformers.models.vjepa2.modeling_vjepa2.VJEPA2Predictor"
 SQUARE, QUERY_SQUARE = "batch head query_pos key_pos", "batch head query key_pos"
-STREAM, HEADS = "batch pos d_model", how("batch", "pos (head d_head)", "pos head d_head")
+STREAM, PATCHES, HEADS = (
+    "batch pos d_model",
+    "batch patch d_model",
+    how("batch", "pos (head d_head)", "pos head d_head"),
+)
 
 
 class Predictor(nn.Module):
@@ -55,29 +61,29 @@ class Predictor(nn.Module):
 class VJEPA2PredictorAdapter(MapAdapter):
     """The predictor: tokens that are seen and tokens to be predicted, sorted by position.
 
-    ``pos`` counts both: where a position is seen and predicted, it is there twice.
+    ``pos`` counts both: where a position is seen and predicted, it is there twice. ``patch`` counts those of one kind.
     """
 
     types = (PREDICTOR, "prisma_vivit.vjepa2_maps.Predictor")
 
     def facts(self, upstream: Reader) -> MapSpec:
         config = _predictor(upstream).module.config
-        side = config.crop_size // config.patch_size
-        n_tokens = config.frames_per_clip // config.tubelet_size * side * side
-        return MapSpec(shape=(n_tokens, _predictor(upstream).embeddings.predictor_embeddings.in_features))
+        layout = _layout(config)
+        shape = (layout.n_tokens, _predictor(upstream).embeddings.predictor_embeddings.in_features)
+        return MapSpec(shape=shape, layout=layout)
 
     def table(self, upstream: Reader) -> HookMap:
         predictor, at = _predictor(upstream), "" if upstream.is_a(PREDICTOR) else "predictor."
         rows = f"""
-            {at}embeddings.predictor_embeddings  ->  hook_embed       : {STREAM}  = tokens that are seen, projected
+            {at}embeddings.predictor_embeddings  ->  hook_embed       : {PATCHES}  = tokens that are seen, projected
             {at}embeddings                       ->  hook_full_embed  : {STREAM}  = tokens that are seen, mask tokens
         """
         for index in range(len(predictor.layer)):
             rows += _layer(f"{at}layer.{index}", f"blocks.{index}", fused=_fused(predictor))
         rows += f"""
             {at}layernorm  ->  hook_ln_final  : {STREAM}  = ln_final(resid_post of the last block)
-            {at}proj : in  ->  hook_pooled    : {STREAM}  = the tokens to be predicted
-            {at}proj       ->  hook_logits    : {STREAM}  = pooled W + b
+            {at}proj : in  ->  hook_pooled    : {PATCHES}  = the tokens to be predicted
+            {at}proj       ->  hook_logits    : {PATCHES}  = pooled W + b
         """
         return HookMap.parse(rows, head=_heads(predictor))
 
@@ -93,8 +99,8 @@ class VJEPA2PredictorAdapter(MapAdapter):
 
     def equations(self, upstream: Reader, acts: Acts) -> Iterator[Claim]:
         predictor = _predictor(upstream)
-        yield from _layers_equations("blocks", predictor.layer, acts)
-        yield from _turned_equations(predictor.layer, acts, twice=True)
+        yield from layers_equations("blocks", predictor.layer, acts)
+        yield from turned_equations(predictor.layer, acts, twice=True)
         last = acts[f"blocks.{len(predictor.layer) - 1}.hook_resid_post"]
         yield "hook_ln_final = ln(the last resid_post)", acts["hook_ln_final"], predictor.layernorm.module(last)
         yield "hook_logits = pooled W + b", acts["hook_logits"], predictor.proj.module(acts["hook_pooled"])
@@ -114,12 +120,13 @@ class VJEPA2ClassifierAdapter(MapAdapter):
         return MapSpec(
             shape=(frames, proj.in_channels, side, side),
             sizes=((frames, proj.in_channels, side + patch, side + 2 * patch), (frames, proj.in_channels, side, patch)),
+            layout=_layout(config),
             n_classes=parts.classes(upstream.classifier),
         )
 
     def table(self, upstream: Reader) -> HookMap:
         encoder, at, fused = upstream.vjepa2.encoder, "vjepa2.encoder", _fused(upstream)
-        rows = f"{at}.embeddings  ->  hook_embed  : batch patch d_model  = the patches, projected\n"
+        rows = f"{at}.embeddings  ->  hook_embed  : {PATCHES}  = the patches, projected\n"
         for index in range(len(encoder.layer)):
             rows += _layer(f"{at}.layer.{index}", f"blocks.{index}", fused=fused)
         rows += f"{at}.layernorm  ->  hook_ln_final  : {STREAM}  = ln_final(resid_post of the last block)\n"
@@ -152,12 +159,17 @@ class VJEPA2ClassifierAdapter(MapAdapter):
 
     def equations(self, upstream: Reader, acts: Acts) -> Iterator[Claim]:
         encoder, pooler = upstream.vjepa2.encoder, upstream.pooler
-        yield from _layers_equations("blocks", encoder.layer, acts)
-        yield from _turned_equations(encoder.layer, acts, twice=False)
+        yield from layers_equations("blocks", encoder.layer, acts)
+        yield from turned_equations(encoder.layer, acts, twice=False)
         last = acts[f"blocks.{len(encoder.layer) - 1}.hook_resid_post"]
         yield "hook_ln_final = ln(the last resid_post)", acts["hook_ln_final"], encoder.layernorm.module(last)
-        yield from _layers_equations("pool.blocks", pooler.self_attention_layers, acts)
-        yield from _query_equations(pooler, acts)
+        yield from layers_equations("pool.blocks", pooler.self_attention_layers, acts)
+        yield from query_equations(pooler, acts)
+
+
+def _layout(config: Any) -> TokenLayout:
+    side = config.crop_size // config.patch_size
+    return TokenLayout(frames=config.frames_per_clip // config.tubelet_size, rows=side, columns=side)
 
 
 def _predictor(upstream: Reader) -> Reader:
@@ -244,56 +256,3 @@ def _elsewhere_rows(holder: Reader, at: str) -> str:
         square_rows(f"{at}.{index}.attention", f"blocks.{index}.attn", SQUARE, fused=False)
         for index in range(len(holder.layer))
     )
-
-
-# -------------------------------------------------------------------- equations
-
-
-def _layers_equations(at: str, layers: Reader, acts: Acts) -> Iterator[Claim]:
-    for index, layer in enumerate(layers):
-        to, own = f"{at}.{index}", layer.module.get_submodule("self_attn" if at.startswith("pool") else "attention")
-        names = ("layer_norm1", "layer_norm2") if at.startswith("pool") else ("norm1", "norm2")
-        ln1, ln2 = (layer.module.get_submodule(name) for name in names)
-        yield f"{to}: ln1 = ln(resid_pre)", acts[f"{to}.ln1.hook_normalized"], ln1(acts[f"{to}.hook_resid_pre"])
-        out = own.get_submodule("out_proj" if at.startswith("pool") else "proj")
-        scale = own.scale if at.startswith("pool") else own.scaling
-        yield from attention_equations(f"{to}.attn", acts, cast(float, scale), out, acts[f"{to}.hook_attn_out"])
-        normed = ln2(acts[f"{to}.hook_resid_mid"])
-        yield f"{to}: ln2 = ln(resid_mid)", acts[f"{to}.ln2.hook_normalized"], normed
-        yield from mlp_equations(to, normed, *_mlp_parts(layer), acts)
-
-
-def _turned_equations(layers: Reader, acts: Acts, *, twice: bool) -> Iterator[Claim]:
-    """Yield what turned queries and keys are.
-
-    Args:
-        twice: every position is there twice: seen, and to be predicted.
-    """
-    for index, layer in enumerate(layers):
-        at, attn = f"blocks.{index}.attn", cast(Any, layer.attention.module)
-        for name in "qk":
-            x = acts[f"{at}.hook_{name}"].transpose(1, 2)
-            places = torch.arange(x.shape[2] // (1 + twice), device=x.device).repeat_interleave(1 + twice)
-            turned = attn.apply_rotary_embeddings(x, attn.get_position_ids(x, masks=places.expand(len(x), -1)))
-            yield f"{at}: rot_{name} = {name} turned", acts[f"{at}.hook_rot_{name}"], turned.transpose(1, 2)
-
-
-def _mlp_parts(layer: Reader) -> tuple[nn.Module, nn.Module, nn.Module]:
-    return layer.mlp.fc1.module, layer.mlp.activation.module, layer.mlp.fc2.module
-
-
-def _query_equations(pooler: Reader, acts: Acts) -> Iterator[Claim]:
-    cross = pooler.cross_attention_layer
-    tokens = acts[f"pool.blocks.{len(pooler.self_attention_layers) - 1}.hook_resid_post"]
-    yield "pool: ln1 = ln(tokens)", acts["pool.ln1.hook_normalized"], cross.layer_norm1.module(tokens)
-    query = pooler.query_tokens.expand(len(tokens), -1, -1)
-    yield "pool: the query is the same for all", acts["pool.hook_query"], query
-    yield "pool: q = query W_Q + b_Q", acts["pool.attn.hook_q"].flatten(-2), cross.cross_attn.q_proj.module(query)
-    yield from attention_equations("pool.attn", acts, cross.cross_attn.scale, None, None)
-    mid = acts["pool.hook_resid_mid"]
-    yield "pool: resid_mid = query + z", mid, query + acts["pool.attn.hook_z"].flatten(-2)
-    normed = cross.layer_norm2.module(mid)
-    yield "pool: ln2 = ln(resid_mid)", acts["pool.ln2.hook_normalized"], normed
-    yield from mlp_equations("pool", normed, *_mlp_parts(cross), acts)
-    yield "pool: resid_post = resid_mid + mlp_out", acts["pool.hook_resid_post"], mid + acts["pool.hook_mlp_out"]
-    yield "hook_pooled = the query at last", acts["hook_pooled"], acts["pool.hook_resid_post"][:, 0]

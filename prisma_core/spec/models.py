@@ -43,6 +43,8 @@ class ModelSpec(Facts):
     def _frames(self) -> ModelSpec:
         if self.layout.frames > 1 and self.embed.tubelet is None:
             raise ValueError(f"{self.layout.frames} frames of patches need a video: give the embedding a tubelet")
+        if self.layout.order != "frame row column":
+            raise ValueError(f"patches of a canonical model run frame by frame, not in the order {self.layout.order!r}")
         return self
 
     @model_validator(mode="after")
