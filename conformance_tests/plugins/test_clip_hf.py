@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,24 @@ def test_zero_shot_from_a_folder(folder: Path) -> None:
     theirs: Any = transformers.CLIPModel.from_pretrained(folder)
     upstream = theirs(input_ids=tokens, pixel_values=pixels).logits_per_image.softmax(-1)
     assert torch.allclose(model.classify(picture, ["cat", "zebra"]), upstream, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["CLIPModel", "CLIPTextModelWithProjection"])
+def test_a_saved_model_keeps_its_tokenizer(architecture: str, folder: Path, tmp_path: Path) -> None:
+    model: Any = prisma.load(f"hf:{folder}", architecture=architecture)
+    with warnings.catch_warnings(action="error"):
+        first = prisma.save(model, tmp_path / "first")
+        second = prisma.save(prisma.load(f"file:{first}"), tmp_path / "second")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    texts = ["a photo of a cat.", "a photo of a zebra.", "", "a " * 20]
+    for one in (first, second):
+        again: Any = prisma.load(f"file:{one}")
+        assert torch.equal(again.tokens(texts), model.tokens(texts))
+        if isinstance(model, HookedDual):
+            picture = Image.effect_noise((40, 30), 90).convert("RGB")
+            assert torch.allclose(again.classify(picture, ["cat", "dog"]), model.classify(picture, ["cat", "dog"]))
 
 
 @torch.no_grad()

@@ -25,7 +25,9 @@ from prisma_clip import tinyclip  # noqa: E402
 from prisma_clip.towers import DualAdapter  # noqa: E402
 
 logits = DualAdapter().call
-from prisma_clip.source import OpenClipSource, Tokenizer, preprocess  # noqa: E402
+from prisma_clip.building import preprocess  # noqa: E402
+from prisma_clip.source import OpenClipSource  # noqa: E402
+from prisma_clip.texts import Tokenizer  # noqa: E402
 
 NAME = "ViT-B-32"
 TAG = "laion2b_s34b_b79k"
@@ -230,7 +232,7 @@ def test_an_original_tinyclip_checkpoint(
     assert model.spec.vision.blocks[0].attn.n_heads == 2, "heads have 64 channels; the shapes say the rest"
     assert model.spec.vision.blocks[0].mlp.act == "gelu"
     assert equal(model, with_eps(upstream))
-    assert model.tokens(["a cat"]).shape == (1, 77)
+    assert model.tokens(["a cat"]).shape == (1, 9)
 
 
 @torch.no_grad()
@@ -305,7 +307,7 @@ def test_a_tokenizer_on_the_hub_is_asked_for_when_it_is_needed(
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    tokenizer = Tokenizer("ViT-B-16-SigLIP")
+    tokenizer = Tokenizer(open_clip.get_model_config("ViT-B-16-SigLIP")["text_cfg"], "open_clip:ViT-B-16-SigLIP")
     with pytest.raises(LoadError, match=r"the tokenizer of open_clip:ViT-B-16-SigLIP.*Set model\.tokenizer"):
         tokenizer(["a cat"])
 

@@ -143,7 +143,7 @@ def pictures(model: Any) -> Pictures:
     """Return our preprocessing for a model, and open_clip's."""
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    from prisma_clip.source import preprocess
+    from prisma_clip.building import preprocess
 
     config = getattr(model, "visual", model).preprocess_cfg
     return Pictures(preprocess(config), image_transform_v2(PreprocessCfg(**config), is_train=False))

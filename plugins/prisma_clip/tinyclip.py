@@ -64,7 +64,7 @@ def load(path: str | Path, **options: Any) -> nn.Module:
     Raises:
         LoadError: the file cannot be read safely, or its weights are not those of a transformer with heads of 64.
     """
-    from prisma_clip.source import create_from, fill
+    from prisma_clip.building import create_from, fill
 
     state = unwrapped(read_checkpoint(path))
     model: Any = create_from({"model_cfg": config(state, path)}, options)

@@ -1,7 +1,8 @@
-"""A model's own tokenizer, for models that read."""
+"""A model's own tokenizer, for models that read; kept with a saved one."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from prisma_core.errors import LoadError
 
+FACTS = "positions.json"
 FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -17,21 +19,34 @@ class Tokenizer:
     """Makes tokens ``[text pos]`` of texts, cut and filled up to the longest that the model reads.
 
     SigLIP reads the last token, and was trained with texts filled up. It is made at first use.
+
+    Args:
+        folder: where its files lie.
+        positions: how many tokens the model reads, if its configuration says so.
+        common: what else ``from_pretrained`` takes.
     """
 
-    def __init__(self, folder: Path, config: Any, common: dict[str, Any]):
+    def __init__(self, folder: Path, positions: int | None, common: dict[str, Any]):
         self.folder = folder
-        self.config = getattr(config, "text_config", config)
+        self.positions = positions
         self.common = common
         self._made: Any = None
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
+        made = self.made()
+        longest = made.model_max_length if self.positions is None else min(self.positions, made.model_max_length)
+        options = {"padding": "max_length", "truncation": True, "max_length": longest, "return_tensors": "pt"}
+        return made(list(texts), **options).input_ids
+
+    def made(self) -> Any:
+        """Return transformers' own object.
+
+        Raises:
+            LoadError: its files cannot be read.
+        """
         if self._made is None:
             self._made = self._make()
-        positions = getattr(self.config, "max_position_embeddings", self._made.model_max_length)
-        longest = min(positions, self._made.model_max_length)
-        options = {"padding": "max_length", "truncation": True, "max_length": longest, "return_tensors": "pt"}
-        return self._made(list(texts), **options).input_ids
+        return self._made
 
     def _make(self) -> Any:
         from transformers import AutoTokenizer
@@ -44,4 +59,24 @@ class Tokenizer:
 
 def tokenizer(folder: Path, config: Any, common: dict[str, Any]) -> Tokenizer | None:
     """Return the tokenizer whose files lie in a folder, or None if there are none."""
-    return Tokenizer(folder, config, common) if any((folder / name).is_file() for name in FILES) else None
+    positions = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
+    return Tokenizer(folder, positions, common) if any((folder / name).is_file() for name in FILES) else None
+
+
+def keep(companion: object, folder: Path) -> bool:
+    """Write a tokenizer into a folder; False if it is none of these.
+
+    Raises:
+        LoadError: its files cannot be read.
+    """
+    if not isinstance(companion, Tokenizer):
+        return False
+    companion.made().save_pretrained(folder)
+    (folder / FACTS).write_text(json.dumps({"positions": companion.positions}) + "\n", encoding="utf-8")
+    return True
+
+
+def kept(folder: Path) -> Tokenizer:
+    """Return the tokenizer that ``keep`` wrote; code that came with it is not run."""
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    return Tokenizer(folder, facts["positions"], {"local_files_only": True, "trust_remote_code": False})

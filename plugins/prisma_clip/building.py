@@ -1,0 +1,132 @@
+"""open_clip's models: built as a configuration says, filled from a file, and what they do to pictures."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prisma_core.errors import LoadError
+from prisma_core.files import check_shapes, read_checkpoint
+from prisma_core.preprocess import Preprocess
+
+CONFIG = "open_clip_config.json"
+
+
+def create(name: str, options: dict[str, Any]) -> nn.Module:
+    import open_clip
+
+    text = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
+    if (repository := text.get("hf_model_name")) and "text_cfg" not in options:
+        from prisma_core.hub import fetch  # open_clip asks the hub for it; if it cannot come, that is one short error
+
+        fetch(
+            repository, ["config.json"], reference=f"the configuration of open_clip:{name}'s text tower, {repository},"
+        )
+    logger = logging.getLogger()
+    before = logger.level
+    logger.setLevel(logging.ERROR)  # it warns that weights are random; they are about to be filled, or asked to be so
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return open_clip.create_model(
+                name, load_weights=False, pretrained_text=False, device=torch.get_default_device(), **options
+            )
+    finally:
+        logger.setLevel(before)
+
+
+def create_from(config: dict[str, Any], options: dict[str, Any]) -> nn.Module:
+    """Return the model of a configuration that open_clip does not know by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / CONFIG).write_text(json.dumps({"model_cfg": config["model_cfg"], "preprocess_cfg": {}}))
+        try:
+            return create(f"local-dir:{folder}", options)
+        except TypeError as error:
+            raise LoadError(f"open_clip cannot build this configuration: {error}") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise LoadError(f"No file at {path}.") from error
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path} is not a readable configuration: {error}") from error
+    whole = config if isinstance(config, dict) and "model_cfg" in config else {"model_cfg": config}
+    model = whole["model_cfg"]
+    if not isinstance(model, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(model):
+        raise LoadError(f"{path} is no configuration of open_clip: expected embed_dim, vision_cfg and text_cfg.")
+    return whole
+
+
+def fill(model: Any, path: str | Path, *, sizes: bool) -> None:
+    """Put a checkpoint into a model, every tensor accounted for.
+
+    Args:
+        model: built.
+        path: of a file.
+        sizes: whether positions of another size are resized, as open_clip does: only where the user asked for a size.
+
+    Raises:
+        LoadError: the file cannot be read safely, or does not fit.
+    """
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
+
+    from prisma_clip import tinyclip
+
+    state = tinyclip.unwrapped(read_checkpoint(path))
+    state = convert_state_dict(model, state)
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
+    for name in ("logit_scale", "logit_bias"):
+        if name in state and isinstance(getattr(model, name, None), Tensor):
+            state[name] = state[name].reshape(getattr(model, name).shape)
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for constant in ("text.transformer.embeddings.position_ids", *tinyclip.CONSTANTS):
+        if constant not in wanted:
+            state.pop(constant, None)
+    if sizes:
+        resize_pos_embed(state, model)
+        resize_text_pos_embed(state, model)
+    check_shapes(state, wanted, path)
+    model.load_state_dict(state)
+
+
+# -------------------------------------------------------------------- pictures
+
+
+def set_preprocessing(model: nn.Module, config: dict[str, Any]) -> None:
+    from open_clip.transform import merge_preprocess_dict
+
+    visual: Any = model.visual
+    size = visual.preprocess_cfg["size"]
+    visual.preprocess_cfg = {**merge_preprocess_dict(visual.preprocess_cfg, config), "size": size}
+
+
+def preprocess(config: dict[str, Any]) -> Preprocess:
+    """Return what open_clip's evaluation transform does, given its preprocessing configuration.
+
+    Raises:
+        LoadError: it does something we cannot repeat.
+    """
+    if config.get("fill_color") and config["resize_mode"] == "longest":
+        raise LoadError(f"open_clip pads pictures with the colour {config['fill_color']}; only black can be repeated.")
+    size = config["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    # Pictures that are cut to something other than a square are resized by another function, always bicubic.
+    always = config["resize_mode"] == "shortest" and height != width
+    return Preprocess(
+        size=(height, width),
+        resize=config["resize_mode"],
+        # "random" stands for training.
+        interpolation="bilinear" if config["interpolation"] == "bilinear" and not always else "bicubic",
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+    )
