@@ -177,6 +177,10 @@ class OpenClipText(Tower):
         text = upstream.transformer
         if not text.is_a(*self.inner):
             raise upstream.unsupported(f"a text tower of transformers ({type(text.module).__name__})")
+        if text.config.is_decoder:
+            raise text.unsupported("config.is_decoder, which masks what comes after a token")
+        if upstream.config.pad_token_id != text.embeddings.word_embeddings.padding_idx:
+            raise upstream.unsupported("config.pad_token_id of another token than its embedding's padding_idx")
         pools = {"open_clip.hf_model.MeanPooler": "avg", "open_clip.hf_model.ClsLastHiddenStatePooler": "first"}
         kind = next((pools[name] for name in pools if upstream.pooler.is_a(name)), None)
         if kind is None:
