@@ -70,7 +70,8 @@ class _Float64Softmax(TorchFunctionMode):
 def multihead_attention(upstream: nn.Module) -> Generator[None]:
     """Make torch's ``nn.MultiheadAttention`` compute step by step: its fused functions show nothing of their inside.
 
-    In each, ``linear`` is then called for queries, keys, values and the output, in this order, and ``softmax`` once.
+    In each, ``linear`` is then called for queries, keys, values and the output, in this order, and ``softmax`` once;
+    the batch comes first there, wherever the module has it.
     """
     with ExitStack() as stack:
         for module in upstream.modules():
@@ -82,12 +83,15 @@ def multihead_attention(upstream: nn.Module) -> Generator[None]:
 
 
 def _stepwise(module: Any) -> Callable[..., tuple[Tensor, None]]:
+    def turned(x: Tensor) -> Tensor:
+        return x if module.batch_first else x.transpose(0, 1)
+
     def forward(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: object
     ) -> tuple[Tensor, None]:
         heads: list[int] = [module.num_heads, module.head_dim]
         weights, biases = _projections(module)
-        given = zip((query, key, value), weights, biases, strict=True)
+        given = zip(map(turned, (query, key, value)), weights, biases, strict=True)
         made = [F.linear(x, weight, bias) for x, weight, bias in given]
         q, k, v = (x.view(*x.shape[:2], *heads).transpose(1, 2) for x in made)
         scores = q * module.head_dim**-0.5 @ k.transpose(-2, -1)
@@ -96,7 +100,7 @@ def _stepwise(module: Any) -> Callable[..., tuple[Tensor, None]]:
                 attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(attn_mask, -torch.inf)
             scores = scores + (attn_mask if attn_mask.ndim == 2 else attn_mask.view(scores.shape))
         z = (torch.softmax(scores, dim=-1) @ v).transpose(1, 2).flatten(2)
-        return F.linear(z, module.out_proj.weight, module.out_proj.bias), None
+        return turned(F.linear(z, module.out_proj.weight, module.out_proj.bias)), None
 
     return forward
 

@@ -11,9 +11,11 @@ from prisma_core import UnsupportedArchitecture, adapt
 
 transformers = pytest.importorskip("transformers", reason="transformers is missing: pip install 'prisma-interp[hf]'")
 
-from prisma_hf.calling import main_output  # noqa: E402
+from prisma_hf.calling import main_output, pictures_apart  # noqa: E402
 from prisma_hf.cases import autoencoder, built  # noqa: E402
 from prisma_hf.parts import explicit_attention  # noqa: E402
+
+SAPIENS = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads_per_layer": [4, 2]}
 
 
 @pytest.mark.parametrize(
@@ -26,11 +28,69 @@ from prisma_hf.parts import explicit_attention  # noqa: E402
         ("JanusVisionModel", {"use_qk_norm": True}, "with which upstream itself fails"),
         ("Aimv2VisionModel", {"is_native": True, "hidden_act": "silu"}, "position_embedding"),
         ("DPTModel", {"is_hybrid": True, "image_size": 32, "patch_size": 16}, "patch_embeddings"),
+        ("BridgeTowerVisionModel", {"hidden_size": 128, "stop_gradient": True}, "without their gradient"),
+        ("Molmo2VisionModel", {"head_dim": 8, "num_position_embeddings": 10, "image_size": [24, 24]}, "10 positions"),
+        ("Sapiens2Model", {**SAPIENS, "query_bias": False, "value_bias": False}, "biases of keys alone"),
+        ("PixtralVisionModel", {"hidden_size": 32, "num_attention_heads": 2, "hidden_act": "tanh"}, "activation"),
     ],
 )
 def test_what_a_class_may_have_and_we_cannot_represent_is_refused(name: str, given: Any, feature: str) -> None:
     with pytest.raises(UnsupportedArchitecture, match=feature):
         adapt(built(name, **given))
+
+
+def test_attention_that_hides_patches_or_adds_tokens_is_refused() -> None:
+    def changed(**given: Any) -> Any:
+        upstream: Any = built("BridgeTowerVisionModel", hidden_size=128)
+        block = upstream.visual.transformer.resblocks[1]
+        for name, value in given.items():
+            setattr(block if name == "attn_mask" else block.attn, name, value)
+        return upstream
+
+    adapt(changed())
+    for given in ({"attn_mask": torch.zeros(10, 10)}, {"add_zero_attn": True}, {"bias_k": torch.zeros(1, 1, 128)}):
+        with pytest.raises(UnsupportedArchitecture, match="hidden from others, or tokens added"):
+            adapt(changed(**given))
+    with pytest.raises(UnsupportedArchitecture, match="batch_first=True"):
+        adapt(changed(batch_first=True))
+
+
+def test_rotary_positions_of_other_patches_than_the_projections_are_refused() -> None:
+    upstream: Any = built("Sapiens2Model", **SAPIENS)
+    upstream.rope_embeddings.config = type(upstream.config)(patch_size=4)
+    with pytest.raises(UnsupportedArchitecture, match="rotary positions for patches of 4"):
+        adapt(upstream)
+
+
+@torch.no_grad()
+def test_key_heads_are_counted_layer_by_layer() -> None:
+    model: Any = adapt(built("Sapiens2Model", **SAPIENS))
+    assert [block.attn.n_kv_heads for block in model.spec.blocks] == [4, 2]
+    _, cache = model.run_with_cache(torch.randn(1, 2, 24, 24))
+    assert [cache["k", layer].shape[2] for layer in (0, 1)] == [4, 2]
+    assert cache["pattern", 1].shape[1] == 4
+
+
+@torch.no_grad()
+def test_pictures_of_a_packed_sequence_do_not_see_each_other() -> None:
+    upstream: Any = built("PixtralVisionModel", hidden_size=32, num_attention_heads=2).eval().double()
+    model = adapt(upstream)
+    image = torch.randn(3, 2, 40, 16).double()
+    together, alone = upstream(image).last_hidden_state, model(image[1:2])
+    assert together.shape == (1, 3 * 10, 32)
+    assert torch.allclose(together[:, 10:20], alone, rtol=0, atol=1e-10)
+    with explicit_attention(upstream), pictures_apart(upstream.transformer):
+        assert torch.allclose(upstream(image).last_hidden_state, model(image), rtol=0, atol=1e-10)
+    assert upstream(image).last_hidden_state.shape == together.shape
+
+
+@torch.no_grad()
+def test_torchs_attention_step_by_step_where_positions_come_first() -> None:
+    upstream: Any = torch.nn.MultiheadAttention(12, 3).eval().double()
+    stream = torch.randn(5, 2, 12).double()  # of which every axis has another length
+    fused = upstream(stream, stream, stream)[0]
+    with explicit_attention(upstream):
+        assert torch.allclose(upstream(stream, stream, stream)[0], fused, rtol=0, atol=1e-12)
 
 
 @torch.no_grad()

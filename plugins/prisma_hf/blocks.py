@@ -46,18 +46,34 @@ def _resolved(module: Reader, names: BlockNames) -> BlockNames:
 def _attention(module: Reader, names: BlockNames, shared_bias: bool) -> AttentionSpec:
     attn = parts.walk(module, names.attn)
     masks_as_built(attn)
-    heads = getattr(attn, names.heads)
-    out = parts.linear(parts.walk(module, names.out))
-    width = out.in_features // heads
+    read = parts.linear(parts.walk(module, names.out)).in_features
+    width = getattr(attn, names.width) if names.width else read // getattr(attn, names.heads)
     return AttentionSpec(
-        n_heads=heads,
-        n_kv_heads=heads,
+        n_heads=read // width,
+        n_kv_heads=_kv_width(module, names, read) // width,
         d_head=width,
         scale=float(getattr(attn, names.scale)) if names.scale else width**-0.5,
         bias=shared_bias or (bool(names.bias) and parts.find(module, names.bias) is not None),
         qk_norm=_qk_norm(module, names, width)[0],
         qk_norm_over=_qk_norm(module, names, width)[1],
     )
+
+
+def _kv_width(module: Reader, names: BlockNames, read: int) -> int:
+    """Return the width of all keys together, and of all values."""
+    if names.mha:
+        attn = parts.walk(module, names.attn)
+        if module.has("attn_mask") or attn.has("bias_k") or attn.has("bias_v") or attn.add_zero_attn:
+            raise attn.unsupported("patches hidden from others, or tokens added to keys and values")
+        if attn.batch_first != (names.axes == "b p"):
+            raise attn.unsupported(f"batch_first={attn.batch_first} in a stream of the other order")
+        return read
+    if names.qkv:
+        return read
+    k, v = (parts.linear(parts.walk(module, path)) for path in (names.k, names.v))
+    if k.out_features != v.out_features:
+        raise module.unsupported("fewer heads of keys than of values, or the other way round")
+    return k.out_features
 
 
 def _qk_norm(module: Reader, names: BlockNames, width: int) -> tuple[NormSpec | None, Literal["head", "all_heads"]]:
@@ -86,7 +102,11 @@ def _scaled(module: Reader, path: str) -> bool:
     """Return whether there is a learned scale; upstream has the number one in its place where there is none."""
     if not path:
         return False
-    scale = parts.walk(module, path)
+    above, _, name = path.rpartition(".")
+    owner = parts.walk(module, above)
+    if owner.is_a(parts.IDENTITY):
+        return False
+    scale = getattr(owner, name)
     return not (scale is None or (isinstance(scale, float) and scale == 1.0))
 
 
@@ -95,12 +115,19 @@ def rows(layers: Reader, at: str, names: BlockNames) -> str:
     first = next(iter(layers))
     names = _resolved(first, names)
     theirs, ours = f"{at}.{{l}}", "blocks.{l}"
-    if names.qkv:
+    if names.mha:
+        rows = f"""
+            {theirs}.{names.attn}.in_proj_weight        ->  {ours}.attn.qkv.weight
+            {theirs}.{names.attn}.in_proj_bias | zeros  ->  {ours}.attn.qkv.bias
+        """
+    elif names.qkv:
         rows = linear_rows(f"{theirs}.{names.qkv}", f"{ours}.attn.qkv")
     else:
         projections = (names.q, names.k, names.v)
         weights = ", ".join(f"{theirs}.{path}.weight" for path in projections)
         biased = [parts.linear(parts.walk(first, path)).has("bias") for path in projections]
+        if biased == [False, True, False]:
+            raise first.unsupported("biases of keys alone")
         biases = [f"{theirs}.{path}.bias" if bias else None for path, bias in zip(projections, biased, strict=True)]
         rows = f"""
             [{weights}]                  ->  {ours}.attn.qkv.weight
@@ -118,7 +145,7 @@ def rows(layers: Reader, at: str, names: BlockNames) -> str:
 
 
 def hooks(layers: Reader, at: str, names: BlockNames, *, rope: bool = False) -> str:
-    """Return the hook rows of all blocks.
+    """Return the hook rows of all blocks; ``w`` is the width of a head.
 
     Args:
         rope: queries and keys are turned.
@@ -129,49 +156,78 @@ def hooks(layers: Reader, at: str, names: BlockNames, *, rope: bool = False) -> 
     scaled = _scaled(first, names.ls1)
     attn_out = names.attn_out if scaled and names.attn_out else names.addend or names.out
     mlp_out = names.mlp_out if scaled and names.mlp_out else names.fc2
-    batch_first = "p b (h d)" if names.pos_first else "b p (h d)"
+    stream = stream_axes(names)
     rows = f"""
-        {theirs} : in                         ->  {ours}.hook_resid_pre
-        {theirs}.{names.ln1}                  ->  {ours}.ln1.hook_normalized
+        {theirs} : in                         ->  {ours}.hook_resid_pre       {stream}
+        {theirs}.{names.ln1}                  ->  {ours}.ln1.hook_normalized  {stream}
         {theirs}.{names.attn} @ softmax : in  ->  {ours}.attn.hook_attn_scores
         {theirs}.{names.attn} @ softmax       ->  {ours}.attn.hook_pattern
-        {theirs}.{names.out} : in             ->  {ours}.attn.hook_z        : {batch_first} -> b p h d
-        {_place(theirs, attn_out)}            ->  {ours}.hook_attn_out
-        {theirs}.{names.ln2} : in             ->  {ours}.hook_resid_mid
-        {theirs}.{names.ln2}                  ->  {ours}.ln2.hook_normalized
-        {theirs}.{names.fc2} : in             ->  {ours}.mlp.hook_post
-        {_place(theirs, mlp_out)}             ->  {ours}.hook_mlp_out
-        {theirs}                              ->  {ours}.hook_resid_post
+        {_place(theirs, attn_out)}            ->  {ours}.hook_attn_out        {stream}
+        {theirs}.{names.ln2} : in             ->  {ours}.hook_resid_mid       {stream}
+        {theirs}.{names.ln2}                  ->  {ours}.ln2.hook_normalized  {stream}
+        {theirs}.{names.fc2} : in             ->  {ours}.mlp.hook_post        {stream}
+        {_place(theirs, mlp_out)}             ->  {ours}.hook_mlp_out         {stream}
+        {theirs}                              ->  {ours}.hook_resid_post      {stream}
     """
     if names.gate:
         rows += f"""
-            {theirs}.{names.gate}  ->  {ours}.mlp.hook_pre
-            {theirs}.{names.fc1}   ->  {ours}.mlp.hook_pre_linear
+            {theirs}.{names.gate}  ->  {ours}.mlp.hook_pre         {stream}
+            {theirs}.{names.fc1}   ->  {ours}.mlp.hook_pre_linear  {stream}
         """
     else:
-        rows += f"{theirs}.{names.fc1}  ->  {ours}.mlp.hook_pre\n"
-    matmul = f"{theirs}.{names.attn} @ matmul"
+        rows += f"{theirs}.{names.fc1}  ->  {ours}.mlp.hook_pre  {stream}\n"
+    return rows + _attention_hooks(names, theirs, ours, rope=rope)
+
+
+def stream_axes(names: BlockNames) -> str:
+    """Return what stands behind a hook row for what is laid out as upstream's stream."""
+    return "" if names.axes == "b p" else f": {names.axes} m -> b p m"
+
+
+def _attention_hooks(names: BlockNames, theirs: str, ours: str, *, rope: bool) -> str:
+    heads, split, apart = "b p h w", f"{names.axes} (h w) -> b p h w", "b h p w -> b p h w"
+    attn = f"{theirs}.{names.attn}"
+    if names.mha:  # step by step it is given the batch first
+        split = f"b p (h w) -> {heads}"
+        return f"""
+            {attn} @ linear         ->  {ours}.attn.hook_q  : {split}
+            {attn} @ linear#1       ->  {ours}.attn.hook_k  : {split}
+            {attn} @ linear#2       ->  {ours}.attn.hook_v  : {split}
+            {attn} @ linear#3 : in  ->  {ours}.attn.hook_z  : {split}
+        """
+    rows = f"{theirs}.{names.out} : in  ->  {ours}.attn.hook_z  : {names.out_axes or names.axes} (h w) -> {heads}\n"
     if rope:
+        q = f"{attn} {names.rot_q}" if names.rot_q else f"{attn} @ matmul : in"
+        k = f"{attn} {names.rot_k}" if names.rot_k else f"{attn} @ matmul : in1"
         rows += f"""
-            {matmul} : in   ->  {ours}.attn.hook_rot_q  : b h p d -> b p h d
-            {matmul} : in1  ->  {ours}.attn.hook_rot_k  : b h d p -> b p h d
+            {q}  ->  {ours}.attn.hook_rot_q  : {apart}
+            {k}  ->  {ours}.attn.hook_rot_k  : {apart if names.rot_k else f"b h w p -> {heads}"}
         """
     if names.qkv:
-        rows += f"""
-            {matmul} : in     ->  {ours}.attn.hook_q  : b h p d -> b p h d
-            {matmul} : in1    ->  {ours}.attn.hook_k  : b h d p -> b p h d
-            {matmul}#1 : in1  ->  {ours}.attn.hook_v  : b h p d -> b p h d
+        return (
+            rows
+            + f"""
+            {attn} @ matmul : in     ->  {ours}.attn.hook_q  : {apart}
+            {attn} @ matmul : in1    ->  {ours}.attn.hook_k  : b h w p -> {heads}
+            {attn} @ matmul#1 : in1  ->  {ours}.attn.hook_v  : {apart}
         """
-        return rows
+        )
     q, k = names.q_norm or names.q, names.k_norm or names.k
+    normed = apart if names.normed_apart else split
     if names.q_norm:
+        flat = f"  : {apart}" if names.normed_apart else ""
         rows += f"""
-            {theirs}.{q}  ->  {ours}.attn.q_norm.hook_normalized
-            {theirs}.{k}  ->  {ours}.attn.k_norm.hook_normalized
+            {theirs}.{q}  ->  {ours}.attn.q_norm.hook_normalized  {flat}
+            {theirs}.{k}  ->  {ours}.attn.k_norm.hook_normalized  {flat}
         """
-    for path, hook in ((q, "hook_q"), (k, "hook_k"), (names.v, "hook_v")):
-        rows += f"{theirs}.{path}  ->  {ours}.attn.{hook}  : b p (h d) -> b p h d\n"
-    return rows
+    return (
+        rows
+        + f"""
+        {theirs}.{q}        ->  {ours}.attn.hook_q  : {normed}
+        {theirs}.{k}        ->  {ours}.attn.hook_k  : {normed}
+        {theirs}.{names.v}  ->  {ours}.attn.hook_v  : {split}
+    """
+    )
 
 
 def _place(block: str, path: str) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from prisma_core.explicit import float64_softmax, switched
 
@@ -60,7 +62,47 @@ def last_map(upstream: Any, image: Tensor) -> Tensor:
     return upstream(image).feature_maps[-1]
 
 
+def last_stream(upstream: Any, image: Tensor) -> Tensor:
+    """Return the last of the streams that a model returns behind its blocks, each normed."""
+    size = upstream.visual.embeddings.image_size
+    return upstream(image, interpolate_pos_encoding=tuple(image.shape[2:]) != (size, size))[-1]
+
+
+def patch_by_patch(upstream: Any, image: Tensor) -> Tensor:
+    """Return the main output of a model that is handed each patch as a vector."""
+    side = upstream.config.patch_size
+    patches = rearrange(image, "b c (r p) (s q) -> b (r s) (p q c)", p=side, q=side)
+    return upstream(patches).last_hidden_state
+
+
+def packed(upstream: Any, image: Tensor) -> Tensor:
+    """Return the main output, picture by picture, of a model that makes one sequence of all pictures."""
+    output = upstream(image).last_hidden_state
+    return output.reshape(len(image), -1, output.shape[-1])
+
+
+@contextmanager
+def pictures_apart(sequence: nn.Module) -> Iterator[None]:
+    """Give a module the pictures that are packed into one sequence as a batch, for the time of the scope."""
+
+    def unpack(_: nn.Module, args: tuple[Tensor], given: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]]:
+        (stream,), mask = args, given["attention_mask"]
+        count = int((mask[0, 0, 0] == 0).sum())  # what the first patch may read: the patches of its picture
+        tables = tuple(table[:count] for table in given["position_embeddings"])
+        batch = stream.reshape(-1, count, stream.shape[-1])
+        return (batch,), {**given, "attention_mask": None, "position_embeddings": tables}
+
+    handle = sequence.register_forward_pre_hook(unpack, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 CALLS = {
+    "BridgeTowerVisionModel": last_stream,
+    "Molmo2VisionModel": patch_by_patch,
+    "PixtralVisionModel": packed,
     "VitPoseBackbone": last_map,
     "ViTForMaskedImageModeling": pixels,
     "DeiTForMaskedImageModeling": pixels,

@@ -120,3 +120,16 @@ def cases() -> Iterator[Case]:
     yield case("Tipsv2VisionModel", num_register_tokens=2, mlp_ratio=2)
     yield case("Tipsv2VisionModel", "gated", num_register_tokens=2, mlp_ratio=2, use_swiglu_ffn=True)
     yield case("MgpstrModel", distilled=False, image_size=(16, 24), mlp_ratio=1.5)
+    turned = {"hidden_size": 32, "num_attention_heads": 4, "image_size": [24, 16]}
+    given = {"rope_theta": 30.0, "rms_norm_eps": 3e-5, **turned}
+    yield case("Sapiens2Model", num_key_value_heads_per_layer=[4, 2], num_register_tokens=2, **given)
+    bare = {"use_gated_mlp": False, "use_qk_norm": False, "query_bias": False, "key_bias": False, "mlp_bias": False}
+    few = {"num_key_value_heads_per_layer": [1, 4], "num_register_tokens": 0, "use_mask_token": True}
+    yield case("Sapiens2Model", "bare", **bare, **few, **given)
+    yield case("PixtralVisionModel", rope_parameters={"rope_type": "axial", "rope_theta": 30.0}, **turned)
+    yield case("Molmo2VisionModel", num_key_value_heads=3, head_dim=6, image_size=[24, 16])
+    grouped = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "attention_bias": False}
+    yield case("Molmo2VisionModel", "grouped", **grouped, image_size=[16, 24])
+    yield case("BridgeTowerVisionModel", hidden_size=128)
+    each = {"share_layernorm": False, "remove_last_layer": True, "num_hidden_layers": 3}
+    yield case("BridgeTowerVisionModel", "each", hidden_size=128, **each)

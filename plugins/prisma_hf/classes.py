@@ -133,10 +133,11 @@ KOSMOS = replace(GIT, ln_final="", ignored=LATE)
 OWL = replace(KOSMOS, ln_pre="pre_layernorm", image="embeddings.config.image_size")
 MLCD = replace(
     KOSMOS,
-    block=replace(CLIP_BLOCK, addend="self_attn", pos_first=True),
+    block=replace(CLIP_BLOCK, addend="self_attn", out_axes="p b"),
     pos="",
     rope="vision_rotary_embedding",
     rope_cls="class_pos_emb",
+    rope_in_float32=True,
 )
 AIM_BLOCK = replace(
     CLIP_BLOCK,
@@ -182,6 +183,87 @@ MGP = TowerNames(
     pos="embeddings.pos_embed",
     ln_final="",
     resize="never",
+)
+SAPIENS = TowerNames(
+    replace(
+        TIPS.block,
+        heads="num_heads",
+        fc1="mlp.up_proj",
+        act="mlp.act_fn",
+        fc2="mlp.down_proj",
+        q_norm="attention.q_norm",
+        k_norm="attention.k_norm",
+        normed_apart=True,
+        rot_q="@ cat#2",
+        rot_k="@ cat#3",
+    ),
+    blocks="model.layer",
+    proj="embeddings.patch_embeddings",
+    image="config.image_size",
+    prefix=TIPS.prefix,
+    pos="",
+    rope="rope_embeddings",
+    rope_of="picture",
+    rope_sizes="radians",
+    ln_final="norm",
+    ignored=MASK,
+)
+PIXTRAL_BLOCK = BlockNames(
+    attn="attention",
+    scale="scaling",
+    q="attention.q_proj",
+    k="attention.k_proj",
+    v="attention.v_proj",
+    out="attention.o_proj",
+    ln1="attention_norm",
+    ln2="ffn_norm",
+    mlp="feed_forward",
+)
+PIXTRAL = TowerNames(
+    PIXTRAL_BLOCK,
+    blocks="transformer.layers",
+    proj="patch_conv",
+    packed="transformer",
+    image="config.image_size",
+    prefix=(),
+    pos="",
+    rope="patch_positional_embedding",
+    rope_sizes="index",
+    ln_pre="ln_pre",
+    ln_final="",
+)
+MOLMO = TowerNames(
+    replace(CLIP_BLOCK, width="head_dim", scale="scaling", out="self_attn.o_proj"),
+    proj="patch_embedding",
+    flat="p q c",
+    patch="config.patch_size",
+    image="config.image_size",
+    prefix=(),
+    pos="positional_embedding",
+    ln_final="",
+    resize="never",
+)
+BRIDGE_BLOCK = BlockNames(
+    attn="attn",
+    scale="",
+    mha=True,
+    out="attn.out_proj",
+    ln1="ln_1",
+    ln2="ln_2",
+    fc1="mlp.c_fc",
+    act="mlp.gelu",
+    fc2="mlp.c_proj",
+    addend="attn",
+    axes="p b",
+)
+BRIDGE = replace(
+    CLIP,
+    block=BRIDGE_BLOCK,
+    blocks="transformer.resblocks",
+    ln_pre="ln_pre",
+    ln_final="ln_post",
+    ln_each="ln_separate",
+    refused={"transformer.stop_gradient": "streams handed over without their gradient"},
 )
 JANUS = replace(
     CLIP,
@@ -253,5 +335,9 @@ MODELS: dict[str, ModelNames] = {
         "tipsv2.modeling_tipsv2.Tipsv2VisionModel": ModelNames(TIPS),
         "mgp_str.modeling_mgp_str.MgpstrModel": ModelNames(MGP),
         "janus.modeling_janus.JanusVisionModel": ModelNames(JANUS),
+        "sapiens2.modeling_sapiens2.Sapiens2Model": ModelNames(SAPIENS),
+        "bridgetower.modeling_bridgetower.BridgeTowerVisionModel": ModelNames(BRIDGE, at="visual"),
+        "molmo2.modeling_molmo2.Molmo2VisionModel": ModelNames(MOLMO),
+        "pixtral.modeling_pixtral.PixtralVisionModel": ModelNames(PIXTRAL),
     }.items()
 }

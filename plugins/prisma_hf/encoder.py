@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -12,9 +12,9 @@ from prisma_core.adapter import Adapter, Reader, qualified_name
 from prisma_core.hookmap import HookMap
 from prisma_core.layout import TokenLayout
 from prisma_core.reading import ends_with_last_stage, linear_rows, norm_rows, plain_patches
-from prisma_core.spec import EmbedSpec, ModelSpec, PoolSpec, RopeSpec
+from prisma_core.spec import EmbedSpec, ModelSpec, PoolSpec
 from prisma_core.weights import WeightMap
-from prisma_hf import bias, blocks, calling, parts, positions
+from prisma_hf import bias, blocks, calling, parts, positions, rotary
 from prisma_hf.classes import MODELS
 from prisma_hf.names import ModelNames, TowerNames
 
@@ -28,15 +28,19 @@ class EncoderAdapter(Adapter):
     def spec(self, upstream: Reader) -> ModelSpec:
         names = MODELS[qualified_name(upstream.module)]
         tower = parts.walk(upstream, names.at)
-        proj = parts.walk(tower, names.tower.proj)
+        for path, feature in names.tower.refused.items():
+            if parts.walk(tower, path):
+                raise tower.unsupported(feature)
         if upstream.has("out_features"):
             ends_with_last_stage(upstream)
         layout = _layout(tower, names.tower)
+        width = _width(tower, names.tower)
+        ln_final = _ln_final(tower, names.tower)
         classes = _classes(upstream, names)
         ln_pool = parts.walk(upstream, names.ln_pool) if names.ln_pool else None
         ln_pool = None if ln_pool is None else parts.norm(ln_pool)
         return ModelSpec(
-            d_model=proj.out_channels,
+            d_model=width,
             image_size=_image_size(tower, names.tower),
             embed=_embed(tower, names.tower, layout),
             layout=layout,
@@ -44,12 +48,12 @@ class EncoderAdapter(Adapter):
                 blocks.block(block, names.tower.block, bias.shared(tower, names.tower))
                 for block in parts.walk(tower, names.tower.blocks)
             ),
-            rope=RopeSpec(layout="half", in_float32=True) if names.tower.rope else None,
+            rope=rotary.spec(tower, names.tower),
             ln_pre=parts.norm(parts.walk(tower, names.tower.ln_pre)) if names.tower.ln_pre else None,
-            ln_final=parts.norm(parts.walk(tower, names.tower.ln_final)) if names.tower.ln_final else None,
+            ln_final=parts.norm(parts.walk(tower, ln_final)) if ln_final else None,
             pool=_pool(names, normed=ln_pool is not None),
             ln_pool=ln_pool,
-            d_pool=proj.out_channels,
+            d_pool=width,
             n_classes=classes,
             n_heads_out=2 if names.head_dist else 1,
         )
@@ -64,7 +68,11 @@ class EncoderAdapter(Adapter):
         tower, at = parts.walk(upstream, names.at), _prefixed(names.at)
         rows = f"{at}{names.tower.stem}.{{*}}  ->  embed.stem.{{*}}\n"
         if not names.tower.stem:
-            rows = linear_rows(f"{at}{names.tower.proj}", "embed.proj")
+            pixels = f": m ({names.tower.flat}) -> m c p q" if names.tower.flat else ""
+            rows = f"""
+                {at}{names.tower.proj}.weight        ->  embed.proj.weight  {pixels}
+                {at}{names.tower.proj}.bias | zeros  ->  embed.proj.bias
+            """
         if names.tower.prefix and not spec.layout.n_prefix:
             rows += "".join(f"ignore {at}{path} : holds no token\n" for _, path in names.tower.prefix)
         elif names.tower.prefix:
@@ -72,11 +80,12 @@ class EncoderAdapter(Adapter):
             flat = parts.walk(tower, names.tower.prefix[0][1]).ndim == 1
             rows += f"[{tokens}]  ->  embed.prefix  : {'d -> 1 d' if flat else '1 n d -> n d'}\n"
         made, functions = positions.rows(tower, at, names.tower, spec.layout)
-        turned, turning = positions.rope_rows(tower, at, names.tower, spec.layout)
+        turned, turning = rotary.rows(tower, at, names.tower, spec.layout, spec.image_size)
         rows += made + turned
         rows += norm_rows(f"{at}{names.tower.embed_norm}", "embed.norm") if names.tower.embed_norm else ""
         rows += f"ignore {at}embeddings.position_ids : positions are counted\n"
-        for source, target in ((names.tower.ln_pre, "ln_pre"), (names.tower.ln_final, "ln_final")):
+        rows += _other_norms(tower, at, names.tower)
+        for source, target in ((names.tower.ln_pre, "ln_pre"), (_ln_final(tower, names.tower), "ln_final")):
             rows += norm_rows(f"{at}{source}", target) if source else ""
         layers = parts.walk(tower, names.tower.blocks)
         rows += blocks.rows(layers, f"{at}{names.tower.blocks}", names.tower.block)
@@ -96,63 +105,103 @@ class EncoderAdapter(Adapter):
         tables = bias.tables(tower, at, names.tower)
         biases = {"bias": bias.function(tables, spec.layout)} if tables else {}
         rows += bias.rows(tables) if tables else ""
-        return WeightMap.parse(rows, {**functions, **turning, **biases})
+        down, across = spec.embed.patch
+        return WeightMap.parse(rows, {**functions, **turning, **biases}, p=down, q=across)
 
     def hooks(self, upstream: Reader, spec: ModelSpec) -> HookMap:
         names = MODELS[qualified_name(upstream.module)]
         tower, at = parts.walk(upstream, names.at), _prefixed(names.at)
-        first = f"{at}{names.tower.blocks}.0 : in"
+        stream = blocks.stream_axes(names.tower.block)
         embedded = f"{at}{names.tower.embed_norm or names.tower.stem or names.tower.proj}"
-        flat = bool(names.tower.embed_norm or names.tower.stem)
-        rows = f"""
-            {embedded}  ->  hook_embed  {"" if flat else ": b d r c -> b (r c) d"}
-            {f"{at}{names.tower.ln_pre} : in" if names.tower.ln_pre else first}  ->  hook_full_embed
-        """
+        listed = names.tower.embed_norm or names.tower.stem or names.tower.flat
+        rows = f"{embedded}  ->  hook_embed  {'' if listed else ': b d r c -> b (r c) d'}\n"
         layers, rope = parts.walk(tower, names.tower.blocks), spec.rope is not None
         rows += blocks.hooks(layers, f"{at}{names.tower.blocks}", names.tower.block, rope=rope)
         if names.tower.ln_pre:
+            ln_pre = f"{at}{names.tower.ln_pre}"
+            how = ": 1 (batch p) m -> batch p m" if names.tower.packed else ""
             rows += f"""
-                {at}{names.tower.ln_pre}  ->  ln_pre.hook_normalized
-                {at}{names.tower.ln_pre}  ->  hook_ln_pre
+                {ln_pre} : in  ->  hook_full_embed         {how}
+                {ln_pre}       ->  ln_pre.hook_normalized  {how}
+                {ln_pre}       ->  hook_ln_pre             {how}
             """
+        else:
+            rows += f"{at}{names.tower.blocks}.0 : in  ->  hook_full_embed  {stream}\n"
         if spec.embed.norm is not None:
             rows += f"{embedded}  ->  embed.norm.hook_normalized\n"
-        end = f"{at}{names.tower.blocks}.{spec.n_layers - 1}"
-        last = f"{at}{names.tower.ln_final}" if spec.ln_final is not None else end
-        last = f"{at.removesuffix('.')} {names.tower.last}" if names.tower.last else last
-        if spec.ln_final is not None:
+        last = _last(tower, at, names.tower)
+        if spec.ln_final is not None and last:
             rows += f"""
                 {last}  ->  ln_final.hook_normalized
                 {last}  ->  hook_ln_final
             """
-        grid = ""
-        if names.head and parts.walk(upstream, names.head).is_a(parts.CONV):
-            grid = "  : b d r c -> b (r c) d"
-        if spec.ln_pool is not None and names.pool == "patches":  # upstream norms all tokens before it cuts
-            rows += f"{names.head} : in  ->  ln_pool.hook_normalized\n"
-        elif spec.ln_pool is not None:
-            rows += f"""
-                {names.ln_pool} : in  ->  hook_pooled
-                {names.ln_pool}       ->  ln_pool.hook_normalized
-            """
-        elif names.head:
-            rows += f"{names.head} : in  ->  hook_pooled{grid}\n"
-        else:
-            rows += f"{last}  ->  hook_pooled\n"
-        if names.head_dist:
-            rows += f"""
-                {names.head_dist} : in  ->  hook_pooled_dist
-                 @ div              ->  hook_logits
-            """
-        else:
-            rows += f"{names.head or last}  ->  hook_logits{grid}\n"
-        return HookMap.parse(rows, h=spec.blocks[0].attn.n_heads)
+        rows += _head_rows(upstream, names, spec, last)
+        return HookMap.parse(rows, w=spec.blocks[0].attn.d_head)
 
     def call(self, upstream: nn.Module, *inputs: Tensor) -> Tensor:
         return calling.call(upstream, *inputs)
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
-        return parts.explicit_attention(upstream)
+        return _opened(upstream, MODELS[qualified_name(upstream)])
+
+
+@contextmanager
+def _opened(upstream: nn.Module, names: ModelNames) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(parts.explicit_attention(upstream))
+        if names.tower.packed:
+            stack.enter_context(calling.pictures_apart(upstream.get_submodule(names.tower.packed)))
+        yield
+
+
+def _last(tower: Reader, at: str, names: TowerNames) -> str:
+    """Return the place of the main output, or of what the head reads; empty where all streams pass by at once."""
+    if names.last:
+        return f"{at.removesuffix('.')} {names.last}"
+    if names.ln_each and not tower.has(names.ln_each):
+        return ""
+    return f"{at}{_ln_final(tower, names) or f'{names.blocks}.{len(parts.walk(tower, names.blocks)) - 1}'}"
+
+
+def _head_rows(upstream: Reader, names: ModelNames, spec: ModelSpec, last: str) -> str:
+    """Return the hook rows of what comes behind the encoder."""
+    grid, rows = "", ""
+    if names.head and parts.walk(upstream, names.head).is_a(parts.CONV):
+        grid = "  : b d r c -> b (r c) d"
+    if spec.ln_pool is not None and names.pool == "patches":  # upstream norms all tokens before it cuts
+        rows += f"{names.head} : in  ->  ln_pool.hook_normalized\n"
+    elif spec.ln_pool is not None:
+        rows += f"""
+            {names.ln_pool} : in  ->  hook_pooled
+            {names.ln_pool}       ->  ln_pool.hook_normalized
+        """
+    elif names.head:
+        rows += f"{names.head} : in  ->  hook_pooled{grid}\n"
+    elif last:
+        rows += f"{last}  ->  hook_pooled\n"
+    if names.head_dist:
+        rows += f"""
+            {names.head_dist} : in  ->  hook_pooled_dist
+             @ div              ->  hook_logits
+        """
+    elif names.head or last:
+        rows += f"{names.head or last}  ->  hook_logits{grid}\n"
+    return rows
+
+
+def _ln_final(tower: Reader, names: TowerNames) -> str:
+    if names.ln_each and tower.has(names.ln_each):
+        return f"{names.ln_each}.{len(parts.walk(tower, names.blocks)) - 1}"
+    return names.ln_final
+
+
+def _other_norms(tower: Reader, at: str, names: TowerNames) -> str:
+    """Return the weight rows of norms behind other blocks than the last."""
+    if not names.ln_each or not tower.has(names.ln_each):
+        return ""
+    used, count = _ln_final(tower, names), len(parts.walk(tower, names.ln_each))
+    others = [names.ln_final, *(f"{names.ln_each}.{index}" for index in range(count))]
+    return "".join(f"ignore {at}{path}.{{*}} : of a stream that is not the last\n" for path in others if path != used)
 
 
 def _prefixed(path: str) -> str:
@@ -166,20 +215,33 @@ def _image_size(tower: Reader, names: TowerNames) -> tuple[int, int]:
 
 def _layout(tower: Reader, names: TowerNames) -> TokenLayout:
     height, width = _image_size(tower, names)
-    down, across = parts.walk(tower, names.proj).kernel_size
+    down, across = _patch(tower, names)
     tokens = {kind: parts.walk(tower, path) for kind, path in names.prefix}
     counts = {kind: 1 if token.ndim == 1 else token.shape[1] for kind, token in tokens.items()}
     return TokenLayout(**counts, rows=height // down, columns=width // across)
 
 
-def _embed(tower: Reader, names: TowerNames, layout: TokenLayout) -> EmbedSpec:
+def _patch(tower: Reader, names: TowerNames) -> tuple[int, int]:
+    if not names.flat:
+        return parts.walk(tower, names.proj).kernel_size
+    side = parts.walk(tower, names.patch)
+    return side, side
+
+
+def _width(tower: Reader, names: TowerNames) -> int:
     proj = parts.walk(tower, names.proj)
-    if not names.stem:
+    return parts.linear(proj).out_features if names.flat else proj.out_channels
+
+
+def _embed(tower: Reader, names: TowerNames, layout: TokenLayout) -> EmbedSpec:
+    proj, patch = parts.walk(tower, names.proj), _patch(tower, names)
+    if not names.stem and not names.flat:
         plain_patches(proj)
     return EmbedSpec(
-        patch=proj.kernel_size,
-        in_channels=proj.in_channels,
+        patch=patch,
+        in_channels=proj.in_features // (patch[0] * patch[1]) if names.flat else proj.in_channels,
         stem="opaque" if names.stem else "conv",
+        by_token=bool(names.packed),
         norm=parts.norm(parts.walk(tower, names.embed_norm)) if names.embed_norm else None,
         pos=positions.check(tower, names, layout),
         interpolation=positions.interpolation(tower, names, layout),

@@ -15,26 +15,33 @@ class BlockNames:
     Attributes:
         attn: the module in whose forward the softmax is taken.
         heads, scale: attributes of ``attn``; without ``scale`` it is one over the root of a head's width.
+        width: an attribute of ``attn`` that holds a head's width, where none counts the heads.
         q, k, v: projections; or ``qkv``, one for all, its rows in that order.
+        mha: whether ``attn`` is torch's own attention instead, which holds all of them.
         ls1, ls2: parameters of layer scale.
         act: the activation function.
         bias: the module whose table is added to the scores.
         q_norm, k_norm: norms of queries and keys.
+        normed_apart: they see each head apart: batch, head, position, channel.
+        rot_q, rot_k: the places of what is turned by its position; without them, what is multiplied.
         mlp: the MLP, which may be a gated one with projections ``gate_proj``, ``up_proj`` and ``down_proj`` instead.
         single: an attribute that counts experts, of which there must be one.
         absent: modules that must be identities.
         addend: the place of what attention adds to the stream, where that is not the output of ``out``.
-        pos_first: what ``out`` reads has its axes in the order position, batch, channel.
+        axes: the first axes of upstream's stream: batch and position, or the other way round.
+        out_axes: those of what ``out`` reads, where they are others.
         attn_out, mlp_out: the places of what is added to the stream where there is layer scale.
     """
 
     attn: str = "self_attn"
     heads: str = "num_heads"
     scale: str = "scale"
+    width: str = ""
     q: str = "self_attn.q_proj"
     k: str = "self_attn.k_proj"
     v: str = "self_attn.v_proj"
     qkv: str = ""
+    mha: bool = False
     out: str = "self_attn.out_proj"
     ln1: str = "layer_norm1"
     ln2: str = "layer_norm2"
@@ -47,11 +54,15 @@ class BlockNames:
     bias: str = ""
     q_norm: str = ""
     k_norm: str = ""
+    normed_apart: bool = False
+    rot_q: str = ""
+    rot_k: str = ""
     mlp: str = "mlp"
     single: str = ""
     absent: tuple[str, ...] = ()
     addend: str = ""
-    pos_first: bool = False
+    axes: Literal["b p", "p b"] = "b p"
+    out_axes: Literal["", "b p", "p b"] = ""
     attn_out: str = ""
     mlp_out: str = ""
 
@@ -63,6 +74,9 @@ class TowerNames:
     Attributes:
         blocks: the list of blocks.
         proj: the patch projection.
+        flat: the order of a patch's pixels (``p q c``: row, column, channel) where upstream is handed each patch as a
+            vector, and ``patch``, the side of a patch there.
+        packed: the module that is handed all pictures of a batch as one sequence.
         stem: the module from pictures to patches, where it is more than that projection.
         image: the attribute that holds the size of image.
         prefix: tokens before the patches, each kind with its parameter.
@@ -71,8 +85,14 @@ class TowerNames:
         pos_without_registers: there are none for registers, which come in later.
         pos_and_first: the first position, which is no patch's, is added to those of all patches.
         looked_up: upstream computes which of its positions a patch takes.
-        rope: the module that turns queries and keys, and ``rope_cls``, the angles of the class token.
+        rope: the module that makes the tables by which queries and keys turn, ``rope_of``, what it makes them of, and
+            ``rope_cls``, the angles of the class token; other tokens before the patches do not turn.
+        rope_sizes: what patches are counted by where those tables follow other sizes of image (``RopeGrid``).
+        rope_in_float32: queries and keys turn in float32, whatever they are.
         last: the place of the main output, where the final norm is called again later.
+        ln_each: final norms, one behind each block, where there is such a list; without it ``ln_final`` is called once,
+            for the streams behind all blocks.
+        refused: attributes that must not be set, each with what it brings.
         side: the attribute that upstream divides the sides of an image of another size by: a number, or it cannot.
             Empty where it can divide by anything.
         resize: whether upstream's positions follow other sizes of image: ``asked``, if the caller says so;
@@ -87,6 +107,9 @@ class TowerNames:
     blocks: str = "layers"
     proj: str = "embeddings.patch_embeddings.projection"
     stem: str = ""
+    flat: str = ""
+    patch: str = ""
+    packed: str = ""
     image: str = "embeddings.patch_embeddings.image_size"
     prefix: tuple[tuple[Prefix, str], ...] = (("cls", "embeddings.cls_token"),)
     embed_norm: str = ""
@@ -95,10 +118,15 @@ class TowerNames:
     pos_and_first: bool = False
     looked_up: bool = False
     rope: str = ""
+    rope_of: Literal["positions", "picture"] = "positions"
     rope_cls: str = ""
+    rope_sizes: Literal["", "index", "radians"] = ""
+    rope_in_float32: bool = False
     last: str = ""
     ln_pre: str = ""
     ln_final: str = "layernorm"
+    ln_each: str = ""
+    refused: dict[str, str] = field(default_factory=dict[str, str], hash=False)
     side: str = "embeddings.patch_size"
     resize: Literal["asked", "always", "never"] = "asked"
     mode: Literal["bicubic", "bilinear"] = "bicubic"

@@ -9,11 +9,13 @@ from typing import Any
 from torch import nn
 
 from prisma_core.adapter import Reader
-from prisma_core.explicit import eager_attention
+from prisma_core.explicit import eager_attention, multihead_attention
 from prisma_core.spec import Activation, NormSpec
 
 LAYER_NORM = "torch.nn.modules.normalization.LayerNorm"
 LINEAR = "torch.nn.modules.linear.Linear"
+OF_MHA = "torch.nn.modules.linear.NonDynamicallyQuantizableLinear"
+IDENTITY = "torch.nn.modules.linear.Identity"
 CONV = "torch.nn.modules.conv.Conv2d"
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -69,7 +71,8 @@ IGNORED = {
     "*.attention_head_size": "the width of the projections by the number of heads",
     "*.hidden_size": "the width of the projections",
     "*.intermediate_size": "the width of the projections",
-    "*.num_key_value_groups": "one; the projections' widths are compared",
+    "*.num_key_value_groups": "the widths of the projections",
+    "*.num_key_value_heads": "the widths of the projections",
     "*.num_features": "the width of each stage",
     "*.stage_names": "the streams that it can hand over; the last is its main output",
     "*.out_features": "the streams that it hands over",
@@ -84,6 +87,12 @@ IGNORED = {
     "Embedding.padding_idx": "of training",
     "Embedding.max_norm": "upstream sets none",
     "Embedding.norm_type": "upstream sets no norm",
+    "Sapiens2RopePositionEmbedding.base": "what the frequencies were made from; they are read",
+    "Sapiens2RopePositionEmbedding.num_patches_*": "the image's size by that of a patch",
+    "*.num_hidden_layers": "the number of blocks",
+    "*.share_layernorm": "there is a norm behind each block, or one for all",
+    "MultiheadAttention.dropout": "off in evaluation",
+    "MultiheadAttention.[kv]dim": "the shape of the weights",
     "*.all_head_size": "heads times their width",
     "*.embed_dim": "the width of the projections",
     "*.head_dim": "the width of the projections by the number of heads",
@@ -112,14 +121,14 @@ def find(reader: Reader, path: str) -> Any:
 
 def linear(module: Reader) -> Reader:
     """Return a module that must be a linear layer."""
-    if not module.is_a(LINEAR):
+    if not module.is_a(LINEAR, OF_MHA):
         raise module.unsupported("a projection that is no linear layer")
     return module
 
 
 def norm(module: Reader) -> NormSpec | None:
     """Return the facts of a norm; None of an identity."""
-    if module.is_a("torch.nn.modules.linear.Identity"):
+    if module.is_a(IDENTITY):
         return None
     if module.is_a(LAYER_NORM):
         return NormSpec(kind="ln", eps=module.eps)
@@ -161,7 +170,7 @@ def explicit_attention(upstream: nn.Module) -> Iterator[None]:
     try:
         for part, kind in zip(fused, kinds, strict=True):
             part.__class__ = kind.__base__
-        with eager_attention(upstream):
+        with eager_attention(upstream), multihead_attention(upstream):
             yield
     finally:
         for part, kind in zip(fused, kinds, strict=True):

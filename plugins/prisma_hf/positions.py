@@ -1,4 +1,4 @@
-"""Positions: which of upstream's rows a token takes, how they follow other sizes, and by what queries and keys turn."""
+"""Positions that are added: which of upstream's rows a token takes, and how they follow other sizes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from prisma_core.adapter import Reader
 from prisma_core.layout import TokenLayout
@@ -40,7 +39,7 @@ def check(tower: Reader, names: TowerNames, layout: TokenLayout) -> bool:
     found = table(tower, names)
     if found is None:
         return False
-    length = found.num_embeddings if isinstance(found, Reader) else found.shape[1]
+    length = found.num_embeddings if isinstance(found, Reader) else found.shape[-2]
     expected = layout.n_tokens - (layout.registers if names.pos_without_registers else 0) + int(names.pos_and_first)
     if length != expected:
         raise tower.unsupported(f"{length} positions for {expected} tokens")
@@ -51,6 +50,8 @@ def check(tower: Reader, names: TowerNames, layout: TokenLayout) -> bool:
 
 def interpolation(tower: Reader, names: TowerNames, layout: TokenLayout) -> Interpolation | None:
     """Return how positions follow other sizes of image; None if the size is fixed."""
+    if not names.pos and names.rope_sizes:
+        return Interpolation()  # nothing is added: rotary tables are made for any grid
     if table(tower, names) is None or names.resize == "never" or bias.tables(tower, "", names):
         return None
     # Upstream takes the root of the number of positions for a side of their grid.
@@ -65,7 +66,7 @@ def rows(tower: Reader, at: str, names: TowerNames, layout: TokenLayout) -> tupl
     if found is None:
         return "", {}
     source = f"{at}{names.pos}.weight" if isinstance(found, Reader) else f"{at}{names.pos}"
-    how = "" if isinstance(found, Reader) else " : 1 p d -> p d"
+    how = "" if isinstance(found, Reader) or found.ndim == 2 else " : 1 n d -> n d"
     if names.looked_up and (ids := looked_up(tower, layout)) is not None:
         return f"{source}  ->  embed.pos_embed : {{positions}}\n", {"positions": lambda rows: rows[ids]}
     if names.pos_and_first:
@@ -99,29 +100,3 @@ def looked_up(tower: Reader, layout: TokenLayout) -> Tensor | None:
     image, mask = torch.zeros(1, patch.in_channels, height, width), torch.ones(1, layout.rows, layout.columns).bool()
     ids = embeddings(image, mask)[0, :, 0].long()
     return None if torch.equal(ids, torch.arange(count)) else ids
-
-
-def rope_rows(tower: Reader, at: str, names: TowerNames, layout: TokenLayout) -> tuple[str, Functions]:
-    """Return the weight rows of rotary tables, and their functions: the class token turns by angles of its own."""
-    if not names.rope:
-        return "", {}
-    turning = copy.deepcopy(parts.walk(tower, names.rope).module)
-    row, column = torch.meshgrid(torch.arange(layout.rows), torch.arange(layout.columns), indexing="ij")
-    grid = torch.stack([row.flatten(), column.flatten()], dim=-1)
-
-    def made(part: int) -> Callable[..., Tensor]:
-        def tables(angles: Tensor, frequencies: Tensor) -> Tensor:
-            given = (angles, grid.to(angles.device))
-            patches = functional_call(turning, {"inv_freq": frequencies}, given)[part].to(angles.dtype)
-            own = torch.cat([angles, angles], dim=-1)
-            return torch.cat([own.sin() if part else own.cos(), patches])[:, None]
-
-        return tables
-
-    sources = f"[{at}{names.rope_cls}, {at}{names.rope}.inv_freq]"
-    rows = f"""
-        {sources}  ->  rope_cos : {{cos}}
-        {sources}  ->  rope_sin : {{sin}}
-        ignore {at}{names.rope}.original_inv_freq : the frequencies, kept twice
-    """
-    return rows, {"cos": made(0), "sin": made(1)}

@@ -43,19 +43,23 @@ class RopeGrid(Facts):
             from -1 to 1 over the picture; the angle is 2 pi coordinate / wave. ``radians``: patch centres from -2 pi to
             2 pi, rounded to float32; the angle is coordinate times wave.
         waves: periods for ``centred``, frequencies for the others.
+        column_waves: those of columns, where rows have others.
         column_first: columns turn the first pairs of channels, rows the second.
         normalize: what centred coordinates are divided by: each axis' own side, the shorter or the longer one.
         reference: rows and columns of the grid that counted coordinates are rescaled to.
         in_float32: cos and sin are rounded to float32.
+        angles_in_float32: so are the angles that they are taken of.
     """
 
     coordinates: Literal["index", "centred", "radians"]
     waves: tuple[float, ...]
+    column_waves: tuple[float, ...] | None = None
     column_first: bool = False
     offset: float = 0.0
     normalize: Literal["separate", "min", "max"] = "separate"
     reference: tuple[int, int] | None = None
     in_float32: bool = False
+    angles_in_float32: bool = False
 
 
 class RopeCount(Facts):
@@ -196,6 +200,8 @@ class EmbedSpec(Facts):
         any_length: videos may have another number of frames than the native one.
         in_channels: channels of the picture.
         stem: ``conv``: one convolution a patch. ``opaque``: upstream's own module, which returns tokens.
+        by_token: patches are copied so that a token's channels lie side by side in memory, where upstream copies them
+            too: sums that norms take in float32 are rounded in another order otherwise.
         norm: a norm of the patch embedding.
         pos: a learned or fixed embedding is added to the tokens.
         pos_grid: rows and columns that positions are kept for, where those are not the native layout's.
@@ -208,6 +214,7 @@ class EmbedSpec(Facts):
     any_length: bool = False
     in_channels: int = 3
     stem: Literal["conv", "opaque"] = "conv"
+    by_token: bool = False
     norm: NormSpec | None = None
     pos: bool = True
     pos_grid: tuple[int, int] | None = None

@@ -85,7 +85,8 @@ class Embed(nn.Module):
             grid = self.stem(image)
             if grid.ndim == 3:
                 grid = grid.unflatten(1, (self.layout.rows, self.layout.columns))
-        return self.norm(grid.flatten(1, -2)), tuple(grid.shape[1:-1])
+        patches = grid.flatten(1, -2)
+        return self.norm(patches.contiguous() if self.spec.by_token else patches), tuple(grid.shape[1:-1])
 
     def with_prefix(self, x: Float[Tensor, "batch patch d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """Return patches with the prefix tokens before them: ``[batch pos d_model]``."""

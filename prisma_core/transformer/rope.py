@@ -45,12 +45,15 @@ def grid_tables(
         like: gives dtype and device.
 
     Source: timm's RotaryEmbeddingCat and RotaryEmbeddingDinoV3: coordinates in float32, angles in the model's dtype.
+    Pixtral's, with waves of its own for each axis, takes the angles in float32.
     """
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    wide = torch.float64 if like.dtype == torch.float64 and not spec.angles_in_float32 else torch.float32
     row, column = _coordinates(spec, rows, columns, like.device)
     axes = [row[:, None].expand(rows, columns), column[None, :].expand(rows, columns)]
-    grid = torch.stack(axes[::-1] if spec.column_first else axes, dim=-1).flatten(0, 1)
-    waves = torch.tensor(spec.waves, dtype=wide, device=like.device)
+    both = [spec.waves, spec.column_waves or spec.waves]
+    turn = -1 if spec.column_first else 1
+    grid = torch.stack(axes[::turn], dim=-1).flatten(0, 1)
+    waves = torch.tensor(both[::turn], dtype=wide, device=like.device)  # [axis wave]
     if spec.coordinates == "centred":
         angles = 2 * math.pi * (2.0 * grid - 1.0).to(wide)[..., None] / waves
     elif spec.coordinates == "radians":
