@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prisma_core.errors import PrismaError, UnsupportedArchitecture
 from prisma_core.hookmap import HookMap
-from prisma_core.preprocess import Preprocess
+from prisma_core.preprocess import PicturePreprocess
 from prisma_core.spec import AnySpec, MapSpec
 from prisma_core.video import VideoPreprocess
 from prisma_core.weights import WeightMap
@@ -124,7 +124,7 @@ class Adapter(ABC):
         """Return upstream's own stem, for a spec whose stem is opaque. It is copied before use."""
         return None
 
-    def preprocess(self, upstream: Reader, processor: Any) -> Preprocess | VideoPreprocess | None:
+    def preprocess(self, upstream: Reader, processor: Any) -> PicturePreprocess | VideoPreprocess | None:
         """Return what a processor of upstream's library does to pictures or videos, where the source cannot tell.
 
         Raises:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from prisma_core.preprocess import Preprocess
+from prisma_core.preprocess import PicturePreprocess
 from prisma_core.video import VideoPreprocess
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Loaded:
     """
 
     model: nn.Module
-    preprocess: Preprocess | VideoPreprocess | None = None
+    preprocess: PicturePreprocess | VideoPreprocess | None = None
     labels: tuple[str, ...] | None = None
     tokenizer: Callable[[Sequence[str]], Tensor] | None = None
 

@@ -1,68 +1,236 @@
-"""Image processors of transformers as data: both backends, and what is left to upstream."""
+"""Image processors of transformers, both backends: as data where that says it all, else called; kept with a model."""
 
 from __future__ import annotations
 
+import json
+import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import prisma_core as prisma
+from prisma_core import InputError, LoadError
+from prisma_core.companions import Kept
+from prisma_core.preprocess import Preprocess, probe
+
 transformers = pytest.importorskip("transformers", reason="transformers is missing: pip install 'prisma-interp[hf]'")
 pytest.importorskip("torchvision", reason="torchvision is missing: pip install 'prisma-interp[hf]'")
 
 from PIL import Image  # noqa: E402
-from prisma_hf.pictures import preprocess, reference  # noqa: E402
+from prisma_hf.pictures import as_data, preprocess, reference  # noqa: E402
+from prisma_hf.processors import CONFIG, Processed  # noqa: E402
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "ViT": {"size": {"height": 30, "width": 50}, "resample": 0},
-    "DeiT": {"size": {"height": 41, "width": 37}, "crop_size": {"height": 32, "width": 32}, "resample": 2},
     "Beit": {"size": {"height": 33, "width": 33}, "do_normalize": False},
     "CLIP": {"size": {"shortest_edge": 37}, "crop_size": {"height": 32, "width": 32}},
     "Bit": {"size": {"shortest_edge": 32}, "crop_size": {"height": 40, "width": 40}, "image_std": [0.1, 0.2, 0.3]},
+    "ConvNext": {"size": {"shortest_edge": 40}, "crop_pct": 0.8},
+    "PoolFormer": {"size": {"shortest_edge": 40}, "crop_pct": 0.7, "crop_size": {"height": 40, "width": 40}},
+    "EfficientNet": {"size": {"height": 30, "width": 50}, "rescale_factor": 1 / 127.5, "rescale_offset": True},
+    "MobileViT": {"size": {"shortest_edge": 37}, "crop_size": {"height": 32, "width": 32}},
 }
+# What data does not say, by what their pictures become.
+CALLED: dict[str, dict[str, Any]] = {
+    "Owlv2": {"size": {"height": 36, "width": 36}},
+    "Perceiver": {"size": {"height": 36, "width": 36}, "crop_size": {"height": 50, "width": 50}},
+    "Levit": {"size": {"shortest_edge": 28}, "crop_size": {"height": 24, "width": 24}},
+    "Pixtral": {"size": {"longest_edge": 48}, "patch_size": {"height": 8, "width": 8}},
+    "DeiT": {"size": {"height": 41, "width": 37}, "crop_size": {"height": 32, "width": 32}},
+    "ViT": {"do_resize": False, "rescale_factor": 1 / 127.5},
+    "Siglip2": {"patch_size": 8, "max_num_patches": 20},
+}
+
+
+def made(name: str, settings: dict[str, Any], backend: str = "") -> Any:
+    return getattr(transformers, f"{name}ImageProcessor{backend}")(**settings)
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3)).astype("uint8"))
 
 
 @pytest.mark.parametrize("backend", ["", "Pil"])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_processor_is_repeated_to_the_byte(name: str, backend: str) -> None:
-    processor = getattr(transformers, f"{name}ImageProcessor{backend}")(**SETTINGS[name])
+    processor = made(name, SETTINGS[name], backend)
     ours = preprocess(processor)
-    if name == "DeiT":
-        assert ours is None  # two axes cut by different shares: one number does not say it
-        return
-    assert ours is not None
+    assert isinstance(ours, Preprocess)
     assert ours.resampling == ("pillow" if backend else "torch")
     for width, height in ((61, 43), (29, 31), (33, 90)):
-        noise = np.random.default_rng(width).integers(0, 256, (height, width, 3)).astype("uint8")
-        picture = Image.fromarray(noise)
+        picture = noise(width, height)
         assert torch.allclose(ours(picture)[0], reference(processor)(picture), rtol=0, atol=1e-5)
+        assert ours.denormalise(ours(picture)).sub(ours.model_copy(update=PLAIN)(picture)).abs().max() < 1e-5
 
 
-def test_what_a_processor_does_besides_is_seen() -> None:
-    assert preprocess(transformers.ViTImageProcessor(do_resize=False)) is None
-    assert preprocess(transformers.ViTImageProcessor(rescale_factor=1 / 127.5)) is None
-    assert preprocess(transformers.CLIPImageProcessor(do_center_crop=False)) is None
-    assert preprocess(transformers.Owlv2ImageProcessor()) is None
-    assert preprocess(transformers.Idefics2ImageProcessor()) is None
-    assert preprocess(transformers.EfficientNetImageProcessor()) is None
+PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "order": "rgb"}
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_what_is_more_than_data_is_left_to_the_processor(name: str, tmp_path: Path) -> None:
+    processor = made(name, CALLED[name])
+    ours = preprocess(processor)
+    assert isinstance(ours, Processed)
+    ours.keep(tmp_path)
+    again = Processed.kept(tmp_path)
+    for width, height in ((61, 43), (33, 90)):
+        picture = noise(width, height)
+        pixels = ours(picture)
+        assert torch.equal(again(picture), pixels)
+        theirs = reference(processor)(picture)
+        if name == "Siglip2":  # patches, each in one, and what fills up their number
+            theirs = unpacked(theirs, processor(images=picture, return_tensors="pt")["spatial_shapes"][0])
+        assert torch.equal(pixels[0], theirs)
+
+
+def unpacked(patches: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
+    rows, columns = shape.tolist()
+    columns_first = patches[: rows * columns].reshape(rows * columns, 64, 3).permute(2, 1, 0).reshape(1, 192, -1)
+    return torch.nn.functional.fold(columns_first, (8 * rows, 8 * columns), 8, stride=8)[0]
+
+
+def test_both_backends_are_kept_apart(tmp_path: Path) -> None:
+    for backend in ("", "Pil"):
+        ours = Processed(made("CLIP", SETTINGS["CLIP"], backend))
+        ours.keep(tmp_path)
+        assert type(Processed.kept(tmp_path).processor) is type(ours.processor)
 
 
 def test_pillow_and_tensors_resize_differently() -> None:
     """Else the two backends need not be told apart."""
-    noise = np.random.default_rng(0).integers(0, 256, (90, 70, 3)).astype("uint8")
     one = preprocess(transformers.ViTImageProcessor())
     other = preprocess(transformers.ViTImageProcessorPil())
-    assert one is not None
-    assert other is not None
-    assert not torch.equal(one(Image.fromarray(noise)), other(Image.fromarray(noise)))
+    assert not torch.equal(one(noise(70, 90)), other(noise(70, 90)))
 
 
 def test_a_processor_that_scales_before_it_resizes() -> None:
     processor = transformers.DINOv3ViTImageProcessor(size={"height": 41, "width": 37})
     ours = preprocess(processor)
-    assert ours is not None
+    assert isinstance(ours, Preprocess)
     assert ours.resampling == "torch_float"
-    noise = np.random.default_rng(3).integers(0, 256, (61, 90, 3)).astype("uint8")
-    picture = Image.fromarray(noise)
-    assert torch.allclose(ours(picture)[0], reference(processor)(picture), rtol=0, atol=1e-6)
+    assert torch.allclose(ours(noise(90, 61))[0], reference(processor)(noise(90, 61)), rtol=0, atol=1e-6)
+
+
+def test_what_is_seen_of_a_picture_is_what_the_model_gets() -> None:
+    ours = preprocess(made("Owlv2", CALLED["Owlv2"]))
+    picture = Image.new("RGB", (60, 30), (250, 20, 30))
+    seen = ours.seen(picture, side=100)
+    assert seen.size == (108, 108)
+    assert max(abs(a - b) for a, b in zip(seen.getpixel((50, 20)), (250, 20, 30), strict=True)) <= 1
+    assert max(seen.getpixel((50, 100))) == 0, "what fills it up to a square"
+    turned = Processed(made("MobileViT", SETTINGS["MobileViT"]))
+    assert turned.scale.order == "bgr"
+    assert turned.seen(picture).getpixel((16, 16)) == (250, 20, 30)
+
+
+def test_pictures_that_come_out_in_several_sizes_are_no_batch() -> None:
+    ours = preprocess(made("Pixtral", CALLED["Pixtral"]))
+    assert ours([noise(61, 43), noise(61, 43)]).shape == (2, 3, 40, 48)
+    with pytest.raises(InputError, match=r"40 x 48, 48 x 24.*one by one"):
+        ours([noise(61, 43), noise(30, 70)])
+
+
+def test_tiles_are_asked_for() -> None:
+    small = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
+    ours = preprocess(made("Idefics3", small))
+    with pytest.raises(InputError, match=r"makes 5 tiles.*model\.preprocess\.tiles\(picture\)"):
+        ours(noise(60, 60))
+    tiles = ours.tiles(noise(60, 60))
+    assert tiles.shape == (5, 3, 32, 32)
+    whole = preprocess(made("Idefics3", {**small, "do_image_splitting": False}))
+    assert torch.allclose(whole(noise(60, 60))[0], tiles[-1], atol=2e-2), "the last one is all of the picture"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "told"),
+    [
+        ("Qwen2VL", {}, r"makes no picture \[channel height width\], but pixel_values 16 x 1176, image_grid_thw"),
+        ("PaddleOCRVL", {}, r"makes no picture"),
+        ("VitPose", {}, r"cannot prepare a picture by itself .*boxes.*set model\.preprocess"),
+        ("Aria", {"max_image_size": 490}, r"hides a part of what it makes \(pixel_mask\)"),
+        ("ImageGPT", {}, r"Clusters"),
+    ],
+)
+def test_what_is_no_picture_is_said(name: str, settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        preprocess(made(name, settings))(noise(61, 43))
+
+
+def test_settings_of_an_odd_kind_do_not_stop_it() -> None:
+    for name in ("BridgeTower", "Fuyu", "Idefics"):
+        assert isinstance(preprocess(made(name, {})), Preprocess | Processed)
+
+
+# ---------------------------------------------------------------- with a model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
+    transformers.ViTModel(transformers.ViTConfig(image_size=36, patch_size=12, **sizes)).save_pretrained(tmp_path)
+    made("Owlv2", CALLED["Owlv2"]).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@torch.no_grad()
+def test_it_is_loaded_and_saved_with_its_model(folder: Path, tmp_path: Path) -> None:
+    model = prisma.load(f"hf:{folder}")
+    assert isinstance(model.preprocess, Processed)
+    pixels = model.preprocess([noise(61, 43), noise(30, 70)])
+    assert pixels.shape == (2, 3, 36, 36)
+    assert torch.equal(pixels[0], reference(made("Owlv2", CALLED["Owlv2"]))(noise(61, 43)))
+    with warnings.catch_warnings(action="error"):
+        prisma.save(model, tmp_path / "saved")
+        back = prisma.load(f"file:{prisma.save(prisma.load(f'file:{tmp_path}/saved'), tmp_path / 'twice')}")
+    assert isinstance(back.preprocess, Kept)
+    assert torch.equal(back(back.preprocess(noise(61, 43))), model(pixels[:1]))
+    assert back.preprocess.seen(noise(61, 43), 50).size == (72, 72)
+
+
+def test_data_stands_among_a_saved_models_facts(folder: Path, tmp_path: Path) -> None:
+    made("ViT", {"size": {"height": 36, "width": 36}}).save_pretrained(folder)
+    model = prisma.load(f"hf:{folder}")
+    assert isinstance(model.preprocess, Preprocess)
+    assert prisma.load(f"file:{prisma.save(model, tmp_path / 'saved')}").preprocess == model.preprocess
+    assert not (tmp_path / "saved" / "companions").exists()
+
+
+def test_without_transformers_the_model_is_there_and_its_pictures_are_told_of(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prisma.save(prisma.load(f"hf:{folder}"), tmp_path / "saved")
+    find = prisma.plugins.importlib.util.find_spec
+    monkeypatch.setattr(
+        prisma.plugins.importlib.util, "find_spec", lambda name, *rest: None if name == "transformers" else find(name)
+    )
+    back = prisma.load(f"file:{tmp_path}/saved")
+    with pytest.raises(prisma.PluginError, match=r"prisma-interp\[hf\]"):
+        back.preprocess(probe(61, 43))
+
+
+def test_code_that_came_with_a_processor_is_not_kept(tmp_path: Path) -> None:
+    class Mine(transformers.ViTImageProcessor): ...
+
+    with pytest.raises(LoadError, match="Mine is no class of transformers' own"):
+        Processed(Mine(do_resize=False)).keep(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [("{", "holds no image processor"), ("{}", "image_processor_type"), ('"x"', "no image processor")]
+)
+def test_a_broken_file_is_told_of(text: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / CONFIG).write_text(text)
+    with pytest.raises(LoadError, match=told):
+        Processed.kept(tmp_path)
+    (tmp_path / CONFIG).write_text(json.dumps({"image_processor_type": "Nonesuch"}))
+    with pytest.raises(LoadError, match="'Nonesuch'"):
+        Processed.kept(tmp_path)
+
+
+def test_what_is_not_data_is_none() -> None:
+    assert as_data(transformers.ViTImageProcessor(do_resize=False)) is None
+    assert as_data(transformers.CLIPImageProcessor(do_center_crop=False)) is None
+    assert as_data(transformers.Idefics2ImageProcessor()) is None

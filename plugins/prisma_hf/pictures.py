@@ -1,16 +1,23 @@
-"""From a model's own image processor to our preprocessing, where it resizes, cuts and normalises."""
+"""From a model's own image processor to our preprocessing: as data where it resizes, cuts and normalises."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from prisma_core.adapter import Reader
 from prisma_core.conformance.case import Pictures
-from prisma_core.preprocess import Preprocess
+from prisma_core.errors import InputError, PrismaError
+from prisma_core.plugins import host
+from prisma_core.preprocess import SIZES, PicturePreprocess, Preprocess, probe
+from prisma_core.video import VideoPreprocess
+from prisma_hf.making import BROKEN
+from prisma_hf.processors import Processed, Scale
 
 FILTERS: dict[int, Literal["nearest", "lanczos", "bilinear", "bicubic"]] = {
     0: "nearest",
@@ -18,73 +25,109 @@ FILTERS: dict[int, Literal["nearest", "lanczos", "bilinear", "bicubic"]] = {
     2: "bilinear",
     3: "bicubic",
 }
-# Smooth and sharp, both ways round, smaller and larger than what models take.
-PROBES = ((61, 43), (43, 61), (481, 300))
 
 
-def preprocess(processor: Any) -> Preprocess | None:
+def found(folder: Path, model: nn.Module, common: dict[str, Any]) -> PicturePreprocess | VideoPreprocess | None:
+    """Return what the processor that lies beside a model does, or None if there is none.
+
+    Of videos where the model's adapter says so; None as well if it cannot be repeated.
+    """
+    from transformers import AutoImageProcessor, AutoVideoProcessor
+
+    video, image = (_read(kind, folder, common) for kind in (AutoVideoProcessor, AutoImageProcessor))
+    try:
+        made = video and host().adapter(model).preprocess(Reader(model), video)
+    except PrismaError:  # the model is there all the same
+        return None
+    return made or (image and preprocess(image))
+
+
+def _read(kind: Any, folder: Path, common: dict[str, Any]) -> Any:
+    try:
+        return kind.from_pretrained(folder, **common)
+    except (*BROKEN, ImportError):  # no file of one, or its library is not installed: the model is there all the same
+        return None
+
+
+def preprocess(processor: Any) -> PicturePreprocess:
+    """Return what a processor does to a picture: as data where that says it all, else by calling the processor."""
+    return as_data(processor) or Processed(processor)
+
+
+def as_data(processor: Any) -> Preprocess | None:
     """Return what a processor does to a picture, or None if it is more than resizing, cutting and normalising.
 
     Its settings say what to expect; pictures that go both ways say whether that is all.
     """
-    ours = _expected(processor)
-    if ours is None:
-        return None
-    candidates = [ours]
-    if ours.resampling == "torch" and (ours.resize, ours.crop) == ("squash", 1.0):
-        candidates.append(ours.model_copy(update={"resampling": "torch_float"}))  # if it scales before it resizes
-    probes = [_probe(size) for size in PROBES]
+    probes = [probe(*size) for size in SIZES]
+    called = Processed(processor)
     try:
-        theirs = [reference(processor)(picture) for picture in probes]
-    except (ValueError, TypeError, KeyError, RuntimeError):  # it wants more than a picture
+        theirs = [called(picture)[0] for picture in probes]
+        candidates = list(_candidates(processor, called.scale))
+    except InputError:  # it makes something else than a picture, or wants more than one
         return None
-    for one in candidates:
-        if all(_agree(one(picture)[0], made) for picture, made in zip(probes, theirs, strict=True)):
-            return one
+    for ours in candidates:
+        if all(_agree(ours(picture)[0], made) for picture, made in zip(probes, theirs, strict=True)):
+            return ours
     return None
 
 
-def _expected(processor: Any) -> Preprocess | None:
-    scaled = _size(getattr(processor, "size", None) or {}) if processor.do_resize else None
-    cut = processor.crop_size if getattr(processor, "do_center_crop", None) else None
-    if scaled is None or processor.resample is None or not math.isclose(_scale(processor), 1 / 255):
-        return None
+def _candidates(processor: Any, scale: Scale) -> Iterator[Preprocess]:
+    """Yield what a processor's settings may mean."""
+    filtering = FILTERS.get(getattr(processor, "resample", None))
+    scaled = _size(getattr(processor, "size", None) or {}) if getattr(processor, "do_resize", True) else None
+    if scaled is None or filtering is None:
+        return
     resize, rows, columns = scaled
-    size = (int(cut["height"]), int(cut["width"])) if cut is not None else (rows, columns)
-    crop = _crop(size, (rows, columns))
-    filtering = FILTERS.get(int(processor.resample))
-    torch_resizes = any(kind.__name__ == "TorchvisionBackend" for kind in type(processor).__mro__)
-    if crop is None or filtering is None or (torch_resizes and filtering == "lanczos"):
-        return None
-    normal = processor.do_normalize
-    return Preprocess(
+    cut = dict((getattr(processor, "do_center_crop", None) and getattr(processor, "crop_size", None)) or {})
+    size = (int(cut.get("height") or rows), int(cut.get("width") or columns))
+    resampling = "torch" if any(kind.__name__ == "TorchvisionBackend" for kind in type(processor).__mro__) else "pillow"
+    if resampling == "torch" and filtering == "lanczos":
+        filtering = "bicubic"  # torch has no lanczos
+    base = Preprocess(
         size=size,
         resize=resize,
-        crop=crop,
         interpolation=filtering,
-        resampling="torch" if torch_resizes else "pillow",
+        resampling=resampling,
         corner="floor",
-        mean=tuple(processor.image_mean) if normal else (0.0, 0.0, 0.0),
-        std=tuple(processor.image_std) if normal else (1.0, 1.0, 1.0),
+        **_tidy(processor, scale)._asdict(),
     )
+    share = getattr(processor, "crop_pct", None)
+    if share is not None:  # resized to more than its size; not so where the size is large
+        yield base.model_copy(update={"resize": "shortest", "crop": float(share)})
+        yield base.model_copy(update={"resize": "squash"})
+    crop = _crop(size, (rows, columns))
+    if crop is None:
+        return
+    yield base.model_copy(update={"crop": crop})
+    if (resize, crop) == ("squash", 1.0):
+        if resampling == "torch":
+            yield base.model_copy(update={"resampling": "torch_float"})  # if it scales before it resizes
+        yield base.model_copy(update={"resize": "longest", "pad": "mean"})
+        yield base.model_copy(update={"resize": "longest"})
+
+
+def _tidy(processor: Any, scale: Scale) -> Scale:
+    """Return a scale with the numbers that the settings give, where they are the same but for rounding."""
+    factor = 255 * float(processor.rescale_factor) if getattr(processor, "do_rescale", False) else 255.0
+    normal = getattr(processor, "do_normalize", False)
+    n = len(scale.mean)
+    mean, std = (processor.image_mean, processor.image_std) if normal else ((0.0,) * n, (1.0,) * n)
+    given = [tuple(float(value) / factor for value in values) for values in (_each(mean, n), _each(std, n))]
+    same = all(
+        math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-5)
+        for ours, theirs in zip(given, scale[:2], strict=True)
+        for a, b in zip(ours, theirs, strict=True)
+    )
+    return Scale(given[0], given[1], scale.order) if same else scale
+
+
+def _each(value: Any, n: int) -> Sequence[float]:
+    return value if isinstance(value, list | tuple) else (value,) * n
 
 
 def _agree(ours: Tensor, theirs: Tensor) -> bool:
     return ours.shape == theirs.shape and bool(torch.allclose(ours, theirs, rtol=0, atol=1e-5))
-
-
-def _probe(size: tuple[int, int]) -> Any:
-    import numpy as np
-    from PIL import Image
-
-    width, height = size
-    row, column = np.mgrid[0:height, 0:width]
-    waves = 127.5 + 127.5 * np.sin(np.stack([column / 3 + row / 17, column / 11 - row / 2, row * column / 200], -1))
-    return Image.fromarray(np.where((column // 16 + row // 16)[..., None] % 2, waves, 255 - waves).astype("uint8"))
-
-
-def _scale(processor: Any) -> float:
-    return float(processor.rescale_factor) if processor.do_rescale else 1.0
 
 
 def _size(size: Any) -> tuple[Literal["shortest", "squash"], int, int] | None:
@@ -105,9 +148,7 @@ def _crop(size: tuple[int, int], scaled: tuple[int, int]) -> float | None:
 
 def pictures(processor: Any) -> Pictures:
     """Return our preprocessing and upstream's own, for the check that compares them."""
-    ours = preprocess(processor)
-    assert ours is not None
-    return Pictures(ours, reference(processor))
+    return Pictures(preprocess(processor), reference(processor))
 
 
 def reference(processor: Any) -> Callable[[Any], Tensor]:

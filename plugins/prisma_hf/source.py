@@ -10,17 +10,17 @@ from typing import Any
 
 from torch import nn
 
-from prisma_core.adapter import Reader
 from prisma_core.conformance.case import Case
-from prisma_core.errors import LoadError, PrismaError, UnknownName, suggest
+from prisma_core.errors import LoadError, UnknownName, suggest
 from prisma_core.keywords import named
 from prisma_core.plugins import host
-from prisma_core.preprocess import Preprocess
+from prisma_core.preprocess import PicturePreprocess
 from prisma_core.sources import Loaded, ModelInfo, Source
 from prisma_core.video import VideoPreprocess
+from prisma_hf import texts
 from prisma_hf.making import BROKEN, brief, fresh, of_class, unfit
 from prisma_hf.places import Place, place
-from prisma_hf.texts import tokenizer
+from prisma_hf.processors import CONFIG, Processed
 
 
 class HfSource(Source):
@@ -80,6 +80,18 @@ class HfSource(Source):
                 f"hf:{name}", path.split(".")[2], False, "a class; weights: hf:ORGANISATION/NAME or hf:./FOLDER"
             )
 
+    def keep(self, companion: object, folder: Path) -> bool:
+        if isinstance(companion, Processed):
+            companion.keep(folder)
+            return True
+        return texts.keep(companion, folder)
+
+    def kept(self, folder: Path) -> Any:
+        from prisma_hf.options import quiet
+
+        with quiet():
+            return Processed.kept(folder) if (folder / CONFIG).is_file() else texts.kept(folder)
+
     def case(self, rest: str) -> Case | None:
         from prisma_hf.cases import cases
 
@@ -114,6 +126,8 @@ def _read(
     options: dict[str, Any],
 ) -> Loaded:
     """Return what ``load`` returns, of a folder."""
+    from prisma_hf.pictures import found
+
     config, others = _config(where, folder, common, options)
     kind = _kind(config, architecture, trusted=common["trust_remote_code"])
     config = _own(config, kind)
@@ -122,8 +136,8 @@ def _read(
     else:
         model = fresh(str(where), kind, config, others)
     model = _part(model, part, str(where))
-    loaded = _loaded(model, config, _preprocess(folder, common) or _video_preprocess(folder, model, common))
-    return replace(loaded, tokenizer=tokenizer(folder, config, common))
+    loaded = _loaded(model, config, found(folder, model, common))
+    return replace(loaded, tokenizer=texts.tokenizer(folder, config, common))
 
 
 def _config(where: Place, folder: Path, common: dict[str, Any], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -240,32 +254,8 @@ def _part(model: nn.Module, part: str | None, what: str) -> nn.Module:
     return modules[part].eval()
 
 
-def _loaded(model: nn.Module, config: Any, preprocess: Preprocess | VideoPreprocess | None) -> Loaded:
+def _loaded(model: nn.Module, config: Any, preprocess: PicturePreprocess | VideoPreprocess | None) -> Loaded:
     labels = getattr(config, "id2label", None) or {}
     names = tuple(str(labels[index]) for index in range(len(labels)) if index in labels)
     known = len(names) == len(labels) and any(not name.startswith("LABEL_") for name in names)
     return Loaded(model, preprocess, names if known else None)
-
-
-def _preprocess(folder: Path, common: dict[str, Any]) -> Preprocess | None:
-    """Return what the model's own image processor does, or None if there is none or it does what ours cannot."""
-    from transformers import AutoImageProcessor
-
-    from prisma_hf.pictures import preprocess
-
-    try:
-        return preprocess(AutoImageProcessor.from_pretrained(folder, **common))
-    except (*BROKEN, ImportError):  # no file of one, or its library is not installed: the model is there all the same
-        return None
-
-
-def _video_preprocess(folder: Path, model: nn.Module, common: dict[str, Any]) -> VideoPreprocess | None:
-    """Return what the model's own video processor does, as its adapter says, or None if there is none."""
-    from transformers import AutoVideoProcessor
-
-    try:
-        processor = AutoVideoProcessor.from_pretrained(folder, **common)
-        made = host().adapter(model).preprocess(Reader(model), processor)
-    except (*BROKEN, ImportError, PrismaError):  # the model is there all the same
-        return None
-    return made if isinstance(made, VideoPreprocess) else None

@@ -42,7 +42,7 @@ def registers(
     preprocess = loaded.preprocess if isinstance(loaded, HookedDual) else model.preprocess
     if preprocess is None:
         raise InputError("This model does not know how to read pictures.")
-    batch = torch.cat([preprocess(path) for path in images])
+    batch = preprocess(images)
     norms = token_norms(model, batch, progress=status.is_terminal)
     keys = next((kind for kind in ("registers", "cls") if _any(norms.layout, kind)), None)
     shares = attention_to(model, batch, keys, progress=status.is_terminal) if keys else None

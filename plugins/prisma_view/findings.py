@@ -142,9 +142,7 @@ def _like(model: HookedViT, image: Tensor) -> Tensor:
 def _seen(model: HookedViT, picture: Image) -> Image:
     """Return the part of a picture that the model sees, at no fewer than 448 pixels a side."""
     assert model.preprocess is not None
-    times = max(1, -(-448 // min(model.preprocess.size)))
-    size = (model.preprocess.size[0] * times, model.preprocess.size[1] * times)
-    return model.preprocess.model_copy(update={"size": size}).fit(picture).convert("RGB")
+    return model.preprocess.seen(picture, 448).convert("RGB")
 
 
 def _by_layer(patterns: list[Tensor], names: list[str]) -> Tensor:

@@ -127,11 +127,12 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def _facts(model: Hooked) -> dict[str, Any]:
-    from prisma_core.spec import MapSpec, ModelSpec
+    from prisma_core.spec import Facts, MapSpec, ModelSpec
 
     spec: Any = getattr(model, "spec", None)
     layout: Any = getattr(model, "layout", None)
     preprocess: Any = getattr(model, "preprocess", None)
+    told = None if preprocess is None else str(preprocess)  # a library's own code
     parts = [("class token", "cls"), ("distillation token", "distillation"), ("registers", "registers")]
     tokens = None
     if layout is not None:
@@ -143,7 +144,7 @@ def _facts(model: Hooked) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "spec": spec.model_dump(mode="json") if isinstance(spec, ModelSpec | MapSpec) else None,
         "tokens": tokens,
-        "preprocess": preprocess.model_dump(mode="json") if preprocess is not None else None,
+        "preprocess": preprocess.model_dump(mode="json") if isinstance(preprocess, Facts) else told,
     }
 
 

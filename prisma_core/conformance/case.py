@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from prisma_core.preprocess import Preprocess
+from prisma_core.preprocess import PicturePreprocess
 
 
 class Pictures(NamedTuple):
     """Two ways from a Pillow image to a model's input: ours, and upstream's own ``[channel height width]``."""
 
-    preprocess: Preprocess
+    preprocess: PicturePreprocess
     reference: Callable[[Any], Tensor]
 
 

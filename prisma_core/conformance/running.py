@@ -13,6 +13,7 @@ from prisma_core.conformance.registry import Finding, NotApplicable, register
 from prisma_core.conformance.subject import Subject, opaque_stems, worst
 from prisma_core.hooked import HookMapping
 from prisma_core.hooks import Hook, HookContext
+from prisma_core.preprocess import probe
 from prisma_core.saved import save
 from prisma_core.transformer import Canonical
 from prisma_core.zoo import load, tensors_of
@@ -22,18 +23,13 @@ from prisma_core.zoo import load, tensors_of
 def preprocess(subject: Subject) -> Finding:
     if subject.case.pictures is None:
         raise NotApplicable("the case names no transform of upstream's own")
-    import numpy as np
-    from PIL import Image
-
     ours, reference = subject.case.pictures(subject.base)
     errors: dict[str, float] = {}
-    # Smooth and sharp parts, both ways round, smaller and larger than the model's size: resizing differs in each.
-    for width, height in ((61, 43), (43, 61), (300, 517), (640, 480), ours.size[::-1]):
-        y, x = np.mgrid[0:height, 0:width]
-        waves = 127.5 + 127.5 * np.sin(np.stack([x / 3 + y / 17, x / 11 - y / 2, x * y / 200], -1))
-        noise = np.random.default_rng(subject.seed).integers(0, 256, waves.shape)
-        picture = Image.fromarray(np.where((x // 16 + y // 16)[..., None] % 2, waves, noise).astype("uint8"))
-        errors[f"{width}x{height}"] = worst(ours(picture)[0], reference(picture), unit=1.0)
+    height, width = ours(probe(61, 43)).shape[-2:]  # the model's size
+    # Both ways round, smaller and larger than that: resizing differs in each.
+    for size in ((61, 43), (43, 61), (300, 517), (640, 480), (width, height)):
+        picture = probe(*size, seed=subject.seed)
+        errors["x".join(map(str, size))] = worst(ours(picture)[0], reference(picture), unit=1.0)
     where = max(errors, key=lambda key: errors[key])
     # Both divide bytes in float32; one step of a byte would be 4e-3.
     wrong = [f"a picture of {size} differs by {error:.1e}" for size, error in errors.items() if not error <= 1e-5]

@@ -13,7 +13,7 @@ from prisma_core.errors import InputError
 from prisma_core.hooked import Hooked
 
 if TYPE_CHECKING:
-    from prisma_core.preprocess import Preprocess
+    from prisma_core.preprocess import PicturePreprocess
     from prisma_core.video import VideoPreprocess
     from prisma_core.zoo import Origin
 
@@ -35,7 +35,7 @@ class Canonical(Hooked):
 
     def __init__(self) -> None:
         super().__init__()
-        self.preprocess: Preprocess | VideoPreprocess | None = None
+        self.preprocess: PicturePreprocess | VideoPreprocess | None = None
         self.labels: tuple[str, ...] | None = None
         self.reference: str | None = None
         self.origin: Origin | None = None

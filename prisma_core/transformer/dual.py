@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prisma_core.errors import InputError
 from prisma_core.hooks import HookPoint, unshared
 from prisma_core.layout import TokenLayout
-from prisma_core.preprocess import Picture, Preprocess
+from prisma_core.preprocess import Picture, PicturePreprocess
 from prisma_core.spec import DualSpec
 from prisma_core.transformer.canonical import Canonical, Size
 from prisma_core.transformer.text import HookedText, Tokenizer, tokens_of
@@ -58,11 +58,11 @@ class HookedDual(Canonical):
         self.text.tokenizer = value
 
     @property
-    def preprocess(self) -> Preprocess | VideoPreprocess | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def preprocess(self) -> PicturePreprocess | VideoPreprocess | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.vision.preprocess
 
     @preprocess.setter
-    def preprocess(self, value: Preprocess | VideoPreprocess | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def preprocess(self, value: PicturePreprocess | VideoPreprocess | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         if "vision" in self._modules:  # the base sets it before there is a tower
             self.vision.preprocess = value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from prisma_core.errors import InputError
 from prisma_core.hooks import HookPoint, unshared
 from prisma_core.layout import TokenLayout
+from prisma_core.preprocess import tried
 from prisma_core.spec import ModelSpec, RopeCount
 from prisma_core.transformer.attention import Rope
 from prisma_core.transformer.block import STREAM, make_block
@@ -85,6 +87,9 @@ class HookedViT(Circuits, Canonical):
     def only_layout(self) -> TokenLayout | None:
         fixed = self.spec.embed.interpolation is None and not self.spec.embed.any_length
         return self.spec.layout if fixed else None
+
+    def companions(self) -> Mapping[str, Callable[[Any], Tensor]]:
+        return {"preprocess": tried}
 
     def sizes(self) -> list[Size]:
         embed, (height, width) = self.spec.embed, self.spec.image_size

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from prisma_core.errors import InputError
+from prisma_core.preprocess.forms import PicturePreprocess, restored
 from prisma_core.spec import Facts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Picture: TypeAlias = "str | Path | Image | Tensor | Any"
 
-
-class Preprocess(Facts):
+class Preprocess(Facts, PicturePreprocess):
     """Resize, crop, scale to 0..1, normalise.
 
     Attributes:
@@ -34,7 +30,8 @@ class Preprocess(Facts):
         resampling: who applies it: ``pillow``, or torch to a tensor of bytes, antialiased; some bytes differ by one.
             ``torch_float``: torch, to pixels in 0..1 that are not rounded to bytes in between.
         corner: where half a pixel is left over, the cut starts at the even one of both, or at the first (``floor``).
-        mean, std: per channel, of pixels in 0..1.
+        mean, std: per channel, of pixels in 0..1; red first.
+        order: of the channels in the result.
     """
 
     size: tuple[int, int]
@@ -46,6 +43,7 @@ class Preprocess(Facts):
     corner: Literal["even", "floor"] = "even"
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    order: Literal["rgb", "bgr"] = "rgb"
 
     @model_validator(mode="after")
     def _filter(self) -> Preprocess:
@@ -55,28 +53,23 @@ class Preprocess(Facts):
             raise ValueError("resampling='torch_float' goes with resize='squash' and crop=1")
         return self
 
-    def __call__(self, picture: Picture | Sequence[Picture]) -> Tensor:
-        """Return ``[batch channel height width]`` of one picture or a list of them.
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
 
-        Args:
-            picture: a path, a Pillow image, or an array or tensor ``[height width channel]`` or ``[height width]``
-                (bytes, 16 bits, or floats in 0..1); or a list of those.
-
-        Raises:
-            InputError: it is no picture, or holds values that are not numbers.
-        """
-        if isinstance(picture, list | tuple):
-            pictures = cast("Sequence[Picture]", picture)
-            if not pictures:
-                raise InputError("Expected at least one picture, got an empty list.")
-            return torch.cat([self(one) for one in pictures])
-        image = open_picture(picture, channels=len(self.mean))
+    def prepared(self, image: Image) -> Tensor:
         if self.resampling == "torch_float":
             pixels = self._interpolated(self._pixels(image)[None], *self.size)[0]
         else:
             pixels = self._pixels(self.fit(image))
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
-        return ((pixels - mean) / std)[None]
+        pixels = (pixels - mean) / std
+        return pixels.flip(0) if self.order == "bgr" else pixels
+
+    def seen(self, image: Image, side: int = 0) -> Image:
+        times = max(1, -(-side // min(self.size)))
+        larger = self.model_copy(update={"size": (self.size[0] * times, self.size[1] * times)})
+        return larger.fit(image)
 
     def fit(self, image: Image) -> Image:
         """Return the part of a picture that the model sees, at the model's size."""
@@ -140,81 +133,4 @@ class Preprocess(Facts):
         return torch.from_numpy(array.transpose(2, 0, 1).copy()).float() / 255
 
     def denormalise(self, pixels: Tensor) -> Tensor:
-        """Return normalised pixels ``[... channel height width]`` in 0..1 again."""
-        mean, std = (torch.tensor(values, device=pixels.device).view(-1, 1, 1) for values in (self.mean, self.std))
-        return (pixels * std + mean).clamp(0, 1)
-
-
-def open_picture(picture: Picture, channels: int = 3) -> Image:
-    """Return any picture as a Pillow image with the given number of channels (1 or 3), transparency on white.
-
-    Raises:
-        InputError: it is no picture.
-    """
-    from PIL import Image as images
-    from PIL import ImageOps
-
-    if isinstance(picture, str | Path):
-        try:
-            with images.open(picture) as opened:
-                image = ImageOps.exif_transpose(opened)
-                image.load()
-        except FileNotFoundError as error:
-            raise InputError(f"No picture at {picture}.") from error
-        except (OSError, SyntaxError, ValueError, images.DecompressionBombError) as error:
-            raise InputError(f"{picture} is not a picture that Pillow can read: {error}") from error
-    elif isinstance(picture, images.Image):
-        image = picture
-    else:
-        image = _from_array(picture)
-    return _flattened(image).convert("L" if channels == 1 else "RGB")
-
-
-def _flattened(image: Image) -> Image:
-    from PIL import Image as images
-
-    if image.mode.startswith("I"):  # 16 bits; Pillow opens some such files with 32
-        import numpy as np
-
-        return _from_array(np.asarray(image).clip(0, 65535).astype(np.uint16))
-    if image.mode == "F":
-        import numpy as np
-
-        return _from_array(np.asarray(image))
-    if "A" in image.getbands() or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = images.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return images.alpha_composite(white, rgba)
-    return image
-
-
-def _from_array(picture: Any) -> Image:
-    import numpy as np
-    from PIL import Image as images
-
-    if isinstance(picture, Tensor):
-        picture = picture.detach().cpu().numpy()
-    if not isinstance(picture, np.ndarray):
-        raise InputError(
-            f"Expected a path, a Pillow image, an array or a tensor, got {type(cast(object, picture)).__name__}."
-        )
-    array = cast("np.ndarray[Any, np.dtype[Any]]", picture)
-    if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-        raise InputError(
-            "Expected pixels [height width] or [height width channel] with 1, 3 or 4 channels, "
-            f"got {list(array.shape)}."
-        )
-    if array.dtype.kind == "f":
-        if not np.isfinite(array).all():
-            raise InputError(f"The picture holds {int((~np.isfinite(array)).sum())} values that are NaN or infinite.")
-        if array.min() < 0 or array.max() > 1:
-            raise InputError(
-                f"Expected floating point pixels in 0..1, got {array.min():.3g}..{array.max():.3g}. "
-                "A tensor that is normalised already goes to the model directly."
-            )
-        array = (array * 255).round().astype(np.uint8)
-    elif array.dtype == np.uint16:
-        array = (array // 257).astype(np.uint8)
-    elif array.dtype != np.uint8:
-        raise InputError(f"Expected pixels as uint8, uint16 or floats in 0..1, got {array.dtype}.")
-    return images.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+        return restored(pixels, self.mean, self.std, self.order)

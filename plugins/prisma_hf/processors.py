@@ -1,0 +1,176 @@
+"""Preprocessing by transformers' own image processors, where it is more than data can say."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from prisma_core.errors import InputError, LoadError
+from prisma_core.preprocess import Picture, PicturePreprocess, open_picture, restored
+from prisma_hf.making import brief
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CONFIG = "preprocessor_config.json"
+# What processors raise over a picture that they want more than.
+FAILS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError, ImportError)
+
+
+class Scale(NamedTuple):
+    """What a processor makes of pixels in 0..1: ``(pixels - mean) / std``, red first, then put in order."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    order: Literal["rgb", "bgr"]
+
+
+class Processed(PicturePreprocess):
+    """Calls an image processor of transformers.
+
+    Attributes:
+        processor: transformers' object.
+    """
+
+    def __init__(self, processor: Any):
+        self.processor = processor
+
+    def __repr__(self) -> str:
+        return f"{type(self.processor).__name__} of transformers, by its own code"
+
+    @property
+    def channels(self) -> int:
+        means = getattr(self.processor, "image_mean", None)
+        return 1 if isinstance(means, list | tuple) and len(means) == 1 else 3
+
+    def tiles(self, picture: Picture) -> Tensor:
+        """Return all that upstream makes of one picture ``[tile channel height width]``: its tiles, one a row.
+
+        Raises:
+            InputError: it is no picture, or the processor makes something else than pictures of it.
+        """
+        image = open_picture(picture, channels=self.channels)
+        try:
+            result = self.processor(images=image, return_tensors="pt")
+        except FAILS as error:
+            raise self._other(f"cannot prepare a picture by itself ({brief(error)})") from error
+        made: dict[str, Any] = {"pixel_values": result} if isinstance(result, Tensor) else dict(result)
+        pixels = torch.as_tensor(made.pop("pixel_values", ())).float()
+        if "spatial_shapes" in made:
+            pixels = self._unpacked(pixels, made)
+        pixels = pixels[0] if pixels.ndim == 5 and len(pixels) == 1 else pixels
+        if pixels.ndim != 4 or pixels.shape[1] != self.channels or any("grid" in name for name in made):
+            raise self._other(f"makes no picture [channel height width], but {_told(pixels, made)}")
+        masks = [name for name, value in made.items() if name.endswith("mask") and not torch.as_tensor(value).all()]
+        if masks:
+            raise self._other(f"hides a part of what it makes ({masks[0]}), and a tensor of pixels cannot say which")
+        return pixels
+
+    def prepared(self, image: Image) -> Tensor:
+        tiles = self.tiles(image)
+        if len(tiles) != 1:
+            raise InputError(
+                f"{self._name} makes {len(tiles)} tiles of this picture, and a row of a batch holds one. "
+                "model.preprocess.tiles(picture) returns all of them, one a row."
+            )
+        return tiles[0]
+
+    def seen(self, image: Image, side: int = 0) -> Image:
+        from PIL import Image as images
+
+        pixels = (self.denormalise(self.prepared(image)) * 255).round().byte()
+        array = pixels.permute(1, 2, 0).contiguous().numpy()
+        made = images.fromarray(array[:, :, 0] if len(pixels) == 1 else array)
+        times = max(1, -(-side // min(made.size)))
+        return made.resize((made.width * times, made.height * times), images.Resampling.BICUBIC)
+
+    def keep(self, folder: Path) -> None:
+        """Write what makes the processor again into a folder.
+
+        Raises:
+            LoadError: its class is not one of transformers' own.
+        """
+        kind = type(self.processor)
+        if _kind(kind.__name__) is not kind:
+            raise LoadError(f"{kind.__name__} is no class of transformers' own, and code is not kept")
+        settings = json.loads(self.processor.to_json_string())
+        settings["image_processor_type"] = kind.__name__  # transformers leaves out which of its two backends it is
+        (folder / CONFIG).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def kept(cls, folder: Path) -> Processed:
+        """Return what ``keep`` wrote.
+
+        Raises:
+            LoadError: it cannot be read.
+        """
+        try:
+            settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            name = settings.pop("image_processor_type")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise LoadError(f"{folder / CONFIG} holds no image processor: {error}") from error
+        kind = _kind(name)
+        if kind is None:
+            raise LoadError(
+                f"The installed transformers has no image processor {name!r}, which {folder / CONFIG} names."
+            )
+        return cls(kind(**settings))
+
+    def denormalise(self, pixels: Tensor) -> Tensor:
+        return restored(pixels, *self.scale)
+
+    @cached_property
+    def scale(self) -> Scale:
+        """What happens to a pixel's value, seen on pictures of one colour: settings do not say it all."""
+        black, white, red = (self._made_of(colour) for colour in ("black", "white", "red"))
+        if bool((white == black).any()):
+            return Scale((0.0,) * len(white), (1.0,) * len(white), "rgb")
+        bgr = len(white) == 3 and int(((red - black) / (white - black)).argmax()) == 2
+        if bgr:
+            black, white = black.flip(0), white.flip(0)
+        std = 1 / (white - black)
+        mean = -black * std + 0.0
+        tidy = [tuple(float(f"{value:.7g}") for value in values.tolist()) for values in (mean, std)]
+        return Scale(*tidy, "bgr" if bgr else "rgb")
+
+    def _made_of(self, colour: str) -> Tensor:
+        from PIL import Image as images
+
+        made = self.tiles(images.new("RGB", (64, 64), colour))[0].double()
+        return made[:, made.shape[1] // 2, made.shape[2] // 2]
+
+    def _unpacked(self, patches: Tensor, made: dict[str, Any]) -> Tensor:
+        """Return the pictures that patches, each in one, were cut from. Those that fill up to a fixed number go."""
+        shapes = torch.as_tensor(made["spatial_shapes"]).tolist()
+        if len(set(map(tuple, shapes))) > 1:
+            raise self._other(f"makes tiles of several sizes of this picture (in patches: {shapes})")
+        for name in [name for name in made if name.endswith("mask")]:
+            del made[name]
+        (rows, columns), side = shapes[0], math.isqrt(patches.shape[-1] // self.channels)
+        kept = patches[:, : rows * columns]
+        return rearrange(kept, "b (r s) (p q c) -> b c (r p) (s q)", r=rows, p=side, q=side)
+
+    @property
+    def _name(self) -> str:
+        return f"transformers' {type(self.processor).__name__}"
+
+    def _other(self, what: str) -> InputError:
+        return InputError(f"{self._name} {what}: set model.preprocess, or give the model the tensor it takes.")
+
+
+def _told(pixels: Tensor, made: dict[str, Any]) -> str:
+    given = ["pixel_values " + " x ".join(map(str, pixels.shape))] if pixels.numel() else []
+    return ", ".join([*given, *made]) or "nothing"
+
+
+def _kind(name: str) -> Any:
+    from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
+
+    return get_image_processor_class_from_name(name)

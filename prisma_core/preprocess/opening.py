@@ -1,0 +1,90 @@
+"""Pictures of any kind, opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+from torch import Tensor
+
+from prisma_core.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Picture: TypeAlias = "str | Path | Image | Tensor | Any"
+
+
+def open_picture(picture: Picture, channels: int = 3) -> Image:
+    """Return any picture as a Pillow image with the given number of channels (1 or 3), transparency on white.
+
+    Raises:
+        InputError: it is no picture.
+    """
+    from PIL import Image as images
+    from PIL import ImageOps
+
+    if isinstance(picture, str | Path):
+        try:
+            with images.open(picture) as opened:
+                image = ImageOps.exif_transpose(opened)
+                image.load()
+        except FileNotFoundError as error:
+            raise InputError(f"No picture at {picture}.") from error
+        except (OSError, SyntaxError, ValueError, images.DecompressionBombError) as error:
+            raise InputError(f"{picture} is not a picture that Pillow can read: {error}") from error
+    elif isinstance(picture, images.Image):
+        image = picture
+    else:
+        image = _from_array(picture)
+    return _flattened(image).convert("L" if channels == 1 else "RGB")
+
+
+def _flattened(image: Image) -> Image:
+    from PIL import Image as images
+
+    if image.mode.startswith("I"):  # 16 bits; Pillow opens some such files with 32
+        import numpy as np
+
+        return _from_array(np.asarray(image).clip(0, 65535).astype(np.uint16))
+    if image.mode == "F":
+        import numpy as np
+
+        return _from_array(np.asarray(image))
+    if "A" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = images.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return images.alpha_composite(white, rgba)
+    return image
+
+
+def _from_array(picture: Any) -> Image:
+    import numpy as np
+    from PIL import Image as images
+
+    if isinstance(picture, Tensor):
+        picture = picture.detach().cpu().numpy()
+    if not isinstance(picture, np.ndarray):
+        raise InputError(
+            f"Expected a path, a Pillow image, an array or a tensor, got {type(cast(object, picture)).__name__}."
+        )
+    array = cast("np.ndarray[Any, np.dtype[Any]]", picture)
+    if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise InputError(
+            "Expected pixels [height width] or [height width channel] with 1, 3 or 4 channels, "
+            f"got {list(array.shape)}."
+        )
+    if array.dtype.kind == "f":
+        if not np.isfinite(array).all():
+            raise InputError(f"The picture holds {int((~np.isfinite(array)).sum())} values that are NaN or infinite.")
+        if array.min() < 0 or array.max() > 1:
+            raise InputError(
+                f"Expected floating point pixels in 0..1, got {array.min():.3g}..{array.max():.3g}. "
+                "A tensor that is normalised already goes to the model directly."
+            )
+        array = (array * 255).round().astype(np.uint8)
+    elif array.dtype == np.uint16:
+        array = (array // 257).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        raise InputError(f"Expected pixels as uint8, uint16 or floats in 0..1, got {array.dtype}.")
+    return images.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)

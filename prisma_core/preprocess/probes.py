@@ -1,0 +1,38 @@
+"""Pictures that tell one preprocessing from another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from prisma_core.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SIZES = ((61, 43), (43, 61), (481, 300))
+
+
+def probe(width: int, height: int, seed: int = 0) -> Image:
+    """Return a picture with smooth parts and noise: resizing shows in either."""
+    import numpy as np
+    from PIL import Image as images
+
+    y, x = np.mgrid[0:height, 0:width]
+    waves = 127.5 + 127.5 * np.sin(np.stack([x / 3 + y / 17, x / 11 - y / 2, x * y / 200], -1))
+    noise = np.random.default_rng(seed).integers(0, 256, waves.shape)
+    return images.fromarray(np.where((x // 16 + y // 16)[..., None] % 2, waves, noise).astype("uint8"))
+
+
+def tried(preprocess: Callable[[Any], Tensor]) -> Tensor:
+    """Return what becomes of pictures both ways round, in one row; of one that is refused, the words."""
+    made: list[Tensor] = []
+    for size in SIZES:
+        try:
+            made.append(preprocess(probe(*size)).flatten())
+        except InputError as refusal:
+            made.append(torch.tensor(list(str(refusal).encode())).float())
+    return torch.cat(made)
