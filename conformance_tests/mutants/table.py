@@ -348,6 +348,7 @@ MUTANTS = [
     Mutant("another crop", "preprocess", "differs by", pictures=_pictures(crop=1.0)),
     Mutant("another filter", "preprocess", "differs by", pictures=_pictures(interpolation="bilinear")),
     Mutant("another mean", "preprocess", "differs by", pictures=_pictures(mean=(0.5, 0.5, 0.5))),
+    Mutant("blue first", "preprocess", "differs by", pictures=_pictures(order="bgr")),
     Mutant("a fact that the spec does not hold", "save.load", "the logits come back changed", edit=_act),
     Mutant(
         "state kept on a hook point",

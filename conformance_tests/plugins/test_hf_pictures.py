@@ -190,6 +190,23 @@ def test_it_is_loaded_and_saved_with_its_model(folder: Path, tmp_path: Path) -> 
     assert back.preprocess.seen(noise(61, 43), 50).size == (72, 72)
 
 
+@torch.no_grad()
+def test_siglip_2_gets_the_picture_that_its_patches_were_cut_from(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
+    vision = {"patch_size": 8, "num_patches": 25, **sizes}
+    text = {"vocab_size": 50, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2, **sizes}
+    upstream = transformers.Siglip2Model(transformers.Siglip2Config(vision_config=vision, text_config=text)).eval()
+    upstream.save_pretrained(tmp_path)
+    processor = made("Siglip2", CALLED["Siglip2"])
+    processor.save_pretrained(tmp_path)
+    model = prisma.load(f"hf:{tmp_path}")
+    for width, height in ((61, 43), (30, 90)):
+        picture = noise(width, height)
+        theirs = upstream.get_image_features(**processor(images=picture, return_tensors="pt"))
+        ours = model.vision(model.vision.preprocess(picture))
+        assert torch.allclose(ours, getattr(theirs, "pooler_output", theirs), rtol=0, atol=2e-6)
+
+
 def test_data_stands_among_a_saved_models_facts(folder: Path, tmp_path: Path) -> None:
     made("ViT", {"size": {"height": 36, "width": 36}}).save_pretrained(folder)
     model = prisma.load(f"hf:{folder}")

@@ -28,12 +28,13 @@ SMALL: dict[str, Any] = {
 CLASSES = {"num_labels": 5}
 
 
-# The processor that transformers gives each kind of model, once for each way to resize and cut.
+# The processor that transformers gives each kind of model: once for each way to resize and cut, and one that is called.
 PROCESSORS = {
     "ViTModel": "ViTImageProcessor",
     "DeiTModel": "DeiTImageProcessor",
     "BeitForImageClassification": "BeitImageProcessor",
     "MLCDVisionModel": "CLIPImageProcessor",
+    "Owlv2VisionModel": "Owlv2ImageProcessor",
 }
 
 
@@ -130,6 +131,13 @@ def cases() -> Iterator[Case]:
     yield case("Molmo2VisionModel", num_key_value_heads=3, head_dim=6, image_size=[24, 16])
     grouped = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "attention_bias": False}
     yield case("Molmo2VisionModel", "grouped", **grouped, image_size=[16, 24])
+    listed = {"in_channels": 2, "patch_size": 4, "num_position_embeddings": 16, "out_hidden_size": 20}
+    listed |= {"rope_parameters": {"rope_type": "axial", "rope_theta": 30.0}}
+    for name in ("Qwen3VLVisionModel", "Qwen3VLMoeVisionModel", "Qwen3OmniMoeVisionEncoder"):
+        yield case(name, deepstack_visual_indexes=[0], **listed)
+    yield case("CohereCompassVisionModel", deepstack_visual_indexes=[1], temporal_patch_size=3, **listed)
+    for name in ("Qwen3_5VisionModel", "Qwen3_5MoeVisionModel", "Qwen4ExpVisionModel"):
+        yield case(name, **listed)
     yield case("BridgeTowerVisionModel", hidden_size=128)
     each = {"share_layernorm": False, "remove_last_layer": True, "num_hidden_layers": 3}
     yield case("BridgeTowerVisionModel", "each", hidden_size=128, **each)

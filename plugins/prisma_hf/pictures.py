@@ -30,16 +30,18 @@ FILTERS: dict[int, Literal["nearest", "lanczos", "bilinear", "bicubic"]] = {
 def found(folder: Path, model: nn.Module, common: dict[str, Any]) -> PicturePreprocess | VideoPreprocess | None:
     """Return what the processor that lies beside a model does, or None if there is none.
 
-    Of videos where the model's adapter says so; None as well if it cannot be repeated.
+    What a model of videos makes of it, its adapter says; None as well if the adapter cannot.
     """
     from transformers import AutoImageProcessor, AutoVideoProcessor
 
     video, image = (_read(kind, folder, common) for kind in (AutoVideoProcessor, AutoImageProcessor))
     try:
-        made = video and host().adapter(model).preprocess(Reader(model), video)
+        adapter = host().adapter(model)
+        said = (adapter.preprocess(Reader(model), one) for one in (video, image) if one is not None)
+        made = next((one for one in said if one is not None), None)
     except PrismaError:  # the model is there all the same
         return None
-    return made or (image and preprocess(image))
+    return made if made is not None or image is None else preprocess(image)
 
 
 def _read(kind: Any, folder: Path, common: dict[str, Any]) -> Any:

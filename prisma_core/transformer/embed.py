@@ -165,7 +165,8 @@ def _check_size(image: Tensor, spec: ModelSpec, expected: str) -> None:
     embed, size = spec.embed, (image.shape[-2], image.shape[-1])
     if size != spec.image_size and embed.interpolation is None:
         raise InputError(
-            f"Expected {expected}, got shape {list(image.shape)}: this model takes one size. model.preprocess resizes."
+            f"Expected {expected}, got shape {list(image.shape)}: this model takes one size. model.preprocess resizes, "
+            "unless upstream's own processor leaves pictures at sizes of theirs: then resize them before."
         )
     if size != spec.image_size and (size[0] % embed.patch[0] or size[1] % embed.patch[1]):
         raise InputError(
