@@ -126,6 +126,41 @@ def test_what_is_seen_of_a_picture_is_what_the_model_gets() -> None:
     assert turned.seen(picture).getpixel((16, 16)) == (250, 20, 30)
 
 
+PACKED = {
+    "Qwen2VL": {},
+    "Qwen2VLImageProcessorPil": {"merge_size": 3, "temporal_patch_size": 3},
+    "VideoLlama3": {},
+    "PaddleOCRVL": {"size": {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 100}},
+    "Kimi_K25": {},
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_patches_in_any_order_become_the_picture_they_were_cut_from(name: str) -> None:
+    name, _, pil = name.partition("ImageProcessor")
+    ours = preprocess(made(name, PACKED[name + (pil and "ImageProcessorPil")], pil))
+    assert isinstance(ours, Processed)
+    picture = noise(168, 252)  # of whole patches, so that it is not resized
+    pixels = ours(picture)
+    assert pixels.shape == (1, 3, 252, 168)
+    assert torch.equal((ours.denormalise(pixels)[0] * 255).round(), torch.tensor(np.array(picture)).permute(2, 0, 1))
+    assert ours(noise(200, 90)).shape[2] < ours(noise(200, 90)).shape[3]
+
+
+def test_patches_in_an_order_unknown_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = made("Qwen2VL", {})
+    call = type(processor).__call__
+
+    def shuffled(self: Any, *args: Any, **options: Any) -> Any:
+        result = call(self, *args, **options)
+        result["pixel_values"] = result["pixel_values"].flip(0)
+        return result
+
+    monkeypatch.setattr(type(processor), "__call__", shuffled)
+    with pytest.raises(InputError, match="in an order in which they make no picture"):
+        Processed(processor)(noise(168, 252))
+
+
 def test_pictures_that_come_out_in_several_sizes_are_no_batch() -> None:
     ours = preprocess(made("Pixtral", CALLED["Pixtral"]))
     assert ours([noise(61, 43), noise(61, 43)]).shape == (2, 3, 40, 48)
@@ -147,8 +182,8 @@ def test_tiles_are_asked_for() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "told"),
     [
-        ("Qwen2VL", {}, r"makes no picture \[channel height width\], but pixel_values 16 x 1176, image_grid_thw"),
-        ("PaddleOCRVL", {}, r"makes no picture"),
+        ("Pix2Struct", {}, r"makes no picture \[channel height width\], but flattened_patches, attention_mask: set"),
+        ("Gemma4", {}, r"makes no picture \[channel height width\], but pixel_values 1 x 2520 x 768"),
         ("VitPose", {}, r"cannot prepare a picture by itself .*boxes.*set model\.preprocess"),
         ("Aria", {"max_image_size": 490}, r"hides a part of what it makes \(pixel_mask\)"),
         ("ImageGPT", {}, r"Clusters"),

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from prisma_core.errors import InputError, LoadError
 from prisma_core.preprocess import Picture, PicturePreprocess, open_picture, restored
 from prisma_hf.making import brief
+from prisma_hf.packing import Packing, grid_of, packing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-CONFIG = "preprocessor_config.json"
+CONFIG, PIXELS = "preprocessor_config.json", "pixel_values"
 # What processors raise over a picture that they want more than.
 FAILS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError, ImportError)
 
@@ -56,15 +55,10 @@ class Processed(PicturePreprocess):
         Raises:
             InputError: it is no picture, or the processor makes something else than pictures of it.
         """
-        image = open_picture(picture, channels=self.channels)
-        try:
-            result = self.processor(images=image, return_tensors="pt")
-        except FAILS as error:
-            raise self._other(f"cannot prepare a picture by itself ({brief(error)})") from error
-        made: dict[str, Any] = {"pixel_values": result} if isinstance(result, Tensor) else dict(result)
-        pixels = torch.as_tensor(made.pop("pixel_values", ())).float()
-        if "spatial_shapes" in made:
-            pixels = self._unpacked(pixels, made)
+        made = self._call(open_picture(picture, channels=self.channels))
+        if grid_of(made) is not None:
+            return self._unpacked(made)[None]
+        pixels = torch.as_tensor(made.pop(PIXELS, ())).float()
         pixels = pixels[0] if pixels.ndim == 5 and len(pixels) == 1 else pixels
         if pixels.ndim != 4 or pixels.shape[1] != self.channels or any("grid" in name for name in made):
             raise self._other(f"makes no picture [channel height width], but {_told(pixels, made)}")
@@ -146,16 +140,26 @@ class Processed(PicturePreprocess):
         made = self.tiles(images.new("RGB", (64, 64), colour))[0].double()
         return made[:, made.shape[1] // 2, made.shape[2] // 2]
 
-    def _unpacked(self, patches: Tensor, made: dict[str, Any]) -> Tensor:
-        """Return the pictures that patches, each in one, were cut from. Those that fill up to a fixed number go."""
-        shapes = torch.as_tensor(made["spatial_shapes"]).tolist()
-        if len(set(map(tuple, shapes))) > 1:
-            raise self._other(f"makes tiles of several sizes of this picture (in patches: {shapes})")
-        for name in [name for name in made if name.endswith("mask")]:
-            del made[name]
-        (rows, columns), side = shapes[0], math.isqrt(patches.shape[-1] // self.channels)
-        kept = patches[:, : rows * columns]
-        return rearrange(kept, "b (r s) (p q c) -> b c (r p) (s q)", r=rows, p=side, q=side)
+    def _call(self, image: Image) -> dict[str, Any]:
+        try:
+            made = self.processor(images=image, return_tensors="pt")
+        except FAILS as error:
+            raise self._other(f"cannot prepare a picture by itself ({brief(error)})") from error
+        if isinstance(made, Tensor):
+            return {PIXELS: made}
+        named = [name for name in made if PIXELS in name]
+        alone = named[0] if len(named) == 1 else PIXELS  # some call them pixel_values_images, or so
+        return {PIXELS if name == alone else name: value for name, value in made.items()}
+
+    @cached_property
+    def _packing(self) -> Packing | None:
+        return packing(self._call, self.processor, self.channels)
+
+    def _unpacked(self, made: dict[str, Any]) -> Tensor:
+        picture = self._packing and self._packing.picture(made, self.channels)
+        if picture is None:
+            raise self._other("packs patches in an order in which they make no picture")
+        return picture
 
     @property
     def _name(self) -> str:
