@@ -1,41 +1,36 @@
-"""What parts of the residual stream say about the logits, and how a cache is read for it."""
+"""What parts of the residual stream say about the output."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from einops import einsum
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from prisma_core.captures import positions_of
-from prisma_core.errors import InputError, NotApplicable, UnknownName, suggest
-from prisma_core.layout import TokenLayout
-from prisma_core.names import layer_of
-from prisma_core.spec import DualSpec, ModelSpec, TextSpec
+from prisma_core.errors import InputError, NotApplicable
+from prisma_core.readout import Readout, class_index, image_readouts, linear, text_readouts
+from prisma_core.spec import TextSpec
+from prisma_core.streams import Streams, block_of
 
 if TYPE_CHECKING:
     from prisma_core.captures import Index
-    from prisma_core.hooked import Hooked
-    from prisma_core.transformer.block import Block
+    from prisma_core.layout import TokenLayout
     from prisma_core.transformer.norm import Norm
+    from prisma_core.transformer.text import HookedText
     from prisma_core.transformer.vit import HookedViT
 
 Classes = int | str | Sequence["int | str"] | Tensor
 
 
-class LogitAttribution(Mapping[str, Tensor]):
-    """The part of an ``ActivationCache`` that reads the end of the stream as the model does, its scales frozen."""
+class LogitAttribution(Streams):
+    """The part of an ``ActivationCache`` that reads the end of the stream as the model does.
 
-    store: dict[str, Tensor]
-    model: Hooked | None
-    layout: TokenLayout | None
-    has_batch_dim: bool
-    pos: Index | str | None
+    Scales of norms, and the pattern of attention that pools, are frozen as they were in the pass: from the stream to
+    the output the model is then linear.
+    """
 
     def apply_ln_to_stack(
         self,
@@ -47,8 +42,8 @@ class LogitAttribution(Mapping[str, Tensor]):
         """Return a stack as the norm that reads the stream would leave it, its scale frozen at the cached one.
 
         The norm is then linear: components stay components, and the biases of the norm are left out (for the logits,
-        ``logit_constant`` counts them). At the end of the stream that is ``ln_final`` and the norm after pooling,
-        whichever the model has.
+        ``logit_constant`` counts them). At the end of the stream that is ``ln_final`` and, where pooling leaves the
+        width as it is, the norm behind it.
 
         Args:
             layer, mlp_input: which norm: ``ln1`` of the layer, its ``ln2``, or (None, -1) the final ones.
@@ -63,6 +58,29 @@ class LogitAttribution(Mapping[str, Tensor]):
             residual_stack = self._normed(path, norm, residual_stack, pos_slice)
         return residual_stack
 
+    def project_stack(
+        self,
+        residual_stack: Float[Tensor, "component *batch pos d_model"],
+        pos_slice: Index | str | None = None,
+        per_token: bool = False,
+    ) -> Float[Tensor, " component *read"]:
+        """Return what each component adds to the model's whole output: ``[component batch class]``.
+
+        The output of a tower of a dual encoder is the vector that it compares: ``[component batch d_embed]``. Over a
+        full decomposition the components and ``logit_constant()`` sum to the output.
+
+        Args:
+            residual_stack, pos_slice, per_token: as in ``logit_attrs``.
+
+        Raises:
+            UnknownName, NotApplicable: as there.
+        """
+        found = [
+            pooled if read.head is None else einsum(pooled, read.head.weight.to(pooled), "... d, out d -> ... out")
+            for read, pooled in self._read(residual_stack, pos_slice, per_token)
+        ]
+        return torch.stack(found).mean(0)
+
     def logit_attrs(
         self,
         residual_stack: Float[Tensor, "component *batch pos d_model"],
@@ -73,260 +91,194 @@ class LogitAttribution(Mapping[str, Tensor]):
     ) -> Float[Tensor, " component *read"]:
         """Return what each component adds to a logit: ``[component batch]``.
 
-        The final norms are applied with their cached scales, then the model's own pooling, then the head. Over a full
+        The final norms are applied with their cached scales, the model's own pooling, then the head. Over a full
         decomposition the attributions and ``logit_constant`` sum to the logit.
 
         Args:
             residual_stack: components of the stream at its end, with no norm applied.
-            classes: a class, as index or label, for all images, or one for each.
+            classes: a class, as index or label, for all images, or one for each; or a direction in the output, as
+                floating point numbers ``[class]``, or one for each image ``[batch class]``.
             against: classes whose logit is subtracted.
             pos_slice: the tokens the stack was cut to, if it was. All that the model pools must be there.
             per_token: keep the token axis, ``[component batch pos]``; the sum over it is what is returned otherwise.
 
         Raises:
             UnknownName: no such class, or the cache lacks a scale.
-            NotApplicable: the model has no head, or pools by attention, which is no sum over tokens.
+            NotApplicable: the model has no head to count classes of, or its output is no sum over components.
         """
-        heads = self._heads()
-        normed = self.apply_ln_to_stack(residual_stack, pos_slice=pos_slice)
-        attrs = torch.zeros_like(normed[..., 0])
-        for head, pooled in heads:
-            direction = self._of(head.weight, classes, against).to(normed) / len(heads)
-            of_head = einsum(normed, direction, "... pos d_model, ... d_model -> ... pos")
-            attrs = attrs + (of_head if pooled is None else of_head * self._shares(pooled, normed, pos_slice))
-        return attrs if per_token or heads[0][1] is None else attrs.sum(-1)
+        reads = self._read(residual_stack, pos_slice, per_token)
+        attrs: list[Tensor] = []
+        for read, pooled in reads:
+            weight, _ = self._rows(read, pooled, classes, against)
+            if weight.ndim > 1 and (per_token or not read.shares):
+                weight = weight[:, None]  # one for each image, the same for all of its tokens
+            attrs.append(einsum(pooled, weight, "... d, ... d -> ..."))
+        return torch.stack(attrs).mean(0)
 
-    def logit_constant(self, classes: Classes, against: Classes | None = None) -> Float[Tensor, " *read"]:
-        """Return the part of a logit that is in no component: the biases of the final norms and the head, ``[batch]``.
+    def logit_constant(self, classes: Classes | None = None, against: Classes | None = None) -> Float[Tensor, " *read"]:
+        """Return the part of a logit that is in no component: ``[batch]``, or of all logits ``[batch class]``.
+
+        That is the biases of the final norms, of the pooling and of the head, and what an MLP in the pooling adds.
 
         Args:
-            classes, against: as in ``logit_attrs``.
+            classes, against: as in ``logit_attrs``; None for all.
         """
-        heads = self._heads()
-        norms = self._norm_before(len(self._vit().blocks), False)
-        self._need([f"{path}.hook_scale" for path, _ in norms])
-        like = next(iter(self.store.values()))
-        x = like.new_zeros(*([like.shape[0]] if self.has_batch_dim else []), 1, self._vit().spec.d_model)
-        for path, norm in norms:
-            x = _linear(norm, x, self._scale(path, None)) if path == "ln_pool" else x
-            x = x if norm.bias is None else x + norm.bias.to(x)
-        constant = torch.zeros_like(x[..., 0])
-        for head, _ in heads:
-            direction = self._of(head.weight, classes, against).to(x)
-            of_head = einsum(x, direction, "... pos d_model, ... d_model -> ... pos")
-            constant = constant + (of_head + self._of(head.bias, classes, against).to(x)[..., None]) / len(heads)
-        return constant if heads[0][1] is None else constant[..., 0]
+        reads = self._readouts()
+        tower = self._tower()
+        scale = self._need_scales()
+        like = scale if scale is not None else next(iter(self.store.values()))
+        batch = [like.shape[0]] if self.has_batch_dim else []
+        found: list[Tensor] = []
+        for read in reads:
+            lone = not read.shares  # each token is read by itself, so their axis stays
+            x = like.new_zeros(*batch, *([1] if lone else []), tower.spec.d_model)
+            if tower.spec.ln_final is not None and (bias := cast("Norm", tower.ln_final).bias) is not None:
+                x = x + bias.to(x)
+            x = read.pooled_constant(x)
+            if tower.spec.ln_pool is not None:
+                norm = cast("Norm", tower.ln_pool)
+                x = linear(norm, x, self.store["ln_pool.hook_scale"])
+                x = x if norm.bias is None else x + norm.bias.to(x)
+            if classes is None:
+                found.append(x if read.head is None else x @ read.head.weight.to(x).T + read.head.bias.to(x))
+                continue
+            weight, bias = self._rows(read, x, classes, against)
+            weight = weight[:, None] if weight.ndim > 1 and lone else weight
+            found.append(einsum(x, weight, "... d, ... d -> ...") + (bias[..., None] if bias.ndim and lone else bias))
+        return torch.stack(found).mean(0)
 
-    def _heads(self) -> list[tuple[nn.Linear, int | slice | None]]:
-        """The model's heads, whose mean are the logits, each with the tokens it averages (None: reads each)."""
-        vit = self._vit()
-        spec = vit.spec
-        if spec.n_classes is None:
-            raise NotApplicable("This model has no head, so there are no logits to attribute.")
-        if spec.pool.kind == "attention":
-            raise NotApplicable(
-                "This model pools by attention, which weighs tokens by their content: logits are no sum over "
-                "components of the stream. decompose_resid and accumulated_resid hold all the same."
-            )
-        if spec.pool.kind == "token_and_avg":
-            raise NotApplicable(
-                "This model's head reads the class token and the mean of the others side by side: logits are no sum "
-                "over components of one stream. decompose_resid and accumulated_resid hold all the same."
-            )
-        if spec.n_heads_out == 2:
-            return [(vit.head, 0), (vit.head_dist, spec.layout.cls)]
-        if spec.pool.kind == "avg":
-            return [(vit.head, slice(0 if spec.pool.with_prefix else spec.layout.n_prefix, None))]
-        return [(vit.head, 0 if spec.pool.kind == "token" else None)]
+    # ---------------------------------------------------------------- from the stream to what is pooled
 
-    def _of(self, parameter: Tensor, classes: Classes, against: Classes | None) -> Tensor:
-        """The rows of the classes, ``[...]`` or ``[batch ...]``, less those they are held against."""
-        found = parameter[self._classes(classes)]
-        return found if against is None else found - parameter[self._classes(against)]
+    def _readouts(self) -> list[Readout]:
+        tower = self._summed(len(self._tower().blocks))
+        if isinstance(tower.spec, TextSpec):
+            text = cast("HookedText", tower)
+            reads = text_readouts(text, None if self.tokens is None else self.tokens.to(text.embed.W_E.device))
+            shares = [tuple(share if self.has_batch_dim else share[0] for share in read.shares) for read in reads]
+            return [Readout(read.head, own) for read, own in zip(reads, shares, strict=True)]
+        n = self._n_tokens()
+        if n is None and tower.spec.pool.kind not in ("none", "patches"):
+            raise NotApplicable("The cache has no token layout, so what the model pools is not known.")
+        pattern = added = None
+        if tower.spec.pool.attn is not None:
+            self._need(["pool.attn.hook_pattern", *(["pool.hook_mlp_out"] if tower.spec.pool.mlp else [])])
+            pattern, added = self.store["pool.attn.hook_pattern"], self.store.get("pool.hook_mlp_out")
+            if pattern.shape[-3] != tower.spec.pool.attn.n_heads:
+                raise NotApplicable(f"pool.attn.hook_pattern holds {pattern.shape[-3]} heads: cache all of them.")
+        return image_readouts(cast("HookedViT", tower), n or 1, pattern, added)
+
+    def _need_scales(self) -> Tensor | None:
+        """A scale of the norms behind the last block, once it is sure that all are there."""
+        spec = self._tower().spec
+        paths = [f"{name}.hook_scale" for name in ("ln_final", "ln_pool") if getattr(spec, name) is not None]
+        self._need(paths)
+        return self.store[paths[0]] if paths else None
+
+    def _read(
+        self, stack: Tensor, pos_slice: Index | str | None, per_token: bool
+    ) -> list[tuple[Readout, Float[Tensor, "component *read d_pool"]]]:
+        """What each component brings to what each head reads, behind all norms."""
+        tower, reads = self._tower(), self._readouts()
+        self._need_scales()
+        if tower.spec.ln_final is not None:
+            stack = self._normed("ln_final", cast("Norm", tower.ln_final), stack, pos_slice)
+        found: list[tuple[Readout, Tensor]] = []
+        for read in reads:
+            if not read.shares and tower.spec.pool.kind == "patches":
+                stack = self._without_prefix(stack, pos_slice)
+            shares = tuple(self._share(share, stack, pos_slice) for share in read.shares)
+            pooled = read.pooled(stack, shares, per_token=per_token)
+            if tower.spec.ln_pool is not None:
+                norm, scale = cast("Norm", tower.ln_pool), self.store["ln_pool.hook_scale"]
+                if tower.spec.pool.kind == "none":
+                    scale = self._at("ln_pool.hook_scale", pos_slice)
+                pooled = linear(norm, pooled, scale[..., None, :] if read.shares and per_token else scale)
+            found.append((read, pooled))
+        return found
+
+    def _share(self, share: Tensor, stack: Tensor, pos_slice: Index | str | None) -> Tensor:
+        """The share of each of a stack's tokens in what is pooled: ``[... pos]``."""
+        kept = self.positions()
+        tokens = [] if kept is None else [kept[column] for column in self._columns(pos_slice, len(kept))]
+        pooled = (share != 0).flatten(0, -2).any(0) if share.ndim > 1 else share != 0
+        wanted = cast("list[int]", pooled.nonzero().flatten().tolist())
+        if len(tokens) != stack.shape[-2] or not set(wanted) <= set(tokens):
+            raise InputError(
+                f"The model pools {len(wanted)} of {share.shape[-1]} tokens, and the stack's {stack.shape[-2]} "
+                "positions do not hold them all. Was it cut to some tokens? Give the same pos_slice."
+            )
+        return share[..., tokens].to(stack)
+
+    def _without_prefix(self, stack: Tensor, pos_slice: Index | str | None) -> Tensor:
+        kept = self.positions()
+        if kept is None or pos_slice is not None or self.pos is not None:
+            raise NotApplicable("This model reads every patch by itself: take the stack and the cache whole.")
+        return stack[..., cast("TokenLayout", self.layout).n_prefix :, :]
 
     def _norm_before(self, end: int, mlp_input: bool) -> list[tuple[str, Norm]]:
         """The norms that read the stream there, in order."""
-        vit = self._vit()
-        if end == len(vit.blocks):
-            found = [("ln_final", vit.ln_final)] if vit.spec.ln_final is not None else []
-            return cast("list[tuple[str, Norm]]", [*found, *([("ln_pool", vit.ln_pool)] if vit.spec.ln_pool else [])])
-        block = block_of(vit, end)
-        if block.spec.kind == "res_post":
+        tower = self._summed(0)
+        if end == len(tower.blocks):
+            self._summed(end)
+            found = [("ln_final", tower.ln_final)] if tower.spec.ln_final is not None else []
+            if tower.spec.ln_pool is not None and tower.spec.pool.kind not in ("attention", "token_and_avg"):
+                found.append(("ln_pool", tower.ln_pool))
+            return cast("list[tuple[str, Norm]]", found)
+        block = block_of(tower, end)
+        if block.spec.kind in ("res_post", "post"):
             return []
         if block.spec.n_parallel > 1:
             raise NotApplicable(f"Layer {end} reads the stream through {block.spec.n_parallel} norms side by side.")
         name, spec = ("ln2", block.spec.ln2) if mlp_input else ("ln1", block.spec.ln1)
         return [] if spec is None else [(f"blocks.{end}.{name}", cast("Norm", getattr(block, name)))]
 
-    def _scale(self, path: str, pos_slice: Index | str | None) -> Tensor:
-        if path == "ln_pool" and self._vit().spec.pool.kind != "none":
-            return self.store[f"{path}.hook_scale"][..., None, :]
-        return self._at(f"{path}.hook_scale", pos_slice)
-
     def _normed(self, path: str, norm: Norm, stack: Tensor, pos_slice: Index | str | None) -> Tensor:
-        scale = self._scale(path, pos_slice)
+        if path == "ln_pool" and self._tower().spec.pool.kind != "none":
+            scale = self.store[f"{path}.hook_scale"][..., None, :]
+        else:
+            scale = self._at(f"{path}.hook_scale", pos_slice)
         if stack.ndim < 2 or stack.shape[-1] != norm.width or scale.shape[-2] not in (1, stack.shape[-2]):
             raise InputError(
                 f"Expected a stack [component {'batch ' if self.has_batch_dim else ''}{scale.shape[-2]} {norm.width}], "
                 f"got shape {list(stack.shape)}. Was it cut to some tokens? Give the same pos_slice."
             )
-        return _linear(norm, stack, scale)
+        return linear(norm, stack, scale)
 
-    def _shares(self, pooled: int | slice, stack: Tensor, pos_slice: Index | str | None) -> Tensor:
-        """The share of each of a stack's tokens in the mean of those pooled: ``[pos]``."""
-        kept = self.positions()
-        if kept is None or self.layout is None:
-            raise NotApplicable("The cache has no token layout, so what the model pools is not known.")
-        tokens = [kept[column] for column in self._columns(pos_slice, len(kept))]
-        wanted = positions_of(pooled, self.layout.n_tokens)
-        if len(tokens) != stack.shape[-2] or not set(wanted) <= set(tokens):
+    # ---------------------------------------------------------------- classes and directions
+
+    def _rows(
+        self, read: Readout, like: Tensor, classes: Classes, against: Classes | None
+    ) -> tuple[Float[Tensor, "*batch d_pool"], Float[Tensor, " *batch"]]:
+        """What a head's weights and biases are along some classes or directions."""
+        weight = torch.eye(like.shape[-1]) if read.head is None else read.head.weight
+        bias = torch.zeros(like.shape[-1]) if read.head is None else read.head.bias
+        return self._of(weight.to(like), classes, against), self._of(bias.to(like), classes, against)
+
+    def _of(self, parameter: Tensor, classes: Classes, against: Classes | None) -> Tensor:
+        """The rows of the classes, ``[...]`` or ``[batch ...]``, less those they are held against."""
+        found = self._chosen(parameter, classes)
+        return found if against is None else found - self._chosen(parameter, against)
+
+    def _chosen(self, parameter: Tensor, classes: Classes) -> Tensor:
+        if not isinstance(classes, Tensor) or not classes.is_floating_point():
+            return parameter[self._classes(classes)]
+        given, n = classes.to(parameter), len(parameter)
+        batch = next(iter(self.store.values())).shape[0] if self.has_batch_dim else None
+        if given.shape[-1:] != (n,) or given.ndim > 2 or (given.ndim == 2 and len(given) not in (1, batch)):
             raise InputError(
-                f"The model pools {len(wanted)} of {self.layout.n_tokens} tokens, and the stack's {stack.shape[-2]} "
-                "positions do not hold them all. Was it cut to some tokens? Give the same pos_slice."
+                f"Expected a direction [{n}] in the model's output, or one for each input [batch {n}]; "
+                f"got shape {list(given.shape)}."
             )
-        return torch.tensor([token in wanted for token in tokens], dtype=stack.dtype, device=stack.device) / len(wanted)
+        return given @ parameter
 
     def _classes(self, classes: Classes) -> Tensor:
-        vit = self._vit()
+        tower = self._tower()
         given = cast("int | list[int]", classes.tolist()) if isinstance(classes, Tensor) else classes
         if isinstance(given, int | str):
-            return torch.tensor(self._class(given))
-        found = torch.tensor([self._class(each) for each in cast("Sequence[int | str]", given)])
+            return torch.tensor(class_index(tower, given))
+        found = torch.tensor([class_index(tower, each) for each in cast("Sequence[int | str]", given)])
         batch = next(iter(self.store.values())).shape[0]
         if not self.has_batch_dim or len(found) not in (1, batch):
-            raise InputError(f"Expected one class, or one for each of the {batch} images; got {len(found)}.")
-        return found.to(vit.head.weight.device)
-
-    def _class(self, given: int | str) -> int:
-        vit = self._vit()
-        labels = vit.labels or ()
-        if isinstance(given, str):
-            if given in labels:
-                return labels.index(given)
-            alike = [index for index, label in enumerate(labels) if _words(label) == _words(given)]
-            if len(alike) != 1:
-                raise UnknownName(f"No class {given!r} among the model's {len(labels)} labels.{suggest(given, labels)}")
-            return alike[0]
-        n = vit.spec.n_classes or 0
-        if not 0 <= given < n:
-            raise UnknownName(f"No class {given}: they run from 0 to {n - 1}.")
-        return given
-
-    # ---------------------------------------------------------------- reading the cache
-
-    def _vit(self) -> HookedViT:
-        if not isinstance(getattr(self.model, "spec", None), ModelSpec):
-            raise NotApplicable(_no_decomposition(self.model))
-        return cast("HookedViT", self.model)
-
-    def _end(self, layer: int | None, mlp_input: bool = False) -> int:
-        vit = self._vit()
-        n = len(vit.blocks)
-        end = n if layer is None or layer == -1 else layer
-        if not 0 <= end <= n:
-            raise InputError(f"No layer {layer}: expected 0 to {n}, where {n}, -1 and None are the end of the stream.")
-        if mlp_input and end == n:
-            raise InputError("mlp_input speaks of a layer's MLP: give the layer.")
-        if mlp_input and (block_of(vit, end).spec.mlp is None or block_of(vit, end).spec.kind == "parallel"):
-            raise NotApplicable(f"Layer {end} has no MLP that reads the stream after its attention.")
-        return end
-
-    def _need(self, names: Sequence[str]) -> None:
-        missing = [name for name in names if name not in self.store]
-        if not missing:
-            return
-        layers = len(self._vit().blocks)
-        wanted = dict.fromkeys(
-            name if layer_of(name) is None or layers == 1 else f"blocks.*.{name.split('.', 2)[2]}" for name in names
-        )
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UnknownName(f"The cache lacks {missing[0]}{more}. Cache them: names={list(wanted)}.")
-
-    def _at(self, name: str, pos_slice: Index | str | None) -> Tensor:
-        x = self.store[name]
-        if pos_slice is None:
-            return x
-        axis = 1 if self.has_batch_dim else 0
-        return x.index_select(axis, torch.tensor(self._columns(pos_slice, x.shape[axis]), device=x.device))
-
-    def _columns(self, pos_slice: Index | str | None, n: int) -> list[int]:
-        """Indices along the cached token axis."""
-        if not isinstance(pos_slice, str):
-            return positions_of(pos_slice, n)
-        kept = self.positions()
-        if kept is None or self.layout is None:
-            raise NotApplicable(f"The cache has no token layout, so pos_slice={pos_slice!r} means nothing.")
-        wanted = positions_of(self.layout.slice(pos_slice), self.layout.n_tokens)
-        return [index for index, token in enumerate(kept) if token in wanted]
-
-    def positions(self) -> list[int] | None:
-        """Return which tokens of the layout the cache holds along ``pos``, or None if it has no layout."""
-        if self.layout is None:
-            return None
-        kept = self.layout.slice(self.pos) if isinstance(self.pos, str) else self.pos
-        return positions_of(kept, self.layout.n_tokens)
-
-
-def _no_decomposition(model: Hooked | None) -> str:
-    spec = getattr(model, "spec", None)
-    if model is None:
-        return (
-            "Decompositions need the weights of a canonical vision transformer, and this cache has no model. "
-            "Set cache.model, or give it to ActivationCache.load(path, model=model)."
-        )
-    if isinstance(spec, DualSpec):
-        return (
-            "Decompositions read one vision transformer, and this cache is of a pair of towers. Take the tower's own: "
-            "model.vision.run_with_cache(image)."
-        )
-    if isinstance(spec, TextSpec):
-        return "Text towers have no decompositions yet: they hold for vision transformers in canonical form."
-    return (
-        f"Decompositions and the logit lens need a canonical form, and this model ({type(model).__name__}) has none: "
-        "there are no weights such as W_O to read. Its activations, edits and patches are all there is."
-    )
-
-
-def block_of(vit: HookedViT, index: int) -> Block:
-    return cast("Block", vit.blocks[index])
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One attention or MLP of a block, with the norm and the layer scale that belong to it.
-
-    Attributes:
-        side: its number among those side by side.
-    """
-
-    path: str
-    side: int
-    module: nn.Module
-    norm: nn.Module
-    scale: nn.Module
-
-
-def branches(vit: HookedViT, index: int, kind: Literal["attn", "mlp"]) -> list[Branch]:
-    """Return the attentions or the MLPs of a block: one, several side by side, or none."""
-    block = block_of(vit, index)
-    if not hasattr(block, kind):
-        return []
-    norm = "ln1" if kind == "attn" or block.spec.kind == "parallel" else "ln2"
-    scale = "ls1" if kind == "attn" else "ls2"
-    found = [cast(nn.Module, getattr(block, name)) for name in (kind, norm, scale)]
-    path = f"blocks.{index}.{kind}"
-    if not isinstance(found[0], nn.ModuleList):
-        return [Branch(path, 0, *found)]
-    sides = zip(*(cast(nn.ModuleList, each) for each in found), strict=True)
-    return [Branch(f"{path}.{side}", side, *parts) for side, parts in enumerate(sides)]
-
-
-def _linear(norm: Norm, x: Tensor, scale: Tensor) -> Tensor:
-    if norm.spec.kind == "ln":
-        x = x - x.mean(-1, keepdim=True)
-    return x / scale * norm.weight.to(x)
-
-
-def _words(label: str) -> list[str]:
-    """Return the words of a label: an emoji before them, capitals and punctuation do not count."""
-    return re.findall(r"\w+", label.casefold())
+            what = "texts" if isinstance(tower.spec, TextSpec) else "images"
+            raise InputError(f"Expected one class, or one for each of the {batch} {what}; got {len(found)}.")
+        return found.to(tower.head.weight.device)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor
 
 from prisma_core.decompose import Decompositions
-from prisma_core.errors import InputError, LoadError, NotApplicable, UnknownName
+from prisma_core.errors import InputError, LoadError, NotApplicable, UnknownName, suggest
 from prisma_core.files import read_safetensors
 from prisma_core.layout import TokenLayout
 from prisma_core.names import LayerQuery, resolve_one, short_name
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from prisma_core.hooked import Hooked
 
 _GRAD = "grad/"
+_TOKENS = "given/tokens"
 _METADATA = "prisma_cache"
 
 
@@ -40,6 +41,7 @@ class ActivationCache(TokenViews, Decompositions, Mapping[str, Tensor]):
         gradients: those of the loss by the same activations; None if ``run_with_cache`` was given no loss.
         has_batch_dim: whether the first axis is ``batch``.
         pos: the tokens kept, as they were asked for; None for all.
+        tokens: those of the texts the model was given, ``[text pos]``, if it reads any.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class ActivationCache(TokenViews, Decompositions, Mapping[str, Tensor]):
         has_batch_dim: bool = True,
         pos: Index | str | None = None,
         axes: Mapping[str, str] | None = None,
+        tokens: Tensor | None = None,
     ):
         self.store = store
         self.model = model
@@ -58,6 +61,7 @@ class ActivationCache(TokenViews, Decompositions, Mapping[str, Tensor]):
         self.gradients: ActivationCache | None = None
         self.has_batch_dim = has_batch_dim
         self.pos = pos
+        self.tokens = tokens
         self._axes = axes
 
     @property
@@ -128,12 +132,42 @@ class ActivationCache(TokenViews, Decompositions, Mapping[str, Tensor]):
         size = sum(tensor.numel() * tensor.element_size() for tensor in self.store.values())
         return f"ActivationCache({len(self)} activations, {size / 2**20:.1f} MiB)"
 
+    # ---------------------------------------------------------------- towers
+
+    def tower(self, name: str) -> ActivationCache:
+        """Return the part of the cache that is of one tower of its model, under the tower's own names.
+
+        It is what ``model.vision.run_with_cache`` would have returned, and has its decompositions.
+
+        Args:
+            name: ``vision`` or ``text``.
+
+        Raises:
+            NotApplicable: the cache has no model, or one that is no pair of towers.
+            UnknownName: there is no such tower.
+        """
+        towers: dict[str, Any] = getattr(self.model, "towers", dict)()
+        names = [prefix.removesuffix(".") for prefix in towers if prefix]
+        if not names:
+            raise NotApplicable(
+                "This cache has no model; set cache.model." if self.model is None else "This model has no towers."
+            )
+        if name not in names:
+            raise UnknownName(f"No tower {name!r}; there are {', '.join(names)}.{suggest(name, names)}")
+        tower, prefix = towers[f"{name}."], f"{name}."
+        store = {each.removeprefix(prefix): x for each, x in self.store.items() if each.startswith(prefix)}
+        how: dict[str, Any] = {"model": tower, "has_batch_dim": self.has_batch_dim, "pos": self.pos}
+        how |= {"tokens": self.tokens} if tower.layout_of() is None else {"layout": self.layout}
+        cache = ActivationCache(store, **how)
+        cache.gradients = None if self.gradients is None else self.gradients.tower(name)
+        return cache
+
     # ---------------------------------------------------------------- elsewhere, and other forms
 
     def _with(self, change: Callable[[str, Tensor], Tensor], **fields: Any) -> ActivationCache:
         kept: dict[str, Any] = {"has_batch_dim": self.has_batch_dim, "pos": self.pos, "axes": self._axes}
         store = {name: change(name, tensor) for name, tensor in self.store.items()}
-        cache = ActivationCache(store, model=self.model, layout=self.layout, **(kept | fields))
+        cache = ActivationCache(store, model=self.model, layout=self.layout, tokens=self.tokens, **(kept | fields))
         cache.gradients = None if self.gradients is None else self.gradients._with(change, **fields)
         return cache
 
@@ -164,12 +198,13 @@ class ActivationCache(TokenViews, Decompositions, Mapping[str, Tensor]):
             raise InputError(f"Expected a path that ends in .safetensors, got {path}.")
         grads = {} if self.gradients is None else self.gradients.store
         named = self.store | {_GRAD + name: grad for name, grad in grads.items()}
+        named |= {} if self.tokens is None else {_TOKENS: self.tokens}
         facts = _File(
             names=list(named),
             axes=dict(self.axes),
             layout=self.layout,
             has_batch_dim=self.has_batch_dim,
-            pos=None if self.pos is None else self.positions(),
+            pos=self.pos if self.pos is None or isinstance(self.pos, str) else self.positions(),
         )
         # A copy of each: activations may share storage, which safetensors refuses.
         tensors = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in named.items()}
@@ -208,8 +243,10 @@ class ActivationCache(TokenViews, Decompositions, Mapping[str, Tensor]):
             "has_batch_dim": facts.has_batch_dim,
             "pos": facts.pos,
             "axes": facts.axes,
+            "tokens": tensors.get(_TOKENS),
         }
-        cache = cls({name: tensors[name] for name in facts.names if not name.startswith(_GRAD)}, **how)
+        own = [name for name in facts.names if not name.startswith(_GRAD) and name != _TOKENS]
+        cache = cls({name: tensors[name] for name in own}, **how)
         grads = {name.removeprefix(_GRAD): tensors[name] for name in facts.names if name.startswith(_GRAD)}
         cache.gradients = cls(grads, **how) if grads else None
         return cache
@@ -224,7 +261,7 @@ class _File(BaseModel):
     axes: dict[str, str]
     layout: TokenLayout | None
     has_batch_dim: bool
-    pos: list[int] | None
+    pos: list[int] | str | None
 
 
 def _alone(name: str, x: Tensor) -> Tensor:

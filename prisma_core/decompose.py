@@ -1,4 +1,4 @@
-"""What the residual stream is a sum of.
+"""What the residual stream is a sum of, in transformers of pictures and of texts.
 
 All stacks are ``[component batch pos d_model]``, without ``batch`` where the cache has none. Names and meaning are
 TransformerLens'; ``layer`` is the block whose input is decomposed, and None or -1 the end of the stream.
@@ -13,9 +13,10 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from prisma_core.attribution import Branch, LogitAttribution, block_of, branches
+from prisma_core.attribution import LogitAttribution
 from prisma_core.captures import positions_of
 from prisma_core.errors import InputError, NotApplicable
+from prisma_core.streams import Branch, block_of, branches
 
 if TYPE_CHECKING:
     from prisma_core.captures import Index
@@ -56,13 +57,13 @@ class Decompositions(LogitAttribution):
         Raises:
             UnknownName: the cache lacks activations; the message says which to ask for.
         """
-        vit = self._vit()
         end = self._end(layer, mlp_input)
+        tower = self._summed(end)
         found: list[tuple[str, str]] = []
         for index in range(end):
             if mode != "mlp":
                 found.append((f"{index}_attn_out", f"blocks.{index}.hook_attn_out"))
-            if mode != "attn" and block_of(vit, index).spec.mlp is not None:
+            if mode != "attn" and block_of(tower, index).spec.mlp is not None:
                 found.append((f"{index}_mlp_out", f"blocks.{index}.hook_mlp_out"))
         if mlp_input and mode != "mlp":
             found.append((f"{end}_attn_out", f"blocks.{end}.hook_attn_out"))
@@ -94,17 +95,17 @@ class Decompositions(LogitAttribution):
         Raises:
             UnknownName: the cache lacks activations; the message says which to ask for.
         """
-        vit = self._vit()
         end = self._end(layer, mlp_input)
+        tower = self._tower()
         found: list[tuple[str, str]] = []
-        for index in range(min(end + 1, len(vit.blocks))):
+        for index in range(min(end + 1, len(tower.blocks))):
             found.append((f"{index}_pre", f"blocks.{index}.hook_resid_pre"))
-            spec = block_of(vit, index).spec
+            spec = block_of(tower, index).spec
             if (incl_mid and index < end and spec.mlp is not None and spec.kind != "parallel") or (
                 mlp_input and index == end
             ):
                 found.append((f"{index}_mid", f"blocks.{index}.hook_resid_mid"))
-        if end == len(vit.blocks):
+        if end == len(tower.blocks):
             found.append(("final_post", f"blocks.{end - 1}.hook_resid_post"))
         self._need([name for _, name in found])
         parts = [self._at(name, pos_slice) for _, name in found]
@@ -117,6 +118,7 @@ class Decompositions(LogitAttribution):
         incl_remainder: bool = False,
         pos_slice: Index | str | None = None,
         apply_ln: bool = False,
+        source: int | None = None,
     ) -> Stack | Labelled:
         """Return what each head of every block before a layer adds to the stream: ``L0H0``, ``L0H1``, ...
 
@@ -125,26 +127,34 @@ class Decompositions(LogitAttribution):
         Args:
             layer, pos_slice, apply_ln, return_labels: as in ``decompose_resid``.
             incl_remainder: a last component, ``remainder``: the stream less all heads.
+            source: only what heads bring from this token, patterns frozen; over all tokens that sums to the whole.
 
         Raises:
             UnknownName: the cache lacks activations; the message says which to ask for.
             NotApplicable: a norm stands between the heads and the stream, so it is no sum of heads.
         """
-        vit = self._vit()
         end = self._end(layer)
-        found = [(index, branch) for index in range(end) for branch in branches(vit, index, "attn")]
-        self._need([self._head_source(index, branch) for index, branch in found])
+        tower = self._summed(end)
+        found = [(index, branch) for index in range(end) for branch in branches(tower, index, "attn")]
+        if source is None:
+            self._need([self._head_source(index, branch) for index, branch in found])
+        else:
+            self._need([f"{branch.path}.hook_{name}" for _, branch in found for name in ("pattern", "v")])
         parts: list[Tensor] = []
         labels: list[str] = []
         for index, branch in found:
-            results = self._head_results(index, branch, pos_slice)
+            results = (
+                self._head_results(index, branch, pos_slice)
+                if source is None
+                else self._brought(index, branch, pos_slice, source)
+            )
             parts += results.unbind(-2)
             first = branch.side * results.shape[-2]
             labels += [f"L{index}H{first + head}" for head in range(results.shape[-2])]
         if incl_remainder:
             self._remainder(parts, labels, end, pos_slice)
         if not parts:
-            raise InputError(f"No heads before layer {layer} of {len(vit.blocks)}.")
+            raise InputError(f"No heads before layer {layer} of {len(tower.blocks)}.")
         return self._stacked(parts, labels, layer, False, apply_ln, pos_slice, return_labels)
 
     def stack_neuron_results(
@@ -170,14 +180,14 @@ class Decompositions(LogitAttribution):
             UnknownName: the cache lacks activations; the message says which to ask for.
             NotApplicable: a norm stands between the neurons and the stream.
         """
-        vit = self._vit()
         end = self._end(layer)
-        found = [(index, branch) for index in range(end) for branch in branches(vit, index, "mlp")]
+        tower = self._summed(end)
+        found = [(index, branch) for index in range(end) for branch in branches(tower, index, "mlp")]
         self._need([f"{branch.path}.hook_post" for _, branch in found])
         parts: list[Tensor] = []
         labels: list[str] = []
         for index, branch in found:
-            if block_of(vit, index).spec.kind == "res_post" and block_of(vit, index).spec.ln2 is not None:
+            if block_of(tower, index).spec.kind == "res_post" and block_of(tower, index).spec.ln2 is not None:
                 raise _after_norm(index, "neurons", "ln2", "mlp_out")
             w_out = cast("MLP", branch.module).W_out
             kept = positions_of(neuron_slice, len(w_out))
@@ -187,22 +197,22 @@ class Decompositions(LogitAttribution):
         if incl_remainder:
             self._remainder(parts, labels, end, pos_slice)
         if not parts:
-            raise InputError(f"No neurons before layer {layer} of {len(vit.blocks)}.")
+            raise InputError(f"No neurons before layer {layer} of {len(tower.blocks)}.")
         return self._stacked(parts, labels, layer, False, apply_ln, pos_slice, return_labels)
 
     # ---------------------------------------------------------------- parts
 
     def _start(self) -> list[tuple[str, list[str]]]:
         """What starts the stream: label, and the activation, less another."""
-        spec = self._vit().spec
-        if spec.ln_pre is not None:
+        tower = self._tower()
+        if tower.spec.ln_pre is not None:
             return [("ln_pre", ["hook_ln_pre"])]
-        if not spec.embed.pos:
+        if not hasattr(tower, "hook_pos_embed"):
             return [("embed", ["hook_full_embed"])]
         return [("embed", ["hook_full_embed", "hook_pos_embed"]), ("pos_embed", ["hook_pos_embed"])]
 
     def _head_source(self, index: int, branch: Branch) -> str:
-        spec = block_of(self._vit(), index).spec
+        spec = block_of(self._tower(), index).spec
         if spec.kind == "res_post" and spec.ln1 is not None:
             raise _after_norm(index, "heads", "ln1", "attn_out")
         if f"{branch.path}.hook_result" in self.store:
@@ -210,7 +220,7 @@ class Decompositions(LogitAttribution):
         return f"{branch.path}.hook_z" if spec.attn.inner_norm is None else f"{branch.path}.ln.hook_normalized"
 
     def _head_results(self, index: int, branch: Branch, pos_slice: Index | str | None) -> Tensor:
-        heads = block_of(self._vit(), index).spec.attn.n_heads
+        heads = block_of(self._tower(), index).spec.attn.n_heads
         name = self._head_source(index, branch)
         x = self._at(name, pos_slice)
         if name.endswith("hook_normalized"):
@@ -222,8 +232,31 @@ class Decompositions(LogitAttribution):
             x = einsum(x, w_o, "... head d_head, head d_head d_model -> ... head d_model")
         return _scaled(branch.scale, x)
 
+    def _brought(self, index: int, branch: Branch, pos_slice: Index | str | None, source: int) -> Tensor:
+        """What each head brings from one token to every other: ``[*batch pos head d_model]``."""
+        spec = block_of(self._tower(), index).spec
+        self._head_source(index, branch)  # refuses a norm between the heads and the stream
+        if spec.attn.inner_norm is not None:
+            raise NotApplicable(f"Layer {index} norms its heads' outputs, so they are no sum over what they read.")
+        pattern, v = self.store[f"{branch.path}.hook_pattern"], self.store[f"{branch.path}.hook_v"]
+        heads, keys = spec.attn.n_heads, pattern.shape[-1]
+        if v.shape[-3] != keys or pattern.shape[-3] != heads or v.shape[-2] != spec.attn.n_kv_heads:
+            raise NotApplicable(f"{branch.path}.hook_v holds {v.shape[-3]} of {keys} tokens: cache all of them, whole.")
+        if not -keys <= source < keys:
+            raise InputError(f"No token {source}: there are {keys}.")
+        if pos_slice is not None:
+            columns = torch.tensor(self._columns(pos_slice, pattern.shape[-2]), device=pattern.device)
+            pattern = pattern.index_select(-2, columns)
+        own = v.select(-3, source).repeat_interleave(heads // spec.attn.n_kv_heads, -2)
+        w_o = cast("Attention", branch.module).W_O.to(own)
+        written = einsum(own, w_o, "... head d_head, head d_head d_model -> ... head d_model")
+        read = pattern[..., source].to(own)
+        return _scaled(branch.scale, einsum(read, written, "... head pos, ... head d_model -> ... pos head d_model"))
+
     def _remainder(self, parts: list[Tensor], labels: list[str], end: int, pos_slice: Index | str | None) -> None:
-        name = f"blocks.{end}.hook_resid_pre" if end < len(self._vit().blocks) else f"blocks.{end - 1}.hook_resid_post"
+        name = (
+            f"blocks.{end}.hook_resid_pre" if end < len(self._tower().blocks) else f"blocks.{end - 1}.hook_resid_post"
+        )
         self._need([name])
         whole = self._at(name, pos_slice)
         parts.append(whole - torch.stack(parts).sum(0) if parts else whole)

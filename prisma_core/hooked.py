@@ -58,6 +58,10 @@ class Hooked(nn.Module):
         """Return the token layout a pass over these inputs has, where the model knows one."""
         return None
 
+    def texts_of(self, *inputs: Any, **kwargs: Any) -> Tensor | None:
+        """Return the tokens ``[text pos]`` among the inputs of a pass, where the model reads texts."""
+        return None
+
     @property
     def only_layout(self) -> TokenLayout | None:
         """The token layout of every pass, or None where it follows the input."""
@@ -156,7 +160,8 @@ class Hooked(nn.Module):
             detach: False keeps the autograd graph.
 
         The cache of a model that takes pictures of any size does not know which it was: give it
-        ``cache.layout = model.layout_of(image)`` before asking it for grids.
+        ``cache.layout = model.layout_of(image)`` before asking it for grids; and of one that reads texts
+        ``cache.tokens = tokens`` before asking what it read.
 
         Raises:
             UnknownName: a name matches no hook point.
@@ -206,18 +211,24 @@ class Hooked(nn.Module):
                 raise HookError(f"This model has no token layout, so pos={pos!r} means nothing; give positions.")
             subset = layout.slice(pos)
             places = slice(subset.start, None) if pos in ("patches", "all") else subset  # the picture may be larger
-        framed = isinstance(pos, str) and pos.startswith("frame ")
-        whole = {name for name in names if framed and "frame" in axes[name].split()}  # there, pos is not of all frames
+        whole = {name for name in names if isinstance(pos, str) and not self._has_subset(name, pos)}
         if names and len(whole) == len(names):
             raise InputError(
-                f"{names[0]} ({axes[names[0]]}) has its frames on an axis of their own, which pos={pos!r} does not "
-                "cut. Cache it whole and take cache.frame(...)."
+                f"pos={pos!r} does not cut {names[0]} ({axes[names[0]]}): it is of a text, or has its frames on an "
+                "axis of their own. Cache it whole; of frames take cache.frame(...)."
             )
         check_axes(list(axes.values()), places, heads)
         return {
             points[name]: (Keep(cache.store, name, cuts(axes[name], None if name in whole else places, heads), **how),)
             for name in names
         }
+
+    def _has_subset(self, name: str, subset: str) -> bool:
+        """Whether the tokens of a hook point are those that a subset of the layout is of."""
+        points = self._points_now()
+        owner = self.get_submodule(points.owners[name])
+        framed = subset.startswith("frame ") and "frame" in points.found[name].axes.split()
+        return not framed and isinstance(owner, Hooked) and owner.layout_of() is not None
 
     # ---------------------------------------------------------------- runs
 
@@ -297,9 +308,9 @@ class Hooked(nn.Module):
                 result = self(*inputs, **kwargs) if output else self._until(wanted, inputs, kwargs)
         if names is not None:  # None means whatever the pass goes by
             refuse_unreached([name for name in wanted if name not in cache.store], kwargs)
-        cache.layout = self.layout_of(*inputs, *kwargs.values())
-        if cache.gradients is not None:
-            cache.gradients.layout = cache.layout
+        for each in (cache, cache.gradients):
+            if each is not None:
+                each.layout, each.tokens = self.layout_of(*inputs, *kwargs.values()), self.texts_of(*inputs, **kwargs)
         if isinstance(result, Tensor) and _owner(result) in {_owner(kept) for kept in cache.store.values()}:
             result = result.clone()  # the user may edit it in place
         return result, cache.remove_batch_dim() if remove_batch_dim else cache

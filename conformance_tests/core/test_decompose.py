@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prisma_core import InputError, NotApplicable, UnknownName
+from prisma_core import HookedViT, InputError, ModelSpec, NotApplicable, UnknownName
+from prisma_core.spec import AttentionSpec, MlpSpec, NormSpec, PoolSpec
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 CLASSES = [1, 2, 5]
@@ -38,6 +39,75 @@ def test_components_sum_to_the_stream_and_to_the_logits(variant, image):
         torch.testing.assert_close(total, wanted(logits, CLASSES), **EXACT)
         total = cache.logit_attrs(stack, CLASSES, "emu").sum(0) + cache.logit_constant(CLASSES, "emu")
         torch.testing.assert_close(total, wanted(logits, CLASSES) - logits[..., 2], **EXACT)
+
+
+ATTENTION = AttentionSpec(n_heads=3, n_kv_heads=3, d_head=4, scale=0.4)
+POOLS = {
+    "attention": {"attn": ATTENTION},
+    "attention, prefix too": {"attn": ATTENTION, "with_prefix": True},
+    "attention, the mean of two latents": {"attn": ATTENTION, "n_latents": 2, "latents": "mean", "d_latent": 10},
+    "attention and an MLP": {
+        "attn": ATTENTION,
+        "n_latents": 2,
+        "mlp": MlpSpec(d_mlp=8, act="gelu"),
+        "norm": NormSpec(eps=1e-2),
+    },
+    "token_and_avg": {},
+}
+
+
+@pytest.mark.parametrize("ln_pool", [False, True])
+@pytest.mark.parametrize("kind", POOLS)
+def test_pooling_by_attention_and_side_by_side_is_read_too(make, image, kind, ln_pool):
+    pool = PoolSpec.model_validate({"kind": kind.partition(",")[0].partition(" and ")[0], **POOLS[kind]})
+    width = 14 if pool.kind == "attention" and pool.mlp is None else 18 if pool.kind == "attention" else 36
+    spec = make(registers=1).spec.model_copy(
+        update={"pool": pool, "d_pool": width, "ln_pool": NormSpec(eps=1e-2) if ln_pool else None}
+    )
+    vit = HookedViT(ModelSpec.model_validate(spec.model_dump()))
+    for parameter in vit.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    logits, cache = vit.run_with_cache(image)
+    for stack, _ in stacks(vit, cache):
+        total = cache.logit_attrs(stack, CLASSES).sum(0) + cache.logit_constant(CLASSES)
+        torch.testing.assert_close(total, wanted(logits, CLASSES), **EXACT)
+        torch.testing.assert_close(cache.project_stack(stack).sum(0) + cache.logit_constant(), logits, **EXACT)
+        by_token = cache.logit_attrs(stack, CLASSES, per_token=True)
+        torch.testing.assert_close(by_token.sum(-1), cache.logit_attrs(stack, CLASSES), **EXACT)
+    _, alone = vit.run_with_cache(image[:1], remove_batch_dim=True)
+    total = alone.project_stack(alone.decompose_resid()).sum(0) + alone.logit_constant()
+    torch.testing.assert_close(total, logits[0], **EXACT)
+
+
+def test_directions_in_the_output_stand_for_classes(variant, image):
+    logits, cache = variant.run_with_cache(image)
+    directions = torch.randn(3, 7)
+    for given in (directions[0], directions):
+        along = torch.einsum("b...c,bc->b...", logits, given.expand(3, 7))
+        for stack, _ in stacks(variant, cache):
+            total = cache.logit_attrs(stack, given, 2).sum(0) + cache.logit_constant(given, 2)
+            torch.testing.assert_close(total, along - logits[..., 2], **EXACT)
+            whole = cache.project_stack(stack).sum(0) + cache.logit_constant()
+            torch.testing.assert_close(whole, logits, **EXACT)
+            parts = cache.project_stack(stack, per_token=True)
+            if variant.spec.pool.kind != "none":
+                torch.testing.assert_close(parts.sum(-2), cache.project_stack(stack), **EXACT)
+
+
+def test_what_heads_bring_from_each_token_sums_to_what_they_bring(variant, image):
+    if is_post_norm(variant) or variant.spec.blocks[0].attn.inner_norm is not None:
+        pytest.skip("a norm between heads and stream")
+    _, cache = variant.run_with_cache(image)
+    n = cache.layout.n_tokens
+    brought = torch.stack([cache.stack_head_results(source=token) for token in range(n)])
+    torch.testing.assert_close(brought.sum(0), cache.stack_head_results(), **EXACT)
+    cut = cache.stack_head_results(source=2, pos_slice=[3])
+    torch.testing.assert_close(cut[..., 0, :], brought[2][..., 3, :], **EXACT)
+    with pytest.raises(InputError, match=f"No token {n}"):
+        cache.stack_head_results(source=n)
+    _, part = variant.run_with_cache(image, pos=0)
+    with pytest.raises(NotApplicable, match=r"hook_v holds 1 of .* cache all of them"):
+        part.stack_head_results(source=0)
 
 
 def test_heads_alone_sum_to_attn_out_without_bias(make, image):
@@ -111,8 +181,6 @@ def test_accumulated(vit, image):
 
 @pytest.mark.parametrize("facts", [{}, {"norm": "rms"}], ids=["ln", "rms"])
 def test_a_norm_applied_inside_the_stream(make, image, facts):
-    from prisma_core.spec import NormSpec
-
     vit = make(**({"norm": NormSpec(kind="rms", eps=0.1)} if facts else {}))
     _, cache = vit.run_with_cache(image)
     for args, name in (((1, False), ("ln1.normalized", 1)), ((1, True), ("ln2.normalized", 1))):
@@ -181,13 +249,17 @@ def test_post_norm_blocks_refuse_heads_and_neurons(make, image):
 
 
 def test_refusals_say_why(make, vit, image):
-    _, cache = make(pool="attention").run_with_cache(image)
+    _, cache = make(pool="attention").run_with_cache(image, names=lambda name: "pool" not in name)
     torch.testing.assert_close(cache.decompose_resid().sum(0), cache["resid_post", -1], **EXACT)
-    with pytest.raises(NotApplicable, match="pools by attention"):
+    with pytest.raises(UnknownName, match=r"lacks pool\.attn\.hook_pattern"):
         cache.logit_attrs(cache.decompose_resid(), 0)
-    _, cache = make(n_classes=None).run_with_cache(image)
-    with pytest.raises(NotApplicable, match="no head"):
-        cache.logit_attrs(cache.decompose_resid(), 0)
+    output, cache = make(n_classes=None).run_with_cache(image)
+    stack = cache.decompose_resid()
+    with pytest.raises(NotApplicable, match="no head, so there are no logits"):
+        cache.logit_attrs(stack, 0)
+    torch.testing.assert_close(cache.project_stack(stack).sum(0) + cache.logit_constant(), output, **EXACT)
+    with pytest.raises(InputError, match=r"Expected a direction \[18\]"):
+        cache.logit_attrs(stack, torch.randn(3, 17))
     _, cache = vit.run_with_cache(image)
     for classes, words in ((7, "0 to 6"), ("cta", "Did you mean cat"), (-1, "No class -1")):
         with pytest.raises(UnknownName, match=words):

@@ -16,6 +16,8 @@ from prisma_lens import (
     logit_difference,
     logit_lens,
     patch_heads,
+    similarity_attribution,
+    source_attribution,
 )
 from torch import Tensor
 
@@ -25,6 +27,7 @@ from prisma_core.mapped import HookedUpstream
 from prisma_core.spec import (
     AttentionSpec,
     BlockSpec,
+    DualSpec,
     EmbedSpec,
     Interpolation,
     MapSpec,
@@ -33,7 +36,10 @@ from prisma_core.spec import (
     PoolSpec,
     RopeGrid,
     RopeSpec,
+    TextPoolSpec,
+    TextSpec,
 )
+from prisma_core.transformer import HookedDual, HookedText
 
 ANY_SIZE = Interpolation()
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -165,6 +171,104 @@ def test_heads_behind_a_norm_are_refused_but_layers_are_not() -> None:
     torch.testing.assert_close(attribution.values.sum(0) + attribution.constant, logits[:, [2]], **EXACT)
     with pytest.raises(NotApplicable, match="res_post"):
         head_attribution(model, cache, [2])
+
+
+# -------------------------------------------------------------------- texts, and pairs of towers
+
+
+def pair(kind: str = "pre", **facts: object) -> HookedDual:
+    """Return a dual encoder with a mean of patches and the largest token, every number random."""
+    block = BlockSpec(
+        kind=kind, attn=AttentionSpec(n_heads=2, n_kv_heads=2, d_head=4, scale=0.3), mlp=MlpSpec(d_mlp=6, act="gelu"),
+        ln1=NormSpec(eps=1e-3), ln2=NormSpec(eps=1e-2),
+    )  # fmt: skip
+    text = TextSpec(
+        **{
+            "d_model": 8, "n_vocab": 20, "n_ctx": 6, "causal": True, "blocks": (block,) * 2, "n_classes": 5,
+            "ln_final": NormSpec(eps=1e-3), "pool": TextPoolSpec(kind="argmax"), **facts,
+        }
+    )  # fmt: skip
+    model = HookedDual(DualSpec(vision=vit("avg").spec, text=text, logit_bias=True)).double().eval()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.4 + 0.1)
+    return model
+
+
+def words(n: int = 4) -> Tensor:
+    return torch.randint(20, (n, 6), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("by", ["layer", "head"])
+@pytest.mark.parametrize("tower", ["vision", "text"])
+def test_components_of_either_tower_sum_to_the_logits_of_all_pairs(tower: str, by: str) -> None:
+    model = pair()
+    logits, cache = model.run_with_cache(image(0, 3), words(), names=attribution_names(model))
+    found = similarity_attribution(model, cache, tower, by=by)
+    assert found.labels[0] == ("L0H0" if by == "head" else "embed")
+    assert found.values.shape == (len(found.labels), 3, 4)
+    torch.testing.assert_close(found.values.sum(0) + found.constant, logits, **EXACT)
+
+
+def test_a_heads_part_of_the_similarity_is_what_is_lost_without_it_under_frozen_lengths() -> None:
+    model = pair()
+    _, cache = model.run_with_cache(image(0), words())
+    part = cache.tower("text")
+    result = part.stack_head_results(return_labels=True)
+    stream = cache["text.resid_post", 1] - result[0][result[1].index("L1H0")]
+    norm, end = model.text.ln_final, words().argmax(-1)
+    normed = (stream - stream.mean(-1, keepdim=True)) / part["ln_final.hook_scale"] * norm.weight + norm.bias
+    without = model.text.head(normed[torch.arange(4), end])
+    lost = (cache["text.logits"] - without) @ cache["hook_image_embed"][0] * model.logit_scale.exp()
+    values = similarity_attribution(model, cache, "text", by="head").values[result[1].index("L1H0"), 0]
+    torch.testing.assert_close(values, lost / cache["text.logits"].norm(dim=-1), **EXACT)
+
+
+def test_zero_shot_classes_are_directions_in_the_vision_towers_output() -> None:
+    model = pair()
+    classes = model.encode_text(words())
+    output, cache = model.vision.run_with_cache(image(0, 2), names=attribution_names(model.vision, sources=True))
+    for found in (logit_attribution(model.vision, cache, classes), head_attribution(model.vision, cache, classes)):
+        torch.testing.assert_close(found.values.sum(0) + found.constant, output @ classes.T, **EXACT)
+    by_token = source_attribution(model.vision, cache, classes)
+    assert by_token.shape == (6, 7, 2, 4)
+    torch.testing.assert_close(by_token.sum(1), found.values[:-1], **EXACT)
+
+
+def test_heads_of_a_causal_text_bring_nothing_from_behind_its_end() -> None:
+    model = pair()
+    _, cache = model.run_with_cache(image(0, 2), words(), names=attribution_names(model, sources=True))
+    found = source_attribution(model.text, cache.tower("text"), model.encode_image(image(0, 2)))
+    assert found.shape == (4, 6, 4, 2)
+    for text, end in enumerate(words().argmax(-1).tolist()):
+        assert found[:, : end + 1, text].all()
+        assert not found[:, end + 1 :, text].any()
+
+
+def test_lens_of_a_text() -> None:
+    model = pair()
+    _, cache = model.run_with_cache(image(0), words())
+    lens = logit_lens(model.text, cache.tower("text"))
+    assert lens.logits.shape == (3, 4, 6, 5)
+    read = lens.logits[-1, torch.arange(4), words().argmax(-1)]
+    torch.testing.assert_close(read, cache["text.hook_logits"], **EXACT)
+    seen = logit_lens(model.vision, cache.tower("vision"))
+    assert seen.logits.shape == (3, 1, 7, 5)
+    texts = HookedText(pair(head=MlpSpec(d_mlp=7, act="gelu")).spec.text).double()
+    output, cache = texts.run_with_cache(words())
+    lens = logit_lens(texts, cache)
+    torch.testing.assert_close(lens.logits[-1, torch.arange(4), words().argmax(-1)], output, **EXACT)
+
+
+def test_texts_that_norm_their_stream_have_no_lens_and_no_attribution() -> None:
+    model = pair("post", ln_final=None)
+    _, cache = model.run_with_cache(image(0), words())
+    with pytest.raises(NotApplicable, match="norm the stream itself"):
+        logit_lens(model.text, cache.tower("text"))
+    with pytest.raises(NotApplicable, match="norms the stream itself"):
+        similarity_attribution(model, cache, "text")
+    assert similarity_attribution(model, cache, "vision").values.shape == (6, 1, 4)
 
 
 # -------------------------------------------------------------------- patching

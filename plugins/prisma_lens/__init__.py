@@ -4,9 +4,19 @@ logits, cache = model.run_with_cache(image)
 logit_lens(model, cache).logits                              # [stage batch pos class]
 logit_attribution(model, cache, classes=[3]).values          # [component batch class]
 patch_heads(model, image, other, logit_difference(3, 5))     # [layer head batch]
+similarity_attribution(clip, cache, "text", by="head").values  # [component image text]
 """
 
-from prisma_lens.attribution import Attribution, attribution_names, by_head, head_attribution, logit_attribution
+from prisma_lens.attribution import (
+    Attribution,
+    attribution_names,
+    by_head,
+    head_attribution,
+    logit_attribution,
+    similarity_attribution,
+    similarity_directions,
+    source_attribution,
+)
 from prisma_lens.lens import LENS_NAMES, Lens, logit_lens, token_logits
 from prisma_lens.patching import activation_patch, logit_difference, patch_heads
 
@@ -17,6 +27,9 @@ __all__ = [
     "LENS_NAMES",
     "logit_attribution",
     "head_attribution",
+    "source_attribution",
+    "similarity_attribution",
+    "similarity_directions",
     "by_head",
     "attribution_names",
     "Attribution",

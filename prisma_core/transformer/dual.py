@@ -69,6 +69,9 @@ class HookedDual(Canonical):
     def layout_of(self, *inputs: Any) -> TokenLayout:
         return self.vision.layout_of(*inputs)
 
+    def texts_of(self, *inputs: Any, **kwargs: Any) -> Tensor | None:
+        return inputs[1] if len(inputs) > 1 else kwargs.get("tokens")
+
     def towers(self) -> Mapping[str, Canonical]:
         return {"vision.": self.vision, "text.": self.text}
 

@@ -152,6 +152,14 @@ class HookedText(Circuits, Canonical):
             pooled = self.head(pooled) if self.spec.head is None else self.head_mlp(pooled)
         return self.hook_logits(pooled)
 
+    def shares(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
+        """Return the share of each token, and of what stands behind the text, in what is pooled."""
+        eye = torch.eye(tokens.shape[1] + int(self.spec.suffix), device=tokens.device, dtype=self.embed.W_E.dtype)
+        return pool_tokens(self.spec.pool, eye.expand(len(tokens), -1, -1), tokens, self.spec.pad_id)
+
+    def texts_of(self, *inputs: Any, **kwargs: Any) -> Tensor | None:
+        return next(iter(inputs), kwargs.get("tokens"))
+
     def _mask(self, tokens: Tensor) -> Bool[Tensor, "#batch 1 query_pos key_pos"] | None:
         """Return which keys each query may read, or None if all."""
         n = tokens.shape[1] + int(self.spec.suffix)
