@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from einops import rearrange, repeat
 
 from prisma_core import UnsupportedArchitecture, adapt
 
@@ -30,6 +31,8 @@ SAPIENS = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads_per
         ("DPTModel", {"is_hybrid": True, "image_size": 32, "patch_size": 16}, "patch_embeddings"),
         ("BridgeTowerVisionModel", {"hidden_size": 128, "stop_gradient": True}, "without their gradient"),
         ("Molmo2VisionModel", {"head_dim": 8, "num_position_embeddings": 10, "image_size": [24, 24]}, "10 positions"),
+        ("Qwen3_5VisionModel", {"num_position_embeddings": 10}, "10 positions for 9 tokens"),
+        ("Qwen3VLVisionModel", {"deepstack_visual_indexes": [0], "hidden_act": "tanh"}, "activation"),
         ("Sapiens2Model", {**SAPIENS, "query_bias": False, "value_bias": False}, "biases of keys alone"),
         ("PixtralVisionModel", {"hidden_size": 32, "num_attention_heads": 2, "hidden_act": "tanh"}, "activation"),
     ],
@@ -82,6 +85,30 @@ def test_pictures_of_a_packed_sequence_do_not_see_each_other() -> None:
     with explicit_attention(upstream), pictures_apart(upstream.transformer):
         assert torch.allclose(upstream(image).last_hidden_state, model(image), rtol=0, atol=1e-10)
     assert upstream(image).last_hidden_state.shape == together.shape
+
+
+QWEN = {"in_channels": 2, "patch_size": 4, "num_position_embeddings": 16, "out_hidden_size": 20}
+
+
+@torch.no_grad()
+def test_tokens_do_not_depend_on_the_order_in_which_patches_are_listed() -> None:
+    upstream: Any = built("Qwen3_5VisionModel", **QWEN).eval().double()
+    image = torch.randn(2, 2, 16, 16).double()
+    blocks = "b c (r i p) (s j q) -> (b r s i j) (c t p q)"  # by itself upstream counts two by two
+    listed = repeat(image, blocks, i=2, j=2, p=4, q=4, t=2)
+    theirs = upstream(listed, grid_thw=torch.tensor([[1, 4, 4]] * 2)).last_hidden_state
+    ours = rearrange(adapt(upstream)(image), "b (r i s j) d -> (b r s i j) d", r=2, i=2, s=2)
+    assert torch.allclose(theirs, ours, rtol=0, atol=1e-10)
+
+
+def test_a_projection_of_frames_that_is_none_of_patches_is_refused() -> None:
+    upstream: Any = built("Qwen3_5VisionModel", **QWEN)
+    upstream.patch_embed.proj.padding = (0, 1, 1)
+    with pytest.raises(UnsupportedArchitecture, match="pads, skips or splits"):
+        adapt(upstream)
+    upstream.patch_embed.proj.stride = (2, 2, 2)
+    with pytest.raises(UnsupportedArchitecture, match="overlap"):
+        adapt(upstream)
 
 
 @torch.no_grad()

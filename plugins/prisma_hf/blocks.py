@@ -181,11 +181,16 @@ def hooks(layers: Reader, at: str, names: BlockNames, *, rope: bool = False) -> 
 
 def stream_axes(names: BlockNames) -> str:
     """Return what stands behind a hook row for what is laid out as upstream's stream."""
-    return "" if names.axes == "b p" else f": {names.axes} m -> b p m"
+    return "" if names.axes == "b p" else f": {names.axes} m -> {_ours(names.axes)} m"
+
+
+def _ours(axes: str) -> str:
+    return "batch p" if axes == "(batch p)" else "b p"
 
 
 def _attention_hooks(names: BlockNames, theirs: str, ours: str, *, rope: bool) -> str:
-    heads, split, apart = "b p h w", f"{names.axes} (h w) -> b p h w", "b h p w -> b p h w"
+    heads, split = "b p h w", f"{names.axes} (h w) -> {_ours(names.axes)} h w"
+    apart = "b h p w -> b p h w" if names.axes != "(batch p)" else "1 h (batch p) w -> batch p h w"
     attn = f"{theirs}.{names.attn}"
     if names.mha:  # step by step it is given the batch first
         split = f"b p (h w) -> {heads}"
@@ -195,7 +200,8 @@ def _attention_hooks(names: BlockNames, theirs: str, ours: str, *, rope: bool) -
             {attn} @ linear#2       ->  {ours}.attn.hook_v  : {split}
             {attn} @ linear#3 : in  ->  {ours}.attn.hook_z  : {split}
         """
-    rows = f"{theirs}.{names.out} : in  ->  {ours}.attn.hook_z  : {names.out_axes or names.axes} (h w) -> {heads}\n"
+    z = f"{names.out_axes} (h w) -> {heads}" if names.out_axes else split
+    rows = f"{theirs}.{names.out} : in  ->  {ours}.attn.hook_z  : {z}\n"
     if rope:
         q = f"{attn} {names.rot_q}" if names.rot_q else f"{attn} @ matmul : in"
         k = f"{attn} {names.rot_k}" if names.rot_k else f"{attn} @ matmul : in1"
@@ -203,6 +209,16 @@ def _attention_hooks(names: BlockNames, theirs: str, ours: str, *, rope: bool) -
             {q}  ->  {ours}.attn.hook_rot_q  : {apart}
             {k}  ->  {ours}.attn.hook_rot_k  : {apart if names.rot_k else f"b h w p -> {heads}"}
         """
+    if names.qkv and names.axes == "(batch p)":
+        taken = f"{names.axes} h w -> batch p h w"
+        return (
+            rows
+            + f"""
+            {attn} @ unbind         ->  {ours}.attn.hook_q  : {taken}
+            {attn} @ unbind : out1  ->  {ours}.attn.hook_k  : {taken}
+            {attn} @ unbind : out2  ->  {ours}.attn.hook_v  : {taken}
+        """
+        )
     if names.qkv:
         return (
             rows

@@ -45,12 +45,16 @@ def processed(name: str, upstream: nn.Module) -> Pictures:
     return pictures(getattr(transformers, name)())
 
 
-def built(name: str, **given: Any) -> nn.Module:
-    """Return a small model of one of the classes."""
+def built(name: str, *, whole: str = "", at: str = "", **given: Any) -> nn.Module:
+    """Return a small model of one of the classes.
+
+    Args:
+        whole, at: the class that makes it, and where it stands there, if it comes in another alone.
+    """
     path = next(path for path in MODELS if path.endswith(f".{name}"))
     module, _, _ = path.rpartition(".")
-    kind = getattr(importlib.import_module(module), name)
-    return kind(kind.config_class(**{**SMALL, **given}))
+    kind = getattr(importlib.import_module(module), whole or name)
+    return kind(kind.config_class(**{**SMALL, **given})).get_submodule(at)
 
 
 def autoencoder() -> nn.Module:
@@ -131,6 +135,10 @@ def cases() -> Iterator[Case]:
     yield case("Molmo2VisionModel", num_key_value_heads=3, head_dim=6, image_size=[24, 16])
     grouped = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "attention_bias": False}
     yield case("Molmo2VisionModel", "grouped", **grouped, image_size=[16, 24])
+    ovis = {"whole": "Ovis2VisionModel", "at": "transformer", "qkv_bias": True, "rms_norm_eps": 3e-5}
+    yield case("Ovis2VisionTransformer", **ovis)
+    for name in ("PaddleOCRVisionTransformer", "PaddleOCRVisionModel"):
+        yield case(name, rope_parameters={"rope_type": "axial", "rope_theta": 30.0})
     listed = {"in_channels": 2, "patch_size": 4, "num_position_embeddings": 16, "out_hidden_size": 20}
     listed |= {"rope_parameters": {"rope_type": "axial", "rope_theta": 30.0}}
     for name in ("Qwen3VLVisionModel", "Qwen3VLMoeVisionModel", "Qwen3OmniMoeVisionEncoder"):

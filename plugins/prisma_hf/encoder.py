@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import ClassVar
@@ -15,6 +16,7 @@ from prisma_core.reading import ends_with_last_stage, linear_rows, norm_rows, pl
 from prisma_core.spec import EmbedSpec, ModelSpec, PoolSpec
 from prisma_core.weights import WeightMap
 from prisma_hf import bias, blocks, calling, parts, positions, rotary
+from prisma_hf import listed as lists
 from prisma_hf.classes import MODELS
 from prisma_hf.names import ModelNames, TowerNames
 
@@ -69,6 +71,7 @@ class EncoderAdapter(Adapter):
         rows = f"{at}{names.tower.stem}.{{*}}  ->  embed.stem.{{*}}\n"
         if not names.tower.stem:
             pixels = f": m ({names.tower.flat}) -> m c p q" if names.tower.flat else ""
+            pixels = ": {one_frame}" if names.tower.listed == "frames" else pixels
             rows = f"""
                 {at}{names.tower.proj}.weight        ->  embed.proj.weight  {pixels}
                 {at}{names.tower.proj}.bias | zeros  ->  embed.proj.bias
@@ -79,9 +82,9 @@ class EncoderAdapter(Adapter):
             tokens = ", ".join(f"{at}{path}" for _, path in names.tower.prefix)
             flat = parts.walk(tower, names.tower.prefix[0][1]).ndim == 1
             rows += f"[{tokens}]  ->  embed.prefix  : {'d -> 1 d' if flat else '1 n d -> n d'}\n"
-        made, functions = positions.rows(tower, at, names.tower, spec.layout)
+        added, functions = positions.rows(tower, at, names.tower, spec.layout)
         turned, turning = rotary.rows(tower, at, names.tower, spec.layout, spec.image_size)
-        rows += made + turned
+        rows += added + turned
         rows += norm_rows(f"{at}{names.tower.embed_norm}", "embed.norm") if names.tower.embed_norm else ""
         rows += f"ignore {at}embeddings.position_ids : positions are counted\n"
         rows += _other_norms(tower, at, names.tower)
@@ -106,15 +109,19 @@ class EncoderAdapter(Adapter):
         biases = {"bias": bias.function(tables, spec.layout)} if tables else {}
         rows += bias.rows(tables) if tables else ""
         down, across = spec.embed.patch
-        return WeightMap.parse(rows, {**functions, **turning, **biases}, p=down, q=across)
+        made = {**functions, **turning, **biases, "one_frame": lists.one_frame}
+        return WeightMap.parse(rows, made, p=down, q=across)
 
     def hooks(self, upstream: Reader, spec: ModelSpec) -> HookMap:
         names = MODELS[qualified_name(upstream.module)]
         tower, at = parts.walk(upstream, names.at), _prefixed(names.at)
         stream = blocks.stream_axes(names.tower.block)
         embedded = f"{at}{names.tower.embed_norm or names.tower.stem or names.tower.proj}"
-        listed = names.tower.embed_norm or names.tower.stem or names.tower.flat
-        rows = f"{embedded}  ->  hook_embed  {'' if listed else ': b d r c -> b (r c) d'}\n"
+        how = "" if names.tower.embed_norm or names.tower.stem or names.tower.flat else ": b d r c -> b (r c) d"
+        how = {"frames": ": (batch p) m 1 1 1 -> batch p m", "patches": ": (batch p) m 1 1 -> batch p m"}.get(
+            names.tower.listed, how
+        )
+        rows = f"{embedded}  ->  hook_embed  {how}\n"
         layers, rope = parts.walk(tower, names.tower.blocks), spec.rope is not None
         rows += blocks.hooks(layers, f"{at}{names.tower.blocks}", names.tower.block, rope=rope)
         if names.tower.ln_pre:
@@ -130,15 +137,19 @@ class EncoderAdapter(Adapter):
         if spec.embed.norm is not None:
             rows += f"{embedded}  ->  embed.norm.hook_normalized\n"
         last = _last(tower, at, names.tower)
+        how = stream if names.tower.listed or last.startswith(f"{at}{names.tower.blocks}.") else ""
         if spec.ln_final is not None and last:
             rows += f"""
-                {last}  ->  ln_final.hook_normalized
-                {last}  ->  hook_ln_final
+                {last}  ->  ln_final.hook_normalized  {how}
+                {last}  ->  hook_ln_final             {how}
             """
-        rows += _head_rows(upstream, names, spec, last)
+        rows += _head_rows(upstream, names, spec, last, how)
         return HookMap.parse(rows, w=spec.blocks[0].attn.d_head)
 
     def call(self, upstream: nn.Module, *inputs: Tensor) -> Tensor:
+        names = MODELS[qualified_name(upstream)]
+        if names.tower.listed:
+            return lists.call(upstream, upstream.get_submodule(_prefixed(names.at) + names.tower.proj), *inputs)
         return calling.call(upstream, *inputs)
 
     def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
@@ -150,7 +161,11 @@ def _opened(upstream: nn.Module, names: ModelNames) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(parts.explicit_attention(upstream))
         if names.tower.packed:
-            stack.enter_context(calling.pictures_apart(upstream.get_submodule(names.tower.packed)))
+            stack.enter_context(
+                calling.pictures_apart(upstream.get_submodule(_prefixed(names.at) + names.tower.packed))
+            )
+        if names.tower.listed:
+            stack.enter_context(lists.together())
         yield
 
 
@@ -163,8 +178,8 @@ def _last(tower: Reader, at: str, names: TowerNames) -> str:
     return f"{at}{_ln_final(tower, names) or f'{names.blocks}.{len(parts.walk(tower, names.blocks)) - 1}'}"
 
 
-def _head_rows(upstream: Reader, names: ModelNames, spec: ModelSpec, last: str) -> str:
-    """Return the hook rows of what comes behind the encoder."""
+def _head_rows(upstream: Reader, names: ModelNames, spec: ModelSpec, last: str, how: str) -> str:
+    """Return the hook rows of what comes behind the encoder; ``how``: that of what it returns."""
     grid, rows = "", ""
     if names.head and parts.walk(upstream, names.head).is_a(parts.CONV):
         grid = "  : b d r c -> b (r c) d"
@@ -178,14 +193,16 @@ def _head_rows(upstream: Reader, names: ModelNames, spec: ModelSpec, last: str) 
     elif names.head:
         rows += f"{names.head} : in  ->  hook_pooled{grid}\n"
     elif last:
-        rows += f"{last}  ->  hook_pooled\n"
+        rows += f"{last}  ->  hook_pooled  {how}\n"
     if names.head_dist:
         rows += f"""
             {names.head_dist} : in  ->  hook_pooled_dist
              @ div              ->  hook_logits
         """
-    elif names.head or last:
-        rows += f"{names.head or last}  ->  hook_logits{grid}\n"
+    elif names.head:
+        rows += f"{names.head}  ->  hook_logits{grid}\n"
+    elif last:
+        rows += f"{last}  ->  hook_logits  {how}\n"
     return rows
 
 
@@ -209,6 +226,10 @@ def _prefixed(path: str) -> str:
 
 
 def _image_size(tower: Reader, names: TowerNames) -> tuple[int, int]:
+    if not names.image:
+        side = math.isqrt(parts.walk(tower, names.pos).num_embeddings)
+        down, across = _patch(tower, names)
+        return side * down, side * across
     size = parts.walk(tower, names.image)
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
@@ -223,7 +244,7 @@ def _layout(tower: Reader, names: TowerNames) -> TokenLayout:
 
 def _patch(tower: Reader, names: TowerNames) -> tuple[int, int]:
     if not names.flat:
-        return parts.walk(tower, names.proj).kernel_size
+        return parts.walk(tower, names.proj).kernel_size[-2:]
     side = parts.walk(tower, names.patch)
     return side, side
 
@@ -235,7 +256,9 @@ def _width(tower: Reader, names: TowerNames) -> int:
 
 def _embed(tower: Reader, names: TowerNames, layout: TokenLayout) -> EmbedSpec:
     proj, patch = parts.walk(tower, names.proj), _patch(tower, names)
-    if not names.stem and not names.flat:
+    if names.listed == "frames":
+        parts.plain_frames(proj)
+    elif not names.stem and not names.flat:
         plain_patches(proj)
     return EmbedSpec(
         patch=patch,

@@ -28,7 +28,7 @@ class BlockNames:
         single: an attribute that counts experts, of which there must be one.
         absent: modules that must be identities.
         addend: the place of what attention adds to the stream, where that is not the output of ``out``.
-        axes: the first axes of upstream's stream: batch and position, or the other way round.
+        axes: the first axes of upstream's stream: batch and position, the other way round, or both as one.
         out_axes: those of what ``out`` reads, where they are others.
         attn_out, mlp_out: the places of what is added to the stream where there is layer scale.
     """
@@ -61,7 +61,7 @@ class BlockNames:
     single: str = ""
     absent: tuple[str, ...] = ()
     addend: str = ""
-    axes: Literal["b p", "p b"] = "b p"
+    axes: Literal["b p", "p b", "(batch p)"] = "b p"
     out_axes: Literal["", "b p", "p b"] = ""
     attn_out: str = ""
     mlp_out: str = ""
@@ -77,8 +77,10 @@ class TowerNames:
         flat: the order of a patch's pixels (``p q c``: row, column, channel) where upstream is handed each patch as a
             vector, and ``patch``, the side of a patch there.
         packed: the module that is handed all pictures of a batch as one sequence.
+        listed: upstream itself is handed their patches so, with the grid of each: as they are, row by row, or shown in
+            several frames, each as a vector, in an order that its caller chooses.
         stem: the module from pictures to patches, where it is more than that projection.
-        image: the attribute that holds the size of image.
+        image: the attribute that holds the size of image; without it, the one that there are positions for.
         prefix: tokens before the patches, each kind with its parameter.
         embed_norm: a norm of the patch embedding.
         pos: the position embedding, of all tokens.
@@ -110,6 +112,7 @@ class TowerNames:
     flat: str = ""
     patch: str = ""
     packed: str = ""
+    listed: Literal["", "patches", "frames"] = ""
     image: str = "embeddings.patch_embeddings.image_size"
     prefix: tuple[tuple[Prefix, str], ...] = (("cls", "embeddings.cls_token"),)
     embed_norm: str = ""

@@ -17,6 +17,7 @@ LINEAR = "torch.nn.modules.linear.Linear"
 OF_MHA = "torch.nn.modules.linear.NonDynamicallyQuantizableLinear"
 IDENTITY = "torch.nn.modules.linear.Identity"
 CONV = "torch.nn.modules.conv.Conv2d"
+CONV3D = "torch.nn.modules.conv.Conv3d"
 
 ACTIVATIONS: dict[str, Activation] = {
     "transformers.activations.GELUActivation": "gelu",
@@ -90,6 +91,12 @@ IGNORED = {
     "Sapiens2RopePositionEmbedding.base": "what the frequencies were made from; they are read",
     "Sapiens2RopePositionEmbedding.num_patches_*": "the image's size by that of a patch",
     "*.num_hidden_layers": "the number of blocks",
+    "*.spatial_merge_*": "how many patches make a token of the language model",
+    "*.num_grid_per_side": "the root of the number of positions",
+    "*.interpolation_*": "how positions follow other sizes; pictures keep to the one that they were made for",
+    "*.temporal_patch_size": "the frames that the patch projection reads",
+    "*.in_channels": "the channels of the patch projection",
+    "*Attention.dim": "the width of the projections",
     "*.share_layernorm": "there is a norm behind each block, or one for all",
     "MultiheadAttention.dropout": "off in evaluation",
     "MultiheadAttention.[kv]dim": "the shape of the weights",
@@ -124,6 +131,14 @@ def linear(module: Reader) -> Reader:
     if not module.is_a(LINEAR, OF_MHA):
         raise module.unsupported("a projection that is no linear layer")
     return module
+
+
+def plain_frames(proj: Reader) -> None:
+    """Refuse a projection that does more than cut frames into patches and multiply each with a matrix."""
+    if not proj.is_a(CONV3D) or proj.kernel_size != proj.stride:
+        raise proj.unsupported("patches that overlap")
+    if (*proj.padding, *proj.dilation, proj.groups, proj.padding_mode) != (0, 0, 0, 1, 1, 1, 1, "zeros"):
+        raise proj.unsupported("a patch projection that pads, skips or splits pixels")
 
 
 def norm(module: Reader) -> NormSpec | None:
