@@ -163,6 +163,23 @@ class Adapter(ABC):
         return value
 
 
+class Refusal(Adapter):
+    """Says what stands in the way of a kind of upstream model, where "no plugin adapts this type" would not help."""
+
+    @abstractmethod
+    def reason(self, upstream: Reader) -> UnsupportedArchitecture:
+        """Return the error: which module, which feature, and what can be loaded instead (``Reader.unsupported``)."""
+
+    def spec(self, upstream: Reader) -> Any:
+        raise self.reason(upstream)
+
+    def weights(self, upstream: Reader, spec: Any) -> WeightMap:
+        raise self.reason(upstream)
+
+    def hooks(self, upstream: Reader, spec: Any) -> HookMap:
+        raise self.reason(upstream)
+
+
 class MapAdapter(Adapter):
     """Hooks a kind of upstream model that the canonical transformer cannot express, where it stands.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import pluggy
 
 from prisma_core import hookspecs
-from prisma_core.adapter import Adapter, qualified_name
+from prisma_core.adapter import Adapter, Refusal, qualified_name
 from prisma_core.errors import (
     InputError,
     LoadError,
@@ -241,7 +241,8 @@ class Host:
 
     def types(self) -> dict[str, str]:
         """Return the qualified names of all upstream types that some adapter takes, with the plugin's name."""
-        return dict(sorted((kind, plugin) for adapter, plugin in self._all_adapters() for kind in adapter.types))
+        taking = [found for found in self._all_adapters() if not isinstance(found[0], Refusal)]
+        return dict(sorted((kind, plugin) for adapter, plugin in taking for kind in adapter.types))
 
     def homes(self, part: Source | Adapter) -> set[str]:
         """Return the names of the plugins that have a source or an adapter of this kind."""

@@ -15,7 +15,7 @@ from prisma_timm.encoders import EncoderAdapter
 from prisma_timm.eva import EvaAdapter
 from prisma_timm.hiera import HieraAdapter
 from prisma_timm.naflexvit import NaFlexVitAdapter
-from prisma_timm.refused import RefusedAdapter
+from prisma_timm.refused import SandwichRefused
 from prisma_timm.relpos import RelPosAdapter
 from prisma_timm.sam import SamAdapter
 from prisma_timm.source import TimmSource
@@ -52,5 +52,5 @@ def prisma_adapters() -> Sequence[Adapter]:
         HieraAdapter(),
         ConvNeXtAdapter(),
         SamAdapter(),
-        RefusedAdapter(),
+        SandwichRefused(),
     ]

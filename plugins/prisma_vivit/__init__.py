@@ -10,7 +10,7 @@ from prisma_core.adapter import Adapter
 from prisma_core.conformance.case import Case
 from prisma_core.video import VideoPreprocess, read_video
 from prisma_vivit.processing import preprocess_of
-from prisma_vivit.refused import RefusedAdapter
+from prisma_vivit.refused import DecoderRefused
 from prisma_vivit.timesformer import TimesformerAdapter
 from prisma_vivit.videomae import VideoMAEAdapter
 from prisma_vivit.vivit import VivitAdapter
@@ -36,7 +36,7 @@ def prisma_adapters() -> Sequence[Adapter]:
         VJEPA2PredictorAdapter(),
         VJEPA2ClassifierAdapter(),
         TimesformerAdapter(),
-        RefusedAdapter(),
+        DecoderRefused(),
     ]
 
 
