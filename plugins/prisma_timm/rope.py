@@ -90,8 +90,8 @@ def rope_tables(module: Reader, spec: RopeSpec, layout: TokenLayout) -> Callable
 
     def tables(*tensors: Tensor) -> Tensor:
         made = embed(*tensors)
-        floating = next(tensor for tensor in tensors if tensor.is_floating_point())
-        made = made.to(torch.promote_types(made.dtype, floating.dtype))
+        if any(tensor.dtype == torch.float64 for tensor in tensors):
+            made = made.double()  # timm makes them in float32 in any model; in half precision it turns by what it keeps
         made = rearrange(made, "l h p d -> l p h d" if spec.per_layer else "p d -> p 1 d")
         sin, cos = made.chunk(2, dim=-1)
         return torch.cat([_with_prefix(cos, 1.0, layout.n_prefix), _with_prefix(sin, 0.0, layout.n_prefix)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,7 +11,10 @@ from rich.markup import escape
 
 from prisma_core.commands.info import REFERENCE
 from prisma_core.commands.screen import note, out, table
-from prisma_core.errors import InputError, LoadError
+from prisma_core.errors import LoadError
+
+if TYPE_CHECKING:
+    from prisma_core.conformance import Certificate
 
 DEVICE = Annotated[
     str | None, typer.Option(help="cpu or cuda; without it the CPU, and the logits on a GPU too where there is one.")
@@ -25,6 +28,13 @@ PRETRAINED = Annotated[
 def check(
     reference: REFERENCE,
     device: DEVICE = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What logits are compared in besides float64: float32, bfloat16 or float16; may be given again. "
+            "Without it float32, and on a GPU all three."
+        ),
+    ] = None,
     checks: Annotated[list[str] | None, typer.Option(help="A check's name or a glob; may be given again.")] = None,
     full: FULL = False,
     pretrained: PRETRAINED = False,
@@ -36,12 +46,14 @@ def check(
     check the reference it was adapted from, such as `timm:vit_base_patch16_224`.
     """
     from prisma_core import conformance
+    from prisma_core.conformance.devices import usable
 
-    _usable(device)
+    usable(device)
     with Console(stderr=True).status("checking") as status:
         report = conformance.check(
             reference,
             device=device,
+            dtypes=dtype,
             checks=checks or None,
             full=full,
             pretrained=pretrained,
@@ -50,7 +62,7 @@ def check(
     for certificate in report.certificates:
         out().print(
             f"[bold]{escape(certificate.name)}[/]: {certificate.upstream} of {certificate.library} "
-            f"{certificate.version}, on {certificate.device}, weights {certificate.weights}"
+            f"{certificate.version}, on {_place(certificate)}, weights {certificate.weights}"
         )
         shown = table("check", "outcome", "error", "at most", "")
         for result in certificate.results:
@@ -75,8 +87,9 @@ def check(
 def doctor(reference: REFERENCE, device: DEVICE = None, full: FULL = False, pretrained: PRETRAINED = False) -> None:
     """Find where a model departs from upstream, and why."""
     from prisma_core import conformance
+    from prisma_core.conformance.devices import usable
 
-    _usable(device)
+    usable(device)
     with Console(stderr=True).status("looking") as status:
         found = conformance.diagnose(
             reference,
@@ -90,21 +103,8 @@ def doctor(reference: REFERENCE, device: DEVICE = None, full: FULL = False, pret
         raise typer.Exit(1)
 
 
-def _usable(device: str | None) -> None:
-    """Refuse a device that is not there, before any work.
-
-    Raises:
-        InputError: torch cannot put a number on it.
-    """
-    import torch
-
-    if device is None:
-        return
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch's ways to say that there is no such device
-        usable = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-        raise InputError(f"No device {device!r} here; there is {' and '.join(usable)}.") from error
+def _place(certificate: Certificate) -> str:
+    return f"{certificate.device} ({escape(certificate.machine)})" if certificate.machine else certificate.device
 
 
 def _write(path: Path, text: str) -> None:

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from prisma_core.adapter import MapAdapter, Reader
 from prisma_core.conformance import tolerances
+from prisma_core.conformance.devices import HALF
 from prisma_core.conformance.registry import Finding, register
-from prisma_core.conformance.subject import Inputs, Subject, differentiable, worst
+from prisma_core.conformance.results import Precision
+from prisma_core.conformance.subject import Inputs, Subject, differentiable, typical, worst
 from prisma_core.hookmap import INSIDE, HookMap, Recorder
+from prisma_core.transformer import Canonical
 from prisma_core.zoo import tensors_of
 
 
@@ -30,40 +33,57 @@ def logits(subject: Subject) -> Finding:
                 return Finding(problems=("upstream's output is constant or NaN: these weights prove nothing",))
             errors[f"batch {batch} at {'x'.join(map(str, size))}"] = worst(exact.model(*inputs), theirs)
     problems: list[str] = []
-    notes: list[str] = []
-    for dtype, device in _others(subject):
-        problem, note = _errs_as_upstream(subject, dtype, device)
-        problems += [problem] if problem else []
-        notes.append(note)
+    precisions: list[Precision] = []
+    for dtype, device in subject.precisions():
+        precision, wrong = _errs_as_upstream(subject, dtype, device)
+        problems += wrong
+        precisions.append(precision)
     where = max(errors, key=lambda key: errors[key])
-    detail = f"float64: {len(errors)} inputs, worst {where}; {'; '.join(notes)}"
+    detail = "; ".join([f"float64: {len(errors)} inputs, worst {where}", *map(str, precisions)])
     if errors[where] > tolerances.FLOAT64:
         problems.append(f"float64: logits differ by {errors[where]:.1e} of their standard deviation, {where}")
-    return Finding(errors[where], tolerances.FLOAT64, tuple(problems), detail)
+    return Finding(errors[where], tolerances.FLOAT64, tuple(problems), detail, tuple(precisions))
 
 
-def _others(subject: Subject) -> list[tuple[torch.dtype, torch.device]]:
-    # float64 on a GPU is the same proof again; half precision on a CPU is no one's use of it, and slow.
-    half = [torch.bfloat16, torch.float16]
-    devices = [subject.device, *([subject.also] if subject.also is not None else [])]
-    pairs = [(torch.float32, device) for device in devices]
-    return pairs + [(dtype, device) for device in devices if device.type == "cuda" for dtype in half]
-
-
-def _errs_as_upstream(subject: Subject, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
-    name = f"{str(dtype).removeprefix('torch.')} on {device.type}"
-    pair = subject.pair(dtype, device)
-    inputs = subject.inputs(3, dtype=dtype, device=device)
+def _errs_as_upstream(subject: Subject, dtype: torch.dtype, device: torch.device) -> tuple[Precision, list[str]]:
+    precision = Precision(dtype=str(dtype).removeprefix("torch."), device=device.type)
+    upstream = subject.upstream(dtype, device)
+    model, inputs = (
+        subject.make(subject.adapter, upstream),
+        subject.inputs(tolerances.OWN_ERROR_INPUTS, None, dtype, device),
+    )
     # Against float64 on the very numbers that this dtype holds: the error of the arithmetic, not of the rounding.
     exact = subject.upstream(dtype, device).double()
     truth = subject.forward(exact, *(x.double() if x.is_floating_point() else x for x in inputs))
-    ours, theirs = pair.model(*inputs), subject.forward(pair.upstream, *inputs)
-    if torch.equal(ours, theirs):
-        return "", f"{name}: bit-equal"
-    error, own = worst(ours, truth), worst(theirs, truth)
-    bound = tolerances.OWN_ERROR_FACTOR * own + tolerances.rounding(dtype)
-    note = f"{name}: errs by {error:.1e}, upstream by {own:.1e}"
-    return ("" if error <= bound else f"{note}, more than {bound:.1e}"), note
+    del exact
+    try:
+        theirs = subject.forward(upstream, *inputs)
+    except NotImplementedError as error:  # torch has no such kernel there
+        return precision.model_copy(update={"skipped": f"upstream cannot run in it: {error}"}), []
+    if not bool(torch.isfinite(theirs).all()):
+        return precision.model_copy(update={"skipped": "upstream's own output is not finite in it"}), []
+    ours, own = model(*inputs), typical(theirs, truth)
+    found = {"error": typical(ours, truth), "upstream": own, "equal": torch.equal(ours, theirs)}
+    precision = precision.model_copy(update=found)
+    problems: list[str] = []
+    if not (found["equal"] or found["error"] <= tolerances.OWN_ERROR_FACTOR * own):
+        problems.append(f"{precision}, more than {tolerances.OWN_ERROR_FACTOR} times that")
+    if dtype in HALF:
+        problems += _shown(subject, model, inputs, truth, own)
+    return precision, problems
+
+
+def _shown(subject: Subject, model: Canonical, inputs: Inputs, truth: Tensor, own: float) -> list[str]:
+    """Say what goes wrong in half precision while every activation is kept."""
+    shown, cache = model.run_with_cache(*inputs)
+    error = typical(shown, truth)
+    problems: list[str] = []
+    if not error <= tolerances.SHOWN_ERROR_FACTOR * own:
+        told = f"{shown.dtype} errs by {error:.1e} while everything is cached, upstream by {own:.1e}"
+        problems.append(f"{told}: more than {tolerances.SHOWN_ERROR_FACTOR} times that")
+    if not isinstance(subject.adapter, MapAdapter):  # what passes inside upstream's own code has whatever dtype it has
+        problems += [f"{name} is cached as {x.dtype}" for name, x in cache.items() if x.dtype != shown.dtype]
+    return problems
 
 
 @register("parity.hooks", "every activation in the hook map equals upstream's at that place, at every layer")

@@ -11,6 +11,8 @@ and in a test file::
 
 Each case and check is a test of its own, such as ``test_conformance[vit_tiny-parity.logits]``; ``-k`` selects them. The
 end of the run says how many of how many cases were checked, and ``--certificates FOLDER`` writes what was proven.
+``--device cuda`` runs it all on a GPU, whose certificates are files of their own; ``--dtype bfloat16`` says what logits
+are compared in besides float64.
 """
 
 from __future__ import annotations
@@ -28,11 +30,13 @@ import pytest
 import torch
 
 from prisma_core.conformance.case import Case
+from prisma_core.conformance.devices import dtypes, usable
 from prisma_core.conformance.doctor import examine
 from prisma_core.conformance.registry import Check, select
-from prisma_core.conformance.results import Certificate, CheckResult, write_certificates
+from prisma_core.conformance.results import Certificate, CheckResult, DeviceFailed, write_certificates
 from prisma_core.conformance.run import certify, run_check, subjects
 from prisma_core.conformance.subject import Subject
+from prisma_core.errors import InputError
 from prisma_core.plugins import host
 
 PROPERTY = "prisma_certificate"
@@ -78,7 +82,8 @@ def suite(
             return
         spare = one.name in rare and not request.config.getoption("--certificates")
         folder = _shared(tmp_path_factory) if spare else None
-        _check(plugin, len(found), case, one, record_property, folder)
+        place = cast("str | None", request.config.getoption("--device")), _dtypes(request.config)
+        _check(plugin, len(found), _subject(case, *place), one, record_property, folder)
 
     return test_conformance
 
@@ -108,28 +113,40 @@ def _taken(folder: Path, name: str) -> bool:
 def _check(
     plugin: str,
     of: int,
-    case: Case,
+    subject: Subject,
     one: Check,
     record_property: Callable[[str, object], None],
     folder: Path | None = None,
 ) -> None:
     with _one_thread():
-        subject = _subject(case)
         if folder is not None and _taken(folder, f"{plugin}-{one.name}-{subject.facts()}"):
             result = CheckResult(name=one.name, passed=False, skipped="checked on another one with the same facts")
         else:
-            result = run_check(one, subject)
+            result = _run(one, subject)
         certificate = certify(subject, [result.model_copy(update={"detail": ""})])
         record_property(PROPERTY, json.dumps([plugin, of, certificate.model_dump(mode="json", exclude_defaults=True)]))
         if result.skipped is not None:
             pytest.skip(result.skipped)
         if not result.passed:
-            pytest.fail(f"{case.name}: {result}{_explained(subject, one)}", pytrace=False)
+            pytest.fail(f"{subject.case.name}: {result}{_explained(subject, one)}", pytrace=False)
 
 
 @lru_cache(maxsize=2)  # tests of one case follow each other, so each upstream is built once
-def _subject(case: Case) -> Subject:
-    return next(subjects(case))[0]
+def _subject(case: Case, device: str | None = None, dtypes: tuple[torch.dtype, ...] = ()) -> Subject:
+    return next(subjects(case, device=device, dtypes=dtypes))[0]
+
+
+_failed: list[DeviceFailed] = []  # of this process
+
+
+def _run(one: Check, subject: Subject) -> CheckResult:
+    try:
+        if _failed:
+            raise _failed[0]
+        return run_check(one, subject)
+    except DeviceFailed as error:
+        _failed[:] = [error]
+        pytest.fail(f"not checked: {error}", pytrace=False)
 
 
 _visits: Counter[str] = Counter()
@@ -159,6 +176,25 @@ def _one_thread() -> Generator[None]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("prisma")
     group.addoption("--certificates", metavar="FOLDER", help="write what was proven into FOLDER")
+    group.addoption("--device", metavar="DEVICE", help="run conformance there; cuda for a GPU")
+    group.addoption(
+        "--dtype",
+        metavar="DTYPE",
+        action="append",
+        help="compare logits in float32, bfloat16 or float16; may be repeated",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        usable(cast("str | None", config.getoption("--device")))
+        _dtypes(config)
+    except InputError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def _dtypes(config: pytest.Config) -> tuple[torch.dtype, ...]:
+    return dtypes(cast("list[str] | None", config.getoption("--dtype")))
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
@@ -168,7 +204,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
         for line in summary(plugin, of, certificates):
             terminalreporter.write_line(line)
         if folder := cast("str | None", config.getoption("--certificates")):
-            path = write_certificates(certificates, Path(folder) / f"{plugin}.jsonl")
+            path = write_certificates(certificates, Path(folder) / file_name(plugin, certificates))
             terminalreporter.write_line(f"certificates: {path}")
 
 
@@ -188,6 +224,12 @@ def _collected(terminalreporter: Any) -> dict[str, tuple[int, list[Certificate]]
                 ordered = tuple(sorted(results, key=lambda result: result.name))
                 merged[plugin][certificate.name] = certificate.model_copy(update={"results": ordered})
     return {plugin: (totals[plugin], list(certificates.values())) for plugin, certificates in merged.items()}
+
+
+def file_name(plugin: str, certificates: Sequence[Certificate]) -> str:
+    """Return where certificates go: those of a GPU beside those of the CPU, not over them."""
+    kinds = {torch.device(certificate.device).type for certificate in certificates} - {"cpu"}
+    return "-".join([*sorted(kinds), f"{plugin}.jsonl"])
 
 
 def summary(plugin: str, of: int, certificates: Sequence[Certificate]) -> list[str]:

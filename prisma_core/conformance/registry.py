@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from prisma_core.conformance.results import Precision
 from prisma_core.errors import PrismaError, UnknownName, suggest
 
 if TYPE_CHECKING:
@@ -25,12 +26,14 @@ class Finding:
         error, bound: the largest error, and what it may be at most.
         problems: anything else that is wrong; each one fails the check.
         detail: what was looked at.
+        precisions: what came out in dtypes other than float64.
     """
 
     error: float | None = None
     bound: float | None = None
     problems: tuple[str, ...] = ()
     detail: str = ""
+    precisions: tuple[Precision, ...] = ()
 
     @property
     def passed(self) -> bool:

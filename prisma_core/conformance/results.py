@@ -14,6 +14,34 @@ class CheckFailed(PrismaError):
     """A conformance check did not pass."""
 
 
+class DeviceFailed(PrismaError):
+    """A device broke in a way that nothing after it can run on it."""
+
+
+class Precision(Facts):
+    """How the logits come out in one dtype on one device, both sides beside float64.
+
+    Attributes:
+        error: ours: the root of the mean square, in standard deviations of the logits.
+        upstream: upstream's own, over the same inputs.
+        equal: whether the two sides are the same to the bit.
+        skipped: why there is nothing to compare with.
+    """
+
+    dtype: str
+    device: str = "cpu"
+    error: float | None = None
+    upstream: float | None = None
+    equal: bool = False
+    skipped: str | None = None
+
+    def __str__(self) -> str:
+        name = f"{self.dtype} on {self.device}"
+        if self.skipped or self.equal:
+            return f"{name}: {self.skipped or 'bit-equal'}"
+        return f"{name}: errs by {self.error:.1e}, upstream by {self.upstream:.1e}"
+
+
 class CheckResult(Facts):
     """The outcome of one check on one model.
 
@@ -22,6 +50,7 @@ class CheckResult(Facts):
         bound: what it may be at most.
         detail: what was looked at, or what went wrong.
         skipped: why the check does not apply; it then counts as neither passed nor failed.
+        precisions: what came out in dtypes other than float64.
     """
 
     name: str
@@ -30,6 +59,7 @@ class CheckResult(Facts):
     bound: float | None = None
     detail: str = ""
     skipped: str | None = None
+    precisions: tuple[Precision, ...] = ()
 
     def __str__(self) -> str:
         state = "skipped" if self.skipped else "passed" if self.passed else "FAILED"
@@ -46,6 +76,7 @@ class Certificate(Facts):
         name: the case, reference or type checked.
         upstream: qualified name of upstream's class.
         library, version: the package it comes from.
+        device, machine: where the checks ran, and a GPU's name, driver and libraries.
         sizes: of the inputs tried: heights and widths of images, lengths of texts.
         form: ``mapped``: it has no canonical form, and upstream's own module is hooked where it stands.
         weights: ``random``: every weight drawn. ``own``: as the model came.
@@ -61,6 +92,7 @@ class Certificate(Facts):
     torch: str
     dtype: str = "float64"
     device: str = "cpu"
+    machine: str = ""
     sizes: tuple[tuple[int, ...], ...] = ()
     form: Literal["canonical", "mapped"] = "canonical"
     weights: str = "random"
@@ -88,7 +120,19 @@ class Certificate(Facts):
         def rounded(error: float | None) -> float | None:
             return None if error is None else float(f"{error:.1e}")
 
-        results = tuple(r.model_copy(update={"detail": "", "error": rounded(r.error)}) for r in self.results)
+        results = tuple(
+            r.model_copy(
+                update={
+                    "detail": "",
+                    "error": rounded(r.error),
+                    "precisions": tuple(
+                        p.model_copy(update={"error": rounded(p.error), "upstream": rounded(p.upstream)})
+                        for p in r.precisions
+                    ),
+                }
+            )
+            for r in self.results
+        )
         return self.model_copy(update={"results": results, "seconds": 0.0}).model_dump_json(exclude_defaults=True)
 
 

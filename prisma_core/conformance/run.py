@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from prisma_core.adapter import Adapter, MapAdapter, qualified_name
-from prisma_core.conformance import algebra, audit, live, mapped, parity, running, tensors
+from prisma_core.conformance import algebra, audit, devices, live, mapped, parity, running, tensors
 from prisma_core.conformance.case import Case, Pictures
 from prisma_core.conformance.registry import Check, NotApplicable, select
-from prisma_core.conformance.results import Certificate, CheckResult, Report
+from prisma_core.conformance.results import Certificate, CheckResult, DeviceFailed, Report
 from prisma_core.conformance.subject import Subject
 from prisma_core.errors import PrismaError, UnsupportedArchitecture
 from prisma_core.hooked import Hooked
@@ -23,6 +23,7 @@ from prisma_core.mapped import HookedUpstream
 from prisma_core.plugins import host
 from prisma_core.sources import Loaded
 from prisma_core.transformer import Canonical
+from prisma_core.transformer.canonical import Size
 from prisma_core.zoo import export, parted
 
 REGISTERED = (parity, tensors, live, algebra, audit, running)  # importing a module registers its checks
@@ -37,6 +38,7 @@ def check(
     upstream: nn.Module | None = None,
     adapter: Adapter | None = None,
     device: torch.device | str | None = None,
+    dtypes: Iterable[torch.dtype | str] | torch.dtype | str | None = None,
     full: bool = False,
     pretrained: bool = False,
     seed: int = 0,
@@ -51,6 +53,8 @@ def check(
         upstream: the module a hooked model was adapted from, where it came from no reference.
         adapter: to use instead of the installed one.
         device: where to run. None runs on the CPU, and parity.logits on a GPU too where there is one.
+        dtypes: what parity.logits compares in besides float64. None for float32, and on a GPU half precision too; every
+            other check is about float64.
         full: build a reference or case at its real size; else references that a plugin has a small case for use that.
         pretrained: check a reference's real weights (downloads them), not drawn ones.
         seed: of weights and images.
@@ -58,12 +62,22 @@ def check(
 
     Raises:
         UnknownName: no such check, reference or model.
+        InputError: no such device or dtype.
         UnsupportedArchitecture: the model cannot be represented, so there is nothing to check.
     """
     selected = select(checks)
+    devices.usable(device)
+    wanted = devices.dtypes(dtypes)
     certificates: list[Certificate] = []
     for subject, reference in subjects(
-        target, upstream=upstream, adapter=adapter, device=device, full=full, pretrained=pretrained, seed=seed
+        target,
+        upstream=upstream,
+        adapter=adapter,
+        device=device,
+        dtypes=wanted,
+        full=full,
+        pretrained=pretrained,
+        seed=seed,
     ):
         start = time.monotonic()
         results: list[CheckResult] = []
@@ -81,7 +95,17 @@ def run_check(one: Check, subject: Subject) -> CheckResult:
     if reason := subject.case.skips.get(one.name):
         return CheckResult(name=one.name, passed=False, skipped=reason)
     try:
-        found = mapped.run(one, subject) if isinstance(subject.adapter, MapAdapter) else one.run(subject)
+        with devices.exact():
+            found = mapped.run(one, subject) if isinstance(subject.adapter, MapAdapter) else one.run(subject)
+    except torch.OutOfMemoryError as error:
+        subject.forget()
+        torch.cuda.empty_cache()
+        told = f"{subject.device} has not enough memory for this model: {str(error).partition('. ')[0]}"
+        return CheckResult(name=one.name, passed=False, detail=told)
+    except torch.AcceleratorError as error:
+        # Whatever runs on this device from now on fails the same way, and would be blamed on other models.
+        told = f"{subject.device} failed in {one.name} of {subject.case.name}, and stays unusable in this process"
+        raise DeviceFailed(f"{told}: {str(error).partition(chr(10))[0]}") from error
     except NotApplicable as reason:
         return CheckResult(name=one.name, passed=False, skipped=str(reason))
     except Exception as problem:  # noqa: BLE001  # whatever a broken adapter or model raises is the finding
@@ -89,7 +113,12 @@ def run_check(one: Check, subject: Subject) -> CheckResult:
     more = [f"and {len(found.problems) - 6} more"] if len(found.problems) > 6 else []
     detail = "; ".join([*found.problems[:6], *more])
     return CheckResult(
-        name=one.name, passed=found.passed, error=found.error, bound=found.bound, detail=detail or found.detail
+        name=one.name,
+        passed=found.passed,
+        error=found.error,
+        bound=found.bound,
+        detail=detail or found.detail,
+        precisions=found.precisions,
     )
 
 
@@ -103,6 +132,7 @@ def certify(
 ) -> Certificate:
     """Return the certificate of results."""
     kind = qualified_name(subject.base)
+    sizes, facts = _told(subject)
     library = kind.split(".", 1)[0]
     return Certificate(
         name=subject.case.name,
@@ -111,15 +141,23 @@ def certify(
         library=library,
         version=_version(library),
         torch=torch.__version__,
-        device=str(subject.also or subject.device),
-        sizes=tuple(subject.sizes()),
+        device=str(subject.device),
+        machine=devices.machine(str(subject.also or subject.device)),
+        sizes=sizes,
         form="mapped" if isinstance(subject.adapter, MapAdapter) else "canonical",
         weights="random" if subject.drawn else "own",
         full=full,
-        facts=subject.facts(),
+        facts=facts,
         seconds=round(seconds, 2),
         results=tuple(results),
     )
+
+
+def _told(subject: Subject) -> tuple[tuple[Size, ...], str]:
+    try:
+        return tuple(subject.sizes()), subject.facts()
+    except torch.OutOfMemoryError:  # the checks have said so; nothing is known of what could not be built
+        return (), ""
 
 
 def subjects(
@@ -128,6 +166,7 @@ def subjects(
     upstream: nn.Module | None = None,
     adapter: Adapter | None = None,
     device: torch.device | str | None = None,
+    dtypes: Sequence[torch.dtype] = (),
     full: bool = False,
     pretrained: bool = False,
     seed: int = 0,
@@ -146,11 +185,13 @@ def subjects(
                 ", ".join(target.types), "no installed plugin has a conformance case of this type"
             )
         for case, built in mine:
-            yield Subject(case, target, case.full() if full and case.full else built, seed=seed, device=device), None
+            whole = case.full() if full and case.full else built
+            yield Subject(case, target, whole, seed=seed, device=device, dtypes=dtypes), None
         return
     case, reference, draw = _case(target, upstream, full=full, pretrained=pretrained)
     built = case.full() if full and case.full else case.build()
-    yield Subject(case, adapter or host().adapter(built), built, draw=draw, seed=seed, device=device), reference
+    found = adapter or host().adapter(built)
+    yield Subject(case, found, built, draw=draw, seed=seed, device=device, dtypes=dtypes), reference
 
 
 def _case(

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prisma_core.adapter import Adapter, MapAdapter, Reader
 from prisma_core.conformance.case import Case
+from prisma_core.conformance.devices import HALF
 from prisma_core.conformance.randomise import randomise
 from prisma_core.mapped import HookedUpstream
 from prisma_core.spec import AnySpec
@@ -51,6 +52,7 @@ class Subject:
         draw: whether a copy with drawn weights is checked, or the weights as they came.
         seed: of weights and images.
         device: where everything runs.
+        dtypes: what logits are compared in besides float64; without any, what the device is used in.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Subject:
         draw: bool = True,
         seed: int = 0,
         device: torch.device | str | None = None,
+        dtypes: Sequence[torch.dtype] = (),
     ):
         self.case = case
         self.adapter = adapter
@@ -71,6 +74,7 @@ class Subject:
         self.seed = seed
         self.device = torch.device(device or "cpu")
         self.also = torch.device("cuda") if device is None and torch.cuda.is_available() else None
+        self.dtypes = tuple(dtypes)
         self.base = copy.deepcopy(upstream).cpu().eval()
         if draw:
             randomise(self.base, self.generator())
@@ -102,6 +106,17 @@ class Subject:
             upstream = self.upstream(*key)
             self._pairs[key] = Pair(upstream, self.make(self.adapter, upstream))
         return self._pairs[key]
+
+    def forget(self) -> None:
+        """Let go of what was built, so that its memory can be had again."""
+        self._pairs, self._passes = {}, None
+
+    def precisions(self) -> Iterator[tuple[torch.dtype, torch.device]]:
+        """Yield in which dtypes, besides float64, logits are compared on which devices."""
+        # float64 on a second device is the same proof again. Half precision on a CPU is slow, so it is for who asks.
+        for device in (self.device, *([self.also] if self.also is not None else [])):
+            usual = (torch.float32, *(HALF if device.type == "cuda" else ()))
+            yield from ((dtype, device) for dtype in self.dtypes or usual)
 
     def own_model(self) -> Canonical:
         """Return a hooked model of one's own for one input, in float64.
@@ -229,6 +244,16 @@ def worst(ours: Tensor, theirs: Tensor, unit: float | None = None) -> float:
         unit = float(theirs.std()) if theirs.numel() > 1 else float(theirs.abs())
     difference = float((ours - theirs).abs().max())
     # A NaN on either side is the worst error there is; comparisons with it would be false.
+    return difference / max(unit, 1e-30) if difference == difference else float("inf")
+
+
+def typical(ours: Tensor, theirs: Tensor) -> float:
+    """Return the root of the mean square of the difference, in the unit of ``worst``."""
+    if ours.shape != theirs.shape:
+        return float("inf")
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    unit = float(theirs.std()) if theirs.numel() > 1 else float(theirs.abs())
+    difference = float((ours - theirs).square().mean().sqrt())
     return difference / max(unit, 1e-30) if difference == difference else float("inf")
 
 

@@ -7,8 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from prisma_core.conformance import tolerances
 from prisma_core.conformance.registry import CHECKS
-from prisma_core.conformance.results import Certificate, read_certificates
+from prisma_core.conformance.results import Certificate, Precision, read_certificates
 from prisma_core.conformance.supported import summarise, write_supported
 from prisma_core.errors import LoadError
 
@@ -37,7 +38,9 @@ def supported(certificates: Sequence[Certificate]) -> str:
     return "\n".join(_lines(certificates)) + "\n"
 
 
-def _lines(certificates: Sequence[Certificate]) -> Iterator[str]:
+def _lines(everything: Sequence[Certificate]) -> Iterator[str]:
+    # A GPU's certificates are about the same architectures once more.
+    certificates = [one for one in everything if one.device == "cpu"] or everything
     kinds: dict[str, list[Certificate]] = defaultdict(list)
     for certificate in certificates:
         kinds[certificate.upstream].append(certificate)
@@ -73,6 +76,7 @@ def _lines(certificates: Sequence[Certificate]) -> Iterator[str]:
         if results:
             skipped = sum(result.skipped is not None for result in results)
             yield f"| {name} | {check.proves} | {sum(result.passed for result in results)} | {skipped or ''} |"
+    yield from _precisions(everything)
     for kind, members in sorted(kinds.items()):
         yield ""
         yield f"## {kind.rsplit('.', 1)[-1]} (`{kind}`)"
@@ -83,6 +87,33 @@ def _lines(certificates: Sequence[Certificate]) -> Iterator[str]:
             numbers = (_error(member, name) for name in ("parity.logits", "parity.hooks", "parity.gradients"))
             cells = " | ".join("" if number is None else f"{number:.0e}" for number in numbers)
             yield f"| {member.name} | {cells} | {_passed(member)} |"
+
+
+def _precisions(certificates: Sequence[Certificate]) -> Iterator[str]:
+    """Yield what came out in which dtype on which device, and what a GPU's certificates say as a whole."""
+    found: dict[tuple[str, str], list[Precision]] = defaultdict(list)
+    for certificate in certificates:
+        for precision in (one for result in certificate.results for one in result.precisions):
+            found[precision.device, precision.dtype].append(precision)
+    if not found:
+        return
+    yield ""
+    yield (
+        "Where the logits are computed in another dtype, both sides err against float64. *Worst* is our error over "
+        f"upstream's, which may be {tolerances.OWN_ERROR_FACTOR} at most."
+    )
+    yield ""
+    yield "| device | dtype | architectures | bit-equal | worst | upstream cannot |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: |"
+    for (device, dtype), rows in sorted(found.items()):
+        ran = [one for one in rows if not one.skipped]
+        shares = [one.error / one.upstream for one in ran if one.error is not None and one.upstream and not one.equal]
+        cells = (len(rows), sum(one.equal for one in ran), f"{max(shares):.2f}" if shares else "", len(rows) - len(ran))
+        yield f"| {device} | {dtype} | {' | '.join(str(cell or '') for cell in cells)} |"
+    for machine in sorted({one.machine for one in certificates if one.machine and one.device != "cpu"}):
+        there = [one for one in certificates if one.machine == machine and one.device != "cpu"]
+        yield ""
+        yield f"On {machine}, every check: {sum(one.passed for one in there)} of {len(there)} architectures pass."
 
 
 def _error(certificate: Certificate, check: str) -> float | None:
