@@ -64,9 +64,9 @@ def as_data(processor: Any) -> Preprocess | None:
     probes = [probe(*size) for size in SIZES]
     called = Processed(processor)
     try:
-        theirs = [called(picture)[0] for picture in probes]
-        candidates = list(_candidates(processor, called.scale))
-    except InputError:  # it makes something else than a picture, or wants more than one
+        candidates = list(_candidates(processor, called))
+        theirs = [called(picture)[0] for picture in probes if candidates]
+    except (InputError, TypeError, ValueError, AttributeError):  # it makes no picture, or its settings are none we know
         return None
     for ours in candidates:
         if all(_agree(ours(picture)[0], made) for picture, made in zip(probes, theirs, strict=True)):
@@ -74,7 +74,7 @@ def as_data(processor: Any) -> Preprocess | None:
     return None
 
 
-def _candidates(processor: Any, scale: Scale) -> Iterator[Preprocess]:
+def _candidates(processor: Any, called: Processed) -> Iterator[Preprocess]:
     """Yield what a processor's settings may mean."""
     filtering = FILTERS.get(getattr(processor, "resample", None))
     scaled = _size(getattr(processor, "size", None) or {}) if getattr(processor, "do_resize", True) else None
@@ -92,7 +92,7 @@ def _candidates(processor: Any, scale: Scale) -> Iterator[Preprocess]:
         interpolation=filtering,
         resampling=resampling,
         corner="floor",
-        **_tidy(processor, scale)._asdict(),
+        **_tidy(processor, called.scale)._asdict(),
     )
     share = getattr(processor, "crop_pct", None)
     if share is not None:  # resized to more than its size; not so where the size is large

@@ -58,11 +58,14 @@ class Processed(PicturePreprocess):
         made = self._call(open_picture(picture, channels=self.channels))
         if grid_of(made) is not None:
             return self._unpacked(made)[None]
-        pixels = torch.as_tensor(made.pop(PIXELS, ())).float()
+        try:
+            pixels = torch.as_tensor(made.pop(PIXELS, ())).float()
+        except (ValueError, TypeError, RuntimeError) as error:  # tiles of several sizes
+            raise self._other(f"makes what is no tensor ({brief(error)})") from error
         pixels = pixels[0] if pixels.ndim == 5 and len(pixels) == 1 else pixels
         if pixels.ndim != 4 or pixels.shape[1] != self.channels or any("grid" in name for name in made):
             raise self._other(f"makes no picture [channel height width], but {_told(pixels, made)}")
-        masks = [name for name, value in made.items() if name.endswith("mask") and not torch.as_tensor(value).all()]
+        masks = [name for name, value in made.items() if name.endswith("mask") and not _whole(value)]
         if masks:
             raise self._other(f"hides a part of what it makes ({masks[0]}), and a tensor of pixels cannot say which")
         return pixels
@@ -167,6 +170,10 @@ class Processed(PicturePreprocess):
 
     def _other(self, what: str) -> InputError:
         return InputError(f"{self._name} {what}: set model.preprocess, or give the model the tensor it takes.")
+
+
+def _whole(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and bool(mask.all())
 
 
 def _told(pixels: Tensor, made: dict[str, Any]) -> str:
