@@ -90,14 +90,15 @@ def test_pictures_of_a_packed_sequence_do_not_see_each_other() -> None:
 QWEN = {"in_channels": 2, "patch_size": 4, "num_position_embeddings": 16, "out_hidden_size": 20}
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(4, 4), (6, 2)])
 @torch.no_grad()
-def test_tokens_do_not_depend_on_the_order_in_which_patches_are_listed() -> None:
+def test_tokens_do_not_depend_on_the_order_in_which_patches_are_listed(rows: int, columns: int) -> None:
     upstream: Any = built("Qwen3_5VisionModel", **QWEN).eval().double()
-    image = torch.randn(2, 2, 16, 16).double()
+    image = torch.randn(2, 2, rows * 4, columns * 4).double()
     blocks = "b c (r i p) (s j q) -> (b r s i j) (c t p q)"  # by itself upstream counts two by two
     listed = repeat(image, blocks, i=2, j=2, p=4, q=4, t=2)
-    theirs = upstream(listed, grid_thw=torch.tensor([[1, 4, 4]] * 2)).last_hidden_state
-    ours = rearrange(adapt(upstream)(image), "b (r i s j) d -> (b r s i j) d", r=2, i=2, s=2)
+    theirs = upstream(listed, grid_thw=torch.tensor([[1, rows, columns]] * 2)).last_hidden_state
+    ours = rearrange(adapt(upstream)(image), "b (r i s j) d -> (b r s i j) d", i=2, j=2, s=columns // 2)
     assert torch.allclose(theirs, ours, rtol=0, atol=1e-10)
 
 

@@ -140,7 +140,7 @@ def cases() -> Iterator[Case]:
     for name in ("PaddleOCRVisionTransformer", "PaddleOCRVisionModel"):
         yield case(name, rope_parameters={"rope_type": "axial", "rope_theta": 30.0})
     listed = {"in_channels": 2, "patch_size": 4, "num_position_embeddings": 16, "out_hidden_size": 20}
-    listed |= {"rope_parameters": {"rope_type": "axial", "rope_theta": 30.0}}
+    listed |= {"rope_parameters": {"rope_type": "axial", "rope_theta": 30.0}, "spatial_merge_size": 1}
     for name in ("Qwen3VLVisionModel", "Qwen3VLMoeVisionModel", "Qwen3OmniMoeVisionEncoder"):
         yield case(name, deepstack_visual_indexes=[0], **listed)
     yield case("CohereCompassVisionModel", deepstack_visual_indexes=[1], temporal_patch_size=3, **listed)

@@ -90,6 +90,7 @@ class TowerNames:
         rope: the module that makes the tables by which queries and keys turn, ``rope_of``, what it makes them of, and
             ``rope_cls``, the angles of the class token; other tokens before the patches do not turn.
         rope_sizes: what patches are counted by where those tables follow other sizes of image (``RopeGrid``).
+        rope_apart: rows and columns turn by waves of their own, half of what it holds each.
         rope_in_float32: queries and keys turn in float32, whatever they are.
         last: the place of the main output, where the final norm is called again later.
         ln_each: final norms, one behind each block, where there is such a list; without it ``ln_final`` is called once,
@@ -100,6 +101,7 @@ class TowerNames:
         resize: whether upstream's positions follow other sizes of image: ``asked``, if the caller says so;
             ``always``; or ``never``.
         mode, antialias: of that interpolation.
+        resampler: the module that says how, where positions are weighed one by one.
         resize_float32: in float32, whatever they are.
         bias: the module whose table is added to the scores of all blocks.
         ignored: tensors that its main output does not depend on, each with the reason.
@@ -124,6 +126,7 @@ class TowerNames:
     rope_of: Literal["positions", "picture"] = "positions"
     rope_cls: str = ""
     rope_sizes: Literal["", "index", "radians"] = ""
+    rope_apart: bool = False
     rope_in_float32: bool = False
     last: str = ""
     ln_pre: str = ""
@@ -134,6 +137,7 @@ class TowerNames:
     resize: Literal["asked", "always", "never"] = "asked"
     mode: Literal["bicubic", "bilinear"] = "bicubic"
     antialias: bool = False
+    resampler: str | None = None
     resize_float32: bool = False
     bias: str = ""
     ignored: dict[str, str] = field(default_factory=dict[str, str], hash=False)

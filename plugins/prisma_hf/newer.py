@@ -56,6 +56,7 @@ PIXTRAL = TowerNames(
     pos="",
     rope="patch_positional_embedding",
     rope_sizes="index",
+    rope_apart=True,
     ln_pre="ln_pre",
     ln_final="",
 )
@@ -95,8 +96,9 @@ QWEN = TowerNames(
     image="",
     prefix=(),
     pos="pos_embed",
-    resize="never",
+    resampler="",
     rope="rotary_pos_emb",
+    rope_sizes="index",
     rope_in_float32=True,
     ln_final="",
     ignored=MERGED,
@@ -134,7 +136,8 @@ PADDLE = replace(
     block=replace(CLIP_BLOCK, scale="scaling", rot_q="@ split : in", rot_k="@ split#1 : in", axes="(batch p)"),
     listed="patches",
     prefix=(),
-    resize="never",
+    resampler="embeddings",
     rope="encoder.rotary_pos_emb",
+    rope_sizes="index",
     rope_in_float32=True,
 )

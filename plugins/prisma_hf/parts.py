@@ -93,7 +93,6 @@ IGNORED = {
     "*.num_hidden_layers": "the number of blocks",
     "*.spatial_merge_*": "how many patches make a token of the language model",
     "*.num_grid_per_side": "the root of the number of positions",
-    "*.interpolation_*": "how positions follow other sizes; pictures keep to the one that they were made for",
     "*.temporal_patch_size": "the frames that the patch projection reads",
     "*.in_channels": "the channels of the patch projection",
     "*Attention.dim": "the width of the projections",

@@ -52,6 +52,10 @@ def interpolation(tower: Reader, names: TowerNames, layout: TokenLayout) -> Inte
     """Return how positions follow other sizes of image; None if the size is fixed."""
     if not names.pos and names.rope_sizes:
         return Interpolation()  # nothing is added: rotary tables are made for any grid
+    if names.resampler is not None:
+        how = parts.walk(tower, names.resampler).expect(interpolation_mode="bilinear")
+        corners = {"antialias": False, "align_corners": how.interpolation_align_corners}
+        return Interpolation(mode="bilinear", **corners, in_float32=False, weights_in_float32=True)
     if table(tower, names) is None or names.resize == "never" or bias.tables(tower, "", names):
         return None
     # Upstream takes the root of the number of positions for a side of their grid.

@@ -35,8 +35,8 @@ def _grid(tower: Reader, turning: Reader, names: TowerNames) -> RopeGrid | None:
         return RopeGrid(coordinates="radians", waves=waves)
     if names.rope_sizes == "index":
         half = len(waves) // 2
-        every = {"in_float32": True, "angles_in_float32": True}
-        return RopeGrid(coordinates="index", waves=waves[:half], column_waves=waves[half:], **every)
+        own = {"waves": waves[:half], "column_waves": waves[half:]} if names.rope_apart else {"waves": waves}
+        return RopeGrid(coordinates="index", in_float32=True, angles_in_float32=True, **own)
     return None
 
 

@@ -181,6 +181,7 @@ class Interpolation(Facts):
         square: resized to a square of the longer side, then cut to the grid.
         offset: the grid is scaled by (side + offset) / native side, instead of to its sides.
         in_float32: computed in float32 whatever the positions are, even float64.
+        weights_in_float32: only how much is taken of each of the four positions around a patch is.
     """
 
     mode: Literal["bicubic", "bilinear"] = "bicubic"
@@ -189,6 +190,14 @@ class Interpolation(Facts):
     square: bool = False
     offset: float = 0.0
     in_float32: bool = True
+    weights_in_float32: bool = False
+
+    @model_validator(mode="after")
+    def _four_positions(self) -> Interpolation:
+        other = self.mode != "bilinear" or self.antialias or self.square or self.offset or self.in_float32
+        if self.weights_in_float32 and other:
+            raise ValueError("weights_in_float32 goes with mode='bilinear' alone")
+        return self
 
 
 class EmbedSpec(Facts):

@@ -111,6 +111,8 @@ class Embed(nn.Module):
         """Source: timm's ``resample_abs_pos_embed`` and its NaFlexVit; with an offset, Meta's DINO and DINOv2."""
         how, frames = self.spec.interpolation or Interpolation(), self.layout.frames
         whole = (max(size), max(size)) if how.square else size
+        if how.weights_in_float32:
+            return torch.cat([_weighted(frame, how, self.pos_grid, size) for frame in patches.chunk(frames)])
         grid = rearrange(_wide(patches, how), "(f r c) d -> f d r c", f=frames, r=self.pos_grid[0])
         resize = partial(F.interpolate, mode=how.mode, align_corners=how.align_corners, antialias=how.antialias)
         if how.offset:
@@ -127,6 +129,26 @@ class Embed(nn.Module):
             return table[:length]
         wide = rearrange(_wide(table, how), "p d -> 1 d p")
         return rearrange(F.interpolate(wide, whole, mode="linear"), "1 d p -> p d").to(table.dtype)[:length]
+
+
+def _weighted(table: Tensor, how: Interpolation, native: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Return the weighted sums of the four positions around each patch ``[patch d_model]``.
+
+    Source: transformers.vision_utils, with the same operations in the same order.
+    """
+    rows, by_row = _neighbours(how, native[0], size[0], table.device)
+    columns, by_column = _neighbours(how, native[1], size[1], table.device)
+    taken = rows[:, None, :, None] * native[1] + columns[None, :, None, :]
+    weights = by_row[:, None, :, None] * by_column[None, :, None, :]
+    return (table[taken.flatten(2)] * weights.flatten(2)[..., None]).sum(2).flatten(0, 1)
+
+
+def _neighbours(how: Interpolation, native: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    index = torch.arange(length, dtype=torch.float32, device=device)
+    at = index * (native - 1) / max(length - 1, 1) if how.align_corners else (index + 0.5) * native / length - 0.5
+    before, both = at.floor(), torch.arange(2, device=device)
+    weights = (1 - (at[:, None] - before[:, None] - both).abs()).clamp(min=0)
+    return (before.long()[:, None] + both).clamp(0, native - 1), weights
 
 
 def _wide(x: Tensor, how: Interpolation) -> Tensor:
