@@ -231,6 +231,8 @@ def _image_size(tower: Reader, names: TowerNames) -> tuple[int, int]:
         down, across = _patch(tower, names)
         return side * down, side * across
     size = parts.walk(tower, names.image)
+    if not isinstance(size, int) and len(size) != 2:
+        raise tower.unsupported(f"a picture of {len(size)} sides (image_size={size!r})")
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 

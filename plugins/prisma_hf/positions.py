@@ -39,6 +39,8 @@ def check(tower: Reader, names: TowerNames, layout: TokenLayout) -> bool:
     found = table(tower, names)
     if found is None:
         return False
+    if names.looked_up and tower.config.patch_size != tower.embeddings.patch_size:
+        raise tower.unsupported(f"config.patch_size={tower.config.patch_size!r}, by which patches are looked up")
     length = found.num_embeddings if isinstance(found, Reader) else found.shape[-2]
     expected = layout.n_tokens - (layout.registers if names.pos_without_registers else 0) + int(names.pos_and_first)
     if length != expected:

@@ -64,6 +64,13 @@ def attention(module: Reader, heads: int, d_head: int) -> AttentionSpec:
     return AttentionSpec(n_heads=heads, n_kv_heads=heads, d_head=d_head, scale=module.scaling)
 
 
+def frames(patches: Reader) -> int:
+    """Return how many frames a tubelet embedding was built for, those that fill no tubelet left out."""
+    depth, down, across = patches.projection.kernel_size
+    height, width = patches.image_size
+    return patches.num_patches // max(1, (height // down) * (width // across)) * depth
+
+
 def tubelets(
     proj: Reader, image_size: tuple[int, int], frames: int, *, cls: int = 0, **facts: Any
 ) -> tuple[EmbedSpec, TokenLayout]:

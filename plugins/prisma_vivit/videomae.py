@@ -36,7 +36,7 @@ class VideoMAEAdapter(VideoAdapter):
         classifier = upstream.is_a(CLASSIFIER)
         base = upstream.videomae if classifier else upstream
         patches = base.embeddings.patch_embeddings
-        embed, layout = parts.tubelets(patches.projection, tuple(patches.image_size), base.module.config.num_frames)
+        embed, layout = parts.tubelets(patches.projection, tuple(patches.image_size), parts.frames(patches))
         averaged = classifier and upstream.has("fc_norm")
         return ModelSpec(
             d_model=patches.projection.out_channels,

@@ -37,7 +37,7 @@ class VivitAdapter(VideoAdapter):
         base = upstream.vivit if upstream.is_a(CLASSIFIER) else upstream
         patches = base.embeddings.patch_embeddings
         embed, layout = parts.tubelets(
-            patches.projection, tuple(patches.image_size), base.module.config.num_frames, cls=1
+            patches.projection, tuple(patches.image_size), parts.frames(patches), cls=1
         )
         width = patches.projection.out_channels
         return ModelSpec(

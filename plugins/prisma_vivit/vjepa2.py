@@ -140,5 +140,7 @@ def _rope(attentions: list[Reader]) -> RopeSpec:
     (frame, row, column, side), *others = facts
     if others or len({frame, row, column}) != 1 or not frame:
         raise attentions[0].unsupported("rotary positions that turn different numbers of channels, or none")
+    if attentions[0].attention_head_size % 2:
+        raise attentions[0].unsupported("rotary positions in heads of an odd number of channels")
     grid = RopeCount(pairs=frame // 2, theta=THETA, tiled=True, rows=side, columns=side)
     return RopeSpec(layout="interleaved", grid=grid)
