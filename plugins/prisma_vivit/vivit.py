@@ -36,9 +36,7 @@ class VivitAdapter(VideoAdapter):
     def spec(self, upstream: Reader) -> ModelSpec:
         base = upstream.vivit if upstream.is_a(CLASSIFIER) else upstream
         patches = base.embeddings.patch_embeddings
-        embed, layout = parts.tubelets(
-            patches.projection, tuple(patches.image_size), parts.frames(patches), cls=1
-        )
+        embed, layout = parts.tubelets(patches.projection, tuple(patches.image_size), parts.frames(patches), cls=1)
         width = patches.projection.out_channels
         return ModelSpec(
             d_model=width,
