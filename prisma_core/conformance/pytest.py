@@ -40,6 +40,7 @@ from prisma_core.errors import InputError
 from prisma_core.plugins import host
 
 PROPERTY = "prisma_certificate"
+COUNTS = "prisma_counts"  # a test's property: JSON of a title and of numbers by what they count; the end adds them up
 _DOCTOR_VISITS = 3  # a mistake in a part that all share would otherwise be explained once for each architecture
 
 
@@ -206,6 +207,21 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
         if folder := cast("str | None", config.getoption("--certificates")):
             path = write_certificates(certificates, Path(folder) / file_name(plugin, certificates))
             terminalreporter.write_line(f"certificates: {path}")
+    for title, counts in sorted(_counted(terminalreporter).items()):
+        terminalreporter.section(title)
+        for what, count in counts.items():
+            terminalreporter.write_line(f"{count} {what}")
+
+
+def _counted(terminalreporter: Any) -> dict[str, Counter[str]]:
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, value in getattr(report, "user_properties", ()):
+                if name == COUNTS and report.when == "call":
+                    title, counts = json.loads(value)
+                    found[title].update(counts)
+    return found
 
 
 def _collected(terminalreporter: Any) -> dict[str, tuple[int, list[Certificate]]]:
