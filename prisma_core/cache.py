@@ -15,6 +15,7 @@ from torch import Tensor
 from prisma_core.decompose import Decompositions
 from prisma_core.errors import InputError, LoadError, NotApplicable, UnknownName, suggest
 from prisma_core.files import read_safetensors
+from prisma_core.keywords import elsewhere
 from prisma_core.layout import TokenLayout
 from prisma_core.names import LayerQuery, resolve_one, short_name
 from prisma_core.views import TokenViews
@@ -83,6 +84,10 @@ class ActivationCache(TokenViews, Decompositions, Mapping[str, Tensor]):
                 "This cache holds no gradients: take it with run_with_cache(..., loss=function of the output)."
             )
         return self.gradients
+
+    def __getattr__(self, name: str) -> Any:
+        answer = elsewhere(name)
+        raise AttributeError(f"ActivationCache has no attribute {name!r}{f': {answer}' if answer else '.'}")
 
     # ---------------------------------------------------------------- a mapping
 

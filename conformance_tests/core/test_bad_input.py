@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import prisma_core as prisma
-from prisma_core import HookedViT, InputError, LoadError, UnknownName
+from prisma_core import HookedViT, HookError, InputError, LoadError, UnknownName
 from prisma_core.files import read_checkpoint
 from prisma_core.preprocess import Preprocess
 from prisma_core.saved import SPEC, WEIGHTS
@@ -516,7 +516,12 @@ def test_autocast_brings_dtypes_together(vit: HookedViT, image: Tensor) -> None:
         ({"incl_bwd": True}, r"here it is loss="),
         ({"stop_at_leyer": 1}, r"run_with_cache takes no 'stop_at_leyer'\. Did you mean stop_at_layer"),
         ({"nams": "z"}, r"Did you mean names"),
-        ({"return_type": "logits"}, r"It takes names, hooks, .*start_at_layer"),
+        ({"layers": 2}, r"It takes names, hooks, .*start_at_layer"),
+        (
+            {"return_type": "logits"},
+            r"takes no 'return_type': what the model gives out is what is returned; .*output=False",
+        ),
+        ({"reset_hooks_end": True}, r"hooks end with their scope, and nothing is left on the model"),
     ],
 )
 def test_keywords_that_nothing_takes(vit: HookedViT, image: Tensor, given: dict[str, Any], told: str) -> None:
@@ -527,6 +532,37 @@ def test_keywords_that_nothing_takes(vit: HookedViT, image: Tensor, given: dict[
         vit.run_with_hooks(image, fwd_hooks=[])
     with pytest.raises(InputError, match=r"HookedViT takes no 'stop_layer'\. Did you mean stop_at_layer"):
         vit(image, stop_layer=1)
+
+
+def test_scopes_answer_to_names_known_from_elsewhere(vit: HookedViT) -> None:
+    with pytest.raises(InputError, match=r"hooks takes no 'fwd_hooks': here it is hooks=\{name: hook\}"):
+        vit.hooks(fwd_hooks=[("hook_embed", lambda x, hook: x)])
+    with pytest.raises(InputError, match=r"hooks takes no 'bwd_hooks': here it is backward=\{name: hook\}"):
+        vit.hooks(bwd_hooks=[])
+    with pytest.raises(InputError, match=r"hooks takes no 'bakward'\. Did you mean backward"):
+        vit.hooks(bakward={})
+    with (
+        pytest.raises(InputError, match=r"caching takes no 'names_filter': here it is names="),
+        vit.caching(names_filter="z"),
+    ):
+        pass
+    with pytest.raises(HookError, match=r"hooks as \{name: hook\}, got list\. Of a list of pairs, dict\(pairs\)"):
+        vit.hooks([("hook_embed", lambda x, hook: x)])
+
+
+def test_attributes_known_from_elsewhere_are_answered(vit: HookedViT, image: Tensor) -> None:
+    _, cache = vit.run_with_cache(image)
+    for owner, name, told in (
+        (vit, "to_tokens", r"HookedViT has no attribute 'to_tokens': here it is model\.tokens\(text\)"),
+        (vit, "add_hook", r"here hooks are a scope: with model\.hooks\("),
+        (vit, "cfg", r"here the facts are model\.spec"),
+        (vit, "nothing", r"no attribute 'nothing'$"),
+        (cache, "stack_activation", r"ActivationCache has no attribute 'stack_activation': here it is torch\.stack"),
+        (cache, "nothing", r"no attribute 'nothing'\.$"),
+    ):
+        with pytest.raises(AttributeError, match=told):
+            getattr(owner, name)
+        assert not hasattr(owner, name)
 
 
 def test_an_image_that_no_patch_fits(make: Callable[..., HookedViT]) -> None:
