@@ -210,7 +210,8 @@ class DualAdapter(Adapter):
             seen, read, scale = upstream.encode_image(image), upstream.encode_text(tokens), upstream.logit_scale.exp()
             bias = [] if upstream.logit_bias is None else [upstream.logit_bias]
         else:
-            seen, read, scale, *bias = upstream(image, tokens)
+            result = upstream(image, tokens)
+            seen, read, scale, *bias = result.values() if isinstance(result, dict) else result  # as output_dict says
         alike = scale * seen @ read.T
         return alike + bias[0] if bias else alike
 
