@@ -242,6 +242,20 @@ def test_siglip_2_gets_the_picture_that_its_patches_were_cut_from(tmp_path: Path
         assert torch.allclose(ours, getattr(theirs, "pooler_output", theirs), rtol=0, atol=2e-6)
 
 
+@torch.no_grad()
+def test_qwen_gets_the_picture_that_its_patches_were_cut_from() -> None:
+    facts = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 40, "patch_size": 4}
+    facts |= {"out_hidden_size": 20, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+    upstream = transformers.Qwen3VLVisionModel(transformers.Qwen3VLVisionConfig(**facts)).eval()
+    processor = made("Qwen2VL", {"patch_size": 4, "size": {"shortest_edge": 8 * 8, "longest_edge": 32 * 32}})
+    given = processor(images=noise(200, 200), return_tensors="pt")
+    theirs = upstream(given["pixel_values"], grid_thw=given["image_grid_thw"]).last_hidden_state
+    model = prisma.adapt(upstream)
+    ours = model(preprocess(processor)(noise(200, 200)))[0]
+    merged = ours.reshape(4, 2, 4, 2, 32).transpose(1, 2).reshape(64, 32)  # the order in which they are merged
+    assert torch.allclose(merged, theirs, rtol=0, atol=1e-6)
+
+
 def test_data_stands_among_a_saved_models_facts(folder: Path, tmp_path: Path) -> None:
     made("ViT", {"size": {"height": 36, "width": 36}}).save_pretrained(folder)
     model = prisma.load(f"hf:{folder}")
