@@ -26,7 +26,7 @@ from prisma_clip.towers import DualAdapter  # noqa: E402
 
 logits = DualAdapter().call
 from prisma_clip.building import preprocess  # noqa: E402
-from prisma_clip.source import OpenClipSource  # noqa: E402
+from prisma_clip.source import OpenClipSource, as_trained  # noqa: E402
 from prisma_clip.texts import Tokenizer  # noqa: E402
 
 NAME = "ViT-B-32"
@@ -159,6 +159,27 @@ def test_a_tag_whose_weights_want_another_activation_gets_it() -> None:
         assert {block.mlp.act for tower in (model.spec.vision, model.spec.text) for block in tower.blocks} == {act}
     chosen = prisma.load("open_clip:ViT-B-32@openai", pretrained=False, quick_gelu=False, **small)
     assert chosen.spec.text.blocks[0].mlp.act == "gelu"
+    name, tag = "roberta-ViT-B-32", "laion2b_s12b_b32k"  # whose configuration says quick_gelu, and its weights do not
+    assert as_trained(name, tag, {}) == {"quick_gelu": False}
+    assert as_trained(name, tag, {"force_quick_gelu": True}) == {}
+
+
+def test_pictures_are_prepared_as_the_tag_or_the_user_says(upstream: Any, tmp_path: Path, no_network: None) -> None:
+    small = {**SMALL, "vision_cfg": {**SMALL["vision_cfg"], "patch_size": 16}}
+    name, tag = next((n, t) for n, t in open_clip.list_pretrained() if n == "ViT-B-16-SigLIP")
+    theirs = open_clip.get_pretrained_cfg(name, tag)
+    assert theirs["mean"] != open_clip.OPENAI_DATASET_MEAN
+    text = {**SMALL["text_cfg"], "context_length": 9}
+    options = {"embed_dim": 64, "text_cfg": text, "vision_cfg": small["vision_cfg"], "pretrained": False}
+    model = prisma.load(f"open_clip:{name}@{tag}", **options)
+    assert model.preprocess is not None
+    assert (model.preprocess.mean, model.preprocess.resize) == (tuple(theirs["mean"]), theirs["resize_mode"])
+    forced = {"mean": (0.1, 0.2, 0.3), "interpolation": "bilinear"}
+    model = prisma.load(f"open_clip:{name}@{tag}", force_preprocess_cfg=forced, **options)
+    assert (model.preprocess.mean, model.preprocess.std) == ((0.1, 0.2, 0.3), tuple(theirs["std"]))
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(_configured()))
+    model = prisma.load(f"open_clip:{tmp_path}", pretrained=False, force_preprocess_cfg=forced)
+    assert (model.preprocess.mean, model.preprocess.resize) == ((0.1, 0.2, 0.3), "squash")
 
 
 # -------------------------------------------------------------------- files with a configuration

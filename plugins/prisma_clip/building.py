@@ -102,12 +102,16 @@ def fill(model: Any, path: str | Path, *, sizes: bool) -> None:
 # -------------------------------------------------------------------- pictures
 
 
-def set_preprocessing(model: nn.Module, config: dict[str, Any]) -> None:
+def set_preprocessing(model: nn.Module, config: dict[str, Any], options: dict[str, Any]) -> None:
+    """Note how pictures were prepared in training, or as these options say."""
     from open_clip.transform import merge_preprocess_dict
 
     visual: Any = model.visual
     size = visual.preprocess_cfg["size"]
-    visual.preprocess_cfg = {**merge_preprocess_dict(visual.preprocess_cfg, config), "size": size}
+    visual.preprocess_cfg = merge_preprocess_dict(
+        merge_preprocess_dict(visual.preprocess_cfg, config),
+        {"size": size, **(options.get("force_preprocess_cfg") or {})},
+    )
 
 
 def preprocess(config: dict[str, Any]) -> Preprocess:

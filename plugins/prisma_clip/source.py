@@ -42,16 +42,13 @@ class OpenClipSource(Source):
                 model = tinyclip.load(which, **options)
                 return _loaded(model, Tokenizer({"context_length": model.context_length}))
         _check_name(name, which)
-        if not pretrained:
-            model = create(name, _as_trained(name, which) | options)
-        elif _is_tag(name, which):
-            weights = _fetched(name, which)
-            model = create(name, _as_trained(name, which) | options)
-            fill(model, weights, sizes=bool(options))
-            set_preprocessing(model, _tag(name, which))
-        elif which:
-            model = create(name, options)
-            fill(model, which, sizes=bool(options))
+        tag = _tag(name, which) if _is_tag(name, which) else {}
+        if which or not pretrained:
+            weights = _fetched(name, which) if tag and pretrained else which
+            model = create(name, as_trained(name, which, options) | options)
+            if pretrained:
+                fill(model, weights, sizes=bool(options))
+            set_preprocessing(model, tag, options)
         else:
             raise LoadError(
                 f"open_clip:{name} names no trained weights. {_tags_of(name)} Load open_clip:{name}@TAG, "
@@ -100,12 +97,12 @@ def _text(config: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     return {**config["text_cfg"], **changed, **options.get("text_cfg", {})}
 
 
-def _as_trained(name: str, tag: str) -> dict[str, Any]:
+def as_trained(name: str, tag: str, options: dict[str, Any]) -> dict[str, Any]:
     """Return the activation that a tag's weights were trained with, where the configuration has another one.
 
     open_clip builds what the configuration says, and warns. Weights and activation belong together.
     """
-    if not _is_tag(name, tag):
+    if not _is_tag(name, tag) or options.get("force_quick_gelu"):
         return {}
     config = _config(name)
     trained = bool(_tag(name, tag).get("quick_gelu", False))
@@ -120,7 +117,7 @@ def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> Loa
     model = create_from(config, options)
     if pretrained:
         fill(model, files[0], sizes=bool(options))
-    set_preprocessing(model, config.get("preprocess_cfg", {}))
+    set_preprocessing(model, config.get("preprocess_cfg", {}), options)
     return _loaded(model, Tokenizer(_text(config["model_cfg"], options), f"open_clip:{folder}", folder.resolve()))
 
 
@@ -133,7 +130,7 @@ def _from_config(path: Path, checkpoint: str, pretrained: bool, options: dict[st
     model = create_from(config, options)
     if pretrained:
         fill(model, checkpoint, sizes=bool(options))
-    set_preprocessing(model, config.get("preprocess_cfg", {}))
+    set_preprocessing(model, config.get("preprocess_cfg", {}), options)
     return _loaded(model, Tokenizer(_text(config["model_cfg"], options), f"open_clip:{path}"))
 
 
