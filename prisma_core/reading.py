@@ -31,6 +31,8 @@ def same_for_all(upstream: Reader, tables: Sequence[str]) -> str:
     Raises:
         UnsupportedArchitecture: they have different ones.
     """
+    if not tables:
+        raise upstream.unsupported("no blocks")
     if len(set(tables)) != 1:
         raise upstream.unsupported("blocks built of different modules")
     return tables[0]
