@@ -184,6 +184,7 @@ def test_tiles_are_asked_for() -> None:
     [
         ("Pix2Struct", {}, r"makes no picture \[channel height width\], but flattened_patches, attention_mask: set"),
         ("Gemma4", {}, r"makes no picture \[channel height width\], but pixel_values 1 x 2520 x 768"),
+        ("MiniCPMV4_6", {}, r"makes no picture"),
         ("VitPose", {}, r"cannot prepare a picture by itself .*boxes.*set model\.preprocess"),
         ("Aria", {"max_image_size": 490}, r"hides a part of what it makes \(pixel_mask\)"),
         ("ImageGPT", {}, r"Clusters"),
@@ -195,6 +196,7 @@ def test_what_is_no_picture_is_said(name: str, settings: dict[str, Any], told: s
 
 
 def test_settings_of_an_odd_kind_do_not_stop_it() -> None:
+    assert isinstance(preprocess(made("Ovis2", {})), Preprocess), "a grid beside a picture"
     for name in ("BridgeTower", "Fuyu", "Idefics"):
         assert isinstance(preprocess(made(name, {})), Preprocess | Processed)
 

@@ -63,7 +63,7 @@ class Processed(PicturePreprocess):
         except (ValueError, TypeError, RuntimeError) as error:  # tiles of several sizes
             raise self._other(f"makes what is no tensor ({brief(error)})") from error
         pixels = pixels[0] if pixels.ndim == 5 and len(pixels) == 1 else pixels
-        if pixels.ndim != 4 or pixels.shape[1] != self.channels or any("grid" in name for name in made):
+        if pixels.ndim != 4 or pixels.shape[1] != self.channels or _is_strip(pixels, made):
             raise self._other(f"makes no picture [channel height width], but {_told(pixels, made)}")
         masks = [name for name, value in made.items() if name.endswith("mask") and not _whole(value)]
         if masks:
@@ -170,6 +170,12 @@ class Processed(PicturePreprocess):
 
     def _other(self, what: str) -> InputError:
         return InputError(f"{self._name} {what}: set model.preprocess, or give the model the tensor it takes.")
+
+
+def _is_strip(pixels: Tensor, made: dict[str, Any]) -> bool:
+    """Whether patches stand side by side, in one row, with the numbers of rows and columns beside them."""
+    sides = made.get("target_sizes")
+    return isinstance(sides, Tensor) and int(sides[0].prod()) * pixels.shape[-2] == pixels.shape[-1]
 
 
 def _whole(mask: Any) -> bool:
