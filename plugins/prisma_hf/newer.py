@@ -129,6 +129,7 @@ OVIS = replace(
     AIM,
     proj="embeddings.patch_embedding",
     image="embeddings.image_size",
+    refused={},
     ignored={},
 )
 PADDLE = replace(
