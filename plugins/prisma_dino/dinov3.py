@@ -46,6 +46,9 @@ class Dinov3Adapter(Adapter):
         sides = _pair(rope.config.patch_size)
         if sides != patch.kernel_size:
             raise rope.unsupported(f"rotary positions for patches of {sides}, not {patch.kernel_size}")
+        size = _pair(rope.config.image_size)
+        if (size[0] // sides[0], size[1] // sides[1]) != (rope.num_patches_h, rope.num_patches_w):
+            raise rope.unsupported(f"config.image_size={size!r}, which has another grid than it was built for")
         layout = TokenLayout(
             cls=1,
             registers=upstream.embeddings.register_tokens.shape[1],
@@ -55,7 +58,7 @@ class Dinov3Adapter(Adapter):
         grid = RopeGrid(coordinates="radians", waves=_waves(rope.inv_freq))
         return ModelSpec(
             d_model=patch.out_channels,
-            image_size=_pair(rope.config.image_size),
+            image_size=size,
             # Without learned positions there is nothing to interpolate: rotary tables are made for any grid.
             embed=EmbedSpec(
                 patch=patch.kernel_size, in_channels=patch.in_channels, pos=False, interpolation=Interpolation()
