@@ -476,6 +476,7 @@ def test_sizes_on_offer_are_whole_patches_where_the_native_one_is_not() -> None:
     [
         ("hf-Aimv2VisionModel", {"is_native": True}, "positions made for each picture"),
         ("hf-Idefics2VisionTransformer", {"patch_size": 4}, "by which patches are looked up"),
+        ("dino-dinov3", {"image_size": 40}, "another grid"),
         ("clip-roberta-ViT-B-32/whole", {"pad_token_id": 3}, "pad_token_id"),
         ("clip-roberta-ViT-B-32/whole", {"is_decoder": True}, "is_decoder"),
     ],
