@@ -21,6 +21,7 @@ from prisma_core.mapped import HookedUpstream, own_copy
 from prisma_core.plugins import host
 from prisma_core.saved import SPEC, assign, load_folder, tensors_of, with_own_stem
 from prisma_core.sources import Loaded, Source
+from prisma_core.spec import MapSpec
 from prisma_core.transformer import Canonical, HookedDual, HookedText, build
 from prisma_core.weights import WeightMap
 
@@ -150,6 +151,7 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> C
             qualified_name(upstream), f"facts that no spec can hold ({_said(error)})"
         ) from error
     if isinstance(adapter, MapAdapter):
+        assert isinstance(spec, MapSpec)
         return HookedUpstream(own_copy(upstream, copy=copy), adapter.table(Reader(upstream)), spec, adapter.output)
     stem = adapter.stem(Reader(upstream), spec)
     table = adapter.weights(Reader(upstream), spec)
