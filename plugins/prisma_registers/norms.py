@@ -144,7 +144,7 @@ def attention_to(
         _, cache = model.run_with_cache(part, names="blocks.*.attn.hook_pattern", output=False)
         patterns = [cache["attn.pattern", layer] for layer in range(len(model.blocks))]
         shares = [pattern[:, :, at[queries], at[keys]].sum(-1).mean(-1) for pattern in patterns]
-        total = total + torch.stack([share.sum(0) for share in shares]).cpu()
+        total = total + torch.stack([share.sum(0) for share in shares])
     return total / len(images)
 
 
