@@ -207,6 +207,8 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
         if folder := cast("str | None", config.getoption("--certificates")):
             path = write_certificates(certificates, Path(folder) / file_name(plugin, certificates))
             terminalreporter.write_line(f"certificates: {path}")
+    if found and not torch.cuda.is_available():
+        terminalreporter.write_line("nothing ran on a GPU: no CUDA device is here (with one: pytest --device cuda)")
     for title, counts in sorted(_counted(terminalreporter).items()):
         terminalreporter.section(title)
         for what, count in counts.items():

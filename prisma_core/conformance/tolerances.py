@@ -19,7 +19,7 @@ GRADIENT: Final = 1e-9
 
 # Where bits may differ (another order of summation, another kernel), each side errs against float64 on the very numbers
 # that the dtype holds. We may err as upstream does, by the root of the mean square over eight inputs, on any device and
-# in any dtype. The two are drawn alike, and among all architectures differ by a third at most.
+# in any dtype. The two are drawn alike, and among all architectures differ by less than a half.
 OWN_ERROR_FACTOR: Final = 1.5
 OWN_ERROR_INPUTS: Final = 8
 
