@@ -105,7 +105,8 @@ def _run(arguments: list[str]) -> int:
         status = typer.main.get_command(app).main(args=arguments, prog_name="prisma", standalone_mode=False)
     except _ClickException as error:
         message = str(error.format_message()).rstrip(".")
-        note("Error", f"{message}{'' if message.endswith('?') else '.'} `prisma --help` lists what there is.")
+        which = getattr(getattr(error, "ctx", None), "command_path", "prisma")
+        note("Error", f"{message}{'' if message.endswith('?') else '.'} `{which} --help` lists what there is.")
         return 2
     except typer.Abort:
         return 130

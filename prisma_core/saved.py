@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prisma_core.adapter import qualified_name
 from prisma_core.companions import Kept, Lost
-from prisma_core.errors import LoadError, PrismaError, UnsupportedArchitecture
+from prisma_core.errors import LoadError, NotApplicable, PrismaError, UnsupportedArchitecture
 from prisma_core.files import check_shapes, read_safetensors
 from prisma_core.mapped import HookedUpstream
 from prisma_core.plugins import host
@@ -62,6 +62,7 @@ def save(model: Canonical, folder: str | Path) -> Path:
 
     Raises:
         UnsupportedArchitecture: the model has an opaque stem, which a spec cannot describe.
+        NotApplicable: the model does something that no spec says.
     """
     if isinstance(model, HookedUpstream):
         raise UnsupportedArchitecture(
@@ -69,6 +70,8 @@ def save(model: Canonical, folder: str | Path) -> Path:
             "it runs as upstream's own module, which a file of facts and weights cannot hold; keep what "
             "prisma.export(model) returns, which upstream loads",
         )
+    if (beyond := model.beyond_spec()) is not None:
+        raise NotApplicable(f"This model {beyond}, which a saved file cannot hold; save the original.")
     if with_own_stem(model):
         raise UnsupportedArchitecture(
             model.origin.kind if model.origin else "this model",

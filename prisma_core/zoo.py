@@ -14,7 +14,14 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from prisma_core.adapter import Adapter, MapAdapter, Reader, qualified_name
-from prisma_core.errors import InputError, LoadError, UnknownName, UnsupportedArchitecture, WeightMapError
+from prisma_core.errors import (
+    InputError,
+    LoadError,
+    NotApplicable,
+    UnknownName,
+    UnsupportedArchitecture,
+    WeightMapError,
+)
 from prisma_core.hooked import Hooked
 from prisma_core.keywords import check_keywords, keywords
 from prisma_core.mapped import HookedUpstream, own_copy
@@ -203,10 +210,13 @@ def export(model: Canonical) -> dict[str, Tensor]:
 
     Raises:
         LoadError: the model was not adapted from an upstream one.
+        NotApplicable: the model does something that no weights say.
         WeightMapError: weights were edited in a way upstream has no tensor for.
     """
     if isinstance(model, HookedUpstream):
         return model.export()
+    if (beyond := model.beyond_spec()) is not None:
+        raise NotApplicable(f"This model {beyond}, which upstream's weights cannot hold; export the original.")
     if model.origin is None:
         raise LoadError("This model was not adapted from an upstream one, so there is nothing to export to. Use save.")
     canonical = {name: tensor.detach() for name, tensor in tensors_of(model).items()}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -134,6 +138,119 @@ def test_the_planted_neuron_is_found_and_moved_into_an_added_token() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(model).items())
 
 
+MOVED = [Neuron(0, 3), Neuron(2, 4), Neuron(2, 11)]
+
+
+def by_hand(first: int, n: int, n_prefix: int, neurons: list[Neuron]) -> dict[str, Callable[..., Tensor]]:
+    """Return hooks that move neurons' activations, one at a time."""
+
+    def moved(index: int) -> Callable[..., Tensor]:
+        def hook(x: Tensor, at: object) -> Tensor:
+            most = x[:, n_prefix:, index].max(dim=1, keepdim=True).values
+            kept = torch.cat([x[:, :first, index], most.expand(-1, n), x[:, first + n : n_prefix, index]], 1)
+            column = torch.cat([kept, torch.zeros_like(x[:, n_prefix:, index])], 1)
+            return torch.cat([x[..., :index], column[..., None], x[..., index + 1 :]], -1)
+
+        return hook
+
+    def chained(hooks: list[Callable[..., Tensor]]) -> Callable[..., Tensor]:
+        def hook(x: Tensor, at: object) -> Tensor:
+            for each in hooks:
+                x = each(x, at)
+            return x
+
+        return hook
+
+    layers = sorted({neuron.layer for neuron in neurons})
+    return {
+        f"blocks.{layer}.mlp.hook_post": chained([moved(one.index) for one in neurons if one.layer == layer])
+        for layer in layers
+    }
+
+
+@pytest.mark.parametrize(("registers", "n"), [(0, 1), (2, 2)])
+@torch.no_grad()
+def test_moved_neurons_are_what_hooks_by_hand_make(registers: int, n: int) -> None:
+    model, x = vit(registers=registers), images(2)
+    first = model.layout.n_prefix
+    with extra_registers(model, n) as wider:
+        wanted, theirs = wider.run_with_cache(x, hooks=by_hand(first, n, first + n, MOVED))
+    with registers_at_test_time(model, MOVED, n) as cleaned:
+        found, cache = cleaned.run_with_cache(x)
+    assert torch.equal(found, wanted)
+    assert list(cache) == list(theirs)
+    assert all(torch.equal(cache[name], theirs[name]) for name in theirs)
+    assert not torch.isclose(found, wider(x)).all()
+
+
+@torch.no_grad()
+def test_what_is_moved_belongs_to_the_model() -> None:
+    model, x = vit(), images(2)
+    with registers_at_test_time(model, MOVED) as cleaned:
+        inside = cleaned(x)
+    assert not torch.isclose(model(x), inside).all()
+    assert torch.equal(cleaned(x), inside)  # after its scope
+    assert torch.equal(copy.deepcopy(cleaned)(x), inside)
+    buffer = io.BytesIO()
+    torch.save(cleaned, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False)(x), inside)
+    elsewhere: list[Tensor] = []
+    thread = threading.Thread(target=lambda: elsewhere.append(cleaned(x)))
+    thread.start()
+    thread.join()
+    assert torch.equal(elsewhere[0], inside)
+    assert "neurons 4, 11 moved" in cleaned.hook_points()["blocks.2.mlp.hook_post"].equation
+    assert list(cleaned.hook_points()) == list(model.hook_points())
+
+
+@torch.no_grad()
+def test_scopes_in_scopes_keep_what_the_outer_ones_moved() -> None:
+    model, x = vit(registers=1), images(2)
+    others = [Neuron(0, 5), Neuron(2, 4)]
+    with extra_registers(model, 2) as wider:  # cls, reg0, two added: 4 tokens before the patches
+        outer, inner = by_hand(2, 1, 4, MOVED), by_hand(3, 1, 4, others)
+        with wider.hooks(outer):
+            alone = wider(x)
+            with wider.hooks(inner):
+                both = wider(x)
+    with registers_at_test_time(model, MOVED) as one:
+        with extra_registers(one, 1) as more:
+            assert torch.equal(more(x), alone)
+        with registers_at_test_time(one, others) as two:
+            assert torch.equal(two(x), both)
+        with pytest.raises(NotApplicable, match="remove those of the original"), without_registers(one):
+            pass
+    assert not torch.isclose(alone, both).all()
+
+
+def test_gradients_and_the_compiler_follow_what_is_moved() -> None:
+    model, x = vit(), images(2)
+    first = model.layout.n_prefix
+    with extra_registers(model, 1) as wider, registers_at_test_time(model, MOVED) as cleaned:
+        theirs, ours = x.clone().requires_grad_(), x.clone().requires_grad_()
+        wider.run_with_hooks(theirs, hooks=by_hand(first, 1, first + 1, MOVED)).square().sum().backward()
+        cleaned(ours).square().sum().backward()
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+        compiled = torch.compile(cleaned, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(x), cleaned(x))
+        with cleaned.caching("mlp.hook_post") as cache:
+            compiled(x)
+        assert not cache["blocks.2.mlp.hook_post"][:, first + 1 :, [4, 11]].any()
+
+
+def test_what_is_moved_is_in_no_file(tmp_path: Path) -> None:
+    with registers_at_test_time(vit(), MOVED) as cleaned:
+        whole = two_towers()
+        whole.vision = cleaned
+        for model in (cleaned, whole):
+            with pytest.raises(NotApplicable, match=r"moves neurons' activations .* a saved file cannot hold"):
+                prisma.save(model, tmp_path)
+            with pytest.raises(NotApplicable, match=r"moves neurons' activations .* export the original"):
+                prisma.export(model)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("pool", [PoolSpec(kind="token"), PoolSpec(kind="avg")])
 @torch.no_grad()
 def test_without_registers_is_what_masking_them_gives(pool: PoolSpec) -> None:
@@ -191,6 +308,10 @@ def test_attention_to_registers_by_head() -> None:
     found = attention_to(model, x, "registers", batch_size=2)
     assert found.shape == (3, 2)
     assert torch.allclose(found[1], wanted)
+    own = attention_to(model, x, [2, -11], queries=torch.arange(15) > 2, per_image=True, batch_size=2)
+    assert own.shape == (3, 2, 3)
+    assert torch.allclose(own[1], cache["pattern", 1][:, :, 3:][..., [2, 4]].sum(-1).mean(2).T)
+    assert torch.allclose(attention_to(model, x, [1, 2, 2]), found)
     total = sum(attention_to(model, x, kind) for kind in ("cls", "registers", "patches"))
     assert torch.allclose(total, torch.ones(3, 2).double())
 
@@ -212,6 +333,44 @@ def test_what_cannot_be_done_is_said() -> None:
         register_neurons(bare, x, cutoff=1e9)
     with pytest.raises(InputError, match="at least one image"):
         token_norms(bare, x[:0])
+
+
+SAID: dict[str, tuple[str, Callable[[HookedViT, Tensor], object]]] = {
+    "a negative cutoff": ("cutoff above 0", lambda m, x: token_norms(m, x).outliers(cutoff=-3)),
+    "no factor": ("factor above 0", lambda m, x: token_norms(m, x).by_layer(factor=0)),
+    "a negative factor": ("factor above 0", lambda m, x: token_norms(m, x).first_layer(factor=-1)),
+    "both": ("got both", lambda m, x: register_neurons(m, x, cutoff=5, factor=3)),
+    "paths": (r"as a tensor .* got list\. model\.preprocess", lambda m, x: token_norms(m, ["cat.jpg"])),
+    "paths for neurons": ("got list", lambda m, x: register_neurons(m, ["cat.jpg"])),
+    "paths for attention": ("got list", lambda m, x: attention_to(m, ["cat.jpg"], "cls")),
+    "no such position": ("No position", lambda m, x: attention_to(m, x, [3, 40])),
+    "no position": ("at least one position", lambda m, x: attention_to(m, x, [])),
+    "positions by name": ("or positions; got", lambda m, x: attention_to(m, x, ["cls", "patches"])),
+    "pairs": (r"such as \[Neuron\(.* got \(0, 1\)", lambda m, x: registers_at_test_time(m, [(0, 1)]).__enter__()),
+    "one neuron": ("one by itself", lambda m, x: registers_at_test_time(m, Neuron(0, 1)).__enter__()),
+    "half a neuron": ("as whole numbers", lambda m, x: registers_at_test_time(m, [Neuron(0, 0.5)]).__enter__()),
+    "a number in quotes": ("n='4'", lambda m, x: extra_registers(m, "4").__enter__()),
+    "values in lists": (r"\[1 12\], got list", lambda m, x: extra_registers(m, 1, values=[[0.0] * 12]).__enter__()),
+}
+
+
+@pytest.mark.parametrize("what", SAID)
+def test_what_makes_no_sense_is_refused_in_words(what: str) -> None:
+    says, study = SAID[what]
+    with pytest.raises(InputError, match=says):
+        study(vit(), images())
+
+
+def test_the_command_shows_outlier_patches_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (40, 30), "teal").save(path)
+    assert main(["registers", "toy:scenes-3l", str(path), "--cutoff", "1e-3"]) == 0  # every token is one
+    first = " ".join(capsys.readouterr().out.partition("\n")[2].split())
+    assert 0 <= first.find("r0c0") < first.find("patches more, cls")
+    assert main(["registers", "toy:scenes-3l", str(path), "--cutoff", "-3"]) == 1
+    assert "cutoff above 0" in capsys.readouterr().err
+    assert main(["registers", "toy:scenes-3l"]) == 2
+    assert "prisma registers --help" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

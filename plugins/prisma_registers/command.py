@@ -13,7 +13,7 @@ from rich.table import Table
 import prisma_core as prisma
 from prisma_core import HookedViT, InputError
 from prisma_core.transformer import HookedDual
-from prisma_registers.norms import attention_to, token_norms
+from prisma_registers.norms import LayerNorms, attention_to, check_outliers, token_norms
 
 
 def registers(
@@ -28,6 +28,7 @@ def registers(
     ] = True,
 ) -> None:
     """Show which tokens are high-norm outliers, layer by layer, and which heads attend to registers."""
+    check_outliers(cutoff, None)
     status = Console(stderr=True, highlight=False)
     with status.status(f"Loading {reference}"):
         loaded = prisma.load(reference, **({} if pretrained else {"pretrained": False}))
@@ -40,14 +41,14 @@ def registers(
             "to measure: docs/how-to-other-architectures.md says how to look into it."
         )
     preprocess = loaded.preprocess if isinstance(loaded, HookedDual) else model.preprocess
-    if preprocess is None:
+    if not preprocess:
         raise InputError("This model does not know how to read pictures.")
     batch = preprocess(images)
     norms = token_norms(model, batch, progress=status.is_terminal)
     keys = next((kind for kind in ("registers", "cls") if _any(norms.layout, kind)), None)
     shares = attention_to(model, batch, keys, progress=status.is_terminal) if keys else None
     out = Console(highlight=False)
-    out.print(_table(norms.by_layer(cutoff=cutoff), shares, keys))
+    out.print(_table(norms.by_layer(cutoff=cutoff), norms.layout, shares, keys))
     first = norms.first_layer(cutoff=cutoff)
     said = "no patch is an outlier" if first is None else f"patches are outliers from layer {first} on"
     kind = "picture" if model.spec.n_frames is None else "video"
@@ -62,18 +63,21 @@ def _any(layout: prisma.TokenLayout, kind: str) -> bool:
     return where.start < where.stop
 
 
-def _table(rows: list, shares: torch.Tensor | None, keys: str | None) -> Table:
+def _table(rows: list[LayerNorms], layout: prisma.TokenLayout, shares: torch.Tensor | None, keys: str | None) -> Table:
+    prefix = layout.token_names()[: layout.n_prefix]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("layer", "median norm", "largest", "outliers"):
         table.add_column(column, justify="right")
     if keys:
         table.add_column(f"attention of patches to {keys}", justify="right")
         table.add_column("most in head", justify="right")
-    table.add_column("outliers in most pictures")
+    table.add_column("outliers in most pictures", overflow="fold")
     for row in rows:
         cells = [str(row.layer), f"{row.median:.1f}", f"{row.largest:.1f}", f"{row.outliers:.1%}"]
         if shares is not None:
             own = shares[row.layer]
             cells += [f"{float(own.mean()):.1%}", f"{int(own.argmax())} ({float(own.max()):.0%})"]
-        table.add_row(*cells, ", ".join(row.positions[:6]) + (" ..." if len(row.positions) > 6 else ""))
+        patches = [name for name in row.positions if name not in prefix]
+        more = [f"{len(patches) - 6} patches more"] if len(patches) > 6 else []
+        table.add_row(*cells, ", ".join([*patches[:6], *more, *(name for name in row.positions if name in prefix)]))
     return table

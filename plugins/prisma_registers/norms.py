@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,7 +12,12 @@ from rich.progress import track
 from torch import Tensor
 
 from prisma_core import HookedViT, InputError, NotApplicable, TokenLayout
+from prisma_core.captures import positions_of
 from prisma_core.transformer import HookedDual
+
+Tokens: TypeAlias = str | int | Sequence[int] | Tensor
+FACTOR = 3.0
+"""How many times the median norm of its layer's patches an outlier has, where nothing else is said."""
 
 
 class LayerNorms(NamedTuple):
@@ -44,26 +49,30 @@ class TokenNorms:
     norms: Float[Tensor, "layer batch pos"]
     layout: TokenLayout
 
-    def outliers(self, *, cutoff: float | None = None, factor: float = 3.0) -> Bool[Tensor, "layer batch pos"]:
+    def outliers(self, *, cutoff: float | None = None, factor: float | None = None) -> Bool[Tensor, "layer batch pos"]:
         """Return which tokens are outliers.
 
         Args:
             cutoff: the norm above which a token is one, the same in every layer (Darcet et al. take 150 for DINOv2).
-            factor: without a cutoff: how many times the median norm of the layer's patches.
+            factor: instead of a cutoff: how many times the median norm of the layer's patches; 3 if nothing is given.
+
+        Raises:
+            InputError: both are given, or one is not above 0.
 
         Source: "Vision transformers need registers" (Darcet et al. 2024), section 2.1, for the cutoff.
         """
+        check_outliers(cutoff, factor)
         if cutoff is not None:
             return self.norms > cutoff
         patches = self.norms[..., self.layout.slice("patches")]
-        return self.norms > factor * patches.flatten(1).median(-1).values[:, None, None]
+        return self.norms > (FACTOR if factor is None else factor) * patches.flatten(1).median(-1).values[:, None, None]
 
-    def first_layer(self, *, cutoff: float | None = None, factor: float = 3.0) -> int | None:
+    def first_layer(self, *, cutoff: float | None = None, factor: float | None = None) -> int | None:
         """Return the first layer at which a patch is an outlier, or None."""
         found = self.outliers(cutoff=cutoff, factor=factor)[..., self.layout.slice("patches")].flatten(1).any(-1)
         return int(found.int().argmax()) if bool(found.any()) else None
 
-    def by_layer(self, *, cutoff: float | None = None, factor: float = 3.0) -> list[LayerNorms]:
+    def by_layer(self, *, cutoff: float | None = None, factor: float | None = None) -> list[LayerNorms]:
         """Return one row a layer."""
         found = self.outliers(cutoff=cutoff, factor=factor)
         names, patches = self.layout.token_names(), self.layout.slice("patches")
@@ -99,10 +108,11 @@ def token_norms(
         progress: show a bar.
 
     Raises:
-        InputError: there is no image.
+        InputError: there is no image, or no tensor of images.
         NotApplicable: the model is no vision transformer in canonical form.
     """
     check_vit(model)
+    check_images(images)
     found: list[Tensor] = []
     for part in _batches(images, batch_size, progress, "norms"):
         _, cache = model.run_with_cache(part, names="resid_post", output=False)
@@ -114,38 +124,86 @@ def token_norms(
 def attention_to(
     model: HookedViT,
     images: Float[Tensor, "batch channel height width"],
-    keys: str = "registers",
+    keys: Tokens = "registers",
     *,
-    queries: str = "patches",
+    queries: Tokens = "patches",
+    per_image: bool = False,
     batch_size: int = 8,
     progress: bool = False,
-) -> Float[Tensor, "layer head"]:
+) -> Float[Tensor, "layer head *batch"]:
     """Return how much of their attention some tokens give to others, for each head: ``[layer head]``, from 0 to 1.
 
     Args:
         model: any hooked vision transformer whose layers have as many heads.
         images: ``[batch channel height width]``.
-        keys, queries: subsets of the layout: cls, distillation, registers, prefix, patches or all.
+        keys, queries: a subset of the layout (cls, distillation, registers, prefix, patches or all), or positions, such
+            as those of outliers, or a mask of them.
+        per_image: return each image's own values, ``[layer head batch]``, instead of their mean.
         batch_size: how many images to run at once.
         progress: show a bar.
 
     Raises:
         UnknownName: there is no such subset.
+        InputError: there is no such position, or no image.
         NotApplicable: the model has no token of that kind, or is no vision transformer in canonical form.
     """
     check_vit(model)
+    check_images(images)
     layout = model.layout_of(images)
-    at = {subset: layout.slice(subset) for subset in (keys, queries)}
-    for subset, where in at.items():
-        if where.start == where.stop:
-            raise NotApplicable(f"This model has no tokens of the kind {subset!r}.")
-    total = torch.zeros(())
+    to, of = _positions(layout, keys), _positions(layout, queries)
+    found: list[Tensor] = []
     for part in _batches(images, batch_size, progress, "attention"):
         _, cache = model.run_with_cache(part, names="blocks.*.attn.hook_pattern", output=False)
         patterns = [cache["attn.pattern", layer] for layer in range(len(model.blocks))]
-        shares = [pattern[:, :, at[queries], at[keys]].sum(-1).mean(-1) for pattern in patterns]
-        total = total + torch.stack([share.sum(0) for share in shares])
-    return total / len(images)
+        found.append(torch.stack([pattern[:, :, of][..., to].sum(-1).mean(-1).T for pattern in patterns]))
+    shares = torch.cat(found, dim=-1)
+    return shares if per_image else shares.mean(-1)
+
+
+def _positions(layout: TokenLayout, tokens: Tokens) -> list[int]:
+    if isinstance(tokens, str):
+        found = positions_of(layout.slice(tokens), layout.n_tokens)
+        if not found:
+            raise NotApplicable(f"This model has no tokens of the kind {tokens!r}.")
+        return found
+    given = [tokens] if isinstance(tokens, int) else tokens if isinstance(tokens, Tensor) else list(tokens)
+    if not isinstance(given, Tensor) and any(not isinstance(each, int) or isinstance(each, bool) for each in given):
+        raise InputError(f"Expected a subset of the tokens such as 'registers', or positions; got {tokens!r}.")
+    if not (found := list(dict.fromkeys(positions_of(given, layout.n_tokens)))):
+        raise InputError("Expected at least one position to look at, got none.")
+    return found
+
+
+def check_outliers(cutoff: float | None, factor: float | None) -> None:
+    """Refuse what says nothing of norms.
+
+    Raises:
+        InputError: cutoff and factor are both given, or one is not above 0.
+    """
+    if cutoff is not None and factor is not None:
+        raise InputError(
+            f"Expected a cutoff or a factor, got both (cutoff={cutoff}, factor={factor}): a cutoff is a norm, a factor "
+            "counts medians of norms."
+        )
+    for name, value in (("cutoff", cutoff), ("factor", factor)):
+        given = cast("object", value)
+        if given is not None and (not isinstance(given, int | float) or not given > 0):
+            raise InputError(f"Expected a {name} above 0, for norms are; got {given!r}.")
+
+
+def check_images(images: object) -> None:
+    """Refuse what is no batch of images.
+
+    Raises:
+        InputError: it says what makes one.
+    """
+    if not isinstance(images, Tensor):
+        raise InputError(
+            f"Expected images as a tensor [batch channel height width], got {type(images).__name__}. "
+            "model.preprocess makes one of pictures and paths."
+        )
+    if not len(images):
+        raise InputError("Expected at least one image [batch channel height width], got none.")
 
 
 def check_vit(model: object) -> None:
@@ -168,6 +226,4 @@ def check_vit(model: object) -> None:
 
 
 def _batches(images: Tensor, batch_size: int, progress: bool, what: str) -> Iterator[Tensor]:
-    if not len(images):
-        raise InputError("Expected at least one image [batch channel height width], got none.")
     yield from track(images.split(batch_size), what, disable=not progress, transient=True)

@@ -1,19 +1,23 @@
 """Models with more or fewer registers, and registers at test time: scopes that leave the model as it was.
 
-Each scope yields a model that shares the weights of the one it was made from, tables by position apart.
+Each scope yields a model of its own that shares the weights of the one it was made from, tables by position apart. What
+it computes does not depend on the scope, the thread or the scopes around it; hooks of the one do not run in the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from operator import index
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prisma_core import HookContext, HookedViT, InputError, NotApplicable
+from prisma_core import HookedViT, InputError, NotApplicable
 from prisma_core.zoo import assign, tensors_of
+from prisma_registers.moving import Move, MovingViT
 from prisma_registers.norms import check_vit
 from prisma_registers.sinks import Neuron
 
@@ -26,9 +30,11 @@ def without_registers(model: HookedViT) -> Generator[HookedViT]:
     """Yield the model without its register tokens.
 
     Raises:
-        NotApplicable: it has none, or its pooling reads them.
+        NotApplicable: it has none, its pooling reads them, or neurons' activations are moved into them.
     """
     check_vit(model)
+    if isinstance(model, MovingViT):
+        raise NotApplicable("This model moves neurons' activations into its registers; remove those of the original.")
     registers = model.layout.slice("registers")
     if registers.start == registers.stop:
         raise NotApplicable("This model has no registers to remove.")
@@ -53,20 +59,15 @@ def extra_registers(
         NotApplicable: the model's pooling reads its prefix tokens, so more of them change what it pools.
     """
     check_vit(model)
-    if n < 1:
-        raise InputError(f"Expected at least one register to add, got n={n}.")
-    like = next(model.parameters())
-    values = torch.zeros(n, model.spec.d_model) if values is None else values
-    if values.shape != (n, model.spec.d_model):
-        raise InputError(f"Expected values [{n} {model.spec.d_model}], got shape {list(values.shape)}.")
-    yield _resized(model, range(0), values.to(like))
+    yield _wider(model, n, values)
 
 
 @contextmanager
 def registers_at_test_time(model: HookedViT, neurons: Iterable[Neuron], n: int = 1) -> Generator[HookedViT]:
     """Yield the model with untrained registers that take over what the given neurons do at patches.
 
-    At each of these neurons an added register gets the largest activation of any patch, and the patches get zero.
+    At each of these neurons an added register gets the largest activation of any patch, and the patches get zero. Of
+    scopes inside one another all moves hold, the outer ones first.
 
     Args:
         model: any hooked vision transformer.
@@ -74,47 +75,72 @@ def registers_at_test_time(model: HookedViT, neurons: Iterable[Neuron], n: int =
         n: how many registers to add; each gets the same activations.
 
     Raises:
-        InputError: there is no such neuron, or none was given.
+        InputError: there is no such neuron, none was given, or ``n`` is below 1.
+        NotApplicable: as in ``extra_registers``.
 
     Source: "Vision transformers don't need trained registers" (Jiang et al. 2025), section 4.
     """
     check_vit(model)
     by_layer: dict[int, list[int]] = {}
-    for neuron in neurons:
-        _check(model, neuron)
-        by_layer.setdefault(neuron.layer, []).append(neuron.index)
+    for neuron in _neurons(neurons):
+        layer, own = _checked(model, neuron)
+        by_layer.setdefault(layer, []).append(own)
     if not by_layer:
         raise InputError("Expected at least one neuron to move, got none: register_neurons(model, images) finds some.")
-    with extra_registers(model, n) as wider:
-        n_prefix = wider.layout.n_prefix
-
-        def moved(index: list[int]):
-            def hook(x: Tensor, at: HookContext) -> Tensor:
-                x = x.clone()
-                x[:, n_prefix - n : n_prefix, index] = x[:, n_prefix:, index].amax(1, keepdim=True)
-                x[:, n_prefix:, index] = 0
-                return x
-
-            return hook
-
-        hooks = {f"blocks.{layer}.mlp.hook_post": moved(index) for layer, index in by_layer.items()}
-        with wider.hooks(hooks):
-            yield wider
+    first = model.layout.n_prefix
+    yield _wider(
+        model,
+        n,
+        moves=[Move(layer, tuple(dict.fromkeys(own)), first, first + n) for layer, own in by_layer.items()],
+    )
 
 
-def _check(model: HookedViT, neuron: Neuron) -> None:
-    if not 0 <= neuron.layer < len(model.blocks):
-        raise InputError(f"No layer {neuron.layer}: this model has {len(model.blocks)}.")
-    block = model.spec.blocks[neuron.layer]
+def _neurons(given: object) -> list[Neuron]:
+    listed = list(cast("Iterable[object]", given)) if isinstance(given, Iterable) else [given]
+    found = [each for each in listed if isinstance(each, Neuron)]
+    if isinstance(given, Neuron) or len(found) < len(listed):
+        what = next((each for each in listed if not isinstance(each, Neuron)), None)
+        came = "one by itself" if isinstance(given, Neuron) else repr(what)
+        raise InputError(
+            f"Expected neurons as a list such as [Neuron(layer=5, index=12)], got {came}. "
+            "register_neurons(model, images) finds some."
+        )
+    return found
+
+
+def _checked(model: HookedViT, neuron: Neuron) -> tuple[int, int]:
+    try:
+        layer, neuron_index = index(neuron.layer), index(neuron.index)
+    except TypeError as error:
+        raise InputError(f"Expected a neuron's layer and index as whole numbers, got {neuron}.") from error
+    if not 0 <= layer < len(model.blocks):
+        raise InputError(f"No layer {layer}: this model has {len(model.blocks)}, counted from 0.")
+    block = model.spec.blocks[layer]
     if block.mlp is None or block.n_parallel > 1:
-        raise InputError(f"Layer {neuron.layer} has no single MLP whose neurons could be moved.")
-    if not 0 <= neuron.index < block.mlp.d_mlp:
-        raise InputError(f"No neuron {neuron.index} in layer {neuron.layer}: there are {block.mlp.d_mlp}.")
+        raise InputError(f"Layer {layer} has no single MLP whose neurons could be moved.")
+    if not 0 <= neuron_index < block.mlp.d_mlp:
+        raise InputError(f"No neuron {neuron_index} in layer {layer}: there are {block.mlp.d_mlp}.")
+    return layer, neuron_index
 
 
-def _resized(model: HookedViT, drop: range, added: Tensor | None) -> HookedViT:
+def _wider(model: HookedViT, n: int, values: Tensor | None = None, *, moves: Iterable[Move] = ()) -> HookedViT:
+    """Return a model with registers added, and with what is to be moved besides what is moved already."""
+    if not isinstance(n, int) or n < 1:
+        raise InputError(f"Expected at least one register to add, as a whole number; got n={n!r}.")
+    d_model = model.spec.d_model
+    values = torch.zeros(n, d_model) if values is None else values
+    if not isinstance(values, Tensor) or values.shape != (n, d_model):
+        came = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise InputError(f"Expected values [{n} {d_model}], got {came}.")
+    return _resized(model, range(0), values.to(next(model.parameters())), moves)
+
+
+def _resized(model: HookedViT, drop: range, added: Tensor | None, moves: Iterable[Move] = ()) -> HookedViT:
     """Return a model over the same weights with some tokens dropped, or added at the end of the prefix."""
     pool, layout = model.spec.pool, model.layout
+    moved = (*(model.moves if isinstance(model, MovingViT) else ()), *moves)
+    if not isinstance(model, MovingViT) and (beyond := model.beyond_spec()):
+        raise NotApplicable(f"This model {beyond}, which would be lost with another number of registers.")
     if pool.with_prefix and pool.kind in ("avg", "attention"):
         raise NotApplicable(
             f"This model's {pool.kind} pooling reads registers, so another number changes what it pools."
@@ -124,7 +150,7 @@ def _resized(model: HookedViT, drop: range, added: Tensor | None) -> HookedViT:
         update={"layout": layout.model_copy(update={"registers": layout.registers - len(drop) + n})}
     )
     with torch.device("meta"):
-        made = HookedViT(spec)
+        made = MovingViT(spec, moved) if moved else HookedViT(spec)
     if spec.embed.stem == "opaque":
         made.embed.stem = model.embed.stem
     tensors = tensors_of(model)
@@ -148,8 +174,8 @@ def _rows(tensor: Tensor, axis: int, drop: range, n_prefix: int, n: int, fill: f
     """Return a table with the rows of some prefix tokens dropped and ``n`` rows put in behind the prefix."""
     tensor = tensor.detach()
     rest = [row for row in range(n_prefix) if row not in drop]
-    index = torch.tensor(rest, dtype=torch.long, device=tensor.device)
-    prefix = tensor.narrow(axis, 0, n_prefix).index_select(axis, index)
+    kept = torch.tensor(rest, dtype=torch.long, device=tensor.device)
+    prefix = tensor.narrow(axis, 0, n_prefix).index_select(axis, kept)
     shape = list(tensor.shape)
     shape[axis] = n
     patches = tensor.narrow(axis, n_prefix, tensor.shape[axis] - n_prefix)

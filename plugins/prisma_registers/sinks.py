@@ -10,7 +10,7 @@ from rich.progress import track
 from torch import Tensor
 
 from prisma_core import HookedViT, NotApplicable
-from prisma_registers.norms import TokenNorms, token_norms
+from prisma_registers.norms import TokenNorms, check_images, check_vit, token_norms
 
 
 class Neuron(NamedTuple):
@@ -36,7 +36,7 @@ def register_neurons(
     top: int = 10,
     norms: TokenNorms | None = None,
     cutoff: float | None = None,
-    factor: float = 3.0,
+    factor: float | None = None,
     batch_size: int = 32,
     progress: bool = False,
 ) -> list[Neuron]:
@@ -52,10 +52,13 @@ def register_neurons(
         progress: show a bar.
 
     Raises:
+        InputError: there is no image, or cutoff and factor say nothing (see ``TokenNorms.outliers``).
         NotApplicable: no patch of these images is an outlier.
 
     Source: "Vision transformers don't need trained registers" (Jiang et al. 2025), section 3.
     """
+    check_vit(model)
+    check_images(images)
     norms = norms or token_norms(model, images, batch_size=batch_size, progress=progress)
     first = norms.first_layer(cutoff=cutoff, factor=factor)
     if first is None:

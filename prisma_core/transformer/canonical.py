@@ -49,6 +49,14 @@ class Canonical(Hooked):
         that two are the same."""
         return {}
 
+    def beyond_spec(self) -> str | None:
+        """Return what the model does that no spec says, to follow "This model"; None for most.
+
+        Who makes such a model says it here: what is made from the spec alone, a saved file, would lack it.
+        """
+        towers = (tower for tower in self.towers().values() if tower is not self)
+        return next((said for tower in towers if (said := tower.beyond_spec())), None)
+
     @abstractmethod
     def sizes(self) -> list[Size]:
         """Return the sizes of input to try: the native one first, then others the model admits."""
