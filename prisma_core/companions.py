@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 from prisma_core.errors import InputError, LoadError
 
@@ -76,6 +77,30 @@ class Lost:
 
     def __repr__(self) -> str:
         return f"<a {self.what} that was not saved: {self.why}>"
+
+
+@dataclass(frozen=True)
+class Absent:
+    """Stands for a companion that nobody gave: false, and whoever uses it is told how to give it.
+
+    Attributes:
+        what: the model's attribute that holds it.
+        how: where it comes from, in a sentence.
+    """
+
+    what: str
+    how: str
+
+    def __bool__(self) -> Literal[False]:
+        return False
+
+    def __call__(self, *arguments: Any, **options: Any) -> NoReturn:
+        raise InputError(f"This model came without a {self.what}. {self.how}")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_") or "how" not in vars(self):  # a copy that is not filled yet
+            raise AttributeError(name)
+        raise AttributeError(f"{name}: this model came without a {self.what}. {self.how}")
 
 
 def _digest(folder: Path) -> str:

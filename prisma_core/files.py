@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -28,12 +29,25 @@ def read_checkpoint(path: str | Path, key: str | None = None) -> dict[str, Tenso
     Raises:
         LoadError: there is no such file, it is truncated or corrupt, it wants to run code, or it holds no state dict.
     """
+    found = read_states(path)
+    if len(found) == 1 or key in found:
+        return found.get(key or "", next(iter(found.values())))
+    lacks = f", and none named {key!r}" if key else ""
+    raise LoadError(f"{path} holds {len(found)} state dicts ({', '.join(found)}){lacks}: keep one of them in the file.")
+
+
+def read_states(path: str | Path) -> dict[str, dict[str, Tensor]]:
+    """Return the state dicts in a file by their names, at least one; the name of one that is the whole file is empty.
+
+    Raises:
+        LoadError: as ``read_checkpoint``.
+    """
     path = Path(path)
     if not path.is_file():
         raise LoadError(f"{path} is a folder; expected a file of weights." if path.is_dir() else f"No file at {path}.")
     if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    return _state_dict(_unpickled(path), path, key)
+        return {"": read_safetensors(path)}
+    return _states(_unpickled(path), path)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -51,9 +65,28 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise LoadError(f"{path} is not a readable safetensors file (truncated or corrupt?): {error}") from error
 
 
+class _Inert:
+    """Stands where a file holds a number or an array of numpy's: kept as nothing, so no code of numpy's runs on it."""
+
+    def __init__(self, *_: object):
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+_NUMPY = [
+    *(f"numpy.{core}.multiarray.{made}" for core in ("core", "_core") for made in ("scalar", "_reconstruct")),
+    *("numpy.dtype", "numpy.ndarray"),
+]
+
+
 def _unpickled(path: Path) -> object:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # Training leaves a best score of numpy's, or the state of its generator, beside the tensors.
+        with torch.serialization.safe_globals([(_Inert, name) for name in _NUMPY]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle's protocol: what matters is said below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if wanted := re.search(r"(?:GLOBAL|global:?)\s+`?([\w.]+\.\w+)", str(error)):
             raise LoadError(
@@ -65,21 +98,16 @@ def _unpickled(path: Path) -> object:
         raise LoadError(f"{path} is not a readable checkpoint: is it truncated, or no file of torch.save?") from error
 
 
-def _state_dict(value: object, path: Path, key: str | None) -> dict[str, Tensor]:
+def _states(value: object, path: Path) -> dict[str, dict[str, Tensor]]:
     if _is_state(value):
-        return dict(cast("Mapping[str, Tensor]", value))
+        return {"": dict(cast("Mapping[str, Tensor]", value))}
     inside: Mapping[Any, object] = cast("Mapping[Any, object]", value) if isinstance(value, Mapping) else {}
-    found = {str(key): part for key, part in inside.items() if _is_state(part)}
-    if len(found) == 1 or key in found:
-        return dict(cast("Mapping[str, Tensor]", found.get(key or "", next(iter(found.values())))))
-    if found:
-        lacks = f", and none named {key!r}" if key else ""
+    found = {str(key): dict(cast("Mapping[str, Tensor]", part)) for key, part in inside.items() if _is_state(part)}
+    if not found:
         raise LoadError(
-            f"{path} holds {len(found)} state dicts ({', '.join(found)}){lacks}: keep one of them in the file."
+            f"{path} holds a {type(cast(object, value)).__name__} without a state dict: expected tensors by name."
         )
-    raise LoadError(
-        f"{path} holds a {type(cast(object, value)).__name__} without a state dict: expected tensors by name."
-    )
+    return found
 
 
 def _is_state(value: object) -> bool:
@@ -89,8 +117,14 @@ def _is_state(value: object) -> bool:
     return all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in items)
 
 
-def check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], where: object) -> None:
+def check_shapes(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], where: object, then: str = ""
+) -> None:
     """Refuse tensors that are missing, extra or misshapen.
+
+    Args:
+        where: the file, for messages.
+        then: a sentence on what to do next.
 
     Raises:
         LoadError: with the names.
@@ -104,4 +138,4 @@ def check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise LoadError(f"{where} does not fit the model: {'; '.join(problems[:5])}{more}.")
+        raise LoadError(f"{where} does not fit the model: {'; '.join(problems[:5])}{more}.{then and f' {then}'}")

@@ -14,6 +14,7 @@ import pluggy
 
 from prisma_core import hookspecs
 from prisma_core.adapter import Adapter, Refusal, qualified_name
+from prisma_core.contract import told
 from prisma_core.errors import (
     InputError,
     LoadError,
@@ -85,7 +86,7 @@ class Host:
         except (Exception, SystemExit) as problem:  # noqa: BLE001  # a stranger's module may raise anything
             if self.manager.get_plugin(point.name) is not None:
                 self.manager.unregister(name=point.name)
-            return _told(problem)
+            return told(problem)
         return None
 
     def plugins(self) -> list[PluginInfo]:
@@ -118,13 +119,21 @@ class Host:
             if only is not None and name not in only:
                 continue
             try:
-                found: list[object] = list(implementation.function() or ())
+                made = implementation.function()
+                if isinstance(made, kind) and kind is not object:
+                    one = type(made).__name__
+                    self.broke(name, f"{hook} gave a {one}; return a list of them: return [{one}()]")
+                    continue
+                found: list[object] = list(made or ())
             except (Exception, SystemExit) as problem:  # noqa: BLE001  # one broken plugin must not take the others down
-                self.broke(name, f"{hook}: {_told(problem)}")
+                self.broke(name, f"{hook}: {told(problem)}")
                 continue
             for part in found:
                 if isinstance(part, kind):
-                    parts.append((part, name))
+                    if (wrong := _misnamed(part)) is None:
+                        parts.append((part, name))
+                    else:
+                        self.broke(name, f"{hook}: {wrong}")
                 else:
                     got = f"the class {part.__name__}" if isinstance(part, type) else f"a {type(part).__name__}"
                     self.broke(name, f"{hook} gave {got}; expected instances of {kind.__name__}")
@@ -160,7 +169,7 @@ class Host:
             )
         if not found:
             sources = [*self.sources(), *RESERVED]
-            broken = [f"{info.name} ({info.error})" for info in self.infos.values() if info.error]
+            broken = [f"{info.name} ({info.error})" for info in self.plugins() if info.error]
             raise UnknownName(
                 f"No source {name!r}. Sources: {', '.join(sources)}.{suggest(name, sources)}"
                 + (f" Plugins that failed: {'; '.join(broken)}." if broken else "")
@@ -196,7 +205,7 @@ class Host:
         except PrismaError:
             raise
         except Exception as problem:  # so that a file that is broken is one error, whoever reads it
-            raise LoadError(f"The source {source!r} cannot read {folder}: {_told(problem)}") from problem
+            raise LoadError(f"The source {source!r} cannot read {folder}: {told(problem)}") from problem
 
     def missing(self) -> dict[str, str]:
         """Return the sources whose library is not installed, with the command that installs it."""
@@ -212,7 +221,7 @@ class Host:
             try:
                 models += source.models()
             except (Exception, SystemExit) as problem:  # noqa: BLE001  # one broken plugin must not hide the others' models
-                self.broke(plugin, f"models of {source.name}: {_told(problem)}")
+                self.broke(plugin, f"models of {source.name}: {told(problem)}")
         return models
 
     def adapter(self, upstream: object) -> Adapter:
@@ -236,7 +245,18 @@ class Host:
             bases = [f"{base.__module__}.{base.__qualname__}" for base in type(upstream).__mro__[1:]]
             known = [base for base in bases if any(base in adapter.types for adapter, _ in adapters)]
             hint = f" (it derives from {known[0]}, but a subclass may compute something else)" if known else ""
-            raise UnsupportedArchitecture(kind, f"no installed plugin adapts this type{hint}")
+            short = f".{type(upstream).__name__}"
+            alike = [(name, plugin) for adapter, plugin in adapters for name in adapter.types if name.endswith(short)]
+            if alike and not known:
+                hint = (
+                    f" ({alike[0][0]}, which the plugin {alike[0][1]!r} adapts, is another class: types hold the name of "
+                    "the module that defines a class)"
+                )
+            raise UnsupportedArchitecture(
+                kind,
+                f"no installed plugin adapts this type{hint}; a hook map of your own can "
+                "(docs/how-to-other-architectures.md), and `prisma models --classes` lists the types that come through",
+            )
         return found[0][0]
 
     def types(self) -> dict[str, str]:
@@ -261,7 +281,7 @@ class Host:
             try:
                 implementation.function(app)
             except (Exception, SystemExit) as problem:  # noqa: BLE001  # the other commands must stay
-                self.broke(implementation.plugin_name, f"prisma_commands: {_told(problem)}")
+                self.broke(implementation.plugin_name, f"prisma_commands: {told(problem)}")
             else:
                 apps.append((app, implementation.plugin_name))
         return apps
@@ -278,8 +298,19 @@ def _claims(
     return [*taken, *((what, name, plugins) for name, plugins in claimed.items() if name not in RESERVED)]
 
 
-def _told(problem: BaseException) -> str:
-    return " ".join(f"{type(problem).__name__}: {problem}".split())
+def _misnamed(part: object) -> str | None:
+    """Return why nothing can find a source or an adapter, or None."""
+    kind = type(part)
+    if isinstance(part, Adapter):
+        types: object = getattr(part, "types", None)
+        if isinstance(types, tuple | list) and all(isinstance(name, str) for name in cast("tuple[object, ...]", types)):
+            return None
+        came = repr(types) if isinstance(types, str) else type(types).__name__
+        example = types if isinstance(types, str) else "package.module.Class"
+        return f"{kind.__name__}.types is {came}; expected a tuple of names: types = ({example!r},)"
+    if isinstance(part, Source) and not isinstance(name := cast("object", getattr(part, "name", None)), str):
+        return f"{kind.__name__}.name is {name!r}; expected the part of a reference before the colon: name = 'mine'"
+    return None
 
 
 def _missing(source: Source) -> str | None:

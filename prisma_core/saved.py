@@ -15,7 +15,7 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor, nn
 
 from prisma_core.adapter import qualified_name
-from prisma_core.companions import Kept, Lost
+from prisma_core.companions import Absent, Kept, Lost
 from prisma_core.errors import LoadError, NotApplicable, PrismaError, UnsupportedArchitecture
 from prisma_core.files import check_shapes, read_safetensors
 from prisma_core.mapped import HookedUpstream
@@ -125,7 +125,8 @@ def load_folder(folder: Path, *, weights: bool = True) -> Canonical:
         check_shapes(tensors, {name: tensor.shape for name, tensor in tensors_of(model).items()}, folder / WEIGHTS)
         frozen = set(facts.get("frozen", ()))
         assign(model, {name: tensor.requires_grad_(name not in frozen) for name, tensor in tensors.items()})
-    model.preprocess, model.labels = preprocess, tuple(facts["labels"]) if facts.get("labels") else None
+    model.preprocess = preprocess or model.preprocess
+    model.labels = tuple(facts["labels"]) if facts.get("labels") else None
     model.reference = facts.get("reference")
     for what, companion in companions.items():
         setattr(model, what, companion)
@@ -140,7 +141,7 @@ def _keep_companions(model: Canonical, home: Path) -> dict[str, dict[str, str]]:
     records: dict[str, dict[str, str]] = {}
     for what, tried in model.companions().items():
         companion: Any = getattr(model, what)
-        if companion is None or isinstance(companion, Facts):  # data goes into the JSON
+        if companion is None or isinstance(companion, Absent | Facts):  # data goes into the JSON
             continue
         try:
             if isinstance(companion, Lost):

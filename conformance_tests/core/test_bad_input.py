@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -568,3 +569,27 @@ def test_attributes_known_from_elsewhere_are_answered(vit: HookedViT, image: Ten
 def test_an_image_that_no_patch_fits(make: Callable[..., HookedViT]) -> None:
     with pytest.raises(InputError, match="multiples of the patch 4x4, got 10x12"):
         make(interpolation=True)(torch.zeros(1, 3, 10, 12))
+    with pytest.raises(InputError, match="multiples of the patch 4x4, got 0x12"):
+        make(interpolation=True)(torch.zeros(1, 3, 0, 12))
+
+
+def test_a_model_without_preprocessing_says_what_to_set(make: Callable[..., HookedViT], tmp_path: Path) -> None:
+    model = make()
+    assert not model.preprocess
+    for one in (model, copy.deepcopy(model), prisma.load(f"file:{prisma.save(model, tmp_path)}")):
+        assert one.preprocess == model.preprocess
+        with pytest.raises(
+            InputError, match=r"without a preprocess\. Set model\.preprocess = prisma_core\.preprocess\."
+        ):
+            one.preprocess("cat.jpg")
+        with pytest.raises(AttributeError, match=r"mean: this model came without a preprocess"):
+            _ = one.preprocess.mean
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"std": (0, 0, 0)}, {"std": (1, -1, 1)}, {"mean": (0.5,)}, {"mean": (), "std": ()}, {"std": (1, 1, 1e999)}],
+)
+def test_preprocessing_that_makes_no_numbers_is_none(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"std|mean"):
+        Preprocess(size=(8, 8), **given)

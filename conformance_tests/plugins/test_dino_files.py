@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -157,6 +160,8 @@ def test_the_teacher_of_a_training_checkpoint_is_taken_unless_the_student_is_ask
             "teacher": network(state, ""),
             "optimizer": {"state": {}, "param_groups": []},
             "epoch": 3,
+            "best": np.float64(0.5),
+            "generator": {"keys": np.arange(3, dtype=np.uint32)},
             "args": argparse.Namespace(arch="vit_small", lr=0.1),
             "dino_loss": {"center": torch.zeros(1, 5)},
         }
@@ -165,7 +170,7 @@ def test_the_teacher_of_a_training_checkpoint_is_taken_unless_the_student_is_ask
     assert torch.allclose(prisma.load(reference, heads=3)(image), teacher(image), atol=1e-5)
     model = prisma.load(reference, heads=3, key="student")
     assert torch.allclose(model(image), student(image), atol=1e-5)
-    with pytest.raises(LoadError, match=r"student, teacher, dino_loss.*none named 'ema'"):
+    with pytest.raises(InputError, match=r"no network named 'ema': it holds student, teacher, dino_loss.*one of them"):
         prisma.load(reference, heads=3, key="ema")
 
 
@@ -201,6 +206,7 @@ def test_another_architecture_is_refused_by_what_it_lacks(tmp_path: Path) -> Non
         (lambda s: s.update({"cls_norm.weight": torch.ones(24)}), "extra cls_norm.weight"),
         (lambda s: s.update({"norm.bias": torch.ones(23)}), r"norm.bias has shape \[23\], expected \[24\]"),
         (lambda s: s.update({"norm.bias": torch.full((24,), torch.nan)}), "NaN or infinite, in norm.bias"),
+        (lambda s: s.pop("norm.bias"), "missing norm.bias.*prisma.adapt"),
         (lambda s: s.update({"pos_embed": torch.zeros(1, 9, 24)}), "8 patches, which are no square"),
     ],
 )
@@ -216,8 +222,62 @@ def test_tensors_that_do_not_account_for_the_model_are_named(
 
 
 def test_an_option_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"got head.*heads"):
+    with pytest.raises(InputError, match=r"takes no 'head'.*heads"):
         prisma.load(written(drawn(), tmp_path), head=3)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"heads": True}, "heads= to be a whole number of heads, at least 1; got True"),
+        ({"heads": 0}, "heads= to be .*got 0"),
+        ({"heads": -2}, "heads= to be .*got -2"),
+        ({"heads": "a"}, "heads= to be .*got 'a'"),
+        ({"eps": 0}, "eps= to be a number above 0.*got 0"),
+        ({"eps": -1}, "eps= to be .*got -1"),
+        ({"std": (0, 0, 0)}, "std= to be a number above 0 a channel.*got"),
+        ({"std": (1.0, 1.0, float("inf"))}, "std= to be"),
+        ({"mean": "imagenet"}, "mean= to be a number a channel.*got 'imagenet'"),
+        ({"mean": (1, 2)}, r"mean and std, 3 numbers each.*got mean=\(1.0, 2.0\)"),
+        ({"image_size": -16}, "image_size= to be a whole number of pixels a side.*got -16"),
+        ({"image_size": (12, 16, 20)}, "image_size= to be"),
+        ({"image_size": (12, 14)}, "no multiple"),
+        ({"key": 3}, "key= to be the name of a network.*got 3"),
+        ({"key": "studnt"}, "no network named 'studnt': it holds one alone. Leave key= out"),
+    ],
+)
+def test_an_option_of_another_kind_is_refused_in_a_line(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message) as told:
+        prisma.load(written(drawn(**THIRD), tmp_path), **given)
+    assert "\n" not in str(told.value)
+
+
+def test_the_only_network_of_a_checkpoint_is_not_another_that_was_asked_for(tmp_path: Path) -> None:
+    teacher = drawn()
+    reference = written(teacher, tmp_path, lambda state: {"teacher": dict(state), "epoch": 3})
+    image = torch.randn(1, 3, 12, 12)
+    assert torch.allclose(prisma.load(reference, heads=3, key="teacher")(image), teacher(image), atol=1e-5)
+    with pytest.raises(InputError, match=r"no network named 'student': it holds teacher"):
+        prisma.load(reference, heads=3, key="student")
+
+
+def test_a_native_size_that_is_not_square(tmp_path: Path) -> None:
+    upstream = drawn(**{**THIRD, "grid": (3, 5)})
+    model = prisma.load(written(upstream, tmp_path), image_size=(12, 20)).double()
+    assert model.spec == prisma.adapt(upstream).spec
+    assert (model.spec.image_size, model.layout.rows, model.layout.columns) == ((12, 20), 3, 5)
+    assert model.preprocess(torch.rand(30, 40, 3)).shape == (1, 3, 12, 20)
+    for size in ((12, 20), (20, 12)):
+        image = torch.randn(2, 3, *size, dtype=torch.float64)
+        assert torch.allclose(model(image), upstream.double()(image), rtol=0, atol=1e-6)
+
+
+def test_pictures_of_other_channels_have_no_preprocessing_until_it_is_given(tmp_path: Path) -> None:
+    reference = written(drawn(in_channels=1), tmp_path)
+    with pytest.raises(InputError, match="mean="):
+        prisma.load(reference, heads=3).preprocess(torch.rand(30, 40))
+    seen = prisma.load(reference, heads=3, mean=[0.5], std=[0.2]).preprocess(torch.rand(30, 40))
+    assert seen.shape == (1, 1, 224, 224)
 
 
 def test_a_mask_that_was_never_set_is_refused(tmp_path: Path) -> None:
@@ -237,6 +297,10 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     torch.save({"teacher": drawn().state_dict(), "code": _Code()}, tmp_path / "code.pth")
     with pytest.raises(LoadError, match="refused"):
         prisma.load(f"dino:{tmp_path / 'code.pth'}", heads=3)
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps({"code": _Code()}, protocol=4))
+    with warnings.catch_warnings(), pytest.raises(LoadError, match=r"bare\.pth"):
+        warnings.simplefilter("error")
+        prisma.load(f"dino:{tmp_path / 'bare.pth'}")
     with pytest.raises(LoadError, match="No file"):
         prisma.load(f"dino:{tmp_path / 'nothing.pth'}")
 

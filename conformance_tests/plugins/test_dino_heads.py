@@ -67,6 +67,15 @@ def test_layers_that_are_not_there_are_refused(pair: tuple[MetaViT, HookedViT], 
         prisma_dino.last_layers(pair[1], torch.randn(1, 3, 12, 12, dtype=torch.float64), n)
 
 
+def test_layers_by_another_name_or_of_another_model_are_refused(pair: tuple[MetaViT, HookedViT]) -> None:
+    image = torch.randn(1, 3, 12, 12, dtype=torch.float64)
+    for n in ("x", 1.5, ["a"], None):
+        with pytest.raises(InputError, match="how many of the last blocks, or a list"):
+            prisma_dino.last_layers(pair[1], image, n)
+    with pytest.raises(InputError, match=r"Expected a vision transformer .*got MetaViT.*hook_points"):
+        prisma_dino.last_layers(pair[0], image)
+
+
 @pytest.mark.parametrize("how", ["lin4", "lin4_without_mean", "lin1", "first_base"])
 def test_linear_classifiers_read_what_metas_do(pair: tuple[MetaViT, HookedViT], how: str, tmp_path: Path) -> None:
     upstream, model = pair

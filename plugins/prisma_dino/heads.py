@@ -29,18 +29,29 @@ def last_layers(model: HookedViT, image: Tensor, n: int | Sequence[int] = 1, *, 
 
     Source: ``get_intermediate_layers`` of Meta's models.
     """
+    if not isinstance(model, HookedViT):
+        raise InputError(
+            f"Expected a vision transformer in canonical form (HookedViT), got {type(model).__name__}. Of a pair of "
+            "towers give model.vision; what other models have is in model.hook_points()."
+        )
     depth = model.spec.n_layers
-    layers = (
-        range(depth - n, depth) if isinstance(n, int) else [layer % depth for layer in n if -depth <= layer < depth]
-    )
-    if not layers or min(layers) < 0 or (not isinstance(n, int) and len(layers) != len(n)):
-        raise InputError(f"No layers n={n!r}: this model has {depth} blocks.")
+    layers = _layers(n, depth)
     if norm and model.spec.ln_final is None:
         raise InputError("This model has no final norm: give norm=False.")
     names = [f"blocks.{layer}.hook_resid_post" for layer in sorted(set(layers))]
     _, cache = model.run_with_cache(image, names=names, output=False, detach=False)
     found = [cache[name] for name in names]
     return [model.ln_final(tokens) for tokens in found] if norm else found
+
+
+def _layers(n: object, depth: int) -> list[int]:
+    given = list(range(depth - n, depth)) if isinstance(n, int) else n
+    if not isinstance(given, Sequence) or not all(isinstance(layer, int) for layer in given):
+        raise InputError(f"Expected n= to be how many of the last blocks, or a list of their numbers; got {n!r}.")
+    lowest = 0 if isinstance(n, int) else -depth
+    if not given or not all(lowest <= layer < depth for layer in given):
+        raise InputError(f"No layers n={n!r}: this model has {depth} blocks.")
+    return [layer % depth for layer in given]
 
 
 def linear_input(model: HookedViT, image: Tensor, n: int = 1, *, avg: bool = True, interleaved: bool = False) -> Tensor:
@@ -75,7 +86,7 @@ def load_linear_head(path: str | Path) -> nn.Linear:
     Raises:
         LoadError: the file cannot be read safely, or is no linear layer.
     """
-    tensors = {name.removeprefix("linear."): tensor for name, tensor in state.read(path, None).items()}
+    tensors = {name.removeprefix("linear."): tensor for name, tensor in state.read(path).items()}
     if set(tensors) != {"weight", "bias"} or tensors["weight"].ndim != 2:
         raise LoadError(
             f"{path} is no linear classifier: expected weight and bias, got {', '.join(list(tensors)[:6])}."
@@ -107,16 +118,17 @@ class DinoHead(nn.Module):
         return F.normalize(x, dim=-1, eps=eps) @ self.prototypes.T
 
 
-def load_head(path: str | Path, key: str = "teacher", *, name: str | None = None) -> DinoHead:
+def load_head(path: str | Path, key: str | None = None, *, name: str | None = None) -> DinoHead:
     """Return the projection head in a checkpoint of DINO's training, for a model's pooled output.
 
     Args:
         path: the checkpoint.
-        key: which network's.
+        key: which network's; None prefers the teacher's.
         name: ``head``, ``dino_head`` or ``ibot_head``; None takes the first of these that is there.
 
     Raises:
         LoadError: the file cannot be read safely, or holds no such head.
+        InputError: it holds no such network.
     """
     tensors = state.read(path, key)
     for prefix in [name] if name else ["head", "dino_head", "ibot_head"]:

@@ -21,7 +21,7 @@ class Architecture:
     """What distinguishes one of these models from another.
 
     Attributes:
-        side: rows and columns of patches of a picture of the native size.
+        grid: rows and columns of patches of a picture of the native size.
         registers_name: ``register_tokens`` or ``storage_tokens``.
         mlp: ``plain``; gated with one projection for both inputs (``packed``), or with two (``split``).
         masked_bias: the bias of queries, keys and values is multiplied with a mask.
@@ -33,7 +33,7 @@ class Architecture:
     depth: int
     heads: int
     patch: tuple[int, int]
-    side: int
+    grid: tuple[int, int]
     d_mlp: int
     in_channels: int = 3
     registers: int = 0
@@ -63,7 +63,7 @@ class MetaViT(nn.Module):
         if arch.periods:
             self.rope_embed = RopePositions(arch)
         else:
-            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + arch.side**2, arch.width))
+            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + math.prod(arch.grid), arch.width))
         if arch.registers:
             setattr(self, arch.registers_name, nn.Parameter(torch.zeros(1, arch.registers, arch.width)))
         if arch.mask_token:
@@ -73,7 +73,7 @@ class MetaViT(nn.Module):
         if arch.local_norm:
             self.local_cls_norm = nn.LayerNorm(arch.width, eps=arch.eps)
         self.head = nn.Identity()
-        self.side = arch.side
+        self.grid = arch.grid
         self.interpolate_antialias = arch.antialias
         self.interpolate_offset = arch.offset
         self.interpolate_in_float32 = arch.in_float32
@@ -96,12 +96,12 @@ class MetaViT(nn.Module):
 
     def positions(self, grid: tuple[int, int], *, square: bool) -> Tensor:
         """Return positions for a grid of patches ``[1 pos width]``, resized where it is not the native one."""
-        if grid[0] * grid[1] == self.side**2 and square:
+        if grid[0] * grid[1] == math.prod(self.grid) and square:
             return self.pos_embed
         kept = self.pos_embed.float() if self.interpolate_in_float32 else self.pos_embed
-        patches = kept[:, 1:].unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
+        patches = kept[:, 1:].unflatten(1, self.grid).permute(0, 3, 1, 2)
         if self.interpolate_offset:
-            scales = [(length + self.interpolate_offset) / self.side for length in grid]
+            scales = [(length + self.interpolate_offset) / own for length, own in zip(grid, self.grid, strict=True)]
             patches = F.interpolate(patches, scale_factor=scales, mode="bicubic", antialias=self.interpolate_antialias)
         else:
             patches = F.interpolate(patches, size=grid, mode="bicubic", antialias=self.interpolate_antialias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import ClassVar
@@ -40,7 +41,6 @@ IGNORED = {
     "*.untie_global_and_local_cls_norm": "of training",
     "*.untie_cls_and_patch_norms": "read off its norm",
     "*.interpolate_*": "read where positions are learned",
-    "*.side": "the root of the number of positions",
     "*.sample_drop_ratio": "of training",
     "*.fused": "which kernel runs",
     "*Attention.dim": "the shape of the weights",
@@ -80,12 +80,12 @@ class MetaAdapter(Adapter):
         if upstream.patch_embed.has("norm") and not upstream.patch_embed.norm.is_a(blocks.IDENTITY):
             raise upstream.unsupported("a norm of patches")
         rotary = upstream.has("rope_embed")
-        side = _side(upstream, rotary=rotary)
+        rows, columns = _grid(upstream, rotary=rotary)
         registers = next((name for name in REGISTERS if upstream.has(name)), None)
         down, across = proj.kernel_size
         return ModelSpec(
             d_model=proj.out_channels,
-            image_size=(side * down, side * across),
+            image_size=(rows * down, columns * across),
             embed=EmbedSpec(
                 patch=(down, across),
                 in_channels=proj.in_channels,
@@ -95,8 +95,8 @@ class MetaAdapter(Adapter):
             layout=TokenLayout(
                 cls=1,
                 registers=getattr(upstream, registers).shape[1] if registers else 0,
-                rows=side,
-                columns=side,
+                rows=rows,
+                columns=columns,
             ),
             blocks=tuple(meta_blocks.block(block) for block in upstream.blocks),
             rope=_rope(upstream.rope_embed) if rotary else None,
@@ -142,18 +142,17 @@ class MetaAdapter(Adapter):
         return _explicit(upstream)
 
 
-def _side(upstream: Reader, *, rotary: bool) -> int:
+def _grid(upstream: Reader, *, rotary: bool) -> tuple[int, int]:
     if upstream.is_a(OURS):
-        return upstream.side
+        return upstream.grid
     if rotary:
         rows, columns = upstream.patch_embed.patches_resolution
-    else:
-        rows = columns = round((upstream.pos_embed.shape[1] - 1) ** 0.5)
-        if rows * columns != upstream.pos_embed.shape[1] - 1:
-            raise upstream.unsupported("positions for a picture that is not square")
-    if rows != columns:
-        raise upstream.unsupported("a picture that is not square")
-    return rows
+        return rows, columns
+    patches = upstream.pos_embed.shape[1] - 1
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise upstream.unsupported("positions for a picture that is not square")
+    return side, side
 
 
 def _interpolation(upstream: Reader) -> Interpolation:

@@ -13,7 +13,7 @@ from prisma_core.conformance.case import Case, Pictures
 from prisma_dino.meta import Architecture, MaskedLinear, MetaViT, RopePositions
 from prisma_dino.source import MEAN, STD, preprocess
 
-SMALL: dict[str, Any] = {"width": 24, "depth": 2, "heads": 3, "patch": (4, 4), "side": 3, "d_mlp": 40}
+SMALL: dict[str, Any] = {"width": 24, "depth": 2, "heads": 3, "patch": (4, 4), "grid": (3, 3), "d_mlp": 40}
 SECOND: dict[str, Any] = {"layer_scale": True, "mask_token": True, "in_float32": True}
 THIRD: dict[str, Any] = {
     **SECOND,

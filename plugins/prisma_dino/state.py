@@ -7,13 +7,15 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from prisma_core import options
 from prisma_core.errors import InputError, LoadError
-from prisma_core.files import check_shapes, read_checkpoint
+from prisma_core.files import check_shapes, read_states
 from prisma_dino.meta import Architecture, MetaViT
 
 HEADS = re.compile(r"(?:dino_|ibot_)?head\..+")
@@ -23,37 +25,58 @@ NEEDED = ("cls_token", "patch_embed.proj.weight", "blocks.0.norm1.weight", "bloc
 D_HEAD = 64  # of every model Meta published; the first two generations' files do not say
 
 
-def read(path: str | Path, key: str | None = "teacher") -> dict[str, Tensor]:
+INSTEAD = (
+    "Expected one of Meta's files, or all of a backbone's tensors under their names there; a model that was changed is "
+    "built with the code that made it, and hooked with prisma.adapt(model)."
+)
+
+
+class Options(options.Options):
+    """What files do not say, or more than once.
+
+    Attributes:
+        heads, eps: instead of the rule (see ``architecture``).
+        image_size: the native side of pictures, or height and width, of models with rotary positions; the others' is in
+            the file.
+        key: which of a checkpoint's networks; None prefers the teacher.
+    """
+
+    heads: options.Heads = None
+    eps: options.Eps = None
+    image_size: Annotated[
+        options.Whole | tuple[options.Whole, options.Whole] | None,
+        Field(description="a whole number of pixels a side, such as 512, or (height, width)"),
+    ] = None
+    key: Annotated[str | None, Field(description="the name of a network in the file, such as 'student'")] = None
+
+
+def read(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
     """Return the tensors of one of Meta's files by their plain names: backbone and heads, wrappers taken off.
 
     Args:
         path: a backbone's file, or a whole training checkpoint.
-        key: which of a checkpoint's networks.
+        key: which of a checkpoint's networks; None prefers the teacher.
 
     Raises:
-        LoadError: the file cannot be read safely, or has no such network.
+        LoadError: the file cannot be read safely.
+        InputError: it has no such network.
     """
     # Checkpoints of training hold their arguments; a Namespace only carries names and values.
     with torch.serialization.safe_globals([argparse.Namespace]):
-        tensors = read_checkpoint(path, key)
-    tensors = {WRAPPED.sub("", name): tensor for name, tensor in tensors.items()}
-    if key and any(name.startswith(f"{key}.") for name in tensors):
-        tensors = {
-            WRAPPED.sub("", name.removeprefix(f"{key}.")): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(f"{key}.")
-        }
+        states = read_states(path)
+    wanted = key or "teacher"
+    found = states.get(wanted, next(iter(states.values())) if len(states) == 1 else {})
+    tensors = {WRAPPED.sub("", name): tensor for name, tensor in found.items()}
+    inside = {name.removeprefix(f"{wanted}."): x for name, x in tensors.items() if name.startswith(f"{wanted}.")}
+    if not (inside or wanted in states) and (key or not found):
+        networks = ", ".join(name for name in states if name)
+        told = f"it holds {networks}. Give key= one of them" if networks else "it holds one alone. Leave key= out"
+        raise InputError(f"{path} holds no network named {wanted!r}: {told}.")
+    tensors = {WRAPPED.sub("", name): tensor for name, tensor in (inside or tensors).items()}
     return {CHUNKED.sub(r"blocks.\1.", name.removeprefix("backbone.")): tensor for name, tensor in tensors.items()}
 
 
-def architecture(
-    tensors: Mapping[str, Tensor],
-    where: object,
-    *,
-    heads: int | None = None,
-    eps: float | None = None,
-    image_size: int | None = None,
-) -> Architecture:
+def architecture(tensors: Mapping[str, Tensor], where: object, given: Options) -> Architecture:
     """Return what a backbone's tensors say of it.
 
     What shapes do not say follows a rule. Heads: from the number of rotary periods, else heads of 64 channels. Eps:
@@ -62,8 +85,7 @@ def architecture(
 
     Args:
         where: the file, for messages.
-        heads, eps: instead of the rule.
-        image_size: the native side of pictures, of models with rotary positions; the others' is in the file.
+        given: options instead of the rules.
 
     Raises:
         LoadError: these are no tensors of such a backbone.
@@ -73,7 +95,8 @@ def architecture(
     if lacking:
         there = ", ".join(list(tensors)[:4])
         raise LoadError(
-            f"{where} is no vision transformer of DINO's: it lacks {', '.join(lacking)}; it holds {there}, ..."
+            f"{where} is no vision transformer of DINO's: it lacks {', '.join(lacking)}; it holds {there}, ... "
+            f"{INSTEAD}"
         )
     width, in_channels, *patch = tensors["patch_embed.proj.weight"].shape
     rotary = "rope_embed.periods" in tensors
@@ -82,14 +105,16 @@ def architecture(
     second = rotary or registers > 0 or "mask_token" in tensors or "blocks.0.ls1.gamma" in tensors
     mlp = next((kind for kind, name in _MLPS.items() if f"blocks.0.mlp.{name}.weight" in tensors), None)
     if mlp is None or len(patch) != 2:
-        raise LoadError(f"{where} is no vision transformer of DINO's: its MLP or its patches are of another kind.")
+        raise LoadError(
+            f"{where} is no vision transformer of DINO's: its MLP or its patches are of another kind. {INSTEAD}"
+        )
     periods = len(tensors["rope_embed.periods"]) if rotary else 0
     return Architecture(
         width=width,
         depth=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
-        heads=_heads(width, periods, heads, where),
+        heads=_heads(width, periods, given.heads, where),
         patch=(patch[0], patch[1]),
-        side=_side(tensors, patch, image_size, where),
+        grid=_grid(tensors, patch, given.image_size, where),
         d_mlp=tensors[f"blocks.0.mlp.{'fc2' if mlp == 'plain' else 'w3'}.weight"].shape[1],
         in_channels=in_channels,
         registers=registers,
@@ -103,7 +128,7 @@ def architecture(
         proj_bias="blocks.0.attn.proj.bias" in tensors,
         ffn_bias=f"blocks.0.mlp.{_MLPS[mlp]}.bias" in tensors,
         periods=periods,
-        eps=eps or (1e-5 if rotary else 1e-6),
+        eps=given.eps or (1e-5 if rotary else 1e-6),
         antialias=registers > 0,
         offset=0.0 if registers else 0.1,
         in_float32=second,
@@ -123,30 +148,34 @@ def _heads(width: int, periods: int, given: int | None, where: object) -> int:
     return heads
 
 
-def _side(tensors: Mapping[str, Tensor], patch: list[int], image_size: int | None, where: object) -> int:
+def _grid(
+    tensors: Mapping[str, Tensor], patch: list[int], image_size: int | tuple[int, int] | None, where: object
+) -> tuple[int, int]:
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if "pos_embed" in tensors:
         patches = tensors["pos_embed"].shape[1] - 1
         side = math.isqrt(patches)
         if side * side != patches:
-            raise LoadError(f"{where} has positions for {patches} patches, which are no square.")
-        if image_size not in (None, side * patch[0]):
+            raise LoadError(f"{where} has positions for {patches} patches, which are no square. {INSTEAD}")
+        if size not in (None, (side * patch[0], side * patch[1])):
             raise InputError(
                 f"{where} has positions for {side * patch[0]} pixels a side. Load it without image_size=: "
                 "it takes pictures of other sizes all the same."
             )
-        return side
-    size = image_size or 224
-    if size % patch[0]:
-        raise InputError(f"image_size={size} is no multiple of {where}'s patches of {patch[0]}.")
-    return size // patch[0]
+        return side, side
+    height, width = size or (224, 224)
+    if height % patch[0] or width % patch[1]:
+        asked = f"image_size={image_size}" if image_size else "224, the image_size unless given,"
+        raise InputError(f"{asked} is no multiple of {where}'s patches of {patch[0]}: give image_size= one that is.")
+    return height // patch[0], width // patch[1]
 
 
-def build(tensors: Mapping[str, Tensor], where: object, **options: Any) -> MetaViT:
+def build(tensors: Mapping[str, Tensor], where: object, given: Options) -> MetaViT:
     """Return the module with a backbone's tensors in it, every one accounted for; heads are left out.
 
     Args:
         where: the file, for messages.
-        options: as ``architecture`` takes them.
+        given: options instead of the rules.
 
     Raises:
         LoadError: tensors are missing, of another shape, or of a kind that is not supported.
@@ -154,8 +183,8 @@ def build(tensors: Mapping[str, Tensor], where: object, **options: Any) -> MetaV
     """
     backbone = {name: tensor for name, tensor in tensors.items() if not HEADS.fullmatch(name)}
     with torch.device("meta"):
-        model = MetaViT(architecture(backbone, where, **options))
-    check_shapes(backbone, {name: tensor.shape for name, tensor in model.state_dict().items()}, where)
+        model = MetaViT(architecture(backbone, where, given))
+    check_shapes(backbone, {name: tensor.shape for name, tensor in model.state_dict().items()}, where, INSTEAD)
     unset = [name for name, tensor in backbone.items() if not bool(torch.isfinite(tensor).all())]
     if unset:
         raise LoadError(

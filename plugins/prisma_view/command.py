@@ -119,7 +119,7 @@ def _pictures(model: HookedViT, reference: str, image: Path | None, other: Path 
 
 
 def _guess(model: HookedViT, picture: Any) -> int:
-    if model.preprocess is None:
+    if not model.preprocess:
         raise InputError("This model does not know how to read pictures: set model.preprocess.")
     return int(model(model.preprocess(picture)).argmax())
 

@@ -105,7 +105,7 @@ def report(model: HookedViT, picture: Any, other: Any, *, progress: bool = False
     """
     if model.spec.n_classes is None:
         raise NotApplicable("This model has no classification head; the page is about what a classifier sees.")
-    if model.preprocess is None:
+    if not model.preprocess:
         raise InputError("This model does not know how to read pictures: set model.preprocess.")
     pictures = [open_picture(each, channels=model.spec.embed.in_channels) for each in (picture, other)]
     inputs = [_like(model, model.preprocess(each)) for each in pictures]
@@ -141,7 +141,7 @@ def _like(model: HookedViT, image: Tensor) -> Tensor:
 
 def _seen(model: HookedViT, picture: Image) -> Image:
     """Return the part of a picture that the model sees, at no fewer than 448 pixels a side."""
-    assert model.preprocess is not None
+    assert model.preprocess
     return model.preprocess.seen(picture, 448).convert("RGB")
 
 

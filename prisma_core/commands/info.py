@@ -131,7 +131,7 @@ def _facts(model: Hooked) -> dict[str, Any]:
 
     spec: Any = getattr(model, "spec", None)
     layout: Any = getattr(model, "layout", None)
-    preprocess: Any = getattr(model, "preprocess", None)
+    preprocess: Any = getattr(model, "preprocess", None) or None
     told = None if preprocess is None else str(preprocess)  # a library's own code
     parts = [("class token", "cls"), ("distillation token", "distillation"), ("registers", "registers")]
     tokens = None

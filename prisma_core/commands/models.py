@@ -39,6 +39,8 @@ def models(
         host().source(source)
     found = [info for info in host().models() if source is None or info.reference.startswith(f"{source}:")]
     chosen = [info for info in found if _matches(info, search or [], family, pretrained)]
+    if not chosen and found:
+        _nothing(found, search or [], family)
     with Console(stderr=True).status("looking which of them an adapter takes"):
         loads = _loads(chosen)
     shown = [info for info in chosen if everything or loads[info.reference] is not False]
@@ -57,8 +59,6 @@ def models(
         note("models", f"this source lists none. It takes {takes}" if takes else "this source lists none.", "yellow")
     for name, command in absent.items():
         note("not installed", f"the source {name!r}: {command}", "yellow")
-    if not chosen and found:
-        _nothing(found, search or [], family)
 
 
 def _classes(search: list[str], as_json: bool) -> None:
@@ -146,17 +146,19 @@ def _nothing(found: list[ModelInfo], search: list[str], family: str | None) -> N
 
 
 def plugins(as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False) -> None:
-    """List the plugins found, and what is wrong with them."""
+    """List the plugins found, and what is wrong with them: exit status 1 where one is broken."""
     from prisma_core.plugins import host
 
     found = host().plugins()
-    if as_json:
-        show_json([asdict(info) for info in found])
-        return
     shown = table("plugin", "module", "distribution", "state")
     for info in found:
         state = "ready" if info.missing is None else escape(f"needs {info.missing}")
         if info.error:
             state = f"[red]broken:[/] {escape(info.error)}"
         shown.add_row(info.name, info.module, info.distribution, state)
-    show(shown)
+    if as_json:
+        show_json([asdict(info) for info in found])
+    else:
+        show(shown)
+    if any(info.error for info in found):
+        raise typer.Exit(1)

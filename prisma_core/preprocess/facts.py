@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,10 @@ from prisma_core.spec import Facts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+Mean = Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], Field(min_length=1)]
+Std = Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(min_length=1)]
 
 
 class Preprocess(Facts, PicturePreprocess):
@@ -41,8 +45,8 @@ class Preprocess(Facts, PicturePreprocess):
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
     resampling: Literal["pillow", "torch", "torch_float"] = "pillow"
     corner: Literal["even", "floor"] = "even"
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    mean: Mean = (0.5, 0.5, 0.5)
+    std: Std = (0.5, 0.5, 0.5)
     order: Literal["rgb", "bgr"] = "rgb"
 
     @model_validator(mode="after")
@@ -51,6 +55,12 @@ class Preprocess(Facts, PicturePreprocess):
             raise ValueError("torch has no lanczos filter: use resampling='pillow'")
         if self.resampling == "torch_float" and (self.resize, self.crop) != ("squash", 1.0):
             raise ValueError("resampling='torch_float' goes with resize='squash' and crop=1")
+        return self
+
+    @model_validator(mode="after")
+    def _paired(self) -> Preprocess:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean and std are one number a channel each, got {len(self.mean)} and {len(self.std)}")
         return self
 
     @property

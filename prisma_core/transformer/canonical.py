@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from prisma_core.companions import Absent
 from prisma_core.errors import InputError
 from prisma_core.hooked import Hooked
 
@@ -19,13 +20,20 @@ if TYPE_CHECKING:
 
 Size = tuple[int, ...]
 
+NO_PREPROCESS = Absent(
+    "preprocess",
+    "Set model.preprocess = prisma_core.preprocess.Preprocess(size=model.spec.image_size, mean=..., std=...), with the "
+    "mean and deviation it was trained with; some sources take them when they load: mean=, std=.",
+)
+
 
 class Canonical(Hooked):
     """A model in canonical form, described by its spec.
 
     Attributes:
         spec: the facts.
-        preprocess: from pictures, or videos, to the tensor the model takes; set by whoever loaded the model.
+        preprocess: from pictures, or videos, to the tensor the model takes; set by whoever loaded the model. Where
+            nobody did it is false, and calling it says what to set.
         labels: names of the classes, if the model has any.
         reference: what it was loaded from.
         origin: what it was adapted from.
@@ -35,7 +43,7 @@ class Canonical(Hooked):
 
     def __init__(self) -> None:
         super().__init__()
-        self.preprocess: PicturePreprocess | VideoPreprocess | None = None
+        self.preprocess: PicturePreprocess | VideoPreprocess | Absent | None = NO_PREPROCESS
         self.labels: tuple[str, ...] | None = None
         self.reference: str | None = None
         self.origin: Origin | None = None

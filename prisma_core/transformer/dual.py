@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from prisma_core.companions import Absent
 from prisma_core.errors import InputError
 from prisma_core.hooks import HookPoint, unshared
 from prisma_core.layout import TokenLayout
@@ -58,11 +59,11 @@ class HookedDual(Canonical):
         self.text.tokenizer = value
 
     @property
-    def preprocess(self) -> PicturePreprocess | VideoPreprocess | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def preprocess(self) -> PicturePreprocess | VideoPreprocess | Absent | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.vision.preprocess
 
     @preprocess.setter
-    def preprocess(self, value: PicturePreprocess | VideoPreprocess | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def preprocess(self, value: PicturePreprocess | VideoPreprocess | Absent | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         if "vision" in self._modules:  # the base sets it before there is a tower
             self.vision.preprocess = value
 
@@ -167,6 +168,6 @@ class HookedDual(Canonical):
     def _pictured(self, image: Any) -> Tensor:
         if isinstance(image, Tensor) and image.ndim >= 4:
             return image
-        if self.preprocess is None:
+        if not self.preprocess:
             raise InputError("This model came without preprocessing: give the tensor it takes.")
         return self.preprocess(image).to(self.logit_scale.device, self.logit_scale.dtype)

@@ -190,7 +190,7 @@ def _check_size(image: Tensor, spec: ModelSpec, expected: str) -> None:
             f"Expected {expected}, got shape {list(image.shape)}: this model takes one size. model.preprocess resizes, "
             "unless upstream's own processor leaves pictures at sizes of theirs: then resize them before."
         )
-    if size != spec.image_size and (size[0] % embed.patch[0] or size[1] % embed.patch[1]):
+    if size != spec.image_size and (not all(size) or size[0] % embed.patch[0] or size[1] % embed.patch[1]):
         raise InputError(
             f"Expected height and width to be multiples of the patch {embed.patch[0]}x{embed.patch[1]}, "
             f"got {size[0]}x{size[1]}."
