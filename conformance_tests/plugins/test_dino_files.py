@@ -298,9 +298,10 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="refused"):
         prisma.load(f"dino:{tmp_path / 'code.pth'}", heads=3)
     (tmp_path / "bare.pth").write_bytes(pickle.dumps({"code": _Code()}, protocol=4))
-    with warnings.catch_warnings(), pytest.raises(LoadError, match=r"bare\.pth"):
+    with warnings.catch_warnings():
         warnings.simplefilter("error")
-        prisma.load(f"dino:{tmp_path / 'bare.pth'}")
+        with pytest.raises(LoadError, match=r"bare\.pth"):
+            prisma.load(f"dino:{tmp_path / 'bare.pth'}")
     with pytest.raises(LoadError, match="No file"):
         prisma.load(f"dino:{tmp_path / 'nothing.pth'}")
 
