@@ -271,6 +271,14 @@ def test_texts_that_norm_their_stream_have_no_lens_and_no_attribution() -> None:
     assert similarity_attribution(model, cache, "vision").values.shape == (6, 1, 4)
 
 
+def test_attribution_of_a_head_for_each_of_two_tokens_sums_to_the_logits() -> None:
+    model = vit(n_heads_out=2, layout=TokenLayout(cls=1, distillation=1, registers=1, rows=2, columns=3))
+    logits, cache = model.run_with_cache(image(0, 2), names=attribution_names(model))
+    for study in (logit_attribution, head_attribution):
+        found = study(model, cache, [1, 4])
+        torch.testing.assert_close(found.values.sum(0) + found.constant, logits[:, [1, 4]], **EXACT)
+
+
 # -------------------------------------------------------------------- patching
 
 
@@ -386,6 +394,46 @@ def test_misfits_are_said() -> None:
         activation_patch(model, image(1), image(2), "hook_logits", logit_difference(0, 1), pos=0)
     with pytest.raises(UnknownName):
         activation_patch(model, image(1), image(2), "hook_zz", logit_difference(0, 1))
+
+
+def test_a_metric_that_is_none_is_refused_with_the_order_of_arguments() -> None:
+    model, clean, metric = vit(), image(1), logit_difference(0, 1)
+    with pytest.raises(InputError, match=r"got 'hook_resid_pre'.*\(model, clean, other, names, metric\)"):
+        activation_patch(model, clean, image(2), metric, "hook_resid_pre")
+    with pytest.raises(InputError, match=r"got 3.*patch_heads\(model, clean, other, metric\)"):
+        patch_heads(model, clean, image(2), 3)
+    with pytest.raises(InputError, match="has no such places"):
+        activation_patch(model, clean, image(2), "hook_resid_pre", metric, pos=99)
+
+
+def grid() -> HookedUpstream:
+    """Return a model whose stream is a grid, as Swin's is, and that reads every place of it otherwise."""
+    torch.manual_seed(0)
+    stages = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.GELU(), torch.nn.Flatten(), torch.nn.Linear(96, 4))
+    rows = "0 -> blocks.0.hook_resid_post : batch row column d_model\n3 -> hook_logits : batch class"
+    return HookedUpstream(stages, HookMap.parse(rows), MapSpec(shape=(3, 4, 5)), lambda result: result)
+
+
+@torch.no_grad()
+def test_regions_of_a_grid_are_patched_as_by_hand() -> None:
+    model, clean, other, metric = grid(), torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5), logit_difference(0, 1)
+    name = "blocks.0.hook_resid_post"
+    _, cache = model.run_with_cache(other)
+    for region in ((1, slice(0, 2)), (slice(None), -1), (2, 3)):
+
+        def swap(x: Tensor, at: object, region: tuple[object, object] = region) -> None:
+            x[:, region[0], region[1]] = cache[name][:, region[0], region[1]]
+
+        wanted = metric(model.run_with_hooks(clean, hooks={name: swap}))
+        found = activation_patch(model, clean, other, name, metric, region=region)[name]
+        torch.testing.assert_close(found, wanted)
+        assert not torch.isclose(found, metric(model(clean))).any()
+    with pytest.raises(InputError, match=r"no positions to choose from; give region=\(rows, columns\)"):
+        activation_patch(model, clean, other, name, metric, pos=0)
+    with pytest.raises(InputError, match="got 3"):
+        activation_patch(model, clean, other, name, metric, region=3)
+    with pytest.raises(InputError, match="no rows and columns to choose from; give pos="):
+        activation_patch(vit(), image(1), image(2), "hook_resid_pre", metric, region=(0, 1))
 
 
 def windows(heads: int) -> HookedUpstream:

@@ -66,6 +66,11 @@ def model(**facts: Any) -> HookedViT:
     return made
 
 
+def two_heads() -> HookedViT:
+    """Return a model that reads two tokens with a head each, so there is no one head to look through."""
+    return model(n_heads_out=2, layout=TokenLayout(cls=1, distillation=1, rows=2, columns=3))
+
+
 def picture(seed: int) -> Image.Image:
     blocks = np.random.default_rng(seed).choice([0, 255], (2, 3, 3)).astype(np.uint8)
     return Image.fromarray(blocks.repeat(20, axis=0).repeat(20, axis=1))
@@ -209,15 +214,31 @@ def test_the_untrained_note_is_only_where_it_belongs(found: prisma_view.Report, 
 
 
 def test_what_does_not_apply_is_said_on_the_page(tmp_path: Path) -> None:
+    found = prisma_view.report(two_heads(), picture(1), picture(2))
+    assert found.lens is None
+    assert found.layers is not None
+    text = prisma_view.write_page(found, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "reads 2 tokens with a head each" in text
+    assert [path.name for path in prisma_view.write_pictures(found, tmp_path)] == [
+        "attention.png", "attribution.png", "patching.png",
+    ]  # fmt: skip
+
+
+def test_attention_that_pools_has_attribution_and_it_sums_to_the_logits() -> None:
     pool = PoolSpec(kind="attention", attn=AttentionSpec(n_heads=2, n_kv_heads=2, d_head=6, scale=0.3))
     found = prisma_view.report(model(pool=pool, ln_final=None, ln_pool=NormSpec(eps=1e-5)), picture(1), picture(2))
-    assert found.layers is None
-    assert found.lens is not None
-    text = prisma_view.write_page(found, tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "pools by attention" in text
-    assert [path.name for path in prisma_view.write_pictures(found, tmp_path)] == [
-        "lens.png", "attention.png", "patching.png",
-    ]  # fmt: skip
+    assert found.why == {}
+    assert found.layers is not None
+    total = found.layers.values[:, 0].sum(0) + found.layers.constant[0]
+    assert torch.allclose(total, found.logits[found.shown], rtol=1e-3, atol=1e-3)
+
+
+def test_the_rest_of_an_attribution_is_called_what_it_is(tmp_path: Path) -> None:
+    attn, norm = AttentionSpec(n_heads=2, n_kv_heads=2, d_head=6, scale=0.3), NormSpec(eps=1e-5)
+    for mlp, called in ((None, "biases"), (MlpSpec(d_mlp=8, act="gelu"), "biases, pooling's MLP")):
+        pool = PoolSpec(kind="attention", attn=attn, mlp=mlp, norm=norm if mlp else None)
+        found = prisma_view.report(model(pool=pool, ln_final=None, ln_pool=norm), picture(1), picture(2))
+        assert data_of(prisma_view.write_page(found, tmp_path / "page.html"))["layers"]["rest"] == called
 
 
 def test_models_that_are_no_classifiers_or_see_no_pictures_are_refused() -> None:
@@ -402,12 +423,11 @@ def test_random_weights_are_told_in_the_terminal(
 def test_what_the_page_lacks_is_told_in_the_terminal(
     pictures: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pool = PoolSpec(kind="attention", attn=AttentionSpec(n_heads=2, n_kv_heads=2, d_head=6, scale=0.3))
-    kept = prisma.save(model(pool=pool, ln_final=None, ln_pool=NormSpec(eps=1e-5)), tmp_path / "model")
+    kept = prisma.save(two_heads(), tmp_path / "model")
     assert main(["demo", "--no-open", *options_of(f"file:{kept}", pictures, tmp_path / "out")]) == 0
-    assert files(tmp_path / "out") == ALL - {"attribution.png"}
+    assert files(tmp_path / "out") == ALL - {"lens.png"}
     told = capsys.readouterr().err
-    assert "Without attribution.png: This model pools by attention" in told
+    assert "Without lens.png: This model reads 2 tokens" in told
     assert told.count("Without") == 1
 
 

@@ -171,7 +171,8 @@ def by_head(attribution: Attribution, n_layers: int) -> Tensor:
 def _read_token(model: HookedViT | HookedText) -> int | None:
     """The one token the head reads, or None for all: spares the memory of the others."""
     spec: object = model.spec
-    return 0 if isinstance(spec, ModelSpec) and spec.pool.kind == "token" else None  # the cache refuses other models
+    one = isinstance(spec, ModelSpec) and spec.pool.kind == "token" and spec.n_heads_out == 1
+    return 0 if one else None  # the cache refuses other models
 
 
 def _attributed(

@@ -16,6 +16,7 @@ from prisma_core.names import Query, layer_of
 
 Metric: TypeAlias = Callable[[Tensor], Tensor]
 Positions: TypeAlias = "int | slice | Sequence[int] | None"
+Region: TypeAlias = "tuple[int | slice, int | slice] | None"
 
 
 def logit_difference(higher: int, lower: int) -> Metric:
@@ -31,6 +32,7 @@ def activation_patch(
     metric: Metric,
     *,
     pos: Positions = None,
+    region: Region = None,
     batch_size: int = 32,
     progress: bool = False,
 ) -> dict[str, Tensor]:
@@ -42,22 +44,23 @@ def activation_patch(
         other: the image whose activations are put in, as many as ``clean`` or one for all; None puts in zeros.
         names: which activations, one at a time (see ``prisma_core.names``).
         metric: of logits ``[batch class]``, one number each ``[batch]`` or several ``[batch ...]``.
-        pos: token positions to replace; None for all.
+        pos: token positions to replace; None for all. Axes ``window query_pos`` count within each window.
+        region: rows and columns to replace, each one or a slice, where the stream has axes ``row column``.
         batch_size: how many images to run at once.
         progress: show a bar.
 
     Raises:
         UnknownName: a name matches no hook point.
-        InputError: the two runs do not fit together, or an activation has no ``pos`` axis to choose from.
+        InputError: the two runs do not fit together, an activation has no axis to choose from, or the metric is no
+            function.
     """
+    _check_metric(metric, "activation_patch(model, clean, other, names, metric)")
     wanted = model.resolve(names)
     points = model.hook_points()
-    if pos is not None:
-        for name in wanted:
-            if not {"pos", "query_pos"} & set(points[name].axes.split()):
-                raise InputError(f"{name} ({points[name].axes}) has no positions to choose from; leave pos out.")
+    for name in wanted:
+        _check_places(name, points[name].axes, pos, region)
     source = _source(model, other, wanted)
-    patches = [_Patch(name, _part(points[name].axes, pos), source.get(name)) for name in wanted]
+    patches = [_Patch(name, _part(points[name].axes, pos, region=region), source.get(name)) for name in wanted]
     effects = _run(model, clean, patches, metric, batch_size, progress)
     return dict(zip(wanted, effects, strict=True))
 
@@ -85,8 +88,10 @@ def patch_heads(
         progress: show a bar.
 
     Raises:
-        InputError: the two runs do not fit together, or the layers differ in their number of heads.
+        InputError: the two runs do not fit together, the layers differ in their number of heads, or the metric is no
+            function.
     """
+    _check_metric(metric, "patch_heads(model, clean, other, metric)")
     names = [name for name in model.resolve("hook_z") if layer_of(name) is not None]
     points = model.hook_points()
     axes = {name: points[name].axes.split() for name in names}
@@ -112,6 +117,30 @@ def patch_heads(
     return effects.unflatten(0, (len(counts), -1)) - base
 
 
+def _check_metric(metric: object, call: str) -> None:
+    if not callable(metric):
+        raise InputError(
+            f"Expected a metric, a function of the logits such as logit_difference(3, 5); got {metric!r:.60}. "
+            f"The order is {call}."
+        )
+
+
+def _check_places(name: str, axes: str, pos: Positions, region: Region) -> None:
+    own = set(axes.split())
+    grid = {"row", "column"} <= own
+    if pos is not None and not {"pos", "query_pos"} & own:
+        instead = "give region=(rows, columns) instead" if grid else "leave pos out"
+        raise InputError(f"{name} ({axes}) has no positions to choose from; {instead}.")
+    if region is None:
+        return
+    given: object = region
+    if not (isinstance(given, tuple) and len(given) == 2 and all(isinstance(each, int | slice) for each in given)):
+        raise InputError(f"Expected region=(rows, columns), each a number or a slice, got {given!r}.")
+    if not grid:
+        instead = "give pos= instead" if {"pos", "query_pos"} & own else "leave region out"
+        raise InputError(f"{name} ({axes}) has no rows and columns to choose from; {instead}.")
+
+
 class _Patch:
     """One replacement: at a hook point, a part of the activation by the same part of another."""
 
@@ -122,6 +151,10 @@ class _Patch:
 
     def apply(self, rows: Tensor) -> None:
         """Edit one copy of the batch in place."""
+        try:
+            rows[self.part]
+        except IndexError as error:
+            raise InputError(f"{self.name} is {list(rows.shape)}, which has no such places: {error}.") from error
         if self.source is None:
             rows[self.part] = 0
             return
@@ -139,9 +172,10 @@ def _block(name: str) -> str:
     return f"{before}.blocks.{rest.partition('.')[0]}".removeprefix(".")
 
 
-def _part(axes: str, pos: Positions, head: int | None = None) -> tuple[object, ...]:
-    """Return the index that picks positions and a head from an activation with these axes."""
-    chosen = {"pos": pos, "query_pos": pos, "head": head}
+def _part(axes: str, pos: Positions, head: int | None = None, region: Region = None) -> tuple[object, ...]:
+    """Return the index that picks positions or a region, and a head, from an activation with these axes."""
+    row, column = region or (None, None)
+    chosen = {"pos": pos, "query_pos": pos, "head": head, "row": row, "column": column}
     return tuple(slice(None) if chosen.get(name) is None else chosen[name] for name in axes.split())
 
 

@@ -15,7 +15,7 @@ from prisma_view.colours import CLASSES, QUIET, REST, SCALE, Colour, assign
 from prisma_view.findings import Report, head_values
 from prisma_view.glyphs import look
 from prisma_view.pack import data_uri, grouped, pack, pack_patterns
-from prisma_view.words import component_name, facts, lens_words, patch_words, stage_name, token_name, verdict
+from prisma_view.words import component_name, facts, lens_words, patch_words, rest_name, stage_name, token_name, verdict
 
 GUESSES = 3
 """How many classes a patch is shown to consider."""
@@ -83,6 +83,7 @@ def _data(found: Report, colours: dict[int, Colour]) -> dict[str, Any]:
             "labels": [component_name(label) for label in found.layers.labels],
             "values": _numbers(found.layers.values[:, 0]),
             "constant": _numbers(found.layers.constant[0]),
+            "rest": rest_name(found),
         },
         "heads": found.heads
         and {

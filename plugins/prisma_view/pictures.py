@@ -13,7 +13,7 @@ from prisma_view.colours import LESS, MORE, QUIET, REST, SCALE, Colour, blend
 from prisma_view.findings import Report, head_values
 from prisma_view.glyphs import glyph
 from prisma_view.page import class_colours
-from prisma_view.words import component_name, stage_name
+from prisma_view.words import component_name, rest_name, stage_name
 
 PAPER: Colour = (251, 250, 248)
 INK: Colour = (22, 24, 29)
@@ -157,7 +157,7 @@ def attribution(found: Report) -> Image.Image:
     """Draw what each layer and each head wrote towards the best guess."""
     assert found.layers is not None
     at = found.shown.index(found.best)
-    rows = [component_name(label) for label in found.layers.labels] + ["biases"]
+    rows = [component_name(label) for label in found.layers.labels] + [rest_name(found)]
     values = [*found.layers.values[:, 0, at].tolist(), float(found.layers.constant[0, at])]
     grid = None if found.heads is None else head_values(found)[..., at]
     height = 150 + max(34 * len(rows), 0 if grid is None else _grid_size(grid, 560)[1] + 40) + MARGIN

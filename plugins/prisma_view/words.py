@@ -23,6 +23,11 @@ def component_name(label: str) -> str:
     return {"embed": "patches and tokens", "pos_embed": "positions", "ln_pre": "embedding"}.get(label, label)
 
 
+def rest_name(found: Report) -> str:
+    """Say what an attribution by layer leaves over."""
+    return "biases" if found.model.spec.pool.mlp is None else "biases, pooling's MLP"
+
+
 def token_name(name: str) -> str:
     """``reg0`` is the first register."""
     if name.startswith("reg"):

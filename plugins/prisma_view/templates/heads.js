@@ -1,7 +1,7 @@
 const share = (value, most) => Math.sign(value) * Math.sqrt(Math.abs(value) / Math.max(most, 1e-9));
 
 if (data.layers) {
-  const { labels, values, constant } = data.layers;
+  const { labels, values, constant, rest } = data.layers;
   const every = data.heads?.values;
   const cells = every && layerHeadTable($("head-pieces"), every.length, every[0].length, "table", (layer, head) => {
     const cell = make("button", { type: "button", className: "value" });
@@ -30,7 +30,7 @@ if (data.layers) {
     const parts = values.map((row) => row[i]);
     const total = parts.reduce((a, b) => a + b, 0) + constant[i];
     const most = Math.max(...parts.map(Math.abs), Math.abs(constant[i]), Math.abs(total), 1e-9);
-    $("layers").replaceChildren(...parts.map((value, at) => piece(labels[at], value, most)), piece("biases", constant[i], most),
+    $("layers").replaceChildren(...parts.map((value, at) => piece(labels[at], value, most)), piece(rest, constant[i], most),
       piece(`logit of ${emoji(data.shown[i])}`, total, most, "sum"));
     $("layers-words").textContent = `The pieces add up to the logit of “${className(data.shown[i])}”, ${plain(total, 2)}.`;
     if (!cells) return;
