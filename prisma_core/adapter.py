@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, cast
 
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from prisma_core.errors import PrismaError, UnsupportedArchitecture
+from prisma_core.contract import T, ask, fields_told
+from prisma_core.errors import PluginError, PrismaError, UnsupportedArchitecture
 from prisma_core.hookmap import HookMap
 from prisma_core.preprocess import PicturePreprocess
 from prisma_core.spec import AnySpec, MapSpec
@@ -161,6 +163,25 @@ class Adapter(ABC):
             kind = qualified_name(cast("object", result))
             raise PrismaError(f"Upstream returns {kind}: the adapter needs output(), or the case forward=, to read it.")
         return value
+
+
+def read_spec(adapter: Adapter, upstream: Reader, kinds: type[T] | tuple[type[T], ...]) -> T:
+    """Return an adapter's facts.
+
+    Raises:
+        UnsupportedArchitecture: facts that no spec can hold.
+        PluginError: the adapter failed, or a spec lacks a field or has one that there is not.
+    """
+    try:
+        return ask(adapter, "spec", upstream, gives=kinds)
+    except PluginError as error:
+        problem = error.__cause__
+        if not isinstance(problem, ValidationError):
+            raise
+        if any(one["type"] in ("missing", "extra_forbidden") for one in problem.errors()):
+            raise  # no model is to blame
+        kind = qualified_name(upstream.module)
+        raise UnsupportedArchitecture(kind, f"facts that no spec can hold ({fields_told(problem)})") from problem
 
 
 class Refusal(Adapter):

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
@@ -32,11 +32,12 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from prisma_core.errors import PrismaError
+from prisma_core.errors import PrismaError, UnknownName, suggest
 from prisma_core.names import tagged
-from prisma_core.rules import rearranged
+from prisma_core.rules import checked_sizes, rearranged
 
 _MARK = re.compile(r"\{\w+\}")
+_HOOK = re.compile(r"(\w|\.|\{\w+\})+")
 _PLACE = re.compile(
     r"(?P<module>[\w.{}]*)(\s*@\s*(?P<function>\w+)(#(?P<call>\d+))?)?(\s*:\s*(?P<side>out\d*|in\d*|scores|pattern))?"
 )
@@ -85,6 +86,12 @@ class Place:
         """Which of several tensors it is."""
         return int(self.side.lstrip("inout") or 0)
 
+    def __str__(self) -> str:
+        call = f"#{self.call}" if self.call else ""
+        function = f" @ {self.function}{call}" if self.function else ""
+        side = "" if self.side == "out" else f" : {self.side}"
+        return f"{self.module}{function}{side}".strip()
+
 
 @dataclass(frozen=True)
 class Row:
@@ -102,11 +109,14 @@ class Row:
 
     def read(self, tensor: Tensor, sizes: Mapping[str, int]) -> Tensor:
         """Return upstream's tensor as the hook point shows it."""
-        return rearranged(tensor, self.how, sizes)
+        return rearranged(tensor, self.how, sizes, row=self)
 
     def write(self, activation: Tensor, sizes: Mapping[str, int]) -> Tensor:
         """Return an activation as upstream holds it: ``read`` the other way round."""
-        return rearranged(activation, self.how, sizes, back=True)
+        return rearranged(activation, self.how, sizes, row=self, back=True)
+
+    def __str__(self) -> str:
+        return f"{self.place} -> {self.hook}" + (f" : {self.how}" if self.how else "")
 
 
 @dataclass(frozen=True)
@@ -123,17 +133,30 @@ class HookMap:
         Raises:
             PrismaError: a line is not a row.
         """
+        sizes = checked_sizes(sizes, "HookMap.parse takes the table", PrismaError)
         rows: list[tuple[str, str, str]] = []
         for line in filter(None, (line.strip() for line in table.splitlines())):
-            place, arrow, rest = line.partition("->")
-            hook, _, how = rest.partition(" : ")
-            if not arrow or not hook.strip():
+            place, arrow, rest = (part.strip() for part in line.partition("->"))
+            hook, _, how = (part.strip() for part in rest.partition(" : "))
+            if not arrow or not hook:
                 raise PrismaError(f"{line!r} is not a row: expected 'PLACE -> HOOK POINT : EINOPS = EQUATION'.")
+            if "->" in hook:
+                told = "a second arrow stands before ' : ', where the einops pattern begins. A row has one hook point"
+                raise PrismaError(f"{line!r} is not a row: {told}.")
+            if not _HOOK.fullmatch(hook):
+                raise PrismaError(f"{line!r} is not a row: {hook!r} is no name of a hook point.")
+            einops = _parted(how)[0]
+            if "{" in einops:
+                told = "functions are for weight maps; what a hook point shows is rearranged by an einops pattern alone"
+                raise PrismaError(f"{line!r} is not a row: {told}.")
+            if any(mark in einops for mark in ":|[") or einops.count("->") > 1:
+                raise PrismaError(f"{line!r} is not a row: {einops!r} is no einops pattern.")
             if unbound := set(_MARK.findall(place)) - set(_MARK.findall(hook)):
                 marks = ", ".join(sorted(unbound))
                 raise PrismaError(f"{line!r}: {marks} stands in the place but not in the hook point.")
             Place.parse(_MARK.sub("0", place))
-            rows.append((place.strip(), hook.strip(), how.strip()))
+            rows.append((place, hook, how))
+        _once(hook for _, hook, _ in rows)
         return cls(tuple(rows), sizes)
 
     def prefixed(self, upstream: str, canonical: str) -> HookMap:
@@ -164,14 +187,36 @@ class HookMap:
         """Return the rows for the given hook points, ``{l}`` and the like filled in.
 
         Rows for hook points that are not given are left out: a table may speak of parts a model lacks.
+
+        Raises:
+            PrismaError: several rows speak of one hook point.
         """
         bound: list[Row] = []
+        patterns = [_pattern_of(hook) for _, hook, _ in self.rows]
         for name in hooks:
-            for place, hook, how in self.rows:
-                pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(hook))
-                if match := re.fullmatch(pattern, name):
+            for (place, _, how), pattern in zip(self.rows, patterns, strict=True):
+                if match := pattern.fullmatch(name):
                     bound.append(Row(Place.parse(place.format(**match.groupdict())), name, *_parted(how)))
+        _once(row.hook for row in bound)
         return bound
+
+    def check(self, points: Collection[str], lacking: Collection[str]) -> None:
+        """Refuse rows whose right side is a name that no model has: nothing would ever look at them.
+
+        Args:
+            points: the model's hook points.
+            lacking: those of parts that it might have, ``{l}`` and the like in the place of numbers.
+
+        Raises:
+            UnknownName: a row is for no hook point; the nearest are suggested.
+        """
+        families = {_MARK.sub("{}", name) for name in lacking}
+        for place, hook, _ in self.rows:
+            pattern = _pattern_of(hook)
+            if _MARK.sub("{}", hook) in families or any(map(pattern.fullmatch, points)):
+                continue
+            known = {re.sub(r"(?<=\.)\d+(?=\.|$)", "{l}", name) if "{" in hook else name for name in points}
+            raise UnknownName(f"'{place} -> {hook}': {hook} is no hook point of this model.{suggest(hook, known)}")
 
     def plain(self) -> list[Row]:
         """Return every row of a table without marks, in order.
@@ -182,7 +227,25 @@ class HookMap:
         for place, hook, _ in self.rows:
             if _MARK.search(place + hook):
                 raise PrismaError(f"'{place} -> {hook}' leaves numbers open; write a row for each layer.")
+        _once(hook for _, hook, _ in self.rows)
         return [Row(Place.parse(place), hook, *_parted(how)) for place, hook, how in self.rows]
+
+
+def _pattern_of(hook: str) -> re.Pattern[str]:
+    seen: set[str] = set()
+
+    def group(match: re.Match[str]) -> str:
+        again = match[1] in seen
+        seen.add(match[1])
+        return f"(?P={match[1]})" if again else rf"(?P<{match[1]}>\d+)"
+
+    return re.compile(re.sub(r"\\\{(\w+)\\\}", group, re.escape(hook)))
+
+
+def _once(hooks: Iterable[str]) -> None:
+    twice = [name for name, n in Counter(hooks).items() if n > 1]
+    if twice:
+        raise PrismaError(f"The hook map has several rows for {twice[0]}: a hook point equals one place. Keep one row.")
 
 
 def _parted(how: str) -> tuple[str, str]:

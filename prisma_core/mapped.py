@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy as copying
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -190,9 +189,6 @@ def own_copy(upstream: nn.Module, *, copy: bool) -> nn.Module:
 
 def _bound(table: HookMap) -> list[Bound]:
     rows = table.plain()
-    twice = [name for name, n in Counter(row.hook for row in rows).items() if n > 1]
-    if twice:
-        raise PrismaError(f"The hook map has several rows for {twice[0]}: only one place can be written.")
     for row in rows:
         if not row.axes or "(" in row.axes:
             raise PrismaError(

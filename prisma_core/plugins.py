@@ -119,12 +119,12 @@ class Host:
             if only is not None and name not in only:
                 continue
             try:
-                made = implementation.function()
-                if isinstance(made, kind) and kind is not object:
+                made: object = implementation.function()
+                if isinstance(made, Source | Adapter):
                     one = type(made).__name__
                     self.broke(name, f"{hook} gave a {one}; return a list of them: return [{one}()]")
                     continue
-                found: list[object] = list(made or ())
+                found = list(cast("Iterable[object]", made or ()))
             except (Exception, SystemExit) as problem:  # noqa: BLE001  # one broken plugin must not take the others down
                 self.broke(name, f"{hook}: {told(problem)}")
                 continue
@@ -249,8 +249,8 @@ class Host:
             alike = [(name, plugin) for adapter, plugin in adapters for name in adapter.types if name.endswith(short)]
             if alike and not known:
                 hint = (
-                    f" ({alike[0][0]}, which the plugin {alike[0][1]!r} adapts, is another class: types hold the name of "
-                    "the module that defines a class)"
+                    f" ({alike[0][0]}, which the plugin {alike[0][1]!r} adapts, is another class: what types "
+                    "hold is the module that defines it)"
                 )
             raise UnsupportedArchitecture(
                 kind,
@@ -302,12 +302,12 @@ def _misnamed(part: object) -> str | None:
     """Return why nothing can find a source or an adapter, or None."""
     kind = type(part)
     if isinstance(part, Adapter):
-        types: object = getattr(part, "types", None)
-        if isinstance(types, tuple | list) and all(isinstance(name, str) for name in cast("tuple[object, ...]", types)):
+        types = cast("object", getattr(part, "types", None))
+        if isinstance(types, tuple | list) and all(isinstance(one, str) for one in cast("tuple[object, ...]", types)):
             return None
-        came = repr(types) if isinstance(types, str) else type(types).__name__
-        example = types if isinstance(types, str) else "package.module.Class"
-        return f"{kind.__name__}.types is {came}; expected a tuple of names: types = ({example!r},)"
+        text = types if isinstance(types, str) else None
+        came, example = (repr(text), text) if text else ("no tuple of names", "package.module.Class")
+        return f"{kind.__name__}.types is {came}; expected a tuple: types = ({example!r},)"
     if isinstance(part, Source) and not isinstance(name := cast("object", getattr(part, "name", None)), str):
         return f"{kind.__name__}.name is {name!r}; expected the part of a reference before the colon: name = 'mine'"
     return None

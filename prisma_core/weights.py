@@ -8,12 +8,14 @@ A table has one rule a line::
     [attn.q_bias, zeros, attn.v_bias]    ->  attn.qkv.bias
     mlp.w12.weight                       ->  [mlp.fc_gate.weight, mlp.fc_in.weight]
     rel_pos.table                        ->  attn_bias               : {gather}
+    {positions}                          ->  embed.pos_embed
     ignore  rel_pos.index                :   derived from the window size
 
 ``{l}`` stands for a number, ``{*}`` for any rest. Several sources are joined along the first axis, several targets
 split it. ``zeros`` and ``ones`` fill what upstream lacks, alone, in a list, or after ``|`` where the source may be
 missing.
-Behind the colon stands an einops pattern for each source, or the name of a function of the sources.
+Behind the colon stands an einops pattern for each source, or the name of a function of the sources. A function in the
+place of the sources takes nothing: it makes what upstream keeps in no tensor, such as a table it computes.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor
 
+from prisma_core.contract import blamed
 from prisma_core.errors import WeightMapError
 from prisma_core.names import tagged
-from prisma_core.rules import CONSTANTS, Rule, pattern_of
+from prisma_core.rules import CONSTANTS, Rule, checked_sizes, pattern_of
 
 State: TypeAlias = Mapping[str, Tensor]
 Function: TypeAlias = Callable[..., Tensor]
@@ -64,9 +67,14 @@ class WeightMap:
     def parse(cls, table: str, functions: Mapping[str, Function] | None = None, **sizes: int) -> WeightMap:
         """Read a table.
 
+        Args:
+            functions: what ``{name}`` in a rule stands for.
+            sizes: lengths of axes that einops patterns name.
+
         Raises:
             WeightMapError: a line is not a rule, or names a function that is not given.
         """
+        sizes = checked_sizes(sizes, "WeightMap.parse takes the table, functions={...}", WeightMapError)
         rules: list[Rule] = []
         ignored: dict[str, str] = {}
         for line in filter(None, (line.strip() for line in table.splitlines())):
@@ -80,7 +88,12 @@ class WeightMap:
         functions = dict(functions or {})
         for rule in rules:
             if rule.how.startswith("{") and rule.how.strip("{}") not in functions:
-                raise WeightMapError(f"{rule}: no function {rule.how} was given; there are {', '.join(functions)}.")
+                known = f"there are {', '.join(functions)}" if functions else "none were given"
+                name = rule.how.strip("{}")
+                raise WeightMapError(
+                    f"{rule}: no function {rule.how} was given; {known}. "
+                    f"Pass it: WeightMap.parse(table, functions={{{name!r}: {name}}})."
+                )
         return cls(tuple(rules), ignored, functions, sizes)
 
     # ---------------------------------------------------------------- parts of larger models
@@ -143,7 +156,11 @@ class WeightMap:
         self._account(upstream, chosen)
         state: dict[str, Tensor] = {}
         for item in chosen:
-            state.update(self._make(item, upstream, shapes))
+            made = self._make(item, upstream, shapes)
+            if not item.sources:  # it knows nothing of the model's dtype and device
+                like = next((tensor for tensor in upstream.values() if tensor.is_floating_point()), None)
+                made = {name: tensor if like is None else tensor.to(like) for name, tensor in made.items()}
+            state.update(made)
         return {name: state[name] for name in shapes}
 
     def _choose(self, upstream: Iterable[str], targets: Collection[str]) -> Iterator[_Chosen]:
@@ -176,7 +193,10 @@ class WeightMap:
                 continue
             yield _Chosen(rule, tuple(name for name in sources if name is not None))
         if unfilled:
-            advice = "The upstream model lacks these tensors: is the checkpoint of this architecture?"
+            advice = (
+                "The upstream model lacks these tensors: is the checkpoint of this architecture? "
+                "What it lacks by design is filled in the rule: 'SOURCE | zeros -> TARGET'."
+            )
             if any(name.endswith("(no rule)") for name in unfilled):
                 advice = "Add a rule that makes it to the weight map."
             raise WeightMapError(f"{len(unfilled)} canonical tensors cannot be filled: {_listed(unfilled)}. {advice}")
@@ -210,7 +230,7 @@ class WeightMap:
         wanted = [shapes[target] for target in rule.targets]
         like = next((upstream[name] for name in item.tensors), next(iter(upstream.values())))
         if rule.how.startswith("{"):
-            joined = self.functions[rule.how.strip("{}")](*(upstream[name] for name in item.tensors))
+            joined = self._called(rule, [upstream[name] for name in item.tensors])
         else:
             parts = {name: rule.rearrange(upstream[name], self.sizes) for name in item.tensors}
             rows = sum(map(_rows, wanted)) - sum(_rows(part.shape) for part in parts.values())
@@ -234,6 +254,14 @@ class WeightMap:
                     f"{name}: expected shape {list(shapes[name])}, got {list(tensor.shape)} from {came} by '{rule}'."
                 )
         return outcome
+
+    def _called(self, rule: Rule, sources: list[Tensor]) -> Tensor:
+        function = self.functions[rule.how.strip("{}")]
+        with blamed(f"{rule}: {rule.how}", WeightMapError, getattr(function, "__module__", "")):
+            made = cast("object", function(*sources))
+        if not isinstance(made, Tensor):
+            raise WeightMapError(f"{rule}: {rule.how} returned {type(made).__name__}; expected a tensor.")
+        return made
 
     # ---------------------------------------------------------------- backwards
 

@@ -10,26 +10,28 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
-from prisma_core.adapter import Adapter, MapAdapter, Reader, qualified_name
+from prisma_core.adapter import Adapter, MapAdapter, Reader, qualified_name, read_spec
+from prisma_core.contract import ask
 from prisma_core.errors import (
     InputError,
     LoadError,
     NotApplicable,
+    PluginError,
     UnknownName,
-    UnsupportedArchitecture,
     WeightMapError,
 )
 from prisma_core.hooked import Hooked
+from prisma_core.hookmap import HookMap
 from prisma_core.keywords import check_keywords, keywords
 from prisma_core.mapped import HookedUpstream, own_copy
 from prisma_core.plugins import host
 from prisma_core.saved import SPEC, assign, load_folder, tensors_of, with_own_stem
 from prisma_core.sources import Loaded, Source
-from prisma_core.spec import MapSpec
+from prisma_core.spec import DualSpec, MapSpec, ModelSpec, TextSpec
 from prisma_core.transformer import Canonical, HookedDual, HookedText, build
+from prisma_core.transformer.every import lacking
 from prisma_core.weights import WeightMap
 
 
@@ -96,12 +98,13 @@ def load(
 def _loaded(source: Source, rest: str, options: dict[str, Any]) -> Loaded:
     check_keywords(f"{source.name}:", options, keywords(source.load))
     try:
-        return source.load(rest, **options)
-    except TypeError as error:
-        if options and "unexpected keyword argument" in str(error):  # of the library's constructor, not of ours
-            raise InputError(
-                f"{source.name}:{rest} takes no such option (given: {', '.join(options)}): {error}."
-            ) from error
+        return ask(source, "load", rest, gives=Loaded, **options)
+    except PluginError as error:
+        problem = error.__cause__
+        if options and isinstance(problem, TypeError) and "unexpected keyword argument" in str(problem):
+            raise InputError(  # of the library's constructor, not of ours
+                f"{source.name}:{rest} takes no such option (given: {', '.join(options)}): {problem}."
+            ) from problem
         raise
 
 
@@ -142,6 +145,8 @@ def adapt(upstream: nn.Module, *, copy: bool = True) -> Canonical:
     Raises:
         UnsupportedArchitecture: it has something the canonical transformer cannot represent.
         WeightMapError: its tensors do not account for the canonical ones.
+        UnknownName: its hook map names a hook point that no model has.
+        PluginError: the adapter failed.
     """
     given = cast("object", upstream)
     if not isinstance(given, nn.Module):
@@ -151,22 +156,19 @@ def adapt(upstream: nn.Module, *, copy: bool = True) -> Canonical:
 
 def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> Canonical:
     """Return what ``adapt`` returns, with an adapter given by hand."""
-    try:
-        spec = adapter.spec(Reader(upstream))
-    except ValidationError as error:
-        raise UnsupportedArchitecture(
-            qualified_name(upstream), f"facts that no spec can hold ({_said(error)})"
-        ) from error
     if isinstance(adapter, MapAdapter):
-        assert isinstance(spec, MapSpec)
-        return HookedUpstream(own_copy(upstream, copy=copy), adapter.table(Reader(upstream)), spec, adapter.output)
-    stem = adapter.stem(Reader(upstream), spec)
-    table = adapter.weights(Reader(upstream), spec)
+        facts = read_spec(adapter, Reader(upstream), MapSpec)
+        rows = ask(adapter, "table", Reader(upstream), gives=HookMap)
+        return HookedUpstream(own_copy(upstream, copy=copy), rows, facts, adapter.output)
+    spec = read_spec(adapter, Reader(upstream), (ModelSpec, TextSpec, DualSpec))
+    stem = ask(adapter, "stem", Reader(upstream), spec, gives=(nn.Module, type(None)))
+    table = ask(adapter, "weights", Reader(upstream), spec, gives=WeightMap)
     with torch.device("meta"):
         model = build(spec)
     if stem is not None:
         for tower in with_own_stem(model):
             tower.embed.stem = copying.deepcopy(stem)
+    ask(adapter, "hooks", Reader(upstream), spec, gives=HookMap).check(model.hook_points(), lacking(model))
     tensors = tensors_of(upstream)
     shapes = {name: tensor.shape for name, tensor in tensors_of(model).items()}
     with torch.enable_grad():  # what is made of a trainable tensor is trainable, whatever mode the caller is in
@@ -194,11 +196,6 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> C
         persistent,
     )
     return model.eval()
-
-
-def _said(error: ValidationError) -> str:
-    """Return what is wrong with facts, in one line."""
-    return "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}, not {one['input']!r}" for one in error.errors())
 
 
 def _not_invertible(table: WeightMap, tensors: Mapping[str, Tensor]) -> set[str]:

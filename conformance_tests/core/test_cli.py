@@ -216,8 +216,10 @@ def test_models_filtered(run: Run, arguments: tuple[str, ...], found: list[str])
 
 def test_plugins(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = EntryPoint("broken", "no_such_module_for_tests", "prisma")
+    assert run("plugins").status == 0
     ran = run("plugins", more=(broken,))
-    assert ran.status == 0
+    assert ran.status == 1
+    assert run("plugins", "--json", more=(broken,)).status == 1
     assert "broken: ModuleNotFoundError: No module named 'no_such_module_for_tests'" in ran.out
     assert 'needs pip install "prisma[hungry]"' in ran.out
     told = {info["name"]: info for info in json.loads(run("plugins", "--json", more=(broken,)).out)}

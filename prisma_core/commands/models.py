@@ -27,7 +27,7 @@ def models(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
 ) -> None:
-    """List and search the models that can be loaded, or the classes that come through."""
+    """List and search the models that can be loaded, or their classes."""
     from rich.console import Console
 
     from prisma_core.plugins import host
@@ -146,7 +146,10 @@ def _nothing(found: list[ModelInfo], search: list[str], family: str | None) -> N
 
 
 def plugins(as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False) -> None:
-    """List the plugins found, and what is wrong with them: exit status 1 where one is broken."""
+    """List the plugins found, and what is wrong with them.
+
+    The exit status is 1 where one is broken.
+    """
     from prisma_core.plugins import host
 
     found = host().plugins()

@@ -10,7 +10,6 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from prisma_core.adapter import Reader
 from prisma_core.conformance import claims, tolerances
 from prisma_core.conformance.claims import Acts, Claim, Claims, Part
 from prisma_core.conformance.registry import Finding, register
@@ -61,7 +60,7 @@ def _unproven(subject: Subject, claimed: set[str]) -> list[str]:
     """Return the hook points that nothing speaks of: they may hold anything."""
     upstream, model = subject.pair()
     points = list(model.hook_points())
-    mapped = {row.hook for row in subject.adapter.hooks(Reader(upstream), subject.spec).bound(points)}
+    mapped = {row.hook for row in subject.table(upstream).bound(points)}
     return sorted({_family(point) for point in points if point not in claimed and point not in mapped})
 
 

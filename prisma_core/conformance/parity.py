@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from prisma_core.adapter import MapAdapter, Reader
+from prisma_core.adapter import MapAdapter
 from prisma_core.conformance import tolerances
 from prisma_core.conformance.devices import HALF
 from prisma_core.conformance.registry import Finding, register
@@ -153,11 +153,11 @@ def compare(subject: Subject) -> Comparison:
 def _tables(subject: Subject, upstream: nn.Module) -> list[tuple[HookMap, AbstractContextManager[None]]]:
     """Return which places to read, each table with the state upstream has to be in."""
     adapter = subject.adapter
-    table = adapter.hooks(Reader(upstream), subject.spec)
+    table = subject.table(upstream)
     if not isinstance(adapter, MapAdapter):
         return [(table, adapter.explicit(upstream))]
     # The model runs as upstream does: first the places where it does, then what opening a kernel is to equal.
-    return [(table, nullcontext()), (adapter.elsewhere(Reader(upstream)), adapter.explicit(upstream))]
+    return [(table, nullcontext()), (subject.table(upstream, "elsewhere"), adapter.explicit(upstream))]
 
 
 @register("parity.gradients", "gradients by the input and by every upstream weight equal upstream's, through the map")

@@ -17,6 +17,7 @@ from prisma_core.conformance.case import Case, Pictures
 from prisma_core.conformance.registry import Check, NotApplicable, select
 from prisma_core.conformance.results import Certificate, CheckResult, DeviceFailed, Report
 from prisma_core.conformance.subject import Subject
+from prisma_core.contract import ask, called
 from prisma_core.errors import PrismaError, UnsupportedArchitecture
 from prisma_core.hooked import Hooked
 from prisma_core.mapped import HookedUpstream
@@ -178,20 +179,26 @@ def subjects(
         UnsupportedArchitecture: an adapter without cases, or a model no adapter takes.
     """
     if isinstance(target, Adapter):
-        found = [(case, case.build()) for case, _ in host().cases(host().homes(target) or None)]
+        found = [(case, _built(case)) for case, _ in host().cases(host().homes(target) or None)]
         mine = [(case, built) for case, built in found if qualified_name(built) in target.types]
         if not mine:
             raise UnsupportedArchitecture(
                 ", ".join(target.types), "no installed plugin has a conformance case of this type"
             )
         for case, built in mine:
-            whole = case.full() if full and case.full else built
+            whole = _built(case, full=True) if full and case.full else built
             yield Subject(case, target, whole, seed=seed, device=device, dtypes=dtypes), None
         return
     case, reference, draw = _case(target, upstream, full=full, pretrained=pretrained)
-    built = case.full() if full and case.full else case.build()
+    built = _built(case, full=full)
     found = adapter or host().adapter(built)
     yield Subject(case, found, built, draw=draw, seed=seed, device=device, dtypes=dtypes), reference
+
+
+def _built(case: Case, *, full: bool = False) -> nn.Module:
+    """Return a case's model, at its real size if asked for and if there is one."""
+    which, build = ("full", case.full) if full and case.full else ("build", case.build)
+    return called(f"{which} of the case {case.name!r}", build, gives=nn.Module)
 
 
 def _case(
@@ -216,7 +223,7 @@ def _referenced(reference: str, *, full: bool, pretrained: bool) -> tuple[Case, 
     loaded: list[Loaded] = []
 
     def build() -> nn.Module:
-        loaded.append(host().source(name).load(rest, pretrained=pretrained))
+        loaded.append(ask(host().source(name), "load", rest, gives=Loaded, pretrained=pretrained))
         return loaded[-1].model
 
     return Case(reference, build), reference

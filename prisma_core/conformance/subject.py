@@ -12,14 +12,18 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from prisma_core.adapter import Adapter, MapAdapter, Reader
+from prisma_core.adapter import Adapter, MapAdapter, Reader, read_spec
+from prisma_core.conformance import tolerances
 from prisma_core.conformance.case import Case
 from prisma_core.conformance.devices import HALF
 from prisma_core.conformance.randomise import randomise
+from prisma_core.contract import ask, called
+from prisma_core.hookmap import HookMap
 from prisma_core.mapped import HookedUpstream
-from prisma_core.spec import AnySpec
+from prisma_core.spec import AnySpec, Facts
 from prisma_core.transformer import Canonical, HookedViT
 from prisma_core.transformer.canonical import Size
+from prisma_core.weights import WeightMap
 from prisma_core.zoo import adapt_with
 
 Make = Callable[[Adapter, nn.Module], Canonical]
@@ -136,10 +140,15 @@ class Subject:
     def forward(self, upstream: nn.Module, *inputs: Tensor) -> Tensor:
         """Return upstream's main output."""
         if self.case.forward is not None:
-            return self.case.forward(upstream, *inputs)
+            return called(f"forward of the case {self.case.name!r}", self.case.forward, upstream, *inputs, gives=Tensor)
         if isinstance(self.adapter, MapAdapter):  # its output is the hooked model's, so it is no witness
             return Adapter.output(self.adapter, upstream(*inputs))
-        return self.adapter.call(upstream, *inputs)
+        return ask(self.adapter, "call", upstream, *inputs, gives=Tensor)
+
+    def table(self, upstream: nn.Module, method: str = "hooks") -> HookMap:
+        """Return the adapter's hook map of an upstream module."""
+        given = (self.spec,) if method == "hooks" else ()
+        return ask(self.adapter, method, Reader(upstream), *given, gives=HookMap)
 
     # ---------------------------------------------------------------- inputs and passes
 
@@ -228,8 +237,16 @@ def _without_sizes(value: Any) -> Any:
     return kept
 
 
+def unit_of(reference: Tensor) -> float:
+    """Return what errors are counted in: the standard deviation, or a share of the size where that is more."""
+    if reference.numel() == 1:
+        return float(reference.abs())
+    size = float(reference.square().mean().sqrt())
+    return max(float(reference.std()), tolerances.SHARE_OF_SIZE * size)
+
+
 def worst(ours: Tensor, theirs: Tensor, unit: float | None = None) -> float:
-    """Return the largest difference in units of the reference's standard deviation; infinite where shapes differ."""
+    """Return the largest difference in units of the reference (``unit_of``); infinite where shapes differ."""
     if ours.shape != theirs.shape:
         return float("inf")
     if not ours.numel():
@@ -241,7 +258,7 @@ def worst(ours: Tensor, theirs: Tensor, unit: float | None = None) -> float:
             return float("inf")
         ours, theirs = ours[~hidden], theirs[~hidden]
     if unit is None:
-        unit = float(theirs.std()) if theirs.numel() > 1 else float(theirs.abs())
+        unit = unit_of(theirs)
     difference = float((ours - theirs).abs().max())
     # A NaN on either side is the worst error there is; comparisons with it would be false.
     return difference / max(unit, 1e-30) if difference == difference else float("inf")
@@ -252,7 +269,7 @@ def typical(ours: Tensor, theirs: Tensor) -> float:
     if ours.shape != theirs.shape:
         return float("inf")
     ours, theirs = ours.detach().double(), theirs.detach().double()
-    unit = float(theirs.std()) if theirs.numel() > 1 else float(theirs.abs())
+    unit = unit_of(theirs)
     difference = float((ours - theirs).square().mean().sqrt())
     return difference / max(unit, 1e-30) if difference == difference else float("inf")
 
@@ -266,8 +283,8 @@ def reader_of(subject: Subject) -> tuple[Reader, nn.Module]:
     """Return a reader of a fresh copy of upstream that has seen everything the adapter reads."""
     upstream = subject.upstream()
     reader = Reader(upstream)
-    spec = subject.adapter.spec(reader)
-    subject.adapter.stem(reader, spec)
-    subject.adapter.weights(reader, spec)
-    subject.adapter.hooks(reader, spec)
+    spec = read_spec(subject.adapter, reader, Facts)
+    ask(subject.adapter, "stem", reader, spec, gives=(nn.Module, type(None)))
+    ask(subject.adapter, "weights", reader, spec, gives=WeightMap)
+    ask(subject.adapter, "hooks", reader, spec, gives=HookMap)
     return reader, upstream

@@ -50,7 +50,7 @@ class ModelSpec(Facts):
     @model_validator(mode="after")
     def _stream(self) -> ModelSpec:
         if any(block.kind == "post" for block in self.blocks):
-            raise ValueError("blocks that norm the stream itself (post) are those of texts")
+            raise ValueError("post-norm models of pictures are not covered: blocks of kind 'post' are those of texts")
         return self
 
     @property
