@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prisma_clip.common import LINEAR, activation, norm
 from prisma_core.adapter import Adapter, Reader
-from prisma_core.explicit import eager_attention, multihead_attention
+from prisma_core.explicit import eager_attention, multihead_attention, switched
 from prisma_core.reading import linear_rows, masks_as_built, norm_rows, same_for_all
 from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec, TextPoolSpec, TextSpec
 
@@ -131,8 +131,12 @@ def texts(spec: TextSpec, tokens: Tensor) -> dict[str, Any]:
 
 @contextmanager
 def eager(upstream: nn.Module) -> Iterator[None]:
-    """Make transformers' attentions, and torch's own among them, compute step by step for the time of the scope."""
-    with eager_attention(upstream), multihead_attention(upstream):
+    """Make transformers' attentions, and torch's own among them, compute step by step for the time of the scope.
+
+    MLPs take all tokens at once there: those told to save memory take some after others, and each would show its last.
+    """
+    whole = switched(upstream.modules(), "chunk_size_feed_forward", 0)
+    with eager_attention(upstream), multihead_attention(upstream), whole:
         yield
 
 

@@ -54,8 +54,8 @@ def _attention(module: Reader, names: BlockNames, shared_bias: bool) -> Attentio
         d_head=width,
         scale=float(getattr(attn, names.scale)) if names.scale else width**-0.5,
         bias=shared_bias or (bool(names.bias) and parts.find(module, names.bias) is not None),
-        qk_norm=_qk_norm(module, names, width)[0],
-        qk_norm_over=_qk_norm(module, names, width)[1],
+        qk_norm=_qk_norm(module, names)[0],
+        qk_norm_over=_qk_norm(module, names)[1],
     )
 
 
@@ -76,7 +76,7 @@ def _kv_width(module: Reader, names: BlockNames, read: int) -> int:
     return k.out_features
 
 
-def _qk_norm(module: Reader, names: BlockNames, width: int) -> tuple[NormSpec | None, Literal["head", "all_heads"]]:
+def _qk_norm(module: Reader, names: BlockNames) -> tuple[NormSpec | None, Literal["head", "all_heads"]]:
     if not names.q_norm:
         return None, "head"
     q_norm, k_norm = parts.walk(module, names.q_norm), parts.walk(module, names.k_norm)
@@ -84,7 +84,7 @@ def _qk_norm(module: Reader, names: BlockNames, width: int) -> tuple[NormSpec | 
         raise module.unsupported("queries and keys normed differently")
     if parts.norm(q_norm) is None:
         return None, "head"
-    return parts.norm(q_norm), "head" if q_norm.weight.numel() == width else "all_heads"
+    return parts.norm(q_norm), "head" if names.normed_apart else "all_heads"
 
 
 def _mlp(module: Reader, names: BlockNames) -> MlpSpec:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prisma_core.adapter import MapAdapter, Reader
 from prisma_core.hookmap import HookMap
+from prisma_core.reading import masks_as_built
 from prisma_core.spec import MapSpec
 from prisma_hf import parts
 
@@ -55,7 +56,12 @@ class AutoencoderAdapter(MapAdapter):
     types = (PRETRAINING, "prisma_hf.mae.InOrder")
 
     def facts(self, upstream: Reader) -> MapSpec:
-        patches = _mae(upstream).vit.embeddings.patch_embeddings
+        mae = _mae(upstream)
+        for layer in (*mae.vit.layers, *mae.decoder.decoder_layers):
+            masks_as_built(
+                layer.attention
+            )  # the fused kernel alone obeys it, so an opened one would show another model
+        patches = mae.vit.embeddings.patch_embeddings
         return MapSpec(shape=(patches.num_channels, *patches.image_size))
 
     def table(self, upstream: Reader) -> HookMap:

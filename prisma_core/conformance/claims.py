@@ -105,8 +105,9 @@ def attention(acts: Acts, attn: Attention, x: Tensor, rope: Rope | None, hidden:
         hidden: which keys each query may not read: ``[batch 1 query_pos key_pos]``.
     """
     onto = "batch pos d_model, head d_model d_head -> batch pos head d_head"
-    q = yield from _head_norm(acts.under("q_norm"), attn.q_norm, einsum(x, attn.W_Q, onto) + attn.b_Q)
-    k = yield from _head_norm(acts.under("k_norm"), attn.k_norm, einsum(x, attn.W_K, onto) + attn.b_K)
+    over = attn.spec.qk_norm_over
+    q = yield from _head_norm(acts.under("q_norm"), attn.q_norm, over, einsum(x, attn.W_Q, onto) + attn.b_Q)
+    k = yield from _head_norm(acts.under("k_norm"), attn.k_norm, over, einsum(x, attn.W_K, onto) + attn.b_K)
     yield acts.claim("hook_q", "x W_Q + b_Q, normed", q)
     yield acts.claim("hook_k", "x W_K + b_K, normed", k)
     yield acts.claim("hook_v", "x W_V + b_V", einsum(x, attn.W_V, onto) + attn.b_V)
@@ -139,10 +140,9 @@ def pool_attention(acts: Acts, attn: PoolAttention, x: Tensor) -> Part:
     return einsum(acts["hook_z"], attn.W_O, "batch latent head d, head d d_out -> batch latent d_out") + attn.out.bias
 
 
-def _head_norm(acts: Acts, module: nn.Module, x: Tensor) -> Part:
+def _head_norm(acts: Acts, module: nn.Module, over: str, x: Tensor) -> Part:
     """Claim a norm of queries or keys: of each head, or of all heads together."""
-    given = x.flatten(2) if isinstance(module, Norm) and module.width != x.shape[-1] else x
-    normed = yield from norm(acts, module, given)
+    normed = yield from norm(acts, module, x.flatten(2) if over == "all_heads" else x)
     return normed.view(x.shape)
 
 

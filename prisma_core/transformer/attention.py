@@ -141,7 +141,8 @@ class Attention(nn.Module):
             mask: which keys each query may read; None for all. Scores of others are minus infinity.
         """
         q, k, v = self._project(x, inputs)
-        q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
+        over = self.spec.qk_norm_over
+        q, k = _normed(self.q_norm, q, over), _normed(self.k_norm, k, over)
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
         if rope is not None and self.rope_layout is not None:
             if self.rope_in_float32:
@@ -201,7 +202,7 @@ def _qk_norm(spec: AttentionSpec, heads: int, head_axis: str) -> Norm | nn.Ident
     return Norm(spec.qk_norm, spec.d_head, f"batch pos {head_axis} d_head")
 
 
-def _normed(norm: nn.Module, x: Tensor) -> Tensor:
-    if isinstance(norm, Norm) and norm.width != x.shape[-1]:
+def _normed(norm: nn.Module, x: Tensor, over: str) -> Tensor:
+    if over == "all_heads":
         return norm(x.flatten(2)).view(x.shape)
     return norm(x)

@@ -85,7 +85,7 @@ class HookedText(Circuits, Canonical):
         return {"tokenizer": lambda tokenizer: tokenizer(list(TEXTS))}
 
     def sizes(self) -> list[Size]:
-        return [(self.spec.n_ctx,), (max(2, self.spec.n_ctx - 2),)]
+        return [(self.spec.n_ctx,), (max(min(2, self.spec.n_ctx), self.spec.n_ctx - 2),)]
 
     def sample_inputs(
         self, batch: int = 1, *, size: Size | None = None, generator: torch.Generator | None = None
@@ -95,7 +95,7 @@ class HookedText(Circuits, Canonical):
         plain = torch.tensor([token for token in range(self.spec.n_vocab) if token not in special])
         tokens = plain[torch.randint(len(plain), (batch, length), generator=generator)]
         # Texts of different lengths: the end of the text stands somewhere, and only padding comes after it.
-        ends = torch.randint(1, length, (batch,), generator=generator)
+        ends = torch.randint(min(1, length - 1), length, (batch,), generator=generator)
         after = torch.arange(length) > ends[:, None]
         if self.spec.pad_id is not None:
             tokens = torch.where(after, self.spec.pad_id, tokens)
