@@ -18,7 +18,7 @@ import prisma_core as prisma
 from prisma_core import ModelSpec, UnsupportedArchitecture
 from prisma_core.adapter import Reader
 from prisma_core.conformance.randomise import randomise
-from prisma_core.errors import InputError, NotApplicable
+from prisma_core.errors import InputError
 from prisma_core.plugins import host
 from prisma_core.spec import PoolSpec
 from prisma_core.weights import WeightMap
@@ -60,11 +60,13 @@ def test_a_classifier_without_classes_returns_what_it_pools() -> None:
     torch.testing.assert_close(model(image), upstream(image).logits, rtol=1e-10, atol=1e-10)
 
 
-def test_a_mean_beside_a_token_is_no_sum_over_one_stream() -> None:
+def test_a_mean_beside_a_token_is_read_by_the_head_part_by_part() -> None:
     model = prisma.adapt(drawn("Dinov2ForImageClassification", "Dinov2"))
-    _, cache = model.run_with_cache(torch.randn(1, 3, 12, 12, dtype=torch.float64))
-    with pytest.raises(NotApplicable, match="side by side"):
-        cache.logit_attrs(cache["resid_post", -1], classes=0)
+    logits, cache = model.run_with_cache(torch.randn(2, 3, 12, 12, dtype=torch.float64))
+    stack = cache.decompose_resid()
+    total = cache.logit_attrs(stack, classes=0).sum(0) + cache.logit_constant(0)
+    torch.testing.assert_close(total, logits[:, 0], rtol=0, atol=1e-10 * logits.std().item())
+    assert cache.logit_attrs(stack, classes=0).std() > 0.01 * logits.std()
 
 
 def test_looking_at_patterns_leaves_upstream_as_it_was() -> None:
