@@ -117,6 +117,18 @@ def _is_state(value: object) -> bool:
     return all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in items)
 
 
+def check_axes(tensors: Mapping[str, Tensor], axes: Mapping[str, int], where: object, then: str = "") -> None:
+    """Refuse tensors with another number of axes, of those that are there: what is read off shapes relies on it.
+
+    Raises:
+        LoadError: with the name.
+    """
+    for name, count in axes.items():
+        if name in tensors and tensors[name].ndim != count:
+            shape = list(tensors[name].shape)
+            raise LoadError(f"{where}: {name} has shape {shape}, expected {count} axes.{then and f' {then}'}")
+
+
 def check_shapes(
     tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], where: object, then: str = ""
 ) -> None:

@@ -207,6 +207,11 @@ def test_another_architecture_is_refused_by_what_it_lacks(tmp_path: Path) -> Non
         (lambda s: s.update({"norm.bias": torch.ones(23)}), r"norm.bias has shape \[23\], expected \[24\]"),
         (lambda s: s.update({"norm.bias": torch.full((24,), torch.nan)}), "NaN or infinite, in norm.bias"),
         (lambda s: s.pop("norm.bias"), "missing norm.bias.*prisma.adapt"),
+        (lambda s: s.pop("blocks.0.mlp.fc2.weight"), "missing blocks.0.mlp.fc2.weight"),
+        (lambda s: s.pop("pos_embed"), "missing pos_embed"),
+        (lambda s: s.update({"blocks.last.bias": torch.ones(2)}), "extra blocks.last.bias"),
+        (lambda s: s.update({"patch_embed.proj.weight": torch.ones(2)}), r"has shape \[2\], expected 4 axes.*adapt"),
+        (lambda s: s.update({"pos_embed": torch.ones(10, 24)}), r"pos_embed has shape \[10, 24\], expected 3 axes"),
         (lambda s: s.update({"pos_embed": torch.zeros(1, 9, 24)}), "8 patches, which are no square"),
     ],
 )

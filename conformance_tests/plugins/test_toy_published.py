@@ -119,7 +119,9 @@ def test_a_file_computes_the_published_formula(mlp: bool, token: bool, tmp_path:
     assert (spec.image_size, spec.embed.patch, spec.d_model, spec.n_classes) == ((12, 12), (4, 4), 12, 7)
     assert (spec.blocks[0].attn.n_heads, spec.blocks[0].attn.d_head) == (3, 5)
     assert all(block.ln1 is None and (block.mlp is not None) == mlp for block in spec.blocks)
-    assert model.preprocess is None
+    assert not model.preprocess
+    with pytest.raises(InputError, match=r"Set model.preprocess = .*mean=, std="):
+        model.preprocess(torch.rand(20, 20))
     back = prisma.export(model)
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
     assert back.keys() == state.keys()
@@ -138,7 +140,7 @@ def test_options_say_what_the_tensors_do_not(tmp_path: Path) -> None:
     assert (mean.spec.pool.kind, mean.spec.pool.with_prefix) == ("avg", True)
     assert mean.spec.blocks[1].ln2 is not None
     assert mean.spec.blocks[1].ln2.eps == 1e-3
-    drawn = prisma.load(f"toy:{path}", pretrained=False)
+    drawn = prisma.load(f"toy:{path}", pretrained=False, heads=3)  # which says what is so
     assert isinstance(drawn, HookedViT)
     assert drawn(image.float()).shape == (2, 7)
     assert not torch.equal(drawn.blocks[0].attn.W_Q.double(), state["blocks.0.attn.W_Q"])
@@ -180,8 +182,22 @@ def test_what_a_file_may_not_hold(tmp_path: Path) -> None:
     refused({**state, "pos_embed.W_pos": torch.ones(12, 12)}, "12 positions are no square")
     refused({**older(), "blocks.0.post_attn_ln.weight": torch.ones(12)}, "extra blocks.0.post_attn_ln", heads=3)
     refused({**state, "embed.proj.weight": torch.ones(12, 2, 2, 4, 4)}, "of videos")
-    refused(state, "act='mish' is none of gelu", InputError, act="mish")
-    refused(state, "No option 'activation'", InputError, activation="relu")
+    refused({**state, "blocks.0.attn.W_Q": torch.ones(12, 15)}, r"shape \[12, 15\], expected 3 axes. Expected the")
+    refused({**state, "blocks.x": torch.ones(1)}, "extra blocks.x")
+    old = older()
+    refused({n: t for n, t in old.items() if n != "patch_embedding.proj.weight"}, "no patch_embedding.proj", heads=3)
+    refused({**old, "blocks.1.attention.qkv.weight": torch.ones(35, 12)}, "of the names of 2023. Expected", heads=3)
+    refused({**state, "blocks.0.attn.IGNORE": torch.tensor(-1e5)}, "extra blocks.0.attn.IGNORE.*take them out")
+    refused({name: t for name, t in state.items() if name != "head.W_H"}, "no head.W_H, but cls_token.*models-toy.md")
+    refused(state, "act= to be 'gelu', .*; got 'mish'", InputError, act="mish")
+    refused(state, "pool= to be 'token' or 'avg'; got 'mean'", InputError, pool="mean")
+    refused(state, "eps= to be a number above 0.*; got -1", InputError, centred=True, eps=-1)
+    refused(state, "centred= to be True or False; got 'yes'", InputError, centred="yes")
+    refused(state, "takes no 'activation'", InputError, activation="relu")
+    refused(state, "heads=8 does not go with .*its tensors have 3 heads. Leave heads= out", InputError, heads=8)
+    refused(tensors(mlp=False), "act='gelu' does not go with .*no MLP", InputError, act="gelu")
+    refused(state, "eps=0.001 does not go with .*no norm", InputError, eps=1e-3)
+    refused(tensors(norms=True), "centred=True does not go with .*have weights", InputError, centred=True)
     refused(state, "Expected mean and std, 2 numbers each", InputError, mean=(0.5,))
     refused(tensors(token=False), "no room for a class token", InputError, pool="token")
     with pytest.raises(LoadError, match="No file at"):
@@ -236,7 +252,7 @@ def test_what_the_hub_does_not_have(loopback: Hub) -> None:
         prisma.load("toy:published/Somebody/Empty@model_1.pth")
     with pytest.raises(UnknownName, match="expected toy:published/OWNER/NAME"):
         prisma.load("toy:published/nobody")
-    with pytest.raises(LoadError, match="are in its file alone"):
+    with pytest.raises(LoadError, match="are in its file alone, and the cache has none"):
         prisma.load("toy:published/Somebody/Empty", pretrained=False)
 
 
@@ -255,3 +271,21 @@ def test_a_hub_that_cannot_be_reached(loopback: Hub, monkeypatch: pytest.MonkeyP
     for reference in ("toy:published/Somebody/Toy", "toy:published/Somebody/Toy@model_5.pth"):
         with pytest.raises(LoadError, match=r"no answer there .*local file needs no network"):
             prisma.load(reference)
+
+
+def test_without_the_hub_the_last_checkpoint_in_the_cache_is_taken_and_said(
+    loopback: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    folder, image = loopback.repository("Somebody/Kept"), pictures(2, 12)
+    for number in (5, 30, 200):
+        state = {**tensors(), "head.b_H": torch.full((7,), float(number)).double()}
+        written(folder / f"model_{number}.pth", state)
+    kept = {n: prisma.load(f"toy:published/Somebody/Kept@model_{n}.pth")(image) for n in (5, 30)}
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.warns(UserWarning, match=r"no answer there.*model_30\.pth is taken; there may be later ones"):
+        model = prisma.load("toy:published/Somebody/Kept")
+    assert torch.equal(model(image), kept[30])
+    drawn = prisma.load("toy:published/Somebody/Kept", pretrained=False)
+    assert drawn(image.float()).shape == (2, 7)

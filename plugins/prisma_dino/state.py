@@ -15,12 +15,22 @@ from torch import Tensor
 
 from prisma_core import options
 from prisma_core.errors import InputError, LoadError
-from prisma_core.files import check_shapes, read_states
+from prisma_core.files import check_axes, check_shapes, read_states
 from prisma_dino.meta import Architecture, MetaViT
 
 HEADS = re.compile(r"(?:dino_|ibot_)?head\..+")
 WRAPPED = re.compile(r"^(?:module\.|_orig_mod\.)+")
 CHUNKED = re.compile(r"^blocks\.\d+\.(\d+)\.")
+AXES = {
+    "patch_embed.proj.weight": 4,
+    "pos_embed": 3,
+    "register_tokens": 3,
+    "storage_tokens": 3,
+    "rope_embed.periods": 1,
+    "blocks.0.mlp.fc1.weight": 2,
+    "blocks.0.mlp.w12.weight": 2,
+    "blocks.0.mlp.w1.weight": 2,
+}
 NEEDED = ("cls_token", "patch_embed.proj.weight", "blocks.0.norm1.weight", "blocks.0.attn.qkv.weight", "norm.weight")
 D_HEAD = 64  # of every model Meta published; the first two generations' files do not say
 
@@ -98,24 +108,23 @@ def architecture(tensors: Mapping[str, Tensor], where: object, given: Options) -
             f"{where} is no vision transformer of DINO's: it lacks {', '.join(lacking)}; it holds {there}, ... "
             f"{INSTEAD}"
         )
+    check_axes(tensors, AXES, where, INSTEAD)
     width, in_channels, *patch = tensors["patch_embed.proj.weight"].shape
     rotary = "rope_embed.periods" in tensors
     registers_name = "storage_tokens" if rotary else "register_tokens"
     registers = tensors[registers_name].shape[1] if registers_name in tensors else 0
     second = rotary or registers > 0 or "mask_token" in tensors or "blocks.0.ls1.gamma" in tensors
     mlp = next((kind for kind, name in _MLPS.items() if f"blocks.0.mlp.{name}.weight" in tensors), None)
-    if mlp is None or len(patch) != 2:
-        raise LoadError(
-            f"{where} is no vision transformer of DINO's: its MLP or its patches are of another kind. {INSTEAD}"
-        )
+    if mlp is None:
+        raise LoadError(f"{where} is no vision transformer of DINO's: its MLP is of another kind. {INSTEAD}")
     periods = len(tensors["rope_embed.periods"]) if rotary else 0
     return Architecture(
         width=width,
-        depth=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
+        depth=1 + max(int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))),
         heads=_heads(width, periods, given.heads, where),
         patch=(patch[0], patch[1]),
         grid=_grid(tensors, patch, given.image_size, where),
-        d_mlp=tensors[f"blocks.0.mlp.{'fc2' if mlp == 'plain' else 'w3'}.weight"].shape[1],
+        d_mlp=tensors[f"blocks.0.mlp.{_MLPS[mlp]}.weight"].shape[0] // (2 if mlp == "packed" else 1),
         in_channels=in_channels,
         registers=registers,
         registers_name=registers_name,

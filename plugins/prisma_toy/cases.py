@@ -7,7 +7,8 @@ from functools import partial
 import torch
 
 from prisma_core.conformance.case import Case
-from prisma_toy.published import Options, PublishedViT
+from prisma_toy.options import Options
+from prisma_toy.published import PublishedViT
 
 WIDTH, HEADS, D_HEAD, D_MLP, SIDE, PATCH, CHANNELS, CLASSES = 12, 3, 5, 20, 3, 4, 2, 7
 

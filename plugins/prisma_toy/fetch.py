@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from dataclasses import fields
+import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prisma_core import InputError, LoadError, UnknownName, hub
-from prisma_core.errors import suggest
+from prisma_core import LoadError, UnknownName, hub
 from prisma_core.files import read_checkpoint
+from prisma_core.options import read_options
 from prisma_core.preprocess import Preprocess
 from prisma_core.sources import Loaded
-from prisma_toy.published import Options, PublishedViT, published
+from prisma_toy.options import Options
+from prisma_toy.published import PublishedViT, published
 
 PREFIX = "published/"
 ENDINGS = (".pth", ".pt", ".safetensors")
@@ -25,53 +27,31 @@ def is_published(rest: str) -> bool:
     return rest.startswith(PREFIX) or rest.endswith(ENDINGS)
 
 
-def load(
-    rest: str,
-    *,
-    pretrained: bool = True,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
-    **options: Any,
-) -> Loaded:
+def load(rest: str, *, pretrained: bool = True, **options: Any) -> Loaded:
     """Return a published toy.
 
     Args:
         rest: ``FILE.pth``, ``published/OWNER/NAME`` (the checkpoint after the most pictures) or
             ``published/OWNER/NAME@FILE.pth``.
         pretrained: False draws the weights at random; the shapes are those of a file that is here already.
-        mean, std: of the pictures it was trained on, per channel, which no file says; without them there is no
-            ``preprocess``.
-        options: fields of ``Options``.
+        options: fields of ``Options``; without ``mean`` and ``std``, which no file says, there is no ``preprocess``.
 
     Raises:
         InputError: no such option, or a value that does not go with the file.
         UnknownName: no such repository.
         LoadError: it cannot be reached or read, or holds something else.
     """
-    names = [field.name for field in fields(Options)]
-    for name in options:
-        if name not in names:
-            raise InputError(f"No option {name!r}.{suggest(name, names)} There are {', '.join(names)}, mean and std.")
+    given = read_options(Options, "toy:", options)
     path = _on_the_hub(rest, download=pretrained) if rest.startswith(PREFIX) else Path(rest)
-    model = published(read_checkpoint(path), Options(**options), path)
+    model = published(read_checkpoint(path), given, path)
     if not pretrained:
-        model = PublishedViT({name: tensor.shape for name, tensor in model.state_dict().items()}, Options(**options))
-    return Loaded(model.eval(), _preprocess(model, mean, std))
-
-
-def _preprocess(
-    model: PublishedViT, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
-) -> Preprocess | None:
-    if mean is None and std is None:
-        return None
+        model = PublishedViT({name: tensor.shape for name, tensor in model.state_dict().items()}, given)
     proj = model.embed.proj
-    for values in (mean, std):
-        if values is None or len(values) != proj.in_channels:
-            raise InputError(f"Expected mean and std, {proj.in_channels} numbers each, got mean={mean}, std={std}.")
-    assert mean is not None
-    assert std is not None
+    if (pixels := given.normalisation(path, proj.in_channels)) is None:
+        return Loaded(model.eval())
     size = (model.side * proj.kernel_size[0], model.side * proj.kernel_size[1])
-    return Preprocess(size=size, resize="squash", interpolation="bilinear", mean=mean, std=std)
+    facts = Preprocess(size=size, resize="squash", interpolation="bilinear", mean=pixels[0], std=pixels[1])
+    return Loaded(model.eval(), facts)
 
 
 def _on_the_hub(rest: str, *, download: bool) -> Path:
@@ -87,24 +67,51 @@ def _on_the_hub(rest: str, *, download: bool) -> Path:
     repository, _, file = rest.removeprefix(PREFIX).partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise UnknownName(f"{reference}: expected toy:{PREFIX}OWNER/NAME, or toy:{PREFIX}OWNER/NAME@FILE.pth.")
-    if not download:
-        kept = hub.cached(repository, [file]) if file else None
-        if kept is None:
-            raise LoadError(
-                f"The shapes of {reference} are in its file alone: without pretrained=False it is downloaded, and "
-                f"{reference.partition('@')[0]}@FILE.pth is found in the cache."
-            )
-        return kept
-    return hub.fetch(repository, [file or _last(repository, reference)], reference=reference)
+    if download:
+        return hub.fetch(repository, [file or _last(repository, reference)], reference=reference)
+    here = [file] if file else _here(repository)
+    if not here or (kept := hub.cached(repository, [last(here)])) is None:
+        raise LoadError(
+            f"The shapes of {reference} are in its file alone, and the cache has none: without pretrained=False it is "
+            "downloaded."
+        )
+    return kept
 
 
 def _last(repository: str, reference: str) -> str:
-    """Return the checkpoint after the most pictures: the project numbers them."""
+    """Return the last checkpoint on the hub; of those in its cache, where it cannot be reached.
+
+    Raises:
+        UnknownName: no such repository, or no checkpoint in it.
+        LoadError: the hub cannot be reached, and the cache has none.
+    """
     from huggingface_hub import HfApi
 
-    hub.reach(reference, instead=f"{reference}@FILE.pth is found in the cache; a local file needs no network.")
+    try:
+        hub.reach(reference, instead=f"{reference}@FILE.pth is found in the cache; a local file needs no network.")
+    except LoadError as error:
+        if not (here := _here(repository)):
+            raise
+        warnings.warn(f"{error} Of what the cache has, {last(here)} is taken; there may be later ones.", stacklevel=2)
+        return last(here)
     listing = partial(HfApi().list_repo_files, repository)
     found = [name for name in hub.asking(reference, listing) if name.endswith(ENDINGS)]
     if not found:
         raise UnknownName(f"{reference}: no {', '.join(ENDINGS)} file in it.")
-    return max(found, key=lambda name: ([int(number) for number in re.findall(r"\d+", Path(name).stem)], name))
+    return last(found)
+
+
+def _here(repository: str) -> list[str]:
+    """Return the checkpoints of a repository that lie in the hub's cache."""
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        folder = Path(snapshot_download(repository, local_files_only=True))
+    except errors.LocalEntryNotFoundError:
+        return []
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.name.endswith(ENDINGS)]
+
+
+def last(names: Sequence[str]) -> str:
+    """Return the checkpoint after the most pictures: the project numbers them."""
+    return max(names, key=lambda name: ([int(number) for number in re.findall(r"\d+", Path(name).stem)], name))

@@ -11,16 +11,16 @@ Source: github.com/soniajoseph/ViT-Prisma, ``vit_prisma/models`` and ``vit_prism
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from prisma_core import InputError, LoadError
-from prisma_core.files import check_shapes
+from prisma_core.files import check_axes, check_shapes
+from prisma_toy.options import Options
 
 Shapes = Mapping[str, torch.Size]
 ACTIVATIONS = {
@@ -31,30 +31,11 @@ ACTIVATIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Options:
-    """What a file of tensors does not say.
-
-    Attributes:
-        act: of the MLP; in the project's words ``gelu_new`` and ``gelu_fast`` are both ``gelu_tanh``.
-        eps: of the norms.
-        pool: what the head reads, the class ``token`` or the mean of all tokens (``avg``); None reads the class token
-            where the positions count one.
-        centred: norms without weights of their own stand where others have theirs (``LNPre``).
-        heads: for files of the older names, whose shapes do not tell it.
-    """
-
-    act: Literal["gelu", "gelu_tanh", "relu", "silu"] = "gelu"
-    eps: float = 1e-6
-    pool: Literal["token", "avg"] | None = None
-    centred: bool = False
-    heads: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.act not in ACTIVATIONS:
-            raise InputError(f"act={self.act!r} is none of {', '.join(ACTIVATIONS)}.")
-        if self.pool not in (None, "token", "avg"):
-            raise InputError(f"pool={self.pool!r} is neither 'token' nor 'avg'.")
+AXES = {"pos_embed.W_pos": 2, "blocks.0.attn.W_Q": 3, "head.W_H": 2, "head.weight": 2, "position_embedding": 3}
+INSTEAD = (
+    "Expected the tensors of one model under the names that docs/models-toy.md lists. IGNORE and mask are of attention "
+    "that hides tokens: if nothing was hidden, take them out of the file."
+)
 
 
 class Norm(nn.Module):
@@ -180,7 +161,7 @@ class PublishedViT(nn.Module):
         self.cls_token = _parameter(shapes, "cls_token", optional=True)
         self.embed, self.pos_embed = Patches(shapes), Positions(shapes)
         self.ln_pre = _norm(shapes, "ln_pre", options) if "ln_pre.w" in shapes else None
-        depth = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
+        depth = 1 + max(int(found[1]) for name in shapes if (found := re.match(r"blocks\.(\d+)\.", name)))
         self.blocks = nn.ModuleList(Block(shapes, f"blocks.{layer}", options) for layer in range(depth))
         self.ln_final = _norm(shapes, "ln_final", options)
         self.head = Head(shapes)
@@ -203,23 +184,51 @@ def published(tensors: Mapping[str, Tensor], options: Options, where: object) ->
     Raises:
         LoadError: they are no vision transformer of the project, or not all of one.
     """
-    renamed = _as_hooked(tensors, options) if "position_embedding" in tensors else dict(tensors)
+    check_axes(tensors, AXES, where, INSTEAD)
+    try:
+        renamed = _as_hooked(tensors, options) if "position_embedding" in tensors else dict(tensors)
+    except (KeyError, RuntimeError, ValueError) as error:  # a tensor that is not there, or of another shape
+        told = f"no {error.args[0]}" if isinstance(error, KeyError) else f"{error}"
+        raise LoadError(f"{where}: {told}, of the names of 2023. {INSTEAD}") from error
     if "head.weight" in renamed:  # once it was a plain linear layer
         renamed["head.W_H"] = renamed.pop("head.weight").mT
         renamed["head.b_H"] = renamed.pop("head.bias", torch.zeros(0))
     try:
         model = PublishedViT({name: tensor.shape for name, tensor in renamed.items()}, options)
     except LoadError as error:
-        raise LoadError(f"{where}: {error}") from error
-    check_shapes(renamed, _expected(model), where)
+        raise LoadError(f"{where}: {error} {INSTEAD}") from error
+    check_shapes(renamed, _expected(model), where, INSTEAD)
+    _check_applied(options, model, where)
     model.load_state_dict(renamed, assign=True)
     return model.eval()
+
+
+def _check_applied(given: Options, model: PublishedViT, where: object) -> None:
+    """Refuse what was given and does not go with a model, or changes nothing about it.
+
+    Raises:
+        InputError: naming the option.
+    """
+    norms = [part for part in model.modules() if isinstance(part, Norm)]
+    heads = len(model.blocks[0].attn.W_Q)
+    idle = {
+        "act": not any(isinstance(part, Mlp) for part in model.modules()) and "it has no MLP",
+        "eps": not norms and "it has no norm",
+        "centred": all(norm.w is not None for norm in norms) and norms and "its norms have weights",
+        "heads": given.heads not in (None, heads) and f"its tensors have {heads} heads",
+    }
+    for name, why in idle.items():
+        if name in given.model_fields_set and getattr(given, name) and why:
+            raise InputError(f"{name}={getattr(given, name)!r} does not go with {where}: {why}. Leave {name}= out.")
 
 
 def _recognise(shapes: Shapes) -> None:
     needed = ("embed.proj.weight", "pos_embed.W_pos", "blocks.0.attn.W_Q", "head.W_H", "head.b_H")
     if lacking := [name for name in needed if name not in shapes]:
-        raise LoadError(f"no {', '.join(lacking)}: expected a vision transformer that the Prisma project trained.")
+        raise LoadError(
+            f"no {', '.join(lacking)}, but {', '.join(list(shapes)[:4])}, ...: expected a vision transformer that the "
+            "Prisma project trained."
+        )
     if len(shapes["embed.proj.weight"]) != 4:
         raise LoadError("its patches are of videos; only those of pictures are read.")
 
