@@ -27,6 +27,13 @@ OWN_ERROR_INPUTS: Final = 8
 SHOWN_ERROR_FACTOR: Final = 2.5
 
 
+# Errors are counted in the standard deviation of what should come out. But rounding is a share of a number's size, not
+# of how much it varies: scales that hardly vary about a mean (those behind a norm with weights of one do not at all)
+# would have their rounding counted as an error. So the unit is at least this share of the size, the root of the mean
+# square. What is a mistake moves such numbers by a share of their size too, and stays as far above the bounds.
+SHARE_OF_SIZE: Final = 0.1
+
+
 # Two routes to one number through a norm or a rotation that rounds to float32, whatever comes in, differ by that
 # rounding (1e-7), and scales vary little about a mean, so that in units of their standard deviation it counts ten times
 # and more.
