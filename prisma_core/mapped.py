@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from prisma_core.errors import HookError, InputError, PrismaError
 from prisma_core.hookmap import HookMap
-from prisma_core.keywords import check_keywords, keywords, named
+from prisma_core.hooks import HookPoint
+from prisma_core.keywords import check_keywords, elsewhere, keywords, named
 from prisma_core.layout import TokenLayout
 from prisma_core.spec import MapSpec
 from prisma_core.taps import Bound, Tap, watching
@@ -83,6 +84,14 @@ class HookedUpstream(Canonical):
             )
         with watching(wanted, _batch(inputs, kwargs)):
             return self._output(self.upstream(*inputs, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name.startswith("_") or elsewhere(name):
+                raise
+            raise AttributeError(_lacks(self, type(self).__name__, name)) from error
 
     @property
     def layout(self) -> TokenLayout | None:
@@ -200,6 +209,33 @@ def _bound(table: HookMap) -> list[Bound]:
 
 class Part(nn.Module):
     """Holds hook points under the name of a part of the model; computes nothing."""
+
+    def __getitem__(self, index: int) -> nn.Module:
+        """Return the part with a number, as ``model.stages[0].blocks[-1]``."""
+        numbered = {int(name): part for name, part in self.named_children() if name.isdecimal()}
+        at = index if index >= 0 else max(numbered, default=-1) + 1 + index
+        if at not in numbered:
+            raise IndexError(f"No part {index} here: there are {', '.join(self._modules) or 'none'}.")
+        return numbered[at]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name.startswith("_"):
+                raise
+            raise AttributeError(_lacks(self, "This part", name)) from error
+
+
+def _lacks(module: nn.Module, who: str, name: str) -> str:
+    """Say why a model without canonical form has no such attribute, and where to look."""
+    parts = [part for part, _ in module.named_children() if part != "upstream"]
+    here = [*(part for part, value in vars(module).items() if isinstance(value, HookPoint)), *parts]
+    return (
+        f"{who} has no attribute {name!r}: a model without canonical form has hook points under such names, and no "
+        f"weights such as W_Q. Here there are {', '.join(here)}; upstream's own module, with its weights, is "
+        "model.upstream."
+    )
 
 
 def _put(model: nn.Module, bound: Bound) -> None:

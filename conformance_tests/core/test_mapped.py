@@ -571,3 +571,18 @@ def test_decompositions_say_that_there_is_no_canonical_form(model: HookedUpstrea
     _, cache = model.run_with_cache(x)
     with pytest.raises(NotApplicable, match="need a canonical form, and this model"):
         cache.decompose_resid()
+
+
+def test_weights_that_are_not_there_are_explained_and_parts_have_numbers(model: HookedUpstream) -> None:
+    first = model.blocks[0]
+    assert first.attn.hook_z is model.hook_points()["blocks.0.attn.hook_z"]
+    assert [part is model.get_submodule(f"blocks.{n}") for n, part in enumerate(model.blocks)] == [True] * 2
+    assert model.blocks[-1] is model.get_submodule("blocks.1")
+    with pytest.raises(AttributeError, match=r"no attribute 'W_Q': a model without canonical form.*model\.upstream"):
+        _ = first.attn.W_Q
+    with pytest.raises(AttributeError, match=r"no attribute 'stages'.*Here there are .*blocks"):
+        _ = model.stages
+    with pytest.raises(AttributeError, match=r"model\.spec"):
+        _ = model.cfg
+    with pytest.raises(IndexError, match="No part 2 here: there are 0, 1"):
+        _ = model.blocks[2]
