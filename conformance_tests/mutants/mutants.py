@@ -143,6 +143,7 @@ class Broken(Adapter):
     def __init__(self, inner: Adapter, mutant: Mutant):
         self.inner = inner
         self.mutant = mutant
+        self.types = inner.types  # type: ignore[misc]
         self.ignored = inner.ignored  # type: ignore[misc]
 
     def spec(self, upstream: Reader) -> ModelSpec:

@@ -16,6 +16,7 @@ from prisma_core.conformance import (
     CheckFailed,
     CheckResult,
     check,
+    diagnose,
     randomise,
     read_certificates,
     select,
@@ -23,13 +24,17 @@ from prisma_core.conformance import (
 )
 from prisma_core.conformance.pytest import summary
 from prisma_core.conformance.run import subjects
+from prisma_core.conformance.subject import worst
 from prisma_core.conformance.table import supported, write_table
+from prisma_core.conformance.tolerances import FLOAT64
+from prisma_core.plugins import host
 
 pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 
 from .mutants import CASES, built
 from .table import MUTANTS
 
+pytest_plugins = ["pytester"]
 FAST = ["parity.logits", "weights.*"]
 
 
@@ -68,6 +73,42 @@ def test_every_kind_of_target_is_checked() -> None:
     assert case.certificate.weights == "random"
     with pytest.raises(UnknownName):
         check("no-such-reference")
+
+
+def test_an_adapter_of_another_type_is_said_to_be_one() -> None:
+    _, adapter = built("plain")
+    with pytest.raises(PrismaError, match=r"adapts .*VisionTransformer.*; what is to be checked is a .*\.Eva"):
+        check(CASES["rotary"], adapter=adapter, checks=FAST)
+    with pytest.raises(PrismaError, match="whose types name it"):
+        diagnose(CASES["rotary"], adapter=adapter)
+
+
+def test_what_hardly_varies_is_measured_by_its_size() -> None:
+    constant = torch.full((5, 7), 3.0, dtype=torch.float64)
+    assert worst(constant * (1 + 1e-15), constant) < FLOAT64
+    assert worst(constant * (1 + 1e-9), constant) > FLOAT64
+    varied = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert worst(varied + 0.5 * varied.std(), varied) == pytest.approx(0.5)
+
+
+def test_weights_as_they_are_built_prove_what_drawn_ones_do() -> None:
+    pytest.importorskip("transformers", reason="transformers is missing: pip install 'prisma-interp[hf]'")
+    (case,) = (one for one, _ in host().cases({"hf"}) if one.name == "PixtralVisionModel")
+    report = check(case.build(), checks="algebra")
+    assert report.passed, str(report)
+
+
+def test_the_suite_s_options_stand_beside_those_of_others(pytester: pytest.Pytester) -> None:
+    theirs = """
+        def pytest_addoption(parser):
+            for name in ("--device", "--dtype"):
+                parser.addoption(name)
+    """
+    pytester.makeconftest("pytest_plugins = ['prisma_core.conformance.pytest']")
+    pytester.makepyfile(theirs=theirs, test_it="def test_it(request): assert request.config.option.device == 'iPhone'")
+    pytester.syspathinsert()
+    given = ("--device", "iPhone", "--conformance-device", "cpu", "--conformance-dtype", "float32")
+    pytester.runpytest_inprocess("-p", "theirs", *given).assert_outcomes(passed=1)
 
 
 def test_a_hooked_model_is_checked_with_its_present_weights() -> None:

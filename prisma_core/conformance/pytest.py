@@ -11,8 +11,8 @@ and in a test file::
 
 Each case and check is a test of its own, such as ``test_conformance[vit_tiny-parity.logits]``; ``-k`` selects them. The
 end of the run says how many of how many cases were checked, and ``--certificates FOLDER`` writes what was proven.
-``--device cuda`` runs it all on a GPU, whose certificates are files of their own; ``--dtype bfloat16`` says what logits
-are compared in besides float64.
+``--conformance-device cuda`` runs it all on a GPU, whose certificates are files of their own; ``--conformance-dtype
+bfloat16`` says what logits are compared in besides float64.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def suite(
             return
         spare = one.name in rare and not request.config.getoption("--certificates")
         folder = _shared(tmp_path_factory) if spare else None
-        place = cast("str | None", request.config.getoption("--device")), _dtypes(request.config)
+        place = cast("str | None", request.config.getoption("--conformance-device")), _dtypes(request.config)
         _check(plugin, len(found), _subject(case, *place), one, record_property, folder)
 
     return test_conformance
@@ -177,9 +177,9 @@ def _one_thread() -> Generator[None]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("prisma")
     group.addoption("--certificates", metavar="FOLDER", help="write what was proven into FOLDER")
-    group.addoption("--device", metavar="DEVICE", help="run conformance there; cuda for a GPU")
+    group.addoption("--conformance-device", metavar="DEVICE", help="run conformance there; cuda for a GPU")
     group.addoption(
-        "--dtype",
+        "--conformance-dtype",
         metavar="DTYPE",
         action="append",
         help="compare logits in float32, bfloat16 or float16; may be repeated",
@@ -188,14 +188,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     try:
-        usable(cast("str | None", config.getoption("--device")))
+        usable(cast("str | None", config.getoption("--conformance-device")))
         _dtypes(config)
     except InputError as error:
         raise pytest.UsageError(str(error)) from error
 
 
 def _dtypes(config: pytest.Config) -> tuple[torch.dtype, ...]:
-    return dtypes(cast("list[str] | None", config.getoption("--dtype")))
+    return dtypes(cast("list[str] | None", config.getoption("--conformance-dtype")))
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
@@ -208,7 +208,8 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
             path = write_certificates(certificates, Path(folder) / file_name(plugin, certificates))
             terminalreporter.write_line(f"certificates: {path}")
     if found and not torch.cuda.is_available():
-        terminalreporter.write_line("nothing ran on a GPU: no CUDA device is here (with one: pytest --device cuda)")
+        told = "nothing ran on a GPU: no CUDA device is here (with one: pytest --conformance-device cuda)"
+        terminalreporter.write_line(told)
     for title, counts in sorted(_counted(terminalreporter).items()):
         terminalreporter.section(title)
         for what, count in counts.items():

@@ -64,6 +64,7 @@ def check(
     Raises:
         UnknownName: no such check, reference or model.
         InputError: no such device or dtype.
+        PrismaError: the adapter given takes no models of this type.
         UnsupportedArchitecture: the model cannot be represented, so there is nothing to check.
     """
     selected = select(checks)
@@ -191,6 +192,11 @@ def subjects(
         return
     case, reference, draw = _case(target, upstream, full=full, pretrained=pretrained)
     built = _built(case, full=full)
+    if adapter is not None and qualified_name(built) not in adapter.types:
+        raise PrismaError(
+            f"{type(adapter).__name__} adapts {', '.join(adapter.types) or 'no type'}; what is to be checked is a "
+            f"{qualified_name(built)}. Give an adapter whose types name it, or none for the installed one."
+        )
     found = adapter or host().adapter(built)
     yield Subject(case, found, built, draw=draw, seed=seed, device=device, dtypes=dtypes), reference
 
