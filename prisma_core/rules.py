@@ -110,6 +110,8 @@ class Rule:
             left, how = "", left
         sources = tuple(tuple(option.strip() for option in name.split("|")) for name in _listed(left)) if left else ()
         rule = cls(sources, tuple(_listed(right)), how)
+        if not rule.targets:
+            raise _no_rule(line, "a name is missing")
         for name in (*(name for options in sources for name in options), *rule.targets):
             if not _NAME.fullmatch(name):
                 raise _no_rule(line, f"{name!r} is no name of a tensor" if name else "a name is missing")
@@ -118,6 +120,11 @@ class Rule:
             if unbound := sorted(mark for mark in marks if mark not in target):
                 raise _no_rule(line, f"{', '.join(unbound)} stands in a source but not in {target}")
         return rule
+
+    @property
+    def makes(self) -> bool:
+        """Whether a function makes the targets."""
+        return self.how.startswith("{")
 
     def bind(self, bound: Mapping[str, str]) -> Rule:
         """Return the rule with its marks filled in."""
@@ -137,9 +144,9 @@ class Rule:
 
     def __str__(self) -> str:
         left, right = _joined([" | ".join(options) for options in self.sources]), _joined(self.targets)
-        if not left:
+        if not left and self.makes:
             return f"{self.how} -> {right}"
-        return f"{left} -> {right}" + (f" : {self.how}" if self.how else "")
+        return f"{left or '[]'} -> {right}" + (f" : {self.how}" if self.how else "")
 
 
 def _no_rule(line: str, why: str) -> WeightMapError:
@@ -156,4 +163,6 @@ def _bind(name: str, bound: Mapping[str, str]) -> str:
 
 def _listed(text: str) -> list[str]:
     inside = text[1:-1] if text.startswith("[") and text.endswith("]") else None
+    if inside is not None and not inside.strip():
+        return []
     return [text] if inside is None else [part.strip() for part in inside.split(",")]

@@ -87,7 +87,7 @@ class WeightMap:
             rules.append(Rule.parse(line))
         functions = dict(functions or {})
         for rule in rules:
-            if rule.how.startswith("{") and rule.how.strip("{}") not in functions:
+            if rule.makes and rule.how.strip("{}") not in functions:
                 known = f"there are {', '.join(functions)}" if functions else "none were given"
                 name = rule.how.strip("{}")
                 raise WeightMapError(
@@ -111,7 +111,7 @@ class WeightMap:
             sources = tuple(
                 tuple(name if name in CONSTANTS else upstream + name for name in options) for options in rule.sources
             )
-            how = f"{{{canonical}{rule.how[1:]}" if rule.how.startswith("{") else tagged(rule.how, self.sizes, tag)
+            how = f"{{{canonical}{rule.how[1:]}" if rule.makes else tagged(rule.how, self.sizes, tag)
             return Rule(sources, tuple(canonical + target for target in rule.targets), how)
 
         return WeightMap(
@@ -184,6 +184,8 @@ class WeightMap:
             if rule in seen:
                 continue
             seen.add(rule)
+            if not rule.sources and not rule.makes:  # a table written by code may join what this model has none of
+                raise WeightMapError(f"{rule}: it makes {name} of nothing. Name the sources in the brackets.")
             if beyond := [target for target in rule.targets if target not in wanted]:
                 raise WeightMapError(f"{rule} makes {_listed(beyond)}, which the canonical model does not have.")
             sources = [next((n for n in options if n in present or n in CONSTANTS), None) for options in rule.sources]
@@ -208,11 +210,7 @@ class WeightMap:
     def function_sources(self, upstream: Iterable[str]) -> set[str]:
         """Return the upstream tensors that go through a function, which cannot be run backwards."""
         patterns = [
-            pattern_of(name)
-            for rule in self.rules
-            if rule.how.startswith("{")
-            for options in rule.sources
-            for name in options
+            pattern_of(name) for rule in self.rules if rule.makes for options in rule.sources for name in options
         ]
         return {name for name in upstream if any(pattern.fullmatch(name) for pattern in patterns)}
 
@@ -229,7 +227,7 @@ class WeightMap:
         rule = item.rule
         wanted = [shapes[target] for target in rule.targets]
         like = next((upstream[name] for name in item.tensors), next(iter(upstream.values())))
-        if rule.how.startswith("{"):
+        if rule.makes:
             joined = self._called(rule, [upstream[name] for name in item.tensors])
         else:
             parts = {name: rule.rearrange(upstream[name], self.sizes) for name in item.tensors}
@@ -294,7 +292,7 @@ class WeightMap:
         self, item: _Chosen, canonical: State, upstream: State, shapes: Mapping[str, torch.Size]
     ) -> dict[str, Tensor]:
         rule = item.rule
-        if rule.how.startswith("{"):
+        if rule.makes:
             for name, tensor in self._make(item, upstream, shapes).items():
                 if not torch.equal(tensor.to(canonical[name]), canonical[name]):
                     raise WeightMapError(f"{name} was changed, and '{rule}' cannot be run backwards.")
