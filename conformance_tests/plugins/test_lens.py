@@ -402,8 +402,9 @@ def test_a_metric_that_is_none_is_refused_with_the_order_of_arguments() -> None:
         activation_patch(model, clean, image(2), metric, "hook_resid_pre")
     with pytest.raises(InputError, match=r"got 3.*patch_heads\(model, clean, other, metric\)"):
         patch_heads(model, clean, image(2), 3)
-    with pytest.raises(InputError, match="has no such places"):
-        activation_patch(model, clean, image(2), "hook_resid_pre", metric, pos=99)
+    for pos in (99, "cls"):
+        with pytest.raises(InputError, match="has no such places"):
+            activation_patch(model, clean, image(2), "hook_resid_pre", metric, pos=pos)
 
 
 def grid() -> HookedUpstream:

@@ -153,8 +153,11 @@ class _Patch:
         """Edit one copy of the batch in place."""
         try:
             rows[self.part]
-        except IndexError as error:
-            raise InputError(f"{self.name} is {list(rows.shape)}, which has no such places: {error}.") from error
+        except (IndexError, TypeError) as error:  # torch's ways to say it
+            raise InputError(
+                f"{self.name} is {list(rows.shape)} and has no such places ({error}): pos is a position, several, or a "
+                "slice. model.layout_of(image).slice('cls') says where a subset is."
+            ) from error
         if self.source is None:
             rows[self.part] = 0
             return
