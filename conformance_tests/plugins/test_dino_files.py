@@ -190,6 +190,24 @@ def test_blocks_in_chunks_and_networks_side_by_side_are_found(tmp_path: Path) ->
     )
 
 
+@torch.no_grad()
+def test_timm_has_the_same_streams_but_another_split_of_the_class_token(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    own = drawn(**{**SECOND, **RESIZED_WITH_REGISTERS})
+    sizes = {"embed_dim": 24, "depth": 2, "num_heads": 3, "mlp_ratio": 40 / 24, "img_size": 12, "patch_size": 4}
+    upstream = timm.create_model("vit_small_patch14_reg4_dinov2", reg_tokens=2, **sizes).eval()
+    upstream.load_state_dict(checkpoint_filter_fn(dict(own.state_dict()), upstream))
+    image = torch.randn(1, 3, 12, 12)
+    _, theirs = prisma.adapt(upstream).run_with_cache(image)
+    _, ours = prisma.load(written(own, tmp_path), heads=3).run_with_cache(image)
+    assert not theirs["hook_pos_embed"][0, 0].any()
+    assert torch.equal(ours["hook_pos_embed"][0, 0], own.pos_embed[0, 0])
+    for name in ("hook_full_embed", "blocks.0.attn.hook_pattern", "blocks.1.hook_resid_post", "hook_pooled"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+
+
 # -------------------------------------------------------------------- what is refused
 
 
