@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prisma_core import PrismaError
+from prisma_core import PrismaError, UnknownName
 from prisma_core.hookmap import HookMap, Place, Recorder, Row
+from prisma_core.transformer.every import lacking
 
 pytestmark = pytest.mark.usefixtures("in_float64")
 
@@ -171,8 +174,68 @@ def test_tables():
         ("a ->", "is not a row"),
         ("a b -> c", "is not a place"),
         ("layers.{l} -> hook_embed", r"\{l\} stands in the place but not in the hook point"),
+        ("a -> hook_logits -> x", "a second arrow"),
+        ("a -> hook_q: b p d -> b d p", "a second arrow"),
+        ("a -> hook_q | zeros", "no name of a hook point"),
+        ("a -> blocks.{*}.hook_q", "no name of a hook point"),
+        ("a -> b : {f}", "functions are for weight maps"),
+        ("a -> b : x y -> y x -> x y", "is no einops pattern"),
+        ("a -> b\nc -> b", "several rows for b: a hook point equals one place"),
     ],
 )
 def test_tables_that_are_none(line, words):
     with pytest.raises(PrismaError, match=words):
         HookMap.parse(line)
+
+
+@pytest.mark.parametrize("given", [{"functions": {"f": abs}}, {"h": "3"}, {"h": 0}, {"h": True}, {"h": None}])
+def test_keywords_that_are_no_lengths(given):
+    with pytest.raises(PrismaError, match=r"is no length of an axis: HookMap\.parse takes the table"):
+        HookMap.parse("a -> b", **given)
+
+
+def test_two_rows_that_speak_of_one_hook_point():
+    table = HookMap.parse("a.{l} -> blocks.{l}.hook_x") | HookMap.parse("b -> blocks.0.hook_x")
+    with pytest.raises(PrismaError, match=r"several rows for blocks\.0\.hook_x"):
+        table.bound(["blocks.1.hook_x", "blocks.0.hook_x"])
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_einops_that_does_not_fit_names_its_row(back):
+    (row,) = HookMap.parse("a.b @ softmax#1 : in -> hook_x : b (h d) -> b h d", h=3).plain()
+    with pytest.raises(PrismaError) as caught:
+        row.write(torch.zeros(2, 2, 2), {"h": 3}) if back else row.read(torch.zeros(2, 4), {"h": 3})
+    assert str(caught.value).startswith("a.b @ softmax#1 : in -> hook_x : b (h d) -> b h d: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["a", "a : in1", "a @ softmax#2 : in", "@ f", ""])
+def test_a_place_is_said_as_it_is_written(text):
+    assert str(Place.parse(text)) == text
+
+
+LACKING = {"ln_pre.hook_normalized", "blocks.{l}.attn.hook_rot_q"}
+
+
+@pytest.mark.parametrize(
+    ("hook", "suggested"),
+    [
+        ("blocks.{l}.attn.hook_attn_score", r"Did you mean blocks\.{l}\.attn\.hook_attn_scores"),
+        ("blocks.7.attn.hook_q", r"Did you mean blocks\.1\.attn\.hook_q"),
+        ("hook_logit", "Did you mean hook_logits"),
+    ],
+)
+def test_a_hook_point_that_no_model_has(hook, suggested):
+    points = [f"blocks.{n}.attn.{name}" for n in (0, 1) for name in ("hook_attn_scores", "hook_q")] + ["hook_logits"]
+    sound = "x.{i} -> blocks.{i}.attn.hook_q\nn -> ln_pre.hook_normalized\nr.{i} -> blocks.{i}.attn.hook_rot_q"
+    HookMap.parse(sound).check(points, LACKING)  # of parts that this model lacks
+    with pytest.raises(
+        UnknownName, match=rf"'place -> {re.escape(hook)}': .* is no hook point of this model.*{suggested}"
+    ):
+        HookMap.parse(f"{sound}\nplace -> {hook}").check(points, LACKING)
+
+
+def test_every_part_that_there_is_counts_as_lacking(variant):
+    """A table for several models may speak of all of them: see ``lacking``."""
+    named = {re.sub(r"(?<=\.)\d+(?=\.)", "{l}", name) for name in variant.hook_points()}
+    assert named <= lacking(variant)

@@ -124,12 +124,77 @@ def test_what_is_not_accounted_for_is_an_error(table, sources, targets, words):
         ("a ->", "is not a rule"),
         ("ignore a", "expected 'ignore KEYS : REASON'"),
         ("ignore a :  ", "expected 'ignore KEYS : REASON'"),
-        ("a -> b : {gather}", r"no function \{gather\} was given"),
+        ("a -> b : {gather}", r"no function \{gather\} was given; none were given\. .*functions=\{'gather': gather\}"),
+        ("[a, b] -> [c, d] : {f}", r"^\[a, b\] -> \[c, d\] : \{f\}: no function"),
+        ("{f} -> b", r"^\{f\} -> b: no function \{f\} was given"),
+        ("{f} -> b : n -> n", "a function without sources"),
+        ("a -> b -> c", "a second arrow"),
+        ("a -> b: n d -> d n", "a second arrow"),
+        ("a -> b | zeros", r"stands on the left: 'SOURCE \| zeros -> TARGET : HOW'"),
+        ("a -> b : n d -> d n | zeros", "stands on the left"),
+        ("a -> b : transposed", "neither an einops pattern"),
+        ("a -> []", "a name is missing"),
+        ("[a, ] -> b", "a name is missing"),
+        ("[a, b -> c", "is no name of a tensor"),
+        ("a b -> c", "'a b' is no name of a tensor"),
+        ("a.{l} -> b", r"\{l\} stands in a source but not in b"),
+        ("a.{*} -> [b.{*}, c]", r"\{\*\} stands in a source but not in c"),
     ],
 )
 def test_tables_that_are_none(table, words):
     with pytest.raises(WeightMapError, match=words):
         WeightMap.parse(table)
+
+
+@pytest.mark.parametrize("given", [{"function": {"f": abs}}, {"h": 2.0}])
+def test_keywords_that_are_no_lengths(given):
+    with pytest.raises(WeightMapError, match=r"is no length of an axis: WeightMap\.parse takes .*functions="):
+        WeightMap.parse("a -> b", **given)
+
+
+def test_a_join_of_nothing_is_refused_where_it_is_needed():
+    table = WeightMap.parse("[] -> b\na -> c")
+    assert list(table.forward(sized({"a": (2,)}), shapes(c=(2,)))) == ["c"]
+    with pytest.raises(WeightMapError, match=r"\[\] -> b: it makes b of nothing"):
+        table.forward(sized({"a": (2,)}), shapes(b=(2,), c=(2,)))
+
+
+def test_what_upstream_lacks_by_design_is_told_how_to_fill():
+    with pytest.raises(WeightMapError, match=r"b \(needs a\).*'SOURCE \| zeros -> TARGET'"):
+        WeightMap.parse("a -> b\nc -> d").forward(sized({"c": (2,)}), shapes(b=(2,), d=(2,)))
+
+
+def _broken(*given):
+    raise KeyError("table")
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (_broken, r"a -> b : \{f\}: \{f\} raised KeyError: 'table' \(test_weights\.py, line \d+\)"),
+        (lambda: 1, r"\{f\} raised TypeError: .*takes 0 positional arguments"),
+        (lambda a: None, r"\{f\} returned NoneType; expected a tensor"),
+    ],
+)
+def test_a_function_that_fails_is_named(function, words):
+    table = WeightMap.parse("a -> b : {f}", functions={"f": function})
+    with pytest.raises(WeightMapError, match=words):
+        table.forward(sized({"a": (2,)}), shapes(b=(2,)))
+
+
+def test_a_function_without_sources_makes_what_upstream_keeps_in_no_tensor():
+    fixed = torch.randn(3, 2, dtype=torch.float64)
+    table = WeightMap.parse("{fixed} -> pos\na -> b", functions={"fixed": lambda: fixed}).prefixed("trunk.", "vision.")
+    upstream = {"trunk.a": torch.randn(2, dtype=torch.float32)}
+    wanted = shapes(vision__pos=(3, 2), vision__b=(2,))
+    made = table.forward(upstream, wanted)
+    assert torch.equal(made["vision.pos"], fixed.float())  # as what upstream's own tensors are
+    bare = {name: tensor.to("meta") for name, tensor in upstream.items()}
+    assert all(torch.equal(tensor, upstream[name]) for name, tensor in table.backward(made, bare).items())
+    grads = {name: torch.ones(shape) for name, shape in wanted.items()}
+    assert table.pull_back(upstream, grads)["trunk.a"].tolist() == [1, 1]
+    with pytest.raises(WeightMapError, match=r"vision\.pos was changed, and '\{vision\.fixed\} -> vision\.pos'"):
+        table.backward(made | {"vision.pos": made["vision.pos"] + 1}, bare)
 
 
 def test_functions_run_forwards_and_give_their_sources_back_unchanged():
