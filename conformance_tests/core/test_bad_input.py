@@ -593,3 +593,15 @@ def test_a_model_without_preprocessing_says_what_to_set(make: Callable[..., Hook
 def test_preprocessing_that_makes_no_numbers_is_none(given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"std|mean"):
         Preprocess(size=(8, 8), **given)
+
+
+def test_numbers_of_numpys_beside_the_tensors_do_no_harm(tmp_path: Path) -> None:
+    beside = {"best": np.float64(0.5), "step": np.int64(3), "generator": np.random.default_rng(0).bytes(3)}
+    state = {"weight": torch.randn(2)}
+    torch.save({"model": state, **beside, "keys": np.arange(3), "dtype": np.dtype("f4")}, tmp_path / "trained.pth")
+    read = read_checkpoint(tmp_path / "trained.pth")
+    assert list(read) == ["weight"]
+    assert torch.equal(read["weight"], state["weight"])
+    torch.save({"model": state, "names": np.array([Path("x")], dtype=object)}, tmp_path / "objects.pth")
+    with pytest.raises(LoadError, match=r"wants to run pathlib"):
+        read_checkpoint(tmp_path / "objects.pth")
