@@ -38,6 +38,20 @@ class FakeAdapter(Adapter):
     def hooks(self, upstream: Any, spec: Any) -> Any: ...
 
 
+class TextForTypes(FakeAdapter):
+    types = "library.Model"  # type: ignore[assignment]
+
+
+class NoTypes(Adapter):
+    spec = weights = hooks = FakeAdapter.spec
+
+
+class Nameless(Source):
+    def load(self, rest: str, **options: Any) -> Loaded: ...
+
+    def models(self) -> Iterator[ModelInfo]: ...
+
+
 def source_of(name: str, library: str | None = None) -> type[Source]:
     class FakeSource(Source):
         def load(self, rest: str, **options: Any) -> Loaded:
@@ -116,6 +130,17 @@ def _stops_midway() -> Iterator[Source]:
         ({"prisma_sources": _stops_midway}, "prisma_sources: ValueError: halfway"),
         ({"prisma_sources": lambda: [source_of("x")]}, "gave the class FakeSource; expected instances of Source"),
         ({"prisma_adapters": lambda: ["timm"]}, "gave a str; expected instances of Adapter"),
+        (
+            {"prisma_adapters": lambda: [TextForTypes()]},
+            "TextForTypes.types is 'library.Model'; expected a tuple: types = ('library.Model',)",
+        ),
+        ({"prisma_adapters": lambda: [NoTypes()]}, "NoTypes.types is no tuple of names; expected a tuple"),
+        ({"prisma_sources": lambda: [Nameless()]}, "Nameless.name is None; expected the part of a reference"),
+        (
+            {"prisma_sources": lambda: source_of("x")()},
+            "gave a FakeSource; return a list of them: return [FakeSource()]",
+        ),
+        ({"prisma_adapters": lambda: FakeAdapter()}, "gave a FakeAdapter; return a list of them"),
         ({"prisma_sauces": lambda: []}, "unknown hook"),
         ({"prisma_sources": lambda wrong: []}, "wrong"),
     ],
@@ -154,6 +179,8 @@ def test_two_plugins_that_claim_one_source(good: EntryPoint, found: Found) -> No
     assert host.source("fine").name == "fine"
     assert set(host.sources()) == {"good", "fine"}
     assert "same:one" not in [info.reference for info in host.models()]
+    with pytest.raises(UnknownName, match=r"Plugins that failed: .*one \(the source 'same' is claimed by two too\)"):
+        host.source("none")
     told = states(host)
     assert told["one"] == "the source 'same' is claimed by two too"
     assert told["two"] == "the source 'same' is claimed by one too"
@@ -200,6 +227,9 @@ def test_a_type_nobody_adapts(good: EntryPoint) -> None:
         host.adapter(nn.Linear(1, 1))
     with pytest.raises(UnsupportedArchitecture, match=r"it derives from .*Upstream, but a subclass may compute"):
         host.adapter(Heir())
+    twin = type("Upstream", (nn.Module,), {"__module__": "elsewhere.models"})
+    with pytest.raises(UnsupportedArchitecture, match=r"\.Upstream, which the plugin 'good' adapts, is another class"):
+        host.adapter(twin())
 
 
 def test_a_source_may_hand_over_a_hooked_model(
