@@ -5,16 +5,22 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
+from prisma_core import ModelSpec
 from prisma_core.conformance import CHECKS, diagnose
 from prisma_core.conformance.doctor import examine
 from prisma_core.conformance.run import run_check
 from prisma_core.conformance.subject import Subject
+from prisma_core.hookmap import HookMap
+from prisma_core.spec import NormSpec
 
 pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 
-from .mutants import CASES, Mutant, built
+from .mutants import CASES, Broken, Mutant, built
 from .table import MUTANTS
+
+EPS = NormSpec(eps=1e-3)
 
 RAISED = re.compile(r"[A-Z]\w*: ")  # what run_check makes of an exception
 
@@ -51,6 +57,42 @@ def test_doctor_says_what_would_help(mutant: Mutant) -> None:
     assert not diagnosis.agrees
     assert diagnosis.remedies, str(diagnosis)
     assert mutant.remedy in str(diagnosis), str(diagnosis)
+
+
+def test_doctor_tries_one_eps_in_all_norms() -> None:
+    upstream, adapter = built("plain")
+    norms = [part for part in upstream.modules() if isinstance(part, torch.nn.LayerNorm)]
+
+    def wrong(spec: ModelSpec) -> ModelSpec:
+        changed = [block.model_copy(update={"ln1": EPS, "ln2": EPS}) for block in spec.blocks]
+        return spec.model_copy(update={"blocks": tuple(changed), "ln_final": EPS})
+
+    broken = Mutant("one wrong eps", "parity.logits", "", spec=wrong)
+    told = str(examine(Subject(CASES["plain"], Broken(adapter, broken), upstream, draw=False)))
+    assert f"and the logits, with: eps={norms[0].eps:g} in all {len(norms)} norms that have 0.001." in told
+    assert "stay off" not in told
+    # Where each has an eps of its own, the first that is wrong is named as its hook points are.
+    assert "in blocks.0.ln1 (it has 0.001)" in str(examine(Subject(CASES["plain"], Broken(adapter, broken), upstream)))
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ("blocks.{l}.norm1 -> blocks.{l}.hook_resid_mid", "parts from upstream at blocks.0.hook_resid_mid"),
+        (
+            "blocks.{l}.norm1 @ softmax -> blocks.{l}.attn.hook_pattern",
+            "upstream shows nothing to compare with at",
+        ),
+    ],
+)
+def test_doctor_says_which_row_is_wrong_where_logits_agree(row: str, says: str) -> None:
+    upstream, adapter = built("plain")
+    hook = row.partition(" -> ")[2]
+    broken = Mutant("", "", "", hooks=lambda table: table.without(hook) | HookMap.parse(row))
+    told = str(examine(Subject(CASES["plain"], Broken(adapter, broken), upstream)))
+    assert says in told
+    assert f"As the logits agree, the suspect is this row of the hook map: '{row}'." in told
+    assert "usual suspects" not in told
 
 
 def test_doctor_finds_nothing_wrong_with_what_is_right() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from math import inf
 
 import torch
 from torch import nn
@@ -47,7 +48,9 @@ class Diagnosis(Facts):
         compared: how many hook points were compared.
         size: the image size at which it shows, if it does not at the native one.
         problem: what kept the models from being compared at all.
-        remedies: changes that make the first diverging hook point agree; those that make the logits agree come first.
+        rows: where the logits agree and hook points do not, the rows of the hook map that read those.
+        remedies: changes that make the first diverging hook point agree; those that make the logits agree too, if any
+            does.
         tried: how many changes were tried.
     """
 
@@ -60,6 +63,7 @@ class Diagnosis(Facts):
     compared: int = 0
     size: Size | None = None
     problem: str | None = None
+    rows: tuple[str, ...] = ()
     remedies: tuple[Remedy, ...] = ()
     tried: int = 0
 
@@ -70,9 +74,13 @@ class Diagnosis(Facts):
             return f"{self.name}: the logits and {self.compared} activations agree with upstream."
         at = f" at image size {'x'.join(map(str, self.size))}" if self.size else ""
         lines = [f"{self.name}: parts from upstream at {self.first}{at}, by {self.error:.1e} standard deviations."]
+        if self.error == inf:
+            lines = [f"{self.name}: upstream shows nothing to compare with at {self.first}."]
         if self.before:
             lines.append(f"Everything up to {self.before} agrees. The logits are off by {self.logits:.1e}.")
-        if not self.remedies:
+        for row in self.rows:
+            lines.append(f"As the logits agree, the suspect is this row of the hook map: '{row}'.")
+        if not self.remedies and not self.rows:
             lines.append(f"None of the {self.tried} usual suspects makes it agree.")
         for remedy in self.remedies:
             cured = remedy.logits <= tolerances.FLOAT64
@@ -119,6 +127,10 @@ def examine(subject: Subject, progress: Callable[[str], None] | None = None) -> 
     except Exception as problem:  # noqa: BLE001  # the doctor sees broken adapters: whatever they raise is the finding
         return Diagnosis(name=name, agrees=False, problem=f"{type(problem).__name__}: {problem}")
     first, before = _parting(found)
+    wrong = [point for point, error in found.errors.items() if not error <= tolerances.FLOAT64]
+    rows = _rows(subject, [*wrong, *found.unread]) if logits <= tolerances.FLOAT64 else ()
+    if first is None and rows:
+        first = next(iter(found.unread))
     size = None
     if first is None and logits > tolerances.FLOAT64:
         first = "hook_logits"
@@ -128,18 +140,27 @@ def examine(subject: Subject, progress: Callable[[str], None] | None = None) -> 
             return Diagnosis(name=name, agrees=True, logits=logits, compared=len(found.errors))
         first, before, logits = "hook_pos_embed", "hook_embed", _logits(subject, size)
     remedies, tried = _remedies(subject, first, size, progress)
+    remedies = [remedy for remedy in remedies if remedy.logits <= tolerances.FLOAT64] or remedies
     return Diagnosis(
         name=name,
         agrees=False,
         first=first,
-        error=found.errors.get(first, logits) if size is None else logits,
+        error=(inf if first in found.unread else found.errors.get(first, logits)) if size is None else logits,
         before=before,
         logits=logits,
         compared=len(found.errors),
         size=size,
-        remedies=tuple(sorted(remedies, key=lambda remedy: (remedy.logits > tolerances.FLOAT64, remedy.here))),
+        rows=rows,
+        remedies=tuple(sorted(remedies, key=lambda remedy: remedy.here)),
         tried=tried,
     )
+
+
+def _rows(subject: Subject, points: list[str]) -> tuple[str, ...]:
+    """Return the rows of the hook map that read these points, as they are written."""
+    table = subject.adapter.hooks(Reader(subject.pair().upstream), subject.spec)
+    read = (row for row in table.rows if HookMap((row,), table.sizes).bound(points))
+    return tuple(f"{place} -> {point}" for place, point, _ in read)
 
 
 def _logits(subject: Subject, size: Size) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
@@ -76,13 +78,38 @@ def _norms(spec: ModelSpec, first: str, upstream: nn.Module) -> Iterator[Suspect
     held = (vars(module).get("eps") for module in upstream.modules())
     found = {eps for eps in held if isinstance(eps, float)}
     layer = layer_of(first)
+    candidates = sorted(found | {1e-12, 1e-8, 1e-6, 1e-5})
+    several = Counter(norm.eps for norm in _every(spec))
+    for old in (eps for eps, n in several.items() if n > 1):
+        for eps in (eps for eps in candidates if eps != old):
+            change = f"eps={eps:g} in all {several[old]} norms that have {old:g}"
+            yield Suspect(change, lambda s, old=old, eps=eps: _exchanged(s, old, eps))
     for place, norm in _places(spec, layer):
-        where = place if layer is None or place.count(".") == 0 else f"blocks.{layer}.{place}"
-        for eps in sorted(found | {1e-12, 1e-8, 1e-6, 1e-5}):
+        where = re.sub(r"^block\b", f"blocks.{layer}", place)
+        for eps in candidates:
             if eps != norm.eps:
                 yield Suspect(f"eps={eps:g} in {where} (it has {norm.eps:g})", _with_norm(place, layer, eps=eps))
         kind = "rms" if norm.kind == "ln" else "ln"
         yield Suspect(f"{where} as {kind} norm (it is {norm.kind})", _with_norm(place, layer, kind=kind))
+
+
+def _every(facts: object) -> Iterator[NormSpec]:
+    if isinstance(facts, NormSpec):
+        yield facts
+    elif isinstance(facts, Facts | tuple):
+        for value in cast("Iterable[object]", vars(facts).values() if isinstance(facts, Facts) else facts):
+            yield from _every(value)
+
+
+def _exchanged(facts: Any, old: float, eps: float) -> Any:
+    """Return facts with another eps in every norm that has the old one."""
+    if isinstance(facts, NormSpec):
+        return facts.model_copy(update={"eps": eps}) if facts.eps == old else facts
+    if isinstance(facts, Facts):
+        return facts.model_copy(update={name: _exchanged(value, old, eps) for name, value in facts})
+    if isinstance(facts, tuple):
+        return tuple(_exchanged(value, old, eps) for value in cast("tuple[object, ...]", facts))
+    return facts
 
 
 def _places(spec: ModelSpec, layer: int | None) -> Iterator[tuple[str, NormSpec]]:
