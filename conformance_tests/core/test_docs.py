@@ -30,7 +30,7 @@ import typer
 from PIL import Image
 
 import prisma_core as prisma
-from prisma_core import hookspecs, plugins
+from prisma_core import hookspecs, plugins, spec
 from prisma_core.cli import build, main
 from prisma_core.plugins import Host
 
@@ -267,6 +267,15 @@ def test_every_public_name_is_in_the_reference() -> None:
     methods = [f"Hooked.{name}" for name in ("hook_points", "resolve", "hooks", "caching")]
     methods += ["Hooked.run_with_hooks", "Hooked.run_with_cache"]
     assert [name for name in (*prisma.__all__, *methods) if f"`{name}" not in text] == []
+
+
+def test_every_field_of_a_spec_is_named_for_plugins() -> None:
+    text = (ROOT / "docs" / "plugin" / "reference.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+Spec|Interpolation)` \| (.*) \|$", text, flags=re.MULTILINE))
+    assert {"ModelSpec", "EmbedSpec", "BlockSpec", "PoolSpec"} <= set(rows)
+    for name, cells in rows.items():
+        fields = [field for field in getattr(spec, name).model_fields if (name, field) != ("ModelSpec", "kind")]
+        assert re.findall(r"`(\w+)`", cells) == fields, name
 
 
 def test_every_plugin_hook_is_documented_and_documented_hooks_exist() -> None:
