@@ -28,6 +28,8 @@ from prisma_core.conformance.subject import worst
 from prisma_core.conformance.table import supported, write_table
 from prisma_core.conformance.tolerances import FLOAT64
 from prisma_core.plugins import host
+from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec, NormSpec, TextPoolSpec, TextSpec
+from prisma_core.transformer import HookedText
 
 pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 
@@ -96,6 +98,19 @@ def test_weights_as_they_are_built_prove_what_drawn_ones_do() -> None:
     (case,) = (one for one, _ in host().cases({"hf"}) if one.name == "PixtralVisionModel")
     report = check(case.build(), checks="algebra")
     assert report.passed, str(report)
+
+
+@torch.no_grad()
+def test_texts_of_one_token_can_be_drawn() -> None:
+    attn, mlp = AttentionSpec(n_heads=2, n_kv_heads=2, d_head=6, scale=0.5), MlpSpec(d_mlp=20, act="gelu")
+    norm, pool = NormSpec(eps=1e-3), TextPoolSpec(kind="eos", eos_id=3)
+    block = BlockSpec(attn=attn, mlp=mlp, ln1=norm, ln2=norm)
+    spec = TextSpec(d_model=12, n_vocab=50, n_ctx=1, blocks=(block,), causal=True, pad_id=1, pool=pool)
+    model = HookedText(spec)
+    for size in model.sizes():
+        (tokens,) = model.sample_inputs(4, size=size)
+        assert tokens.tolist() == [[3]] * 4
+        assert model(tokens).shape == (4, 12)
 
 
 def test_the_suite_s_options_stand_beside_those_of_others(pytester: pytest.Pytester) -> None:
