@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prisma_core import PrismaError, UnknownName
-from prisma_core.hookmap import HookMap, Place, Recorder, Row
+from prisma_core.conformance.recording import Recorder
+from prisma_core.hookmap import HookMap, Place, Row
 from prisma_core.transformer.every import lacking
 
 pytestmark = pytest.mark.usefixtures("in_float64")

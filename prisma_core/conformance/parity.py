@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from prisma_core.adapter import MapAdapter
 from prisma_core.conformance import tolerances
 from prisma_core.conformance.devices import HALF
+from prisma_core.conformance.recording import Recorder
 from prisma_core.conformance.registry import Finding, register
 from prisma_core.conformance.results import Precision
 from prisma_core.conformance.subject import Inputs, Subject, differentiable, typical, worst
-from prisma_core.hookmap import INSIDE, HookMap, Recorder
+from prisma_core.hookmap import INSIDE, HookMap
 from prisma_core.transformer import Canonical
 from prisma_core.zoo import tensors_of
 
