@@ -1,4 +1,4 @@
-"""What all tests share: one thread for each worker, and a hub on loopback."""
+"""What all tests share: an option of theirs, one thread for each worker, and a hub on loopback."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from loopback import Hub, serving
 
 # Workers share the cores, and the models are tiny: more threads only wait for each other.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-field", action="store_true", help="zoo/test_fields.py: every value of every field, on every case; slow"
+    )
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Every field of every configuration of transformers', moved by itself: followed, refused in words, or of no effect.
 
 Facts are read off built modules, and the audit leaves their ``config`` out. This is what stands in for it: whatever a
-configuration says, the numbers are upstream's or there are none. ``--certificates`` tries every value on every case.
+configuration says, the numbers are upstream's or there are none. ``--every-field`` tries every value on every case.
 """
 
 from __future__ import annotations
@@ -415,7 +415,7 @@ def effects(found: Sequence[tuple[bool, Move, Verdict]]) -> set[tuple[Config, st
 def test_every_field_is_followed_refused_or_without_effect(
     name: str, record_property: Callable[[str, object], None], request: pytest.FixtureRequest
 ) -> None:
-    every = bool(request.config.getoption("--certificates"))
+    every = bool(request.config.getoption("--every-field"))
     cases = (
         [case for full, case in EVERY.items() if re.split(VARIANT, full)[0] == name] if every else [EVERY[FIRST[name]]]
     )
