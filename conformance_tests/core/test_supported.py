@@ -12,7 +12,7 @@ import pytest
 from prisma_core import LoadError, plugins
 from prisma_core.cli import main
 from prisma_core.conformance.results import Certificate, CheckResult, read_certificates, write_certificates
-from prisma_core.conformance.supported import read_supported, summarise, write_supported
+from prisma_core.conformance.supported import counted, read_supported, summarise, write_supported
 from prisma_core.conformance.table import write_table
 from prisma_core.plugins import Host, host
 
@@ -61,7 +61,7 @@ def test_our_plugins_carry_what_the_certificates_say() -> None:
     certificates = [one for path in sorted(DOCS.glob("*.jsonl")) for one in read_certificates(path)]
     assert certificates
     assert read_supported(host()) == {row.upstream: row for row in summarise(certificates)}
-    assert sum(row.architectures for row in read_supported(host()).values()) == len(certificates)
+    assert sum(row.architectures for row in read_supported(host()).values()) == len(counted(certificates))
 
 
 def test_a_strangers_plugin_carries_its_own(acme: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,6 +78,12 @@ def test_a_strangers_plugin_carries_its_own(acme: Path, tmp_path: Path, capsys: 
         ["acme.Old", "acme", "no", "certificate"],
     ]
     assert "1 of 2 architectures pass" in err
+
+
+def test_a_gpus_certificates_count_no_architecture_twice() -> None:
+    there = [one.model_copy(update={"device": "cuda"}) for one in CERTIFICATES]
+    assert summarise([*there, *CERTIFICATES]) == summarise(CERTIFICATES)
+    assert [row.architectures for row in summarise(there)] == [2, 1]
 
 
 def test_what_cannot_be_written_or_read_is_told(acme: Path) -> None:

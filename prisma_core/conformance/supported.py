@@ -44,10 +44,16 @@ class Supported(Facts):
 _LIST = TypeAdapter(list[Supported])
 
 
+def counted(certificates: Iterable[Certificate]) -> list[Certificate]:
+    """Return the certificates that count: a GPU's are about the same architectures once more."""
+    everything = list(certificates)
+    return [one for one in everything if one.device == "cpu"] or everything
+
+
 def summarise(certificates: Iterable[Certificate]) -> list[Supported]:
     """Return one row a class, by name."""
     classes: dict[str, list[Certificate]] = defaultdict(list)
-    for certificate in certificates:
+    for certificate in counted(certificates):
         classes[certificate.upstream].append(certificate)
     return [_row(name, members) for name, members in sorted(classes.items())]
 

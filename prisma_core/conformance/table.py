@@ -10,7 +10,7 @@ from pathlib import Path
 from prisma_core.conformance import tolerances
 from prisma_core.conformance.registry import CHECKS
 from prisma_core.conformance.results import Certificate, Precision, read_certificates
-from prisma_core.conformance.supported import summarise, write_supported
+from prisma_core.conformance.supported import counted, summarise, write_supported
 from prisma_core.errors import LoadError
 
 NAME = "supported.md"
@@ -39,8 +39,7 @@ def supported(certificates: Sequence[Certificate]) -> str:
 
 
 def _lines(everything: Sequence[Certificate]) -> Iterator[str]:
-    # A GPU's certificates are about the same architectures once more.
-    certificates = [one for one in everything if one.device == "cpu"] or everything
+    certificates = counted(everything)
     kinds: dict[str, list[Certificate]] = defaultdict(list)
     for certificate in certificates:
         kinds[certificate.upstream].append(certificate)
