@@ -121,7 +121,7 @@ META: dict[str, Any] = {
     "depth": DEPTH,
     "heads": HEADS,
     "patch": (PATCH, PATCH),
-    "side": SIDE,
+    "grid": (SIDE, SIDE),
     "d_mlp": D_MLP,
     "eps": EPS,
 }
