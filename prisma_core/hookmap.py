@@ -35,6 +35,7 @@ from prisma_core.names import tagged
 from prisma_core.rules import checked_sizes, rearranged
 
 _MARK = re.compile(r"\{\w+\}")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _HOOK = re.compile(r"(\w|\.|\{\w+\})+")
 _PLACE = re.compile(
     r"(?P<module>[\w.{}]*)(\s*@\s*(?P<function>\w+)(#(?P<call>\d+))?)?(\s*:\s*(?P<side>out\d*|in\d*|scores|pattern))?"
@@ -208,12 +209,12 @@ class HookMap:
         Raises:
             UnknownName: a row is for no hook point; the nearest are suggested.
         """
-        families = {_MARK.sub("{}", name) for name in lacking}
+        families = set(map(_family, lacking))
         for place, hook, _ in self.rows:
             pattern = _pattern_of(hook)
-            if _MARK.sub("{}", hook) in families or any(map(pattern.fullmatch, points)):
+            if _family(hook) in families or any(map(pattern.fullmatch, points)):
                 continue
-            known = {re.sub(r"(?<=\.)\d+(?=\.|$)", "{l}", name) if "{" in hook else name for name in points}
+            known = {_NUMBER.sub("{l}", name) if "{" in hook else name for name in points}
             raise UnknownName(f"'{place} -> {hook}': {hook} is no hook point of this model.{suggest(hook, known)}")
 
     def plain(self) -> list[Row]:
@@ -227,6 +228,11 @@ class HookMap:
                 raise PrismaError(f"'{place} -> {hook}' leaves numbers open; write a row for each layer.")
         _once(hook for _, hook, _ in self.rows)
         return [Row(Place.parse(place), hook, *_parted(how)) for place, hook, how in self.rows]
+
+
+def _family(hook: str) -> str:
+    """Return a name without its numbers, marks or not."""
+    return _MARK.sub("{}", _NUMBER.sub("{}", hook))
 
 
 def _pattern_of(hook: str) -> re.Pattern[str]:

@@ -38,6 +38,11 @@ def same_for_all(upstream: Reader, tables: Sequence[str]) -> str:
     return tables[0]
 
 
+def each_its_own(tables: Sequence[str]) -> str:
+    """Return one table of all blocks', numbered, for blocks that are built of different modules."""
+    return "".join(table.replace("{l}", str(number)) for number, table in enumerate(tables))
+
+
 def masks_as_built(attn: Reader, *, causal: bool = False) -> None:
     """Refuse attention of transformers' that is told to look elsewhere than its model's own masks let it.
 

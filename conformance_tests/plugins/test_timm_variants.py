@@ -152,6 +152,7 @@ def test_blocks_of_different_kinds() -> None:
         nn.init.normal_(parameter, std=0.3)
     image = torch.randn(2, 3, 24, 32, dtype=torch.float64)
     torch.testing.assert_close(prisma.adapt(model)(image), model(image), rtol=1e-10, atol=1e-10)
+    prisma.check(model, checks="parity.hooks").raise_for_failures()  # each block at the places of its own kind
     model.blocks[1] = plain(block_fn=vit.ParallelThingsBlock).blocks[1]
     with pytest.raises(UnsupportedArchitecture, match="different"):
         prisma.adapt(model)

@@ -383,7 +383,8 @@ REFUSED = {
     "its kind of pooling",
     "'avgmax' pooling",
     "a projection of more than one layer, or pooling, behind timm's model",
-    "no installed plugin adapts this type",  # a scripted model
+    "no installed plugin adapts this type; a hook map of your own can (docs/how-to-other-architectures.md), and "
+    "`prisma models --classes` lists the types that come through",  # a scripted model
 }
 WITHOUT_EFFECT = {
     "a number, or a list of one": {".nonscalar_logit_scale"},

@@ -11,7 +11,7 @@ from torch import nn
 from prisma_core.adapter import Adapter, Reader
 from prisma_core.hookmap import HookMap
 from prisma_core.layout import TokenLayout
-from prisma_core.reading import linear_rows, norm_rows, same_for_all
+from prisma_core.reading import each_its_own, linear_rows, norm_rows, same_for_all
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec, PoolSpec
 from prisma_core.weights import WeightMap
 from prisma_timm import blocks, common, latents
@@ -98,7 +98,7 @@ class VisionTransformerAdapter(Adapter):
             rows += common.HEAD_HOOKS
         if spec.pool.kind == "attention":
             rows += latents.pool_hooks(upstream.attn_pool, "attn_pool")
-        rows += same_for_all(upstream, [blocks.block_hooks(block) for block in upstream.blocks])
+        rows += each_its_own([blocks.block_hooks(block) for block in upstream.blocks])
         latent_heads = spec.pool.attn.n_heads if spec.pool.attn else 1
         return HookMap.parse(rows, h=spec.blocks[0].attn.n_heads, n=latent_heads)
 
