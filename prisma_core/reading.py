@@ -39,7 +39,9 @@ def same_for_all(upstream: Reader, tables: Sequence[str]) -> str:
 
 
 def each_its_own(tables: Sequence[str]) -> str:
-    """Return one table of all blocks', numbered, for blocks that are built of different modules."""
+    """Return the table that all blocks have, or all of theirs, numbered, where they are built of different modules."""
+    if len(set(tables)) == 1:
+        return tables[0]
     return "".join(table.replace("{l}", str(number)) for number, table in enumerate(tables))
 
 
