@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from loopback import Hub, serving
+from models import image, in_float64, make, variant, vit  # noqa: F401  # fixtures of every room
 
 # Workers share the cores, and the models are tiny: more threads only wait for each other.
 torch.set_num_threads(1)

@@ -7,9 +7,9 @@ logits, cache = model.run_with_cache(model.preprocess("cat.jpg"))
 cache["pattern", 3], cache["resid_post", -1]
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from prisma_core.cache import ActivationCache
 from prisma_core.errors import (
     HookError,
     InputError,
@@ -21,24 +21,25 @@ from prisma_core.errors import (
     UnsupportedArchitecture,
     WeightMapError,
 )
-from prisma_core.hooked import Hooked
-from prisma_core.hooks import HookContext, HookPoint
-from prisma_core.hookspecs import hookimpl
-from prisma_core.layout import TokenLayout
-from prisma_core.saved import save
+from prisma_core.hooks.cache import ActivationCache
+from prisma_core.hooks.model import HookedModel
+from prisma_core.hooks.point import HookContext, HookPoint
+from prisma_core.hooks.tokens import TokenLayout
+from prisma_core.plugin.hookspecs import hookimpl
+from prisma_core.saving.folder import save
 from prisma_core.spec import ModelSpec
 from prisma_core.transformer import HookedViT
 from prisma_core.zoo import adapt, export, load
 
 if TYPE_CHECKING:
-    from prisma_core.conformance import check
+    from collections.abc import Callable
+
+    check: Callable[..., Any]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "check":  # the kit is large, and most who import the core never ask for it
-        from prisma_core.conformance import check
-
-        return check
+    if name == "check":  # the conformance kit is a plugin, imported when it is used
+        return importlib.import_module("prisma_conformance").check
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -49,7 +50,7 @@ __all__ = [
     "save",
     "check",
     "HookedViT",
-    "Hooked",
+    "HookedModel",
     "ActivationCache",
     "ModelSpec",
     "TokenLayout",

@@ -5,15 +5,12 @@ from __future__ import annotations
 import copy as copying
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from prisma_core.adapter import Adapter, MapAdapter, Reader, qualified_name, read_spec
-from prisma_core.contract import ask
 from prisma_core.errors import (
     InputError,
     LoadError,
@@ -21,34 +18,21 @@ from prisma_core.errors import (
     PluginError,
     UnknownName,
     WeightMapError,
+    ask,
 )
-from prisma_core.hooked import Hooked
-from prisma_core.hookmap import HookMap
-from prisma_core.keywords import check_keywords, keywords
-from prisma_core.mapped import HookedUpstream, own_copy
-from prisma_core.plugins import host
-from prisma_core.saved import SPEC, assign, load_folder, tensors_of, with_own_stem
-from prisma_core.sources import Loaded, Source
+from prisma_core.hooks.keywords import check_keywords, keywords
+from prisma_core.hooks.model import HookedModel
+from prisma_core.maps.places import HookMap
+from prisma_core.maps.reader import Reader, qualified_name
+from prisma_core.maps.weights import Origin, WeightMap
+from prisma_core.plugin.adapter import Adapter, MapAdapter, read_spec
+from prisma_core.plugin.host import host
+from prisma_core.plugin.source import Loaded, Source
+from prisma_core.saving.folder import SPEC, assign, load_folder, tensors_of, with_own_stem
 from prisma_core.spec import DualSpec, MapSpec, ModelSpec, TextSpec
-from prisma_core.transformer import Canonical, HookedDual, HookedText, build
+from prisma_core.transformer import HookedDual, HookedText, ZooModel, build
 from prisma_core.transformer.every import lacking
-from prisma_core.weights import WeightMap
-
-
-@dataclass
-class Origin:
-    """Where an adapted model came from: what ``export`` needs.
-
-    Attributes:
-        upstream: upstream's tensors by name; without data where the weight map can make them again.
-        persistent: the names in upstream's state dict.
-    """
-
-    kind: str
-    adapter: Adapter = field(repr=False)
-    map: WeightMap = field(repr=False)
-    upstream: dict[str, Tensor] = field(repr=False)
-    persistent: list[str] = field(repr=False)
+from prisma_core.upstream.model import HookedUpstream, copy_module
 
 
 def load(
@@ -57,7 +41,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     **options: Any,
-) -> Hooked:
+) -> HookedModel:
     """Return the model a reference names, hooked.
 
     Args:
@@ -71,14 +55,14 @@ def load(
         PluginError: the source's library is not installed.
         UnsupportedArchitecture: the model has something the canonical transformer cannot represent.
     """
-    name, rest = parted(reference)
+    name, rest = split_reference(reference)
     if name == "file":
         check_keywords("file:", options, ())
         model = load_folder(Path(rest))
     else:
         loaded = _loaded(host().source(name), rest, options)
-        model = loaded.model if isinstance(loaded.model, Hooked) else adapt(loaded.model, copy=False)
-        if isinstance(model, Canonical):
+        model = loaded.model if isinstance(loaded.model, HookedModel) else adapt(loaded.model, copy=False)
+        if isinstance(model, ZooModel):
             model.preprocess = loaded.preprocess or model.preprocess
             model.labels = loaded.labels or model.labels
             model.reference = reference
@@ -108,7 +92,7 @@ def _loaded(source: Source, rest: str, options: dict[str, Any]) -> Loaded:
         raise
 
 
-def parted(reference: str) -> tuple[str, str]:
+def split_reference(reference: str) -> tuple[str, str]:
     """Return a reference's source and the rest.
 
     Raises:
@@ -135,7 +119,7 @@ def parted(reference: str) -> tuple[str, str]:
     )
 
 
-def adapt(upstream: nn.Module, *, copy: bool = True) -> Canonical:
+def adapt(upstream: nn.Module, *, copy: bool = True) -> ZooModel:
     """Return a hooked model that computes what ``upstream`` computes in evaluation.
 
     Args:
@@ -154,12 +138,12 @@ def adapt(upstream: nn.Module, *, copy: bool = True) -> Canonical:
     return adapt_with(host().adapter(upstream), upstream, copy=copy)
 
 
-def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> Canonical:
+def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> ZooModel:
     """Return what ``adapt`` returns, with an adapter given by hand."""
     if isinstance(adapter, MapAdapter):
         facts = read_spec(adapter, Reader(upstream), MapSpec)
         rows = ask(adapter, "table", Reader(upstream), gives=HookMap)
-        return HookedUpstream(own_copy(upstream, copy=copy), rows, facts, adapter.output)
+        return HookedUpstream(copy_module(upstream, copy=copy), rows, facts, adapter.output)
     spec = read_spec(adapter, Reader(upstream), (ModelSpec, TextSpec, DualSpec))
     stem = ask(adapter, "stem", Reader(upstream), spec, gives=(nn.Module, type(None)))
     table = ask(adapter, "weights", Reader(upstream), spec, gives=WeightMap)
@@ -187,7 +171,6 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> C
     needed = _not_invertible(table, tensors) | (set(tensors) - set(persistent))
     model.origin = Origin(
         qualified_name(upstream),
-        adapter,
         table,
         {
             name: tensor.detach().clone() if name in needed else tensor.detach().to("meta")
@@ -202,7 +185,7 @@ def _not_invertible(table: WeightMap, tensors: Mapping[str, Tensor]) -> set[str]
     return {name for name in tensors if table.reason_to_ignore(name) is not None} | table.function_sources(tensors)
 
 
-def export(model: Canonical) -> dict[str, Tensor]:
+def export(model: ZooModel) -> dict[str, Tensor]:
     """Return upstream's own state dict with the model's present weights: the weight map run backwards.
 
     Raises:
@@ -212,7 +195,7 @@ def export(model: Canonical) -> dict[str, Tensor]:
     """
     if isinstance(model, HookedUpstream):
         return model.export()
-    if (beyond := model.beyond_spec()) is not None:
+    if (beyond := model.unsaved_behaviour()) is not None:
         raise NotApplicable(f"This model {beyond}, which upstream's weights cannot hold; export the original.")
     if model.origin is None:
         raise LoadError("This model was not adapted from an upstream one, so there is nothing to export to. Use save.")

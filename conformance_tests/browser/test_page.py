@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from prisma_core import HookedViT, ModelSpec, TokenLayout
-from prisma_core.preprocess import Preprocess
+from prisma_core.inputs import Preprocess
 from prisma_core.spec import AttentionSpec, BlockSpec, EmbedSpec, MlpSpec, NormSpec, PoolSpec
 
 if TYPE_CHECKING:

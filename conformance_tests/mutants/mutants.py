@@ -13,17 +13,18 @@ import timm
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from prisma_conformance import Case, Pictures
+from prisma_conformance.subject import Subject
 from torch import Tensor, nn
 
 from prisma_core import HookedViT, HookPoint, ModelSpec
-from prisma_core.adapter import Adapter, Reader
-from prisma_core.conformance import Case, Pictures
-from prisma_core.conformance.subject import Subject
-from prisma_core.hookmap import HookMap
-from prisma_core.plugins import host
-from prisma_core.preprocess import Preprocess
-from prisma_core.rules import Rule
-from prisma_core.weights import WeightMap
+from prisma_core.inputs import Preprocess
+from prisma_core.maps.places import HookMap
+from prisma_core.maps.reader import Reader
+from prisma_core.maps.rule import Rule
+from prisma_core.maps.weights import WeightMap
+from prisma_core.plugin.adapter import Adapter
+from prisma_core.plugin.host import host
 from prisma_core.zoo import adapt_with
 
 # -------------------------------------------------------------------- models to break

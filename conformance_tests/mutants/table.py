@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from prisma_conformance import Pictures
 from torch import nn
 
 from prisma_core import HookedViT
-from prisma_core.conformance import Pictures
-from prisma_core.hookmap import HookMap
+from prisma_core.maps.places import HookMap
 from prisma_core.spec import NormSpec
 
 from .mutants import (

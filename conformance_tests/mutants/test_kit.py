@@ -7,10 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import prisma_core as prisma
-from prisma_core import PrismaError, UnknownName
-from prisma_core.conformance import (
+from prisma_conformance import (
     CHECKS,
     Certificate,
     CheckFailed,
@@ -22,12 +19,15 @@ from prisma_core.conformance import (
     select,
     write_certificates,
 )
-from prisma_core.conformance.pytest import summary
-from prisma_core.conformance.run import subjects
-from prisma_core.conformance.subject import worst
-from prisma_core.conformance.table import supported, write_table
-from prisma_core.conformance.tolerances import FLOAT64
-from prisma_core.plugins import host
+from prisma_conformance.pytest import summary
+from prisma_conformance.report.table import supported, write_table
+from prisma_conformance.run import subjects
+from prisma_conformance.subject import worst
+from prisma_conformance.tolerances import FLOAT64
+
+import prisma_core as prisma
+from prisma_core import PrismaError, UnknownName
+from prisma_core.plugin.host import host
 from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec, NormSpec, TextPoolSpec, TextSpec
 from prisma_core.transformer import HookedText
 
@@ -119,7 +119,7 @@ def test_the_suite_s_options_stand_beside_those_of_others(pytester: pytest.Pytes
             for name in ("--device", "--dtype"):
                 parser.addoption(name)
     """
-    pytester.makeconftest("pytest_plugins = ['prisma_core.conformance.pytest']")
+    pytester.makeconftest("pytest_plugins = ['prisma_conformance.pytest']")
     pytester.makepyfile(theirs=theirs, test_it="def test_it(request): assert request.config.option.device == 'iPhone'")
     pytester.syspathinsert()
     given = ("--device", "iPhone", "--conformance-device", "cpu", "--conformance-dtype", "float32")

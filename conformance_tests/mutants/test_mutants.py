@@ -6,13 +6,13 @@ import re
 
 import pytest
 import torch
+from prisma_conformance import CHECKS, diagnose
+from prisma_conformance.doctor.diagnosis import examine
+from prisma_conformance.run import run_check
+from prisma_conformance.subject import Subject
 
 from prisma_core import ModelSpec
-from prisma_core.conformance import CHECKS, diagnose
-from prisma_core.conformance.doctor import examine
-from prisma_core.conformance.run import run_check
-from prisma_core.conformance.subject import Subject
-from prisma_core.hookmap import HookMap
+from prisma_core.maps.places import HookMap
 from prisma_core.spec import NormSpec
 
 pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from prisma_conformance.randomise import randomise
 from torch import Tensor, nn
 
 import prisma_core as prisma
-from prisma_core.conformance.randomise import randomise
-from prisma_core.transformer import Canonical
+from prisma_core.transformer import ZooModel
 from prisma_core.zoo import tensors_of
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed: pip install 'prisma-interp[clip]'")
@@ -48,7 +48,7 @@ def of_timm() -> Any:
     return timm.create_model("vit_base_patch32_clip_quickgelu_224", num_classes=EMBED, **sizes).double().eval()
 
 
-def filled(upstream: nn.Module, weights: dict[str, Tensor]) -> Canonical:
+def filled(upstream: nn.Module, weights: dict[str, Tensor]) -> ZooModel:
     """Return a hooked model of upstream with canonical weights, put into upstream's own layout on the way."""
     empty = prisma.adapt(upstream)
     assert empty.origin is not None

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from prisma_conformance.randomise import randomise
 from safetensors.torch import save_file
 from torch import Tensor
 
 import prisma_core as prisma
 from prisma_core import LoadError, UnknownName
-from prisma_core.conformance.randomise import randomise
 from prisma_core.transformer import HookedDual
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed: pip install 'prisma-interp[clip]'")

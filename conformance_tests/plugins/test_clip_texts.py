@@ -19,7 +19,7 @@ from torch import Tensor
 
 import prisma_core as prisma
 from prisma_core import LoadError, PluginError
-from prisma_core.companions import Lost
+from prisma_core.saving.companions import Lost
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed: pip install 'prisma-interp[clip]'")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

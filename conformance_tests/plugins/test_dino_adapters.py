@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from prisma_conformance.randomise import randomise
 from prisma_dino.cases import V2, V3, build
 from prisma_dino.dinov2 import Dinov2Adapter
 from prisma_dino.dinov3 import Dinov3Adapter
@@ -16,12 +17,11 @@ from torch import nn
 
 import prisma_core as prisma
 from prisma_core import ModelSpec, UnsupportedArchitecture
-from prisma_core.adapter import Reader
-from prisma_core.conformance.randomise import randomise
 from prisma_core.errors import InputError
-from prisma_core.plugins import host
+from prisma_core.maps.reader import Reader
+from prisma_core.maps.weights import WeightMap
+from prisma_core.plugin.host import host
 from prisma_core.spec import PoolSpec
-from prisma_core.weights import WeightMap
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install prisma-interp[hf]")
 

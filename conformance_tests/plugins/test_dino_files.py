@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from prisma_conformance.randomise import randomise
 from prisma_dino.meta import Architecture, MetaViT
 from prisma_dino.meta_cases import SECOND, SMALL, THIRD, build
 from torch import Tensor
 
 import prisma_core as prisma
 from prisma_core import InputError, UnsupportedArchitecture
-from prisma_core.conformance.randomise import randomise
 from prisma_core.errors import LoadError
 
 RESIZED_WITH_REGISTERS = {"registers": 2, "antialias": True, "offset": 0.0}

@@ -9,13 +9,13 @@ from typing import Any
 import prisma_dino
 import pytest
 import torch
+from prisma_conformance.randomise import randomise
 from prisma_dino.meta import Architecture, MetaViT
 from prisma_dino.meta_cases import SECOND, SMALL, THIRD, build
 from torch import Tensor, nn
 
 import prisma_core as prisma
 from prisma_core import HookedViT, InputError
-from prisma_core.conformance.randomise import randomise
 from prisma_core.errors import LoadError
 
 WIDTH = SMALL["width"]

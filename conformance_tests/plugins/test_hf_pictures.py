@@ -13,8 +13,8 @@ import torch
 
 import prisma_core as prisma
 from prisma_core import InputError, LoadError
-from prisma_core.companions import Kept
-from prisma_core.preprocess import Preprocess, probe
+from prisma_core.inputs import Preprocess, probe
+from prisma_core.saving.companions import Kept
 
 transformers = pytest.importorskip("transformers", reason="transformers is missing: pip install 'prisma-interp[hf]'")
 pytest.importorskip("torchvision", reason="torchvision is missing: pip install 'prisma-interp[hf]'")

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from prisma_conformance.randomise import randomise
 from safetensors.torch import load_file, save_file
 
 import prisma_core as prisma
 from prisma_core import InputError, LoadError, UnknownName, UnsupportedArchitecture
-from prisma_core.conformance.randomise import randomise
 
 transformers = pytest.importorskip("transformers", reason="transformers is missing: pip install 'prisma-interp[hf]'")
 

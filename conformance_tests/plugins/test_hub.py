@@ -11,7 +11,8 @@ from loopback import Hub
 from safetensors.torch import save_file
 
 import prisma_core as prisma
-from prisma_core import LoadError, UnknownName, hub
+from prisma_core import LoadError, UnknownName
+from prisma_core.files import hub
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 

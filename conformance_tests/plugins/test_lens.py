@@ -22,8 +22,7 @@ from prisma_lens import (
 from torch import Tensor
 
 from prisma_core import HookedViT, InputError, ModelSpec, NotApplicable, TokenLayout, UnknownName
-from prisma_core.hookmap import HookMap
-from prisma_core.mapped import HookedUpstream
+from prisma_core.maps.places import HookMap
 from prisma_core.spec import (
     AttentionSpec,
     BlockSpec,
@@ -40,6 +39,7 @@ from prisma_core.spec import (
     TextSpec,
 )
 from prisma_core.transformer import HookedDual, HookedText
+from prisma_core.upstream.model import HookedUpstream
 
 ANY_SIZE = Interpolation()
 EXACT = {"rtol": 1e-10, "atol": 1e-10}

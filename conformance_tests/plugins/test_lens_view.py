@@ -25,8 +25,9 @@ from prisma_view.symbols import FALLBACK, symbol
 
 import prisma_core as prisma
 from prisma_core import HookedViT, InputError, ModelSpec, NotApplicable, PluginError, TokenLayout
-from prisma_core.cli import main
-from prisma_core.preprocess import Preprocess
+from prisma_core.cli.app import main
+from prisma_core.inputs import Preprocess
+from prisma_core.inputs.video import VideoPreprocess
 from prisma_core.spec import (
     AttentionSpec,
     BlockSpec,
@@ -39,7 +40,6 @@ from prisma_core.spec import (
     TextSpec,
 )
 from prisma_core.transformer import build
-from prisma_core.video import VideoPreprocess
 
 LABELS = ("🔴 red circle", "🟦 blue square", "tabby, tabby cat", "<script>&", "qwertyuiop")
 
@@ -431,7 +431,7 @@ def test_what_the_page_lacks_is_told_in_the_terminal(
     assert told.count("Without") == 1
 
 
-def towers() -> prisma.Hooked:
+def towers() -> prisma.HookedModel:
     block = model().spec.blocks[0]
     text = TextSpec(
         d_model=12, n_ctx=4, n_vocab=9, blocks=(block,), causal=True, pool=TextPoolSpec(kind="argmax"), n_classes=5

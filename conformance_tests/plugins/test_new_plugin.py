@@ -14,8 +14,8 @@ import pytest
 from torch import nn
 
 from prisma_core import UnsupportedArchitecture
-from prisma_core.adapter import Reader
-from prisma_core.cli import main
+from prisma_core.cli.app import main
+from prisma_core.maps.reader import Reader
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "plugin" / "example"
 
@@ -89,7 +89,7 @@ def test_its_own_suite_passes_in_a_fresh_environment(
 
 def test_its_commands_in_a_fresh_environment(environment: Environment, tmp_path: Path) -> None:
     commands = [["plugins"], ["check", "torchvision:vit_b_16"], ["check", "made_up:tiny"]]
-    code = f"import sys; from prisma_core.cli import main; sys.exit(max(main(line) for line in {commands}))"
+    code = f"import sys; from prisma_core.cli.app import main; sys.exit(max(main(line) for line in {commands}))"
     told = environment.run("-c", code, cwd=tmp_path)
     rows = {line.split()[0]: line for line in told.splitlines() if line.strip()}
     assert "prisma-torchvision 0.1.0" in rows["torchvision"]

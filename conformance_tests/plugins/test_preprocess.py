@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prisma_core.preprocess import Preprocess
+from prisma_core.inputs import Preprocess
 
 pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from prisma_conformance.randomise import randomise
 from prisma_registers import (
     Neuron,
     attention_to,
@@ -24,11 +25,9 @@ from torch import Tensor
 
 import prisma_core as prisma
 from prisma_core import HookedViT, InputError, ModelSpec, NotApplicable, TokenLayout
-from prisma_core.cli import main
-from prisma_core.conformance.randomise import randomise
-from prisma_core.hookmap import HookMap
-from prisma_core.mapped import HookedUpstream
-from prisma_core.plugins import host
+from prisma_core.cli.app import main
+from prisma_core.maps.places import HookMap
+from prisma_core.plugin.host import host
 from prisma_core.spec import (
     AttentionSpec,
     BlockSpec,
@@ -44,6 +43,7 @@ from prisma_core.spec import (
     TextSpec,
 )
 from prisma_core.transformer import HookedDual, build
+from prisma_core.upstream.model import HookedUpstream
 from prisma_core.zoo import tensors_of
 
 LN = NormSpec(eps=1e-3)
@@ -297,7 +297,7 @@ def test_weights_are_shared_and_other_sizes_still_work() -> None:
         assert bare.blocks[1].mlp.fc_in.weight.data_ptr() == model.blocks[1].mlp.fc_in.weight.data_ptr()
         larger = torch.randn(1, 3, 20, 16).double()
         bare(larger)
-        assert bare.layout_of(larger).rows == 5
+        assert bare.layout_for(larger).rows == 5
 
 
 @torch.no_grad()

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from prisma_conformance.run import check
 from torch import nn
 
 import prisma_core as prisma
-from prisma_core.conformance.case import Case
-from prisma_core.conformance.run import check
 from prisma_core.errors import UnsupportedArchitecture, WeightMapError
+from prisma_core.plugin.case import Case
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 

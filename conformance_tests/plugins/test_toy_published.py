@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from loopback import Hub
+from prisma_conformance.pytest import suite
 from prisma_toy.cases import shapes
 from torch import Tensor
 from torch.nn import functional
 
 import prisma_core as prisma
 from prisma_core import HookedViT, InputError, LoadError, UnknownName
-from prisma_core.conformance.pytest import suite
 
 test_conformance = suite("toy")
 

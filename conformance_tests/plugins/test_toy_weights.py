@@ -16,7 +16,7 @@ from prisma_toy.training import Config
 
 import prisma_core as prisma
 from prisma_core import HookedViT, InputError, UnknownName
-from prisma_core.plugins import host
+from prisma_core.plugin.host import host
 
 BUNDLED = bundled()
 CONFIGS = {name: Config.model_validate_json((folder / CONFIG).read_text()) for name, folder in BUNDLED.items()}

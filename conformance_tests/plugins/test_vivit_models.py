@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from prisma_conformance import check
+from prisma_conformance.randomise import randomise
 from torch import Tensor, nn
 
 import prisma_core as prisma
 from prisma_core import HookedViT, InputError, ModelSpec, UnknownName, UnsupportedArchitecture
-from prisma_core.conformance import check
-from prisma_core.conformance.randomise import randomise
-from prisma_core.mapped import HookedUpstream
-from prisma_core.plugins import host
+from prisma_core.inputs.video import VideoPreprocess
+from prisma_core.maps.weights import WeightMap
+from prisma_core.plugin.host import host
 from prisma_core.spec import PoolSpec, RopeCount
-from prisma_core.video import VideoPreprocess
-from prisma_core.weights import WeightMap
+from prisma_core.upstream.model import HookedUpstream
 
 transformers: Any = pytest.importorskip(
     "transformers", reason="transformers is not installed: pip install 'prisma-interp[video]'"
@@ -218,7 +218,7 @@ def test_vjepa2_takes_other_lengths_and_sizes(frames: int, size: tuple[int, int]
     x = video(upstream, frames, size)
     model = prisma.adapt(upstream)
     torch.testing.assert_close(model(x), upstream(x).last_hidden_state, rtol=0, atol=1e-10)
-    assert model.layout_of(x).frames == frames // 2
+    assert model.layout_for(x).frames == frames // 2
 
 
 # ---------------------------------------------------------------- V-JEPA 2's predictor

@@ -15,10 +15,10 @@ from pydantic import ValidationError
 
 import prisma_core as prisma
 from prisma_core import InputError, LoadError
-from prisma_core.cli import main
+from prisma_core.cli.app import main
 from prisma_core.errors import PluginError
-from prisma_core.preprocess import Preprocess
-from prisma_core.video import VideoPreprocess, evenly, read_preprocess, read_video
+from prisma_core.inputs import Preprocess
+from prisma_core.inputs.video import VideoPreprocess, evenly, read_preprocess, read_video
 
 av = pytest.importorskip("av", reason="PyAV is not installed: pip install 'prisma-interp[video]'")
 N, HEIGHT, WIDTH = 20, 24, 32

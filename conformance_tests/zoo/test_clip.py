@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from prisma_conformance.pytest import suite
 
 from prisma_core import UnsupportedArchitecture, adapt
-from prisma_core.conformance.pytest import suite
-from prisma_core.plugins import host
+from prisma_core.plugin.host import host
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed: pip install 'prisma-interp[clip]'")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from prisma_conformance.subject import worst
 from prisma_dino.meta import Architecture, MetaViT
 from torch import Tensor, nn
 
 import prisma_core as prisma
-from prisma_core.conformance.subject import worst
-from prisma_core.transformer import Canonical
+from prisma_core.transformer import ZooModel
 
 MISSING = "it is not installed: pip install prisma-interp[all]"
 timm = pytest.importorskip("timm", reason=MISSING)
@@ -64,14 +64,14 @@ def without(state: State, *patterns: str) -> dict[str, Tensor]:
     return {name: x for name, x in state.items() if not any(re.search(pattern, name) for pattern in patterns)}
 
 
-def hooked(module: nn.Module, state: State) -> Canonical:
+def hooked(module: nn.Module, state: State) -> ZooModel:
     """Return the hooked form of a library's module with these weights, every one of them used."""
     module = module.double().eval()
     module.load_state_dict(dict(state), strict=True)
     return prisma.adapt(module)
 
 
-def agree(models: Mapping[str, Canonical], *inputs: Tensor, differ: Mapping[str, str] | None = None) -> int:
+def agree(models: Mapping[str, ZooModel], *inputs: Tensor, differ: Mapping[str, str] | None = None) -> int:
     """Compare every activation of every model with the first one's, name by name; return how many were compared.
 
     Args:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import prisma_dino
 import pytest
+from prisma_conformance.pytest import suite
 from prisma_dino.meta_adapter import V1, V2, V3
 
-from prisma_core.conformance.pytest import suite
-from prisma_core.plugins import host
+from prisma_core.plugin.host import host
 
 transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed: pip install 'prisma-interp[hf]'"

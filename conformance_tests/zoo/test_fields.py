@@ -20,17 +20,17 @@ from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
+from prisma_conformance import check, tolerances
+from prisma_conformance.pytest import COUNTS
+from prisma_conformance.randomise import randomise
+from prisma_conformance.subject import worst
 from torch import Tensor, nn
 
-from prisma_core.adapter import Adapter
-from prisma_core.conformance import check, tolerances
-from prisma_core.conformance.case import Case
-from prisma_core.conformance.pytest import COUNTS
-from prisma_core.conformance.randomise import randomise
-from prisma_core.conformance.subject import worst
 from prisma_core.errors import UnsupportedArchitecture
-from prisma_core.explicit import float64_softmax
-from prisma_core.plugins import host
+from prisma_core.plugin.adapter import Adapter
+from prisma_core.plugin.case import Case
+from prisma_core.plugin.host import host
+from prisma_core.toolbox.attention import float64_softmax
 from prisma_core.zoo import adapt, adapt_with
 
 transformers = pytest.importorskip("transformers", reason="transformers is missing: pip install 'prisma-interp[hf]'")

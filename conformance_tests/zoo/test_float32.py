@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from prisma_conformance.randomise import randomise
 
 import prisma_core as prisma
-from prisma_core.conformance.randomise import randomise
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 

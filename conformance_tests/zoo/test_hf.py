@@ -7,11 +7,11 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from prisma_conformance.pytest import suite
 from torch import nn
 
 from prisma_core import UnsupportedArchitecture, adapt
-from prisma_core.conformance.pytest import suite
-from prisma_core.plugins import host
+from prisma_core.plugin.host import host
 
 transformers = pytest.importorskip("transformers", reason="transformers is missing: pip install 'prisma-interp[hf]'")
 

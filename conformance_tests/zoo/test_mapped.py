@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from prisma_conformance import Case
+from prisma_conformance.pytest import suite
 
 import prisma_core as prisma
-from prisma_core.conformance import Case
-from prisma_core.conformance.pytest import suite
-from prisma_core.mapped import HookedUpstream
-from prisma_core.plugins import host
+from prisma_core.plugin.host import host
+from prisma_core.upstream.model import HookedUpstream
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 

@@ -24,14 +24,15 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from prisma_conformance import tolerances
+from prisma_conformance.checks.tensors import fingerprint
+from prisma_conformance.subject import worst
 from torch import Tensor, nn
 
 import prisma_core as prisma
-from prisma_core.conformance import tolerances
-from prisma_core.conformance.subject import worst
-from prisma_core.conformance.tensors import fingerprint
 from prisma_core.errors import UnsupportedArchitecture
-from prisma_core.explicit import float64_softmax
+from prisma_core.plugin.host import host
+from prisma_core.toolbox.attention import float64_softmax
 from prisma_core.transformer import HookedDual
 from prisma_core.zoo import tensors_of
 
@@ -304,8 +305,7 @@ class Base:
                 raise
             return Verdict("not run", f"{type(error).__name__}: {error}")
         made = (model.vision(image), model.text(tokens), model(image, tokens))
-        assert model.origin is not None
-        called = model.origin.adapter.call(upstream, image, tokens)  # by its own forward
+        called = host().adapter(upstream).call(upstream, image, tokens)  # by its own forward
         error = max(worst(a, b) for a, b in zip((*made, called), (*wanted, wanted[2]), strict=True))
         if error <= (tolerances.FLOAT64 if image.dtype == torch.float64 else IN_FLOAT32):
             return Verdict("agrees", "", mattered)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from prisma_conformance.pytest import suite
 
 from prisma_core import UnsupportedArchitecture, adapt
-from prisma_core.conformance.pytest import suite
-from prisma_core.plugins import host
+from prisma_core.plugin.host import host
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 

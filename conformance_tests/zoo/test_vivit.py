@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-
-from prisma_core.conformance.pytest import suite
+from prisma_conformance.pytest import suite
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'prisma-interp[video]'")
 

@@ -11,9 +11,9 @@ from prisma_clip.hf_towers import TOWERS as HF_TOWERS
 from prisma_clip.source import OpenClipSource
 from prisma_clip.towers import DualAdapter, TextAdapter, TimmAdapter, VisionAdapter
 from prisma_core import hookimpl
-from prisma_core.adapter import Adapter
-from prisma_core.conformance.case import Case
-from prisma_core.sources import Source
+from prisma_core.plugin.adapter import Adapter
+from prisma_core.plugin.case import Case
+from prisma_core.plugin.source import Source
 
 
 @hookimpl

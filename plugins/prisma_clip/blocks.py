@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from prisma_clip.common import IDENTITY, activation, norm
-from prisma_core.adapter import Reader
-from prisma_core.reading import linear_rows, norm_rows, same_for_all
+from prisma_core.maps.reader import Reader
 from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec
+from prisma_core.toolbox.rows import linear_rows, norm_rows, same_for_all
 
 BLOCK = "open_clip.transformer.ResidualAttentionBlock"
 CUSTOM_BLOCK = "open_clip.transformer.CustomResidualAttentionBlock"

@@ -13,13 +13,13 @@ from typing import Any
 
 import open_clip
 import torch
+from prisma_conformance.registry import CHECKS
 from torch import nn
 
-from prisma_core.adapter import MapAdapter
-from prisma_core.conformance.case import Case, Pictures
-from prisma_core.conformance.registry import CHECKS
 from prisma_core.errors import UnsupportedArchitecture
-from prisma_core.plugins import host
+from prisma_core.plugin.adapter import MapAdapter
+from prisma_core.plugin.case import Case, Pictures
+from prisma_core.plugin.host import host
 
 HEADS, WIDTH, GRID = 3, 16, (2, 3)  # heads, the width of one, rows and columns of patches
 EMBED = HEADS * WIDTH  # timm's towers without a projection embed by their own width

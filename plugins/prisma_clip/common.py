@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prisma_core.adapter import Reader
+from prisma_core.maps.reader import Reader
 from prisma_core.spec import Activation, EmbedSpec, Interpolation, NormSpec
 
 IDENTITY = "torch.nn.modules.linear.Identity"

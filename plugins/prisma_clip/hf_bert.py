@@ -10,11 +10,11 @@ from torch import Tensor
 
 from prisma_clip.common import IDENTITY, LINEAR, activation, norm, norm_hooks
 from prisma_clip.hf_parts import Tower, models
-from prisma_core.adapter import Reader
-from prisma_core.hookmap import HookMap
-from prisma_core.reading import linear_rows, masks_as_built, norm_rows
+from prisma_core.maps.places import HookMap
+from prisma_core.maps.reader import Reader
+from prisma_core.maps.weights import WeightMap
 from prisma_core.spec import AnySpec, AttentionSpec, BlockSpec, MlpSpec, TextPoolSpec, TextSpec
-from prisma_core.weights import WeightMap
+from prisma_core.toolbox.rows import linear_rows, masks_as_built, norm_rows
 
 BLOCKS_HOOKS = """
     {at}.attention.self.query : in       ->  blocks.{l}.hook_resid_pre

@@ -12,11 +12,12 @@ from prisma_clip.common import LINEAR
 from prisma_clip.hf_bert import through
 from prisma_clip.hf_parts import IGNORED, Tower, eager, models, pixels, texts
 from prisma_clip.hf_towers import TOWERS
-from prisma_core.adapter import Adapter, Reader
-from prisma_core.hookmap import HookMap
-from prisma_core.reading import linear_rows
+from prisma_core.maps.places import HookMap
+from prisma_core.maps.reader import Reader
+from prisma_core.maps.weights import WeightMap
+from prisma_core.plugin.adapter import Adapter
 from prisma_core.spec import AnySpec, DualSpec, ModelSpec, TextSpec
-from prisma_core.weights import WeightMap
+from prisma_core.toolbox.rows import linear_rows
 
 
 class Projected(Adapter):

@@ -11,10 +11,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from prisma_clip.common import LINEAR, activation, norm
-from prisma_core.adapter import Adapter, Reader
-from prisma_core.explicit import eager_attention, multihead_attention, switched
-from prisma_core.reading import linear_rows, masks_as_built, norm_rows, same_for_all
+from prisma_core.maps.reader import Reader
+from prisma_core.plugin.adapter import Adapter
 from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec, TextPoolSpec, TextSpec
+from prisma_core.toolbox.attention import eager_attention, multihead_attention, switched
+from prisma_core.toolbox.rows import linear_rows, masks_as_built, norm_rows, same_for_all
 
 IGNORED = {
     "*.config": "facts are read from the modules that it built",

@@ -6,10 +6,10 @@ from prisma_clip.blocks import mha, mha_hooks
 from prisma_clip.common import activation, norm, norm_hooks, patches
 from prisma_clip.hf_bert import AltText, ChineseText
 from prisma_clip.hf_parts import BLOCKS_HOOKS, Tower, blocks, blocks_rows, models
-from prisma_core.adapter import Reader
-from prisma_core.hookmap import HookMap
-from prisma_core.layout import TokenLayout
-from prisma_core.reading import linear_rows, norm_rows
+from prisma_core.hooks.tokens import TokenLayout
+from prisma_core.maps.places import HookMap
+from prisma_core.maps.reader import Reader
+from prisma_core.maps.weights import WeightMap
 from prisma_core.spec import (
     AnySpec,
     EmbedSpec,
@@ -20,7 +20,7 @@ from prisma_core.spec import (
     TextPoolSpec,
     TextSpec,
 )
-from prisma_core.weights import WeightMap
+from prisma_core.toolbox.rows import linear_rows, norm_rows
 
 BICUBIC = Interpolation(antialias=False, in_float32=False)
 BILINEAR = Interpolation(mode="bilinear", in_float32=True)  # in float32 on the CPU alone, where antialiasing needs it

@@ -6,12 +6,12 @@ import torch
 
 from prisma_clip.blocks import MHA, block, blocks_hooks, blocks_rows, mha, mha_hooks
 from prisma_clip.common import matrix_rows, norm, norm_hooks, patches
-from prisma_core.adapter import Reader
-from prisma_core.hookmap import HookMap
-from prisma_core.layout import TokenLayout
-from prisma_core.reading import linear_rows, norm_rows
+from prisma_core.hooks.tokens import TokenLayout
+from prisma_core.maps.places import HookMap
+from prisma_core.maps.reader import Reader
+from prisma_core.maps.weights import WeightMap
 from prisma_core.spec import ModelSpec, NormSpec, PoolSpec, TextPoolSpec, TextSpec
-from prisma_core.weights import WeightMap
+from prisma_core.toolbox.rows import linear_rows, norm_rows
 
 IGNORED = {
     "*.grad_checkpointing": "saves memory in training; the numbers are the same",

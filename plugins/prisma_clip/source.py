@@ -11,9 +11,9 @@ from torch import nn
 from prisma_clip import texts
 from prisma_clip.building import CONFIG, create, create_from, fill, preprocess, read_config, set_preprocessing
 from prisma_clip.texts import Tokenizer
-from prisma_core.conformance.case import Case
 from prisma_core.errors import LoadError, UnknownName, suggest
-from prisma_core.sources import Loaded, ModelInfo, Source
+from prisma_core.plugin.case import Case
+from prisma_core.plugin.source import Loaded, ModelInfo, Source
 
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
@@ -135,7 +135,7 @@ def _from_config(path: Path, checkpoint: str, pretrained: bool, options: dict[st
 
 
 def _fetched(name: str, tag: str) -> Path:
-    from prisma_core.hub import fetch
+    from prisma_core.files.hub import fetch
 
     reference = f"open_clip:{name}@{tag}"
     hub = _tag(name, tag).get("hf_hub", "")

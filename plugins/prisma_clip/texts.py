@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from prisma_core.adapter import qualified_name
 from prisma_core.errors import LoadError, PluginError
+from prisma_core.maps.reader import qualified_name
 
 FACTS, FILES = "tokenizer.json", "files"
 SIMPLE, OF_TRANSFORMERS = "open_clip.tokenizer.SimpleTokenizer", "open_clip.tokenizer.HFTokenizer"
@@ -60,7 +60,7 @@ class Tokenizer:
         folder = self.folder or (Path(name) if Path(name).is_dir() else None)
         if folder is not None:
             return _of_files(folder, facts)
-        from prisma_core.hub import asking, cached, reach
+        from prisma_core.files.hub import asking, cached, reach
 
         reference = f"the tokenizer of {self.of}, {name},"
         if cached(name, ["tokenizer_config.json", "tokenizer.json"]) is None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from prisma_clip.common import IDENTITY, LINEAR
-from prisma_core.adapter import Adapter, MapAdapter, Reader
 from prisma_core.errors import PluginError, UnsupportedArchitecture
-from prisma_core.hookmap import HookMap
-from prisma_core.plugins import host
-from prisma_core.reading import linear_rows
+from prisma_core.maps.places import HookMap
+from prisma_core.maps.reader import Reader
+from prisma_core.maps.weights import WeightMap
+from prisma_core.plugin.adapter import Adapter, MapAdapter
+from prisma_core.plugin.host import host
 from prisma_core.spec import ModelSpec
-from prisma_core.weights import WeightMap
+from prisma_core.toolbox.rows import linear_rows
 
 IGNORED = {
     "TimmModel.image_size": "read from the trunk",

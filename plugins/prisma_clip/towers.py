@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from prisma_clip import native, timm_tower
 from prisma_clip.hf_bert import OpenClipText
-from prisma_core.adapter import Adapter, Reader
-from prisma_core.explicit import multihead_attention
-from prisma_core.hookmap import HookMap
+from prisma_core.maps.places import HookMap
+from prisma_core.maps.reader import Reader
+from prisma_core.maps.weights import WeightMap
+from prisma_core.plugin.adapter import Adapter
 from prisma_core.spec import AnySpec, DualSpec, ModelSpec, TextSpec
-from prisma_core.weights import WeightMap
+from prisma_core.toolbox.attention import multihead_attention
 
 VISION = "open_clip.transformer.VisionTransformer"
 TEXT = "open_clip.transformer.TextTransformer"

@@ -6,9 +6,9 @@ import importlib.util
 from collections.abc import Sequence
 
 from prisma_core import hookimpl
-from prisma_core.adapter import Adapter
-from prisma_core.conformance.case import Case
-from prisma_core.sources import Source
+from prisma_core.plugin.adapter import Adapter
+from prisma_core.plugin.case import Case
+from prisma_core.plugin.source import Source
 from prisma_dino.dinov2 import Dinov2Adapter
 from prisma_dino.dinov3 import Dinov3Adapter
 from prisma_dino.heads import DinoHead, last_layers, linear_input, load_head, load_linear_head

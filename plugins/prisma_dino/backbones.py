@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from prisma_core.adapter import Reader
-from prisma_core.reading import ends_with_last_stage
+from prisma_core.maps.reader import Reader
 from prisma_core.spec import PoolSpec
+from prisma_core.toolbox.rows import ends_with_last_stage
 
 V3 = "DINOv3ViTBackbone"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from prisma_core.adapter import Reader
-from prisma_core.reading import linear_rows, masks_as_built
+from prisma_core.maps.reader import Reader
 from prisma_core.spec import Activation, AttentionSpec, BlockSpec, MlpSpec, NormSpec
+from prisma_core.toolbox.rows import linear_rows, masks_as_built
 
 LAYER_NORM = "torch.nn.modules.normalization.LayerNorm"
 LINEAR = "torch.nn.modules.linear.Linear"

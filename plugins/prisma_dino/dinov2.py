@@ -9,13 +9,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from prisma_core.adapter import Adapter, Reader
-from prisma_core.explicit import eager_attention
-from prisma_core.hookmap import HookMap
-from prisma_core.layout import TokenLayout
-from prisma_core.reading import plain_patches, same_for_all
+from prisma_core.hooks.tokens import TokenLayout
+from prisma_core.maps.places import HookMap
+from prisma_core.maps.reader import Reader
+from prisma_core.maps.weights import WeightMap
+from prisma_core.plugin.adapter import Adapter
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec, PoolSpec
-from prisma_core.weights import WeightMap
+from prisma_core.toolbox.attention import eager_attention
+from prisma_core.toolbox.rows import plain_patches, same_for_all
 from prisma_dino import backbones, blocks
 
 AT = "transformers.models"

@@ -18,7 +18,7 @@ from prisma_dino import state
 def last_layers(model: HookedViT, image: Tensor, n: int | Sequence[int] = 1, *, norm: bool = True) -> list[Tensor]:
     """Return all tokens behind the last blocks, in the order of the blocks: a list of ``[batch pos d_model]``.
 
-    ``model.layout_of(image)`` says which token is which. Gradients flow.
+    ``model.layout_for(image)`` says which token is which. Gradients flow.
 
     Args:
         n: how many of the last blocks, or which ones.

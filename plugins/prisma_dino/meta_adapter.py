@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from prisma_core.adapter import Adapter, Reader
-from prisma_core.hookmap import HookMap
-from prisma_core.layout import TokenLayout
-from prisma_core.reading import plain_patches, same_for_all
+from prisma_core.hooks.tokens import TokenLayout
+from prisma_core.maps.places import HookMap
+from prisma_core.maps.reader import Reader
+from prisma_core.maps.weights import WeightMap
+from prisma_core.plugin.adapter import Adapter
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec, PoolSpec, RopeGrid, RopeSpec
-from prisma_core.weights import WeightMap
+from prisma_core.toolbox.rows import plain_patches, same_for_all
 from prisma_dino import blocks, meta_blocks
 from prisma_dino.dinov2 import around_registers
 

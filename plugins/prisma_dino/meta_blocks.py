@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from prisma_core.adapter import Reader
-from prisma_core.reading import linear_rows
+from prisma_core.maps.reader import Reader
 from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec
+from prisma_core.toolbox.rows import linear_rows
 from prisma_dino import blocks
 
 BLOCKS = ("Block", "NestedTensorBlock", "SelfAttentionBlock")

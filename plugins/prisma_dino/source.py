@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from prisma_core.options import Pixels, read_options
-from prisma_core.preprocess import Preprocess
-from prisma_core.sources import Loaded, ModelInfo, Source
+from prisma_core.inputs import Preprocess
+from prisma_core.plugin.source import Loaded, ModelInfo, Source
+from prisma_core.toolbox.options import Pixels, read_options
 from prisma_dino import state
 from prisma_dino.meta import MetaViT
 

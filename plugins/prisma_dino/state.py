@@ -13,9 +13,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from prisma_core import options
 from prisma_core.errors import InputError, LoadError
-from prisma_core.files import check_axes, check_shapes, read_states
+from prisma_core.files.checkpoint import check_axes, check_shapes, read_states
+from prisma_core.toolbox import options
 from prisma_dino.meta import Architecture, MetaViT
 
 HEADS = re.compile(r"(?:dino_|ibot_)?head\..+")

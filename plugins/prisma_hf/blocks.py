@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from prisma_core.adapter import Reader
-from prisma_core.reading import linear_rows, masks_as_built, norm_rows
+from prisma_core.maps.reader import Reader
 from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec, NormSpec
+from prisma_core.toolbox.rows import linear_rows, masks_as_built, norm_rows
 from prisma_hf import parts
 from prisma_hf.names import BlockNames
 

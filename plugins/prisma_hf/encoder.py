@@ -9,12 +9,13 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from prisma_core.adapter import Adapter, Reader, qualified_name
-from prisma_core.hookmap import HookMap
-from prisma_core.layout import TokenLayout
-from prisma_core.reading import ends_with_last_stage, linear_rows, norm_rows, plain_patches
+from prisma_core.hooks.tokens import TokenLayout
+from prisma_core.maps.places import HookMap
+from prisma_core.maps.reader import Reader, qualified_name
+from prisma_core.maps.weights import WeightMap
+from prisma_core.plugin.adapter import Adapter
 from prisma_core.spec import EmbedSpec, ModelSpec, PoolSpec
-from prisma_core.weights import WeightMap
+from prisma_core.toolbox.rows import ends_with_last_stage, linear_rows, norm_rows, plain_patches
 from prisma_hf import bias, blocks, calling, parts, positions, rotary
 from prisma_hf import listed as lists
 from prisma_hf.classes import MODELS

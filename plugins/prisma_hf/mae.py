@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prisma_core.adapter import MapAdapter, Reader
-from prisma_core.hookmap import HookMap
-from prisma_core.reading import masks_as_built
+from prisma_core.maps.places import HookMap
+from prisma_core.maps.reader import Reader
+from prisma_core.plugin.adapter import MapAdapter
 from prisma_core.spec import MapSpec
+from prisma_core.toolbox.rows import masks_as_built
 from prisma_hf import parts
 
 PRETRAINING = "transformers.models.vit_mae.modeling_vit_mae.ViTMAEForPreTraining"

@@ -14,7 +14,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from transformers.utils import logging
 
 from prisma_core.errors import InputError, suggest
-from prisma_core.keywords import check_keywords, named
+from prisma_core.hooks.keywords import check_keywords, named
 
 UNKNOWN = re.compile(r"unexpected keyword argument '(\w+)'")
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from prisma_core.adapter import Reader
-from prisma_core.explicit import eager_attention, multihead_attention
+from prisma_core.maps.reader import Reader
 from prisma_core.spec import Activation, NormSpec
+from prisma_core.toolbox.attention import eager_attention, multihead_attention
 
 LAYER_NORM = "torch.nn.modules.normalization.LayerNorm"
 LINEAR = "torch.nn.modules.linear.Linear"

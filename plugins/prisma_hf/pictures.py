@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prisma_core.adapter import Reader
-from prisma_core.conformance.case import Pictures
 from prisma_core.errors import InputError, PrismaError
-from prisma_core.plugins import host
-from prisma_core.preprocess import SIZES, PicturePreprocess, Preprocess, probe
-from prisma_core.video import VideoPreprocess
+from prisma_core.inputs import SIZES, PicturePreprocess, Preprocess, probe
+from prisma_core.inputs.video import VideoPreprocess
+from prisma_core.maps.reader import Reader
+from prisma_core.plugin.case import Pictures
+from prisma_core.plugin.host import host
 from prisma_hf.making import BROKEN
 from prisma_hf.processors import Processed, Scale
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prisma_core.adapter import Reader
-from prisma_core.layout import TokenLayout
+from prisma_core.hooks.tokens import TokenLayout
+from prisma_core.maps.reader import Reader
 from prisma_core.spec import Interpolation
 from prisma_hf import bias, parts
 from prisma_hf.names import TowerNames

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prisma_core.errors import InputError, LoadError
-from prisma_core.preprocess import Picture, PicturePreprocess, open_picture, restored
+from prisma_core.inputs import Picture, PicturePreprocess, open_picture, restored
 from prisma_hf.making import brief
 from prisma_hf.packing import Packing, grid_of, packing
 

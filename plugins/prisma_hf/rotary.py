@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from prisma_core.adapter import Reader
-from prisma_core.layout import TokenLayout
+from prisma_core.hooks.tokens import TokenLayout
+from prisma_core.maps.reader import Reader
 from prisma_core.spec import RopeGrid, RopeSpec
 from prisma_hf import parts
 from prisma_hf.names import TowerNames

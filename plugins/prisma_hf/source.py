@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from prisma_core.conformance.case import Case
 from prisma_core.errors import LoadError, UnknownName, suggest
-from prisma_core.keywords import named
-from prisma_core.plugins import host
-from prisma_core.preprocess import PicturePreprocess
-from prisma_core.sources import Loaded, ModelInfo, Source
-from prisma_core.video import VideoPreprocess
+from prisma_core.hooks.keywords import named
+from prisma_core.inputs import PicturePreprocess
+from prisma_core.inputs.video import VideoPreprocess
+from prisma_core.plugin.case import Case
+from prisma_core.plugin.host import host
+from prisma_core.plugin.source import Loaded, ModelInfo, Source
 from prisma_hf import texts
 from prisma_hf.making import BROKEN, brief, fresh, of_class, unfit
 from prisma_hf.places import Place, place

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from prisma_core import ActivationCache, Hooked, HookedViT, ModelSpec, NotApplicable
+from prisma_core import ActivationCache, HookedModel, HookedViT, ModelSpec, NotApplicable
 from prisma_core.transformer import HookedDual, HookedText
 
 _NEEDED = ("hook_full_embed", "hook_pos_embed", "hook_ln_pre", "hook_attn_out", "hook_mlp_out")
@@ -34,7 +34,7 @@ class Attribution(NamedTuple):
     constant: Tensor
 
 
-def attribution_names(model: Hooked, *, sources: bool = False) -> list[str]:
+def attribution_names(model: HookedModel, *, sources: bool = False) -> list[str]:
     """Return what a cache must hold for the attributions of this model.
 
     Args:

@@ -11,8 +11,8 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from prisma_core import HookContext, Hooked, HookedViT, InputError
-from prisma_core.names import Query, layer_of
+from prisma_core import HookContext, HookedModel, HookedViT, InputError
+from prisma_core.hooks.query import Query, layer_of
 
 Metric: TypeAlias = Callable[[Tensor], Tensor]
 Positions: TypeAlias = "int | slice | Sequence[int] | None"
@@ -25,7 +25,7 @@ def logit_difference(higher: int, lower: int) -> Metric:
 
 
 def activation_patch(
-    model: Hooked,
+    model: HookedModel,
     clean: Tensor,
     other: Tensor | None,
     names: Query,
@@ -42,7 +42,7 @@ def activation_patch(
         model: what to run.
         clean: the image whose run is edited: ``[batch channel height width]``.
         other: the image whose activations are put in, as many as ``clean`` or one for all; None puts in zeros.
-        names: which activations, one at a time (see ``prisma_core.names``).
+        names: which activations, one at a time (see ``prisma_core.hooks.query``).
         metric: of logits ``[batch class]``, one number each ``[batch]`` or several ``[batch ...]``.
         pos: token positions to replace; None for all. Axes ``window query_pos`` count within each window.
         region: rows and columns to replace, each one or a slice, where the stream has axes ``row column``.
@@ -66,7 +66,7 @@ def activation_patch(
 
 
 def patch_heads(
-    model: Hooked,
+    model: HookedModel,
     clean: Tensor,
     other: Tensor | None,
     metric: Metric,
@@ -156,7 +156,7 @@ class _Patch:
         except (IndexError, TypeError) as error:  # torch's ways to say it
             raise InputError(
                 f"{self.name} is {list(rows.shape)} and has no such places ({error}): pos is a position, several, or a "
-                "slice. model.layout_of(image).slice('cls') says where a subset is."
+                "slice. model.layout_for(image).slice('cls') says where a subset is."
             ) from error
         if self.source is None:
             rows[self.part] = 0
@@ -182,7 +182,7 @@ def _part(axes: str, pos: Positions, head: int | None = None, region: Region = N
     return tuple(slice(None) if chosen.get(name) is None else chosen[name] for name in axes.split())
 
 
-def _source(model: Hooked, other: Tensor | None, names: Sequence[str]) -> dict[str, Tensor]:
+def _source(model: HookedModel, other: Tensor | None, names: Sequence[str]) -> dict[str, Tensor]:
     if other is None:
         return {}
     with torch.no_grad():
@@ -190,7 +190,7 @@ def _source(model: Hooked, other: Tensor | None, names: Sequence[str]) -> dict[s
     return dict(cache)
 
 
-def _streams(model: Hooked, clean: Tensor) -> dict[int, Tensor]:
+def _streams(model: HookedModel, clean: Tensor) -> dict[int, Tensor]:
     """Return the clean stream before each block, from where a run whose edits come later may start; or nothing.
 
     A pass that starts inside does not know the size of the picture, which rotary positions depend on.
@@ -205,7 +205,7 @@ def _streams(model: Hooked, clean: Tensor) -> dict[int, Tensor]:
 
 
 def _run(
-    model: Hooked,
+    model: HookedModel,
     clean: Tensor,
     patches: Sequence[_Patch],
     metric: Metric,

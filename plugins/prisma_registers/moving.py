@@ -43,7 +43,7 @@ class MovingViT(HookedViT):
             mlp, here = self.blocks[layer].mlp, tuple(move for move in self.moves if move.layer == layer)
             mlp.hook_post = _MovingPoint(mlp.hook_post, here, spec.layout.n_prefix)
 
-    def beyond_spec(self) -> str | None:
+    def unsaved_behaviour(self) -> str | None:
         return "moves neurons' activations from patches into registers at run time"
 
 

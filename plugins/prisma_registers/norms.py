@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import Tensor
 
 from prisma_core import HookedViT, InputError, NotApplicable, TokenLayout
-from prisma_core.captures import positions_of
+from prisma_core.hooks.capture import positions_of
 from prisma_core.transformer import HookedDual
 
 Tokens: TypeAlias = str | int | Sequence[int] | Tensor
@@ -117,7 +117,7 @@ def token_norms(
     for part in _batches(images, batch_size, progress, "norms"):
         _, cache = model.run_with_cache(part, names="resid_post", output=False)
         found.append(torch.stack([cache["resid_post", layer].norm(dim=-1) for layer in range(len(model.blocks))]))
-    return TokenNorms(torch.cat(found, dim=1), model.layout_of(images))
+    return TokenNorms(torch.cat(found, dim=1), model.layout_for(images))
 
 
 @torch.no_grad()
@@ -149,7 +149,7 @@ def attention_to(
     """
     check_vit(model)
     check_images(images)
-    layout = model.layout_of(images)
+    layout = model.layout_for(images)
     to, of = _positions(layout, keys), _positions(layout, queries)
     found: list[Tensor] = []
     for part in _batches(images, batch_size, progress, "attention"):

@@ -139,7 +139,7 @@ def _resized(model: HookedViT, drop: range, added: Tensor | None, moves: Iterabl
     """Return a model over the same weights with some tokens dropped, or added at the end of the prefix."""
     pool, layout = model.spec.pool, model.layout
     moved = (*(model.moves if isinstance(model, MovingViT) else ()), *moves)
-    if not isinstance(model, MovingViT) and (beyond := model.beyond_spec()):
+    if not isinstance(model, MovingViT) and (beyond := model.unsaved_behaviour()):
         raise NotApplicable(f"This model {beyond}, which would be lost with another number of registers.")
     if pool.with_prefix and pool.kind in ("avg", "attention"):
         raise NotApplicable(

@@ -6,9 +6,9 @@ import importlib.util
 from collections.abc import Sequence
 
 from prisma_core import hookimpl
-from prisma_core.adapter import Adapter
-from prisma_core.conformance.case import Case
-from prisma_core.sources import Source
+from prisma_core.plugin.adapter import Adapter
+from prisma_core.plugin.case import Case
+from prisma_core.plugin.source import Source
 from prisma_timm.beit import BeitAdapter
 from prisma_timm.convnext import ConvNeXtAdapter
 from prisma_timm.encoders import EncoderAdapter

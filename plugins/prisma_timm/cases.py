@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from prisma_core.adapter import Adapter, Reader, qualified_name
-from prisma_core.conformance.case import Case, Pictures
 from prisma_core.errors import UnsupportedArchitecture
+from prisma_core.maps.reader import Reader, qualified_name
+from prisma_core.plugin.adapter import Adapter
+from prisma_core.plugin.case import Case, Pictures
 from prisma_timm.mapping import FamilyMap
 
 HEADS, WIDTH, GRID = 3, 16, (3, 4)  # heads, the width of one, rows and columns of patches

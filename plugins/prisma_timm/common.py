@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from prisma_core.adapter import Reader
-from prisma_core.explicit import switched
-from prisma_core.reading import linear_rows, norm_rows, plain_patches
+from prisma_core.maps.reader import Reader
 from prisma_core.spec import Activation, AttentionSpec, EmbedSpec, Interpolation, MlpSpec, NormSpec, PoolSpec
+from prisma_core.toolbox.attention import switched
+from prisma_core.toolbox.rows import linear_rows, norm_rows, plain_patches
 
 LAYER_NORMS = ("torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm")
 LAYER_NORMS_FLOAT32 = ("timm.layers.norm.LayerNormFp32",)

@@ -8,12 +8,13 @@ from typing import ClassVar
 
 from torch import nn
 
-from prisma_core.adapter import Adapter, Reader
-from prisma_core.hookmap import HookMap
-from prisma_core.layout import TokenLayout
-from prisma_core.reading import linear_rows, norm_rows, same_for_all
+from prisma_core.hooks.tokens import TokenLayout
+from prisma_core.maps.places import HookMap
+from prisma_core.maps.reader import Reader
+from prisma_core.maps.weights import WeightMap
+from prisma_core.plugin.adapter import Adapter
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec
-from prisma_core.weights import WeightMap
+from prisma_core.toolbox.rows import linear_rows, norm_rows, same_for_all
 from prisma_timm import common, eva
 from prisma_timm import rope as ropes
 

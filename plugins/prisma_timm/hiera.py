@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from prisma_core.adapter import Reader
-from prisma_core.hookmap import HookMap
+from prisma_core.maps.places import HookMap
+from prisma_core.maps.reader import Reader
 from prisma_core.spec import MapSpec
 from prisma_timm import common, mapping
 

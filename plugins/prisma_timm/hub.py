@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from torch import hub as torch_hub
 from torch import nn
 
-from prisma_core import hub
 from prisma_core.errors import LoadError
+from prisma_core.files import hub
 
 
 def create_pretrained(reference: str, options: dict[str, Any]) -> nn.Module:

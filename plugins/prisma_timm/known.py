@@ -13,9 +13,9 @@ import timm
 import torch
 from timm.models import build_model_with_cfg  # pyright: ignore[reportUnknownVariableType]
 
-from prisma_core.adapter import Adapter
 from prisma_core.errors import InputError
-from prisma_core.keywords import check_keywords, keywords, named
+from prisma_core.hooks.keywords import check_keywords, keywords, named
+from prisma_core.plugin.adapter import Adapter
 from prisma_timm.cases import WithoutData, case
 
 BUILDER = "build_model_with_cfg"  # what timm's entry points hand a class and its arguments to

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from prisma_core.adapter import Reader
-from prisma_core.reading import linear_rows, norm_rows
+from prisma_core.maps.reader import Reader
 from prisma_core.spec import PoolSpec
+from prisma_core.toolbox.rows import linear_rows, norm_rows
 from prisma_timm.common import heads, mlp, mlp_hooks, mlp_rows, norm
 
 

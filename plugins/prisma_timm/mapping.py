@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from prisma_core.adapter import MapAdapter, Reader
+from prisma_core.maps.reader import Reader
+from prisma_core.plugin.adapter import MapAdapter
 from prisma_core.spec import MapSpec
 
 Claim = tuple[str, Tensor, Tensor]

@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from prisma_core.adapter import Adapter, Reader
-from prisma_core.hookmap import HookMap
-from prisma_core.layout import TokenLayout
-from prisma_core.reading import norm_rows, plain_patches, same_for_all
+from prisma_core.hooks.tokens import TokenLayout
+from prisma_core.maps.places import HookMap
+from prisma_core.maps.reader import Reader
+from prisma_core.maps.weights import WeightMap
+from prisma_core.plugin.adapter import Adapter
 from prisma_core.spec import BlockSpec, EmbedSpec, Interpolation, ModelSpec
-from prisma_core.weights import WeightMap
+from prisma_core.toolbox.rows import norm_rows, plain_patches, same_for_all
 from prisma_timm import blocks, common, eva, latents
 from prisma_timm import rope as ropes
 

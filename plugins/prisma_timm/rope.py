@@ -9,8 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from prisma_core.adapter import Reader
-from prisma_core.layout import TokenLayout
+from prisma_core.hooks.tokens import TokenLayout
+from prisma_core.maps.reader import Reader
 from prisma_core.spec import RopeGrid, RopeSpec
 from prisma_timm import functions
 

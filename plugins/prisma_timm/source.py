@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from prisma_core.conformance.case import Case
 from prisma_core.errors import LoadError, UnknownName, suggest
-from prisma_core.files import check_shapes, read_checkpoint
-from prisma_core.preprocess import Preprocess
-from prisma_core.sources import Loaded, ModelInfo, Source
+from prisma_core.files.checkpoint import check_shapes, read_checkpoint
+from prisma_core.inputs import Preprocess
+from prisma_core.plugin.case import Case
+from prisma_core.plugin.source import Loaded, ModelInfo, Source
 
 RESIZE = {"center": "shortest", "squash": "squash", "border": "longest"}
 

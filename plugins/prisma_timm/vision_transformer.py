@@ -8,12 +8,13 @@ from typing import ClassVar
 
 from torch import nn
 
-from prisma_core.adapter import Adapter, Reader
-from prisma_core.hookmap import HookMap
-from prisma_core.layout import TokenLayout
-from prisma_core.reading import each_its_own, linear_rows, norm_rows, same_for_all
+from prisma_core.hooks.tokens import TokenLayout
+from prisma_core.maps.places import HookMap
+from prisma_core.maps.reader import Reader
+from prisma_core.maps.weights import WeightMap
+from prisma_core.plugin.adapter import Adapter
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec, PoolSpec
-from prisma_core.weights import WeightMap
+from prisma_core.toolbox.rows import linear_rows, norm_rows, per_block_table, same_for_all
 from prisma_timm import blocks, common, latents
 
 DISTILLED = "timm.models.deit.VisionTransformerDistilled"
@@ -98,7 +99,7 @@ class VisionTransformerAdapter(Adapter):
             rows += common.HEAD_HOOKS
         if spec.pool.kind == "attention":
             rows += latents.pool_hooks(upstream.attn_pool, "attn_pool")
-        rows += each_its_own([blocks.block_hooks(block) for block in upstream.blocks])
+        rows += per_block_table([blocks.block_hooks(block) for block in upstream.blocks])
         latent_heads = spec.pool.attn.n_heads if spec.pool.attn else 1
         return HookMap.parse(rows, h=spec.blocks[0].attn.n_heads, n=latent_heads)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from prisma_core import ModelSpec, TokenLayout
-from prisma_core.adapter import Adapter, Reader
-from prisma_core.hookmap import HookMap
+from prisma_core.maps.places import HookMap
+from prisma_core.maps.reader import Reader
+from prisma_core.maps.weights import WeightMap
+from prisma_core.plugin.adapter import Adapter
 from prisma_core.spec import AnySpec, AttentionSpec, BlockSpec, EmbedSpec, MlpSpec, NormSpec, PoolSpec
-from prisma_core.weights import WeightMap
 
 WEIGHTS = """
     embed.proj.{*}            ->  embed.proj.{*}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from prisma_core import HookedViT, InputError, ModelSpec, TokenLayout
-from prisma_core.preprocess import Preprocess
+from prisma_core.inputs import Preprocess
 from prisma_core.spec import AttentionSpec, BlockSpec, EmbedSpec, MlpSpec, NormSpec, PoolSpec
 from prisma_toy.tasks import Task
 

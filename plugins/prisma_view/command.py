@@ -14,8 +14,8 @@ from rich.console import Console
 import prisma_core as prisma
 import prisma_view
 from prisma_core import HookedViT, InputError
-from prisma_core.plugins import host
-from prisma_core.preprocess import open_picture
+from prisma_core.inputs import open_picture
+from prisma_core.plugin.host import host
 from prisma_core.transformer import HookedDual
 
 DEFAULT = "toy:scenes-3l"

@@ -23,8 +23,8 @@ from prisma_lens import (
 from torch import Tensor
 
 from prisma_core import HookedViT, InputError, NotApplicable, TokenLayout
-from prisma_core.names import layer_of
-from prisma_core.preprocess import open_picture
+from prisma_core.hooks.query import layer_of
+from prisma_core.inputs import open_picture
 from prisma_view.symbols import Symbol, symbol
 
 SHOWN = 8

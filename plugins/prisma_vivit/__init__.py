@@ -6,9 +6,9 @@ import importlib.util
 from collections.abc import Sequence
 
 from prisma_core import hookimpl
-from prisma_core.adapter import Adapter
-from prisma_core.conformance.case import Case
-from prisma_core.video import VideoPreprocess, read_video
+from prisma_core.inputs.video import VideoPreprocess, read_video
+from prisma_core.plugin.adapter import Adapter
+from prisma_core.plugin.case import Case
 from prisma_vivit.processing import preprocess_of
 from prisma_vivit.refused import DecoderRefused
 from prisma_vivit.timesformer import TimesformerAdapter

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from prisma_core.adapter import Adapter, Reader
-from prisma_core.explicit import eager_attention
+from prisma_core.inputs.video import VideoPreprocess
+from prisma_core.maps.reader import Reader
+from prisma_core.plugin.adapter import Adapter
 from prisma_core.spec import ModelSpec
-from prisma_core.video import VideoPreprocess
+from prisma_core.toolbox.attention import eager_attention
 from prisma_vivit.processing import preprocess_of
 
 

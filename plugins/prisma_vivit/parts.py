@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from prisma_core.adapter import Reader
-from prisma_core.layout import TokenLayout
-from prisma_core.reading import masks_as_built
+from prisma_core.hooks.tokens import TokenLayout
+from prisma_core.maps.reader import Reader
 from prisma_core.spec import Activation, AttentionSpec, EmbedSpec, NormSpec
+from prisma_core.toolbox.rows import masks_as_built
 
 ACTIVATIONS: dict[str, Activation] = {
     "transformers.activations.GELUActivation": "gelu",

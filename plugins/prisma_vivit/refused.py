@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from prisma_core.adapter import Reader, Refusal
 from prisma_core.errors import UnsupportedArchitecture
+from prisma_core.maps.reader import Reader
+from prisma_core.plugin.adapter import Refusal
 
 
 class DecoderRefused(Refusal):

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from prisma_core.adapter import Reader
-from prisma_core.hookmap import HookMap
-from prisma_core.reading import linear_rows
+from prisma_core.maps.places import HookMap
+from prisma_core.maps.reader import Reader
+from prisma_core.maps.weights import WeightMap
 from prisma_core.spec import BlockSpec, MlpSpec, ModelSpec, PoolSpec
-from prisma_core.weights import WeightMap
+from prisma_core.toolbox.rows import linear_rows
 from prisma_vivit import parts
 from prisma_vivit.base import VideoAdapter
 

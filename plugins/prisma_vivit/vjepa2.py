@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from prisma_core.adapter import Reader
-from prisma_core.hookmap import HookMap
-from prisma_core.reading import linear_rows
+from prisma_core.maps.places import HookMap
+from prisma_core.maps.reader import Reader
+from prisma_core.maps.weights import WeightMap
 from prisma_core.spec import BlockSpec, Interpolation, MlpSpec, ModelSpec, PoolSpec, RopeCount, RopeSpec
+from prisma_core.toolbox.rows import linear_rows
 from prisma_core.transformer.rope import count_tables
-from prisma_core.weights import WeightMap
 from prisma_vivit import parts
 from prisma_vivit.base import VideoAdapter
 

@@ -9,12 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from prisma_core.adapter import MapAdapter, Reader
-from prisma_core.explicit import eager_attention
-from prisma_core.hookmap import HookMap
-from prisma_core.layout import TokenLayout
+from prisma_core.hooks.tokens import TokenLayout
+from prisma_core.inputs.video import VideoPreprocess
+from prisma_core.maps.places import HookMap
+from prisma_core.maps.reader import Reader
+from prisma_core.plugin.adapter import MapAdapter
 from prisma_core.spec import MapSpec
-from prisma_core.video import VideoPreprocess
+from prisma_core.toolbox.attention import eager_attention
 from prisma_vivit import parts
 from prisma_vivit.mapping import Acts, Claim, how, square_rows
 from prisma_vivit.processing import preprocess_of

@@ -1,39 +1,26 @@
-"""The proof that a mapped model computes what its upstream computes, and that its hooks are live.
+"""The old import path of the conformance kit, which is ``prisma_conformance`` now; gone with the next release."""
 
-from prisma_core.conformance import check
+import importlib
+import sys
+import warnings
 
-report = check("timm:vit_tiny_patch16_224")
-report.passed, report.failures
-"""
-
-from prisma_core.conformance.case import Case, Pictures
-from prisma_core.conformance.doctor import Diagnosis, diagnose
-from prisma_core.conformance.randomise import randomise
-from prisma_core.conformance.registry import CHECKS, Check, select
-from prisma_core.conformance.results import (
-    Certificate,
-    CheckFailed,
-    CheckResult,
-    Report,
-    read_certificates,
-    write_certificates,
+warnings.warn(
+    "prisma_core.conformance is prisma_conformance now: import from there. The old path goes with the next release.",
+    DeprecationWarning,
+    stacklevel=2,
 )
-from prisma_core.conformance.run import check
+_kit = importlib.import_module("prisma_conformance")
+# Modules of the kit that third-party test suites import by name.
+for _old, _new in {
+    "case": "prisma_core.plugin.case",
+    "pytest": "prisma_conformance.pytest",
+    "randomise": "prisma_conformance.randomise",
+    "registry": "prisma_conformance.registry",
+    "run": "prisma_conformance.run",
+    "subject": "prisma_conformance.subject",
+}.items():
+    sys.modules[f"{__name__}.{_old}"] = importlib.import_module(_new)
 
-__all__ = [
-    "check",
-    "diagnose",
-    "Case",
-    "Pictures",
-    "Report",
-    "Certificate",
-    "CheckResult",
-    "CheckFailed",
-    "Diagnosis",
-    "CHECKS",
-    "Check",
-    "select",
-    "randomise",
-    "read_certificates",
-    "write_certificates",
-]
+
+def __getattr__(name: str) -> object:
+    return getattr(_kit, name)

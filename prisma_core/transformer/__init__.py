@@ -1,9 +1,9 @@
 """The canonical transformers, from small parts."""
 
+from prisma_core.model import ZooModel
 from prisma_core.transformer.build import build
-from prisma_core.transformer.canonical import Canonical
 from prisma_core.transformer.dual import HookedDual
 from prisma_core.transformer.text import HookedText
 from prisma_core.transformer.vit import HookedViT
 
-__all__ = ["Canonical", "HookedDual", "HookedText", "HookedViT", "build"]
+__all__ = ["ZooModel", "HookedDual", "HookedText", "HookedViT", "build"]

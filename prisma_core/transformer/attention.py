@@ -10,7 +10,7 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from prisma_core.hooks import HookPoint
+from prisma_core.hooks.point import HookPoint
 from prisma_core.spec import AttentionSpec, RopeSpec
 from prisma_core.transformer.norm import Norm
 from prisma_core.transformer.rope import Layout, rotate

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from prisma_core.hooks import HookPoint
+from prisma_core.hooks.point import HookPoint
 from prisma_core.spec import BlockSpec, RopeSpec
 from prisma_core.transformer.attention import Attention, HeadInputs, Rope
 from prisma_core.transformer.mlp import MLP

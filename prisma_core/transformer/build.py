@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from prisma_core.model import ZooModel
 from prisma_core.spec import AnySpec, DualSpec, ModelSpec
-from prisma_core.transformer.canonical import Canonical
 from prisma_core.transformer.dual import HookedDual
 from prisma_core.transformer.text import HookedText
 from prisma_core.transformer.vit import HookedViT
 
 
-def build(spec: AnySpec, stem: nn.Module | None = None) -> Canonical:
+def build(spec: AnySpec, stem: nn.Module | None = None) -> ZooModel:
     """Return the model of a spec, its weights not yet loaded.
 
     Args:

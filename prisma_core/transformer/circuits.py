@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from prisma_core.errors import NotApplicable
-from prisma_core.factored import FactoredMatrix
+from prisma_core.transformer.factored import FactoredMatrix
 
 if TYPE_CHECKING:
     from prisma_core.transformer.attention import Attention

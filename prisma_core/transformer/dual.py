@@ -10,19 +10,53 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from prisma_core.companions import Absent
-from prisma_core.errors import InputError
-from prisma_core.hooks import HookPoint, unshared
-from prisma_core.layout import TokenLayout
-from prisma_core.preprocess import Picture, PicturePreprocess
+from prisma_core.errors import InputError, UnknownName, suggest
+from prisma_core.hooks.cache import ActivationCache
+from prisma_core.hooks.point import HookPoint, copy_if_cached
+from prisma_core.hooks.tokens import TokenLayout
+from prisma_core.inputs import Picture, PicturePreprocess
+from prisma_core.inputs.video import VideoPreprocess
+from prisma_core.model import Absent, Size, ZooModel
 from prisma_core.spec import DualSpec
-from prisma_core.transformer.canonical import Canonical, Size
+from prisma_core.transformer.stream import StreamCache
 from prisma_core.transformer.text import HookedText, Tokenizer, tokens_of
 from prisma_core.transformer.vit import HookedViT
-from prisma_core.video import VideoPreprocess
 
 
-class HookedDual(Canonical):
+class DualCache(ActivationCache):
+    """A cache of a pair of towers."""
+
+    def _no_stream(self) -> str:
+        return (
+            "Decompositions read one transformer, and this cache is of a pair of towers. Take the part that is of one: "
+            "cache.tower('vision') or cache.tower('text')."
+        )
+
+    def tower(self, name: str) -> StreamCache:
+        """Return the part of the cache that is of one tower of its model, under the tower's own names.
+
+        It is what ``model.vision.run_with_cache`` would have returned, and has its decompositions.
+
+        Args:
+            name: ``vision`` or ``text``.
+
+        Raises:
+            UnknownName: there is no such tower.
+        """
+        towers = cast("HookedDual", self.model).towers()
+        names = [prefix.removesuffix(".") for prefix in towers]
+        if name not in names:
+            raise UnknownName(f"No tower {name!r}; there are {', '.join(names)}.{suggest(name, names)}")
+        tower, prefix = towers[f"{name}."], f"{name}."
+        store = {each.removeprefix(prefix): x for each, x in self.store.items() if each.startswith(prefix)}
+        axes = {each.removeprefix(prefix): x for each, x in self.axes.items() if each.startswith(prefix)}
+        source: dict[str, Any] = {"tokens": self.tokens} if tower.layout_for() is None else {"layout": self.layout}
+        cache = StreamCache(store, axes=axes, model=tower, has_batch_dim=self.has_batch_dim, pos=self.pos, **source)
+        cache.gradients = None if self.gradients is None else cast("DualCache", self.gradients).tower(name)
+        return cache
+
+
+class HookedDual(ZooModel):
     """A vision and a text tower, and how alike what they say is.
 
     Each tower is a model of its own: ``model.vision``, ``model.text``. Hook points of the whole begin with their
@@ -36,6 +70,7 @@ class HookedDual(Canonical):
     """
 
     spec: DualSpec
+    cache_type = DualCache
 
     def __init__(self, spec: DualSpec, stem: nn.Module | None = None):
         super().__init__()
@@ -67,13 +102,13 @@ class HookedDual(Canonical):
         if "vision" in self._modules:  # the base sets it before there is a tower
             self.vision.preprocess = value
 
-    def layout_of(self, *inputs: Any) -> TokenLayout:
-        return self.vision.layout_of(*inputs)
+    def layout_for(self, *inputs: Any) -> TokenLayout:
+        return self.vision.layout_for(*inputs)
 
-    def texts_of(self, *inputs: Any, **kwargs: Any) -> Tensor | None:
+    def tokens_in(self, *inputs: Any, **kwargs: Any) -> Tensor | None:
         return inputs[1] if len(inputs) > 1 else kwargs.get("tokens")
 
-    def towers(self) -> Mapping[str, Canonical]:
+    def towers(self) -> Mapping[str, ZooModel]:
         return {"vision.": self.vision, "text.": self.text}
 
     def companions(self) -> Mapping[str, Callable[[Any], Tensor]]:
@@ -111,7 +146,7 @@ class HookedDual(Canonical):
         logits = seen @ read.T * self.logit_scale.exp()
         if self.spec.logit_bias:
             logits = logits + self.logit_bias
-        return unshared(self.hook_logits(logits))
+        return copy_if_cached(self.hook_logits(logits))
 
     def encode_image(self, image: Tensor | Picture | Sequence[Picture]) -> Float[Tensor, "batch d_embed"]:
         """Return unit vectors ``[batch d_embed]`` of pictures, or of the tensor the model takes.

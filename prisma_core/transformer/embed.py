@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError
-from prisma_core.layout import TokenLayout
+from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec
 from prisma_core.transformer.norm import norm_or_identity
 

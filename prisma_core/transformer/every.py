@@ -7,7 +7,8 @@ from functools import cache
 
 import torch
 
-from prisma_core.layout import TokenLayout
+from prisma_core.hooks.tokens import TokenLayout
+from prisma_core.model import ZooModel
 from prisma_core.spec import (
     AttentionSpec,
     BlockSpec,
@@ -20,12 +21,11 @@ from prisma_core.spec import (
     TextPoolSpec,
     TextSpec,
 )
-from prisma_core.transformer.canonical import Canonical
 from prisma_core.transformer.text import HookedText
 from prisma_core.transformer.vit import HookedViT
 
 
-def lacking(model: Canonical) -> frozenset[str]:
+def lacking(model: ZooModel) -> frozenset[str]:
     """Return the hook points that a canonical model might have, had it every part; ``{l}`` for each number."""
     return frozenset(prefix + name for prefix in model.towers() for name in _every())
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from prisma_core.hooks import HookPoint
+from prisma_core.hooks.point import HookPoint
 from prisma_core.spec import Activation, MlpSpec
 from prisma_core.transformer.norm import norm_or_identity
 

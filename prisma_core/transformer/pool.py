@@ -8,7 +8,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from prisma_core.hooks import HookPoint
+from prisma_core.hooks.point import HookPoint
 from prisma_core.spec import AttentionSpec, PoolSpec
 from prisma_core.transformer.mlp import MLP
 from prisma_core.transformer.norm import norm_or_identity

@@ -11,14 +11,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from prisma_core.errors import InputError
-from prisma_core.hooks import HookPoint, unshared
+from prisma_core.errors import InputError, NotApplicable
+from prisma_core.hooks.point import HookPoint, copy_if_cached
+from prisma_core.model import Size, check_place, layer_index
 from prisma_core.spec import TextPoolSpec, TextSpec
 from prisma_core.transformer.block import STREAM, make_block
-from prisma_core.transformer.canonical import Canonical, Size, check_place, layer_index
-from prisma_core.transformer.circuits import Circuits
 from prisma_core.transformer.mlp import MLP
 from prisma_core.transformer.norm import norm_or_identity
+from prisma_core.transformer.stream import StreamCache
+from prisma_core.transformer.stream.readout import Readout
+from prisma_core.transformer.tower import Tower
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
 # What tells tokenizers apart: case, accents, other scripts, spaces, what is cut and what fills up.
@@ -42,7 +44,7 @@ class TokenEmbed(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(spec.n_tokens + int(spec.pos_by_text), spec.d_model))
 
 
-class HookedText(Circuits, Canonical):
+class HookedText(Tower):
     """A text transformer whose every inside can be read and replaced.
 
     Args:
@@ -52,7 +54,8 @@ class HookedText(Circuits, Canonical):
         tokenizer: from texts to tokens ``[text pos]``; set by whoever loaded the model.
     """
 
-    spec: TextSpec
+    spec: TextSpec  # pyright: ignore[reportIncompatibleVariableOverride]  # set once
+    cache_type = StreamCache
 
     def __init__(self, spec: TextSpec):
         super().__init__()
@@ -126,7 +129,23 @@ class HookedText(Circuits, Canonical):
         mask = self._mask(tokens)
         for index in range(layer_index(stop_at_layer, len(self.blocks), len(self.blocks))):
             x = self.blocks[index](x, None, mask)
-        return unshared(x if stop_at_layer is not None else self.unembed(x, tokens))
+        return copy_if_cached(x if stop_at_layer is not None else self.unembed(x, tokens))
+
+    def readouts(self, store: Mapping[str, Tensor], *, n_tokens: int | None, tokens: Tensor | None) -> list[Readout]:
+        if self.spec.head is not None:
+            raise NotApplicable(
+                "This model's head is an MLP, so its output is no sum over components of the stream. decompose_resid, "
+                "stack_head_results and accumulated_resid hold all the same."
+            )
+        head = self.head if self.spec.n_classes is not None else None
+        if self.spec.pool.kind == "none":
+            return [Readout(head, ())]
+        if tokens is None:
+            raise NotApplicable(
+                "Which token the model reads depends on the text, which this cache does not know. Give it: "
+                "cache.tokens = tokens."
+            )
+        return [Readout(head, (self.shares(tokens.to(self.embed.W_E.device)),))]
 
     def positions(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "*batch pos d_model"]:
         """Return the position embedding of each token, for one text where all have the same."""
@@ -157,7 +176,7 @@ class HookedText(Circuits, Canonical):
         eye = torch.eye(tokens.shape[1] + int(self.spec.suffix), device=tokens.device, dtype=self.embed.W_E.dtype)
         return pool_tokens(self.spec.pool, eye.expand(len(tokens), -1, -1), tokens, self.spec.pad_id)
 
-    def texts_of(self, *inputs: Any, **kwargs: Any) -> Tensor | None:
+    def tokens_in(self, *inputs: Any, **kwargs: Any) -> Tensor | None:
         return next(iter(inputs), kwargs.get("tokens"))
 
     def _mask(self, tokens: Tensor) -> Bool[Tensor, "#batch 1 query_pos key_pos"] | None:

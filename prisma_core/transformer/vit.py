@@ -10,22 +10,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from prisma_core.errors import InputError
-from prisma_core.hooks import HookPoint, unshared
-from prisma_core.layout import TokenLayout
-from prisma_core.preprocess import tried
+from prisma_core.errors import InputError, NotApplicable
+from prisma_core.hooks.point import HookPoint, copy_if_cached
+from prisma_core.hooks.tokens import TokenLayout
+from prisma_core.inputs import tried
+from prisma_core.model import Size, check_place, layer_index
 from prisma_core.spec import ModelSpec, RopeCount
 from prisma_core.transformer.attention import Rope
 from prisma_core.transformer.block import STREAM, make_block
-from prisma_core.transformer.canonical import Canonical, Size, check_place, layer_index
-from prisma_core.transformer.circuits import Circuits
 from prisma_core.transformer.embed import Embed, Grid, check_image, native_grid, native_shape
 from prisma_core.transformer.norm import norm_or_identity
 from prisma_core.transformer.pool import Pool
 from prisma_core.transformer.rope import count_tables, grid_tables
+from prisma_core.transformer.stream import StreamCache
+from prisma_core.transformer.stream.readout import Readout, latent
+from prisma_core.transformer.tower import Tower
 
 
-class HookedViT(Circuits, Canonical):
+class HookedViT(Tower):
     """A vision transformer whose every inside can be read and replaced; it takes pictures, or videos.
 
     Args:
@@ -33,7 +35,8 @@ class HookedViT(Circuits, Canonical):
         stem: upstream's own stem module, for specs whose stem is opaque.
     """
 
-    spec: ModelSpec
+    spec: ModelSpec  # pyright: ignore[reportIncompatibleVariableOverride]  # set once
+    cache_type = StreamCache
 
     def __init__(self, spec: ModelSpec, stem: nn.Module | None = None):
         super().__init__()
@@ -74,7 +77,7 @@ class HookedViT(Circuits, Canonical):
         """The token layout at the native size."""
         return self.spec.layout
 
-    def layout_of(self, *inputs: Any) -> TokenLayout:
+    def layout_for(self, *inputs: Any) -> TokenLayout:
         embed, rank = self.spec.embed, 4 if self.spec.embed.tubelet is None else 5
         image = next((given for given in inputs if isinstance(given, Tensor) and given.ndim == rank), None)
         if image is None:
@@ -84,7 +87,7 @@ class HookedViT(Circuits, Canonical):
         return self.spec.layout.model_copy(update={"frames": frames, "rows": rows, "columns": columns})
 
     @property
-    def only_layout(self) -> TokenLayout | None:
+    def fixed_layout(self) -> TokenLayout | None:
         fixed = self.spec.embed.interpolation is None and not self.spec.embed.any_length
         return self.spec.layout if fixed else None
 
@@ -142,7 +145,7 @@ class HookedViT(Circuits, Canonical):
                 x = self.hook_ln_pre(self.ln_pre(x))
         else:
             check_place("stream", image, self.embed.first_weight)
-            x = unshared(image)
+            x = copy_if_cached(image)
             grid = grid or native_grid(self.spec)
             if x.ndim != 3 or x.shape[-1] != self.spec.d_model:
                 raise InputError(
@@ -158,7 +161,7 @@ class HookedViT(Circuits, Canonical):
         tables = self._rope_tables(grid)
         for index in range(first, last):
             x = self.blocks[index](x, self._rope(index, tables))
-        return unshared(x if stop_at_layer is not None else self.unembed(x))
+        return copy_if_cached(x if stop_at_layer is not None else self.unembed(x))
 
     def _embedded(self, image: Tensor) -> tuple[Tensor, Grid]:
         patches, grid = self.embed.patches(image)
@@ -181,6 +184,36 @@ class HookedViT(Circuits, Canonical):
             second = self.hook_pooled_dist(x[:, self.spec.layout.cls])
             pooled = (pooled + (self.head_dist(second) if self.spec.n_classes is not None else second)) / 2
         return self.hook_logits(pooled)
+
+    def readout_names(self) -> list[str]:
+        if self.spec.pool.attn is None:
+            return []
+        return ["pool.attn.hook_pattern", *(["pool.hook_mlp_out"] if self.spec.pool.mlp else [])]
+
+    def readouts(self, store: Mapping[str, Tensor], *, n_tokens: int | None, tokens: Tensor | None) -> list[Readout]:
+        spec, pool, n_prefix = self.spec, self.spec.pool, self.spec.layout.n_prefix
+        heads = [self.head, *([self.head_dist] if spec.n_heads_out == 2 else [])] if spec.n_classes else [None]
+        if pool.attn is not None:
+            pattern, added = store["pool.attn.hook_pattern"], store.get("pool.hook_mlp_out")
+            if pattern.shape[-3] != pool.attn.n_heads:
+                raise NotApplicable(f"pool.attn.hook_pattern holds {pattern.shape[-3]} heads: cache all of them.")
+            share = latent(pattern, pool.latents)
+            share = share if pool.with_prefix else nn.functional.pad(share, (n_prefix, 0))
+            return [Readout(heads[0], (share,), self.pool.attn, None if added is None else latent(added, pool.latents))]
+        if pool.kind in ("none", "patches"):
+            return [Readout(heads[0], ())]
+        if n_tokens is None:
+            raise NotApplicable("The cache has no token layout, so what the model pools is not known.")
+        first, second, mean = (next(self.parameters()).new_zeros(n_tokens) for _ in range(3))
+        first[0] = 1
+        averaged = slice(0 if pool.with_prefix else n_prefix, None)
+        mean[averaged] = 1 / len(range(n_tokens)[averaged])
+        if spec.n_heads_out == 2:
+            second[spec.layout.cls] = 1
+            both = [*heads, *([None] if len(heads) == 1 else [])]
+            return [Readout(both[0], (first,)), Readout(both[1], (second,))]
+        shares = {"token": (first,), "avg": (mean,), "token_and_avg": (first, mean)}[pool.kind]
+        return [Readout(heads[0], shares)]
 
     def _rope_tables(self, grid: Grid) -> Rope | None:
         rope, layout = self.spec.rope, self.spec.layout

@@ -1,1 +1,1 @@
-pytest_plugins = ["prisma_core.conformance.pytest"]
+pytest_plugins = ["prisma_conformance.pytest"]

@@ -1,6 +1,5 @@
+from prisma_conformance.pytest import suite
 from prisma_torchvision import TorchvisionSource
-
-from prisma_core.conformance.pytest import suite
 
 source = TorchvisionSource()
 every = [source.case(info.reference.partition(":")[2]) for info in source.models()]

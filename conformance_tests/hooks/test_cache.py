@@ -1,0 +1,473 @@
+"""What a cache holds, how it is asked, and that it stays as it is."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from prisma_core import ActivationCache, HookError, InputError, LoadError, NotApplicable, UnknownName
+
+
+def same(left: ActivationCache, right: ActivationCache) -> bool:
+    return list(left) == list(right) and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "*hook_z",
+        "z",
+        "attn.z",
+        lambda name: name.endswith("hook_z"),
+        ["blocks.0.attn.hook_z", ("z", 1)],
+        ("z", "blocks.1.attn.hook_z"),
+        {"z"},
+        frozenset({("z", 0), ("z", -1)}),
+        (name for name in ["blocks.0.attn.hook_z", "blocks.1.attn.hook_z"]),
+        {"z": None}.keys(),
+    ],
+    ids=["glob", "shorthand", "path", "predicate", "list", "tuple", "set", "frozenset", "generator", "keys"],
+)
+def test_every_form_of_names(vit, image, names):
+    _, cache = vit.run_with_cache(image, names=names)
+    assert list(cache) == ["blocks.0.attn.hook_z", "blocks.1.attn.hook_z"]
+
+
+def test_all_is_all_that_is_not_derived(variant, image):
+    _, cache = variant.run_with_cache(image)
+    assert set(cache) == {name for name, point in variant.hook_points().items() if not point.derived}
+    for name, activation in cache.items():
+        assert len(variant.hook_points()[name].axes.split()) == activation.ndim, name
+        assert activation.isfinite().all(), name
+
+
+def test_asking(vit, image):
+    _, cache = vit.run_with_cache(image, names=["resid_post", ("z", 1), "logits"])
+    assert torch.equal(cache["resid_post", -1], cache["blocks.1.hook_resid_post"])
+    assert torch.equal(cache["z"], cache["z", 1])
+    assert ("z", 1) in cache
+    assert "logits" in cache
+    assert ("z", 0) not in cache
+    assert "nonsense" not in cache
+    for query, words in (
+        (("z", 0), r"blocks.0.attn.hook_z is not in this cache.*Cache it: names=\['blocks.0.attn.hook_z'\]"),
+        ("hook_pooled", "hook_pooled is not in this cache"),
+        ("resid_post", r"Name a layer, as in \('resid_post', 0\)"),
+        ("resid_pots", "Did you mean resid_post"),
+        (("z", 7), "Layers run from 0 to 1"),
+        (("logits", 0), "in no layer: ask for 'logits' alone"),
+    ):
+        with pytest.raises(UnknownName, match=words):
+            cache[query]
+
+
+def test_the_last_layer_is_the_models_last_not_the_caches(vit, image):
+    _, cache = vit.run_with_cache(image, names=("resid_post", 0))
+    with pytest.raises(UnknownName, match=r"blocks.1.hook_resid_post is not in this cache"):
+        cache["resid_post", -1]
+
+
+@pytest.mark.parametrize(
+    ("pos", "tokens"),
+    [
+        (0, [0]),
+        (-1, [8]),
+        (slice(2, 5), [2, 3, 4]),
+        ([1, -2], [1, 7]),
+        (torch.tensor([4, 0]), [4, 0]),
+        ("cls", [0]),
+        ("registers", [1, 2]),
+        ("patches", [3, 4, 5, 6, 7, 8]),
+        ("all", list(range(9))),
+    ],
+)
+def test_token_slices_keep_the_axis(vit, image, pos, tokens):
+    _, whole = vit.run_with_cache(image)
+    _, cut = vit.run_with_cache(image, pos=pos)
+    for name in ("resid_post", 0), ("z", 1), ("ln1.scale", 1):
+        assert torch.equal(cut[name], whole[name][:, tokens]), name
+    assert torch.equal(cut["pattern", 1], whole["pattern", 1][:, :, tokens])
+    assert torch.equal(cut["pooled"], whole["pooled"])
+    assert cut.positions() == tokens
+
+
+@pytest.mark.parametrize(("heads", "kept"), [(2, [2]), (slice(1, 3), [1, 2]), ([3, 0], [3, 0])])
+def test_head_slices_keep_the_axis(vit, image, heads, kept):
+    _, whole = vit.run_with_cache(image, names=["z", "pattern", "resid_post", "result"])
+    _, cut = vit.run_with_cache(image, names=["z", "pattern", "resid_post", "result"], heads=heads)
+    assert torch.equal(cut["z", 0], whole["z", 0][:, :, kept])
+    assert torch.equal(cut["result", 0], whole["result", 0][:, :, kept])
+    assert torch.equal(cut["pattern", 0], whole["pattern", 0][:, kept])
+    assert torch.equal(cut["resid_post", 0], whole["resid_post", 0])
+
+
+def test_slices_hold_no_more_memory_than_they_show(vit, image):
+    _, cut = vit.run_with_cache(image, pos="cls", heads=0)
+    for name in ("resid_post", 0), ("z", 1), ("pattern", 1):
+        assert cut[name].untyped_storage().nbytes() == cut[name].numel() * cut[name].element_size(), name
+
+
+def test_slices_out_of_range_say_so(vit, image):
+    for how in ({"pos": 9}, {"pos": [0, -10]}, {"heads": 4}):
+        with pytest.raises(HookError, match="No index"):
+            vit.run_with_cache(image, **how)
+    with pytest.raises(UnknownName, match="Did you mean registers"):
+        vit.run_with_cache(image, pos="register")
+
+
+def test_patches_of_a_larger_picture(make):
+    vit = make(interpolation=True)
+    _, cache = vit.run_with_cache(torch.randn(1, 3, 16, 24), names="resid_post", pos="patches")
+    assert cache["resid_post", 0].shape == (1, 24, 18)
+    assert cache.patches("resid_post", 0).shape == (1, 4, 6, 18)
+
+
+def test_dtype_device_and_graph(vit, image):
+    logits, cache = vit.run_with_cache(image, dtype=torch.float32, device="cpu")
+    assert {activation.dtype for activation in cache.values()} == {torch.float32}
+    assert not any(activation.requires_grad for activation in cache.values())
+    assert logits.dtype == torch.float64
+    _, cache = vit.run_with_cache(image, detach=False)
+    cache["resid_post", 1].square().sum().backward()
+    assert vit.blocks[0].attn.out.weight.grad.abs().sum() > 0
+    moved = cache.to(dtype=torch.float16)
+    assert moved["z", 0].dtype == torch.float16
+    assert cache["z", 0].dtype == torch.float64
+    assert moved.to("meta")["z", 0].device.type == "meta"
+    assert isinstance(moved, ActivationCache)
+    assert moved.layout == vit.layout
+
+
+def test_removing_the_batch_axis(vit, image):
+    _, cache = vit.run_with_cache(image[:1], loss=lambda logits: logits[0, 1])
+    alone = cache.remove_batch_dim()
+    assert not alone.has_batch_dim
+    assert torch.equal(alone["z", 1], cache["z", 1][0])
+    assert torch.equal(alone.grad["z", 1], cache.grad["z", 1][0])
+    assert alone.remove_batch_dim() is alone
+    with pytest.raises(InputError, match="holds a batch of 3"):
+        vit.run_with_cache(image, remove_batch_dim=True)
+
+
+def test_token_views(vit, image):
+    _, cache = vit.run_with_cache(image)
+    resid = cache["resid_post", 1]
+    assert torch.equal(cache.patches("resid_post", 1), resid[:, 3:].unflatten(1, (2, 3)))
+    assert torch.equal(cache.patches("embed"), cache["embed"].unflatten(1, (2, 3)))
+    assert torch.equal(cache.cls("resid_post", 1), resid[:, 0])
+    assert torch.equal(cache.registers("resid_post", 1), resid[:, 1:3])
+    pattern = cache["pattern", 0]
+    assert torch.equal(cache.patches("pattern", 0, axis="key_pos"), pattern[..., 3:].unflatten(-1, (2, 3)))
+    assert torch.equal(cache.patches("pattern", 0, axis="query_pos"), pattern[:, :, 3:].unflatten(2, (2, 3)))
+    assert torch.equal(cache.cls("pattern", 0, axis="query_pos"), pattern[:, :, 0])
+    _, alone = vit.run_with_cache(image[:1], remove_batch_dim=True)
+    assert torch.equal(alone.patches("resid_post", 1), alone["resid_post", 1][3:].unflatten(0, (2, 3)))
+    _, cut = vit.run_with_cache(image, pos="cls")
+    assert torch.equal(cut.patches("pattern", 0, axis="key_pos"), pattern[:, :, :1, 3:].unflatten(-1, (2, 3)))
+    assert torch.equal(cut.cls("resid_post", 1), resid[:, 0])
+    for view, words in (
+        (lambda: cut.patches("resid_post", 1), "holds 1 of 9 tokens"),
+        (lambda: cut.registers("resid_post", 1), "registers tokens are not in the cache"),
+        (lambda: cache.patches("pattern", 0), "two token axes"),
+        (lambda: cache.patches("pooled"), "no token axis among them"),
+        (lambda: cache.patches("z", 0, axis="key_pos"), "no key_pos among them"),
+    ):
+        with pytest.raises(InputError, match=words):
+            view()
+    _, six = vit.run_with_cache(image, pos=slice(0, 6))
+    with pytest.raises(InputError, match="holds 6 of 9 tokens"):  # as many as there are patches, but not the patches
+        six.patches("resid_post", 0)
+
+
+def test_views_of_tokens_a_model_lacks(make, image):
+    _, cache = make(cls=0, pool="avg").run_with_cache(image)
+    with pytest.raises(NotApplicable, match="no cls tokens"):
+        cache.cls("resid_post", 0)
+    with pytest.raises(NotApplicable, match="no registers tokens"):
+        cache.registers("resid_post", 0)
+
+
+# -------------------------------------------------------------------- what is in a cache never changes
+
+
+def in_place(x, at):
+    x.fill_(7.0)
+
+
+def spoil_weights(vit):
+    for parameter in vit.parameters():
+        parameter.data.fill_(3.0)
+
+
+@pytest.mark.parametrize("facts", [{"rope": True, "scale": True}, {"ln_pre": True, "kind": "parallel", "gated": True}])
+def test_later_hooks_in_place_cannot_rewrite_a_cache(make, image, facts):
+    """Each hook point in turn: everything before it is as in a pass without hooks."""
+    vit = make(**facts).requires_grad_(False)
+    _, clean = vit.run_with_cache(image)
+    names = list(clean)
+    for index, name in enumerate(names):
+        with vit.caching() as cache, vit.hooks({name: in_place}):
+            vit(image)
+        assert cache[name].eq(7).all()
+        before = [each for each in names[:index] if not each.endswith("hook_scale")]
+        for each in before:
+            torch.testing.assert_close(cache[each], clean[each], rtol=1e-9, atol=1e-9, msg=f"{each}, by {name}")
+
+
+def test_a_cache_does_not_follow_the_weights(variant, image):
+    with variant.caching() as cache:
+        variant(image)
+    copies = {name: activation.clone() for name, activation in cache.items()}
+    spoil_weights(variant)
+    assert all(torch.equal(cache[name], copy) for name, copy in copies.items())
+
+
+@pytest.mark.parametrize("stop", [None, 1])
+def test_a_cache_does_not_follow_the_output(vit, image, stop):
+    output, cache = vit.run_with_cache(image, stop_at_layer=stop)
+    copies = {name: activation.clone() for name, activation in cache.items()}
+    output.detach().zero_()
+    assert all(torch.equal(cache[name], copy) for name, copy in copies.items())
+    with vit.caching() as cache, torch.no_grad():
+        output = vit(image)
+    copies = {name: activation.clone() for name, activation in cache.items()}
+    output.zero_()
+    assert all(torch.equal(cache[name], copy) for name, copy in copies.items())
+
+
+def test_a_cache_does_not_follow_what_a_hook_holds(vit, image):
+    held = []
+
+    def hold(x, at):
+        held.append(x)
+
+    def give(x, at):
+        held.append(torch.zeros_like(x))
+        return held[-1]
+
+    for hook in (hold, give):
+        for name in (("resid_post", 0), ("embed", None), ("logits", None)):
+            query = name if name[1] is not None else name[0]
+            _, cache = vit.run_with_cache(image, hooks={query: hook})
+            copies = {each: activation.clone() for each, activation in cache.items()}
+            for tensor in held:
+                tensor.detach().fill_(5.0)
+            assert all(torch.equal(cache[each], copy) for each, copy in copies.items())
+
+
+# -------------------------------------------------------------------- passes
+
+
+def test_a_second_pass_in_one_scope_is_an_error(vit, image):
+    with vit.caching("resid_post") as cache:
+        vit(image)
+        with pytest.raises(HookError, match="fired twice: a cache holds one pass"):
+            vit(image + 1)
+    assert torch.equal(cache["resid_post", 0], vit.run_with_cache(image, names="resid_post")[1]["resid_post", 0])
+
+
+def test_without_output_the_pass_stops_at_the_last_activation(vit, image):
+    ran = []
+    counting = {"*": lambda x, at: ran.append(at.name)}
+    names = list(vit.hook_points())
+    with vit.hooks(counting):
+        output, cache = vit.run_with_cache(image, names=["embed", ("attn_out", 0)], output=False)
+    assert output is None
+    assert list(cache) == ["hook_embed", "blocks.0.hook_attn_out"]
+    assert ran[-1] == "blocks.0.hook_attn_out"
+    assert not any(name.startswith("blocks.1") for name in ran)
+    assert len(ran) < len(names)
+    with vit.caching("z") as outer:  # nested in another cache, whose points must not count
+        output, cache = vit.run_with_cache(image, names=("z", 1), output=False)
+    assert list(cache) == ["blocks.1.attn.hook_z"]
+    assert len(outer) == 2
+    assert torch.equal(vit(image), vit(image))
+
+
+def test_start_and_stop(vit, image):
+    logits, cache = vit.run_with_cache(image, names="resid_pre")
+    assert torch.equal(vit(cache["resid_pre", 1], start_at_layer=1), logits)
+    assert torch.equal(vit(image, stop_at_layer=1), cache["resid_pre", 1])
+    assert torch.equal(vit(image, stop_at_layer=-1), cache["resid_pre", 1])
+    _, part = vit.run_with_cache(image, stop_at_layer=1)  # no names: whatever the pass goes through
+    assert "blocks.0.hook_resid_post" in part
+    assert ("resid_post", 1) not in part
+    for how in ({"names": "resid_post"}, {"hooks": {("z", 1): in_place}}):
+        run = vit.run_with_cache if "names" in how else vit.run_with_hooks
+        with pytest.raises(HookError, match=r"blocks.1.* was not reached in this pass \(stop_at_layer=1\)"):
+            run(image, stop_at_layer=1, **how)
+    with pytest.raises(HookError, match=r"hook_embed was not reached in this pass \(start_at_layer=1\)"):
+        vit.run_with_cache(cache["resid_pre", 1], names="embed", start_at_layer=1)
+    with pytest.raises(InputError, match="No layer 3"):
+        vit(image, stop_at_layer=3)
+    with pytest.raises(InputError, match="needs a residual stream"):
+        vit(image, start_at_layer=1)
+
+
+# -------------------------------------------------------------------- gradients
+
+
+def loss_of(logits):
+    return logits[..., 2].sum() - logits[..., 4].square().sum()
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+def test_gradients_equal_finite_differences(vit, image, frozen):
+    vit.requires_grad_(not frozen)
+    _, cache = vit.run_with_cache(image, loss=loss_of)
+    assert set(cache.grad) == set(cache)
+    generator = torch.Generator().manual_seed(5)
+    of_layers = [("resid_mid", 0), ("pattern", 1), ("attn_scores", 0), ("ln2.scale", 0), ("mlp.post", 1)]
+    for name in ("embed", *of_layers, "pooled"):
+        direction = torch.randn(cache[name].shape, generator=generator, dtype=torch.float64)
+        values = [
+            loss_of(vit.run_with_hooks(image, hooks={name: lambda x, at, shift=step * direction: x + shift}))
+            for step in (1e-6, -1e-6)
+        ]
+        wanted = (values[0] - values[1]) / 2e-6
+        torch.testing.assert_close((cache.grad[name] * direction).sum(), wanted.detach(), rtol=1e-6, atol=1e-7)
+    assert all(parameter.grad is None for parameter in vit.parameters())
+
+
+def test_gradients_equal_autograds(variant, image):
+    _, cache = variant.run_with_cache(image, loss=loss_of)
+    with variant.caching(detach=False) as graph:
+        output = variant(image)
+    found = torch.autograd.grad(loss_of(output), [graph[name] for name in cache], allow_unused=True)
+    for name, grad in zip(cache, found, strict=True):
+        if grad is not None and not name.endswith(("hook_q", "hook_k", "hook_v")):
+            torch.testing.assert_close(cache.grad[name], grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_gradients_are_sliced_and_cast_as_the_cache_is(vit, image):
+    _, whole = vit.run_with_cache(image, loss=loss_of)
+    _, cut = vit.run_with_cache(image, loss=loss_of, pos="patches", heads=1, dtype=torch.float32, names="z")
+    assert torch.equal(cut.grad["z", 0], whole.grad["z", 0][:, 3:, 1:2].float())
+    assert torch.equal(cut["z", 0], whole["z", 0][:, 3:, 1:2].float())
+    assert cut.layout == vit.layout
+
+
+def test_gradients_with_hooks_in_the_same_pass(vit, image):
+    """Gradients are by the edited activation, which is what the cache holds."""
+    edit = {("resid_post", 0): lambda x, at: 2 * x}
+    logits, cache = vit.run_with_cache(image, loss=loss_of, hooks=edit)
+    torch.testing.assert_close(logits, vit.run_with_hooks(image, hooks=edit), rtol=1e-11, atol=1e-11)
+    resid = cache["resid_post", 0].requires_grad_()
+    (wanted,) = torch.autograd.grad(loss_of(vit(resid, start_at_layer=1)), resid)
+    torch.testing.assert_close(cache.grad["resid_post", 0], wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_a_loss_must_be_one_number_and_needs_the_output(vit, image):
+    with pytest.raises(HookError, match=r"must be one number; got shape \[3, 7\]"):
+        vit.run_with_cache(image, loss=lambda logits: logits)
+    with pytest.raises(HookError, match="A loss needs the output"):
+        vit.run_with_cache(image, loss=loss_of, output=False)
+
+
+# -------------------------------------------------------------------- files
+
+
+def test_files(vit, image, tmp_path):
+    _, cache = vit.run_with_cache(image, loss=loss_of, names=["resid_post", "resid_pre", "q", "pattern"], pos=[0, 3])
+    path = cache.save(tmp_path / "new" / "cache.safetensors")
+    read = ActivationCache.load(path)
+    assert same(read, cache)
+    assert same(read.grad, cache.grad)
+    assert read.layout == vit.layout
+    assert read.has_batch_dim
+    assert read.positions() == [0, 3]
+    assert torch.equal(read.cls("resid_post", 1), cache.cls("resid_post", 1))
+    with pytest.raises(UnknownName, match="is not in this cache"):
+        read["z", 0]
+    with pytest.raises(NotApplicable, match="no model"):
+        read.accumulated_resid()
+    again = ActivationCache.load(path, model=vit)
+    assert torch.equal(again.accumulated_resid(), cache.accumulated_resid())
+    alone = vit.run_with_cache(image[:1], remove_batch_dim=True)[1].save(tmp_path / "alone.safetensors")
+    assert not ActivationCache.load(alone).has_batch_dim
+
+
+def test_files_that_are_no_cache(vit, make, image, tmp_path):
+    _, cache = vit.run_with_cache(image)
+    path = cache.save(tmp_path / "cache.safetensors")
+    with pytest.raises(LoadError, match="cache of another model"):
+        ActivationCache.load(path, model=make(layers=3))
+    with pytest.raises(InputError, match=r"ends in .safetensors"):
+        cache.save(tmp_path / "cache.pt")
+    whole = path.read_bytes()
+    for name, content, words in (
+        ("truncated", whole[: len(whole) // 2], "truncated or corrupt"),
+        ("short", whole[:5], "truncated or corrupt"),
+        ("empty", b"", "truncated or corrupt"),
+        ("noise", b"\xff" * 1000, "truncated or corrupt"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(LoadError, match=words):
+            ActivationCache.load(tmp_path / name)
+    with pytest.raises(LoadError, match="No file at"):
+        ActivationCache.load(tmp_path / "missing.safetensors")
+    tensors = {"blocks.0.hook_z": torch.zeros(2)}
+    save_file(tensors, tmp_path / "tensors")
+    with pytest.raises(LoadError, match="holds tensors but no cache"):
+        ActivationCache.load(tmp_path / "tensors")
+    facts = {"names": ["other"], "axes": {}, "layout": None, "has_batch_dim": True, "pos": None}
+    for name, text, words in (
+        ("nonsense", "{", "does not describe a cache"),
+        ("unknown", json.dumps(facts | {"new": 1}), "does not describe a cache"),
+        ("other", json.dumps(facts), "does not hold the tensors it names"),
+    ):
+        save_file(tensors, tmp_path / name, metadata={"prisma_cache": text})
+        with pytest.raises(LoadError, match=words):
+            ActivationCache.load(tmp_path / name)
+
+
+def test_a_mask_means_the_positions_it_marks(vit, image):
+    mask = torch.zeros(vit.layout.n_tokens, dtype=torch.bool)
+    mask[[2, 5]] = True
+    _, whole = vit.run_with_cache(image, names="*hook_resid_*")
+    for given in (mask, mask.tolist(), mask.numpy()):
+        _, cache = vit.run_with_cache(image, names="resid_post", pos=given)
+        assert torch.equal(cache["resid_post", 1], whole["resid_post", 1][:, [2, 5]])
+        assert torch.equal(whole.accumulated_resid(pos_slice=given), whole.accumulated_resid(pos_slice=[2, 5]))
+    with pytest.raises(HookError, match="whole numbers"):
+        vit.run_with_cache(image, names="resid_post", pos=[0.5])
+
+
+def test_what_the_user_gives_and_gets_is_not_what_the_cache_holds(vit, image):
+    with vit.caching() as cache:
+        stream = vit(image, stop_at_layer=1)
+    kept = cache["resid_post", 0].clone()
+    stream.mul_(2)
+    assert torch.equal(cache["resid_post", 0], kept)
+    with vit.caching() as cache:
+        logits = vit(stream, start_at_layer=1)
+    kept = cache["resid_pre", 1].clone(), cache["hook_logits"].clone()
+    stream.zero_(), logits.zero_()
+    assert torch.equal(cache["resid_pre", 1], kept[0])
+    assert torch.equal(cache["hook_logits"], kept[1])
+
+
+def test_a_scope_does_not_guess_the_size_of_a_picture_it_has_not_seen(make):
+    model = make(interpolation=True)
+    rows, columns = model.layout.rows, model.layout.columns
+    height, width = model.spec.embed.patch
+    picture = torch.randn(1, model.spec.embed.in_channels, columns * height, rows * width)
+    assert rows != columns
+    with model.caching("resid_post") as cache:
+        model(picture)
+    with pytest.raises(NotApplicable, match="layout"):
+        cache.patches("resid_post", 0)
+    cache.layout = model.layout_for(picture)
+    assert cache.patches("resid_post", 0).shape[1:3] == (columns, rows)
+    _, cache = model.run_with_cache(image=picture, names="resid_post")
+    assert cache.patches("resid_post", 0).shape[1:3] == (columns, rows)
+
+
+def test_going_on_from_a_stream_needs_to_know_the_grid_where_positions_turn(make):
+    model = make(rope=True)
+    stream = torch.randn(1, model.layout.n_tokens + 1, model.spec.d_model)
+    with pytest.raises(InputError, match="grid="):
+        model(stream, start_at_layer=1)

@@ -1,0 +1,259 @@
+"""Plugins that are broken, absent or at odds with each other leave the rest as it is."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from prisma_core import HookedViT, PluginError, UnknownName, UnsupportedArchitecture, hookimpl
+from prisma_core.plugin.adapter import Adapter
+from prisma_core.plugin.host import Host
+from prisma_core.plugin.source import Loaded, ModelInfo, Source
+
+Found = Callable[..., EntryPoint]
+
+
+class Upstream(nn.Module):
+    """A stand-in for a library's model."""
+
+
+class Heir(Upstream):
+    """A subclass, which may compute something else."""
+
+
+class FakeAdapter(Adapter):
+    types = (f"{Upstream.__module__}.Upstream",)
+
+    def spec(self, upstream: Any) -> Any: ...
+
+    def weights(self, upstream: Any, spec: Any) -> Any: ...
+
+    def hooks(self, upstream: Any, spec: Any) -> Any: ...
+
+
+class TextForTypes(FakeAdapter):
+    types = "library.Model"  # type: ignore[assignment]
+
+
+class NoTypes(Adapter):
+    spec = weights = hooks = FakeAdapter.spec
+
+
+class Nameless(Source):
+    def load(self, rest: str, **options: Any) -> Loaded: ...
+
+    def models(self) -> Iterator[ModelInfo]: ...
+
+
+def source_of(name: str, library: str | None = None) -> type[Source]:
+    class FakeSource(Source):
+        def load(self, rest: str, **options: Any) -> Loaded:
+            return Loaded(Upstream())
+
+        def models(self) -> Iterator[ModelInfo]:
+            yield ModelInfo(f"{name}:one", "ones", pretrained=True)
+
+    FakeSource.name, FakeSource.library = name, library
+    FakeSource.install = f'pip install "prisma[{name}]"'
+    return FakeSource
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> Found:
+    """Return a maker of entry points: hook implementations by name become a plugin's module."""
+
+    def make(name: str, module: str | None = None, **hooks: Callable[..., Any]) -> EntryPoint:
+        module = module or f"plugin_for_tests_{name}"
+        made = types.ModuleType(module)
+        for hook, function in hooks.items():
+            setattr(made, hook, hookimpl(function))
+        monkeypatch.setitem(sys.modules, module, made)
+        return EntryPoint(name, module, "prisma")
+
+    return make
+
+
+@pytest.fixture
+def good(found: Found) -> EntryPoint:
+    return found("good", prisma_sources=lambda: [source_of("good")()], prisma_adapters=lambda: [FakeAdapter()])
+
+
+def states(host: Host) -> dict[str, str | None]:
+    return {info.name: info.error for info in host.plugins()}
+
+
+def assert_good_works(host: Host) -> None:
+    assert host.source("good").name == "good"
+    assert isinstance(host.adapter(Upstream()), FakeAdapter)
+    assert "good:one" in [info.reference for info in host.models()]
+
+
+def test_a_plugin_that_raises_on_import(good: EntryPoint, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, line in (("raises", "1 / 0"), ("leaves", "raise SystemExit(3)"), ("garbled", "def")):
+        (tmp_path / f"plugin_that_{name}.py").write_text(line + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    broken = [EntryPoint(name, f"plugin_that_{name}", "prisma") for name in ("raises", "leaves", "garbled", "vanished")]
+    host = Host(found=[*broken, good])
+    told = states(host)
+    assert told["raises"] == "ZeroDivisionError: division by zero"
+    assert told["leaves"] == "SystemExit: 3"
+    assert told["garbled"] is not None
+    assert told["garbled"].startswith("SyntaxError")
+    assert told["vanished"] == "ModuleNotFoundError: No module named 'plugin_that_vanished'"
+    assert told["good"] is None
+    assert_good_works(host)
+    with pytest.raises(UnknownName, match=r"raises .ZeroDivisionError"):
+        host.source("raises")
+
+
+def _raises() -> Any:
+    raise ValueError("two\nlines")
+
+
+def _stops_midway() -> Iterator[Source]:
+    yield source_of("half")()
+    raise ValueError("halfway")
+
+
+@pytest.mark.parametrize(
+    ("hooks", "error"),
+    [
+        ({"prisma_sources": _raises}, "prisma_sources: ValueError: two lines"),
+        ({"prisma_adapters": _raises}, "prisma_adapters: ValueError: two lines"),
+        ({"prisma_sources": _stops_midway}, "prisma_sources: ValueError: halfway"),
+        ({"prisma_sources": lambda: [source_of("x")]}, "gave the class FakeSource; expected instances of Source"),
+        ({"prisma_adapters": lambda: ["timm"]}, "gave a str; expected instances of Adapter"),
+        (
+            {"prisma_adapters": lambda: [TextForTypes()]},
+            "TextForTypes.types is 'library.Model'; expected a tuple: types = ('library.Model',)",
+        ),
+        ({"prisma_adapters": lambda: [NoTypes()]}, "NoTypes.types is no tuple of names; expected a tuple"),
+        ({"prisma_sources": lambda: [Nameless()]}, "Nameless.name is None; expected the part of a reference"),
+        (
+            {"prisma_sources": lambda: source_of("x")()},
+            "gave a FakeSource; return a list of them: return [FakeSource()]",
+        ),
+        ({"prisma_adapters": lambda: FakeAdapter()}, "gave a FakeAdapter; return a list of them"),
+        ({"prisma_sauces": lambda: []}, "unknown hook"),
+        ({"prisma_sources": lambda wrong: []}, "wrong"),
+    ],
+)
+def test_a_plugin_that_breaks_the_contract(
+    good: EntryPoint, found: Found, hooks: dict[str, Callable[..., Any]], error: str
+) -> None:
+    host = Host(found=[found("bad", **hooks), good])
+    told = states(host)
+    assert told["bad"] is not None
+    assert error in told["bad"]
+    assert "\n" not in told["bad"]
+    assert told["good"] is None
+    assert_good_works(host)
+
+
+def test_two_plugins_of_one_name(good: EntryPoint, found: Found) -> None:
+    other = found("good", module="plugin_for_tests_other", prisma_sources=lambda: [source_of("other")()])
+    host = Host(found=[other, good])
+    told = states(host)
+    assert told["good"] is None
+    assert told["good (plugin_for_tests_other)"] == (
+        "the name 'good' is taken by plugin_for_tests_good of unknown distribution"
+    )
+    assert_good_works(host)
+    with pytest.raises(UnknownName, match="No source 'other'"):
+        host.source("other")
+
+
+def test_two_plugins_that_claim_one_source(good: EntryPoint, found: Found) -> None:
+    one = found("one", prisma_sources=lambda: [source_of("same")()])
+    two = found("two", prisma_sources=lambda: [source_of("same")(), source_of("fine")()])
+    host = Host(found=[two, good, one])
+    with pytest.raises(PluginError, match="'one' and 'two' both claim the source 'same'"):
+        host.source("same")
+    assert host.source("fine").name == "fine"
+    assert set(host.sources()) == {"good", "fine"}
+    assert "same:one" not in [info.reference for info in host.models()]
+    with pytest.raises(UnknownName, match=r"Plugins that failed: .*one \(the source 'same' is claimed by two too\)"):
+        host.source("none")
+    told = states(host)
+    assert told["one"] == "the source 'same' is claimed by two too"
+    assert told["two"] == "the source 'same' is claimed by one too"
+    assert_good_works(host)
+
+
+def test_two_plugins_that_claim_one_adapter(good: EntryPoint, found: Found) -> None:
+    host = Host(found=[good, found("twin", prisma_adapters=lambda: [FakeAdapter()])])
+    with pytest.raises(PluginError, match=r"'good' and 'twin' both adapt .*Upstream\. Uninstall one"):
+        host.adapter(Upstream())
+    told = states(host)
+    assert "is claimed by twin too" in str(told["good"])
+    assert "is claimed by good too" in str(told["twin"])
+
+
+def test_a_plugin_that_claims_the_name_file(good: EntryPoint, found: Found) -> None:
+    host = Host(found=[good, found("grabber", prisma_sources=lambda: [source_of("file")()])])
+    assert "file" not in host.sources()
+    assert states(host)["grabber"] == "the source 'file' is claimed by Prisma too"
+
+
+@pytest.mark.parametrize("library", ["no_such_library_for_tests", "no_such_library_for_tests.part"])
+def test_a_library_that_is_missing(good: EntryPoint, found: Found, library: str) -> None:
+    host = Host(found=[good, found("hungry", prisma_sources=lambda: [source_of("hungry", library)()])])
+    with pytest.raises(PluginError) as caught:
+        host.source("hungry")
+    assert str(caught.value) == (
+        f"The source 'hungry' needs {library}, which is not installed: pip install \"prisma[hungry]\""
+    )
+    assert host.missing() == {"hungry": 'pip install "prisma[hungry]"'}
+    assert [info.missing for info in host.plugins()] == [None, 'pip install "prisma[hungry]"']
+    assert_good_works(host)
+
+
+def test_an_unknown_source_suggests_the_nearest(good: EntryPoint) -> None:
+    with pytest.raises(UnknownName, match=r"No source 'goood'\. Sources: good, file\. Did you mean good\?"):
+        Host(found=[good]).source("goood")
+
+
+def test_a_type_nobody_adapts(good: EntryPoint) -> None:
+    host = Host(found=[good])
+    told = r"Linear is not supported: no installed plugin adapts this type; a hook map of your own.*--classes"
+    with pytest.raises(UnsupportedArchitecture, match=told):
+        host.adapter(nn.Linear(1, 1))
+    with pytest.raises(UnsupportedArchitecture, match=r"it derives from .*Upstream, but a subclass may compute"):
+        host.adapter(Heir())
+    twin = type("Upstream", (nn.Module,), {"__module__": "elsewhere.models"})
+    with pytest.raises(UnsupportedArchitecture, match=r"\.Upstream, which the plugin 'good' adapts, is another class"):
+        host.adapter(twin())
+
+
+def test_a_source_may_hand_over_a_hooked_model(
+    found: Found, vit: HookedViT, image: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import prisma_core as prisma
+    from prisma_core.plugin import host as plugins
+
+    class Ready(source_of("ready")):  # type: ignore[misc]
+        def load(self, rest: str, **options: Any) -> Loaded:
+            return Loaded(vit, labels=("a", "b"))
+
+    host = Host(found=[found("ready", prisma_sources=lambda: [Ready()])])
+    monkeypatch.setattr(plugins, "_host", host)
+    model = prisma.load("ready:any")
+    assert model is vit
+    assert vit.labels == ("a", "b")
+    assert vit.reference == "ready:any"
+    assert torch.isfinite(model(image)).all()
+
+
+def test_the_plugins_that_come_along_are_all_well() -> None:
+    host = Host()
+    told = states(host)
+    assert {"timm", "toy", "conformance", "view"} <= set(told)
+    assert not {name: error for name, error in told.items() if error}
+    assert {"timm", "toy"} <= set(host.sources())

@@ -1,0 +1,241 @@
+"""The parity doctor: where the numbers part, and what would bring them together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from math import inf
+
+import torch
+from torch import nn
+
+from prisma_conformance import tolerances
+from prisma_conformance.checks.parity import Comparison, compare
+from prisma_conformance.doctor import suspects
+from prisma_conformance.run import Target, subjects
+from prisma_conformance.subject import Subject, worst
+from prisma_core.errors import PrismaError
+from prisma_core.maps.places import HookMap
+from prisma_core.maps.reader import Reader
+from prisma_core.maps.weights import WeightMap
+from prisma_core.model import Size
+from prisma_core.plugin.adapter import Adapter, MapAdapter
+from prisma_core.spec import AnySpec, Facts
+from prisma_core.transformer import ZooModel
+
+
+class Remedy(Facts):
+    """A change that was tried.
+
+    Attributes:
+        change: in words, as the adapter's author would make it.
+        here: the error it leaves at the first hook point that diverged.
+        logits: the error it leaves in the logits.
+    """
+
+    change: str
+    here: float
+    logits: float
+
+
+class Diagnosis(Facts):
+    """What the doctor found.
+
+    Attributes:
+        agrees: logits and every mapped activation equal upstream's.
+        first: the first hook point that diverges, in firing order; None if none does.
+        error: how far it is off, in standard deviations of upstream's activation.
+        before: the last hook point that still agrees.
+        logits: the error of the logits.
+        compared: how many hook points were compared.
+        size: the image size at which it shows, if it does not at the native one.
+        problem: what kept the models from being compared at all.
+        rows: where the logits agree and hook points do not, the rows of the hook map that read those.
+        remedies: changes that make the first diverging hook point agree; those that make the logits agree too, if any
+            does.
+        tried: how many changes were tried.
+    """
+
+    name: str
+    agrees: bool
+    first: str | None = None
+    error: float = 0.0
+    before: str | None = None
+    logits: float = 0.0
+    compared: int = 0
+    size: Size | None = None
+    problem: str | None = None
+    rows: tuple[str, ...] = ()
+    remedies: tuple[Remedy, ...] = ()
+    tried: int = 0
+
+    def __str__(self) -> str:
+        if self.problem:
+            return f"{self.name}: the models could not be compared. {self.problem}"
+        if self.agrees:
+            return f"{self.name}: the logits and {self.compared} activations agree with upstream."
+        at = f" at image size {'x'.join(map(str, self.size))}" if self.size else ""
+        lines = [f"{self.name}: parts from upstream at {self.first}{at}, by {self.error:.1e} standard deviations."]
+        if self.error == inf:
+            lines = [f"{self.name}: upstream shows nothing to compare with at {self.first}."]
+        if self.before:
+            lines.append(f"Everything up to {self.before} agrees. The logits are off by {self.logits:.1e}.")
+        for row in self.rows:
+            lines.append(f"As the logits agree, the suspect is this row of the hook map: '{row}'.")
+        if not self.remedies and not self.rows:
+            lines.append(f"None of the {self.tried} usual suspects makes it agree.")
+        for remedy in self.remedies:
+            cured = remedy.logits <= tolerances.FLOAT64
+            whole = "and the logits" if cured else f"but the logits stay off by {remedy.logits:.1e}"
+            lines.append(f"It agrees, {whole}, with: {remedy.change}.")
+        return "\n".join(lines)
+
+
+def diagnose(
+    target: Target,
+    *,
+    upstream: nn.Module | None = None,
+    adapter: Adapter | None = None,
+    device: torch.device | str | None = None,
+    full: bool = False,
+    pretrained: bool = False,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> Diagnosis:
+    """Say where a mapped model parts from its upstream, and which change would make it agree.
+
+    Args:
+        target, upstream, adapter, device, full, pretrained, seed: as ``check`` takes them; an adapter's first case is
+            looked at.
+        progress: called with each change before it is tried.
+
+    Raises:
+        UnknownName: no such reference or model.
+        UnsupportedArchitecture: the model cannot be represented.
+    """
+    subject, _ = next(
+        subjects(target, upstream=upstream, adapter=adapter, device=device, full=full, pretrained=pretrained, seed=seed)
+    )
+    return examine(subject, progress=progress)
+
+
+@torch.no_grad()
+def examine(subject: Subject, progress: Callable[[str], None] | None = None) -> Diagnosis:
+    """Return the diagnosis of a subject."""
+    name = subject.case.name
+    try:
+        found = compare(subject)
+        logits = _logits(subject, subject.sizes()[0])
+    except Exception as problem:  # noqa: BLE001  # the doctor sees broken adapters: whatever they raise is the finding
+        return Diagnosis(name=name, agrees=False, problem=f"{type(problem).__name__}: {problem}")
+    first, before = _parting(found)
+    wrong = [point for point, error in found.errors.items() if not error <= tolerances.FLOAT64]
+    rows = _rows(subject, [*wrong, *found.unread]) if logits <= tolerances.FLOAT64 else ()
+    if first is None and rows:
+        first = next(iter(found.unread))
+    size = None
+    if first is None and logits > tolerances.FLOAT64:
+        first = "hook_logits"
+    if first is None:
+        size = next((s for s in subject.sizes() if not _logits(subject, s) <= tolerances.FLOAT64), None)
+        if size is None:
+            return Diagnosis(name=name, agrees=True, logits=logits, compared=len(found.errors))
+        first, before, logits = "hook_pos_embed", "hook_embed", _logits(subject, size)
+    remedies, tried = _remedies(subject, first, size, progress)
+    remedies = [remedy for remedy in remedies if remedy.logits <= tolerances.FLOAT64] or remedies
+    return Diagnosis(
+        name=name,
+        agrees=False,
+        first=first,
+        error=(inf if first in found.unread else found.errors.get(first, logits)) if size is None else logits,
+        before=before,
+        logits=logits,
+        compared=len(found.errors),
+        size=size,
+        rows=rows,
+        remedies=tuple(sorted(remedies, key=lambda remedy: remedy.here)),
+        tried=tried,
+    )
+
+
+def _rows(subject: Subject, points: list[str]) -> tuple[str, ...]:
+    """Return the rows of the hook map that read these points, as they are written."""
+    table = subject.adapter.hooks(Reader(subject.pair().upstream), subject.spec)
+    read = (row for row in table.rows if HookMap((row,), table.sizes).bound(points))
+    return tuple(f"{place} -> {point}" for place, point, _ in read)
+
+
+def _logits(subject: Subject, size: Size) -> float:
+    upstream, model = subject.pair()
+    inputs = subject.inputs(2, size)
+    return worst(model(*inputs), subject.forward(upstream, *inputs))
+
+
+def _parting(found: Comparison) -> tuple[str | None, str | None]:
+    before = None
+    for name, error in found.errors.items():
+        if not error <= tolerances.FLOAT64:
+            return name, before
+        before = name
+    return None, before
+
+
+def _remedies(
+    subject: Subject, first: str, size: Size | None, progress: Callable[[str], None] | None
+) -> tuple[list[Remedy], int]:
+    remedies: list[Remedy] = []
+    tried = 0
+    if isinstance(subject.adapter, MapAdapter):
+        return remedies, tried  # upstream's own code runs: there are no facts to try others of
+    for suspect in suspects.usual(subject.spec, first, subject.pair().upstream):
+        if progress is not None:
+            progress(suspect.change)
+        tried += 1
+        try:
+            variant = _altered(subject, suspect)
+            logits = _logits(variant, size or subject.sizes()[0])
+            here = logits if size else compare(variant).errors.get(first, logits)
+        except (PrismaError, RuntimeError, ValueError, AttributeError):
+            continue  # a change that does not fit this model's tensors is no remedy
+        if here <= tolerances.FLOAT64:
+            remedies.append(Remedy(change=suspect.change, here=here, logits=logits))
+    return remedies, tried
+
+
+def _altered(subject: Subject, suspect: suspects.Suspect) -> Subject:
+    adapter = _Altered(subject.adapter, suspect.spec)
+
+    def make(given: Adapter, upstream: nn.Module) -> ZooModel:
+        model = subject.make(given, upstream)
+        suspect.edit(model)
+        return model
+
+    return subject.variant(adapter, make)
+
+
+class _Altered(Adapter):
+    """Another adapter with its spec changed."""
+
+    types = ()
+
+    def __init__(self, inner: Adapter, change: Callable[[AnySpec], AnySpec]):
+        self.inner = inner
+        self.change = change
+
+    def spec(self, upstream: Reader) -> AnySpec:
+        return self.change(self.inner.spec(upstream))
+
+    def weights(self, upstream: Reader, spec: AnySpec) -> WeightMap:
+        return self.inner.weights(upstream, spec)
+
+    def hooks(self, upstream: Reader, spec: AnySpec) -> HookMap:
+        return self.inner.hooks(upstream, spec)
+
+    def stem(self, upstream: Reader, spec: AnySpec) -> nn.Module | None:
+        return self.inner.stem(upstream, spec)
+
+    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+        return self.inner.explicit(upstream)
+
+
+__all__ = ["Diagnosis", "Remedy", "diagnose", "examine"]

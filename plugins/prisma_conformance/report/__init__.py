@@ -1,0 +1,1 @@
+"""Results, certificates, and the table of supported models."""

@@ -1,0 +1,123 @@
+"""The ``prisma`` command. Commands of plugins join in; what goes wrong is said in one line."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+
+from prisma_core.cli.info import info
+from prisma_core.cli.models import models, plugins
+from prisma_core.cli.new_plugin import new_plugin
+from prisma_core.cli.screen import note, out
+from prisma_core.errors import PrismaError
+from prisma_core.plugin.host import Host, host
+
+# Typer has its own copy of click in some versions and takes the library in others; its errors know their base.
+_ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out().print(f"prisma {version('prisma-interp')}")
+        raise typer.Exit
+
+
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of what goes wrong.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """See inside vision transformers: load, prove, look."""
+
+
+def _new() -> typer.Typer:
+    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+
+def build(plugins_of: Host) -> typer.Typer:
+    """Return the command with the commands of a host's plugins; a name that is taken stays whose it was."""
+    app = _new()
+    app.callback()(_options)
+    for command in (models, plugins, info, new_plugin):
+        app.command(rich_help_panel="Commands")(command)
+    taken = {_name(command): "Prisma" for command in app.registered_commands}
+    for theirs, plugin in plugins_of.commands(_new):
+        for kind in ("registered_commands", "registered_groups"):
+            for command in getattr(theirs, kind):
+                name = _name(command)
+                if name in taken:
+                    plugins_of.broke(plugin, f"the command {name!r} is taken by {taken[name]}")
+                    continue
+                taken[name] = f"the plugin {plugin!r}"
+                getattr(app, kind).append(command)
+    return app
+
+
+def _name(command: typer.models.CommandInfo | typer.models.TyperInfo) -> str:
+    if command.name:
+        return command.name
+    callback = command.callback
+    return callback.__name__.lower().replace("_", "-") if callable(callback) else ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status: 0, 1 for an error, 2 for a command line that makes no sense.
+
+    Args:
+        arguments: the command line behind ``prisma``; None takes the process's own.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    cut = given.index("--") if "--" in given else len(given)
+    debug = "--debug" in given[:cut]
+    given = [argument for argument in given[:cut] if argument != "--debug"] + given[cut:]
+    with warnings.catch_warnings():
+        if not debug:  # libraries' chatter would bury the one line that matters
+            warnings.simplefilter("ignore")
+            logging.disable(logging.WARNING)
+        try:
+            return _run(given or ["--help"])
+        except PrismaError as error:
+            return _failed(str(error), debug)
+        except KeyboardInterrupt:
+            return _failed("interrupted.", debug, 130)
+        except Exception as error:  # noqa: BLE001  # the outermost place: a bug must not greet the user with a traceback
+            told = f"{type(error).__name__}: {error}"
+            return _failed(f"unexpected {told} (this is a bug; --debug shows where)", debug)
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def _run(arguments: list[str]) -> int:
+    app = build(host())
+    for plugin in host().infos.values():
+        if plugin.error:
+            note("plugin left out", f"{plugin.name} ({plugin.distribution}): {plugin.error}", "yellow")
+    try:
+        status = typer.main.get_command(app).main(args=arguments, prog_name="prisma", standalone_mode=False)
+    except _ClickException as error:
+        message = str(error.format_message()).rstrip(".")
+        which = getattr(getattr(error, "ctx", None), "command_path", "prisma")
+        note("Error", f"{message}{'' if message.endswith('?') else '.'} `{which} --help` lists what there is.")
+        return 2
+    except typer.Abort:
+        return 130
+    return status if isinstance(status, int) else 0
+
+
+def _failed(message: str, debug: bool, status: int = 1) -> int:
+    if debug:
+        traceback.print_exc()
+    note("Error", message)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

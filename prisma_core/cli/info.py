@@ -1,0 +1,173 @@
+"""``prisma info``: a model's facts, tokens and hook points, without its weights."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from prisma_core.cli.screen import out, show, show_json, table
+
+if TYPE_CHECKING:
+    from prisma_core.hooks.model import HookedModel
+
+WIDE = 130  # columns that the table of hook points needs to have each on one line
+REFERENCE = Annotated[str, typer.Argument(help="SOURCE:MODEL, such as timm:vit_base_patch16_224.", show_default=False)]
+
+
+def info(
+    reference: REFERENCE,
+    pattern: Annotated[
+        str | None, typer.Option("--filter", help="Only hook points this glob or shorthand selects, one by one.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON, every hook point by itself.")] = False,
+) -> None:
+    """Show a model's facts, tokens and hook points with their shapes."""
+    from prisma_core.cli.outline import outline
+
+    model = outline(reference)
+    rows = hook_rows(model, pattern)
+    if as_json:
+        show_json({"reference": reference, **_facts(model), "hook_points": rows})
+        return
+    if pattern is None:
+        facts = _facts(model)
+        shown = table("fact", "value", title=f"[bold]{escape(reference)}[/]")
+        shown.add_row("parameters", f"{facts['parameters']:,}")
+        for label, text in _stated(model):
+            shown.add_row(label, escape(text))
+        if facts["tokens"]:
+            shown.add_row("tokens", f"{facts['tokens']['total']}: {facts['tokens']['order']}")
+        show(shown)
+        out().print()
+    show(_points(rows if pattern is not None else folded(rows), narrow=sys.stdout.isatty() and out().width < WIDE))
+
+
+def _points(rows: list[dict[str, Any]], *, narrow: bool) -> Table:
+    """Return a table of hook points; a narrow one has a second column of two lines instead of three of one."""
+    shown = table("hook point", *(["axes, shape and equation"] if narrow else ["axes", "shape", "equation"]))
+    for row in rows:
+        equation = row["equation"] + ("  (only when asked for by name)" if row["derived"] else "")
+        shape = " ".join(map(str, row["shape"]))
+        cells = [row["axes"], shape, escape(equation)]
+        shown.add_row(row["name"], *([f"{cells[0]} [dim]({shape})[/]\n[dim]{cells[2]}[/]"] if narrow else cells))
+    return shown
+
+
+def _stated(model: HookedModel) -> list[tuple[str, str]]:
+    """Return rows of the facts of a model that are not what they are by default; each tower's under its name."""
+    from prisma_core.spec import AnySpec, DualSpec
+
+    spec: Any = getattr(model, "spec", None)
+    if not isinstance(spec, AnySpec):
+        return []
+    facts: dict[str, Any] = spec.model_dump(mode="json", exclude_defaults=True)
+    towers = {f"{tower}.": facts.pop(tower) for tower in ("vision", "text") if isinstance(spec, DualSpec)}
+    parts = {"": facts, **towers}
+    return [
+        (f"{prefix}{label}", text)
+        for prefix, own in parts.items()
+        for name, value in own.items()
+        for label, text in _told(name, value)
+    ]
+
+
+def hook_rows(model: HookedModel, pattern: str | None = None) -> list[dict[str, Any]]:
+    """Return a row for every hook point: name, axes, shape, equation, derived."""
+    from prisma_core.cli.outline import shapes
+
+    sizes = shapes(model)
+    points = model.hook_points()
+    return [
+        {
+            "name": name,
+            "axes": points[name].axes,
+            "shape": list(sizes[name]),
+            "equation": points[name].equation,
+            "derived": points[name].derived,
+        }
+        for name in (points if pattern is None else model.resolve(pattern))
+    ]
+
+
+def folded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows with those of layers that are alike written once: ``blocks.{0-11}.attn.hook_q``."""
+    groups: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for row in rows:
+        match = re.search(r"(?<=blocks\.)\d+(?=\.)", row["name"])
+        alike = json.dumps(
+            [row["name"][: match.start()] + "{}" + row["name"][match.end() :] if match else row["name"]]
+            + [row[key] for key in ("axes", "shape", "equation")]
+        )
+        groups.setdefault(alike, []).append((int(match[0]) if match else -1, row))
+    made: list[dict[str, Any]] = []
+    for members in groups.values():
+        layers, row = [layer for layer, _ in members], members[0][1]
+        name = row["name"]
+        if len(layers) > 1:
+            name = re.sub(r"(?<=blocks\.)\d+(?=\.)", "{" + _ranges(layers) + "}", name, count=1)
+        made.append({**row, "name": name})
+    return made
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Return numbers as ranges: ``0-2,5``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _facts(model: HookedModel) -> dict[str, Any]:
+    from prisma_core.spec import Facts, MapSpec, ModelSpec
+
+    spec: Any = getattr(model, "spec", None)
+    layout: Any = getattr(model, "layout", None)
+    preprocess: Any = getattr(model, "preprocess", None) or None
+    told = None if preprocess is None else str(preprocess)  # a library's own code
+    parts = [("class token", "cls"), ("distillation token", "distillation"), ("registers", "registers")]
+    tokens = None
+    if layout is not None:
+        prefix = [f"{getattr(layout, key)} {name}" for name, key in parts if getattr(layout, key)]
+        frames = f"{layout.frames} frames of " if layout.frames > 1 else ""
+        order = ", ".join([*prefix, f"{frames}{layout.rows} x {layout.columns} patches"])
+        tokens = {"total": layout.n_tokens, "order": order}
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "spec": spec.model_dump(mode="json") if isinstance(spec, ModelSpec | MapSpec) else None,
+        "tokens": tokens,
+        "preprocess": preprocess.model_dump(mode="json") if isinstance(preprocess, Facts) else told,
+    }
+
+
+def _told(name: str, value: Any) -> list[tuple[str, str]]:
+    """Return a fact as rows of label and text; blocks that are alike once."""
+    if name == "layout":
+        return []
+    if name != "blocks":
+        return [(name, _brief(value))]
+    groups: dict[str, list[int]] = {}
+    for layer, block in enumerate(value):
+        groups.setdefault(json.dumps(block), []).append(layer)
+    rows: list[tuple[str, str]] = []
+    for text, layers in groups.items():
+        label = f"blocks.{{{_ranges(layers)}}}" if len(layers) > 1 else f"blocks.{layers[0]}"
+        rows += [(f"{label}.{key}", _brief(part)) for key, part in json.loads(text).items()]
+    return rows
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, dict):
+        parts = cast("dict[str, Any]", value).items()
+        return "  ".join(f"{key}={_brief(part)}" for key, part in parts if part is not None) or "default"
+    if isinstance(value, list):
+        return " x ".join(map(str, cast("list[Any]", value)))
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

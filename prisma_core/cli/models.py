@@ -1,0 +1,149 @@
+"""``prisma models`` and ``prisma plugins``: what is there."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from prisma_core.cli.screen import note, show, show_json, table
+from prisma_core.errors import PluginError, UnknownName, suggest
+
+if TYPE_CHECKING:
+    from prisma_core.plugin.source import ModelInfo
+
+
+def models(
+    context: typer.Context,
+    search: Annotated[list[str] | None, typer.Argument(help="Words or globs that a reference must match.")] = None,
+    source: Annotated[str | None, typer.Option(help="Only this source's models.")] = None,
+    family: Annotated[str | None, typer.Option(help="Only this family (a glob).")] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Only models with trained weights.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Those too that no installed adapter takes.")] = False,
+    classes: Annotated[
+        bool, typer.Option("--classes", help="The classes that adapters take, and what is proven about each.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
+) -> None:
+    """List and search the models that can be loaded, or their classes."""
+    from rich.console import Console
+
+    from prisma_core.plugin.host import host
+
+    if classes:
+        _classes(context, search or [], as_json)
+        return
+    if source is not None:
+        host().source(source)
+    found = [info for info in host().models() if source is None or info.reference.startswith(f"{source}:")]
+    chosen = [info for info in found if _matches(info, search or [], family, pretrained)]
+    if not chosen and found:
+        _nothing(found, search or [], family)
+    with Console(stderr=True).status("looking which of them an adapter takes"):
+        loads = _loads(chosen)
+    shown = [info for info in chosen if everything or loads[info.reference] is not False]
+    absent = host().missing()
+    if as_json:
+        missing = [{"source": name, "install": command} for name, command in absent.items()]
+        listed = [asdict(info) | {"loads": loads[info.reference]} for info in shown]
+        show_json({"models": listed, "missing": missing})
+    else:
+        _show(shown, loads, everything)
+        left_out = len(chosen) - len(shown)
+        told = f" {left_out} more match that no installed adapter takes: --all lists them." if left_out else ""
+        note("models", f"{len(shown)} of {len(found)}.{told}", "green")
+    if source is not None and not found and source not in absent:
+        takes = " ".join((host().source(source).__doc__ or "").split("\n\n")[0].split()).replace("``", "`")
+        note("models", f"this source lists none. It takes {takes}" if takes else "this source lists none.", "yellow")
+    for name, command in absent.items():
+        note("not installed", f"the source {name!r}: {command}", "yellow")
+
+
+def _classes(context: typer.Context, search: list[str], as_json: bool) -> None:
+    """Run the command ``classes``, which the conformance kit brings."""
+    group = context.parent.command if context.parent is not None else None
+    command = getattr(group, "commands", {}).get("classes")
+    if context.parent is None or command is None:
+        raise PluginError("prisma models --classes needs the conformance kit, the plugin 'conformance'.")
+    command.main(args=[*search, *(["--json"] if as_json else [])], prog_name="prisma classes", standalone_mode=False)
+
+
+def _loads(infos: list[ModelInfo]) -> dict[str, bool | None]:
+    """Return for each reference whether an adapter takes it; None where the source does not know."""
+    from prisma_core.plugin.host import host
+
+    rests: dict[str, list[str]] = {}
+    for info in infos:
+        name, _, rest = info.reference.partition(":")
+        rests.setdefault(name, []).append(rest)
+    known = {name: host().source(name).loadable(several) for name, several in rests.items()}
+    return {
+        f"{name}:{rest}": None if (taken := known[name]) is None else rest in taken
+        for name, several in rests.items()
+        for rest in several
+    }
+
+
+def _show(infos: list[ModelInfo], loads: dict[str, bool | None], everything: bool) -> None:
+    if not infos:
+        return
+    shown = table("reference", "family", "weights", *(["loads"] if everything else []), "note")
+    for info in infos:
+        weights = "trained" if info.pretrained else ""
+        word = {True: "yes", False: "no adapter", None: ""}[loads[info.reference]]
+        cells = (info.reference, info.family, weights, *([word] if everything else []), info.note)
+        shown.add_row(*(escape(text) for text in cells))
+    show(shown)
+
+
+def _matches(info: ModelInfo, search: list[str], family: str | None, pretrained: bool) -> bool:
+    if pretrained and not info.pretrained:
+        return False
+    if family is not None and not fnmatch.fnmatch(info.family, family):
+        return False
+    return all(_has(info, word) for word in search)
+
+
+def _has(info: ModelInfo, word: str) -> bool:
+    if any(char in word for char in "*?["):
+        return fnmatch.fnmatch(info.reference, word) or fnmatch.fnmatch(info.reference.partition(":")[2], word)
+    return word.lower() in f"{info.reference} {info.family} {info.note}".lower()
+
+
+def _nothing(found: list[ModelInfo], search: list[str], family: str | None) -> None:
+    families = {info.family for info in found}
+    within = [info.reference for info in found if family is None or fnmatch.fnmatch(info.family, family)]
+    if family is not None and not within:
+        few = sorted(families)
+        told = (
+            f" Families: {', '.join(few)}." if len(few) <= 5 else f" There are {len(few)}: `prisma models` shows them."
+        )
+        raise UnknownName(f"No family {family!r}.{suggest(family, families) or told}")
+    names = {reference.partition(":")[2] for reference in within}
+    hint = suggest(" ".join(search), [*within, *names]) if search else ""
+    raise UnknownName(f"No model matches.{hint} `prisma models` lists all {len(found)}.")
+
+
+def plugins(as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False) -> None:
+    """List the plugins found, and what is wrong with them.
+
+    The exit status is 1 where one is broken.
+    """
+    from prisma_core.plugin.host import host
+
+    found = host().plugins()
+    shown = table("plugin", "module", "distribution", "state")
+    for info in found:
+        state = "ready" if info.missing is None else escape(f"needs {info.missing}")
+        if info.error:
+            state = f"[red]broken:[/] {escape(info.error)}"
+        shown.add_row(info.name, info.module, info.distribution, state)
+    if as_json:
+        show_json([asdict(info) for info in found])
+    else:
+        show(shown)
+    if any(info.error for info in found):
+        raise typer.Exit(1)

@@ -1,0 +1,1 @@
+"""Tensors from checkpoints and from the Hugging Face Hub, checked."""

@@ -1,0 +1,73 @@
+"""What every way from pictures to the tensor a model takes can do, whether it is data or a library's own code."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, cast
+
+import torch
+from torch import Tensor
+
+from prisma_core.errors import InputError
+from prisma_core.inputs.opening import Picture, open_picture
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class PicturePreprocess(ABC):
+    """From pictures to ``[batch channel height width]``. ``Preprocess`` is the form that is data.
+
+    A plugin may have another, which calls its library's own code; ``Source.keep`` and ``Source.kept`` then save it with
+    a model.
+    """
+
+    @property
+    @abstractmethod
+    def channels(self) -> int:
+        """How many channels a picture is opened with, 1 or 3."""
+
+    @abstractmethod
+    def prepared(self, image: Image) -> Tensor:
+        """Return ``[channel height width]`` of a picture that is open and has the right channels."""
+
+    @abstractmethod
+    def seen(self, image: Image, side: int = 0) -> Image:
+        """Return the part of a picture that the model sees, to look at, with no side shorter than ``side``."""
+
+    @abstractmethod
+    def denormalise(self, pixels: Tensor) -> Tensor:
+        """Return normalised pixels ``[... channel height width]`` in 0..1 again, red first."""
+
+    def __call__(self, picture: Picture | Sequence[Picture]) -> Tensor:
+        """Return ``[batch channel height width]`` of one picture or a list of them.
+
+        Args:
+            picture: a path, a Pillow image, or an array or tensor ``[height width channel]`` or ``[height width]``
+                (bytes, 16 bits, or floats in 0..1); or a list of those.
+
+        Raises:
+            InputError: it is no picture, holds values that are not numbers, or several come out in different sizes.
+        """
+        if not isinstance(picture, list | tuple):
+            return self.prepared(open_picture(picture, channels=self.channels))[None]
+        pictures = cast("Sequence[Picture]", picture)
+        if not pictures:
+            raise InputError("Expected at least one picture, got an empty list.")
+        made = [self(one) for one in pictures]
+        if len({one.shape for one in made}) > 1:
+            sizes = ", ".join(" x ".join(map(str, one.shape[-2:])) for one in made[:5])
+            raise InputError(
+                f"These pictures come out in sizes of their own (height x width: {sizes}), and a batch has one. "
+                "Give them one by one, or cut them to one size before."
+            )
+        return torch.cat(made)
+
+
+def restored(pixels: Tensor, mean: Sequence[float], std: Sequence[float], order: Literal["rgb", "bgr"]) -> Tensor:
+    """Return normalised pixels ``[... channel height width]`` in 0..1 again, red first."""
+    if order == "bgr":
+        pixels = pixels.flip(-3)
+    mean_, std_ = (torch.tensor(values, device=pixels.device).view(-1, 1, 1) for values in (mean, std))
+    return (pixels * std_ + mean_).clamp(0, 1)

@@ -1,0 +1,208 @@
+"""From video files to the tensor a model of videos takes."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+from jaxtyping import Float, UInt8
+from pydantic import Field
+from torch import Tensor
+
+from prisma_core.errors import InputError, PluginError
+from prisma_core.inputs import Picture, Preprocess
+from prisma_core.spec import Facts
+
+Decoder: TypeAlias = Literal["torchcodec", "av"]
+Video: TypeAlias = "str | Path | Tensor | Sequence[Picture] | Any"
+_ENDINGS = """
+    3g2 3gp asf avi divx f4v flv m2ts m4v mjpeg mkv mov mp4 mpe mpeg mpg mts ogm ogv qt ts vob webm wmv
+"""
+FILMS = frozenset(f".{ending}" for ending in _ENDINGS.split())
+INSTALL = 'pip install "prisma-interp[video]"'
+
+
+class VideoPreprocess(Facts):
+    """Frames taken evenly from a video, each prepared like a picture.
+
+    Attributes:
+        frames: how many the model takes.
+        each: from one frame to its tensor.
+    """
+
+    frames: int = Field(gt=0)
+    each: Preprocess
+
+    def __call__(self, video: Video | Sequence[Video]) -> Float[Tensor, "batch frame channel height width"]:
+        """Return ``[batch frame channel height width]`` of one video or a list of them.
+
+        Args:
+            video: the path of a file, an array or tensor ``[frame height width channel]``, or a list of frames, each
+                anything that is a picture. A list of paths of video files, of arrays or of lists of frames: several
+                videos.
+
+        Raises:
+            InputError: it is no video, or has fewer frames than the model takes.
+        """
+        if isinstance(video, list | tuple) and any(_is_video(one) for one in cast("Sequence[object]", video)):
+            return torch.cat([self(one) for one in cast("Sequence[Video]", video)])
+        if isinstance(video, str | Path):
+            frames: Any = read_video(video, self.frames)
+        else:
+            frames = [video[index] for index in evenly(_length(video), self.frames, "The video")]
+        return self.each([self._picture(frame) for frame in frames])[None]
+
+    def _picture(self, frame: Any) -> Picture:
+        return frame.numpy() if isinstance(frame, Tensor) else frame
+
+    def denormalise(self, pixels: Tensor) -> Tensor:
+        """Return normalised pixels ``[... channel height width]`` in 0..1 again."""
+        return self.each.denormalise(pixels)
+
+
+def read_preprocess(facts: dict[str, Any]) -> Preprocess | VideoPreprocess:
+    """Return the preprocessing, of pictures or of videos, that ``model_dump`` made these facts of."""
+    return (VideoPreprocess if "each" in facts else Preprocess).model_validate(facts)
+
+
+def read_video(
+    path: str | Path, frames: int | None = None, *, decoder: Decoder | None = None
+) -> UInt8[Tensor, "frame height width 3"]:
+    """Return frames of a video file, bytes ``[frame height width channel]``.
+
+    A turn that a file asks players for is not made: frames come as they are stored.
+
+    Args:
+        path: the file.
+        frames: how many to take, evenly: the first of each of so many equal parts. None for all.
+        decoder: what decodes; None for torchcodec where it is installed and works, else PyAV.
+
+    Raises:
+        InputError: there is no such file, it is no video, is cut off or damaged, or has fewer frames; or fewer than one
+            frame is wanted.
+        PluginError: neither torchcodec nor PyAV is installed.
+    """
+    if frames is not None and frames < 1:
+        raise InputError(f"Expected at least one frame to take, or None for all; got frames={frames}.")
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"No video at {path}.")
+    if decoder == "torchcodec" or (decoder is None and _torchcodec() is not None):
+        try:
+            return _read_with_torchcodec(path, frames)
+        except InputError:
+            # Installed without FFmpeg's libraries it can read nothing. What PyAV makes of the file stands.
+            if decoder is not None or importlib.util.find_spec("av") is None:
+                raise
+    return _read_with_av(path, frames)
+
+
+def evenly(n: int, wanted: int | None, what: str) -> list[int]:
+    """Return which of ``n`` frames to take: the first of each of ``wanted`` equal parts.
+
+    Raises:
+        InputError: there are fewer.
+
+    Source: transformers' default_sample_indices_fn.
+
+    >>> evenly(10, 4, "a film")
+    [0, 2, 5, 7]
+    """
+    if wanted is None:
+        return list(range(n))
+    if n < wanted:
+        raise InputError(f"{what} has {n} frame{'s' if n != 1 else ''}, and {wanted} are wanted.")
+    return [index * n // wanted for index in range(wanted)]
+
+
+def _is_video(video: object) -> bool:
+    """Whether it is a video by itself, not a frame: a picture's file is told from a film's by its ending."""
+    if isinstance(video, str | Path):
+        return Path(video).suffix.lower() in FILMS
+    return isinstance(video, list | tuple) or getattr(video, "ndim", 0) == 4
+
+
+def _length(video: Any) -> int:
+    if isinstance(video, list | tuple):
+        return len(cast("Sequence[object]", video))
+    if getattr(video, "ndim", None) != 4:
+        shape = f" of shape {list(video.shape)}" if hasattr(video, "shape") else ""
+        raise InputError(
+            f"Expected a path, a list of frames or pixels [frame height width channel], "
+            f"got {type(video).__name__}{shape}."
+        )
+    return len(video)
+
+
+# -------------------------------------------------------------------- decoders
+
+
+def _torchcodec() -> Any:
+    """Return torchcodec's decoders, or None where they are not installed or cannot run."""
+    try:
+        return importlib.import_module("torchcodec.decoders")
+    except (ImportError, RuntimeError, OSError):  # versions of it that load FFmpeg's libraries when imported
+        return None
+
+
+def _read_with_torchcodec(path: Path, frames: int | None) -> Tensor:
+    decoders = _torchcodec()
+    if decoders is None:
+        raise PluginError("torchcodec is not installed, or finds no FFmpeg to decode with: decoder='av' does without.")
+    try:
+        reader = decoders.VideoDecoder(str(path))
+        facts = reader.metadata
+        _whole(path, facts.num_frames_from_content, facts.num_frames_from_header)
+        indices = evenly(len(reader), frames, str(path))
+        return reader.get_frames_at(indices).data.permute(0, 2, 3, 1).contiguous()
+    except (RuntimeError, ValueError, IndexError) as error:
+        first = str(error).strip().partition("\n")[0].rpartition(".cpp:")[2]
+        raise InputError(f"{path} is not a video that torchcodec can read: {first}") from error
+
+
+def _read_with_av(path: Path, frames: int | None) -> Tensor:
+    try:
+        av = importlib.import_module("av")
+    except ImportError as error:
+        raise PluginError(f"Reading videos needs torchcodec or PyAV: {INSTALL}.") from error
+    try:
+        n = _count_with_av(av, path)
+        wanted = set(indices := evenly(n, frames, str(path)))
+        kept: list[Tensor] = []
+        with av.open(str(path)) as file:
+            for index, frame in enumerate(file.decode(file.streams.video[0])):
+                if index in wanted:
+                    kept.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
+                if len(kept) == len(indices):
+                    break
+    except av.error.FFmpegError as error:
+        raise InputError(f"{path} is not a video that PyAV can read, or is damaged: {error.strerror}.") from error
+    if len({frame.shape for frame in kept}) > 1:
+        raise InputError(f"The frames of {path} change their size on the way.")
+    return torch.stack(kept)
+
+
+def _count_with_av(av: Any, path: Path) -> int:
+    """Return how many frames there are. What a header says may be missing or wrong, so they are decoded and counted."""
+    with av.open(str(path)) as file:
+        if not file.streams.video:
+            kinds = ", ".join(sorted({stream.type for stream in file.streams})) or "nothing"
+            raise InputError(f"{path} holds no video stream: it holds {kinds}.")
+        stream = file.streams.video[0]
+        promised, packets, found = stream.frames, 0, 0
+        for packet in file.demux(stream):
+            packets += packet.size > 0
+            found += len(packet.decode())
+    _whole(path, packets, promised)
+    return found
+
+
+def _whole(path: Path, found: int | None, promised: int | None) -> None:
+    if found is not None and promised and found < promised:
+        raise InputError(f"{path} is cut off: it promises {promised} frames, and {found} are there.")
+    if found == 0:
+        raise InputError(f"{path} holds no frames.")

@@ -1,0 +1,1 @@
+"""Which upstream tensor, and which upstream place, is which of ours."""

@@ -1,0 +1,83 @@
+"""An upstream module, read with a record of which of its attributes were read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from prisma_core.errors import UnsupportedArchitecture
+
+
+def qualified_name(value: object) -> str:
+    """Return ``package.module.Class`` of an object's type.
+
+    >>> qualified_name(nn.Linear(1, 1))
+    'torch.nn.modules.linear.Linear'
+    """
+    kind = type(value)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+class Reader:
+    """An upstream module, with a record of which of its attributes were read.
+
+    Attributes come back as they are, submodules wrapped. ``reader.module`` is the module itself.
+    """
+
+    def __init__(self, module: nn.Module, path: str = "", record: set[str] | None = None):
+        self.module = module
+        self.path = path
+        self.record: set[str] = set() if record is None else record
+
+    def _below(self, name: str) -> str:
+        return f"{self.path}.{name}" if self.path else name
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if not hasattr(self.module, name):
+            raise UnsupportedArchitecture(qualified_name(self.module), f"no attribute {name!r} (another version?)")
+        self.record.add(self._below(name))
+        value = getattr(self.module, name)
+        return Reader(value, self._below(name), self.record) if isinstance(value, nn.Module) else value
+
+    def has(self, name: str) -> bool:
+        """Whether the attribute is there and not None."""
+        self.record.add(self._below(name))
+        return getattr(self.module, name, None) is not None
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return an attribute that older or other classes may lack."""
+        return getattr(self, name) if hasattr(self.module, name) else default
+
+    def is_a(self, *names: str) -> bool:
+        """Whether the module's type is exactly one of these, given as qualified or plain names."""
+        full = qualified_name(self.module)
+        return any(full == name or full.rsplit(".", 1)[-1] == name for name in names)
+
+    def expect(self, kind: str | None = None, **facts: Any) -> Reader:
+        """Return the reader itself: its module is of this type, and its attributes have these values.
+
+        Raises:
+            UnsupportedArchitecture: the type or a value is another.
+        """
+        if kind is not None and not self.is_a(kind):
+            raise self.unsupported(f"expected a {kind} here")
+        for name, value in facts.items():
+            if (came := getattr(self, name)) != value:
+                raise self.unsupported(f"{name}={came!r}, expected {value!r}")
+        return self
+
+    def __iter__(self) -> Iterator[Reader]:
+        for name, child in self.module.named_children():
+            yield Reader(child, self._below(name), self.record)
+
+    def __len__(self) -> int:
+        return len(list(self.module.children()))
+
+    def unsupported(self, feature: str) -> UnsupportedArchitecture:
+        """Return the error that says this module has something we cannot represent."""
+        where = qualified_name(self.module)
+        return UnsupportedArchitecture(f"{where} at {self.path!r}" if self.path else where, feature)

@@ -1,0 +1,1 @@
+"""Tools that adapters of several libraries share."""

@@ -1,0 +1,89 @@
+"""What adapters of many libraries read and write alike: rows of tables, and facts of torch's own modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prisma_core.maps.reader import Reader
+
+CONV2D = "torch.nn.modules.conv.Conv2d"
+
+
+def norm_rows(source: str, target: str) -> str:
+    """Return the weight rows of a norm; ones and zeros where it has none."""
+    return f"""
+        {source}.weight | ones  ->  {target}.weight
+        {source}.bias | zeros   ->  {target}.bias
+    """
+
+
+def linear_rows(source: str, target: str) -> str:
+    """Return the weight rows of a linear layer; zeros where it has no bias."""
+    return f"""
+        {source}.weight        ->  {target}.weight
+        {source}.bias | zeros  ->  {target}.bias
+    """
+
+
+def same_for_all(upstream: Reader, tables: Sequence[str]) -> str:
+    """Return the one table that all blocks have.
+
+    Raises:
+        UnsupportedArchitecture: they have different ones.
+    """
+    if not tables:
+        raise upstream.unsupported("no blocks")
+    if len(set(tables)) != 1:
+        raise upstream.unsupported("blocks built of different modules")
+    return tables[0]
+
+
+def per_block_table(tables: Sequence[str]) -> str:
+    """Return the table that all blocks have, or all of theirs, numbered, where they are built of different modules."""
+    if len(set(tables)) == 1:
+        return tables[0]
+    return "".join(table.replace("{l}", str(number)) for number, table in enumerate(tables))
+
+
+def masks_as_built(attn: Reader, *, causal: bool = False) -> None:
+    """Refuse attention of transformers' that is told to look elsewhere than its model's own masks let it.
+
+    Its kernels obey ``is_causal``: the attention's own, or one in the configuration, though no class declares it there.
+
+    Args:
+        causal: whether the model masks what comes after a token.
+
+    Raises:
+        UnsupportedArchitecture: it is told otherwise.
+    """
+    said = getattr(attn.get("config"), "is_causal", None)
+    if said is not None and bool(said) != causal:
+        raise attn.unsupported(f"config.is_causal={said!r}, which changes what a token may read; take it out")
+    if attn.get("is_causal") and not causal:
+        raise attn.unsupported("causal attention: under fused kernels a token reads those before it alone")
+
+
+def ends_with_last_stage(backbone: Reader) -> None:
+    """Refuse a backbone whose last feature map is not the last block's.
+
+    Raises:
+        UnsupportedArchitecture: it is of an earlier stage.
+    """
+    if backbone.out_features[-1] != backbone.stage_names[-1]:
+        raise backbone.unsupported(
+            f"a last feature map that is not the last block's (out_features={list(backbone.out_features)!r}; add "
+            f"{backbone.stage_names[-1]!r}; the others are hook points)"
+        )
+
+
+def plain_patches(proj: Reader) -> None:
+    """Refuse a projection that does more than cut a picture into patches and multiply each with a matrix.
+
+    Raises:
+        UnsupportedArchitecture: naming what more it does.
+    """
+    if not proj.is_a(CONV2D) or proj.kernel_size != proj.stride:
+        raise proj.unsupported("patches that overlap")
+    padded = proj.padding not in ("valid", (0, 0))
+    if padded or (*proj.dilation, proj.groups, proj.padding_mode) != (1, 1, 1, "zeros"):
+        raise proj.unsupported("a patch projection that pads, skips or splits pixels")

@@ -1,0 +1,292 @@
+"""Rewrites of weights that leave the logits where they are, to rounding.
+
+Each is a pure function of a spec and a state dict, and returns a new state dict; ``rewrite`` runs them on a model::
+
+    plain = rewrite(model, fold_layer_norm, center_writing_weights, fold_value_biases)
+
+The facts of the model stay the same: a folded norm keeps its parameters, as ones and zeros.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor
+
+from prisma_core.errors import NotApplicable
+from prisma_core.spec import AttentionSpec, BlockSpec, ModelSpec, NormSpec
+from prisma_core.transformer.factored import FactoredMatrix
+from prisma_core.transformer.vit import HookedViT
+
+State: TypeAlias = Mapping[str, Tensor]
+Rewrite: TypeAlias = Callable[[ModelSpec, State], dict[str, Tensor]]
+
+
+def rewrite(model: HookedViT, *rewrites: Rewrite) -> HookedViT:
+    """Return a new model with rewritten weights. The given one stays as it is, and no storage is shared.
+
+    Args:
+        model: the model.
+        rewrites: functions of this module, run in this order.
+
+    Raises:
+        NotApplicable: a rewrite does not hold for this model; the message says why.
+    """
+    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    for each in rewrites:
+        state = each(model.spec, state)
+    new = copy.deepcopy(model)
+    new.load_state_dict(state, strict=True)
+    return new
+
+
+def fold_layer_norm(spec: ModelSpec, state: State) -> dict[str, Tensor]:
+    """Move the weight and bias of every norm into the linear maps that read it.
+
+    Norms with no linear reader, such as a final norm that another norm or no head follows, stay as they are.
+
+    Raises:
+        NotApplicable: a block normalises what it adds to the stream (``res_post``): no linear map reads that norm.
+    """
+    new = dict(state)
+    for block in _blocks(spec):
+        if block.spec.kind == "res_post" and (block.spec.ln1 or block.spec.ln2):
+            raise NotApplicable(
+                f"{block.path} is a res_post block: its norms write to the stream, and no linear map reads them alone."
+            )
+        for side in block.sides():
+            attn, mlp = side.attn, side.mlp
+            readers = [f"{attn}.qkv"]
+            gated = [f"{mlp}.fc_gate"] if block.spec.mlp is not None and block.spec.mlp.gated else []
+            mlp_readers = [f"{mlp}.fc_in", *gated]
+            if block.spec.mlp is not None and block.spec.mlp.pre_norm is not None:
+                _fold(new, f"{mlp}.pre_norm", mlp_readers)
+                mlp_readers = []
+            if block.spec.kind == "parallel" and block.spec.mlp is not None:
+                readers = [*readers, *mlp_readers] if mlp_readers else []
+            if block.spec.ln1 is not None:
+                _fold(new, side.ln1, readers)
+            if block.spec.mlp is not None and block.spec.ln2 is not None:
+                _fold(new, side.ln2, mlp_readers)
+            if block.spec.attn.inner_norm is not None:
+                _fold(new, f"{attn}.ln", [f"{attn}.out"])
+            if block.spec.mlp is not None and block.spec.mlp.inner_norm is not None:
+                _fold(new, f"{mlp}.ln", [f"{mlp}.fc_out"])
+    for norm, readers in _final_norms(spec):
+        _fold(new, norm, readers)
+    return new
+
+
+def fold_layer_scale(spec: ModelSpec, state: State) -> dict[str, Tensor]:
+    """Move every layer scale into the output projection before it.
+
+    Raises:
+        NotApplicable: a norm stands between the two (``res_post``).
+    """
+    new = dict(state)
+    for block in _blocks(spec):
+        for side in block.sides():
+            for has, norm, out, gamma in (
+                (block.spec.attn_scale, block.spec.ln1, f"{side.attn}.out", f"{side.ls1}.gamma"),
+                (block.spec.mlp_scale and block.spec.mlp, block.spec.ln2, f"{side.mlp}.fc_out", f"{side.ls2}.gamma"),
+            ):
+                if not has:
+                    continue
+                if block.spec.kind == "res_post" and norm is not None:
+                    raise NotApplicable(f"{block.path}: a norm stands between the output projection and layer scale.")
+                new[f"{out}.weight"] = new[gamma][:, None] * new[f"{out}.weight"]
+                new[f"{out}.bias"] = new[gamma] * new[f"{out}.bias"]
+                new[gamma] = torch.ones_like(new[gamma])
+    return new
+
+
+def center_writing_weights(spec: ModelSpec, state: State) -> dict[str, Tensor]:
+    """Take the mean over ``d_model`` out of everything that is added to the stream, which layer norms remove anyway.
+
+    Layer scale is folded first. What a norm writes (``ln_pre``, a norm of the embedding) or an opaque stem stays.
+
+    Raises:
+        NotApplicable: something reads the stream otherwise than through a layer norm, so the mean matters.
+    """
+    for place, norm in _stream_readers(spec):
+        if norm is None or norm.kind != "ln":
+            what = "no norm" if norm is None else "a root mean square norm, which keeps the mean"
+            raise NotApplicable(f"{place} reads the stream through {what}: without the mean the logits would change.")
+    new = fold_layer_scale(spec, state)
+    written: list[tuple[str, int]] = []
+    if spec.ln_pre is None:
+        projected = spec.embed.stem == "conv" and spec.embed.norm is None
+        written += [("embed.proj.weight", 0), ("embed.proj.bias", 0)] if projected else []
+        written += [(f"embed.{table}", 1) for table in ("prefix", "pos_embed", "pos_rows", "pos_columns")]
+    for block in _blocks(spec):
+        for side in block.sides():
+            for out in (f"{side.attn}.out", *([f"{side.mlp}.fc_out"] if block.spec.mlp is not None else [])):
+                written += [(f"{out}.weight", 0), (f"{out}.bias", 0)]
+    for name, axis in written:
+        if name in new:
+            new[name] = new[name] - new[name].mean(axis, keepdim=True)
+    return new
+
+
+def fold_value_biases(spec: ModelSpec, state: State) -> dict[str, Tensor]:
+    """Move value biases into attention's output bias: patterns sum to 1, so they add the same to every token.
+
+    Raises:
+        NotApplicable: a norm stands before the output projection.
+    """
+    new = dict(state)
+    for block in _blocks(spec):
+        for side in block.sides():
+            _fold_value_bias(block.spec.attn, side.attn, new)
+    return new
+
+
+def refactor_factored_attn_matrices(spec: ModelSpec, state: State) -> dict[str, Tensor]:
+    """Give each head's query and key maps, and its value and output maps, orthogonal columns of falling size.
+
+    ``W_Q W_K^T`` and ``W_V W_O`` stay what they are, biases included; queries and keys share the singular values, the
+    values carry theirs. Value biases are folded first.
+
+    Source: singular value decomposition of the two products, each through QR of its factors.
+
+    Raises:
+        NotApplicable: queries and keys are normed, turned by rotary positions or shared between heads, or a norm stands
+            before the output projection.
+    """
+    if spec.rope is not None:
+        raise NotApplicable("Rotary positions turn queries and keys: W_Q W_K^T is not all there is to a score.")
+    new = dict(state)
+    for block in _blocks(spec):
+        attn = block.spec.attn
+        if attn.qk_norm is not None:
+            raise NotApplicable(f"{block.path} norms queries and keys: W_Q W_K^T is not all there is to a score.")
+        if attn.n_kv_heads != attn.n_heads:
+            raise NotApplicable(f"{block.path} shares {attn.n_kv_heads} key heads between {attn.n_heads} query heads.")
+        for side in block.sides():
+            _fold_value_bias(attn, side.attn, new)
+            _refactor(attn, side.attn, new)
+    return new
+
+
+# -------------------------------------------------------------------- parts
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Paths of one attention and one MLP with what belongs to them."""
+
+    attn: str
+    mlp: str
+    ln1: str
+    ln2: str
+    ls1: str
+    ls2: str
+
+
+@dataclass(frozen=True)
+class _Block:
+    path: str
+    spec: BlockSpec
+
+    def sides(self) -> Iterator[_Side]:
+        for side in range(self.spec.n_parallel):
+            number = f".{side}" if self.spec.n_parallel > 1 else ""
+            yield _Side(*(f"{self.path}.{part}{number}" for part in ("attn", "mlp", "ln1", "ln2", "ls1", "ls2")))
+
+
+def _blocks(spec: ModelSpec) -> list[_Block]:
+    return [_Block(f"blocks.{index}", block) for index, block in enumerate(spec.blocks)]
+
+
+def _fold(state: dict[str, Tensor], norm: str, readers: list[str]) -> None:
+    if not readers:
+        return
+    weight, bias = state[f"{norm}.weight"], state.get(f"{norm}.bias")
+    for reader in readers:
+        if bias is not None:
+            state[f"{reader}.bias"] = state[f"{reader}.bias"] + state[f"{reader}.weight"] @ bias
+        state[f"{reader}.weight"] = state[f"{reader}.weight"] * weight
+    state[f"{norm}.weight"] = torch.ones_like(weight)
+    if bias is not None:
+        state[f"{norm}.bias"] = torch.zeros_like(bias)
+
+
+def _final_norms(spec: ModelSpec) -> list[tuple[str, list[str]]]:
+    """The norms at the end of the stream, each with the linear maps that read it."""
+    head = [] if spec.n_classes is None else ["head"] if spec.n_heads_out == 1 else ["head", "head_dist"]
+    found: list[tuple[str, list[str]]] = []
+    pool = spec.pool
+    if spec.ln_final is not None:
+        if pool.kind == "attention":
+            found.append(("ln_final", ["pool.attn.kv"]))
+        elif spec.ln_pool is None and pool.kind != "token_and_avg":  # there the head reads the norm twice over
+            found.append(("ln_final", head))
+    if pool.mlp is not None and pool.norm is not None:
+        gated = ["pool.mlp.fc_gate"] if pool.mlp.gated else []
+        found.append(("pool.ln", ["pool.mlp.fc_in", *gated]))
+    if spec.ln_pool is not None:
+        found.append(("ln_pool", head))
+    return found
+
+
+def _stream_readers(spec: ModelSpec) -> Iterator[tuple[str, NormSpec | None]]:
+    for block in _blocks(spec):
+        normed = block.spec.kind != "res_post"
+        yield f"{block.path}.attn", block.spec.ln1 if normed else None
+        if block.spec.mlp is not None:
+            norm = block.spec.ln1 if block.spec.kind == "parallel" else block.spec.ln2
+            yield f"{block.path}.mlp", norm if normed else None
+    if spec.ln_final is None and spec.pool.kind == "attention":
+        yield "pool", None
+    else:
+        yield "the head", spec.ln_final or spec.ln_pool
+
+
+def _split(attn: AttentionSpec, path: str, state: State) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights ``[head d_head d_model]`` and biases ``[head d_head]`` of queries, keys and values."""
+    heads = [attn.n_heads, attn.n_kv_heads, attn.n_kv_heads]
+    weights, biases = (
+        rearrange(state[f"{path}.qkv.{kind}"], "(head d_head) ... -> head d_head ...", d_head=attn.d_head)
+        for kind in ("weight", "bias")
+    )
+    return list(torch.split(weights, heads)), list(torch.split(biases, heads))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat([part.flatten(0, 1) for part in parts])
+
+
+def _fold_value_bias(attn: AttentionSpec, path: str, state: dict[str, Tensor]) -> None:
+    if attn.inner_norm is not None:
+        raise NotApplicable(f"{path} norms z before the output projection: a value bias is no constant behind it.")
+    _, biases = _split(attn, path, state)
+    shared = repeat(biases[2], "head d_head -> (head group d_head)", group=attn.n_heads // attn.n_kv_heads)
+    state[f"{path}.out.bias"] = state[f"{path}.out.bias"] + state[f"{path}.out.weight"] @ shared
+    biases[2] = torch.zeros_like(biases[2])
+    state[f"{path}.qkv.bias"] = _joined(biases)
+
+
+def _refactor(attn: AttentionSpec, path: str, state: dict[str, Tensor]) -> None:
+    weights, biases = _split(attn, path, state)
+    # A bias is the weight of one more input that is always 1.
+    q, k = (torch.cat([weights[i].mT, biases[i][:, None]], dim=1) for i in (0, 1))
+    left, size, right = _svd(q, k)
+    q, k = left * size.sqrt()[:, None], right * size.sqrt()[:, None]
+    w_o = rearrange(state[f"{path}.out.weight"], "d_model (head d_head) -> head d_model d_head", d_head=attn.d_head)
+    left, size, right = _svd(weights[2].mT, w_o)
+    state[f"{path}.qkv.weight"] = _joined([q[:, :-1].mT, k[:, :-1].mT, (left * size[:, None]).mT])
+    state[f"{path}.qkv.bias"] = _joined([q[:, -1], k[:, -1], biases[2]])
+    state[f"{path}.out.weight"] = rearrange(right, "head d_model d_head -> d_model (head d_head)")
+
+
+def _svd(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular vectors and values of ``a b^T``, as many as ``a`` and ``b`` have columns: ``[head d_model d_head]``."""
+    u, size, vh = FactoredMatrix(a, b.mT).svd()
+    lacking = a.shape[-1] - size.shape[-1]
+    return F.pad(u, (0, lacking)), F.pad(size, (0, lacking)), F.pad(vh.mT, (0, lacking))
