@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import warnings
 from pathlib import Path
@@ -270,10 +271,8 @@ def test_without_transformers_the_model_is_there_and_its_pictures_are_told_of(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prisma.save(prisma.load(f"hf:{folder}"), tmp_path / "saved")
-    find = prisma.plugins.importlib.util.find_spec
-    monkeypatch.setattr(
-        prisma.plugins.importlib.util, "find_spec", lambda name, *rest: None if name == "transformers" else find(name)
-    )
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "transformers" else find(name))
     back = prisma.load(f"file:{tmp_path}/saved")
     with pytest.raises(prisma.PluginError, match=r"prisma-interp\[hf\]"):
         back.preprocess(probe(61, 43))

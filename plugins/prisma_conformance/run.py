@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from prisma_conformance import devices
-from prisma_conformance.checks import algebra, audit, hooked, live, parity, running, tensors
+from prisma_conformance.checks import algebra, audit, live, maps, parity, running, tensors
 from prisma_conformance.registry import Check, NotApplicable, select
 from prisma_conformance.report.results import Certificate, CheckResult, DeviceFailed, Report
 from prisma_conformance.subject import Subject
@@ -99,7 +99,7 @@ def run_check(one: Check, subject: Subject) -> CheckResult:
         return CheckResult(name=one.name, passed=False, skipped=reason)
     try:
         with devices.exact():
-            found = hooked.run(one, subject) if isinstance(subject.adapter, MapAdapter) else one.run(subject)
+            found = maps.run(one, subject) if isinstance(subject.adapter, MapAdapter) else one.run(subject)
     except torch.OutOfMemoryError as error:
         subject.forget()
         torch.cuda.empty_cache()

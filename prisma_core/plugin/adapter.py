@@ -188,7 +188,7 @@ class MapAdapter(Adapter):
     def equations(self, upstream: Reader, acts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yield equations between activations that hold in this kind of model: what is said, and its two sides.
 
-        The conformance kit checks them, besides what holds in all models (``prisma_conformance.checks.hooked``). They
+        The conformance kit checks them, besides what holds in all models (``prisma_conformance.checks.maps``). They
         prove that a hook point holds what it is called: scores that are not made of q and k are another layer's.
         """
         yield from ()
