@@ -1,7 +1,8 @@
-"""Writes docs/hook-points.md from the code; ``--check`` says by its exit status whether it is up to date."""
+"""Write docs/hook-points.md and the map in docs/design.md from the code; ``--check`` compares, by its exit status."""
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +13,12 @@ from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.spec import AttentionSpec, BlockSpec, EmbedSpec, MlpSpec, ModelSpec, NormSpec, PoolSpec, RopeSpec
 from prisma_core.transformer.vit import HookedViT
 
-PAGE = Path(__file__).parent / "hook-points.md"
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS))
+import house  # noqa: E402  # the module beside this one
+
+PAGE, DESIGN, FIGURE = DOCS / "hook-points.md", DOCS / "design.md", DOCS / "images" / "house.svg"
+ROOMS = re.compile(r"(<!-- rooms: written by python docs/generate.py -->\n).*?(<!-- end of rooms -->)", re.DOTALL)
 LN = NormSpec(eps=1e-6)
 HEAD = """<!-- Written by `python docs/generate.py` from the code. Change the code, not this page. -->
 # Hook points
@@ -126,10 +132,18 @@ def _table(rows: list[tuple[str, str, str, str]]) -> list[str]:
     return head + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
 
 
+def pages() -> dict[Path, str]:
+    """Return the text of every generated file."""
+    design = DESIGN.read_text(encoding="utf-8")
+    table = house.table().replace("\\", r"\\")
+    return {PAGE: page(), DESIGN: ROOMS.sub(rf"\g<1>{table}\n\g<2>", design), FIGURE: house.figure()}
+
+
 def main() -> int:
     if "--check" in sys.argv[1:]:
-        return 0 if PAGE.read_text(encoding="utf-8") == page() else 1
-    PAGE.write_text(page(), encoding="utf-8")
+        return int(any(path.read_text(encoding="utf-8") != text for path, text in pages().items()))
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -12,7 +12,7 @@ numbers with an exponent for any such number. Only ``bash`` blocks with such a `
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import itertools
 import os
 import re
@@ -219,15 +219,34 @@ def test_the_readme_has_code_that_loads_caches_patches_and_prints() -> None:
     assert all(word in code for word in ("prisma.load(", "run_with_cache(", "run_with_hooks(", "print("))
 
 
-def test_the_page_of_hook_points_is_up_to_date() -> None:
-    spec = importlib.util.spec_from_file_location("generate_docs", ROOT / "docs" / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def generator(name: str) -> Any:
+    """Return a module of the docs' folder, which is no package."""
+    sys.path.insert(0, str(DOCS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(DOCS))
+
+
+def test_generated_pages_are_up_to_date() -> None:
     torch.set_default_dtype(torch.float32)
-    written = (ROOT / "docs" / "hook-points.md").read_text(encoding="utf-8")
-    assert module.page() == written, "run python docs/generate.py"
+    stale = [path.name for path, text in generator("generate").pages().items() if path.read_text("utf-8") != text]
+    assert stale == [], "run python docs/generate.py"
+
+
+def test_the_small_core_is_small_and_the_house_is_seen_at_a_glance() -> None:
+    house = generator("house")
+    rooms = {room.name: room.lines for room in house.rooms()}
+    core = ROOT / "prisma_core"
+    modules = [path for path in core.rglob("*.py") if "templates" not in path.parts]
+    assert sum(rooms[name] for name in house.SMALL_CORE) <= 3000
+    assert sum(len(path.read_text("utf-8").splitlines()) for path in modules) <= 9800
+    assert len([path for path in core.iterdir() if path.is_dir() and path.name != "__pycache__"]) <= 12
+    assert len(list(core.glob("*.py"))) <= 6
+    every = [*modules, *(ROOT / "plugins").rglob("*.py")]
+    assert [path.name for path in every if len(path.read_text("utf-8").splitlines()) > 400] == []
+    in_rooms = {path.relative_to(core).parts[0].removesuffix(".py") for path in modules} - {"__init__"}
+    assert in_rooms == set(rooms), "a module of prisma_core is in no room"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
