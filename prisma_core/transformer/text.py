@@ -54,12 +54,11 @@ class HookedText(Tower):
         tokenizer: from texts to tokens ``[text pos]``; set by whoever loaded the model.
     """
 
-    spec: TextSpec  # pyright: ignore[reportIncompatibleVariableOverride]  # set once
     cache_type = StreamCache
 
     def __init__(self, spec: TextSpec):
         super().__init__()
-        self.spec = spec
+        self.spec: TextSpec = spec  # pyright: ignore[reportIncompatibleVariableOverride]  # set once
         self.tokenizer: Tokenizer | None = None
         self.embed = TokenEmbed(spec)
         self.hook_embed = HookPoint("batch token d_model" if spec.suffix else STREAM, "W_E[token]")

@@ -35,12 +35,11 @@ class HookedViT(Tower):
         stem: upstream's own stem module, for specs whose stem is opaque.
     """
 
-    spec: ModelSpec  # pyright: ignore[reportIncompatibleVariableOverride]  # set once
     cache_type = StreamCache
 
     def __init__(self, spec: ModelSpec, stem: nn.Module | None = None):
         super().__init__()
-        self.spec = spec
+        self.spec: ModelSpec = spec  # pyright: ignore[reportIncompatibleVariableOverride]  # set once
         n_tokens = spec.layout.n_tokens
         self.embed = Embed(spec.embed, spec.layout, spec.d_model, stem)
         self.hook_embed = HookPoint("batch patch d_model", "the patches, projected")
