@@ -26,7 +26,6 @@ from prisma_core.hooks.model import HookedModel
 from prisma_core.hooks.point import HookContext, HookPoint
 from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.plugin.hookspecs import hookimpl
-from prisma_core.result import Result
 from prisma_core.saving.folder import save
 from prisma_core.spec import ModelSpec
 from prisma_core.transformer import HookedViT
@@ -55,7 +54,6 @@ __all__ = [
     "ActivationCache",
     "ModelSpec",
     "TokenLayout",
-    "Result",
     "HookPoint",
     "HookContext",
     "hookimpl",

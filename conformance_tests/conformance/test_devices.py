@@ -252,8 +252,6 @@ def techniques(model: HookedViT, place: torch.device, dtype: torch.dtype) -> Non
         "extra": prisma_registers.extra_registers(model, 2),
         "moved": prisma_registers.registers_at_test_time(model, neurons or [prisma_registers.Neuron(0, 1)]),
     }
-    if place == DEVICE:  # torch makes the index of an assignment below Python, where nothing is elsewhere
-        del scopes["moved"]
     for name, scope in scopes.items():
         with scope as changed:
             effects[name] = changed(images)
@@ -398,6 +396,43 @@ def test_two_devices_do_not_mix(device: torch.device) -> None:
     model = drawn(KINDS["positions resized"]).to(device)
     with pytest.raises(InputError, match=r"on cuda:0, where the model is; it is on cpu"):
         model(torch.zeros(1, 3, 8, 12))
+
+
+def _set(index: Any, value: Any) -> Callable[[Tensor], Tensor]:
+    def write(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[index] = value
+        return x
+
+    return write
+
+
+MADE_BELOW_PYTHON: dict[str, Callable[[Tensor], Tensor]] = {
+    "x[0] = number": _set(0, 1.5),
+    "x[0, 1] = number": _set((0, 1), 2),
+    "x[:] = number": _set(slice(None), 3),
+    "x[list] = number": _set([0, 2], 4),
+    "x[:, list] = tensor without axes": _set((slice(None), [0, 2]), torch.tensor(5.0)),
+    "x[index] = number": _set(torch.tensor([1, 2]), 6),
+    "x[mask] = number": lambda x: _set(x > 0, 7)(x),
+    "x[list]": lambda x: x[[0, 2]],
+    "x[:, list]": lambda x: x[:, [2, 0]],
+    "where": lambda x: torch.where(x > 0, x, -1.0) + torch.where(x > 1, 0.25, x) + x.where(x > 2, 0.5),
+    "new_tensor": lambda x: x * x.new_tensor([[1.5], [2.5], [3.5]]),
+}
+
+
+@pytest.mark.parametrize("way", MADE_BELOW_PYTHON)
+def test_numbers_and_lists_go_to_the_device_as_torch_sends_them(way: str, device: torch.device) -> None:
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    there = MADE_BELOW_PYTHON[way](x.to(device))
+    assert there.device == DEVICE
+    assert torch.equal(there.cpu(), MADE_BELOW_PYTHON[way](x))
+
+
+def test_a_tensor_without_numbers_is_said_to_be_one(device: torch.device) -> None:
+    with pytest.raises(RuntimeError, match="on meta, has no numbers, in aten::index"):
+        torch.ones(3, 4).to(device)[True]
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -67,6 +68,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name, kwargs = func._schema.name, dict(kwargs)
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
     there = [x for x in tensors if isinstance(x, Elsewhere)]
+    if there and any(x.is_meta for x in tensors):
+        raise RuntimeError(f"A tensor made below Python, on meta, has no numbers, in {name}; make it in _Functions.")
     if there and name not in _COPIES:
         left = [x for x in tensors if not isinstance(x, Elsewhere) and x.ndim]
         # An index may come from the CPU, as in torch; a tensor on the CPU takes no index from elsewhere.
@@ -107,7 +110,28 @@ class _Functions(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
             device = kwargs.pop("device")
             return func(*args, **kwargs).to(device)
+        if func is Tensor.new_tensor:
+            made = torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype))
+            return made.to(kwargs.get("device", args[0].device))
+        if func in (torch.where, Tensor.where):
+            args = tuple(_number(x) for x in args)
+        if func is Tensor.__getitem__:
+            args = (args[0], _index(args[1]))
+        if func is Tensor.__setitem__:
+            args = (args[0], _index(args[1]), _number(args[2], args[0].dtype))
         return func(*args, **kwargs)
+
+
+def _index(index: Any) -> Any:
+    """Return an index with tensors for its lists: torch would make them below Python."""
+    if isinstance(index, tuple):
+        return tuple(_index(part) for part in index)
+    return torch.as_tensor(index) if isinstance(index, list | range | np.ndarray) else index
+
+
+def _number(x: Any, dtype: torch.dtype | None = None) -> Any:
+    """Return a tensor without axes for a number: torch would make it below Python."""
+    return torch.tensor(x, dtype=dtype) if isinstance(x, int | float | complex) else x
 
 
 @contextmanager

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from prisma_conformance.randomise import randomise
 
 import prisma_core as prisma
 from prisma_core.transformer import HookedDual, HookedText, HookedViT
@@ -16,7 +18,7 @@ from prisma_core.transformer import HookedDual, HookedText, HookedViT
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
 pytest.importorskip("prisma_hf.source", reason="the plugin prisma_hf is not installed")
 
-from prisma_clip.hf_cases import TEXT, VISION, dual  # noqa: E402
+from prisma_clip.hf_cases import TEXT, VISION, dual, tower  # noqa: E402
 
 WORDS = {"<start>": 0, "<pad>": 1, "a": 3, "cat": 4, "<end>": 5, "photo": 6, "of": 7, "dog": 8, "?": 9, ".": 10}
 
@@ -97,3 +99,59 @@ def test_a_broken_tokenizer_is_named_when_it_is_needed(folder: Path) -> None:
     model = prisma.load(f"hf:{folder}")
     with pytest.raises(prisma.LoadError, match=r"tokenizer in .* could not be read"):
         model.tokens("a cat")
+
+
+# ---------------------------------------------------------------- positions that SigLIP 2 resizes
+
+
+def by_torch(rows: Any, shapes: Any, length: int, **how: Any) -> Any:
+    """Resize as transformers did before 5.24."""
+    grid = rows.permute(2, 0, 1)[None].float()
+    how = {"mode": "bilinear", "antialias": True} | how
+    resized = [torch.nn.functional.interpolate(grid, tuple(size), **how)[0].flatten(1).T for size in shapes.tolist()]
+    return torch.stack(resized).to(rows.dtype)
+
+
+def by_weights(rows: Any, shapes: Any, length: int) -> Any:
+    """Resize as transformers does since: a sum of all positions by weights."""
+    side = len(rows)
+    resized = []
+    for size in shapes.tolist():
+        rates = [side / torch.tensor(float(n)) for n in size]
+        apart = [
+            torch.arange(side).float() - ((torch.arange(n).float() + 0.5) * rate - 0.5)[:, None]
+            for n, rate in zip(size, rates, strict=True)
+        ]
+        axes = [(1 - one.abs() / rate.clamp(min=1)).clamp(min=0) for one, rate in zip(apart, rates, strict=True)]
+        row, column = (axis / axis.sum(-1, keepdim=True) for axis in axes)
+        resized.append((row[:, None, :, None] * column[None, :, None, :]).flatten(2).flatten(0, 1))
+    return (torch.stack(resized) @ rows.flatten(0, 1).float()).to(rows.dtype)
+
+
+def siglip2() -> Any:
+    return randomise(tower("Siglip2", "Vision", VISION | {"num_patches": 25}), torch.Generator().manual_seed(0)).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", [None, by_torch, by_weights], ids=["as installed", "by torch", "by weights"])
+def test_positions_are_resized_to_the_bit_as_upstream_resizes_them(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    upstream = siglip2()
+    embeddings = upstream.embeddings
+    if way is not None:
+        monkeypatch.setattr(type(embeddings), "resize_positional_embeddings", staticmethod(way))
+    model: Any = prisma.adapt(upstream)
+    table = embeddings.position_embedding.weight.view(5, 5, -1)
+    for size in ((3, 8), (9, 2), (6, 6), (5, 4)):
+        expected = embeddings.resize_positional_embeddings(table, torch.tensor([size] * 2), size[0] * size[1])
+        assert torch.equal(model.embed.positions(size), expected[1]), size
+    if way is not None:
+        assert model.spec.embed.interpolation.weights_in_float32 == (way is by_weights)
+
+
+@pytest.mark.parametrize("how", [{"antialias": False}, {"mode": "bicubic"}, {"align_corners": True}], ids=str)
+def test_positions_resized_otherwise_are_unsupported(how: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    upstream = siglip2()
+    other = staticmethod(partial(by_torch, **how))
+    monkeypatch.setattr(type(upstream.embeddings), "resize_positional_embeddings", other)
+    with pytest.raises(prisma.UnsupportedArchitecture, match="positions resized otherwise than bilinear"):
+        prisma.adapt(upstream)

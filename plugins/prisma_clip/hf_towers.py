@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from prisma_clip.blocks import mha, mha_hooks
 from prisma_clip.common import activation, norm, norm_hooks, patches
 from prisma_clip.hf_bert import AltText, ChineseText
@@ -21,9 +23,11 @@ from prisma_core.spec import (
     TextSpec,
 )
 from prisma_core.toolbox.rows import linear_rows, norm_rows
+from prisma_core.transformer.embed import resize_positions
 
 BICUBIC = Interpolation(antialias=False, in_float32=False)
-BILINEAR = Interpolation(mode="bilinear", in_float32=True)  # in float32 on the CPU alone, where antialiasing needs it
+# In float32: with torch's function on the CPU alone, where antialiasing needs it.
+BILINEAR = (Interpolation(mode="bilinear"), Interpolation(mode="bilinear", weights_in_float32=True))
 
 
 class ClipVision(Tower):
@@ -175,7 +179,26 @@ def _flat_patches(embed: Reader) -> tuple[EmbedSpec, int]:
     channels = embed.patch_embedding.in_features // patch**2
     if side * side != embed.num_patches:
         raise embed.unsupported(f"{embed.num_patches} positions that are not square")
-    return EmbedSpec(patch=(patch, patch), in_channels=channels, interpolation=BILINEAR), side
+    return EmbedSpec(patch=(patch, patch), in_channels=channels, interpolation=_resizing(embed)), side
+
+
+@torch.no_grad()
+def _resizing(embed: Reader) -> Interpolation:
+    """Return how an embedding resizes positions: whose numbers come out, to the bit where there is one.
+
+    Releases of transformers differ in the rounding alone.
+
+    Raises:
+        UnsupportedArchitecture: other numbers come out than those of bilinear interpolation.
+    """
+    native, size = (3, 3), (2, 5)  # fewer rows, where antialiasing shows, and more columns
+    rows = torch.randn(9, 8, generator=torch.Generator().manual_seed(0))
+    upstream = embed.module.resize_positional_embeddings(rows.view(*native, 8), torch.tensor([size]), 10)[0]
+    apart = {how: float((resize_positions(rows, how, native, size) - upstream).abs().max()) for how in BILINEAR}
+    nearest = min(apart, key=apart.__getitem__)
+    if apart[nearest] > 1e-5:
+        raise embed.unsupported(f"positions resized otherwise than bilinear, by {apart[nearest]:.1e}")
+    return nearest
 
 
 def _attention_pool(head: Reader) -> PoolSpec:

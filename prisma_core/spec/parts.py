@@ -181,7 +181,8 @@ class Interpolation(Facts):
         square: resized to a square of the longer side, then cut to the grid.
         offset: the grid is scaled by (side + offset) / native side, instead of to its sides.
         in_float32: computed in float32 whatever the positions are, even float64.
-        weights_in_float32: only how much is taken of each of the four positions around a patch is.
+        weights_in_float32: computed as sums of positions by weights in float32, instead of by torch's function: of the
+            four around a patch, in the dtype of the positions; antialiased, of all, in float32.
     """
 
     mode: Literal["bicubic", "bilinear"] = "bicubic"
@@ -193,10 +194,13 @@ class Interpolation(Facts):
     weights_in_float32: bool = False
 
     @model_validator(mode="after")
-    def _four_positions(self) -> Interpolation:
-        other = self.mode != "bilinear" or self.antialias or self.square or self.offset or self.in_float32
-        if self.weights_in_float32 and other:
-            raise ValueError("weights_in_float32 goes with mode='bilinear' alone")
+    def _weights(self) -> Interpolation:
+        same = self.antialias == self.in_float32 and not (self.antialias and self.align_corners)
+        if self.weights_in_float32 and (self.mode != "bilinear" or self.square or self.offset or not same):
+            raise ValueError(
+                "weights_in_float32 goes with mode='bilinear' alone, and with in_float32=True where antialias=True, "
+                "where align_corners=False"
+            )
         return self
 
 

@@ -105,22 +105,9 @@ class Embed(nn.Module):
         if size == self.pos_grid:
             return self.pos_embed
         prefix, patches = self.pos_embed[:n_prefix], self.pos_embed[n_prefix:]
-        return torch.cat([prefix, self._resized(patches, size).to(patches.dtype)])
-
-    def _resized(self, patches: Tensor, size: tuple[int, int]) -> Tensor:
-        """Source: timm's ``resample_abs_pos_embed`` and its NaFlexVit; with an offset, Meta's DINO and DINOv2."""
         how, frames = self.spec.interpolation or Interpolation(), self.layout.frames
-        whole = (max(size), max(size)) if how.square else size
-        if how.weights_in_float32:
-            return torch.cat([_weighted(frame, how, self.pos_grid, size) for frame in patches.chunk(frames)])
-        grid = rearrange(_wide(patches, how), "(f r c) d -> f d r c", f=frames, r=self.pos_grid[0])
-        resize = partial(F.interpolate, mode=how.mode, align_corners=how.align_corners, antialias=how.antialias)
-        if how.offset:
-            scales = [(side + how.offset) / native for side, native in zip(whole, self.pos_grid, strict=True)]
-            grid = resize(grid, scale_factor=scales)
-        else:
-            grid = resize(grid, whole)
-        return rearrange(grid[:, :, : size[0], : size[1]], "f d r c -> (f r c) d")
+        resized = [resize_positions(frame, how, self.pos_grid, size) for frame in patches.chunk(frames)]
+        return torch.cat([prefix, *(frame.to(patches.dtype) for frame in resized)])
 
     def _axis(self, table: Tensor, length: int, longest: int) -> Tensor:
         how = self.spec.interpolation or Interpolation()
@@ -131,16 +118,50 @@ class Embed(nn.Module):
         return rearrange(F.interpolate(wide, whole, mode="linear"), "1 d p -> p d").to(table.dtype)[:length]
 
 
-def _weighted(table: Tensor, how: Interpolation, native: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Return the weighted sums of the four positions around each patch ``[patch d_model]``.
+def resize_positions(
+    table: Float[Tensor, "patch d_model"], how: Interpolation, native: tuple[int, int], size: tuple[int, int]
+) -> Float[Tensor, "resized d_model"]:
+    """Resize positions from the native grid of patches to another, ``(rows, columns)`` both.
 
-    Source: transformers.vision_utils, with the same operations in the same order.
+    Source: timm's ``resample_abs_pos_embed`` and its NaFlexVit; with an offset, Meta's DINO and DINOv2.
     """
+    if how.weights_in_float32:
+        return _weighted(table, how, native, size)
+    whole = (max(size), max(size)) if how.square else size
+    grid = rearrange(_wide(table, how), "(r c) d -> 1 d r c", r=native[0])
+    resize = partial(F.interpolate, mode=how.mode, align_corners=how.align_corners, antialias=how.antialias)
+    if how.offset:
+        scales = [(side + how.offset) / length for side, length in zip(whole, native, strict=True)]
+        grid = resize(grid, scale_factor=scales)
+    else:
+        grid = resize(grid, whole)
+    return rearrange(grid[:, :, : size[0], : size[1]], "1 d r c -> (r c) d")
+
+
+def _weighted(table: Tensor, how: Interpolation, native: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Return the weighted sums of the four positions around each patch; antialiased, of all: ``[patch d_model]``.
+
+    Source: transformers.vision_utils, and antialiased its Siglip2VisionEmbeddings, with the same operations in the
+    same order.
+    """
+    if how.antialias:
+        by_row, by_column = (_shares(*sides, table.device) for sides in zip(native, size, strict=True))
+        weights = by_row[:, None, :, None] * by_column[None, :, None, :]
+        return weights.flatten(2).flatten(0, 1) @ table.float()
     rows, by_row = _neighbours(how, native[0], size[0], table.device)
     columns, by_column = _neighbours(how, native[1], size[1], table.device)
     taken = rows[:, None, :, None] * native[1] + columns[None, :, None, :]
     weights = by_row[:, None, :, None] * by_column[None, :, None, :]
     return (table[taken.flatten(2)] * weights.flatten(2)[..., None]).sum(2).flatten(0, 1)
+
+
+def _shares(native: int, length: int, device: torch.device) -> Tensor:
+    """Return how much each place along a resized axis takes of each native one ``[length native]``."""
+    scale = native / torch.tensor([length], dtype=torch.float32, device=device)
+    centres = (torch.arange(length, dtype=torch.float32, device=device) + 0.5) * scale - 0.5
+    distances = torch.arange(native, dtype=torch.float32, device=device) - centres[:, None]
+    weights = (1 - distances.abs() / scale.clamp(min=1)).clamp(min=0)
+    return weights / weights.sum(-1, keepdim=True)
 
 
 def _neighbours(how: Interpolation, native: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:

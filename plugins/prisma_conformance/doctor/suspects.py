@@ -9,13 +9,28 @@ from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from prisma_core.hooks.query import layer_of
-from prisma_core.spec import Activation, AnySpec, BlockSpec, DualSpec, Facts, ModelSpec, NormSpec, TextSpec
+from prisma_core.spec import (
+    Activation,
+    AnySpec,
+    BlockSpec,
+    DualSpec,
+    Facts,
+    Interpolation,
+    ModelSpec,
+    NormSpec,
+    TextSpec,
+)
+from prisma_core.transformer.embed import resize_positions
 from prisma_core.transformer.vit import HookedViT
+
+RESIZING = (
+    *(Interpolation(mode=mode, antialias=antialias) for mode in ("bicubic", "bilinear") for antialias in (True, False)),
+    Interpolation(mode="bilinear", weights_in_float32=True),
+)
 
 
 def _same(spec: Any) -> Any:
@@ -264,10 +279,9 @@ def _embedding(spec: ModelSpec) -> Iterator[Suspect]:
                 edit=_each("embed.pos_embed", lambda x, s=shift: _roll(x[:n], s)),
             )
     if spec.embed.interpolation is not None:
-        for mode in ("bicubic", "bilinear"):
-            for antialias in (True, False):
-                text = f"positions resized {mode}, {'antialiased' if antialias else 'without antialiasing'}"
-                yield Suspect(text, edit=_resizing(mode, antialias))
+        for how in RESIZING:
+            text = f"positions resized {how.mode}, {'antialiased' if how.antialias else 'without antialiasing'}"
+            yield Suspect(text + (", by weights" if how.weights_in_float32 else ""), edit=_resizing(how))
 
 
 def _transpose(kernel: Tensor) -> None:
@@ -283,16 +297,15 @@ def _columns(pos: Tensor, n: int, grid: tuple[int, int]) -> None:
     pos[n:].copy_(turned)
 
 
-def _resizing(mode: str, antialias: bool) -> Callable[[HookedViT], None]:
+def _resizing(how: Interpolation) -> Callable[[HookedViT], None]:
     def edit(model: HookedViT) -> None:
-        embed, n = model.embed, model.spec.layout.n_prefix
-        rows, columns = model.spec.layout.rows, model.spec.layout.columns
+        embed, n, native = model.embed, model.spec.layout.n_prefix, model.embed.pos_grid
 
         def positions(size: tuple[int, int]) -> Tensor:
-            grid = rearrange(embed.pos_embed[n:], "(r c) d -> 1 d r c", r=rows, c=columns)
-            if size != (rows, columns):
-                grid = F.interpolate(grid.float(), size=size, mode=mode, antialias=antialias, align_corners=False)
-            return torch.cat([embed.pos_embed[:n], rearrange(grid.to(embed.pos_embed), "1 d r c -> (r c) d")])
+            if size == native:
+                return embed.pos_embed
+            resized = resize_positions(embed.pos_embed[n:], how, native, size)
+            return torch.cat([embed.pos_embed[:n], resized.to(embed.pos_embed)])
 
         embed.__dict__["positions"] = positions
 
