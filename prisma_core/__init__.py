@@ -26,6 +26,7 @@ from prisma_core.hooks.model import HookedModel
 from prisma_core.hooks.point import HookContext, HookPoint
 from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.plugin.hookspecs import hookimpl
+from prisma_core.result import Result
 from prisma_core.saving.folder import save
 from prisma_core.spec import ModelSpec
 from prisma_core.transformer import HookedViT
@@ -54,6 +55,7 @@ __all__ = [
     "ActivationCache",
     "ModelSpec",
     "TokenLayout",
+    "Result",
     "HookPoint",
     "HookContext",
     "hookimpl",
