@@ -1,0 +1,125 @@
+"""Path patching: the effect of one part of a model on another, along the paths between them that are not frozen.
+
+Equation:
+    1. Run clean with the sender's activation of the other run, everything between that is frozen at its clean value,
+       and keep what the receivers get. 2. Run clean with the receivers' activations replaced by what they got.
+Cost:
+    Four passes for one sender: clean, other, and the two steps.
+Misleads:
+    With MLPs frozen too only direct paths count. The sum over paths is no sum of effects: the model is not linear.
+Source:
+    Wang et al. 2023, "Interpretability in the Wild", section 3.1; Goldowsky-Dill et al. 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from prisma_core import HookContext, HookedModel, InputError, Result
+from prisma_core.hooks.capture import positions_of
+from prisma_core.hooks.query import Query, layer_of
+from prisma_patch.metrics import MetricLike, as_metric
+from prisma_patch.patching import Positions, as_inputs, token_positions
+from prisma_patch.sweep import Inputs
+
+FROZEN = ("attn.hook_z", "hook_mlp_out")
+
+
+def path_patch(
+    model: HookedModel,
+    clean: Tensor | Inputs,
+    other: Tensor | Inputs,
+    metric: MetricLike,
+    sender: Query,
+    receivers: Query = "hook_logits",
+    *,
+    heads: int | Sequence[int] | None = None,
+    receiver_heads: int | Sequence[int] | None = None,
+    pos: Positions = None,
+    through: Query | None = None,
+) -> Result:
+    """Return how far the metric moves along the paths from a sender to receivers: ``[batch]``.
+
+    Every attention output and MLP behind the sender is frozen at its clean value, except what ``through`` names. With
+    nothing frozen (``through`` all of them) and the output as receiver it is activation patching.
+
+    Args:
+        model: the model to run.
+        clean: the inputs whose run is edited.
+        other: inputs whose activation the sender takes, as many as ``clean`` or one for all.
+        metric: as in ``activation_patch``.
+        sender: hook points whose activation is replaced, such as ``("z", 0)``.
+        receivers: hook points that get the change, such as ``("q_input", 2)`` or ``("resid_post", 5)``; by default the
+            output, for direct effects on the logits.
+        heads: of the sender, to replace; None for all.
+        receiver_heads: of the receivers, to pass the change on to; None for all.
+        pos: tokens of the sender to replace, as positions or a subset of the layout; None for all.
+        through: hook points that are not frozen, such as ``"mlp_out"`` for paths through MLPs.
+
+    Raises:
+        UnknownName: a hook point, class or subset that does not exist.
+        InputError: the runs do not fit together, or an activation has no heads.
+    """
+    measure, ours, theirs = as_metric(model, metric), as_inputs(clean), as_inputs(other)
+    senders, targets = model.resolve(sender), model.resolve(receivers)
+    open_names = set() if through is None else set(model.resolve(through))
+    frozen = [name for name in model.hook_points() if name.endswith(FROZEN) and layer_of(name) is not None]
+    frozen = [name for name in frozen if name not in (*senders, *open_names, *targets)]
+    with torch.no_grad():
+        output, held = model.run_with_cache(*ours, names=[*frozen, *senders, *targets])
+        _, given = model.run_with_cache(*theirs, names=senders, output=False)
+    base = measure(output)
+    tokens = token_positions(model.layout_for(*ours), pos)
+
+    def send(x: Tensor, at: HookContext) -> Tensor:
+        return _mixed(model, at.name, x, given[at.name].to(x), heads, tokens)
+
+    def hold(x: Tensor, at: HookContext) -> Tensor:
+        return held[at.name].to(x)
+
+    hooks: dict[str, Callable[[Tensor, HookContext], Tensor]] = {**dict.fromkeys(frozen, hold)}
+    hooks |= dict.fromkeys(senders, send)
+    with torch.no_grad():
+        _, got = model.run_with_cache(*ours, names=targets, hooks=hooks)
+
+    def receive(x: Tensor, at: HookContext) -> Tensor:
+        return _mixed(model, at.name, x, got[at.name].to(x), receiver_heads, None)
+
+    with torch.no_grad():
+        effect = measure(model.run_with_hooks(*ours, hooks=dict.fromkeys(targets, receive))) - base
+    return Result(
+        effect,
+        ("batch", *(f"metric{at}" for at in range(effect.ndim - 1))),
+        technique="path_patch",
+        unit="change of the metric",
+        baseline="the clean run",
+        tensors={"clean": base},
+        facts={"sender": senders, "receivers": targets, "through": sorted(open_names)},
+    )
+
+
+def _mixed(
+    model: HookedModel,
+    name: str,
+    x: Tensor,
+    new: Tensor,
+    heads: int | Sequence[int] | None,
+    tokens: Sequence[int] | None,
+) -> Tensor:
+    axes = model.hook_points()[name].axes.split()
+    if new.shape[1:] != x.shape[1:] or new.shape[0] not in (1, x.shape[0]):
+        raise InputError(f"{name} is {list(x.shape)} in the clean run and {list(new.shape)} in the other.")
+    on = torch.ones((), dtype=torch.bool, device=x.device)
+    for chosen, kind in ((heads, "head"), (tokens, "pos")):
+        if chosen is None:
+            continue
+        if kind not in axes:
+            raise InputError(f"{name} ({' '.join(axes)}) has no axis {kind!r} to choose from.")
+        axis = axes.index(kind)
+        mask = torch.zeros(x.shape[axis], dtype=torch.bool, device=x.device)
+        mask[positions_of(chosen, x.shape[axis])] = True
+        on = on & mask.view([-1 if at == axis else 1 for at in range(x.ndim)])
+    return torch.where(on, new.expand_as(x), x)

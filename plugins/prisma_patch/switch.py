@@ -1,0 +1,120 @@
+"""The cat-dog switch: the smallest set of heads whose outputs, taken from another image, flip the prediction.
+
+Equation:
+    Heads are ranked by how far each alone moves logit(b) - logit(a) towards b when its output is taken from the other
+    image; they are added in that order until argmax is b, then each that is not needed is taken out again.
+Cost:
+    One sweep over all heads, then at most twice as many passes as heads in the set.
+Misleads:
+    Greedy: the set cannot be made smaller by taking one head out, but another set may be smaller still.
+Source:
+    The Prisma project's main demo (border collie and tabby cat), Joseph and Nanda 2024.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prisma_core import HookContext, HookedModel, InputError, Result
+from prisma_core.hooks.query import layer_of
+from prisma_patch.metrics import Class, class_of, logit_difference
+from prisma_patch.patching import Positions, activation_patch, token_positions
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A set of heads that flips a prediction.
+
+    Attributes:
+        heads: ``(layer, head)`` of each, the strongest first.
+        before, after: the predicted class, as label or index.
+        margin: ``logit(b) - logit(a)`` after the switch.
+        flipped: whether the prediction became ``b``; False where all heads together do not flip it.
+        effects: what each head does alone, ``[layer head batch]``.
+    """
+
+    heads: tuple[tuple[int, int], ...]
+    before: str
+    after: str
+    margin: float
+    flipped: bool
+    effects: Result
+
+
+def switch(
+    model: HookedModel,
+    clean: Tensor,
+    other: Tensor,
+    a: Class,
+    b: Class,
+    *,
+    pos: Positions = None,
+    progress: bool = False,
+) -> Switch:
+    """Return the smallest set of heads found whose outputs, taken from ``other``, flip the prediction from a to b.
+
+    Args:
+        model: a classifier.
+        clean, other: one image each, ``[1 channel height width]``.
+        a, b: the predicted class of ``clean``, and the one to flip to: indices or labels.
+        pos: tokens whose outputs are taken from ``other``, such as ``"cls"``; None for all.
+        progress: show a bar.
+
+    Raises:
+        InputError: ``clean`` is not predicted as ``a``, or the batch is larger than one.
+        UnknownName: no such class.
+    """
+    first, second = class_of(model, a), class_of(model, b)
+    metric = logit_difference(second, first)
+    with torch.no_grad():
+        predicted = int(model(clean)[0].argmax())
+    if clean.shape[0] != 1 or predicted != first:
+        raise InputError(
+            f"Expected one image that the model takes for {a!r}; it takes it for {_name(model, predicted)!r}."
+        )
+    effects = activation_patch(model, clean, other, metric, at="z", over="layer head", pos=pos, progress=progress)
+    names = [name for name in model.resolve("z") if layer_of(name) is not None]
+    _, theirs = model.run_with_cache(other, names=names, output=False)
+    tokens = token_positions(model.layout_for(clean), pos)
+    n_heads = effects.shape["head"]
+    order = effects.values[..., 0].flatten().argsort(descending=True).tolist()
+
+    def run(chosen: list[int]) -> Tensor:
+        def put(x: Tensor, at: HookContext) -> None:
+            for each in chosen:
+                if names[each // n_heads] == at.name:
+                    rows = slice(None) if tokens is None else tokens
+                    x[:, rows, each % n_heads] = theirs[at.name][:, rows, each % n_heads]
+
+        with torch.no_grad():
+            return model.run_with_hooks(clean, hooks=dict.fromkeys({names[each // n_heads] for each in chosen}, put))
+
+    chosen: list[int] = []
+    flipped = False
+    for each in order:
+        chosen.append(each)
+        if int(run(chosen)[0].argmax()) == second:
+            flipped = True
+            break
+    if flipped:
+        for each in list(chosen):
+            fewer = [other for other in chosen if other != each]
+            if fewer and int(run(fewer)[0].argmax()) == second:
+                chosen = fewer
+    after = run(chosen)
+    return Switch(
+        tuple((each // n_heads, each % n_heads) for each in chosen),
+        _name(model, predicted),
+        _name(model, int(after[0].argmax())),
+        float(metric(after)),
+        flipped,
+        effects,
+    )
+
+
+def _name(model: HookedModel, index: int) -> str:
+    labels = getattr(model, "labels", None)
+    return labels[index] if labels else str(index)
