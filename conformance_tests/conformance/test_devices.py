@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import prisma_dino
 import prisma_lens
+import prisma_patch
 import prisma_registers
 import pytest
 import torch
@@ -239,9 +240,13 @@ def test_decompositions_in_half_precision(kind: str, dtype: torch.dtype) -> None
 def techniques(model: HookedViT, place: torch.device, dtype: torch.dtype) -> None:
     """Patch, rewrite, and change registers: all of it where the model is."""
     (images,) = inputs_of(model, place, dtype)
-    metric = prisma_lens.logit_difference(0, 1)
-    effects = prisma_lens.activation_patch(model, images, images.flip(0), ["resid_post", "z"], metric, pos=[0, 2])
-    effects["heads"] = prisma_lens.patch_heads(model, images, images[:1], metric)
+    metric = prisma_patch.logit_difference(0, 1)
+    sweep = {"pos": [0, 2], "over": "layer"}
+    effects = {
+        at: prisma_patch.activation_patch(model, images, images.flip(0), metric, at=at, **sweep).values
+        for at in ("resid_pre", "z")
+    }
+    effects["heads"] = prisma_patch.patch_heads(model, images, images[:1], metric).values
     folded = rewrites.rewrite(model, rewrites.fold_layer_norm, rewrites.center_writing_weights)
     effects["folded"] = folded(images)
     effects["norms"] = prisma_registers.token_norms(model, images).norms

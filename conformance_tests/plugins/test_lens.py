@@ -1,4 +1,4 @@
-"""prisma_lens on random models in float64: lenses, attributions and patches that a wrong step would break."""
+"""prisma_lens on random models in float64: lenses and attributions that a wrong step would break."""
 
 from __future__ import annotations
 
@@ -8,20 +8,17 @@ import pytest
 import torch
 from prisma_lens import (
     LENS_NAMES,
-    activation_patch,
     attribution_names,
     by_head,
     head_attribution,
     logit_attribution,
-    logit_difference,
     logit_lens,
-    patch_heads,
     similarity_attribution,
     source_attribution,
 )
 from torch import Tensor
 
-from prisma_core import HookedViT, InputError, ModelSpec, NotApplicable, TokenLayout, UnknownName
+from prisma_core import HookedViT, ModelSpec, NotApplicable, TokenLayout, UnknownName
 from prisma_core.maps.places import HookMap
 from prisma_core.spec import (
     AttentionSpec,
@@ -33,8 +30,6 @@ from prisma_core.spec import (
     MlpSpec,
     NormSpec,
     PoolSpec,
-    RopeGrid,
-    RopeSpec,
     TextPoolSpec,
     TextSpec,
 )
@@ -279,164 +274,6 @@ def test_attribution_of_a_head_for_each_of_two_tokens_sums_to_the_logits() -> No
         torch.testing.assert_close(found.values.sum(0) + found.constant, logits[:, [1, 4]], **EXACT)
 
 
-# -------------------------------------------------------------------- patching
-
-
-def test_patching_a_run_with_itself_changes_nothing() -> None:
-    model = vit()
-    effects = patch_heads(model, image(1, 2), image(1, 2), logit_difference(0, 3))
-    assert effects.shape == (2, 3, 2)
-    torch.testing.assert_close(effects, torch.zeros_like(effects), **EXACT)
-
-
-def test_patching_the_whole_stream_gives_the_other_runs_logits() -> None:
-    model = vit()
-    clean, other = image(1, 2), image(2, 2)
-    metric = logit_difference(1, 3)
-    effects = activation_patch(model, clean, other, ["hook_full_embed", "hook_resid_pre", "hook_resid_post"], metric)
-    assert len(effects) == 5
-    for name, effect in effects.items():
-        torch.testing.assert_close(effect, metric(model(other)), msg=name, **EXACT)
-        assert (effect - metric(model(clean))).abs().min() > 1e-3
-
-
-@pytest.mark.parametrize("pos", [None, 0, [0, 3], slice(2, 4)])
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_each_head_is_patched_as_by_hand(pos: object, batch_size: int) -> None:
-    model = vit()
-    clean, other = image(1, 2), image(2, 2)
-    metric = logit_difference(4, 2)
-    _, cache = model.run_with_cache(other)
-    effects = patch_heads(model, clean, other, metric, pos=pos, batch_size=batch_size)
-    where = slice(None) if pos is None else pos
-    for layer in range(2):
-        for head in range(3):
-
-            def swap(z: Tensor, at: object, layer: int = layer, head: int = head) -> None:
-                z[:, where, head] = cache["z", layer][:, where, head]
-
-            patched = model.run_with_hooks(clean, hooks={("z", layer): swap})
-            torch.testing.assert_close(effects[layer, head], metric(patched) - metric(model(clean)), **EXACT)
-            if layer == 0:  # in the last layer, only what the class token gathers counts
-                assert effects[layer, head].abs().min() > 1e-6
-
-
-def test_heads_of_a_larger_picture_are_patched_with_its_own_rotary_positions() -> None:
-    grid = RopeGrid(coordinates="index", waves=(0.7,))
-    model = vit(rope=RopeSpec(layout="half", grid=grid), embed=EmbedSpec(patch=(4, 4), interpolation=ANY_SIZE))
-    generator = torch.Generator().manual_seed(1)
-    # As many patches as the native picture has, so that tables of the wrong grid would fit.
-    clean, other = torch.randn(2, 1, 3, 12, 8, dtype=torch.float64, generator=generator)
-    metric = logit_difference(4, 2)
-    _, cache = model.run_with_cache(other)
-
-    def swap(z: Tensor, at: object) -> None:
-        z[:, :, 2] = cache["z", 0][:, :, 2]
-
-    patched = model.run_with_hooks(clean, hooks={("z", 0): swap})
-    effect = patch_heads(model, clean, other, metric)[0, 2]
-    torch.testing.assert_close(effect, metric(patched) - metric(model(clean)), **EXACT)
-
-
-def test_attentions_side_by_side_line_up_their_heads_in_a_layer() -> None:
-    model = vit(n_parallel=2)
-    clean, other = image(1), image(2)
-    metric = logit_difference(4, 2)
-    _, cache = model.run_with_cache(other)
-
-    def swap(z: Tensor, at: object) -> None:
-        z[:, :, 1] = cache["blocks.1.attn.1.hook_z"][:, :, 1]
-
-    effects = patch_heads(model, clean, other, metric)
-    assert effects.shape == (2, 6, 1)
-    patched = model.run_with_hooks(clean, hooks={"blocks.1.attn.1.hook_z": swap})
-    torch.testing.assert_close(effects[1, 4], metric(patched) - metric(model(clean)), **EXACT)
-
-
-def test_several_other_pictures_are_averaged_and_none_is_zero() -> None:
-    model = vit()
-    clean, others = image(1), image(2, 4)
-    metric = logit_difference(4, 2)
-    _, cache = model.run_with_cache(others)
-    for given, value in ((others, cache["z", 0].mean(0)[:, 1]), (None, torch.zeros(8, 4, dtype=torch.float64))):
-
-        def fill(z: Tensor, at: object, value: Tensor = value) -> None:
-            z[:, :, 1] = value
-
-        patched = model.run_with_hooks(clean, hooks={("z", 0): fill})
-        effect = patch_heads(model, clean, given, metric)[0, 1]
-        torch.testing.assert_close(effect, metric(patched) - metric(model(clean)), **EXACT)
-
-
-def test_patches_of_positions_reach_those_positions_alone() -> None:
-    model = vit()
-    clean, other = image(1), image(2)
-    names = ["hook_pattern", "hook_resid_pre"]
-    _, cache = model.run_with_cache(other)
-    effects = activation_patch(model, clean, other, names, logit_difference(0, 1), pos=[0, 2])
-    for name, effect in effects.items():
-
-        def swap(x: Tensor, at: object, name: str = name) -> None:
-            if name.endswith("pattern"):
-                x[:, :, [0, 2]] = cache[name][:, :, [0, 2]]
-            else:
-                x[:, [0, 2]] = cache[name][:, [0, 2]]
-
-        patched = model.run_with_hooks(clean, hooks={name: swap})
-        torch.testing.assert_close(effect, logit_difference(0, 1)(patched), **EXACT)
-
-
-def test_misfits_are_said() -> None:
-    model = vit()
-    with pytest.raises(InputError, match="as many"):
-        activation_patch(model, image(1, 3), image(2, 2), "hook_resid_pre", logit_difference(0, 1))
-    with pytest.raises(InputError, match="no positions"):
-        activation_patch(model, image(1), image(2), "hook_logits", logit_difference(0, 1), pos=0)
-    with pytest.raises(UnknownName):
-        activation_patch(model, image(1), image(2), "hook_zz", logit_difference(0, 1))
-
-
-def test_a_metric_that_is_none_is_refused_with_the_order_of_arguments() -> None:
-    model, clean, metric = vit(), image(1), logit_difference(0, 1)
-    with pytest.raises(InputError, match=r"got 'hook_resid_pre'.*\(model, clean, other, names, metric\)"):
-        activation_patch(model, clean, image(2), metric, "hook_resid_pre")
-    with pytest.raises(InputError, match=r"got 3.*patch_heads\(model, clean, other, metric\)"):
-        patch_heads(model, clean, image(2), 3)
-    for pos in (99, "cls"):
-        with pytest.raises(InputError, match="has no such places"):
-            activation_patch(model, clean, image(2), "hook_resid_pre", metric, pos=pos)
-
-
-def grid() -> HookedUpstream:
-    """Return a model whose stream is a grid, as Swin's is, and that reads every place of it otherwise."""
-    torch.manual_seed(0)
-    stages = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.GELU(), torch.nn.Flatten(), torch.nn.Linear(96, 4))
-    rows = "0 -> blocks.0.hook_resid_post : batch row column d_model\n3 -> hook_logits : batch class"
-    return HookedUpstream(stages, HookMap.parse(rows), MapSpec(shape=(3, 4, 5)), lambda result: result)
-
-
-@torch.no_grad()
-def test_regions_of_a_grid_are_patched_as_by_hand() -> None:
-    model, clean, other, metric = grid(), torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5), logit_difference(0, 1)
-    name = "blocks.0.hook_resid_post"
-    _, cache = model.run_with_cache(other)
-    for region in ((1, slice(0, 2)), (slice(None), -1), (2, 3)):
-
-        def swap(x: Tensor, at: object, region: tuple[object, object] = region) -> None:
-            x[:, region[0], region[1]] = cache[name][:, region[0], region[1]]
-
-        wanted = metric(model.run_with_hooks(clean, hooks={name: swap}))
-        found = activation_patch(model, clean, other, name, metric, region=region)[name]
-        torch.testing.assert_close(found, wanted)
-        assert not torch.isclose(found, metric(model(clean))).any()
-    with pytest.raises(InputError, match=r"no positions to choose from; give region=\(rows, columns\)"):
-        activation_patch(model, clean, other, name, metric, pos=0)
-    with pytest.raises(InputError, match="got 3"):
-        activation_patch(model, clean, other, name, metric, region=3)
-    with pytest.raises(InputError, match="no rows and columns to choose from; give pos="):
-        activation_patch(vit(), image(1), image(2), "hook_resid_pre", metric, region=(0, 1))
-
-
 def windows(heads: int) -> HookedUpstream:
     """Return two stages whose hook_z has windows before positions: two heads in the first, in the second as said."""
     torch.manual_seed(0)
@@ -447,24 +284,6 @@ def windows(heads: int) -> HookedUpstream:
     stages = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Linear(8, 4 * heads), torch.nn.Tanh())
     table = HookMap.parse(rows + "2 -> hook_logits : batch pos class", window=3, d_head=4)
     return HookedUpstream(stages, table, MapSpec(shape=(6, 5)), lambda result: result)
-
-
-def test_heads_stand_on_the_axis_named_head_and_layers_are_counted_across_stages() -> None:
-    model, x = windows(2), torch.randn(3, 6, 5)
-    found = patch_heads(model, x, None, lambda out: out.mean(1))
-    assert found.shape == (2, 2, 3, 8)
-
-    def without(z: Tensor, at: object) -> None:
-        z[:, :, :, 1] = 0
-
-    for stage in range(2):
-        edited = model.run_with_hooks(x, hooks={f"stages.{stage}.blocks.0.attn.hook_z": without})
-        assert torch.allclose(found[stage, 1], (edited - model(x)).mean(1), atol=1e-6)
-
-
-def test_heads_that_differ_by_stage_are_refused() -> None:
-    with pytest.raises(InputError, match=r"stages\.0\.blocks\.0 has 2, stages\.1\.blocks\.0 has 3"):
-        patch_heads(windows(3), torch.randn(1, 6, 5), None, lambda out: out.mean(1))
 
 
 def test_models_without_canonical_form_have_no_lens_and_no_attribution() -> None:

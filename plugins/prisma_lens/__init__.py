@@ -1,9 +1,8 @@
-"""Techniques of mechanistic interpretability, as plain functions over a model and its cache.
+"""Reading: lenses and direct attribution, as plain functions over a model and its cache.
 
 logits, cache = model.run_with_cache(image)
 logit_lens(model, cache).logits                              # [stage batch pos class]
 logit_attribution(model, cache, classes=[3]).values          # [component batch class]
-patch_heads(model, image, other, logit_difference(3, 5))     # [layer head batch]
 similarity_attribution(clip, cache, "text", by="head").values  # [component image text]
 """
 
@@ -18,7 +17,6 @@ from prisma_lens.attribution import (
     source_attribution,
 )
 from prisma_lens.lens import LENS_NAMES, Lens, logit_lens, token_logits
-from prisma_lens.patching import activation_patch, logit_difference, patch_heads
 
 __all__ = [
     "logit_lens",
@@ -33,7 +31,4 @@ __all__ = [
     "by_head",
     "attribution_names",
     "Attribution",
-    "patch_heads",
-    "activation_patch",
-    "logit_difference",
 ]

@@ -88,8 +88,10 @@ def activation_patch(
     measure = as_metric(model, metric)
     axes = [SHORT.get(name, name) for name in (over.split() if isinstance(over, str) else over)]
     names = model.resolve(at)
-    if "layer" in axes and any(layer_of(name) is None for name in names):
-        raise InputError(f"{names[0]} is in no layer: leave 'layer' out of over=, and ask for one hook point.")
+    if "layer" in axes:
+        outside, names = names[0], [name for name in names if layer_of(name) is not None]
+        if not names:
+            raise InputError(f"{outside} is in no layer: leave 'layer' out of over=, and ask for one hook point.")
     if "layer" not in axes and len(names) > 1:
         raise InputError(f"at={at!r} is {len(names)} hook points: put 'layer' into over=, or ask for one.")
     layout = model.layout_for(*inputs)
@@ -110,19 +112,15 @@ def activation_patch(
         for chosen in product(*parts[name])
     ]
     effects = sweep(model, inputs, variants, measure, batch_size=batch_size, progress=progress, resume=resume)
-    sizes = [len(names) if axis == "layer" else None for axis in axes]
-    inner = iter(counts[names[0]])
-    sizes = [next(inner) if size is None else size for size in sizes]
-    ordered = ["layer"] * ("layer" in axes) + [axis for axis in axes if axis != "layer"]
-    values = (
-        (effects - base).unflatten(0, [len(names)] * ("layer" in axes) + counts[names[0]])
-        if axes
-        else (effects[0] - base)
-    )
-    if axes and ordered != axes:
-        order = [ordered.index(axis) for axis in axes]
-        values = values.permute(*order, *range(len(axes), values.ndim))
-    labels = places.labels(names, shapes)
+    values, blocks = effects - base, list(dict.fromkeys(_block(name) for name in names))
+    if not axes:
+        values = values[0]
+    elif "layer" in axes:
+        values = _by_layer(values, names, blocks, counts[names[0]], places.swept)
+        values = values.movedim(0, axes.index("layer"))
+    else:
+        values = values.unflatten(0, counts[names[0]])
+    labels = places.labels(names, shapes, values.shape[axes.index("head")] if "head" in axes else 0)
     rest = ("batch", *(f"metric{i}" for i in range(values.ndim - len(axes) - 1)))
     return Result(
         values,
@@ -262,15 +260,11 @@ class _Places:
                 index[at] = grid
         return tuple(slice(None) if each is None else each for each in index)
 
-    def labels(self, names: Sequence[str], shapes: Any) -> dict[str, tuple[str, ...]]:
+    def labels(self, names: Sequence[str], shapes: Any, n_heads: int) -> dict[str, tuple[str, ...]]:
         """Return a label for each place of each swept axis."""
-        first = names[0]
-        blocks = [_block(name) for name in names]
-        found = {
-            "layer": tuple(f"L{layer_of(name)}" for name in names)
-            if len(set(blocks)) == len(names) and all(block.startswith("blocks.") for block in blocks)
-            else tuple(blocks if len(set(blocks)) == len(names) else names)
-        }
+        first, blocks = names[0], list(dict.fromkeys(_block(name) for name in names))
+        plain = all(block.startswith("blocks.") for block in blocks)
+        found = {"layer": tuple(f"L{block.removeprefix('blocks.')}" if plain else block for block in blocks)}
         for axis, chosen in zip(self.swept, self.parts(first, shapes[first].shape), strict=True):
             tokens = self.layout.token_names() if self.layout is not None else []
             own = self._own(first, axis)
@@ -280,7 +274,8 @@ class _Places:
             ):
                 found[axis] = tuple(tokens[each] for each in chosen)
             else:
-                found[axis] = tuple(f"H{each}" if axis == "head" else str(each) for each in chosen)
+                every = chosen if axis != "head" or len(chosen) == n_heads else range(n_heads)
+                found[axis] = tuple(f"H{each}" if axis == "head" else str(each) for each in every)
         return found
 
 
@@ -314,6 +309,25 @@ def _sources(
     with torch.no_grad():
         _, cache = model.run_with_cache(*theirs, names=list(names), output=False)
     return dict(cache)
+
+
+def _by_layer(
+    values: Tensor, names: Sequence[str], blocks: Sequence[str], counts: Sequence[int], swept: Sequence[str]
+) -> Tensor:
+    """Return ``[variant ...]`` as ``[layer *counts ...]``; heads of attentions side by side follow each other.
+
+    Raises:
+        NotApplicable: a layer has several of these hook points and no heads, or layers have different numbers.
+    """
+    values = values.unflatten(0, [len(names), *counts])
+    sides = len(names) // len(blocks)
+    if sides == 1:
+        return values
+    if "head" not in swept or len(names) != sides * len(blocks):
+        raise NotApplicable(f"{_block(names[0])} has several of these hook points ({names[0]}, {names[1]}): name one.")
+    at = 2 + swept.index("head")
+    values = values.unflatten(0, [len(blocks), sides]).movedim(1, at - 1)
+    return values.flatten(at - 1, at)
 
 
 def _block(name: str) -> str:

@@ -18,8 +18,8 @@ from prisma_lens import (
     head_attribution,
     logit_attribution,
     logit_lens,
-    patch_heads,
 )
+from prisma_patch import patch_heads
 from torch import Tensor
 
 from prisma_core import HookedViT, InputError, NotApplicable, TokenLayout
@@ -182,7 +182,7 @@ def _patching(model: HookedViT, clean: Tensor, other: Tensor, progress: bool) ->
     if model.spec.pool.kind == "token" and n_heads <= FEW_HEADS:
         places["cls"] = 0
     for where, pos in places.items():
-        change = patch_heads(model, clean, other, lambda out: out, pos=pos, progress=progress)[:, :, 0]
+        change = patch_heads(model, clean, other, lambda out: out, pos=pos, progress=progress).values[:, :, 0]
         found.change[where] = change[..., kept] - change[..., put]
         found.guess[where] = (logits + change).argmax(-1)
     return found
