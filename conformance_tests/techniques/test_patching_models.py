@@ -29,11 +29,11 @@ def image(seed: int, batch: int = 1, size: tuple[int, int] = (8, 12)) -> Tensor:
 def test_heads_of_a_larger_image_are_patched_with_its_own_rotary_positions() -> None:
     model = build(rope=True, interpolation=True)
     assert model.spec.rope is not None
-    spec = model.spec.model_copy(
-        update={
-            "rope": model.spec.rope.model_copy(update={"grid": RopeGrid(coordinates="index", waves=(0.7, 0.3, 0.2))})
-        }
-    )
+    rope = model.spec.rope.model_copy(update={"grid": RopeGrid(coordinates="index", waves=(0.7,))})
+    narrow = [
+        block.model_copy(update={"attn": block.attn.model_copy(update={"d_head": 4})}) for block in model.spec.blocks
+    ]
+    spec = model.spec.model_copy(update={"rope": rope, "blocks": tuple(narrow)})
     model = HookedViT(spec).double().eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
