@@ -16,7 +16,11 @@ from prisma_lens.attribution import (
     similarity_directions,
     source_attribution,
 )
+from prisma_lens.gradients import grad_cam, gradient_x_activation, integrated_gradients
+from prisma_lens.heads import head_scores, rollout
 from prisma_lens.lens import LENS_NAMES, Lens, logit_lens, token_logits
+from prisma_lens.metrics import Metric, as_metric, logit, logit_difference
+from prisma_lens.probes import probe
 
 __all__ = [
     "logit_lens",
@@ -31,4 +35,14 @@ __all__ = [
     "by_head",
     "attribution_names",
     "Attribution",
+    "head_scores",
+    "rollout",
+    "gradient_x_activation",
+    "integrated_gradients",
+    "grad_cam",
+    "probe",
+    "as_metric",
+    "logit",
+    "logit_difference",
+    "Metric",
 ]

@@ -16,12 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from prisma_lens.metrics import MetricLike, as_metric
 from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, Result
 from prisma_core.hooks.capture import positions_of
 from prisma_core.hooks.query import Query, layer_of
-from prisma_patch.metrics import MetricLike, as_metric
 from prisma_patch.patching import Positions, as_inputs, token_positions
 from prisma_patch.sweep import Inputs
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from prisma_lens.metrics import Metric
 from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,7 +24,6 @@ from torch import Tensor
 from prisma_core import HookContext, HookedModel, HookedViT, InputError, LoadError
 from prisma_core.files.checkpoint import read_checkpoint
 from prisma_core.hooks.query import layer_of
-from prisma_patch.metrics import Metric
 
 Inputs = tuple[Tensor, ...]
 Part = tuple[Any, ...]

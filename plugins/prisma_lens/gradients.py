@@ -1,0 +1,174 @@
+"""Saliency by gradients at any hook point: gradient x activation, integrated gradients, Grad-CAM on the model's grid.
+
+Equation:
+    gradient x activation: sum_d a[p, d] dm/da[p, d]. Integrated: sum_d (a - b)[p, d] * mean over the straight line
+    from b to a of dm/da. Grad-CAM: relu(sum_d w[d] a[p, d]), w the mean of the gradient over patches.
+Cost:
+    One pass and one backward pass; integrated gradients one of each for every step.
+Misleads:
+    A gradient is local: where the output saturates it vanishes although the place matters. Integrated gradients
+    depend on the baseline. Grad-CAM's relu hides what speaks against a class.
+Source:
+    Sundararajan et al. 2017; Selvaraju et al. 2017. AttnLRP is left out: its authors' code carries a patent notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from prisma_core import HookContext, HookedModel, InputError, NotApplicable, Result
+from prisma_core.hooks.query import LayerQuery
+from prisma_lens.metrics import MetricLike, as_metric
+
+
+def gradient_x_activation(
+    model: HookedModel, images: Tensor, metric: MetricLike, at: str | LayerQuery = "hook_full_embed"
+) -> Result:
+    """Return the gradient times the activation at a hook point, summed over its last axis: ``[batch pos]``.
+
+    Args:
+        model: any hooked model.
+        images: what it takes.
+        metric: a function of the output, a class, or two (see ``as_metric``).
+        at: a hook point.
+
+    Raises:
+        UnknownName: no such hook point or class.
+        InputError: ``at`` selects several.
+    """
+    name, measure = _one(model, at), as_metric(model, metric)
+    _, cache = model.run_with_cache(images, names=name, loss=lambda out: measure(out).sum())
+    return _saliency(model, name, images, (cache[name] * cache.grad[name]).sum(-1), "gradient_x_activation", {})
+
+
+def integrated_gradients(
+    model: HookedModel,
+    images: Tensor,
+    metric: MetricLike,
+    at: str | LayerQuery = "hook_full_embed",
+    *,
+    baseline: Tensor | Literal["zero", "mean"] = "zero",
+    steps: int = 32,
+) -> Result:
+    """Return integrated gradients at a hook point, summed over its last axis: ``[batch pos]``.
+
+    They sum to ``metric(a) - metric(baseline)`` up to the error of the midpoint rule, which ``facts["gap"]`` states.
+
+    Args:
+        model, images, metric, at: as in ``gradient_x_activation``.
+        baseline: the activation to start from, as an image's or one for all; ``"zero"``, or the ``"mean"`` over tokens.
+        steps: points on the line.
+
+    Raises:
+        UnknownName: no such hook point or class.
+        InputError: ``at`` selects several, or the baseline does not fit.
+    """
+    name, measure = _one(model, at), as_metric(model, metric)
+    output, cache = model.run_with_cache(images, names=name)
+    a = cache[name]
+    if isinstance(baseline, Tensor):
+        if baseline.shape[-a.ndim + 1 :] != a.shape[1:]:
+            raise InputError(f"Expected a baseline {list(a.shape)}, as {name} is; got {list(baseline.shape)}.")
+        b = baseline.to(a).expand_as(a)
+    else:
+        b = torch.zeros_like(a) if baseline == "zero" else a.mean(1, keepdim=True).expand_as(a)
+    total = torch.zeros_like(a)
+    for step in range(steps):
+        mixed = b + (step + 0.5) / steps * (a - b)
+        _, one = model.run_with_cache(
+            images, names=name, hooks={name: _put(mixed)}, loss=lambda out: measure(out).sum()
+        )
+        total = total + one.grad[name]
+    values = ((a - b) * total / steps).sum(-1)
+    with torch.no_grad():
+        start = measure(model.run_with_hooks(images, hooks={name: _put(b)}))
+        change = measure(output) - start
+    gap = (values.flatten(1).sum(1) - change).abs().max().item()
+    return _saliency(model, name, images, values, "integrated_gradients", {"steps": steps, "gap": gap}, change)
+
+
+def grad_cam(
+    model: HookedModel,
+    images: Tensor,
+    metric: MetricLike,
+    at: str | LayerQuery = ("resid_post", -2),
+    *,
+    relu: bool = True,
+) -> Result:
+    """Return Grad-CAM on the grid of patches: ``[batch row column]``, of a video ``[batch frame row column]``.
+
+    The grid comes from the model's layout, so prefix tokens, windows and frames need no reshaping by hand.
+
+    Args:
+        model, images, metric: as in ``gradient_x_activation``.
+        at: a hook point with tokens or a grid; by default the stream before the last block, since patches behind the
+            last attention of a model that reads its class token have no gradient.
+        relu: keep what speaks for the class alone.
+
+    Raises:
+        UnknownName: no such hook point or class.
+        NotApplicable: no patch of it has a gradient.
+    """
+    name, measure = _one(model, at), as_metric(model, metric)
+    _, cache = model.run_with_cache(images, names=name, loss=lambda out: measure(out).sum())
+    axes = model.hook_points()[name].axes.split()
+    if {"row", "column"} <= set(axes):
+        x, grad = cache[name], cache.grad[name]
+    else:
+        x, grad = cache.patches(name), cache.grad.patches(name)
+    if not grad.any():
+        raise NotApplicable(
+            f"No patch of {name} has a gradient: nothing behind it reads the patches. Take an earlier layer."
+        )
+    over = list(range(1, x.ndim - 1))
+    cam = (x * grad.mean(over, keepdim=True)).sum(-1)
+    cam = cam.relu() if relu else cam
+    names = ("batch", *(["frame"] if cam.ndim == 4 else []), "row", "column")
+    return Result(cam, names, technique="grad_cam", unit="relevance", facts={"at": name})
+
+
+def _one(model: HookedModel, at: str | LayerQuery) -> str:
+    names = model.resolve([at])
+    if len(names) != 1:
+        raise InputError(f"at={at!r} is {len(names)} hook points: name one, such as {names[0]!r}.")
+    return names[0]
+
+
+def _put(value: Tensor) -> Callable[[Tensor, HookContext], Tensor]:
+    def put(x: Tensor, at: HookContext) -> Tensor:
+        return value.to(x)
+
+    return put
+
+
+def _saliency(
+    model: HookedModel,
+    name: str,
+    images: Tensor,
+    values: Tensor,
+    technique: str,
+    facts: Mapping[str, Any],
+    total: Tensor | None = None,
+) -> Result:
+    axes = model.hook_points()[name].axes.split()[:-1]
+    layout = model.layout_for(images)
+    labels = {}
+    for axis, size in zip(axes, values.shape, strict=True):
+        if layout is not None and axis in ("pos", "patch"):
+            tokens = layout.token_names()[layout.n_prefix if axis == "patch" else 0 :]
+            if len(tokens) == size:
+                labels[axis] = tuple(tokens)
+    return Result(
+        values,
+        tuple(axes),
+        labels,
+        technique=technique,
+        unit="change of the metric",
+        total="" if total is None else "the metric less its value at the baseline",
+        tensors={} if total is None else {"total": total},
+        facts={"at": name, **facts},
+    )

@@ -1,0 +1,176 @@
+"""What heads attend to: scores for corners, edges, rows, columns, neighbours, class token, registers, earlier frames.
+
+Equation:
+    score[kind, layer, head] = mean over images and queries of the attention that falls on the keys of that kind,
+    sum_k pattern[q, k] [k is of that kind for q]. The baseline is the same sum of a uniform pattern.
+Cost:
+    One pass with every pattern; memory for the patterns of one layer at a time of a batch.
+Misleads:
+    Attention to a place is no evidence that what is read there matters: see attribution by source, or knock the
+    edge out. Kinds overlap (a corner is on an edge), so scores do not sum to 1.
+Source:
+    The kinds are those of the Prisma project's tour of attention heads (Joseph 2024). Rollout: Abnar and Zuidema 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from prisma_core import HookedModel, NotApplicable, Result, TokenLayout
+from prisma_core.hooks.query import layer_of
+
+MODULI = range(2, 9)
+
+
+def head_scores(model: HookedModel, images: Tensor, *, batch_size: int = 16) -> Result:
+    """Return how much of each head's attention falls on each kind of token: ``[kind layer head]``.
+
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> head_scores(model, torch.zeros(1, 3, 96, 96)).shape
+    {'kind': 10, 'layer': 3, 'head': 4}
+
+    Queries are the patches. Kinds: ``self``, ``corner``, ``edge``, ``row`` and ``column`` (others in the query's own),
+    ``local`` (the eight neighbours), ``modulus`` (patches a multiple of m further on, for the best m of 2 to 8),
+    ``cls``, ``registers``, ``previous_frame`` (the same place, one frame earlier). Kinds that the
+    layout lacks are left out.
+
+    Args:
+        model: any hooked model with patterns ``[batch head query_pos key_pos]`` over all tokens.
+        images: ``[batch channel height width]``, or videos.
+        batch_size: images run at once.
+
+    Returns:
+        ``values``: shares of attention. ``tensors["baseline"]``: of uniform attention, ``[kind]``.
+        ``tensors["modulus"]``: the best m of each head, ``[layer head]``.
+
+    Raises:
+        NotApplicable: the model has no patterns over all tokens, or no token layout.
+    """
+    names, layout = _patterns(model, images)
+    kinds = {kind: mask.float() for kind, mask in key_kinds(layout).items()}
+    every = [f"modulus {m}" for m in MODULI]
+    masks = torch.stack([*kinds.values(), *_moduli(layout)])  # [kind query key]
+    total, n = torch.zeros(len(masks), len(names), 0), 0
+    for part in images.split(batch_size):
+        with torch.no_grad():
+            _, cache = model.run_with_cache(part, names=names, output=False)
+        patches = [cache[name][:, :, layout.n_prefix :].float() for name in names]
+        if len({x.shape[1] for x in patches}) != 1:
+            raise NotApplicable("The layers differ in their number of heads, so there is no [layer head] to return.")
+        here = masks.to(patches[0].device)
+        shares = torch.stack([torch.einsum("bhqk,cqk->ch", x, here) / x.shape[2] for x in patches], 1)
+        total = (total.to(shares) if n else torch.zeros_like(shares)) + shares
+        n += len(part)
+    values, base = total / n, masks.mean(1).mean(1).to(total)
+    moduli = values[len(kinds) :] - base[len(kinds) :, None, None]
+    best = moduli.argmax(0)
+    chosen = values[len(kinds) :].gather(0, best[None])[0]
+    names_of = [*kinds, "modulus"]
+    baseline = torch.cat([base[: len(kinds)], base[len(kinds) :].mean()[None]])
+    return Result(
+        torch.cat([values[: len(kinds)], chosen[None]]),
+        ("kind", "layer", "head"),
+        {
+            "kind": tuple(names_of),
+            "layer": tuple(f"L{layer_of(name)}" for name in names),
+            "head": tuple(f"H{head}" for head in range(values.shape[-1])),
+        },
+        technique="head_scores",
+        unit="share of attention",
+        baseline="uniform attention (tensors['baseline'])",
+        tensors={"baseline": baseline, "modulus": best + min(MODULI)},
+        facts={"images": n, "moduli": every},
+    )
+
+
+def key_kinds(layout: TokenLayout) -> dict[str, Tensor]:
+    """Return which keys are of which kind for each patch: masks ``[patch token]``, those without any key left out."""
+    n, prefix = layout.n_patches, layout.n_prefix
+    place = torch.arange(n)
+    if layout.order == "row column frame":
+        frame, cell = place % layout.frames, place // layout.frames
+    else:
+        frame, cell = place // (layout.rows * layout.columns), place % (layout.rows * layout.columns)
+    row, column = cell // layout.columns, cell % layout.columns
+    same = frame[:, None] == frame
+    other = place[:, None] != place
+    top, side = (row == 0) | (row == layout.rows - 1), (column == 0) | (column == layout.columns - 1)
+    near = torch.maximum((row[:, None] - row).abs(), (column[:, None] - column).abs()) == 1
+    patches: dict[str, Tensor] = {
+        "self": ~other,
+        "corner": (top & side).expand(n, n) & same,
+        "edge": (top | side).expand(n, n) & same,
+        "row": (row[:, None] == row) & other & same,
+        "column": (column[:, None] == column) & other & same,
+        "local": near & same,
+        "previous_frame": (cell[:, None] == cell) & (frame[:, None] == frame + 1),
+    }
+    masks = {kind: torch.nn.functional.pad(mask, (prefix, 0)) for kind, mask in patches.items()}
+    tokens = torch.arange(layout.n_tokens)
+    for kind in ("cls", "registers"):
+        masks[kind] = torch.isin(tokens, tokens[layout.slice(kind)]).expand(n, -1)
+    return {kind: mask for kind, mask in masks.items() if mask.any()}
+
+
+def _moduli(layout: TokenLayout) -> list[Tensor]:
+    apart = (torch.arange(layout.n_patches)[:, None] - torch.arange(layout.n_patches)).abs()
+    masks = [(apart % m == 0) & (apart > 0) for m in MODULI]
+    return [torch.nn.functional.pad(mask.float(), (layout.n_prefix, 0)) for mask in masks]
+
+
+def rollout(
+    model: HookedModel,
+    images: Tensor,
+    *,
+    residual: float = 0.5,
+    heads: Callable[[Tensor], Tensor] | None = None,
+) -> Result:
+    """Return attention rolled out over all layers: how much each token's stream mixes in each input token.
+
+    ``A = product over layers of residual I + (1 - residual) mean over heads of the pattern``: ``[batch pos source]``.
+
+    Args:
+        model, images: as in ``head_scores``.
+        residual: the share of the residual connection.
+        heads: how heads become one, ``[batch head query key] -> [batch query key]``; by default their mean.
+
+    Raises:
+        NotApplicable: as ``head_scores``.
+    """
+    names, layout = _patterns(model, images)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(images, names=names, output=False)
+    mixed: Tensor | None = None
+    for name in names:
+        pattern = cache[name].float()
+        one = pattern.mean(1) if heads is None else heads(pattern)
+        step = residual * torch.eye(one.shape[-1], device=one.device) + (1 - residual) * one
+        step = step / step.sum(-1, keepdim=True)
+        mixed = step if mixed is None else step @ mixed
+    assert mixed is not None
+    tokens = tuple(layout.token_names())
+    return Result(
+        mixed,
+        ("batch", "pos", "source"),
+        {"pos": tokens, "source": tokens},
+        technique="rollout",
+        unit="share",
+        total="each row sums to 1",
+        facts={"residual": residual},
+    )
+
+
+def _patterns(model: HookedModel, images: Tensor) -> tuple[list[str], TokenLayout]:
+    layout, points = model.layout_for(images), model.hook_points()
+    names = [name for name in points if name.endswith("attn.hook_pattern") and layer_of(name) is not None]
+    names = [name for name in names if points[name].axes == "batch head query_pos key_pos"]
+    if layout is None or not names:
+        raise NotApplicable(
+            "This needs patterns [batch head query_pos key_pos] over all tokens and a token layout; this model has "
+            f"{'no layout' if layout is None else 'none'}."
+        )
+    return names, layout
