@@ -321,7 +321,10 @@ def test_check_that_fails(with_timm: Run, monkeypatch: pytest.MonkeyPatch) -> No
     ran = with_timm("check", "tiny:upstream", "--checks", "parity.logits")
     assert ran.status == 1
     assert "FAILED" in ran.out
-    assert ran.err == ["Error: 1 of 1 checks failed. `prisma doctor tiny:upstream` looks for the cause."]
+    assert ran.err == [
+        "running: tiny:upstream: parity.logits",
+        "Error: 1 of 1 checks failed. `prisma doctor tiny:upstream` looks for the cause.",
+    ]
     ran = with_timm("doctor", "tiny:upstream")
     assert ran.status == 1
     assert "ln_final" in ran.out

@@ -19,10 +19,10 @@ from prisma_conformance import (
     select,
     write_certificates,
 )
+from prisma_conformance.measure import worst
 from prisma_conformance.pytest import summary
 from prisma_conformance.report.table import supported, write_table
-from prisma_conformance.run import subjects
-from prisma_conformance.subject import worst
+from prisma_conformance.subject import Subject
 from prisma_conformance.tolerances import FLOAT64
 
 import prisma_core as prisma
@@ -131,7 +131,7 @@ def test_a_hooked_model_is_checked_with_its_present_weights() -> None:
     hooked = prisma.adapt(upstream)
     with torch.no_grad():
         hooked.head.bias.add_(1)
-    subject, _ = next(subjects(hooked, upstream=upstream))
+    subject = next(Subject.of(hooked, upstream=upstream))
     assert torch.equal(subject.base.head.bias, hooked.head.bias)
     assert not torch.equal(upstream.head.bias, hooked.head.bias)
 

@@ -31,7 +31,7 @@ from prisma_core.maps.reader import Reader, qualified_name
 from prisma_core.plugin.adapter import MapAdapter
 from prisma_core.plugin.case import Case
 from prisma_core.spec import MapSpec
-from prisma_core.upstream import observer as taps
+from prisma_core.upstream import observer
 from prisma_core.upstream.model import HookedUpstream
 from prisma_core.zoo import adapt_with
 
@@ -483,8 +483,12 @@ def test_an_opened_kernel_that_nothing_vouches_for_is_caught():
 
 
 def test_a_kernel_opened_with_other_numbers_is_caught(monkeypatch):
-    real = taps._opened
-    monkeypatch.setattr(taps, "_opened", lambda run, inside, q, *rest, **kw: real(run, inside, 1.01 * q, *rest, **kw))
+    real = observer._unfused
+
+    def wrong(run: Any, inside: Any, q: Tensor, *rest: Any, **options: Any) -> Tensor:
+        return real(run, inside, 1.01 * q, *rest, **options)
+
+    monkeypatch.setattr(observer, "_unfused", wrong)
     assert {"parity.hooks", "hooks.live"} <= failing(Adapter())
 
 

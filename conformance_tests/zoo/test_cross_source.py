@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from prisma_conformance.subject import worst
+from prisma_conformance.measure import worst
 from prisma_dino.meta import Architecture, MetaViT
 from torch import Tensor, nn
 

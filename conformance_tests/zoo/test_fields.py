@@ -21,9 +21,9 @@ from typing import Any, NamedTuple, get_args
 import pytest
 import torch
 from prisma_conformance import check, tolerances
+from prisma_conformance.measure import worst
 from prisma_conformance.pytest import COUNTS
 from prisma_conformance.randomise import randomise
-from prisma_conformance.subject import worst
 from torch import Tensor, nn
 
 from prisma_core.errors import UnsupportedArchitecture

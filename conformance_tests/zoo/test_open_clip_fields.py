@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from prisma_conformance import tolerances
 from prisma_conformance.checks.tensors import fingerprint
-from prisma_conformance.subject import worst
+from prisma_conformance.measure import worst
 from torch import Tensor, nn
 
 import prisma_core as prisma

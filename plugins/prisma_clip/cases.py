@@ -13,7 +13,7 @@ from typing import Any
 
 import open_clip
 import torch
-from prisma_conformance.registry import CHECKS
+from prisma_conformance import CHECKS
 from torch import nn
 
 from prisma_core.errors import UnsupportedArchitecture

@@ -1,6 +1,6 @@
 """The kit as a pytest suite, in three lines.
 
-In ``conftest.py``::
+In the ``conftest.py`` of the root folder, where alone pytest takes plugins from::
 
     pytest_plugins = ["prisma_conformance.pytest"]
 
@@ -10,9 +10,9 @@ and in a test file::
     test_conformance = suite("my_plugin")
 
 Each case and check is a test of its own, such as ``test_conformance[vit_tiny-parity.logits]``; ``-k`` selects them. The
-end of the run says how many of how many cases were checked, and ``--certificates FOLDER`` writes what was proven.
+end of the run says how many of how many cases were checked, and ``--certificates FOLDER`` writes certificates.
 ``--conformance-device cuda`` runs it all on a GPU, whose certificates are files of their own; ``--conformance-dtype
-bfloat16`` says what logits are compared in besides float64.
+bfloat16`` compares logits in bfloat16 besides float64.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ import torch
 
 from prisma_conformance.devices import dtypes, usable
 from prisma_conformance.doctor.diagnosis import examine
-from prisma_conformance.registry import Check, select
+from prisma_conformance.finding import Check
+from prisma_conformance.registry import select
 from prisma_conformance.report.results import Certificate, CheckResult, DeviceFailed, write_certificates
-from prisma_conformance.run import certify, run_check, subjects
+from prisma_conformance.run import certify, run_check
 from prisma_conformance.subject import Subject
 from prisma_core.errors import InputError
 from prisma_core.plugin.case import Case
 from prisma_core.plugin.host import host
 
 PROPERTY = "prisma_certificate"
-COUNTS = "prisma_counts"  # a test's property: JSON of a title and of numbers by what they count; the end adds them up
-_DOCTOR_VISITS = 3  # a mistake in a part that all share would otherwise be explained once for each architecture
+COUNTS = "prisma_counts"  # a test's property: JSON of a title and of counts by their names; the summary adds them up
+_MAX_DIAGNOSES = 3  # a mistake in a part that all share would otherwise be diagnosed once for each architecture
 
 
 def suite(
@@ -51,11 +52,13 @@ def suite(
     cases: Sequence[Case] | None = None,
     once: str | Iterable[str] = (),
 ) -> Callable[..., None]:
-    """Return a test over every conformance case of a plugin and every check.
+    """Make a test over every conformance case of a plugin and every check.
+
+    >>> test_conformance = suite("my_plugin")
 
     Args:
         plugin: the name under which its cases are counted; the entry point's, unless ``cases`` are given.
-        checks: names or globs; None for all that do not have to be asked for.
+        checks: names or globs; None for all but those that run on request only.
         cases: to use instead of those that the plugin's ``prisma_cases`` returns.
         once: names or globs of checks that run on one architecture for each distinct combination of facts. On others
             they are skipped, and counted so; ``--certificates`` runs them on all.
@@ -65,8 +68,8 @@ def suite(
     """
     selected = select(checks)
     rare = {one.name for one in select(once)} if once else set[str]()
-    found = list(cases) if cases is not None else [case for case, _ in host().cases({plugin})]
-    parameters = [pytest.param(case, one, id=f"{case.name}-{one.name}") for case in found for one in selected] or [
+    all_cases = list(cases) if cases is not None else [case for case, _ in host().cases({plugin})]
+    parameters = [pytest.param(case, one, id=f"{case.name}-{one.name}") for case in all_cases for one in selected] or [
         pytest.param(None, None, id=plugin)
     ]
 
@@ -81,10 +84,10 @@ def suite(
         if case is None or one is None:
             _explain_absence(plugin)
             return
-        spare = one.name in rare and not request.config.getoption("--certificates")
-        folder = _shared(tmp_path_factory) if spare else None
+        once_only = one.name in rare and not request.config.getoption("--certificates")
+        folder = _shared(tmp_path_factory) if once_only else None
         place = cast("str | None", request.config.getoption("--conformance-device")), _dtypes(request.config)
-        _check(plugin, len(found), _subject(case, *place), one, record_property, folder)
+        _check(plugin, len(all_cases), _subject(case, *place), one, record_property, folder)
 
     return test_conformance
 
@@ -97,13 +100,13 @@ def _explain_absence(plugin: str) -> None:
 
 
 def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder that all workers of this run share."""
+    """Folder that all workers of this run share."""
     folder = tmp_path_factory.getbasetemp()
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 def _taken(folder: Path, name: str) -> bool:
-    """Return whether another test of this run has taken this name; if not, it is ours."""
+    """Take a name for this test; return whether another test of this run took it before."""
     try:
         (folder / name).touch(exist_ok=False)
     except FileExistsError:
@@ -120,7 +123,7 @@ def _check(
     folder: Path | None = None,
 ) -> None:
     with _one_thread():
-        if folder is not None and _taken(folder, f"{plugin}-{one.name}-{subject.facts()}"):
+        if folder is not None and _taken(folder, f"{plugin}-{one.name}-{subject.digest()}"):
             result = CheckResult(name=one.name, passed=False, skipped="checked on another one with the same facts")
         else:
             result = _run(one, subject)
@@ -134,7 +137,7 @@ def _check(
 
 @lru_cache(maxsize=2)  # tests of one case follow each other, so each upstream is built once
 def _subject(case: Case, device: str | None = None, dtypes: tuple[torch.dtype, ...] = ()) -> Subject:
-    return next(subjects(case, device=device, dtypes=dtypes))[0]
+    return next(Subject.of(case, device=device, dtypes=dtypes))
 
 
 _failed: list[DeviceFailed] = []  # of this process
@@ -150,14 +153,15 @@ def _run(one: Check, subject: Subject) -> CheckResult:
         pytest.fail(f"not checked: {error}", pytrace=False)
 
 
-_visits: Counter[str] = Counter()
+_diagnosed: set[str] = set()  # names of cases
 
 
 def _explained(subject: Subject, one: Check) -> str:
-    if not one.name.startswith("parity.") or (subject.case.name not in _visits and len(_visits) >= _DOCTOR_VISITS):
+    """Diagnose a failed parity check, once a case."""
+    if not one.name.startswith("parity.") or subject.case.name in _diagnosed or len(_diagnosed) >= _MAX_DIAGNOSES:
         return ""
-    _visits[subject.case.name] += 1
-    return f"\n{examine(subject)}" if _visits[subject.case.name] == 1 else ""
+    _diagnosed.add(subject.case.name)
+    return f"\n{examine(subject)}"
 
 
 @contextmanager
@@ -176,8 +180,8 @@ def _one_thread() -> Generator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("prisma")
-    group.addoption("--certificates", metavar="FOLDER", help="write what was proven into FOLDER")
-    group.addoption("--conformance-device", metavar="DEVICE", help="run conformance there; cuda for a GPU")
+    group.addoption("--certificates", metavar="FOLDER", help="write certificates into FOLDER")
+    group.addoption("--conformance-device", metavar="DEVICE", help="run conformance on DEVICE; cuda for a GPU")
     group.addoption(
         "--conformance-dtype",
         metavar="DTYPE",
@@ -199,17 +203,18 @@ def _dtypes(config: pytest.Config) -> tuple[torch.dtype, ...]:
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
-    found = _collected(terminalreporter)
-    for plugin, (of, certificates) in sorted(found.items()):
+    collected = _collected(terminalreporter)
+    for plugin, (of, certificates) in sorted(collected.items()):
         terminalreporter.section(f"conformance: {plugin}")
         for line in summary(plugin, of, certificates):
             terminalreporter.write_line(line)
         if folder := cast("str | None", config.getoption("--certificates")):
             path = write_certificates(certificates, Path(folder) / file_name(plugin, certificates))
             terminalreporter.write_line(f"certificates: {path}")
-    if found and not torch.cuda.is_available():
-        told = "nothing ran on a GPU: no CUDA device is here (with one: pytest --conformance-device cuda)"
-        terminalreporter.write_line(told)
+    if collected and not torch.cuda.is_available():
+        terminalreporter.write_line(
+            "nothing ran on a GPU: no CUDA device is here (with one: pytest --conformance-device cuda)"
+        )
     for title, counts in sorted(_counted(terminalreporter).items()):
         terminalreporter.section(title)
         for what, count in counts.items():
@@ -217,14 +222,14 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
 
 
 def _counted(terminalreporter: Any) -> dict[str, Counter[str]]:
-    found: dict[str, Counter[str]] = defaultdict(Counter)
+    totals: dict[str, Counter[str]] = defaultdict(Counter)
     for reports in terminalreporter.stats.values():
         for report in reports:
             for name, value in getattr(report, "user_properties", ()):
                 if name == COUNTS and report.when == "call":
                     title, counts = json.loads(value)
-                    found[title].update(counts)
-    return found
+                    totals[title].update(counts)
+    return totals
 
 
 def _collected(terminalreporter: Any) -> dict[str, tuple[int, list[Certificate]]]:
@@ -246,13 +251,13 @@ def _collected(terminalreporter: Any) -> dict[str, tuple[int, list[Certificate]]
 
 
 def file_name(plugin: str, certificates: Sequence[Certificate]) -> str:
-    """Return where certificates go: those of a GPU beside those of the CPU, not over them."""
+    """File of certificates; those of a GPU have one of their own, such as ``cuda-timm.jsonl``."""
     kinds = {torch.device(certificate.device).type for certificate in certificates} - {"cpu"}
     return "-".join([*sorted(kinds), f"{plugin}.jsonl"])
 
 
 def summary(plugin: str, of: int, certificates: Sequence[Certificate]) -> list[str]:
-    """Return lines that say how many of how many were checked, by check."""
+    """Lines of a summary: how many of how many architectures passed, and the same for each check."""
     by_check: dict[str, list[CheckResult]] = defaultdict(list)
     for certificate in certificates:
         for result in certificate.results:

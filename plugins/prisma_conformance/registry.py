@@ -3,91 +3,120 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final, NoReturn
 
-from prisma_conformance.report.results import Precision
-from prisma_core.errors import PrismaError, UnknownName, suggest
-
-if TYPE_CHECKING:
-    from prisma_conformance.subject import Subject
+from prisma_conformance.checks import algebra, audit, live, maps, parity, running, tensors
+from prisma_conformance.finding import Check
+from prisma_conformance.subject import Subject
+from prisma_core.errors import NotApplicable, UnknownName, suggest
 
 
-class NotApplicable(PrismaError):
-    """Raised by a check that cannot apply to a subject: a skip, with the reason."""
+def _skip(reason: str) -> Callable[[Subject], NoReturn]:
+    def run(subject: Subject) -> NoReturn:
+        raise NotApplicable(reason)
+
+    return run
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What a check hands back.
+_CHECKS = (
+    Check(
+        "parity.logits",
+        "logits equal upstream's in float64, and err no more than upstream does in other dtypes",
+        canonical=parity.logits,
+        hooked=parity.logits,
+    ),
+    Check(
+        "parity.hooks",
+        "every activation in the hook map equals upstream's at that place, at every layer",
+        canonical=parity.hooks,
+        hooked=parity.hooks,
+    ),
+    Check(
+        "parity.gradients",
+        "gradients by the input and by every upstream weight equal upstream's, through the map",
+        canonical=parity.gradients,
+        hooked=maps.gradients,
+    ),
+    Check(
+        "weights.accounted",
+        "every tensor is mapped or rightly ignored; adapting leaves upstream as it was",
+        canonical=tensors.accounted,
+        hooked=maps.accounted,
+    ),
+    Check(
+        "weights.roundtrip",
+        "export reloads upstream with strict=True, bit for bit",
+        canonical=tensors.roundtrip,
+        hooked=tensors.roundtrip,
+    ),
+    Check(
+        "hooks.live",
+        "every hook point fires once, in order; edits are used, gradients flow, nothing is left behind",
+        canonical=live.live,
+        hooked=live.live,
+    ),
+    Check(
+        "algebra",
+        "each activation is what its equation makes of the others, and the parts sum to the logits",
+        canonical=algebra.algebra,
+        hooked=maps.algebra,
+    ),
+    Check(
+        "spec.audit",
+        "every public attribute of upstream's modules is read, or ignored with a reason",
+        canonical=audit.audit,
+        hooked=_skip("no facts stand for upstream's: its own code runs"),
+    ),
+    Check(
+        "preprocess",
+        "the same picture gives the same tensor as upstream's own transform",
+        canonical=running.preprocess,
+        hooked=running.preprocess,
+    ),
+    Check(
+        "save.load",
+        "a saved model comes back with the same facts, weights and logits",
+        canonical=running.save_load,
+        hooked=_skip("it runs as upstream's own module, which a file of facts and weights cannot hold"),
+    ),
+    Check(
+        "threads",
+        "two threads use one model with different hooks and do not see each other's",
+        canonical=running.threads,
+        hooked=running.threads,
+    ),
+    Check(
+        "compile",
+        "a model compiled with fullgraph=True has the same logits, caches and edits",
+        canonical=running.compiled,
+        hooked=maps.compiled,
+        on_request=True,
+    ),
+)
 
-    Attributes:
-        error, bound: the largest error, and what it may be at most.
-        problems: anything else that is wrong; each one fails the check.
-        detail: what was looked at.
-        precisions: what came out in dtypes other than float64.
-    """
-
-    error: float | None = None
-    bound: float | None = None
-    problems: tuple[str, ...] = ()
-    detail: str = ""
-    precisions: tuple[Precision, ...] = ()
-
-    @property
-    def passed(self) -> bool:
-        # A NaN error is no pass.
-        return not self.problems and (self.error is None or self.bound is None or self.error <= self.bound)
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing the kit proves.
-
-    Attributes:
-        name: dotted, what one selects it by.
-        proves: one line for reports and docs.
-        on_request: too slow to run unless it is selected by its name.
-    """
-
-    name: str
-    proves: str
-    run: Callable[[Subject], Finding]
-    on_request: bool = False
-
-
-CHECKS: dict[str, Check] = {}
-
-
-def register(
-    name: str, proves: str, *, on_request: bool = False
-) -> Callable[[Callable[[Subject], Finding]], Callable[[Subject], Finding]]:
-    """Return a decorator that adds a check."""
-
-    def add(run: Callable[[Subject], Finding]) -> Callable[[Subject], Finding]:
-        CHECKS[name] = Check(name, proves, run, on_request)
-        return run
-
-    return add
+CHECKS: Final[Mapping[str, Check]] = {check.name: check for check in _CHECKS}
 
 
 def select(checks: str | Iterable[str] | None = None) -> list[Check]:
-    """Return the checks that names or globs select; None for all that do not have to be asked for by name.
+    """Select checks by names or globs; None for all but those that run on request only.
 
     Raises:
         UnknownName: a name or glob selects none.
     """
     if checks is None:
         return [check for check in CHECKS.values() if not check.on_request]
-    wanted: set[str] = set()
+    selected: set[str] = set()
     for query in [checks] if isinstance(checks, str) else checks:
-        found = [
+        names = [
             name
             for name, check in CHECKS.items()
             if name == query or (fnmatch.fnmatchcase(name, query) and not check.on_request)
         ]
-        if not found:
+        if not names:
             raise UnknownName(f"No check matches {query!r}. Checks: {', '.join(CHECKS)}.{suggest(query, CHECKS)}")
-        wanted.update(found)
-    return [check for name, check in CHECKS.items() if name in wanted]
+        selected.update(names)
+    return [check for name, check in CHECKS.items() if name in selected]
+
+
+__all__ = ["CHECKS", "select"]

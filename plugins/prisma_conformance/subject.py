@@ -1,22 +1,21 @@
-"""An upstream model and its hooked twin, built once and shared by the checks."""
+"""Subject of the checks: an upstream model beside its hooked twin, each built once."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from prisma_conformance import tolerances
 from prisma_conformance.devices import HALF
+from prisma_conformance.digest import digest_of_points, digest_of_spec
 from prisma_conformance.randomise import randomise
+from prisma_conformance.target import Target, resolve
 from prisma_core.errors import ask, called
-from prisma_core.maps.places import HookMap
+from prisma_core.maps.places import INSIDE, HookMap, Row
 from prisma_core.maps.reader import Reader
 from prisma_core.maps.weights import WeightMap
 from prisma_core.model import Size
@@ -24,7 +23,6 @@ from prisma_core.plugin.adapter import Adapter, MapAdapter, read_spec
 from prisma_core.plugin.case import Case
 from prisma_core.spec import AnySpec, Facts
 from prisma_core.transformer import HookedViT, ZooModel
-from prisma_core.upstream.model import HookedUpstream
 from prisma_core.zoo import adapt_with
 
 Make = Callable[[Adapter, nn.Module], ZooModel]
@@ -32,32 +30,49 @@ Inputs = tuple[Tensor, ...]
 
 
 class Pair(NamedTuple):
-    """Both sides at one dtype on one device."""
+    """Upstream and hooked model, in one dtype on one device."""
 
     upstream: nn.Module
     model: ZooModel
 
 
 class Passes(NamedTuple):
-    """One pass with everything kept: the inputs, the logits, every activation."""
+    """One pass of the hooked model: its inputs, its output and every activation."""
 
     inputs: Inputs
     logits: Tensor
     acts: dict[str, Tensor]
 
 
+class Reference(NamedTuple):
+    """Places of an untouched upstream that hook points must equal.
+
+    Attributes:
+        rows: one for each hook point that is compared.
+        sizes: of axes that the rows unfold.
+        scope: brings upstream into the state in which the places are read.
+    """
+
+    rows: list[Row]
+    sizes: dict[str, int]
+    scope: AbstractContextManager[None]
+
+
 class Subject:
-    """What the checks look at.
+    """An upstream model and an adapter, with everything that the checks derive from them.
 
     Args:
         case: how upstream is built and called.
         adapter: maps it.
-        upstream: the built model; never changed.
-        make: how the hooked model is made from adapter and upstream.
-        draw: whether a copy with drawn weights is checked, or the weights as they came.
-        seed: of weights and images.
-        device: where everything runs.
-        dtypes: what logits are compared in besides float64; without any, what the device is used in.
+        upstream: the built model; a copy of it is checked.
+        make: makes the hooked model of adapter and upstream.
+        draw: whether the copy gets weights drawn at random, or has those of ``upstream``.
+        seed: of weights and inputs.
+        device: where everything runs; None for the CPU, and logits on a GPU too where there is one.
+        dtypes: what logits are compared in besides float64; empty for those in which the device is used.
+        reference: the model it stands for, if any.
+        full: whether upstream has its real size.
+        note: for users, about that size.
     """
 
     def __init__(
@@ -71,6 +86,9 @@ class Subject:
         seed: int = 0,
         device: torch.device | str | None = None,
         dtypes: Sequence[torch.dtype] = (),
+        reference: str | None = None,
+        full: bool = False,
+        note: str = "",
     ):
         self.case = case
         self.adapter = adapter
@@ -78,8 +96,11 @@ class Subject:
         self.drawn = draw
         self.seed = seed
         self.device = torch.device(device or "cpu")
-        self.also = torch.device("cuda") if device is None and torch.cuda.is_available() else None
+        self.second_device = torch.device("cuda") if device is None and torch.cuda.is_available() else None
         self.dtypes = tuple(dtypes)
+        self.reference = reference
+        self.full = full
+        self.note = note
         self.base = copy.deepcopy(upstream).cpu().eval()
         if draw:
             randomise(self.base, self.generator())
@@ -88,8 +109,44 @@ class Subject:
         self._pairs: dict[tuple[torch.dtype, torch.device], Pair] = {}
         self._passes: Passes | None = None
 
+    @classmethod
+    def of(
+        cls,
+        target: Target,
+        *,
+        upstream: nn.Module | None = None,
+        adapter: Adapter | None = None,
+        device: torch.device | str | None = None,
+        dtypes: Sequence[torch.dtype] = (),
+        full: bool = False,
+        pretrained: bool = False,
+        seed: int = 0,
+    ) -> Iterator[Subject]:
+        """Yield the subjects of a target: one, or for an adapter one a case.
+
+        Args:
+            target, upstream, adapter, device, dtypes, full, pretrained, seed: as ``check`` takes them.
+
+        Raises:
+            UnknownName: no such reference.
+            UnsupportedArchitecture: an adapter without cases, or a model no adapter takes.
+        """
+        for one in resolve(target, upstream=upstream, adapter=adapter, full=full, pretrained=pretrained):
+            yield cls(
+                one.case,
+                one.adapter,
+                one.upstream,
+                draw=one.drawn,
+                seed=seed,
+                device=device,
+                dtypes=dtypes,
+                reference=one.reference,
+                full=one.full,
+                note=one.note,
+            )
+
     def variant(self, adapter: Adapter, make: Make) -> Subject:
-        """Return a subject with the same upstream and weights, mapped in another way."""
+        """Copy the subject with the same upstream and weights, mapped in another way."""
         other = copy.copy(self)
         other.adapter, other.make = adapter, make
         other._pairs, other._passes = {}, None
@@ -98,36 +155,41 @@ class Subject:
     def generator(self, offset: int = 0) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed + offset)
 
+    @property
+    def form(self) -> Literal["canonical", "mapped"]:
+        """``mapped``: the model has no canonical form, and upstream's own module is hooked at the places of a map."""
+        return "mapped" if isinstance(self.adapter, MapAdapter) else "canonical"
+
     # ---------------------------------------------------------------- both sides
 
     def upstream(self, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> nn.Module:
-        """Return a copy of upstream of one's own."""
+        """Copy upstream; the caller may change the copy."""
         return copy.deepcopy(self.base).to(device=device or self.device, dtype=dtype)
 
     def pair(self, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> Pair:
-        """Return both sides, shared by all checks: leave them as they are."""
+        """Both sides, shared by all checks: leave them as they are."""
         key = (dtype, device or self.device)
         if key not in self._pairs:
             upstream = self.upstream(*key)
             self._pairs[key] = Pair(upstream, self.make(self.adapter, upstream))
         return self._pairs[key]
 
-    def forget(self) -> None:
-        """Let go of what was built, so that its memory can be had again."""
+    def free(self) -> None:
+        """Drop what was built, so that its memory is free."""
         self._pairs, self._passes = {}, None
 
     def precisions(self) -> Iterator[tuple[torch.dtype, torch.device]]:
-        """Yield in which dtypes, besides float64, logits are compared on which devices."""
-        # float64 on a second device is the same proof again. Half precision on a CPU is slow, so it is for who asks.
-        for device in (self.device, *([self.also] if self.also is not None else [])):
+        """Yield the dtypes, besides float64, and devices in which logits are compared."""
+        # float64 on a second device is the same proof again. Half precision on a CPU is slow, so only on request.
+        for device in (self.device, *([self.second_device] if self.second_device is not None else [])):
             usual = (torch.float32, *(HALF if device.type == "cuda" else ()))
             yield from ((dtype, device) for dtype in self.dtypes or usual)
 
-    def own_model(self) -> ZooModel:
-        """Return a hooked model of one's own for one input, in float64.
+    def fresh_model(self) -> ZooModel:
+        """Make a hooked model in float64 that the caller may change, for passes over one input.
 
         An opaque stem runs once: it is upstream's own module, has no hook points inside, and may cost a hundred times
-        what the blocks do.
+        more than the blocks.
         """
         model = self.make(self.adapter, self.upstream())
         for tower in opaque_stems(model):
@@ -139,22 +201,42 @@ class Subject:
         return self.pair().model.spec
 
     def forward(self, upstream: nn.Module, *inputs: Tensor) -> Tensor:
-        """Return upstream's main output."""
+        """Upstream's main output."""
         if self.case.forward is not None:
             return called(f"forward of the case {self.case.name!r}", self.case.forward, upstream, *inputs, gives=Tensor)
-        if isinstance(self.adapter, MapAdapter):  # its output is the hooked model's, so it is no witness
+        if self.form == "mapped":  # its own output() reads the hooked model's output too, so it cannot be the reference
             return Adapter.output(self.adapter, upstream(*inputs))
         return ask(self.adapter, "call", upstream, *inputs, gives=Tensor)
 
-    def table(self, upstream: nn.Module, method: str = "hooks") -> HookMap:
-        """Return the adapter's hook map of an upstream module."""
-        given = (self.spec,) if method == "hooks" else ()
-        return ask(self.adapter, method, Reader(upstream), *given, gives=HookMap)
+    def table(self) -> HookMap:
+        """The adapter's hook map."""
+        return ask(self.adapter, "hooks", Reader(self.pair().upstream), self.spec, gives=HookMap)
+
+    def references(self) -> list[Reference]:
+        """Places that hook points are compared with.
+
+        A hooked upstream runs as upstream does, so its places are read from upstream as it is, and the insides of fused
+        kernels, which it computes itself, at the places of ``elsewhere`` inside ``explicit``.
+        """
+        upstream, model = self.pair()
+        points = [name for name, point in model.hook_points().items() if not point.derived]
+
+        def reference(table: HookMap, scope: AbstractContextManager[None], inside: bool) -> Reference:
+            rows = [row for row in table.bound(points) if inside or row.place.side not in INSIDE]
+            return Reference(rows, dict(table.sizes), scope)
+
+        if self.form == "canonical":
+            return [reference(self.table(), self.adapter.explicit(upstream), inside=True)]
+        elsewhere = ask(self.adapter, "elsewhere", Reader(upstream), gives=HookMap)
+        return [
+            reference(self.table(), nullcontext(), inside=False),
+            reference(elsewhere, self.adapter.explicit(upstream), inside=False),
+        ]
 
     # ---------------------------------------------------------------- inputs and passes
 
     def sizes(self) -> list[Size]:
-        """Return the sizes of input to try, the native one first."""
+        """Sizes of input to try, the native one first."""
         return self.pair().model.sizes()
 
     def inputs(
@@ -164,13 +246,13 @@ class Subject:
         dtype: torch.dtype = torch.float64,
         device: torch.device | None = None,
     ) -> Inputs:
-        """Return random inputs, the same for the same arguments."""
+        """Draw inputs, the same for the same arguments."""
         drawn = self.pair().model.sample_inputs(batch, size=size, generator=self.generator(1))
         # Drawn as float32 so that every dtype that can hold it sees the same input.
         return tuple(x.to(device or self.device, dtype if x.is_floating_point() else None) for x in drawn)
 
     def passes(self) -> Passes:
-        """Return one pass of the hooked model in float64 with every activation, derived ones apart."""
+        """One pass of the hooked model in float64 over two inputs, with every activation but the derived ones."""
         if self._passes is None:
             model, inputs = self.pair().model, self.inputs(batch=2)
             with torch.no_grad():
@@ -178,110 +260,41 @@ class Subject:
             self._passes = Passes(inputs, logits, dict(cache.store))
         return self._passes
 
-    def facts(self) -> str:
-        """Return a digest of the spec with its sizes left out; where there is none, of the kinds of hook points."""
+    def digest(self) -> str:
+        """Digest of the spec without its sizes; where there is none, of the kinds of hook points."""
         model = self.pair().model
-        if isinstance(model, HookedUpstream):
-            kinds = {re.sub(r"\d+", "", f"{name} {point.axes}") for name, point in model.hook_points().items()}
-            return hashlib.sha256("\n".join(sorted(kinds)).encode()).hexdigest()[:12]
-        return facts_of(self.spec)
+        return digest_of_spec(model.spec) if self.form == "canonical" else digest_of_points(model)
 
 
 def opaque_stems(model: ZooModel) -> list[HookedViT]:
-    """Return the towers whose stem is upstream's own module."""
+    """Towers whose stem is upstream's own module."""
     towers = [tower for tower in model.towers().values() if isinstance(tower, HookedViT)]
     return [tower for tower in towers if tower.spec.embed.stem == "opaque"]
 
 
 class Remembered(nn.Module):
-    """A module that computes what it returns for one input once."""
+    """A module that runs once, and returns copies of that result from then on."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()
         self.inner = inner
-        self.kept: Tensor | None = None
+        self.result: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        kept = self.kept
-        if kept is None:
+        result = self.result
+        if result is None:
             with torch.no_grad():
-                kept = self.kept = self.inner(x)
-        return kept.clone()
-
-
-def facts_of(spec: AnySpec) -> str:
-    """Return a digest of a spec that is equal for models that differ in size alone."""
-    text = json.dumps(_without_sizes(spec.model_dump(mode="json")), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-_WIDTHS = {"d_model", "d_mlp", "d_head", "d_pool", "n_vocab"}
-_LENGTHS = {"image_size", "patch", "in_channels", "rows", "columns", "n_ctx"}
-_SIZES = {*_WIDTHS, *_LENGTHS, "eps", "scale"}
-_COUNTS = {"cls", "distillation", "registers", "n_classes", "pad_id", "eos_id"}
-
-
-def _without_sizes(value: Any) -> Any:
-    if isinstance(value, list):
-        kinds = {json.dumps(_without_sizes(item), sort_keys=True) for item in cast("list[Any]", value)}
-        return sorted(kinds)
-    if not isinstance(value, dict):
-        return value
-    items = cast("dict[str, Any]", value)
-    kept = {
-        key: item not in (None, 0) if key in _COUNTS else _without_sizes(item)
-        for key, item in items.items()
-        if key not in _SIZES
-    }
-    if "n_heads" in kept:
-        kept["grouped"] = kept.pop("n_heads") != kept.pop("n_kv_heads")
-    return kept
-
-
-def unit_of(reference: Tensor) -> float:
-    """Return what errors are counted in: the standard deviation, or a share of the size where that is more."""
-    if reference.numel() == 1:
-        return float(reference.abs())
-    size = float(reference.square().mean().sqrt())
-    return max(float(reference.std()), tolerances.SHARE_OF_SIZE * size)
-
-
-def worst(ours: Tensor, theirs: Tensor, unit: float | None = None) -> float:
-    """Return the largest difference in units of the reference (``unit_of``); infinite where shapes differ."""
-    if ours.shape != theirs.shape:
-        return float("inf")
-    if not ours.numel():
-        return 0.0
-    ours, theirs = ours.detach().double(), theirs.detach().double()
-    hidden = theirs < torch.finfo(torch.float64).min / 2  # scores that a mask hides, by infinity or by the least number
-    if hidden.any():
-        if not torch.equal(hidden, torch.isneginf(ours)):
-            return float("inf")
-        ours, theirs = ours[~hidden], theirs[~hidden]
-    if unit is None:
-        unit = unit_of(theirs)
-    difference = float((ours - theirs).abs().max())
-    # A NaN on either side is the worst error there is; comparisons with it would be false.
-    return difference / max(unit, 1e-30) if difference == difference else float("inf")
-
-
-def typical(ours: Tensor, theirs: Tensor) -> float:
-    """Return the root of the mean square of the difference, in the unit of ``worst``."""
-    if ours.shape != theirs.shape:
-        return float("inf")
-    ours, theirs = ours.detach().double(), theirs.detach().double()
-    unit = unit_of(theirs)
-    difference = float((ours - theirs).square().mean().sqrt())
-    return difference / max(unit, 1e-30) if difference == difference else float("inf")
+                result = self.result = self.inner(x)
+        return result.clone()
 
 
 def differentiable(inputs: Inputs) -> Inputs:
-    """Return the inputs with a gradient wherever they can have one."""
+    """Copy inputs, each with a gradient if it can have one."""
     return tuple(x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs)
 
 
 def reader_of(subject: Subject) -> tuple[Reader, nn.Module]:
-    """Return a reader of a fresh copy of upstream that has seen everything the adapter reads."""
+    """Return a reader that holds a record of everything the adapter reads, and the copy of upstream it reads."""
     upstream = subject.upstream()
     reader = Reader(upstream)
     spec = read_spec(subject.adapter, reader, Facts)
@@ -289,3 +302,6 @@ def reader_of(subject: Subject) -> tuple[Reader, nn.Module]:
     ask(subject.adapter, "weights", reader, spec, gives=WeightMap)
     ask(subject.adapter, "hooks", reader, spec, gives=HookMap)
     return reader, upstream
+
+
+__all__ = ["Inputs", "Make", "Pair", "Passes", "Reference", "Subject", "differentiable", "opaque_stems", "reader_of"]

@@ -1,11 +1,9 @@
-"""How far numbers may differ, each with its reason."""
+"""Bounds of errors, each with its reason."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Final, cast
-
-import torch
 
 from prisma_core.spec import Facts, NormSpec, RopeSpec
 
@@ -41,7 +39,7 @@ _IN_FLOAT32: Final = 1e-5
 
 
 def routes(spec: Facts) -> float:
-    """Return how far two ways of computing the same number in float64 may differ."""
+    """Bound for two ways of computing the same number in float64."""
     return _IN_FLOAT32 if any(part.in_float32 for part in _rounding(spec)) else FLOAT64
 
 
@@ -54,8 +52,3 @@ def _rounding(facts: object) -> Iterator[NormSpec | RopeSpec]:
     elif isinstance(facts, tuple):
         for value in cast("tuple[object, ...]", facts):
             yield from _rounding(value)
-
-
-def rounding(dtype: torch.dtype) -> float:
-    """Return the error that a handful of rounded operations leave, for models too small to show upstream's own."""
-    return 8 * torch.finfo(dtype).eps

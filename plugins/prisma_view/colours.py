@@ -41,13 +41,6 @@ def assign(classes: Sequence[int], look: Callable[[int], Colour | None]) -> dict
     return given
 
 
-def scale(share: float) -> Colour:
-    """Return the colour of a share between 0 and 1."""
-    at = min(max(share, 0.0), 1.0) * (len(SCALE) - 1)
-    low = min(int(at), len(SCALE) - 2)
-    return blend(SCALE[low], SCALE[low + 1], at - low)
-
-
 def blend(one: Colour, other: Colour, share: float) -> Colour:
     """Return what lies between two colours."""
     red, green, blue = (round(a + (b - a) * share) for a, b in zip(one, other, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from prisma_view.findings import Report, head_values
+from prisma_view.findings import Report
 
 
 def stage_name(stage: str) -> str:
@@ -89,14 +89,6 @@ def patch_words(found: Report, where: str) -> str:
         f"“{kept.name}” over “{put.name}” goes from {before:+.1f} to {after:+.1f}, {result}. "
         f"{others} of {guess.numel()} can change the answer alone."
     )
-
-
-def attribution_words(found: Report, index: int) -> str:
-    """Say which head wrote most of a class's logit."""
-    values = head_values(found)[..., found.shown.index(index)]
-    layer, head = divmod(int(values.argmax()), values.shape[1])
-    name = found.symbol(index).name
-    return f"Head {head} of block {layer} adds the most to “{name}”: {values[layer, head]:+.1f}."
 
 
 def facts(found: Report) -> list[tuple[str, str]]:

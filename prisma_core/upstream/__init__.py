@@ -1,1 +1,1 @@
-"""Upstream's own module, hooked."""
+"""Hooked upstreams: upstream's own module with hook points, for models without a canonical form."""

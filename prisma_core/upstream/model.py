@@ -1,10 +1,10 @@
-"""Upstream's own module, hooked at the places of a hook map, for models without a canonical form."""
+"""Hooked upstream: a library's own module with hook points at the places of a hook map."""
 
 from __future__ import annotations
 
 import copy as copying
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +16,21 @@ from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.maps.places import HookMap
 from prisma_core.model import Size, ZooModel, check_place
 from prisma_core.spec import MapSpec
-from prisma_core.upstream.observer import Bound, Tap, watching
+from prisma_core.upstream.bound import BoundRow
+from prisma_core.upstream.observer import attach, watching
 
 
 class HookedUpstream(ZooModel):
     """An upstream module with hook points at the places a hook map names.
 
-    It runs upstream's own code on upstream's own kernels. A place costs something in a pass only if it is asked for:
-    then a copy of what passes there is made, for upstream may go on to edit it.
+    It runs upstream's own code on upstream's own kernels. A hook point costs time only in a pass that asks for it: then
+    its tensor is copied, because upstream may edit its own in place.
 
     Args:
-        upstream: a module of its own: it is changed.
+        upstream: the module to hook; it is changed, so pass a copy (``copy_module``).
         table: one row for each hook point, in the order in which they fire, each with its axes.
-        spec: what the model takes.
-        output: from what upstream returns to the tensor that is its main output.
+        spec: shape of the input, and the tokens where they stay in place.
+        output: reads the main output, a tensor, from upstream's result.
 
     Attributes:
         upstream: the module; its parameters are the model's.
@@ -40,19 +41,10 @@ class HookedUpstream(ZooModel):
         self.spec: MapSpec = spec
         self.upstream = upstream
         self._output = output
-        self._bound = _bound(table)
-        for bound in self._bound:
-            _put(self, bound)
-        taps = {name: Tap(bound) for name, bound in _by_module(self._bound).items()}
-        functions = any(bound.row.place.function for bound in self._bound)
-        modules = dict(cast("Iterator[tuple[str, nn.Module]]", upstream.named_modules()))
-        if missing := sorted(set(taps) - set(modules)):
-            raise PrismaError(f"The upstream model has no module {missing[0]!r}; the hook map names it.")
-        for name, module in modules.items():
-            if functions or name in taps:  # a function belongs to the innermost module, so each has to be followed
-                tap = taps.get(name) or Tap([])
-                module.register_forward_pre_hook(tap.enter)
-                module.register_forward_hook(tap.leave)
+        self._rows = _bound_rows(table)
+        for row in self._rows:
+            _add_point(self, row)
+        attach(upstream, self._rows)
         self.eval()
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Tensor:
@@ -63,26 +55,26 @@ class HookedUpstream(ZooModel):
         """
         if torch.compiler.is_compiling():
             return self._run(*inputs, **kwargs)
-        given = self._checked(inputs, kwargs)
-        if given is None or tuple(given.shape[1:]) in self._shapes():
+        x = self._checked(inputs, kwargs)
+        if x is None or tuple(x.shape[1:]) in self._shapes():
             return self._run(*inputs, **kwargs)
         try:
             return self._run(*inputs, **kwargs)
-        except (RuntimeError, AssertionError, ValueError) as error:  # how upstream's code says that a size does not do
+        except (RuntimeError, AssertionError, ValueError) as error:  # how upstream's code refuses a size
             raise InputError(
-                f"Expected {self._expected()}, got shape {list(given.shape)}, on which upstream's code failed "
+                f"Expected {self._expected()}, got shape {list(x.shape)}, on which upstream's code failed "
                 f"({str(error).strip().partition(chr(10))[0]}). model.preprocess makes the right tensor."
             ) from error
 
     def _run(self, *inputs: Any, **kwargs: Any) -> Tensor:
-        wanted = [bound for bound in self._bound if bound.point.wanted]
-        if not wanted:
+        active = [bound for bound in self._rows if bound.point.wanted]
+        if not active:
             return self._output(self.upstream(*inputs, **kwargs))
         if torch.compiler.is_compiling():
             raise HookError(
-                f"Hooks at {wanted[0].row.hook} cannot run in a compiled model of this kind; run it eagerly."
+                f"Hooks at {active[0].row.hook} cannot run in a compiled model of this kind; run it eagerly."
             )
-        with watching(wanted, _batch(inputs, kwargs)):
+        with watching(active, _batch(inputs, kwargs)):
             return self._output(self.upstream(*inputs, **kwargs))
 
     def __getattr__(self, name: str) -> Any:
@@ -95,7 +87,7 @@ class HookedUpstream(ZooModel):
 
     @property
     def layout(self) -> TokenLayout | None:
-        """The token layout at the native size, where the spec says; else which token is where is upstream's affair."""
+        """The token layout at the native size; None where the spec states none."""
         return self.spec.layout
 
     @property
@@ -104,12 +96,12 @@ class HookedUpstream(ZooModel):
 
     def layout_for(self, *inputs: Any) -> TokenLayout | None:
         layout, shape = self.spec.layout, self.spec.shape
-        given: list[object] = [each for each in inputs if isinstance(each, Tensor | list | tuple)]
-        if layout is None or not given:
+        tensors: list[object] = [each for each in inputs if isinstance(each, Tensor | list | tuple)]
+        if layout is None or not tensors:
             return layout
-        x = given[0]
-        if len(given) > 1 or not isinstance(x, Tensor) or x.ndim != len(shape) + 1:
-            return None  # what else upstream takes, such as masks, may choose tokens
+        x = tensors[0]
+        if len(tensors) > 1 or not isinstance(x, Tensor) or x.ndim != len(shape) + 1:
+            return None  # further inputs, such as masks, may choose tokens
         if tuple(x.shape[1:]) == shape:
             return layout
         if len(shape) < 3 or not self.spec.sizes:
@@ -117,20 +109,20 @@ class HookedUpstream(ZooModel):
         grid = {"rows": (-2, layout.rows), "columns": (-1, layout.columns)}
         if len(shape) == 4:
             grid["frames"] = (-4, layout.frames)
-        seen = {name: x.shape[axis] // (shape[axis] // n) for name, (axis, n) in grid.items()}
-        return layout.model_copy(update=seen)
+        sizes = {name: x.shape[axis] // (shape[axis] // n) for name, (axis, n) in grid.items()}
+        return layout.model_copy(update=sizes)
 
     def _check_keywords(self, given: Mapping[str, Any], method: Callable[..., Any] | None = None) -> None:
-        taken = keywords(self.upstream.forward)
+        accepted = keywords(self.upstream.forward)
         for name in ("start_at_layer", "stop_at_layer"):
-            if name in given and name not in (taken or ()):
+            if name in given and name not in (accepted or ()):
                 raise InputError(
                     f"A model without canonical form runs upstream's code from end to end, so it takes no {name!r}. "
                     "Hooks and caches reach every place inside: run_with_hooks, run_with_cache."
                 )
         own = [] if method is None else named(method)
         who = type(self).__name__ if method is None else method.__name__
-        check_keywords(who, given, None if taken is None else [*own, *taken])
+        check_keywords(who, given, None if accepted is None else [*own, *accepted])
 
     def _expected(self) -> str:
         what, shape = self._what(), " ".join(map(str, self.spec.shape))
@@ -146,28 +138,28 @@ class HookedUpstream(ZooModel):
         return (*self.spec.shape[: len(self.spec.shape) - len(size)], *size)
 
     def _checked(self, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-        """Return the input that the spec speaks of; None where it was given by a name only upstream knows."""
+        """Return the first input, checked against the spec; None where it was given by a name only upstream knows."""
         if not inputs and kwargs:
             return None
         what, expected, shape = self._what(), self._expected(), self.spec.shape
-        given: object = inputs[0] if inputs else None
-        if not isinstance(given, Tensor):
-            makes = "" if what == "input" else " model.preprocess makes one."
-            raise InputError(f"Expected a tensor, {expected}, got {type(given).__name__}.{makes}")
-        if given.ndim != len(shape) + 1:
-            hint = f" Add a batch axis: {what}[None]." if given.ndim == len(shape) else ""
-            raise InputError(f"Expected {expected}, got shape {list(given.shape)}.{hint}")
-        if len(shape) > 2 and given.shape[-3] != shape[-3]:
+        x: object = inputs[0] if inputs else None
+        if not isinstance(x, Tensor):
+            hint = "" if what == "input" else " model.preprocess makes one."
+            raise InputError(f"Expected a tensor, {expected}, got {type(x).__name__}.{hint}")
+        if x.ndim != len(shape) + 1:
+            hint = f" Add a batch axis: {what}[None]." if x.ndim == len(shape) else ""
+            raise InputError(f"Expected {expected}, got shape {list(x.shape)}.{hint}")
+        if len(shape) > 2 and x.shape[-3] != shape[-3]:
             raise InputError(
-                f"Expected {shape[-3]} channels in {expected}, got shape {list(given.shape)}. "
+                f"Expected {shape[-3]} channels in {expected}, got shape {list(x.shape)}. "
                 "model.preprocess makes the right tensor."
             )
-        if not given.is_floating_point():
-            raise InputError(f"Expected floating point numbers, got {given.dtype}. model.preprocess scales pixels.")
-        check_place(what, given, next((each for each in self.parameters() if each.is_floating_point()), None))
-        if given.device.type == "cpu" and not torch.isfinite(given).all():
-            raise InputError(f"The {what} holds {int((~torch.isfinite(given)).sum())} values that are NaN or infinite.")
-        return given
+        if not x.is_floating_point():
+            raise InputError(f"Expected floating point numbers, got {x.dtype}. model.preprocess scales pixels.")
+        check_place(what, x, next((each for each in self.parameters() if each.is_floating_point()), None))
+        if x.device.type == "cpu" and not torch.isfinite(x).all():
+            raise InputError(f"The {what} holds {int((~torch.isfinite(x)).sum())} values that are NaN or infinite.")
+        return x
 
     def sizes(self) -> list[Size]:
         shape = self.spec.shape
@@ -191,24 +183,13 @@ class HookedUpstream(ZooModel):
 
 
 def copy_module(upstream: nn.Module, *, copy: bool) -> nn.Module:
-    """Return a module like upstream, its tensors copied or shared; the module itself is always another."""
+    """Copy a module's structure, and its tensors too unless ``copy`` is False: then both share them."""
     tensors = [*upstream.parameters(), *upstream.buffers()]
     return copying.deepcopy(upstream, {} if copy else {id(tensor): tensor for tensor in tensors})
 
 
-def _bound(table: HookMap) -> list[Bound]:
-    rows = table.plain()
-    for row in rows:
-        if not row.axes or "(" in row.axes:
-            raise PrismaError(
-                f"The row of {row.hook} must name its axes, one word each: 'PLACE -> {row.hook} : batch pos d_model', "
-                f"or as the right side of its einops. Got {row.how!r}."
-            )
-    return [Bound(row, table.sizes) for row in rows]
-
-
 class Part(nn.Module):
-    """Holds hook points under the name of a part of the model; computes nothing."""
+    """Container of hook points under the name of a part of the model."""
 
     def __getitem__(self, index: int) -> nn.Module:
         """Return the part with a number, as ``model.stages[0].blocks[-1]``."""
@@ -228,7 +209,7 @@ class Part(nn.Module):
 
 
 def _lacks(module: nn.Module, who: str, name: str) -> str:
-    """Say why a model without canonical form has no such attribute, and where to look."""
+    """Write the message for an attribute that a model without canonical form lacks."""
     parts = [part for part, _ in module.named_children() if part != "upstream"]
     here = [*(part for part, value in vars(module).items() if isinstance(value, HookPoint)), *parts]
     return (
@@ -238,8 +219,19 @@ def _lacks(module: nn.Module, who: str, name: str) -> str:
     )
 
 
-def _put(model: nn.Module, bound: Bound) -> None:
-    """Make a hook point an attribute of a part at the path that its name says, where hooked models look for them."""
+def _bound_rows(table: HookMap) -> list[BoundRow]:
+    rows = table.plain()
+    for row in rows:
+        if not row.axes or "(" in row.axes:
+            raise PrismaError(
+                f"The row of {row.hook} must name its axes, one word each: 'PLACE -> {row.hook} : batch pos d_model', "
+                f"or as the right side of its einops. Got {row.how!r}."
+            )
+    return [BoundRow(row, table.sizes) for row in rows]
+
+
+def _add_point(model: nn.Module, bound: BoundRow) -> None:
+    """Set a hook point as an attribute of the part that its name begins with, which is made where there is none."""
     *path, last = bound.row.hook.split(".")
     part = model
     for name in path:
@@ -249,13 +241,6 @@ def _put(model: nn.Module, bound: Bound) -> None:
     if not isinstance(part, Part) and part is not model:
         raise PrismaError(f"{bound.row.hook} is no name for a hook point: {path[0]} is the model's own.")
     setattr(part, last, bound.point)
-
-
-def _by_module(bound: Iterable[Bound]) -> dict[str, list[Bound]]:
-    found: dict[str, list[Bound]] = {}
-    for one in bound:
-        found.setdefault(one.row.place.module, []).append(one)
-    return found
 
 
 def _batch(inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

@@ -1,13 +1,15 @@
-"""What happens at the places of a hook map while a hooked upstream model runs.
+"""Observation of an upstream module at places of a hook map, while it runs its own code.
 
-Nothing on the model changes during a pass. Which modules run, and which call of a function it is, stands in a context
-variable, so threads do not see each other; a fused kernel is opened by a torch function mode of one thread alone.
+``attach`` registers torch hooks at the modules of those places. They act only under ``watching``, whose state stands in
+a context variable: nothing on the module changes during a pass, and threads do not see each other. Functions are seen,
+and fused kernels replaced, by a torch function mode of one thread.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, cast
@@ -15,107 +17,53 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from prisma_core.errors import HookError, PrismaError
-from prisma_core.hooks.point import HookPoint
-from prisma_core.maps.places import FUSED, INSIDE, Row
+from prisma_core.maps.places import FUSED, INSIDE, Place
 
 
-class Bound:
-    """A row with its hook point."""
+class Observer(ABC):
+    """Base of what reads, and may replace, the tensor at one place.
 
-    def __init__(self, row: Row, sizes: Mapping[str, int]):
-        self.row = row
-        self.sizes = sizes
-        self.point = HookPoint(row.axes, row.equation)
+    Attributes:
+        place: of an upstream module.
+    """
 
-    def through(self, x: Tensor, batch: int) -> Tensor:
-        """Return upstream's tensor after the hooks of the active scope."""
-        sizes = {**self.sizes, "batch": batch}
-        seen = self.row.read(x, sizes)
-        if seen.ndim != len(self.row.axes.split()):
-            raise PrismaError(
-                f"The hook map says {self.row.hook} has the axes {self.row.axes!r}; {self.row.place} "
-                f"holds {list(seen.shape)}."
-            )
-        seen = seen.clone()
-        made = self.point(seen)
-        if made is seen and not (torch.is_grad_enabled() and seen.requires_grad):
-            return x
-        return _laid_out_as(self.row.write(made, sizes), x)
+    place: Place
 
+    @abstractmethod
+    def passed(self, x: Tensor, batch: int) -> Tensor:
+        """Read the tensor at the place; return it, or the one with which upstream goes on.
 
-def _laid_out_as(y: Tensor, x: Tensor) -> Tensor:
-    """Return a copy of y whose numbers lie in memory as those of x, so that kernels add in the same order."""
-    if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
-        return y.clone()
-    return torch.empty_strided(x.shape, x.stride(), dtype=y.dtype, device=y.device).copy_(y)
+        Args:
+            x: upstream's own tensor, which upstream may edit in place later.
+            batch: how many inputs the pass has.
+        """
+
+    @abstractmethod
+    def missed(self) -> None:
+        """Report that the module or function ran, and that no tensor stood at the place."""
 
 
-class _Frame:
-    """A module that is running: its function rows, and how often each function was called."""
+class ModuleHooks:
+    """Torch hooks of one module: they run its observers, and count the functions that it calls."""
 
-    def __init__(self, calls: Mapping[tuple[str, int], list[Bound]]):
-        self.calls = calls
-        self.seen: Counter[str] = Counter()
-
-    def next(self, function: str) -> list[Bound]:
-        number = self.seen[function]
-        self.seen[function] += 1
-        return self.calls.get((function, number), [])
-
-
-class _Pass:
-    """One pass in which hook points are wanted. While hooks run, what they call is not looked at."""
-
-    def __init__(self, wanted: list[Bound], batch: int):
-        self.wanted = frozenset(wanted)
-        self.batch = batch
-        self.functions = any(bound.row.place.function for bound in wanted)
-        self.frames: list[_Frame] = []
-        self.paused = False
-
-    def through(self, places: list[Bound], given: Any) -> Any:
-        """Return a call's arguments or result with the tensors at these places replaced by what hooks make of them."""
-        for bound in places:
-            if bound not in self.wanted:
-                continue
-            place = bound.row.place
-            several = isinstance(given, tuple)
-            x: Any = place.pick(given, given)
-            if x is None:
-                raise PrismaError(f"No tensor passes {place}; the hook map names it for {bound.row.hook}.")
-            self.paused = True
-            try:
-                y = bound.through(x, self.batch)
-            finally:
-                self.paused = False
-            if y is not x:
-                given = (*given[: place.index], y, *given[place.index + 1 :]) if several else y
-        return given
-
-
-_PASS: ContextVar[_Pass | None] = ContextVar("prisma_pass", default=None)
-
-
-class Tap:
-    """What is read and written at one module."""
-
-    def __init__(self, bound: list[Bound]):
-        places = [(one, one.row.place) for one in bound]
-        self.before = [one for one, place in places if place.function is None and place.side.startswith("in")]
-        self.after = [one for one, place in places if place.function is None and not place.side.startswith("in")]
-        self.calls: dict[tuple[str, int], list[Bound]] = {}
-        for one, place in places:
-            if place.function is not None:
-                self.calls.setdefault((place.function, place.call), []).append(one)
+    def __init__(self, observers: Sequence[Observer]):
+        modules = [one for one in observers if one.place.function is None]
+        self.before = [one for one in modules if one.place.side.startswith("in")]
+        self.after = [one for one in modules if one.place.side.startswith("out")]
+        self.calls: dict[tuple[str, int], list[Observer]] = {}
+        for one in observers:
+            if one.place.function is not None:
+                self.calls.setdefault((one.place.function, one.place.call), []).append(one)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         run = _PASS.get()
         if run is None or run.paused:
             return None
         if self.before:
-            args = run.through(self.before, args)
+            args = run.observe(self.before, args)
         if run.functions:
             run.frames.append(_Frame(self.calls))
         return args
@@ -126,11 +74,102 @@ class Tap:
             return None
         if run.functions:
             run.frames.pop()
-        return run.through(self.after, result) if self.after else None
+        return run.observe(self.after, result) if self.after else None
+
+
+def attach(upstream: nn.Module, observers: Iterable[Observer]) -> list[RemovableHandle]:
+    """Register torch hooks for observers; return the handles that remove them.
+
+    Raises:
+        PrismaError: upstream has no module of that name.
+    """
+    by_module: dict[str, list[Observer]] = {}
+    for one in observers:
+        by_module.setdefault(one.place.module, []).append(one)
+    modules = dict(cast("Iterator[tuple[str, nn.Module]]", upstream.named_modules()))
+    if missing := sorted(set(by_module) - set(modules)):
+        raise PrismaError(f"The upstream model has no module {missing[0]!r}; the hook map names it.")
+    # A function belongs to the innermost module that runs, so each module has to be followed.
+    functions = any(one.place.function for several in by_module.values() for one in several)
+    handles: list[RemovableHandle] = []
+    for name, module in modules.items():
+        if functions or name in by_module:
+            hooks = ModuleHooks(by_module.get(name, []))
+            handles.append(module.register_forward_pre_hook(hooks.enter))
+            handles.append(module.register_forward_hook(hooks.leave))
+    return handles
+
+
+class _Frame:
+    """A module that is running: its observers of functions, and how often it has called each function."""
+
+    def __init__(self, calls: Mapping[tuple[str, int], list[Observer]]):
+        self.calls = calls
+        self.counts: Counter[str] = Counter()
+
+    def next(self, function: str) -> list[Observer]:
+        number = self.counts[function]
+        self.counts[function] += 1
+        return self.calls.get((function, number), [])
+
+
+class _Pass:
+    """State of one pass under ``watching``; paused while an observer runs."""
+
+    def __init__(self, observers: Iterable[Observer], batch: int):
+        self.active = frozenset(observers)
+        self.batch = batch
+        self.functions = any(one.place.function for one in self.active)
+        self.frames: list[_Frame] = []
+        self.paused = False
+
+    def observe(self, observers: list[Observer], value: Any) -> Any:
+        """Run observers on a call's arguments or result; return it with the tensors that they put in its place."""
+        for one in observers:
+            if one not in self.active:
+                continue
+            x = one.place.pick(value, value)
+            if x is None:
+                one.missed()
+                continue
+            y = self.show(one, x)
+            if y is not x:
+                index = one.place.index
+                value = (*value[:index], y, *value[index + 1 :]) if isinstance(value, tuple) else y
+        return value
+
+    def show(self, observer: Observer, x: Tensor) -> Tensor:
+        self.paused = True
+        try:
+            return observer.passed(x, self.batch)
+        finally:
+            self.paused = False
+
+
+_PASS: ContextVar[_Pass | None] = ContextVar("prisma_pass", default=None)
+
+
+@contextmanager
+def watching(observers: Iterable[Observer], batch: int) -> Generator[None]:
+    """Run these observers, which ``attach`` has placed, in what is computed inside.
+
+    Args:
+        batch: how many inputs there are.
+    """
+    run = _Pass(observers, batch)
+    token = _PASS.set(run)
+    try:
+        if run.functions:
+            with _Functions(run):
+                yield
+        else:
+            yield
+    finally:
+        _PASS.reset(token)
 
 
 class _Functions(TorchFunctionMode):
-    """Sees every torch function of a pass, and runs the hooks of those the table names."""
+    """Sees every torch function of a pass, and runs the observers of its arguments and results."""
 
     def __init__(self, run: _Pass):
         super().__init__()
@@ -142,21 +181,20 @@ class _Functions(TorchFunctionMode):
         if run.paused or not run.frames:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "").strip("_")
-        places = [bound for bound in run.frames[-1].next(name) if bound in run.wanted]
-        if not places:
+        observers = [one for one in run.frames[-1].next(name) if one in run.active]
+        if not observers:
             return func(*args, **kwargs)
-        sides = {bound: bound.row.place.side for bound in places}
-        args = run.through([bound for bound in places if sides[bound].startswith("in")], tuple(args))
-        if inside := {sides[bound]: bound for bound in places if sides[bound] in INSIDE}:
-            result = _opened(run, inside, *args, **kwargs)
+        args = run.observe([one for one in observers if one.place.side.startswith("in")], tuple(args))
+        if inside := {one.place.side: one for one in observers if one.place.side in INSIDE}:
+            result = _unfused(run, inside, *args, **kwargs)
         else:
             result = func(*args, **kwargs)
-        return run.through([bound for bound in places if sides[bound].startswith("out")], result)
+        return run.observe([one for one in observers if one.place.side.startswith("out")], result)
 
 
-def _opened(
+def _unfused(
     run: _Pass,
-    inside: Mapping[str, Bound],
+    inside: Mapping[str, Observer],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -166,16 +204,10 @@ def _opened(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Return what the fused kernel returns, computed step by step, scores and pattern shown to their hooks."""
+    """Compute ``scaled_dot_product_attention`` step by step, its scores and pattern shown to their observers."""
 
     def shown(side: str, x: Tensor) -> Tensor:
-        if side not in inside:
-            return x
-        run.paused = True
-        try:
-            return inside[side].through(x, run.batch)
-        finally:
-            run.paused = False
+        return run.show(inside[side], x) if side in inside else x
 
     if dropout_p:
         raise HookError(f"Attention drops patterns at random here; {FUSED} can be opened in evaluation only.")
@@ -191,20 +223,4 @@ def _opened(
     return shown("pattern", shown("scores", scores).softmax(-1)) @ v
 
 
-@contextmanager
-def watching(wanted: list[Bound], batch: int) -> Generator[None]:
-    """Run the hooks of these hook points in what the model computes inside.
-
-    Args:
-        batch: how many inputs there are.
-    """
-    run = _Pass(wanted, batch)
-    token = _PASS.set(run)
-    try:
-        if run.functions:
-            with _Functions(run):
-                yield
-        else:
-            yield
-    finally:
-        _PASS.reset(token)
+__all__ = ["ModuleHooks", "Observer", "attach", "watching"]

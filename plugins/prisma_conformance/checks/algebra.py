@@ -1,4 +1,4 @@
-"""What activations are to each other: each hook point holds what its equation says."""
+"""Equations of canonical models: each hook point equals what its equation says, and the parts sum to the logits."""
 
 from __future__ import annotations
 
@@ -13,42 +13,44 @@ from torch import Tensor, nn
 from prisma_conformance import tolerances
 from prisma_conformance.checks import claims
 from prisma_conformance.checks.claims import Acts, Claim, Claims, Part
-from prisma_conformance.registry import Finding, register
-from prisma_conformance.subject import Inputs, Subject, worst
+from prisma_conformance.finding import Finding
+from prisma_conformance.measure import worst
+from prisma_conformance.subject import Inputs, Subject
 from prisma_core.transformer import HookedDual, HookedText, HookedViT, ZooModel
 from prisma_core.transformer.attention import Rope
 from prisma_core.transformer.block import Block, SideBySide
 
 
-@register("algebra", "each activation is what its equation makes of the others, and the parts sum to the logits")
 @torch.no_grad()
 def algebra(subject: Subject) -> Finding:
+    """Evaluate the equation of each hook point, and list the points that nothing proves."""
     passes, bound = subject.passes(), tolerances.routes(subject.spec)
     errors = equations(subject.pair().model, passes.inputs, passes.acts)
     problems = [f"{point} = {equation}: off by {e:.1e}" for (point, equation), e in errors.items() if not e <= bound]
-    problems += [f"{point} is in no hook map and no equation" for point in _unproven(subject, {p for p, _ in errors})]
+    claimed = {point for point, _ in errors}
+    problems += [f"{point} is in no hook map and no equation" for point in _unproven(subject, claimed)]
     kinds = {_family(f"{point} = {equation}") for point, equation in errors}
     return Finding(max(errors.values()), bound, tuple(problems), f"{len(errors)} equations of {len(kinds)} kinds")
 
 
 def equations(model: ZooModel, inputs: Inputs, acts: dict[str, Tensor]) -> dict[tuple[str, str], float]:
-    """Return how far each hook point is from what each equation makes of the others.
+    """Error of each equation, by hook point and text.
 
     Args:
         model, inputs: of the pass.
         acts: all of its activations but the derived ones.
     """
-    # One bad claim must not hide another, and a claim about activations that are not there proves nothing.
     errors: dict[tuple[str, str], float] = {}
-    asked = _asked(model, inputs)
-    for held, made in ((acts, _model(model, Acts(acts), inputs)), (asked, _derived(model, acts) if asked else ())):
-        for point, equation, value in made:
-            errors[point, equation] = max(errors.get((point, equation), 0.0), worst(held[point], value))
+    derived = _derived_acts(model, inputs)
+    claims_about_derived = _derived(model, acts) if derived else ()
+    for store, equations_ in ((acts, _model(model, Acts(acts), inputs)), (derived, claims_about_derived)):
+        for point, equation, value in equations_:
+            errors[point, equation] = max(errors.get((point, equation), 0.0), worst(store[point], value))
     return errors
 
 
-def _asked(model: ZooModel, inputs: Inputs) -> dict[str, Tensor]:
-    """Return what is computed only when it is asked for, of one input: it is large."""
+def _derived_acts(model: ZooModel, inputs: Inputs) -> dict[str, Tensor]:
+    """Run the first input once with all derived hook points: they are large."""
     derived = [name for name, point in model.hook_points().items() if point.derived]
     if not derived:
         return {}
@@ -58,10 +60,9 @@ def _asked(model: ZooModel, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def _unproven(subject: Subject, claimed: set[str]) -> list[str]:
-    """Return the hook points that nothing speaks of: they may hold anything."""
-    upstream, model = subject.pair()
-    points = list(model.hook_points())
-    mapped = {row.hook for row in subject.table(upstream).bound(points)}
+    """Kinds of hook points in no equation and no row: they may hold anything."""
+    points = list(subject.pair().model.hook_points())
+    mapped = {row.hook for row in subject.table().bound(points)}
     return sorted({_family(point) for point in points if point not in claimed and point not in mapped})
 
 
@@ -93,20 +94,19 @@ def _model(model: ZooModel, acts: Acts, inputs: Inputs) -> Claims:
 
 def _dual(model: HookedDual, acts: Acts, inputs: Inputs) -> Claims:
     embeds: list[Tensor] = []
-    for (tower, own), given, name in zip(model.towers().items(), inputs, ("image", "text"), strict=True):
-        prefix = tower.removesuffix(".")
-        yield from _model(own, acts.under(prefix), (given,))
-        features = acts[f"{tower}hook_logits"]
+    for (prefix, tower), x, name in zip(model.towers().items(), inputs, ("image", "text"), strict=True):
+        yield from _model(tower, acts.under(prefix.removesuffix(".")), (x,))
+        features = acts[f"{prefix}hook_logits"]
         unit = features / features.square().sum(-1, keepdim=True).sqrt()
-        yield acts.claim(f"hook_{name}_embed", f"{tower}logits, of unit length", unit)
+        yield acts.claim(f"hook_{name}_embed", f"{prefix}logits, of unit length", unit)
         embeds.append(acts[f"hook_{name}_embed"])
-    alike = torch.einsum("ie,te->it", *embeds) * torch.exp(model.logit_scale)
+    similarity = torch.einsum("ie,te->it", *embeds) * torch.exp(model.logit_scale)
     bias = model.logit_bias if model.spec.logit_bias else 0
-    yield acts.claim("hook_logits", "image_embed . text_embed * exp(logit_scale) + logit_bias", alike + bias)
+    yield acts.claim("hook_logits", "image_embed . text_embed * exp(logit_scale) + logit_bias", similarity + bias)
 
 
 def _derived(model: ZooModel, plain: dict[str, Tensor]) -> Claims:
-    """Claim what is computed only when it is asked for; asking must not change what comes out."""
+    """Claims about derived hook points, and about the logits of the pass that computes them."""
     for prefix, tower in model.towers().items():
         if not isinstance(tower, HookedViT | HookedText):
             continue
@@ -143,7 +143,7 @@ def _embedding(model: HookedViT, acts: Acts, image: Tensor) -> Part:
 
 
 def _pixels(model: HookedViT, image: Tensor) -> Tensor:
-    """Return the pixels under each kernel ``[batch patch pixel]``."""
+    """Pixels under each kernel ``[batch patch pixel]``."""
     spec, layout = model.spec.embed, model.spec.layout
     (p, q), t = spec.patch, spec.tubelet or 1
     video = image if spec.tubelet else image[:, None]
@@ -152,7 +152,7 @@ def _pixels(model: HookedViT, image: Tensor) -> Tensor:
 
 
 def _positions(model: HookedViT) -> Tensor | None:
-    """Return what is kept for each position; None where there is nothing, or where it is resized to the grid."""
+    """Embedding of each position ``[pos d_model]``; None where there is none, or where it is resized to the grid."""
     embed, layout = model.embed, model.spec.layout
     if not embed.spec.pos or embed.pos_grid != (layout.rows, layout.columns):
         return None
@@ -183,7 +183,7 @@ def _text_embedding(model: HookedText, acts: Acts, ids: Tensor) -> Part:
 def _embedded(model: HookedViT | HookedText, acts: Acts, tokens: Tensor) -> Part:
     full = acts["hook_full_embed"]
     if "hook_pos_embed" in acts:
-        # The stream begins with full_embed, so that resid_pre says what it holds, and this what was added.
+        # The stream begins with full_embed, so resid_pre proves full_embed, and this equation proves pos_embed.
         yield acts.claim("hook_pos_embed", "full_embed - prefix and embed", full - tokens)
         tokens = tokens + acts["hook_pos_embed"]
     yield acts.claim("hook_full_embed", "prefix and embed + pos_embed", tokens)
@@ -200,16 +200,16 @@ def _embedded(model: HookedViT | HookedText, acts: Acts, tokens: Tensor) -> Part
 def _blocks(
     model: HookedViT | HookedText, acts: Acts, stream: Tensor, hidden: Tensor | None
 ) -> Generator[Claim, None, tuple[Tensor, Tensor]]:
-    """Claim what holds along the residual stream; return what pooling reads, and the sum of all that was added."""
+    """Claims along the residual stream; returns what pooling reads, and the sum of the embedding and all branches."""
     total, point = stream, ""
     for index, layer in _layers(model):
-        own = acts.under(f"blocks.{index}")
-        yield own.claim("hook_resid_pre", "the stream so far", stream)
-        stream = yield from claims.block(own, layer, _rope(model, index), hidden)
-        if layer.spec.kind == "post":  # the stream itself is normed, so it is no sum of what was added
+        inside = acts.under(f"blocks.{index}")
+        yield inside.claim("hook_resid_pre", "the stream so far", stream)
+        stream = yield from claims.block(inside, layer, _rope(model, index), hidden)
+        if layer.spec.kind == "post":  # a norm of the stream itself: the sum begins anew
             total, point = stream, ""
             continue
-        total = total + sum(own[part] for part in ("hook_attn_out", "hook_mlp_out") if part in own)
+        total = total + sum(inside[part] for part in ("hook_attn_out", "hook_mlp_out") if part in inside)
         point = f"blocks.{index}.hook_resid_post"
     if point:
         yield acts.claim(point, "embedding + every attn_out + every mlp_out", total)
@@ -228,7 +228,7 @@ def _rope(model: HookedViT | HookedText, layer: int) -> Rope | None:
 
 
 def _hidden(model: HookedText, ids: Tensor) -> Tensor:
-    """Return which keys each query may not read: those after it, and padding."""
+    """Keys that each query may not read, those after it and padding: ``[batch 1 query_pos key_pos]``, or one query."""
     spec = model.spec
     padding = ids == spec.pad_id if spec.pad_id is not None else torch.zeros_like(ids).bool()
     if spec.suffix:
@@ -245,14 +245,15 @@ def _named(model: HookedText, x: Tensor, ids: Tensor) -> Tensor:
     pool, pad = model.spec.pool, model.spec.pad_id
     if pool.kind == "none":
         return x
-    found: list[Tensor] = []
-    for own, row in zip(x, cast("list[list[int]]", ids.tolist()), strict=True):
+    pooled: list[Tensor] = []
+    for vectors, row in zip(x, cast("list[list[int]]", ids.tolist()), strict=True):
         if pool.kind == "avg":
-            found.append(torch.stack([vector for vector, token in zip(own, row, strict=True) if token != pad]).mean(0))
+            text = [vector for vector, token in zip(vectors, row, strict=True) if token != pad]
+            pooled.append(torch.stack(text).mean(0))
             continue
-        ends = {"argmax": row.index(max(row)), "first": 0, "last": len(own) - 1}
-        found.append(own[row.index(cast(int, pool.eos_id)) if pool.kind == "eos" else ends[pool.kind]])
-    return torch.stack(found)
+        ends = {"argmax": row.index(max(row)), "first": 0, "last": len(vectors) - 1}
+        pooled.append(vectors[row.index(cast(int, pool.eos_id)) if pool.kind == "eos" else ends[pool.kind]])
+    return torch.stack(pooled)
 
 
 def _pooling(model: HookedViT, acts: Acts, x: Tensor) -> Claims:
@@ -263,28 +264,26 @@ def _pooling(model: HookedViT, acts: Acts, x: Tensor) -> Claims:
     if pool.kind == "token":
         yield acts.claim("hook_pooled", "the first token", x[:, 0])
         return
-    taken = x if pool.with_prefix else x[:, prefix:]
+    tokens = x if pool.with_prefix else x[:, prefix:]
+    mean = tokens.sum(1) / tokens.shape[1]
     if pool.kind == "patches":
-        yield acts.claim("hook_pooled", "the patches", taken)
+        yield acts.claim("hook_pooled", "the patches", tokens)
+        return
+    if pool.kind == "avg":
+        yield acts.claim("hook_pooled", "the mean of the tokens", mean)
         return
     if pool.kind == "token_and_avg":
-        both = torch.cat([x[:, 0], taken.sum(1) / taken.shape[1]], -1)
-        yield acts.claim("hook_pooled", "the first token and the mean of the tokens", both)
+        yield acts.claim("hook_pooled", "the first token and the mean of the tokens", torch.cat([x[:, 0], mean], -1))
         return
-    if pool.kind in ("patches", "avg", "token_and_avg"):
-        mean = taken.sum(1) / taken.shape[1]
-        held = {"patches": taken, "avg": mean, "token_and_avg": torch.cat([x[:, 0], mean], 1)}[pool.kind]
-        yield acts.claim("hook_pooled", f"{pool.kind} of the tokens", held)
-        return
-    own = acts.under("pool")
-    out = yield from claims.pool_attention(own.under("attn"), model.pool.attn, taken)
-    yield own.claim("hook_attn_out", "z W_O + b_O", out)
-    latents = own["hook_attn_out"]
+    inside = acts.under("pool")
+    out = yield from claims.pool_attention(inside.under("attn"), model.pool.attn, tokens)
+    yield inside.claim("hook_attn_out", "z W_O + b_O", out)
+    latents = inside["hook_attn_out"]
     if pool.mlp is not None:
-        normed = yield from claims.norm(own.under("ln"), model.pool.ln, latents)
-        out = yield from claims.mlp(own.under("mlp"), model.pool.mlp, normed)
-        yield own.claim("hook_mlp_out", "post W_out + b_out", out)
-        latents = latents + own["hook_mlp_out"]
+        normed = yield from claims.norm(inside.under("ln"), model.pool.ln, latents)
+        out = yield from claims.mlp(inside.under("mlp"), model.pool.mlp, normed)
+        yield inside.claim("hook_mlp_out", "post W_out + b_out", out)
+        latents = latents + inside["hook_mlp_out"]
     pooled = latents[:, 0] if pool.latents == "first" else latents.mean(1)
     yield acts.claim("hook_pooled", f"attn_out + mlp_out, the {pool.latents} latent", pooled)
 
@@ -292,8 +291,8 @@ def _pooling(model: HookedViT, acts: Acts, x: Tensor) -> Claims:
 def _head(model: HookedViT | HookedText, acts: Acts, tokens: Tensor | None = None) -> Claims:
     read = yield from claims.norm(acts.under("ln_pool"), model.ln_pool, acts["hook_pooled"])
     if isinstance(model, HookedText) and model.spec.head is not None:
-        made = yield from claims.mlp(acts.under("head_mlp"), model.head_mlp, read)
-        yield acts.claim("hook_logits", "head(ln_pool(pooled))", made)
+        logits = yield from claims.mlp(acts.under("head_mlp"), model.head_mlp, read)
+        yield acts.claim("hook_logits", "head(ln_pool(pooled))", logits)
         return
     logits = _linear(model, "head", read)
     if isinstance(model, HookedViT) and model.spec.n_heads_out == 2:

@@ -1,4 +1,4 @@
-"""Every attribute of upstream's modules is read, or ignored with a reason."""
+"""Audit of facts: every attribute of upstream's modules is read, or ignored with a reason."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import cast
 
 from torch import nn
 
-from prisma_conformance.registry import Finding, register
+from prisma_conformance.finding import Finding
 from prisma_conformance.subject import Subject, reader_of
 from prisma_core.maps.reader import qualified_name
 from prisma_core.maps.weights import WeightMap
 
-# Of torch's own modules: what the shapes of the weights say already, and what does nothing in evaluation.
+# Attributes of torch's own modules that the shapes of the weights imply, or that do nothing in evaluation.
 HARMLESS: Mapping[str, frozenset[str]] = {
     "Linear": frozenset({"in_features", "out_features"}),
     "NonDynamicallyQuantizableLinear": frozenset({"in_features", "out_features"}),
@@ -30,8 +30,8 @@ HARMLESS: Mapping[str, frozenset[str]] = {
 _NOTHING = (nn.Identity, nn.Dropout, nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
-@register("spec.audit", "every public attribute of upstream's modules is read, or ignored with a reason")
 def audit(subject: Subject) -> Finding:
+    """List the attributes and parameterless modules that the adapter neither reads nor ignores."""
     reader, upstream = reader_of(subject)
     record = reader.record
     stem = subject.adapter.stem(reader, subject.spec)
@@ -41,29 +41,29 @@ def audit(subject: Subject) -> Finding:
         ignored |= part.ignored
     apart = _ignored_modules(upstream, subject.adapter.weights(reader, subject.spec))
     problems: dict[str, None] = {}
-    looked = 0
+    n_attributes = 0
     for path, module in cast("Iterator[tuple[str, nn.Module]]", upstream.named_modules()):
         if id(module) in opaque or any(path == part or path.startswith(f"{part}.") for part in apart):
             continue  # upstream's own code runs there, or nothing of it is mapped
         for name in _attributes(module):
-            looked += 1
+            n_attributes += 1
             if f"{path}.{name}".lstrip(".") not in record and not _excused(module, name, ignored):
                 problems[_say(module, name, f"= {vars(module)[name]!r}")] = None
         for name, child in module.named_children():
-            seen = id(child) in opaque or _visited(f"{path}.{name}".lstrip("."), record)
-            if _matters(child) and not seen and not _excused(module, name, ignored):
+            read = id(child) in opaque or _visited(f"{path}.{name}".lstrip("."), record)
+            if _matters(child) and not read and not _excused(module, name, ignored):
                 problems[_say(module, name, f"({type(child).__name__})")] = None
-    return Finding(problems=tuple(problems), detail=f"{looked} attributes, {len(record)} read")
+    return Finding(problems=tuple(problems), detail=f"{n_attributes} attributes, {len(record)} paths read")
 
 
 def _ignored_modules(upstream: nn.Module, table: WeightMap) -> list[str]:
-    """Return the paths of modules all of whose weights the map ignores, with the reason that it gives."""
-    found: list[str] = []
+    """Paths of modules all of whose weights the map ignores, with the reason that it gives."""
+    paths: list[str] = []
     for path, module in cast("Iterator[tuple[str, nn.Module]]", upstream.named_modules()):
         names = [f"{path}.{name}" for name in module.state_dict()]
         if path and names and all(table.reason_to_ignore(name) is not None for name in names):
-            found.append(path)
-    return found
+            paths.append(path)
+    return paths
 
 
 def _attributes(module: nn.Module) -> Iterator[str]:
@@ -73,7 +73,7 @@ def _attributes(module: nn.Module) -> Iterator[str]:
 
 
 def _matters(child: nn.Module) -> bool:
-    # A module with weights shows in the weight map; one without changes numbers unseen unless its type is looked at.
+    # A module with weights shows in the weight map; one without changes numbers unseen unless its type is read.
     return not isinstance(child, _NOTHING) and not any(True for _ in child.parameters())
 
 
@@ -90,3 +90,6 @@ def _excused(module: nn.Module, name: str, ignored: Mapping[str, str]) -> bool:
 
 def _say(module: nn.Module, name: str, what: str) -> str:
     return f"{qualified_name(module)}.{name} {what[:60]} is neither read nor ignored with a reason"
+
+
+__all__ = ["HARMLESS", "audit"]

@@ -1,4 +1,4 @@
-"""What the parts of a block hold, written out in plain operations: the modules' own forward is what is checked."""
+"""Equations of the parts of a block, written out in plain operations: the modules' own forward is what is checked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prisma_core.transformer.mlp import MLP
 from prisma_core.transformer.norm import Norm, Scale
 from prisma_core.transformer.pool import PoolAttention
 
-# Written out here, not taken from the model: its own table is what is checked.
+# Written out, not imported from the model: its own table is what is checked.
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)),
     "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
@@ -28,7 +28,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 class Claim(NamedTuple):
-    """That a hook point holds what an equation makes of other activations and weights."""
+    """Assertion: the activation at ``point`` equals ``value``, computed from other activations and weights."""
 
     point: str
     equation: str
@@ -36,7 +36,7 @@ class Claim(NamedTuple):
 
 
 Claims = Iterator[Claim]
-Part = Generator[Claim, None, Tensor]  # claims, and what the part hands on
+Part = Generator[Claim, None, Tensor]  # claims, and the output of the part
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Acts:
 
 
 def norm(acts: Acts, module: nn.Module, x: Tensor) -> Part:
+    """Claims about a norm of ``x [... d]``; nothing where there is none."""
     if not isinstance(module, Norm):
         return x
     centred = x - x.mean(-1, keepdim=True) if module.spec.kind == "ln" else x
@@ -74,21 +75,22 @@ def norm(acts: Acts, module: nn.Module, x: Tensor) -> Part:
 
 
 def mlp(acts: Acts, module: MLP, x: Tensor) -> Part:
+    """Claims about an MLP of ``x [... d]``."""
     spec = module.spec
     x = yield from norm(acts.under("pre_norm"), module.pre_norm, x)
     if spec.gated:
         yield acts.claim("hook_pre", "x W_gate + b_gate", x @ module.W_gate + module.fc_gate.bias)
         yield acts.claim("hook_pre_linear", "x W_in + b_in", x @ module.W_in + module.b_in)
-        made, how = ACTIVATIONS[spec.act](acts["hook_pre"]) * acts["hook_pre_linear"], "act(pre) * pre_linear"
+        post, equation = ACTIVATIONS[spec.act](acts["hook_pre"]) * acts["hook_pre_linear"], "act(pre) * pre_linear"
     else:
         yield acts.claim("hook_pre", "x W_in + b_in", x @ module.W_in + module.b_in)
-        made, how = ACTIVATIONS[spec.act](acts["hook_pre"]), "act(pre)"
+        post, equation = ACTIVATIONS[spec.act](acts["hook_pre"]), "act(pre)"
     if spec.inner_norm is None:
-        yield acts.claim("hook_post", how, made)
+        yield acts.claim("hook_post", equation, post)
     else:
-        yield acts.claim("hook_mid", how, made)
-        made = yield from norm(acts.under("ln"), module.ln, acts["hook_mid"])
-        yield acts.claim("hook_post", "ln(mid)", made)
+        yield acts.claim("hook_mid", equation, post)
+        post = yield from norm(acts.under("ln"), module.ln, acts["hook_mid"])
+        yield acts.claim("hook_post", "ln(mid)", post)
     return acts["hook_post"] @ module.W_out + module.b_out
 
 
@@ -96,13 +98,13 @@ def mlp(acts: Acts, module: MLP, x: Tensor) -> Part:
 
 
 def attention(acts: Acts, attn: Attention, x: Tensor, rope: Rope | None, hidden: Tensor | None) -> Part:
-    """Claim what attention holds.
+    """Claims about attention.
 
     Args:
         acts, attn: its activations and the module.
-        x: what it reads.
+        x: its input ``[batch pos d_model]``.
         rope: tables of this layer.
-        hidden: which keys each query may not read: ``[batch 1 query_pos key_pos]``.
+        hidden: keys that each query may not read: ``[batch 1 query_pos key_pos]``.
     """
     onto = "batch pos d_model, head d_model d_head -> batch pos head d_head"
     over = attn.spec.qk_norm_over
@@ -125,7 +127,7 @@ def attention(acts: Acts, attn: Attention, x: Tensor, rope: Rope | None, hidden:
 
 
 def pool_attention(acts: Acts, attn: PoolAttention, x: Tensor) -> Part:
-    """Claim what attention pooling holds; ``x`` is the tokens it reads."""
+    """Claims about attention pooling of the tokens ``x [batch pos d_model]``."""
     onto = "... d_model, head d_model d_head -> ... head d_head"
     b_K, b_V = rearrange(attn.kv.bias, "(two head d_head) -> two head d_head", two=2, head=attn.spec.n_heads)
     latents = attn.latent.expand(x.shape[0], -1, -1)
@@ -141,7 +143,7 @@ def pool_attention(acts: Acts, attn: PoolAttention, x: Tensor) -> Part:
 
 
 def _head_norm(acts: Acts, module: nn.Module, over: str, x: Tensor) -> Part:
-    """Claim a norm of queries or keys: of each head, or of all heads together."""
+    """Claims about a norm of queries or keys: of each head, or of all heads together."""
     normed = yield from norm(acts, module, x.flatten(2) if over == "all_heads" else x)
     return normed.view(x.shape)
 
@@ -158,9 +160,9 @@ def _turned(x: Tensor, rope: Rope, layout: str) -> Tensor:
 def _attend(
     acts: Acts, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, hidden: Tensor | None
 ) -> Claims:
-    made = einsum(q, k, "b q h d, b k h d -> b h q k") * spec.scale + (0 if bias is None else bias)
-    made = made if hidden is None else made.masked_fill(hidden, -torch.inf)
-    yield acts.claim("hook_attn_scores", "q . k * scale + bias, masked", made)
+    products = einsum(q, k, "b q h d, b k h d -> b h q k") * spec.scale + (0 if bias is None else bias)
+    masked = products if hidden is None else products.masked_fill(hidden, -torch.inf)
+    yield acts.claim("hook_attn_scores", "q . k * scale + bias, masked", masked)
     scores, pattern = acts["hook_attn_scores"], acts["hook_pattern"]
     yield acts.claim("hook_pattern", "softmax(scores)", torch.exp(scores - scores.logsumexp(-1, keepdim=True)))
     yield acts.claim("hook_pattern", "pattern / the sum of its row", pattern / pattern.sum(-1, keepdim=True))
@@ -171,7 +173,7 @@ def _attend(
 
 
 def block(acts: Acts, layer: Block | SideBySide, rope: Rope | None, hidden: Tensor | None) -> Part:
-    """Claim what a block holds; return the stream behind it: its ``resid_post``, normed where the block does that."""
+    """Claims about a block; returns the stream behind it: ``resid_post``, or in a block of kind ``post`` its norm."""
     pre, kind = acts["hook_resid_pre"], layer.spec.kind
     if kind == "post":
         return (yield from _post(acts, layer, hidden))
@@ -203,14 +205,14 @@ def _post(acts: Acts, layer: Block | SideBySide, hidden: Tensor | None) -> Part:
     yield acts.claim("hook_attn_out", "z W_O + b_O, scaled", attended * _gamma(layer.ls1))
     yield acts.claim("hook_resid_mid", "resid_pre + attn_out", pre + acts["hook_attn_out"])
     stream = yield from norm(acts.under("ln1"), layer.ln1, acts["hook_resid_mid"])
-    made = yield from mlp(acts.under("mlp"), layer.mlp, stream)
-    yield acts.claim("hook_mlp_out", "post W_out + b_out, scaled", made * _gamma(layer.ls2))
+    out = yield from mlp(acts.under("mlp"), layer.mlp, stream)
+    yield acts.claim("hook_mlp_out", "post W_out + b_out, scaled", out * _gamma(layer.ls2))
     yield acts.claim("hook_resid_post", "ln1(resid_mid) + mlp_out", stream + acts["hook_mlp_out"])
     return (yield from norm(acts.under("ln2"), layer.ln2, acts["hook_resid_post"]))
 
 
 def _mlps(acts: Acts, layer: Block | SideBySide, x: Tensor) -> Claims:
-    """Claim a block's MLPs, which read ``x``, through a norm where there is one before them."""
+    """Claims about a block's MLPs, which read ``x``, through a norm where there is one before them."""
     total = torch.zeros_like(x)
     norms = list(_parts(layer, "ln2")) or [("ln2", nn.Identity())]
     for (name, module), (ln, ln2), (_, scale) in zip(_parts(layer, "mlp"), norms, _parts(layer, "ls2"), strict=True):
@@ -218,34 +220,34 @@ def _mlps(acts: Acts, layer: Block | SideBySide, x: Tensor) -> Claims:
         normed = x
         if layer.spec.kind == "pre":
             normed = yield from norm(acts.under(ln), ln2, x)
-        made = yield from mlp(acts.under(name), module, normed)
+        out = yield from mlp(acts.under(name), module, normed)
         if layer.spec.kind == "res_post":
-            made = yield from norm(acts.under(ln), ln2, made)
-        total = total + made * _gamma(scale)
+            out = yield from norm(acts.under(ln), ln2, out)
+        total = total + out * _gamma(scale)
     yield acts.claim("hook_mlp_out", "post W_out + b_out, scaled", total)
 
 
 def derived(acts: Acts, layer: Block | SideBySide) -> Claims:
-    """Claim what a block computes when it is asked for by name, from what it holds otherwise."""
+    """Claims about a block's derived hook points, which are computed when they are named, from the others."""
     pre, spec = acts["hook_resid_pre"], layer.spec.attn
     for point, heads in (("q", spec.n_heads), ("k", spec.n_kv_heads), ("v", spec.n_kv_heads)):
         copies = pre[:, :, None].expand(-1, -1, heads * layer.spec.n_parallel, -1)
         yield acts.claim(f"hook_{point}_input", "resid_pre, once for each head", copies)
     for name, attn in _parts(layer, "attn"):
         assert isinstance(attn, Attention)
-        own = acts.under(name)
-        z = own["hook_z"] if spec.inner_norm is None else own["ln.hook_normalized"].view(own["hook_z"].shape)
-        each = einsum(z, attn.W_O, "batch pos head d, head d d_model -> batch pos head d_model")
-        yield own.claim("hook_result", "z W_O, of each head", each)
+        inside = acts.under(name)
+        z = inside["hook_z"] if spec.inner_norm is None else inside["ln.hook_normalized"].view(inside["hook_z"].shape)
+        result = einsum(z, attn.W_O, "batch pos head d, head d d_model -> batch pos head d_model")
+        yield inside.claim("hook_result", "z W_O, of each head", result)
 
 
 def _parts(layer: Block | SideBySide, part: str) -> Iterator[tuple[str, nn.Module]]:
     """Yield each of a block's parts of one kind with its path below the block: one, or several side by side."""
-    found = getattr(layer, part, None)
-    if isinstance(found, nn.ModuleList):
-        yield from ((f"{part}.{index}", one) for index, one in enumerate(found))
-    elif found is not None:
-        yield part, found
+    modules = getattr(layer, part, None)
+    if isinstance(modules, nn.ModuleList):
+        yield from ((f"{part}.{index}", module) for index, module in enumerate(modules))
+    elif modules is not None:
+        yield part, modules
 
 
 def _gamma(scale: nn.Module) -> Tensor | float:

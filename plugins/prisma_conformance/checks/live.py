@@ -1,4 +1,4 @@
-"""Every hook point is live: it fires once, in order; what a hook returns is used; nothing is left behind."""
+"""Liveness of hook points: each fires once, in order; what a hook returns is used; nothing is left behind."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from prisma_conformance import tolerances
-from prisma_conformance.registry import Finding, register
-from prisma_conformance.subject import Inputs, Subject, differentiable, worst
+from prisma_conformance.finding import Finding
+from prisma_conformance.measure import worst
+from prisma_conformance.subject import Inputs, Subject, differentiable
 from prisma_core.errors import HookError
 from prisma_core.hooks.point import HookContext
 from prisma_core.transformer import ZooModel
@@ -19,23 +20,23 @@ from prisma_core.transformer import ZooModel
 Hook = Callable[[Tensor, HookContext], "Tensor | None"]
 
 
-@register("hooks.live", "every hook point fires once, in order; edits are used, gradients flow, nothing is left behind")
 def live(subject: Subject) -> Finding:
-    model = subject.own_model()
+    """Run hooks of every kind at every hook point."""
+    model = subject.fresh_model()
     inputs = subject.inputs(2)
     points = model.hook_points()
     plain = [name for name, point in points.items() if not point.derived]
     derived = [name for name, point in points.items() if point.derived]
     with torch.no_grad():
         clean = model(*inputs)
-        # All together, then each kind of derived point alone: the inputs of each head bypass what reads the shared one.
         problems = [*_fires_once(model, inputs, plain), *_fires_once(model, inputs, derived)]
         if problems:
-            return Finding(problems=tuple(problems))  # what follows takes for granted that each fires once
+            return Finding(problems=tuple(problems))  # the tests below assume that each fires once
         error = _identity(model, inputs, clean, [*plain, *derived], problems)
         problems += _edits_reach(subject, model, inputs, plain, derived)
         problems += _in_place_equals_returned(subject, model, inputs, plain)
         problems += _nothing_left(model, inputs, clean, plain)
+    # Derived points kind by kind: the inputs of each head bypass what reads the shared one.
     for names in (plain, *_kinds(derived).values()):
         problems += _gradients_flow(subject, model, inputs, names)
     detail = f"{len(plain)} hook points and {len(derived)} derived ones"
@@ -49,7 +50,7 @@ def _fires_once(model: ZooModel, inputs: Inputs, names: list[str]) -> list[str]:
         fired.append(at.name)
 
     if names:
-        with suppress(HookError):  # one that is not reached is refused; here it is counted
+        with suppress(HookError):  # a point that is not reached is an error; here it is counted
             model.run_with_hooks(*inputs, hooks=dict.fromkeys(names, note))
     problems = [f"{name} fires {fired.count(name)} times" for name in names if fired.count(name) != 1]
     order = [name for name in model.hook_points() if name in set(names)]
@@ -67,23 +68,26 @@ def _kinds(names: list[str]) -> dict[str, list[str]]:
 
 
 def _identity(model: ZooModel, inputs: Inputs, clean: Tensor, names: list[str], problems: list[str]) -> float:
-    """Hooks that change nothing: bit-equal, or to rounding where another kernel runs; failures are told by kind."""
-    explicit = [name for name in names if name.rsplit(".", 1)[-1] in _EXPLICIT]
-    fused = [name for name in names if name not in set(explicit)]
-    found = worst(model.run_with_hooks(*inputs, hooks=_unchanging(explicit)), clean) if explicit else 0.0
+    """Run hooks that change nothing; return the error of the logits, and add a problem for each kind that moves them.
+
+    The logits are bit-equal, or equal to rounding where another kernel runs.
+    """
+    unfused = [name for name in names if name.rsplit(".", 1)[-1] in _UNFUSED]
+    fused = [name for name in names if name not in set(unfused)]
+    error = worst(model.run_with_hooks(*inputs, hooks=_unchanging(unfused)), clean) if unfused else 0.0
     unchanged = model.run_with_hooks(*inputs, hooks=_unchanging(fused))
-    if _same(model, unchanged, clean) and found <= tolerances.routes(model.spec):
-        return found
+    if _same(model, unchanged, clean) and error <= tolerances.routes(model.spec):
+        return error
     for kind, members in _kinds(names).items():
         logits = model.run_with_hooks(*inputs, hooks=_unchanging(members))
-        error = worst(logits, clean)
-        if not error <= tolerances.routes(model.spec) or (kind not in _EXPLICIT and not _same(model, logits, clean)):
-            problems.append(f"a hook that changes nothing at {kind} moves the logits by {error:.1e}")
-    return found
+        moved = worst(logits, clean)
+        if not moved <= tolerances.routes(model.spec) or (kind not in _UNFUSED and not _same(model, logits, clean)):
+            problems.append(f"a hook that changes nothing at {kind} moves the logits by {moved:.1e}")
+    return error
 
 
 def _same(model: ZooModel, ours: Tensor, theirs: Tensor) -> bool:
-    # A hook is given a copy. On a GPU, how numbers lie in memory decides which kernel multiplies them.
+    # A hook gets a copy. On a GPU, the memory layout of numbers decides which kernel multiplies them.
     on_cpu = ours.device.type == "cpu"
     return torch.equal(ours, theirs) if on_cpu else worst(ours, theirs) <= tolerances.routes(model.spec)
 
@@ -94,7 +98,7 @@ def _unchanging(names: list[str]) -> dict[str | tuple[str, int], Hook]:
 
 # Asking for these replaces a fused kernel, or one product with all heads, by explicit steps.
 _STEPS = ("attn_scores", "pattern", "scale", "result", "q_input", "k_input", "v_input")
-_EXPLICIT = {f"hook_{name}" for name in _STEPS}
+_UNFUSED = {f"hook_{name}" for name in _STEPS}
 
 
 def _give_back(x: Tensor, at: HookContext) -> Tensor:
@@ -106,20 +110,20 @@ def _give_nothing(x: Tensor, at: HookContext) -> None:
 
 
 def _edits_reach(subject: Subject, model: ZooModel, inputs: Inputs, plain: list[str], derived: list[str]) -> list[str]:
-    """Edit each point in place, everything cached in the same pass: the cache sees it there, and not before."""
+    """Edit each point in place, everything cached in the same pass: the cache holds the edit there, and not before."""
     problems: list[str] = []
-    for asked in (plain, *_kinds(derived).values()):
-        # Every explicit kernel on both sides, so that what comes before must be the same to the bit.
-        names = plain if asked is plain else [*plain, *asked]
+    for group in (plain, *_kinds(derived).values()):
+        # The same unfused kernels on both sides, so that what comes before must be the same to the bit.
+        names = plain if group is plain else [*plain, *group]
         logits, cache = model.run_with_cache(*inputs, names=names)
         before = {key: value.clone() for key, value in cache.store.items()}
-        for name in asked:
+        for name in group:
             edit = _Noise(subject)
             edited, cache = model.run_with_cache(*inputs, names=names, hooks={name: edit.in_place})
-            if edit.given is None:
+            if edit.result is None:
                 problems.append(f"{name} never runs its hook")
                 continue
-            if not torch.equal(cache.store[name], edit.left):
+            if not torch.equal(cache.store[name], edit.result):
                 problems.append(f"what a hook makes of {name} is not what goes on")
             for earlier in _earlier(model, names, name):
                 if not torch.equal(cache.store[earlier], before[earlier]):
@@ -135,12 +139,15 @@ def _earlier(model: ZooModel, names: list[str], name: str) -> list[str]:
 
 
 class _Noise:
-    """A hook that adds noise, and keeps what it was given and what it made."""
+    """Hooks that add the same noise, by an edit in place or a result.
+
+    Attributes:
+        result: copy of the activation after the last edit in place; None before the first.
+    """
 
     def __init__(self, subject: Subject):
         self.subject = subject
-        self.given: Tensor | None = None
-        self.left = torch.empty(0)
+        self.result: Tensor | None = None
 
     def noise(self, x: Tensor) -> Tensor:
         # Of the activation's size, and different in each entry: a shift of all scores leaves the softmax as is.
@@ -148,21 +155,17 @@ class _Noise:
         return drawn * (x[torch.isfinite(x)].abs().mean() + 1e-3)  # scores that a mask hides are minus infinity
 
     def in_place(self, x: Tensor, at: HookContext) -> None:
-        self.given = x.clone()
-        x.add_(self.noise(self.given))
-        self.left = x.clone()
+        x.add_(self.noise(x))
+        self.result = x.clone()
 
     def returned(self, x: Tensor, at: HookContext) -> Tensor:
         return x + self.noise(x)
-
-    def edited(self, x: Tensor, at: HookContext) -> None:
-        x.add_(self.noise(x.clone()))
 
 
 def _in_place_equals_returned(subject: Subject, model: ZooModel, inputs: Inputs, plain: list[str]) -> list[str]:
     noise = _Noise(subject)
     returned = model.run_with_hooks(*inputs, hooks=dict.fromkeys(plain, noise.returned))
-    edited = model.run_with_hooks(*inputs, hooks=dict.fromkeys(plain, noise.edited))
+    edited = model.run_with_hooks(*inputs, hooks=dict.fromkeys(plain, noise.in_place))
     return [] if torch.equal(returned, edited) else ["editing in place and returning give different logits"]
 
 

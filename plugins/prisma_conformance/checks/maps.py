@@ -1,4 +1,4 @@
-"""The checks of models that are hooked where they stand: which apply as they are, which otherwise, which not at all."""
+"""Checks of hooked upstreams, where they differ from those of canonical models."""
 
 from __future__ import annotations
 
@@ -10,32 +10,17 @@ from torch import Tensor, nn
 
 from prisma_conformance import tolerances
 from prisma_conformance.checks.tensors import changes, fingerprint
-from prisma_conformance.registry import Check, Finding, NotApplicable
-from prisma_conformance.subject import Subject, differentiable, worst
-from prisma_core.errors import HookError
+from prisma_conformance.finding import Finding
+from prisma_conformance.measure import worst
+from prisma_conformance.subject import Subject, differentiable
+from prisma_core.errors import HookError, NotApplicable
 from prisma_core.hooks.point import HookContext
 from prisma_core.maps.reader import Reader
 from prisma_core.plugin.adapter import MapAdapter
 from prisma_core.upstream.model import HookedUpstream
 from prisma_core.zoo import tensors_of
 
-Claim = tuple[str, Tensor, Tensor]
-
-NOT_APPLICABLE: Mapping[str, str] = {
-    "spec.audit": "no facts stand for upstream's: its own code runs",
-    "save.load": "it runs as upstream's own module, which a file of facts and weights cannot hold",
-}
-
-
-def run(check: Check, subject: Subject) -> Finding:
-    """Return what a check finds of a model without a canonical form.
-
-    Raises:
-        NotApplicable: it cannot hold for such a model.
-    """
-    if reason := NOT_APPLICABLE.get(check.name):
-        raise NotApplicable(reason)
-    return INSTEAD.get(check.name, check.run)(subject)
+Equation = tuple[str, Tensor, Tensor]  # its text and its two sides
 
 
 def _model(subject: Subject) -> HookedUpstream:
@@ -137,7 +122,7 @@ def _noise(subject: Subject) -> Callable[[Tensor, HookContext], Tensor]:
     return hook
 
 
-def _claims(acts: Mapping[str, Tensor], logits: Tensor) -> Iterator[tuple[str, Claim]]:
+def _claims(acts: Mapping[str, Tensor], logits: Tensor) -> Iterator[tuple[str, Equation]]:
     """Yield what holds in every model, next to the kind of activation of the stream it says something of."""
     if "hook_logits" in acts:
         yield "", ("hook_logits is the output", acts["hook_logits"], logits)
@@ -157,7 +142,7 @@ _STREAM = ("resid_pre", "shortcut", "attn_out", "resid_mid", "mlp_out", "resid_p
 _ATTENTION = ("attn_scores", "pattern", "v", "z")
 
 
-def _stream(at: str, x: Mapping[str, Tensor | None], normed: bool) -> Iterator[tuple[str, Claim]]:
+def _stream(at: str, x: Mapping[str, Tensor | None], normed: bool) -> Iterator[tuple[str, Equation]]:
     pre, shortcut, attn_out, mid, mlp_out, post = (x[name] for name in _STREAM)
     kept, what = (pre, "resid_pre") if shortcut is None else (shortcut, "shortcut")
     if kept is not None and attn_out is not None and mid is not None:
@@ -172,7 +157,7 @@ def _stream(at: str, x: Mapping[str, Tensor | None], normed: bool) -> Iterator[t
         yield "resid_post", (f"{at}: resid_post = {what} + mlp_out", post, made)
 
 
-def _attention(at: str, x: Mapping[str, Tensor | None]) -> Iterator[Claim]:
+def _attention(at: str, x: Mapping[str, Tensor | None]) -> Iterator[Equation]:
     scores, pattern, v, z = (x[name] for name in _ATTENTION)
     if pattern is None:
         return
@@ -204,11 +189,4 @@ def compiled(subject: Subject) -> Finding:
     return Finding(error, 2e-5, tuple(problems), "the compiler fuses and reorders in float32")
 
 
-INSTEAD: Mapping[str, Callable[[Subject], Finding]] = {
-    "weights.accounted": accounted,
-    "parity.gradients": gradients,
-    "algebra": algebra,
-    "compile": compiled,
-}
-
-__all__ = ["INSTEAD", "NOT_APPLICABLE", "run"]
+__all__ = ["accounted", "algebra", "compiled", "gradients"]

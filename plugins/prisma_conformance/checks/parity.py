@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prisma_conformance import tolerances
 from prisma_conformance.devices import HALF
+from prisma_conformance.finding import Finding
+from prisma_conformance.measure import typical, worst
 from prisma_conformance.recording import Recorder
-from prisma_conformance.registry import Finding, register
 from prisma_conformance.report.results import Precision
-from prisma_conformance.subject import Inputs, Subject, differentiable, typical, worst
-from prisma_core.maps.places import INSIDE, HookMap
-from prisma_core.plugin.adapter import MapAdapter
+from prisma_conformance.subject import Inputs, Subject, differentiable
 from prisma_core.transformer import ZooModel
 from prisma_core.zoo import tensors_of
 
 
-@register("parity.logits", "logits equal upstream's in float64, and err no more than upstream does in other dtypes")
 @torch.no_grad()
 def logits(subject: Subject) -> Finding:
+    """Compare logits: float64 within a bound, other dtypes with upstream's own error."""
     exact = subject.pair()
     errors: dict[str, float] = {}
     for size in subject.sizes():
@@ -36,8 +35,8 @@ def logits(subject: Subject) -> Finding:
     problems: list[str] = []
     precisions: list[Precision] = []
     for dtype, device in subject.precisions():
-        precision, wrong = _errs_as_upstream(subject, dtype, device)
-        problems += wrong
+        precision, excesses = _errs_as_upstream(subject, dtype, device)
+        problems += excesses
         precisions.append(precision)
     where = max(errors, key=lambda key: errors[key])
     detail = "; ".join([f"float64: {len(errors)} inputs, worst {where}", *map(str, precisions)])
@@ -47,6 +46,7 @@ def logits(subject: Subject) -> Finding:
 
 
 def _errs_as_upstream(subject: Subject, dtype: torch.dtype, device: torch.device) -> tuple[Precision, list[str]]:
+    """Compare the error of our logits with the error of upstream's, in one dtype on one device."""
     precision = Precision(dtype=str(dtype).removeprefix("torch."), device=device.type)
     upstream = subject.upstream(dtype, device)
     model, inputs = (
@@ -63,144 +63,137 @@ def _errs_as_upstream(subject: Subject, dtype: torch.dtype, device: torch.device
         return precision.model_copy(update={"skipped": f"upstream cannot run in it: {error}"}), []
     if not bool(torch.isfinite(theirs).all()):
         return precision.model_copy(update={"skipped": "upstream's own output is not finite in it"}), []
-    ours, own = model(*inputs), typical(theirs, truth)
-    found = {"error": typical(ours, truth), "upstream": own, "equal": torch.equal(ours, theirs)}
-    precision = precision.model_copy(update=found)
+    ours = model(*inputs)
+    error, bound, equal = typical(ours, truth), typical(theirs, truth), torch.equal(ours, theirs)
+    precision = precision.model_copy(update={"error": error, "upstream": bound, "equal": equal})
     problems: list[str] = []
-    if not (found["equal"] or found["error"] <= tolerances.OWN_ERROR_FACTOR * own):
+    if not (equal or error <= tolerances.OWN_ERROR_FACTOR * bound):
         problems.append(f"{precision}, more than {tolerances.OWN_ERROR_FACTOR} times that")
     if dtype in HALF:
-        problems += _shown(subject, model, inputs, truth, own)
+        problems += _cached_in_half(subject, model, inputs, truth, bound)
     return precision, problems
 
 
-def _shown(subject: Subject, model: ZooModel, inputs: Inputs, truth: Tensor, own: float) -> list[str]:
-    """Say what goes wrong in half precision while every activation is kept."""
-    shown, cache = model.run_with_cache(*inputs)
-    error = typical(shown, truth)
+def _cached_in_half(subject: Subject, model: ZooModel, inputs: Inputs, truth: Tensor, bound: float) -> list[str]:
+    """Problems in half precision while every activation is cached; ``bound`` is upstream's own error."""
+    logits, cache = model.run_with_cache(*inputs)
+    error = typical(logits, truth)
     problems: list[str] = []
-    if not error <= tolerances.SHOWN_ERROR_FACTOR * own:
-        told = f"{shown.dtype} errs by {error:.1e} while everything is cached, upstream by {own:.1e}"
-        problems.append(f"{told}: more than {tolerances.SHOWN_ERROR_FACTOR} times that")
-    if not isinstance(subject.adapter, MapAdapter):  # what passes inside upstream's own code has whatever dtype it has
-        problems += [f"{name} is cached as {x.dtype}" for name, x in cache.items() if x.dtype != shown.dtype]
+    if not error <= tolerances.SHOWN_ERROR_FACTOR * bound:
+        errors = f"{logits.dtype} errs by {error:.1e} while everything is cached, upstream by {bound:.1e}"
+        problems.append(f"{errors}: more than {tolerances.SHOWN_ERROR_FACTOR} times that")
+    if subject.form == "canonical":  # inside upstream's own code a tensor has whatever dtype upstream gives it
+        problems += [f"{name} is cached as {x.dtype}" for name, x in cache.items() if x.dtype != logits.dtype]
     return problems
 
 
-@register("parity.hooks", "every activation in the hook map equals upstream's at that place, at every layer")
 @torch.no_grad()
 def hooks(subject: Subject) -> Finding:
-    found = compare(subject)
-    points = subject.pair().model.hook_points()
-    plain = [name for name, point in points.items() if not point.derived]
-    problems = [f"{name}: {reason}" for name, reason in found.unread.items()]
-    wrong = {name: error for name, error in found.errors.items() if not error <= tolerances.FLOAT64}
-    problems += [f"{name} differs by {error:.1e}" for name, error in wrong.items()]
-    must = bool if isinstance(subject.adapter, MapAdapter) else _must_map
-    # What an upstream cannot show (a norm's scale inside its kernel) is proven by algebra from what it can.
-    problems += [f"{name} is not in the hook map" for name in plain if name not in found.errors and must(name)]
-    uncovered = sorted({_family(name) for name in plain if name not in found.errors})
-    detail = f"{len(found.errors)} of {len(plain)} hook points compared"
+    """Compare each hook point that has a row with upstream's tensor at its place."""
+    comparison = compare(subject)
+    points = [name for name, point in subject.pair().model.hook_points().items() if not point.derived]
+    problems = [f"{name}: {reason}" for name, reason in comparison.unread.items()]
+    different = {name: error for name, error in comparison.errors.items() if not error <= tolerances.FLOAT64}
+    problems += [f"{name} differs by {error:.1e}" for name, error in different.items()]
+    # Points that upstream cannot show (a norm's scale inside its kernel) are proven by algebra from those it can.
+    uncovered = [name for name in points if name not in comparison.errors]
+    problems += [f"{name} is not in the hook map" for name in uncovered if _required(subject, name)]
+    detail = f"{len(comparison.errors)} of {len(points)} hook points compared"
     if uncovered:
-        detail += f"; upstream shows no place for {', '.join(uncovered)}"
-    return Finding(max(found.errors.values(), default=float("inf")), tolerances.FLOAT64, tuple(problems), detail)
+        detail += f"; upstream shows no place for {', '.join(sorted({_family(name) for name in uncovered}))}"
+    error = max(comparison.errors.values(), default=float("inf"))
+    return Finding(error, tolerances.FLOAT64, tuple(problems), detail)
 
 
-def _must_map(name: str) -> bool:
-    return name.rsplit(".", 1)[-1] in ("hook_resid_pre", "hook_resid_post", "hook_logits")
+def _required(subject: Subject, name: str) -> bool:
+    """Whether a hook map must have a row for a hook point."""
+    canonical = ("hook_resid_pre", "hook_resid_post", "hook_logits")
+    return subject.form == "mapped" or name.rsplit(".", 1)[-1] in canonical
 
 
 def _family(name: str) -> str:
     return re.sub(r"\.\d+\.", ".{l}.", name, count=1)
 
 
+@dataclass
 class Comparison:
-    """Activations beside upstream's: the error at each hook point in firing order, and rows that read nothing."""
+    """Activations beside upstream's tensors.
 
-    def __init__(self) -> None:
-        self.errors: dict[str, float] = {}
-        self.unread: dict[str, str] = {}
+    Attributes:
+        errors: of each hook point that was compared, in firing order.
+        unread: hook points whose place upstream never passed, with that reason.
+    """
+
+    errors: dict[str, float] = field(default_factory=dict[str, float])
+    unread: dict[str, str] = field(default_factory=dict[str, str])
 
 
 @torch.no_grad()
 def compare(subject: Subject) -> Comparison:
-    """Return how far each mapped activation is from upstream's."""
+    """Compare each mapped activation with upstream's tensor at its place."""
     upstream, model = subject.pair()
     passes = subject.passes()
-    found = Comparison()
-    order = {name: index for index, name in enumerate(model.hook_points())}
-    for table, scope in _tables(subject, upstream):
-        sizes = {**table.sizes, "batch": len(passes.inputs[0])}
-        rows = [row for row in table.bound(list(passes.acts)) if row.place.side not in INSIDE]
-        with scope, Recorder(upstream, [row.place for row in rows]) as seen:
+    errors: dict[str, float] = {}
+    unread: dict[str, str] = {}
+    for rows, axes, scope in subject.references():
+        sizes = {**axes, "batch": len(passes.inputs[0])}
+        with scope, Recorder(upstream, [row.place for row in rows]) as tensors:
             output = subject.forward(upstream, *passes.inputs)
         if "hook_logits" in passes.acts:  # the main output, wherever a case reads it
-            found.errors["hook_logits"] = max(
-                worst(passes.acts["hook_logits"], output), found.errors.get("hook_logits", 0.0)
-            )
-        for row in sorted(rows, key=lambda row: order[row.hook]):
-            theirs = seen.get(row.place)
-            if theirs is None:
-                found.unread[row.hook] = f"upstream never passed {row.place}"
+            errors["hook_logits"] = max(worst(passes.acts["hook_logits"], output), errors.get("hook_logits", 0.0))
+        for row in rows:
+            if row.place not in tensors:
+                unread[row.hook] = f"upstream never passed {row.place}"
             else:
-                error = worst(passes.acts[row.hook], row.read(theirs, sizes))
-                found.errors[row.hook] = max(error, found.errors.get(row.hook, 0.0))
-    found.errors = {
-        name: found.errors[name] for name in order if name in found.errors
-    }  # the first that errs comes first
-    return found
+                error = worst(passes.acts[row.hook], row.read(tensors[row.place], sizes))
+                errors[row.hook] = max(error, errors.get(row.hook, 0.0))
+    order = list(model.hook_points())
+    return Comparison(
+        {name: errors[name] for name in order if name in errors},
+        {name: unread[name] for name in order if name in unread},
+    )
 
 
-def _tables(subject: Subject, upstream: nn.Module) -> list[tuple[HookMap, AbstractContextManager[None]]]:
-    """Return which places to read, each table with the state upstream has to be in."""
-    adapter = subject.adapter
-    table = subject.table(upstream)
-    if not isinstance(adapter, MapAdapter):
-        return [(table, adapter.explicit(upstream))]
-    # The model runs as upstream does: first the places where it does, then what opening a kernel is to equal.
-    return [(table, nullcontext()), (subject.table(upstream, "elsewhere"), adapter.explicit(upstream))]
-
-
-@register("parity.gradients", "gradients by the input and by every upstream weight equal upstream's, through the map")
 def gradients(subject: Subject) -> Finding:
+    """Compare gradients by the input and by every upstream weight, ours pulled back through the weight map."""
     upstream, model = subject.pair()
     inputs = subject.inputs(2)
-    theirs = subject.forward(upstream, *(given := differentiable(inputs)))
-    weights = torch.randn(theirs.shape, generator=subject.generator(2)).to(theirs)
-    groups: dict[int, list[str]] = {}
-    for name, parameter in upstream.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
+    output = subject.forward(upstream, *(leaves := differentiable(inputs)))
+    weights = torch.randn(output.shape, generator=subject.generator(2)).to(output)
     parameters = dict(upstream.named_parameters())
-    wanted = _grads(theirs, weights, [*_floats(given), *parameters.values()])
+    theirs = _grads(output, weights, [*_floats(leaves), *parameters.values()])
 
-    leaves = tensors_of(model)
-    active = {name: tensor for name, tensor in leaves.items() if tensor.requires_grad}
-    ours = model(*(mine := differentiable(inputs)))
-    got = _grads(ours, weights, [*_floats(mine), *active.values()])
-    n = len(_floats(mine))
-    if any(grad is None for grad in (*got[:n], *wanted[:n])):
+    tensors = tensors_of(model)
+    active = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+    output = model(*(leaves := differentiable(inputs)))
+    ours = _grads(output, weights, [*_floats(leaves), *active.values()])
+    n = len(_floats(leaves))
+    if any(grad is None for grad in (*ours[:n], *theirs[:n])):
         return Finding(problems=("no gradient reaches the input",))
-    canonical: dict[str, Tensor] = {name: torch.zeros_like(tensor) for name, tensor in leaves.items()}
-    canonical |= {name: grad for name, grad in zip(active, got[n:], strict=True) if grad is not None}
+    canonical: dict[str, Tensor] = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    canonical |= {name: grad for name, grad in zip(active, ours[n:], strict=True) if grad is not None}
     assert model.origin is not None
     pulled = model.origin.map.pull_back(tensors_of(upstream), canonical)
 
     errors: dict[str, float] = {}
-    for ours, theirs in zip(got[:n], wanted[:n], strict=True):
-        assert ours is not None
-        assert theirs is not None
-        errors["the input"] = worst(ours, theirs, float(theirs.abs().max()))
-    scale = max((float(grad.abs().max()) for grad in wanted[n:] if grad is not None and grad.numel()), default=1.0)
-    for (name, parameter), grad in zip(parameters.items(), wanted[n:], strict=True):
+    for our, their in zip(ours[:n], theirs[:n], strict=True):
+        assert our is not None
+        assert their is not None
+        errors["the input"] = worst(our, their, float(their.abs().max()))
+    twins: dict[int, list[str]] = {}  # one parameter may have several names
+    for name, parameter in upstream.named_parameters(remove_duplicate=False):
+        twins.setdefault(id(parameter), []).append(name)
+    scale = max((float(grad.abs().max()) for grad in theirs[n:] if grad is not None and grad.numel()), default=1.0)
+    for (name, parameter), grad in zip(parameters.items(), theirs[n:], strict=True):
         if not parameter.numel():
             continue  # a table of no tokens has no gradient
-        theirs = torch.zeros_like(parameter) if grad is None else grad
-        summed = [pulled[twin] for twin in groups[id(parameter)] if twin in pulled]
-        mapped = torch.stack(summed).sum(0) if summed else torch.zeros_like(parameter)
+        their = torch.zeros_like(parameter) if grad is None else grad
+        summands = [pulled[twin] for twin in twins[id(parameter)] if twin in pulled]
+        our = torch.stack(summands).sum(0) if summands else torch.zeros_like(parameter)
         # A gradient that is zero in truth (the bias of keys) is only rounding: measure it by the others.
-        errors[name] = worst(mapped, theirs, max(float(theirs.abs().max()), 1e-3 * scale))
-    wrong = {name: error for name, error in errors.items() if not error <= tolerances.GRADIENT}
-    problems = tuple(f"the gradient by {name} differs by {error:.1e}" for name, error in wrong.items())
+        errors[name] = worst(our, their, max(float(their.abs().max()), 1e-3 * scale))
+    different = {name: error for name, error in errors.items() if not error <= tolerances.GRADIENT}
+    problems = tuple(f"the gradient by {name} differs by {error:.1e}" for name, error in different.items())
     return Finding(max(errors.values()), tolerances.GRADIENT, problems, f"the input and {len(parameters)} weights")
 
 
@@ -211,3 +204,6 @@ def _floats(inputs: Inputs) -> list[Tensor]:
 def _grads(output: Tensor, weights: Tensor, by: Sequence[Tensor]) -> Sequence[Tensor | None]:
     # torch's stubs leave out that what is not reached comes back as None.
     return torch.autograd.grad((output * weights).sum(), list(by), allow_unused=True)
+
+
+__all__ = ["Comparison", "compare", "gradients", "hooks", "logits"]

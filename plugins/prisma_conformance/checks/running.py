@@ -1,4 +1,4 @@
-"""Pictures, saving, compiling, threads."""
+"""Preprocessing, saving, threads and compiling."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from prisma_conformance import tolerances
-from prisma_conformance.registry import Finding, NotApplicable, register
-from prisma_conformance.subject import Subject, opaque_stems, worst
+from prisma_conformance.finding import Finding
+from prisma_conformance.measure import worst
+from prisma_conformance.subject import Subject, opaque_stems
+from prisma_core.errors import NotApplicable
 from prisma_core.hooks.model import HookMapping
 from prisma_core.hooks.point import Hook, HookContext
 from prisma_core.inputs import probe
@@ -19,54 +21,54 @@ from prisma_core.transformer import ZooModel
 from prisma_core.zoo import load, tensors_of
 
 
-@register("preprocess", "the same picture gives the same tensor as upstream's own transform")
 def preprocess(subject: Subject) -> Finding:
+    """Compare preprocessing with upstream's own transform, on images of five sizes."""
     if subject.case.pictures is None:
         raise NotApplicable("the case names no transform of upstream's own")
     ours, reference = subject.case.pictures(subject.base)
     errors: dict[str, float] = {}
     height, width = ours(probe(61, 43)).shape[-2:]  # the model's size
-    # Both ways round, smaller and larger than that: resizing differs in each.
+    # Upright and lying, smaller and larger than that: resizing differs in each.
     for size in ((61, 43), (43, 61), (300, 517), (640, 480), (width, height)):
-        picture = probe(*size, seed=subject.seed)
-        errors["x".join(map(str, size))] = worst(ours(picture)[0], reference(picture), unit=1.0)
+        image = probe(*size, seed=subject.seed)
+        errors["x".join(map(str, size))] = worst(ours(image)[0], reference(image), unit=1.0)
     where = max(errors, key=lambda key: errors[key])
     # Both divide bytes in float32; one step of a byte would be 4e-3.
-    wrong = [f"a picture of {size} differs by {error:.1e}" for size, error in errors.items() if not error <= 1e-5]
-    return Finding(errors[where], 1e-5, tuple(wrong), f"{len(errors)} pictures, worst {where}")
+    problems = [f"an image of {size} differs by {error:.1e}" for size, error in errors.items() if not error <= 1e-5]
+    return Finding(errors[where], 1e-5, tuple(problems), f"{len(errors)} images, worst {where}")
 
 
-@register("save.load", "a saved model comes back with the same facts, weights and logits")
 @torch.no_grad()
 def save_load(subject: Subject) -> Finding:
+    """Save the model into a folder, load it, and compare."""
     model = subject.pair().model
     if opaque_stems(model):
         raise NotApplicable("the stem is upstream's own module, which a file of facts and weights cannot hold")
     inputs = subject.inputs()
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder)
-        back = load(f"file:{folder}")
-    assert isinstance(back, ZooModel)
-    problems = [] if back.spec == model.spec else ["the spec comes back changed"]
-    kept = tensors_of(back.to(subject.device))
+        loaded = load(f"file:{folder}")
+    assert isinstance(loaded, ZooModel)
+    problems = [] if loaded.spec == model.spec else ["the spec comes back changed"]
+    tensors = tensors_of(loaded.to(subject.device))
     for name, tensor in tensors_of(model).items():
-        if name not in kept or kept[name].dtype != tensor.dtype or not torch.equal(kept[name], tensor):
+        if name not in tensors or tensors[name].dtype != tensor.dtype or not torch.equal(tensors[name], tensor):
             problems.append(f"{name} comes back changed")
-    # The weights are the same to the bit; where a file's bytes lie in memory decides how sums are vectorised.
-    error = worst(back(*inputs), model(*inputs))
+    # The weights are the same to the bit; the memory alignment of a file's bytes decides how sums are vectorised.
+    error = worst(loaded(*inputs), model(*inputs))
     if not error <= tolerances.FLOAT64:
         problems.append(f"the logits come back changed by {error:.1e}")
-    return Finding(error, tolerances.FLOAT64, tuple(problems), f"{len(kept)} tensors")
+    return Finding(error, tolerances.FLOAT64, tuple(problems), f"{len(tensors)} tensors")
 
 
-@register("threads", "two threads use one model with different hooks and do not see each other's")
 @torch.no_grad()
 def threads(subject: Subject) -> Finding:
-    model, inputs = subject.own_model(), subject.inputs()
+    """Run one model in two threads at the same time, each with its own hook."""
+    model, inputs = subject.fresh_model(), subject.inputs()
     name = next(name for name in model.hook_points() if name.endswith("blocks.0.hook_resid_post"))
     alone = [model.run_with_hooks(*inputs, hooks={name: _times(factor)}) for factor in (0.5, 2.0)]
     clean = model(*inputs)
-    seen: list[list[Tensor]] = [[], []]
+    logits: list[list[Tensor]] = [[], []]
     failures: list[BaseException] = []
     meet = threading.Barrier(2, timeout=60)
 
@@ -78,7 +80,7 @@ def threads(subject: Subject) -> Finding:
         try:
             with torch.no_grad():
                 for _ in range(3):
-                    seen[index].append(model.run_with_hooks(*inputs, hooks={name: hook}))
+                    logits[index].append(model.run_with_hooks(*inputs, hooks={name: hook}))
         except Exception as problem:  # noqa: BLE001  # reported by the thread that started this one
             failures.append(problem)
             meet.abort()
@@ -89,7 +91,7 @@ def threads(subject: Subject) -> Finding:
     for worker in workers:
         worker.join()
     problems = [f"a thread failed: {type(failure).__name__}: {failure}" for failure in failures]
-    for index, outputs in enumerate(seen):
+    for index, outputs in enumerate(logits):
         if not all(torch.equal(output, alone[index]) for output in outputs):
             problems.append(f"thread {index} sees what another thread's hooks do")
     if not torch.equal(model(*inputs), clean):
@@ -104,20 +106,21 @@ def _times(factor: float) -> Hook:
     return hook
 
 
-@register("compile", "a model compiled with fullgraph=True has the same logits, caches and edits", on_request=True)
 @torch.no_grad()
 def compiled(subject: Subject) -> Finding:
+    """Compare a compiled model with the eager one: plain, with a cache and with a hook."""
     model, inputs = subject.pair(torch.float32).model, subject.inputs(dtype=torch.float32)
     torch.compiler.reset()
     fast = torch.compile(model, fullgraph=True)
-    names = ["*blocks.*.hook_resid_post", "*blocks.*.attn.hook_pattern"]  # with the fused kernel and without
+    names = ["*blocks.*.hook_resid_post", "*blocks.*.attn.hook_pattern"]  # with a fused kernel and without
     edit: HookMapping = {"*blocks.0.hook_resid_post": _times(0.5)}
     errors = {"logits": worst(fast(*inputs), model(*inputs))}
-    eager, kept = model.run_with_cache(*inputs, names=names)
+    eager, reference = model.run_with_cache(*inputs, names=names)
     with model.caching(names) as cache:
         errors["logits while caching"] = worst(fast(*inputs), eager)
-    errors |= {f"cached {name}": worst(cache.store[name], kept.store[name]) for name in kept if name in cache.store}
-    problems = [f"the compiled model does not cache {name}" for name in kept if name not in cache.store]
+    common = [name for name in reference if name in cache.store]
+    errors |= {f"cached {name}": worst(cache.store[name], reference.store[name]) for name in common}
+    problems = [f"the compiled model does not cache {name}" for name in reference if name not in cache.store]
     with model.hooks(edit):
         edited = fast(*inputs)
     errors["edited logits"] = worst(edited, model.run_with_hooks(*inputs, hooks=edit))

@@ -1,4 +1,4 @@
-"""The parity doctor: where the numbers part, and what would bring them together."""
+"""The parity doctor: the first hook point that departs from upstream, and changes that would make it agree."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from torch import nn
 from prisma_conformance import tolerances
 from prisma_conformance.checks.parity import Comparison, compare
 from prisma_conformance.doctor import suspects
-from prisma_conformance.run import Target, subjects
-from prisma_conformance.subject import Subject, worst
+from prisma_conformance.measure import worst
+from prisma_conformance.subject import Subject
+from prisma_conformance.target import Target
 from prisma_core.errors import PrismaError
 from prisma_core.maps.places import HookMap
 from prisma_core.maps.reader import Reader
 from prisma_core.maps.weights import WeightMap
 from prisma_core.model import Size
-from prisma_core.plugin.adapter import Adapter, MapAdapter
+from prisma_core.plugin.adapter import Adapter
 from prisma_core.spec import AnySpec, Facts
 from prisma_core.transformer import ZooModel
 
@@ -39,7 +40,7 @@ class Remedy(Facts):
 
 
 class Diagnosis(Facts):
-    """What the doctor found.
+    """Result of comparing a mapped model with upstream.
 
     Attributes:
         agrees: logits and every mapped activation equal upstream's.
@@ -49,7 +50,7 @@ class Diagnosis(Facts):
         logits: the error of the logits.
         compared: how many hook points were compared.
         size: the image size at which it shows, if it does not at the native one.
-        problem: what kept the models from being compared at all.
+        problem: the error that made a comparison impossible.
         rows: where the logits agree and hook points do not, the rows of the hook map that read those.
         remedies: changes that make the first diverging hook point agree; those that make the logits agree too, if any
             does.
@@ -85,9 +86,9 @@ class Diagnosis(Facts):
         if not self.remedies and not self.rows:
             lines.append(f"None of the {self.tried} usual suspects makes it agree.")
         for remedy in self.remedies:
-            cured = remedy.logits <= tolerances.FLOAT64
-            whole = "and the logits" if cured else f"but the logits stay off by {remedy.logits:.1e}"
-            lines.append(f"It agrees, {whole}, with: {remedy.change}.")
+            agrees = remedy.logits <= tolerances.FLOAT64
+            logits = "and the logits" if agrees else f"but the logits stay off by {remedy.logits:.1e}"
+            lines.append(f"It agrees, {logits}, with: {remedy.change}.")
         return "\n".join(lines)
 
 
@@ -102,55 +103,65 @@ def diagnose(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Diagnosis:
-    """Say where a mapped model parts from its upstream, and which change would make it agree.
+    """Find where a mapped model departs from its upstream, and changes that would make it agree.
+
+    >>> print(diagnose("timm:vit_tiny_patch16_224"))
+    vit_tiny_patch16_224: the logits and 40 activations agree with upstream.
 
     Args:
-        target, upstream, adapter, device, full, pretrained, seed: as ``check`` takes them; an adapter's first case is
-            looked at.
-        progress: called with each change before it is tried.
+        target, upstream, adapter, device, full, pretrained, seed: as ``check`` takes them; an adapter stands for its
+            first case.
+        progress: called with each change before it is tried, and first with a note where a full-size model is compared.
 
     Raises:
         UnknownName: no such reference or model.
         UnsupportedArchitecture: the model cannot be represented.
     """
-    subject, _ = next(
-        subjects(target, upstream=upstream, adapter=adapter, device=device, full=full, pretrained=pretrained, seed=seed)
+    subject = next(
+        Subject.of(
+            target, upstream=upstream, adapter=adapter, device=device, full=full, pretrained=pretrained, seed=seed
+        )
     )
+    if progress is not None and subject.note:
+        progress(subject.note)
     return examine(subject, progress=progress)
 
 
 @torch.no_grad()
 def examine(subject: Subject, progress: Callable[[str], None] | None = None) -> Diagnosis:
-    """Return the diagnosis of a subject."""
+    """Diagnose a subject."""
     name = subject.case.name
     try:
-        found = compare(subject)
+        comparison = compare(subject)
         logits = _logits(subject, subject.sizes()[0])
     except Exception as problem:  # noqa: BLE001  # the doctor sees broken adapters: whatever they raise is the finding
         return Diagnosis(name=name, agrees=False, problem=f"{type(problem).__name__}: {problem}")
-    first, before = _parting(found)
-    wrong = [point for point, error in found.errors.items() if not error <= tolerances.FLOAT64]
-    rows = _rows(subject, [*wrong, *found.unread]) if logits <= tolerances.FLOAT64 else ()
+    first, before = _first_difference(comparison)
+    different = [point for point, error in comparison.errors.items() if not error <= tolerances.FLOAT64]
+    rows = _rows(subject, [*different, *comparison.unread]) if logits <= tolerances.FLOAT64 else ()
     if first is None and rows:
-        first = next(iter(found.unread))
+        first = next(iter(comparison.unread))
     size = None
     if first is None and logits > tolerances.FLOAT64:
         first = "hook_logits"
     if first is None:
         size = next((s for s in subject.sizes() if not _logits(subject, s) <= tolerances.FLOAT64), None)
         if size is None:
-            return Diagnosis(name=name, agrees=True, logits=logits, compared=len(found.errors))
+            return Diagnosis(name=name, agrees=True, logits=logits, compared=len(comparison.errors))
         first, before, logits = "hook_pos_embed", "hook_embed", _logits(subject, size)
     remedies, tried = _remedies(subject, first, size, progress)
     remedies = [remedy for remedy in remedies if remedy.logits <= tolerances.FLOAT64] or remedies
+    error = logits
+    if size is None:
+        error = inf if first in comparison.unread else comparison.errors.get(first, logits)
     return Diagnosis(
         name=name,
         agrees=False,
         first=first,
-        error=(inf if first in found.unread else found.errors.get(first, logits)) if size is None else logits,
+        error=error,
         before=before,
         logits=logits,
-        compared=len(found.errors),
+        compared=len(comparison.errors),
         size=size,
         rows=rows,
         remedies=tuple(sorted(remedies, key=lambda remedy: remedy.here)),
@@ -159,10 +170,10 @@ def examine(subject: Subject, progress: Callable[[str], None] | None = None) -> 
 
 
 def _rows(subject: Subject, points: list[str]) -> tuple[str, ...]:
-    """Return the rows of the hook map that read these points, as they are written."""
-    table = subject.adapter.hooks(Reader(subject.pair().upstream), subject.spec)
-    read = (row for row in table.rows if HookMap((row,), table.sizes).bound(points))
-    return tuple(f"{place} -> {point}" for place, point, _ in read)
+    """Rows of the hook map that read these points, as they are written."""
+    table = subject.table()
+    rows = (row for row in table.rows if HookMap((row,), table.sizes).bound(points))
+    return tuple(f"{place} -> {point}" for place, point, _ in rows)
 
 
 def _logits(subject: Subject, size: Size) -> float:
@@ -171,9 +182,10 @@ def _logits(subject: Subject, size: Size) -> float:
     return worst(model(*inputs), subject.forward(upstream, *inputs))
 
 
-def _parting(found: Comparison) -> tuple[str | None, str | None]:
+def _first_difference(comparison: Comparison) -> tuple[str | None, str | None]:
+    """Return the first hook point that differs, and the one before it."""
     before = None
-    for name, error in found.errors.items():
+    for name, error in comparison.errors.items():
         if not error <= tolerances.FLOAT64:
             return name, before
         before = name
@@ -185,8 +197,8 @@ def _remedies(
 ) -> tuple[list[Remedy], int]:
     remedies: list[Remedy] = []
     tried = 0
-    if isinstance(subject.adapter, MapAdapter):
-        return remedies, tried  # upstream's own code runs: there are no facts to try others of
+    if subject.form == "mapped":
+        return remedies, tried  # upstream's own code runs, so there is no spec to change
     for suspect in suspects.usual(subject.spec, first, subject.pair().upstream):
         if progress is not None:
             progress(suspect.change)
@@ -205,8 +217,8 @@ def _remedies(
 def _altered(subject: Subject, suspect: suspects.Suspect) -> Subject:
     adapter = _Altered(subject.adapter, suspect.spec)
 
-    def make(given: Adapter, upstream: nn.Module) -> ZooModel:
-        model = subject.make(given, upstream)
+    def make(altered: Adapter, upstream: nn.Module) -> ZooModel:
+        model = subject.make(altered, upstream)
         suspect.edit(model)
         return model
 
@@ -214,7 +226,7 @@ def _altered(subject: Subject, suspect: suspects.Suspect) -> Subject:
 
 
 class _Altered(Adapter):
-    """Another adapter with its spec changed."""
+    """An adapter with its spec changed."""
 
     types = ()
 

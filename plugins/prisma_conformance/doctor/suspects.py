@@ -1,4 +1,4 @@
-"""The usual suspects: mistakes that adapters make, each undone by a change of facts or of weights."""
+"""Usual mistakes of adapters, each with the change of the spec or of the weights that corrects it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _nothing(model: Any) -> None:
 
 @dataclass(frozen=True)
 class Suspect:
-    """A change to try: of the facts, or of the adapted model."""
+    """A change to try: of the spec, or of the adapted model."""
 
     change: str
     spec: Callable[[Any], Any] = _same
@@ -51,11 +51,11 @@ class Suspect:
 
 
 def usual(spec: AnySpec, first: str, upstream: nn.Module) -> Iterator[Suspect]:
-    """Yield what is worth trying for a model that parts from upstream at a hook point."""
+    """Yield the changes to try for a model that departs from upstream at the hook point ``first``."""
     if isinstance(spec, DualSpec):
         tower = "text" if first.startswith("text.") else "vision"
-        found = usual(spec.text if tower == "text" else spec.vision, first.removeprefix(f"{tower}."), upstream)
-        yield from (_in_tower(tower, suspect) for suspect in found)
+        inside = usual(spec.text if tower == "text" else spec.vision, first.removeprefix(f"{tower}."), upstream)
+        yield from (_in_tower(tower, suspect) for suspect in inside)
         return
     if isinstance(spec, TextSpec):
         return
@@ -90,14 +90,13 @@ def _in_blocks(part: str, **update: Any) -> Callable[[ModelSpec], ModelSpec]:
 
 
 def _norms(spec: ModelSpec, first: str, upstream: nn.Module) -> Iterator[Suspect]:
-    held = (vars(module).get("eps") for module in upstream.modules())
-    found = {eps for eps in held if isinstance(eps, float)}
+    values = (vars(module).get("eps") for module in upstream.modules())
     layer = layer_of(first)
-    candidates = sorted(found | {1e-12, 1e-8, 1e-6, 1e-5})
-    several = Counter(norm.eps for norm in _every(spec))
-    for old in (eps for eps, n in several.items() if n > 1):
+    candidates = sorted({eps for eps in values if isinstance(eps, float)} | {1e-12, 1e-8, 1e-6, 1e-5})
+    counts = Counter(norm.eps for norm in _every(spec))
+    for old in (eps for eps, n in counts.items() if n > 1):
         for eps in (eps for eps in candidates if eps != old):
-            change = f"eps={eps:g} in all {several[old]} norms that have {old:g}"
+            change = f"eps={eps:g} in all {counts[old]} norms that have {old:g}"
             yield Suspect(change, lambda s, old=old, eps=eps: _exchanged(s, old, eps))
     for place, norm in _places(spec, layer):
         where = re.sub(r"^block\b", f"blocks.{layer}", place)
@@ -117,7 +116,7 @@ def _every(facts: object) -> Iterator[NormSpec]:
 
 
 def _exchanged(facts: Any, old: float, eps: float) -> Any:
-    """Return facts with another eps in every norm that has the old one."""
+    """Copy facts with another eps in every norm that has the old one."""
     if isinstance(facts, NormSpec):
         return facts.model_copy(update={"eps": eps}) if facts.eps == old else facts
     if isinstance(facts, Facts):
@@ -234,9 +233,9 @@ def _gates(model: HookedViT) -> None:
     for name, tensor in tensors.items():
         if ".mlp.fc_gate." in name:
             other = tensors[name.replace("fc_gate", "fc_in")]
-            kept = tensor.detach().clone()
+            gate = tensor.detach().clone()
             tensor.copy_(other)
-            other.copy_(kept)
+            other.copy_(gate)
 
 
 def _joins(spec: ModelSpec) -> Iterator[Suspect]:
@@ -253,7 +252,7 @@ def _joins(spec: ModelSpec) -> Iterator[Suspect]:
         if has:
             yield Suspect(f"no layer scale on the {part}", edit=_each(ending, lambda gamma: gamma.fill_(1)))
         else:
-            # Fits only if the weight map has a row for the scale.
+            # Fits only if the weight map has a row for the scale; else adapting fails, and the change is passed over.
             flag = {name: True}
             yield Suspect(f"layer scale on the {part}: {name}=True", _blocks(lambda b, u=flag: b.model_copy(update=u)))
 
@@ -293,8 +292,8 @@ def _roll(x: Tensor, shift: int) -> None:
 
 
 def _columns(pos: Tensor, n: int, grid: tuple[int, int]) -> None:
-    turned = rearrange(pos[n:].detach().clone(), "(c r) d -> (r c) d", r=grid[0], c=grid[1])
-    pos[n:].copy_(turned)
+    transposed = rearrange(pos[n:].detach().clone(), "(c r) d -> (r c) d", r=grid[0], c=grid[1])
+    pos[n:].copy_(transposed)
 
 
 def _resizing(how: Interpolation) -> Callable[[HookedViT], None]:

@@ -1,4 +1,4 @@
-"""What a run of the kit found: results, certificates, reports."""
+"""Results, certificates and reports of the kit."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class CheckFailed(PrismaError):
 
 
 class DeviceFailed(PrismaError):
-    """A device broke in a way that nothing after it can run on it."""
+    """A device broke, and nothing can run on it any more in this process."""
 
 
 class Precision(Facts):
-    """How the logits come out in one dtype on one device, both sides beside float64.
+    """Errors of the logits in one dtype on one device, both sides against float64.
 
     Attributes:
         error: ours: the root of the mean square, in standard deviations of the logits.
         upstream: upstream's own, over the same inputs.
         equal: whether the two sides are the same to the bit.
-        skipped: why there is nothing to compare with.
+        skipped: the reason why there is nothing to compare with.
     """
 
     dtype: str
@@ -48,9 +48,9 @@ class CheckResult(Facts):
     Attributes:
         error: the largest error found, in the unit of the bound.
         bound: what it may be at most.
-        detail: what was looked at, or what went wrong.
-        skipped: why the check does not apply; it then counts as neither passed nor failed.
-        precisions: what came out in dtypes other than float64.
+        detail: scope of the check, or the problems.
+        skipped: the reason why the check does not apply; it then counts as neither passed nor failed.
+        precisions: errors in dtypes other than float64.
     """
 
     name: str
@@ -70,15 +70,17 @@ class CheckResult(Facts):
 
 
 class Certificate(Facts):
-    """What was proven about one model, and under which versions.
+    """Results of all checks on one model, with the versions of everything that took part.
 
     Attributes:
         name: the case, reference or type checked.
         upstream: qualified name of upstream's class.
         library, version: the package it comes from.
+        torch, prisma, plugin, python: versions; ``plugin`` is the distribution that brings the adapter, with its
+            version. Certificates from before these fields were written lack all but ``torch``.
         device, machine: where the checks ran, and a GPU's name, driver and libraries.
         sizes: of the inputs tried: heights and widths of images, lengths of texts.
-        form: ``mapped``: it has no canonical form, and upstream's own module is hooked where it stands.
+        form: ``mapped``: it has no canonical form, and upstream's own module is hooked at the places of a map.
         weights: ``random``: every weight drawn. ``own``: as the model came.
         full: whether upstream was built at its real size.
         facts: a digest of the spec with its sizes left out; equal for models that differ in size alone.
@@ -90,6 +92,9 @@ class Certificate(Facts):
     library: str
     version: str
     torch: str
+    prisma: str = ""
+    plugin: str = ""
+    python: str = ""
     dtype: str = "float64"
     device: str = "cpu"
     machine: str = ""
@@ -115,7 +120,7 @@ class Certificate(Facts):
         return next(result for result in self.results if result.name == check)
 
     def compact(self) -> str:
-        """Return one line of JSON: numbers and outcomes, without details and times."""
+        """One line of JSON: numbers and outcomes, without details and times."""
 
         def rounded(error: float | None) -> float | None:
             return None if error is None else float(f"{error:.1e}")
@@ -137,7 +142,7 @@ class Certificate(Facts):
 
 
 class Report(Facts):
-    """What ``check`` returns: a certificate for each model checked; one, unless an adapter was given."""
+    """Result of ``check``: a certificate for each model checked; one, unless an adapter was given."""
 
     certificates: tuple[Certificate, ...]
 
@@ -192,15 +197,15 @@ def write_certificates(certificates: Iterable[Certificate], path: str | Path) ->
 
 
 def read_certificates(path: str | Path) -> list[Certificate]:
-    """Read what ``write_certificates`` wrote.
+    """Read certificates from a file that ``write_certificates`` wrote.
 
     Raises:
         LoadError: a line is not a certificate.
     """
-    found: list[Certificate] = []
+    certificates: list[Certificate] = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         try:
-            found.append(Certificate.model_validate_json(line))
+            certificates.append(Certificate.model_validate_json(line))
         except ValueError as error:
             raise LoadError(f"{path}, line {number}, is not a certificate: {error}") from error
-    return found
+    return certificates

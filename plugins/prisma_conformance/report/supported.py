@@ -1,4 +1,4 @@
-"""What is proven about each upstream class: a summary of certificates, which each plugin carries in its package."""
+"""Summary of certificates by upstream class, which each plugin carries in its package as ``supported.json``."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Supported(Facts):
 
     Attributes:
         upstream: its qualified name.
-        form: ``canonical``, or ``mapped``: upstream's own module is hooked where it stands.
-        architectures: of how many there are certificates.
+        form: ``canonical``, or ``mapped``: upstream's own module is hooked at the places of a map.
+        architectures: how many have a certificate.
         passed: how many of them pass every check that applies.
         error: the worst error of the logits, in standard deviations; None where the logits were not compared.
         versions: of the libraries it was proven with.
@@ -46,13 +46,13 @@ _LIST = TypeAdapter(list[Supported])
 
 
 def counted(certificates: Iterable[Certificate]) -> list[Certificate]:
-    """Return the certificates that count: a GPU's are about the same architectures once more."""
+    """Certificates from a CPU, or all if there are none: those from a GPU are about the same architectures."""
     everything = list(certificates)
     return [one for one in everything if one.device == "cpu"] or everything
 
 
 def summarise(certificates: Iterable[Certificate]) -> list[Supported]:
-    """Return one row a class, by name."""
+    """Summarise certificates, one row a class, by name."""
     classes: dict[str, list[Certificate]] = defaultdict(list)
     for certificate in counted(certificates):
         classes[certificate.upstream].append(certificate)
@@ -72,7 +72,7 @@ def _row(name: str, members: list[Certificate]) -> Supported:
 
 
 def write_supported(certificates: Iterable[Certificate], package: str) -> Path:
-    """Write what is proven about a plugin's classes into its package, from where ``prisma models --classes`` reads it.
+    """Write the summary of a plugin's classes into its package, where ``prisma models --classes`` reads it.
 
     Raises:
         LoadError: there is no such package, or no certificate of a class that its adapters take.
@@ -92,8 +92,8 @@ def write_supported(certificates: Iterable[Certificate], package: str) -> Path:
 
 
 def read_supported(plugins: Host) -> dict[str, Supported]:
-    """Return what every plugin's package says of its classes; a file that cannot be read makes its plugin broken."""
-    found: dict[str, Supported] = {}
+    """Read the summaries of all plugins' packages; a plugin whose file cannot be read is reported as broken."""
+    supported: dict[str, Supported] = {}
     types = plugins.types()
     for info in plugins.plugins():
         try:
@@ -106,12 +106,12 @@ def read_supported(plugins: Host) -> dict[str, Supported]:
                 info.name, f"{NAME} is not what `python -m prisma_conformance.report.table` writes: {problem}"
             )
             continue
-        found |= {row.upstream: row for row in rows if types.get(row.upstream) == info.name}
-    return found
+        supported |= {row.upstream: row for row in rows if types.get(row.upstream) == info.name}
+    return supported
 
 
 def _package(module: str) -> str:
-    """Return the package that an entry point names, or that holds the module it names."""
+    """The package that an entry point names, or that holds the module it names."""
     path = module.partition(":")[0]
     spec = importlib.util.find_spec(path)
     is_package = spec is None or spec.submodule_search_locations is not None

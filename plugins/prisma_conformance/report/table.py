@@ -17,24 +17,24 @@ NAME = "supported.md"
 
 
 def write_table(folder: str | Path, *packages: str) -> Path:
-    """Write ``supported.md`` from a folder's certificates (``*.jsonl``), and what packages of plugins carry of it.
+    """Write ``supported.md`` from a folder's certificates (``*.jsonl``), and the summaries in packages of plugins.
 
     Raises:
         LoadError: the folder holds no certificates, a line is none, or a package is no plugin's or has none among them.
     """
     folder = Path(folder)
-    found = [certificate for path in sorted(folder.glob("*.jsonl")) for certificate in read_certificates(path)]
-    if not found:
+    certificates = [certificate for path in sorted(folder.glob("*.jsonl")) for certificate in read_certificates(path)]
+    if not certificates:
         raise LoadError(f"{folder} holds no certificates (*.jsonl): write them with pytest --certificates {folder}.")
     path = folder / NAME
-    path.write_text(supported(found), encoding="utf-8")
+    path.write_text(supported(certificates), encoding="utf-8")
     for package in packages:
-        write_supported(found, package)
+        write_supported(certificates, package)
     return path
 
 
 def supported(certificates: Sequence[Certificate]) -> str:
-    """Return the table as Markdown."""
+    """The table as Markdown."""
     return "\n".join(_lines(certificates)) + "\n"
 
 
@@ -89,12 +89,12 @@ def _lines(everything: Sequence[Certificate]) -> Iterator[str]:
 
 
 def _precisions(certificates: Sequence[Certificate]) -> Iterator[str]:
-    """Yield what came out in which dtype on which device, and what a GPU's certificates say as a whole."""
-    found: dict[tuple[str, str], list[Precision]] = defaultdict(list)
+    """Yield the table of dtypes and devices, and a line about each GPU."""
+    by_place: dict[tuple[str, str], list[Precision]] = defaultdict(list)
     for certificate in certificates:
         for precision in (one for result in certificate.results for one in result.precisions):
-            found[precision.device, precision.dtype].append(precision)
-    if not found:
+            by_place[precision.device, precision.dtype].append(precision)
+    if not by_place:
         return
     yield ""
     yield (
@@ -104,7 +104,7 @@ def _precisions(certificates: Sequence[Certificate]) -> Iterator[str]:
     yield ""
     yield "| device | dtype | architectures | bit-equal | worst | upstream cannot |"
     yield "| --- | --- | ---: | ---: | ---: | ---: |"
-    for (device, dtype), rows in sorted(found.items()):
+    for (device, dtype), rows in sorted(by_place.items()):
         ran = [one for one in rows if not one.skipped]
         shares = [one.error / one.upstream for one in ran if one.error is not None and one.upstream and not one.equal]
         cells = (len(rows), sum(one.equal for one in ran), f"{max(shares):.2f}" if shares else "", len(rows) - len(ran))

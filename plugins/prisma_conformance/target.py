@@ -1,0 +1,213 @@
+"""Targets of a check: a reference, a model, an adapter or a case, resolved to upstream models."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from prisma_core.errors import LoadError, PluginError, PrismaError, UnsupportedArchitecture, ask, called
+from prisma_core.hooks.model import HookedModel
+from prisma_core.maps.reader import Reader, qualified_name
+from prisma_core.plugin.adapter import Adapter, read_spec
+from prisma_core.plugin.case import Case
+from prisma_core.plugin.host import host
+from prisma_core.plugin.source import Loaded, Source
+from prisma_core.spec import Facts
+from prisma_core.transformer import ZooModel
+from prisma_core.zoo import export, split_reference
+
+Target = str | nn.Module | Adapter | Case
+LARGE = 1_000_000  # parameters; all checks of a smaller model take well under a minute
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """An upstream model to check.
+
+    Attributes:
+        case: how it is built and called.
+        upstream: the built model.
+        adapter: maps it.
+        reference: names the model it stands for, if any.
+        drawn: whether the weights are to be drawn at random.
+        full: whether it has its real size.
+        note: for users, about the size of a model that stands for a reference; empty where there is nothing to say.
+    """
+
+    case: Case
+    upstream: nn.Module
+    adapter: Adapter
+    reference: str | None = None
+    drawn: bool = True
+    full: bool = False
+    note: str = ""
+
+
+def resolve(
+    target: Target,
+    *,
+    upstream: nn.Module | None = None,
+    adapter: Adapter | None = None,
+    full: bool = False,
+    pretrained: bool = False,
+) -> Iterator[Resolved]:
+    """Yield the models that a target stands for: one, or for an adapter one a case.
+
+    Args:
+        target, upstream, adapter, full, pretrained: as ``check`` takes them.
+
+    Raises:
+        UnknownName: no such reference.
+        UnsupportedArchitecture: an adapter without cases, or a model no adapter takes.
+        PrismaError: the adapter given takes no models of this type; or a hooked model without an upstream.
+    """
+    if isinstance(target, Adapter):
+        yield from _of_adapter(target, full)
+        return
+    if isinstance(target, Case):
+        model = _of_case(target, adapter, full)
+    elif isinstance(target, str):
+        model = _of_reference(target, adapter, full, pretrained)
+    else:
+        model = _of_module(target, upstream, adapter, full)
+    yield model
+
+
+def _of_adapter(adapter: Adapter, full: bool) -> Iterator[Resolved]:
+    cases = _cases_of(adapter)
+    first = next(cases, None)
+    if first is None:
+        raise UnsupportedArchitecture(
+            ", ".join(adapter.types), "no installed plugin has a conformance case of this type"
+        )
+    yield _of_case(first, adapter, full)
+    for case in cases:
+        yield _of_case(case, adapter, full)
+
+
+def _cases_of(adapter: Adapter, kind: str | None = None) -> Iterator[Case]:
+    """Yield the cases whose model an adapter takes, or is of one of its types; its own plugin's, where it has one."""
+    kinds = adapter.types if kind is None else (kind,)
+    for case, _ in host().cases(host().homes(adapter) or None):
+        if qualified_name(_built(case)) in kinds:
+            yield case
+
+
+def _of_case(case: Case, adapter: Adapter | None, full: bool) -> Resolved:
+    built = _built(case, full=full)
+    return Resolved(case, built, _adapter(built, adapter), full=full)
+
+
+def _of_module(module: nn.Module, upstream: nn.Module | None, adapter: Adapter | None, full: bool) -> Resolved:
+    reference = None
+    if isinstance(module, ZooModel):
+        reference, module = module.reference, _upstream_of(module, upstream)
+    elif isinstance(module, HookedModel):
+        raise PrismaError(f"{type(module).__name__} was adapted from no upstream model: there is nothing to compare.")
+    case = Case(qualified_name(module), lambda: module)
+    return Resolved(case, module, _adapter(module, adapter), reference, drawn=False, full=full)
+
+
+def _upstream_of(model: ZooModel, upstream: nn.Module | None) -> nn.Module:
+    """Build an upstream module with the hooked model's present weights."""
+    unknown = (
+        "This hooked model does not know its upstream module. Give it: check(model, upstream=module); "
+        "or check the upstream module itself."
+    )
+    try:
+        state = export(model)
+    except LoadError as error:
+        raise PrismaError(unknown) from error
+    if upstream is not None:
+        built = copy.deepcopy(upstream)
+    elif model.reference is None or model.reference.startswith("file:"):
+        raise PrismaError(unknown)
+    else:
+        source, rest = split_reference(model.reference)
+        built = _load(host().source(source), rest, pretrained=False)
+    built.load_state_dict(state, strict=True)
+    return built
+
+
+# -------------------------------------------------------------------- references
+
+
+def _of_reference(reference: str, adapter: Adapter | None, full: bool, pretrained: bool) -> Resolved:
+    name, rest = split_reference(reference)
+    source = host().source(name)
+    note = ""
+    if not (full or pretrained):
+        if (case := source.case(rest)) is not None:
+            return replace(_of_case(case, adapter, full=False), reference=reference)
+        outline, taker = _outline(source, rest, adapter)
+        kind, size = qualified_name(outline), sum(parameter.numel() for parameter in outline.parameters())
+        if size > LARGE:
+            if (case := next(_cases_of(taker, kind), None)) is not None:
+                note = (
+                    f"the source {name!r} has no small form of {rest}, so the case {case.name!r}, another model of the "
+                    f"class {kind}, is checked for it. --full (in Python full=True) checks {reference} itself."
+                )
+                return replace(_of_case(case, adapter, full=False), reference=reference, note=note)
+            note = (
+                f"no plugin has a small model of the class {kind}, so {reference} is checked at its real size, "
+                f"{size:,} parameters. That takes long; a plugin's prisma_cases can bring a small one."
+            )
+    built = _load(source, rest, pretrained)
+    case = Case(reference, lambda: built)
+    return Resolved(case, built, _adapter(built, adapter), reference, drawn=not pretrained, full=True, note=note)
+
+
+def _outline(source: Source, rest: str, adapter: Adapter | None) -> tuple[nn.Module, Adapter]:
+    """Build a reference's model and find its adapter; without numbers if constructor and adapter allow that.
+
+    Raises:
+        UnsupportedArchitecture: no adapter takes this very model.
+    """
+
+    def build() -> tuple[nn.Module, Adapter]:
+        module = _load(source, rest, pretrained=False)
+        taker = _adapter(module, adapter)
+        read_spec(taker, Reader(module), Facts)
+        return module, taker
+
+    try:
+        with torch.device("meta"):
+            return build()
+    except (PluginError, NotImplementedError, RuntimeError):
+        return build()
+
+
+def _load(source: Source, rest: str, pretrained: bool) -> nn.Module:
+    return ask(source, "load", rest, gives=Loaded, pretrained=pretrained).model
+
+
+# -------------------------------------------------------------------- parts
+
+
+def _built(case: Case, *, full: bool = False) -> nn.Module:
+    """Build a case's model, at its real size if asked for and if there is one."""
+    which, build = ("full", case.full) if full and case.full else ("build", case.build)
+    return called(f"{which} of the case {case.name!r}", build, gives=nn.Module)
+
+
+def _adapter(upstream: nn.Module, adapter: Adapter | None) -> Adapter:
+    """Return the adapter given, or the installed one.
+
+    Raises:
+        PrismaError: the adapter given takes no models of this type.
+    """
+    if adapter is None:
+        return host().adapter(upstream)
+    if qualified_name(upstream) not in adapter.types:
+        raise PrismaError(
+            f"{type(adapter).__name__} adapts {', '.join(adapter.types) or 'no type'}; what is to be checked is a "
+            f"{qualified_name(upstream)}. Give an adapter whose types name it, or none for the installed one."
+        )
+    return adapter
+
+
+__all__ = ["Resolved", "Target", "resolve"]

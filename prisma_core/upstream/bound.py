@@ -1,0 +1,55 @@
+"""A row of a hook map with its hook point."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from prisma_core.errors import PrismaError
+from prisma_core.hooks.point import HookPoint
+from prisma_core.maps.places import Row
+from prisma_core.upstream.observer import Observer
+
+
+class BoundRow(Observer):
+    """Applies the hooks of a hook point at the place of its row.
+
+    Attributes:
+        point: the hook point, with the row's axes and equation.
+    """
+
+    def __init__(self, row: Row, sizes: Mapping[str, int]):
+        self.row = row
+        self.place = row.place
+        self.sizes = sizes
+        self.point = HookPoint(row.axes, row.equation)
+
+    def passed(self, x: Tensor, batch: int) -> Tensor:
+        """Apply the hooks of the active scope to upstream's tensor, axes ordered as the row says."""
+        sizes = {**self.sizes, "batch": batch}
+        activation = self.row.read(x, sizes)
+        if activation.ndim != len(self.row.axes.split()):
+            raise PrismaError(
+                f"The hook map says {self.row.hook} has the axes {self.row.axes!r}; {self.place} "
+                f"holds {list(activation.shape)}."
+            )
+        activation = activation.clone()
+        result = self.point(activation)
+        if result is activation and not (torch.is_grad_enabled() and activation.requires_grad):
+            return x
+        return _laid_out_as(self.row.write(result, sizes), x)
+
+    def missed(self) -> None:
+        raise PrismaError(f"No tensor passes {self.place}; the hook map names it for {self.row.hook}.")
+
+
+def _laid_out_as(y: Tensor, x: Tensor) -> Tensor:
+    """Copy y into the memory layout of x, so that kernels add in the same order."""
+    if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
+        return y.clone()
+    return torch.empty_strided(x.shape, x.stride(), dtype=y.dtype, device=y.device).copy_(y)
+
+
+__all__ = ["BoundRow"]
