@@ -16,7 +16,7 @@ from prisma_core.errors import UnsupportedArchitecture
 from prisma_core.maps.reader import Reader, qualified_name
 from prisma_core.plugin.adapter import Adapter
 from prisma_core.plugin.case import Case, Pictures
-from prisma_timm.mapping import FamilyMap
+from prisma_timm.hooked.mapping import FamilyMap
 
 HEADS, WIDTH, GRID = 3, 16, (3, 4)  # heads, the width of one, rows and columns of patches
 
