@@ -309,7 +309,7 @@ def test_doctor(with_timm: Run) -> None:
 
 
 def test_check_that_fails(with_timm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prisma_timm.vision_transformer import VisionTransformerAdapter
+    from prisma_timm.canonical.vision_transformer import VisionTransformerAdapter
 
     spec = VisionTransformerAdapter.spec
 

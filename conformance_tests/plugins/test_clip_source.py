@@ -22,7 +22,7 @@ open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed:
 
 from huggingface_hub import constants  # noqa: E402
 from prisma_clip import tinyclip  # noqa: E402
-from prisma_clip.towers import DualAdapter  # noqa: E402
+from prisma_clip.canonical.towers import DualAdapter  # noqa: E402
 
 logits = DualAdapter().call
 from prisma_clip.building import preprocess  # noqa: E402

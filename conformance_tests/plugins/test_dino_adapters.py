@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from prisma_conformance.randomise import randomise
+from prisma_dino.canonical.dinov2 import Dinov2Adapter
+from prisma_dino.canonical.dinov3 import Dinov3Adapter
+from prisma_dino.canonical.meta_adapter import MetaAdapter
 from prisma_dino.cases import V2, V3, build
-from prisma_dino.dinov2 import Dinov2Adapter
-from prisma_dino.dinov3 import Dinov3Adapter
-from prisma_dino.meta_adapter import MetaAdapter
 from torch import nn
 
 import prisma_core as prisma

@@ -12,9 +12,9 @@ from prisma_core import UnsupportedArchitecture, adapt
 
 transformers = pytest.importorskip("transformers", reason="transformers is missing: pip install 'prisma-interp[hf]'")
 
-from prisma_hf.calling import main_output, pictures_apart  # noqa: E402
+from prisma_hf.canonical.calling import main_output, pictures_apart  # noqa: E402
+from prisma_hf.canonical.parts import explicit_attention  # noqa: E402
 from prisma_hf.cases import autoencoder, built  # noqa: E402
-from prisma_hf.parts import explicit_attention  # noqa: E402
 
 SAPIENS = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads_per_layer": [4, 2]}
 

@@ -14,7 +14,7 @@ from prisma_core.inputs import Preprocess
 
 pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 
-from prisma_timm.source import preprocess
+from prisma_timm.preprocessing import preprocess
 from timm.data import create_transform, resolve_model_data_config
 
 PICTURES = [(37, 53), (53, 37), (224, 224), (300, 301), (641, 480), (1, 1), (2, 400), (255, 256), (16, 16)]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import prisma_core as prisma
-from prisma_core import LoadError, UnknownName
+from prisma_core import InputError, LoadError, UnknownName, UnsupportedArchitecture
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 
@@ -196,14 +196,24 @@ def test_every_model_is_listed_with_its_family_and_tags(no_network: None) -> Non
     assert infos["timm:deit_tiny_patch16_224"].family == "deit"
 
 
-def test_what_loads_is_what_has_a_case() -> None:
-    """Found out without building each, so by its own way; the certificates were made by building each."""
+def test_every_certified_architecture_is_loadable() -> None:
+    """By the classes of timm's modules, without building any; the certificates were made by building each."""
     table = Path(__file__).parents[2] / "docs/conformance/timm.jsonl"
-    proved = [json.loads(line) for line in table.read_text().splitlines()]
-    if any(line["version"] != timm.__version__ for line in proved):
+    certificates = [json.loads(line) for line in table.read_text().splitlines()]
+    if any(line["version"] != timm.__version__ for line in certificates):
         pytest.skip("the certificates are of another timm")
-    found = TimmSource().loadable(timm.list_models())
-    assert {line["name"] for line in proved} <= set(found)
-    refused = {"resnet18", "vit_dwee_patch16_reg1_gap_256", "qwen3_vit_88m_merge", "vit_dpwee_patch16_reg1_gap_256"}
-    assert not refused & set(found)
-    assert timm.create_model(NAME, **SMALL).num_classes == 1000  # timm builds as before
+    names = set(TimmSource().loadable(timm.list_models()) or ())
+    assert {line["name"] for line in certificates} <= names
+    assert not {"resnet18", "gemma4_vit_167m", "mobilenetv3_small_050"} & names
+    assert TimmSource().loadable(["resnet18", NAME]) == {NAME}
+
+
+@pytest.mark.parametrize("name", ["vit_dwee_patch16_reg1_gap_256", "qwen3_vit_88m_merge"])
+def test_an_unsupported_architecture_of_an_adapted_module_says_why(name: str, no_network: None) -> None:
+    with pytest.raises(UnsupportedArchitecture, match=r"differential attention|a projector that merges patches"):
+        prisma.load(f"timm:{name}", pretrained=False)
+
+
+def test_options_of_another_kind_quote_timm(no_network: None) -> None:
+    with pytest.raises(InputError, match=rf"timm:{NAME} takes no such options \(embed_dim\): "):
+        prisma.load(f"timm:{NAME}", pretrained=False, embed_dim="a")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import prisma_dino
 import pytest
 from prisma_conformance.pytest import suite
-from prisma_dino.meta_adapter import V1, V2, V3
+from prisma_dino.canonical.meta_adapter import V1, V2, V3
 
 from prisma_core.plugin.host import host
 

@@ -427,8 +427,8 @@ def test_every_value_is_followed_refused_or_not_built(berts: Path, tmp_path: Pat
 
 @torch.no_grad()
 def test_a_misread_field_is_seen(berts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prisma_clip.blocks.activation", lambda module: "gelu")
-    monkeypatch.setattr("prisma_clip.native._causal", lambda upstream: True)
+    monkeypatch.setattr("prisma_clip.canonical.blocks.activation", lambda module: "gelu")
+    monkeypatch.setattr("prisma_clip.canonical.native._causal", lambda upstream: True)
     start = Base(CLIP(**configured("native", berts)))
     for part, name, value in (("", "quick_gelu", True), ("text_cfg", "no_causal_mask", True)):
         verdict = start.judge(partial(CLIP, **configured("native", berts, part, name, value)))

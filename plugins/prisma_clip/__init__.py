@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 
-from prisma_clip.hf_bert import OpenClipText
-from prisma_clip.hf_dual import HfDual, Projected
-from prisma_clip.hf_towers import TOWERS as HF_TOWERS
+from prisma_clip.canonical.hf_bert import OpenClipText
+from prisma_clip.canonical.hf_dual import HfDual, Projected
+from prisma_clip.canonical.hf_towers import TOWERS as HF_TOWERS
+from prisma_clip.canonical.towers import DualAdapter, TextAdapter, TimmAdapter, VisionAdapter
 from prisma_clip.source import OpenClipSource
-from prisma_clip.towers import DualAdapter, TextAdapter, TimmAdapter, VisionAdapter
 from prisma_core import hookimpl
 from prisma_core.plugin.adapter import Adapter
 from prisma_core.plugin.case import Case

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prisma_clip import tinyclip
 from prisma_core.errors import LoadError
 from prisma_core.files.checkpoint import check_shapes, read_checkpoint
 from prisma_core.inputs import Preprocess
@@ -53,6 +54,19 @@ def create_from(config: dict[str, Any], options: dict[str, Any]) -> nn.Module:
             raise LoadError(f"open_clip cannot build this configuration: {error}") from error
 
 
+def create_tinyclip(path: str | Path, options: dict[str, Any]) -> nn.Module:
+    """Return open_clip's model of TinyCLIP's original checkpoint, filled; its spec is read from the weights' shapes.
+
+    Raises:
+        LoadError: the file cannot be read safely, or its weights are not those of a transformer with heads of 64.
+    """
+    state = tinyclip.unwrapped(read_checkpoint(path))
+    model = create_from({"model_cfg": tinyclip.config(state, path)}, options)
+    tinyclip.narrow(model, state, path)
+    fill(model, path, sizes=bool(options))
+    return model
+
+
 def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -80,8 +94,6 @@ def fill(model: Any, path: str | Path, *, sizes: bool) -> None:
     """
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
-
-    from prisma_clip import tinyclip
 
     state = tinyclip.unwrapped(read_checkpoint(path))
     state = convert_state_dict(model, state)

@@ -8,8 +8,17 @@ from typing import Any
 
 from torch import nn
 
-from prisma_clip import texts
-from prisma_clip.building import CONFIG, create, create_from, fill, preprocess, read_config, set_preprocessing
+from prisma_clip import texts, tinyclip
+from prisma_clip.building import (
+    CONFIG,
+    create,
+    create_from,
+    create_tinyclip,
+    fill,
+    preprocess,
+    read_config,
+    set_preprocessing,
+)
 from prisma_clip.texts import Tokenizer
 from prisma_core.errors import LoadError, UnknownName, suggest
 from prisma_core.plugin.case import Case
@@ -35,12 +44,9 @@ class OpenClipSource(Source):
             return _from_folder(Path(name), pretrained, options)
         if name.endswith(".json"):
             return _from_config(Path(name), which, pretrained, options)
-        if which and Path(which).is_file() and not _known(name):
-            from prisma_clip import tinyclip
-
-            if tinyclip.is_one(which):
-                model = tinyclip.load(which, **options)
-                return _loaded(model, Tokenizer({"context_length": model.context_length}))
+        if which and Path(which).is_file() and not _known(name) and tinyclip.is_one(which):
+            model: Any = create_tinyclip(which, options)
+            return _loaded(model, Tokenizer({"context_length": model.context_length}))
         _check_name(name, which)
         tag = _tag(name, which) if _is_tag(name, which) else {}
         if which or not pretrained:

@@ -58,23 +58,6 @@ def is_one(path: str | Path) -> bool:
     return any(name.removeprefix("module.").startswith(WRAPPERS) for name in read_checkpoint(path))
 
 
-def load(path: str | Path, **options: Any) -> nn.Module:
-    """Return open_clip's model of an original checkpoint, its facts read from the shapes of the weights.
-
-    Raises:
-        LoadError: the file cannot be read safely, or its weights are not those of a transformer with heads of 64.
-    """
-    from prisma_clip.building import create_from, fill
-
-    state = unwrapped(read_checkpoint(path))
-    model: Any = create_from({"model_cfg": config(state, path)}, options)
-    for prefix, tower in (("visual.transformer.", model.visual.transformer), ("transformer.", model.transformer)):
-        for index, block in enumerate(tower.resblocks):
-            _narrow(block, state, f"{prefix}resblocks.{index}.", path)
-    fill(model, path, sizes=bool(options))
-    return model
-
-
 def config(state: Mapping[str, Tensor], path: object = "the checkpoint") -> dict[str, Any]:
     """Return the configuration that the shapes of open_clip's tensors imply.
 
@@ -125,6 +108,17 @@ def _heads(width: int) -> int:
 # -------------------------------------------------------------------- automatic inheritance
 
 
+def narrow(model: Any, state: Mapping[str, Tensor], path: object) -> None:
+    """Give each block of open_clip's model as many heads and neurons as its weights have.
+
+    Raises:
+        LoadError: all heads or all neurons of a block were taken out, or a head is not of 64 channels.
+    """
+    for prefix, tower in (("visual.transformer.", model.visual.transformer), ("transformer.", model.transformer)):
+        for index, block in enumerate(tower.resblocks):
+            _narrow(block, state, f"{prefix}resblocks.{index}.", path)
+
+
 class NarrowAttention(nn.Module):
     """Multi-head attention whose heads together are not as wide as the stream: some were taken out.
 
@@ -154,11 +148,6 @@ class NarrowAttention(nn.Module):
 
 
 def _narrow(block: Any, state: Mapping[str, Tensor], prefix: str, path: object) -> None:
-    """Give a block the heads and neurons that its weights have.
-
-    Raises:
-        LoadError: all heads or all neurons were taken out, or a head is not of 64 channels.
-    """
     try:
         projection, neurons = state[f"{prefix}attn.in_proj_weight"], state[f"{prefix}mlp.c_fc.weight"].shape[0]
     except KeyError as error:

@@ -9,10 +9,10 @@ from prisma_core import hookimpl
 from prisma_core.plugin.adapter import Adapter
 from prisma_core.plugin.case import Case
 from prisma_core.plugin.source import Source
-from prisma_dino.dinov2 import Dinov2Adapter
-from prisma_dino.dinov3 import Dinov3Adapter
+from prisma_dino.canonical.dinov2 import Dinov2Adapter
+from prisma_dino.canonical.dinov3 import Dinov3Adapter
+from prisma_dino.canonical.meta_adapter import MetaAdapter
 from prisma_dino.heads import DinoHead, last_layers, linear_input, load_head, load_linear_head
-from prisma_dino.meta_adapter import MetaAdapter
 from prisma_dino.source import DinoSource
 
 __all__ = ["DinoHead", "last_layers", "linear_input", "load_head", "load_linear_head"]

@@ -14,7 +14,7 @@ from prisma_core.maps.reader import Reader
 from prisma_core.plugin.adapter import MapAdapter
 from prisma_core.spec import MapSpec
 from prisma_core.toolbox.rows import masks_as_built
-from prisma_hf import parts
+from prisma_hf.canonical import parts
 
 PRETRAINING = "transformers.models.vit_mae.modeling_vit_mae.ViTMAEForPreTraining"
 STREAM, SQUARE = "batch pos d_model", "batch head query_pos key_pos"

@@ -9,18 +9,18 @@ from prisma_core import hookimpl
 from prisma_core.plugin.adapter import Adapter
 from prisma_core.plugin.case import Case
 from prisma_core.plugin.source import Source
-from prisma_timm.beit import BeitAdapter
-from prisma_timm.convnext import ConvNeXtAdapter
-from prisma_timm.encoders import EncoderAdapter
-from prisma_timm.eva import EvaAdapter
-from prisma_timm.hiera import HieraAdapter
-from prisma_timm.naflexvit import NaFlexVitAdapter
+from prisma_timm.canonical.beit import BeitAdapter
+from prisma_timm.canonical.encoders import EncoderAdapter
+from prisma_timm.canonical.eva import EvaAdapter
+from prisma_timm.canonical.naflexvit import NaFlexVitAdapter
+from prisma_timm.canonical.relpos import RelPosAdapter
+from prisma_timm.canonical.vision_transformer import VisionTransformerAdapter
+from prisma_timm.hooked.convnext import ConvNeXtAdapter
+from prisma_timm.hooked.hiera import HieraAdapter
+from prisma_timm.hooked.sam import SamAdapter
+from prisma_timm.hooked.swin import SwinAdapter, SwinV2Adapter, SwinV2CrAdapter
 from prisma_timm.refused import SandwichRefused
-from prisma_timm.relpos import RelPosAdapter
-from prisma_timm.sam import SamAdapter
 from prisma_timm.source import TimmSource
-from prisma_timm.swin import SwinAdapter, SwinV2Adapter, SwinV2CrAdapter
-from prisma_timm.vision_transformer import VisionTransformerAdapter
 
 
 @hookimpl

@@ -3,38 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
 import timm
-import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from prisma_core.errors import UnsupportedArchitecture
+from prisma_core.errors import InputError, UnsupportedArchitecture
 from prisma_core.maps.reader import Reader, qualified_name
 from prisma_core.plugin.adapter import Adapter
 from prisma_core.plugin.case import Case, Pictures
-from prisma_timm.mapping import FamilyMap
+from prisma_timm.building import create_without_data
+from prisma_timm.hooked.mapping import FamilyMap
+from prisma_timm.preprocessing import preprocess
 
 HEADS, WIDTH, GRID = 3, 16, (3, 4)  # heads, the width of one, rows and columns of patches
-
-
-# What initialisation does to tensors in place. Without data it would only cost time, and most of the time at that.
-DRAWING = {"add_", "clamp_", "copy_", "div_", "erfinv_", "fill_", "mul_", "normal_", "uniform_", "zero_"}
-DRAWING |= {"kaiming_uniform_", "kaiming_normal_"}
-
-
-class WithoutData(TorchFunctionMode):
-    """Leaves tensors without data as they are where initialisation would draw their values."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in DRAWING:
-            drawn = args[0] if args else (kwargs or {}).get("tensor")
-            if getattr(drawn, "is_meta", False):
-                return drawn
-        return func(*args, **(kwargs or {}))
 
 
 def cases(adapters: Sequence[Adapter]) -> Iterator[Case]:
@@ -43,11 +27,16 @@ def cases(adapters: Sequence[Adapter]) -> Iterator[Case]:
     Each is built once without data, which says whether its adapter can represent it.
     """
     by_type = types_of(adapters)
+    for name in adapted_names(by_type):
+        if (one := case(name, by_type)) is not None:
+            yield one
+
+
+def adapted_names(adapters: Container[str]) -> Iterator[str]:
+    """Yield every architecture in a module of timm's that has a class some adapter takes, given by qualified name."""
     for module in timm.list_modules():
-        if any(f"{kind.__module__}.{kind.__qualname__}" in by_type for kind in _classes(module)):
-            for name in timm.list_models(module=module):
-                if (found := case(name, by_type)) is not None:
-                    yield found
+        if any(f"{kind.__module__}.{kind.__qualname__}" in adapters for kind in _classes(module)):
+            yield from timm.list_models(module=module)
 
 
 def types_of(adapters: Sequence[Adapter]) -> dict[str, Adapter]:
@@ -82,14 +71,12 @@ def _outline(name: str) -> nn.Module:
 
 def _first(name: str, options: Sequence[dict[str, Any]]) -> tuple[nn.Module, dict[str, Any]]:
     """Return an architecture without data, built with the first arguments its constructor takes, and those."""
-    for given in options[:-1]:
+    for arguments in options[:-1]:
         try:
-            with torch.device("meta"), WithoutData():
-                return timm.create_model(name, pretrained=False, **given), given
-        except (TypeError, AssertionError, ValueError, RuntimeError):  # constructors refuse in their own ways
+            return create_without_data(name, arguments), arguments
+        except (InputError, TypeError, AssertionError, ValueError, RuntimeError):  # a constructor's ways to refuse
             continue
-    with torch.device("meta"), WithoutData():
-        return timm.create_model(name, pretrained=False, **options[-1]), options[-1]
+    return create_without_data(name, options[-1]), options[-1]
 
 
 def _taken(model: nn.Module, adapters: Mapping[str, Adapter]) -> bool:
@@ -124,8 +111,8 @@ def _smallest(name: str) -> dict[str, Any]:
     image = {"img_size": _image_size(model), **_positions(model)}
     narrow = {"embed_dim": HEADS * WIDTH, "num_heads": HEADS}
     grouped = {"num_kv_heads": (HEADS, 1)}
-    tried = [narrow | image, narrow | image | grouped, image, narrow, {}]
-    return _first(name, [depth | given for given in tried])[1]
+    attempts = [narrow | image, narrow | image | grouped, image, narrow, {}]
+    return _first(name, [depth | arguments for arguments in attempts])[1]
 
 
 def _tower(model: nn.Module) -> nn.Module:
@@ -153,8 +140,6 @@ def _positions(model: nn.Module) -> dict[str, Any]:
 def pictures(model: nn.Module) -> Pictures:
     """Return our preprocessing for a model, and timm's."""
     from timm.data import create_transform, resolve_model_data_config
-
-    from prisma_timm.source import preprocess
 
     config = resolve_model_data_config(model)
     return Pictures(preprocess(config), create_transform(**config))

@@ -8,13 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from prisma_core.errors import LoadError, UnknownName, suggest
+from prisma_core.errors import UnknownName, suggest
 from prisma_core.files.checkpoint import check_shapes, read_checkpoint
-from prisma_core.inputs import Preprocess
+from prisma_core.plugin.adapter import Refusal
 from prisma_core.plugin.case import Case
 from prisma_core.plugin.source import Loaded, ModelInfo, Source
-
-RESIZE = {"center": "shortest", "squash": "squash", "border": "longest"}
+from prisma_timm.preprocessing import preprocess
 
 
 class TimmSource(Source):
@@ -28,25 +27,22 @@ class TimmSource(Source):
     install = 'pip install "prisma-interp[timm]"'
 
     def load(self, rest: str, *, pretrained: bool = True, **options: Any) -> Loaded:
-        import timm
+        from timm.data.model_config import resolve_input_data_config
+
+        from prisma_timm.building import create, create_without_data
+        from prisma_timm.hub import create_pretrained
 
         name, _, checkpoint = rest.partition("@")
         _check_name(name)
-        if options:
-            from prisma_timm.known import check_options
-
-            check_options(name, options)
         if checkpoint:
-            model = timm.create_model(name, pretrained=False, **options)
+            model = create(name, options)
             _fill(model, checkpoint)
         elif pretrained:
-            from prisma_timm.hub import create_pretrained
-
+            if options:
+                create_without_data(name, options)  # a wrong option is an error before anything is fetched
             model = create_pretrained(name, options)
         else:
-            model = timm.create_model(name, pretrained=False, **options)
-        from timm.data.model_config import resolve_input_data_config
-
+            model = create(name, options)
         return Loaded(model.eval(), preprocess(resolve_input_data_config(model)), _labels(model))
 
     def models(self) -> Iterator[ModelInfo]:
@@ -62,36 +58,18 @@ class TimmSource(Source):
                 yield ModelInfo(f"timm:{name}", module, bool(tags[name]), note)
 
     def loadable(self, rests: Collection[str]) -> Collection[str] | None:
+        """Return those of a module that has a class some adapter takes; a few of them ``load`` refuses in words."""
         from prisma_timm import prisma_adapters
-        from prisma_timm.cases import types_of
-        from prisma_timm.known import loadable
+        from prisma_timm.cases import adapted_names, types_of
 
-        return loadable(rests, types_of(prisma_adapters()))
+        adapters = [adapter for adapter in prisma_adapters() if not isinstance(adapter, Refusal)]
+        return set(adapted_names(types_of(adapters))) & set(rests)
 
     def case(self, rest: str) -> Case | None:
         from prisma_timm import prisma_adapters
         from prisma_timm.cases import case, types_of
 
         return case(rest, types_of(prisma_adapters()))
-
-
-def preprocess(config: dict[str, Any]) -> Preprocess:
-    """Return what timm's evaluation transform does, given timm's data config.
-
-    Raises:
-        LoadError: it does something we cannot repeat.
-    """
-    if config["crop_mode"] not in RESIZE:
-        raise LoadError(f"timm's crop mode {config['crop_mode']!r} is none of {', '.join(RESIZE)}.")
-    return Preprocess(
-        size=tuple(config["input_size"][1:]),
-        resize=RESIZE[config["crop_mode"]],
-        crop=config["crop_pct"],
-        pad="mean" if config["crop_mode"] == "border" else "black",
-        interpolation=config["interpolation"],
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-    )
 
 
 def _check_name(reference: str) -> None:

@@ -9,13 +9,13 @@ from prisma_core import hookimpl
 from prisma_core.inputs.video import VideoPreprocess, read_video
 from prisma_core.plugin.adapter import Adapter
 from prisma_core.plugin.case import Case
+from prisma_vivit.canonical.videomae import VideoMAEAdapter
+from prisma_vivit.canonical.vivit import VivitAdapter
+from prisma_vivit.canonical.vjepa2 import VJEPA2Adapter
+from prisma_vivit.hooked.timesformer import TimesformerAdapter
+from prisma_vivit.hooked.vjepa2_maps import Predictor, VJEPA2ClassifierAdapter, VJEPA2PredictorAdapter
 from prisma_vivit.processing import preprocess_of
 from prisma_vivit.refused import DecoderRefused
-from prisma_vivit.timesformer import TimesformerAdapter
-from prisma_vivit.videomae import VideoMAEAdapter
-from prisma_vivit.vivit import VivitAdapter
-from prisma_vivit.vjepa2 import VJEPA2Adapter
-from prisma_vivit.vjepa2_maps import Predictor, VJEPA2ClassifierAdapter, VJEPA2PredictorAdapter
 
 
 @hookimpl

@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from prisma_core.plugin.case import Case, Pictures
+from prisma_vivit.hooked.vjepa2_maps import Predictor
 from prisma_vivit.processing import preprocess_of
-from prisma_vivit.vjepa2_maps import Predictor
 
 VIVIT = {
     "image_size": [8, 12],

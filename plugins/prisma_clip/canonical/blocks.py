@@ -1,0 +1,159 @@
+"""open_clip's blocks: facts, weight rows and hook rows."""
+
+from __future__ import annotations
+
+from prisma_clip.canonical.common import IDENTITY, activation, norm
+from prisma_core.maps.reader import Reader
+from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec
+from prisma_core.toolbox.rows import linear_rows, norm_rows, same_for_all
+
+BLOCK = "open_clip.transformer.ResidualAttentionBlock"
+CUSTOM_BLOCK = "open_clip.transformer.CustomResidualAttentionBlock"
+ATTENTION = "open_clip.transformer.Attention"
+NARROW = "prisma_clip.tinyclip.NarrowAttention"
+MHA = "torch.nn.modules.activation.MultiheadAttention"
+
+
+def mha(module: Reader) -> AttentionSpec:
+    """Return the facts of torch's multi-head attention, or of TinyCLIP's with fewer heads."""
+    if module.is_a(NARROW):
+        heads, width = module.num_heads, module.head_dim
+        return AttentionSpec(n_heads=heads, n_kv_heads=heads, d_head=width, scale=width**-0.5)
+    if not module.batch_first:
+        raise module.unsupported("tokens before the batch")
+    if module.has("bias_k") or module.has("bias_v") or module.add_zero_attn:
+        raise module.unsupported("learned or empty tokens added to keys and values")
+    return AttentionSpec(
+        n_heads=module.num_heads,
+        n_kv_heads=module.num_heads,
+        d_head=module.head_dim,
+        scale=module.head_dim**-0.5,
+    )
+
+
+def _custom_attention(module: Reader) -> AttentionSpec:
+    if not module.is_a(ATTENTION):
+        raise module.unsupported("its kind of attention")
+    if module.has("logit_scale") or module.scaled_cosine:
+        raise module.unsupported("attention by cosine, with a learned scale")
+    if module.has("head_scale") or module.scale_heads:
+        raise module.unsupported("a learned scale for each head")
+    if norm(module.ln_q) != norm(module.ln_k):
+        raise module.unsupported("queries and keys normed differently")
+    return AttentionSpec(
+        n_heads=module.num_heads,
+        n_kv_heads=module.num_heads,
+        d_head=module.head_dim,
+        scale=module.scale,
+        qk_norm=norm(module.ln_q),
+        inner_norm=norm(module.ln_inner),
+    )
+
+
+def _is_scaled(module: Reader) -> bool:
+    if module.is_a("open_clip.transformer.LayerScale"):
+        return True
+    if module.is_a(IDENTITY):
+        return False
+    raise module.unsupported("its kind of layer scale")
+
+
+def block(module: Reader) -> BlockSpec:
+    """Return the facts of a block."""
+    custom = module.is_a(CUSTOM_BLOCK)
+    if not custom and (not module.is_a(BLOCK) or module.has("ln_1_kv")):
+        raise module.unsupported("its kind of block")
+    if not custom and not module.attn.is_a(MHA, NARROW):
+        raise module.attn.unsupported("its kind of attention")
+    if custom and norm(module.ln_attn) is not None:
+        raise module.unsupported("sandwich norms, before and after attention")
+    mlp = module.mlp
+    return BlockSpec(
+        attn=_custom_attention(module.attn) if custom else mha(module.attn),
+        mlp=MlpSpec(
+            d_mlp=mlp.c_fc.out_features,
+            act=activation(mlp.gelu),
+            inner_norm=norm(mlp.ln) if custom else None,
+        ),
+        ln1=norm(module.ln_1),
+        ln2=norm(module.ln_2),
+        attn_scale=_is_scaled(module.ls_1),
+        mlp_scale=_is_scaled(module.ls_2),
+    )
+
+
+def block_rows(module: Reader, source: str, target: str) -> str:
+    """Return the weight rows of a block."""
+    rows = f"""
+        {source}.attn.in_proj_weight        ->  {target}.attn.qkv.weight
+        {source}.attn.in_proj_bias | zeros  ->  {target}.attn.qkv.bias
+        {source}.ls_1.gamma                 ->  {target}.ls1.gamma
+        {source}.ls_2.gamma                 ->  {target}.ls2.gamma
+    """
+    for theirs, ours in (("ln_1", "ln1"), ("ln_2", "ln2")):
+        rows += norm_rows(f"{source}.{theirs}", f"{target}.{ours}")
+    for theirs, ours in (("attn.out_proj", "attn.out"), ("mlp.c_fc", "mlp.fc_in"), ("mlp.c_proj", "mlp.fc_out")):
+        rows += linear_rows(f"{source}.{theirs}", f"{target}.{ours}")
+    if module.is_a(CUSTOM_BLOCK):
+        norms = (("attn.ln_q", "attn.q_norm"), ("attn.ln_k", "attn.k_norm"), ("attn.ln_inner", "attn.ln"))
+        for theirs, ours in (*norms, ("mlp.ln", "mlp.ln")):
+            rows += norm_rows(f"{source}.{theirs}", f"{target}.{ours}")
+    return rows
+
+
+def block_hooks(module: Reader, source: str, target: str) -> str:
+    """Return the hook rows of a block; ``d`` is the width of a head."""
+    rows = f"""
+        {source}.ln_1 : in        ->  {target}.hook_resid_pre
+        {source}.ln_1             ->  {target}.ln1.hook_normalized
+        {source}.ls_1             ->  {target}.hook_attn_out
+        {source}.ln_2 : in        ->  {target}.hook_resid_mid
+        {source}.ln_2             ->  {target}.ln2.hook_normalized
+        {source}.mlp.c_fc         ->  {target}.mlp.hook_pre
+        {source}.mlp.c_proj : in  ->  {target}.mlp.hook_post
+        {source}.ls_2             ->  {target}.hook_mlp_out
+        {source}                  ->  {target}.hook_resid_post
+    """
+    if not module.is_a(CUSTOM_BLOCK):
+        return rows + mha_hooks(f"{source}.attn", f"{target}.attn")
+    return (
+        rows
+        + f"""
+        {source}.attn.ln_q                                 ->  {target}.attn.hook_q  : b h p d -> b p h d
+        {source}.attn.ln_k                                 ->  {target}.attn.hook_k  : b h p d -> b p h d
+        {source}.attn @ scaled_dot_product_attention : in2  ->  {target}.attn.hook_v  : b h p d -> b p h d
+        {source}.attn.ln_q             ->  {target}.attn.q_norm.hook_normalized  : b h p d -> b p h d
+        {source}.attn.ln_k             ->  {target}.attn.k_norm.hook_normalized  : b h p d -> b p h d
+        {source}.attn.ln_inner : in    ->  {target}.attn.hook_z  : b p (h d) -> b p h d
+        {source}.attn.ln_inner         ->  {target}.attn.ln.hook_normalized
+        {source}.mlp.ln : in           ->  {target}.mlp.hook_mid
+        {source}.mlp.ln                ->  {target}.mlp.ln.hook_normalized
+    """
+    )
+
+
+def mha_hooks(source: str, target: str, width: str = "d") -> str:
+    """Return the hook rows of torch's multi-head attention, taken step by step; ``width`` names that of a head."""
+    split = f"b p (h {width}) -> b p h {width}"
+    return f"""
+        {source} @ linear        ->  {target}.hook_q            : {split}
+        {source} @ linear#1      ->  {target}.hook_k            : {split}
+        {source} @ linear#2      ->  {target}.hook_v            : {split}
+        {source} @ softmax : in  ->  {target}.hook_attn_scores
+        {source} @ softmax       ->  {target}.hook_pattern
+        {source} @ linear#3 : in  ->  {target}.hook_z           : {split}
+    """
+
+
+def blocks_rows(transformer: Reader) -> str:
+    """Return the weight rows of all blocks."""
+    tables = [block_rows(one, "transformer.resblocks.{l}", "blocks.{l}") for one in transformer.resblocks]
+    return same_for_all(transformer, tables)
+
+
+def blocks_hooks(transformer: Reader) -> str:
+    """Return the hook rows of all blocks; ``d`` is the width of a head."""
+    if not transformer.batch_first:
+        raise transformer.unsupported("tokens before the batch")
+    tables = [block_hooks(one, "transformer.resblocks.{l}", "blocks.{l}") for one in transformer.resblocks]
+    return same_for_all(transformer, tables)

@@ -1,0 +1,60 @@
+"""Learned biases of the scores, made by upstream's own modules from tables of offsets between patches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.func import functional_call
+
+from prisma_core.hooks.tokens import TokenLayout
+from prisma_core.maps.reader import Reader
+from prisma_hf.canonical import parts
+from prisma_hf.canonical.names import TowerNames
+
+TABLE = "relative_position_bias_table"
+
+
+def shared(tower: Reader, names: TowerNames) -> bool:
+    """Return whether there is a table that all blocks share."""
+    return bool(names.bias) and parts.find(tower, names.bias) is not None
+
+
+def tables(tower: Reader, at: str, names: TowerNames) -> dict[str, Reader]:
+    """Return the modules that make the bias, by the paths of their tables: a block's own, and the shared one."""
+    found: dict[str, Reader] = {}
+    own = [parts.find(block, names.block.bias) for block in parts.walk(tower, names.blocks) if names.block.bias]
+    for module in own:
+        if module is not None:
+            _look(module)
+            found[f"{at}{names.blocks}.{{l}}.{names.block.bias}.{TABLE}"] = module
+    if shared(tower, names):
+        module = parts.walk(tower, names.bias)
+        _look(module)
+        found[f"{at}{names.bias}.{TABLE}"] = module
+    return found
+
+
+def _look(module: Reader) -> None:
+    if module.num_relative_distance != len(getattr(module, TABLE)) or module.window_size is None:
+        raise module.unsupported("a table of another length than its window's")
+
+
+def rows(found: dict[str, Reader]) -> str:
+    """Return the weight rows of a bias."""
+    return f"[{', '.join(found)}]  ->  blocks.{{l}}.attn.attn_bias  : {{bias}}\n"
+
+
+def function(found: dict[str, Reader], layout: TokenLayout) -> Callable[..., Tensor]:
+    """Return what makes the bias ``[head query_pos key_pos]`` of its tables, in their order."""
+    modules = [copy.deepcopy(module.module) for module in found.values()]
+
+    def made(*given: Tensor) -> Tensor:
+        window = (layout.rows, layout.columns)
+        each = [
+            functional_call(module, {TABLE: table}, (window,)) for module, table in zip(modules, given, strict=True)
+        ]
+        return sum(each[1:], each[0])[0]
+
+    return made

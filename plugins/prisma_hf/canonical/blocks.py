@@ -1,0 +1,250 @@
+"""transformers' blocks: facts, weight rows and hook rows, given where each class keeps its parts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from prisma_core.maps.reader import Reader
+from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec, NormSpec
+from prisma_core.toolbox.rows import linear_rows, masks_as_built, norm_rows
+from prisma_hf.canonical import parts
+from prisma_hf.canonical.names import BlockNames
+
+
+def block(module: Reader, names: BlockNames, shared_bias: bool = False) -> BlockSpec:
+    """Return the facts of a block.
+
+    Args:
+        shared_bias: a table that all blocks share is added to the scores.
+    """
+    names = _resolved(module, names)
+    if names.single and getattr(module, names.single) != 1:
+        raise module.unsupported("several experts in place of an MLP")
+    for path in names.absent:
+        if parts.norm(parts.walk(module, path)) is not None:
+            raise module.unsupported(f"a norm at {path}, with which upstream itself fails")
+    return BlockSpec(
+        attn=_attention(module, names, shared_bias),
+        mlp=_mlp(module, names),
+        ln1=parts.norm(parts.walk(module, names.ln1)),
+        ln2=parts.norm(parts.walk(module, names.ln2)),
+        attn_scale=_scaled(module, names.ls1),
+        mlp_scale=_scaled(module, names.ls2),
+    )
+
+
+def _resolved(module: Reader, names: BlockNames) -> BlockNames:
+    """Return the names of a block whose MLP may be a gated one."""
+    at = names.mlp
+    if names.gate or not module.has(at) or not parts.walk(module, at).has("gate_proj"):
+        return names
+    gated = {"gate": f"{at}.gate_proj", "fc1": f"{at}.up_proj", "fc2": f"{at}.down_proj", "act": f"{at}.act_fn"}
+    return replace(names, **gated)
+
+
+def _attention(module: Reader, names: BlockNames, shared_bias: bool) -> AttentionSpec:
+    attn = parts.walk(module, names.attn)
+    masks_as_built(attn)
+    read = parts.linear(parts.walk(module, names.out)).in_features
+    width = getattr(attn, names.width) if names.width else read // getattr(attn, names.heads)
+    return AttentionSpec(
+        n_heads=read // width,
+        n_kv_heads=_kv_width(module, names, read) // width,
+        d_head=width,
+        scale=float(getattr(attn, names.scale)) if names.scale else width**-0.5,
+        bias=shared_bias or (bool(names.bias) and parts.find(module, names.bias) is not None),
+        qk_norm=_qk_norm(module, names)[0],
+        qk_norm_over=_qk_norm(module, names)[1],
+    )
+
+
+def _kv_width(module: Reader, names: BlockNames, read: int) -> int:
+    """Return the width of all keys together, and of all values."""
+    if names.mha:
+        attn = parts.walk(module, names.attn)
+        if module.has("attn_mask") or attn.has("bias_k") or attn.has("bias_v") or attn.add_zero_attn:
+            raise attn.unsupported("patches hidden from others, or tokens added to keys and values")
+        if attn.batch_first != (names.axes == "b p"):
+            raise attn.unsupported(f"batch_first={attn.batch_first} in a stream of the other order")
+        return read
+    if names.qkv:
+        return read
+    k, v = (parts.linear(parts.walk(module, path)) for path in (names.k, names.v))
+    if k.out_features != v.out_features:
+        raise module.unsupported("fewer heads of keys than of values, or the other way round")
+    return k.out_features
+
+
+def _qk_norm(module: Reader, names: BlockNames) -> tuple[NormSpec | None, Literal["head", "all_heads"]]:
+    if not names.q_norm:
+        return None, "head"
+    q_norm, k_norm = parts.walk(module, names.q_norm), parts.walk(module, names.k_norm)
+    if parts.norm(q_norm) != parts.norm(k_norm):
+        raise module.unsupported("queries and keys normed differently")
+    if parts.norm(q_norm) is None:
+        return None, "head"
+    return parts.norm(q_norm), "head" if names.normed_apart else "all_heads"
+
+
+def _mlp(module: Reader, names: BlockNames) -> MlpSpec:
+    act = parts.walk(module, names.act)
+    if not isinstance(act, Reader):
+        raise module.unsupported("an activation function that is no module")
+    return MlpSpec(
+        d_mlp=parts.linear(parts.walk(module, names.fc1)).out_features,
+        act=parts.activation(act),
+        gated=bool(names.gate),
+    )
+
+
+def _scaled(module: Reader, path: str) -> bool:
+    """Return whether there is a learned scale; upstream has the number one in its place where there is none."""
+    if not path:
+        return False
+    above, _, name = path.rpartition(".")
+    owner = parts.walk(module, above)
+    if owner.is_a(parts.IDENTITY):
+        return False
+    scale = getattr(owner, name)
+    return not (scale is None or (isinstance(scale, float) and scale == 1.0))
+
+
+def rows(layers: Reader, at: str, names: BlockNames) -> str:
+    """Return the weight rows of all blocks."""
+    first = next(iter(layers))
+    names = _resolved(first, names)
+    theirs, ours = f"{at}.{{l}}", "blocks.{l}"
+    if names.mha:
+        rows = f"""
+            {theirs}.{names.attn}.in_proj_weight        ->  {ours}.attn.qkv.weight
+            {theirs}.{names.attn}.in_proj_bias | zeros  ->  {ours}.attn.qkv.bias
+        """
+    elif names.qkv:
+        rows = linear_rows(f"{theirs}.{names.qkv}", f"{ours}.attn.qkv")
+    else:
+        projections = (names.q, names.k, names.v)
+        weights = ", ".join(f"{theirs}.{path}.weight" for path in projections)
+        biased = [parts.linear(parts.walk(first, path)).has("bias") for path in projections]
+        if biased == [False, True, False]:
+            raise first.unsupported("biases of keys alone")
+        biases = [f"{theirs}.{path}.bias" if bias else None for path, bias in zip(projections, biased, strict=True)]
+        rows = f"""
+            [{weights}]                  ->  {ours}.attn.qkv.weight
+            {parts.joined_bias(biases)}  ->  {ours}.attn.qkv.bias
+        """
+    norms = ((names.ln1, "ln1"), (names.ln2, "ln2"), (names.q_norm, "attn.q_norm"), (names.k_norm, "attn.k_norm"))
+    for source, target in norms:
+        rows += norm_rows(f"{theirs}.{source}", f"{ours}.{target}") if source else ""
+    linears = {"attn.out": names.out, "mlp.fc_in": names.fc1, "mlp.fc_gate": names.gate, "mlp.fc_out": names.fc2}
+    for target, source in linears.items():
+        rows += linear_rows(f"{theirs}.{source}", f"{ours}.{target}") if source else ""
+    for source, target in ((names.ls1, "ls1"), (names.ls2, "ls2")):
+        rows += f"{theirs}.{source}  ->  {ours}.{target}.gamma\n" if source else ""
+    return rows
+
+
+def hooks(layers: Reader, at: str, names: BlockNames, *, rope: bool = False) -> str:
+    """Return the hook rows of all blocks; ``w`` is the width of a head.
+
+    Args:
+        rope: queries and keys are turned.
+    """
+    theirs, ours = f"{at}.{{l}}", "blocks.{l}"
+    first = next(iter(layers))
+    names = _resolved(first, names)
+    scaled = _scaled(first, names.ls1)
+    attn_out = names.attn_out if scaled and names.attn_out else names.addend or names.out
+    mlp_out = names.mlp_out if scaled and names.mlp_out else names.fc2
+    stream = stream_axes(names)
+    rows = f"""
+        {theirs} : in                         ->  {ours}.hook_resid_pre       {stream}
+        {theirs}.{names.ln1}                  ->  {ours}.ln1.hook_normalized  {stream}
+        {theirs}.{names.attn} @ softmax : in  ->  {ours}.attn.hook_attn_scores
+        {theirs}.{names.attn} @ softmax       ->  {ours}.attn.hook_pattern
+        {_place(theirs, attn_out)}            ->  {ours}.hook_attn_out        {stream}
+        {theirs}.{names.ln2} : in             ->  {ours}.hook_resid_mid       {stream}
+        {theirs}.{names.ln2}                  ->  {ours}.ln2.hook_normalized  {stream}
+        {theirs}.{names.fc2} : in             ->  {ours}.mlp.hook_post        {stream}
+        {_place(theirs, mlp_out)}             ->  {ours}.hook_mlp_out         {stream}
+        {theirs}                              ->  {ours}.hook_resid_post      {stream}
+    """
+    if names.gate:
+        rows += f"""
+            {theirs}.{names.gate}  ->  {ours}.mlp.hook_pre         {stream}
+            {theirs}.{names.fc1}   ->  {ours}.mlp.hook_pre_linear  {stream}
+        """
+    else:
+        rows += f"{theirs}.{names.fc1}  ->  {ours}.mlp.hook_pre  {stream}\n"
+    return rows + _attention_hooks(names, theirs, ours, rope=rope)
+
+
+def stream_axes(names: BlockNames) -> str:
+    """Return what stands behind a hook row for what is laid out as upstream's stream."""
+    return "" if names.axes == "b p" else f": {names.axes} m -> {_ours(names.axes)} m"
+
+
+def _ours(axes: str) -> str:
+    return "batch p" if axes == "(batch p)" else "b p"
+
+
+def _attention_hooks(names: BlockNames, theirs: str, ours: str, *, rope: bool) -> str:
+    heads, split = "b p h w", f"{names.axes} (h w) -> {_ours(names.axes)} h w"
+    apart = "b h p w -> b p h w" if names.axes != "(batch p)" else "1 h (batch p) w -> batch p h w"
+    attn = f"{theirs}.{names.attn}"
+    if names.mha:  # step by step it is given the batch first
+        split = f"b p (h w) -> {heads}"
+        return f"""
+            {attn} @ linear         ->  {ours}.attn.hook_q  : {split}
+            {attn} @ linear#1       ->  {ours}.attn.hook_k  : {split}
+            {attn} @ linear#2       ->  {ours}.attn.hook_v  : {split}
+            {attn} @ linear#3 : in  ->  {ours}.attn.hook_z  : {split}
+        """
+    z = f"{names.out_axes} (h w) -> {heads}" if names.out_axes else split
+    rows = f"{theirs}.{names.out} : in  ->  {ours}.attn.hook_z  : {z}\n"
+    if rope:
+        q = f"{attn} {names.rot_q}" if names.rot_q else f"{attn} @ matmul : in"
+        k = f"{attn} {names.rot_k}" if names.rot_k else f"{attn} @ matmul : in1"
+        rows += f"""
+            {q}  ->  {ours}.attn.hook_rot_q  : {apart}
+            {k}  ->  {ours}.attn.hook_rot_k  : {apart if names.rot_k else f"b h w p -> {heads}"}
+        """
+    if names.qkv and names.axes == "(batch p)":
+        taken = f"{names.axes} h w -> batch p h w"
+        return (
+            rows
+            + f"""
+            {attn} @ unbind         ->  {ours}.attn.hook_q  : {taken}
+            {attn} @ unbind : out1  ->  {ours}.attn.hook_k  : {taken}
+            {attn} @ unbind : out2  ->  {ours}.attn.hook_v  : {taken}
+        """
+        )
+    if names.qkv:
+        return (
+            rows
+            + f"""
+            {attn} @ matmul : in     ->  {ours}.attn.hook_q  : {apart}
+            {attn} @ matmul : in1    ->  {ours}.attn.hook_k  : b h w p -> {heads}
+            {attn} @ matmul#1 : in1  ->  {ours}.attn.hook_v  : {apart}
+        """
+        )
+    q, k = names.q_norm or names.q, names.k_norm or names.k
+    normed = apart if names.normed_apart else split
+    if names.q_norm:
+        flat = f"  : {apart}" if names.normed_apart else ""
+        rows += f"""
+            {theirs}.{q}  ->  {ours}.attn.q_norm.hook_normalized  {flat}
+            {theirs}.{k}  ->  {ours}.attn.k_norm.hook_normalized  {flat}
+        """
+    return (
+        rows
+        + f"""
+        {theirs}.{q}        ->  {ours}.attn.hook_q  : {normed}
+        {theirs}.{k}        ->  {ours}.attn.hook_k  : {normed}
+        {theirs}.{names.v}  ->  {ours}.attn.hook_v  : {split}
+    """
+    )
+
+
+def _place(block: str, path: str) -> str:
+    return f"{block} {path}" if path.startswith("@") else f"{block}.{path}"

@@ -1,0 +1,1 @@
+"""Hook maps of models that keep upstream's own form."""
