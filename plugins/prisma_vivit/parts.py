@@ -6,19 +6,12 @@ from typing import Any
 
 from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.maps.reader import Reader
-from prisma_core.spec import Activation, AttentionSpec, EmbedSpec, NormSpec
+from prisma_core.spec import AttentionSpec, EmbedSpec
+from prisma_core.toolbox.readers import TRANSFORMERS, PartReader, plain_patches
 from prisma_core.toolbox.rows import masks_as_built
 
-ACTIVATIONS: dict[str, Activation] = {
-    "transformers.activations.GELUActivation": "gelu",
-    "transformers.activations.GELUTanh": "gelu_tanh",
-    "transformers.activations.NewGELUActivation": "gelu_tanh",
-    "transformers.activations.FastGELUActivation": "gelu_tanh",  # sqrt(2 / pi) cut after ten digits: 1e-12 apart
-    "transformers.activations.QuickGELUActivation": "quick_gelu",
-    "transformers.activations.SiLUActivation": "silu",
-    "torch.nn.modules.activation.SiLU": "silu",
-    "torch.nn.modules.activation.ReLU": "relu",
-}
+READ = PartReader(activations=TRANSFORMERS)
+norm, linear, classes = READ.norm, READ.linear, READ.classes
 
 IGNORED = {
     "*.config": "what the model was built from; facts are read off the modules",
@@ -41,21 +34,6 @@ IGNORED = {
     "GELUActivation.act": "the function that the class is named after",
     "GELUTanh.act": "the function that the class is named after",
 }
-
-
-def norm(module: Reader) -> NormSpec:
-    """Return the facts of a layer norm."""
-    if not module.is_a("torch.nn.modules.normalization.LayerNorm"):
-        raise module.unsupported("a norm that is no layer norm")
-    return NormSpec(eps=module.eps)
-
-
-def activation(module: Reader) -> Activation:
-    """Return the name of an activation function."""
-    for name, kind in ACTIVATIONS.items():
-        if module.is_a(name):
-            return kind
-    raise module.unsupported("its activation function")
 
 
 def attention(module: Reader, heads: int, d_head: int) -> AttentionSpec:
@@ -83,36 +61,12 @@ def tubelets(
         cls: class tokens before the patches.
         facts: further facts of the embedding.
     """
-    if not proj.is_a("torch.nn.modules.conv.Conv3d") or proj.kernel_size != proj.stride:
-        raise proj.unsupported("tubelets that overlap")
-    padded = proj.padding not in ("valid", (0, 0, 0))
-    if padded or (proj.dilation, proj.groups, proj.padding_mode) != ((1, 1, 1), 1, "zeros"):
-        raise proj.unsupported("a tubelet projection that pads, skips or splits pixels")
+    plain_patches(proj, "Conv3d")
     depth, down, across = proj.kernel_size
     if frames < depth:
         raise proj.unsupported("videos shorter than a tubelet")
     layout = TokenLayout(cls=cls, frames=frames // depth, rows=image_size[0] // down, columns=image_size[1] // across)
     return EmbedSpec(patch=(down, across), tubelet=depth, in_channels=proj.in_channels, **facts), layout
-
-
-def classes(head: Reader) -> int | None:
-    """Return how many classes a head has; None of an identity."""
-    if head.is_a("torch.nn.modules.linear.Identity"):
-        return None
-    if not head.is_a("torch.nn.modules.linear.Linear"):
-        raise head.unsupported("a head that is no linear layer")
-    return head.out_features
-
-
-def qkv_rows(source: str, target: str, names: tuple[str, str, str], biases: tuple[bool, bool, bool]) -> str:
-    """Return the rows that join the projections of queries, keys and values; zeros where one has no bias."""
-    weights = ", ".join(f"{source}.{name}.weight" for name in names)
-    given = [f"{source}.{name}.bias" if there else "zeros" for name, there in zip(names, biases, strict=True)]
-    joined = f"[{', '.join(given)}]" if any(biases) else "zeros"
-    return f"""
-        [{weights}]  ->  {target}.weight
-        {joined}     ->  {target}.bias
-    """
 
 
 def dtype_of(upstream: Reader) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from torch import nn
 
 from prisma_core.errors import UnsupportedArchitecture
 
+TORCH = "torch.nn.modules."
+
 
 def qualified_name(value: object) -> str:
     """Return ``package.module.Class`` of an object's type.
@@ -53,9 +55,13 @@ class Reader:
         return getattr(self, name) if hasattr(self.module, name) else default
 
     def is_a(self, *names: str) -> bool:
-        """Whether the module's type is exactly one of these, given as qualified or plain names."""
+        """Whether the module's type is exactly one of these: qualified names, or plain ones of torch's own modules.
+
+        >>> Reader(nn.Linear(1, 1)).is_a("Linear", "acme.layers.Dense")
+        True
+        """
         full = qualified_name(self.module)
-        return any(full == name or full.rsplit(".", 1)[-1] == name for name in names)
+        return full in names or (full.startswith(TORCH) and full.rpartition(".")[2] in names)
 
     def expect(self, kind: str | None = None, **facts: Any) -> Reader:
         """Return the reader itself: its module is of this type, and its attributes have these values.

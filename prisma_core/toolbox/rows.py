@@ -1,12 +1,10 @@
-"""What adapters of many libraries read and write alike: rows of tables, and facts of torch's own modules."""
+"""Rows of tables that adapters of several libraries write alike, and checks of what they read alike."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from prisma_core.maps.reader import Reader
-
-CONV2D = "torch.nn.modules.conv.Conv2d"
 
 
 def norm_rows(source: str, target: str) -> str:
@@ -74,16 +72,3 @@ def ends_with_last_stage(backbone: Reader) -> None:
             f"a last feature map that is not the last block's (out_features={list(backbone.out_features)!r}; add "
             f"{backbone.stage_names[-1]!r}; the others are hook points)"
         )
-
-
-def plain_patches(proj: Reader) -> None:
-    """Refuse a projection that does more than cut a picture into patches and multiply each with a matrix.
-
-    Raises:
-        UnsupportedArchitecture: naming what more it does.
-    """
-    if not proj.is_a(CONV2D) or proj.kernel_size != proj.stride:
-        raise proj.unsupported("patches that overlap")
-    padded = proj.padding not in ("valid", (0, 0))
-    if padded or (*proj.dilation, proj.groups, proj.padding_mode) != (1, 1, 1, "zeros"):
-        raise proj.unsupported("a patch projection that pads, skips or splits pixels")

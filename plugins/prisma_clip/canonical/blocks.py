@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from prisma_clip.canonical.common import IDENTITY, activation, norm
+from prisma_clip.canonical.common import READ, linear, norm
 from prisma_core.maps.reader import Reader
-from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec
+from prisma_core.spec import AttentionSpec, BlockSpec
+from prisma_core.toolbox.readers import MlpNames
 from prisma_core.toolbox.rows import linear_rows, norm_rows, same_for_all
 
 BLOCK = "open_clip.transformer.ResidualAttentionBlock"
@@ -12,17 +13,21 @@ CUSTOM_BLOCK = "open_clip.transformer.CustomResidualAttentionBlock"
 ATTENTION = "open_clip.transformer.Attention"
 NARROW = "prisma_clip.tinyclip.NarrowAttention"
 MHA = "torch.nn.modules.activation.MultiheadAttention"
+MLP = MlpNames("mlp.c_fc", "mlp.c_proj", "mlp.gelu")
+CUSTOM_MLP = MLP._replace(ln="mlp.ln")
 
 
 def mha(module: Reader) -> AttentionSpec:
     """Return the facts of torch's multi-head attention, or of TinyCLIP's with fewer heads."""
     if module.is_a(NARROW):
+        linear(module.out_proj)
         heads, width = module.num_heads, module.head_dim
         return AttentionSpec(n_heads=heads, n_kv_heads=heads, d_head=width, scale=width**-0.5)
     if not module.batch_first:
         raise module.unsupported("tokens before the batch")
     if module.has("bias_k") or module.has("bias_v") or module.add_zero_attn:
         raise module.unsupported("learned or empty tokens added to keys and values")
+    linear(module.out_proj)
     return AttentionSpec(
         n_heads=module.num_heads,
         n_kv_heads=module.num_heads,
@@ -38,24 +43,15 @@ def _custom_attention(module: Reader) -> AttentionSpec:
         raise module.unsupported("attention by cosine, with a learned scale")
     if module.has("head_scale") or module.scale_heads:
         raise module.unsupported("a learned scale for each head")
-    if norm(module.ln_q) != norm(module.ln_k):
-        raise module.unsupported("queries and keys normed differently")
+    linear(module.out_proj)
     return AttentionSpec(
         n_heads=module.num_heads,
         n_kv_heads=module.num_heads,
         d_head=module.head_dim,
         scale=module.scale,
-        qk_norm=norm(module.ln_q),
+        qk_norm=READ.qk_norm(module.ln_q, module.ln_k),
         inner_norm=norm(module.ln_inner),
     )
-
-
-def _is_scaled(module: Reader) -> bool:
-    if module.is_a("open_clip.transformer.LayerScale"):
-        return True
-    if module.is_a(IDENTITY):
-        return False
-    raise module.unsupported("its kind of layer scale")
 
 
 def block(module: Reader) -> BlockSpec:
@@ -67,18 +63,13 @@ def block(module: Reader) -> BlockSpec:
         raise module.attn.unsupported("its kind of attention")
     if custom and norm(module.ln_attn) is not None:
         raise module.unsupported("sandwich norms, before and after attention")
-    mlp = module.mlp
     return BlockSpec(
         attn=_custom_attention(module.attn) if custom else mha(module.attn),
-        mlp=MlpSpec(
-            d_mlp=mlp.c_fc.out_features,
-            act=activation(mlp.gelu),
-            inner_norm=norm(mlp.ln) if custom else None,
-        ),
+        mlp=READ.mlp(module, CUSTOM_MLP if custom else MLP),
         ln1=norm(module.ln_1),
         ln2=norm(module.ln_2),
-        attn_scale=_is_scaled(module.ls_1),
-        mlp_scale=_is_scaled(module.ls_2),
+        attn_scale=READ.scaled(module.ls_1),
+        mlp_scale=READ.scaled(module.ls_2),
     )
 
 
@@ -92,11 +83,11 @@ def block_rows(module: Reader, source: str, target: str) -> str:
     """
     for theirs, ours in (("ln_1", "ln1"), ("ln_2", "ln2")):
         rows += norm_rows(f"{source}.{theirs}", f"{target}.{ours}")
-    for theirs, ours in (("attn.out_proj", "attn.out"), ("mlp.c_fc", "mlp.fc_in"), ("mlp.c_proj", "mlp.fc_out")):
-        rows += linear_rows(f"{source}.{theirs}", f"{target}.{ours}")
+    rows += linear_rows(f"{source}.attn.out_proj", f"{target}.attn.out")
+    rows += READ.mlp_rows(module, source, f"{target}.mlp", CUSTOM_MLP if module.is_a(CUSTOM_BLOCK) else MLP)
     if module.is_a(CUSTOM_BLOCK):
         norms = (("attn.ln_q", "attn.q_norm"), ("attn.ln_k", "attn.k_norm"), ("attn.ln_inner", "attn.ln"))
-        for theirs, ours in (*norms, ("mlp.ln", "mlp.ln")):
+        for theirs, ours in norms:
             rows += norm_rows(f"{source}.{theirs}", f"{target}.{ours}")
     return rows
 
@@ -109,11 +100,10 @@ def block_hooks(module: Reader, source: str, target: str) -> str:
         {source}.ls_1             ->  {target}.hook_attn_out
         {source}.ln_2 : in        ->  {target}.hook_resid_mid
         {source}.ln_2             ->  {target}.ln2.hook_normalized
-        {source}.mlp.c_fc         ->  {target}.mlp.hook_pre
-        {source}.mlp.c_proj : in  ->  {target}.mlp.hook_post
         {source}.ls_2             ->  {target}.hook_mlp_out
         {source}                  ->  {target}.hook_resid_post
     """
+    rows += READ.mlp_hooks(module, source, f"{target}.mlp", CUSTOM_MLP if module.is_a(CUSTOM_BLOCK) else MLP)
     if not module.is_a(CUSTOM_BLOCK):
         return rows + mha_hooks(f"{source}.attn", f"{target}.attn")
     return (
@@ -126,8 +116,6 @@ def block_hooks(module: Reader, source: str, target: str) -> str:
         {source}.attn.ln_k             ->  {target}.attn.k_norm.hook_normalized  : b h p d -> b p h d
         {source}.attn.ln_inner : in    ->  {target}.attn.hook_z  : b p (h d) -> b p h d
         {source}.attn.ln_inner         ->  {target}.attn.ln.hook_normalized
-        {source}.mlp.ln : in           ->  {target}.mlp.hook_mid
-        {source}.mlp.ln                ->  {target}.mlp.ln.hook_normalized
     """
     )
 

@@ -8,13 +8,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from prisma_clip.canonical.common import IDENTITY, LINEAR, activation, norm, norm_hooks
+from prisma_clip.canonical.common import READ, activation, linear, norm, norm_hooks
 from prisma_clip.canonical.hf_parts import Tower, models
 from prisma_core.maps.places import HookMap
 from prisma_core.maps.reader import Reader
 from prisma_core.maps.weights import WeightMap
 from prisma_core.spec import AnySpec, AttentionSpec, BlockSpec, MlpSpec, TextPoolSpec, TextSpec
+from prisma_core.toolbox.readers import MlpNames
 from prisma_core.toolbox.rows import linear_rows, masks_as_built, norm_rows
+
+MLP = MlpNames("intermediate.dense", "output.dense", "intermediate.intermediate_act_fn")
 
 BLOCKS_HOOKS = """
     {at}.attention.self.query : in       ->  blocks.{l}.hook_resid_pre
@@ -37,16 +40,15 @@ BLOCKS_HOOKS = """
 
 def block(module: Reader) -> BlockSpec:
     """Return the facts of one of BERT's blocks."""
-    attn, inner = module.attention.self, module.intermediate
+    attn = module.attention.self
     masks_as_built(attn)
-    for part in (attn.query, attn.key, attn.value, module.attention.output.dense, inner.dense, module.output.dense):
-        if not part.is_a(LINEAR):
-            raise part.unsupported("a projection that is no linear layer")
+    for part in (attn.query, attn.key, attn.value, module.attention.output.dense):
+        linear(part)
     heads = attn.num_attention_heads
     return BlockSpec(
         kind="post",
         attn=AttentionSpec(n_heads=heads, n_kv_heads=heads, d_head=attn.attention_head_size, scale=attn.scaling),
-        mlp=MlpSpec(d_mlp=inner.dense.out_features, act=activation(inner.intermediate_act_fn)),
+        mlp=READ.mlp(module, MLP),
         ln1=norm(module.attention.output.LayerNorm),
         ln2=norm(module.output.LayerNorm),
     )
@@ -75,7 +77,7 @@ def _counts_text(embed: Reader) -> bool:
     return embed.has("padding_idx")
 
 
-def _rows(embed: Reader, embeddings: str, encoder: str) -> WeightMap:
+def _rows(embed: Reader, layer: Reader, embeddings: str, encoder: str) -> WeightMap:
     at, ours = f"{encoder}.{{l}}", "blocks.{l}"
     tables = ", ".join(f"{embeddings}.{kind}_embeddings.weight" for kind in ("position", "token_type"))
     rows = f"""
@@ -85,15 +87,10 @@ def _rows(embed: Reader, embeddings: str, encoder: str) -> WeightMap:
         ignore {embeddings}.token_type_ids   :   zeros: all of a text is of the first type
     """
     rows += norm_rows(f"{embeddings}.LayerNorm", "ln_pre")
-    for part in ("weight", "bias | zeros"):
-        sources = ", ".join(f"{at}.attention.self.{name}.{part}" for name in ("query", "key", "value"))
-        rows += f"[{sources}]  ->  {ours}.attn.qkv.{part.partition(' ')[0]}\n"
-    for theirs, mine in (
-        ("attention.output.dense", "attn.out"),
-        ("intermediate.dense", "mlp.fc_in"),
-        ("output.dense", "mlp.fc_out"),
-    ):
-        rows += linear_rows(f"{at}.{theirs}", f"{ours}.{mine}")
+    attn = layer.attention.self
+    rows += READ.qkv_rows(attn, f"{at}.attention.self", f"{ours}.attn.qkv", ("query", "key", "value"))
+    rows += linear_rows(f"{at}.attention.output.dense", f"{ours}.attn.out")
+    rows += READ.mlp_rows(layer, at, f"{ours}.mlp", MLP)
     rows += norm_rows(f"{at}.attention.output.LayerNorm", f"{ours}.ln1")
     rows += norm_rows(f"{at}.output.LayerNorm", f"{ours}.ln2")
     first = embed.word_embeddings.padding_idx if _counts_text(embed) else 0
@@ -126,7 +123,8 @@ class ChineseText(Tower):
 
     def weights(self, upstream: Reader, spec: AnySpec) -> WeightMap:
         pooler = WeightMap.parse("ignore pooler.{*} : makes a second output of the first token")
-        return _rows(upstream.embeddings, "embeddings", "encoder.layer") | pooler
+        layer = next(iter(upstream.encoder.layer))
+        return _rows(upstream.embeddings, layer, "embeddings", "encoder.layer") | pooler
 
     def hooks(self, upstream: Reader, spec: AnySpec) -> HookMap:
         assert isinstance(spec, TextSpec)
@@ -139,18 +137,17 @@ class AltText(Tower):
     types = models("altclip.modeling_altclip.AltCLIPTextModel")
 
     def spec(self, upstream: Reader) -> TextSpec:
-        if not upstream.transformation.is_a(LINEAR):
-            raise upstream.transformation.unsupported("a projection that is no linear layer")
         return TextSpec(
             **_embedded(upstream.roberta.embeddings, list(upstream.roberta.encoder.layers)),
             ln_final=norm(upstream.pre_LN),
             pool=TextPoolSpec(kind="first"),
-            n_classes=upstream.transformation.out_features,
+            n_classes=linear(upstream.transformation).out_features,
         )
 
     def weights(self, upstream: Reader, spec: AnySpec) -> WeightMap:
         own = WeightMap.parse(linear_rows("transformation", "head") + norm_rows("pre_LN", "ln_final"))
-        return _rows(upstream.roberta.embeddings, "roberta.embeddings", "roberta.encoder.layers") | own
+        layer = next(iter(upstream.roberta.encoder.layers))
+        return _rows(upstream.roberta.embeddings, layer, "roberta.embeddings", "roberta.encoder.layers") | own
 
     def hooks(self, upstream: Reader, spec: AnySpec) -> HookMap:
         assert isinstance(spec, TextSpec)
@@ -199,7 +196,9 @@ class OpenClipText(Tower):
         if spec.head is not None:
             own = linear_rows("proj.0", "head_mlp.fc_in") + linear_rows("proj.2", "head_mlp.fc_out")
         own += "ignore transformer.pooler.{*} : makes a second output of the first token, which is not read\n"
-        table = _rows(upstream.transformer.embeddings, "transformer.embeddings", "transformer.encoder.layer")
+        text = upstream.transformer
+        layer = next(iter(text.encoder.layer))
+        table = _rows(text.embeddings, layer, "transformer.embeddings", "transformer.encoder.layer")
         return table | WeightMap.parse(own)
 
     def hooks(self, upstream: Reader, spec: AnySpec) -> HookMap:
@@ -217,12 +216,12 @@ class OpenClipText(Tower):
 
 
 def _projection(proj: Reader) -> tuple[int | None, MlpSpec | None]:
-    if proj.is_a(IDENTITY):
+    if proj.is_a("Identity"):
         return None, None
-    if proj.is_a(LINEAR):
+    if proj.is_a("Linear"):
         return proj.out_features, None
     layers = list(proj)
-    if len(layers) != 3 or not layers[0].is_a(LINEAR) or not layers[2].is_a(LINEAR):
+    if len(layers) != 3 or not layers[0].is_a("Linear") or not layers[2].is_a("Linear"):
         raise proj.unsupported("a projection that is neither one linear layer nor two")
     return layers[2].out_features, MlpSpec(d_mlp=layers[0].out_features, act=activation(layers[1]))
 

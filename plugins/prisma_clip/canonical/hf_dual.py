@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from prisma_clip.canonical.common import LINEAR
+from prisma_clip.canonical.common import linear
 from prisma_clip.canonical.hf_bert import through
 from prisma_clip.canonical.hf_parts import IGNORED, Tower, eager, models, pixels, texts
 from prisma_clip.canonical.hf_towers import TOWERS
@@ -77,10 +77,8 @@ def projected_spec(module: Reader, projection: Reader | None) -> ModelSpec | Tex
     assert isinstance(spec, ModelSpec | TextSpec)
     if projection is None:
         return spec
-    if not projection.is_a(LINEAR):
-        raise projection.unsupported("a projection that is no linear layer")
     more = {} if tower(module).pooled is None else {"pool": tower(module).pooled}
-    return spec.model_copy(update={"n_classes": projection.out_features, **more})
+    return spec.model_copy(update={"n_classes": linear(projection).out_features, **more})
 
 
 def projected_weights(upstream: Reader, spec: AnySpec, at: str, projection: str | None) -> WeightMap:

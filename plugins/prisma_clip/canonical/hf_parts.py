@@ -10,12 +10,15 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from prisma_clip.canonical.common import LINEAR, activation, norm
+from prisma_clip.canonical.common import READ, linear, norm
 from prisma_core.maps.reader import Reader
 from prisma_core.plugin.adapter import Adapter
-from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec, TextPoolSpec, TextSpec
+from prisma_core.spec import AttentionSpec, BlockSpec, TextPoolSpec, TextSpec
 from prisma_core.toolbox.attention import eager_attention, multihead_attention, switched
+from prisma_core.toolbox.readers import MlpNames
 from prisma_core.toolbox.rows import linear_rows, masks_as_built, norm_rows, same_for_all
+
+MLP = MlpNames(act="activation_fn")
 
 IGNORED = {
     "*.config": "facts are read from the modules that it built",
@@ -57,12 +60,10 @@ def block(module: Reader, *, causal: bool) -> BlockSpec:
     attn = module.self_attn
     masks_as_built(attn, causal=causal)
     for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-        if not getattr(attn, name).is_a(LINEAR):
-            raise attn.unsupported(f"{name} that is no linear layer")
-    mlp = module.mlp
+        linear(getattr(attn, name))
     return BlockSpec(
         attn=AttentionSpec(n_heads=attn.num_heads, n_kv_heads=attn.num_heads, d_head=attn.head_dim, scale=attn.scale),
-        mlp=MlpSpec(d_mlp=mlp.fc1.out_features, act=activation(mlp.activation_fn)),
+        mlp=READ.mlp(module.mlp, MLP),
         ln1=norm(module.layer_norm1),
         ln2=norm(module.layer_norm2),
     )
@@ -71,12 +72,10 @@ def block(module: Reader, *, causal: bool) -> BlockSpec:
 def blocks_rows(encoder: Reader) -> str:
     """Return the weight rows of all blocks."""
     at, ours = "encoder.layers.{l}", "blocks.{l}"
-    rows = ""
-    for part in ("weight", "bias | zeros"):
-        sources = ", ".join(f"{at}.self_attn.{x}_proj.{part}" for x in "qkv")
-        rows += f"[{sources}]  ->  {ours}.attn.qkv.{part.partition(' ')[0]}\n"
+    first = next(iter(encoder.layers))
+    rows = READ.qkv_rows(first.self_attn, f"{at}.self_attn", f"{ours}.attn.qkv")
     rows += linear_rows(f"{at}.self_attn.out_proj", f"{ours}.attn.out")
-    rows += linear_rows(f"{at}.mlp.fc1", f"{ours}.mlp.fc_in") + linear_rows(f"{at}.mlp.fc2", f"{ours}.mlp.fc_out")
+    rows += READ.mlp_rows(first.mlp, f"{at}.mlp", f"{ours}.mlp", MLP)
     return rows + norm_rows(f"{at}.layer_norm1", f"{ours}.ln1") + norm_rows(f"{at}.layer_norm2", f"{ours}.ln2")
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from prisma_clip.canonical.blocks import mha, mha_hooks
-from prisma_clip.canonical.common import activation, norm, norm_hooks, patches
+from prisma_clip.canonical.common import READ, linear, norm, norm_hooks, patches
 from prisma_clip.canonical.hf_bert import AltText, ChineseText
-from prisma_clip.canonical.hf_parts import BLOCKS_HOOKS, Tower, blocks, blocks_rows, models
+from prisma_clip.canonical.hf_parts import BLOCKS_HOOKS, MLP, Tower, blocks, blocks_rows, models
 from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.maps.places import HookMap
 from prisma_core.maps.reader import Reader
@@ -16,7 +16,6 @@ from prisma_core.spec import (
     AnySpec,
     EmbedSpec,
     Interpolation,
-    MlpSpec,
     ModelSpec,
     PoolSpec,
     TextPoolSpec,
@@ -25,6 +24,7 @@ from prisma_core.spec import (
 from prisma_core.toolbox.rows import linear_rows, norm_rows
 from prisma_core.transformer.embed import resize_positions
 
+SIGLIP2 = "transformers.models.siglip2.modeling_siglip2.Siglip2VisionModel"
 BICUBIC = Interpolation(antialias=False, in_float32=False)
 # In float32: with torch's function on the CPU alone, where antialiasing needs it.
 BILINEAR = (Interpolation(mode="bilinear"), Interpolation(mode="bilinear", weights_in_float32=True))
@@ -96,7 +96,7 @@ class SiglipVision(Tower):
 
     def spec(self, upstream: Reader) -> ModelSpec:
         embed = upstream.embeddings
-        spec, side = _flat_patches(embed) if upstream.is_a("Siglip2VisionModel") else _square_patches(embed)
+        spec, side = _flat_patches(embed) if upstream.is_a(SIGLIP2) else _square_patches(embed)
         width = embed.position_embedding.embedding_dim
         has_head = upstream.has("head")
         return ModelSpec(
@@ -112,7 +112,7 @@ class SiglipVision(Tower):
 
     def weights(self, upstream: Reader, spec: AnySpec) -> WeightMap:
         assert isinstance(spec, ModelSpec)
-        how = "  : d (p q c) -> d c p q" if upstream.is_a("Siglip2VisionModel") else ""
+        how = "  : d (p q c) -> d c p q" if upstream.is_a(SIGLIP2) else ""
         rows = (
             f"""
             embeddings.position_embedding.weight    ->  embed.pos_embed
@@ -132,15 +132,14 @@ class SiglipVision(Tower):
                 """
                 + linear_rows("head.attention.out_proj", "pool.attn.out")
                 + norm_rows("head.layernorm", "pool.ln")
-                + linear_rows("head.mlp.fc1", "pool.mlp.fc_in")
-                + linear_rows("head.mlp.fc2", "pool.mlp.fc_out")
+                + READ.mlp_rows(upstream.head.mlp, "head.mlp", "pool.mlp", MLP)
             )
         patch = spec.embed.patch
         return WeightMap.parse(rows, p=patch[0], q=patch[1])
 
     def hooks(self, upstream: Reader, spec: AnySpec) -> HookMap:
         assert isinstance(spec, ModelSpec)
-        flat = upstream.is_a("Siglip2VisionModel")
+        flat = upstream.is_a(SIGLIP2)
         rows = (
             f"""
             embeddings.patch_embedding  ->  hook_embed  {"" if flat else ": b d r c -> b (r c) d"}
@@ -153,11 +152,10 @@ class SiglipVision(Tower):
         if pool is None:
             return HookMap.parse(rows + "post_layernorm  ->  hook_logits\n", h=spec.blocks[0].attn.n_heads)
         rows += mha_hooks("head.attention", "pool.attn", width="e")
+        rows += READ.mlp_hooks(upstream.head.mlp, "head.mlp", "pool.mlp", MLP)
         rows += """
             head.attention      ->  pool.hook_attn_out
             head.layernorm      ->  pool.ln.hook_normalized
-            head.mlp.fc1        ->  pool.mlp.hook_pre
-            head.mlp.fc2 : in   ->  pool.mlp.hook_post
             head.mlp            ->  pool.hook_mlp_out
             head                ->  hook_pooled
             head                ->  hook_logits
@@ -176,7 +174,7 @@ def _square_patches(embed: Reader) -> tuple[EmbedSpec, int]:
 def _flat_patches(embed: Reader) -> tuple[EmbedSpec, int]:
     """Return the facts of an embedding that is handed patches, each as ``[row column channel]`` in one."""
     patch, side = embed.patch_size, embed.position_embedding_size
-    channels = embed.patch_embedding.in_features // patch**2
+    channels = linear(embed.patch_embedding).in_features // patch**2
     if side * side != embed.num_patches:
         raise embed.unsupported(f"{embed.num_patches} positions that are not square")
     return EmbedSpec(patch=(patch, patch), in_channels=channels, interpolation=_resizing(embed)), side
@@ -202,11 +200,10 @@ def _resizing(embed: Reader) -> Interpolation:
 
 
 def _attention_pool(head: Reader) -> PoolSpec:
-    mlp = head.mlp
     return PoolSpec(
         kind="attention",
         attn=mha(head.attention),
-        mlp=MlpSpec(d_mlp=mlp.fc1.out_features, act=activation(mlp.activation_fn)),
+        mlp=READ.mlp(head.mlp, MLP),
         norm=norm(head.layernorm),
     )
 
@@ -221,7 +218,7 @@ class ClipText(Tower):
 
     def spec(self, upstream: Reader) -> TextSpec:
         # CLIP's first configurations name an end of text that is none; transformers then looks for the largest id.
-        largest = upstream.eos_token_id == 2 and upstream.is_a("CLIPTextModel")
+        largest = upstream.eos_token_id == 2 and upstream.is_a(*models("clip.modeling_clip.CLIPTextModel"))
         pool = TextPoolSpec(kind="argmax") if largest else TextPoolSpec(kind="eos", eos_id=upstream.eos_token_id)
         return _text(upstream, pool, causal=True, n_classes=None)
 
@@ -243,7 +240,7 @@ class SiglipText(Tower):
 
     def spec(self, upstream: Reader) -> TextSpec:
         pool = TextPoolSpec(kind="last")
-        return _text(upstream, pool, causal=False, n_classes=upstream.head.out_features)
+        return _text(upstream, pool, causal=False, n_classes=linear(upstream.head).out_features)
 
     def weights(self, upstream: Reader, spec: AnySpec) -> WeightMap:
         return WeightMap.parse(_text_rows(upstream) + linear_rows("head", "head"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from prisma_clip.canonical.blocks import MHA, block, blocks_hooks, blocks_rows, mha, mha_hooks
-from prisma_clip.canonical.common import matrix_rows, norm, norm_hooks, patches
+from prisma_clip.canonical.common import linear, matrix_rows, norm, norm_hooks, patches
 from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.maps.places import HookMap
 from prisma_core.maps.reader import Reader
@@ -194,7 +194,7 @@ def text(upstream: Reader, *, pool: str, eos_id: int | None) -> TextSpec:
 
 def _width(projection: object) -> int:
     if isinstance(projection, Reader):
-        return projection.out_features
+        return linear(projection).out_features
     return projection.shape[1]  # pyright: ignore[reportAttributeAccessIssue]
 
 

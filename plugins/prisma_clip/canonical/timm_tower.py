@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prisma_clip.canonical.common import IDENTITY, LINEAR
 from prisma_core.errors import PluginError, UnsupportedArchitecture
 from prisma_core.maps.places import HookMap
 from prisma_core.maps.reader import Reader
@@ -76,9 +75,9 @@ def _own(upstream: Reader, facts: ModelSpec) -> ModelSpec:
 
 
 def _projection(upstream: Reader) -> Reader | None:
-    layers = [layer for layer in upstream.head if not layer.is_a("torch.nn.modules.dropout.Dropout", IDENTITY)]
+    layers = [layer for layer in upstream.head if not layer.is_a("Dropout", "Identity")]
     if not layers:
         return None
-    if len(layers) > 1 or not layers[0].is_a(LINEAR):
+    if len(layers) > 1 or not layers[0].is_a("Linear"):
         raise upstream.head.unsupported("a projection of more than one layer, or pooling, behind timm's model")
     return layers[0]

@@ -9,8 +9,9 @@ from torch import Tensor
 from prisma_core.maps.reader import Reader
 from prisma_core.spec import PoolSpec
 from prisma_core.toolbox.rows import ends_with_last_stage
+from prisma_dino.canonical import blocks
 
-V3 = "DINOv3ViTBackbone"
+V3 = f"{blocks.V3}Backbone"
 
 
 def main_output(result: Any) -> Tensor:

@@ -16,19 +16,18 @@ from prisma_core.maps.weights import WeightMap
 from prisma_core.plugin.adapter import Adapter
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec, PoolSpec
 from prisma_core.toolbox.attention import eager_attention
-from prisma_core.toolbox.rows import plain_patches, same_for_all
+from prisma_core.toolbox.readers import plain_patches
+from prisma_core.toolbox.rows import same_for_all
 from prisma_dino.canonical import backbones, blocks
 
-AT = "transformers.models"
-PLAIN, WITH = f"{AT}.dinov2.modeling_dinov2.Dinov2", f"{AT}.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2"
-MODELS = (f"{PLAIN}Model", f"{WITH}WithRegistersModel")
-CLASSIFIERS = {f"{PLAIN}ForImageClassification": "dinov2"}
-CLASSIFIERS[f"{WITH}WithRegistersForImageClassification"] = "dinov2_with_registers"
-BACKBONES = (f"{PLAIN}Backbone", f"{WITH}WithRegistersBackbone")
+PLAIN, WITH = blocks.V2, blocks.V2_REGISTERS
+MODELS = (f"{PLAIN}Model", f"{WITH}Model")
+CLASSIFIERS = {f"{PLAIN}ForImageClassification": "dinov2", f"{WITH}ForImageClassification": "dinov2_with_registers"}
+BACKBONES = (f"{PLAIN}Backbone", f"{WITH}Backbone")
 # What each class of embeddings does to positions for another image size; both in float32.
 EMBEDDINGS = {
-    "Dinov2Embeddings": Interpolation(antialias=False),
-    "Dinov2WithRegistersEmbeddings": Interpolation(antialias=True),
+    f"{PLAIN}Embeddings": Interpolation(antialias=False),
+    f"{WITH}Embeddings": Interpolation(antialias=True),
 }
 
 
@@ -62,7 +61,7 @@ class Dinov2Adapter(Adapter):
         pool, d_pool, n_classes, ln_final = PoolSpec(kind="token"), d_model, None, True
         if upstream.is_a(*CLASSIFIERS):
             pool, d_pool = PoolSpec(kind="token_and_avg"), 2 * d_model
-            n_classes = blocks.classes(upstream.classifier)
+            n_classes = blocks.READ.classes(upstream.classifier)
         elif upstream.is_a(*BACKBONES):
             pool, ln_final = backbones.pool(upstream), upstream.config.apply_layernorm
         return ModelSpec(
@@ -71,7 +70,7 @@ class Dinov2Adapter(Adapter):
             embed=embed,
             layout=layout,
             blocks=tuple(blocks.block(one) for one in tower.encoder.layer),
-            ln_final=blocks.norm(tower.layernorm) if ln_final else None,
+            ln_final=blocks.READ.norm(tower.layernorm) if ln_final else None,
             pool=pool,
             d_pool=d_pool,
             n_classes=n_classes,
@@ -128,7 +127,7 @@ def _embeddings(module: Reader) -> tuple[TokenLayout, EmbedSpec, tuple[int, int]
     if how is None:
         raise module.unsupported("its kind of embeddings")
     patches = module.patch_embeddings
-    if not patches.is_a("Dinov2PatchEmbeddings", "Dinov2WithRegistersPatchEmbeddings"):
+    if not patches.is_a(f"{PLAIN}PatchEmbeddings", f"{WITH}PatchEmbeddings"):
         raise patches.unsupported("its kind of patches")
     plain_patches(patches.projection)
     height, width = patches.image_size
@@ -140,7 +139,7 @@ def _embeddings(module: Reader) -> tuple[TokenLayout, EmbedSpec, tuple[int, int]
     if 1 + rows * columns != module.position_embeddings.shape[1]:
         raise module.unsupported("positions of another number than the patches'")
     registers = module.register_tokens.shape[1] if module.has("register_tokens") else 0
-    if module.is_a("Dinov2WithRegistersEmbeddings") and module.config.num_register_tokens != registers:
+    if module.is_a(f"{WITH}Embeddings") and module.config.num_register_tokens != registers:
         raise module.unsupported("registers of another number than the config's")  # upstream pools by the config's
     layout = TokenLayout(cls=1, registers=registers, rows=rows, columns=columns)
     embed = EmbedSpec(patch=(down, across), in_channels=patches.projection.in_channels, interpolation=how)

@@ -18,11 +18,11 @@ from prisma_core.maps.weights import WeightMap
 from prisma_core.plugin.adapter import Adapter
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec, PoolSpec, RopeGrid, RopeSpec
 from prisma_core.toolbox.attention import eager_attention
-from prisma_core.toolbox.rows import plain_patches, same_for_all
+from prisma_core.toolbox.readers import plain_patches
+from prisma_core.toolbox.rows import same_for_all
 from prisma_dino.canonical import backbones, blocks
 
-AT = "transformers.models.dinov3_vit.modeling_dinov3_vit"
-BACKBONE = f"{AT}.DINOv3ViTBackbone"
+BACKBONE = f"{blocks.V3}Backbone"
 ROPE = "DINOv3ViTRopePositionEmbedding"
 
 
@@ -32,7 +32,7 @@ class Dinov3Adapter(Adapter):
     A model's main output is its pooled one, the normed class token; ``hook_ln_final`` holds all tokens.
     """
 
-    types = (f"{AT}.DINOv3ViTModel", BACKBONE)
+    types = (f"{blocks.V3}Model", BACKBONE)
     ignored: ClassVar[Mapping[str, str]] = {
         **blocks.IGNORED,
         f"{ROPE}.base": "what the frequencies were made from; they are read",
@@ -42,7 +42,7 @@ class Dinov3Adapter(Adapter):
     def spec(self, upstream: Reader) -> ModelSpec:
         patch, rope = upstream.embeddings.patch_embeddings, upstream.rope_embeddings
         plain_patches(patch)
-        if not rope.is_a(ROPE):
+        if not rope.is_a(f"{blocks.V3}RopePositionEmbedding"):
             raise rope.unsupported("its kind of rotary embedding")
         sides = _pair(rope.config.patch_size)
         if sides != patch.kernel_size:
@@ -68,7 +68,7 @@ class Dinov3Adapter(Adapter):
             blocks=tuple(blocks.block(one) for one in upstream.model.layer),
             rope=RopeSpec(layout="half", grid=grid),
             # Of a backbone's feature maps the last one is normed whatever apply_layernorm says.
-            ln_final=blocks.norm(upstream.norm),
+            ln_final=blocks.READ.norm(upstream.norm),
             pool=backbones.pool(upstream) if upstream.is_a(BACKBONE) else PoolSpec(kind="token"),
             d_pool=patch.out_channels,
         )

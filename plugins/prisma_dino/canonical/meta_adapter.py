@@ -18,8 +18,9 @@ from prisma_core.maps.reader import Reader
 from prisma_core.maps.weights import WeightMap
 from prisma_core.plugin.adapter import Adapter
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec, PoolSpec, RopeGrid, RopeSpec
-from prisma_core.toolbox.rows import plain_patches, same_for_all
-from prisma_dino.canonical import blocks, meta_blocks
+from prisma_core.toolbox.readers import plain_patches
+from prisma_core.toolbox.rows import same_for_all
+from prisma_dino.canonical import meta_blocks
 from prisma_dino.canonical.dinov2 import around_registers
 
 OURS = "prisma_dino.meta.MetaViT"
@@ -28,7 +29,7 @@ V2 = "dinov2.models.vision_transformer.DinoVisionTransformer"
 V3 = "dinov3.models.vision_transformer.DinoVisionTransformer"
 V1_HAS = {"num_features", "embed_dim", "patch_embed", "pos_drop", "blocks", "norm", "head", "training"}
 REGISTERS = ("register_tokens", "storage_tokens")
-ROPES = ("RopePositions", "RopePositionEmbedding")
+ROPES = ("prisma_dino.meta.RopePositions", "dinov3.layers.rope_position_encoding.RopePositionEmbedding")
 
 IGNORED = {
     "*.num_features": "embed_dim by another name",
@@ -76,9 +77,9 @@ class MetaAdapter(Adapter):
             raise upstream.unsupported("blocks in chunks (build it with block_chunks=0)")
         if upstream.has("cls_norm"):
             raise upstream.unsupported("a norm of its own for class token and registers")
-        if not upstream.head.is_a(blocks.IDENTITY):
+        if not upstream.head.is_a("Identity"):
             raise upstream.unsupported("a head")
-        if upstream.patch_embed.has("norm") and not upstream.patch_embed.norm.is_a(blocks.IDENTITY):
+        if upstream.patch_embed.has("norm") and not upstream.patch_embed.norm.is_a("Identity"):
             raise upstream.unsupported("a norm of patches")
         rotary = upstream.has("rope_embed")
         rows, columns = _grid(upstream, rotary=rotary)
@@ -101,7 +102,7 @@ class MetaAdapter(Adapter):
             ),
             blocks=tuple(meta_blocks.block(block) for block in upstream.blocks),
             rope=_rope(upstream.rope_embed) if rotary else None,
-            ln_final=blocks.norm(upstream.norm),
+            ln_final=meta_blocks.READ.norm(upstream.norm),
             pool=PoolSpec(kind="token"),
             d_pool=proj.out_channels,
         )

@@ -3,13 +3,43 @@
 from __future__ import annotations
 
 from prisma_core.maps.reader import Reader
-from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec
+from prisma_core.spec import AttentionSpec, BlockSpec
+from prisma_core.toolbox.readers import MlpNames, PartReader
 from prisma_core.toolbox.rows import linear_rows
-from prisma_dino.canonical import blocks
 
-BLOCKS = ("Block", "NestedTensorBlock", "SelfAttentionBlock")
-ATTENTIONS = ("Attention", "MemEffAttention", "SelfAttention")
-QKV = ("torch.nn.modules.linear.Linear", "MaskedLinear", "LinearKMaskedBias")
+OURS, FIRST = "prisma_dino.meta", "vision_transformer"
+BLOCKS = (
+    f"{OURS}.Block",
+    f"{FIRST}.Block",
+    "dinov2.layers.block.Block",
+    "dinov2.layers.block.NestedTensorBlock",
+    "dinov3.layers.block.SelfAttentionBlock",
+)
+ATTENTIONS = (
+    f"{OURS}.Attention",
+    f"{FIRST}.Attention",
+    "dinov2.layers.attention.Attention",
+    "dinov2.layers.attention.MemEffAttention",
+    "dinov3.layers.attention.SelfAttention",
+)
+MASKED = (f"{OURS}.MaskedLinear", "dinov3.layers.attention.LinearKMaskedBias")
+PACKED = MlpNames("w12", "w3", "", fused=True)
+SPLIT = MlpNames("w2", "w3", "", fc_gate="w1")
+
+READ = PartReader(
+    mlps={
+        f"{OURS}.Mlp": MlpNames(),
+        f"{FIRST}.Mlp": MlpNames(),
+        "dinov2.layers.mlp.Mlp": MlpNames(),
+        "dinov3.layers.ffn_layers.Mlp": MlpNames(),
+        f"{OURS}.PackedSwiGLU": PACKED,
+        "dinov2.layers.swiglu_ffn.SwiGLUFFN": PACKED,
+        "dinov2.layers.swiglu_ffn.SwiGLUFFNFused": PACKED,
+        f"{OURS}.SplitSwiGLU": SPLIT,
+        "dinov3.layers.ffn_layers.SwiGLUFFN": SPLIT,
+    },
+    scales=(f"{OURS}.LayerScale", "dinov2.layers.layer_scale.LayerScale", "dinov3.layers.layer_scale.LayerScale"),
+)
 
 
 def block(module: Reader) -> BlockSpec:
@@ -17,35 +47,24 @@ def block(module: Reader) -> BlockSpec:
     if not module.is_a(*BLOCKS):
         raise module.unsupported("its kind of block")
     attn = module.attn
-    if not attn.is_a(*ATTENTIONS) or not attn.qkv.is_a(*QKV):
+    if not attn.is_a(*ATTENTIONS) or not attn.qkv.is_a("Linear", *MASKED):
         raise attn.unsupported("its kind of attention")
+    READ.linear(attn.proj)
     width = attn.qkv.out_features // 3
     return BlockSpec(
         attn=AttentionSpec(
             n_heads=attn.num_heads, n_kv_heads=attn.num_heads, d_head=width // attn.num_heads, scale=attn.scale
         ),
-        mlp=_mlp(module.mlp),
-        ln1=blocks.norm(module.norm1),
-        ln2=blocks.norm(module.norm2),
+        mlp=READ.mlp(module.mlp),
+        ln1=READ.norm(module.norm1),
+        ln2=READ.norm(module.norm2),
         attn_scale=_scaled(module, "ls1"),
         mlp_scale=_scaled(module, "ls2"),
     )
 
 
 def _scaled(module: Reader, name: str) -> bool:
-    if not module.has(name) or getattr(module, name).is_a(blocks.IDENTITY):
-        return False
-    if not getattr(module, name).is_a("LayerScale"):
-        raise module.unsupported("its kind of layer scale")
-    return True
-
-
-def _mlp(module: Reader) -> MlpSpec:
-    if module.is_a("Mlp"):
-        return MlpSpec(d_mlp=module.fc1.out_features, act=blocks.activation(module.act))
-    if module.has("w3") and (module.has("w12") or module.has("w1")):  # these call silu without keeping it
-        return MlpSpec(d_mlp=module.w3.in_features, act="silu", gated=True)
-    raise module.unsupported("its kind of MLP")
+    return module.has(name) and READ.scaled(getattr(module, name))
 
 
 def block_rows(module: Reader) -> str:
@@ -61,17 +80,7 @@ def block_rows(module: Reader) -> str:
         {at}.norm2.{{*}}        ->  {at}.ln2.{{*}}
         {at}.ls2.gamma          ->  {at}.ls2.gamma
     """ + linear_rows(f"{at}.attn.proj", f"{at}.attn.out")
-    if module.mlp.has("w12"):
-        rows += f"""
-            {at}.mlp.w12.weight        ->  [{at}.mlp.fc_gate.weight, {at}.mlp.fc_in.weight]
-            {at}.mlp.w12.bias | zeros  ->  [{at}.mlp.fc_gate.bias, {at}.mlp.fc_in.bias]
-        """
-        parts = {"w3": "fc_out"}
-    elif module.mlp.has("w1"):
-        parts = {"w1": "fc_gate", "w2": "fc_in", "w3": "fc_out"}
-    else:
-        parts = {"fc1": "fc_in", "fc2": "fc_out"}
-    return rows + "".join(linear_rows(f"{at}.mlp.{own}", f"{at}.mlp.{to}") for own, to in parts.items())
+    return rows + READ.mlp_rows(module.mlp, f"{at}.mlp", f"{at}.mlp")
 
 
 def block_hooks(module: Reader, *, rope: bool, stepwise: bool) -> str:
@@ -98,9 +107,8 @@ def block_hooks(module: Reader, *, rope: bool, stepwise: bool) -> str:
             {kernel} : in2  ->  {at}.attn.hook_v          : b h p d -> b p h d
         """
     scaled = _scaled(module, "ls1")
-    rows = (
-        attention
-        + f"""
+    return f"""
+        {attention}
         {at} : in                  ->  {at}.hook_resid_pre
         {at}.norm1                 ->  {at}.ln1.hook_normalized
         {at}.attn.proj : in        ->  {at}.attn.hook_z              : b p (h d) -> b p h d
@@ -109,23 +117,5 @@ def block_hooks(module: Reader, *, rope: bool, stepwise: bool) -> str:
         {at}.norm2                 ->  {at}.ln2.hook_normalized
         {at}.{"ls2" if scaled else "mlp"}   ->  {at}.hook_mlp_out
         {at}                       ->  {at}.hook_resid_post
+        {READ.mlp_hooks(module.mlp, f"{at}.mlp", f"{at}.mlp")}
     """
-    )
-    if module.mlp.has("w12"):
-        return (
-            rows
-            + f"""
-            {at}.mlp @ silu : in  ->  {at}.mlp.hook_pre
-            {at}.mlp @ mul : in1  ->  {at}.mlp.hook_pre_linear
-            {at}.mlp.w3 : in      ->  {at}.mlp.hook_post
-        """
-        )
-    first, value, last = ("w1", "w2", "w3") if module.mlp.has("w1") else ("fc1", "fc1", "fc2")
-    return (
-        rows
-        + f"""
-        {at}.mlp.{first}      ->  {at}.mlp.hook_pre
-        {at}.mlp.{value}      ->  {at}.mlp.hook_pre_linear
-        {at}.mlp.{last} : in  ->  {at}.mlp.hook_post
-    """
-    )

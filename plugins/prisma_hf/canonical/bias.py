@@ -24,13 +24,13 @@ def shared(tower: Reader, names: TowerNames) -> bool:
 def tables(tower: Reader, at: str, names: TowerNames) -> dict[str, Reader]:
     """Return the modules that make the bias, by the paths of their tables: a block's own, and the shared one."""
     found: dict[str, Reader] = {}
-    own = [parts.find(block, names.block.bias) for block in parts.walk(tower, names.blocks) if names.block.bias]
+    own = [parts.find(block, names.block.bias) for block in parts.at(tower, names.blocks) if names.block.bias]
     for module in own:
         if module is not None:
             _look(module)
             found[f"{at}{names.blocks}.{{l}}.{names.block.bias}.{TABLE}"] = module
     if shared(tower, names):
-        module = parts.walk(tower, names.bias)
+        module = parts.at(tower, names.bias)
         _look(module)
         found[f"{at}{names.bias}.{TABLE}"] = module
     return found

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 from prisma_core.maps.reader import Reader
-from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec, NormSpec
+from prisma_core.spec import AttentionSpec, BlockSpec, NormSpec
+from prisma_core.toolbox.readers import MlpNames
 from prisma_core.toolbox.rows import linear_rows, masks_as_built, norm_rows
 from prisma_hf.canonical import parts
 from prisma_hf.canonical.names import BlockNames
@@ -18,35 +18,33 @@ def block(module: Reader, names: BlockNames, shared_bias: bool = False) -> Block
     Args:
         shared_bias: a table that all blocks share is added to the scores.
     """
-    names = _resolved(module, names)
     if names.single and getattr(module, names.single) != 1:
         raise module.unsupported("several experts in place of an MLP")
     for path in names.absent:
-        if parts.norm(parts.walk(module, path)) is not None:
+        if parts.norm(parts.at(module, path)) is not None:
             raise module.unsupported(f"a norm at {path}, with which upstream itself fails")
     return BlockSpec(
         attn=_attention(module, names, shared_bias),
-        mlp=_mlp(module, names),
-        ln1=parts.norm(parts.walk(module, names.ln1)),
-        ln2=parts.norm(parts.walk(module, names.ln2)),
+        mlp=parts.READ.mlp(module, _mlp_names(module, names)),
+        ln1=parts.norm(parts.at(module, names.ln1)),
+        ln2=parts.norm(parts.at(module, names.ln2)),
         attn_scale=_scaled(module, names.ls1),
         mlp_scale=_scaled(module, names.ls2),
     )
 
 
-def _resolved(module: Reader, names: BlockNames) -> BlockNames:
-    """Return the names of a block whose MLP may be a gated one."""
-    at = names.mlp
-    if names.gate or not module.has(at) or not parts.walk(module, at).has("gate_proj"):
-        return names
-    gated = {"gate": f"{at}.gate_proj", "fc1": f"{at}.up_proj", "fc2": f"{at}.down_proj", "act": f"{at}.act_fn"}
-    return replace(names, **gated)
+def _mlp_names(module: Reader, names: BlockNames) -> MlpNames:
+    """Return the paths of a block's MLP, which may be a gated one."""
+    path = names.mlp
+    if module.has(path) and parts.at(module, path).has("gate_proj"):
+        return MlpNames(f"{path}.up_proj", f"{path}.down_proj", f"{path}.act_fn", fc_gate=f"{path}.gate_proj")
+    return MlpNames(names.fc1, names.fc2, names.act)
 
 
 def _attention(module: Reader, names: BlockNames, shared_bias: bool) -> AttentionSpec:
-    attn = parts.walk(module, names.attn)
+    attn = parts.at(module, names.attn)
     masks_as_built(attn)
-    read = parts.linear(parts.walk(module, names.out)).in_features
+    read = parts.linear(parts.at(module, names.out)).in_features
     width = getattr(attn, names.width) if names.width else read // getattr(attn, names.heads)
     return AttentionSpec(
         n_heads=read // width,
@@ -62,7 +60,7 @@ def _attention(module: Reader, names: BlockNames, shared_bias: bool) -> Attentio
 def _kv_width(module: Reader, names: BlockNames, read: int) -> int:
     """Return the width of all keys together, and of all values."""
     if names.mha:
-        attn = parts.walk(module, names.attn)
+        attn = parts.at(module, names.attn)
         if module.has("attn_mask") or attn.has("bias_k") or attn.has("bias_v") or attn.add_zero_attn:
             raise attn.unsupported("patches hidden from others, or tokens added to keys and values")
         if attn.batch_first != (names.axes == "b p"):
@@ -70,7 +68,7 @@ def _kv_width(module: Reader, names: BlockNames, read: int) -> int:
         return read
     if names.qkv:
         return read
-    k, v = (parts.linear(parts.walk(module, path)) for path in (names.k, names.v))
+    k, v = (parts.linear(parts.at(module, path)) for path in (names.k, names.v))
     if k.out_features != v.out_features:
         raise module.unsupported("fewer heads of keys than of values, or the other way round")
     return k.out_features
@@ -79,23 +77,9 @@ def _kv_width(module: Reader, names: BlockNames, read: int) -> int:
 def _qk_norm(module: Reader, names: BlockNames) -> tuple[NormSpec | None, Literal["head", "all_heads"]]:
     if not names.q_norm:
         return None, "head"
-    q_norm, k_norm = parts.walk(module, names.q_norm), parts.walk(module, names.k_norm)
-    if parts.norm(q_norm) != parts.norm(k_norm):
-        raise module.unsupported("queries and keys normed differently")
-    if parts.norm(q_norm) is None:
-        return None, "head"
-    return parts.norm(q_norm), "head" if names.normed_apart else "all_heads"
-
-
-def _mlp(module: Reader, names: BlockNames) -> MlpSpec:
-    act = parts.walk(module, names.act)
-    if not isinstance(act, Reader):
-        raise module.unsupported("an activation function that is no module")
-    return MlpSpec(
-        d_mlp=parts.linear(parts.walk(module, names.fc1)).out_features,
-        act=parts.activation(act),
-        gated=bool(names.gate),
-    )
+    q_norm, k_norm = parts.at(module, names.q_norm), parts.at(module, names.k_norm)
+    norm = parts.READ.qk_norm(q_norm, k_norm)
+    return norm, "head" if norm is None or names.normed_apart else "all_heads"
 
 
 def _scaled(module: Reader, path: str) -> bool:
@@ -103,8 +87,8 @@ def _scaled(module: Reader, path: str) -> bool:
     if not path:
         return False
     above, _, name = path.rpartition(".")
-    owner = parts.walk(module, above)
-    if owner.is_a(parts.IDENTITY):
+    owner = parts.at(module, above)
+    if owner.is_a("Identity"):
         return False
     scale = getattr(owner, name)
     return not (scale is None or (isinstance(scale, float) and scale == 1.0))
@@ -113,7 +97,6 @@ def _scaled(module: Reader, path: str) -> bool:
 def rows(layers: Reader, at: str, names: BlockNames) -> str:
     """Return the weight rows of all blocks."""
     first = next(iter(layers))
-    names = _resolved(first, names)
     theirs, ours = f"{at}.{{l}}", "blocks.{l}"
     if names.mha:
         rows = f"""
@@ -123,22 +106,12 @@ def rows(layers: Reader, at: str, names: BlockNames) -> str:
     elif names.qkv:
         rows = linear_rows(f"{theirs}.{names.qkv}", f"{ours}.attn.qkv")
     else:
-        projections = (names.q, names.k, names.v)
-        weights = ", ".join(f"{theirs}.{path}.weight" for path in projections)
-        biased = [parts.linear(parts.walk(first, path)).has("bias") for path in projections]
-        if biased == [False, True, False]:
-            raise first.unsupported("biases of keys alone")
-        biases = [f"{theirs}.{path}.bias" if bias else None for path, bias in zip(projections, biased, strict=True)]
-        rows = f"""
-            [{weights}]                  ->  {ours}.attn.qkv.weight
-            {parts.joined_bias(biases)}  ->  {ours}.attn.qkv.bias
-        """
+        rows = parts.READ.qkv_rows(first, theirs, f"{ours}.attn.qkv", (names.q, names.k, names.v))
     norms = ((names.ln1, "ln1"), (names.ln2, "ln2"), (names.q_norm, "attn.q_norm"), (names.k_norm, "attn.k_norm"))
     for source, target in norms:
         rows += norm_rows(f"{theirs}.{source}", f"{ours}.{target}") if source else ""
-    linears = {"attn.out": names.out, "mlp.fc_in": names.fc1, "mlp.fc_gate": names.gate, "mlp.fc_out": names.fc2}
-    for target, source in linears.items():
-        rows += linear_rows(f"{theirs}.{source}", f"{ours}.{target}") if source else ""
+    rows += linear_rows(f"{theirs}.{names.out}", f"{ours}.attn.out")
+    rows += parts.READ.mlp_rows(first, theirs, f"{ours}.mlp", _mlp_names(first, names))
     for source, target in ((names.ls1, "ls1"), (names.ls2, "ls2")):
         rows += f"{theirs}.{source}  ->  {ours}.{target}.gamma\n" if source else ""
     return rows
@@ -152,10 +125,10 @@ def hooks(layers: Reader, at: str, names: BlockNames, *, rope: bool = False) -> 
     """
     theirs, ours = f"{at}.{{l}}", "blocks.{l}"
     first = next(iter(layers))
-    names = _resolved(first, names)
+    mlp = _mlp_names(first, names)
     scaled = _scaled(first, names.ls1)
     attn_out = names.attn_out if scaled and names.attn_out else names.addend or names.out
-    mlp_out = names.mlp_out if scaled and names.mlp_out else names.fc2
+    mlp_out = names.mlp_out if scaled and names.mlp_out else mlp.fc_out
     stream = stream_axes(names)
     rows = f"""
         {theirs} : in                         ->  {ours}.hook_resid_pre       {stream}
@@ -165,17 +138,10 @@ def hooks(layers: Reader, at: str, names: BlockNames, *, rope: bool = False) -> 
         {_place(theirs, attn_out)}            ->  {ours}.hook_attn_out        {stream}
         {theirs}.{names.ln2} : in             ->  {ours}.hook_resid_mid       {stream}
         {theirs}.{names.ln2}                  ->  {ours}.ln2.hook_normalized  {stream}
-        {theirs}.{names.fc2} : in             ->  {ours}.mlp.hook_post        {stream}
         {_place(theirs, mlp_out)}             ->  {ours}.hook_mlp_out         {stream}
         {theirs}                              ->  {ours}.hook_resid_post      {stream}
     """
-    if names.gate:
-        rows += f"""
-            {theirs}.{names.gate}  ->  {ours}.mlp.hook_pre         {stream}
-            {theirs}.{names.fc1}   ->  {ours}.mlp.hook_pre_linear  {stream}
-        """
-    else:
-        rows += f"{theirs}.{names.fc1}  ->  {ours}.mlp.hook_pre  {stream}\n"
+    rows += parts.READ.mlp_hooks(first, theirs, f"{ours}.mlp", mlp, how=stream)
     return rows + _attention_hooks(names, theirs, ours, rope=rope)
 
 

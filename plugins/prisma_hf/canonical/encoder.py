@@ -15,7 +15,8 @@ from prisma_core.maps.reader import Reader, qualified_name
 from prisma_core.maps.weights import WeightMap
 from prisma_core.plugin.adapter import Adapter
 from prisma_core.spec import EmbedSpec, ModelSpec, PoolSpec
-from prisma_core.toolbox.rows import ends_with_last_stage, linear_rows, norm_rows, plain_patches
+from prisma_core.toolbox.readers import plain_patches
+from prisma_core.toolbox.rows import ends_with_last_stage, linear_rows, norm_rows
 from prisma_hf.canonical import bias, blocks, calling, parts, positions, rotary
 from prisma_hf.canonical import listed as lists
 from prisma_hf.canonical.classes import MODELS
@@ -30,9 +31,9 @@ class EncoderAdapter(Adapter):
 
     def spec(self, upstream: Reader) -> ModelSpec:
         names = MODELS[qualified_name(upstream.module)]
-        tower = parts.walk(upstream, names.at)
+        tower = parts.at(upstream, names.at)
         for path, feature in names.tower.refused.items():
-            if parts.walk(tower, path):
+            if parts.at(tower, path):
                 raise tower.unsupported(feature)
         if upstream.has("out_features"):
             ends_with_last_stage(upstream)
@@ -40,7 +41,7 @@ class EncoderAdapter(Adapter):
         width = _width(tower, names.tower)
         ln_final = _ln_final(tower, names.tower)
         classes = _classes(upstream, names)
-        ln_pool = parts.walk(upstream, names.ln_pool) if names.ln_pool else None
+        ln_pool = parts.at(upstream, names.ln_pool) if names.ln_pool else None
         ln_pool = None if ln_pool is None else parts.norm(ln_pool)
         return ModelSpec(
             d_model=width,
@@ -49,11 +50,11 @@ class EncoderAdapter(Adapter):
             layout=layout,
             blocks=tuple(
                 blocks.block(block, names.tower.block, bias.shared(tower, names.tower))
-                for block in parts.walk(tower, names.tower.blocks)
+                for block in parts.at(tower, names.tower.blocks)
             ),
             rope=rotary.spec(tower, names.tower),
-            ln_pre=parts.norm(parts.walk(tower, names.tower.ln_pre)) if names.tower.ln_pre else None,
-            ln_final=parts.norm(parts.walk(tower, ln_final)) if ln_final else None,
+            ln_pre=parts.norm(parts.at(tower, names.tower.ln_pre)) if names.tower.ln_pre else None,
+            ln_final=parts.norm(parts.at(tower, ln_final)) if ln_final else None,
             pool=_pool(names, normed=ln_pool is not None),
             ln_pool=ln_pool,
             d_pool=width,
@@ -63,12 +64,12 @@ class EncoderAdapter(Adapter):
 
     def stem(self, upstream: Reader, spec: ModelSpec) -> nn.Module | None:
         names = MODELS[qualified_name(upstream.module)]
-        tower = parts.walk(upstream, names.at)
-        return parts.walk(tower, names.tower.stem).module if names.tower.stem else None
+        tower = parts.at(upstream, names.at)
+        return parts.at(tower, names.tower.stem).module if names.tower.stem else None
 
     def weights(self, upstream: Reader, spec: ModelSpec) -> WeightMap:
         names = MODELS[qualified_name(upstream.module)]
-        tower, at = parts.walk(upstream, names.at), _prefixed(names.at)
+        tower, at = parts.at(upstream, names.at), _prefixed(names.at)
         rows = f"{at}{names.tower.stem}.{{*}}  ->  embed.stem.{{*}}\n"
         if not names.tower.stem:
             pixels = f": m ({names.tower.flat}) -> m c p q" if names.tower.flat else ""
@@ -81,7 +82,7 @@ class EncoderAdapter(Adapter):
             rows += "".join(f"ignore {at}{path} : holds no token\n" for _, path in names.tower.prefix)
         elif names.tower.prefix:
             tokens = ", ".join(f"{at}{path}" for _, path in names.tower.prefix)
-            flat = parts.walk(tower, names.tower.prefix[0][1]).ndim == 1
+            flat = parts.at(tower, names.tower.prefix[0][1]).ndim == 1
             rows += f"[{tokens}]  ->  embed.prefix  : {'d -> 1 d' if flat else '1 n d -> n d'}\n"
         added, functions = positions.rows(tower, at, names.tower, spec.layout)
         turned, turning = rotary.rows(tower, at, names.tower, spec.layout, spec.image_size)
@@ -91,10 +92,10 @@ class EncoderAdapter(Adapter):
         rows += _other_norms(tower, at, names.tower)
         for source, target in ((names.tower.ln_pre, "ln_pre"), (_ln_final(tower, names.tower), "ln_final")):
             rows += norm_rows(f"{at}{source}", target) if source else ""
-        layers = parts.walk(tower, names.tower.blocks)
+        layers = parts.at(tower, names.tower.blocks)
         rows += blocks.rows(layers, f"{at}{names.tower.blocks}", names.tower.block)
         rows += norm_rows(names.ln_pool, "ln_pool") if spec.ln_pool is not None else ""
-        if names.head and parts.walk(upstream, names.head).is_a(parts.CONV):
+        if names.head and parts.at(upstream, names.head).is_a("Conv2d"):
             rows += f"""
                 {names.head}.weight        ->  head.weight  : o d 1 1 -> o d
                 {names.head}.bias | zeros  ->  head.bias
@@ -115,7 +116,7 @@ class EncoderAdapter(Adapter):
 
     def hooks(self, upstream: Reader, spec: ModelSpec) -> HookMap:
         names = MODELS[qualified_name(upstream.module)]
-        tower, at = parts.walk(upstream, names.at), _prefixed(names.at)
+        tower, at = parts.at(upstream, names.at), _prefixed(names.at)
         stream = blocks.stream_axes(names.tower.block)
         embedded = f"{at}{names.tower.embed_norm or names.tower.stem or names.tower.proj}"
         how = "" if names.tower.embed_norm or names.tower.stem or names.tower.flat else ": b d r c -> b (r c) d"
@@ -123,7 +124,7 @@ class EncoderAdapter(Adapter):
             names.tower.listed, how
         )
         rows = f"{embedded}  ->  hook_embed  {how}\n"
-        layers, rope = parts.walk(tower, names.tower.blocks), spec.rope is not None
+        layers, rope = parts.at(tower, names.tower.blocks), spec.rope is not None
         rows += blocks.hooks(layers, f"{at}{names.tower.blocks}", names.tower.block, rope=rope)
         if names.tower.ln_pre:
             ln_pre = f"{at}{names.tower.ln_pre}"
@@ -176,13 +177,13 @@ def _last(tower: Reader, at: str, names: TowerNames) -> str:
         return f"{at.removesuffix('.')} {names.last}"
     if names.ln_each and not tower.has(names.ln_each):
         return ""
-    return f"{at}{_ln_final(tower, names) or f'{names.blocks}.{len(parts.walk(tower, names.blocks)) - 1}'}"
+    return f"{at}{_ln_final(tower, names) or f'{names.blocks}.{len(parts.at(tower, names.blocks)) - 1}'}"
 
 
 def _head_rows(upstream: Reader, names: ModelNames, spec: ModelSpec, last: str, how: str) -> str:
     """Return the hook rows of what comes behind the encoder; ``how``: that of what it returns."""
     grid, rows = "", ""
-    if names.head and parts.walk(upstream, names.head).is_a(parts.CONV):
+    if names.head and parts.at(upstream, names.head).is_a("Conv2d"):
         grid = "  : b d r c -> b (r c) d"
     if spec.ln_pool is not None and names.pool == "patches":  # upstream norms all tokens before it cuts
         rows += f"{names.head} : in  ->  ln_pool.hook_normalized\n"
@@ -209,7 +210,7 @@ def _head_rows(upstream: Reader, names: ModelNames, spec: ModelSpec, last: str, 
 
 def _ln_final(tower: Reader, names: TowerNames) -> str:
     if names.ln_each and tower.has(names.ln_each):
-        return f"{names.ln_each}.{len(parts.walk(tower, names.blocks)) - 1}"
+        return f"{names.ln_each}.{len(parts.at(tower, names.blocks)) - 1}"
     return names.ln_final
 
 
@@ -217,7 +218,7 @@ def _other_norms(tower: Reader, at: str, names: TowerNames) -> str:
     """Return the weight rows of norms behind other blocks than the last."""
     if not names.ln_each or not tower.has(names.ln_each):
         return ""
-    used, count = _ln_final(tower, names), len(parts.walk(tower, names.ln_each))
+    used, count = _ln_final(tower, names), len(parts.at(tower, names.ln_each))
     others = [names.ln_final, *(f"{names.ln_each}.{index}" for index in range(count))]
     return "".join(f"ignore {at}{path}.{{*}} : of a stream that is not the last\n" for path in others if path != used)
 
@@ -228,10 +229,10 @@ def _prefixed(path: str) -> str:
 
 def _image_size(tower: Reader, names: TowerNames) -> tuple[int, int]:
     if not names.image:
-        side = math.isqrt(parts.walk(tower, names.pos).num_embeddings)
+        side = math.isqrt(parts.at(tower, names.pos).num_embeddings)
         down, across = _patch(tower, names)
         return side * down, side * across
-    size = parts.walk(tower, names.image)
+    size = parts.at(tower, names.image)
     if not isinstance(size, int) and len(size) != 2:
         raise tower.unsupported(f"a picture of {len(size)} sides (image_size={size!r})")
     return (size, size) if isinstance(size, int) else (size[0], size[1])
@@ -240,27 +241,27 @@ def _image_size(tower: Reader, names: TowerNames) -> tuple[int, int]:
 def _layout(tower: Reader, names: TowerNames) -> TokenLayout:
     height, width = _image_size(tower, names)
     down, across = _patch(tower, names)
-    tokens = {kind: parts.walk(tower, path) for kind, path in names.prefix}
+    tokens = {kind: parts.at(tower, path) for kind, path in names.prefix}
     counts = {kind: 1 if token.ndim == 1 else token.shape[1] for kind, token in tokens.items()}
     return TokenLayout(**counts, rows=height // down, columns=width // across)
 
 
 def _patch(tower: Reader, names: TowerNames) -> tuple[int, int]:
     if not names.flat:
-        return parts.walk(tower, names.proj).kernel_size[-2:]
-    side = parts.walk(tower, names.patch)
+        return parts.at(tower, names.proj).kernel_size[-2:]
+    side = parts.at(tower, names.patch)
     return side, side
 
 
 def _width(tower: Reader, names: TowerNames) -> int:
-    proj = parts.walk(tower, names.proj)
+    proj = parts.at(tower, names.proj)
     return parts.linear(proj).out_features if names.flat else proj.out_channels
 
 
 def _embed(tower: Reader, names: TowerNames, layout: TokenLayout) -> EmbedSpec:
-    proj, patch = parts.walk(tower, names.proj), _patch(tower, names)
+    proj, patch = parts.at(tower, names.proj), _patch(tower, names)
     if names.listed == "frames":
-        parts.plain_frames(proj)
+        plain_patches(proj, "Conv3d")
     elif not names.stem and not names.flat:
         plain_patches(proj)
     return EmbedSpec(
@@ -268,7 +269,7 @@ def _embed(tower: Reader, names: TowerNames, layout: TokenLayout) -> EmbedSpec:
         in_channels=proj.in_features // (patch[0] * patch[1]) if names.flat else proj.in_channels,
         stem="opaque" if names.stem else "conv",
         by_token=bool(names.packed),
-        norm=parts.norm(parts.walk(tower, names.embed_norm)) if names.embed_norm else None,
+        norm=parts.norm(parts.at(tower, names.embed_norm)) if names.embed_norm else None,
         pos=positions.check(tower, names, layout),
         interpolation=positions.interpolation(tower, names, layout),
     )
@@ -277,13 +278,13 @@ def _embed(tower: Reader, names: TowerNames, layout: TokenLayout) -> EmbedSpec:
 def _classes(upstream: Reader, names: ModelNames) -> int | None:
     if not names.head:
         return None
-    head = parts.walk(upstream, names.head)
-    if head.is_a(parts.CONV) and names.pool == "patches":
+    head = parts.at(upstream, names.head)
+    if head.is_a("Conv2d") and names.pool == "patches":
         plain_patches(head)
         if tuple(head.kernel_size) != (1, 1):
             raise head.unsupported("a head that reads several patches at once")
         return head.out_channels
-    return None if head.is_a("torch.nn.modules.linear.Identity") else parts.linear(head).out_features
+    return parts.READ.classes(head)
 
 
 def _pool(names: ModelNames, *, normed: bool) -> PoolSpec:

@@ -46,7 +46,6 @@ class BlockNames:
     ln1: str = "layer_norm1"
     ln2: str = "layer_norm2"
     fc1: str = "mlp.fc1"
-    gate: str = ""
     act: str = "mlp.activation_fn"
     fc2: str = "mlp.fc2"
     ls1: str = ""

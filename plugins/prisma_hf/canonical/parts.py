@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from prisma_core.maps.reader import Reader
-from prisma_core.spec import Activation, NormSpec
 from prisma_core.toolbox.attention import eager_attention, multihead_attention
+from prisma_core.toolbox.readers import TRANSFORMERS, NormClass, PartReader, at
 
-LAYER_NORM = "torch.nn.modules.normalization.LayerNorm"
-LINEAR = "torch.nn.modules.linear.Linear"
-OF_MHA = "torch.nn.modules.linear.NonDynamicallyQuantizableLinear"
-IDENTITY = "torch.nn.modules.linear.Identity"
-CONV = "torch.nn.modules.conv.Conv2d"
-CONV3D = "torch.nn.modules.conv.Conv3d"
-
-ACTIVATIONS: dict[str, Activation] = {
-    "transformers.activations.GELUActivation": "gelu",
-    "transformers.activations.NewGELUActivation": "gelu_tanh",
-    "transformers.activations.FastGELUActivation": "gelu_tanh",
-    "transformers.activations.AccurateGELUActivation": "gelu_tanh",
-    "transformers.activations.GELUTanh": "gelu_tanh",
-    "transformers.activations.QuickGELUActivation": "quick_gelu",
-    "transformers.activations.SiLUActivation": "silu",
-    "torch.nn.modules.activation.SiLU": "silu",
-    "torch.nn.modules.activation.ReLU": "relu",
-}
+RMS = NormClass("rms", "variance_epsilon", in_float32=True, weight_in_float32=False)
+READ = PartReader(
+    norms={
+        f"transformers.models.{name}RMSNorm": RMS
+        for name in (
+            "aimv2.modeling_aimv2.Aimv2",
+            "internvl.modeling_internvl.InternVLVision",
+            "ovis2.modeling_ovis2.Ovis2",
+            "pixtral.modeling_pixtral.Pixtral",
+            "qianfan_ocr.modeling_qianfan_ocr.QianfanOCRVision",
+            "sapiens2.modeling_sapiens2.Sapiens2",
+        )
+    },
+    activations=TRANSFORMERS,
+)
+norm, linear = READ.norm, READ.linear
 
 IGNORED = {
     "*.config": "what it was built from; the facts are read off the modules",
@@ -110,70 +108,11 @@ IGNORED = {
 }
 
 
-def walk(reader: Reader, path: str) -> Any:
-    """Return what stands at a dotted path, itself for an empty one."""
-    value: Any = reader
-    for name in filter(None, path.split(".")):
-        value = getattr(value, name)
-    return value
-
-
 def find(reader: Reader, path: str) -> Any:
     """Return what stands at a dotted path, or None where it ends in nothing."""
     above, _, name = path.rpartition(".")
-    owner = walk(reader, above)
+    owner = at(reader, above)
     return getattr(owner, name) if owner.has(name) else None
-
-
-def linear(module: Reader) -> Reader:
-    """Return a module that must be a linear layer."""
-    if not module.is_a(LINEAR, OF_MHA):
-        raise module.unsupported("a projection that is no linear layer")
-    return module
-
-
-def plain_frames(proj: Reader) -> None:
-    """Refuse a projection that does more than cut frames into patches and multiply each with a matrix."""
-    if not proj.is_a(CONV3D) or proj.kernel_size != proj.stride:
-        raise proj.unsupported("patches that overlap")
-    if (*proj.padding, *proj.dilation, proj.groups, proj.padding_mode) != (0, 0, 0, 1, 1, 1, 1, "zeros"):
-        raise proj.unsupported("a patch projection that pads, skips or splits pixels")
-
-
-def norm(module: Reader) -> NormSpec | None:
-    """Return the facts of a norm; None of an identity."""
-    if module.is_a(IDENTITY):
-        return None
-    if module.is_a(LAYER_NORM):
-        return NormSpec(kind="ln", eps=module.eps)
-    if type(module.module).__name__.endswith("RMSNorm") and module.has("variance_epsilon"):
-        return NormSpec(kind="rms", eps=module.variance_epsilon, in_float32=True, weight_in_float32=False)
-    raise module.unsupported("a norm that is neither layer norm nor root mean square")
-
-
-def joined_bias(given: Sequence[str | None]) -> str:
-    """Return the left side of a row that joins biases, None where there is none.
-
-    >>> joined_bias(["q.bias", None, "v.bias"])
-    '[q.bias, zeros, v.bias]'
-    """
-    names: list[str] = []
-    for name in given:
-        if name is not None or names[-1:] != ["zeros"]:  # neighbours that both lack one are filled at once
-            names.append(name or "zeros")
-    return names[0] if len(names) == 1 else f"[{', '.join(names)}]"
-
-
-def activation(module: object) -> Activation:
-    """Return the name of an activation function."""
-    if not isinstance(module, Reader):
-        raise TypeError(f"expected a module, got {module!r}")
-    if module.is_a("torch.nn.modules.activation.GELU"):
-        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    for name, kind in ACTIVATIONS.items():
-        if module.is_a(name):
-            return kind
-    raise module.unsupported("its activation function")
 
 
 @contextmanager

@@ -26,9 +26,9 @@ def table(tower: Reader, names: TowerNames) -> Reader | Tensor | None:
     """
     if not names.pos:
         return None
-    found = parts.walk(tower, names.pos)
+    found = parts.at(tower, names.pos)
     above, _, _ = names.pos.rpartition(".")
-    ids = parts.walk(tower, above).get("position_ids") if isinstance(found, Reader) else None
+    ids = parts.at(tower, above).get("position_ids") if isinstance(found, Reader) else None
     if ids is not None and not torch.equal(ids.flatten(), torch.arange(ids.numel(), device=ids.device)):
         raise tower.unsupported("positions that are not counted from the first patch on")
     return found
@@ -55,13 +55,13 @@ def interpolation(tower: Reader, names: TowerNames, layout: TokenLayout) -> Inte
     if not names.pos and names.rope_sizes:
         return Interpolation()  # nothing is added: rotary tables are made for any grid
     if names.resampler is not None:
-        how = parts.walk(tower, names.resampler).expect(interpolation_mode="bilinear")
+        how = parts.at(tower, names.resampler).expect(interpolation_mode="bilinear")
         corners = {"antialias": False, "align_corners": how.interpolation_align_corners}
         return Interpolation(mode="bilinear", **corners, in_float32=False, weights_in_float32=True)
     if table(tower, names) is None or names.resize == "never" or bias.tables(tower, "", names):
         return None
     # Upstream takes the root of the number of positions for a side of their grid.
-    if layout.rows != layout.columns or (names.side and not isinstance(parts.walk(tower, names.side), int)):
+    if layout.rows != layout.columns or (names.side and not isinstance(parts.at(tower, names.side), int)):
         return None
     return Interpolation(mode=names.mode, antialias=names.antialias, in_float32=names.resize_float32)
 

@@ -22,12 +22,12 @@ def spec(tower: Reader, names: TowerNames) -> RopeSpec | None:
     """Return the facts of rotary positions; None where there are none."""
     if not names.rope:
         return None
-    turning = parts.walk(tower, names.rope)
+    turning = parts.at(tower, names.rope)
     return RopeSpec(layout="half", in_float32=names.rope_in_float32, grid=_grid(tower, turning, names))
 
 
 def _grid(tower: Reader, turning: Reader, names: TowerNames) -> RopeGrid | None:
-    patch = tuple(parts.walk(tower, names.proj).kernel_size)
+    patch = tuple(parts.at(tower, names.proj).kernel_size)
     if names.rope_of == "picture" and patch != _pair(turning.config.patch_size):
         raise turning.unsupported(f"rotary positions for patches of {turning.config.patch_size}, not {patch}")
     waves = _waves(turning.inv_freq)
@@ -58,7 +58,7 @@ def rows(
     """
     if not names.rope:
         return "", {}
-    turning = copy.deepcopy(parts.walk(tower, names.rope).module).eval()
+    turning = copy.deepcopy(parts.at(tower, names.rope).module).eval()
     row, column = torch.meshgrid(torch.arange(layout.rows), torch.arange(layout.columns), indexing="ij")
     grid = torch.stack([row.flatten(), column.flatten()], dim=-1)
 

@@ -98,11 +98,12 @@ def _block(block: Reader, shared: bool) -> BlockSpec:
     scaled = block.has("gamma_1")
     if scaled != block.has("gamma_2"):
         raise block.unsupported("a scale of only one of attention and MLP")
+    common.linear(attn.qkv)
     return BlockSpec(
         attn=AttentionSpec(
             n_heads=attn.num_heads,
             n_kv_heads=attn.num_heads,
-            d_head=attn.proj.in_features // attn.num_heads,
+            d_head=common.linear(attn.proj).in_features // attn.num_heads,
             scale=attn.scale,
             bias=shared or attn.has("relative_position_bias_table"),
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prisma_core.maps.reader import Reader
 from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec
 from prisma_core.toolbox.rows import linear_rows, norm_rows
-from prisma_timm.canonical.common import IDENTITY, activation, heads, mlp, mlp_hooks, mlp_rows, norm
+from prisma_timm.canonical.common import activation, heads, is_scaled, linear, mlp, mlp_hooks, mlp_rows, norm
 
 PRE = "timm.models.vision_transformer.Block"
 RES_POST = "timm.models.vision_transformer.ResPostBlock"
@@ -18,18 +18,9 @@ IGNORED = {
 }
 
 
-def is_scaled(module: Reader) -> bool:
-    """Return whether this is a layer scale; False of an identity."""
-    if module.is_a("timm.layers.layer_scale.LayerScale"):
-        return True
-    if module.is_a(IDENTITY):
-        return False
-    raise module.unsupported("its kind of layer scale")
-
-
 def attention(module: Reader) -> AttentionSpec:
     """Return the facts of timm's Attention."""
-    if module.is_a("DiffAttention"):
+    if module.is_a("timm.layers.diff_attention.DiffAttention"):
         raise module.unsupported("differential attention")
     if not module.is_a("timm.layers.attention.Attention"):
         raise module.unsupported("its kind of attention")
@@ -100,7 +91,7 @@ def block(module: Reader) -> BlockSpec:
         return _parallel(module)
     if module.is_a(SIDE_BY_SIDE):
         return _side_by_side(module)
-    if module.is_a("DiffParallelScalingBlock"):
+    if module.is_a("timm.models.vision_transformer.DiffParallelScalingBlock"):
         raise module.unsupported("differential attention")
     raise module.unsupported("its kind of block")
 
@@ -112,7 +103,7 @@ def _parallel(module: Reader) -> BlockSpec:
     return BlockSpec(
         kind="parallel",
         attn=heads(module),
-        mlp=MlpSpec(d_mlp=module.mlp_out_proj.in_features, act=activation(module.mlp_act)),
+        mlp=MlpSpec(d_mlp=linear(module.mlp_out_proj).in_features, act=activation(module.mlp_act)),
         ln1=norm(module.in_norm),
         ln2=None,
         attn_scale=scaled,

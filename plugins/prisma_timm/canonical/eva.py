@@ -92,19 +92,16 @@ def block_rows(module: Reader, source: str, target: str) -> str:
 
 def _attention_rows(attn: Reader, source: str, target: str) -> str:
     if not attn.has("qkv"):
-        parts = [attn.q_proj, attn.k_proj, attn.v_proj]
-        weight = f"[{source}.q_proj.weight, {source}.k_proj.weight, {source}.v_proj.weight]"
-        biases = [f"{source}.{n}_proj.bias" if p.has("bias") else "zeros" for n, p in zip("qkv", parts, strict=True)]
-        bias = f"[{', '.join(biases)}]" if set(biases) != {"zeros"} else "zeros"
+        rows = common.READ.qkv_rows(attn, source, f"{target}.qkv")
     else:
-        weight = f"{source}.qkv.weight"
         separate = attn.has("q_bias")
         bias = f"[{source}.q_bias, {source}.k_bias, {source}.v_bias]" if separate else f"{source}.qkv.bias | zeros"
-    return (
-        f"""
-        {weight}  ->  {target}.qkv.weight
-        {bias}    ->  {target}.qkv.bias
+        rows = f"""
+            {source}.qkv.weight  ->  {target}.qkv.weight
+            {bias}               ->  {target}.qkv.bias
         """
+    return (
+        rows
         + norm_rows(f"{source}.q_norm", f"{target}.q_norm")
         + norm_rows(f"{source}.k_norm", f"{target}.k_norm")
         + norm_rows(f"{source}.norm", f"{target}.ln")
@@ -126,7 +123,7 @@ def block_hooks(module: Reader, source: str, target: str) -> str:
         {attn} @ type_as    ->  {to}.hook_rot_q  : b h p d -> b p h d
         {attn} @ type_as#1  ->  {to}.hook_rot_k  : b k p d -> b p k d
         """
-        + stream_hooks(source, target, middle="mlp" if module.is_a("EvaBlockPostNorm") else "norm2")
+        + stream_hooks(source, target, middle="mlp" if module.is_a("timm.models.eva.EvaBlockPostNorm") else "norm2")
         + pattern_hooks(attn, to, z="norm")
         + common.mlp_hooks(module.mlp, f"{source}.mlp", f"{target}.mlp")
     )

@@ -14,7 +14,7 @@ def pool(module: Reader, *, with_prefix: bool) -> PoolSpec:
         raise module.unsupported("its kind of pooling")
     if module.has("pos_embed"):
         raise module.unsupported("positions added before pooling")
-    if not module.q.is_a("torch.nn.modules.linear.Linear") or not module.has("mlp"):
+    if not module.q.is_a("Linear") or not module.has("mlp"):
         raise module.unsupported("attention pooling without a query projection or an MLP")
     if module.pool not in ("token", "avg"):
         raise module.unsupported(f"pool={module.pool!r} of several latents")

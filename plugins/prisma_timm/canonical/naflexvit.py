@@ -14,13 +14,13 @@ from prisma_core.maps.reader import Reader
 from prisma_core.maps.weights import WeightMap
 from prisma_core.plugin.adapter import Adapter
 from prisma_core.spec import BlockSpec, EmbedSpec, Interpolation, ModelSpec
-from prisma_core.toolbox.rows import norm_rows, plain_patches, same_for_all
+from prisma_core.toolbox.readers import plain_patches
+from prisma_core.toolbox.rows import norm_rows, same_for_all
 from prisma_timm.canonical import blocks, common, eva, latents
 from prisma_timm.canonical import rope as ropes
 
 EMBEDS = "timm.models.naflexvit.NaFlexEmbeds"
 EVA_BLOCK = "timm.models.eva.EvaBlock"
-LINEAR = "torch.nn.modules.linear.Linear"
 HOOKS = """
     embeds.norm      ->  hook_embed
     embeds.norm      ->  embed.norm.hook_normalized
@@ -170,7 +170,7 @@ def _embed(embeds: Reader, native: tuple[int, int]) -> EmbedSpec:
         raise embeds.unsupported("padding of images")
     if not embeds.is_linear:
         plain_patches(embeds.proj)
-    elif not embeds.proj.is_a(LINEAR):
+    elif not embeds.proj.is_a("Linear"):
         raise embeds.proj.unsupported("its patch projection")
     kind = embeds.pos_embed_type
     if kind not in ("learned", "factorized", "none"):

@@ -16,7 +16,7 @@ from prisma_core.plugin.adapter import Adapter
 from prisma_core.spec import BlockSpec, ModelSpec
 from prisma_core.toolbox.rows import linear_rows, norm_rows, same_for_all
 from prisma_timm.canonical import common, functions
-from prisma_timm.canonical.blocks import attention_hooks, is_scaled, stream_hooks
+from prisma_timm.canonical.blocks import attention_hooks, stream_hooks
 
 RES_POST = "timm.models.vision_transformer_relpos.ResPostRelPosBlock"
 BLOCKS = ("timm.models.vision_transformer_relpos.RelPosBlock", RES_POST)
@@ -101,8 +101,8 @@ def _block(block: Reader, shared: bool) -> BlockSpec:
         mlp=common.mlp(block.mlp),
         ln1=common.norm(block.norm1),
         ln2=common.norm(block.norm2),
-        attn_scale=not post and is_scaled(block.ls1),
-        mlp_scale=not post and is_scaled(block.ls2),
+        attn_scale=not post and common.is_scaled(block.ls1),
+        mlp_scale=not post and common.is_scaled(block.ls2),
     )
 
 

@@ -10,13 +10,16 @@ from torch import Tensor
 from prisma_core.maps.places import HookMap
 from prisma_core.maps.reader import Reader
 from prisma_core.maps.weights import WeightMap
-from prisma_core.spec import BlockSpec, MlpSpec, ModelSpec, PoolSpec
+from prisma_core.spec import BlockSpec, ModelSpec, PoolSpec
+from prisma_core.toolbox.readers import MlpNames
 from prisma_core.toolbox.rows import linear_rows
 from prisma_vivit import parts
 from prisma_vivit.canonical.base import VideoAdapter
 
 MODEL = "transformers.models.videomae.modeling_videomae.VideoMAEModel"
 CLASSIFIER = "transformers.models.videomae.modeling_videomae.VideoMAEForVideoClassification"
+QKV = ("query", "key", "value")
+MLP = MlpNames("intermediate.dense", "output.dense", "intermediate.intermediate_act_fn")
 
 IGNORED = {
     "VideoMAEPatchEmbeddings.patch_size": "the size of the tubelets",
@@ -56,8 +59,7 @@ class VideoMAEAdapter(VideoAdapter):
         base = upstream.videomae if at else upstream
         positions = base.embeddings.position_embeddings
         like = parts.dtype_of(upstream)
-        attn = next(iter(base.encoder.layer)).attention.attention
-        biases = (attn.query.has("bias"), attn.key.has("bias"), attn.value.has("bias"))
+        first = next(iter(base.encoder.layer))
         layer = f"{at}encoder.layer.{{l}}"
 
         def fixed() -> Tensor:  # of no tensor that upstream saves: "zeros" in its row only holds the place
@@ -73,10 +75,9 @@ class VideoMAEAdapter(VideoAdapter):
                 fc_norm.{{*}}                   ->  ln_pool.{{*}}
                 classifier.{{*}}                ->  head.{{*}}
             """
-            + parts.qkv_rows(f"{layer}.attention.attention", "blocks.{l}.attn.qkv", ("query", "key", "value"), biases)
+            + parts.READ.qkv_rows(first.attention.attention, f"{layer}.attention.attention", "blocks.{l}.attn.qkv", QKV)
             + linear_rows(f"{layer}.attention.output.dense", "blocks.{l}.attn.out")
-            + linear_rows(f"{layer}.intermediate.dense", "blocks.{l}.mlp.fc_in")
-            + linear_rows(f"{layer}.output.dense", "blocks.{l}.mlp.fc_out"),
+            + parts.READ.mlp_rows(first, layer, "blocks.{l}.mlp", MLP),
             {"positions": fixed},
         )
 
@@ -113,11 +114,10 @@ class VideoMAEAdapter(VideoAdapter):
 
 def _block(layer: Reader) -> BlockSpec:
     attn = layer.attention.attention
+    parts.linear(layer.attention.output.dense)
     return BlockSpec(
         attn=parts.attention(attn, attn.num_attention_heads, attn.attention_head_size),
-        mlp=MlpSpec(
-            d_mlp=layer.intermediate.dense.out_features, act=parts.activation(layer.intermediate.intermediate_act_fn)
-        ),
+        mlp=parts.READ.mlp(layer, MLP),
         ln1=parts.norm(layer.layernorm_before),
         ln2=parts.norm(layer.layernorm_after),
     )

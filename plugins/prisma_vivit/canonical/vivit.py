@@ -8,13 +8,15 @@ from typing import ClassVar
 from prisma_core.maps.places import HookMap
 from prisma_core.maps.reader import Reader
 from prisma_core.maps.weights import WeightMap
-from prisma_core.spec import BlockSpec, MlpSpec, ModelSpec, PoolSpec
+from prisma_core.spec import BlockSpec, ModelSpec, PoolSpec
+from prisma_core.toolbox.readers import MlpNames
 from prisma_core.toolbox.rows import linear_rows
 from prisma_vivit import parts
 from prisma_vivit.canonical.base import VideoAdapter
 
 MODEL = "transformers.models.vivit.modeling_vivit.VivitModel"
 CLASSIFIER = "transformers.models.vivit.modeling_vivit.VivitForVideoClassification"
+MLP = MlpNames(act="activation_fn")
 
 IGNORED = {
     "VivitEmbeddings.image_size": "read from the tubelet embedding",
@@ -53,7 +55,7 @@ class VivitAdapter(VideoAdapter):
     def weights(self, upstream: Reader, spec: ModelSpec) -> WeightMap:
         at = "vivit." if upstream.is_a(CLASSIFIER) else ""
         base = upstream.vivit if at else upstream
-        bias = next(iter(base.layers)).attention.q_proj.has("bias")
+        first = next(iter(base.layers))
         layer = f"{at}layers.{{l}}"
         return WeightMap.parse(
             f"""
@@ -66,12 +68,9 @@ class VivitAdapter(VideoAdapter):
                 classifier.{{*}}                               ->  head.{{*}}
                 ignore pooler.{{*}} : its output stands beside the main one
             """
-            + parts.qkv_rows(
-                f"{layer}.attention", "blocks.{l}.attn.qkv", ("q_proj", "k_proj", "v_proj"), (bias, bias, bias)
-            )
+            + parts.READ.qkv_rows(first.attention, f"{layer}.attention", "blocks.{l}.attn.qkv")
             + linear_rows(f"{layer}.attention.o_proj", "blocks.{l}.attn.out")
-            + linear_rows(f"{layer}.mlp.fc1", "blocks.{l}.mlp.fc_in")
-            + linear_rows(f"{layer}.mlp.fc2", "blocks.{l}.mlp.fc_out")
+            + parts.READ.mlp_rows(first.mlp, f"{layer}.mlp", "blocks.{l}.mlp", MLP)
         )
 
     def hooks(self, upstream: Reader, spec: ModelSpec) -> HookMap:
@@ -107,9 +106,10 @@ class VivitAdapter(VideoAdapter):
 
 def _block(layer: Reader) -> BlockSpec:
     attn = layer.attention
+    parts.linear(attn.o_proj)
     return BlockSpec(
         attn=parts.attention(attn, attn.num_attention_heads, attn.head_dim),
-        mlp=MlpSpec(d_mlp=layer.mlp.fc1.out_features, act=parts.activation(layer.mlp.activation_fn)),
+        mlp=parts.READ.mlp(layer.mlp, MLP),
         ln1=parts.norm(layer.layernorm_before),
         ln2=parts.norm(layer.layernorm_after),
     )

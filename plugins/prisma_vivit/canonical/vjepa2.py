@@ -11,7 +11,8 @@ from torch import Tensor
 from prisma_core.maps.places import HookMap
 from prisma_core.maps.reader import Reader
 from prisma_core.maps.weights import WeightMap
-from prisma_core.spec import BlockSpec, Interpolation, MlpSpec, ModelSpec, PoolSpec, RopeCount, RopeSpec
+from prisma_core.spec import BlockSpec, Interpolation, ModelSpec, PoolSpec, RopeCount, RopeSpec
+from prisma_core.toolbox.readers import MlpNames
 from prisma_core.toolbox.rows import linear_rows
 from prisma_core.transformer.rope import count_tables
 from prisma_vivit import parts
@@ -19,6 +20,7 @@ from prisma_vivit.canonical.base import VideoAdapter
 
 MODEL = "transformers.models.vjepa2.modeling_vjepa2.VJEPA2Model"
 THETA = 10000.0  # written into upstream's code
+MLP = MlpNames(act="activation")
 
 IGNORED = {
     "VJEPA2Embeddings.patch_size": "the size of the tubelets",
@@ -74,7 +76,7 @@ class VJEPA2Adapter(VideoAdapter):
             d_head = spec.blocks[0].attn.d_head
             return torch.cat(count_tables(rope, "interleaved", layout.n_patches, 0, d_head, like))
 
-        bias = next(iter(upstream.encoder.layer)).attention.query.has("bias")
+        first = next(iter(upstream.encoder.layer))
         layer = "encoder.layer.{l}"
         return WeightMap.parse(
             f"""
@@ -85,10 +87,11 @@ class VJEPA2Adapter(VideoAdapter):
                 encoder.layernorm.{{*}}  ->  ln_final.{{*}}
                 ignore predictor.{{*}} : the predictor is a model of its own, which reads what this one returns
             """
-            + parts.qkv_rows(f"{layer}.attention", "blocks.{l}.attn.qkv", ("query", "key", "value"), (bias, bias, bias))
+            + parts.READ.qkv_rows(
+                first.attention, f"{layer}.attention", "blocks.{l}.attn.qkv", ("query", "key", "value")
+            )
             + linear_rows(f"{layer}.attention.proj", "blocks.{l}.attn.out")
-            + linear_rows(f"{layer}.mlp.fc1", "blocks.{l}.mlp.fc_in")
-            + linear_rows(f"{layer}.mlp.fc2", "blocks.{l}.mlp.fc_out"),
+            + parts.READ.mlp_rows(first.mlp, f"{layer}.mlp", "blocks.{l}.mlp", MLP),
             {"rope": tables},
         )
 
@@ -127,9 +130,10 @@ class VJEPA2Adapter(VideoAdapter):
 def block(layer: Reader) -> BlockSpec:
     """Return the facts of a block."""
     attn = layer.attention
+    parts.linear(attn.proj)
     return BlockSpec(
         attn=parts.attention(attn, attn.num_attention_heads, attn.attention_head_size),
-        mlp=MlpSpec(d_mlp=layer.mlp.fc1.out_features, act=parts.activation(layer.mlp.activation)),
+        mlp=parts.READ.mlp(layer.mlp, MLP),
         ln1=parts.norm(layer.norm1),
         ln2=parts.norm(layer.norm2),
     )
