@@ -8,6 +8,7 @@ from pydantic import Field, TypeAdapter, model_validator
 
 from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.spec.parts import BlockSpec, EmbedSpec, Facts, MlpSpec, NormSpec, PoolSpec, RopeSpec
+from prisma_core.spec.plain import LN, PARTS, facts_by_part, plain_block
 
 
 class ModelSpec(Facts):
@@ -32,6 +33,65 @@ class ModelSpec(Facts):
     d_pool: int = Field(gt=0)
     n_classes: int | None = Field(default=None, gt=0)
     n_heads_out: Literal[1, 2] = 1
+
+    @classmethod
+    def plain(
+        cls,
+        *,
+        d_model: int = 12,
+        layers: int = 2,
+        heads: int = 2,
+        patch: int | tuple[int, int] = 4,
+        image: int | tuple[int, int] = (8, 12),
+        norm: NormSpec | None = LN,
+        **facts: Any,
+    ) -> ModelSpec:
+        """Return the spec of a plain ViT, or of one that differs from it in a few facts.
+
+        Plain means: patches, a class token, learned positions, pre-norm blocks with GELU MLPs of ``4 * d_model``
+        neurons, a final norm, and a head of 10 classes that reads the class token.
+
+        Args:
+            d_model: width of the residual stream.
+            layers: how many blocks; all are alike.
+            heads: how many heads, of ``d_model // heads`` channels each.
+            patch: height and width of a patch, in pixels; one number for both.
+            image: height and width of an image, in pixels; one number for both.
+            norm: every norm of the stream; None for none.
+            facts: what else differs: fields of ``ModelSpec``, ``EmbedSpec``, ``TokenLayout``, ``PoolSpec``,
+                ``BlockSpec``, ``AttentionSpec`` and ``MlpSpec``. A field that several have (``inner_norm``) is set in
+                each. ``kind`` is the block's; that of the pooling is ``pool="avg"``.
+
+        Raises:
+            InputError: there is no such fact.
+            ValidationError: the facts contradict each other.
+
+        >>> spec = ModelSpec.plain(d_model=12, heads=2, patch=4, image=(8, 12), registers=2, gated=True, pool="avg")
+        >>> spec.layout.n_tokens, spec.blocks[0].attn.d_head, spec.n_classes
+        (9, 6, 10)
+        """
+        patch, image = ((side, side) if isinstance(side, int) else side for side in (patch, image))
+        kinds = (cls, EmbedSpec, TokenLayout, PoolSpec, *PARTS)
+        hidden = [(cls, "kind"), (EmbedSpec, "norm"), *((PoolSpec, name) for name in ("kind", "attn", "mlp", "norm"))]
+        given = facts_by_part(facts, kinds, hidden)
+        block = plain_block(d_model, heads, norm, given)
+        whole = {"pool": "token", **given.pop(cls)}
+        if isinstance(kind := whole["pool"], str):
+            attn = block.attn if kind == "attention" else None
+            whole["pool"] = {"kind": kind, "attn": attn, **given[PoolSpec]}
+            whole = {"d_pool": 2 * d_model if kind == "token_and_avg" else d_model, **whole}
+        grid = {"rows": image[0] // patch[0], "columns": image[1] // patch[1]}
+        plain = {
+            "d_model": d_model,
+            "image_size": image,
+            "embed": {"patch": patch, **given[EmbedSpec]},
+            "layout": {"cls": 1, **grid, **given[TokenLayout]},
+            "blocks": (block,) * layers,
+            "ln_final": norm,
+            "d_pool": d_model,
+            "n_classes": 10,
+        }
+        return cls.model_validate(plain | whole)
 
     @model_validator(mode="after")
     def _two_heads(self) -> ModelSpec:
@@ -114,6 +174,42 @@ class TextSpec(Facts):
     ln_pool: NormSpec | None = None
     n_classes: int | None = Field(default=None, gt=0)
     head: MlpSpec | None = None
+
+    @classmethod
+    def plain(
+        cls,
+        *,
+        d_model: int = 12,
+        layers: int = 2,
+        heads: int = 2,
+        norm: NormSpec | None = LN,
+        **facts: Any,
+    ) -> TextSpec:
+        """Return the spec of a plain causal text transformer, or of one that differs from it in a few facts.
+
+        Plain means: 20 tokens of vocabulary, texts of at most 8, pre-norm blocks with GELU MLPs of ``4 * d_model``
+        neurons, a final norm, and a projection to ``d_model`` that reads the largest token id, as CLIP's does.
+
+        Args:
+            d_model, layers, heads, norm: as in ``ModelSpec.plain``.
+            facts: what else differs: fields of ``TextSpec``, ``BlockSpec``, ``AttentionSpec`` and ``MlpSpec``. ``kind``
+                is the block's; that of the pooling is ``pool="last"``.
+
+        Raises:
+            InputError: there is no such fact.
+            ValidationError: the facts contradict each other.
+
+        >>> spec = TextSpec.plain(heads=3, n_ctx=16, pool="last")
+        >>> spec.n_tokens, spec.blocks[0].attn.d_head
+        (16, 4)
+        """
+        given = facts_by_part(facts, (cls, *PARTS), [(cls, "kind")])
+        block = plain_block(d_model, heads, norm, given)
+        plain = {"n_vocab": 20, "n_ctx": 8, "causal": True, "ln_final": norm, "pool": "argmax", "n_classes": d_model}
+        whole = {**plain, "d_model": d_model, "blocks": (block,) * layers, **given.pop(cls)}
+        if isinstance(kind := whole["pool"], str):
+            whole["pool"] = {"kind": kind}
+        return cls.model_validate(whole)
 
     @property
     def n_layers(self) -> int:
