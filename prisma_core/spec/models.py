@@ -7,11 +7,12 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field, TypeAdapter, model_validator
 
 from prisma_core.hooks.tokens import TokenLayout
+from prisma_core.spec.alike import AllBlocks
 from prisma_core.spec.parts import BlockSpec, EmbedSpec, Facts, MlpSpec, NormSpec, PoolSpec, RopeSpec
 from prisma_core.spec.plain import LN, PARTS, facts_by_part, plain_block
 
 
-class ModelSpec(Facts):
+class ModelSpec(AllBlocks, Facts):
     """Everything about a vision transformer but its weights.
 
     Attributes:
@@ -114,8 +115,20 @@ class ModelSpec(Facts):
         return self
 
     @property
-    def n_layers(self) -> int:
-        return len(self.blocks)
+    def patch_size(self) -> int | tuple[int, int]:
+        """The side of a patch in pixels; height and width where it is not square."""
+        height, width = self.embed.patch
+        return height if height == width else (height, width)
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens of an image of the native size, or of a video, prefix tokens included."""
+        return self.layout.n_tokens
+
+    @property
+    def n_channels(self) -> int:
+        """Channels of an image."""
+        return self.embed.in_channels
 
     @property
     def n_frames(self) -> int | None:
@@ -142,7 +155,7 @@ class TextPoolSpec(Facts):
         return self
 
 
-class TextSpec(Facts):
+class TextSpec(AllBlocks, Facts):
     """Everything about a text transformer but its weights.
 
     Attributes:
@@ -211,10 +224,6 @@ class TextSpec(Facts):
             whole["pool"] = {"kind": kind}
         return cls.model_validate(whole)
 
-    @property
-    def n_layers(self) -> int:
-        return len(self.blocks)
-
     @model_validator(mode="after")
     def _positions(self) -> TextSpec:
         if self.pos_by_text and (self.pad_id is None or self.suffix):
@@ -224,6 +233,16 @@ class TextSpec(Facts):
         if self.head is not None and self.n_classes is None:
             raise ValueError("an MLP in the place of the projection needs n_classes, its width")
         return self
+
+    @property
+    def d_pool(self) -> int:
+        """Width of what the head reads."""
+        return self.d_model
+
+    @property
+    def d_vocab(self) -> int:
+        """Tokens in the vocabulary."""
+        return self.n_vocab
 
     @property
     def n_tokens(self) -> int:
@@ -242,6 +261,18 @@ class DualSpec(Facts):
     vision: ModelSpec
     text: TextSpec
     logit_bias: bool = False
+
+    def __getattr__(self, name: str) -> Any:
+        """Say which tower to ask for a fact of one transformer."""
+        towers = {"vision": ModelSpec, "text": TextSpec}
+        places = [
+            f"spec.{tower}.{name}"
+            for tower, kind in towers.items()
+            if name in {*kind.model_fields, *vars(kind), *vars(AllBlocks)}
+        ]
+        if name.startswith("_") or not places:
+            return getattr(super(), "__getattr__")(name)  # noqa: B009
+        raise AttributeError(f"A dual encoder has two transformers: read {' or '.join(places)}.")
 
 
 AnySpec: TypeAlias = ModelSpec | TextSpec | DualSpec
