@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -127,6 +127,15 @@ def check_place(what: str, x: Tensor, weight: Tensor | None) -> None:
             f"Expected the {what} in {weight.dtype}, as the model's weights are; it is in {x.dtype}. "
             f"Convert it: {what}.to({weight.dtype}), or the model: model.to({x.dtype})."
         )
+
+
+def may_look(x: Tensor) -> bool:
+    """Return whether a check may look at the numbers of an input.
+
+    On a GPU it would stop the queue at every call, and neither ``torch.compile`` nor ``torch.vmap`` can trace it.
+    """
+    transformed = cast("Any", torch)._C._functorch.maybe_current_level() is not None
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed
 
 
 def layer_index(index: int | None, default: int, n: int) -> int:

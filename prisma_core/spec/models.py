@@ -7,10 +7,12 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field, TypeAdapter, model_validator
 
 from prisma_core.hooks.tokens import TokenLayout
+from prisma_core.spec.alike import AllBlocks
 from prisma_core.spec.parts import BlockSpec, EmbedSpec, Facts, MlpSpec, NormSpec, PoolSpec, RopeSpec
+from prisma_core.spec.plain import LN, PARTS, facts_by_part, plain_block
 
 
-class ModelSpec(Facts):
+class ModelSpec(AllBlocks, Facts):
     """Everything about a vision transformer but its weights.
 
     Attributes:
@@ -33,6 +35,65 @@ class ModelSpec(Facts):
     n_classes: int | None = Field(default=None, gt=0)
     n_heads_out: Literal[1, 2] = 1
 
+    @classmethod
+    def plain(
+        cls,
+        *,
+        d_model: int = 12,
+        layers: int = 2,
+        heads: int = 2,
+        patch: int | tuple[int, int] = 4,
+        image: int | tuple[int, int] = (8, 12),
+        norm: NormSpec | None = LN,
+        **facts: Any,
+    ) -> ModelSpec:
+        """Return the spec of a plain ViT, or of one that differs from it in a few facts.
+
+        Plain means: patches, a class token, learned positions, pre-norm blocks with GELU MLPs of ``4 * d_model``
+        neurons, a final norm, and a head of 10 classes that reads the class token.
+
+        Args:
+            d_model: width of the residual stream.
+            layers: how many blocks; all are alike.
+            heads: how many heads, of ``d_model // heads`` channels each.
+            patch: height and width of a patch, in pixels; one number for both.
+            image: height and width of an image, in pixels; one number for both.
+            norm: every norm of the stream; None for none.
+            facts: what else differs: fields of ``ModelSpec``, ``EmbedSpec``, ``TokenLayout``, ``PoolSpec``,
+                ``BlockSpec``, ``AttentionSpec`` and ``MlpSpec``. A field that several have (``inner_norm``) is set in
+                each. ``kind`` is the block's; that of the pooling is ``pool="avg"``.
+
+        Raises:
+            InputError: there is no such fact.
+            ValidationError: the facts contradict each other.
+
+        >>> spec = ModelSpec.plain(d_model=12, heads=2, patch=4, image=(8, 12), registers=2, gated=True, pool="avg")
+        >>> spec.layout.n_tokens, spec.blocks[0].attn.d_head, spec.n_classes
+        (9, 6, 10)
+        """
+        patch, image = ((side, side) if isinstance(side, int) else side for side in (patch, image))
+        kinds = (cls, EmbedSpec, TokenLayout, PoolSpec, *PARTS)
+        hidden = [(cls, "kind"), (EmbedSpec, "norm"), *((PoolSpec, name) for name in ("kind", "attn", "mlp", "norm"))]
+        given = facts_by_part(facts, kinds, hidden)
+        block = plain_block(d_model, heads, norm, given)
+        whole = {"pool": "token", **given.pop(cls)}
+        if isinstance(kind := whole["pool"], str):
+            attn = block.attn if kind == "attention" else None
+            whole["pool"] = {"kind": kind, "attn": attn, **given[PoolSpec]}
+            whole = {"d_pool": 2 * d_model if kind == "token_and_avg" else d_model, **whole}
+        grid = {"rows": image[0] // patch[0], "columns": image[1] // patch[1]}
+        plain = {
+            "d_model": d_model,
+            "image_size": image,
+            "embed": {"patch": patch, **given[EmbedSpec]},
+            "layout": {"cls": 1, **grid, **given[TokenLayout]},
+            "blocks": (block,) * layers,
+            "ln_final": norm,
+            "d_pool": d_model,
+            "n_classes": 10,
+        }
+        return cls.model_validate(plain | whole)
+
     @model_validator(mode="after")
     def _two_heads(self) -> ModelSpec:
         if self.n_heads_out == 2 and (self.pool.kind != "token" or self.ln_pool is not None):
@@ -54,8 +115,20 @@ class ModelSpec(Facts):
         return self
 
     @property
-    def n_layers(self) -> int:
-        return len(self.blocks)
+    def patch_size(self) -> int | tuple[int, int]:
+        """The side of a patch in pixels; height and width where it is not square."""
+        height, width = self.embed.patch
+        return height if height == width else (height, width)
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens of an image of the native size, or of a video, prefix tokens included."""
+        return self.layout.n_tokens
+
+    @property
+    def n_channels(self) -> int:
+        """Channels of an image."""
+        return self.embed.in_channels
 
     @property
     def n_frames(self) -> int | None:
@@ -82,7 +155,7 @@ class TextPoolSpec(Facts):
         return self
 
 
-class TextSpec(Facts):
+class TextSpec(AllBlocks, Facts):
     """Everything about a text transformer but its weights.
 
     Attributes:
@@ -115,9 +188,41 @@ class TextSpec(Facts):
     n_classes: int | None = Field(default=None, gt=0)
     head: MlpSpec | None = None
 
-    @property
-    def n_layers(self) -> int:
-        return len(self.blocks)
+    @classmethod
+    def plain(
+        cls,
+        *,
+        d_model: int = 12,
+        layers: int = 2,
+        heads: int = 2,
+        norm: NormSpec | None = LN,
+        **facts: Any,
+    ) -> TextSpec:
+        """Return the spec of a plain causal text transformer, or of one that differs from it in a few facts.
+
+        Plain means: 20 tokens of vocabulary, texts of at most 8, pre-norm blocks with GELU MLPs of ``4 * d_model``
+        neurons, a final norm, and a projection to ``d_model`` that reads the largest token id, as CLIP's does.
+
+        Args:
+            d_model, layers, heads, norm: as in ``ModelSpec.plain``.
+            facts: what else differs: fields of ``TextSpec``, ``BlockSpec``, ``AttentionSpec`` and ``MlpSpec``. ``kind``
+                is the block's; that of the pooling is ``pool="last"``.
+
+        Raises:
+            InputError: there is no such fact.
+            ValidationError: the facts contradict each other.
+
+        >>> spec = TextSpec.plain(heads=3, n_ctx=16, pool="last")
+        >>> spec.n_tokens, spec.blocks[0].attn.d_head
+        (16, 4)
+        """
+        given = facts_by_part(facts, (cls, *PARTS), [(cls, "kind")])
+        block = plain_block(d_model, heads, norm, given)
+        plain = {"n_vocab": 20, "n_ctx": 8, "causal": True, "ln_final": norm, "pool": "argmax", "n_classes": d_model}
+        whole = {**plain, "d_model": d_model, "blocks": (block,) * layers, **given.pop(cls)}
+        if isinstance(kind := whole["pool"], str):
+            whole["pool"] = {"kind": kind}
+        return cls.model_validate(whole)
 
     @model_validator(mode="after")
     def _positions(self) -> TextSpec:
@@ -128,6 +233,16 @@ class TextSpec(Facts):
         if self.head is not None and self.n_classes is None:
             raise ValueError("an MLP in the place of the projection needs n_classes, its width")
         return self
+
+    @property
+    def d_pool(self) -> int:
+        """Width of what the head reads."""
+        return self.d_model
+
+    @property
+    def d_vocab(self) -> int:
+        """Tokens in the vocabulary."""
+        return self.n_vocab
 
     @property
     def n_tokens(self) -> int:
@@ -146,6 +261,18 @@ class DualSpec(Facts):
     vision: ModelSpec
     text: TextSpec
     logit_bias: bool = False
+
+    def __getattr__(self, name: str) -> Any:
+        """Say which tower to ask for a fact of one transformer."""
+        towers = {"vision": ModelSpec, "text": TextSpec}
+        places = [
+            f"spec.{tower}.{name}"
+            for tower, kind in towers.items()
+            if name in {*kind.model_fields, *vars(kind), *vars(AllBlocks)}
+        ]
+        if name.startswith("_") or not places:
+            return getattr(super(), "__getattr__")(name)  # noqa: B009
+        raise AttributeError(f"A dual encoder has two transformers: read {' or '.join(places)}.")
 
 
 AnySpec: TypeAlias = ModelSpec | TextSpec | DualSpec

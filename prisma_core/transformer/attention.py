@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from prisma_core.hooks.point import HookPoint
 from prisma_core.spec import AttentionSpec, RopeSpec
 from prisma_core.transformer.norm import Norm
+from prisma_core.transformer.precision import show, widened
 from prisma_core.transformer.rope import Layout, rotate
+from prisma_core.transformer.weights import WeightViews
 
 
 class HeadInputs(NamedTuple):
-    """Normed inputs of each head's own ``[batch pos head d_model]``, where a scope asks for them; else None."""
+    """Normed inputs of single heads ``[batch pos head d_model]``; None where all heads read the same."""
 
     q: Tensor | None = None
     k: Tensor | None = None
@@ -34,11 +36,43 @@ class Rope(NamedTuple):
     sin: Tensor
 
 
-class Attention(nn.Module):
+def attend(
+    q: Float[Tensor, "batch query_pos head d_head"],
+    k: Float[Tensor, "batch key_pos kv_head d_head"],
+    v: Float[Tensor, "batch key_pos kv_head d_head"],
+    scale: float,
+    bias: Float[Tensor, "#batch #head query_pos key_pos"] | None,
+    scores: HookPoint,
+    pattern: HookPoint,
+) -> Float[Tensor, "batch query_pos head d_head"]:
+    """Return ``softmax(q . k * scale + bias) v``, by the fused kernel unless scores or patterns are asked for.
+
+    Half dtypes are computed in float32 where the kernel is not used.
+
+    Args:
+        q, k, v: queries, keys, values; each key and value head serves as many query heads, side by side.
+        scale: factor of the scores.
+        bias: added to the scores.
+        scores, pattern: hook points before and after the softmax.
+    """
+    dtype, groups = q.dtype, q.shape[2] // k.shape[2]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    if not (scores.wanted or pattern.wanted):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2)
+    x = (widened(q) * scale) @ widened(k).transpose(-2, -1)
+    if bias is not None:
+        x = x + bias
+    x = show(pattern, show(scores, x, dtype).softmax(-1), dtype)
+    return (x @ widened(v)).to(dtype).transpose(1, 2)
+
+
+class Attention(WeightViews):
     """Multi-head softmax attention.
 
-    Queries, keys and values come from one fused projection. Without a wish for scores or patterns the fused kernel
-    runs. ``W_Q``, ``W_K``, ``W_V``, ``W_O`` and the biases are views: writing to them edits the model.
+    Queries, keys and values come from one fused projection. The fused kernel runs unless scores or patterns are asked
+    for. ``W_Q``, ``W_K``, ``W_V``, ``W_O`` and the biases are views: writing to them edits the model.
     """
 
     def __init__(self, spec: AttentionSpec, d_model: int, n_tokens: int, rope: RopeSpec | None = None):
@@ -74,29 +108,24 @@ class Attention(nn.Module):
 
     # ---------------------------------------------------------------- weights
 
-    def _rows(self, part: int, tensor: Tensor) -> Tensor:
-        return torch.split(tensor, self.sizes)[part]
+    def _part(self, index: int, tensor: Tensor) -> Tensor:
+        part = torch.split(tensor, self.sizes)[index]
+        return rearrange(part, "(head d_head) ... -> head ... d_head", d_head=self.spec.d_head)
 
     @property
     def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
         """Query weights, a view: ``[head d_model d_head]``."""
-        return rearrange(
-            self._rows(0, self.qkv.weight), "(head d_head) d_model -> head d_model d_head", head=self.spec.n_heads
-        )
+        return self._part(0, self.qkv.weight)
 
     @property
     def W_K(self) -> Float[Tensor, "kv_head d_model d_head"]:
         """Key weights, a view: ``[kv_head d_model d_head]``."""
-        return rearrange(
-            self._rows(1, self.qkv.weight), "(head d_head) d_model -> head d_model d_head", head=self.spec.n_kv_heads
-        )
+        return self._part(1, self.qkv.weight)
 
     @property
     def W_V(self) -> Float[Tensor, "kv_head d_model d_head"]:
         """Value weights, a view: ``[kv_head d_model d_head]``."""
-        return rearrange(
-            self._rows(2, self.qkv.weight), "(head d_head) d_model -> head d_model d_head", head=self.spec.n_kv_heads
-        )
+        return self._part(2, self.qkv.weight)
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
@@ -106,17 +135,17 @@ class Attention(nn.Module):
     @property
     def b_Q(self) -> Float[Tensor, "head d_head"]:
         """Query bias, a view: ``[head d_head]``."""
-        return self._rows(0, self.qkv.bias).view(self.spec.n_heads, -1)
+        return self._part(0, self.qkv.bias)
 
     @property
     def b_K(self) -> Float[Tensor, "kv_head d_head"]:
         """Key bias, a view: ``[kv_head d_head]``."""
-        return self._rows(1, self.qkv.bias).view(self.spec.n_kv_heads, -1)
+        return self._part(1, self.qkv.bias)
 
     @property
     def b_V(self) -> Float[Tensor, "kv_head d_head"]:
         """Value bias, a view: ``[kv_head d_head]``."""
-        return self._rows(2, self.qkv.bias).view(self.spec.n_kv_heads, -1)
+        return self._part(2, self.qkv.bias)
 
     @property
     def b_O(self) -> Float[Tensor, " d_model"]:
@@ -132,12 +161,12 @@ class Attention(nn.Module):
         inputs: HeadInputs = NO_INPUTS,
         mask: Bool[Tensor, "#batch 1 query_pos key_pos"] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """Return what attention makes of a normed stream.
+        """Return the output of all heads, added up: ``[batch pos d_model]``.
 
         Args:
             x: the normed stream.
-            rope: tables to turn queries and keys by.
-            inputs: of each head's own, instead of ``x``.
+            rope: tables by which queries and keys are turned.
+            inputs: of single heads, in the place of ``x``.
             mask: which keys each query may read; None for all. Scores of others are minus infinity.
         """
         q, k, v = self._project(x, inputs)
@@ -149,39 +178,23 @@ class Attention(nn.Module):
                 rope = Rope(rope.cos.float(), rope.sin.float())  # once for both, as gradients are summed
             q = self.hook_rot_q(rotate(q, rope.cos, rope.sin, self.rope_layout, self.rope_in_float32))
             k = self.hook_rot_k(rotate(k, rope.cos, rope.sin, self.rope_layout, self.rope_in_float32))
-        z = self.hook_z(self._attend(q, k, v, mask))
-        flat = self.ln(z.flatten(2))
-        if self.hook_result.wanted:
-            z = flat.view(z.shape)
-            result = einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos head d_model")
-            return self.hook_result(result).sum(2) + self.b_O
-        return self.out(flat)
-
-    def _project(self, x: Tensor, inputs: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (part.unflatten(-1, (-1, self.spec.d_head)) for part in self.qkv(x).split(self.sizes, dim=-1))
-        pattern = "batch pos head d_model, head d_model d_head -> batch pos head d_head"
-        if inputs.q is not None:
-            q = einsum(inputs.q, self.W_Q, pattern) + self.b_Q
-        if inputs.k is not None:
-            k = einsum(inputs.k, self.W_K, pattern) + self.b_K
-        if inputs.v is not None:
-            v = einsum(inputs.v, self.W_V, pattern) + self.b_V
-        return q, k, v
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        groups = self.spec.n_heads // self.spec.n_kv_heads
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         bias = self._bias(mask, q.dtype)
-        if not (self.hook_attn_scores.wanted or self.hook_pattern.wanted):
-            z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.spec.scale)
-            return z.transpose(1, 2)
-        scores = (q * self.spec.scale) @ k.transpose(-2, -1)
-        if bias is not None:
-            scores = scores + bias
-        pattern = self.hook_pattern(self.hook_attn_scores(scores).softmax(-1))
-        return (pattern @ v).transpose(1, 2)
+        z = self.hook_z(attend(q, k, v, self.spec.scale, bias, self.hook_attn_scores, self.hook_pattern))
+        flat = self.ln(z.flatten(2))
+        if not self.hook_result.wanted:
+            return self.out(flat)
+        heads, w_o = widened(flat.view(z.shape)), widened(self.W_O)
+        result = einsum(heads, w_o, "batch pos head d_head, head d_head d_model -> batch pos head d_model")
+        return (show(self.hook_result, result, flat.dtype).sum(2) + self.b_O).type_as(flat)
+
+    def _project(self, x: Tensor, inputs: HeadInputs) -> list[Tensor]:
+        parts = [part.unflatten(-1, (-1, self.spec.d_head)) for part in self.qkv(x).split(self.sizes, dim=-1)]
+        for index, given in enumerate(inputs):
+            if given is not None:
+                weight, bias = self._part(index, self.qkv.weight), self._part(index, self.qkv.bias)
+                made = einsum(given, weight, "batch pos head d_model, head d_model d_head -> batch pos head d_head")
+                parts[index] = made + bias
+        return parts
 
     def _bias(self, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         bias = None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from prisma_core.errors import InputError, NotApplicable
 from prisma_core.hooks.point import HookPoint
 from prisma_core.spec import BlockSpec, RopeSpec
 from prisma_core.transformer.attention import Attention, HeadInputs, Rope
@@ -57,32 +59,24 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], rope: Rope | None = None, mask: Tensor | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
-        x = self.hook_resid_pre(x)
-        if self.spec.kind == "parallel":
-            normed = self.ln1(x)
-            attn_out = self.hook_attn_out(self.ls1(self.attn(normed, rope, self._inputs(x), mask)))
-            mlp_out = self.hook_mlp_out(self.ls2(self.mlp(normed)))
-            return self.hook_resid_post(x + attn_out + mlp_out)
-        if self.spec.kind == "post":
-            attn_out = self.hook_attn_out(self.ls1(self.attn(x, rope, self._inputs(x), mask)))
-            x = self.ln1(self.hook_resid_mid(x + attn_out))
-            return self.ln2(self.hook_resid_post(x + self.hook_mlp_out(self.ls2(self.mlp(x)))))
-        if self.spec.kind == "res_post":
-            attn_out = self.hook_attn_out(self.ls1(self.ln1(self.attn(x, rope, self._inputs(x), mask))))
-        else:
-            attn_out = self.hook_attn_out(self.ls1(self.attn(self.ln1(x), rope, self._inputs(x), mask)))
+        x, kind = self.hook_resid_pre(x), self.spec.kind
+        normed = self.ln1(x) if kind in ("pre", "parallel") else x
+        points = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
+        (inputs,) = head_inputs(x, points, self.spec, [self.ln1 if normed is not x else None], [normed])
+        attn_out = self.attn(normed, rope, inputs, mask)
+        attn_out = self.hook_attn_out(self.ls1(self.ln1(attn_out) if kind == "res_post" else attn_out))
+        if kind == "parallel":
+            return self.hook_resid_post(x + attn_out + self.hook_mlp_out(self.ls2(self.mlp(normed))))
         x = x + attn_out
         if self.spec.mlp is None:
             return self.hook_resid_post(x)
         x = self.hook_resid_mid(x)
-        if self.spec.kind == "res_post":
-            return self.hook_resid_post(x + self.hook_mlp_out(self.ls2(self.ln2(self.mlp(x)))))
-        return self.hook_resid_post(x + self.hook_mlp_out(self.ls2(self.mlp(self.ln2(x)))))
-
-    def _inputs(self, x: Tensor) -> HeadInputs:
-        reads_as_is = self.spec.kind in ("res_post", "post") or self.spec.ln1 is None
-        ln1 = None if reads_as_is else cast(Norm, self.ln1)
-        return head_inputs(x, (self.hook_q_input, self.hook_k_input, self.hook_v_input), self.spec, (ln1,))[0]
+        if kind == "post":
+            x = self.ln1(x)
+        mlp_out = self.mlp(self.ln2(x) if kind == "pre" else x)
+        mlp_out = self.hook_mlp_out(self.ls2(self.ln2(mlp_out) if kind == "res_post" else mlp_out))
+        x = self.hook_resid_post(x + mlp_out)
+        return self.ln2(x) if kind == "post" else x
 
 
 class SideBySide(nn.Module):
@@ -120,10 +114,10 @@ class SideBySide(nn.Module):
     ) -> Float[Tensor, "batch pos d_model"]:
         x = self.hook_resid_pre(x)
         points = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
-        norms = tuple(None if self.spec.ln1 is None else cast(Norm, norm) for norm in self.ln1)
-        inputs = head_inputs(x, points, self.spec, norms)
-        attentions = zip(self.ln1, self.attn, self.ls1, inputs, strict=True)
-        outs = [scale(attn(norm(x), rope, own, mask)) for norm, attn, scale, own in attentions]
+        normed = [norm(x) for norm in self.ln1]
+        inputs = head_inputs(x, points, self.spec, list(self.ln1), normed)
+        sides = zip(self.attn, self.ls1, normed, inputs, strict=True)
+        outs = [scale(attn(read, rope, heads, mask)) for attn, scale, read, heads in sides]
         x = x + self.hook_attn_out(torch.stack(outs).sum(0))
         if self.spec.mlp is None:
             return self.hook_resid_post(x)
@@ -138,6 +132,9 @@ def make_block(spec: BlockSpec, d_model: int, n_tokens: int, rope: RopeSpec | No
     return kind(spec, d_model, n_tokens, rope)
 
 
+# -------------------------------------------------------------------- inputs of single heads
+
+
 def head_input_points(spec: BlockSpec) -> tuple[HookPoint, HookPoint, HookPoint]:
     """Return the hook points of what each head reads for its queries, keys and values."""
     grouped = "kv_head" if spec.attn.n_heads != spec.attn.n_kv_heads else "head"
@@ -150,14 +147,22 @@ def head_input_points(spec: BlockSpec) -> tuple[HookPoint, HookPoint, HookPoint]
 
 
 def head_inputs(
-    x: Tensor, points: tuple[HookPoint, HookPoint, HookPoint], spec: BlockSpec, norms: tuple[Norm | None, ...]
+    x: Tensor,
+    points: tuple[HookPoint, HookPoint, HookPoint],
+    spec: BlockSpec,
+    norms: list[Any],
+    normed: list[Tensor],
 ) -> list[HeadInputs]:
-    """Return, for each attention, what each of its heads reads, where a scope asks for heads' own inputs.
+    """Return, for each attention, what each of its heads reads, where a scope asks for the inputs of single heads.
+
+    A head's input is normed past the hook points of the norm. What hooks there change in the norm of the stream is
+    added to it, so that they reach every head.
 
     Args:
         x: the residual stream.
         points: hook points of the inputs of queries, keys and values, each with the heads of all attentions.
-        norms: each attention's norm, None where it reads the stream as it is.
+        norms: each attention's norm; None or an identity where it reads the stream as it is.
+        normed: the stream after each norm and its hooks.
     """
     if not any(point.wanted for point in points):
         return [HeadInputs()] * len(norms)
@@ -167,6 +172,96 @@ def head_inputs(
         if not point.wanted:
             columns.append([None] * len(norms))
             continue
-        own = torch.chunk(point(x.unsqueeze(2).expand(-1, -1, n * len(norms), -1).contiguous()), len(norms), dim=2)
-        columns.append([part if norm is None else norm.fused(part) for part, norm in zip(own, norms, strict=True)])
+        copies = point(x.unsqueeze(2).expand(-1, -1, n * len(norms), -1).contiguous())
+        sides = zip(copies.chunk(len(norms), dim=2), norms, normed, strict=True)
+        columns.append([_normed_as(part, norm, x, whole) for part, norm, whole in sides])
     return [HeadInputs(*row) for row in zip(*columns, strict=True)]
+
+
+def _normed_as(part: Tensor, norm: nn.Module | None, x: Tensor, normed: Tensor) -> Tensor:
+    if not isinstance(norm, Norm):
+        return part
+    return norm.fused(part) + (normed - norm.fused(x)).unsqueeze(2)
+
+
+# -------------------------------------------------------------------- parts of a block, by their kind
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Branch(Generic[M]):
+    """One attention or MLP of a block, with the layer scale that belongs to it.
+
+    Attributes:
+        name: its path in the block: ``attn``, or ``attn.1`` of several side by side.
+        side: its number among those side by side.
+    """
+
+    name: str
+    side: int
+    module: M
+    scale: nn.Module
+
+    def scaled(self, x: Float[Tensor, "*outer d_model"]) -> Float[Tensor, "*outer d_model"]:
+        """Return ``x`` after layer scale."""
+        return x * self.scale.gamma.to(x) if isinstance(self.scale, Scale) else x
+
+
+def attentions(block: Block | SideBySide) -> list[Branch[Attention]]:
+    """Return the attentions of a block: one, or several side by side."""
+    return _branches(block, "attn", "ls1")
+
+
+def mlps(block: Block | SideBySide) -> list[Branch[MLP]]:
+    """Return the MLPs of a block: one, several side by side, or none."""
+    return _branches(block, "mlp", "ls2") if hasattr(block, "mlp") else []
+
+
+def _branches(block: nn.Module, kind: str, scale: str) -> list[Branch[Any]]:
+    module, scales = cast(nn.Module, getattr(block, kind)), cast(nn.Module, getattr(block, scale))
+    if not isinstance(module, nn.ModuleList):
+        alone: Branch[Any] = Branch(kind, 0, module, scales)
+        return [alone]
+    sides = enumerate(zip(module, cast(nn.ModuleList, scales), strict=True))
+    return [Branch(f"{kind}.{side}", side, one, its_scale) for side, (one, its_scale) in sides]
+
+
+# -------------------------------------------------------------------- the stream between blocks
+
+
+def end_of(blocks: list[Block | SideBySide], layer: int | None, mlp_input: bool = False) -> int:
+    """Return how many whole blocks stand before a place in the stream; all of them for None and -1.
+
+    Args:
+        layer: the block whose input the place is.
+        mlp_input: the place is the input of that block's MLP.
+
+    Raises:
+        InputError: there is no such layer.
+        NotApplicable: the layer has no MLP that reads the stream after its attention.
+    """
+    n = len(blocks)
+    end = n if layer is None or layer == -1 else layer
+    if not 0 <= end <= n:
+        raise InputError(f"No layer {layer}: expected 0 to {n}, where {n}, -1 and None are the end of the stream.")
+    if mlp_input and end == n:
+        raise InputError("mlp_input speaks of a layer's MLP: give the layer.")
+    if mlp_input and (blocks[end].spec.mlp is None or blocks[end].spec.kind == "parallel"):
+        raise NotApplicable(f"Layer {end} has no MLP that reads the stream after its attention.")
+    return end
+
+
+def check_sum(blocks: list[Block | SideBySide]) -> None:
+    """Refuse blocks whose stream is more than the sum of what they add to it.
+
+    Raises:
+        NotApplicable: a block norms the stream itself.
+    """
+    for index, block in enumerate(blocks):
+        if block.spec.kind == "post":
+            raise NotApplicable(
+                f"Layer {index} norms the stream itself after each addition (post-norm, as BERT does), so the "
+                "stream is no sum of what was added to it. accumulated_resid, patterns and patches hold all the "
+                "same."
+            )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prisma_core.errors import InputError
 from prisma_core.hooks.tokens import TokenLayout
+from prisma_core.model import may_look
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec
 from prisma_core.transformer.norm import norm_or_identity
 
@@ -28,16 +29,23 @@ def native_grid(spec: ModelSpec) -> Grid:
 
 
 def native_shape(spec: ModelSpec) -> tuple[int, ...]:
-    """Return the shape of one picture ``[channel height width]``, or video ``[frame channel height width]``."""
+    """Return the shape of one image ``[channel height width]``, or video ``[frame channel height width]``."""
     frames = () if spec.n_frames is None else (spec.n_frames,)
     return (*frames, spec.embed.in_channels, *spec.image_size)
+
+
+def patch_grid(spec: ModelSpec, image: Tensor) -> Grid:
+    """Return the grid of patches of an input of the model, of any size."""
+    embed = spec.embed
+    frames = () if embed.tubelet is None else (image.shape[1] // embed.tubelet,)
+    return (*frames, image.shape[-2] // embed.patch[0], image.shape[-1] // embed.patch[1])
 
 
 class Embed(nn.Module):
     """The patch projection, the prefix tokens and the position embedding.
 
-    An opaque stem returns a grid of tokens ``[batch row column d_model]``, or ``[batch patch d_model]`` if there is
-    only one size of image. Patches of videos run frame by frame.
+    Called with images it returns their patches, ``[batch patch d_model]``. An opaque stem returns a grid of tokens
+    ``[batch row column d_model]``, or ``[batch patch d_model]``. Patches of videos run frame by frame.
 
     Attributes:
         prefix: class, distillation and register tokens, in the order of the layout: ``[prefix d_model]``.
@@ -73,26 +81,24 @@ class Embed(nn.Module):
         made_here = self.spec.stem == "conv" or self.spec.tubelet is not None
         return self.proj.weight if made_here else next(self.stem.parameters(), None)
 
-    def patches(
+    def forward(
         self, image: Float[Tensor, "batch *frame channel height width"]
-    ) -> tuple[Float[Tensor, "batch patch d_model"], Grid]:
-        """Return the embedded patches ``[batch patch d_model]`` and their grid."""
+    ) -> Float[Tensor, "batch patch d_model"]:
+        """Return the embedded patches ``[batch patch d_model]``."""
         if self.spec.tubelet is not None:
             grid = self.proj(image.transpose(1, 2)).permute(0, 2, 3, 4, 1)
         elif self.spec.stem == "conv":
             grid = self.proj(image).permute(0, 2, 3, 1)
         else:
             grid = self.stem(image)
-            if grid.ndim == 3:
-                grid = grid.unflatten(1, (self.layout.rows, self.layout.columns))
         patches = grid.flatten(1, -2)
-        return self.norm(patches.contiguous() if self.spec.by_token else patches), tuple(grid.shape[1:-1])
+        return self.norm(patches.contiguous() if self.spec.by_token else patches)
 
     def with_prefix(self, x: Float[Tensor, "batch patch d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """Return patches with the prefix tokens before them: ``[batch pos d_model]``."""
         if not self.layout.n_prefix:
             return x
-        return torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], dim=1)
+        return torch.cat([self.prefix.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
 
     def positions(self, grid: Grid) -> Float[Tensor, "pos d_model"]:
         """Return the position embedding for a grid of patches: ``[pos d_model]``."""
@@ -199,8 +205,7 @@ def check_image(image: Tensor, spec: ModelSpec) -> None:
     if not image.is_floating_point():
         raise InputError(f"Expected floating point pixels, got {image.dtype}. model.preprocess scales them.")
     _check_size(image, spec, expected)
-    # Looking at the pixels would stop a GPU's queue at every call, and cannot be traced.
-    if image.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.isfinite(image).all():
+    if may_look(image) and not torch.isfinite(image).all():
         raise InputError(f"The {what} holds {int((~torch.isfinite(image)).sum())} values that are NaN or infinite.")
 
 
@@ -209,7 +214,7 @@ def _check_size(image: Tensor, spec: ModelSpec, expected: str) -> None:
     if size != spec.image_size and embed.interpolation is None:
         raise InputError(
             f"Expected {expected}, got shape {list(image.shape)}: this model takes one size. model.preprocess resizes, "
-            "unless upstream's own processor leaves pictures at sizes of theirs: then resize them before."
+            "unless upstream's own processor leaves images at sizes of theirs: then resize them before."
         )
     if size != spec.image_size and (not all(size) or size[0] % embed.patch[0] or size[1] % embed.patch[1]):
         raise InputError(

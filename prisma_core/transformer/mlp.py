@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prisma_core.hooks.point import HookPoint
 from prisma_core.spec import Activation, MlpSpec
 from prisma_core.transformer.norm import norm_or_identity
+from prisma_core.transformer.weights import WeightViews
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -31,7 +32,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-class MLP(nn.Module):
+class MLP(WeightViews):
     """``act(x W_in + b_in) W_out + b_out``, or gated: ``(act(x W_gate + b_gate) * (x W_in + b_in)) W_out + b_out``.
 
     Hook points are TransformerLens': ``hook_pre`` is what the activation function reads, ``hook_post`` what the output

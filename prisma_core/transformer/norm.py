@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from prisma_core.hooks.point import HookPoint
 from prisma_core.spec import NormSpec
+from prisma_core.transformer.precision import HALF, show, widened
 
 
 class Norm(nn.Module):
     """Layer norm or root mean square norm over the last axis.
 
     ``hook_scale`` is what the (centred) input is divided by; editing it, or asking for it where gradients flow,
-    replaces the fused kernel by the explicit one. ``hook_normalized`` is the output, weight and bias applied.
+    replaces the fused kernel by the explicit one. ``hook_normalized`` is the output, weight and bias applied. Half
+    dtypes are computed in float32, as the fused kernel does.
     """
 
     weight: nn.Parameter
@@ -39,49 +41,64 @@ class Norm(nn.Module):
     def forward(self, x: Float[Tensor, "*outer width"]) -> Float[Tensor, "*outer width"]:
         if not self.hook_scale.wanted:
             return self.hook_normalized(self.fused(x))
-        if self.hook_scale.edited or x.requires_grad:
-            return self.hook_normalized(self._explicit(x))
-        return self.hook_normalized(self._read(x))
+        explicit = self.hook_scale.edited or x.requires_grad
+        return self.hook_normalized(self._explicit(x) if explicit else self._read(x))
 
     def fused(self, x: Float[Tensor, "*outer width"]) -> Float[Tensor, "*outer width"]:
         """Return the norm of ``x`` past all hook points."""
-        given, weight, bias = self._operands(x)
         if self.spec.kind == "ln":
-            return F.layer_norm(given, (self.width,), weight, bias, self.spec.eps).type_as(x)
+            return F.layer_norm(*self._operands(x), self.spec.eps).type_as(x)
         if self.spec.in_float32:
-            return self._weighted(given * self._inverse(given), x)
-        return F.rms_norm(x, (self.width,), weight, self.spec.eps)
+            wide = x.float()
+            return self._weighted(wide * self._inverse(wide), x)
+        return F.rms_norm(x, (self.width,), self.weight, self.spec.eps)
 
-    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def linear(self, x: Float[Tensor, " *x width"], scale: Float[Tensor, " *scale 1"]) -> Float[Tensor, " *both width"]:
+        """Return the norm of ``x`` with a given scale and no bias, which is linear in ``x``."""
+        return (self.centred(widened(x)) / self.divisor(scale) * self.weight.to(x)).type_as(x)
+
+    def centred(self, x: Tensor) -> Tensor:
+        """Return ``x`` less its mean over the last axis, where this norm takes that out."""
+        return x - x.mean(-1, keepdim=True) if self.spec.kind == "ln" else x
+
+    def divisor(self, scale: Tensor) -> Tensor:
+        """Return a scale as a hook point showed it: in float32, and where a half dtype rounded it to 0, sqrt(eps)."""
+        return scale if scale.dtype not in HALF else scale.float().where(scale != 0, self.spec.eps**0.5)
+
+    def _operands(self, x: Tensor) -> tuple[Tensor, list[int], Tensor, Tensor | None]:
         if not self.spec.in_float32:
-            return x, self.weight, self.bias
-        return x.float(), self.weight.float(), None if self.bias is None else self.bias.float()
+            return x, [self.width], self.weight, self.bias
+        return x.float(), [self.width], self.weight.float(), None if self.bias is None else self.bias.float()
 
     def _weighted(self, scaled: Tensor, x: Tensor) -> Tensor:
-        _, weight, bias = self._operands(x)
         if not self.spec.weight_in_float32:
-            scaled, weight = scaled.type_as(x), self.weight
-        scaled = scaled * weight
-        return (scaled if bias is None else scaled + bias).type_as(x)
+            return (scaled.type_as(x) * self.weight).type_as(x)
+        scaled = scaled * self.weight.to(scaled)
+        return (scaled if self.bias is None else scaled + self.bias.to(scaled)).type_as(x)
 
     def _inverse(self, centred: Tensor) -> Tensor:
         return torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + self.spec.eps)
 
+    def _shown(self, inverse: Tensor, x: Tensor) -> Tensor:
+        """Return the scale of ``x`` after its hook point."""
+        inverse = inverse.to(torch.promote_types(x.dtype, torch.float32))
+        return show(self.hook_scale, inverse.reciprocal(), x.dtype)
+
     def _read(self, x: Tensor) -> Tensor:
         """Show the scale without changing the kernel: no hook can change it, no gradient is asked for."""
-        given, weight, bias = self._operands(x)
-        if self.spec.kind == "ln":
-            normalized, _, inverse = torch.native_layer_norm(given, [self.width], weight, bias, self.spec.eps)
-            self.hook_scale(inverse.type_as(x).reciprocal())
+        given, width, weight, bias = self._operands(x)
+        if self.spec.kind == "ln" and given.dtype not in HALF:
+            normalized, _, inverse = torch.native_layer_norm(given, width, weight, bias, self.spec.eps)
+            self._shown(inverse, x)
             return normalized.type_as(x)
-        self.hook_scale(self._inverse(given).type_as(x).reciprocal())
+        self._shown(self._inverse(self.centred(widened(given))), x)
         return self.fused(x)
 
     def _explicit(self, x: Tensor) -> Tensor:
-        given, _, _ = self._operands(x)
-        centred = given - given.mean(-1, keepdim=True) if self.spec.kind == "ln" else given
-        scale = self.hook_scale(self._inverse(centred).type_as(x).reciprocal())
-        return self._weighted(centred * scale.reciprocal().type_as(given), x)
+        wide = x.float() if self.spec.in_float32 else widened(x)
+        centred = self.centred(wide)
+        scale = self._shown(self._inverse(centred), x)
+        return self._weighted(centred * scale.reciprocal().type_as(wide), x)
 
 
 def norm_or_identity(spec: NormSpec | None, width: int, axes: str = "batch pos d_model") -> Norm | nn.Identity:

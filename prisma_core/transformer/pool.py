@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from prisma_core.hooks.point import HookPoint
 from prisma_core.spec import AttentionSpec, PoolSpec
+from prisma_core.transformer.attention import attend
 from prisma_core.transformer.mlp import MLP
 from prisma_core.transformer.norm import norm_or_identity
+from prisma_core.transformer.weights import WeightViews
 
 
 class Pool(nn.Module):
@@ -52,7 +53,7 @@ class Pool(nn.Module):
         return x[:, 0] if self.spec.latents == "first" else x.mean(dim=1)
 
 
-class PoolAttention(nn.Module):
+class PoolAttention(WeightViews):
     """Softmax attention from learned queries to tokens.
 
     Attributes:
@@ -109,11 +110,5 @@ class PoolAttention(nn.Module):
         k, v = (part.unflatten(-1, split) for part in self.kv(x).chunk(2, dim=-1))
         q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
-        z = self.hook_z(self._attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2))
+        z = self.hook_z(attend(q, k, v, self.spec.scale, None, self.hook_attn_scores, self.hook_pattern))
         return self.out(z.flatten(2))
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not (self.hook_attn_scores.wanted or self.hook_pattern.wanted):
-            return F.scaled_dot_product_attention(q, k, v, scale=self.spec.scale)
-        scores = self.hook_attn_scores((q * self.spec.scale) @ k.transpose(-2, -1))
-        return self.hook_pattern(scores.softmax(-1)) @ v

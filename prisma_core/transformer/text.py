@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prisma_core.errors import InputError, NotApplicable
 from prisma_core.hooks.point import HookPoint, copy_if_cached
-from prisma_core.model import Size, check_place, layer_index
+from prisma_core.model import Size, check_place, layer_index, may_look
 from prisma_core.spec import TextPoolSpec, TextSpec
 from prisma_core.transformer.block import STREAM, make_block
 from prisma_core.transformer.mlp import MLP
@@ -43,6 +43,10 @@ class TokenEmbed(nn.Module):
             self.suffix = nn.Parameter(torch.zeros(spec.d_model))
         self.pos_embed = nn.Parameter(torch.zeros(spec.n_tokens + int(spec.pos_by_text), spec.d_model))
 
+    def forward(self, tokens: Int[Tensor, "batch token"]) -> Float[Tensor, "batch token d_model"]:
+        """Return the rows of tokens: ``[batch token d_model]``."""
+        return self.W_E[tokens]
+
 
 class HookedText(Tower):
     """A text transformer whose every inside can be read and replaced.
@@ -54,11 +58,12 @@ class HookedText(Tower):
         tokenizer: from texts to tokens ``[text pos]``; set by whoever loaded the model.
     """
 
+    spec: TextSpec
     cache_type = StreamCache
 
     def __init__(self, spec: TextSpec):
         super().__init__()
-        self.spec: TextSpec = spec  # pyright: ignore[reportIncompatibleVariableOverride]  # set once
+        self.spec = spec
         self.tokenizer: Tokenizer | None = None
         self.embed = TokenEmbed(spec)
         self.hook_embed = HookPoint("batch token d_model" if spec.suffix else STREAM, "W_E[token]")
@@ -116,7 +121,7 @@ class HookedText(Tower):
             InputError: tokens of another shape or kind.
         """
         self._check(tokens)
-        x = self.hook_embed(self.embed.W_E[tokens])
+        x = self.hook_embed(self.embed(tokens))
         if self.spec.suffix:
             x = torch.cat([x, self.embed.suffix.expand(x.shape[0], 1, -1)], dim=1)
         pos = self.positions(tokens)
@@ -160,6 +165,16 @@ class HookedText(Tower):
             InputError: there is no tokenizer, or these are no texts.
         """
         return tokens_of(self, text, self.reference)
+
+    @property
+    def W_E(self) -> Float[Tensor, "vocab d_model"]:
+        """The token embedding: ``[vocab d_model]``."""
+        return self.embed.W_E
+
+    @property
+    def W_pos(self) -> Float[Tensor, "pos d_model"]:
+        """The position embedding: ``[pos d_model]``; one row more, the first, where padding has one of its own."""
+        return self.embed.pos_embed
 
     def unembed(self, x: Float[Tensor, "batch pos d_model"], tokens: Int[Tensor, "batch pos"]) -> Tensor:
         """Return the output for a residual stream ``[batch pos d_model]``: final norm, pooling, projection."""
@@ -205,7 +220,7 @@ class HookedText(Tower):
         check_place("tokens", tokens, self.embed.W_E)
         if tokens.shape[1] > self.spec.n_ctx:
             raise InputError(f"Expected at most {self.spec.n_ctx} tokens, got {tokens.shape[1]}: cut the text.")
-        if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and tokens.numel():
+        if may_look(tokens) and tokens.numel():
             low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= self.spec.n_vocab:
                 raise InputError(f"Expected tokens from 0 to {self.spec.n_vocab - 1}, got {low} to {high}.")

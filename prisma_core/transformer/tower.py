@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from prisma_core.errors import NotApplicable, UnknownName, suggest
 from prisma_core.model import ZooModel
-from prisma_core.spec import ModelSpec, TextSpec
 from prisma_core.transformer.circuits import Circuits
 from prisma_core.transformer.stream.readout import Readout
 
@@ -18,7 +17,6 @@ from prisma_core.transformer.stream.readout import Readout
 class Tower(Circuits, ZooModel):
     """One transformer, of images or of texts: a model of its own, or one side of a dual encoder."""
 
-    spec: ModelSpec | TextSpec
     blocks: nn.ModuleList
     ln_final: nn.Module
     ln_pool: nn.Module

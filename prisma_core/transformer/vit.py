@@ -18,7 +18,7 @@ from prisma_core.model import Size, check_place, layer_index
 from prisma_core.spec import ModelSpec, RopeCount
 from prisma_core.transformer.attention import Rope
 from prisma_core.transformer.block import STREAM, make_block
-from prisma_core.transformer.embed import Embed, Grid, check_image, native_grid, native_shape
+from prisma_core.transformer.embed import Embed, Grid, check_image, native_grid, native_shape, patch_grid
 from prisma_core.transformer.norm import norm_or_identity
 from prisma_core.transformer.pool import Pool
 from prisma_core.transformer.rope import count_tables, grid_tables
@@ -35,11 +35,12 @@ class HookedViT(Tower):
         stem: upstream's own stem module, for specs whose stem is opaque.
     """
 
+    spec: ModelSpec
     cache_type = StreamCache
 
     def __init__(self, spec: ModelSpec, stem: nn.Module | None = None):
         super().__init__()
-        self.spec: ModelSpec = spec  # pyright: ignore[reportIncompatibleVariableOverride]  # set once
+        self.spec = spec
         n_tokens = spec.layout.n_tokens
         self.embed = Embed(spec.embed, spec.layout, spec.d_model, stem)
         self.hook_embed = HookPoint("batch patch d_model", "the patches, projected")
@@ -77,13 +78,12 @@ class HookedViT(Tower):
         return self.spec.layout
 
     def layout_for(self, *inputs: Any) -> TokenLayout:
-        embed, rank = self.spec.embed, 4 if self.spec.embed.tubelet is None else 5
-        image = next((given for given in inputs if isinstance(given, Tensor) and given.ndim == rank), None)
+        rank = 1 + len(native_shape(self.spec))
+        image = next((each for each in inputs if isinstance(each, Tensor) and each.ndim == rank), None)
         if image is None:
             return self.spec.layout
-        rows, columns = (n // p for n, p in zip(image.shape[-2:], embed.patch, strict=True))
-        frames = image.shape[1] // embed.tubelet if embed.tubelet else 1
-        return self.spec.layout.model_copy(update={"frames": frames, "rows": rows, "columns": columns})
+        *frames, rows, columns = patch_grid(self.spec, image)
+        return self.spec.layout.model_copy(update={"frames": (*frames, 1)[0], "rows": rows, "columns": columns})
 
     @property
     def fixed_layout(self) -> TokenLayout | None:
@@ -139,7 +139,8 @@ class HookedViT(Tower):
         if start_at_layer is None:
             check_image(image, self.spec)
             check_place("image" if image.ndim == 4 else "video", image, self.embed.first_weight)
-            x, grid = self._embedded(image)
+            grid = patch_grid(self.spec, image)
+            x = self._embedded(image, grid)
             if self.spec.ln_pre is not None:
                 x = self.hook_ln_pre(self.ln_pre(x))
         else:
@@ -162,15 +163,37 @@ class HookedViT(Tower):
             x = self.blocks[index](x, self._rope(index, tables))
         return copy_if_cached(x if stop_at_layer is not None else self.unembed(x))
 
-    def _embedded(self, image: Tensor) -> tuple[Tensor, Grid]:
-        patches, grid = self.embed.patches(image)
-        x = self.embed.with_prefix(self.hook_embed(patches))
+    def _embedded(self, image: Tensor, grid: Grid) -> Tensor:
+        x = self.embed.with_prefix(self.hook_embed(self.embed(image)))
         if self.spec.embed.pos:
-            pos = self.embed.positions(grid)
+            pos = self.embed.positions(grid).to(x.dtype)
             if self.hook_pos_embed.wanted:
                 pos = self.hook_pos_embed(pos.expand(x.shape).clone())  # a cache must not see later edits of weights
             x = x + pos
-        return self.hook_full_embed(x), grid
+        return self.hook_full_embed(x)
+
+    @property
+    def W_E(self) -> Float[Tensor, "pixel d_model"]:
+        """The patch projection, a view: ``[channel*frame*row*column d_model]``, without ``frame`` for images.
+
+        Raises:
+            NotApplicable: another module than one convolution makes the patches.
+        """
+        if not hasattr(self.embed, "proj"):
+            raise NotApplicable("This model's stem is upstream's own module, so there is no W_E: see model.embed.stem.")
+        return self.embed.proj.weight.flatten(1).T
+
+    @property
+    def W_pos(self) -> Float[Tensor, "pos d_model"]:
+        """The position embedding of the native size: ``[pos d_model]``, prefix tokens first.
+
+        Raises:
+            NotApplicable: there is none, or it is factorized.
+        """
+        if not hasattr(self.embed, "pos_embed"):
+            instead = "model.embed.pos_rows and pos_columns" if self.spec.embed.pos else "rotary tables or none at all"
+            raise NotApplicable(f"This model has no table of positions, so no W_pos: it has {instead}.")
+        return self.embed.pos_embed
 
     def unembed(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, " batch *out"]:
         """Return the logits of a residual stream ``[batch pos d_model]``: final norm, pooling, head."""

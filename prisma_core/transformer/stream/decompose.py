@@ -1,4 +1,4 @@
-"""What the residual stream is a sum of, in transformers of pictures and of texts.
+"""Parts of which the residual stream is the sum, in transformers of images and of texts.
 
 All stacks are ``[component batch pos d_model]``, without ``batch`` where the cache has none. Names and meaning are
 TransformerLens'; ``layer`` is the block whose input is decomposed, and None or -1 the end of the stream.
@@ -6,7 +6,8 @@ TransformerLens'; ``layer`` is the block whose input is decomposed, and None or 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeAlias, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from einops import einsum, rearrange
@@ -15,16 +16,41 @@ from torch import Tensor
 
 from prisma_core.errors import InputError, NotApplicable
 from prisma_core.hooks.capture import positions_of
+from prisma_core.transformer.block import attentions, end_of, mlps
 from prisma_core.transformer.stream.attribution import LogitAttribution
-from prisma_core.transformer.stream.stream import Branch, block_of, branches
 
 if TYPE_CHECKING:
     from prisma_core.hooks.capture import Index
     from prisma_core.transformer.attention import Attention
-    from prisma_core.transformer.mlp import MLP
+    from prisma_core.transformer.block import Branch
 
 Stack: TypeAlias = Float[Tensor, "component *batch pos d_model"]
-Labelled: TypeAlias = tuple[Stack, list[str]]
+Projected: TypeAlias = Float[Tensor, " component *batch"]
+Labelled: TypeAlias = tuple[Projected, list[str]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How components are read, at one place of the stream, while they are made.
+
+    Attributes:
+        layer, mlp_input: the place.
+        apply_ln: after the norm that reads the stream there.
+        pos_slice: at these tokens.
+        onto: along these directions ``[d_model output]``; None for whole components.
+        scale: what is divided by after that: ``[*batch pos 1]``.
+    """
+
+    layer: int | None
+    mlp_input: bool = False
+    apply_ln: bool = False
+    pos_slice: Index | str | None = None
+    onto: Tensor | None = None
+    scale: Tensor | None = None
+
+    def along(self, x: Tensor) -> Tensor:
+        """Return vectors of the stream ``[... d_model]`` along the directions ``[... output]``, or as they are."""
+        return x if self.onto is None else x @ self.onto.to(x)
 
 
 class StreamCache(LogitAttribution):
@@ -56,26 +82,35 @@ class StreamCache(LogitAttribution):
 
         Raises:
             UnknownName: the cache lacks activations; the message says which to ask for.
+
+        >>> logits, cache = model.run_with_cache(image)
+        >>> parts, labels = cache.decompose_resid(return_labels=True)
+        >>> torch.allclose(parts.sum(0), cache["resid_post", -1], atol=1e-4)
+        True
         """
-        end = self._end(layer, mlp_input)
-        tower = self._summed(end)
-        found: list[tuple[str, str]] = []
-        for index in range(end):
+        blocks = self._before(layer, mlp_input)
+        places: list[tuple[str, str]] = []
+        for index, block in enumerate(blocks):
             if mode != "mlp":
-                found.append((f"{index}_attn_out", f"blocks.{index}.hook_attn_out"))
-            if mode != "attn" and block_of(tower, index).spec.mlp is not None:
-                found.append((f"{index}_mlp_out", f"blocks.{index}.hook_mlp_out"))
+                places.append((f"{index}_attn_out", f"blocks.{index}.hook_attn_out"))
+            if mode != "attn" and block.spec.mlp is not None:
+                places.append((f"{index}_mlp_out", f"blocks.{index}.hook_mlp_out"))
         if mlp_input and mode != "mlp":
-            found.append((f"{end}_attn_out", f"blocks.{end}.hook_attn_out"))
+            places.append((f"{len(blocks)}_attn_out", f"blocks.{len(blocks)}.hook_attn_out"))
         start = self._start() if incl_embeds else []
-        self._need([*(name for _, names in start for name in names), *(name for _, name in found)])
+        self._need([*(name for _, names in start for name in names), *(name for _, name in places)])
         parts: list[Tensor] = []
         for _, names in start:
             whole, *less = (self._at(name, pos_slice) for name in names)
             parts.append(whole - less[0] if less else whole)
-        parts += [self._at(name, pos_slice) for _, name in found]
-        labels = [label for label, _ in (*start, *found)]
-        return self._stacked(parts, labels, layer, mlp_input, apply_ln, pos_slice, return_labels)
+        parts += [self._at(name, pos_slice) for _, name in places]
+        if not parts:
+            raise InputError(
+                f"Nothing is added to the stream before layer {layer} with mode={mode!r}, incl_embeds=False."
+            )
+        labels = [label for label, _ in (*start, *places)]
+        read = Reading(layer, mlp_input, apply_ln, pos_slice)
+        return self._finished(torch.stack(parts), labels, read, return_labels)
 
     def accumulated_resid(
         self,
@@ -95,21 +130,20 @@ class StreamCache(LogitAttribution):
         Raises:
             UnknownName: the cache lacks activations; the message says which to ask for.
         """
-        end = self._end(layer, mlp_input)
-        tower = self._tower()
-        found: list[tuple[str, str]] = []
-        for index in range(min(end + 1, len(tower.blocks))):
-            found.append((f"{index}_pre", f"blocks.{index}.hook_resid_pre"))
-            spec = block_of(tower, index).spec
-            if (incl_mid and index < end and spec.mlp is not None and spec.kind != "parallel") or (
-                mlp_input and index == end
-            ):
-                found.append((f"{index}_mid", f"blocks.{index}.hook_resid_mid"))
-        if end == len(tower.blocks):
-            found.append(("final_post", f"blocks.{end - 1}.hook_resid_post"))
-        self._need([name for _, name in found])
-        parts = [self._at(name, pos_slice) for _, name in found]
-        return self._stacked(parts, [label for label, _ in found], layer, mlp_input, apply_ln, pos_slice, return_labels)
+        blocks = self._tower().layers()
+        end = end_of(blocks, layer, mlp_input)
+        places: list[tuple[str, str]] = []
+        for index, block in enumerate(blocks[: end + 1]):
+            places.append((f"{index}_pre", f"blocks.{index}.hook_resid_pre"))
+            has_mid = block.spec.mlp is not None and block.spec.kind != "parallel"
+            if (incl_mid and has_mid and index < end) or (mlp_input and index == end):
+                places.append((f"{index}_mid", f"blocks.{index}.hook_resid_mid"))
+        if end == len(blocks):
+            places.append(("final_post", f"blocks.{end - 1}.hook_resid_post"))
+        self._need([name for _, name in places])
+        stack = torch.stack([self._at(name, pos_slice) for _, name in places])
+        read = Reading(layer, mlp_input, apply_ln, pos_slice)
+        return self._finished(stack, [label for label, _ in places], read, return_labels)
 
     def stack_head_results(
         self,
@@ -119,7 +153,9 @@ class StreamCache(LogitAttribution):
         pos_slice: Index | str | None = None,
         apply_ln: bool = False,
         source: int | None = None,
-    ) -> Stack | Labelled:
+        *,
+        project_output_onto: Float[Tensor, " d_model *output"] | None = None,
+    ) -> Projected | Labelled:
         """Return what each head of every block before a layer adds to the stream: ``L0H0``, ``L0H1``, ...
 
         Layer scale is applied; attention's output bias belongs to no head and is in the remainder.
@@ -128,34 +164,31 @@ class StreamCache(LogitAttribution):
             layer, pos_slice, apply_ln, return_labels: as in ``decompose_resid``.
             incl_remainder: a last component, ``remainder``: the stream less all heads.
             source: only what heads bring from this token, patterns frozen; over all tokens that sums to the whole.
+            project_output_onto: a direction in the stream ``[d_model]``, or several ``[d_model output]``, after the
+                norm with ``apply_ln``: components are read along it as they are made, ``[component batch pos]`` or
+                ``[component batch pos output]``, so that whole components never stand in memory.
 
         Raises:
             UnknownName: the cache lacks activations; the message says which to ask for.
-            NotApplicable: a norm stands between the heads and the stream, so it is no sum of heads.
+            NotApplicable: a norm stands between the heads and the stream, which is more than their sum then.
+            InputError: there is no head before the layer, or the direction is of another width.
         """
-        end = self._end(layer)
-        tower = self._summed(end)
-        found = [(index, branch) for index in range(end) for branch in branches(tower, index, "attn")]
+        read = self._reading(layer, apply_ln, pos_slice, project_output_onto)
+        found = [(f"blocks.{i}", one) for i, block in enumerate(self._before(layer)) for one in attentions(block)]
         if source is None:
-            self._need([self._head_source(index, branch) for index, branch in found])
+            self._need([self._head_source(path, branch) for path, branch in found])
         else:
-            self._need([f"{branch.path}.hook_{name}" for _, branch in found for name in ("pattern", "v")])
+            self._need([f"{path}.{branch.name}.hook_{name}" for path, branch in found for name in ("pattern", "v")])
         parts: list[Tensor] = []
         labels: list[str] = []
-        for index, branch in found:
-            results = (
-                self._head_results(index, branch, pos_slice)
-                if source is None
-                else self._brought(index, branch, pos_slice, source)
-            )
-            parts += results.unbind(-2)
-            first = branch.side * results.shape[-2]
-            labels += [f"L{index}H{first + head}" for head in range(results.shape[-2])]
-        if incl_remainder:
-            self._remainder(parts, labels, end, pos_slice)
-        if not parts:
-            raise InputError(f"No heads before layer {layer} of {len(tower.blocks)}.")
-        return self._stacked(parts, labels, layer, False, apply_ln, pos_slice, return_labels)
+        for path, branch in found:
+            make = self._head_results if source is None else self._brought
+            parts.append(make(path, branch, read, source))
+            first = branch.side * len(parts[-1])
+            labels += [f"L{path.removeprefix('blocks.')}H{first + head}" for head in range(len(parts[-1]))]
+        if not parts and not incl_remainder:
+            raise InputError(f"No heads before layer {layer} of {len(self._tower().blocks)}.")
+        return self._with_remainder(parts, labels, read, incl_remainder, return_labels)
 
     def stack_neuron_results(
         self,
@@ -165,125 +198,143 @@ class StreamCache(LogitAttribution):
         return_labels: bool = False,
         incl_remainder: bool = False,
         apply_ln: bool = False,
-    ) -> Stack | Labelled:
+        *,
+        project_output_onto: Float[Tensor, " d_model *output"] | None = None,
+    ) -> Projected | Labelled:
         """Return what each MLP neuron of every block before a layer adds to the stream: ``L0N0``, ``L0N1``, ...
 
-        This is large: give ``pos_slice`` or ``neuron_slice``. Layer scale is applied; the output bias belongs to no
-        neuron and is in the remainder.
+        This is large: give ``pos_slice``, ``neuron_slice`` or ``project_output_onto``. Layer scale is applied; the
+        output bias belongs to no neuron and is in the remainder.
 
         Args:
             layer, pos_slice, apply_ln, return_labels: as in ``decompose_resid``.
             neuron_slice: the neurons of every layer to keep.
             incl_remainder: a last component, ``remainder``: the stream less all neurons kept.
+            project_output_onto: as in ``stack_head_results``.
 
         Raises:
             UnknownName: the cache lacks activations; the message says which to ask for.
             NotApplicable: a norm stands between the neurons and the stream.
+            InputError: there is no neuron before the layer, or the direction is of another width.
+
+        >>> cat = model.W_U[:, 3]  # of a model that reads its class token
+        >>> cache.stack_neuron_results(pos_slice="cls", apply_ln=True, project_output_onto=cat).shape
+        torch.Size([36864, 1, 1])
         """
-        end = self._end(layer)
-        tower = self._summed(end)
-        found = [(index, branch) for index in range(end) for branch in branches(tower, index, "mlp")]
-        self._need([f"{branch.path}.hook_post" for _, branch in found])
+        read = self._reading(layer, apply_ln, pos_slice, project_output_onto)
+        found = [(i, block.spec, one) for i, block in enumerate(self._before(layer)) for one in mlps(block)]
+        self._need([f"blocks.{index}.{branch.name}.hook_post" for index, _, branch in found])
         parts: list[Tensor] = []
         labels: list[str] = []
-        for index, branch in found:
-            if block_of(tower, index).spec.kind == "res_post" and block_of(tower, index).spec.ln2 is not None:
+        for index, spec, branch in found:
+            if spec.kind == "res_post" and spec.ln2 is not None:
                 raise _after_norm(index, "neurons", "ln2", "mlp_out")
-            w_out = cast("MLP", branch.module).W_out
-            kept = positions_of(neuron_slice, len(w_out))
-            post = self._at(f"{branch.path}.hook_post", pos_slice)[..., kept]
-            parts += (post[..., None] * _scaled(branch.scale, w_out[kept].to(post))).unbind(-2)
-            labels += [f"L{index}N{branch.side * len(w_out) + neuron}" for neuron in kept]
-        if incl_remainder:
-            self._remainder(parts, labels, end, pos_slice)
-        if not parts:
-            raise InputError(f"No neurons before layer {layer} of {len(tower.blocks)}.")
-        return self._stacked(parts, labels, layer, False, apply_ln, pos_slice, return_labels)
+            w_out = branch.module.W_out
+            neurons = positions_of(neuron_slice, len(w_out))
+            post = self._at(f"blocks.{index}.{branch.name}.hook_post", pos_slice)[..., neurons]
+            written = read.along(branch.scaled(w_out[neurons].to(post)))
+            parts.append(einsum(post, written, "... neuron, neuron out -> neuron ... out"))
+            labels += [f"L{index}N{branch.side * len(w_out) + neuron}" for neuron in neurons]
+        if not parts and not incl_remainder:
+            raise InputError(f"No neurons before layer {layer} of {len(self._tower().blocks)}.")
+        return self._with_remainder(parts, labels, read, incl_remainder, return_labels)
 
     # ---------------------------------------------------------------- parts
 
     def _start(self) -> list[tuple[str, list[str]]]:
         """What starts the stream: label, and the activation, less another."""
         tower = self._tower()
-        if tower.spec.ln_pre is not None:
+        if self._spec().ln_pre is not None:
             return [("ln_pre", ["hook_ln_pre"])]
         if not hasattr(tower, "hook_pos_embed"):
             return [("embed", ["hook_full_embed"])]
         return [("embed", ["hook_full_embed", "hook_pos_embed"]), ("pos_embed", ["hook_pos_embed"])]
 
-    def _head_source(self, index: int, branch: Branch) -> str:
-        spec = block_of(self._tower(), index).spec
+    def _head_source(self, path: str, branch: Branch[Attention]) -> str:
+        """The cached activation that heads' results are made of."""
+        spec = self._tower().layers()[int(path.removeprefix("blocks."))].spec
         if spec.kind == "res_post" and spec.ln1 is not None:
-            raise _after_norm(index, "heads", "ln1", "attn_out")
-        if f"{branch.path}.hook_result" in self.store:
-            return f"{branch.path}.hook_result"
-        return f"{branch.path}.hook_z" if spec.attn.inner_norm is None else f"{branch.path}.ln.hook_normalized"
+            raise _after_norm(path.removeprefix("blocks."), "heads", "ln1", "attn_out")
+        at = f"{path}.{branch.name}"
+        if f"{at}.hook_result" in self.store:
+            return f"{at}.hook_result"
+        return f"{at}.hook_z" if spec.attn.inner_norm is None else f"{at}.ln.hook_normalized"
 
-    def _head_results(self, index: int, branch: Branch, pos_slice: Index | str | None) -> Tensor:
-        heads = block_of(self._tower(), index).spec.attn.n_heads
-        name = self._head_source(index, branch)
-        x = self._at(name, pos_slice)
+    def _head_results(self, path: str, branch: Branch[Attention], read: Reading, source: int | None) -> Tensor:
+        """What each head adds to the stream: ``[head *batch pos output]``."""
+        name, heads = self._head_source(path, branch), branch.module.spec.n_heads
+        x = self._at(name, read.pos_slice)
         if name.endswith("hook_normalized"):
             x = rearrange(x, "... (head d_head) -> ... head d_head", head=heads)
         if x.shape[-2] != heads:
             raise NotApplicable(f"{name} holds {x.shape[-2]} of {heads} heads: cache all of them.")
-        if not name.endswith("hook_result"):
-            w_o = cast("Attention", branch.module).W_O.to(x)
-            x = einsum(x, w_o, "... head d_head, head d_head d_model -> ... head d_model")
-        return _scaled(branch.scale, x)
+        if name.endswith("hook_result"):
+            return read.along(branch.scaled(x.movedim(-2, 0)))
+        w_o = read.along(branch.scaled(branch.module.W_O.to(x)))
+        return einsum(x, w_o, "... head d_head, head d_head out -> head ... out")
 
-    def _brought(self, index: int, branch: Branch, pos_slice: Index | str | None, source: int) -> Tensor:
-        """What each head brings from one token to every other: ``[*batch pos head d_model]``."""
-        spec = block_of(self._tower(), index).spec
-        self._head_source(index, branch)  # refuses a norm between the heads and the stream
-        if spec.attn.inner_norm is not None:
-            raise NotApplicable(f"Layer {index} norms its heads' outputs, so they are no sum over what they read.")
-        pattern, v = self.store[f"{branch.path}.hook_pattern"], self.store[f"{branch.path}.hook_v"]
-        heads, keys = spec.attn.n_heads, pattern.shape[-1]
-        if v.shape[-3] != keys or pattern.shape[-3] != heads or v.shape[-2] != spec.attn.n_kv_heads:
-            raise NotApplicable(f"{branch.path}.hook_v holds {v.shape[-3]} of {keys} tokens: cache all of them, whole.")
-        if not -keys <= source < keys:
+    def _brought(self, path: str, branch: Branch[Attention], read: Reading, source: int | None) -> Tensor:
+        """What each head brings from one token to every other: ``[head *batch pos output]``."""
+        self._head_source(path, branch)  # refuses a norm between the heads and the stream
+        spec, at = branch.module.spec, f"{path}.{branch.name}"
+        if spec.inner_norm is not None:
+            layer = path.removeprefix("blocks.")
+            raise NotApplicable(f"Layer {layer} norms its heads' outputs, so they are no sum over what they read.")
+        pattern, v = self.store[f"{at}.hook_pattern"], self.store[f"{at}.hook_v"]
+        heads, keys = spec.n_heads, pattern.shape[-1]
+        if v.shape[-3] != keys or pattern.shape[-3] != heads or v.shape[-2] != spec.n_kv_heads:
+            raise NotApplicable(f"{at}.hook_v holds {v.shape[-3]} of {keys} tokens: cache all of them, whole.")
+        if source is None or not -keys <= source < keys:
             raise InputError(f"No token {source}: there are {keys}.")
-        if pos_slice is not None:
-            columns = torch.tensor(self._columns(pos_slice, pattern.shape[-2]), device=pattern.device)
-            pattern = pattern.index_select(-2, columns)
-        own = v.select(-3, source).repeat_interleave(heads // spec.attn.n_kv_heads, -2)
-        w_o = cast("Attention", branch.module).W_O.to(own)
-        written = einsum(own, w_o, "... head d_head, head d_head d_model -> ... head d_model")
-        read = pattern[..., source].to(own)
-        return _scaled(branch.scale, einsum(read, written, "... head pos, ... head d_model -> ... pos head d_model"))
+        if read.pos_slice is not None:
+            pattern = self._cut(pattern, pattern.ndim - 2, read.pos_slice)
+        values = v.select(-3, source).repeat_interleave(heads // spec.n_kv_heads, -2)
+        w_o = read.along(branch.scaled(branch.module.W_O.to(values)))
+        written = einsum(values, w_o, "... head d_head, head d_head out -> ... head out")
+        attended = pattern[..., source].to(values)
+        return einsum(attended, written, "... head pos, ... head out -> head ... pos out")
 
-    def _remainder(self, parts: list[Tensor], labels: list[str], end: int, pos_slice: Index | str | None) -> None:
-        name = (
-            f"blocks.{end}.hook_resid_pre" if end < len(self._tower().blocks) else f"blocks.{end - 1}.hook_resid_post"
-        )
-        self._need([name])
-        whole = self._at(name, pos_slice)
-        parts.append(whole - torch.stack(parts).sum(0) if parts else whole)
-        labels.append("remainder")
+    def _reading(
+        self, layer: int | None, apply_ln: bool, pos_slice: Index | str | None, onto: Tensor | None
+    ) -> Reading:
+        if onto is None:
+            return Reading(layer, False, apply_ln, pos_slice)
+        d_model = self._spec().d_model
+        if onto.ndim not in (1, 2) or len(onto) != d_model:
+            raise InputError(
+                f"Expected project_output_onto [{d_model}] or [{d_model} output], a direction in the stream; got shape "
+                f"{list(onto.shape)}."
+            )
+        matrix, scale = onto[:, None] if onto.ndim == 1 else onto, None
+        for path, norm in reversed(self._norms(layer, False) if apply_ln else []):
+            # A norm of a given scale is linear: what is along u after it is along norm^T u before it.
+            matrix = norm.centred((norm.weight.to(matrix)[:, None] * matrix).T).T
+            own = norm.divisor(self._scale(path, pos_slice))
+            scale = own if scale is None else scale * own
+        return Reading(layer, False, apply_ln, pos_slice, matrix, scale)
 
-    def _stacked(
-        self,
-        parts: list[Tensor],
-        labels: list[str],
-        layer: int | None,
-        mlp_input: bool,
-        apply_ln: bool,
-        pos_slice: Index | str | None,
-        return_labels: bool,
-    ) -> Stack | Labelled:
-        stack = torch.stack(parts)
-        if apply_ln:
-            stack = self.apply_ln_to_stack(stack, layer, mlp_input, pos_slice)
+    def _with_remainder(
+        self, parts: list[Tensor], labels: list[str], read: Reading, incl_remainder: bool, return_labels: bool
+    ) -> Tensor | Labelled:
+        if incl_remainder:
+            blocks = self._tower().layers()
+            end = end_of(blocks, read.layer)
+            name = f"blocks.{end}.hook_resid_pre" if end < len(blocks) else f"blocks.{end - 1}.hook_resid_post"
+            self._need([name])
+            whole = read.along(self._at(name, read.pos_slice))
+            rest = whole - torch.stack([part.sum(0) for part in parts]).sum(0) if parts else whole
+            parts, labels = [*parts, rest[None]], [*labels, "remainder"]
+        return self._finished(torch.cat(parts), labels, read, return_labels)
+
+    def _finished(self, stack: Tensor, labels: list[str], read: Reading, return_labels: bool) -> Tensor | Labelled:
+        if read.onto is not None:
+            stack = stack if read.scale is None else (stack / read.scale).to(stack)
+        elif read.apply_ln:
+            stack = self.apply_ln_to_stack(stack, read.layer, read.mlp_input, read.pos_slice)
         return (stack, labels) if return_labels else stack
 
 
-def _scaled(scale: object, x: Tensor) -> Tensor:
-    gamma = getattr(scale, "gamma", None)
-    return x * gamma.to(x) if isinstance(gamma, Tensor) else x
-
-
-def _after_norm(layer: int, what: str, norm: str, out: str) -> NotApplicable:
+def _after_norm(layer: int | str, what: str, norm: str, out: str) -> NotApplicable:
     return NotApplicable(
         f"Layer {layer} is a res_post block: {norm} normalises the sum of its {what} before it joins the stream, so "
         f"{out} is no sum over {what}. decompose_resid holds all the same."

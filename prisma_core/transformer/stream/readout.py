@@ -10,7 +10,6 @@ from einops import einsum
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from prisma_core.transformer.norm import Norm
     from prisma_core.transformer.pool import PoolAttention
 
 
@@ -63,13 +62,6 @@ class Readout:
         out = einsum(value + b_v, self.attn.W_O.to(x), "... head inner, head inner out -> ... out")
         out = out + self.attn.out.bias.to(x)
         return out if self.added is None else out + self.added.to(x)
-
-
-def linear(norm: Norm, x: Tensor, scale: Tensor) -> Tensor:
-    """Return a norm of ``x`` with its scale given and its bias left out, which makes it linear."""
-    if norm.spec.kind == "ln":
-        x = x - x.mean(-1, keepdim=True)
-    return x / scale * norm.weight.to(x)
 
 
 def latent(x: Tensor, how: str) -> Tensor:

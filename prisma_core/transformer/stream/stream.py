@@ -3,31 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prisma_core.errors import InputError, NotApplicable, UnknownName
 from prisma_core.hooks.cache import ActivationCache
 from prisma_core.hooks.capture import positions_of
 from prisma_core.hooks.query import layer_of
-from prisma_core.spec import TextSpec
+from prisma_core.spec import ModelSpec, TextSpec
+from prisma_core.transformer.block import check_sum, end_of
+from prisma_core.transformer.norm import Norm
 from prisma_core.transformer.tower import Tower
 
 if TYPE_CHECKING:
     from prisma_core.hooks.capture import Index
-    from prisma_core.transformer.block import Block
+    from prisma_core.transformer.block import Block, SideBySide
+
+
+S = TypeVar("S", bound="Stream")
 
 
 class Stream(ActivationCache):
     """The residual stream of one transformer, of images or of texts, in a cache."""
 
+    def apply_slice_to_batch_dim(self: S, batch_slice: Index) -> S:
+        """Return a cache of some of the images, or texts: the batch axis stays, also where one is chosen by number.
+
+        Raises:
+            InputError: the cache has no batch axis, or there is no such image.
+        """
+        if not self.has_batch_dim:
+            raise InputError("This cache has no batch axis to choose from: has_batch_dim is False.")
+        if not isinstance(batch_slice, slice):
+            batch_slice = positions_of(batch_slice, self._n_batch())
+        cache = self._with(lambda _, x: x[batch_slice])
+        for each in (cache, cache.gradients):
+            if each is not None and each.tokens is not None:
+                each.tokens = each.tokens[batch_slice]
+        return cast("S", cache)
+
+    def _n_batch(self) -> int:
+        return next(iter(self.store.values())).shape[0]
+
     def _n_tokens(self) -> int | None:
         if self.layout is not None:
             return self.layout.n_tokens
-        spec = self._tower().spec
+        spec = self._spec()
         if self.tokens is None or not isinstance(spec, TextSpec):
             return None
         return self.tokens.shape[-1] + int(spec.suffix)
@@ -37,88 +60,72 @@ class Stream(ActivationCache):
             raise NotApplicable(self._no_stream())
         return self.model
 
-    def _summed(self, end: int) -> Tower:
-        """The transformer, if its stream is a sum of what blocks before ``end`` add to it."""
-        tower = self._tower()
-        for index in range(end):
-            if block_of(tower, index).spec.kind == "post":
-                raise NotApplicable(
-                    f"Layer {index} norms the stream itself after each addition (post-norm, as BERT does), so the "
-                    "stream is no sum of what was added to it. accumulated_resid, patterns and patches hold all the "
-                    "same."
-                )
-        return tower
+    def _spec(self) -> ModelSpec | TextSpec:
+        return self._tower().spec
 
-    def _end(self, layer: int | None, mlp_input: bool = False) -> int:
-        tower = self._tower()
-        n = len(tower.blocks)
-        end = n if layer is None or layer == -1 else layer
-        if not 0 <= end <= n:
-            raise InputError(f"No layer {layer}: expected 0 to {n}, where {n}, -1 and None are the end of the stream.")
-        if mlp_input and end == n:
-            raise InputError("mlp_input speaks of a layer's MLP: give the layer.")
-        if mlp_input and (block_of(tower, end).spec.mlp is None or block_of(tower, end).spec.kind == "parallel"):
-            raise NotApplicable(f"Layer {end} has no MLP that reads the stream after its attention.")
-        return end
+    def _before(self, layer: int | None, mlp_input: bool = False) -> list[Block | SideBySide]:
+        """The whole blocks before a place in the stream, which is the sum of what they add to it."""
+        blocks = self._tower().layers()
+        blocks = blocks[: end_of(blocks, layer, mlp_input)]
+        check_sum(blocks)
+        return blocks
+
+    def _norms(self, layer: int | None, mlp_input: bool) -> list[tuple[str, Norm]]:
+        """The norms through which the stream is read at a place, in order: the path of each, and the norm."""
+        tower, blocks = self._tower(), self._tower().layers()
+        end = end_of(blocks, layer, mlp_input)
+        if end == len(blocks):
+            check_sum(blocks)
+            paths = ["ln_final", *(["ln_pool"] if self._spec().pool.kind not in ("attention", "token_and_avg") else [])]
+        elif blocks[end].spec.kind in ("res_post", "post"):
+            return []
+        elif (n := blocks[end].spec.n_parallel) > 1:
+            raise NotApplicable(f"Layer {end} reads the stream through {n} norms side by side.")
+        else:
+            paths = [f"blocks.{end}.{'ln2' if mlp_input else 'ln1'}"]
+        norms = [(path, getattr(tower, path, None) if "." not in path else tower.get_submodule(path)) for path in paths]
+        return [(path, norm) for path, norm in norms if isinstance(norm, Norm)]
+
+    def _scale(self, path: str, pos_slice: Index | str | None) -> Tensor:
+        """The cached scale of a norm, of every token: ``[*batch pos 1]``."""
+        name = f"{path}.hook_scale"
+        self._need([name])
+        if path == "ln_pool" and self._spec().pool.kind != "none":
+            return self.store[name][..., None, :]
+        return self._at(name, pos_slice)
 
     def _need(self, names: Sequence[str]) -> None:
         missing = [name for name in names if name not in self.store]
         if not missing:
             return
         layers = len(self._tower().blocks)
-        wanted = dict.fromkeys(
+        needed = dict.fromkeys(
             name if layer_of(name) is None or layers == 1 else f"blocks.*.{name.split('.', 2)[2]}" for name in names
         )
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UnknownName(f"The cache lacks {missing[0]}{more}. Cache them: names={list(wanted)}.")
+        raise UnknownName(f"The cache lacks {missing[0]}{more}. Cache them: names={list(needed)}.")
 
     def _at(self, name: str, pos_slice: Index | str | None) -> Tensor:
         x = self.store[name]
-        if pos_slice is None:
-            return x
-        axis = 1 if self.has_batch_dim else 0
-        return x.index_select(axis, torch.tensor(self._columns(pos_slice, x.shape[axis]), device=x.device))
+        return x if pos_slice is None else self._cut(x, 1 if self.has_batch_dim else 0, pos_slice)
+
+    def _cut(self, x: Tensor, axis: int, pos_slice: Index | str | None) -> Tensor:
+        columns = self._columns(pos_slice, x.shape[axis])
+        return x.index_select(axis, torch.tensor(columns, device=x.device, dtype=torch.long))
 
     def _columns(self, pos_slice: Index | str | None, n: int) -> list[int]:
-        """Indices along the cached token axis."""
+        """Indices along the cached token axis.
+
+        Raises:
+            InputError: a subset of the layout of which the cache holds no token.
+        """
         if not isinstance(pos_slice, str):
             return positions_of(pos_slice, n)
-        kept = self.positions()
-        if kept is None or self.layout is None:
+        cached = self.positions()
+        if cached is None or self.layout is None:
             raise NotApplicable(f"The cache has no token layout, so pos_slice={pos_slice!r} means nothing.")
-        wanted = positions_of(self.layout.slice(pos_slice), self.layout.n_tokens)
-        return [index for index, token in enumerate(kept) if token in wanted]
-
-
-def block_of(tower: Tower, index: int) -> Block:
-    return cast("Block", tower.blocks[index])
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One attention or MLP of a block, with the norm and the layer scale that belong to it.
-
-    Attributes:
-        side: its number among those side by side.
-    """
-
-    path: str
-    side: int
-    module: nn.Module
-    norm: nn.Module
-    scale: nn.Module
-
-
-def branches(tower: Tower, index: int, kind: Literal["attn", "mlp"]) -> list[Branch]:
-    """Return the attentions or the MLPs of a block: one, several side by side, or none."""
-    block = block_of(tower, index)
-    if not hasattr(block, kind):
-        return []
-    norm = "ln1" if kind == "attn" or block.spec.kind == "parallel" else "ln2"
-    scale = "ls1" if kind == "attn" else "ls2"
-    found = [cast(nn.Module, getattr(block, name)) for name in (kind, norm, scale)]
-    path = f"blocks.{index}.{kind}"
-    if not isinstance(found[0], nn.ModuleList):
-        return [Branch(path, 0, *found)]
-    sides = zip(*(cast(nn.ModuleList, each) for each in found), strict=True)
-    return [Branch(f"{path}.{side}", side, *parts) for side, parts in enumerate(sides)]
+        tokens = positions_of(self.layout.slice(pos_slice), self.layout.n_tokens)
+        columns = [index for index, token in enumerate(cached) if token in tokens]
+        if tokens and not columns:
+            raise InputError(f"The {pos_slice} tokens are not in the cache, which was taken with pos={self.pos!r}.")
+        return columns

@@ -1,0 +1,37 @@
+"""Float32 beside the fused kernels of half precision models, which sum in float32 too."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prisma_core.hooks.point import HookPoint
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return ``x`` in float32 if its dtype is a half one, else as it is."""
+    return x.float() if x.dtype in HALF else x
+
+
+def show(point: HookPoint, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``x`` after a hook point that shows it in the dtype of the model.
+
+    Numbers that hooks leave as they are keep their precision; those that hooks change are taken as given. Gradients
+    pass through the hook point, except where the number is too large for the dtype.
+
+    Args:
+        point: where hooks read and replace ``x``.
+        x: an activation in the model's dtype, or in float32 if that is a half one.
+        dtype: that of the model.
+    """
+    if x.dtype == dtype:
+        return point(x)
+    shown = x.to(dtype)
+    hooked = point(shown)
+    if hooked is shown and not x.requires_grad:
+        return x
+    same, finite = hooked == shown, shown.isfinite()
+    rounding = torch.where(same & finite, x - shown, 0).detach()
+    return torch.where(same & ~finite, x, hooked.to(x.dtype) + rounding)
