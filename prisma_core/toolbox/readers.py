@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, cast
 
 from prisma_core.maps.reader import Reader, qualified_name
 from prisma_core.spec import Activation, MlpSpec, NormSpec
@@ -107,7 +107,7 @@ class PartReader:
             return "gelu_tanh" if module.approximate == "tanh" else "gelu"
         if (name := {**ACTIVATIONS, **self.activations}.get(qualified_name(module.module))) is None:
             raise module.unsupported("its activation function")
-        return name
+        return cast("Activation", name)
 
     def linear(self, module: Reader) -> Reader:
         """Return a linear layer as it is."""
