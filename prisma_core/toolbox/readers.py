@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Literal, NamedTuple, cast, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from prisma_core.maps.reader import Reader, qualified_name
 from prisma_core.spec import Activation, MlpSpec, NormSpec
