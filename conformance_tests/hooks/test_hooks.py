@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from prisma_core import HookError, HookPoint, UnknownName
-from prisma_core.hooks.point import _ACTIVE
+from prisma_core.hooks.point import OPEN_SCOPES
 
 
 def zero(x, at):
@@ -224,14 +224,14 @@ def test_nothing_is_left_after_a_scope_or_an_exception(vit, image):
     ):
         with pytest.raises((RuntimeError, ZeroDivisionError)):
             run()
-        assert _ACTIVE.get() is None
+        assert OPEN_SCOPES.get() == ()
         assert torch.equal(vit(image), logits)
     with vit.hooks({"z": lambda x, at: 0 * x}):
         assert not torch.equal(vit(image), logits)
     with vit.caching("z", pos=0), vit.caching("q"):
         vit(image)
     vit.run_with_cache(image, names="embed", output=False)
-    assert _ACTIVE.get() is None
+    assert OPEN_SCOPES.get() == ()
     assert torch.equal(vit(image), logits)
     assert all(torch.equal(tensor, state[name]) for name, tensor in vit.state_dict().items())
     for module in vit.modules():
@@ -307,7 +307,7 @@ def test_a_scope_tells_of_hook_points_that_its_passes_did_not_go_by(vit, make, i
         make(seed=3)(image)
     with vit.hooks({("z", 1): keep["z"]}), vit.caching(("z", 1)):  # a pass that is cut short knows no end
         vit.run_with_cache(image, names=("z", 0), output=False)
-    assert _ACTIVE.get() is None
+    assert OPEN_SCOPES.get() == ()
 
 
 def test_an_error_of_the_pass_is_not_hidden_by_what_it_did_not_reach(vit, image):

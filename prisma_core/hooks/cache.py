@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -13,25 +14,24 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError, LoadError, NotApplicable, UnknownName
+from prisma_core.files.atomic import replacing
 from prisma_core.files.checkpoint import read_safetensors
 from prisma_core.hooks.capture import positions_of
-from prisma_core.hooks.keywords import elsewhere
+from prisma_core.hooks.migration import unknown_attribute
 from prisma_core.hooks.query import LayerQuery, resolve_one, short_name
 from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.hooks.views import TokenViews
 
 if TYPE_CHECKING:
     from prisma_core.hooks.capture import Index
-    from prisma_core.hooks.point import HookPoint
 
-_GRAD = "grad/"
-_TOKENS = "given/tokens"
+_GRAD, _TOKENS = "grad/", "given/tokens"
 _METADATA = "prisma_cache"
 
 
 # Methods of the residual stream: a cache of one canonical transformer has them.
 STREAM_METHODS = frozenset(
-    {
+    [
         "decompose_resid",
         "accumulated_resid",
         "stack_head_results",
@@ -40,23 +40,17 @@ STREAM_METHODS = frozenset(
         "project_stack",
         "logit_attrs",
         "logit_constant",
-    }
+        "directions",
+    ]
 )
 
 
-class CachedModel(Protocol):
-    """The part of a hooked model that a cache read from a file needs."""
-
-    cache_type: type[ActivationCache]
-
-    def hook_points(self) -> dict[str, HookPoint]: ...
-
-
+@dataclass(eq=False, repr=False)
 class ActivationCache(TokenViews, Mapping[str, Tensor]):
     """Activations of one pass, by full hook name.
 
-    ``cache["blocks.3.attn.hook_z"]``, ``cache["z", 3]`` and ``cache["resid_post", -1]`` all work; iteration gives full
-    names. Nothing in a cache changes after the pass.
+    Nothing in a cache changes after the pass. Iteration gives full names; an item is asked for by full name,
+    shorthand, or shorthand with layer and part of the block.
 
     Attributes:
         store: the activations themselves.
@@ -67,27 +61,20 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
         has_batch_dim: whether the first axis is ``batch``.
         pos: the tokens kept, as they were asked for; None for all.
         tokens: those of the texts the model was given, ``[text pos]``, if it reads any.
+
+    >>> cache = ActivationCache({f"blocks.{i}.ln1.hook_scale": torch.full((1, 17, 1), i) for i in range(2)})
+    >>> cache["scale", -1].shape, cache["scale", 0, "ln1"][0, 0].item(), list(cache)[0]
+    (torch.Size([1, 17, 1]), 0, 'blocks.0.ln1.hook_scale')
     """
 
-    def __init__(
-        self,
-        store: dict[str, Tensor],
-        *,
-        axes: Mapping[str, str] | None = None,
-        model: nn.Module | None = None,
-        layout: TokenLayout | None = None,
-        has_batch_dim: bool = True,
-        pos: Index | str | None = None,
-        tokens: Tensor | None = None,
-    ):
-        self.store = store
-        self.model = model
-        self.layout = layout
-        self.gradients: ActivationCache | None = None
-        self.has_batch_dim = has_batch_dim
-        self.pos = pos
-        self.tokens = tokens
-        self.axes = dict(axes or {})
+    store: dict[str, Tensor]
+    axes: dict[str, str] = field(default_factory=dict[str, str], kw_only=True)
+    model: nn.Module | None = field(default=None, kw_only=True)
+    layout: TokenLayout | None = field(default=None, kw_only=True)
+    gradients: ActivationCache | None = field(default=None, kw_only=True)
+    has_batch_dim: bool = field(default=True, kw_only=True)
+    pos: Index | str | None = field(default=None, kw_only=True)
+    tokens: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def grad(self) -> ActivationCache:
@@ -110,8 +97,7 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
             raise NotApplicable(
                 f"This cache has no model; {need}." if self.model is None else "This model has no towers."
             )
-        answer = elsewhere(name)
-        raise AttributeError(f"ActivationCache has no attribute {name!r}{f': {answer}' if answer else '.'}")
+        raise unknown_attribute(self, name)
 
     def _no_stream(self) -> str:
         """Return why this cache has no decompositions."""
@@ -130,8 +116,8 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
         n = self._n_tokens()
         if n is None:
             return None
-        kept = self.layout.slice(self.pos) if self.layout is not None and isinstance(self.pos, str) else self.pos
-        return positions_of(None if isinstance(kept, str) else kept, n)
+        places = self.layout.slice(self.pos) if self.layout is not None and isinstance(self.pos, str) else self.pos
+        return positions_of(None if isinstance(places, str) else places, n)
 
     def _n_tokens(self) -> int | None:
         return None if self.layout is None else self.layout.n_tokens
@@ -154,16 +140,12 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
         """
         if isinstance(query, str) and query in self.store:
             return query
-        known = list(self.axes) or list(self.store)
-        if isinstance(query, str):
-            cached = [name for name in self.store if query in (short_name(name), name)]
-            name = cached[0] if len(cached) == 1 else resolve_one(query, known)
-        else:
-            name = resolve_one(query, known)
+        cached = [name for name in self.store if query == short_name(name)]
+        name = cached[0] if len(cached) == 1 else resolve_one(query, list(self.axes) or list(self.store))
         if name not in self.store:
-            kept = sorted({short_name(each) for each in self.store})
+            shorthands = sorted({short_name(each) for each in self.store})
             raise UnknownName(
-                f"{name} is not in this cache, which holds {len(self)} activations ({', '.join(kept)}). "
+                f"{name} is not in this cache, which holds {len(self)} activations ({', '.join(shorthands)}). "
                 f"Cache it: names=[{name!r}]."
             )
         return name
@@ -187,11 +169,9 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
     # ---------------------------------------------------------------- other devices and shapes
 
     def _with(self, change: Callable[[str, Tensor], Tensor], **fields: Any) -> ActivationCache:
-        kept: dict[str, Any] = {"has_batch_dim": self.has_batch_dim, "pos": self.pos, "axes": self.axes}
+        gradients = None if self.gradients is None else self.gradients._with(change, **fields)
         store = {name: change(name, tensor) for name, tensor in self.store.items()}
-        cache = type(self)(store, model=self.model, layout=self.layout, tokens=self.tokens, **(kept | fields))
-        cache.gradients = None if self.gradients is None else self.gradients._with(change, **fields)
-        return cache
+        return replace(self, store=store, gradients=gradients, **fields)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ActivationCache:
         """Return the cache on another device or in another dtype; this one stays as it is."""
@@ -214,6 +194,7 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
 
         Raises:
             InputError: the path does not end in ``.safetensors``.
+            LoadError: the disk is full, read-only, or refuses in another way; a file that was there is as it was.
         """
         path = Path(path)
         if path.suffix != ".safetensors":
@@ -221,26 +202,26 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
         grads = {} if self.gradients is None else self.gradients.store
         named = self.store | {_GRAD + name: grad for name, grad in grads.items()}
         named |= {} if self.tokens is None else {_TOKENS: self.tokens}
-        facts = _File(
+        header = _File(
             names=list(named),
-            axes=dict(self.axes),
+            axes=self.axes,
             layout=self.layout,
             has_batch_dim=self.has_batch_dim,
             pos=self.pos if self.pos is None or isinstance(self.pos, str) else self.positions(),
         )
         # A copy of each: activations may share storage, which safetensors refuses.
         tensors = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in named.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path, metadata={_METADATA: facts.model_dump_json()})
+        with replacing(path) as beside:
+            save_file(tensors, beside, metadata={_METADATA: header.model_dump_json()})
         return path
 
     @classmethod
-    def load(cls, path: str | Path, model: CachedModel | None = None) -> ActivationCache:
-        """Read what ``save`` wrote.
+    def load(cls, path: str | Path, model: Any = None) -> ActivationCache:
+        """Read a file that ``save`` wrote.
 
         Args:
             path: the file.
-            model: the model that made it: the cache is then of the kind that ``run_with_cache`` returns.
+            model: the hooked model that made it: the cache is then of the kind that ``run_with_cache`` returns.
 
         Raises:
             LoadError: the file is truncated, corrupt, no cache, or of a model with other hook points.
@@ -252,31 +233,25 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
         if _METADATA not in metadata:
             raise LoadError(f"{path} holds tensors but no cache: expected a file written by ActivationCache.save.")
         try:
-            facts = _File.model_validate_json(metadata[_METADATA])
+            header = _File.model_validate_json(metadata[_METADATA])
         except ValidationError as error:
             raise LoadError(f"{path} does not describe a cache: {error}") from error
-        if set(facts.names) != set(tensors):
+        if set(header.names) != set(tensors):
             raise LoadError(f"{path} does not hold the tensors it names: was it written by something else?")
-        if model is not None and facts.axes != {name: point.axes for name, point in model.hook_points().items()}:
+        if model is not None and header.axes != {name: point.axes for name, point in model.hook_points().items()}:
             raise LoadError(f"{path} is a cache of another model: the hook points are not those of the model given.")
-        how: dict[str, Any] = {
-            "model": model,
-            "layout": facts.layout,
-            "has_batch_dim": facts.has_batch_dim,
-            "pos": facts.pos,
-            "axes": facts.axes,
-            "tokens": tensors.get(_TOKENS),
-        }
-        own = [name for name in facts.names if not name.startswith(_GRAD) and name != _TOKENS]
-        kind = cls if model is None else model.cache_type
-        cache = kind({name: tensors[name] for name in own}, **how)
-        grads = {name.removeprefix(_GRAD): tensors[name] for name in facts.names if name.startswith(_GRAD)}
-        cache.gradients = kind(grads, **how) if grads else None
-        return cache
+        fields = {name: getattr(header, name) for name in ("axes", "layout", "has_batch_dim", "pos")}
+        fields |= {"model": model, "tokens": tensors.pop(_TOKENS, None)}
+        kind: type[ActivationCache] = cls if model is None else model.cache_type
+        names = [name for name in header.names if name in tensors]
+        grads = {name.removeprefix(_GRAD): tensors[name] for name in names if name.startswith(_GRAD)}
+        gradients = kind(grads, **fields) if grads else None
+        store = {name: tensors[name] for name in names if not name.startswith(_GRAD)}
+        return kind(store, gradients=gradients, **fields)
 
 
 class _File(BaseModel):
-    """What a file of a cache says besides its tensors."""
+    """The header of a file of a cache."""
 
     model_config = ConfigDict(extra="forbid")
 

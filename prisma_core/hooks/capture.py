@@ -1,9 +1,10 @@
-"""What a scope does with the activations it reads: keep, note, count."""
+"""Captures: store an activation, cut and cast; stop a pass; and the gradients of a loss by stored activations."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,22 +13,28 @@ from prisma_core.errors import HookError, InputError
 from prisma_core.hooks.point import Stop
 
 Index = int | slice | Sequence[int] | Tensor
-Cut = tuple[int, "slice | list[int]"]
+IndexSlice = tuple[int, "slice | list[int]"]  # an axis, and what to keep of it
+
+_POS, _HEADS = ("pos", "query_pos"), ("head",)
 
 
-def cuts(axes: str, pos: Index | None, heads: Index | None) -> tuple[Cut, ...]:
-    """Return which part to keep of which axis of an activation with these axes."""
+def index_slices(axes: str, pos: Index | None, heads: Index | None) -> tuple[IndexSlice, ...]:
+    """Return what to keep of which axis of an activation with these axes.
+
+    >>> index_slices("batch head query_pos key_pos", slice(0, 1), [2, 3])
+    ((2, slice(0, 1, None)), (1, [2, 3]))
+    """
     names = axes.split()
-    found: list[Cut] = []
-    for index, wanted in ((pos, ("pos", "query_pos")), (heads, ("head",))):
-        axis = next((names.index(name) for name in wanted if name in names), None)
+    slices: list[IndexSlice] = []
+    for index, kinds in ((pos, _POS), (heads, _HEADS)):
+        axis = next((names.index(kind) for kind in kinds if kind in names), None)
         if index is not None and axis is not None:
-            found.append((axis, index if isinstance(index, slice) else indices(index)))
-    return tuple(found)
+            slices.append((axis, index if isinstance(index, slice) else indices(index)))
+    return tuple(slices)
 
 
 def check_axes(axes: Sequence[str], pos: Index | None, heads: Index | None) -> None:
-    """Refuse a choice of positions or heads if no activation asked for has any; those without are kept whole.
+    """Refuse a choice of positions or heads if no activation has any; those without are kept whole.
 
     Args:
         axes: those of each activation.
@@ -35,12 +42,12 @@ def check_axes(axes: Sequence[str], pos: Index | None, heads: Index | None) -> N
     Raises:
         InputError: with the axes there are.
     """
-    for index, wanted, what in ((pos, ("pos", "query_pos"), "pos"), (heads, ("head",), "heads")):
-        if index is not None and axes and not any(name in each.split() for each in axes for name in wanted):
+    for index, kinds, keyword in ((pos, _POS, "pos"), (heads, _HEADS, "heads")):
+        if index is not None and axes and not any(kind in each.split() for each in axes for kind in kinds):
             there = " and ".join(f"[{each}]" for each in list(dict.fromkeys(axes))[:3])
             raise InputError(
-                f"{what}= chooses along the axis {' or '.join(map(repr, wanted))}, and nothing asked for has one: "
-                f"it is {there}. Leave {what} out, or ask for activations that have it."
+                f"{keyword}= chooses along the axis {' or '.join(map(repr, kinds))}, and nothing asked for has one: "
+                f"it is {there}. Leave {keyword} out, or ask for activations that have it."
             )
 
 
@@ -50,12 +57,12 @@ def indices(index: int | Sequence[int] | Tensor) -> list[int]:
     Raises:
         HookError: they are not whole numbers.
     """
-    wanted = torch.as_tensor(index)
-    if wanted.dtype == torch.bool:
-        wanted = wanted.nonzero()
-    if wanted.is_floating_point() and wanted.numel():
-        raise HookError(f"Expected positions as whole numbers or a mask, got {wanted.dtype}.")
-    return cast("list[int]", wanted.flatten().tolist())
+    numbers = torch.as_tensor(index)
+    if numbers.dtype == torch.bool:
+        numbers = numbers.nonzero()
+    if numbers.is_floating_point() and numbers.numel():
+        raise HookError(f"Expected positions as whole numbers or a mask, got {numbers.dtype}.")
+    return cast("list[int]", numbers.flatten().tolist())
 
 
 def positions_of(index: Index | None, n: int) -> list[int]:
@@ -63,16 +70,19 @@ def positions_of(index: Index | None, n: int) -> list[int]:
 
     Raises:
         InputError: there is no such place.
+
+    >>> positions_of([0, -1], 5)
+    [0, 4]
     """
-    every = range(n)
+    places = range(n)
     if index is None:
-        return list(every)
+        return list(places)
     if isinstance(index, slice):
-        return list(every[index])
-    wanted = indices(index)
-    if any(not -n <= each < n for each in wanted):
-        raise InputError(f"No position {wanted}: there are {n}.")
-    return [every[each] for each in wanted]
+        return list(places[index])
+    numbers = indices(index)
+    if any(not -n <= each < n for each in numbers):
+        raise InputError(f"No position {numbers}: there are {n}.")
+    return [places[each] for each in numbers]
 
 
 def check_device(device: torch.device | str | None) -> None:
@@ -90,76 +100,81 @@ def check_device(device: torch.device | str | None) -> None:
         raise InputError(f"Expected a device of torch's, got {device!r}; there is {' and '.join(there)}.") from error
 
 
+@dataclass(eq=False)
 class Keep:
-    """Puts one activation into a store.
+    """Stores one activation.
 
-    Args:
-        cuts: what to keep of which axis.
+    Attributes:
+        store: where, by name.
+        slices: what to keep of which axis.
     """
 
-    def __init__(
-        self,
-        store: dict[str, Tensor],
-        name: str,
-        cuts: tuple[Cut, ...],
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        detach: bool = True,
-    ):
-        self.store = store
-        self.name = name
-        self.cuts = cuts
-        self.device = device
-        self.dtype = dtype
-        self.detach = detach
+    store: dict[str, Tensor]
+    name: str
+    slices: tuple[IndexSlice, ...] = ()
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+    detach: bool = True
+
+    @property
+    def reached(self) -> bool:
+        return self.name in self.store
 
     def __call__(self, x: Tensor) -> None:
         if self.name in self.store:
             raise HookError(f"{self.name} fired twice: a cache holds one pass. Open a new scope for the next one.")
+        self.store[self.name] = self.cut(x)
+
+    def cut(self, x: Tensor) -> Tensor:
+        """Return what is kept of an activation."""
         if self.detach and x.requires_grad:
             x = x.detach()
         whole = x.numel()
-        for axis, index in self.cuts:
-            x = self._cut(x, axis, index)
+        for axis, index in self.slices:
+            x = x[(slice(None),) * axis + (index,)] if isinstance(index, slice) else self._selected(x, axis, index)
         if x.numel() < whole:
             x = x.clone()  # a view would keep the whole activation alive
         if self.device is not None or self.dtype is not None:
             x = x.to(device=self.device, dtype=self.dtype)
-        self.store[self.name] = x
+        return x
 
-    def _cut(self, x: Tensor, axis: int, index: slice | list[int]) -> Tensor:
+    def _selected(self, x: Tensor, axis: int, index: list[int]) -> Tensor:
         n = x.shape[axis]
-        if isinstance(index, slice):
-            return x[(slice(None),) * axis + (index,)]
         for each in index:
             if not -n <= each < n:
                 raise HookError(f"No index {each} on axis {axis} of {self.name}, whose shape is {list(x.shape)}.")
-        chosen = torch.tensor([each % n for each in index], device=x.device)
-        return x.index_select(axis, chosen)
+        return x.index_select(axis, torch.tensor([each % n for each in index], dtype=torch.long, device=x.device))
+
+    def __repr__(self) -> str:
+        return f"Keep({self.name!r})"
 
 
+@dataclass(eq=False)
 class Countdown:
-    """Stops the pass at the last of a number of captures."""
+    """Stops the pass at the last of ``n`` captures."""
 
-    def __init__(self, left: int):
-        self.left = left
+    n: int
 
     def __call__(self, x: Tensor) -> None:
-        self.left -= 1
-        if self.left == 0:
+        self.n -= 1
+        if self.n == 0:
             raise Stop
 
 
-def refuse_unreached(names: Sequence[str], kwargs: Mapping[str, object]) -> None:
-    """Refuse hook points that a pass did not go by, if there are any.
+def gradients(loss: Callable[[Any], Tensor], output: object, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the gradient of a loss of the output by each activation, by name; zeros where it does not depend on it.
 
     Raises:
-        HookError: with their names, and the arguments that may have kept the pass away from them.
+        HookError: the loss is no function to one number, or its number carries no graph.
     """
-    if names:
-        limits = ", ".join(f"{key}={value}" for key, value in kwargs.items() if value is not None)
-        raise HookError(
-            f"{names[0]} was not reached in this pass{f' ({limits})' if limits else ''}"
-            f"{f', nor were {len(names) - 1} others' if len(names) > 1 else ''}. "
-            "Ask only for hook points the pass goes through."
-        )
+    if not callable(cast(object, loss)):
+        raise HookError(f"The loss is {type(loss).__name__}; expected a function from the output to one number.")
+    value = cast(object, loss(output))
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        came = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise HookError(f"The loss must be one number; got {came}. Pick a logit or take a mean.")
+    if not value.requires_grad:
+        raise HookError("The loss carries no graph: compute it without detach(), outside torch.inference_mode().")
+    tensors = list(activations.values())
+    grads = torch.autograd.grad(value, tensors, allow_unused=True, retain_graph=True, materialize_grads=True)
+    return dict(zip(activations, grads, strict=True))

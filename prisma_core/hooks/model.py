@@ -1,61 +1,200 @@
-"""What every hooked model can do: be run, with hooks and with a cache."""
+"""The base of every model with hook points: runs, with hooks and with a cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from prisma_core.errors import HookError
+from prisma_core.errors import HookError, InputError
 from prisma_core.hooks.cache import ActivationCache
-from prisma_core.hooks.capture import Countdown, Index, check_device, refuse_unreached
-from prisma_core.hooks.gradients import gradients, leaves
-from prisma_core.hooks.keywords import check_keywords, keywords, named
-from prisma_core.hooks.point import Scope, Stop, activate, ended
-from prisma_core.hooks.query import Query
-from prisma_core.hooks.scoped import HookMapping, Scoped
+from prisma_core.hooks.capture import Countdown, Index, Keep, check_axes, check_device, gradients, index_slices
+from prisma_core.hooks.migration import keyword_names, module_getattr, refuse_keywords, takes_any_keyword
+from prisma_core.hooks.point import (
+    OPEN_SCOPES,
+    Hook,
+    HookContext,
+    HookPoint,
+    PlacedHook,
+    Scope,
+    ScopeContext,
+    Stop,
+    check_hook,
+)
+from prisma_core.hooks.query import LayerQuery, Query, resolve
+from prisma_core.hooks.tokens import TokenLayout
+
+HookMapping = Mapping["str | LayerQuery", Hook]
 
 
-class HookedModel(Scoped):
+class Site(NamedTuple):
+    """A hook point, and the innermost hooked model that it lies in."""
+
+    point: HookPoint
+    owner: HookedModel
+
+
+class HookedModel(nn.Module):
     """A module with hook points.
 
-    Hook points are found wherever a submodule has one as an attribute, and are named by their path. They are looked for
-    again when a submodule was replaced or added.
+    A hook point is an attribute of a submodule at any depth, named by its path. They are looked up at each call, so a
+    submodule may be replaced at any time.
+
+    Attributes:
+        cache_type: the class of the model's caches.
     """
 
+    cache_type: ClassVar[type[ActivationCache]] = ActivationCache
+
+    __getattr__ = module_getattr()  # pyright: ignore[reportAssignmentType]
+
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
-        if kwargs and not torch.compiler.is_compiling():
-            self._check_keywords(kwargs)
-        output = super().__call__(*inputs, **kwargs)
-        ended(self)
-        return output
+        try:
+            output = super().__call__(*inputs, **kwargs)
+        except TypeError:
+            self._refuse_keywords(kwargs)
+            raise
+        scopes = OPEN_SCOPES.get()
+        for scope in scopes:
+            if self in scope.completed:
+                scope.completed[self] = True
+        # A copy in a scope: the user may edit the output in place, and a cache may hold it.
+        return output.clone() if scopes and isinstance(output, Tensor) else output
+
+    def hook_points(self) -> dict[str, HookPoint]:
+        """Return every hook point by its full name, in firing order."""
+        return {name: site.point for name, site in self._sites().items()}
+
+    def resolve(self, query: Query | None) -> list[str]:
+        """Return the full names of the hook points a query selects (see ``prisma_core.hooks.query``)."""
+        return _select(self._sites(), query)
+
+    def open_hooks(self) -> dict[str, list[Callable[..., object]]]:
+        """Return what runs now at each hook point of the model, in this thread or task and in this order.
+
+        Hooks, then backward hooks, then caches that are being filled; hook points at which nothing runs are left out.
+
+        >>> with model.hooks({("z", 0): halve}):
+        ...     model.open_hooks()
+        {'blocks.0.attn.hook_z': [<function halve at 0x...>]}
+        """
+        scopes, hooks = OPEN_SCOPES.get(), dict[str, list[Callable[..., object]]]()
+        for name, point in self.hook_points().items():
+            placed = [hook.hook for scope in scopes for hook in scope.edits.get(point, ())]
+            placed += [hook.hook for scope in scopes for hook in scope.backward.get(point, ())]
+            captures = [capture for scope in scopes for capture in scope.captures.get(point, ())]
+            if placed or captures:
+                hooks[name] = [*placed, *captures]
+        return hooks
+
+    def layout_for(self, *inputs: Any) -> TokenLayout | None:
+        """Return the token layout a pass over these inputs has, where the model knows one."""
+        return None
+
+    def tokens_in(self, *inputs: Any, **kwargs: Any) -> Tensor | None:
+        """Return the tokens ``[text pos]`` among the inputs of a pass, where the model reads texts."""
+        return None
+
+    @property
+    def fixed_layout(self) -> TokenLayout | None:
+        """The token layout of every pass, or None where it follows the input."""
+        return None
+
+    # ---------------------------------------------------------------- scopes
+
+    def hooks(
+        self, hooks: HookMapping | None = None, *, backward: HookMapping | None = None, **unknown: Any
+    ) -> AbstractContextManager[None]:
+        """Return a scope in which the given hooks run at every pass of this model in this thread or task.
+
+        Scopes nest, and may be left in any order, by another thread or task too. Those who copy the context, such as a
+        new task, see the scope while it is open; so does the caller of a generator that yields inside it. While a hook
+        runs, the scopes of its model pause: a pass inside a hook is a pass of its own.
+
+        Args:
+            hooks: name, shorthand, glob or ``(shorthand, layer)`` to ``hook(activation, at) -> tensor | None``. A hook
+                may edit its activation in place; what it returns, if anything, replaces it.
+            backward: the same for gradients, run during the backward pass of anything computed in the scope.
+
+        Raises:
+            UnknownName: a name matches no hook point.
+            HookError: a hook cannot be called; or, on leaving the scope, passes of the model came to their end in it
+                and none went by a hook point that has a hook. For a tower's hook points it is the tower's own passes
+                that count, so a scope in which no pass ran to its end leaves in silence.
+
+        >>> with model.hooks({("z", 0): lambda z, at: z * 0}):  # no attention in the first block
+        ...     logits = model(image)
+        """
+        if unknown:
+            refuse_keywords("hooks", unknown, keyword_names(self.hooks))
+        return ScopeContext(self._scope(self._sites(), hooks, backward), None)
+
+    def caching(
+        self,
+        names: Query | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        pos: Index | str | None = None,
+        heads: Index | None = None,
+        detach: bool = True,
+        **unknown: Any,
+    ) -> AbstractContextManager[ActivationCache]:
+        """Return a scope that fills a cache during the next pass of this model; works on compiled models too.
+
+        Args:
+            names: which activations (see ``prisma_core.hooks.query``); None for all that are not derived.
+            device: where to keep them; default where they are.
+            dtype: what to keep them as; default as they are.
+            pos: token positions to keep, or a subset of the layout (``"cls"``, ``"registers"``, ``"patches"``,
+                ``"frame 3"``); of patterns and scores, the query positions. Axes stay: ``pos=0`` keeps one token. Where
+                frames have an axis of their own, ``pos`` counts one frame's tokens, and a frame is not cut.
+            heads: heads to keep. Axes stay. Activations without such an axis are kept whole.
+            detach: False keeps the autograd graph.
+
+        The cache of a model that takes images of any size does not know which it was: give it
+        ``cache.layout = model.layout_for(image)`` before asking it for grids; and of one that reads texts
+        ``cache.tokens = tokens`` before asking what it read.
+
+        Raises:
+            UnknownName: a name matches no hook point.
+            HookError: a second pass runs in the scope; or, on leaving it, a pass came to its end without going by a
+                hook point that was asked for (see ``hooks``).
+
+        >>> with model.caching("resid_post", pos=0) as cache:
+        ...     logits = model(image)
+        >>> cache["resid_post", -1].shape
+        torch.Size([1, 1, 16])
+        """
+        if unknown:
+            refuse_keywords("caching", unknown, keyword_names(self.caching))
+        sites = self._sites()
+        scope, cache = self._scope(sites), self._cache(sites, layout=self.fixed_layout, pos=pos)
+        keeps = self._keeps(cache, sites, names, heads=heads, device=device, dtype=dtype, detach=detach)
+        for name, keep in keeps.items():
+            scope.captures[sites[name].point] = (keep,)
+            if names is not None:  # None means whatever the pass goes by
+                scope.expect(keep, sites[name].owner)
+        return ScopeContext(scope, cache)
 
     # ---------------------------------------------------------------- runs
 
     def run_with_hooks(
-        self,
-        *inputs: Any,
-        hooks: HookMapping | None = None,
-        backward: HookMapping | None = None,
-        **kwargs: Any,
+        self, *inputs: Any, hooks: HookMapping | None = None, backward: HookMapping | None = None, **kwargs: Any
     ) -> Any:
         """Run the model with hooks (see ``hooks``) and return its output.
 
         Raises:
             UnknownName: a name matches no hook point.
             HookError: a hook returned something unusable, or its hook point was not reached.
-        """
-        self._check_keywords(kwargs, self.run_with_hooks)
-        with self._hooked(hooks, backward, kwargs):
-            return self(*inputs, **kwargs)
 
-    def _check_keywords(self, given: Mapping[str, Any], method: Callable[..., Any] | None = None) -> None:
-        taken = keywords(self.forward)
-        if method is not None and taken is not None:
-            taken = [*named(method), *taken]
-        check_keywords(type(self).__name__ if method is None else method.__name__, given, taken)
+        >>> logits = model.run_with_hooks(image, hooks={"blocks.0.hook_mlp_out": lambda x, at: x * 0})
+        """
+        scope = self._scope(self._sites(), hooks, backward, surely=True)
+        return self._one_pass(self.run_with_hooks, scope, inputs, kwargs)
 
     def run_with_cache(
         self,
@@ -87,45 +226,136 @@ class HookedModel(Scoped):
         Raises:
             UnknownName: a name matches no hook point.
             HookError: a hook point asked for was not reached.
+
+        >>> logits, cache = model.run_with_cache(image, names=["resid_post", ("pattern", 0)])
+        >>> cache["resid_post", -1].shape, cache["pattern", 0].shape
+        (torch.Size([1, 17, 16]), torch.Size([1, 2, 17, 17]))
         """
-        self._check_keywords(kwargs, self.run_with_cache)
-        wanted = self.resolve(names)
-        check_device(device)
-        # How many patches a frame has depends on the input.
-        layout = self.layout_for(*inputs, *kwargs.values()) if isinstance(pos, str) else None
-        how: dict[str, Any] = {"device": device, "dtype": dtype, "pos": pos, "heads": heads, "layout": layout}
-        if loss is not None:
-            if not output:
-                raise HookError("A loss needs the output: leave output=True.")
-            # Gradients are by what flows through the model, so cuts and casts come after the backward pass.
-            in_graph = leaves(self.hook_points(), wanted)
-            with torch.enable_grad(), self.hooks(hooks), in_graph, self._filling(wanted, detach=False) as raw:
-                result = self(*inputs, **kwargs)
-                value = loss(result)
-            found = gradients(value, raw.store)
-            cache = self._refilled(raw.store, **how)
-            cache.gradients = self._refilled(found, **how)
-        else:
-            with self.hooks(hooks), self._filling(wanted, detach=detach, **how) as cache:
-                result = self(*inputs, **kwargs) if output else self._until(wanted, inputs, kwargs)
-        if names is not None:  # None means whatever the pass goes by
-            refuse_unreached([name for name in wanted if name not in cache.store], kwargs)
-        for each in (cache, cache.gradients):
-            if each is not None:
-                each.layout, each.tokens = self.layout_for(*inputs, *kwargs.values()), self.tokens_in(*inputs, **kwargs)
-        if isinstance(result, Tensor) and _owner(result) in {_owner(kept) for kept in cache.store.values()}:
-            result = result.clone()  # the user may edit it in place
+        if loss is not None and not output:
+            raise HookError("A loss needs the output: leave output=True.")
+        sites = self._sites()
+        scope = self._scope(sites, hooks)
+        layout = self.layout_for(*inputs, *kwargs.values())  # how many patches a frame has depends on the input
+        about: dict[str, Any] = {"layout": layout, "tokens": self.tokens_in(*inputs, **kwargs), "pos": pos}
+        cache, whole = self._cache(sites, **about), dict[str, Tensor]()
+        keeps = self._keeps(cache, sites, names, heads=heads, device=device, dtype=dtype, detach=detach)
+        stop = Countdown(len(keeps))
+        for name, keep in keeps.items():
+            point = sites[name].point
+            if loss is not None:  # gradients are by what flows through the model: cuts and casts come after them
+                scope.backward[point] = ()
+                keep = Keep(whole, name, detach=False)
+            scope.captures[point] = (keep,) if output else (keep, stop)
+            if names is not None:
+                scope.expect(keep, None)
+        with nullcontext() if loss is None else torch.enable_grad():
+            result = self._one_pass(self.run_with_cache, scope, inputs, kwargs, output=output)
+            if loss is not None:
+                cache.gradients = self._cache(sites, **about)
+                for store, tensors in ((cache.gradients.store, gradients(loss, result, whole)), (cache.store, whole)):
+                    store |= {name: keeps[name].cut(x.detach()) for name, x in tensors.items()}
         return result, cache.remove_batch_dim() if remove_batch_dim else cache
 
-    def _until(self, names: list[str], inputs: Any, kwargs: Any) -> None:
-        points = self.hook_points()
-        stopper = Countdown(len(names))
+    def _one_pass(
+        self, method: Callable[..., Any], scope: Scope, inputs: Any, kwargs: dict[str, Any], *, output: bool = True
+    ) -> Any:
+        """Run one pass in a scope, for a method that passes keywords on; without output, until a capture stops it."""
         try:
-            with activate(Scope(captures={points[name]: (stopper,) for name in names})):
+            with ScopeContext(scope, None, kwargs):
+                if output:
+                    return self(*inputs, **kwargs)
                 self.forward(*inputs, **kwargs)
         except Stop:
-            pass
+            return None
+        except (TypeError, InputError):
+            self._refuse_keywords(kwargs, method)
+            raise
+
+    def _refuse_keywords(self, kwargs: Mapping[str, Any], method: Callable[..., Any] | None = None) -> None:
+        """Refuse a keyword that the forward pass does not take; ``method`` is what was called with it, if any."""
+        if not takes_any_keyword(self.forward):
+            accepted = [*(keyword_names(method) if method else []), *keyword_names(self.forward)]
+            refuse_keywords(method.__name__ if method else type(self).__name__, kwargs, accepted)
+
+    # ---------------------------------------------------------------- the parts of a scope
+
+    def _sites(self) -> dict[str, Site]:
+        """Walk the modules, and return every hook point with its owner by full name, in firing order."""
+        owners, sites = dict[str, HookedModel](), dict[str, Site]()
+        for path, module in cast("Iterator[tuple[str, nn.Module]]", self.named_modules()):
+            parent = owners.get(path.rpartition(".")[0], self)
+            owners[path] = module if isinstance(module, HookedModel) else parent
+            for attribute, value in vars(module).items():
+                if isinstance(value, HookPoint):
+                    sites[f"{path}.{attribute}" if path else attribute] = Site(value, owners[path])
+        return dict(sorted(sites.items(), key=lambda item: item[1].point.order))
+
+    def _scope(
+        self,
+        sites: Mapping[str, Site],
+        hooks: HookMapping | None = None,
+        backward: HookMapping | None = None,
+        *,
+        surely: bool = False,
+    ) -> Scope:
+        """Return a scope with hooks at their hook points, to be reached ``surely``, or else if a pass completes."""
+        scope = Scope(frozenset(site.point for site in sites.values()))
+        for mapping, places in ((hooks, scope.edits), (backward, scope.backward)):
+            for name, hook in _by_name(sites, mapping):
+                point, owner = sites[name]
+                placed = PlacedHook(hook, HookContext(name, point.axes), scope.points)
+                places[point] = (*places.get(point, ()), placed)
+                scope.expect(placed, None if surely else owner)
+        return scope
+
+    def _cache(self, sites: Mapping[str, Site], **fields: Any) -> ActivationCache:
+        axes = {name: site.point.axes for name, site in sites.items()}
+        return self.cache_type({}, axes=axes, model=self, **fields)
+
+    def _keeps(
+        self, cache: ActivationCache, sites: Mapping[str, Site], query: Query | None, heads: Index | None, **how: Any
+    ) -> dict[str, Keep]:
+        """Return the captures that fill a cache, by full name; ``how`` is ``device``, ``dtype`` and ``detach``."""
+        check_device(how["device"])
+        axes = {name: sites[name].point.axes for name in _select(sites, query)}
+        pos, whole = cache.pos, set[str]()
+        if isinstance(pos, str):
+            layout, subset = cache.layout or self.layout_for(), pos
+            if layout is None:
+                raise HookError(f"This model has no token layout, so pos={pos!r} means nothing; give positions.")
+            places = layout.slice(subset)
+            pos = slice(places.start, None) if subset in ("patches", "all") else places  # the image may be larger
+            whole = {name for name in axes if not _has_subset(sites[name], subset)}
+            if axes and len(whole) == len(axes):
+                name = next(iter(axes))
+                raise InputError(
+                    f"pos={subset!r} does not cut {name} ({axes[name]}): it is of a text, or has its frames on an "
+                    "axis of their own. Cache it whole; of frames take cache.frame(...)."
+                )
+        check_axes(list(axes.values()), pos, heads)
+        return {
+            name: Keep(cache.store, name, index_slices(axes[name], None if name in whole else pos, heads), **how)
+            for name in axes
+        }
 
 
-def _owner(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()
+def _select(sites: Mapping[str, Site], query: Query | None) -> list[str]:
+    return resolve(query, list(sites), frozenset(name for name, site in sites.items() if site.point.derived))
+
+
+def _by_name(sites: Mapping[str, Site], hooks: HookMapping | None) -> Iterator[tuple[str, Hook]]:
+    """Yield each hook with the full names that its query selects."""
+    mapping = cast(object, hooks)
+    if not isinstance(mapping, Mapping | None):
+        pairs = " Of a list of pairs, dict(pairs) makes one." if type(mapping) in (list, tuple) else ""
+        raise HookError(f"Expected hooks as {{name: hook}}, got {type(mapping).__name__}.{pairs}")
+    for query, hook in (hooks or {}).items():
+        check_hook(query, hook)
+        for name in _select(sites, [query]):
+            yield name, hook
+
+
+def _has_subset(site: Site, subset: str) -> bool:
+    """Return whether a subset of the layout selects among the tokens of a hook point."""
+    framed = subset.startswith("frame ") and "frame" in site.point.axes.split()
+    return not framed and site.owner.layout_for() is not None

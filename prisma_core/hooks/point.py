@@ -1,31 +1,32 @@
-"""Hook points, and hooks as a scope.
+"""Hook points, hooks, and the scopes in which they run.
 
-A hook point is a place in the forward pass. It holds no hooks: when it is reached it asks a context variable for
-the scope of the moment, so nothing is ever left on the model, threads do not see each other's hooks, and
-``torch.compile`` guards on the scope and traces it.
+A hook point is a place in the forward pass. It holds no hooks: when a pass reaches it, it asks a context variable for
+the open scopes. So nothing is left on the model, threads and tasks do not see each other's hooks, and
+``torch.compile`` guards on the open scopes and traces what they do.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import HookError
+from prisma_core.hooks.migration import unknown_attribute
 from prisma_core.hooks.query import layer_of
 
 
 @dataclass(frozen=True)
 class HookContext:
-    """What a hook is told about where it runs.
+    """The place where a hook runs, its second argument.
 
     Attributes:
         name: the hook point's full name, as seen from the model the scope was opened on.
@@ -39,170 +40,20 @@ class HookContext:
         """Return the layer of the hook point, or None outside the blocks."""
         return layer_of(self.name)
 
+    def __getattr__(self, name: str) -> Any:
+        raise unknown_attribute(self, name)
+
 
 Hook: TypeAlias = Callable[[Tensor, HookContext], "Tensor | None"]
 Capture: TypeAlias = Callable[[Tensor], None]
-
-
-class Stop(Exception):
-    """Ends a forward pass once everything asked for has been seen; never reaches the user."""
-
-
-def _checked(value: object, given: Tensor, at: HookContext, what: str) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise HookError(
-            f"The hook at {at.name} returned {type(value).__name__}; expected a tensor of shape "
-            f"{list(given.shape)} ({at.axes}), or None to go on with the {what} it was given."
-        )
-    if value.shape != given.shape or value.dtype != given.dtype or value.device != given.device:
-        raise HookError(
-            f"The hook at {at.name} returned {list(value.shape)} {value.dtype} on {value.device}; "
-            f"expected the {what}'s {list(given.shape)} ({at.axes}) {given.dtype} on {given.device}."
-        )
-    return value
-
-
-class Placed:
-    """A hook at a hook point.
-
-    Attributes:
-        reached: whether a pass has come by.
-    """
-
-    def __init__(self, hook: Hook, at: HookContext):
-        self.hook = hook
-        self.at = at
-        self.reached = False
-
-    def __call__(self, x: Tensor) -> Tensor | None:
-        self.reached = True
-        if torch.compiler.is_compiling():
-            return self.hook(x, self.at)
-        try:
-            return self.hook(x, self.at)
-        except TypeError as error:
-            if error.__traceback__ is not None and error.__traceback__.tb_next is None:  # the call itself failed
-                told = f"The hook at {self.at.name} cannot be called as hook(activation, at)"
-                raise HookError(f"{told}: {error}") from error
-            error.add_note(f"in the hook at {self.at.name}")
-            raise
-        except Exception as error:
-            error.add_note(f"in the hook at {self.at.name}")
-            raise
-
-
-def check_hook(query: object, hook: object) -> None:
-    """Refuse what cannot be called as a hook is called.
-
-    Raises:
-        HookError: with what was given.
-    """
-    if not callable(hook):
-        raise HookError(f"The hook for {query!r} is {type(hook).__name__}; expected hook(activation, at).")
-    try:
-        signature = inspect.signature(hook)
-    except (TypeError, ValueError):  # written in C: the call will tell
-        return
-    try:
-        signature.bind(None, None)
-    except TypeError as error:
-        name = getattr(hook, "__name__", type(hook).__name__)
-        raise HookError(
-            f"The hook for {query!r} is {name}{signature}; expected hook(activation, at), both by position: {error}."
-        ) from error
-
-
-class Passes:
-    """Whether a pass of one model came to its end in a scope."""
-
-    def __init__(self) -> None:
-        self.ended = False
-
-
-class Scope:
-    """What happens at which hook points while it is active: edits first, then gradient hooks, then captures.
-
-    Args:
-        passes: for models whose passes matter to whoever opened the scope, where to note that one ended.
-    """
-
-    def __init__(
-        self,
-        edits: Mapping[HookPoint, tuple[Placed, ...]] | None = None,
-        captures: Mapping[HookPoint, tuple[Capture, ...]] | None = None,
-        backward: Mapping[HookPoint, tuple[Placed, ...]] | None = None,
-        passes: Mapping[nn.Module, tuple[Passes, ...]] | None = None,
-    ):
-        self.edits = dict(edits or {})
-        self.captures = dict(captures or {})
-        self.backward = dict(backward or {})
-        self.passes = dict(passes or {})
-        self.points = {*self.edits, *self.captures, *self.backward}
-
-    def inside(self, outer: Scope | None) -> Scope:
-        """Return this scope nested in another: the outer one's hooks run first."""
-        if outer is None:
-            return self
-        return Scope(
-            _joined(outer.edits, self.edits),
-            _joined(outer.captures, self.captures),
-            _joined(outer.backward, self.backward),
-            _joined(outer.passes, self.passes),
-        )
-
-    def fire(self, point: HookPoint, x: Tensor) -> Tensor:
-        edits = self.edits.get(point)
-        if edits is not None:
-            for hook in edits:
-                # A copy of its own for each hook: an edit in place must not reach what other places or caches hold.
-                given = x.clone()
-                value = hook(given)
-                x = given if value is None else _checked(value, x, hook.at, "activation")
-            if self.captures:
-                x = x.clone()  # a hook may hold on to what it was given or returned, and a cache must not change
-        backward = self.backward.get(point)
-        if backward is not None:
-            x = _with_gradient_hooks(x, backward)
-        captures = self.captures.get(point)
-        if captures is not None:
-            for capture in captures:
-                capture(x)  # not a copy: nothing below edits in place
-        return x
-
-
-def _joined(outer: Mapping[Any, Any], inner: Mapping[Any, Any]) -> dict[Any, Any]:
-    return {**outer, **{place: outer.get(place, ()) + added for place, added in inner.items()}}
-
-
-def _with_gradient_hooks(x: Tensor, hooks: tuple[Placed, ...]) -> Tensor:
-    at = hooks[0].at
-    if torch.compiler.is_compiling():
-        raise HookError(f"A backward hook at {at.name} cannot run in a compiled model; run it eagerly.")
-    if not torch.is_grad_enabled():
-        raise HookError(f"A backward hook at {at.name} would never run: gradients are off. Leave torch.no_grad().")
-    if not x.requires_grad:
-        x = x.detach().requires_grad_()
-    y = x.view_as(x)  # a node of its own, so that hooks belong to this place and not to a shared tensor
-    for hook in hooks:
-        hook.reached = True
-        y.register_hook(partial(_gradient, hook=hook))
-    return y
-
-
-def _gradient(grad: Tensor, hook: Placed) -> Tensor:
-    given = grad.clone()
-    value = hook(given)
-    return given if value is None else _checked(value, grad, hook.at, "gradient")
-
-
+Value = TypeVar("Value")
 _ORDER = itertools.count()
-_ACTIVE: ContextVar[Scope | None] = ContextVar("prisma_scope", default=None)
 
 
 class HookPoint:
     """A named place where an activation can be read and replaced.
 
-    Calling it returns its argument, or what the hooks of the active scope make of it.
+    Calling it returns its argument, or what the hooks of the open scopes make of it.
 
     Args:
         axes: names of the activation's axes.
@@ -219,45 +70,241 @@ class HookPoint:
         self.equation = equation
 
     def __call__(self, x: Tensor) -> Tensor:
-        scope = _ACTIVE.get()
-        if scope is None:
-            return x
-        return scope.fire(self, x)
+        scopes = OPEN_SCOPES.get()
+        return _fire(scopes, self, x) if scopes else x
 
     @property
     def wanted(self) -> bool:
-        """Whether the active scope reads or edits this point."""
-        scope = _ACTIVE.get()
-        return scope is not None and self in scope.points
+        """Whether an open scope reads or edits this point."""
+        scopes = OPEN_SCOPES.get()
+        return bool(scopes) and (self.edited or any(self in scope.captures for scope in scopes))
 
     @property
     def edited(self) -> bool:
-        """Whether the active scope may change what passes here, or ask for its gradient."""
-        scope = _ACTIVE.get()
-        return scope is not None and (self in scope.edits or self in scope.backward)
+        """Whether an open scope may change the activation, or ask for its gradient."""
+        scopes = OPEN_SCOPES.get()
+        return bool(scopes) and any(self in scope.edits or self in scope.backward for scope in scopes)
+
+    def __getattr__(self, name: str) -> Any:
+        raise unknown_attribute(self, name)
 
     def __repr__(self) -> str:
         return f"HookPoint({self.axes!r})"
 
 
-def copy_if_cached(x: Tensor) -> Tensor:
-    """Return what passes between a model and its user: a copy where a scope may keep it, for the user may edit it."""
-    return x if _ACTIVE.get() is None else x.clone()
+@dataclass(eq=False)
+class PlacedHook:
+    """A hook at a hook point.
+
+    Attributes:
+        at: what the hook is told.
+        points: the hook points of the model that the scope was opened on.
+        reached: whether a pass has gone by.
+    """
+
+    hook: Hook
+    at: HookContext
+    points: frozenset[HookPoint]
+    reached: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.at.name
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        self.reached = True
+        if torch.compiler.is_compiling():
+            return self.hook(x, self.at)
+        # A pass inside a hook is a pass of its own: scopes of this model, or of one that shares parts with it, pause.
+        scopes = OPEN_SCOPES.get()
+        OPEN_SCOPES.set(tuple(scope for scope in scopes if scope.points.isdisjoint(self.points)))
+        try:
+            return self.hook(x, self.at)
+        except Exception as error:
+            trace = error.__traceback__
+            if isinstance(error, TypeError) and trace is not None and trace.tb_next is None:  # the call itself failed
+                raise HookError(f"The hook at {self.name} cannot be called as hook(activation, at): {error}") from error
+            error.add_note(f"in the hook at {self.name}")
+            raise
+        finally:
+            opened = [scope for scope in OPEN_SCOPES.get() if scope not in scopes]
+            OPEN_SCOPES.set((*(scope for scope in scopes if scope.is_open), *opened))
 
 
-def ended(model: nn.Module) -> None:
-    """Note that a pass of a model came to its end."""
-    scope = _ACTIVE.get()
-    if scope is not None and model in scope.passes:
-        for passes in scope.passes[model]:
-            passes.ended = True
+def check_hook(query: object, hook: object) -> None:
+    """Refuse an object that cannot be called as ``hook(activation, at)``.
 
-
-@contextmanager
-def activate(scope: Scope) -> Generator[None]:
-    """Make a scope active for this thread, inside whichever is active already."""
-    token = _ACTIVE.set(scope.inside(_ACTIVE.get()))
+    Raises:
+        HookError: with the hook's own signature.
+    """
+    if not callable(hook):
+        raise HookError(f"The hook for {query!r} is {type(hook).__name__}; expected hook(activation, at).")
     try:
-        yield
-    finally:
-        _ACTIVE.reset(token)
+        signature = inspect.signature(hook)
+    except (TypeError, ValueError):  # written in C: the call will tell
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        name = getattr(hook, "__name__", type(hook).__name__)
+        raise HookError(
+            f"The hook for {query!r} is {name}{signature}; expected hook(activation, at), both by position: {error}."
+        ) from error
+
+
+class Stop(Exception):
+    """Ends a forward pass after the last activation that was asked for; caught by ``run_with_cache``."""
+
+
+class Expected(Protocol):
+    """A hook or a capture that some pass has to reach."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def reached(self) -> bool: ...
+
+
+@dataclass(eq=False)
+class Scope:
+    """Hooks and captures by hook point: edits run first, then gradient hooks, then captures.
+
+    Closing a scope empties it, so it has no effect in any thread or task that still refers to it.
+
+    Attributes:
+        points: every hook point of the model that the scope is opened on.
+        backward: gradient hooks; an empty tuple makes the activation part of a graph.
+        completed: by model, whether a pass ran to its end while the scope was open.
+        expected: what has to be reached, with the model whose completed passes count, or None for surely.
+    """
+
+    points: frozenset[HookPoint]
+    edits: dict[HookPoint, tuple[PlacedHook, ...]] = field(default_factory=dict[Any, Any])
+    backward: dict[HookPoint, tuple[PlacedHook, ...]] = field(default_factory=dict[Any, Any])
+    captures: dict[HookPoint, tuple[Capture, ...]] = field(default_factory=dict[Any, Any])
+    completed: dict[nn.Module, bool] = field(default_factory=dict[Any, Any])
+    expected: list[tuple[Expected, nn.Module | None]] = field(default_factory=list[Any])
+    is_open: bool = False
+
+    def expect(self, item: Expected, owner: nn.Module | None) -> None:
+        """Note what has to be reached if a pass of its owner runs to its end; without an owner, surely."""
+        self.expected.append((item, owner))
+        if owner is not None:
+            self.completed[owner] = False
+
+    def unreached(self) -> list[str]:
+        """Return the names of what was expected and not reached."""
+        return [
+            item.name for item, owner in self.expected if not item.reached and (owner is None or self.completed[owner])
+        ]
+
+    def open(self) -> None:
+        """Add the scope to the open ones of this thread or task."""
+        self.is_open = True
+        OPEN_SCOPES.set((*(scope for scope in OPEN_SCOPES.get() if scope.is_open), self))
+
+    def close(self) -> None:
+        """Empty the scope, and take it off the open ones of this thread or task."""
+        self.is_open = False
+        for actions in (self.edits, self.backward, self.captures, self.completed, self.expected):
+            actions.clear()
+        OPEN_SCOPES.set(tuple(scope for scope in OPEN_SCOPES.get() if scope.is_open))
+
+
+OPEN_SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("prisma_scopes", default=())  # outermost first
+
+
+class ScopeContext(AbstractContextManager[Value]):
+    """A scope as a context manager, which may be left in any order with others, in another thread or task, and twice.
+
+    Args:
+        value: what entering it returns.
+        kwargs: of the one pass in it, for messages.
+    """
+
+    def __init__(self, scope: Scope, value: Value, kwargs: Mapping[str, object] | None = None):
+        self.scope = scope
+        self.value = value
+        self.kwargs = kwargs or {}
+        self.entered = False
+
+    def __enter__(self) -> Value:
+        if self.entered:
+            raise HookError("This scope was entered before. A scope is entered once: ask the model for another.")
+        self.entered = True
+        self.scope.open()
+        return self.value
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        unreached = self.scope.unreached()
+        self.scope.close()
+        if kind is None and unreached:
+            limits = ", ".join(f"{key}={value}" for key, value in self.kwargs.items() if value is not None)
+            raise HookError(
+                f"{unreached[0]} was not reached in this pass{f' ({limits})' if limits else ''}"
+                f"{f', nor were {len(unreached) - 1} others' if len(unreached) > 1 else ''}. "
+                "Ask only for hook points the pass goes through."
+            )
+
+    def __del__(self) -> None:
+        if self.scope.is_open:  # entered by hand, and forgotten
+            self.scope.close()
+
+
+def _fire(scopes: tuple[Scope, ...], point: HookPoint, x: Tensor) -> Tensor:
+    edited = captured = differentiated = False
+    for scope in scopes:
+        for hook in scope.edits.get(point, ()):
+            x = _hooked(hook, x, "activation")
+            edited = True
+        captured = captured or bool(scope.captures)
+        differentiated = differentiated or point in scope.backward
+    if edited and captured:
+        x = x.clone()  # a hook may hold on to its argument or its result, and a cache must not change
+    if differentiated:
+        x = _with_gradient_hooks(x, [hook for scope in scopes for hook in scope.backward.get(point, ())])
+    for scope in scopes:
+        for capture in scope.captures.get(point, ()):
+            capture(x)  # not a copy: nothing below edits in place
+    return x
+
+
+def _hooked(hook: PlacedHook, x: Tensor, what: str) -> Tensor:
+    """Return what a hook makes of a copy of its own: edits in place reach nothing else."""
+    copy = x.clone()
+    value = cast(object, hook(copy))
+    axes, name = hook.at.axes, hook.name
+    if value is None:
+        return copy
+    if not isinstance(value, Tensor):
+        raise HookError(
+            f"The hook at {name} returned {type(value).__name__}; expected a tensor of shape {list(x.shape)} ({axes}), "
+            f"or None to go on with the {what} it was given."
+        )
+    if value.shape != x.shape or value.dtype != x.dtype or value.device != x.device:
+        raise HookError(
+            f"The hook at {name} returned {list(value.shape)} {value.dtype} on {value.device}; "
+            f"expected the {what}'s {list(x.shape)} ({axes}) {x.dtype} on {x.device}."
+        )
+    return value
+
+
+def _with_gradient_hooks(x: Tensor, hooks: Sequence[PlacedHook]) -> Tensor:
+    for hook in hooks:
+        here = f"A backward hook at {hook.name}"
+        if torch.compiler.is_compiling():
+            raise HookError(f"{here} cannot run in a compiled model; run it eagerly.")
+        if not torch.is_grad_enabled():
+            raise HookError(f"{here} would never run: gradients are off. Leave torch.no_grad().")
+    if not x.requires_grad:
+        x = x.detach().requires_grad_()
+    y = x.view_as(x)  # a node of its own, so that hooks belong to this place and not to a shared tensor
+    for hook in hooks:
+        hook.reached = True
+        y.register_hook(partial(_hooked, hook, what="gradient"))
+    return y
+
+
+def copy_if_cached(x: Tensor) -> Tensor:
+    """Clone a tensor at the boundary between model and user if an open scope may have cached it."""
+    return x.clone() if OPEN_SCOPES.get() else x

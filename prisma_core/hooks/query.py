@@ -2,7 +2,8 @@
 
 A query is an exact name (``blocks.3.attn.hook_z``), a glob (``blocks.*.hook_resid_post``), a shorthand
 (``z``, ``resid_post``, ``ln1.scale``: every hook point whose name ends so, ``hook_`` left out), a shorthand with a
-layer (``("z", 3)``, ``("resid_post", -1)``), a predicate over full names, or any collection of those.
+layer (``("z", 3)``, ``("resid_post", -1)``, ``("embed", None)`` outside the blocks) and with a part of the block
+(``("scale", 3, "ln1")``), a predicate over full names, or any collection of those.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from typing import SupportsIndex, TypeAlias, TypeGuard, cast
 from prisma_core.errors import UnknownName, suggest
 
 Predicate: TypeAlias = Callable[[str], bool]
-LayerQuery: TypeAlias = tuple[str, int]
+LayerQuery: TypeAlias = "tuple[str, int | None] | tuple[str, int | None, str | None]"
 Query: TypeAlias = "str | LayerQuery | Predicate | Iterable[str | LayerQuery]"
 
 _LAYER = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
+_PARTS = {"a": "attn", "attention": "attn", "m": "mlp", "b": "", "block": "", "blocks": ""}  # TransformerLens' letters
+_IN_ATTN = ("q", "k", "v", "z", "rot_q", "rot_k", "attn_scores", "pattern", "result")
+_IN_MLP = ("pre", "pre_linear", "mid", "post")
 
 
 def layer_of(name: str) -> int | None:
@@ -40,51 +44,22 @@ def short_name(name: str) -> str:
     return name.rsplit(".", 1)[-1].removeprefix("hook_")
 
 
-def _ends_with(name: str, shorthand: str) -> bool:
-    *path, last = shorthand.split(".")
-    parts = name.split(".")
-    if last not in (parts[-1], parts[-1].removeprefix("hook_")):
-        return False
-    return parts[:-1][len(parts) - 1 - len(path) :] == path
+def get_act_name(name: str, layer: int | None = None, layer_type: str | None = None) -> str:
+    """Return the full hook name that TransformerLens' ``utils.get_act_name`` returns.
 
-
-def _shorthand(query: str, names: Sequence[str]) -> list[str]:
-    found = [name for name in names if _ends_with(name, query)]
-    if found or "." not in query:
-        return found
-    tower, rest = query.split(".", 1)
-    return [name for name in names if name.startswith(tower + ".") and _ends_with(name.removeprefix(tower + "."), rest)]
-
-
-def _unknown(query: object, names: Sequence[str]) -> UnknownName:
-    shorthands = sorted({short_name(name) for name in names})
-    hint = suggest(query if isinstance(query, str) else repr(query), [*names, *shorthands])
-    return UnknownName(
-        f"No hook point matches {query!r}.{hint} "
-        f"This model has {len(names)} hook points; shorthands: {', '.join(shorthands)}."
-    )
-
-
-def _with_layer(query: LayerQuery, names: Sequence[str]) -> list[str]:
-    shorthand, layer = query
-    found = _shorthand(shorthand, names)
-    if not found:
-        raise _unknown(query, names)
-    depths: dict[str, int] = {}
-    for name in names:
-        if (match := _LAYER.search(name)) is not None:
-            tower = name[: match.start()]
-            depths[tower] = max(depths.get(tower, 0), int(match[1]) + 1)
-    places = [(name, name[: match.start()], int(match[1])) for name in found if (match := _LAYER.search(name))]
-    if not places:
-        raise UnknownName(f"{found[0]} is in no layer: ask for {short_name(found[0])!r} alone.")
-    wanted = [name for name, tower, at in places if at == (layer if layer >= 0 else depths[tower] + layer)]
-    if not wanted:
-        last = max(depths[tower] for _, tower, _ in places) - 1
-        raise UnknownName(
-            f"No hook point {shorthand!r} in layer {layer}. Layers run from 0 to {last} (or -1 for the last)."
-        )
-    return wanted
+    >>> get_act_name("z", 3), get_act_name("scale", 3, "ln1"), get_act_name("scale"), get_act_name("embed")
+    ('blocks.3.attn.hook_z', 'blocks.3.ln1.hook_scale', 'ln_final.hook_scale', 'hook_embed')
+    """
+    if layer is None and layer_type is None and ("." in name or name.startswith("hook_")):
+        return name
+    if layer is None and (letters := re.fullmatch(r"([a-z]+)(\d+)(\w*)", name)):  # "k6", "scale4ln1"
+        name, layer, layer_type = letters[1], int(letters[2]), letters[3] or layer_type
+    part = _PARTS.get(layer_type or "", layer_type or "")
+    if layer is None:
+        part = part or ("ln_final" if name in ("scale", "normalized") else "")
+    else:
+        part = "attn" if name in _IN_ATTN else "mlp" if name in _IN_MLP else part
+    return ".".join(filter(None, ["" if layer is None else f"blocks.{layer}", part, f"hook_{name}"]))
 
 
 def resolve(query: Query | None, names: Sequence[str], derived: frozenset[str] = frozenset()) -> list[str]:
@@ -98,68 +73,144 @@ def resolve(query: Query | None, names: Sequence[str], derived: frozenset[str] =
 
     Raises:
         UnknownName: a part of the query selects nothing.
+
+    >>> resolve(("scale", -1, "ln1"), ["hook_embed", "blocks.0.ln1.hook_scale", "blocks.0.ln2.hook_scale"])
+    ['blocks.0.ln1.hook_scale']
     """
     if query is None:
         return [name for name in names if name not in derived]
     if isinstance(query, str):
         return _resolve_text(query, names, derived)
     if callable(query):
-        found = [name for name in names if name not in derived and query(name)]
-        if not found:
+        selected = [name for name in names if name not in derived and query(name)]
+        if not selected:
             raise UnknownName(f"The predicate {query!r} selects none of this model's {len(names)} hook points.")
-        return found
+        return selected
     if _is_layer_query(query):
         return _with_layer(query, names)
     parts = cast(object, query)
     if not isinstance(parts, Iterable):
-        raise UnknownName(f"{query!r} is no name, glob, (shorthand, layer), predicate or collection of those.")
-    known = set(names)
-    selected: set[str] = set()
+        raise _no_query(query)
+    known, union = set(names), set[str]()
     for part in cast("Iterable[Query]", parts):
-        if isinstance(part, str) and part in known:
-            selected.add(part)
-        else:
-            selected.update(resolve(part, names, derived))
-    return [name for name in names if name in selected]
-
-
-def _is_layer_query(query: object) -> TypeGuard[LayerQuery]:
-    if not isinstance(query, tuple):
-        return False
-    pair = cast("tuple[object, ...]", query)
-    return len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], SupportsIndex)
-
-
-def _resolve_text(query: str, names: Sequence[str], derived: frozenset[str]) -> list[str]:
-    if query in names:
-        return [query]
-    if any(char in query for char in "*?["):
-        found = [
-            name for name in fnmatch.filter(names, query) if name not in derived or name.rsplit(".", 1)[-1] in query
-        ]
-    else:
-        found = _shorthand(query, names)
-    if not found:
-        raise _unknown(query, names)
-    return found
+        if cast(object, part) is None:
+            raise _no_query(part)
+        union.update([part] if isinstance(part, str) and part in known else resolve(part, names, derived))
+    return [name for name in names if name in union]
 
 
 def resolve_one(query: str | LayerQuery, names: Sequence[str]) -> str:
     """Return the one full name a query selects.
 
     Raises:
-        UnknownName: it selects none, or several.
+        UnknownName: it selects none, or several; with a key that selects one.
     """
-    found = resolve([query], names)
-    if len(found) > 1:
-        advice = "Give a full name"
-        towers = sorted({name.partition(".")[0] for name in found})
-        if not isinstance(query, str) and len(towers) == len(found):
-            advice = f"Name a tower, as in ({f'{towers[-1]}.{query[0]}'!r}, {query[1]})"
-        elif isinstance(query, str) and layer_of(found[0]) is not None:
-            advice = f"Name a layer, as in ({short_name(found[0])!r}, 0)"
-        raise UnknownName(f"{query!r} selects {len(found)} hook points ({found[0]}, {found[1]}, ...). {advice}.")
-    return found[0]
+    selected = resolve([query], names)
+    if len(selected) > 1:
+        number = f"{len(selected)} hook points ({selected[0]}, {selected[1]}, ...)"
+        raise UnknownName(f"{query!r} selects {number}. {_one_of(query, selected, names)}")
+    return selected[0]
+
+
+def _one_of(query: str | LayerQuery, selected: Sequence[str], names: Sequence[str]) -> str:
+    """Return the advice that names the shortest key of one of several selected hook points."""
+    name, short = selected[0], short_name(selected[0])
+    if match := _LAYER.search(name):
+        layer = int(match[1]) if isinstance(query, str) else query[1]
+        part = name[match.end() :].rpartition(".")[0]
+        for tower in ("", name[: match.start()]):
+            shorthand = f"{tower}.{short}" if tower else short
+            for key in ((shorthand, layer), (shorthand, layer, part)):
+                if resolve(key, names) in ([each] for each in selected):
+                    text = isinstance(query, str)
+                    kinds = {"tower": tower, "layer": text, "part": len(key) > (2 if text else len(query))}
+                    return f"Name a {' and a '.join(kind for kind in kinds if kinds[kind])}, as in {key!r}."
+    return f"Give a full name, such as {name!r}."
+
+
+def _resolve_text(query: str, names: Sequence[str], derived: frozenset[str]) -> list[str]:
+    if query in names:
+        return [query]
+    if any(char in query for char in "*?["):
+        selected = [
+            name for name in fnmatch.filter(names, query) if name not in derived or name.rsplit(".", 1)[-1] in query
+        ]
+    else:
+        selected = _shorthand(query, names)
+    if not selected:
+        raise _unknown(query, names)
+    return selected
+
+
+def _shorthand(query: str, names: Sequence[str]) -> list[str]:
+    selected = [name for name in names if _ends_with(name, query)]
+    if selected or "." not in query:
+        return selected
+    tower, rest = query.split(".", 1)
+    return [name for name in names if name.startswith(tower + ".") and _ends_with(name.removeprefix(tower + "."), rest)]
+
+
+def _ends_with(name: str, shorthand: str) -> bool:
+    *path, last = shorthand.split(".")
+    parts = name.split(".")
+    if last not in (parts[-1], parts[-1].removeprefix("hook_")):
+        return False
+    return parts[:-1][len(parts) - 1 - len(path) :] == path
+
+
+def _is_layer_query(query: object) -> TypeGuard[LayerQuery]:
+    if not isinstance(query, tuple):
+        return False
+    shorthand, *rest = cast("tuple[object, ...]", query) or (None,)
+    layer, part = [*rest, None, None][:2]
+    numbered = isinstance(layer, SupportsIndex | None) and isinstance(part, str | None)
+    return isinstance(shorthand, str) and len(rest) in (1, 2) and numbered
+
+
+def _with_layer(query: LayerQuery, names: Sequence[str]) -> list[str]:
+    shorthand, layer = query[:2]
+    part = query[2] if len(query) == 3 else None
+    if part := _PARTS.get(part or "", part):
+        tower, _, short = shorthand.rpartition(".")
+        shorthand = ".".join(filter(None, [tower, part, short]))
+    selected = _shorthand(shorthand, names)
+    if not selected:
+        raise _unknown(query, names)
+    if layer is None:
+        if outside := [name for name in selected if layer_of(name) is None]:
+            return outside
+        raise UnknownName(f"{selected[0]} is in a layer: ask for ({short_name(selected[0])!r}, LAYER).")
+    depths: dict[str, int] = {}
+    for name in names:
+        if (match := _LAYER.search(name)) is not None:
+            tower = name[: match.start()]
+            depths[tower] = max(depths.get(tower, 0), int(match[1]) + 1)
+    places = [(name, name[: match.start()], int(match[1])) for name in selected if (match := _LAYER.search(name))]
+    if not places:
+        raise UnknownName(f"{selected[0]} is in no layer: ask for {short_name(selected[0])!r} alone.")
+    in_layer = [name for name, tower, at in places if at == (layer if layer >= 0 else depths[tower] + layer)]
+    if not in_layer:
+        last = max(depths[tower] for _, tower, _ in places) - 1
+        raise UnknownName(
+            f"No hook point {shorthand!r} in layer {layer}. Layers run from 0 to {last} (or -1 for the last)."
+        )
+    return in_layer
+
+
+def _unknown(query: object, names: Sequence[str]) -> UnknownName:
+    shorthands = sorted({short_name(name) for name in names})
+    hint = suggest(query if isinstance(query, str) else repr(query), [*names, *shorthands])
+    return UnknownName(
+        f"No hook point matches {query!r}.{hint} "
+        f"This model has {len(names)} hook points; shorthands: {', '.join(shorthands)}."
+    )
+
+
+def _no_query(query: object) -> UnknownName:
+    return UnknownName(
+        f"{query!r} is no name, glob, (shorthand, layer), predicate or collection of those. "
+        "A cache takes cache['resid_post', 0]; of layer norms cache['scale', 0, 'ln1']."
+    )
 
 
 def tagged(how: str, names: Iterable[str], tag: str) -> str:
