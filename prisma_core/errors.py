@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from pathlib import PurePath
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from pydantic import BaseModel, ValidationError
@@ -55,7 +55,7 @@ class LoadError(PrismaError):
 
 
 class InputError(PrismaError):
-    """A picture or tensor that the model cannot take."""
+    """An image or tensor that the model cannot take."""
 
 
 class PluginError(PrismaError):
@@ -68,93 +68,103 @@ def suggest(name: str, options: Iterable[str], n: int = 3) -> str:
     >>> suggest("tim", ["timm", "toy"])
     ' Did you mean timm?'
     """
-    given = list(options)
-    # What is being typed comes first: by likeness alone a short beginning is far from every long name.
-    begun = sorted((option for option in given if name and option.startswith(name)), key=len)
-    near = list(dict.fromkeys(begun + difflib.get_close_matches(name, given, n=n, cutoff=0.5)))[:n]
+    names = list(options)
+    # Completions come first: by likeness alone a short beginning is far from every long name.
+    completions = sorted((option for option in names if name and option.startswith(name)), key=len)
+    near = list(dict.fromkeys(completions + difflib.get_close_matches(name, names, n=n, cutoff=0.5)))[:n]
     return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
 # ------------------------------------------------------------ code of plugins
 
 T = TypeVar("T")
-_OURS = (PrismaError, torch.OutOfMemoryError, torch.AcceleratorError)  # who calls says what they mean
+_PASS = (PrismaError, torch.OutOfMemoryError, torch.AcceleratorError)  # the caller says what they mean
 
 
 @contextmanager
-def blamed(name: str, error: Callable[[str], PrismaError] = PluginError, package: str = "") -> Generator[None]:
-    """Turn what foreign code raises into one error that names it.
+def blaming(code: object, name: str = "", error: type[PrismaError] = PluginError) -> Generator[None]:
+    """Turn what a plugin's code raises into one error that names its method, file and line.
+
+    Prisma's own errors pass as they are::
+
+        with blaming(adapter):
+            spec = adapter.spec(reader)  # PluginError: acme.Adapter.spec raised KeyError: 'heads' (acme.py, line 12).
 
     Args:
-        name: of that code, as its author knows it.
-        error: what is raised instead.
-        package: the package of that code: the innermost line in it is named too.
+        code: the plugin's object or function that the block calls.
+        name: of the code, for the message; default the class of the object and the method that raised.
+        error: the kind of error.
     """
     try:
         yield
-    except _OURS:
+    except _PASS:
         raise
     except Exception as problem:
-        where = _line(problem, package)
-        raise error(f"{name} raised {told(problem)}{f' ({where})' if where else ''}.") from problem
+        line = _line(problem, getattr(code, "__module__", "") or "")
+        raise error(f"{name or _raiser(code, problem)} raised {format_error(problem)}{line}.") from problem
 
 
-def called(
-    name: str, function: Callable[..., object], *given: Any, gives: type[T] | tuple[type[T], ...], **options: Any
-) -> T:
-    """Call what a plugin wrote, and return what it gives.
+def returned(by: Callable[..., object] | str, value: object, kinds: type[T] | tuple[type[T], ...]) -> T:
+    """Check the type of what a plugin's code returned, and return it.
 
     Args:
-        gives: what it must be an instance of.
+        by: the method, or a name for the message.
+        kinds: the types that will do.
 
     Raises:
-        PluginError: it raised something that is no error of Prisma's, or gave something else.
+        PluginError: it is of another type.
     """
-    with blamed(name, package=getattr(function, "__module__", "") or ""):
-        made = function(*given, **options)
-    if not isinstance(made, gives):
-        kinds = gives if isinstance(gives, tuple) else (gives,)
-        wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-        raise PluginError(f"{name} returned {_kind(made)}; expected {wanted}.")
-    return made
+    if isinstance(value, kinds):
+        return value
+    types = kinds if isinstance(kinds, tuple) else (kinds,)
+    expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in types)
+    name = by if isinstance(by, str) else f"{_class_of(getattr(by, '__self__', by))}.{by.__name__}"
+    raise PluginError(f"{name} returned {describe(value)}; expected {expected}.")
 
 
-def ask(whose: object, method: str, *given: Any, gives: type[T] | tuple[type[T], ...], **options: Any) -> T:
-    """Call a method of an object that a plugin made (see ``called``)."""
-    kind = type(whose)
-    name = f"{kind.__module__}.{kind.__qualname__}.{method}"
-    return called(name, getattr(whose, method), *given, gives=gives, **options)
-
-
-def told(problem: BaseException) -> str:
-    """Return an error in one line."""
-    if isinstance(problem, ValidationError):
-        return f"a ValidationError of {problem.title}: {fields_told(problem)}"
-    return " ".join(f"{type(problem).__name__}: {problem}".split()).rstrip(".")
-
-
-def fields_told(problem: ValidationError) -> str:
-    """Return which fields are wrong, and what came where that is short."""
-    said: list[str] = []
-    for one in problem.errors(include_url=False):
-        field, came = ".".join(map(str, one["loc"])), one["input"]
-        short = "" if isinstance(came, dict | list | BaseModel) else f", not {came!r}"
-        said.append(f"{f'{field}: ' if field else ''}{one['msg'].removeprefix('Value error, ')}{short}")
-    return "; ".join(said)
-
-
-def _kind(value: object) -> str:
+def describe(value: object) -> str:
+    """Name a value's kind: ``a str``, ``the class Linear``, ``None``."""
     if value is None:
         return "None"
     return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
-def _line(problem: BaseException, package: str) -> str:
-    """Return the innermost line of a package's own code that an error passed; none where its source is not at hand."""
-    top = package.partition(".")[0]
-    passed = [
-        f"{PurePath(frame.f_code.co_filename).name}, line {line}"
+def format_error(problem: BaseException) -> str:
+    """Write an error on one line."""
+    if isinstance(problem, ValidationError):
+        return f"a ValidationError of {problem.title}: {format_fields(problem)}"
+    return " ".join(f"{type(problem).__name__}: {problem}".split()).rstrip(".")
+
+
+def format_fields(problem: ValidationError) -> str:
+    """List the fields that are wrong, with the values that came where those are short."""
+    fields: list[str] = []
+    for one in problem.errors(include_url=False):
+        field, value = ".".join(map(str, one["loc"])), one["input"]
+        came = "" if isinstance(value, dict | list | BaseModel) else f", not {value!r}"
+        fields.append(f"{f'{field}: ' if field else ''}{one['msg'].removeprefix('Value error, ')}{came}")
+    return "; ".join(fields)
+
+
+def _class_of(code: object) -> str:
+    return f"{type(code).__module__}.{type(code).__qualname__}"
+
+
+def _raiser(code: object, problem: Exception) -> str:
+    """Name the object's class, with the outermost of its methods that an error passed."""
+    for frame, _ in traceback.walk_tb(problem.__traceback__):
+        first, method = frame.f_code.co_varnames[:1], frame.f_code.co_name
+        if first and frame.f_locals.get(first[0]) is code and hasattr(type(code), method):
+            return f"{_class_of(code)}.{method}"
+    return _class_of(code)
+
+
+def _line(problem: Exception, module: str) -> str:
+    """Name the innermost line of a package's own code that an error passed; nothing where there is none."""
+    package = module.partition(".")[0]
+    lines = [
+        f" ({PurePath(frame.f_code.co_filename).name}, line {line})"
         for frame, line in traceback.walk_tb(problem.__traceback__)
-        if top and str(frame.f_globals.get("__name__", "")).partition(".")[0] == top
+        if package and str(frame.f_globals.get("__name__", "")).partition(".")[0] == package
     ]
-    return passed[-1] if passed else ""
+    return lines[-1] if lines else ""

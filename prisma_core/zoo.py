@@ -4,34 +4,42 @@ from __future__ import annotations
 
 import copy as copying
 import difflib
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from prisma_core.errors import (
     InputError,
     LoadError,
-    NotApplicable,
     PluginError,
     UnknownName,
-    WeightMapError,
-    ask,
+    UnsupportedArchitecture,
+    blaming,
+    describe,
+    format_fields,
+    returned,
 )
-from prisma_core.hooks.keywords import check_keywords, keywords
 from prisma_core.hooks.model import HookedModel
 from prisma_core.maps.places import HookMap
 from prisma_core.maps.reader import Reader, qualified_name
-from prisma_core.maps.weights import Origin, WeightMap
-from prisma_core.plugin.adapter import Adapter, MapAdapter, read_spec
-from prisma_core.plugin.host import host
-from prisma_core.plugin.source import Loaded, Source
-from prisma_core.saving.folder import SPEC, assign, load_folder, tensors_of, with_own_stem
-from prisma_core.spec import DualSpec, MapSpec, ModelSpec, TextSpec
-from prisma_core.transformer import HookedDual, HookedText, ZooModel, build
-from prisma_core.transformer.every import lacking
+from prisma_core.maps.weights import WeightMap
+from prisma_core.model import Origin, ZooModel, assign, tensors_of
+from prisma_core.plugin.adapter import Adapter, MapAdapter
+from prisma_core.plugin.host import installed
+from prisma_core.plugin.source import Loaded, Reference, Source
+from prisma_core.saving.folder import load_folder, with_own_stem
+from prisma_core.spec import AnySpec, DualSpec, MapSpec, ModelSpec, TextSpec
+from prisma_core.toolbox.options import check_keywords, keywords
+from prisma_core.transformer import HookedDual, HookedText, build
+from prisma_core.transformer.names import optional_hook_names
 from prisma_core.upstream.model import HookedUpstream, copy_module
 
 
@@ -42,11 +50,14 @@ def load(
     dtype: torch.dtype | str | None = None,
     **options: Any,
 ) -> HookedModel:
-    """Return the model a reference names, hooked.
+    """Load the model of a reference, hooked.
+
+    >>> model = load("timm:vit_tiny_patch16_224", pretrained=False)
 
     Args:
         reference: ``source:rest``, such as ``timm:vit_base_patch16_224``, or ``file:FOLDER`` written by ``save``.
-        device, dtype: where and as what to keep the weights.
+        device: of the weights.
+        dtype: of the weights; the default is upstream's own.
         options: passed to the source, such as ``pretrained=False``.
 
     Raises:
@@ -55,12 +66,12 @@ def load(
         PluginError: the source's library is not installed.
         UnsupportedArchitecture: the model has something the canonical transformer cannot represent.
     """
-    name, rest = split_reference(reference)
-    if name == "file":
+    source, rest = reference_of(reference)
+    if source == "file":
         check_keywords("file:", options, ())
         model = load_folder(Path(rest))
     else:
-        loaded = _loaded(host().source(name), rest, options)
+        loaded = load_upstream(installed().source(source), rest, **options)
         model = loaded.model if isinstance(loaded.model, HookedModel) else adapt(loaded.model, copy=False)
         if isinstance(model, ZooModel):
             model.preprocess = loaded.preprocess or model.preprocess
@@ -79,51 +90,50 @@ def load(
         raise LoadError(f"{reference} cannot be put on device={device}, dtype={dtype}: {error}") from error
 
 
-def _loaded(source: Source, rest: str, options: dict[str, Any]) -> Loaded:
-    check_keywords(f"{source.name}:", options, keywords(source.load))
-    try:
-        return ask(source, "load", rest, gives=Loaded, **options)
-    except PluginError as error:
-        problem = error.__cause__
-        if options and isinstance(problem, TypeError) and "unexpected keyword argument" in str(problem):
-            raise InputError(  # of the library's constructor, not of ours
-                f"{source.name}:{rest} takes no such option (given: {', '.join(options)}): {problem}."
-            ) from problem
-        raise
+def reference_of(text: str) -> Reference:
+    """Read a reference.
 
-
-def split_reference(reference: str) -> tuple[str, str]:
-    """Return a reference's source and the rest.
+    >>> reference_of("timm:vit_base_patch16_224")
+    Reference(source='timm', rest='vit_base_patch16_224')
 
     Raises:
         UnknownName: it has no source; references that it may mean are suggested.
         InputError: it is no text.
     """
-    given = cast("object", reference)
-    if not isinstance(given, str):
+    value = cast("object", text)
+    if not isinstance(value, str):
         raise InputError(
-            f"Expected a reference such as 'timm:vit_base_patch16_224', got {type(given).__name__}. "
+            f"Expected a reference such as 'timm:vit_base_patch16_224', got {type(value).__name__}. "
             "prisma.adapt takes a model."
         )
-    name, colon, rest = reference.partition(":")
+    name, colon, rest = value.partition(":")
     if colon and name and rest:
-        return name, rest
-    hint = f" Did you mean file:{reference}?" if (Path(reference) / SPEC).is_file() else ""
-    if not colon and not hint:
-        models = {info.reference.partition(":")[2]: info.reference for info in host().models()}
-        near = difflib.get_close_matches(reference, models, n=3, cutoff=0.6)
-        hint = f" Did you mean {' or '.join(models[one] for one in near)}?" if near else ""
+        return Reference(name, rest)
+    near = [f"file:{value}"] if os.path.isdir(value) else [] if colon else _near(value)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
     raise UnknownName(
-        f"{reference!r} is not a reference: expected SOURCE:MODEL, such as timm:vit_base_patch16_224.{hint} "
+        f"{value!r} is not a reference: expected SOURCE:MODEL, such as timm:vit_base_patch16_224.{hint} "
         "`prisma models` lists them."
     )
 
 
-def adapt(upstream: nn.Module, *, copy: bool = True) -> ZooModel:
-    """Return a hooked model that computes what ``upstream`` computes in evaluation.
+def _near(text: str) -> list[str]:
+    """References that a text without a source may mean."""
+    sources = installed().sources().items()
+    unlisted = [f"{name}:{text}" for name, one in sources if one.unlisted and re.fullmatch(one.unlisted, text)]
+    models = installed().models()
+    near = difflib.get_close_matches(text, dict.fromkeys(info.rest for info in models), n=3, cutoff=0.6)
+    return unlisted + [info.reference for rest in near for info in models if info.rest == rest]
+
+
+def adapt(upstream: nn.Module, *, adapter: Adapter | None = None, copy: bool = True) -> ZooModel:
+    """Hook a model: the result computes what ``upstream`` computes in evaluation.
+
+    >>> model = adapt(timm.create_model("vit_tiny_patch16_224"))
 
     Args:
         upstream: a model of a type some installed plugin adapts. It is never changed.
+        adapter: one whose ``types`` name the model's, to use instead of the installed one.
         copy: False shares its weights wherever they need no rearranging.
 
     Raises:
@@ -131,78 +141,161 @@ def adapt(upstream: nn.Module, *, copy: bool = True) -> ZooModel:
         WeightMapError: its tensors do not account for the canonical ones.
         UnknownName: its hook map names a hook point that no model has.
         PluginError: the adapter failed.
+        InputError: it is no model; or the adapter is none, or does not take this type.
     """
-    given = cast("object", upstream)
-    if not isinstance(given, nn.Module):
-        raise InputError(f"adapt takes a model, got {type(given).__name__}. prisma.load takes a reference.")
-    return adapt_with(host().adapter(upstream), upstream, copy=copy)
+    model = cast("object", upstream)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"adapt takes a model, got {type(model).__name__}. prisma.load takes a reference.")
+    if adapter is None:
+        adapter = installed().adapter(model)
+    else:
+        check_adapter(adapter, model)
+    return adapt_with(adapter, model, copy=copy)
+
+
+def check_adapter(adapter: object, upstream: nn.Module) -> None:
+    """Refuse an adapter that does not take a model's type.
+
+    Raises:
+        InputError: it is no adapter, or its ``types`` do not name the type.
+    """
+    if not isinstance(adapter, Adapter):
+        raise InputError(f"adapter= takes an Adapter, such as MyAdapter(); got {describe(adapter)}.")
+    if (kind := qualified_name(upstream)) not in adapter.types:
+        raise InputError(
+            f"{type(adapter).__name__} adapts {', '.join(adapter.types) or 'no type'}; this model is a {kind}. Give an "
+            "adapter whose types name it, or none for the installed one."
+        )
 
 
 def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> ZooModel:
-    """Return what ``adapt`` returns, with an adapter given by hand."""
-    if isinstance(adapter, MapAdapter):
-        facts = read_spec(adapter, Reader(upstream), MapSpec)
-        rows = ask(adapter, "table", Reader(upstream), gives=HookMap)
-        return HookedUpstream(copy_module(upstream, copy=copy), rows, facts, adapter.output)
-    spec = read_spec(adapter, Reader(upstream), (ModelSpec, TextSpec, DualSpec))
-    stem = ask(adapter, "stem", Reader(upstream), spec, gives=(nn.Module, type(None)))
-    table = ask(adapter, "weights", Reader(upstream), spec, gives=WeightMap)
+    """Hook a model with an adapter, whatever its ``types``; see ``adapt``."""
+    spec, hooks, table, stem = read_adapter(adapter, Reader(upstream))
+    if isinstance(spec, MapSpec):
+        return HookedUpstream(copy_module(upstream, copy=copy), hooks, spec, partial(output_of, adapter))
     with torch.device("meta"):
         model = build(spec)
     if stem is not None:
         for tower in with_own_stem(model):
             tower.embed.stem = copying.deepcopy(stem)
-    ask(adapter, "hooks", Reader(upstream), spec, gives=HookMap).check(model.hook_points(), lacking(model))
-    tensors = tensors_of(upstream)
-    shapes = {name: tensor.shape for name, tensor in tensors_of(model).items()}
-    with torch.enable_grad():  # what is made of a trainable tensor is trainable, whatever mode the caller is in
-        made = table.forward(tensors, shapes)
+    hooks.check(model.hook_points(), optional_hook_names(model))
+    theirs = tensors_of(upstream)
+    with torch.enable_grad():  # a tensor made of a trainable one is trainable, whatever mode the caller is in
+        tensors = table.forward(theirs, {name: tensor.shape for name, tensor in tensors_of(model).items()})
+    shared = {tensor.untyped_storage().data_ptr() for tensor in theirs.values()} if copy else set[int]()
     seen: set[tuple[int, torch.Size]] = set()
-    for name, tensor in made.items():  # one upstream tensor may make several of ours: each is to be edited on its own
-        if (place := (tensor.data_ptr(), tensor.shape)) in seen:
-            made[name] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    for name, tensor in tensors.items():  # one upstream tensor may make several: each is to be edited on its own
+        place = (tensor.data_ptr(), tensor.shape)
+        if place in seen or tensor.untyped_storage().data_ptr() in shared:
+            tensors[name] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
         seen.add(place)
-    owned = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
-    for name, tensor in made.items():
-        if copy and tensor.untyped_storage().data_ptr() in owned:
-            made[name] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
-    assign(model, made)
-    persistent = list(upstream.state_dict())
-    needed = _not_invertible(table, tensors) | (set(tensors) - set(persistent))
-    model.origin = Origin(
-        qualified_name(upstream),
-        table,
-        {
-            name: tensor.detach().clone() if name in needed else tensor.detach().to("meta")
-            for name, tensor in tensors.items()
-        },
-        persistent,
-    )
+    assign(model, tensors)
+    model.origin = Origin.of(qualified_name(upstream), table, theirs, upstream.state_dict())
     return model.eval()
 
 
-def _not_invertible(table: WeightMap, tensors: Mapping[str, Tensor]) -> set[str]:
-    return {name for name in tensors if table.reason_to_ignore(name) is not None} | table.function_sources(tensors)
-
-
 def export(model: ZooModel) -> dict[str, Tensor]:
-    """Return upstream's own state dict with the model's present weights: the weight map run backwards.
+    """Write the model's present weights as upstream's own state dict: the weight map run backwards.
+
+    >>> upstream.load_state_dict(export(model))
 
     Raises:
         LoadError: the model was not adapted from an upstream one.
         NotApplicable: the model does something that no weights say.
         WeightMapError: weights were edited in a way upstream has no tensor for.
     """
-    if isinstance(model, HookedUpstream):
-        return model.export()
-    if (beyond := model.unsaved_behaviour()) is not None:
-        raise NotApplicable(f"This model {beyond}, which upstream's weights cannot hold; export the original.")
-    if model.origin is None:
-        raise LoadError("This model was not adapted from an upstream one, so there is nothing to export to. Use save.")
-    canonical = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
-    state = model.origin.map.backward(canonical, model.origin.upstream)
-    fixed = {name: was for name, was in model.origin.upstream.items() if name not in set(model.origin.persistent)}
-    for name, was in fixed.items():
-        if not torch.equal(state[name], was.to(state[name])):
-            raise WeightMapError(f"What {name} makes was changed, and upstream's state dict does not hold it.")
-    return {name: state[name].contiguous() for name in model.origin.persistent}
+    return model.export()
+
+
+# ------------------------------------------------------------ calls of plugins' code
+
+
+def load_upstream(source: Source, rest: str, **options: Any) -> Loaded:
+    """Load a model from a source.
+
+    Raises:
+        InputError: the source, or the library behind it, takes no such option.
+        PluginError: the source failed.
+    """
+    check_keywords(f"{source.name}:", options, keywords(source.load))
+    try:
+        with blaming(source):
+            loaded = source.load(rest, **options)
+    except PluginError as error:
+        problem = error.__cause__
+        if options and isinstance(problem, TypeError) and "unexpected keyword argument" in str(problem):
+            raise InputError(  # of the library's constructor, not of ours
+                f"{source.name}:{rest} takes no such option (given: {', '.join(options)}): {problem}."
+            ) from problem
+        raise
+    return returned(source.load, loaded, Loaded)
+
+
+class Reading(NamedTuple):
+    """An adapter's answers about one upstream module; those of a ``MapAdapter`` have a ``MapSpec`` and no weights."""
+
+    spec: AnySpec | MapSpec
+    hooks: HookMap
+    weights: WeightMap = WeightMap(())
+    stem: nn.Module | None = None
+
+
+def read_adapter(adapter: Adapter, upstream: Reader) -> Reading:
+    """Ask an adapter for everything about a module, with one reader.
+
+    Raises:
+        UnsupportedArchitecture: facts that no spec can hold.
+        PluginError: the adapter failed.
+    """
+    spec = spec_of(adapter, upstream)
+    with blaming(adapter):
+        if isinstance(spec, MapSpec):
+            return Reading(spec, returned(adapter.hooks, adapter.hooks(upstream, cast("Any", spec)), HookMap))
+        stem = returned(adapter.stem, adapter.stem(upstream, spec), (nn.Module, type(None)))
+        weights = returned(adapter.weights, adapter.weights(upstream, spec), WeightMap)
+        hooks = returned(adapter.hooks, adapter.hooks(upstream, spec), HookMap)
+    return Reading(spec, hooks, weights, stem)
+
+
+def spec_of(adapter: Adapter, upstream: Reader) -> AnySpec | MapSpec:
+    """Ask an adapter for a module's spec.
+
+    Raises:
+        UnsupportedArchitecture: facts that no spec can hold.
+        PluginError: the adapter failed, or a spec lacks a field or has one that there is not.
+    """
+    kinds = (MapSpec,) if isinstance(adapter, MapAdapter) else (ModelSpec, TextSpec, DualSpec)
+    try:
+        with blaming(adapter):
+            return returned(adapter.spec, adapter.spec(upstream), kinds)
+    except PluginError as error:
+        problem = error.__cause__
+        names = ("missing", "extra_forbidden")  # of fields: the adapter's mistake; values are the model's
+        if not isinstance(problem, ValidationError) or any(one["type"] in names for one in problem.errors()):
+            raise
+        kind = qualified_name(upstream.module)
+        raise UnsupportedArchitecture(kind, f"facts that no spec can hold ({format_fields(problem)})") from problem
+
+
+def output_of(adapter: Adapter, result: Any) -> Tensor:
+    """Ask an adapter for the main output.
+
+    Raises:
+        PluginError: the adapter failed.
+    """
+    with blaming(adapter):
+        output = adapter.output(result)
+    return returned(adapter.output, output, Tensor)
+
+
+@contextmanager
+def unfused(adapter: Adapter, upstream: nn.Module) -> Generator[None]:
+    """Enter an adapter's scope of unfused attention.
+
+    Raises:
+        PluginError: the adapter failed.
+    """
+    with ExitStack() as stack:
+        with blaming(adapter):
+            stack.enter_context(adapter.unfused_attention(upstream))
+        yield

@@ -99,9 +99,9 @@ def run(vit: HookedViT, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     ]
 
     def run(*arguments: str, more: tuple[EntryPoint, ...] = ()) -> Ran:
-        host = Host(found=[*found, *more])
+        host = Host([*found, *more])
         monkeypatch.setattr(plugins, "_host", host)
-        monkeypatch.setattr("prisma_core.cli.app.host", lambda: host)
+        monkeypatch.setattr("prisma_core.cli.app.installed", lambda: host)
         status = main(arguments)
         return Ran(status, *capsys.readouterr())
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from prisma_core import PrismaError, UnknownName
 from prisma_core.maps.places import HookMap, Place, Row
-from prisma_core.transformer.every import lacking
 
 pytestmark = pytest.mark.usefixtures("in_float64")
 
@@ -234,9 +233,3 @@ def test_a_hook_point_that_no_model_has(hook, suggested):
         UnknownName, match=rf"'place -> {re.escape(hook)}': .* is no hook point of this model.*{suggested}"
     ):
         HookMap.parse(f"{sound}\nplace -> {hook}").check(points, LACKING)
-
-
-def test_every_part_that_there_is_counts_as_lacking(variant):
-    """A table for several models may speak of all of them: see ``lacking``."""
-    named = {re.sub(r"(?<=\.)\d+(?=\.)", "{l}", name) for name in variant.hook_points()}
-    assert named <= lacking(variant)

@@ -17,7 +17,7 @@ from prisma_core.maps.weights import WeightMap
 from prisma_core.plugin.adapter import Adapter
 from prisma_core.plugin.source import Source
 from prisma_core.spec import AttentionSpec, BlockSpec, EmbedSpec, MlpSpec, NormSpec
-from prisma_core.zoo import _loaded, adapt_with
+from prisma_core.zoo import adapt_with, load_upstream
 
 
 class Luci(Adapter):
@@ -147,8 +147,8 @@ class Shop(Source):
 
 def test_a_source_that_fails() -> None:
     with pytest.raises(PluginError, match=r"Shop\.load returned a Linear; expected Loaded"):
-        _loaded(Shop(), "bare", {})
+        load_upstream(Shop(), "bare")
     with pytest.raises(PluginError, match=r"Shop\.load raised KeyError: 'heads'"):
-        _loaded(Shop(), "x", {})
+        load_upstream(Shop(), "x")
     with pytest.raises(InputError, match=r"shop:x takes no such option \(given: depth\)"):
-        _loaded(Shop(), "x", {"depth": 1})
+        load_upstream(Shop(), "x", depth=1)

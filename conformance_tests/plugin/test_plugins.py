@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from typing import Any
@@ -12,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from prisma_core import HookedViT, PluginError, UnknownName, UnsupportedArchitecture, hookimpl
+from prisma_core import HookedViT, PluginError, UnknownName, UnsupportedArchitecture
 from prisma_core.plugin.adapter import Adapter
 from prisma_core.plugin.host import Host
 from prisma_core.plugin.source import Loaded, ModelInfo, Source
@@ -66,21 +64,6 @@ def source_of(name: str, library: str | None = None) -> type[Source]:
 
 
 @pytest.fixture
-def found(monkeypatch: pytest.MonkeyPatch) -> Found:
-    """Return a maker of entry points: hook implementations by name become a plugin's module."""
-
-    def make(name: str, module: str | None = None, **hooks: Callable[..., Any]) -> EntryPoint:
-        module = module or f"plugin_for_tests_{name}"
-        made = types.ModuleType(module)
-        for hook, function in hooks.items():
-            setattr(made, hook, hookimpl(function))
-        monkeypatch.setitem(sys.modules, module, made)
-        return EntryPoint(name, module, "prisma")
-
-    return make
-
-
-@pytest.fixture
 def good(found: Found) -> EntryPoint:
     return found("good", prisma_sources=lambda: [source_of("good")()], prisma_adapters=lambda: [FakeAdapter()])
 
@@ -100,7 +83,7 @@ def test_a_plugin_that_raises_on_import(good: EntryPoint, tmp_path: Any, monkeyp
         (tmp_path / f"plugin_that_{name}.py").write_text(line + "\n")
     monkeypatch.syspath_prepend(tmp_path)
     broken = [EntryPoint(name, f"plugin_that_{name}", "prisma") for name in ("raises", "leaves", "garbled", "vanished")]
-    host = Host(found=[*broken, good])
+    host = Host([*broken, good])
     told = states(host)
     assert told["raises"] == "ZeroDivisionError: division by zero"
     assert told["leaves"] == "SystemExit: 3"
@@ -148,7 +131,7 @@ def _stops_midway() -> Iterator[Source]:
 def test_a_plugin_that_breaks_the_contract(
     good: EntryPoint, found: Found, hooks: dict[str, Callable[..., Any]], error: str
 ) -> None:
-    host = Host(found=[found("bad", **hooks), good])
+    host = Host([found("bad", **hooks), good])
     told = states(host)
     assert told["bad"] is not None
     assert error in told["bad"]
@@ -159,7 +142,7 @@ def test_a_plugin_that_breaks_the_contract(
 
 def test_two_plugins_of_one_name(good: EntryPoint, found: Found) -> None:
     other = found("good", module="plugin_for_tests_other", prisma_sources=lambda: [source_of("other")()])
-    host = Host(found=[other, good])
+    host = Host([other, good])
     told = states(host)
     assert told["good"] is None
     assert told["good (plugin_for_tests_other)"] == (
@@ -173,7 +156,7 @@ def test_two_plugins_of_one_name(good: EntryPoint, found: Found) -> None:
 def test_two_plugins_that_claim_one_source(good: EntryPoint, found: Found) -> None:
     one = found("one", prisma_sources=lambda: [source_of("same")()])
     two = found("two", prisma_sources=lambda: [source_of("same")(), source_of("fine")()])
-    host = Host(found=[two, good, one])
+    host = Host([two, good, one])
     with pytest.raises(PluginError, match="'one' and 'two' both claim the source 'same'"):
         host.source("same")
     assert host.source("fine").name == "fine"
@@ -188,7 +171,7 @@ def test_two_plugins_that_claim_one_source(good: EntryPoint, found: Found) -> No
 
 
 def test_two_plugins_that_claim_one_adapter(good: EntryPoint, found: Found) -> None:
-    host = Host(found=[good, found("twin", prisma_adapters=lambda: [FakeAdapter()])])
+    host = Host([good, found("twin", prisma_adapters=lambda: [FakeAdapter()])])
     with pytest.raises(PluginError, match=r"'good' and 'twin' both adapt .*Upstream\. Uninstall one"):
         host.adapter(Upstream())
     told = states(host)
@@ -197,14 +180,14 @@ def test_two_plugins_that_claim_one_adapter(good: EntryPoint, found: Found) -> N
 
 
 def test_a_plugin_that_claims_the_name_file(good: EntryPoint, found: Found) -> None:
-    host = Host(found=[good, found("grabber", prisma_sources=lambda: [source_of("file")()])])
+    host = Host([good, found("grabber", prisma_sources=lambda: [source_of("file")()])])
     assert "file" not in host.sources()
     assert states(host)["grabber"] == "the source 'file' is claimed by Prisma too"
 
 
 @pytest.mark.parametrize("library", ["no_such_library_for_tests", "no_such_library_for_tests.part"])
 def test_a_library_that_is_missing(good: EntryPoint, found: Found, library: str) -> None:
-    host = Host(found=[good, found("hungry", prisma_sources=lambda: [source_of("hungry", library)()])])
+    host = Host([good, found("hungry", prisma_sources=lambda: [source_of("hungry", library)()])])
     with pytest.raises(PluginError) as caught:
         host.source("hungry")
     assert str(caught.value) == (
@@ -217,11 +200,11 @@ def test_a_library_that_is_missing(good: EntryPoint, found: Found, library: str)
 
 def test_an_unknown_source_suggests_the_nearest(good: EntryPoint) -> None:
     with pytest.raises(UnknownName, match=r"No source 'goood'\. Sources: good, file\. Did you mean good\?"):
-        Host(found=[good]).source("goood")
+        Host([good]).source("goood")
 
 
 def test_a_type_nobody_adapts(good: EntryPoint) -> None:
-    host = Host(found=[good])
+    host = Host([good])
     told = r"Linear is not supported: no installed plugin adapts this type; a hook map of your own.*--classes"
     with pytest.raises(UnsupportedArchitecture, match=told):
         host.adapter(nn.Linear(1, 1))
@@ -242,7 +225,7 @@ def test_a_source_may_hand_over_a_hooked_model(
         def load(self, rest: str, **options: Any) -> Loaded:
             return Loaded(vit, labels=("a", "b"))
 
-    host = Host(found=[found("ready", prisma_sources=lambda: [Ready()])])
+    host = Host([found("ready", prisma_sources=lambda: [Ready()])])
     monkeypatch.setattr(plugins, "_host", host)
     model = prisma.load("ready:any")
     assert model is vit

@@ -15,9 +15,9 @@ import typer
 from prisma_core.cli.info import info
 from prisma_core.cli.models import models, plugins
 from prisma_core.cli.new_plugin import new_plugin
-from prisma_core.cli.screen import note, out
 from prisma_core.errors import PrismaError
-from prisma_core.plugin.host import Host, host
+from prisma_core.plugin.host import Host, installed
+from prisma_core.toolbox.screen import note, out
 
 # Typer has its own copy of click in some versions and takes the library in others; its errors know their base.
 _ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -96,8 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    app = build(host())
-    for plugin in host().infos.values():
+    app = build(installed())
+    for plugin in installed().infos.values():
         if plugin.error:
             note("plugin left out", f"{plugin.name} ({plugin.distribution}): {plugin.error}", "yellow")
     try:

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from prisma_core.cli.screen import out, show, show_json, table
+from prisma_core.toolbox.screen import out, show, show_json, table
 
 if TYPE_CHECKING:
     from prisma_core.hooks.model import HookedModel

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from prisma_core.cli.screen import note, show, show_json, table
 from prisma_core.errors import PluginError, UnknownName, suggest
+from prisma_core.toolbox.screen import note, show, show_json, table
 
 if TYPE_CHECKING:
     from prisma_core.plugin.source import ModelInfo
@@ -28,24 +28,24 @@ def models(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
 ) -> None:
-    """List and search the models that can be loaded, or their classes."""
+    """List and search models that can be loaded, or their classes."""
     from rich.console import Console
 
-    from prisma_core.plugin.host import host
+    from prisma_core.plugin.host import installed
 
     if classes:
         _classes(context, search or [], as_json)
         return
     if source is not None:
-        host().source(source)
-    found = [info for info in host().models() if source is None or info.reference.startswith(f"{source}:")]
+        installed().source(source)
+    found = [info for info in installed().models() if source is None or info.reference.startswith(f"{source}:")]
     chosen = [info for info in found if _matches(info, search or [], family, pretrained)]
     if not chosen and found:
         _nothing(found, search or [], family)
     with Console(stderr=True).status("looking which of them an adapter takes"):
         loads = _loads(chosen)
     shown = [info for info in chosen if everything or loads[info.reference] is not False]
-    absent = host().missing()
+    absent = installed().missing()
     if as_json:
         missing = [{"source": name, "install": command} for name, command in absent.items()]
         listed = [asdict(info) | {"loads": loads[info.reference]} for info in shown]
@@ -56,7 +56,7 @@ def models(
         told = f" {left_out} more match that no installed adapter takes: --all lists them." if left_out else ""
         note("models", f"{len(shown)} of {len(found)}.{told}", "green")
     if source is not None and not found and source not in absent:
-        takes = " ".join((host().source(source).__doc__ or "").split("\n\n")[0].split()).replace("``", "`")
+        takes = " ".join((installed().source(source).__doc__ or "").split("\n\n")[0].split()).replace("``", "`")
         note("models", f"this source lists none. It takes {takes}" if takes else "this source lists none.", "yellow")
     for name, command in absent.items():
         note("not installed", f"the source {name!r}: {command}", "yellow")
@@ -73,13 +73,13 @@ def _classes(context: typer.Context, search: list[str], as_json: bool) -> None:
 
 def _loads(infos: list[ModelInfo]) -> dict[str, bool | None]:
     """Return for each reference whether an adapter takes it; None where the source does not know."""
-    from prisma_core.plugin.host import host
+    from prisma_core.plugin.host import installed
 
     rests: dict[str, list[str]] = {}
     for info in infos:
         name, _, rest = info.reference.partition(":")
         rests.setdefault(name, []).append(rest)
-    known = {name: host().source(name).loadable(several) for name, several in rests.items()}
+    known = {name: installed().source(name).loadable(several) for name, several in rests.items()}
     return {
         f"{name}:{rest}": None if (taken := known[name]) is None else rest in taken
         for name, several in rests.items()
@@ -132,9 +132,9 @@ def plugins(as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")]
 
     The exit status is 1 where one is broken.
     """
-    from prisma_core.plugin.host import host
+    from prisma_core.plugin.host import installed
 
-    found = host().plugins()
+    found = installed().plugins()
     shown = table("plugin", "module", "distribution", "state")
     for info in found:
         state = "ready" if info.missing is None else escape(f"needs {info.missing}")

@@ -18,8 +18,8 @@ from typing import Annotated, NamedTuple, cast
 import typer
 from rich.markup import escape
 
-from prisma_core.cli.screen import out
-from prisma_core.errors import InputError, LoadError, UnsupportedArchitecture
+from prisma_core.errors import InputError, LoadError
+from prisma_core.toolbox.screen import out
 
 # Which template makes which file; the folder is the package's.
 WRITTEN = {
@@ -74,18 +74,18 @@ def new_plugin(
 
 
 def _check_name(name: str) -> None:
-    from prisma_core.plugin.host import RESERVED, host
+    from prisma_core.plugin.host import RESERVED, installed
 
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         proper = re.sub(r"\W+", "_", name.lower()).strip("_0123456789")
         usable = proper if proper and not keyword.iskeyword(proper) else "my_vit"
         raise InputError(f"{name!r} cannot name a plugin: expected lower-case letters, digits and _, such as {usable}.")
-    if name in host().infos:
-        info = host().infos[name]
+    if name in installed().infos:
+        info = installed().infos[name]
         raise InputError(
             f"There is a plugin {name!r} already: {info.module} of {info.distribution}. Choose another name."
         )
-    if name in host().sources() or name in RESERVED:
+    if name in installed().sources() or name in RESERVED:
         raise InputError(f"There is a source {name!r} already. Choose another name.")
     if importlib.util.find_spec(f"prisma_{name}") is not None:
         raise InputError(f"There is a package prisma_{name} already. Choose another name.")
@@ -99,7 +99,7 @@ def _upstream(kind: str) -> Upstream:
     """
     from torch import nn
 
-    from prisma_core.plugin.host import host
+    from prisma_core.plugin.host import installed
 
     path, _, attribute = kind.rpartition(".")
     try:
@@ -109,11 +109,7 @@ def _upstream(kind: str) -> Upstream:
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise InputError(f"{kind} is no class of torch modules. Expected one that derives from torch.nn.Module.")
     full = f"{found.__module__}.{found.__qualname__}"
-    try:
-        host().adapter(found.__new__(found))  # the host asks for the type alone, so it need not be built
-    except UnsupportedArchitecture:
-        pass
-    else:
+    if full in installed().types():
         raise InputError(f"{full} is adapted already: prisma.adapt takes a model of it as it is.")
     library = found.__module__.split(".", 1)[0]
     distributions = packages_distributions().get(library, [library])
@@ -143,6 +139,7 @@ def _texts(name: str, dashed: str, upstream: Upstream | None) -> dict[str, str]:
             "library": "torch",
             "distribution": "torch",
             "requirements": '"prisma-interp"',
+            "also": "",
             "case_imports": f"\nfrom {package}.tiny_vit import TinyViT",
             "small_body": "    return TinyViT(size=24, patch=8, width=20, heads=2, depth=2, classes=7)",
             "stand_in_row": f"| `{package}/tiny_vit.py` | a stand-in for the library; delete it |",
@@ -156,7 +153,8 @@ def _texts(name: str, dashed: str, upstream: Upstream | None) -> dict[str, str]:
             "library": upstream.library,
             "distribution": upstream.distribution,
             "requirements": f'"prisma-interp", "{upstream.distribution}"',
-            "case_imports": f"from prisma_core.errors import PrismaError\n{found}",
+            "also": ", PrismaError",
+            "case_imports": found,
             "small_body": f'{upstream.signature}\n    raise PrismaError("To do: {advice}")',
             "stand_in_row": "",
         }

@@ -10,9 +10,10 @@ import torch
 
 from prisma_core.errors import InputError
 from prisma_core.hooks.model import HookedModel
-from prisma_core.plugin.host import host
+from prisma_core.plugin.host import installed
+from prisma_core.saving.folder import load_folder
 from prisma_core.transformer import ZooModel
-from prisma_core.zoo import load, load_folder, split_reference
+from prisma_core.zoo import load, reference_of
 
 
 def outline(reference: str, **options: Any) -> HookedModel:
@@ -25,10 +26,10 @@ def outline(reference: str, **options: Any) -> HookedModel:
         UnknownName: no such source or model; the nearest are suggested.
         UnsupportedArchitecture: the model has something the canonical transformer cannot represent.
     """
-    name, rest = split_reference(reference)
+    name, rest = reference_of(reference)
     if name == "file":
         return load_folder(Path(rest), weights=False)
-    if "pretrained" not in inspect.signature(host().source(name).load).parameters:
+    if "pretrained" not in inspect.signature(installed().source(name).load).parameters:
         return load(reference, **options).to("meta")
     options = {"pretrained": False, **options}
     try:

@@ -1,4 +1,4 @@
-"""Which upstream place each hook point equals, and how to read those places.
+"""Hook maps: which upstream place each hook point equals.
 
 A table has one row a line::
 
@@ -24,17 +24,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import Tensor
 
 from prisma_core.errors import PrismaError, UnknownName, suggest
-from prisma_core.hooks.query import tagged
-from prisma_core.maps.rule import checked_sizes, rearranged
+from prisma_core.maps.table import MARK, Line, Table, bind, pattern_of
 
-_MARK = re.compile(r"\{\w+\}")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _HOOK = re.compile(r"(\w|\.|\{\w+\})+")
 _PLACE = re.compile(
@@ -46,7 +44,14 @@ INSIDE = ("scores", "pattern")  # of fused attention: no argument and no result,
 
 @dataclass(frozen=True)
 class Place:
-    """Where in an upstream model a tensor passes by."""
+    """A point in an upstream model that a tensor passes.
+
+    Attributes:
+        module: the module's name, with marks in an unbound row; empty for the model itself.
+        function: a torch function that its forward calls, or None for the module's own call.
+        call: which of its calls, from 0.
+        side: ``in``, ``out``, with a number for other than the first tensor; ``scores`` or ``pattern``.
+    """
 
     module: str
     function: str | None = None
@@ -57,8 +62,11 @@ class Place:
     def parse(cls, text: str) -> Place:
         """Read a place (see the module's docstring).
 
+        >>> Place.parse("blocks.0.attn @ softmax#1 : in")
+        Place(module='blocks.0.attn', function='softmax', call=1, side='in')
+
         Raises:
-            PrismaError: it is none.
+            PrismaError: the text is no place.
         """
         match = _PLACE.fullmatch(text.strip())
         if match is None:
@@ -68,21 +76,20 @@ class Place:
         return cls(match["module"], match["function"], int(match["call"] or 0), match["side"] or "out")
 
     def pick(self, args: tuple[Any, ...], result: Any) -> Tensor | None:
-        """Return the tensor that passes here, given a call's arguments and result."""
+        """Pick the tensor that passes here from a call's arguments and result; None if there is none."""
         if self.side in INSIDE:
             return None
-        several = args if self.side.startswith("in") else result
-        value: Any = several
-        if isinstance(several, tuple):
-            given = cast("tuple[Any, ...]", several)
-            value = given[self.index] if self.index < len(given) else None
+        value: Any = args if self.side.startswith("in") else result
+        if isinstance(value, tuple):
+            tensors = cast("tuple[Any, ...]", value)
+            value = tensors[self.index] if self.index < len(tensors) else None
         elif self.index:
             value = None
         return value if isinstance(value, Tensor) else None
 
     @property
     def index(self) -> int:
-        """Which of several tensors it is."""
+        """The tensor's number among several arguments or results."""
         return int(self.side.lstrip("inout") or 0)
 
     def __str__(self) -> str:
@@ -93,166 +100,142 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of a table, its numbers bound."""
+class Row(Line):
+    """One line of a hook map.
+
+    Attributes:
+        place: of upstream's tensor.
+        hook: the hook point's name, with marks until the row is bound.
+        how: an einops pattern from upstream's tensor to the activation, or the activation's axes alone.
+        equation: of the activation, for people.
+    """
 
     place: Place
     hook: str
     how: str = ""
     equation: str = ""
 
+    @classmethod
+    def parse(cls, line: str) -> Row:
+        """Read ``PLACE -> HOOK POINT : EINOPS = EQUATION``.
+
+        Raises:
+            PrismaError: the line is not a row.
+        """
+        place, arrow, rest = (part.strip() for part in line.partition("->"))
+        hook, _, after = (part.strip() for part in rest.partition(" : "))
+        how, _, equation = (part.strip() for part in after.partition(" = "))
+        unbound = ", ".join(f"{{{mark}}}" for mark in sorted(set(MARK.findall(place)) - set(MARK.findall(hook))))
+        second = "a second arrow stands before ' : ', where the einops pattern begins. A row has one hook point"
+        maps = "functions are for weight maps; what a hook point shows is rearranged by an einops pattern alone"
+        cls.check(
+            line,
+            {
+                "expected 'PLACE -> HOOK POINT : EINOPS = EQUATION'": not arrow or not hook,
+                second: "->" in hook,
+                f"{hook!r} is no name of a hook point": not _HOOK.fullmatch(hook),
+                maps: "{" in how,
+                f"{how!r} is no einops pattern": any(mark in how for mark in ":|[") or how.count("->") > 1,
+                f"{unbound} stands in the place but not in the hook point": unbound,
+            },
+        )
+        return cls(Place.parse(place), hook, how, equation)
+
+    def target_names(self) -> tuple[str, ...]:
+        return (self.hook,)
+
     @property
     def axes(self) -> str:
         """The names of the activation's axes; empty where the row does not say."""
         return self.how.partition("->")[2].strip() or self.how
 
-    def read(self, tensor: Tensor, sizes: Mapping[str, int]) -> Tensor:
-        """Return upstream's tensor as the hook point shows it."""
-        return rearranged(tensor, self.how, sizes, row=self)
+    def bind(self, values: Mapping[str, str]) -> Row:
+        """Fill in the marks."""
+        place = replace(self.place, module=bind(self.place.module, values))
+        return replace(self, place=place, hook=bind(self.hook, values))
 
-    def write(self, activation: Tensor, sizes: Mapping[str, int]) -> Tensor:
-        """Return an activation as upstream holds it: ``read`` the other way round."""
-        return rearranged(activation, self.how, sizes, row=self, back=True)
+    def prefixed(self, upstream: str, canonical: str, retag: Callable[[str], str]) -> Row:
+        module = upstream + self.place.module if self.place.module else upstream.rstrip(".")
+        return replace(self, place=replace(self.place, module=module), hook=canonical + self.hook, how=retag(self.how))
 
     def __str__(self) -> str:
         return f"{self.place} -> {self.hook}" + (f" : {self.how}" if self.how else "")
 
 
 @dataclass(frozen=True)
-class HookMap:
+class HookMap(Table[Row]):
     """A table from upstream places to hook points (see the module's docstring)."""
-
-    rows: tuple[tuple[str, str, str], ...]
-    sizes: Mapping[str, int]
 
     @classmethod
     def parse(cls, table: str, **sizes: int) -> HookMap:
         """Read a table.
 
+        >>> print(HookMap.parse("layers.{l} : in -> blocks.{l}.hook_resid_pre").bound(["blocks.3.hook_resid_pre"])[0])
+        layers.3 : in -> blocks.3.hook_resid_pre
+
+        Args:
+            sizes: lengths of axes that einops patterns name.
+
         Raises:
             PrismaError: a line is not a row.
         """
-        sizes = checked_sizes(sizes, "HookMap.parse takes the table", PrismaError)
-        rows: list[tuple[str, str, str]] = []
-        for line in filter(None, (line.strip() for line in table.splitlines())):
-            place, arrow, rest = (part.strip() for part in line.partition("->"))
-            hook, _, how = (part.strip() for part in rest.partition(" : "))
-            if not arrow or not hook:
-                raise PrismaError(f"{line!r} is not a row: expected 'PLACE -> HOOK POINT : EINOPS = EQUATION'.")
-            if "->" in hook:
-                told = "a second arrow stands before ' : ', where the einops pattern begins. A row has one hook point"
-                raise PrismaError(f"{line!r} is not a row: {told}.")
-            if not _HOOK.fullmatch(hook):
-                raise PrismaError(f"{line!r} is not a row: {hook!r} is no name of a hook point.")
-            einops = _parted(how)[0]
-            if "{" in einops:
-                told = "functions are for weight maps; what a hook point shows is rearranged by an einops pattern alone"
-                raise PrismaError(f"{line!r} is not a row: {told}.")
-            if any(mark in einops for mark in ":|[") or einops.count("->") > 1:
-                raise PrismaError(f"{line!r} is not a row: {einops!r} is no einops pattern.")
-            if unbound := set(_MARK.findall(place)) - set(_MARK.findall(hook)):
-                marks = ", ".join(sorted(unbound))
-                raise PrismaError(f"{line!r}: {marks} stands in the place but not in the hook point.")
-            Place.parse(_MARK.sub("0", place))
-            rows.append((place, hook, how))
-        _once(hook for _, hook, _ in rows)
-        return cls(tuple(rows), sizes)
-
-    def prefixed(self, upstream: str, canonical: str) -> HookMap:
-        """Return this table for models that hold upstream's and ours as parts: ``prefixed("trunk.", "vision.")``.
-
-        Args:
-            upstream: what upstream's modules begin with in the larger model.
-            canonical: what our hook points begin with there.
-        """
-        tag = re.sub(r"\W", "_", canonical).strip("_")
-
-        def inside(place: str) -> str:
-            at_root = not place or place[0] in "@:"  # the part itself
-            return f"{upstream.rstrip('.')} {place}".strip() if at_root else upstream + place
-
-        rows = ((inside(place), canonical + hook, tagged(how, self.sizes, tag)) for place, hook, how in self.rows)
-        return HookMap(tuple(rows), {tagged(name, [name], tag): size for name, size in self.sizes.items()})
-
-    def without(self, *hooks: str) -> HookMap:
-        """Return this table without the rows of these hook points."""
-        return HookMap(tuple(row for row in self.rows if row[1] not in hooks), self.sizes)
-
-    def __or__(self, other: HookMap) -> HookMap:
-        """Return the table with the rows of both."""
-        return HookMap(self.rows + other.rows, {**self.sizes, **other.sizes})
+        lines, sizes = Row.lines(table, sizes, "HookMap.parse takes the table")
+        rows = tuple(map(Row.parse, lines))
+        _once(rows)
+        return cls(rows, sizes)
 
     def bound(self, hooks: Iterable[str]) -> list[Row]:
-        """Return the rows for the given hook points, ``{l}`` and the like filled in.
+        """The rows of the given hook points, ``{l}`` and the like filled in.
 
-        Rows for hook points that are not given are left out: a table may speak of parts a model lacks.
+        Rows of other hook points are left out: a table may speak of parts a model lacks.
 
         Raises:
             PrismaError: several rows speak of one hook point.
         """
-        bound: list[Row] = []
-        patterns = [_pattern_of(hook) for _, hook, _ in self.rows]
-        for name in hooks:
-            for (place, _, how), pattern in zip(self.rows, patterns, strict=True):
-                if match := pattern.fullmatch(name):
-                    bound.append(Row(Place.parse(place.format(**match.groupdict())), name, *_parted(how)))
-        _once(row.hook for row in bound)
-        return bound
+        patterns = [(row, pattern_of(row.hook)) for row in self.rows]
+        rows = [
+            row.bind(match.groupdict()) for hook in hooks for row, one in patterns if (match := one.fullmatch(hook))
+        ]
+        _once(rows)
+        return rows
 
-    def check(self, points: Collection[str], lacking: Collection[str]) -> None:
-        """Refuse rows whose right side is a name that no model has: nothing would ever look at them.
+    def check(self, points: Collection[str], optional: Collection[str]) -> None:
+        """Refuse rows of hook points that no model has: nothing would ever read them.
 
         Args:
             points: the model's hook points.
-            lacking: those of parts that it might have, ``{l}`` and the like in the place of numbers.
+            optional: hook points of parts that it might have, ``{l}`` and the like in the place of numbers.
 
         Raises:
             UnknownName: a row is for no hook point; the nearest are suggested.
         """
-        families = set(map(_family, lacking))
-        for place, hook, _ in self.rows:
-            pattern = _pattern_of(hook)
-            if _family(hook) in families or any(map(pattern.fullmatch, points)):
+        families = set(map(_family, optional))
+        for row in self.rows:
+            if _family(row.hook) in families or any(map(pattern_of(row.hook).fullmatch, points)):
                 continue
-            known = {_NUMBER.sub("{l}", name) if "{" in hook else name for name in points}
-            raise UnknownName(f"'{place} -> {hook}': {hook} is no hook point of this model.{suggest(hook, known)}")
+            known = {_NUMBER.sub("{l}", name) if "{" in row.hook else name for name in points}
+            hint = suggest(row.hook, known)
+            raise UnknownName(f"'{row.place} -> {row.hook}': {row.hook} is no hook point of this model.{hint}")
 
     def plain(self) -> list[Row]:
-        """Return every row of a table without marks, in order.
+        """Every row of a table without marks, in order.
 
         Raises:
             PrismaError: a row has a mark: nothing says which numbers it stands for.
         """
-        for place, hook, _ in self.rows:
-            if _MARK.search(place + hook):
-                raise PrismaError(f"'{place} -> {hook}' leaves numbers open; write a row for each layer.")
-        _once(hook for _, hook, _ in self.rows)
-        return [Row(Place.parse(place), hook, *_parted(how)) for place, hook, how in self.rows]
+        for row in self.rows:
+            if MARK.search(row.place.module + row.hook):
+                raise PrismaError(f"'{row.place} -> {row.hook}' leaves numbers open; write a row for each layer.")
+        _once(self.rows)
+        return list(self.rows)
 
 
 def _family(hook: str) -> str:
-    """Return a name without its numbers, marks or not."""
-    return _MARK.sub("{}", _NUMBER.sub("{}", hook))
+    """A hook point's name without its numbers, marks or not."""
+    return MARK.sub("{}", _NUMBER.sub("{}", hook))
 
 
-def _pattern_of(hook: str) -> re.Pattern[str]:
-    seen: set[str] = set()
-
-    def group(match: re.Match[str]) -> str:
-        again = match[1] in seen
-        seen.add(match[1])
-        return f"(?P={match[1]})" if again else rf"(?P<{match[1]}>\d+)"
-
-    return re.compile(re.sub(r"\\\{(\w+)\\\}", group, re.escape(hook)))
-
-
-def _once(hooks: Iterable[str]) -> None:
-    twice = [name for name, n in Counter(hooks).items() if n > 1]
+def _once(rows: Iterable[Row]) -> None:
+    twice = [name for name, n in Counter(row.hook for row in rows).items() if n > 1]
     if twice:
         raise PrismaError(f"The hook map has several rows for {twice[0]}: a hook point equals one place. Keep one row.")
-
-
-def _parted(how: str) -> tuple[str, str]:
-    """Return a row's einops or axes, and its equation."""
-    einops, _, equation = how.partition(" = ")
-    return einops.strip(), equation.strip()

@@ -1,4 +1,4 @@
-"""An upstream module, read with a record of which of its attributes were read."""
+"""Upstream modules as adapters read them: with a record of the attributes that were read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TORCH = "torch.nn.modules."
 
 
 def qualified_name(value: object) -> str:
-    """Return ``package.module.Class`` of an object's type.
+    """Name an object's type: ``package.module.Class``.
 
     >>> qualified_name(nn.Linear(1, 1))
     'torch.nn.modules.linear.Linear'
@@ -23,9 +23,17 @@ def qualified_name(value: object) -> str:
 
 
 class Reader:
-    """An upstream module, with a record of which of its attributes were read.
+    """An upstream module, with a record of the attributes that were read.
 
-    Attributes come back as they are, submodules wrapped. ``reader.module`` is the module itself.
+    Attributes come back as they are, submodules wrapped; a container can be iterated and indexed.
+
+    >>> Reader(nn.Sequential(nn.Linear(2, 3), nn.GELU()))[1].expect("GELU", approximate="none").path
+    '1'
+
+    Attributes:
+        module: the module itself.
+        path: its name in the model that was given to the adapter.
+        record: the names of all attributes read so far, in the whole model.
     """
 
     def __init__(self, module: nn.Module, path: str = "", record: set[str] | None = None):
@@ -46,12 +54,12 @@ class Reader:
         return Reader(value, self._below(name), self.record) if isinstance(value, nn.Module) else value
 
     def has(self, name: str) -> bool:
-        """Whether the attribute is there and not None."""
+        """Whether the attribute exists and is not None."""
         self.record.add(self._below(name))
         return getattr(self.module, name, None) is not None
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return an attribute that older or other classes may lack."""
+        """An attribute that older or other classes may lack."""
         return getattr(self, name) if hasattr(self.module, name) else default
 
     def is_a(self, *names: str) -> bool:
@@ -64,7 +72,7 @@ class Reader:
         return full in names or (full.startswith(TORCH) and full.rpartition(".")[2] in names)
 
     def expect(self, kind: str | None = None, **facts: Any) -> Reader:
-        """Return the reader itself: its module is of this type, and its attributes have these values.
+        """Check the module's type and values of its attributes, and return the reader itself.
 
         Raises:
             UnsupportedArchitecture: the type or a value is another.
@@ -80,10 +88,13 @@ class Reader:
         for name, child in self.module.named_children():
             yield Reader(child, self._below(name), self.record)
 
+    def __getitem__(self, index: int) -> Reader:
+        return list(self)[index]
+
     def __len__(self) -> int:
         return len(list(self.module.children()))
 
     def unsupported(self, feature: str) -> UnsupportedArchitecture:
-        """Return the error that says this module has something we cannot represent."""
+        """The error that names this module and a feature that Prisma cannot represent."""
         where = qualified_name(self.module)
         return UnsupportedArchitecture(f"{where} at {self.path!r}" if self.path else where, feature)

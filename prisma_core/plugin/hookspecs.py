@@ -10,7 +10,7 @@ import pluggy
 if TYPE_CHECKING:
     import typer
 
-    from prisma_core.plugin.adapter import Adapter
+    from prisma_core.plugin.adapter import Adapter, Refusal
     from prisma_core.plugin.case import Case
     from prisma_core.plugin.source import Source
 
@@ -25,8 +25,8 @@ def prisma_sources() -> Sequence[Source]:  # pyright: ignore[reportReturnType]
 
 
 @hookspec
-def prisma_adapters() -> Sequence[Adapter]:  # pyright: ignore[reportReturnType]
-    """Return adapters: each maps upstream types to the canonical transformer."""
+def prisma_adapters() -> Sequence[Adapter | Refusal]:  # pyright: ignore[reportReturnType]
+    """Return adapters, each of which maps upstream types to Prisma's form; and refusals of types, with the reason."""
 
 
 @hookspec

@@ -1,14 +1,23 @@
 """torchvision's vision transformers for Prisma."""
 
-from prisma_conformance import Case, Pictures
-
 from prisma_core import LoadError, ModelSpec, TokenLayout, UnknownName, hookimpl
-from prisma_core.inputs import Preprocess
-from prisma_core.maps.places import HookMap
-from prisma_core.maps.weights import WeightMap
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.plugin.source import Loaded, ModelInfo, Source
-from prisma_core.spec import AttentionSpec, BlockSpec, EmbedSpec, MlpSpec, NormSpec, PoolSpec
+from prisma_core.plugin import (
+    Adapter,
+    AttentionSpec,
+    BlockSpec,
+    Case,
+    EmbedSpec,
+    HookMap,
+    Loaded,
+    MlpSpec,
+    ModelInfo,
+    NormSpec,
+    Pictures,
+    PoolSpec,
+    Preprocess,
+    Source,
+    WeightMap,
+)
 
 WEIGHTS = """
     conv_proj.{*}                                              ->  embed.proj.{*}
