@@ -2,54 +2,141 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from prisma_core.errors import InputError
+from prisma_core.errors import InputError, LoadError, NotApplicable, WeightMapError
 from prisma_core.hooks.model import HookedModel
-
-if TYPE_CHECKING:
-    from prisma_core.inputs import PicturePreprocess
-    from prisma_core.inputs.video import VideoPreprocess
-    from prisma_core.maps.weights import Origin
+from prisma_core.maps.weights import State, WeightMap
 
 Size = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Absent:
-    """Stands for a companion that nobody gave: false, and whoever uses it is told how to give it.
+class MissingProcessor:
+    """A tokenizer or image processor that a model came without: false, and using it raises what to do.
 
     Attributes:
-        what: the model's attribute that holds it.
-        how: where it comes from, in a sentence.
+        why: the sentences.
+        lost: why it could not be saved, where that is the reason.
     """
 
-    what: str
-    how: str
+    why: str
+    lost: str | None = None
 
     def __bool__(self) -> Literal[False]:
         return False
 
     def __call__(self, *arguments: Any, **options: Any) -> NoReturn:
-        raise InputError(f"This model came without a {self.what}. {self.how}")
+        raise InputError(self.why)
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("_") or "how" not in vars(self):  # a copy that is not filled yet
+        if name.startswith("_"):  # copying looks for methods before there is a reason
             raise AttributeError(name)
-        raise AttributeError(f"{name}: this model came without a {self.what}. {self.how}")
+        raise AttributeError(f"{name}: {self.why[0].lower()}{self.why[1:]}")
 
 
-NO_PREPROCESS = Absent(
-    "preprocess",
-    "Set model.preprocess = prisma_core.inputs.Preprocess(size=model.spec.image_size, mean=..., std=...), with the "
-    "mean and deviation it was trained with; some sources take them when they load: mean=, std=.",
+class LazyProcessor(ABC):
+    """A tokenizer or image processor that is made when it is first used."""
+
+    @abstractmethod
+    def make(self) -> Any:
+        """Return the object itself.
+
+        Raises:
+            PrismaError: it cannot be made.
+        """
+
+
+class Processor:
+    """A model's attribute for a tokenizer or image processor. A lazy one is made when it is read; ``vars`` shows it."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, model: object, owner: type | None = None) -> Any:
+        if model is None:
+            return self
+        held: dict[str, Any] = vars(model)
+        if isinstance(held.get(self.name), LazyProcessor):
+            held[self.name] = held[self.name].make()
+        return held.get(self.name)
+
+    def __set__(self, model: object, value: Any) -> None:
+        vars(model)[self.name] = value
+
+
+NO_PREPROCESS = MissingProcessor(
+    "This model came without a preprocess. Set model.preprocess = "
+    "prisma_core.inputs.Preprocess(size=model.spec.image_size, mean=..., std=...), with the mean and deviation it was "
+    "trained with; some sources take them when they load: mean=, std=."
 )
+
+
+@dataclass
+class Origin:
+    """The upstream model that a model was adapted from, as ``export`` needs it.
+
+    Attributes:
+        kind: its qualified class name.
+        map: its weight map.
+        upstream: upstream's tensors by name; without data where the weight map can make them again.
+        persistent: the names in upstream's state dict.
+    """
+
+    kind: str
+    map: WeightMap = field(repr=False)
+    upstream: dict[str, Tensor] = field(repr=False)
+    persistent: list[str] = field(repr=False)
+
+    @classmethod
+    def of(cls, kind: str, table: WeightMap, tensors: State, persistent: Iterable[str]) -> Origin:
+        """Record a model: copies of the tensors that its weight map cannot make again, the shapes of the others."""
+        names = list(persistent)
+        copied = {name for name in tensors if table.reason_to_ignore(name) is not None}
+        copied |= table.function_sources(tensors) | (set(tensors) - set(names))
+        upstream = {
+            name: tensor.detach().clone() if name in copied else tensor.detach().to("meta")
+            for name, tensor in tensors.items()
+        }
+        return cls(kind, table, upstream, names)
+
+    def export(self, canonical: State) -> dict[str, Tensor]:
+        """Make upstream's state dict from the canonical tensors.
+
+        Raises:
+            WeightMapError: they were changed where upstream's state dict has nothing to hold the change.
+        """
+        state = self.map.backward(canonical, self.upstream)
+        for name in self.upstream.keys() - set(self.persistent):
+            if not torch.equal(state[name], self.upstream[name].to(state[name])):
+                raise WeightMapError(f"What {name} makes was changed, and upstream's state dict does not hold it.")
+        return {name: state[name].contiguous() for name in self.persistent}
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of a module by name, shared ones under each name."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+
+
+def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Replace a model's parameters and buffers by tensors, without a copy."""
+    for name, tensor in tensors.items():
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        if attribute in module._parameters:  # pyright: ignore[reportPrivateUsage]
+            value = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+            module._parameters[attribute] = value  # pyright: ignore[reportPrivateUsage]
+        else:
+            module._buffers[attribute] = tensor.detach()  # pyright: ignore[reportPrivateUsage]
 
 
 class ZooModel(HookedModel):
@@ -57,18 +144,19 @@ class ZooModel(HookedModel):
 
     Attributes:
         spec: the facts.
-        preprocess: from pictures, or videos, to the tensor the model takes; set by whoever loaded the model. Where
-            nobody did it is false, and calling it says what to set.
+        preprocess: from images, or videos, to the tensor the model takes; set by whoever loaded the model. Where
+            nobody did it is false, and using it raises an InputError that says what to set.
         labels: names of the classes, if the model has any.
         reference: what it was loaded from.
         origin: what it was adapted from.
     """
 
     spec: Any  # each model says which of AnySpec
+    preprocess = Processor()
 
     def __init__(self) -> None:
         super().__init__()
-        self.preprocess: PicturePreprocess | VideoPreprocess | Absent | None = NO_PREPROCESS
+        self.preprocess = NO_PREPROCESS
         self.labels: tuple[str, ...] | None = None
         self.reference: str | None = None
         self.origin: Origin | None = None
@@ -77,11 +165,6 @@ class ZooModel(HookedModel):
         """Return the transformers this model is made of, by the prefix of their hook points."""
         return {"": self}
 
-    def companions(self) -> Mapping[str, Callable[[Any], Tensor]]:
-        """Return the attributes that hold what another library made, each with a way to try it: equal results mean
-        that two are the same."""
-        return {}
-
     def unsaved_behaviour(self) -> str | None:
         """Return what the model does that no spec says, to follow "This model"; None for most.
 
@@ -89,6 +172,20 @@ class ZooModel(HookedModel):
         """
         towers = (tower for tower in self.towers().values() if tower is not self)
         return next((said for tower in towers if (said := tower.unsaved_behaviour())), None)
+
+    def export(self) -> dict[str, Tensor]:
+        """Write the present weights as upstream's own state dict (``prisma.export``).
+
+        Raises:
+            LoadError: the model was not adapted from an upstream one.
+            NotApplicable: the model does something that no weights say.
+            WeightMapError: weights were edited in a way upstream has no tensor for.
+        """
+        if (behaviour := self.unsaved_behaviour()) is not None:
+            raise NotApplicable(f"This model {behaviour}, which upstream's weights cannot hold; export the original.")
+        if self.origin is None:
+            raise LoadError("This model was not adapted from an upstream one: there is nothing to export to. Use save.")
+        return self.origin.export({name: tensor.detach() for name, tensor in tensors_of(self).items()})
 
     @abstractmethod
     def sizes(self) -> list[Size]:

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from prisma_core import hookimpl
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.plugin.case import Case
-from prisma_core.plugin.source import Source
+from prisma_core.plugin import Adapter, Case, Source
 from prisma_toy.adapter import PublishedAdapter
 from prisma_toy.scenes import SampleScene, sample_scene
 from prisma_toy.source import ToySource

@@ -5,11 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from prisma_core import ModelSpec, TokenLayout
-from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader
-from prisma_core.maps.weights import WeightMap
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.spec import AnySpec, AttentionSpec, BlockSpec, EmbedSpec, MlpSpec, NormSpec, PoolSpec
+from prisma_core.plugin import (
+    Adapter,
+    AnySpec,
+    AttentionSpec,
+    BlockSpec,
+    EmbedSpec,
+    HookMap,
+    MlpSpec,
+    NormSpec,
+    PoolSpec,
+    Reader,
+    WeightMap,
+)
 
 WEIGHTS = """
     embed.proj.{*}            ->  embed.proj.{*}

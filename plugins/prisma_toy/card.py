@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import platform
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -41,13 +40,9 @@ _ACCURACY = "- Held-out accuracy: "
 def finish(trainer: Trainer, n: int = HELD_OUT, progress: Callable[[int], None] | None = None) -> Score:
     """Write the trained model with its card into the run's folder, and return its score on ``n`` held-out pictures."""
     score = held_out(trainer.model, trainer.task, n, progress=progress)
-
-    def fill(folder: Path) -> None:
-        prisma.save(trainer.model, folder)
-        (folder / checkpoints.CONFIG).write_text(trainer.config.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        (folder / CARD).write_text(text(trainer, score), encoding="utf-8")
-
-    checkpoints.write_folder(trainer.folder / MODEL, fill)
+    folder = prisma.save(trainer.model, trainer.folder / MODEL)
+    checkpoints.write(folder / checkpoints.CONFIG, trainer.config.model_dump_json(indent=1) + "\n")
+    checkpoints.write(folder / CARD, text(trainer, score))  # last: it says that the run was finished
     return score
 
 
@@ -72,6 +67,7 @@ def text(trainer: Trainer, score: Score) -> str:
     config, spec, task = trainer.config, trainer.model.spec, trainer.task
     size = sum(p.numel() for p in trainer.model.parameters())
     parts = "attention alone" if spec.blocks[0].mlp is None else "attention and MLP"
+    read = "the mean of all tokens" if config.pool == "avg" else "the class token"
     norms = "with layer norm" if config.norm else "without layer norm"
     layers = "1 layer" if config.layers == 1 else f"{config.layers} layers"
     lines = [
@@ -82,7 +78,7 @@ def text(trainer: Trainer, score: Score) -> str:
         f"- Data: `{task.name}`, {len(task.labels)} classes, {task.channels} x {task.size} x {task.size}, drawn by "
         "this package for every batch afresh; no data set is downloaded or stored.",
         f"- Model: d_model {config.d_model}, {config.heads} heads, patches of {task.patch} pixels, {size:,} "
-        "parameters. The head reads the mean of all tokens.",
+        f"parameters. The head reads {read}." + (f" {config.registers} registers." if config.registers else ""),
         f"- Command: `{command(config, trainer.folder.name)}`",
         f"- Seed: {config.seed}; {_length(trainer)} of {config.batch} pictures.",
         f"{_ACCURACY}{score}, on pictures drawn from chances that no training run uses.",

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from prisma_core.plugin.case import Case
+from prisma_core.plugin import Case
 from prisma_toy.options import Options
 from prisma_toy.published import PublishedViT
 

@@ -1,59 +1,38 @@
-"""Files that are whole or not there: written beside their place, then moved into it in one step."""
+"""The files of a training run: configuration, state, log and checkpoints, each whole or not there."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 import prisma_core as prisma
 from prisma_core import HookedViT, LoadError
+from prisma_core.plugin import replacing
 
 CONFIG, STATE, LOG, CHECKPOINTS = "config.json", "state.safetensors", "log.jsonl", "checkpoints"
-_TEMPORARY = ".partial-"
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a file so that a kill at any moment leaves the old one or the new one, never a part."""
-    beside = path.with_name(_TEMPORARY + path.name)
-    with open(beside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+def write(path: Path, text: str) -> None:
+    """Write a file so that a kill at any moment leaves the old one or the new one, never a part.
 
-
-def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
-    """Write a folder so that it is there with all its files, or not at all."""
-    beside = path.with_name(_TEMPORARY + path.name)
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    fill(beside)
-    if path.exists():
-        shutil.rmtree(path)
-    os.replace(beside, path)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what a killed run left half-written."""
-    for left in [*folder.glob(f"{_TEMPORARY}*"), *(folder / CHECKPOINTS).glob(f"{_TEMPORARY}*")]:
-        if left.is_dir():
-            shutil.rmtree(left)
-        else:
-            left.unlink()
+    Raises:
+        LoadError: the disk is full or read-only.
+    """
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Write all a run needs to go on, weights, optimizer and step, in one file, so that they belong together."""
     whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    write(folder / STATE, save(whole, metadata={"facts": json.dumps(facts)}))
+    with replacing(folder / STATE) as beside:
+        save_file(whole, beside, metadata={"facts": json.dumps(facts)})
 
 
 def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -74,7 +53,10 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def save_model(folder: Path, model: HookedViT, step: int) -> Path:
     """Write a checkpoint that ``prisma.load("file:...")`` reads."""
     path = folder / CHECKPOINTS / f"step-{step:06d}"
-    write_folder(path, lambda beside: prisma.save(model, beside))
+    if path.exists():  # by a run that was killed after it
+        return prisma.save(model, path)
+    with replacing(path) as beside:
+        prisma.save(model, beside)
     return path
 
 
@@ -93,7 +75,7 @@ def log_rows(folder: Path) -> Iterator[dict[str, Any]]:
 def rewind_log(folder: Path, step: int) -> None:
     """Drop the rows after ``step``: the run will write them again."""
     rows = [json.dumps(row) for row in log_rows(folder) if row["step"] <= step]
-    write(folder / LOG, "".join(row + "\n" for row in rows).encode())
+    write(folder / LOG, "".join(row + "\n" for row in rows))
 
 
 def due(step: int, steps: int) -> bool:

@@ -24,6 +24,13 @@ def train(
     mlp_ratio: Annotated[
         float | None, typer.Option(help="Width of the MLP over d_model; 0 for none.", show_default="2")
     ] = None,
+    pool: Annotated[
+        str | None,
+        typer.Option(
+            help="What the head reads: avg, the mean of all tokens, or token, the class token.", show_default="avg"
+        ),
+    ] = None,
+    registers: Annotated[int | None, typer.Option(help="Register tokens.", show_default="0")] = None,
     no_norm: Annotated[bool, typer.Option("--no-norm", help="No layer norm anywhere.")] = False,
     steps: Annotated[int | None, typer.Option(help="Batches to train on.", show_default="2000")] = None,
     batch: Annotated[int | None, typer.Option(help="Pictures in a batch.", show_default="32")] = None,
@@ -62,6 +69,8 @@ def train(
         "heads": heads,
         "mlp_ratio": 0.0 if attention_only else mlp_ratio,
         "norm": False if no_norm else None,
+        "pool": pool,
+        "registers": registers,
         "steps": steps,
         "batch": batch,
         "lr": lr,

@@ -11,11 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prisma_core import LoadError, UnknownName
-from prisma_core.files import hub
-from prisma_core.files.checkpoint import read_checkpoint
-from prisma_core.inputs import Preprocess
-from prisma_core.plugin.source import Loaded
-from prisma_core.toolbox.options import read_options
+from prisma_core.plugin import Loaded, Preprocess, hub, read_checkpoint, read_options
 from prisma_toy.options import Options
 from prisma_toy.published import PublishedViT, published
 

@@ -8,20 +8,27 @@ import torch
 from torch import nn
 
 from prisma_core import HookedViT, InputError, ModelSpec, TokenLayout
-from prisma_core.inputs import Preprocess
-from prisma_core.spec import AttentionSpec, BlockSpec, EmbedSpec, MlpSpec, NormSpec, PoolSpec
+from prisma_core.plugin import AttentionSpec, BlockSpec, EmbedSpec, MlpSpec, NormSpec, PoolSpec, Preprocess
 from prisma_toy.tasks import Task
 
 
 def toy_spec(
-    task: Task, *, layers: int, d_model: int, heads: int, mlp_ratio: float = 2.0, norm: bool = True
+    task: Task,
+    *,
+    layers: int,
+    d_model: int,
+    heads: int,
+    mlp_ratio: float = 2.0,
+    norm: bool = True,
+    pool: str = "avg",
+    registers: int = 0,
 ) -> ModelSpec:
     """Return the facts of a toy vision transformer.
 
-    Its head reads the mean of all tokens, so each patch casts a vote, and the logit lens of the last layer shows the
-    votes.
-
     Args:
+        pool: what the head reads. ``avg``: the mean of all tokens, so each patch casts a vote, and the logit lens of
+            the last layer shows the votes. ``token``: the class token, which has to fetch what it says by attention.
+        registers: learned tokens behind the class token that nothing reads but attention.
         mlp_ratio: the MLP's width over ``d_model``; 0 for a model of attention alone.
         norm: whether there are layer norms, in blocks and before the head.
 
@@ -43,10 +50,10 @@ def toy_spec(
         d_model=d_model,
         image_size=(task.size, task.size),
         embed=EmbedSpec(patch=(task.patch, task.patch), in_channels=task.channels),
-        layout=TokenLayout(cls=1, rows=side, columns=side),
+        layout=TokenLayout(cls=1, registers=registers, rows=side, columns=side),
         blocks=(block,) * layers,
         ln_final=ln,
-        pool=PoolSpec(kind="avg", with_prefix=True),
+        pool=PoolSpec(kind="avg", with_prefix=True) if pool == "avg" else PoolSpec(kind="token"),
         d_pool=d_model,
         n_classes=len(task.labels),
     )

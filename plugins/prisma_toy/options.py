@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from prisma_core.toolbox.options import Above, Heads
-from prisma_core.toolbox.options import Options as SourceOptions
+from prisma_core.plugin import Above, Heads
+from prisma_core.plugin import Options as SourceOptions
 
 
 class Options(SourceOptions):

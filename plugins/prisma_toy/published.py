@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prisma_core import InputError, LoadError
-from prisma_core.files.checkpoint import check_axes, check_shapes
+from prisma_core.plugin import check_axes, check_shapes
 from prisma_toy.options import Options
 
 Shapes = Mapping[str, torch.Size]

@@ -12,8 +12,7 @@ from PIL.Image import Image, fromarray
 
 import prisma_core as prisma
 from prisma_core import HookedViT, InputError, UnknownName
-from prisma_core.errors import suggest
-from prisma_core.plugin.source import Loaded, ModelInfo, Source
+from prisma_core.plugin import Loaded, ModelInfo, Source, suggest
 from prisma_toy import fetch
 from prisma_toy.checkpoints import CONFIG
 from prisma_toy.model import draw_weights

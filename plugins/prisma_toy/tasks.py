@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prisma_core.errors import UnknownName, suggest
-from prisma_toy import dsprites, puzzles, scenes
+from prisma_core.plugin import UnknownName, suggest
+from prisma_toy import digits, dsprites, puzzles, scenes
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Task:
         channels, size, patch: of the pictures.
         draw: ``(n, generator, training) -> Batch``.
         knows_patches: whether batches say what each patch shows.
+        held_out: the whole held-out set, where the data end.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Task:
     patch: int
     draw: Callable[[int, torch.Generator, bool], Batch]
     knows_patches: bool = False
+    held_out: Callable[[], Batch] | None = None
 
     def batch(self, n: int, split: str, seed: int, step: int) -> Batch:
         """Return batch ``step`` of a split; the same four arguments always draw the same pictures.
@@ -110,6 +112,19 @@ def _induction() -> Task:
     )
 
 
+def _digits() -> Task:
+    def draw(n: int, generator: torch.Generator, training: bool) -> Batch:
+        image, digit = digits.draw(n, generator, training)
+        return Batch(image, _one_hot(digit, 10))
+
+    def held_out() -> Batch:
+        image, digit = digits.split(training=False)
+        return Batch(image, _one_hot(digit, 10))
+
+    about = "a handwritten digit (scikit-learn's set)"
+    return Task("digits", about, digits.LABELS, 1, digits.SIZE, 2, draw, held_out=held_out)
+
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -118,6 +133,7 @@ TASKS: dict[str, Task] = {
         _circle("position"),
         _circle("size"),
         _induction(),
+        _digits(),
     )
 }
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ class Config(BaseModel):
     Attributes:
         data: name of the task.
         mlp_ratio: the MLP's width over ``d_model``; 0 for attention alone.
+        pool: what the head reads, the mean of all tokens or the class token.
+        registers: learned tokens behind the class token.
         patch_loss: weight of the loss that asks each patch for what it shows, where the task knows.
         threads: of torch; another number adds up in another order, and rounds otherwise.
         bf16: matrix products in bfloat16, twice as fast on processors that have it; weights stay in float32.
@@ -41,6 +43,8 @@ class Config(BaseModel):
     heads: int = Field(default=4, ge=1)
     mlp_ratio: float = Field(default=2.0, ge=0)
     norm: bool = True
+    pool: Literal["avg", "token"] = "avg"
+    registers: int = Field(default=0, ge=0, le=64)
     steps: int = Field(default=2000, ge=1)
     batch: int = Field(default=32, ge=1)
     lr: float = Field(default=2e-3, gt=0)
@@ -80,7 +84,7 @@ class Trainer:
             )
         self._build(config, folder)
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoints.write(folder / checkpoints.CONFIG, (config.model_dump_json(indent=1) + "\n").encode())
+        checkpoints.write(folder / checkpoints.CONFIG, config.model_dump_json(indent=1) + "\n")
         checkpoints.save_model(folder, self.model, 0)
         self._save()
 
@@ -100,7 +104,6 @@ class Trainer:
             raise LoadError(f"{path} does not describe a run: {error}") from error
         self = cls.__new__(cls)
         self._build(config, folder)
-        checkpoints.sweep(folder)
         if (folder / checkpoints.STATE).exists():
             self._restore()
         else:  # killed before the first state was saved
@@ -119,6 +122,8 @@ class Trainer:
             heads=config.heads,
             mlp_ratio=config.mlp_ratio,
             norm=config.norm,
+            pool=config.pool,
+            registers=config.registers,
         )
         self.model: HookedViT = toy_model(self.task, spec, config.seed)
         matrices = [p for p in self.model.parameters() if p.ndim >= 2]
@@ -212,7 +217,8 @@ class Trainer:
             logits = self.model(normalise(batch.image)).float()
             return F.cross_entropy(logits, batch.target), logits
         votes = patch_logits(self.model, normalise(batch.image)).float()
-        logits = votes.mean(1)  # what the model returns: the head is linear, so it may come before the mean
+        # What the model returns: the head is linear, so it may come before the mean.
+        logits = votes.mean(1) if self.config.pool == "avg" else votes[:, 0]
         patches = votes[:, self.model.layout.n_prefix :].flatten(0, 1)
         shown = batch.patches.flatten(0, 1)
         return F.cross_entropy(logits, batch.target) + self.config.patch_loss * F.cross_entropy(patches, shown), logits

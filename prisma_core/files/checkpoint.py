@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import re
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,8 +63,20 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except FileNotFoundError as error:
         raise LoadError(f"No file at {path}.") from error
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise LoadError(f"{path} is not a readable safetensors file (truncated or corrupt?): {error}") from error
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256 of tensors: of their names, dtypes, shapes and bytes, wherever they lie."""
+
+    def one(name: str) -> bytes:
+        tensor = tensors[name].detach().cpu().contiguous()
+        facts = f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode()
+        return facts + hashlib.sha256(cast(Any, tensor.flatten().view(torch.uint8).numpy())).digest()
+
+    with ThreadPoolExecutor() as pool:
+        return hashlib.sha256(b"".join(pool.map(one, sorted(tensors)))).hexdigest()
 
 
 class _Inert:

@@ -1,51 +1,34 @@
-"""What a saved model is: facts as JSON, weights as safetensors, and files of what goes with it."""
+"""A model in a folder: ``spec.json`` with its facts, ``model.safetensors`` with its weights, and files of processors.
+
+``spec.json`` holds the digests of all the rest, and is replaced last: what it does not name is not there. New weights
+lie beside the old ones under a name with their digest until then, and are moved into their place afterwards.
+"""
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
-from torch import Tensor, nn
 
-from prisma_core.errors import LoadError, NotApplicable, PrismaError, UnsupportedArchitecture
-from prisma_core.files.checkpoint import check_shapes, read_safetensors
-from prisma_core.inputs.video import read_preprocess
+from prisma_core.errors import LoadError, NotApplicable, UnsupportedArchitecture
+from prisma_core.files.atomic import locked, move, staging, writing
+from prisma_core.files.checkpoint import check_shapes, digest, read_safetensors
 from prisma_core.maps.reader import qualified_name
-from prisma_core.model import Absent
-from prisma_core.plugin.host import host
-from prisma_core.saving.companions import Kept, Lost
-from prisma_core.spec import Facts, read_spec
-from prisma_core.transformer import HookedViT, ZooModel, build
+from prisma_core.model import ZooModel, assign, tensors_of
+from prisma_core.saving import processors
+from prisma_core.saving.facts import SavedFacts, SavedProcessor, read_facts
+from prisma_core.saving.processors import beside, place
+from prisma_core.transformer import HookedViT, build
 from prisma_core.upstream.model import HookedUpstream
 
 SPEC, WEIGHTS, COMPANIONS = "spec.json", "model.safetensors", "companions"
-
-
-def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return every parameter and buffer of a module by name, shared ones under each name."""
-    return {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
-
-
-def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put tensors in the places of a model's parameters and buffers, without a copy."""
-    for name, tensor in tensors.items():
-        path, _, attribute = name.rpartition(".")
-        module = model.get_submodule(path)
-        if attribute in module._parameters:  # pyright: ignore[reportPrivateUsage]
-            value = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
-            module._parameters[attribute] = value  # pyright: ignore[reportPrivateUsage]
-        else:
-            module._buffers[attribute] = tensor.detach()  # pyright: ignore[reportPrivateUsage]
+_WAITING = re.compile(r"(model|tokenizer|preprocess)-[0-9a-f]{12}(\.safetensors)?")
 
 
 def with_own_stem(model: ZooModel) -> list[HookedViT]:
@@ -55,16 +38,42 @@ def with_own_stem(model: ZooModel) -> list[HookedViT]:
 
 
 def save(model: ZooModel, folder: str | Path) -> Path:
-    """Write a model's spec, preprocessing and labels (JSON) and weights (safetensors) into a folder.
+    """Write a model's spec, preprocessing and labels (JSON) and weights (safetensors) into a folder, and return it.
 
-    ``load("file:FOLDER")`` reads it, with no plugin and no network. What goes with the model and is another library's,
-    a tokenizer, is written beside it by the source that knows it, and needs that library again when it is used.
-    ``save`` warns of what no source knows, and the loaded model says so when it is asked for.
+    ``load("file:FOLDER")`` reads it, with no plugin and no network. A tokenizer or image processor of another library
+    is written beside the weights, and needs that library again when it is used; ``save`` warns of what cannot be
+    written, and the loaded model says so when it is used.
+
+    A kill, a full disk, or another process that saves or loads at the same time leaves the model that was there before
+    or the new one. Other files in the folder are left alone.
+
+    >>> folder = prisma.save(model, "my-model")
+    >>> again = prisma.load(f"file:{folder}")
 
     Raises:
         UnsupportedArchitecture: the model has an opaque stem, which a spec cannot describe.
-        NotApplicable: the model does something that no spec says.
+        NotApplicable: the model does something that no spec says, or has no weights.
+        InputError: its labels are not one text a class, or its weights are not all numbers.
+        LoadError: the disk is full, read-only, or refuses in another way.
     """
+    _check_savable(model)
+    folder = Path(folder)
+    tensors = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
+    frozen = [name for name, tensor in tensors_of(model).items() if not tensor.requires_grad]
+    facts = SavedFacts.of(model, digest(tensors), frozen)
+    # A tensor that is part of a larger one is copied: a file holds each on its own.
+    whole = {name: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x for name, x in tensors.items()}
+    with writing(folder):
+        _make(folder)
+        with locked(folder.resolve()), staging(folder) as fresh:
+            facts = facts.model_copy(update={"companions": processors.write(model, fresh)})
+            save_file({name: tensor.contiguous() for name, tensor in whole.items()}, fresh / WEIGHTS)
+            (fresh / SPEC).write_text(facts.to_json(), encoding="utf-8")
+            _commit(facts, fresh, folder)
+    return folder
+
+
+def _check_savable(model: ZooModel) -> None:
     if isinstance(model, HookedUpstream):
         raise UnsupportedArchitecture(
             qualified_name(model.upstream),
@@ -78,27 +87,80 @@ def save(model: ZooModel, folder: str | Path) -> Path:
             model.origin.kind if model.origin else "this model",
             "its stem is upstream's own module, which a file of facts and weights cannot hold; use export",
         )
-    folder = Path(folder)
+    if any(tensor.is_meta for tensor in tensors_of(model).values()):
+        raise NotApplicable("This model has no weights to save: they are on the device meta.")
+
+
+def _make(folder: Path) -> None:
+    """Make the folder, and refuse what stands where something is to be written.
+
+    Raises:
+        LoadError: with what it is.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LoadError(f"Expected a folder to save into, got {folder}: {error.strerror}.") from error
-    facts = {
-        "spec": model.spec.model_dump(mode="json"),
-        "preprocess": model.preprocess.model_dump(mode="json") if isinstance(model.preprocess, Facts) else None,
-        "labels": model.labels,
-        "reference": model.reference,
-        "frozen": [name for name, tensor in tensors_of(model).items() if not tensor.requires_grad],
-        "companions": _keep_companions(model, folder / COMPANIONS),
-    }
-    (folder / SPEC).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    # A tensor that is part of a larger one is copied: a file holds each on its own.
-    whole = {
-        name: tensor.detach().clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor.detach()
-        for name, tensor in tensors_of(model).items()
-    }
-    save_file({name: tensor.contiguous() for name, tensor in whole.items()}, folder / WEIGHTS)
-    return folder
+    for path in (folder / SPEC, folder / WEIGHTS):
+        if path.is_dir() and not path.is_symlink():
+            raise LoadError(f"{path} is a folder, and a file is to be written there: save into another folder.")
+    home = folder / COMPANIONS
+    if home.is_symlink() or (home.exists() and not home.is_dir()):
+        raise LoadError(f"{home} is no folder but a file or a link, which save does not follow: move it away.")
+
+
+def _commit(facts: SavedFacts, fresh: Path, folder: Path) -> None:
+    """Move what was written into place: beside the old weights and processors first, then the spec, then the rest."""
+    home, old = folder / COMPANIONS, _processors_of(folder)
+    new = {what: str(record.sha256) for what, record in facts.companions.items() if record.source is not None}
+    for what, sha256 in new.items():
+        home.mkdir(exist_ok=True)
+        if not beside(home, what, sha256).exists():
+            move(fresh / what, beside(home, what, sha256))
+    weights = beside(folder, WEIGHTS, str(facts.weights and facts.weights.sha256))
+    move(fresh / WEIGHTS, weights)
+    move(fresh / SPEC, folder / SPEC)
+    with suppress(OSError, LoadError):  # from here on the new model is there
+        weights.replace(folder / WEIGHTS)
+        for what, record in old.items():
+            if (home / what).is_dir() and record.sha256 in (None, processors.digest(home / what)):
+                shutil.rmtree(home / what)
+        for what, sha256 in new.items():
+            if not (home / what).exists():
+                beside(home, what, sha256).replace(home / what)
+        _sweep(folder, home, {beside(home, what, sha256) for what, sha256 in new.items()})
+
+
+def _processors_of(folder: Path) -> Mapping[Any, SavedProcessor]:
+    """Return the processors that a folder's spec names: these folders are Prisma's own."""
+    try:
+        return read_facts(_text(folder), folder / SPEC).companions
+    except LoadError:
+        return {}
+
+
+def _sweep(folder: Path, home: Path, used: set[Path]) -> None:
+    """Remove what a killed ``save`` left beside its place."""
+    for left in folder.glob("model-*"):
+        if _WAITING.fullmatch(left.name) and left.is_file():
+            left.unlink()
+    for left in home.glob("*-*"):
+        if _WAITING.fullmatch(left.name) and left not in used and not left.is_symlink():
+            shutil.rmtree(left)
+    if home.is_dir() and not any(home.iterdir()):
+        home.rmdir()
+
+
+def _text(folder: Path) -> str:
+    try:
+        return (folder / SPEC).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        inner = sorted(folder.glob(f"*/{SPEC}"), key=lambda path: path.parent.name != "model")  # a run of training
+        hint = f" Did you mean file:{inner[0].parent}?" if inner else ""
+        raise LoadError(f"{folder} holds no {SPEC}: expected a folder written by prisma.save.{hint}") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise LoadError(f"{folder / SPEC} does not describe a model: {reason}.") from error
 
 
 def load_folder(folder: Path, *, weights: bool = True) -> ZooModel:
@@ -107,92 +169,47 @@ def load_folder(folder: Path, *, weights: bool = True) -> ZooModel:
     Raises:
         LoadError: a file is missing, truncated, corrupt, or does not fit the others.
     """
-    for name in (SPEC, WEIGHTS):
-        if not (folder / name).is_file():
-            inner = sorted(folder.glob(f"*/{SPEC}"), key=lambda path: path.parent.name != "model")  # a run of training
-            hint = f" Did you mean file:{inner[0].parent}?" if inner else ""
-            raise LoadError(f"{folder} holds no {name}: expected a folder written by prisma.save.{hint}")
+    tries = unchanged = 0
+    while True:
+        before = _version(folder)
+        try:
+            return _loaded(folder, _text(folder), weights)
+        except LoadError:
+            # Another process may save meanwhile. Two failures over a spec that stays as it is are of the folder.
+            tries, unchanged = tries + 1, unchanged + int(_version(folder) == before)
+            if unchanged == 2 or tries == 100:
+                raise
+
+
+def _version(folder: Path) -> tuple[int, ...]:
+    with suppress(OSError, ValueError):
+        facts = (folder / SPEC).stat()
+        return facts.st_ino, facts.st_mtime_ns
+    return ()
+
+
+def _loaded(folder: Path, text: str, weights: bool) -> ZooModel:
+    facts = read_facts(text, folder / SPEC)
+    sha256 = facts.weights and facts.weights.sha256
+    path = place(folder, WEIGHTS, sha256)
+    if not path.is_file():
+        raise LoadError(f"{folder} holds no {WEIGHTS}: expected a folder written by prisma.save.")
     try:
-        facts = cast("dict[str, Any]", json.loads((folder / SPEC).read_text(encoding="utf-8")))
-        spec = read_spec(facts["spec"])
-        preprocess = read_preprocess(facts["preprocess"]) if facts.get("preprocess") else None
         with torch.device("meta"):
-            model = build(spec)
-        companions = _companions(model, dict(facts.get("companions") or {}), folder / COMPANIONS)
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
+            model = build(facts.spec)
+    except (ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         raise LoadError(f"{folder / SPEC} does not describe a model: {error}") from error
     if weights:
-        tensors = read_safetensors(folder / WEIGHTS)
-        check_shapes(tensors, {name: tensor.shape for name, tensor in tensors_of(model).items()}, folder / WEIGHTS)
-        frozen = set(facts.get("frozen", ()))
+        tensors = read_safetensors(path)
+        check_shapes(tensors, {name: tensor.shape for name, tensor in tensors_of(model).items()}, path)
+        if sha256 and digest(tensors) != sha256:
+            raise LoadError(f"{path} holds other weights than {SPEC} was written with: save the model again.")
+        if not sha256 and _text(folder) != text:  # only a digest shows what a save replaces meanwhile
+            raise LoadError(f"{folder} is being saved to: try again.")
+        frozen = set(facts.frozen)
         assign(model, {name: tensor.requires_grad_(name not in frozen) for name, tensor in tensors.items()})
-    model.preprocess = preprocess or model.preprocess
-    model.labels = tuple(facts["labels"]) if facts.get("labels") else None
-    model.reference = facts.get("reference")
-    for what, companion in companions.items():
-        setattr(model, what, companion)
+    model.preprocess = facts.preprocess or model.preprocess
+    model.labels, model.reference = facts.labels, facts.reference
+    for what, processor in processors.read(facts.companions, folder / COMPANIONS).items():
+        setattr(model, what, processor)
     return model.eval()
-
-
-# -------------------------------------------------------------------- what goes with a model
-
-
-def _keep_companions(model: ZooModel, home: Path) -> dict[str, dict[str, str]]:
-    """Write a model's companions, each into a folder named after it; return who can read each, or why none can."""
-    records: dict[str, dict[str, str]] = {}
-    for what, tried in model.companions().items():
-        companion: Any = getattr(model, what)
-        if companion is None or isinstance(companion, Absent | Facts):  # data goes into the JSON
-            continue
-        try:
-            if isinstance(companion, Lost):
-                raise LoadError(companion.why)
-            records[what] = {"source": _keep(companion, tried, home / what)}
-        except Exception as error:  # noqa: BLE001  # another library's code, or the user's; the weights are saved all the same
-            told = str(error) if isinstance(error, PrismaError) else f"{type(error).__name__}: {error}"
-            records[what] = {"lost": told.rstrip(".")}
-            warnings.warn(f"The {what} is not saved with the model: {told.rstrip('.')}.", stacklevel=3)
-    for folder in home.glob("*"):
-        if "source" not in records.get(folder.name, {}):
-            shutil.rmtree(folder)  # of a model that was saved here before
-    if home.is_dir() and not any(home.iterdir()):
-        home.rmdir()
-    return records
-
-
-def _keep(companion: Any, tried: Callable[[Any], Tensor], folder: Path) -> str:
-    """Write a companion into a folder, and return the name of the source that reads it.
-
-    Raises:
-        PrismaError: no source does, or what it reads does something else.
-    """
-    fresh = folder.with_name(f"{folder.name}.new")  # the old folder may be where the companion lies
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    try:
-        if isinstance(companion, Kept):
-            companion.copy(fresh)
-            source = companion.source
-        else:
-            source = host().keep(companion, fresh)
-            if not torch.equal(tried(companion), tried(host().kept(source, fresh))):
-                raise LoadError(f"the source {source!r} does not read back what it wrote")
-        shutil.rmtree(folder, ignore_errors=True)
-        fresh.rename(folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    return source
-
-
-def _made(source: str, folder: Path) -> Any:
-    return host().kept(source, folder)
-
-
-def _companions(model: ZooModel, records: Mapping[str, Any], home: Path) -> dict[str, Kept | Lost]:
-    """Return the companions that ``_keep_companions`` wrote, none of them made yet."""
-    found: dict[str, Kept | Lost] = {}
-    for what in (what for what in model.companions() if what in records):
-        record = records[what]
-        lost = "lost" in record
-        found[what] = Lost(what, str(record["lost"])) if lost else Kept(what, str(record["source"]), home / what, _made)
-    return found

@@ -1,4 +1,4 @@
-"""What goes with a model and is another library's: kept beside its weights by whoever knows it, or said to be lost."""
+"""Tokenizers of other libraries: saved beside a model's weights by their source, or said to be lost."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from torch import Tensor
 
 import prisma_core as prisma
 from prisma_core import InputError, LoadError, PluginError, UnknownName, hookimpl
+from prisma_core.model import MissingProcessor
 from prisma_core.plugin import host as hosting
 from prisma_core.plugin.host import Host
 from prisma_core.plugin.source import Loaded, ModelInfo, Source
-from prisma_core.saving.companions import Kept, Lost
 from prisma_core.saving.folder import SPEC
+from prisma_core.saving.processors import ProcessorFolder
 from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec, NormSpec, TextPoolSpec, TextSpec
 from prisma_core.transformer import HookedText, build
 
@@ -32,7 +33,7 @@ Plugins = Callable[..., None]
 
 
 class Letters:
-    """A stranger's tokenizer: letters, counted from a number that is a fact of its own."""
+    """A third-party tokenizer: letters, counted from a number that is a fact of its own."""
 
     def __init__(self, first: int):
         self.first = first
@@ -41,9 +42,12 @@ class Letters:
         rows = [[self.first + ord(letter) % 20 for letter in text[:8]] for text in texts]
         return torch.tensor([row + [0] * (9 - len(row)) for row in rows])
 
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "first.json").write_text(json.dumps(self.first))
+
 
 class LetterSource(Source):
-    """A stranger's source."""
+    """A third-party source."""
 
     name = "letters"
     install = 'pip install "letters"'
@@ -54,13 +58,7 @@ class LetterSource(Source):
     def models(self) -> Iterator[ModelInfo]:
         yield from ()
 
-    def keep(self, companion: object, folder: Path) -> bool:
-        if not isinstance(companion, Letters):
-            return False
-        (folder / "first.json").write_text(json.dumps(companion.first))
-        return True
-
-    def kept(self, folder: Path) -> Letters:
+    def load_processor(self, folder: Path) -> Letters:
         return Letters(json.loads((folder / "first.json").read_text()))
 
 
@@ -98,10 +96,10 @@ def again(model: Any, folder: Path) -> Any:
         return prisma.load(f"file:{prisma.save(model, folder)}")
 
 
-def test_what_a_strangers_source_knows_is_kept(reader: HookedText, plugins: Plugins, tmp_path: Path) -> None:
+def test_what_a_source_knows_is_saved(reader: HookedText, plugins: Plugins, tmp_path: Path) -> None:
     reader.tokenizer = Letters(5)
     first = again(reader, tmp_path / "first")
-    assert isinstance(first.tokenizer, Kept)
+    assert isinstance(vars(first)["tokenizer"], ProcessorFolder), "made before it was used"
     assert torch.equal(read(first), read(reader))
     second = again(prisma.load(f"file:{tmp_path / 'first'}"), tmp_path / "second")  # not made in between
     over = again(second, tmp_path / "second")
@@ -127,11 +125,11 @@ def test_a_function_of_ones_own_is_said_to_be_lost(reader: HookedText, plugins: 
         return Letters(3)(texts)
 
     reader.tokenizer = spelled
-    with pytest.warns(UserWarning, match="not saved with the model: no source of an installed plugin keeps .*spelled"):
+    with pytest.warns(UserWarning, match="not saved with the model: no source of an installed plugin saves .*spelled"):
         prisma.save(reader, tmp_path / "first")
     model: Any = prisma.load(f"file:{tmp_path / 'first'}")
-    assert isinstance(model.tokenizer, Lost)
-    with pytest.warns(UserWarning, match="keeps .*spelled"):
+    assert isinstance(model.tokenizer, MissingProcessor)
+    with pytest.warns(UserWarning, match="saves .*spelled"):
         prisma.save(model, tmp_path / "second")
     model = prisma.load(f"file:{tmp_path / 'second'}")
     with pytest.raises(InputError, match=r"was not saved with this model: no source.*spelled\. Set model\.tokenizer"):
@@ -160,12 +158,12 @@ def test_a_plugin_or_a_library_that_is_not_there_is_named(reader: HookedText, pl
 
 
 class Forgetful(LetterSource):
-    def kept(self, folder: Path) -> Letters:
+    def load_processor(self, folder: Path) -> Letters:
         return Letters(6)
 
 
 class Broken(LetterSource):
-    def keep(self, companion: object, folder: Path) -> bool:
+    def save_processor(self, processor: Any, folder: Path) -> None:
         raise ZeroDivisionError("of its own")
 
 
@@ -186,6 +184,15 @@ def test_what_does_not_come_back_the_same_is_lost(
         prisma.load(f"file:{tmp_path}").tokens("cat")  # type: ignore[attr-defined]
 
 
+def without_digests(folder: Path) -> None:
+    """Make a folder as it was written before there were digests."""
+    facts = json.loads((folder / SPEC).read_text())
+    del facts["weights"]
+    for record in facts["companions"].values():
+        record.pop("sha256", None)
+    (folder / SPEC).write_text(json.dumps(facts))
+
+
 def test_files_that_change_or_vanish_are_not_used(reader: HookedText, plugins: Plugins, tmp_path: Path) -> None:
     reader.tokenizer = Letters(5)
     early, made = again(reader, tmp_path), prisma.load(f"file:{tmp_path}")
@@ -196,6 +203,9 @@ def test_files_that_change_or_vanish_are_not_used(reader: HookedText, plugins: P
         early.tokens("cat")
     assert torch.equal(read(made), before)
     (tmp_path / "companions" / "tokenizer" / "first.json").write_text("{")
+    with pytest.raises(LoadError, match="changed since the model was loaded or saved"):
+        prisma.load(f"file:{tmp_path}").tokens("cat")  # type: ignore[attr-defined]
+    without_digests(tmp_path)
     with pytest.raises(LoadError, match="'letters' cannot read"):
         prisma.load(f"file:{tmp_path}").tokens("cat")  # type: ignore[attr-defined]
     shutil.rmtree(tmp_path / "companions")

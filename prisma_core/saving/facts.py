@@ -1,0 +1,137 @@
+"""The facts in ``spec.json``, checked as one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, cast
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+
+from prisma_core.errors import InputError, LoadError, format_fields
+from prisma_core.inputs import Preprocess
+from prisma_core.inputs.video import VideoPreprocess
+from prisma_core.model import ZooModel
+from prisma_core.spec import AnySpec, DualSpec, Facts, ModelSpec
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+AnyPreprocess = Annotated[
+    Annotated[Preprocess, Tag("image")] | Annotated[VideoPreprocess, Tag("video")],
+    Discriminator(lambda given: "video" if "each" in (given if isinstance(given, dict) else vars(given)) else "image"),
+]
+
+
+class SavedProcessor(Facts):
+    """The record of a tokenizer or image processor: which source reads its folder, or why it is lost.
+
+    Attributes:
+        sha256: of the folder; folders written before there was one have none.
+    """
+
+    source: str | None = None
+    sha256: Sha256 | None = None
+    lost: str | None = None
+
+    @model_validator(mode="after")
+    def _either(self) -> Self:
+        if (self.source is None) == (self.lost is None):
+            raise ValueError("expected the source that reads it, or why it is lost")
+        return self
+
+
+class SavedWeights(Facts):
+    """The record of the weights: their digest (see ``files.checkpoint.digest``)."""
+
+    sha256: Sha256
+
+
+class SavedFacts(BaseModel):
+    """All that ``spec.json`` says.
+
+    Attributes:
+        frozen: names of the parameters that are not trained.
+        weights: none in folders written before there was a digest.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    spec: Annotated[AnySpec, Field(discriminator="kind")]
+    preprocess: AnyPreprocess | None = None
+    labels: tuple[str, ...] | None = None
+    reference: str | None = None
+    frozen: tuple[str, ...] = ()
+    weights: SavedWeights | None = None
+    companions: dict[Literal["tokenizer", "preprocess"], SavedProcessor] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind(cls, facts: Any) -> Any:
+        spec = cast("dict[str, Any]", facts).get("spec") if isinstance(facts, dict) else None
+        if isinstance(spec, dict):  # once there was one kind, and no name for it
+            cast("dict[str, Any]", spec).setdefault("kind", "vision")
+        return cast(Any, facts)
+
+    @model_validator(mode="after")
+    def _labels(self) -> Self:
+        n = None if isinstance(self.spec, DualSpec) else self.spec.n_classes
+        if self.labels is not None and n is not None and len(self.labels) != n:
+            raise ValueError(f"there are {n} classes and {len(self.labels)} labels")
+        return self
+
+    @model_validator(mode="after")
+    def _grid(self) -> Self:
+        spec = self.spec.vision if isinstance(self.spec, DualSpec) else self.spec
+        if not isinstance(spec, ModelSpec) or spec.embed.stem == "opaque":
+            return self
+        sides = zip(spec.image_size, spec.embed.patch, strict=True)
+        grid = [side // patch if patch > 0 else 0 for side, patch in sides]
+        if min(grid) < 1 or grid != [spec.layout.rows, spec.layout.columns]:
+            raise ValueError(
+                f"image_size={spec.image_size} and patch={spec.embed.patch} make no grid of {spec.layout.rows} x "
+                f"{spec.layout.columns} patches, which the layout has"
+            )
+        return self
+
+    @classmethod
+    def of(cls, model: ZooModel, sha256: str, frozen: list[str]) -> Self:
+        """Return the facts of a model.
+
+        Raises:
+            InputError: labels that are no texts, or not one a class.
+        """
+        preprocess = vars(model.towers().get("vision.", model)).get("preprocess")
+        try:
+            return cls(
+                spec=model.spec,
+                preprocess=preprocess if isinstance(preprocess, Preprocess | VideoPreprocess) else None,
+                labels=model.labels,
+                reference=model.reference,
+                frozen=tuple(frozen),
+                weights=SavedWeights(sha256=sha256),
+            )
+        except ValidationError as error:
+            raise InputError(f"This model's facts do not go together: {_told(error)}.") from error
+
+    def to_json(self) -> str:
+        """Return the text of ``spec.json``."""
+        records = {what: record.model_dump(exclude_none=True) for what, record in self.companions.items()}
+        return json.dumps(self.model_dump(mode="json") | {"companions": records}, indent=1) + "\n"
+
+
+def read_facts(text: str, path: Path) -> SavedFacts:
+    """Return the facts in the text of a ``spec.json``.
+
+    Raises:
+        LoadError: they describe no model.
+    """
+    try:
+        return SavedFacts.model_validate_json(text)
+    except (ValidationError, ValueError) as error:
+        told = _told(error) if isinstance(error, ValidationError) else str(error)
+        raise LoadError(f"{path} does not describe a model: {told}.") from error
+
+
+def _told(error: ValidationError) -> str:
+    """Return the first of what is wrong, in one line."""
+    told = format_fields(error)
+    return told if len(told) < 300 else f"{told[:300]} ..."
