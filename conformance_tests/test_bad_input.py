@@ -558,7 +558,7 @@ def test_attributes_known_from_elsewhere_are_answered(vit: HookedViT, image: Ten
         (vit, "add_hook", r"here hooks are a scope: with model\.hooks\("),
         (vit, "cfg", r"here the facts are model\.spec"),
         (vit, "nothing", r"no attribute 'nothing'$"),
-        (cache, "stack_activation", r"ActivationCache has no attribute 'stack_activation': here it is torch\.stack"),
+        (cache, "stack_activation", r"Cache has no attribute 'stack_activation': here it is torch\.stack"),
         (cache, "nothing", r"no attribute 'nothing'\.$"),
     ):
         with pytest.raises(AttributeError, match=told):

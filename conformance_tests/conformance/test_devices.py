@@ -33,7 +33,7 @@ from prisma_core.inputs import Preprocess
 from prisma_core.maps.places import HookMap
 from prisma_core.maps.reader import qualified_name
 from prisma_core.plugin.adapter import Adapter, MapAdapter
-from prisma_core.plugin.host import host
+from prisma_core.plugin.host import installed
 from prisma_core.spec import (
     AttentionSpec,
     BlockSpec,
@@ -324,10 +324,10 @@ class Careless(Upstream):
 class Mapped(MapAdapter):
     types = (qualified_name(Upstream()), qualified_name(Careless()))
 
-    def facts(self, upstream: Any) -> MapSpec:
+    def spec(self, upstream: Any) -> MapSpec:
         return MapSpec(shape=(6, 4), n_classes=5)
 
-    def table(self, upstream: Any) -> HookMap:
+    def hooks(self, upstream: Any, spec: Any) -> HookMap:
         return HookMap.parse(
             """
             embed       ->  blocks.0.hook_resid_pre   : batch pos d_model
@@ -360,7 +360,7 @@ def test_a_mapped_model_in_half_precision(dtype: torch.dtype) -> None:
 
 def test_the_kit_runs_on_another_device(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "machine", lambda place: f"made up for {place}")
-    case = next(case for case, _ in host().cases({"toy"}) if case.name == "published-norms")
+    case = next(case for case, _ in installed().cases({"toy"}) if case.name == "published-norms")
     report = check(case, device=device, checks=["parity.*", "weights.*", "algebra", "save.load"])
     assert report.passed, str(report)
     assert report.certificate.device == "cuda:0"
@@ -520,7 +520,7 @@ def test_devices_and_dtypes_that_are_none() -> None:
 
 @GPU
 def test_on_a_gpu() -> None:
-    case = next(case for case, _ in host().cases({"toy"}) if case.name == "published-norms")
+    case = next(case for case, _ in installed().cases({"toy"}) if case.name == "published-norms")
     report = check(case, device="cuda")
     assert report.passed, str(report)
     assert torch.cuda.get_device_name() in report.certificate.machine

@@ -14,7 +14,7 @@ from torch import nn
 from prisma_core.maps.places import FUSED, HookMap
 from prisma_core.maps.reader import Reader
 from prisma_core.plugin.adapter import Adapter
-from prisma_core.plugin.host import host
+from prisma_core.plugin.host import installed
 from prisma_core.spec import AnySpec
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
@@ -31,7 +31,7 @@ class Opened(Adapter):
     """timm's adapter, its rows of scores and pattern replaced."""
 
     def __init__(self, scores: str, pattern: str, *, fused: bool = True):
-        self.inner = host().adapter(build())
+        self.inner = installed().adapter(build())
         self.types = self.inner.types  # type: ignore[misc]
         place = f"blocks.{{l}}.attn @ {FUSED}"
         heads = "b h p d -> b p h d"
@@ -48,8 +48,8 @@ class Opened(Adapter):
     def hooks(self, upstream: Reader, spec: AnySpec) -> HookMap:
         return self.inner.hooks(upstream, spec).without(SCORES, PATTERN, V) | self.rows
 
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
-        return nullcontext() if self.fused else self.inner.explicit(upstream)
+    def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext() if self.fused else self.inner.unfused_attention(upstream)
 
 
 def subject(adapter: Adapter) -> Subject:

@@ -15,7 +15,7 @@ from prisma_conformance.report.table import write_table
 from prisma_core import LoadError
 from prisma_core.cli.app import main
 from prisma_core.plugin import host as plugins
-from prisma_core.plugin.host import Host, host
+from prisma_core.plugin.host import Host, installed
 
 DOCS = Path(__file__).parents[2] / "docs" / "conformance"
 PLUGIN = """
@@ -45,6 +45,9 @@ CERTIFICATES = [
 ]
 
 
+POINTS = (("acme", "acme_plugin"), ("conformance", "prisma_conformance.command"))
+
+
 @pytest.fixture
 def acme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A stranger's package, the only plugin there is."""
@@ -53,16 +56,15 @@ def acme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (package / "__init__.py").write_text(PLUGIN)
     monkeypatch.delitem(sys.modules, "acme_plugin", raising=False)
     monkeypatch.syspath_prepend(str(package.parent))
-    monkeypatch.setattr(plugins, "host", lambda: found)
-    found = Host([EntryPoint("acme", "acme_plugin", "prisma")])
+    monkeypatch.setattr(plugins, "_host", Host([EntryPoint(name, module, "prisma") for name, module in POINTS]))
     return package
 
 
 def test_our_plugins_carry_what_the_certificates_say() -> None:
     certificates = [one for path in sorted(DOCS.glob("*.jsonl")) for one in read_certificates(path)]
     assert certificates
-    assert read_supported(host()) == {row.upstream: row for row in summarise(certificates)}
-    assert sum(row.architectures for row in read_supported(host()).values()) == len(counted(certificates))
+    assert read_supported(installed()) == {row.upstream: row for row in summarise(certificates)}
+    assert sum(row.architectures for row in read_supported(installed()).values()) == len(counted(certificates))
 
 
 def test_a_strangers_plugin_carries_its_own(acme: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,5 +96,5 @@ def test_what_cannot_be_written_or_read_is_told(acme: Path) -> None:
         write_supported(CERTIFICATES[2:], "acme_plugin")
     assert not (acme / "supported.json").exists()
     (acme / "supported.json").write_text('[{"upstream": "acme.Net"}]')
-    assert read_supported(plugins.host()) == {}
-    assert "supported.json is not what" in (plugins.host().plugins()[0].error or "")
+    assert read_supported(plugins.installed()) == {}
+    assert "supported.json is not what" in (plugins.installed().plugins()[0].error or "")

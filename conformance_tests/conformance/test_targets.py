@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import sys
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, version
 from typing import Any
@@ -44,12 +45,12 @@ class Other(Net):
 class NetAdapter(MapAdapter):
     types = (f"{__name__}.Net", f"{__name__}.Other")
 
-    def facts(self, upstream: Reader) -> MapSpec:
+    def spec(self, upstream: Reader) -> MapSpec:
         if upstream.refused:
             raise upstream.unsupported("a net that is refused")
         return MapSpec(shape=(3,))
 
-    def table(self, upstream: Reader) -> HookMap:
+    def hooks(self, upstream: Reader, spec: MapSpec) -> HookMap:
         return HookMap.parse("layer -> hook_logits : batch class")
 
 
@@ -78,10 +79,13 @@ class Plugin:
         return [Case("small net", Net)]
 
 
+PLUGIN: Any = Plugin()
+
+
 @pytest.fixture(autouse=True)
 def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
-    host = Host(found=[EntryPoint("nets", __name__, "prisma")])
-    host.manager.register(Plugin(), "nets-plugin")
+    monkeypatch.setitem(sys.modules, "nets_plugin", PLUGIN)
+    host = Host([EntryPoint("nets-plugin", "nets_plugin", "prisma")])
     host.infos["nets-plugin"] = hosts.PluginInfo("nets-plugin", __name__, "nets 3.4")
     monkeypatch.setattr(hosts, "_host", host)
     monkeypatch.setattr(target, "LARGE", 100)

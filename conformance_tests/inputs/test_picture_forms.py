@@ -23,7 +23,7 @@ from prisma_core.inputs import PicturePreprocess, Preprocess, restored, tried
 from prisma_core.plugin import host as hosting
 from prisma_core.plugin.host import Host
 from prisma_core.plugin.source import Loaded, ModelInfo, Source
-from prisma_core.saving.companions import Kept
+from prisma_core.saving.processors import ProcessorFolder
 from prisma_core.spec import AttentionSpec, BlockSpec, EmbedSpec, MlpSpec, ModelSpec, NormSpec, PoolSpec
 from prisma_core.transformer import HookedViT
 
@@ -58,12 +58,10 @@ class HalvingSource(Source):
     def models(self) -> Iterator[ModelInfo]:
         yield from ()
 
-    def keep(self, companion: object, folder: Path) -> bool:
-        if isinstance(companion, Halved):
-            (folder / "less.json").write_text(json.dumps(companion.less))
-        return isinstance(companion, Halved)
+    def save_processor(self, processor: Any, folder: Path) -> None:
+        (folder / "less.json").write_text(json.dumps(processor.less))
 
-    def kept(self, folder: Path) -> Halved:
+    def load_processor(self, folder: Path) -> Halved:
         return Halved(json.loads((folder / "less.json").read_text()))
 
 
@@ -137,7 +135,7 @@ def test_a_strangers_form_goes_with_a_saved_model(model: HookedViT, only: Callab
     only(HalvingSource())
     model.preprocess = Halved(0.25)
     back: Any = prisma.load(f"file:{prisma.save(model, tmp_path)}")
-    assert isinstance(back.preprocess, Kept)
+    assert isinstance(vars(back)["preprocess"], ProcessorFolder)
     image = picture(16, 16)
     assert torch.equal(back(back.preprocess(image)), model(model.preprocess(image)))
     assert back.preprocess.seen(image).size == (8, 8)
@@ -146,7 +144,7 @@ def test_a_strangers_form_goes_with_a_saved_model(model: HookedViT, only: Callab
     assert not (tmp_path / "companions").exists()
 
 
-def test_what_no_source_keeps_is_said_to_be_lost(model: HookedViT, only: Callable[..., None], tmp_path: Path) -> None:
+def test_what_no_source_saves_is_said_to_be_lost(model: HookedViT, only: Callable[..., None], tmp_path: Path) -> None:
     only()
     model.preprocess = Halved(0.25)
     with pytest.warns(UserWarning, match=r"The preprocess is not saved with the model: no source.*Halved"):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache
+from types import MethodType
 from typing import Any
 
 import timm
@@ -18,13 +19,15 @@ from prisma_conformance.subject import Subject
 from torch import Tensor, nn
 
 from prisma_core import HookedViT, HookPoint, ModelSpec
+from prisma_core.hooks.model import Site
 from prisma_core.inputs import Preprocess
 from prisma_core.maps.places import HookMap
 from prisma_core.maps.reader import Reader
 from prisma_core.maps.rule import Rule
 from prisma_core.maps.weights import WeightMap
 from prisma_core.plugin.adapter import Adapter
-from prisma_core.plugin.host import host
+from prisma_core.plugin.host import installed
+from prisma_core.transformer.block import head_inputs
 from prisma_core.zoo import adapt_with
 
 # -------------------------------------------------------------------- models to break
@@ -86,7 +89,7 @@ CASES = {
 @cache
 def built(case: str) -> tuple[nn.Module, Adapter]:
     upstream = CASES[case].build()
-    return upstream, host().adapter(upstream)
+    return upstream, installed().adapter(upstream)
 
 
 # -------------------------------------------------------------------- how to break them
@@ -165,8 +168,8 @@ class Broken(Adapter):
     def stem(self, upstream: Reader, spec: ModelSpec) -> nn.Module | None:
         return self.inner.stem(upstream, spec)
 
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
-        return self.inner.explicit(upstream)
+    def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
+        return self.inner.unfused_attention(upstream)
 
 
 def block(part: str, **update: Any) -> Callable[[ModelSpec], ModelSpec]:
@@ -197,10 +200,10 @@ def ignoring(sources: str, target: str | None = None) -> Callable[[WeightMap], W
     """Return a change that ignores a source, and fills its target with zeros or drops the rule."""
 
     def change(table: WeightMap) -> WeightMap:
-        rules = [rule for rule in table.rules if sources not in (name for options in rule.sources for name in options)]
-        assert len(rules) == len(table.rules) - 1, f"{sources}: no such rule"
+        rules = [rule for rule in table.rows if sources not in (name for options in rule.sources for name in options)]
+        assert len(rules) == len(table.rows) - 1, f"{sources}: no such rule"
         rules += [Rule((("zeros",),), (target,))] if target else []
-        return replace(table, rules=tuple(rules), ignored={**table.ignored, sources: "thought not to matter"})
+        return replace(table, rows=tuple(rules), ignored={**table.ignored, sources: "thought not to matter"})
 
     return change
 
@@ -238,29 +241,6 @@ def detach_mlp(model: HookedViT) -> None:
     mlp.forward = lambda x: forward(x.detach())
 
 
-def attend_with_softmax_first(model: HookedViT) -> None:
-    for layer in model.blocks:
-        attn = layer.attn
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attn: Any = attn) -> Tensor:
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            pattern = ((q * attn.spec.scale) @ k.transpose(-2, -1)).softmax(-1)
-            return (attn.hook_pattern(attn.hook_attn_scores(pattern)) @ v).transpose(1, 2)
-
-        attn._attend = attend
-
-
-def pool_without_dividing(model: HookedViT) -> None:
-    """The pattern of attention pooling held before it is divided by its sum."""
-    attn: Any = model.pool.attn
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        powers = attn.hook_attn_scores((q * attn.spec.scale) @ k.transpose(-2, -1)).exp()
-        return attn.hook_pattern(powers) @ v / powers.sum(-1, keepdim=True)
-
-    attn._attend = attend
-
-
 def unspoken_point(model: HookedViT) -> None:
     """A hook point that no equation and no row speaks of."""
     layer: Any = model.blocks[0]
@@ -284,10 +264,13 @@ def add_in_place(model: HookedViT) -> None:
     """The stream is added to in place, under the feet of whoever kept it."""
     layer = model.blocks[0]
 
-    def forward(x: Tensor, rope: Any = None) -> Tensor:
+    def forward(x: Tensor, rope: Any = None, mask: Tensor | None = None) -> Tensor:
         x = layer.hook_resid_pre(x)
         x = x if x.requires_grad else x.data
-        attn_out = layer.hook_attn_out(layer.ls1(layer.attn(layer.ln1(x), rope, layer._inputs(x))))
+        normed = layer.ln1(x)
+        points = (layer.hook_q_input, layer.hook_k_input, layer.hook_v_input)
+        (inputs,) = head_inputs(x, layer.spec, *points)
+        attn_out = layer.hook_attn_out(layer.ls1(layer.attn(normed, rope, inputs)))
         x = x + attn_out if x.requires_grad else x.add_(attn_out)
         x = layer.hook_resid_mid(x)
         return layer.hook_resid_post(x + layer.hook_mlp_out(layer.ls2(layer.mlp(layer.ln2(x)))))
@@ -326,6 +309,22 @@ class Squared(HookPoint):
 
     def __call__(self, x: Tensor) -> Tensor:
         super().__call__(x.square())
+        return x
+
+
+class Softened(HookPoint):
+    """Shows the softmax of what passes."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        super().__call__(x.softmax(-1))
+        return x
+
+
+class Doubled(HookPoint):
+    """Shows twice what passes."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        super().__call__(2 * x)
         return x
 
 
@@ -386,8 +385,11 @@ def exchange(path: str, other: str, what: str) -> Callable[[HookedViT], None]:
         points = model.hook_points()
         if what == "order":
             points[path].order, points[other].order = points[other].order, points[path].order
-            model.__dict__.pop("_points")
         else:
-            points[path], points[other] = points[other], points[path]
+            model._sites = MethodType(sites, model)
+
+    def sites(model: HookedViT) -> dict[str, Site]:
+        right = type(model)._sites(model)
+        return right | {path: right[other], other: right[path]}
 
     return change

@@ -10,23 +10,24 @@ from prisma_conformance import Pictures
 from torch import nn
 
 from prisma_core import HookedViT
-from prisma_core.maps.places import HookMap
+from prisma_core.maps.places import HookMap, Place, Row
 from prisma_core.spec import NormSpec
 
 from .mutants import (
     CASES,
     Cutting,
+    Doubled,
     Ignoring,
     Mutant,
     Rounding,
     Shared,
     Silent,
+    Softened,
     Squared,
     Sticky,
     Twice,
     Uncompiled,
     add_in_place,
-    attend_with_softmax_first,
     block,
     blocks,
     detach_mlp,
@@ -35,7 +36,6 @@ from .mutants import (
     parameters,
     part,
     point,
-    pool_without_dividing,
     resize_without_antialias,
     scale_after_hook,
     swap_queries_and_keys,
@@ -49,7 +49,7 @@ def _rows_exchanged(table: HookMap) -> HookMap:
         "blocks.{l}.hook_resid_pre": "blocks.{l}.hook_resid_mid",
         "blocks.{l}.hook_resid_mid": "blocks.{l}.hook_resid_pre",
     }
-    return replace(table, rows=tuple((place, other.get(hook, hook), how) for place, hook, how in table.rows))
+    return replace(table, rows=tuple(replace(row, hook=other.get(row.hook, row.hook)) for row in table.rows))
 
 
 def _unfuse(upstream: nn.Module) -> None:
@@ -185,7 +185,7 @@ MUTANTS = [
         "scores held after the softmax",
         "parity.hooks",
         "attn.hook_attn_scores differs by",
-        edit=attend_with_softmax_first,
+        edit=point("blocks.0.attn.hook_attn_scores", Softened),
     ),
     Mutant(
         "two rows of the hook map exchanged",
@@ -203,7 +203,7 @@ MUTANTS = [
         "a row that reads nothing",
         "parity.hooks",
         "blocks.0.ln1.hook_scale: upstream never passed",
-        hooks=lambda t: replace(t, rows=(*t.rows, ("head @ softmax", "blocks.{l}.ln1.hook_scale", ""))),
+        hooks=lambda t: replace(t, rows=(*t.rows, Row(Place("head", "softmax"), "blocks.{l}.ln1.hook_scale"))),
     ),
     Mutant(
         "attn_out held before layer scale",
@@ -243,7 +243,7 @@ MUTANTS = [
         "algebra",
         "pool.attn.hook_pattern = pattern / the sum of its row: off by",
         case="pooled",
-        edit=pool_without_dividing,
+        edit=point("pool.attn.hook_pattern", Doubled),
     ),
     Mutant(
         "what a head returns, squared",

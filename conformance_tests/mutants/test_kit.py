@@ -27,7 +27,7 @@ from prisma_conformance.tolerances import FLOAT64
 
 import prisma_core as prisma
 from prisma_core import PrismaError, UnknownName
-from prisma_core.plugin.host import host
+from prisma_core.plugin.host import installed
 from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec, NormSpec, TextPoolSpec, TextSpec
 from prisma_core.transformer import HookedText
 
@@ -95,7 +95,7 @@ def test_what_hardly_varies_is_measured_by_its_size() -> None:
 
 def test_weights_as_they_are_built_prove_what_drawn_ones_do() -> None:
     pytest.importorskip("transformers", reason="transformers is missing: pip install 'prisma-interp[hf]'")
-    (case,) = (one for one, _ in host().cases({"hf"}) if one.name == "PixtralVisionModel")
+    (case,) = (one for one, _ in installed().cases({"hf"}) if one.name == "PixtralVisionModel")
     report = check(case.build(), checks="algebra")
     assert report.passed, str(report)
 

@@ -1,4 +1,4 @@
-"""The tokenizers of CLIP models: which one a configuration asks for, and that a saved model keeps it."""
+"""The tokenizers of CLIP models: which one a configuration asks for, and that a saved model has it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from torch import Tensor
 
 import prisma_core as prisma
 from prisma_core import LoadError, PluginError
-from prisma_core.saving.companions import Lost
+from prisma_core.model import MissingProcessor
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed: pip install 'prisma-interp[clip]'")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from open_clip import tokenizer as theirs  # noqa: E402
+from prisma_clip.source import OpenClipSource  # noqa: E402
 from prisma_clip.texts import Tokenizer  # noqa: E402
 
 NAME = "ViT-B-32"
@@ -148,7 +149,7 @@ OTHERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "vocabulary": (own_vocabulary, "its vocabulary is another"),
     "cleaning": (own_cleaning, "it cleans texts with a function of one's own"),
     "random": (lambda folder: theirs.SimpleTokenizer(context_length=11, reduction_mask="random"), "texts at random"),
-    "partial": (lambda folder: functools.partial(theirs.SimpleTokenizer(), context_length=11), "keeps functools"),
+    "partial": (lambda folder: functools.partial(theirs.SimpleTokenizer(), context_length=11), "saves functools"),
 }
 
 
@@ -160,7 +161,7 @@ def test_what_its_facts_do_not_say_is_lost_and_said_to_be(kind: str, tmp_path: P
     with pytest.warns(UserWarning, match=why):
         prisma.save(model, tmp_path / "saved")
     saved: Any = prisma.load(f"file:{tmp_path / 'saved'}")
-    assert isinstance(saved.tokenizer, Lost)
+    assert isinstance(saved.tokenizer, MissingProcessor)
     with pytest.raises(prisma.InputError, match=rf"{why}.*Set model\.tokenizer again"):
         saved.encode_text("a cat")
 
@@ -211,4 +212,4 @@ def test_broken_files_of_a_tokenizer_are_one_error(words: Path, tmp_path: Path) 
     prisma.save(model, tmp_path / "saved")
     (tmp_path / "saved" / "companions" / "tokenizer" / "files" / "tokenizer.json").write_text("{")
     with pytest.raises(LoadError, match="could not be read"):
-        prisma.load(f"file:{tmp_path / 'saved'}").tokens("a cat")  # type: ignore[attr-defined]
+        OpenClipSource().load_processor(tmp_path / "saved" / "companions" / "tokenizer")

@@ -20,7 +20,7 @@ from prisma_core import ModelSpec, UnsupportedArchitecture
 from prisma_core.errors import InputError
 from prisma_core.maps.reader import Reader
 from prisma_core.maps.weights import WeightMap
-from prisma_core.plugin.host import host
+from prisma_core.plugin.host import installed
 from prisma_core.spec import PoolSpec
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install prisma-interp[hf]")
@@ -85,7 +85,7 @@ def test_looking_at_patterns_leaves_upstream_as_it_was() -> None:
         ("Dinov2Model", "Dinov2", {"hidden_act": "mish"}, "activation"),
         ("Dinov2Backbone", "Dinov2", {"out_features": ["stage1"]}, "stage2"),
         ("DINOv3ViTBackbone", "DINOv3ViT", {"out_features": ["stem"]}, "stage2"),
-        ("DINOv3ViTModel", "DINOv3ViT", {"query_bias": False}, "biases"),
+        ("DINOv3ViTModel", "DINOv3ViT", {"query_bias": False, "key_bias": True, "value_bias": False}, "biases"),
     ],
 )
 def test_what_cannot_be_represented_is_refused_by_feature(
@@ -93,6 +93,16 @@ def test_what_cannot_be_represented_is_refused_by_feature(
 ) -> None:
     with pytest.raises(UnsupportedArchitecture, match=feature):
         prisma.adapt(drawn(kind, config, **options))
+
+
+@pytest.mark.parametrize("lacking", [("query", "key"), ("key", "value")])
+def test_two_biases_of_three_may_be_missing(lacking: tuple[str, str]) -> None:
+    upstream = drawn("DINOv3ViTModel", "DINOv3ViT", **{f"{name}_bias": name not in lacking for name in lacking})
+    model, image = prisma.adapt(upstream), torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    torch.testing.assert_close(model(image), upstream(image).pooler_output, rtol=1e-10, atol=1e-10)
+    state = upstream.state_dict()
+    assert prisma.export(model).keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in prisma.export(model).items())
 
 
 def test_registers_that_the_config_denies_are_refused() -> None:
@@ -171,7 +181,7 @@ def test_a_broken_fact_is_caught(mistake: str) -> None:
         def spec(self, upstream: Reader) -> ModelSpec:
             return change(super().spec(upstream))
 
-    case = next(case for case, _ in host().cases({"dino"}) if case.name == name)
+    case = next(case for case, _ in installed().cases({"dino"}) if case.name == name)
     prisma.check(case, adapter=kind(), checks=caught_by).raise_for_failures()
     assert not prisma.check(case, adapter=Broken(), checks=caught_by).passed
 
@@ -190,5 +200,5 @@ def test_a_broken_function_of_weights_is_caught(kind: Any, name: str, right: str
             table = super().weights(upstream, spec)
             return replace(table, functions={**table.functions, right: wrong})
 
-    case = next(case for case, _ in host().cases({"dino"}) if case.name == name)
+    case = next(case for case, _ in installed().cases({"dino"}) if case.name == name)
     assert not prisma.check(case, adapter=Broken(), checks="parity.logits").passed

@@ -1,4 +1,4 @@
-"""Image processors of transformers, both backends: as data where that says it all, else called; kept with a model."""
+"""Image processors of transformers, both backends: as data where that says it all, else called; saved with a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 import prisma_core as prisma
 from prisma_core import InputError, LoadError
 from prisma_core.inputs import Preprocess, probe
-from prisma_core.saving.companions import Kept
+from prisma_core.saving.processors import ProcessorFolder
 
 transformers = pytest.importorskip("transformers", reason="transformers is missing: pip install 'prisma-interp[hf]'")
 pytest.importorskip("torchvision", reason="torchvision is missing: pip install 'prisma-interp[hf]'")
@@ -75,8 +75,8 @@ def test_what_is_more_than_data_is_left_to_the_processor(name: str, tmp_path: Pa
     processor = made(name, CALLED[name])
     ours = preprocess(processor)
     assert isinstance(ours, Processed)
-    ours.keep(tmp_path)
-    again = Processed.kept(tmp_path)
+    ours.save_pretrained(tmp_path)
+    again = Processed.from_pretrained(tmp_path)
     for width, height in ((61, 43), (33, 90)):
         picture = noise(width, height)
         pixels = ours(picture)
@@ -96,8 +96,8 @@ def unpacked(patches: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
 def test_both_backends_are_kept_apart(tmp_path: Path) -> None:
     for backend in ("", "Pil"):
         ours = Processed(made("CLIP", SETTINGS["CLIP"], backend))
-        ours.keep(tmp_path)
-        assert type(Processed.kept(tmp_path).processor) is type(ours.processor)
+        ours.save_pretrained(tmp_path)
+        assert type(Processed.from_pretrained(tmp_path).processor) is type(ours.processor)
 
 
 def test_pillow_and_tensors_resize_differently() -> None:
@@ -223,7 +223,7 @@ def test_it_is_loaded_and_saved_with_its_model(folder: Path, tmp_path: Path) -> 
     with warnings.catch_warnings(action="error"):
         prisma.save(model, tmp_path / "saved")
         back = prisma.load(f"file:{prisma.save(prisma.load(f'file:{tmp_path}/saved'), tmp_path / 'twice')}")
-    assert isinstance(back.preprocess, Kept)
+    assert isinstance(vars(back)["preprocess"], ProcessorFolder)
     assert torch.equal(back(back.preprocess(noise(61, 43))), model(pixels[:1]))
     assert back.preprocess.seen(noise(61, 43), 50).size == (72, 72)
 
@@ -278,11 +278,11 @@ def test_without_transformers_the_model_is_there_and_its_pictures_are_told_of(
         back.preprocess(probe(61, 43))
 
 
-def test_code_that_came_with_a_processor_is_not_kept(tmp_path: Path) -> None:
+def test_code_that_came_with_a_processor_is_not_saved(tmp_path: Path) -> None:
     class Mine(transformers.ViTImageProcessor): ...
 
     with pytest.raises(LoadError, match="Mine is no class of transformers' own"):
-        Processed(Mine(do_resize=False)).keep(tmp_path)
+        Processed(Mine(do_resize=False)).save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -291,10 +291,10 @@ def test_code_that_came_with_a_processor_is_not_kept(tmp_path: Path) -> None:
 def test_a_broken_file_is_told_of(text: str, told: str, tmp_path: Path) -> None:
     (tmp_path / CONFIG).write_text(text)
     with pytest.raises(LoadError, match=told):
-        Processed.kept(tmp_path)
+        Processed.from_pretrained(tmp_path)
     (tmp_path / CONFIG).write_text(json.dumps({"image_processor_type": "Nonesuch"}))
     with pytest.raises(LoadError, match="'Nonesuch'"):
-        Processed.kept(tmp_path)
+        Processed.from_pretrained(tmp_path)
 
 
 def test_what_is_not_data_is_none() -> None:

@@ -27,7 +27,7 @@ import prisma_core as prisma
 from prisma_core import HookedViT, InputError, ModelSpec, NotApplicable, TokenLayout
 from prisma_core.cli.app import main
 from prisma_core.maps.places import HookMap
-from prisma_core.plugin.host import host
+from prisma_core.plugin.host import installed
 from prisma_core.spec import (
     AttentionSpec,
     BlockSpec,
@@ -430,7 +430,7 @@ REGISTER_VITS = [
 @pytest.mark.parametrize(("plugin", "name"), REGISTER_VITS)
 @torch.no_grad()
 def test_register_vits_of_the_libraries(plugin: str, name: str) -> None:
-    case = next(case for case, _ in host().cases({plugin}) if case.name == name)
+    case = next(case for case, _ in installed().cases({plugin}) if case.name == name)
     model = prisma.adapt(randomise(case.build(), torch.Generator().manual_seed(4)).double().eval())
     (x,) = (given.double() for given in model.sample_inputs(2, generator=torch.Generator().manual_seed(5)))
     registers = model.layout.slice("registers")

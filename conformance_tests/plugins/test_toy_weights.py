@@ -16,7 +16,7 @@ from prisma_toy.training import Config
 
 import prisma_core as prisma
 from prisma_core import HookedViT, InputError, UnknownName
-from prisma_core.plugin.host import host
+from prisma_core.plugin.host import installed
 
 BUNDLED = bundled()
 CONFIGS = {name: Config.model_validate_json((folder / CONFIG).read_text()) for name, folder in BUNDLED.items()}
@@ -30,7 +30,7 @@ def loaded(name: str) -> HookedViT:
 
 def test_what_is_bundled():
     assert {"scenes-3l", "dsprites-attn-1l", "dsprites-attn-2l"} <= set(BUNDLED)
-    listed = {info.reference: info for info in host().source("toy").models()}
+    listed = {info.reference: info for info in installed().source("toy").models()}
     assert set(listed) == {f"toy:{name}" for name in BUNDLED}
     assert all(info.pretrained and info.note for info in listed.values())
 
@@ -45,7 +45,7 @@ def test_a_bundled_model_is_small_hooked_and_labelled(name: str):
     assert model.spec.n_layers == config.layers
     assert not model.training
     assert model.preprocess is not None
-    sample = host().source("toy").sample(name, seed=3)
+    sample = installed().source("toy").sample(name, seed=3)
     assert sample is not None
     logits, cache = model.run_with_cache(model.preprocess(sample))
     assert logits.shape == (1, len(one.labels))

@@ -19,7 +19,7 @@ import prisma_core as prisma
 from prisma_core import HookedViT, InputError, ModelSpec, UnknownName, UnsupportedArchitecture
 from prisma_core.inputs.video import VideoPreprocess
 from prisma_core.maps.weights import WeightMap
-from prisma_core.plugin.host import host
+from prisma_core.plugin.host import installed
 from prisma_core.spec import PoolSpec, RopeCount
 from prisma_core.upstream.model import HookedUpstream
 
@@ -64,7 +64,7 @@ def video(upstream: Any, frames: int | None = None, size: tuple[int, int] | None
 
 
 def test_every_class_of_the_four_families_has_a_case_or_is_refused() -> None:
-    proven = {case.name.partition(" ")[0] for case, plugin in host().cases() if plugin == "vivit"}
+    proven = {case.name.partition(" ")[0] for case, plugin in installed().cases() if plugin == "vivit"}
     classes: set[str] = set()
     for family in ("vivit", "videomae", "vjepa2", "timesformer"):
         module = __import__(f"transformers.models.{family}.modeling_{family}", fromlist=["__all__"])
@@ -120,13 +120,13 @@ def test_frames_left_over_by_tubelets_are_dropped_as_upstream_drops_them() -> No
 def test_showing_attention_step_by_step_leaves_upstream_as_it_was(kind: str) -> None:
     upstream: Any = drawn(kind)
     before = {name: dict(vars(part.config)) for name, part in upstream.named_modules() if hasattr(part, "config")}
-    adapter = host().adapter(upstream)
+    adapter = installed().adapter(upstream)
     x = video(upstream)
     clean = main_output(upstream, x)
-    with adapter.explicit(upstream):
+    with adapter.unfused_attention(upstream):
         assert upstream.config._attn_implementation == "eager"
         torch.testing.assert_close(main_output(upstream, x), clean, rtol=0, atol=1e-12)
-    with pytest.raises((ValueError, RuntimeError)), adapter.explicit(upstream):
+    with pytest.raises((ValueError, RuntimeError)), adapter.unfused_attention(upstream):
         upstream(x[..., :3])
     after = {name: dict(vars(part.config)) for name, part in upstream.named_modules() if hasattr(part, "config")}
     assert after == before
@@ -170,7 +170,7 @@ def _mean_of_tokens(spec: ModelSpec) -> ModelSpec:
 )
 def test_a_wrong_fact_is_caught(kind: str, mistake: Callable[[ModelSpec], ModelSpec]) -> None:
     case = next(case for case in cases.cases() if case.name == kind)
-    adapter = copy.copy(host().adapter(case.build()))
+    adapter = copy.copy(installed().adapter(case.build()))
     right = adapter.spec
     adapter.spec = lambda upstream: mistake(right(upstream))  # type: ignore[method-assign]
     (certificate,) = check(case, adapter=adapter, checks="parity.logits").certificates
@@ -180,17 +180,17 @@ def test_a_wrong_fact_is_caught(kind: str, mistake: Callable[[ModelSpec], ModelS
 
 def test_frames_backwards_are_caught() -> None:
     case = next(case for case in cases.cases() if case.name == "VivitModel")
-    adapter = copy.copy(host().adapter(case.build()))
+    adapter = copy.copy(installed().adapter(case.build()))
     right = adapter.weights
 
     def weights(upstream: Any, spec: Any) -> WeightMap:
         table = right(upstream, spec)
         rules = [
             dataclasses.replace(rule, how="{flip}") if rule.targets == ("embed.proj.{*}",) else rule
-            for rule in table.rules
+            for rule in table.rows
         ]
         flip = {"flip": lambda x: x.flip(2) if x.ndim == 5 else x}
-        return dataclasses.replace(table, rules=tuple(rules), functions=flip)
+        return dataclasses.replace(table, rows=tuple(rules), functions=flip)
 
     adapter.weights = weights  # type: ignore[method-assign]
     (certificate,) = check(case, adapter=adapter, checks="parity.logits").certificates

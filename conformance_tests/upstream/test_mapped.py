@@ -128,7 +128,7 @@ def block_rows(n: int, fused: bool) -> str:
 class Adapter(MapAdapter):
     types = (f"{__name__}.Upstream",)
 
-    def facts(self, upstream: Reader) -> MapSpec:
+    def spec(self, upstream: Reader) -> MapSpec:
         return MapSpec(shape=(6, 4), sizes=((9, 4),), n_classes=upstream.head.out_features)
 
     def rows(self, upstream: Reader) -> str:
@@ -137,15 +137,15 @@ class Adapter(MapAdapter):
             rows += block_rows(n, block.attn.fused)
         return rows + "head : in -> hook_pooled : batch d_model\nhead -> hook_logits : batch class"
 
-    def table(self, upstream: Reader) -> HookMap:
+    def hooks(self, upstream: Reader, spec: MapSpec) -> HookMap:
         return HookMap.parse(self.rows(upstream))
 
-    def elsewhere(self, upstream: Reader) -> HookMap:
+    def reference_places(self, upstream: Reader) -> HookMap:
         rows = [block_rows(n, False) for n, block in enumerate(upstream.blocks) if block.attn.fused]
         kept = [line for line in "\n".join(rows).splitlines() if "softmax" in line]
         return HookMap.parse("\n".join(kept))
 
-    def explicit(self, upstream: Any) -> Any:
+    def unfused_attention(self, upstream: Any) -> Any:
         return StepByStep(upstream)
 
     def equations(self, upstream: Reader, acts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -476,7 +476,7 @@ def test_a_broken_map_is_caught(adapter, caught_by):
 
 def test_an_opened_kernel_that_nothing_vouches_for_is_caught():
     class Unproven(Adapter):
-        def elsewhere(self, upstream: Reader) -> HookMap:
+        def reference_places(self, upstream: Reader) -> HookMap:
             return HookMap((), {})
 
     assert failing(Unproven()) == {"parity.hooks"}

@@ -10,7 +10,7 @@ import torch
 from prisma_conformance.pytest import suite
 
 from prisma_core import UnsupportedArchitecture, adapt
-from prisma_core.plugin.host import host
+from prisma_core.plugin.host import installed
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed: pip install 'prisma-interp[clip]'")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
@@ -30,7 +30,7 @@ test_conformance = suite("clip", once=ONCE)
 
 
 def cases() -> set[str]:
-    return {case.name for case, plugin in host().cases({"clip"}) if plugin == "clip"}
+    return {case.name for case, plugin in installed().cases({"clip"}) if plugin == "clip"}
 
 
 def test_every_plain_model_has_a_case() -> None:

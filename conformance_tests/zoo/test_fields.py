@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from prisma_core.errors import UnsupportedArchitecture
 from prisma_core.plugin.adapter import Adapter
 from prisma_core.plugin.case import Case
-from prisma_core.plugin.host import host
+from prisma_core.plugin.host import installed
 from prisma_core.toolbox.attention import float64_softmax
 from prisma_core.zoo import adapt, adapt_with
 
@@ -228,7 +228,7 @@ class Model:
     def __post_init__(self) -> None:
         with watched(self.asked):
             self.upstream = drawn(self.case.build())
-        self.adapter = host().adapter(self.upstream)
+        self.adapter = installed().adapter(self.upstream)
         with watched(self.asked_late):
             self.inputs = sample(adapt_with(self.adapter, self.upstream))
             self.output = self.forward(self.adapter, self.upstream, self.inputs)
@@ -257,7 +257,7 @@ class Model:
         """Compare with upstream as the moves make it."""
         try:
             upstream = self.told(moves) if late else self.built(moves)
-            adapter = host().adapter(upstream)
+            adapter = installed().adapter(upstream)
         except UnsupportedArchitecture as refused:
             return Verdict("refused", refused.feature)
         except Exception as error:  # noqa: BLE001  # upstream's own, of any type
@@ -311,7 +311,7 @@ def of_transformers(plugin: str, case: Case) -> bool:
     return not case.name.startswith("meta_")
 
 
-EVERY = {f"{plugin}-{case.name}": case for case, plugin in host().cases(PLUGINS) if of_transformers(plugin, case)}
+EVERY = {f"{plugin}-{case.name}": case for case, plugin in installed().cases(PLUGINS) if of_transformers(plugin, case)}
 # Of each class the first: those of further variants are named after it.
 VARIANT = r"[. (]|-(ViT-|argmax|tokens)|_(swiglu|no_|tokens|gated|every)"
 FIRST = {re.split(VARIANT, name)[0]: name for name in reversed(EVERY)}
@@ -323,7 +323,7 @@ for _again in ("clip-xlm-roberta-large", "clip-coca_roberta"):  # of the same cl
 def made_of(name: str) -> tuple[Config, type[Adapter]]:
     """Return what a model's configuration is, and what adapts the model: heads on one encoder share both."""
     upstream = EVERY[FIRST[name]].build()
-    return type(getattr(upstream, "config", None)), type(host().adapter(upstream))
+    return type(getattr(upstream, "config", None)), type(installed().adapter(upstream))
 
 
 def known_of(name: str) -> dict[Config, dict[str, None]]:
@@ -505,7 +505,7 @@ def test_a_masked_autoencoder_s_encoder_is_that_of_all_patches_whatever_it_is_to
     upstream = built("hf-ViTMAEModel", mask_ratio=0.5).double()
     model = adapt(upstream)
     (image,) = sample(model)
-    seen = host().adapter(upstream).call(upstream, image)
+    seen = installed().adapter(upstream).call(upstream, image)
     assert worst(model(image), seen) < tolerances.FLOAT64
     assert upstream.config.mask_ratio == 0.5
 
@@ -518,7 +518,7 @@ def test_sizes_on_offer_are_whole_patches_where_the_native_one_is_not() -> None:
     assert len(sizes) > 1
     for size in sizes:
         (image,) = model.sample_inputs(2, size=size)
-        theirs = host().adapter(upstream).call(upstream, image.double())
+        theirs = installed().adapter(upstream).call(upstream, image.double())
         assert worst(model(image.double()), theirs) < tolerances.FLOAT64
 
 

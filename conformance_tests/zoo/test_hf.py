@@ -11,7 +11,7 @@ from prisma_conformance.pytest import suite
 from torch import nn
 
 from prisma_core import UnsupportedArchitecture, adapt
-from prisma_core.plugin.host import host
+from prisma_core.plugin.host import installed
 
 transformers = pytest.importorskip("transformers", reason="transformers is missing: pip install 'prisma-interp[hf]'")
 
@@ -27,7 +27,7 @@ test_conformance = suite("hf", once=ONCE)
 
 
 def test_every_plain_class_has_a_case() -> None:
-    found = {case.name.partition(".")[0] for case, plugin in host().cases() if plugin == "hf"}
+    found = {case.name.partition(".")[0] for case, plugin in installed().cases() if plugin == "hf"}
     assert found == PLAIN
 
 

@@ -17,13 +17,13 @@ from prisma_conformance import Case
 from prisma_conformance.pytest import suite
 
 import prisma_core as prisma
-from prisma_core.plugin.host import host
+from prisma_core.plugin.host import installed
 from prisma_core.upstream.model import HookedUpstream
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 
 TABLE = list(csv.DictReader((Path(__file__).parent / "timm_mapped.csv").open(encoding="utf-8")))
-CASES = {row["name"]: host().source("timm").case(row["name"]) for row in TABLE}
+CASES = {row["name"]: installed().source("timm").case(row["name"]) for row in TABLE}
 ALL = [CASES[row["name"]] for row in TABLE if row["checks"] == "all"]
 NUMBERS = ["parity.logits", "parity.hooks", "algebra"]
 OTHERS = ["parity.gradients", "hooks.live", "weights.*", "spec.audit", "save.load", "preprocess", "threads"]

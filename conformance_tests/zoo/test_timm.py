@@ -13,7 +13,7 @@ import torch
 from prisma_conformance.pytest import suite
 
 from prisma_core import UnsupportedArchitecture, adapt
-from prisma_core.plugin.host import host
+from prisma_core.plugin.host import installed
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 
@@ -23,7 +23,7 @@ PLAIN = sorted(row["name"] for row in TABLE if row["expected"] == "ok")
 REFUSED = [(row["name"], row["feature"]) for row in TABLE if row["expected"] == "unsupported"]
 
 MAPPED = {row["name"] for row in csv.DictReader((Path(__file__).parent / "timm_mapped.csv").open(encoding="utf-8"))}
-CASES = [case for case, _ in host().cases({"timm"}) if case.name not in MAPPED]
+CASES = [case for case, _ in installed().cases({"timm"}) if case.name not in MAPPED]
 
 # What each architecture computes is compared for all; how hooks behave depends on its facts alone.
 ONCE = ["hooks.live", "parity.gradients", "threads"]

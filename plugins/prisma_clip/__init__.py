@@ -11,9 +11,7 @@ from prisma_clip.canonical.hf_towers import TOWERS as HF_TOWERS
 from prisma_clip.canonical.towers import DualAdapter, TextAdapter, TimmAdapter, VisionAdapter
 from prisma_clip.source import OpenClipSource
 from prisma_core import hookimpl
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.plugin.case import Case
-from prisma_core.plugin.source import Source
+from prisma_core.plugin import Adapter, Case, Source
 
 
 @hookimpl

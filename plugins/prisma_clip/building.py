@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prisma_clip import tinyclip
-from prisma_core.errors import LoadError
-from prisma_core.files.checkpoint import check_shapes, read_checkpoint
-from prisma_core.inputs import Preprocess
+from prisma_core.plugin import LoadError, Preprocess, check_shapes, read_checkpoint
 
 CONFIG = "open_clip_config.json"
 
@@ -25,11 +23,9 @@ def create(name: str, options: dict[str, Any]) -> nn.Module:
 
     text = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
     if (repository := text.get("hf_model_name")) and "text_cfg" not in options:
-        from prisma_core.files.hub import (
-            fetch,  # open_clip asks the hub for it; if it cannot come, that is one short error
-        )
+        from prisma_core.plugin import hub
 
-        fetch(
+        hub.fetch(
             repository, ["config.json"], reference=f"the configuration of open_clip:{name}'s text tower, {repository},"
         )
     logger = logging.getLogger()

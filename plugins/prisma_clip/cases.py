@@ -16,10 +16,7 @@ import torch
 from prisma_conformance import CHECKS
 from torch import nn
 
-from prisma_core.errors import UnsupportedArchitecture
-from prisma_core.plugin.adapter import MapAdapter
-from prisma_core.plugin.case import Case, Pictures
-from prisma_core.plugin.host import host
+from prisma_core.plugin import Case, MapAdapter, Pictures, UnsupportedArchitecture, installed
 
 HEADS, WIDTH, GRID = 3, 16, (2, 3)  # heads, the width of one, rows and columns of patches
 EMBED = HEADS * WIDTH  # timm's towers without a projection embed by their own width
@@ -133,7 +130,7 @@ def _timm_taken(example: str) -> bool:
 
     try:
         with torch.device("meta"):
-            taken = host().adapter(timm.create_model(example, depth=2))
+            taken = installed().adapter(timm.create_model(example, depth=2))
         return not isinstance(taken, MapAdapter)
     except (TypeError, UnsupportedArchitecture):  # not made of blocks, or none that an adapter takes
         return False

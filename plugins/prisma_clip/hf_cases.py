@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 from torch import nn
 
-from prisma_core.plugin.case import Case
+from prisma_core.plugin import Case
 
 IMAGE, PATCH = 12, 4
 VISION = {

@@ -20,9 +20,7 @@ from prisma_clip.building import (
     set_preprocessing,
 )
 from prisma_clip.texts import Tokenizer
-from prisma_core.errors import LoadError, UnknownName, suggest
-from prisma_core.plugin.case import Case
-from prisma_core.plugin.source import Loaded, ModelInfo, Source
+from prisma_core.plugin import Case, Loaded, LoadError, ModelInfo, Source, UnknownName, suggest
 
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
@@ -71,11 +69,11 @@ class OpenClipSource(Source):
             family = config["vision_cfg"].get("timm_model_name") or "open_clip"
             yield ModelInfo(f"open_clip:{name}", family, bool(tags), f"tags: {', '.join(tags)}" if tags else "")
 
-    def keep(self, companion: object, folder: Path) -> bool:
-        return texts.keep(companion, folder)
+    def save_processor(self, processor: Any, folder: Path) -> None:
+        texts.save(processor.made() if isinstance(processor, Tokenizer) else processor, folder)
 
-    def kept(self, folder: Path) -> Any:
-        return texts.kept(folder)
+    def load_processor(self, folder: Path) -> Any:
+        return texts.load(folder)
 
     def loadable(self, rests: Collection[str]) -> Collection[str] | None:
         from prisma_clip.cases import case
@@ -141,11 +139,10 @@ def _from_config(path: Path, checkpoint: str, pretrained: bool, options: dict[st
 
 
 def _fetched(name: str, tag: str) -> Path:
-    from prisma_core.files.hub import fetch
+    from prisma_core.plugin import hub
 
     reference = f"open_clip:{name}@{tag}"
-    hub = _tag(name, tag).get("hf_hub", "")
-    repository, _, filename = hub.rpartition("/")
+    repository, _, filename = _tag(name, tag).get("hf_hub", "").rpartition("/")
     if not repository:
         raise LoadError(
             f"The weights of {reference} are not on the hub. Download them, and load open_clip:{name}@FILE."
@@ -153,7 +150,7 @@ def _fetched(name: str, tag: str) -> Path:
     names = [filename] if filename else list(WEIGHTS)
     if filename.endswith((".bin", ".pth", ".pt")):
         names.insert(0, filename.rpartition(".")[0] + ".safetensors")
-    return fetch(repository, names, reference=reference)
+    return hub.fetch(repository, names, reference=reference)
 
 
 # -------------------------------------------------------------------- names

@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prisma_core.errors import LoadError, PluginError
-from prisma_core.maps.reader import qualified_name
+from prisma_core.plugin import LoadError, PluginError, qualified_name
 
 FACTS, FILES = "tokenizer.json", "files"
 SIMPLE, OF_TRANSFORMERS = "open_clip.tokenizer.SimpleTokenizer", "open_clip.tokenizer.HFTokenizer"
@@ -60,12 +59,12 @@ class Tokenizer:
         folder = self.folder or (Path(name) if Path(name).is_dir() else None)
         if folder is not None:
             return _of_files(folder, facts)
-        from prisma_core.files.hub import asking, cached, reach
+        from prisma_core.plugin import hub
 
         reference = f"the tokenizer of {self.of}, {name},"
-        if cached(name, ["tokenizer_config.json", "tokenizer.json"]) is None:
-            reach(reference, instead="Set model.tokenizer, or give tokens [text pos].")
-        return asking(reference, partial(HFTokenizer, name, **facts))
+        if hub.cached(name, ["tokenizer_config.json", "tokenizer.json"]) is None:
+            hub.reach(reference, instead="Set model.tokenizer, or give tokens [text pos].")
+        return hub.asking(reference, partial(HFTokenizer, name, **facts))
 
 
 def _of_files(folder: Path, facts: Mapping[str, Any]) -> Any:
@@ -84,33 +83,31 @@ def _of_files(folder: Path, facts: Mapping[str, Any]) -> Any:
 # -------------------------------------------------------------------- saved
 
 
-def keep(companion: object, folder: Path) -> bool:
-    """Write one of open_clip's tokenizers into a folder; False if it is none.
+def save(made: Any, folder: Path) -> None:
+    """Write one of open_clip's own tokenizers into a folder.
 
     Raises:
-        LoadError: its files cannot be reached, or it holds what its facts do not say.
+        LoadError: it holds what its facts do not say.
     """
-    made: Any = companion.made() if isinstance(companion, Tokenizer) else companion
     kind = qualified_name(made)
-    if kind not in (SIMPLE, OF_TRANSFORMERS):
-        return False
     facts: dict[str, Any] = {"kind": kind, "context_length": made.context_length, "clean": _cleaning(made)}
     if kind == OF_TRANSFORMERS:
         facts |= {"strip_sep_token": made.strip_sep_token, "tokenizer_mode": made.tokenizer_mode}
         made.tokenizer.save_pretrained(folder / FILES)
-    else:
+    elif kind == SIMPLE:
         facts["additional_special_tokens"] = [made.decoder[token] for token in made.all_special_ids[2:]]
         again = _simple(facts)
         if made.reduction_fn is not None:
             raise LoadError("it shortens texts at random (reduction_mask)")
         if (again.encoder, again.bpe_ranks) != (made.encoder, made.bpe_ranks):
             raise LoadError("its vocabulary is another than the one that comes with open_clip (bpe_path)")
+    else:
+        raise LoadError(f"{kind} is none of open_clip's tokenizers that can be saved")
     (folder / FACTS).write_text(json.dumps(facts) + "\n", encoding="utf-8")
-    return True
 
 
-def kept(folder: Path) -> Any:
-    """Return the tokenizer that ``keep`` wrote."""
+def load(folder: Path) -> Any:
+    """Return the tokenizer that ``save`` wrote."""
     facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     return _simple(facts) if facts["kind"] == SIMPLE else _of_files(folder / FILES, _without_kind(facts))
 

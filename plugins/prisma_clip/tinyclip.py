@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prisma_core.errors import LoadError
-from prisma_core.files.checkpoint import read_checkpoint
+from prisma_core.plugin import LoadError, read_checkpoint
 
 HEAD = 64  # channels of a head: TinyCLIP's configurations know no other
 PARTS = ("image_encoder", "text_encoder", "logit_scale")

@@ -12,14 +12,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from prisma_core.cli.info import REFERENCE
-from prisma_core.cli.screen import note, out, show, show_json, table
-from prisma_core.errors import LoadError, UnknownName
+from prisma_core.plugin import LoadError, UnknownName, screen
 
 if TYPE_CHECKING:
     from prisma_conformance import Certificate, Check
     from prisma_conformance.subject import Subject
 
+REFERENCE = Annotated[str, typer.Argument(help="SOURCE:MODEL, such as timm:vit_base_patch16_224.", show_default=False)]
 DEVICE = Annotated[
     str | None, typer.Option(help="cpu or cuda; without it the CPU, and the logits on a GPU too where there is one.")
 ]
@@ -59,7 +58,7 @@ def check(
         def starting(subject: Subject, one: Check) -> None:
             if subject.note and subject.note not in notes:
                 notes.append(subject.note)
-                note("note", subject.note, "yellow")
+                screen.note("note", subject.note, "yellow")
             say(f"{subject.case.name}: {one.name}")
 
         report = conformance.check(
@@ -72,28 +71,28 @@ def check(
             starting=starting,
         )
     for certificate in report.certificates:
-        out().print(
+        screen.out().print(
             f"[bold]{escape(certificate.name)}[/]: {certificate.upstream} of {certificate.library} "
             f"{certificate.version}, on {_place(certificate)}, weights {certificate.weights}"
         )
-        rows = table("check", "outcome", "error", "at most", "")
+        rows = screen.table("check", "outcome", "error", "at most", "")
         for result in certificate.results:
             outcome = "skipped" if result.skipped else "[green]passed[/]" if result.passed else "[bold red]FAILED[/]"
             why = escape(result.skipped or result.detail)
             rows.add_row(result.name, outcome, _number(result.error), _number(result.bound), why)
-        show(rows)
+        screen.show(rows)
     if json is not None:
         _write(json, "\n".join(certificate.model_dump_json(indent=1) for certificate in report.certificates) + "\n")
     ran = [result for result in report.results if result.skipped is None]
     if not report.passed:
         count = f"{len(report.failures)} of {len(ran)} checks failed" if ran else "no check applies"
-        note("Error", f"{count}. `prisma doctor {reference}` looks for the cause.")
+        screen.note("Error", f"{count}. `prisma doctor {reference}` looks for the cause.")
         raise typer.Exit(1)
     if not pretrained:
         size = "at its real size" if all(one.full for one in report.certificates) else "shrunk"
         scope = f"this is about the architecture, {size}, with weights drawn at random. Those that {reference} names"
-        note("note", f"{scope} were not read: --pretrained checks them.", "yellow")
-    note("passed", f"{len(ran)} of {len(ran)} checks, {len(report.results) - len(ran)} skipped.", "green")
+        screen.note("note", f"{scope} were not read: --pretrained checks them.", "yellow")
+    screen.note("passed", f"{len(ran)} of {len(ran)} checks, {len(report.results) - len(ran)} skipped.", "green")
 
 
 def doctor(reference: REFERENCE, device: DEVICE = None, full: FULL = False, pretrained: PRETRAINED = False) -> None:
@@ -110,7 +109,7 @@ def doctor(reference: REFERENCE, device: DEVICE = None, full: FULL = False, pret
             pretrained=pretrained,
             progress=lambda change: say(f"trying: {change}"),
         )
-    out().print(escape(str(diagnosis)), soft_wrap=True)
+    screen.out().print(escape(str(diagnosis)), soft_wrap=True)
     if not diagnosis.agrees:
         raise typer.Exit(1)
 
@@ -121,29 +120,29 @@ def classes(
 ) -> None:
     """List the upstream classes that adapters take, and what is proven about each."""
     from prisma_conformance.report.supported import read_supported
-    from prisma_core.plugin.host import host
+    from prisma_core.plugin import installed
 
-    types, proven = host().types(), read_supported(host())
+    types, proven = installed().types(), read_supported(installed())
     chosen = [name for name in types if all(word.lower() in f"{types[name]} {name}".lower() for word in search or [])]
     if not chosen:
         raise UnknownName(f"No class matches. `prisma models --classes` lists all {len(types)}.")
     rows = {name: proven.get(name) for name in chosen}
     if as_json:
         about = {name: row.model_dump() if row else {} for name, row in rows.items()}
-        show_json([{"upstream": name, "plugin": types[name]} | about[name] for name in rows])
+        screen.show_json([{"upstream": name, "plugin": types[name]} | about[name] for name in rows])
         return
-    listing = table("upstream class", "plugin", "form", "architectures that pass", "worst error of the logits")
+    listing = screen.table("upstream class", "plugin", "form", "architectures that pass", "worst error of the logits")
     for name, row in rows.items():
         cells = ("", "no certificate", "")
         if row is not None:
             worst = "" if row.error is None else f"{row.error:.0e}"
             cells = (row.form, f"{row.passed} of {row.architectures}", worst)
         listing.add_row(name, types[name], *cells)
-    show(listing)
+    screen.show(listing)
     known = [row for row in rows.values() if row]
     passed, counted = sum(row.passed for row in known), sum(row.architectures for row in known)
     summary = f"{passed} of {counted} architectures pass. Errors are in standard deviations."
-    note("classes", f"{len(chosen)} of {len(types)}. {summary}", "green")
+    screen.note("classes", f"{len(chosen)} of {len(types)}. {summary}", "green")
 
 
 @contextmanager
@@ -153,7 +152,7 @@ def _progress(beginning: str, *, lines: bool = False) -> Generator[Callable[[str
         with Console(stderr=True).status(beginning) as status:
             yield status.update
     else:
-        yield (lambda step: note("running", step)) if lines else (lambda step: None)
+        yield (lambda step: screen.note("running", step)) if lines else (lambda step: None)
 
 
 def _place(certificate: Certificate) -> str:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from prisma_core.errors import InputError
+from prisma_core.plugin import InputError
 
 T = TypeVar("T")
 HALF = (torch.bfloat16, torch.float16)

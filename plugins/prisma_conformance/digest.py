@@ -7,8 +7,8 @@ import json
 import re
 from typing import Any, cast
 
-from prisma_core.hooks.model import HookedModel
-from prisma_core.spec import AnySpec
+from prisma_core import HookedModel
+from prisma_core.plugin import AnySpec
 
 _WIDTHS = {"d_model", "d_mlp", "d_head", "d_pool", "n_vocab"}
 _LENGTHS = {"image_size", "patch", "in_channels", "rows", "columns", "n_ctx"}

@@ -36,9 +36,7 @@ from prisma_conformance.registry import select
 from prisma_conformance.report.results import Certificate, CheckResult, DeviceFailed, write_certificates
 from prisma_conformance.run import certify, run_check
 from prisma_conformance.subject import Subject
-from prisma_core.errors import InputError
-from prisma_core.plugin.case import Case
-from prisma_core.plugin.host import host
+from prisma_core.plugin import Case, InputError, installed
 
 PROPERTY = "prisma_certificate"
 COUNTS = "prisma_counts"  # a test's property: JSON of a title and of counts by their names; the summary adds them up
@@ -68,7 +66,7 @@ def suite(
     """
     selected = select(checks)
     rare = {one.name for one in select(once)} if once else set[str]()
-    all_cases = list(cases) if cases is not None else [case for case, _ in host().cases({plugin})]
+    all_cases = list(cases) if cases is not None else [case for case, _ in installed().cases({plugin})]
     parameters = [pytest.param(case, one, id=f"{case.name}-{one.name}") for case in all_cases for one in selected] or [
         pytest.param(None, None, id=plugin)
     ]
@@ -93,7 +91,7 @@ def suite(
 
 
 def _explain_absence(plugin: str) -> None:
-    for info in host().plugins():
+    for info in installed().plugins():
         if info.name == plugin and info.missing:
             pytest.skip(f"the plugin {plugin!r} needs a library: {info.missing}")
     pytest.fail(f"The plugin {plugin!r} has no conformance cases: implement its hook prisma_cases.", pytrace=False)

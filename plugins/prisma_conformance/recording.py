@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 from torch import Tensor, nn
 
-from prisma_core.maps.places import Place
+from prisma_core.plugin import Place
 from prisma_core.upstream.observer import Observer, attach, watching
 
 

@@ -9,7 +9,7 @@ from typing import Final, NoReturn
 from prisma_conformance.checks import algebra, audit, live, maps, parity, running, tensors
 from prisma_conformance.finding import Check
 from prisma_conformance.subject import Subject
-from prisma_core.errors import NotApplicable, UnknownName, suggest
+from prisma_core.plugin import NotApplicable, UnknownName, suggest
 
 
 def _skip(reason: str) -> Callable[[Subject], NoReturn]:

@@ -18,11 +18,8 @@ from prisma_conformance.registry import select
 from prisma_conformance.report.results import Certificate, CheckResult, DeviceFailed, Report
 from prisma_conformance.subject import Subject
 from prisma_conformance.target import Target
-from prisma_core.errors import NotApplicable
-from prisma_core.maps.reader import qualified_name
-from prisma_core.model import Size
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.plugin.host import host
+from prisma_core import Size
+from prisma_core.plugin import Adapter, NotApplicable, installed, qualified_name
 
 SHOWN_PROBLEMS = 6  # in one result; a mistake in a part that all layers share has one a layer
 
@@ -178,8 +175,8 @@ def _version(package: str) -> str:
 
 def _plugin(adapter: Adapter) -> str:
     """Return the distribution, with version, of the plugin that brings an adapter; empty if none does."""
-    infos = {info.name: info for info in host().infos.values()}
-    return next((infos[name].distribution for name in sorted(host().homes(adapter)) if name in infos), "")
+    infos = {info.name: info for info in installed().infos.values()}
+    return next((infos[name].distribution for name in sorted(installed().homes(adapter)) if name in infos), "")
 
 
 __all__ = ["certify", "check", "run_check"]

@@ -14,16 +14,10 @@ from prisma_conformance.devices import HALF
 from prisma_conformance.digest import digest_of_points, digest_of_spec
 from prisma_conformance.randomise import randomise
 from prisma_conformance.target import Target, resolve
-from prisma_core.errors import ask, called
-from prisma_core.maps.places import INSIDE, HookMap, Row
-from prisma_core.maps.reader import Reader
-from prisma_core.maps.weights import WeightMap
-from prisma_core.model import Size
-from prisma_core.plugin.adapter import Adapter, MapAdapter, read_spec
-from prisma_core.plugin.case import Case
-from prisma_core.spec import AnySpec, Facts
-from prisma_core.transformer import HookedViT, ZooModel
-from prisma_core.zoo import adapt_with
+from prisma_core import HookedViT, Size, ZooModel
+from prisma_core.maps.places import INSIDE
+from prisma_core.plugin import Adapter, AnySpec, Case, HookMap, MapAdapter, Reader, Row, blaming, returned
+from prisma_core.zoo import adapt_with, read_adapter, unfused
 
 Make = Callable[[Adapter, nn.Module], ZooModel]
 Inputs = tuple[Tensor, ...]
@@ -203,20 +197,25 @@ class Subject:
     def forward(self, upstream: nn.Module, *inputs: Tensor) -> Tensor:
         """Upstream's main output."""
         if self.case.forward is not None:
-            return called(f"forward of the case {self.case.name!r}", self.case.forward, upstream, *inputs, gives=Tensor)
+            name = f"forward of the case {self.case.name!r}"
+            with blaming(self.case.forward, name):
+                return returned(name, self.case.forward(upstream, *inputs), Tensor)
         if self.form == "mapped":  # its own output() reads the hooked model's output too, so it cannot be the reference
             return Adapter.output(self.adapter, upstream(*inputs))
-        return ask(self.adapter, "call", upstream, *inputs, gives=Tensor)
+        with blaming(self.adapter):
+            return returned(self.adapter.call, self.adapter.call(upstream, *inputs), Tensor)
 
     def table(self) -> HookMap:
         """The adapter's hook map."""
-        return ask(self.adapter, "hooks", Reader(self.pair().upstream), self.spec, gives=HookMap)
+        reader = Reader(self.pair().upstream)
+        with blaming(self.adapter):
+            return returned(self.adapter.hooks, self.adapter.hooks(reader, self.spec), HookMap)
 
     def references(self) -> list[Reference]:
         """Places that hook points are compared with.
 
         A hooked upstream runs as upstream does, so its places are read from upstream as it is, and the insides of fused
-        kernels, which it computes itself, at the places of ``elsewhere`` inside ``explicit``.
+        kernels, which it computes itself, at the places of ``reference_places`` inside ``unfused_attention``.
         """
         upstream, model = self.pair()
         points = [name for name, point in model.hook_points().items() if not point.derived]
@@ -225,12 +224,14 @@ class Subject:
             rows = [row for row in table.bound(points) if inside or row.place.side not in INSIDE]
             return Reference(rows, dict(table.sizes), scope)
 
-        if self.form == "canonical":
-            return [reference(self.table(), self.adapter.explicit(upstream), inside=True)]
-        elsewhere = ask(self.adapter, "elsewhere", Reader(upstream), gives=HookMap)
+        if not isinstance(self.adapter, MapAdapter):
+            return [reference(self.table(), unfused(self.adapter, upstream), inside=True)]
+        with blaming(self.adapter):
+            places = self.adapter.reference_places(Reader(upstream))
+            places = returned(self.adapter.reference_places, places, HookMap)
         return [
             reference(self.table(), nullcontext(), inside=False),
-            reference(elsewhere, self.adapter.explicit(upstream), inside=False),
+            reference(places, unfused(self.adapter, upstream), inside=False),
         ]
 
     # ---------------------------------------------------------------- inputs and passes
@@ -297,10 +298,7 @@ def reader_of(subject: Subject) -> tuple[Reader, nn.Module]:
     """Return a reader that holds a record of everything the adapter reads, and the copy of upstream it reads."""
     upstream = subject.upstream()
     reader = Reader(upstream)
-    spec = read_spec(subject.adapter, reader, Facts)
-    ask(subject.adapter, "stem", reader, spec, gives=(nn.Module, type(None)))
-    ask(subject.adapter, "weights", reader, spec, gives=WeightMap)
-    ask(subject.adapter, "hooks", reader, spec, gives=HookMap)
+    read_adapter(subject.adapter, reader)
     return reader, upstream
 
 

@@ -9,16 +9,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from prisma_core.errors import LoadError, PluginError, PrismaError, UnsupportedArchitecture, ask, called
-from prisma_core.hooks.model import HookedModel
-from prisma_core.maps.reader import Reader, qualified_name
-from prisma_core.plugin.adapter import Adapter, read_spec
-from prisma_core.plugin.case import Case
-from prisma_core.plugin.host import host
-from prisma_core.plugin.source import Loaded, Source
-from prisma_core.spec import Facts
-from prisma_core.transformer import ZooModel
-from prisma_core.zoo import export, split_reference
+from prisma_core import HookedModel, ZooModel, export
+from prisma_core.plugin import (
+    Adapter,
+    Case,
+    LoadError,
+    PluginError,
+    PrismaError,
+    Reader,
+    Source,
+    UnsupportedArchitecture,
+    blaming,
+    installed,
+    qualified_name,
+    returned,
+)
+from prisma_core.zoo import load_upstream, reference_of, spec_of
 
 Target = str | nn.Module | Adapter | Case
 LARGE = 1_000_000  # parameters; all checks of a smaller model take well under a minute
@@ -92,7 +98,7 @@ def _of_adapter(adapter: Adapter, full: bool) -> Iterator[Resolved]:
 def _cases_of(adapter: Adapter, kind: str | None = None) -> Iterator[Case]:
     """Yield the cases whose model an adapter takes, or is of one of its types; its own plugin's, where it has one."""
     kinds = adapter.types if kind is None else (kind,)
-    for case, _ in host().cases(host().homes(adapter) or None):
+    for case, _ in installed().cases(installed().homes(adapter) or None):
         if qualified_name(_built(case)) in kinds:
             yield case
 
@@ -127,8 +133,8 @@ def _upstream_of(model: ZooModel, upstream: nn.Module | None) -> nn.Module:
     elif model.reference is None or model.reference.startswith("file:"):
         raise PrismaError(unknown)
     else:
-        source, rest = split_reference(model.reference)
-        built = _load(host().source(source), rest, pretrained=False)
+        source, rest = reference_of(model.reference)
+        built = load_upstream(installed().source(source), rest, pretrained=False).model
     built.load_state_dict(state, strict=True)
     return built
 
@@ -137,8 +143,8 @@ def _upstream_of(model: ZooModel, upstream: nn.Module | None) -> nn.Module:
 
 
 def _of_reference(reference: str, adapter: Adapter | None, full: bool, pretrained: bool) -> Resolved:
-    name, rest = split_reference(reference)
-    source = host().source(name)
+    name, rest = reference_of(reference)
+    source = installed().source(name)
     note = ""
     if not (full or pretrained):
         if (case := source.case(rest)) is not None:
@@ -156,7 +162,7 @@ def _of_reference(reference: str, adapter: Adapter | None, full: bool, pretraine
                 f"no plugin has a small model of the class {kind}, so {reference} is checked at its real size, "
                 f"{size:,} parameters. That takes long; a plugin's prisma_cases can bring a small one."
             )
-    built = _load(source, rest, pretrained)
+    built = load_upstream(source, rest, pretrained=pretrained).model
     case = Case(reference, lambda: built)
     return Resolved(case, built, _adapter(built, adapter), reference, drawn=not pretrained, full=True, note=note)
 
@@ -169,9 +175,9 @@ def _outline(source: Source, rest: str, adapter: Adapter | None) -> tuple[nn.Mod
     """
 
     def build() -> tuple[nn.Module, Adapter]:
-        module = _load(source, rest, pretrained=False)
+        module = load_upstream(source, rest, pretrained=False).model
         taker = _adapter(module, adapter)
-        read_spec(taker, Reader(module), Facts)
+        spec_of(taker, Reader(module))
         return module, taker
 
     try:
@@ -181,17 +187,15 @@ def _outline(source: Source, rest: str, adapter: Adapter | None) -> tuple[nn.Mod
         return build()
 
 
-def _load(source: Source, rest: str, pretrained: bool) -> nn.Module:
-    return ask(source, "load", rest, gives=Loaded, pretrained=pretrained).model
-
-
 # -------------------------------------------------------------------- parts
 
 
 def _built(case: Case, *, full: bool = False) -> nn.Module:
     """Build a case's model, at its real size if asked for and if there is one."""
     which, build = ("full", case.full) if full and case.full else ("build", case.build)
-    return called(f"{which} of the case {case.name!r}", build, gives=nn.Module)
+    name = f"{which} of the case {case.name!r}"
+    with blaming(build, name):
+        return returned(name, build(), nn.Module)
 
 
 def _adapter(upstream: nn.Module, adapter: Adapter | None) -> Adapter:
@@ -201,7 +205,7 @@ def _adapter(upstream: nn.Module, adapter: Adapter | None) -> Adapter:
         PrismaError: the adapter given takes no models of this type.
     """
     if adapter is None:
-        return host().adapter(upstream)
+        return installed().adapter(upstream)
     if qualified_name(upstream) not in adapter.types:
         raise PrismaError(
             f"{type(adapter).__name__} adapts {', '.join(adapter.types) or 'no type'}; what is to be checked is a "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final, cast
 
-from prisma_core.spec import Facts, NormSpec, RopeSpec
+from prisma_core.plugin import Facts, NormSpec, RopeSpec
 
 # float64 keeps 16 digits and two blocks lose about two of them. A wrong eps of 1e-6 moves logits by 1e-7 or more, and
 # tanh instead of erf in the activation by 1e-4, so everything that is a mistake stays far above this.

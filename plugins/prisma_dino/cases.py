@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 from torch import nn
 
-from prisma_core.plugin.case import Case
+from prisma_core.plugin import Case
 
 WIDTH, HEADS, PATCH = 24, 3, 4
 V2: dict[str, Any] = {

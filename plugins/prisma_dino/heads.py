@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prisma_core import HookedViT
-from prisma_core.errors import InputError, LoadError
+from prisma_core.plugin import InputError, LoadError
 from prisma_dino import state
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from prisma_core.plugin.case import Case, Pictures
+from prisma_core.plugin import Case, Pictures
 from prisma_dino.meta import Architecture, MaskedLinear, MetaViT, RopePositions
 from prisma_dino.source import MEAN, STD, preprocess
 

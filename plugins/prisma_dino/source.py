@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from prisma_core.inputs import Preprocess
-from prisma_core.plugin.source import Loaded, ModelInfo, Source
-from prisma_core.toolbox.options import Pixels, read_options
+from prisma_core.plugin import Loaded, ModelInfo, Pixels, Preprocess, Source, read_options
 from prisma_dino import state
 from prisma_dino.meta import MetaViT
 

@@ -13,9 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from prisma_core.errors import InputError, LoadError
-from prisma_core.files.checkpoint import check_axes, check_shapes, read_states
-from prisma_core.toolbox import options
+from prisma_core.plugin import Eps, Heads, InputError, LoadError, Whole, check_axes, check_shapes, read_states
+from prisma_core.plugin import Options as SourceOptions
 from prisma_dino.meta import Architecture, MetaViT
 
 HEADS = re.compile(r"(?:dino_|ibot_)?head\..+")
@@ -41,7 +40,7 @@ INSTEAD = (
 )
 
 
-class Options(options.Options):
+class Options(SourceOptions):
     """What files do not say, or more than once.
 
     Attributes:
@@ -51,10 +50,10 @@ class Options(options.Options):
         key: which of a checkpoint's networks; None prefers the teacher.
     """
 
-    heads: options.Heads = None
-    eps: options.Eps = None
+    heads: Heads = None
+    eps: Eps = None
     image_size: Annotated[
-        options.Whole | tuple[options.Whole, options.Whole] | None,
+        Whole | tuple[Whole, Whole] | None,
         Field(description="a whole number of pixels a side, such as 512, or (height, width)"),
     ] = None
     key: Annotated[str | None, Field(description="the name of a network in the file, such as 'student'")] = None

@@ -6,9 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 
 from prisma_core import hookimpl
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.plugin.case import Case
-from prisma_core.plugin.source import Source
+from prisma_core.plugin import Adapter, Case, Source
 from prisma_hf.canonical.encoder import EncoderAdapter
 from prisma_hf.mae import AutoencoderAdapter
 from prisma_hf.source import HfSource

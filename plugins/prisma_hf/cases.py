@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from prisma_core.plugin.case import Case, Pictures
+from prisma_core.plugin import Case, Pictures
 from prisma_hf.canonical.classes import MODELS
 from prisma_hf.mae import InOrder
 from prisma_hf.pictures import pictures

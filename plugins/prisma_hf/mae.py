@@ -9,11 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader
-from prisma_core.plugin.adapter import MapAdapter
-from prisma_core.spec import MapSpec
-from prisma_core.toolbox.rows import masks_as_built
+from prisma_core.plugin import HookMap, MapAdapter, MapSpec, Reader, masks_as_built
 from prisma_hf.canonical import parts
 
 PRETRAINING = "transformers.models.vit_mae.modeling_vit_mae.ViTMAEForPreTraining"
@@ -56,7 +52,7 @@ class AutoencoderAdapter(MapAdapter):
 
     types = (PRETRAINING, "prisma_hf.mae.InOrder")
 
-    def facts(self, upstream: Reader) -> MapSpec:
+    def spec(self, upstream: Reader) -> MapSpec:
         mae = _mae(upstream)
         for layer in (*mae.vit.layers, *mae.decoder.decoder_layers):
             masks_as_built(
@@ -65,7 +61,7 @@ class AutoencoderAdapter(MapAdapter):
         patches = mae.vit.embeddings.patch_embeddings
         return MapSpec(shape=(patches.num_channels, *patches.image_size))
 
-    def table(self, upstream: Reader) -> HookMap:
+    def hooks(self, upstream: Reader, spec: MapSpec) -> HookMap:
         mae, at, fused = _mae(upstream), _at(upstream), _fused(upstream)
         rows = f"""
             {at}vit.embeddings.patch_embeddings  ->  hook_embed  : batch patch d_model  = the patches, projected
@@ -88,7 +84,7 @@ class AutoencoderAdapter(MapAdapter):
         decoding = next(iter(mae.decoder.decoder_layers)).attention.num_attention_heads
         return HookMap.parse(rows, head=heads, dechead=decoding)
 
-    def elsewhere(self, upstream: Reader) -> HookMap:
+    def reference_places(self, upstream: Reader) -> HookMap:
         if not _fused(upstream):
             return HookMap((), {})
         mae, at = _mae(upstream), _at(upstream)
@@ -102,7 +98,7 @@ class AutoencoderAdapter(MapAdapter):
         )
         return HookMap.parse(rows)
 
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+    def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return parts.explicit_attention(upstream)
 
     def output(self, result: Any) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from prisma_core.errors import LoadError
+from prisma_core.plugin import LoadError
 
 # What transformers and the readers of files below it raise over files that are broken, missing or of something else.
 BROKEN = (

@@ -13,8 +13,7 @@ from typing import Any, NoReturn
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging
 
-from prisma_core.errors import InputError, suggest
-from prisma_core.hooks.keywords import check_keywords, named
+from prisma_core.plugin import InputError, check_keywords, keyword_names, suggest
 
 UNKNOWN = re.compile(r"unexpected keyword argument '(\w+)'")
 
@@ -22,7 +21,7 @@ UNKNOWN = re.compile(r"unexpected keyword argument '(\w+)'")
 def settings(kind: Any) -> list[str]:
     """Return the names of what a class of configurations can be given."""
     properties = [name for name, value in inspect.getmembers(kind) if isinstance(value, property) and value.fset]
-    fields = [*named(kind), *getattr(kind, "attribute_map", {}), *properties, "attn_implementation"]
+    fields = [*keyword_names(kind), *getattr(kind, "attribute_map", {}), *properties, "attn_implementation"]
     return [name for name in dict.fromkeys(fields) if not name.startswith("_") and name != "self"]
 
 
@@ -49,7 +48,7 @@ def refuse_unknown(who: str, error: TypeError, kind: Any, config: Any) -> NoRetu
     found = UNKNOWN.search(str(error))
     if found is None:
         raise error
-    near = suggest(found[1], [*settings(type(config)), *named(kind)])
+    near = suggest(found[1], [*settings(type(config)), *keyword_names(kind)])
     raise InputError(
         f"{who} takes no option {found[1]!r}: neither {type(config).__name__} nor {kind.__name__} has it.{near}"
     ) from error

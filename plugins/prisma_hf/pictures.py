@@ -10,12 +10,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prisma_core.errors import InputError, PrismaError
-from prisma_core.inputs import SIZES, PicturePreprocess, Preprocess, probe
-from prisma_core.inputs.video import VideoPreprocess
-from prisma_core.maps.reader import Reader
-from prisma_core.plugin.case import Pictures
-from prisma_core.plugin.host import host
+from prisma_core.plugin import (
+    SIZES,
+    InputError,
+    PicturePreprocess,
+    Pictures,
+    Preprocess,
+    PrismaError,
+    Reader,
+    VideoPreprocess,
+    installed,
+    probe,
+)
 from prisma_hf.making import BROKEN
 from prisma_hf.processors import Processed, Scale
 
@@ -36,7 +42,7 @@ def found(folder: Path, model: nn.Module, common: dict[str, Any]) -> PicturePrep
 
     video, image = (_read(kind, folder, common) for kind in (AutoVideoProcessor, AutoImageProcessor))
     try:
-        adapter = host().adapter(model)
+        adapter = installed().adapter(model)
         said = (adapter.preprocess(Reader(model), one) for one in (video, image) if one is not None)
         made = next((one for one in said if one is not None), None)
     except PrismaError:  # the model is there all the same

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from prisma_core.errors import InputError, LoadError
-from prisma_core.inputs import Picture, PicturePreprocess, open_picture, restored
+from prisma_core.plugin import InputError, LoadError, Picture, PicturePreprocess, open_picture, restored
 from prisma_hf.making import brief
 from prisma_hf.packing import Packing, grid_of, packing
 
@@ -88,7 +87,7 @@ class Processed(PicturePreprocess):
         times = max(1, -(-side // min(made.size)))
         return made.resize((made.width * times, made.height * times), images.Resampling.BICUBIC)
 
-    def keep(self, folder: Path) -> None:
+    def save_pretrained(self, folder: Path) -> None:
         """Write what makes the processor again into a folder.
 
         Raises:
@@ -96,14 +95,14 @@ class Processed(PicturePreprocess):
         """
         kind = type(self.processor)
         if _kind(kind.__name__) is not kind:
-            raise LoadError(f"{kind.__name__} is no class of transformers' own, and code is not kept")
+            raise LoadError(f"{kind.__name__} is no class of transformers' own, and code is not saved")
         settings = json.loads(self.processor.to_json_string())
         settings["image_processor_type"] = kind.__name__  # transformers leaves out which of its two backends it is
         (folder / CONFIG).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def kept(cls, folder: Path) -> Processed:
-        """Return what ``keep`` wrote.
+    def from_pretrained(cls, folder: Path) -> Processed:
+        """Return what ``save_pretrained`` wrote.
 
         Raises:
             LoadError: it cannot be read.

@@ -10,13 +10,19 @@ from typing import Any
 
 from torch import nn
 
-from prisma_core.errors import LoadError, UnknownName, suggest
-from prisma_core.hooks.keywords import named
-from prisma_core.inputs import PicturePreprocess
-from prisma_core.inputs.video import VideoPreprocess
-from prisma_core.plugin.case import Case
-from prisma_core.plugin.host import host
-from prisma_core.plugin.source import Loaded, ModelInfo, Source
+from prisma_core.plugin import (
+    Case,
+    Loaded,
+    LoadError,
+    ModelInfo,
+    PicturePreprocess,
+    Source,
+    UnknownName,
+    VideoPreprocess,
+    installed,
+    keyword_names,
+    suggest,
+)
 from prisma_hf import texts
 from prisma_hf.making import BROKEN, brief, fresh, of_class, unfit
 from prisma_hf.places import Place, place
@@ -80,17 +86,11 @@ class HfSource(Source):
                 f"hf:{name}", path.split(".")[2], False, "a class; weights: hf:ORGANISATION/NAME or hf:./FOLDER"
             )
 
-    def keep(self, companion: object, folder: Path) -> bool:
-        if isinstance(companion, Processed):
-            companion.keep(folder)
-            return True
-        return texts.keep(companion, folder)
-
-    def kept(self, folder: Path) -> Any:
+    def load_processor(self, folder: Path) -> Any:
         from prisma_hf.options import quiet
 
         with quiet():
-            return Processed.kept(folder) if (folder / CONFIG).is_file() else texts.kept(folder)
+            return Processed.from_pretrained(folder) if (folder / CONFIG).is_file() else texts.load(folder)
 
     def case(self, rest: str) -> Case | None:
         from prisma_hf.cases import cases
@@ -108,7 +108,7 @@ class HfSource(Source):
 
 def _classes() -> dict[str, str]:
     """Return the paths of transformers' classes that any installed adapter takes, by their names."""
-    return {path.rpartition(".")[2]: path for path in host().types() if path.startswith("transformers.")}
+    return {path.rpartition(".")[2]: path for path in installed().types() if path.startswith("transformers.")}
 
 
 def _imported(path: str) -> Any:
@@ -225,7 +225,7 @@ def _pretrained(
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         without = "add_pooling_layer"
-        if without in named(type(model)) and any("pooler." in name for name in info["missing_keys"]):
+        if without in keyword_names(type(model)) and any("pooler." in name for name in info["missing_keys"]):
             hint = f"Where the file has no pooler, give {without}=False."
         else:
             hint = "Another class that fits is asked for with architecture=NAME."

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prisma_core.errors import LoadError
+from prisma_core.plugin import LoadError
 
 FACTS = "positions.json"
 FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
@@ -48,6 +48,15 @@ class Tokenizer:
             self._made = self._make()
         return self._made
 
+    def save_pretrained(self, folder: Path) -> None:
+        """Write what makes it again.
+
+        Raises:
+            LoadError: its files cannot be read.
+        """
+        self.made().save_pretrained(folder)
+        (folder / FACTS).write_text(json.dumps({"positions": self.positions}) + "\n", encoding="utf-8")
+
     def _make(self) -> Any:
         from transformers import AutoTokenizer
 
@@ -63,20 +72,7 @@ def tokenizer(folder: Path, config: Any, common: dict[str, Any]) -> Tokenizer | 
     return Tokenizer(folder, positions, common) if any((folder / name).is_file() for name in FILES) else None
 
 
-def keep(companion: object, folder: Path) -> bool:
-    """Write a tokenizer into a folder; False if it is none of these.
-
-    Raises:
-        LoadError: its files cannot be read.
-    """
-    if not isinstance(companion, Tokenizer):
-        return False
-    companion.made().save_pretrained(folder)
-    (folder / FACTS).write_text(json.dumps({"positions": companion.positions}) + "\n", encoding="utf-8")
-    return True
-
-
-def kept(folder: Path) -> Tokenizer:
-    """Return the tokenizer that ``keep`` wrote; code that came with it is not run."""
+def load(folder: Path) -> Tokenizer:
+    """Return the tokenizer that ``save_pretrained`` wrote; code that came with it is not run."""
     facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     return Tokenizer(folder, facts["positions"], {"local_files_only": True, "trust_remote_code": False})

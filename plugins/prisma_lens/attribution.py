@@ -1,15 +1,16 @@
-"""Direct attribution: which layer, head and token wrote a logit, or the likeness of a picture and a text."""
+"""Direct attribution: which layer, head and token wrote a logit, or the similarity of an image and a text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from prisma_core import ActivationCache, HookedModel, HookedViT, ModelSpec, NotApplicable
-from prisma_core.transformer import HookedDual, HookedText
+from prisma_core import ActivationCache, HookedDual, HookedModel, HookedText, HookedViT, ModelSpec, NotApplicable
+
+Classes: TypeAlias = "int | str | Sequence[int | str] | Tensor"
 
 _NEEDED = ("hook_full_embed", "hook_pos_embed", "hook_ln_pre", "hook_attn_out", "hook_mlp_out")
 _HEADS = ("hook_z", "attn.ln.hook_normalized", "hook_resid_post")
@@ -21,7 +22,7 @@ _SOURCES = ("hook_pattern", "hook_v")
 class Attribution(NamedTuple):
     """What each component of the residual stream adds to some logits.
 
-    ``values.sum(0) + constant`` is the logit itself.
+    ``values.sum(0) + constant`` is the logit itself. No gradient flows through them.
 
     Attributes:
         values: ``[component batch class]``.
@@ -45,9 +46,8 @@ def attribution_names(model: HookedModel, *, sources: bool = False) -> list[str]
     return [name for name in model.resolve(None) if f".{name}".endswith(wanted)]
 
 
-def logit_attribution(
-    model: HookedViT | HookedText, cache: ActivationCache, classes: Sequence[int] | Tensor
-) -> Attribution:
+@torch.no_grad()
+def logit_attribution(model: HookedViT | HookedText, cache: ActivationCache, classes: Classes) -> Attribution:
     """Return what the embedding and every layer's attention and MLP add to the logits of some classes.
 
     The scale of the final norms is frozen at what it was in this run, and so is the pattern of attention that pools,
@@ -56,8 +56,8 @@ def logit_attribution(
     Args:
         model: the model that made the cache.
         cache: with its batch axis; holds ``attribution_names(model)``, all tokens.
-        classes: the logits wanted; or directions in the model's output, such as texts' vectors for a vision tower:
-            floating point numbers ``[class d_embed]``.
+        classes: one class or several, as indices or labels; or directions in the model's output, such as texts' vectors
+            for a vision tower: floating point numbers ``[class d_embed]``.
 
     Raises:
         NotApplicable: the model has no head, or its stream or its output is no sum; the message says why.
@@ -68,9 +68,8 @@ def logit_attribution(
     return _attributed(cache, stack, labels, classes, pos)
 
 
-def head_attribution(
-    model: HookedViT | HookedText, cache: ActivationCache, classes: Sequence[int] | Tensor
-) -> Attribution:
+@torch.no_grad()
+def head_attribution(model: HookedViT | HookedText, cache: ActivationCache, classes: Classes) -> Attribution:
     """Return what every head adds to the logits of some classes; the last component is all the rest.
 
     Args:
@@ -85,9 +84,8 @@ def head_attribution(
     return _attributed(cache, stack, labels, classes, pos)
 
 
-def source_attribution(
-    model: HookedViT | HookedText, cache: ActivationCache, classes: Sequence[int] | Tensor
-) -> Tensor:
+@torch.no_grad()
+def source_attribution(model: HookedViT | HookedText, cache: ActivationCache, classes: Classes) -> Tensor:
     """Return what every head adds to some logits, by the token it brings it from: ``[head source batch class]``.
 
     Patterns are frozen too: a head's sum over the tokens is its ``head_attribution``. Heads are counted through.
@@ -100,22 +98,21 @@ def source_attribution(
         UnknownName: the cache lacks activations; the message says which.
     """
     pos, n = _read_token(model), len(cache.positions() or ())
-    found: list[Tensor] = []
-    for source in range(n):
-        stack = cache.stack_head_results(source=source, pos_slice=pos)
-        found.append(torch.stack([cache.logit_attrs(stack, index, pos_slice=pos) for index in classes], -1))
-    if not found:
+    if not n:
         raise NotApplicable("The cache knows neither layout nor text: set cache.layout or cache.tokens.")
-    return torch.stack(found, 1)
+    directions = cache.directions(classes)
+    stacks = (cache.stack_head_results(source=source, pos_slice=pos) for source in range(n))
+    return torch.stack([_along(cache.project_stack(stack, pos_slice=pos), directions) for stack in stacks], 1)
 
 
+@torch.no_grad()
 def similarity_attribution(
     model: HookedDual,
     cache: ActivationCache,
     tower: Literal["vision", "text"] = "vision",
     by: Literal["layer", "head"] = "layer",
 ) -> Attribution:
-    """Return what each component of one tower adds to the logit of each picture and text.
+    """Return what each component of one tower adds to the logit of each image and text.
 
     The other tower's vector is the direction; the length of this tower's own vector is frozen like the norms' scales.
     ``values`` are ``[component image text]``; with ``constant``, which counts ``logit_bias`` too, they sum to the
@@ -123,7 +120,7 @@ def similarity_attribution(
 
     Args:
         model: the model that made the cache.
-        cache: of pictures and texts, with its batch axis; holds ``attribution_names(model)``.
+        cache: of images and texts, with its batch axis; holds ``attribution_names(model)``.
         tower: whose components.
         by: what a component is, as in ``logit_attribution`` or ``head_attribution``.
 
@@ -176,8 +173,13 @@ def _read_token(model: HookedViT | HookedText) -> int | None:
 
 
 def _attributed(
-    cache: ActivationCache, stack: Tensor, labels: Sequence[str], classes: Sequence[int] | Tensor, pos: int | None
+    cache: ActivationCache, stack: Tensor, labels: Sequence[str], classes: Classes, pos: int | None
 ) -> Attribution:
-    values = [cache.logit_attrs(stack, index, pos_slice=pos) for index in classes]
-    constant = [cache.logit_constant(index) for index in classes]
-    return Attribution(torch.stack(values, -1), tuple(labels), torch.stack(constant, -1))
+    directions = cache.directions(classes)
+    values = _along(cache.project_stack(stack, pos_slice=pos), directions)
+    return Attribution(values, tuple(labels), _along(cache.logit_constant(), directions))
+
+
+def _along(outputs: Tensor, directions: Tensor) -> Tensor:
+    """Return outputs ``[... out]`` along directions ``[class out]``: ``[... class]``."""
+    return outputs @ directions.to(outputs).T

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, NotApplicable, Result
-from prisma_core.hooks.query import LayerQuery
+from prisma_core.plugin import LayerQuery
 from prisma_lens.metrics import MetricLike, as_metric
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import HookedModel, NotApplicable, Result, TokenLayout
-from prisma_core.hooks.query import layer_of
+from prisma_core.plugin import layer_of
 
 MODULI = range(2, 9)
 

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prisma_core import ActivationCache, HookedViT, NotApplicable
-from prisma_core.transformer import HookedText
+from prisma_core import ActivationCache, HookedText, HookedViT, NotApplicable
 
 LENS_NAMES = ("*.hook_resid_pre", "*.hook_resid_post")
 """What a cache must hold for ``logit_lens``."""
@@ -27,6 +26,7 @@ class Lens(NamedTuple):
     stages: tuple[str, ...]
 
 
+@torch.no_grad()
 def logit_lens(model: HookedViT | HookedText, cache: ActivationCache) -> Lens:
     """Return the logits of every token, of a picture or of a text, taken alone, as if it were the one the head reads.
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from prisma_core import InputError, NotApplicable, UnknownName
-from prisma_core.errors import suggest
+from prisma_core.plugin import suggest
 
 Metric: TypeAlias = Callable[[Tensor], Tensor]
 Class: TypeAlias = "int | str"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, PluginError, Result
-from prisma_core.hooks.query import Query, layer_of
+from prisma_core.plugin import Query, layer_of
 
 
 def probe(

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import ActivationCache, HookContext, HookedModel, InputError, NotApplicable, TokenLayout
-from prisma_core.hooks.capture import positions_of
-from prisma_core.hooks.query import Query, layer_of
+from prisma_core.plugin import Query, layer_of, positions_of
 from prisma_patch.patching import Positions, as_inputs, token_positions
 from prisma_patch.sweep import Inputs
 

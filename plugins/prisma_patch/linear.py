@@ -21,7 +21,7 @@ from prisma_lens.metrics import MetricLike, as_metric
 from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, Result
-from prisma_core.hooks.query import Query, layer_of
+from prisma_core.plugin import Query, layer_of
 from prisma_patch.patching import SHORT, as_inputs
 from prisma_patch.sweep import Inputs
 

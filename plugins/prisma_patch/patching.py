@@ -26,8 +26,7 @@ from prisma_lens.metrics import MetricLike, as_metric
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, NotApplicable, Result, TokenLayout
-from prisma_core.hooks.capture import positions_of
-from prisma_core.hooks.query import Query, layer_of
+from prisma_core.plugin import Query, layer_of, positions_of
 from prisma_patch.sweep import Inputs, Variant, sweep
 
 Positions: TypeAlias = "int | slice | Sequence[int] | str | None"

@@ -22,8 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, HookedViT, InputError, LoadError
-from prisma_core.files.checkpoint import read_checkpoint
-from prisma_core.hooks.query import layer_of
+from prisma_core.plugin import layer_of, read_checkpoint
 
 Inputs = tuple[Tensor, ...]
 Part = tuple[Any, ...]

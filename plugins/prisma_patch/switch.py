@@ -20,7 +20,7 @@ from prisma_lens.metrics import Class, class_of, logit_difference
 from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, Result
-from prisma_core.hooks.query import layer_of
+from prisma_core.plugin import layer_of
 from prisma_patch.patching import Positions, activation_patch, token_positions
 
 

@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 import prisma_core as prisma
-from prisma_core import HookedViT, InputError
-from prisma_core.transformer import HookedDual
+from prisma_core import HookedDual, HookedViT, InputError
 from prisma_registers.norms import LayerNorms, attention_to, check_outliers, token_norms
 
 

@@ -11,9 +11,8 @@ from jaxtyping import Bool, Float
 from rich.progress import track
 from torch import Tensor
 
-from prisma_core import HookedViT, InputError, NotApplicable, TokenLayout
-from prisma_core.hooks.capture import positions_of
-from prisma_core.transformer import HookedDual
+from prisma_core import HookedDual, HookedViT, InputError, NotApplicable, TokenLayout
+from prisma_core.plugin import positions_of
 
 Tokens: TypeAlias = str | int | Sequence[int] | Tensor
 FACTOR = 3.0

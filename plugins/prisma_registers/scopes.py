@@ -15,8 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prisma_core import HookedViT, InputError, NotApplicable
-from prisma_core.zoo import assign, tensors_of
+from prisma_core import HookedViT, InputError, NotApplicable, assign, tensors_of
 from prisma_registers.moving import Move, MovingViT
 from prisma_registers.norms import check_vit
 from prisma_registers.sinks import Neuron

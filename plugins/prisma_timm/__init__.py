@@ -6,9 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 
 from prisma_core import hookimpl
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.plugin.case import Case
-from prisma_core.plugin.source import Source
+from prisma_core.plugin import Adapter, Case, Refusal, Source
 from prisma_timm.canonical.beit import BeitAdapter
 from prisma_timm.canonical.encoders import EncoderAdapter
 from prisma_timm.canonical.eva import EvaAdapter
@@ -19,7 +17,7 @@ from prisma_timm.hooked.convnext import ConvNeXtAdapter
 from prisma_timm.hooked.hiera import HieraAdapter
 from prisma_timm.hooked.sam import SamAdapter
 from prisma_timm.hooked.swin import SwinAdapter, SwinV2Adapter, SwinV2CrAdapter
-from prisma_timm.refused import SandwichRefused
+from prisma_timm.refused import GEMMA4
 from prisma_timm.source import TimmSource
 
 
@@ -38,7 +36,7 @@ def prisma_cases() -> Sequence[Case]:
 
 
 @hookimpl
-def prisma_adapters() -> Sequence[Adapter]:
+def prisma_adapters() -> Sequence[Adapter | Refusal]:
     return [
         VisionTransformerAdapter(),
         EvaAdapter(),
@@ -52,5 +50,5 @@ def prisma_adapters() -> Sequence[Adapter]:
         HieraAdapter(),
         ConvNeXtAdapter(),
         SamAdapter(),
-        SandwichRefused(),
+        *GEMMA4,
     ]

@@ -13,8 +13,7 @@ from timm.models import build_model_with_cfg  # pyright: ignore[reportUnknownVar
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from prisma_core.errors import InputError
-from prisma_core.hooks.keywords import check_keywords, named
+from prisma_core.plugin import InputError, check_keywords, keyword_names
 
 # In-place functions of initialisation. Without data they would only cost time, and most of the time at that.
 DRAWING = {"add_", "clamp_", "copy_", "div_", "erfinv_", "fill_", "mul_", "normal_", "uniform_", "zero_"}
@@ -68,5 +67,5 @@ def _check_option(name: str, message: str) -> None:
     if function is None:
         return
     builders = (function, timm.create_model, cast("Callable[..., Any]", build_model_with_cfg))
-    options = [option for builder in builders for option in named(builder)]
+    options = [option for builder in builders for option in keyword_names(builder)]
     check_keywords(f"timm:{name}", [unexpected[2]], ["pretrained", *options, *FEATURES])

@@ -10,10 +10,16 @@ from typing import Any
 import timm
 from torch import nn
 
-from prisma_core.errors import InputError, UnsupportedArchitecture
-from prisma_core.maps.reader import Reader, qualified_name
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.plugin.case import Case, Pictures
+from prisma_core.plugin import (
+    Adapter,
+    Case,
+    InputError,
+    Pictures,
+    Reader,
+    Refusal,
+    UnsupportedArchitecture,
+    qualified_name,
+)
 from prisma_timm.building import create_without_data
 from prisma_timm.hooked.mapping import FamilyMap
 from prisma_timm.preprocessing import preprocess
@@ -21,7 +27,7 @@ from prisma_timm.preprocessing import preprocess
 HEADS, WIDTH, GRID = 3, 16, (3, 4)  # heads, the width of one, rows and columns of patches
 
 
-def cases(adapters: Sequence[Adapter]) -> Iterator[Case]:
+def cases(adapters: Sequence[Adapter | Refusal]) -> Iterator[Case]:
     """Yield a case for every architecture in timm's registry that one of the adapters takes.
 
     Each is built once without data, which says whether its adapter can represent it.
@@ -39,9 +45,9 @@ def adapted_names(adapters: Container[str]) -> Iterator[str]:
             yield from timm.list_models(module=module)
 
 
-def types_of(adapters: Sequence[Adapter]) -> dict[str, Adapter]:
+def types_of(adapters: Sequence[Adapter | Refusal]) -> dict[str, Adapter]:
     """Return adapters by the types they take."""
-    return {name: adapter for adapter in adapters for name in adapter.types}
+    return {name: adapter for adapter in adapters if isinstance(adapter, Adapter) for name in adapter.types}
 
 
 def case(name: str, adapters: Mapping[str, Adapter]) -> Case | None:

@@ -10,8 +10,7 @@ from safetensors import SafetensorError
 from torch import hub as torch_hub
 from torch import nn
 
-from prisma_core.errors import LoadError
-from prisma_core.files import hub
+from prisma_core.plugin import LoadError, hub
 
 
 def create_pretrained(reference: str, options: dict[str, Any]) -> nn.Module:

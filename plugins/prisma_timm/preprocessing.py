@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prisma_core.errors import LoadError
-from prisma_core.inputs import Preprocess
+from prisma_core.plugin import LoadError, Preprocess
 
 RESIZE = {"center": "shortest", "squash": "squash", "border": "longest"}
 

@@ -1,17 +1,11 @@
-"""timm's plain transformers that the canonical one cannot represent: which module is in the way, and why."""
+"""timm's plain transformers that the canonical one cannot represent: the unsupported module, and the feature."""
 
 from __future__ import annotations
 
-from prisma_core.errors import UnsupportedArchitecture
-from prisma_core.maps.reader import Reader
-from prisma_core.plugin.adapter import Refusal
+from prisma_core.plugin import Refusal
 
-
-class SandwichRefused(Refusal):
-    """Norms around everything (Gemma 4)."""
-
-    types = ("timm.models.gemma4_vit.Gemma4VitClassifier", "timm.models.gemma4_vit.Gemma4VitEncoder")
-
-    def reason(self, upstream: Reader) -> UnsupportedArchitecture:
-        encoder = upstream.encoder if upstream.has("encoder") else upstream
-        return next(iter(encoder.blocks)).unsupported("sandwich norms, before and after attention and MLP")
+SANDWICH = "sandwich norms, before and after attention and MLP"
+GEMMA4 = (
+    Refusal(("timm.models.gemma4_vit.Gemma4VitClassifier",), SANDWICH, "encoder.blocks.0"),
+    Refusal(("timm.models.gemma4_vit.Gemma4VitEncoder",), SANDWICH, "blocks.0"),
+)

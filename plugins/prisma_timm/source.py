@@ -8,11 +8,17 @@ from typing import Any
 
 from torch import nn
 
-from prisma_core.errors import UnknownName, suggest
-from prisma_core.files.checkpoint import check_shapes, read_checkpoint
-from prisma_core.plugin.adapter import Refusal
-from prisma_core.plugin.case import Case
-from prisma_core.plugin.source import Loaded, ModelInfo, Source
+from prisma_core.plugin import (
+    Case,
+    Loaded,
+    ModelInfo,
+    Refusal,
+    Source,
+    UnknownName,
+    check_shapes,
+    read_checkpoint,
+    suggest,
+)
 from prisma_timm.preprocessing import preprocess
 
 

@@ -13,10 +13,8 @@ from rich.console import Console
 
 import prisma_core as prisma
 import prisma_view
-from prisma_core import HookedViT, InputError
-from prisma_core.inputs import open_picture
-from prisma_core.plugin.host import host
-from prisma_core.transformer import HookedDual
+from prisma_core import HookedDual, HookedViT, InputError
+from prisma_core.plugin import installed, open_picture
 
 DEFAULT = "toy:scenes-3l"
 PARTS = {
@@ -126,7 +124,7 @@ def _guess(model: HookedViT, picture: Any) -> int:
 
 def _sample(reference: str, seed: int) -> Any:
     """Return a sample of the model's own source, or of the first source that has one."""
-    sources = host().sources()
+    sources = installed().sources()
     name, _, rest = reference.partition(":")
     own = [sources[name]] if name in sources else []
     for source in (*own, *sources.values()):

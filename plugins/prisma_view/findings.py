@@ -23,8 +23,7 @@ from prisma_patch import patch_heads
 from torch import Tensor
 
 from prisma_core import HookedViT, InputError, NotApplicable, TokenLayout
-from prisma_core.hooks.query import layer_of
-from prisma_core.inputs import open_picture
+from prisma_core.plugin import layer_of, open_picture
 from prisma_view.symbols import Symbol, symbol
 
 SHOWN = 8

@@ -6,16 +6,14 @@ import importlib.util
 from collections.abc import Sequence
 
 from prisma_core import hookimpl
-from prisma_core.inputs.video import VideoPreprocess, read_video
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.plugin.case import Case
+from prisma_core.plugin import Adapter, Case, Refusal, VideoPreprocess, read_video
 from prisma_vivit.canonical.videomae import VideoMAEAdapter
 from prisma_vivit.canonical.vivit import VivitAdapter
 from prisma_vivit.canonical.vjepa2 import VJEPA2Adapter
 from prisma_vivit.hooked.timesformer import TimesformerAdapter
 from prisma_vivit.hooked.vjepa2_maps import Predictor, VJEPA2ClassifierAdapter, VJEPA2PredictorAdapter
 from prisma_vivit.processing import preprocess_of
-from prisma_vivit.refused import DecoderRefused
+from prisma_vivit.refused import DECODER
 
 
 @hookimpl
@@ -28,7 +26,7 @@ def prisma_cases() -> Sequence[Case]:
 
 
 @hookimpl
-def prisma_adapters() -> Sequence[Adapter]:
+def prisma_adapters() -> Sequence[Adapter | Refusal]:
     return [
         VivitAdapter(),
         VideoMAEAdapter(),
@@ -36,7 +34,7 @@ def prisma_adapters() -> Sequence[Adapter]:
         VJEPA2PredictorAdapter(),
         VJEPA2ClassifierAdapter(),
         TimesformerAdapter(),
-        DecoderRefused(),
+        DECODER,
     ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from prisma_core.plugin.case import Case, Pictures
+from prisma_core.plugin import Case, Pictures
 from prisma_vivit.hooked.vjepa2_maps import Predictor
 from prisma_vivit.processing import preprocess_of
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from prisma_core.hooks.tokens import TokenLayout
-from prisma_core.maps.reader import Reader
-from prisma_core.spec import AttentionSpec, EmbedSpec
-from prisma_core.toolbox.readers import TRANSFORMERS, PartReader, plain_patches
-from prisma_core.toolbox.rows import masks_as_built
+from prisma_core.plugin import (
+    TRANSFORMERS,
+    AttentionSpec,
+    EmbedSpec,
+    PartReader,
+    Reader,
+    TokenLayout,
+    masks_as_built,
+    plain_patches,
+)
 
 READ = PartReader(activations=TRANSFORMERS)
 norm, linear, classes = READ.norm, READ.linear, READ.classes

@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from prisma_core.errors import LoadError
-from prisma_core.inputs import Preprocess
-from prisma_core.inputs.video import VideoPreprocess
+from prisma_core.plugin import LoadError, Preprocess, VideoPreprocess
 
 FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 

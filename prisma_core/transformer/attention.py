@@ -19,11 +19,26 @@ from prisma_core.transformer.weights import WeightViews
 
 
 class HeadInputs(NamedTuple):
-    """Normed inputs of single heads ``[batch pos head d_model]``; None where all heads read the same."""
+    """Inputs of single heads ``[batch pos head d_model]``; None where all heads read the same."""
 
     q: Tensor | None = None
     k: Tensor | None = None
     v: Tensor | None = None
+
+    def after(self, norm: nn.Module, x: Tensor, normed: Tensor) -> HeadInputs:
+        """Return the inputs after a norm, past its hook points.
+
+        What hooks there change in the norm of the stream is added, so that they reach every head.
+
+        Args:
+            norm: what stands between the stream and the attention: a norm or an identity.
+            x: the stream.
+            normed: the stream after the norm and its hooks.
+        """
+        if not isinstance(norm, Norm) or all(each is None for each in self):
+            return self
+        change = (normed - norm.fused(x)).unsqueeze(2)
+        return HeadInputs(*(None if each is None else norm.fused(each) + change for each in self))
 
 
 NO_INPUTS = HeadInputs()

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from prisma_core.errors import InputError, NotApplicable
 from prisma_core.hooks.point import HookPoint
 from prisma_core.spec import BlockSpec, RopeSpec
-from prisma_core.transformer.attention import Attention, HeadInputs, Rope
+from prisma_core.transformer.attention import NO_INPUTS, Attention, HeadInputs, Rope
 from prisma_core.transformer.mlp import MLP
-from prisma_core.transformer.norm import Norm, Scale, norm_or_identity
+from prisma_core.transformer.norm import Scale, norm_or_identity
 
 STREAM = "batch pos d_model"
 
@@ -60,9 +60,11 @@ class Block(nn.Module):
         self, x: Float[Tensor, "batch pos d_model"], rope: Rope | None = None, mask: Tensor | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
         x, kind = self.hook_resid_pre(x), self.spec.kind
-        normed = self.ln1(x) if kind in ("pre", "parallel") else x
-        points = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
-        (inputs,) = head_inputs(x, points, self.spec, [self.ln1 if normed is not x else None], [normed])
+        (inputs,) = head_inputs(x, self.spec, self.hook_q_input, self.hook_k_input, self.hook_v_input)
+        normed = x
+        if kind in ("pre", "parallel"):
+            normed = self.ln1(x)
+            inputs = inputs.after(self.ln1, x, normed)
         attn_out = self.attn(normed, rope, inputs, mask)
         attn_out = self.hook_attn_out(self.ls1(self.ln1(attn_out) if kind == "res_post" else attn_out))
         if kind == "parallel":
@@ -113,11 +115,11 @@ class SideBySide(nn.Module):
         self, x: Float[Tensor, "batch pos d_model"], rope: Rope | None = None, mask: Tensor | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
         x = self.hook_resid_pre(x)
-        points = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
-        normed = [norm(x) for norm in self.ln1]
-        inputs = head_inputs(x, points, self.spec, list(self.ln1), normed)
-        sides = zip(self.attn, self.ls1, normed, inputs, strict=True)
-        outs = [scale(attn(read, rope, heads, mask)) for attn, scale, read, heads in sides]
+        inputs = head_inputs(x, self.spec, self.hook_q_input, self.hook_k_input, self.hook_v_input)
+        outs: list[Tensor] = []
+        for norm, attn, scale, heads in zip(self.ln1, self.attn, self.ls1, inputs, strict=True):
+            normed = norm(x)
+            outs.append(scale(attn(normed, rope, heads.after(norm, x, normed), mask)))
         x = x + self.hook_attn_out(torch.stack(outs).sum(0))
         if self.spec.mlp is None:
             return self.hook_resid_post(x)
@@ -146,42 +148,24 @@ def head_input_points(spec: BlockSpec) -> tuple[HookPoint, HookPoint, HookPoint]
     return query, key, value
 
 
-def head_inputs(
-    x: Tensor,
-    points: tuple[HookPoint, HookPoint, HookPoint],
-    spec: BlockSpec,
-    norms: list[Any],
-    normed: list[Tensor],
-) -> list[HeadInputs]:
-    """Return, for each attention, what each of its heads reads, where a scope asks for the inputs of single heads.
-
-    A head's input is normed past the hook points of the norm. What hooks there change in the norm of the stream is
-    added to it, so that they reach every head.
+def head_inputs(x: Tensor, spec: BlockSpec, *points: HookPoint) -> list[HeadInputs]:
+    """Return what each head of each attention reads of the stream, where a scope asks for inputs of single heads.
 
     Args:
         x: the residual stream.
+        spec: of the block.
         points: hook points of the inputs of queries, keys and values, each with the heads of all attentions.
-        norms: each attention's norm; None or an identity where it reads the stream as it is.
-        normed: the stream after each norm and its hooks.
     """
     if not any(point.wanted for point in points):
-        return [HeadInputs()] * len(norms)
-    counts = (spec.attn.n_heads, spec.attn.n_kv_heads, spec.attn.n_kv_heads)
+        return [NO_INPUTS] * spec.n_parallel
     columns: list[list[Tensor | None]] = []
-    for point, n in zip(points, counts, strict=True):
+    for point, n in zip(points, (spec.attn.n_heads, spec.attn.n_kv_heads, spec.attn.n_kv_heads), strict=True):
         if not point.wanted:
-            columns.append([None] * len(norms))
+            columns.append([None] * spec.n_parallel)
             continue
-        copies = point(x.unsqueeze(2).expand(-1, -1, n * len(norms), -1).contiguous())
-        sides = zip(copies.chunk(len(norms), dim=2), norms, normed, strict=True)
-        columns.append([_normed_as(part, norm, x, whole) for part, norm, whole in sides])
+        copies = point(x.unsqueeze(2).expand(-1, -1, n * spec.n_parallel, -1).contiguous())
+        columns.append(list(copies.chunk(spec.n_parallel, dim=2)))
     return [HeadInputs(*row) for row in zip(*columns, strict=True)]
-
-
-def _normed_as(part: Tensor, norm: nn.Module | None, x: Tensor, normed: Tensor) -> Tensor:
-    if not isinstance(norm, Norm):
-        return part
-    return norm.fused(part) + (normed - norm.fused(x)).unsqueeze(2)
 
 
 # -------------------------------------------------------------------- parts of a block, by their kind

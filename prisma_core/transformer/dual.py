@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from prisma_core.errors import InputError, UnknownName, suggest
 from prisma_core.hooks.cache import ActivationCache
-from prisma_core.hooks.point import HookPoint, copy_if_cached
+from prisma_core.hooks.point import HookPoint
 from prisma_core.hooks.tokens import TokenLayout
-from prisma_core.inputs import Picture, PicturePreprocess
-from prisma_core.inputs.video import VideoPreprocess
-from prisma_core.model import Absent, Size, ZooModel
+from prisma_core.inputs import Picture
+from prisma_core.model import Size, ZooModel
 from prisma_core.spec import DualSpec
 from prisma_core.transformer.stream import StreamCache
-from prisma_core.transformer.text import HookedText, Tokenizer, tokens_of
+from prisma_core.transformer.text import HookedText, tokens_of
 from prisma_core.transformer.vit import HookedViT
 
 
@@ -86,19 +85,19 @@ class HookedDual(ZooModel):
         self.hook_logits = HookPoint("batch text", f"image_embed . text_embed * exp(logit_scale){bias}")
 
     @property
-    def tokenizer(self) -> Tokenizer | None:
+    def tokenizer(self) -> Any:
         return self.text.tokenizer
 
     @tokenizer.setter
-    def tokenizer(self, value: Tokenizer | None) -> None:
+    def tokenizer(self, value: Any) -> None:
         self.text.tokenizer = value
 
     @property
-    def preprocess(self) -> PicturePreprocess | VideoPreprocess | Absent | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def preprocess(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.vision.preprocess
 
     @preprocess.setter
-    def preprocess(self, value: PicturePreprocess | VideoPreprocess | Absent | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def preprocess(self, value: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         if "vision" in self._modules:  # the base sets it before there is a tower
             self.vision.preprocess = value
 
@@ -110,9 +109,6 @@ class HookedDual(ZooModel):
 
     def towers(self) -> Mapping[str, ZooModel]:
         return {"vision.": self.vision, "text.": self.text}
-
-    def companions(self) -> Mapping[str, Callable[[Any], Tensor]]:
-        return {what: tried for tower in self.towers().values() for what, tried in tower.companions().items()}
 
     def sizes(self) -> list[Size]:
         return self.vision.sizes()
@@ -146,7 +142,7 @@ class HookedDual(ZooModel):
         logits = seen @ read.T * self.logit_scale.exp()
         if self.spec.logit_bias:
             logits = logits + self.logit_bias
-        return copy_if_cached(self.hook_logits(logits))
+        return self.hook_logits(logits)
 
     def encode_image(self, image: Tensor | Picture | Sequence[Picture]) -> Float[Tensor, "batch d_embed"]:
         """Return unit vectors ``[batch d_embed]`` of pictures, or of the tensor the model takes.
@@ -203,6 +199,4 @@ class HookedDual(ZooModel):
     def _pictured(self, image: Any) -> Tensor:
         if isinstance(image, Tensor) and image.ndim >= 4:
             return image
-        if not self.preprocess:
-            raise InputError("This model came without preprocessing: give the tensor it takes.")
         return self.preprocess(image).to(self.logit_scale.device, self.logit_scale.dtype)

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError, NotApplicable
-from prisma_core.hooks.point import HookPoint, copy_if_cached
-from prisma_core.model import Size, check_place, layer_index, may_look
+from prisma_core.hooks.point import HookPoint
+from prisma_core.model import Processor, Size, check_place, layer_index, may_look
 from prisma_core.spec import TextPoolSpec, TextSpec
 from prisma_core.transformer.block import STREAM, make_block
 from prisma_core.transformer.mlp import MLP
@@ -23,8 +23,6 @@ from prisma_core.transformer.stream.readout import Readout
 from prisma_core.transformer.tower import Tower
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
-# What tells tokenizers apart: case, accents, other scripts, spaces, what is cut and what fills up.
-TEXTS = ("a photo of a cat.", " Zwei  Äpfel, 3 DON'TS & 猫🐈\n</s>", "", "again and again, " * 200)
 
 
 class TokenEmbed(nn.Module):
@@ -60,11 +58,12 @@ class HookedText(Tower):
 
     spec: TextSpec
     cache_type = StreamCache
+    tokenizer = Processor()
 
     def __init__(self, spec: TextSpec):
         super().__init__()
         self.spec = spec
-        self.tokenizer: Tokenizer | None = None
+        self.tokenizer = None
         self.embed = TokenEmbed(spec)
         self.hook_embed = HookPoint("batch token d_model" if spec.suffix else STREAM, "W_E[token]")
         self.hook_pos_embed = HookPoint(STREAM, "the position embedding")
@@ -87,9 +86,6 @@ class HookedText(Tower):
         read = "ln_pool(pooled)" if spec.ln_pool else "pooled"
         axes = pooled if spec.n_classes is None else pooled.replace("d_model", "class")
         self.hook_logits = HookPoint(axes, f"head({read})" if spec.n_classes is not None else read)
-
-    def companions(self) -> Mapping[str, Callable[[Any], Tensor]]:
-        return {"tokenizer": lambda tokenizer: tokenizer(list(TEXTS))}
 
     def sizes(self) -> list[Size]:
         return [(self.spec.n_ctx,), (max(min(2, self.spec.n_ctx), self.spec.n_ctx - 2),)]
@@ -133,7 +129,7 @@ class HookedText(Tower):
         mask = self._mask(tokens)
         for index in range(layer_index(stop_at_layer, len(self.blocks), len(self.blocks))):
             x = self.blocks[index](x, None, mask)
-        return copy_if_cached(x if stop_at_layer is not None else self.unembed(x, tokens))
+        return x if stop_at_layer is not None else self.unembed(x, tokens)
 
     def readouts(self, store: Mapping[str, Tensor], *, n_tokens: int | None, tokens: Tensor | None) -> list[Readout]:
         if self.spec.head is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from prisma_core.errors import InputError, NotApplicable
 from prisma_core.hooks.point import HookPoint, copy_if_cached
 from prisma_core.hooks.tokens import TokenLayout
-from prisma_core.inputs import tried
 from prisma_core.model import Size, check_place, layer_index
 from prisma_core.spec import ModelSpec, RopeCount
 from prisma_core.transformer.attention import Rope
@@ -90,9 +89,6 @@ class HookedViT(Tower):
         fixed = self.spec.embed.interpolation is None and not self.spec.embed.any_length
         return self.spec.layout if fixed else None
 
-    def companions(self) -> Mapping[str, Callable[[Any], Tensor]]:
-        return {"preprocess": tried}
-
     def sizes(self) -> list[Size]:
         embed, (height, width) = self.spec.embed, self.spec.image_size
         sizes: list[Size] = [(height, width)]
@@ -161,7 +157,7 @@ class HookedViT(Tower):
         tables = self._rope_tables(grid)
         for index in range(first, last):
             x = self.blocks[index](x, self._rope(index, tables))
-        return copy_if_cached(x if stop_at_layer is not None else self.unembed(x))
+        return x if stop_at_layer is not None else self.unembed(x)
 
     def _embedded(self, image: Tensor, grid: Grid) -> Tensor:
         x = self.embed.with_prefix(self.hook_embed(self.embed(image)))
@@ -226,12 +222,11 @@ class HookedViT(Tower):
             return [Readout(heads[0], ())]
         if n_tokens is None:
             raise NotApplicable("The cache has no token layout, so what the model pools is not known.")
-        first, second, mean = (next(self.parameters()).new_zeros(n_tokens) for _ in range(3))
-        first[0] = 1
-        averaged = slice(0 if pool.with_prefix else n_prefix, None)
-        mean[averaged] = 1 / len(range(n_tokens)[averaged])
+        like, start = next(self.parameters()), 0 if pool.with_prefix else n_prefix
+        places = torch.arange(n_tokens, device=like.device)
+        first, second = ((places == token).to(like.dtype) for token in (0, spec.layout.cls))
+        mean = (places >= start).to(like.dtype) / (n_tokens - start)
         if spec.n_heads_out == 2:
-            second[spec.layout.cls] = 1
             both = [*heads, *([None] if len(heads) == 1 else [])]
             return [Readout(both[0], (first,)), Readout(both[1], (second,))]
         shares = {"token": (first,), "avg": (mean,), "token_and_avg": (first, mean)}[pool.kind]

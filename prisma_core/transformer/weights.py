@@ -41,7 +41,7 @@ class Stack(Tensor):
     @classmethod
     def of(cls, x: Tensor, place: str) -> Tensor:
         """Return ``x`` as a stack of what stands at a place of the model, such as ``model.blocks[l].attn.W_O``."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or type(x) is not Tensor:  # another library's kind of tensor stays what it is
             return x
         stack = x.as_subclass(cls)
         stack.place = place

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import HookError, InputError, PrismaError
-from prisma_core.hooks.keywords import check_keywords, elsewhere, keywords, named
+from prisma_core.hooks.migration import (
+    keyword_names,
+    migration_hint,
+    module_getattr,
+    refuse_keywords,
+    takes_any_keyword,
+)
 from prisma_core.hooks.point import HookPoint
 from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.maps.places import HookMap
@@ -55,6 +61,8 @@ class HookedUpstream(ZooModel):
         """
         if torch.compiler.is_compiling():
             return self._run(*inputs, **kwargs)
+        if "start_at_layer" in kwargs or "stop_at_layer" in kwargs:
+            self._refuse_keywords(kwargs)  # upstream's code may take anything, and ignore it
         x = self._checked(inputs, kwargs)
         if x is None or tuple(x.shape[1:]) in self._shapes():
             return self._run(*inputs, **kwargs)
@@ -77,13 +85,8 @@ class HookedUpstream(ZooModel):
         with watching(active, _batch(inputs, kwargs)):
             return self._output(self.upstream(*inputs, **kwargs))
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError as error:
-            if name.startswith("_") or elsewhere(name):
-                raise
-            raise AttributeError(_lacks(self, type(self).__name__, name)) from error
+    def attribute_hint(self, name: str) -> str | None:
+        return migration_hint(name) or (None if name.startswith("_") else _instead(self))
 
     @property
     def layout(self) -> TokenLayout | None:
@@ -112,17 +115,17 @@ class HookedUpstream(ZooModel):
         sizes = {name: x.shape[axis] // (shape[axis] // n) for name, (axis, n) in grid.items()}
         return layout.model_copy(update=sizes)
 
-    def _check_keywords(self, given: Mapping[str, Any], method: Callable[..., Any] | None = None) -> None:
-        accepted = keywords(self.upstream.forward)
+    def _refuse_keywords(self, kwargs: Mapping[str, Any], method: Callable[..., Any] | None = None) -> None:
+        accepted = keyword_names(self.upstream.forward)
         for name in ("start_at_layer", "stop_at_layer"):
-            if name in given and name not in (accepted or ()):
+            if name in kwargs and name not in accepted:
                 raise InputError(
                     f"A model without canonical form runs upstream's code from end to end, so it takes no {name!r}. "
                     "Hooks and caches reach every place inside: run_with_hooks, run_with_cache."
                 )
-        own = [] if method is None else named(method)
-        who = type(self).__name__ if method is None else method.__name__
-        check_keywords(who, given, None if accepted is None else [*own, *accepted])
+        if not takes_any_keyword(self.upstream.forward):
+            own = keyword_names(method) if method else []
+            refuse_keywords(method.__name__ if method else type(self).__name__, kwargs, [*own, *accepted])
 
     def _expected(self) -> str:
         what, shape = self._what(), " ".join(map(str, self.spec.shape))
@@ -199,23 +202,19 @@ class Part(nn.Module):
             raise IndexError(f"No part {index} here: there are {', '.join(self._modules) or 'none'}.")
         return numbered[at]
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError as error:
-            if name.startswith("_"):
-                raise
-            raise AttributeError(_lacks(self, "This part", name)) from error
+    __getattr__ = module_getattr()  # pyright: ignore[reportAssignmentType]
+
+    def attribute_hint(self, name: str) -> str | None:
+        return None if name.startswith("_") else _instead(self)
 
 
-def _lacks(module: nn.Module, who: str, name: str) -> str:
-    """Write the message for an attribute that a model without canonical form lacks."""
+def _instead(module: nn.Module) -> str:
+    """Say why a model without canonical form lacks an attribute, and where to look."""
     parts = [part for part, _ in module.named_children() if part != "upstream"]
     here = [*(part for part, value in vars(module).items() if isinstance(value, HookPoint)), *parts]
     return (
-        f"{who} has no attribute {name!r}: a model without canonical form has hook points under such names, and no "
-        f"weights such as W_Q. Here there are {', '.join(here)}; upstream's own module, with its weights, is "
-        "model.upstream."
+        "a model without canonical form has hook points under such names, and no weights such as W_Q. "
+        f"Here there are {', '.join(here)}; upstream's own module, with its weights, is model.upstream."
     )
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from prisma_clip.canonical.common import READ, linear, norm
-from prisma_core.maps.reader import Reader
-from prisma_core.spec import AttentionSpec, BlockSpec
-from prisma_core.toolbox.readers import MlpNames
-from prisma_core.toolbox.rows import linear_rows, norm_rows, same_for_all
+from prisma_core.plugin import AttentionSpec, BlockSpec, MlpNames, Reader, linear_rows, norm_rows, same_for_all
 
 BLOCK = "open_clip.transformer.ResidualAttentionBlock"
 CUSTOM_BLOCK = "open_clip.transformer.CustomResidualAttentionBlock"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from prisma_core.maps.reader import Reader
-from prisma_core.spec import EmbedSpec, Interpolation
-from prisma_core.toolbox.readers import TRANSFORMERS, NormClass, PartReader, plain_patches
+from prisma_core.plugin import TRANSFORMERS, EmbedSpec, Interpolation, NormClass, PartReader, Reader, plain_patches
 
 READ = PartReader(
     norms={

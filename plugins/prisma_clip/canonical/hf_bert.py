@@ -10,12 +10,21 @@ from torch import Tensor
 
 from prisma_clip.canonical.common import READ, activation, linear, norm, norm_hooks
 from prisma_clip.canonical.hf_parts import Tower, models
-from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader
-from prisma_core.maps.weights import WeightMap
-from prisma_core.spec import AnySpec, AttentionSpec, BlockSpec, MlpSpec, TextPoolSpec, TextSpec
-from prisma_core.toolbox.readers import MlpNames
-from prisma_core.toolbox.rows import linear_rows, masks_as_built, norm_rows
+from prisma_core.plugin import (
+    AnySpec,
+    AttentionSpec,
+    BlockSpec,
+    HookMap,
+    MlpNames,
+    MlpSpec,
+    Reader,
+    TextPoolSpec,
+    TextSpec,
+    WeightMap,
+    linear_rows,
+    masks_as_built,
+    norm_rows,
+)
 
 MLP = MlpNames("intermediate.dense", "output.dense", "intermediate.intermediate_act_fn")
 

@@ -12,12 +12,7 @@ from prisma_clip.canonical.common import linear
 from prisma_clip.canonical.hf_bert import through
 from prisma_clip.canonical.hf_parts import IGNORED, Tower, eager, models, pixels, texts
 from prisma_clip.canonical.hf_towers import TOWERS
-from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader
-from prisma_core.maps.weights import WeightMap
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.spec import AnySpec, DualSpec, ModelSpec, TextSpec
-from prisma_core.toolbox.rows import linear_rows
+from prisma_core.plugin import Adapter, AnySpec, DualSpec, HookMap, ModelSpec, Reader, TextSpec, WeightMap, linear_rows
 
 
 class Projected(Adapter):
@@ -51,7 +46,7 @@ class Projected(Adapter):
         assert isinstance(spec, TextSpec)
         return upstream(**texts(spec, *inputs)).text_embeds
 
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+    def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return eager(upstream)
 
 
@@ -160,7 +155,7 @@ class HfDual(Adapter):
         spec = self.spec(Reader(upstream))
         return upstream(**texts(spec.text, tokens), **pixels(upstream.vision_model, image)).logits_per_image
 
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+    def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return eager(upstream)
 
 

@@ -11,12 +11,22 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from prisma_clip.canonical.common import READ, linear, norm
-from prisma_core.maps.reader import Reader
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.spec import AttentionSpec, BlockSpec, TextPoolSpec, TextSpec
-from prisma_core.toolbox.attention import eager_attention, multihead_attention, switched
-from prisma_core.toolbox.readers import MlpNames
-from prisma_core.toolbox.rows import linear_rows, masks_as_built, norm_rows, same_for_all
+from prisma_core.plugin import (
+    Adapter,
+    AttentionSpec,
+    BlockSpec,
+    MlpNames,
+    Reader,
+    TextPoolSpec,
+    TextSpec,
+    eager_attention,
+    linear_rows,
+    masks_as_built,
+    multihead_attention,
+    norm_rows,
+    same_for_all,
+    switched,
+)
 
 MLP = MlpNames(act="activation_fn")
 
@@ -163,5 +173,5 @@ class Tower(Adapter):
         given = upstream(**(texts(spec, *inputs) if isinstance(spec, TextSpec) else pixels(upstream, *inputs)))
         return given.last_hidden_state if spec.pool.kind == "none" else given.pooler_output
 
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+    def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return eager(upstream)

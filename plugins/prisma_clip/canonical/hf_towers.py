@@ -8,21 +8,22 @@ from prisma_clip.canonical.blocks import mha, mha_hooks
 from prisma_clip.canonical.common import READ, linear, norm, norm_hooks, patches
 from prisma_clip.canonical.hf_bert import AltText, ChineseText
 from prisma_clip.canonical.hf_parts import BLOCKS_HOOKS, MLP, Tower, blocks, blocks_rows, models
-from prisma_core.hooks.tokens import TokenLayout
-from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader
-from prisma_core.maps.weights import WeightMap
-from prisma_core.spec import (
+from prisma_core import resize_positions
+from prisma_core.plugin import (
     AnySpec,
     EmbedSpec,
+    HookMap,
     Interpolation,
     ModelSpec,
     PoolSpec,
+    Reader,
     TextPoolSpec,
     TextSpec,
+    TokenLayout,
+    WeightMap,
+    linear_rows,
+    norm_rows,
 )
-from prisma_core.toolbox.rows import linear_rows, norm_rows
-from prisma_core.transformer.embed import resize_positions
 
 SIGLIP2 = "transformers.models.siglip2.modeling_siglip2.Siglip2VisionModel"
 BICUBIC = Interpolation(antialias=False, in_float32=False)

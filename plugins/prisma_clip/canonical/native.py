@@ -6,12 +6,19 @@ import torch
 
 from prisma_clip.canonical.blocks import MHA, block, blocks_hooks, blocks_rows, mha, mha_hooks
 from prisma_clip.canonical.common import linear, matrix_rows, norm, norm_hooks, patches
-from prisma_core.hooks.tokens import TokenLayout
-from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader
-from prisma_core.maps.weights import WeightMap
-from prisma_core.spec import ModelSpec, NormSpec, PoolSpec, TextPoolSpec, TextSpec
-from prisma_core.toolbox.rows import linear_rows, norm_rows
+from prisma_core.plugin import (
+    HookMap,
+    ModelSpec,
+    NormSpec,
+    PoolSpec,
+    Reader,
+    TextPoolSpec,
+    TextSpec,
+    TokenLayout,
+    WeightMap,
+    linear_rows,
+    norm_rows,
+)
 
 IGNORED = {
     "*.grad_checkpointing": "saves memory in training; the numbers are the same",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from prisma_core.errors import PluginError, UnsupportedArchitecture
-from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader
-from prisma_core.maps.weights import WeightMap
-from prisma_core.plugin.adapter import Adapter, MapAdapter
-from prisma_core.plugin.host import host
-from prisma_core.spec import ModelSpec
-from prisma_core.toolbox.rows import linear_rows
+from prisma_core.plugin import (
+    Adapter,
+    HookMap,
+    MapAdapter,
+    ModelSpec,
+    PluginError,
+    Reader,
+    UnsupportedArchitecture,
+    WeightMap,
+    installed,
+    linear_rows,
+)
 
 IGNORED = {
     "TimmModel.image_size": "read from the trunk",
@@ -25,12 +29,12 @@ def trunk_adapter(upstream: Reader) -> Adapter:
         UnsupportedArchitecture: one does, but not this one.
     """
     try:
-        adapter = host().adapter(upstream.trunk.module)
+        adapter = installed().adapter(upstream.trunk.module)
         if isinstance(adapter, MapAdapter):  # it shows activations of a model of its own, and makes no tower
             raise upstream.trunk.unsupported("a vision tower that is no plain transformer")
         return adapter
     except UnsupportedArchitecture as error:
-        if any(kind.startswith("timm.") for kind in host().types()):
+        if any(kind.startswith("timm.") for kind in installed().types()):
             raise
         raise PluginError(
             "This model's vision tower is timm's, and no installed plugin adapts timm's models: "

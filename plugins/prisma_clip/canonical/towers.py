@@ -11,12 +11,17 @@ from torch import Tensor, nn
 
 from prisma_clip.canonical import native, timm_tower
 from prisma_clip.canonical.hf_bert import OpenClipText
-from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader
-from prisma_core.maps.weights import WeightMap
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.spec import AnySpec, DualSpec, ModelSpec, TextSpec
-from prisma_core.toolbox.attention import multihead_attention
+from prisma_core.plugin import (
+    Adapter,
+    AnySpec,
+    DualSpec,
+    HookMap,
+    ModelSpec,
+    Reader,
+    TextSpec,
+    WeightMap,
+    multihead_attention,
+)
 
 VISION = "open_clip.transformer.VisionTransformer"
 TEXT = "open_clip.transformer.TextTransformer"
@@ -42,7 +47,7 @@ def _explicit(adapters: Sequence[tuple[Adapter, nn.Module]], upstream: nn.Module
     with ExitStack() as stack:
         stack.enter_context(multihead_attention(upstream))
         for adapter, module in adapters:
-            stack.enter_context(adapter.explicit(module))
+            stack.enter_context(adapter.unfused_attention(module))
         yield
 
 
@@ -63,7 +68,7 @@ class VisionAdapter(Adapter):
         assert isinstance(spec, ModelSpec)
         return native.vision_hooks(upstream, spec)
 
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+    def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return multihead_attention(upstream)
 
 
@@ -90,9 +95,9 @@ class TimmAdapter(Adapter):
     def parts(self, upstream: Reader) -> Sequence[Adapter]:
         return [timm_tower.trunk_adapter(upstream)]
 
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+    def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         reader = Reader(upstream)
-        return timm_tower.trunk_adapter(reader).explicit(reader.trunk.module)
+        return timm_tower.trunk_adapter(reader).unfused_attention(reader.trunk.module)
 
 
 class TextAdapter(Adapter):
@@ -119,7 +124,7 @@ class TextAdapter(Adapter):
             tokens = F.pad(tokens, (0, upstream.context_length - tokens.shape[1]))
         return self.output(upstream(tokens))
 
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+    def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return multihead_attention(upstream)
 
 
@@ -216,7 +221,7 @@ class DualAdapter(Adapter):
         alike = scale * seen @ read.T
         return alike + bias[0] if bias else alike
 
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+    def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         reader = Reader(upstream)
         towers = [reader.visual] if reader.is_a(CLIP) else [reader.visual, reader.text]
         return _explicit([(tower(one), one.module) for one in towers], upstream)

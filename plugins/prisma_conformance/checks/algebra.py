@@ -16,7 +16,7 @@ from prisma_conformance.checks.claims import Acts, Claim, Claims, Part
 from prisma_conformance.finding import Finding
 from prisma_conformance.measure import worst
 from prisma_conformance.subject import Inputs, Subject
-from prisma_core.transformer import HookedDual, HookedText, HookedViT, ZooModel
+from prisma_core import HookedDual, HookedText, HookedViT, ZooModel
 from prisma_core.transformer.attention import Rope
 from prisma_core.transformer.block import Block, SideBySide
 

@@ -10,8 +10,7 @@ from torch import nn
 
 from prisma_conformance.finding import Finding
 from prisma_conformance.subject import Subject, reader_of
-from prisma_core.maps.reader import qualified_name
-from prisma_core.maps.weights import WeightMap
+from prisma_core.plugin import WeightMap, qualified_name
 
 # Attributes of torch's own modules that the shapes of the weights imply, or that do nothing in evaluation.
 HARMLESS: Mapping[str, frozenset[str]] = {

@@ -10,7 +10,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from prisma_core.spec import Activation, AttentionSpec
+from prisma_core.plugin import Activation, AttentionSpec
 from prisma_core.transformer.attention import Attention, Rope
 from prisma_core.transformer.block import Block, SideBySide
 from prisma_core.transformer.mlp import MLP

@@ -13,9 +13,8 @@ from prisma_conformance import tolerances
 from prisma_conformance.finding import Finding
 from prisma_conformance.measure import worst
 from prisma_conformance.subject import Inputs, Subject, differentiable
-from prisma_core.errors import HookError
-from prisma_core.hooks.point import HookContext
-from prisma_core.transformer import ZooModel
+from prisma_core import HookContext, ZooModel
+from prisma_core.plugin import HookError
 
 Hook = Callable[[Tensor, HookContext], "Tensor | None"]
 

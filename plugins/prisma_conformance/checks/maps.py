@@ -13,12 +13,8 @@ from prisma_conformance.checks.tensors import changes, fingerprint
 from prisma_conformance.finding import Finding
 from prisma_conformance.measure import worst
 from prisma_conformance.subject import Subject, differentiable
-from prisma_core.errors import HookError, NotApplicable
-from prisma_core.hooks.point import HookContext
-from prisma_core.maps.reader import Reader
-from prisma_core.plugin.adapter import MapAdapter
-from prisma_core.upstream.model import HookedUpstream
-from prisma_core.zoo import tensors_of
+from prisma_core import HookContext, HookedUpstream, tensors_of
+from prisma_core.plugin import HookError, MapAdapter, NotApplicable, Reader
 
 Equation = tuple[str, Tensor, Tensor]  # its text and its two sides
 

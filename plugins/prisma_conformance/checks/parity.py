@@ -12,12 +12,12 @@ from torch import Tensor
 from prisma_conformance import tolerances
 from prisma_conformance.devices import HALF
 from prisma_conformance.finding import Finding
+from prisma_conformance.gradients import pull_back
 from prisma_conformance.measure import typical, worst
 from prisma_conformance.recording import Recorder
 from prisma_conformance.report.results import Precision
 from prisma_conformance.subject import Inputs, Subject, differentiable
-from prisma_core.transformer import ZooModel
-from prisma_core.zoo import tensors_of
+from prisma_core import ZooModel, tensors_of
 
 
 @torch.no_grad()
@@ -173,7 +173,7 @@ def gradients(subject: Subject) -> Finding:
     canonical: dict[str, Tensor] = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     canonical |= {name: grad for name, grad in zip(active, ours[n:], strict=True) if grad is not None}
     assert model.origin is not None
-    pulled = model.origin.map.pull_back(tensors_of(upstream), canonical)
+    pulled = pull_back(model.origin.map, tensors_of(upstream), canonical)
 
     errors: dict[str, float] = {}
     for our, their in zip(ours[:n], theirs[:n], strict=True):

@@ -12,13 +12,8 @@ from prisma_conformance import tolerances
 from prisma_conformance.finding import Finding
 from prisma_conformance.measure import worst
 from prisma_conformance.subject import Subject, opaque_stems
-from prisma_core.errors import NotApplicable
-from prisma_core.hooks.model import HookMapping
-from prisma_core.hooks.point import Hook, HookContext
-from prisma_core.inputs import probe
-from prisma_core.saving.folder import save
-from prisma_core.transformer import ZooModel
-from prisma_core.zoo import load, tensors_of
+from prisma_core import HookContext, ZooModel, load, save, tensors_of
+from prisma_core.plugin import Hook, HookMapping, NotApplicable, probe
 
 
 def preprocess(subject: Subject) -> Finding:

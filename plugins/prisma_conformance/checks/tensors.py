@@ -13,7 +13,7 @@ from prisma_conformance.finding import Finding
 from prisma_conformance.measure import worst
 from prisma_conformance.randomise import randomise
 from prisma_conformance.subject import Subject
-from prisma_core.zoo import export, tensors_of
+from prisma_core import export, tensors_of
 
 
 @torch.no_grad()

@@ -15,14 +15,8 @@ from prisma_conformance.doctor import suspects
 from prisma_conformance.measure import worst
 from prisma_conformance.subject import Subject
 from prisma_conformance.target import Target
-from prisma_core.errors import PrismaError
-from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader
-from prisma_core.maps.weights import WeightMap
-from prisma_core.model import Size
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.spec import AnySpec, Facts
-from prisma_core.transformer import ZooModel
+from prisma_core import Size, ZooModel
+from prisma_core.plugin import Adapter, AnySpec, Facts, HookMap, PrismaError, Reader, WeightMap
 
 
 class Remedy(Facts):
@@ -173,7 +167,7 @@ def _rows(subject: Subject, points: list[str]) -> tuple[str, ...]:
     """Rows of the hook map that read these points, as they are written."""
     table = subject.table()
     rows = (row for row in table.rows if HookMap((row,), table.sizes).bound(points))
-    return tuple(f"{place} -> {point}" for place, point, _ in rows)
+    return tuple(f"{row.place} -> {row.hook}" for row in rows)
 
 
 def _logits(subject: Subject, size: Size) -> float:
@@ -246,8 +240,8 @@ class _Altered(Adapter):
     def stem(self, upstream: Reader, spec: AnySpec) -> nn.Module | None:
         return self.inner.stem(upstream, spec)
 
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
-        return self.inner.explicit(upstream)
+    def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
+        return self.inner.unfused_attention(upstream)
 
 
 __all__ = ["Diagnosis", "Remedy", "diagnose", "examine"]

@@ -12,8 +12,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from prisma_core.hooks.query import layer_of
-from prisma_core.spec import (
+from prisma_core import HookedViT, resize_positions
+from prisma_core.plugin import (
     Activation,
     AnySpec,
     BlockSpec,
@@ -23,9 +23,8 @@ from prisma_core.spec import (
     ModelSpec,
     NormSpec,
     TextSpec,
+    layer_of,
 )
-from prisma_core.transformer.embed import resize_positions
-from prisma_core.transformer.vit import HookedViT
 
 RESIZING = (
     *(Interpolation(mode=mode, antialias=antialias) for mode in ("bicubic", "bilinear") for antialias in (True, False)),

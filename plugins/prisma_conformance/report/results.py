@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from prisma_core.errors import LoadError, PrismaError
-from prisma_core.spec import Facts
+from prisma_core.plugin import Facts, LoadError, PrismaError
 
 
 class CheckFailed(PrismaError):

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from prisma_conformance.report.results import Certificate
-from prisma_core.errors import LoadError
-from prisma_core.spec import Facts
+from prisma_core.plugin import Facts, LoadError
 
 if TYPE_CHECKING:
-    from prisma_core.plugin.host import Host
+    from prisma_core.plugin import Host
 
 NAME = "supported.json"
 
@@ -77,12 +76,12 @@ def write_supported(certificates: Iterable[Certificate], package: str) -> Path:
     Raises:
         LoadError: there is no such package, or no certificate of a class that its adapters take.
     """
-    from prisma_core.plugin.host import host
+    from prisma_core.plugin import installed
 
-    modules = {info.name: _package(info.module) for info in host().plugins()}
+    modules = {info.name: _package(info.module) for info in installed().plugins()}
     if package not in modules.values():
         raise LoadError(f"{package!r} is no installed plugin's package. Packages: {', '.join(modules.values())}.")
-    theirs = {kind for kind, plugin in host().types().items() if modules[plugin] == package}
+    theirs = {kind for kind, plugin in installed().types().items() if modules[plugin] == package}
     rows = [row for row in summarise(certificates) if row.upstream in theirs]
     if not rows:
         raise LoadError(f"None of the certificates is of one of the {len(theirs)} classes that {package} adapts.")

@@ -11,7 +11,7 @@ from prisma_conformance import tolerances
 from prisma_conformance.registry import CHECKS
 from prisma_conformance.report.results import Certificate, Precision, read_certificates
 from prisma_conformance.report.supported import counted, summarise, write_supported
-from prisma_core.errors import LoadError
+from prisma_core.plugin import LoadError
 
 NAME = "supported.md"
 

@@ -6,9 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prisma_core.maps.reader import Reader
-from prisma_core.spec import PoolSpec
-from prisma_core.toolbox.rows import ends_with_last_stage
+from prisma_core.plugin import PoolSpec, Reader, ends_with_last_stage
 from prisma_dino.canonical import blocks
 
 V3 = f"{blocks.V3}Backbone"

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from prisma_core.maps.reader import Reader
-from prisma_core.spec import AttentionSpec, BlockSpec
-from prisma_core.toolbox.readers import TRANSFORMERS, MlpNames, PartReader
-from prisma_core.toolbox.rows import linear_rows, masks_as_built
+from prisma_core.plugin import (
+    TRANSFORMERS,
+    AttentionSpec,
+    BlockSpec,
+    MlpNames,
+    PartReader,
+    Reader,
+    linear_rows,
+    masks_as_built,
+)
 
 AT = "transformers.models"
 V2 = f"{AT}.dinov2.modeling_dinov2.Dinov2"

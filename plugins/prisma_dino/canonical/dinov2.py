@@ -9,15 +9,20 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from prisma_core.hooks.tokens import TokenLayout
-from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader
-from prisma_core.maps.weights import WeightMap
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec, PoolSpec
-from prisma_core.toolbox.attention import eager_attention
-from prisma_core.toolbox.readers import plain_patches
-from prisma_core.toolbox.rows import same_for_all
+from prisma_core.plugin import (
+    Adapter,
+    EmbedSpec,
+    HookMap,
+    Interpolation,
+    ModelSpec,
+    PoolSpec,
+    Reader,
+    TokenLayout,
+    WeightMap,
+    eager_attention,
+    plain_patches,
+    same_for_all,
+)
 from prisma_dino.canonical import backbones, blocks
 
 PLAIN, WITH = blocks.V2, blocks.V2_REGISTERS
@@ -118,7 +123,7 @@ class Dinov2Adapter(Adapter):
     def output(self, result: Any) -> Tensor:
         return backbones.main_output(result)
 
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+    def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return eager_attention(upstream)
 
 

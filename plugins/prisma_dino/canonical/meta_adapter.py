@@ -12,14 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from prisma_core.hooks.tokens import TokenLayout
-from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader
-from prisma_core.maps.weights import WeightMap
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec, PoolSpec, RopeGrid, RopeSpec
-from prisma_core.toolbox.readers import plain_patches
-from prisma_core.toolbox.rows import same_for_all
+from prisma_core.plugin import (
+    Adapter,
+    EmbedSpec,
+    HookMap,
+    Interpolation,
+    ModelSpec,
+    PoolSpec,
+    Reader,
+    RopeGrid,
+    RopeSpec,
+    TokenLayout,
+    WeightMap,
+    plain_patches,
+    same_for_all,
+)
 from prisma_dino.canonical import meta_blocks
 from prisma_dino.canonical.dinov2 import around_registers
 
@@ -140,7 +147,7 @@ class MetaAdapter(Adapter):
         tables = [meta_blocks.block_hooks(block, rope=rope, stepwise=stepwise) for block in upstream.blocks]
         return HookMap.parse(rows + same_for_all(upstream, tables), h=spec.blocks[0].attn.n_heads)
 
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+    def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return _explicit(upstream)
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from prisma_core.maps.reader import Reader
-from prisma_core.spec import AttentionSpec, BlockSpec
-from prisma_core.toolbox.readers import MlpNames, PartReader
-from prisma_core.toolbox.rows import linear_rows
+from prisma_core.plugin import AttentionSpec, BlockSpec, MlpNames, PartReader, Reader, linear_rows
 
 OURS, FIRST = "prisma_dino.meta", "vision_transformer"
 BLOCKS = (

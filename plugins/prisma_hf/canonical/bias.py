@@ -8,8 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.func import functional_call
 
-from prisma_core.hooks.tokens import TokenLayout
-from prisma_core.maps.reader import Reader
+from prisma_core.plugin import Reader, TokenLayout
 from prisma_hf.canonical import parts
 from prisma_hf.canonical.names import TowerNames
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from prisma_core.maps.reader import Reader
-from prisma_core.spec import AttentionSpec, BlockSpec, NormSpec
-from prisma_core.toolbox.readers import MlpNames
-from prisma_core.toolbox.rows import linear_rows, masks_as_built, norm_rows
+from prisma_core.plugin import (
+    AttentionSpec,
+    BlockSpec,
+    MlpNames,
+    NormSpec,
+    Reader,
+    linear_rows,
+    masks_as_built,
+    norm_rows,
+)
 from prisma_hf.canonical import parts
 from prisma_hf.canonical.names import BlockNames
 

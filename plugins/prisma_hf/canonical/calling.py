@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from prisma_core.toolbox.attention import float64_softmax, switched
+from prisma_core.plugin import float64_softmax, switched
 
 
 def call(upstream: Any, image: Tensor) -> Tensor:

@@ -9,14 +9,21 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from prisma_core.hooks.tokens import TokenLayout
-from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader, qualified_name
-from prisma_core.maps.weights import WeightMap
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.spec import EmbedSpec, ModelSpec, PoolSpec
-from prisma_core.toolbox.readers import plain_patches
-from prisma_core.toolbox.rows import ends_with_last_stage, linear_rows, norm_rows
+from prisma_core.plugin import (
+    Adapter,
+    EmbedSpec,
+    HookMap,
+    ModelSpec,
+    PoolSpec,
+    Reader,
+    TokenLayout,
+    WeightMap,
+    ends_with_last_stage,
+    linear_rows,
+    norm_rows,
+    plain_patches,
+    qualified_name,
+)
 from prisma_hf.canonical import bias, blocks, calling, parts, positions, rotary
 from prisma_hf.canonical import listed as lists
 from prisma_hf.canonical.classes import MODELS
@@ -154,7 +161,7 @@ class EncoderAdapter(Adapter):
             return lists.call(upstream, upstream.get_submodule(_prefixed(names.at) + names.tower.proj), *inputs)
         return calling.call(upstream, *inputs)
 
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+    def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return _opened(upstream, MODELS[qualified_name(upstream)])
 
 

@@ -8,9 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from prisma_core.maps.reader import Reader
-from prisma_core.toolbox.attention import eager_attention, multihead_attention
-from prisma_core.toolbox.readers import TRANSFORMERS, NormClass, PartReader, at
+from prisma_core.plugin import TRANSFORMERS, NormClass, PartReader, Reader, at, eager_attention, multihead_attention
 
 RMS = NormClass("rms", "variance_epsilon", in_float32=True, weight_in_float32=False)
 READ = PartReader(

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prisma_core.hooks.tokens import TokenLayout
-from prisma_core.maps.reader import Reader
-from prisma_core.spec import Interpolation
+from prisma_core.plugin import Interpolation, Reader, TokenLayout
 from prisma_hf.canonical import bias, parts
 from prisma_hf.canonical.names import TowerNames
 

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from prisma_core.hooks.tokens import TokenLayout
-from prisma_core.maps.reader import Reader
-from prisma_core.spec import RopeGrid, RopeSpec
+from prisma_core.plugin import Reader, RopeGrid, RopeSpec, TokenLayout
 from prisma_hf.canonical import parts
 from prisma_hf.canonical.names import TowerNames
 

@@ -10,13 +10,19 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from prisma_core.hooks.tokens import TokenLayout
-from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader
-from prisma_core.maps.weights import WeightMap
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.spec import AttentionSpec, BlockSpec, ModelSpec
-from prisma_core.toolbox.rows import linear_rows, norm_rows, same_for_all
+from prisma_core.plugin import (
+    Adapter,
+    AttentionSpec,
+    BlockSpec,
+    HookMap,
+    ModelSpec,
+    Reader,
+    TokenLayout,
+    WeightMap,
+    linear_rows,
+    norm_rows,
+    same_for_all,
+)
 from prisma_timm.canonical import common
 from prisma_timm.canonical.blocks import pattern_hooks, stream_hooks
 
@@ -81,7 +87,7 @@ class BeitAdapter(Adapter):
         mlps = [common.mlp_hooks(block.mlp, f"{at}.mlp", f"{at}.mlp") for block in upstream.blocks]
         return HookMap.parse(rows + same_for_all(upstream, mlps), h=spec.blocks[0].attn.n_heads)
 
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+    def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return common.explicit_attention(upstream)
 
 

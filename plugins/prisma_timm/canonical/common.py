@@ -7,11 +7,20 @@ from typing import Any
 
 from torch import nn
 
-from prisma_core.maps.reader import Reader
-from prisma_core.spec import AttentionSpec, EmbedSpec, Interpolation, PoolSpec
-from prisma_core.toolbox.attention import switched
-from prisma_core.toolbox.readers import MlpNames, NormClass, PartReader, plain_patches
-from prisma_core.toolbox.rows import linear_rows, norm_rows
+from prisma_core.plugin import (
+    AttentionSpec,
+    EmbedSpec,
+    Interpolation,
+    MlpNames,
+    NormClass,
+    PartReader,
+    PoolSpec,
+    Reader,
+    linear_rows,
+    norm_rows,
+    plain_patches,
+    switched,
+)
 
 READ = PartReader(
     norms={

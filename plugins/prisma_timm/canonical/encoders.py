@@ -8,13 +8,19 @@ from typing import ClassVar
 
 from torch import nn
 
-from prisma_core.hooks.tokens import TokenLayout
-from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader
-from prisma_core.maps.weights import WeightMap
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec
-from prisma_core.toolbox.rows import linear_rows, norm_rows, same_for_all
+from prisma_core.plugin import (
+    Adapter,
+    EmbedSpec,
+    HookMap,
+    Interpolation,
+    ModelSpec,
+    Reader,
+    TokenLayout,
+    WeightMap,
+    linear_rows,
+    norm_rows,
+    same_for_all,
+)
 from prisma_timm.canonical import common, eva
 from prisma_timm.canonical import rope as ropes
 
@@ -93,7 +99,7 @@ class EncoderAdapter(Adapter):
         rows = same_for_all(encoder, [eva.block_hooks(one, at, "blocks.{l}") for one in encoder.blocks])
         return HookMap.parse(HOOKS + rows, h=attn.n_heads, w=attn.d_head)
 
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+    def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return common.explicit_attention(upstream)
 
 

@@ -8,13 +8,20 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from prisma_core.hooks.tokens import TokenLayout
-from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader
-from prisma_core.maps.weights import WeightMap
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.spec import AttentionSpec, BlockSpec, ModelSpec, RopeSpec
-from prisma_core.toolbox.rows import linear_rows, norm_rows, same_for_all
+from prisma_core.plugin import (
+    Adapter,
+    AttentionSpec,
+    BlockSpec,
+    HookMap,
+    ModelSpec,
+    Reader,
+    RopeSpec,
+    TokenLayout,
+    WeightMap,
+    linear_rows,
+    norm_rows,
+    same_for_all,
+)
 from prisma_timm.canonical import common, latents
 from prisma_timm.canonical import rope as ropes
 from prisma_timm.canonical.blocks import pattern_hooks, stream_hooks
@@ -208,7 +215,7 @@ class EvaAdapter(Adapter):
             sizes["n"] = upstream.attn_pool.num_heads
         return HookMap.parse(table, **sizes)
 
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+    def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return common.explicit_attention(upstream)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from prisma_core.maps.reader import Reader
+from prisma_core.plugin import Reader
 
 
 def own_tensors(module: Reader) -> list[str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from prisma_core.maps.reader import Reader
-from prisma_core.spec import PoolSpec
-from prisma_core.toolbox.rows import linear_rows, norm_rows
+from prisma_core.plugin import PoolSpec, Reader, linear_rows, norm_rows
 from prisma_timm.canonical.common import heads, mlp, mlp_hooks, mlp_rows, norm
 
 

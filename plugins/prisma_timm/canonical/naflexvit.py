@@ -8,14 +8,20 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from prisma_core.hooks.tokens import TokenLayout
-from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader
-from prisma_core.maps.weights import WeightMap
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.spec import BlockSpec, EmbedSpec, Interpolation, ModelSpec
-from prisma_core.toolbox.readers import plain_patches
-from prisma_core.toolbox.rows import norm_rows, same_for_all
+from prisma_core.plugin import (
+    Adapter,
+    BlockSpec,
+    EmbedSpec,
+    HookMap,
+    Interpolation,
+    ModelSpec,
+    Reader,
+    TokenLayout,
+    WeightMap,
+    norm_rows,
+    plain_patches,
+    same_for_all,
+)
 from prisma_timm.canonical import blocks, common, eva, latents
 from prisma_timm.canonical import rope as ropes
 
@@ -133,7 +139,7 @@ class NaFlexVitAdapter(Adapter):
             HOOKS + common.END_HOOKS + rows, h=attn.n_heads, w=attn.d_head, n=latent.n_heads if latent else 1
         )
 
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+    def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return common.explicit_attention(upstream)
 
 

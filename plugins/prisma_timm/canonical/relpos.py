@@ -8,13 +8,18 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from prisma_core.hooks.tokens import TokenLayout
-from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader
-from prisma_core.maps.weights import WeightMap
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.spec import BlockSpec, ModelSpec
-from prisma_core.toolbox.rows import linear_rows, norm_rows, same_for_all
+from prisma_core.plugin import (
+    Adapter,
+    BlockSpec,
+    HookMap,
+    ModelSpec,
+    Reader,
+    TokenLayout,
+    WeightMap,
+    linear_rows,
+    norm_rows,
+    same_for_all,
+)
 from prisma_timm.canonical import common, functions
 from prisma_timm.canonical.blocks import attention_hooks, stream_hooks
 
@@ -84,7 +89,7 @@ class RelPosAdapter(Adapter):
         table = HOOKS + common.END_HOOKS + same_for_all(upstream, rows)
         return HookMap.parse(table, h=spec.blocks[0].attn.n_heads)
 
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+    def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return common.explicit_attention(upstream)
 
 

@@ -9,9 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from prisma_core.hooks.tokens import TokenLayout
-from prisma_core.maps.reader import Reader
-from prisma_core.spec import RopeGrid, RopeSpec
+from prisma_core.plugin import Reader, RopeGrid, RopeSpec, TokenLayout
 from prisma_timm.canonical import functions
 
 AXIAL = "timm.layers.pos_embed_sincos.RotaryEmbeddingCat"

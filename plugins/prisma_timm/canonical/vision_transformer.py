@@ -8,13 +8,21 @@ from typing import ClassVar
 
 from torch import nn
 
-from prisma_core.hooks.tokens import TokenLayout
-from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader
-from prisma_core.maps.weights import WeightMap
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec, PoolSpec
-from prisma_core.toolbox.rows import linear_rows, norm_rows, per_block_table, same_for_all
+from prisma_core.plugin import (
+    Adapter,
+    EmbedSpec,
+    HookMap,
+    Interpolation,
+    ModelSpec,
+    PoolSpec,
+    Reader,
+    TokenLayout,
+    WeightMap,
+    linear_rows,
+    norm_rows,
+    per_block_table,
+    same_for_all,
+)
 from prisma_timm.canonical import blocks, common, latents
 
 DISTILLED = "timm.models.deit.VisionTransformerDistilled"
@@ -103,7 +111,7 @@ class VisionTransformerAdapter(Adapter):
         latent_heads = spec.pool.attn.n_heads if spec.pool.attn else 1
         return HookMap.parse(rows, h=spec.blocks[0].attn.n_heads, n=latent_heads)
 
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+    def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return common.explicit_attention(upstream)
 
 

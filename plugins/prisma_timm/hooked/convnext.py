@@ -7,9 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader
-from prisma_core.spec import MapSpec
+from prisma_core.plugin import HookMap, MapSpec, Reader
 from prisma_timm.hooked import mapping
 
 MAPS = "batch d_model row column -> batch row column d_model"
@@ -25,11 +23,11 @@ class ConvNeXtAdapter(mapping.FamilyMap):
         "pretrained_cfg_overlay": {"input_size": (3, 32, 64)},
     }
 
-    def facts(self, upstream: Reader) -> MapSpec:
+    def spec(self, upstream: Reader) -> MapSpec:
         _, rows, columns = upstream.pretrained_cfg["input_size"]
         return mapping.facts(upstream, (rows, columns), (rows + 32, columns))
 
-    def table(self, upstream: Reader) -> HookMap:
+    def hooks(self, upstream: Reader, spec: MapSpec) -> HookMap:
         rows = f"stem  ->  hook_embed  : {MAPS}\n"
         for s, stage in enumerate(upstream.stages):
             if not stage.downsample.is_a("Identity"):

@@ -8,9 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader
-from prisma_core.spec import MapSpec
+from prisma_core.plugin import HookMap, MapSpec, Reader
 from prisma_timm.canonical import common
 from prisma_timm.hooked import mapping
 
@@ -31,11 +29,11 @@ class HieraAdapter(mapping.FamilyMap):
         "mask_unit_attn": (True, True, False),
     }
 
-    def facts(self, upstream: Reader) -> MapSpec:
+    def spec(self, upstream: Reader) -> MapSpec:
         grid, stride = upstream.tokens_spatial_shape, upstream.patch_stride
         return mapping.facts(upstream, tuple(n * step for n, step in zip(grid, stride, strict=True)))
 
-    def table(self, upstream: Reader) -> HookMap:
+    def hooks(self, upstream: Reader, spec: MapSpec) -> HookMap:
         rows = f"""
             patch_embed  ->  hook_embed       : {TOKENS}
             unroll : in  ->  hook_full_embed  : {TOKENS}  = embed + pos_embed
@@ -50,7 +48,7 @@ class HieraAdapter(mapping.FamilyMap):
             raise upstream.head.unsupported("a head without pooling")
         return HookMap.parse(rows + mapping.hidden_row(upstream.head) + "head.fc -> hook_logits : batch class")
 
-    def elsewhere(self, upstream: Reader) -> HookMap:
+    def reference_places(self, upstream: Reader) -> HookMap:
         rows = [
             mapping.pattern_rows(f"blocks.{layer}.attn", f"blocks.{layer}.attn", _square(block.attn))
             for layer, block in enumerate(upstream.blocks)
@@ -58,7 +56,7 @@ class HieraAdapter(mapping.FamilyMap):
         ]
         return HookMap.parse("\n".join(rows))
 
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+    def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return common.explicit_attention(upstream)
 
     def equations(self, upstream: Reader, acts: Mapping[str, Tensor]) -> Iterator[mapping.Claim]:

@@ -8,9 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from prisma_core.maps.reader import Reader
-from prisma_core.plugin.adapter import MapAdapter
-from prisma_core.spec import MapSpec
+from prisma_core.plugin import MapAdapter, MapSpec, Reader
 
 Claim = tuple[str, Tensor, Tensor]
 KERNEL = "scaled_dot_product_attention"

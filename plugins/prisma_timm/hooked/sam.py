@@ -8,9 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader
-from prisma_core.spec import MapSpec
+from prisma_core.plugin import HookMap, MapSpec, Reader
 from prisma_timm.canonical import common
 from prisma_timm.hooked import mapping
 
@@ -32,10 +30,10 @@ class SamAdapter(mapping.FamilyMap):
         "neck_chans": 10,
     }
 
-    def facts(self, upstream: Reader) -> MapSpec:
+    def spec(self, upstream: Reader) -> MapSpec:
         return mapping.facts(upstream, upstream.patch_embed.img_size)
 
-    def table(self, upstream: Reader) -> HookMap:
+    def hooks(self, upstream: Reader, spec: MapSpec) -> HookMap:
         rows = f"""
             patch_embed    ->  hook_embed       : {GRID}
             norm_pre : in  ->  hook_full_embed  : {GRID}  = embed + pos_embed
@@ -48,7 +46,7 @@ class SamAdapter(mapping.FamilyMap):
         heads = next(iter(upstream.blocks)).attn.num_heads
         return HookMap.parse(rows + mapping.head_rows(upstream.head), head=heads)
 
-    def elsewhere(self, upstream: Reader) -> HookMap:
+    def reference_places(self, upstream: Reader) -> HookMap:
         rows = [
             mapping.pattern_rows(f"blocks.{layer}.attn", f"blocks.{layer}.attn", _square(block))
             for layer, block in enumerate(upstream.blocks)
@@ -56,7 +54,7 @@ class SamAdapter(mapping.FamilyMap):
         ]
         return HookMap.parse("\n".join(rows), head=next(iter(upstream.blocks)).attn.num_heads)
 
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+    def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return common.explicit_attention(upstream)
 
     def equations(self, upstream: Reader, acts: Mapping[str, Tensor]) -> Iterator[mapping.Claim]:

@@ -11,9 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader
-from prisma_core.spec import MapSpec
+from prisma_core.plugin import HookMap, MapSpec, Reader
 from prisma_timm.canonical import common
 from prisma_timm.hooked import mapping
 
@@ -34,7 +32,7 @@ class SwinAdapter(mapping.FamilyMap):
         "num_heads": (2, 4),
     }
 
-    def facts(self, upstream: Reader) -> MapSpec:
+    def spec(self, upstream: Reader) -> MapSpec:
         patch = upstream.patch_embed
         rows, columns = patch.img_size
         others = () if patch.strict_img_size else ((rows + 2 * patch.patch_size[0], columns),)
@@ -45,7 +43,7 @@ class SwinAdapter(mapping.FamilyMap):
         for s, stage in enumerate(upstream.layers):
             yield f"stages.{s}", f"layers.{s}", stage
 
-    def table(self, upstream: Reader) -> HookMap:
+    def hooks(self, upstream: Reader, spec: MapSpec) -> HookMap:
         first = GRID if upstream.has("norm") else f"batch d_model row column -> {GRID}"
         rows = f"patch_embed  ->  hook_embed  : {first}  = patches W + b, normed\n"
         for at, source, stage in self.stages(upstream):
@@ -87,7 +85,7 @@ class SwinAdapter(mapping.FamilyMap):
             {z}                       ->  {at}.hook_z  : {HEADS}  = pattern v
         """
 
-    def elsewhere(self, upstream: Reader) -> HookMap:
+    def reference_places(self, upstream: Reader) -> HookMap:
         rows = [
             mapping.pattern_rows(f"{source}.{inside}", f"{at}.{inside}", SQUARE, module=block.attn.has("softmax"))
             for at, source, stage in self.stages(upstream)
@@ -97,7 +95,7 @@ class SwinAdapter(mapping.FamilyMap):
         ]
         return HookMap.parse("\n".join(rows))
 
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+    def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return common.explicit_attention(upstream)
 
     def equations(self, upstream: Reader, acts: Mapping[str, Tensor]) -> Iterator[mapping.Claim]:

@@ -8,11 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from prisma_core.inputs.video import VideoPreprocess
-from prisma_core.maps.reader import Reader
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.spec import ModelSpec
-from prisma_core.toolbox.attention import eager_attention
+from prisma_core.plugin import Adapter, ModelSpec, Reader, VideoPreprocess, eager_attention
 from prisma_vivit.processing import preprocess_of
 
 
@@ -27,5 +23,5 @@ class VideoAdapter(Adapter):
         assert frames is not None
         return preprocess_of(processor, frames)
 
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+    def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return eager_attention(upstream)

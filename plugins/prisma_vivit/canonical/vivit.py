@@ -5,12 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader
-from prisma_core.maps.weights import WeightMap
-from prisma_core.spec import BlockSpec, ModelSpec, PoolSpec
-from prisma_core.toolbox.readers import MlpNames
-from prisma_core.toolbox.rows import linear_rows
+from prisma_core.plugin import BlockSpec, HookMap, MlpNames, ModelSpec, PoolSpec, Reader, WeightMap, linear_rows
 from prisma_vivit import parts
 from prisma_vivit.canonical.base import VideoAdapter
 

@@ -8,13 +8,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader
-from prisma_core.maps.weights import WeightMap
-from prisma_core.spec import BlockSpec, Interpolation, ModelSpec, PoolSpec, RopeCount, RopeSpec
-from prisma_core.toolbox.readers import MlpNames
-from prisma_core.toolbox.rows import linear_rows
-from prisma_core.transformer.rope import count_tables
+from prisma_core import count_tables
+from prisma_core.plugin import (
+    BlockSpec,
+    HookMap,
+    Interpolation,
+    MlpNames,
+    ModelSpec,
+    PoolSpec,
+    Reader,
+    RopeCount,
+    RopeSpec,
+    WeightMap,
+    linear_rows,
+)
 from prisma_vivit import parts
 from prisma_vivit.canonical.base import VideoAdapter
 

@@ -8,12 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prisma_core.hooks.tokens import TokenLayout
-from prisma_core.inputs.video import VideoPreprocess
-from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader
-from prisma_core.plugin.adapter import MapAdapter
-from prisma_core.spec import MapSpec
+from prisma_core.plugin import HookMap, MapAdapter, MapSpec, Reader, TokenLayout, VideoPreprocess
 from prisma_vivit import parts
 from prisma_vivit.hooked.mapping import Acts, Claim, attention_equations, how, mlp_equations, square_rows
 from prisma_vivit.processing import preprocess_of
@@ -33,7 +28,7 @@ class TimesformerAdapter(MapAdapter):
 
     types = (MODEL, CLASSIFIER)
 
-    def facts(self, upstream: Reader) -> MapSpec:
+    def spec(self, upstream: Reader) -> MapSpec:
         patches, config = _base(upstream).embeddings.patch_embeddings, _base(upstream).module.config
         classes = parts.classes(upstream.classifier) if upstream.is_a(CLASSIFIER) else None
         shape = (config.num_frames, patches.projection.in_channels, *patches.image_size)
@@ -41,7 +36,7 @@ class TimesformerAdapter(MapAdapter):
         layout = TokenLayout(cls=1, frames=config.num_frames, rows=rows, columns=columns, order="row column frame")
         return MapSpec(shape=shape, layout=layout, n_classes=classes)
 
-    def table(self, upstream: Reader) -> HookMap:
+    def hooks(self, upstream: Reader, spec: MapSpec) -> HookMap:
         base, at = _base(upstream), "timesformer." if upstream.is_a(CLASSIFIER) else ""
         # Attention in space alone takes frames for a larger batch, and never brings them together.
         lead = "(batch frame)" if base.embeddings.attention_type == "space_only" else "batch"
@@ -63,7 +58,7 @@ class TimesformerAdapter(MapAdapter):
         return HookMap.parse(rows, head=config.num_attention_heads, frame=config.num_frames)
 
     def preprocess(self, upstream: Reader, processor: Any) -> VideoPreprocess:
-        return preprocess_of(processor, self.facts(upstream).shape[0])
+        return preprocess_of(processor, self.spec(upstream).shape[0])
 
     def output(self, result: Any) -> Tensor:
         return result.logits if hasattr(result, "logits") else result.last_hidden_state

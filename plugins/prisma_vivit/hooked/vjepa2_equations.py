@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from prisma_core.maps.reader import Reader
+from prisma_core.plugin import Reader
 from prisma_vivit.hooked.mapping import Acts, Claim, attention_equations, mlp_equations
 
 

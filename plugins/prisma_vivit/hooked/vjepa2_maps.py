@@ -9,13 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from prisma_core.hooks.tokens import TokenLayout
-from prisma_core.inputs.video import VideoPreprocess
-from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader
-from prisma_core.plugin.adapter import MapAdapter
-from prisma_core.spec import MapSpec
-from prisma_core.toolbox.attention import eager_attention
+from prisma_core.plugin import HookMap, MapAdapter, MapSpec, Reader, TokenLayout, VideoPreprocess, eager_attention
 from prisma_vivit import parts
 from prisma_vivit.hooked.mapping import Acts, Claim, how, square_rows
 from prisma_vivit.hooked.vjepa2_equations import layers_equations, query_equations, turned_equations
@@ -67,13 +61,13 @@ class VJEPA2PredictorAdapter(MapAdapter):
 
     types = (PREDICTOR, "prisma_vivit.hooked.vjepa2_maps.Predictor")
 
-    def facts(self, upstream: Reader) -> MapSpec:
+    def spec(self, upstream: Reader) -> MapSpec:
         config = _predictor(upstream).module.config
         layout = _layout(config)
         shape = (layout.n_tokens, _predictor(upstream).embeddings.predictor_embeddings.in_features)
         return MapSpec(shape=shape, layout=layout)
 
-    def table(self, upstream: Reader) -> HookMap:
+    def hooks(self, upstream: Reader, spec: MapSpec) -> HookMap:
         predictor, at = _predictor(upstream), "" if upstream.is_a(PREDICTOR) else "predictor."
         rows = f"""
             {at}embeddings.predictor_embeddings  ->  hook_embed       : {PATCHES}  = tokens that are seen, projected
@@ -88,11 +82,11 @@ class VJEPA2PredictorAdapter(MapAdapter):
         """
         return HookMap.parse(rows, head=_heads(predictor))
 
-    def elsewhere(self, upstream: Reader) -> HookMap:
+    def reference_places(self, upstream: Reader) -> HookMap:
         predictor, at = _predictor(upstream), "" if upstream.is_a(PREDICTOR) else "predictor."
         return HookMap.parse(_elsewhere_rows(predictor, f"{at}layer")) if _fused(predictor) else HookMap((), {})
 
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+    def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return eager_attention(upstream)
 
     def output(self, result: Any) -> Tensor:
@@ -115,7 +109,7 @@ class VJEPA2ClassifierAdapter(MapAdapter):
 
     types = (CLASSIFIER,)
 
-    def facts(self, upstream: Reader) -> MapSpec:
+    def spec(self, upstream: Reader) -> MapSpec:
         config, proj = upstream.module.config, upstream.vjepa2.encoder.embeddings.patch_embeddings.proj
         frames, side, patch = config.frames_per_clip, config.crop_size, config.patch_size
         return MapSpec(
@@ -125,7 +119,7 @@ class VJEPA2ClassifierAdapter(MapAdapter):
             n_classes=parts.classes(upstream.classifier),
         )
 
-    def table(self, upstream: Reader) -> HookMap:
+    def hooks(self, upstream: Reader, spec: MapSpec) -> HookMap:
         encoder, at, fused = upstream.vjepa2.encoder, "vjepa2.encoder", _fused(upstream)
         rows = f"{at}.embeddings  ->  hook_embed  : {PATCHES}  = the patches, projected\n"
         for index in range(len(encoder.layer)):
@@ -140,7 +134,7 @@ class VJEPA2ClassifierAdapter(MapAdapter):
         """
         return HookMap.parse(rows, head=_heads(encoder))
 
-    def elsewhere(self, upstream: Reader) -> HookMap:
+    def reference_places(self, upstream: Reader) -> HookMap:
         if not _fused(upstream):
             return HookMap((), {})
         rows = square_rows("pooler.cross_attention_layer.cross_attn", "pool.attn", QUERY_SQUARE, fused=False)
@@ -149,11 +143,11 @@ class VJEPA2ClassifierAdapter(MapAdapter):
             rows += square_rows(at, to, SQUARE, fused=False)
         return HookMap.parse(rows + _elsewhere_rows(upstream.vjepa2.encoder, "vjepa2.encoder.layer"))
 
-    def explicit(self, upstream: nn.Module) -> AbstractContextManager[None]:
+    def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return eager_attention(upstream)
 
     def preprocess(self, upstream: Reader, processor: Any) -> VideoPreprocess:
-        return preprocess_of(processor, self.facts(upstream).shape[0])
+        return preprocess_of(processor, self.spec(upstream).shape[0])
 
     def output(self, result: Any) -> Tensor:
         return result.logits

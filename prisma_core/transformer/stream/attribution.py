@@ -10,7 +10,6 @@ import torch
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from prisma_core.errors import InputError, NotApplicable
 from prisma_core.spec import TextSpec
@@ -145,7 +144,9 @@ class LogitAttribution(Stream):
         direction = self._direction(classes, against)
         attrs: list[Tensor] = []
         for read, pooled in self._read(residual_stack, pos_slice, per_token):
-            weight = direction.to(pooled) if read.head is None else direction.to(pooled) @ read.head.weight.to(pooled)
+            weight = direction.to(pooled)
+            if read.head is not None:
+                weight = einsum(weight, read.head.weight.to(pooled), "... out, out d -> ... d")
             if weight.ndim > 1 and (per_token or not read.shares):
                 weight = weight[:, None]  # one for each image, the same for all of its tokens
             attrs.append(einsum(pooled, weight, "... d, ... d -> ..."))
@@ -311,8 +312,8 @@ class LogitAttribution(Stream):
             return rows.to(like)
         given = cast("int | list[int]", classes.tolist()) if isinstance(classes, Tensor) else classes
         several = [given] if isinstance(given, int | str) else list(given)
-        index = [class_index(tower, each) for each in several]
-        return one_hot(torch.tensor(index, device=like.device), n).to(like.dtype)
+        index = torch.tensor([[class_index(tower, each)] for each in several], device=like.device)
+        return like.new_zeros(len(several), n).scatter(1, index, 1)
 
 
 def _either(ours: Classes | None, theirs: Classes | None, *names: str) -> Classes | None:

@@ -39,6 +39,7 @@ class Reading:
         pos_slice: at these tokens.
         onto: along these directions ``[d_model output]``; None for whole components.
         scale: what is divided by after that: ``[*batch pos 1]``.
+        one_direction: there is one, so the last axis goes.
     """
 
     layer: int | None
@@ -47,6 +48,7 @@ class Reading:
     pos_slice: Index | str | None = None
     onto: Tensor | None = None
     scale: Tensor | None = None
+    one_direction: bool = False
 
     def along(self, x: Tensor) -> Tensor:
         """Return vectors of the stream ``[... d_model]`` along the directions ``[... output]``, or as they are."""
@@ -311,7 +313,7 @@ class StreamCache(LogitAttribution):
             matrix = norm.centred((norm.weight.to(matrix)[:, None] * matrix).T).T
             own = norm.divisor(self._scale(path, pos_slice))
             scale = own if scale is None else scale * own
-        return Reading(layer, False, apply_ln, pos_slice, matrix, scale)
+        return Reading(layer, False, apply_ln, pos_slice, matrix, scale, onto.ndim == 1)
 
     def _with_remainder(
         self, parts: list[Tensor], labels: list[str], read: Reading, incl_remainder: bool, return_labels: bool
@@ -329,6 +331,7 @@ class StreamCache(LogitAttribution):
     def _finished(self, stack: Tensor, labels: list[str], read: Reading, return_labels: bool) -> Tensor | Labelled:
         if read.onto is not None:
             stack = stack if read.scale is None else (stack / read.scale).to(stack)
+            stack = stack[..., 0] if read.one_direction else stack
         elif read.apply_ln:
             stack = self.apply_ln_to_stack(stack, read.layer, read.mlp_input, read.pos_slice)
         return (stack, labels) if return_labels else stack
