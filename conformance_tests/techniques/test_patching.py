@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from planted import COPIES, READS, RELAY, SOURCE, marked, planted
 from prisma_patch import (
+    Variant,
     ablate,
     activation_patch,
     attribution_patch,
@@ -64,11 +67,16 @@ def test_patching_the_stream_finds_where_the_mark_is(model: HookedViT, layer: in
     assert place(effects) == (model.layout.token_names()[token],)
 
 
-def test_a_broken_twin_is_caught(model: HookedViT) -> None:
-    """A sweep that patches the neighbouring token would find another place."""
-    effects = activation_patch(model, BRIGHT, DARK.roll(2, -1), METRIC, at=("resid_pre", 0), over="pos")
-    assert place(effects) != (model.layout.token_names()[SOURCE + 1],)
-    assert abs(effects.sel(pos=SOURCE).values).item() > abs(effects.sel(pos=SOURCE + 1).values).item()
+def test_a_broken_twin_is_caught(model: HookedViT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep that patches the token beside the one it names reports the mark one place off."""
+    right = Variant.apply
+    monkeypatch.setattr(Variant, "apply", lambda self, rows: right(replace(self, part=_beside(self.part)), rows))
+    effects = activation_patch(model, BRIGHT, DARK, METRIC, at=("resid_pre", 0), over="pos")
+    assert place(effects) == (model.layout.token_names()[SOURCE - 1],)
+
+
+def _beside(part: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (part[0], (part[1] + 1) % 10, *part[2:])
 
 
 SWEEPS: dict[str, dict[str, object]] = {
@@ -172,6 +180,10 @@ def test_a_sweep_goes_on_where_it_was_stopped(
     assert len(calls) - before < 7  # the clean run and what was left of six
     with pytest.raises(LoadError, match="another sweep"):
         patch_heads(model, DARK, BRIGHT, METRIC, resume=path)
+    with pytest.raises(LoadError, match="another sweep"):  # another metric over the same places
+        patch_heads(model, BRIGHT, DARK, "nothing", resume=path)
+    with pytest.raises(LoadError, match="another sweep"):  # another model
+        patch_heads(planted(seed=5), BRIGHT, DARK, METRIC, resume=path)
 
 
 # -------------------------------------------------------------------- to first order, and along paths

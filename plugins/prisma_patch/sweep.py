@@ -96,8 +96,10 @@ def sweep(
     order = sorted(range(len(variants)), key=lambda at: (_layer(variants[at].name), at))
     streams = _streams(model, inputs)
     effects: dict[int, Tensor] = {}
-    kept = None if resume is None else _Kept(Path(resume), variants, inputs)
-    if kept is not None:
+    kept = None
+    if resume is not None:
+        with torch.no_grad():
+            kept = _Kept(Path(resume), variants, inputs, metric(model(*inputs)))
         effects = kept.read()
     batches = list(_batches([at for at in order if at not in effects], variants, step, by_layer=bool(streams)))
     shown = sys.stderr.isatty() and len(batches) > 20 if progress is None else progress
@@ -152,15 +154,20 @@ def _editor(variants: Sequence[Variant], name: str, n: int) -> Callable[[Tensor,
 
 
 class _Kept:
-    """The effects of a sweep so far, in a file that belongs to this sweep alone."""
+    """The effects of a sweep so far, in a file that belongs to this sweep alone.
 
-    def __init__(self, path: Path, variants: Sequence[Variant], inputs: Inputs):
+    Its mark depends on the places, the inputs, what is put in, and the metric of the clean run, which another model or
+    another metric would change.
+    """
+
+    def __init__(self, path: Path, variants: Sequence[Variant], inputs: Inputs, clean: Tensor):
         if path.suffix != ".safetensors":
             raise InputError(f"Expected a path that ends in .safetensors to resume from, got {path}.")
         text = json.dumps([[variant.name, repr(variant.part)] for variant in variants])
         digest = hashlib.sha256(text.encode())
-        for each in (*inputs, *(variant.source for variant in variants[:1] if variant.source is not None)):
-            digest.update(each.detach().cpu().contiguous().float().numpy().tobytes())
+        sources = {variant.name: variant.source for variant in variants if variant.source is not None}
+        for each in (*inputs, clean, *sources.values()):
+            digest.update(each.detach().cpu().double().contiguous().numpy().tobytes())
         self.path, self.mark = path, digest.hexdigest()[:16]
 
     def read(self) -> dict[int, Tensor]:
