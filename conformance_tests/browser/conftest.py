@@ -34,6 +34,7 @@ def browser() -> Iterator[Chrome]:
             options.add_argument(f"--{argument}")
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+        chrome.get("about:blank")  # the browser's own start page asks for things, which would count as the page's
         try:
             yield chrome
         finally:
