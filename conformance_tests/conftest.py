@@ -18,7 +18,9 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--every-field", action="store_true", help="zoo/test_fields.py: every value of every field, on every case; slow"
+        "--every-field",
+        action="store_true",
+        help="fuzz/test_hf_fields.py: every value of every field, on every case; slow",
     )
 
 

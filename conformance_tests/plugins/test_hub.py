@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,7 @@ from loopback import Hub
 from safetensors.torch import save_file
 
 import prisma_core as prisma
-from prisma_core import LoadError, UnknownName
-from prisma_core.files import hub
+from prisma_core import LoadError
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 
@@ -73,29 +71,3 @@ def test_a_file_that_went_bad_in_the_cache_is_fetched_again_at_the_next_try(
     with pytest.raises(LoadError, match="was removed: try again"):
         prisma.load(f"timm:{NAME}", **SMALL)
     assert torch.equal(prisma.load(f"timm:{NAME}", **SMALL)(IMAGE), upstream(IMAGE))
-
-
-def test_what_the_hub_lacks_is_said(loopback: Hub) -> None:
-    loopback.repository("someone/empty")
-    with pytest.raises(UnknownName, match=r"someone/empty on the hub has none of model\.safetensors"):
-        hub.fetch("someone/empty", ["model.safetensors"], reference="hf:someone/empty")
-    with pytest.raises(UnknownName, match="no such repository"):
-        hub.fetch("someone/nothing", ["model.safetensors"], reference="hf:someone/nothing")
-
-
-def test_a_snapshot_is_a_folder_of_what_was_asked_for(loopback: Hub) -> None:
-    folder = loopback.repository("someone/model")
-    (folder / "config.json").write_text(json.dumps({"a": 1}))
-    (folder / "readme.md").write_text("hello")
-    save_file({"x": torch.arange(5.0)}, folder / "model.safetensors")
-    (folder / "onnx").mkdir()
-    (folder / "onnx" / "config.json").write_text("{}")
-    loopback.fault = "corrupt"
-    patterns = ["*.json", "*.safetensors"]
-    with pytest.raises(LoadError, match=r"model\.safetensors came corrupted"):
-        hub.snapshot("someone/model", patterns, reference="hf:someone/model", needs=["model.safetensors"])
-    got = hub.snapshot("someone/model", patterns, reference="hf:someone/model", needs=["model.safetensors"])
-    assert sorted(path.name for path in got.iterdir()) == ["config.json", "model.safetensors"]
-    asked = len(loopback.asked)
-    assert hub.snapshot("someone/model", patterns, reference="hf:someone/model", needs=["model.safetensors"]) == got
-    assert len(loopback.asked) == asked
