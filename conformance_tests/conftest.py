@@ -1,4 +1,4 @@
-"""What all tests share: an option of theirs, one thread for each worker, and a hub on loopback."""
+"""Fixtures and options of all tests: tiny models, a fake device, a hub on loopback, no network."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_device import fake_device
 from loopback import Hub, serving
 from models import image, in_float64, make, variant, vit  # noqa: F401  # fixtures of every room
 
@@ -20,8 +21,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--every-field",
         action="store_true",
-        help="fuzz/test_hf_fields.py: every value of every field, on every case; slow",
+        help="fuzz/test_hf_fields.py: every value of every field; slow",
     )
+
+
+@pytest.fixture
+def device() -> Iterator[torch.device]:
+    """The fake device."""
+    with fake_device() as place:
+        yield place
 
 
 @pytest.fixture

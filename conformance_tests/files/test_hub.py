@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -28,14 +29,13 @@ def test_a_snapshot_is_a_folder_of_the_requested_files(loopback: Hub) -> None:
     save_file({"x": torch.arange(5.0)}, folder / "model.safetensors")
     (folder / "onnx").mkdir()
     (folder / "onnx" / "config.json").write_text("{}")
+    request = {"reference": "hf:someone/model", "needs": ["model.safetensors"]}
+    take = partial(hub.snapshot, "someone/model", ["*.json", "*.safetensors"], **request)
     loopback.fault = "corrupt"
-    patterns = ["*.json", "*.safetensors"]
     with pytest.raises(LoadError, match=r"model\.safetensors"):
-        hub.snapshot("someone/model", patterns, reference="hf:someone/model", needs=["model.safetensors"])
-    snapshot = hub.snapshot("someone/model", patterns, reference="hf:someone/model", needs=["model.safetensors"])
+        take()
+    snapshot = take()
     assert sorted(path.name for path in snapshot.iterdir()) == ["config.json", "model.safetensors"]
     requests = len(loopback.asked)
-    assert (
-        hub.snapshot("someone/model", patterns, reference="hf:someone/model", needs=["model.safetensors"]) == snapshot
-    )
+    assert take() == snapshot
     assert len(loopback.asked) == requests

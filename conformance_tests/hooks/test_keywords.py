@@ -71,7 +71,7 @@ def test_attributes_of_transformer_lens_are_answered(vit: HookedViT, image: Tens
         (vit, "add_hook", r"with model\.hooks\("),
         (vit, "cfg", r"model\.spec"),
         (vit, "nothing", r"'nothing'$"),
-        (cache, "stack_activation", r"ActivationCache.*'stack_activation'.*torch\.stack"),
+        (cache, "stack_activation", r"Cache.*'stack_activation'.*torch\.stack"),
         (cache, "nothing", r"'nothing'\.$"),
     ):
         with pytest.raises(AttributeError, match=answer):
