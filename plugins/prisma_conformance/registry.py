@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final, NoReturn
 
-from prisma_conformance.checks import algebra, audit, live, maps, parity, running, tensors
+from prisma_conformance.checks import algebra, audit, live, maps, parity, proven, running, tensors
 from prisma_conformance.finding import Check
 from prisma_conformance.subject import Subject
 from prisma_core.plugin import NotApplicable, UnknownName, suggest
@@ -61,6 +61,12 @@ _CHECKS = (
         "each activation is what its equation makes of the others, and the parts sum to the logits",
         canonical=algebra.algebra,
         hooked=maps.algebra,
+    ),
+    Check(
+        "maps.proven",
+        "the equations of a hook map's rows hold, and noise at any hook point makes one fail",
+        canonical=_skip("a hook map beside a weight map is proven by parity.hooks and algebra"),
+        hooked=proven.proven,
     ),
     Check(
         "spec.audit",

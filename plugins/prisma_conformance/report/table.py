@@ -11,7 +11,7 @@ from prisma_conformance import tolerances
 from prisma_conformance.registry import CHECKS
 from prisma_conformance.report.results import Certificate, Precision, read_certificates
 from prisma_conformance.report.supported import counted, summarise, write_supported
-from prisma_core.plugin import LoadError
+from prisma_core.plugin import LoadError, PrismaError
 
 NAME = "supported.md"
 
@@ -125,5 +125,13 @@ def _passed(certificate: Certificate) -> str:
     return f"{len(ran) - len(failed)} of {len(ran)}" + (f"; fails {', '.join(failed)}" if failed else "")
 
 
+def main(arguments: Sequence[str]) -> None:
+    """Write the table; a mistake in the arguments is one line on stderr, and exit status 1."""
+    try:
+        write_table(*(arguments or ["docs/conformance"]))
+    except PrismaError as error:
+        sys.exit(f"Error: {error}")
+
+
 if __name__ == "__main__":
-    write_table(*(sys.argv[1:] or ["docs/conformance"]))
+    main(sys.argv[1:])
