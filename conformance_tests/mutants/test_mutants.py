@@ -17,6 +17,7 @@ from prisma_core.spec import NormSpec
 
 pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 
+from .maps import MAP_MUTANTS, MapMutant
 from .mutants import CASES, Broken, Mutant, built
 from .table import MUTANTS
 
@@ -25,8 +26,8 @@ EPS = NormSpec(eps=1e-3)
 RAISED = re.compile(r"[A-Z]\w*: ")  # what run_check makes of an exception
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "-"))
-def test_mutant_is_caught_by_the_check_that_claims_it(mutant: Mutant) -> None:
+@pytest.mark.parametrize("mutant", [*MUTANTS, *MAP_MUTANTS], ids=lambda mutant: mutant.name.replace(" ", "-"))
+def test_mutant_is_caught_by_the_check_that_claims_it(mutant: Mutant | MapMutant) -> None:
     result = run_check(CHECKS[mutant.check], mutant.subject())
     assert result.skipped is None
     assert not result.passed, f"{mutant.check} lets through: {mutant.name}"
@@ -48,7 +49,7 @@ def test_what_is_right_passes(case: str, check: str) -> None:
 
 
 def test_every_check_has_a_mutant() -> None:
-    assert {mutant.check for mutant in MUTANTS} == set(CHECKS)
+    assert {mutant.check for mutant in (*MUTANTS, *MAP_MUTANTS)} == set(CHECKS)
 
 
 @pytest.mark.parametrize("mutant", [m for m in MUTANTS if m.remedy], ids=lambda mutant: mutant.name.replace(" ", "-"))

@@ -25,7 +25,7 @@ timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'p
 TABLE = list(csv.DictReader((Path(__file__).parent / "timm_mapped.csv").open(encoding="utf-8")))
 CASES = {row["name"]: installed().source("timm").case(row["name"]) for row in TABLE}
 ALL = [CASES[row["name"]] for row in TABLE if row["checks"] == "all"]
-NUMBERS = ["parity.logits", "parity.hooks", "algebra"]
+NUMBERS = ["parity.logits", "parity.hooks", "algebra", "maps.proven"]
 OTHERS = ["parity.gradients", "hooks.live", "weights.*", "spec.audit", "save.load", "preprocess", "threads"]
 
 test_numbers = suite("timm-mapped", checks=NUMBERS, cases=list(CASES.values()))
@@ -84,13 +84,15 @@ def test_swin_on_the_fused_kernel() -> None:
                 block.attn.fused_attn = True
         return upstream
 
-    report = prisma.check(Case("swin, fused", build), checks=["parity.*", "algebra", "hooks.live"])
+    report = prisma.check(Case("swin, fused", build), checks=["parity.*", "algebra", "maps.*", "hooks.live"])
     assert report.passed, str(report)
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224"])
 def test_swin_at_sizes_of_other_pictures(name: str) -> None:
-    report = prisma.check(Case(name, partial(built, name, strict_img_size=False)), checks=["parity.*", "algebra"])
+    report = prisma.check(
+        Case(name, partial(built, name, strict_img_size=False)), checks=["parity.*", "algebra", "maps.*"]
+    )
     assert report.passed, str(report)
     assert len(report.certificate.sizes) == 2
 

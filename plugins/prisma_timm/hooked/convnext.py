@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
-
 from prisma_core.plugin import HookMap, MapSpec, Reader
 from prisma_timm.hooked import mapping
 
@@ -28,51 +27,33 @@ class ConvNeXtAdapter(mapping.FamilyMap):
         return mapping.facts(upstream, (rows, columns), (rows + 32, columns))
 
     def hooks(self, upstream: Reader, spec: MapSpec) -> HookMap:
-        rows = f"stem  ->  hook_embed  : {MAPS}\n"
+        rows, x = f"stem  ->  hook_embed  : {MAPS}  = stem(input)
+", "embed"
         for s, stage in enumerate(upstream.stages):
+            at = f"stages.{s}"
             if not stage.downsample.is_a("Identity"):
-                rows += f"stages.{s}.downsample  ->  stages.{s}.hook_downsample  : {MAPS}\n"
+                rows += f"{at}.downsample  ->  {at}.hook_downsample  : {MAPS}  = {at}.downsample({x})\n"
             for layer, block in enumerate(stage.blocks):
-                rows += _block(f"stages.{s}.blocks.{layer}", block)
+                rows += _block(f"{at}.blocks.{layer}", block)
+                x = f"{at}.blocks.{layer}.resid_post"
         if not upstream.norm_pre.is_a("Identity"):
-            rows += f"norm_pre  ->  ln_final.hook_normalized  : {MAPS}\n"
-        return HookMap.parse(rows + mapping.head_rows(upstream.head))
-
-    def equations(self, upstream: Reader, acts: Mapping[str, Tensor]) -> Iterator[mapping.Claim]:
-        for s, stage in enumerate(upstream.stages):
-            for layer, block in enumerate(stage.blocks):
-                yield from _equations(f"stages.{s}.blocks.{layer}", block, acts)
+            rows += f"norm_pre  ->  ln_final.hook_normalized  : {MAPS}  = norm_pre({x})\n"
+            x = "ln_final.normalized"
+        return HookMap.parse(rows + mapping.head_rows(upstream.head, x))
 
 
 def _block(at: str, block: Reader) -> str:
-    inside = "batch d_mlp row column -> batch row column d_mlp" if block.use_conv_mlp else "batch row column d_mlp"
-    shortcut = f"{at}.shortcut  ->  {at}.hook_shortcut  : {MAPS}"
+    conv = block.use_conv_mlp  # then channels stay first all the way, else they are last from the norm to the MLP's end
+    normed = MAPS if conv else "batch row column d_model"
+    inside = "batch d_mlp row column -> batch row column d_mlp" if conv else "batch row column d_mlp"
+    mlp = f"{at}.drop_path({at}.mlp.fc2(mlp.post))" if conv else f"{at}.mlp.fc2(mlp.post)"
+    shortcut = f"{at}.shortcut  ->  {at}.hook_shortcut  : {MAPS}  = {at}.shortcut(resid_pre)"
     return f"""
         {at} : in       ->  {at}.hook_resid_pre      : {MAPS}
-        {at}.conv_dw    ->  {at}.hook_conv           : {MAPS}  = a depthwise convolution of resid_pre
-        {at}.norm       ->  {at}.ln.hook_normalized  : {MAPS if block.use_conv_mlp else "batch row column d_model"}
-        {mapping.mlp_rows(block, at, at, how=inside)}
-        {at}.drop_path  ->  {at}.hook_mlp_out        : {MAPS}  = gamma * (post W_out + b_out)
+        {at}.conv_dw    ->  {at}.hook_conv           : {MAPS}  = {at}.conv_dw(resid_pre)
+        {at}.norm       ->  {at}.ln.hook_normalized  : {normed}  = {at}.norm(conv)
+        {mapping.mlp_rows(block, at, at, "ln.normalized", how=inside)}
+        {at}.drop_path  ->  {at}.hook_mlp_out        : {MAPS}  = {mlp}{f" * {at}.gamma" if block.has("gamma") else ""}
         {"" if block.shortcut.is_a("Identity") else shortcut}
         {at}            ->  {at}.hook_resid_post     : {MAPS}  = resid_pre (or shortcut) + mlp_out
     """
-
-
-def _equations(at: str, block: Reader, acts: Mapping[str, Tensor]) -> Iterator[mapping.Claim]:
-    pre, conv, normed = (acts[f"{at}.{name}"] for name in ("hook_resid_pre", "hook_conv", "ln.hook_normalized"))
-    yield f"{at}: conv = convolution of resid_pre", conv, block.conv_dw.module(pre.movedim(-1, 1)).movedim(1, -1)
-    first = block.use_conv_mlp
-    made = block.norm.module(conv.movedim(-1, 1)).movedim(1, -1) if first else block.norm.module(conv)
-    yield f"{at}: ln = ln(conv)", normed, made
-    hidden = {
-        name: acts[f"{at}.mlp.{name}"] for name in ("hook_pre", "hook_post", "hook_mid") if f"{at}.mlp.{name}" in acts
-    }
-    if "hook_mid" in hidden and first:
-        return  # the norm over channels wants them first; parity compares what it makes
-    yield from mapping.mlp_equations(at, block.module, normed, acts)
-    out = mapping.mlp_out(block.module, acts, at)
-    yield (
-        f"{at}: mlp_out = gamma * (post W_out + b_out)",
-        acts[f"{at}.hook_mlp_out"],
-        out * block.get("gamma", 1) if block.has("gamma") else out,
-    )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
-from prisma_core.plugin import HookMap, MapSpec, Reader
+from prisma_core.plugin import FUSED, HookMap, MapSpec, Reader, score_rows
 from prisma_timm.canonical import common
 from prisma_timm.hooked import mapping
 
@@ -35,22 +35,24 @@ class HieraAdapter(mapping.FamilyMap):
 
     def hooks(self, upstream: Reader, spec: MapSpec) -> HookMap:
         rows = f"""
-            patch_embed  ->  hook_embed       : {TOKENS}
-            unroll : in  ->  hook_full_embed  : {TOKENS}  = embed + pos_embed
+            patch_embed  ->  hook_embed       : {TOKENS}  = patch_embed(input)
+            unroll : in  ->  hook_full_embed  : {TOKENS}  = embed, and positions
         """
         for layer, block in enumerate(upstream.blocks):
-            rows += _block(f"blocks.{layer}", block)
-        rows += """
-            head.norm : in  ->  hook_pooled              : batch d_model  = mean over tokens
-            head.norm       ->  ln_pool.hook_normalized  : batch d_model  = ln(pooled)
-        """
-        if not upstream.head.pool_type:
+            rows += _block(f"blocks.{layer}", block, "unroll(full_embed)" if layer == 0 else "")
+        pool = upstream.head.pool_type
+        if not pool:
             raise upstream.head.unsupported("a head without pooling")
-        return HookMap.parse(rows + mapping.hidden_row(upstream.head) + "head.fc -> hook_logits : batch class")
+        last = f"blocks.{len(upstream.blocks) - 1}.resid_post"
+        rows += f"""
+            head.norm : in  ->  hook_pooled              : batch d_model  = {"mean" if pool == "avg" else pool}({last})
+            head.norm       ->  ln_pool.hook_normalized  : batch d_model  = head.norm(pooled)
+        """
+        return HookMap.parse(rows + mapping.classifier_rows(upstream.head))
 
     def reference_places(self, upstream: Reader) -> HookMap:
         rows = [
-            mapping.pattern_rows(f"blocks.{layer}.attn", f"blocks.{layer}.attn", _square(block.attn))
+            score_rows(f"blocks.{layer}.attn", f"blocks.{layer}.attn", _square(block.attn), fused=False)
             for layer, block in enumerate(upstream.blocks)
             if block.attn.fused_attn
         ]
@@ -58,19 +60,6 @@ class HieraAdapter(mapping.FamilyMap):
 
     def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return common.explicit_attention(upstream)
-
-    def equations(self, upstream: Reader, acts: Mapping[str, Tensor]) -> Iterator[mapping.Claim]:
-        for layer, block in enumerate(upstream.blocks):
-            at = f"blocks.{layer}"
-            q, k = acts[f"{at}.attn.hook_q"], acts[f"{at}.attn.hook_k"]
-            scores = mapping.products(q, k) * block.attn.scale
-            yield f"{at}: scores = q . k * scale", acts[f"{at}.attn.hook_attn_scores"], scores
-            for norm, stream in (("1", "resid_pre"), ("2", "resid_mid")):
-                made = getattr(block, f"norm{norm}").module(acts[f"{at}.hook_{stream}"])
-                yield f"{at}: ln{norm} = ln({stream})", acts[f"{at}.ln{norm}.hook_normalized"], made
-            yield from mapping.mlp_equations(at, block.module, acts[f"{at}.ln2.hook_normalized"], acts)
-            made = block.ls2.module(mapping.mlp_out(block.module, acts, at))
-            yield f"{at}: mlp_out = ls2(post W_out + b_out)", acts[f"{at}.hook_mlp_out"], made
 
 
 def _window(attn: Reader) -> str:
@@ -82,21 +71,22 @@ def _square(attn: Reader) -> str:
     return f"batch head {window}query_pos key_pos -> batch {window}head query_pos key_pos"
 
 
-def _block(at: str, block: Reader) -> str:
+def _block(at: str, block: Reader, stream: str) -> str:
+    """Write the rows of a block; ``stream`` is the formula of what comes to it, where the block before does not say."""
     attn, window = block.attn, _window(block.attn)
     heads = f"batch head {window}pos d_head -> batch {window}pos head d_head"
     if attn.fused_attn:
-        q, k, v, z = (f"{at}.attn @ {mapping.KERNEL} : {side}" for side in ("in", "in1", "in2", "out"))
-        inside = mapping.opened_rows(f"{at}.attn", f"{at}.attn", _square(attn))
+        q, k, v, z = (f"{at}.attn @ {FUSED} : {side}" for side in ("in", "in1", "in2", "out"))
     else:
         places = ("mul : in", "transpose : in", "matmul#1 : in1", "matmul#1")
         q, k, v, z = (f"{at}.attn @ {place}" for place in places)
-        inside = mapping.pattern_rows(f"{at}.attn", f"{at}.attn", _square(attn))
+    scores = f"q . k * {at}.attn.scale"
+    inside = score_rows(f"{at}.attn", f"{at}.attn", _square(attn), fused=attn.fused_attn, scores=scores)
     v_row = f"{v}  ->  {at}.attn.hook_v  : {heads}"
     shortcut = f"{at} @ add : in  ->  {at}.hook_shortcut  : {TOKENS}  = resid_pre, pooled and widened"
     return f"""
-        {at} : in        ->  {at}.hook_resid_pre       : {TOKENS}
-        {at}.norm1       ->  {at}.ln1.hook_normalized  : {TOKENS}  = ln(resid_pre)
+        {at} : in        ->  {at}.hook_resid_pre       : {TOKENS}{f"  = {stream}" if stream else ""}
+        {at}.norm1       ->  {at}.ln1.hook_normalized  : {TOKENS}  = {at}.norm1(resid_pre)
         {q}              ->  {at}.attn.hook_q          : {heads}  = x W_Q + b_Q, the largest of those pooled
         {k}              ->  {at}.attn.hook_k          : {heads}
         {v_row if attn.fused_attn else ""}
@@ -106,8 +96,8 @@ def _block(at: str, block: Reader) -> str:
         {at}.drop_path1  ->  {at}.hook_attn_out        : {TOKENS}
         {shortcut if block.do_expand else ""}
         {at} @ add       ->  {at}.hook_resid_mid       : {TOKENS}  = resid_pre (or shortcut) + attn_out
-        {at}.norm2       ->  {at}.ln2.hook_normalized  : {TOKENS}  = ln(resid_mid)
-        {mapping.mlp_rows(block, at, at)}
-        {at}.drop_path2  ->  {at}.hook_mlp_out         : {TOKENS}
+        {at}.norm2       ->  {at}.ln2.hook_normalized  : {TOKENS}  = {at}.norm2(resid_mid)
+        {mapping.mlp_rows(block, at, at, "ln2.normalized")}
+        {at}.drop_path2  ->  {at}.hook_mlp_out         : {TOKENS}  = {at}.ls2({at}.mlp.fc2(mlp.post))
         {at}             ->  {at}.hook_resid_post      : {TOKENS}  = resid_mid + mlp_out
     """

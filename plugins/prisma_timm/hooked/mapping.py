@@ -1,17 +1,15 @@
-"""What the hook maps of timm's hierarchical and windowed families share: facts, rows and equations."""
+"""Facts and rows that the hook maps of timm's hierarchical and windowed families share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-
 from prisma_core.plugin import MapAdapter, MapSpec, Reader
 
-Claim = tuple[str, Tensor, Tensor]
-KERNEL = "scaled_dot_product_attention"
+Equation = tuple[str, Any, Any]
 
 
 class FamilyMap(MapAdapter):
@@ -25,104 +23,53 @@ class FamilyMap(MapAdapter):
 
 
 def facts(upstream: Reader, size: tuple[int, int], *others: tuple[int, int]) -> MapSpec:
-    """Return what a model takes, given its native image size and others that it admits."""
+    """Write the facts of a model, given its native image size and others that it admits."""
     head = upstream.head.fc
     classes = None if head.is_a("Identity") else getattr(head.module, "out_features", None)
     return MapSpec(shape=(upstream.in_chans, *size), sizes=others, n_classes=classes)
 
 
-def mlp_rows(block: Reader, source: str, target: str, *, how: str = "batch pos d_mlp") -> str:
-    """Return the rows of timm's Mlp, with a global response norm or without."""
-    inner = "grn" if block.mlp.has("grn") else None if block.mlp.norm.is_a("Identity") else "norm"
-    rows = f"{source}.mlp.fc1  ->  {target}.mlp.hook_pre  : {how}  = x W_in + b_in\n"
-    if inner is None:
-        return rows + f"{source}.mlp.act  ->  {target}.mlp.hook_post  : {how}  = act(pre)\n"
-    rows += f"{source}.mlp.act  ->  {target}.mlp.hook_mid  : {how}  = act(pre)\n"
-    return rows + f"{source}.mlp.{inner}  ->  {target}.mlp.hook_post  : {how}  = {inner}(mid)\n"
-
-
-def pattern_rows(source: str, target: str, how: str, *, module: bool = False) -> str:
-    """Return the rows of scores and pattern where upstream takes the softmax in a step of its own.
+def mlp_rows(block: Reader, source: str, target: str, x: str, *, how: str = "batch pos d_mlp") -> str:
+    """Write the rows of timm's Mlp, with a global response norm or without.
 
     Args:
-        module: the softmax is a module, not a function.
+        x: its input, as a formula names it.
+        how: axes of its inner activations.
     """
-    step = f"{source}.softmax" if module else f"{source} @ softmax"
-    return f"""
-        {step} : in  ->  {target}.hook_attn_scores  : {how}  = q . k * scale + bias
-        {step}       ->  {target}.hook_pattern      : {how}  = softmax(attn_scores)
+    inner = "grn" if block.mlp.has("grn") else None if block.mlp.norm.is_a("Identity") else "norm"
+    post = "post" if inner is None else "mid"
+    rows = f"""
+        {source}.mlp.fc1  ->  {target}.mlp.hook_pre     : {how}  = {source}.mlp.fc1({x})
+        {source}.mlp.act  ->  {target}.mlp.hook_{post}  : {how}  = {source}.mlp.act(pre)
     """
+    if inner is None:
+        return rows
+    return rows + f"{source}.mlp.{inner}  ->  {target}.mlp.hook_post  : {how}  = {source}.mlp.{inner}(mid)\n"
 
 
-def opened_rows(source: str, target: str, how: str) -> str:
-    """Return the rows of scores and pattern where upstream calls the fused kernel."""
-    return f"""
-        {source} @ {KERNEL} : scores   ->  {target}.hook_attn_scores  : {how}  = q . k * scale + bias
-        {source} @ {KERNEL} : pattern  ->  {target}.hook_pattern      : {how}  = softmax(attn_scores)
-    """
-
-
-def head_rows(head: Reader) -> str:
-    """Return the rows of timm's classifier heads behind two-dimensional tokens."""
+def head_rows(head: Reader, x: str) -> str:
+    """Write the rows of timm's classifier heads behind two-dimensional tokens ``x``, as a formula names them."""
     if head.global_pool.is_identity():
         raise head.unsupported("a head without pooling")
     if not head.has("norm"):
-        return """
-            head.global_pool  ->  hook_pooled  : batch d_model  = mean over rows and columns
-            head.fc           ->  hook_logits  : batch class
+        # Some models bring channels to the front for their head alone, where a formula has them last.
+        pool = "mean" if head.global_pool.pool_type == "avg" else "head.global_pool"
+        return f"""
+            head.global_pool  ->  hook_pooled  : batch d_model  = {pool}({x})
+            head.fc           ->  hook_logits  : batch class    = head.fc(pooled)
         """
-    rows = """
-        head.global_pool  ->  hook_pooled  : batch d_model 1 1 -> batch d_model  = mean over rows and columns
-        head.norm  ->  ln_pool.hook_normalized  : batch d_model 1 1 -> batch d_model  = ln(pooled)
+    rows = f"""
+        head.global_pool  ->  hook_pooled  : batch d_model 1 1 -> batch d_model  = head.global_pool({x})
+        head.norm  ->  ln_pool.hook_normalized  : batch d_model 1 1 -> batch d_model  = head.norm(pooled)
     """
-    return rows + hidden_row(head) + "head.fc  ->  hook_logits  : batch class\n"
+    return rows + classifier_rows(head)
 
 
-def hidden_row(head: Reader) -> str:
-    """Return the row of the layer before the classifier, where there is one."""
+def classifier_rows(head: Reader) -> str:
+    """Write the rows of the classifier behind ``ln_pool``, and of the layer before it where there is one."""
     if head.pre_logits.is_a("Identity"):
-        return ""
-    return "head.pre_logits  ->  hook_pre_logits  : batch d_mlp  = act(ln(pooled) W + b)\n"
-
-
-def mlp_equations(
-    at: str, block: nn.Module, x: Tensor, acts: Mapping[str, Tensor], *, channels_first: bool = False
-) -> Iterator[Claim]:
-    """Yield what an MLP makes of its input ``x [... d]``.
-
-    Args:
-        channels_first: upstream's own tensors have the channels behind the batch.
+        return "head.fc  ->  hook_logits  : batch class  = head.fc(ln_pool.normalized)\n"
+    return """
+        head.pre_logits  ->  hook_pre_logits  : batch d_mlp  = head.pre_logits(ln_pool.normalized)
+        head.fc          ->  hook_logits      : batch class  = head.fc(pre_logits)
     """
-    mlp = block.get_submodule("mlp")
-    pre, post = acts[f"{at}.mlp.hook_pre"], acts[f"{at}.mlp.hook_post"]
-    made = mlp.get_submodule("act")(pre)
-    if f"{at}.mlp.hook_mid" in acts:
-        yield f"{at}: mlp.mid = act(pre)", acts[f"{at}.mlp.hook_mid"], made
-        inner = mlp.get_submodule("grn" if hasattr(mlp, "grn") else "norm")
-        mid = acts[f"{at}.mlp.hook_mid"]
-        made = inner(mid.movedim(-1, 1)).movedim(1, -1) if channels_first else inner(mid)
-    yield f"{at}: mlp.post = act(pre)", post, made
-    weight, bias = _matrix(mlp.get_submodule("fc1"))
-    yield f"{at}: mlp.pre = x W_in + b_in", pre, x.reshape(*pre.shape[:-1], -1) @ weight.T + bias
-
-
-def mlp_out(block: nn.Module, acts: Mapping[str, Tensor], at: str) -> Tensor:
-    """Return what an MLP's second layer makes of its inner activations."""
-    weight, bias = _matrix(block.get_submodule("mlp.fc2"))
-    return acts[f"{at}.mlp.hook_post"] @ weight.T + bias
-
-
-def _matrix(linear: nn.Module) -> tuple[Tensor, Tensor | float]:
-    weight, bias = linear.get_parameter("weight"), getattr(linear, "bias", None)
-    return weight.flatten(1), 0.0 if bias is None else bias
-
-
-def same_bias(at: str, products: Tensor, acts: Mapping[str, Tensor]) -> Claim:
-    """Return the claim that scores are these products plus what is the same for every picture."""
-    rest = acts[f"{at}.attn.hook_attn_scores"] - products
-    return f"{at}: scores = q . k * scale + what no picture changes", rest, rest[:1].expand_as(rest)
-
-
-def products(q: Tensor, k: Tensor) -> Tensor:
-    """Return the dot products of queries and keys ``[... pos head d_head]``."""
-    return torch.einsum("...qhd,...khd->...hqk", q, k)

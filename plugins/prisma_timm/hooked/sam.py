@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from prisma_core.plugin import HookMap, MapSpec, Reader
+from prisma_core.plugin import FUSED, HookMap, MapSpec, Reader, products, score_rows
 from prisma_timm.canonical import common
 from prisma_timm.hooked import mapping
 
@@ -35,20 +35,20 @@ class SamAdapter(mapping.FamilyMap):
 
     def hooks(self, upstream: Reader, spec: MapSpec) -> HookMap:
         rows = f"""
-            patch_embed    ->  hook_embed       : {GRID}
-            norm_pre : in  ->  hook_full_embed  : {GRID}  = embed + pos_embed
+            patch_embed    ->  hook_embed       : {GRID}  = patch_embed(input)
+            norm_pre : in  ->  hook_full_embed  : {GRID}  = embed{" + pos_embed" if upstream.has("pos_embed") else ""}
         """
         if not upstream.norm_pre.is_a("Identity"):
-            rows += f"norm_pre  ->  ln_pre.hook_normalized  : {GRID}\n"
+            rows += f"norm_pre  ->  ln_pre.hook_normalized  : {GRID}  = norm_pre(full_embed)\n"
         for layer, block in enumerate(upstream.blocks):
             rows += _block(f"blocks.{layer}", block)
-        rows += f"neck  ->  hook_neck  : {MAPS}  = two convolutions, normed\n"
+        rows += f"neck  ->  hook_neck  : {MAPS}  = neck(blocks.{len(upstream.blocks) - 1}.resid_post)\n"
         heads = next(iter(upstream.blocks)).attn.num_heads
-        return HookMap.parse(rows + mapping.head_rows(upstream.head), head=heads)
+        return HookMap.parse(rows + mapping.head_rows(upstream.head, "neck"), head=heads)
 
     def reference_places(self, upstream: Reader) -> HookMap:
         rows = [
-            mapping.pattern_rows(f"blocks.{layer}.attn", f"blocks.{layer}.attn", _square(block))
+            score_rows(f"blocks.{layer}.attn", f"blocks.{layer}.attn", _square(block), fused=False)
             for layer, block in enumerate(upstream.blocks)
             if block.attn.fused_attn
         ]
@@ -57,27 +57,19 @@ class SamAdapter(mapping.FamilyMap):
     def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return common.explicit_attention(upstream)
 
-    def equations(self, upstream: Reader, acts: Mapping[str, Tensor]) -> Iterator[mapping.Claim]:
+    def equations(self, upstream: Reader, acts: Mapping[str, Tensor]) -> Iterator[mapping.Equation]:
         for layer, block in enumerate(upstream.blocks):
-            at = f"blocks.{layer}"
-            yield _scores(at, block, acts)
-            normed = block.norm1.module(acts[f"{at}.hook_resid_pre"])
-            yield f"{at}: ln1 = ln(resid_pre)", acts[f"{at}.ln1.hook_normalized"], normed
-            normed = block.norm2.module(acts[f"{at}.hook_resid_mid"]).flatten(1, 2)
-            yield f"{at}: ln2 = ln(resid_mid)", acts[f"{at}.ln2.hook_normalized"], normed
-            yield from mapping.mlp_equations(at, block.module, normed, acts)
-            made = block.ls2.module(mapping.mlp_out(block.module, acts, at))
-            yield f"{at}: mlp_out = ls2(post W_out + b_out)", acts[f"{at}.hook_mlp_out"], made
+            yield _scores(f"blocks.{layer}", block, acts)
 
 
-def _scores(at: str, block: Reader, acts: Mapping[str, Tensor]) -> mapping.Claim:
-    """Return what scores are: products, and a bias that the queries and the distances in rows and columns make."""
+def _scores(at: str, block: Reader, acts: Mapping[str, Tensor]) -> mapping.Equation:
+    """Equation of scores: products, and a bias that the queries and the distances in rows and columns make."""
     from timm.models.vision_transformer_sam import get_decomposed_rel_pos_bias
 
     attn = block.attn
     turned = "rot_" if f"{at}.attn.hook_rot_q" in acts else ""
     q, k = (acts[f"{at}.attn.hook_{turned}{x}"] for x in "qk")
-    scores = mapping.products(q, k) * attn.scale
+    scores = products(q, k) * attn.scale
     if attn.use_rel_pos:
         side = (block.window_size, block.window_size) if block.window_size else acts[f"{at}.hook_resid_pre"].shape[1:3]
         flat = q.transpose(-2, -3).reshape(-1, q.shape[-3], q.shape[-1])
@@ -103,22 +95,22 @@ def _block(at: str, block: Reader) -> str:
     rotated = ""
     if attn.has("rope"):
         rotated = f"""
-            {at}.attn @ {mapping.KERNEL} : in   ->  {at}.attn.hook_rot_q  : {heads}  = q turned by its position
-            {at}.attn @ {mapping.KERNEL} : in1  ->  {at}.attn.hook_rot_k  : {heads}  = k turned by its position
+            {at}.attn @ {FUSED} : in   ->  {at}.attn.hook_rot_q  : {heads}  = q turned by its position
+            {at}.attn @ {FUSED} : in1  ->  {at}.attn.hook_rot_k  : {heads}  = k turned by its position
         """
     return f"""
         {at} : in        ->  {at}.hook_resid_pre       : {GRID}
-        {at}.norm1       ->  {at}.ln1.hook_normalized  : {GRID}  = ln(resid_pre)
+        {at}.norm1       ->  {at}.ln1.hook_normalized  : {GRID}  = {at}.norm1(resid_pre)
         {at}.attn.q_norm ->  {at}.attn.hook_q          : {heads}
         {at}.attn.k_norm ->  {at}.attn.hook_k          : {heads}
         {rotated}
-        {at}.attn @ {mapping.KERNEL} : in2  ->  {at}.attn.hook_v  : {heads}
-        {mapping.opened_rows(f"{at}.attn", f"{at}.attn", _square(block))}
-        {at}.attn @ {mapping.KERNEL}        ->  {at}.attn.hook_z  : {heads}  = pattern v
+        {at}.attn @ {FUSED} : in2  ->  {at}.attn.hook_v  : {heads}
+        {score_rows(f"{at}.attn", f"{at}.attn", _square(block), fused=True)}
+        {at}.attn @ {FUSED}        ->  {at}.attn.hook_z  : {heads}  = pattern v
         {at} @ add : in1 ->  {at}.hook_attn_out        : {GRID}
         {at} @ add       ->  {at}.hook_resid_mid       : {GRID}  = resid_pre + attn_out
-        {at}.norm2       ->  {at}.ln2.hook_normalized  : batch pos d_model  = ln(resid_mid)
-        {mapping.mlp_rows(block, at, at)}
-        {at}.drop_path2  ->  {at}.hook_mlp_out         : batch pos d_model
+        {at}.norm2       ->  {at}.ln2.hook_normalized  : batch pos d_model  = {at}.norm2(resid_mid)
+        {mapping.mlp_rows(block, at, at, "ln2.normalized")}
+        {at}.drop_path2  ->  {at}.hook_mlp_out         : batch pos d_model  = {at}.ls2({at}.mlp.fc2(mlp.post))
         {at}             ->  {at}.hook_resid_post      : {GRID}  = resid_mid + mlp_out
     """

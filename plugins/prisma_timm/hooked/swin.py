@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prisma_core.plugin import HookMap, MapSpec, Reader
+from prisma_core.plugin import FUSED, HookMap, MapSpec, Reader, products, same_bias, score_rows
 from prisma_timm.canonical import common
 from prisma_timm.hooked import mapping
 
@@ -45,49 +45,47 @@ class SwinAdapter(mapping.FamilyMap):
 
     def hooks(self, upstream: Reader, spec: MapSpec) -> HookMap:
         first = GRID if upstream.has("norm") else f"batch d_model row column -> {GRID}"
-        rows = f"patch_embed  ->  hook_embed  : {first}  = patches W + b, normed\n"
+        rows, x = f"patch_embed  ->  hook_embed  : {first}  = patch_embed(input)\n", "embed"
         for at, source, stage in self.stages(upstream):
             if not stage.downsample.is_a("Identity"):
-                rows += f"{source}.downsample  ->  {at}.hook_downsample  : {GRID}  = four neighbours, normed, W\n"
+                rows += f"{source}.downsample  ->  {at}.hook_downsample  : {GRID}  = {source}.downsample({x})\n"
             for layer, block in enumerate(stage.blocks):
                 rows += self.block(f"{source}.blocks.{layer}", f"{at}.blocks.{layer}", block)
+                x = f"{at}.blocks.{layer}.resid_post"
         if upstream.has("norm"):
-            rows += f"norm  ->  ln_final.hook_normalized  : {GRID}\n"
-        return HookMap.parse(rows + mapping.head_rows(upstream.head))
+            rows += f"norm  ->  ln_final.hook_normalized  : {GRID}  = norm({x})\n"
+            x = "ln_final.normalized"
+        return HookMap.parse(rows + mapping.head_rows(upstream.head, x))
 
     def block(self, source: str, at: str, block: Reader) -> str:
-        """Return the rows of one block."""
+        """Write the rows of one block."""
         return f"""
             {source} : in         ->  {at}.hook_resid_pre      : {GRID}
-            {source}.norm1        ->  {at}.ln1.hook_normalized : {GRID}  = ln(resid_pre)
+            {source}.norm1        ->  {at}.ln1.hook_normalized : {GRID}  = {source}.norm1(resid_pre)
             {self.attention(f"{source}.attn", f"{at}.attn", block.attn)}
             {source}.drop_path1   ->  {at}.hook_attn_out       : {GRID}
             {source} @ add        ->  {at}.hook_resid_mid      : {GRID}  = resid_pre + attn_out
-            {source}.norm2        ->  {at}.ln2.hook_normalized : batch pos d_model  = ln(resid_mid)
-            {mapping.mlp_rows(block, source, at)}
-            {source}.drop_path2   ->  {at}.hook_mlp_out        : batch pos d_model
+            {source}.norm2        ->  {at}.ln2.hook_normalized : batch pos d_model  = {source}.norm2(resid_mid)
+            {mapping.mlp_rows(block, source, at, "ln2.normalized")}
+            {source}.drop_path2   ->  {at}.hook_mlp_out        : batch pos d_model  = {source}.mlp.fc2(mlp.post)
             {source}              ->  {at}.hook_resid_post     : {GRID}  = resid_mid + mlp_out
         """
 
     def attention(self, source: str, at: str, attn: Reader) -> str:
-        """Return the rows of attention in windows."""
+        """Write the rows of attention in windows."""
         fused = _fused(attn)
-        if fused:
-            inside = mapping.opened_rows(source, at, SQUARE)
-        else:
-            inside = mapping.pattern_rows(source, at, SQUARE, module=attn.has("softmax"))
-        z = f"{source} @ {mapping.KERNEL}" if fused else f"{source} @ matmul#1"
+        z = f"{source} @ {FUSED}" if fused else f"{source} @ matmul#1"
         return f"""
             {source} @ unbind         ->  {at}.hook_q  : {HEADS}
             {source} @ unbind : out1  ->  {at}.hook_k  : {HEADS}
             {source} @ unbind : out2  ->  {at}.hook_v  : {HEADS}
-            {inside}
+            {score_rows(source, at, SQUARE, fused=fused, softmax=_softmax(attn))}
             {z}                       ->  {at}.hook_z  : {HEADS}  = pattern v
         """
 
     def reference_places(self, upstream: Reader) -> HookMap:
         rows = [
-            mapping.pattern_rows(f"{source}.{inside}", f"{at}.{inside}", SQUARE, module=block.attn.has("softmax"))
+            score_rows(f"{source}.{inside}", f"{at}.{inside}", SQUARE, fused=False, softmax=_softmax(block.attn))
             for at, source, stage in self.stages(upstream)
             for layer, block in enumerate(stage.blocks)
             if _fused(block.attn)
@@ -98,25 +96,24 @@ class SwinAdapter(mapping.FamilyMap):
     def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return common.explicit_attention(upstream)
 
-    def equations(self, upstream: Reader, acts: Mapping[str, Tensor]) -> Iterator[mapping.Claim]:
-        for at, _, stage in self.stages(upstream):
+    def equations(self, upstream: Reader, acts: Mapping[str, Tensor]) -> Iterator[mapping.Equation]:
+        for s, _, stage in self.stages(upstream):
             for layer, block in enumerate(stage.blocks):
-                yield from self.block_equations(f"{at}.blocks.{layer}", block, acts)
+                at = f"{s}.blocks.{layer}.attn"
+                q, k = acts[f"{at}.hook_q"], acts[f"{at}.hook_k"]
+                yield same_bias(at, self.products(q, k, block.attn), acts)
 
-    def block_equations(self, at: str, block: Reader, acts: Mapping[str, Tensor]) -> Iterator[mapping.Claim]:
-        """Yield what holds in one block."""
-        q, k = acts[f"{at}.attn.hook_q"], acts[f"{at}.attn.hook_k"]
-        yield mapping.same_bias(at, mapping.products(q, k) * block.attn.scale, acts)
-        for norm, stream in (("ln1", "resid_pre"), ("ln2", "resid_mid")):
-            normed, x = acts[f"{at}.{norm}.hook_normalized"], acts[f"{at}.hook_{stream}"]
-            module = getattr(block, norm.replace("ln", "norm")).module
-            yield f"{at}: {norm} = ln({stream})", normed.reshape(x.shape), module(x)
-        yield from mapping.mlp_equations(at, block.module, acts[f"{at}.ln2.hook_normalized"], acts)
-        yield f"{at}: mlp_out = post W_out + b_out", acts[f"{at}.hook_mlp_out"], mapping.mlp_out(block.module, acts, at)
+    def products(self, q: Tensor, k: Tensor, attn: Reader) -> Tensor:
+        """Scaled products of queries and keys ``[... pos head d_head]``."""
+        return products(q, k) * attn.scale
 
 
 def _fused(attn: Reader) -> bool:
     return bool(attn.get("fused_attn", False))
+
+
+def _softmax(attn: Reader) -> str:
+    return ".softmax" if attn.has("softmax") else " @ softmax"
 
 
 class SwinV2Adapter(SwinAdapter):
@@ -125,26 +122,22 @@ class SwinV2Adapter(SwinAdapter):
     types = ("timm.models.swin_transformer_v2.SwinTransformerV2",)
 
     def block(self, source: str, at: str, block: Reader) -> str:
+        mlp = f"{source}.norm2({source}.mlp.fc2(mlp.post))"
         return f"""
             {source} : in         ->  {at}.hook_resid_pre      : {GRID}
             {self.attention(f"{source}.attn", f"{at}.attn", block.attn)}
             {source}.norm1        ->  {at}.ln1.hook_normalized : {GRID}  = ln(attention)
-            {source}.drop_path1   ->  {at}.hook_attn_out       : {GRID}
+            {source}.drop_path1   ->  {at}.hook_attn_out       : {GRID}  = ln1.normalized
             {source} @ add        ->  {at}.hook_resid_mid      : {GRID}  = resid_pre + attn_out
-            {mapping.mlp_rows(block, source, at)}
-            {source}.norm2        ->  {at}.ln2.hook_normalized : batch pos d_model  = ln(mlp)
-            {source}.drop_path2   ->  {at}.hook_mlp_out        : batch pos d_model
+            {mapping.mlp_rows(block, source, at, "resid_mid")}
+            {source}.norm2        ->  {at}.ln2.hook_normalized : batch pos d_model  = {mlp}
+            {source}.drop_path2   ->  {at}.hook_mlp_out        : batch pos d_model  = ln2.normalized
             {source}              ->  {at}.hook_resid_post     : {GRID}  = resid_mid + mlp_out
         """
 
-    def block_equations(self, at: str, block: Reader, acts: Mapping[str, Tensor]) -> Iterator[mapping.Claim]:
-        q, k = (F.normalize(acts[f"{at}.attn.hook_{x}"], dim=-1) for x in "qk")
-        scale = torch.clamp(block.attn.logit_scale, max=math.log(100)).exp().reshape(-1, 1, 1)
-        yield mapping.same_bias(at, mapping.products(q, k) * scale, acts)
-        yield f"{at}: attn_out = ln1", acts[f"{at}.hook_attn_out"], acts[f"{at}.ln1.hook_normalized"]
-        yield from mapping.mlp_equations(at, block.module, acts[f"{at}.hook_resid_mid"].flatten(1, 2), acts)
-        made = block.norm2.module(mapping.mlp_out(block.module, acts, at))
-        yield f"{at}: mlp_out = ln2(post W_out + b_out)", acts[f"{at}.hook_mlp_out"], made
+    def products(self, q: Tensor, k: Tensor, attn: Reader) -> Tensor:
+        scale = torch.clamp(attn.logit_scale, max=math.log(100)).exp().reshape(-1, 1, 1)
+        return products(F.normalize(q, dim=-1), F.normalize(k, dim=-1)) * scale
 
 
 class SwinV2CrAdapter(SwinV2Adapter):
@@ -160,15 +153,15 @@ class SwinV2CrAdapter(SwinV2Adapter):
         rows = super().block(source, at, block)
         if block.norm3.is_a("Identity"):
             return rows
-        extra = f"{source}.norm3  ->  {at}.ln3.hook_normalized  : batch pos d_model  = ln(resid_mid + mlp_out)"
+        formula = f"{source}.norm3(resid_mid + mlp_out)"
+        extra = f"{source}.norm3  ->  {at}.ln3.hook_normalized  : batch pos d_model  = {formula}"
         *before, last = rows.rstrip().splitlines()
         return "\n".join([*before, extra, last.replace("resid_mid + mlp_out", "ln3.normalized"), ""])
 
-    def block_equations(self, at: str, block: Reader, acts: Mapping[str, Tensor]) -> Iterator[mapping.Claim]:
-        yield from super().block_equations(at, block, acts)
-        if f"{at}.ln3.hook_normalized" in acts:
-            out, post = acts[f"{at}.hook_mlp_out"], acts[f"{at}.hook_resid_post"]
-            made = block.norm3.module(acts[f"{at}.hook_resid_mid"] + out.reshape(post.shape))
-            yield f"{at}: resid_post = ln3(resid_mid + mlp_out)", post, made
-            normed = acts[f"{at}.ln3.hook_normalized"]
-            yield f"{at}: resid_post = ln3.normalized", post, normed.reshape(post.shape)
+    def exempt(self, upstream: Reader) -> dict[str, str]:
+        return {
+            f"{at}.blocks.{layer}.hook_resid_post = resid_mid + mlp_out": "the block ends in a norm of the stream"
+            for at, _, stage in self.stages(upstream)
+            for layer, block in enumerate(stage.blocks)
+            if not block.norm3.is_a("Identity")
+        }

@@ -1,19 +1,17 @@
-"""What the hook maps of video models without a canonical form share: rows and equations of attention and MLP."""
+"""Axes and rows that the hook maps of video models without a canonical form share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-Claim = tuple[str, Tensor, Tensor]
+Equation = tuple[str, Tensor, Tensor]
 Acts = Mapping[str, Tensor]
-KERNEL = "scaled_dot_product_attention"
 
 
 def how(lead: str, held: str, shown: str | None = None) -> str:
-    """Return axes, or einops where upstream folds some into one.
+    """Write axes, or einops where upstream folds some into one.
 
     >>> how("(batch frame)", "head pos d_head", "pos head d_head")
     '(batch frame) head pos d_head -> batch frame pos head d_head'
@@ -22,41 +20,18 @@ def how(lead: str, held: str, shown: str | None = None) -> str:
     return right if left == right else f"{left} -> {right}"
 
 
-def square_rows(source: str, target: str, axes: str, *, fused: bool) -> str:
-    """Return the rows of scores and pattern, from the fused kernel or from a softmax of its own."""
-    scores, pattern = (
-        (f"{source} @ {KERNEL} : scores", f"{source} @ {KERNEL} : pattern")
-        if fused
-        else (f"{source} @ softmax : in", f"{source} @ softmax")
-    )
-    return f"""
-        {scores}   ->  {target}.hook_attn_scores  : {axes}  = q . k * scale
-        {pattern}  ->  {target}.hook_pattern      : {axes}  = softmax(attn_scores)
-    """
-
-
-def attention_equations(
-    at: str, acts: Acts, scale: float, out: nn.Module | None, added: Tensor | None
-) -> Iterator[Claim]:
-    """Yield what scores and the output of an attention are.
+def mlp_rows(at: str, to: str, token: str, *, x: str, act: str, lead: str = "batch") -> str:
+    """Write the rows of an MLP whose layers are ``fc1`` and ``fc2``.
 
     Args:
-        out: the output projection, if there is one.
-        added: what it returns.
+        at: upstream's MLP.
+        to: our block.
+        token: the axis of its tokens.
+        x: its input, as a formula names it.
+        act: the path of its activation.
     """
-    turned = "rot_" if f"{at}.hook_rot_q" in acts else ""
-    q, k = (acts[f"{at}.hook_{turned}{x}"] for x in "qk")
-    scores = torch.einsum("...qhd,...khd->...hqk", q, k) * scale
-    yield f"{at}: scores = q . k * scale", acts[f"{at}.hook_attn_scores"], scores
-    if out is not None and added is not None:
-        made = out(acts[f"{at}.hook_z"].flatten(-2))
-        yield f"{at}: z W_O + b_O is what attention adds", added, made.reshape(added.shape)
-
-
-def mlp_equations(
-    at: str, normed: Tensor, up: nn.Module, act: nn.Module, down: nn.Module, acts: Acts
-) -> Iterator[Claim]:
-    """Yield what an MLP makes of the normed stream."""
-    yield f"{at}: mlp.pre = x W_in + b_in", acts[f"{at}.mlp.hook_pre"], up(normed)
-    yield f"{at}: mlp.post = act(pre)", acts[f"{at}.mlp.hook_post"], act(acts[f"{at}.mlp.hook_pre"])
-    yield f"{at}: mlp_out = post W_out + b_out", acts[f"{at}.hook_mlp_out"], down(acts[f"{at}.mlp.hook_post"])
+    return f"""
+        {at}.fc1       ->  {to}.mlp.hook_pre   : {how(lead, f"{token} d_mlp")}    = {at}.fc1({x})
+        {at}.fc2 : in  ->  {to}.mlp.hook_post  : {how(lead, f"{token} d_mlp")}    = {act}(pre)
+        {at}           ->  {to}.hook_mlp_out   : {how(lead, f"{token} d_model")}  = {at}.fc2(mlp.post)
+    """

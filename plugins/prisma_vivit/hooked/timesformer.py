@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prisma_core.plugin import HookMap, MapAdapter, MapSpec, Reader, TokenLayout, VideoPreprocess
+from prisma_core.plugin import HookMap, MapAdapter, MapSpec, Reader, TokenLayout, VideoPreprocess, score_rows
 from prisma_vivit import parts
-from prisma_vivit.hooked.mapping import Acts, Claim, attention_equations, how, mlp_equations, square_rows
+from prisma_vivit.hooked.mapping import Acts, Equation, how
 from prisma_vivit.processing import preprocess_of
 
 MODEL = "transformers.models.timesformer.modeling_timesformer.TimesformerModel"
@@ -40,19 +40,21 @@ class TimesformerAdapter(MapAdapter):
         base, at = _base(upstream), "timesformer." if upstream.is_a(CLASSIFIER) else ""
         # Attention in space alone takes frames for a larger batch, and never brings them together.
         lead = "(batch frame)" if base.embeddings.attention_type == "space_only" else "batch"
-        stream = how(lead, "pos d_model")
+        stream, embed = how(lead, "pos d_model"), f"{at}embeddings.patch_embeddings(input)"
         rows = f"""
-            {at}embeddings.patch_embeddings -> hook_embed : (batch frame) patch d_model -> batch frame patch d_model
-            {at}embeddings  ->  hook_full_embed  : {stream}  = class token and embed + positions + times
+            {at}embeddings.patch_embeddings  ->  hook_embed  : {how("(batch frame)", "patch d_model")}  = {embed}
+            {at}embeddings  ->  hook_full_embed  : {stream}  = class token and embed, with positions
         """
         for index, layer in enumerate(base.encoder.layer):
             block = _divided if layer.attention_type == "divided_space_time" else _plain
-            rows += block(f"{at}encoder.layer.{index}", f"blocks.{index}", lead)
-        rows += f"{at}layernorm  ->  hook_ln_final  : {stream}  = ln_final(resid_post of the last block)\n"
+            rows += block(f"{at}encoder.layer.{index}", f"blocks.{index}", lead, "" if index else "  = full_embed")
+        last = f"blocks.{len(base.encoder.layer) - 1}.resid_post"
+        rows += f"{at}layernorm  ->  hook_ln_final  : {stream}  = {at}layernorm({last})\n"
         if upstream.is_a(CLASSIFIER):
+            batch = "batch" if lead == "batch" else "batch_frame"
             rows += f"""
-                classifier : in  ->  hook_pooled  : {how(lead, "d_model")}  = the class token
-                classifier       ->  hook_logits  : {"batch" if lead == "batch" else "batch_frame"} class
+                classifier : in  ->  hook_pooled  : {how(lead, "d_model")}  = first(ln_final)
+                classifier       ->  hook_logits  : {batch} class  = classifier(pooled)
             """
         config = base.module.config
         return HookMap.parse(rows, head=config.num_attention_heads, frame=config.num_frames)
@@ -63,14 +65,10 @@ class TimesformerAdapter(MapAdapter):
     def output(self, result: Any) -> Tensor:
         return result.logits if hasattr(result, "logits") else result.last_hidden_state
 
-    def equations(self, upstream: Reader, acts: Acts) -> Iterator[Claim]:
-        base = _base(upstream)
-        for index, layer in enumerate(base.encoder.layer):
-            yield from _equations(f"blocks.{index}", layer, acts)
-        last = f"blocks.{len(base.encoder.layer) - 1}.hook_resid_post"
-        yield "hook_ln_final = ln(the last resid_post)", acts["hook_ln_final"], base.layernorm.module(acts[last])
-        if "hook_pooled" in acts:
-            yield "hook_pooled = the class token", acts["hook_pooled"], acts["hook_ln_final"][..., 0, :]
+    def equations(self, upstream: Reader, acts: Acts) -> Iterator[Equation]:
+        for index, layer in enumerate(_base(upstream).encoder.layer):
+            if layer.attention_type == "divided_space_time":
+                yield from _divided_equations(f"blocks.{index}", layer, acts)
 
 
 def _base(upstream: Reader) -> Reader:
@@ -85,34 +83,36 @@ def _qkv(source: str, target: str, axes: str) -> str:
 
 
 def _mlp(at: str, to: str, lead: str) -> str:
+    stream, inner = how(lead, "pos d_model"), how(lead, "pos d_mlp")
     return f"""
-        {at}.layernorm_after     ->  {to}.ln2.hook_normalized  : {how(lead, "pos d_model")}  = ln(resid_mid)
-        {at}.intermediate.dense  ->  {to}.mlp.hook_pre         : {how(lead, "pos d_mlp")}
-        {at}.output : in         ->  {to}.mlp.hook_post        : {how(lead, "pos d_mlp")}  = act(pre)
-        {at}.output              ->  {to}.hook_mlp_out         : {how(lead, "pos d_model")}
-        {at}                     ->  {to}.hook_resid_post      : {how(lead, "pos d_model")}  = resid_mid + mlp_out
+        {at}.layernorm_after     ->  {to}.ln2.hook_normalized  : {stream}  = {at}.layernorm_after(resid_mid)
+        {at}.intermediate.dense  ->  {to}.mlp.hook_pre         : {inner}  = {at}.intermediate.dense(ln2.normalized)
+        {at}.output : in         ->  {to}.mlp.hook_post        : {inner}  = {at}.intermediate.intermediate_act_fn(pre)
+        {at}.output              ->  {to}.hook_mlp_out         : {stream}  = {at}.output(mlp.post)
+        {at}                     ->  {to}.hook_resid_post      : {stream}  = resid_mid + mlp_out
     """
 
 
-def _plain(at: str, to: str, lead: str) -> str:
+def _plain(at: str, to: str, lead: str, x: str) -> str:
+    """Write the rows of a block; ``x`` is the equation of what comes to it, where the block before does not say."""
     stream, z = how(lead, "pos d_model"), how(lead, "pos (head d_head)", "pos head d_head")
     source, square = f"{at}.attention.attention", how(lead, "head query_pos key_pos")
     return f"""
-        {at} : in              ->  {to}.hook_resid_pre       : {stream}
-        {at}.layernorm_before  ->  {to}.ln1.hook_normalized  : {stream}  = ln(resid_pre)
+        {at} : in              ->  {to}.hook_resid_pre       : {stream}{x}
+        {at}.layernorm_before  ->  {to}.ln1.hook_normalized  : {stream}  = {at}.layernorm_before(resid_pre)
         {_qkv(source, f"{to}.attn", how(lead, "head pos d_head", "pos head d_head"))}
-        {square_rows(source, f"{to}.attn", square, fused=False)}
+        {score_rows(source, f"{to}.attn", square, fused=False, scores=f"q . k * {source}.scale")}
         {at}.attention.output : in  ->  {to}.attn.hook_z     : {z}  = pattern v
-        {at}.attention         ->  {to}.hook_attn_out        : {stream}
+        {at}.attention         ->  {to}.hook_attn_out        : {stream}  = {at}.attention.output(attn.z)
         {at} @ add             ->  {to}.hook_resid_mid       : {stream}  = resid_pre + attn_out
     """ + _mlp(at, to, lead)
 
 
-def _divided(at: str, to: str, lead: str) -> str:
+def _divided(at: str, to: str, lead: str, x: str) -> str:
     tokens = "batch (patch frame) d_model -> batch patch frame d_model"
     cls = "the class token of resid_pre"
     return f"""
-        {at} : in            ->  {to}.hook_resid_pre   : {STREAM}
+        {at} : in            ->  {to}.hook_resid_pre   : {STREAM}{x}
         {_part(f"{at}.temporal_layernorm", f"{at}.temporal_attention", f"{to}.ln_time", f"{to}.time", "patch", "frame")}
         {at}.temporal_dense  ->  {to}.hook_time_out    : {tokens}  = z W_O + b_O, projected once more
         {at} @ add           ->  {to}.hook_resid_time  : {tokens}  = resid_pre + time_out, of patches
@@ -126,38 +126,24 @@ def _divided(at: str, to: str, lead: str) -> str:
 def _part(norm: str, attn: str, ln: str, to: str, over: str, token: str) -> str:
     """Return the rows of one of the two attentions: for each ``over`` from token to token."""
     lead = f"(batch {over})"
-    z = how(lead, f"{token} (head d_head)", f"{token} head d_head")
+    z, square = (
+        how(lead, f"{token} (head d_head)", f"{token} head d_head"),
+        how(lead, f"head query_{token} key_{token}"),
+    )
     return f"""
         {norm}              ->  {ln}.hook_normalized  : {how(lead, f"{token} d_model")}
         {_qkv(f"{attn}.attention", to, how(lead, f"head {token} d_head", f"{token} head d_head"))}
-        {square_rows(f"{attn}.attention", to, how(lead, f"head query_{token} key_{token}"), fused=False)}
+        {score_rows(f"{attn}.attention", to, square, fused=False, scores=f"q . k * {attn}.attention.scale")}
         {attn}.output : in  ->  {to}.hook_z           : {z}  = pattern v
     """
 
 
-def _equations(at: str, layer: Reader, acts: Acts) -> Iterator[Claim]:
-    pre, module = acts[f"{at}.hook_resid_pre"], layer.module
-    if layer.attention_type == "divided_space_time":
-        yield from _divided_equations(at, layer, acts)
-    else:
-        yield f"{at}: ln1 = ln(resid_pre)", acts[f"{at}.ln1.hook_normalized"], layer.layernorm_before.module(pre)
-        attn = layer.attention
-        yield from attention_equations(
-            f"{at}.attn", acts, attn.attention.scale, attn.output.dense.module, acts[f"{at}.hook_attn_out"]
-        )
-    normed = module.layernorm_after(acts[f"{at}.hook_resid_mid"])
-    yield f"{at}: ln2 = ln(resid_mid)", acts[f"{at}.ln2.hook_normalized"], normed
-    up = layer.intermediate
-    yield from mlp_equations(at, normed, up.dense.module, up.intermediate_act_fn.module, layer.output.module, acts)
-
-
-def _divided_equations(at: str, layer: Reader, acts: Acts) -> Iterator[Claim]:
+def _divided_equations(at: str, layer: Reader, acts: Acts) -> Iterator[Equation]:
     pre, after = acts[f"{at}.hook_resid_pre"], acts[f"{at}.hook_resid_time"]
     patches = pre[:, 1:].reshape(after.shape)
     normed = layer.temporal_layernorm.module(patches)
     yield f"{at}: ln_time = ln(resid_pre)", acts[f"{at}.ln_time.hook_normalized"], normed
     time, space = layer.temporal_attention, layer.attention
-    yield from attention_equations(f"{at}.time", acts, time.attention.scale, None, None)
     made = layer.temporal_dense.module(time.output.module(acts[f"{at}.time.hook_z"].flatten(-2)))
     yield f"{at}: time_out = (z W_O + b_O) W + b", acts[f"{at}.hook_time_out"], made
     yield f"{at}: resid_time = resid_pre + time_out", after, patches + acts[f"{at}.hook_time_out"]
@@ -169,7 +155,6 @@ def _divided_equations(at: str, layer: Reader, acts: Acts) -> Iterator[Claim]:
     )
     seen = torch.cat([cls[:, None].expand(-1, after.shape[2], -1, -1), after.transpose(1, 2)], dim=2)
     yield f"{at}: ln1 = ln(each frame)", acts[f"{at}.ln1.hook_normalized"], layer.layernorm_before.module(seen)
-    yield from attention_equations(f"{at}.space", acts, space.attention.scale, None, None)
     made = space.output.module(acts[f"{at}.space.hook_z"].flatten(-2))
     added = torch.cat([made[:, :, 0].mean(1, keepdim=True), made[:, :, 1:].transpose(1, 2).flatten(1, 2)], 1)
     yield f"{at}: attn_out = z W_O + b_O, frames brought together", acts[f"{at}.hook_attn_out"], added

@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from prisma_core.plugin import HookMap, MapAdapter, MapSpec, Reader, TokenLayout, VideoPreprocess, eager_attention
+from prisma_core.plugin import HookMap, MapAdapter, MapSpec, Reader, TokenLayout, VideoPreprocess, eager_attention, score_rows
 from prisma_vivit import parts
-from prisma_vivit.hooked.mapping import Acts, Claim, how, square_rows
-from prisma_vivit.hooked.vjepa2_equations import layers_equations, query_equations, turned_equations
+from prisma_vivit.hooked.mapping import Acts, Equation, how, mlp_rows
+from prisma_vivit.hooked.vjepa2_equations import rotary_equations, token_equations
 from prisma_vivit.processing import preprocess_of
 
 CLASSIFIER = "transformers.models.vjepa2.modeling_vjepa2.VJEPA2ForVideoClassification"
@@ -70,15 +70,16 @@ class VJEPA2PredictorAdapter(MapAdapter):
     def hooks(self, upstream: Reader, spec: MapSpec) -> HookMap:
         predictor, at = _predictor(upstream), "" if upstream.is_a(PREDICTOR) else "predictor."
         rows = f"""
-            {at}embeddings.predictor_embeddings  ->  hook_embed       : {PATCHES}  = tokens that are seen, projected
-            {at}embeddings                       ->  hook_full_embed  : {STREAM}  = tokens that are seen, mask tokens
+            {at}embeddings.predictor_embeddings  ->  hook_embed : {PATCHES} = {at}embeddings.predictor_embeddings(input)
+            {at}embeddings  ->  hook_full_embed  : {STREAM}  = embed, then mask tokens
         """
         for index in range(len(predictor.layer)):
             rows += _layer(f"{at}layer.{index}", f"blocks.{index}", fused=_fused(predictor))
+        last = f"blocks.{len(predictor.layer) - 1}.resid_post"
         rows += f"""
-            {at}layernorm  ->  hook_ln_final  : {STREAM}  = ln_final(resid_post of the last block)
+            {at}layernorm  ->  hook_ln_final  : {STREAM}  = {at}layernorm({last})
             {at}proj : in  ->  hook_pooled    : {PATCHES}  = the tokens to be predicted
-            {at}proj       ->  hook_logits    : {PATCHES}  = pooled W + b
+            {at}proj       ->  hook_logits    : {PATCHES}  = {at}proj(pooled)
         """
         return HookMap.parse(rows, head=_heads(predictor))
 
@@ -92,13 +93,10 @@ class VJEPA2PredictorAdapter(MapAdapter):
     def output(self, result: Any) -> Tensor:
         return result if isinstance(result, Tensor) else result.last_hidden_state
 
-    def equations(self, upstream: Reader, acts: Acts) -> Iterator[Claim]:
+    def equations(self, upstream: Reader, acts: Acts) -> Iterator[Equation]:
         predictor = _predictor(upstream)
-        yield from layers_equations("blocks", predictor.layer, acts)
-        yield from turned_equations(predictor.layer, acts, twice=True)
-        last = acts[f"blocks.{len(predictor.layer) - 1}.hook_resid_post"]
-        yield "hook_ln_final = ln(the last resid_post)", acts["hook_ln_final"], predictor.layernorm.module(last)
-        yield "hook_logits = pooled W + b", acts["hook_logits"], predictor.proj.module(acts["hook_pooled"])
+        yield from token_equations(predictor, acts)
+        yield from rotary_equations(predictor.layer, acts, twice=True)
 
 
 class VJEPA2ClassifierAdapter(MapAdapter):
@@ -121,26 +119,29 @@ class VJEPA2ClassifierAdapter(MapAdapter):
 
     def hooks(self, upstream: Reader, spec: MapSpec) -> HookMap:
         encoder, at, fused = upstream.vjepa2.encoder, "vjepa2.encoder", _fused(upstream)
-        rows = f"{at}.embeddings  ->  hook_embed  : {PATCHES}  = the patches, projected\n"
+        rows = f"{at}.embeddings  ->  hook_embed  : {PATCHES}  = {at}.embeddings(input)\n"
         for index in range(len(encoder.layer)):
             rows += _layer(f"{at}.layer.{index}", f"blocks.{index}", fused=fused)
-        rows += f"{at}.layernorm  ->  hook_ln_final  : {STREAM}  = ln_final(resid_post of the last block)\n"
+        last = f"blocks.{len(encoder.layer) - 1}.resid_post"
+        rows += f"{at}.layernorm  ->  hook_ln_final  : {STREAM}  = {at}.layernorm({last})\n"
+        tokens = "ln_final"
         for index in range(len(upstream.pooler.self_attention_layers)):
             rows += _pool_layer(f"pooler.self_attention_layers.{index}", f"pool.blocks.{index}", fused=fused)
-        rows += _query("pooler.cross_attention_layer", fused=fused)
+            tokens = f"pool.blocks.{index}.resid_post"
+        rows += _query("pooler.cross_attention_layer", tokens, fused=fused)
         rows += """
-            classifier : in  ->  hook_pooled  : batch d_model
-            classifier       ->  hook_logits  : batch class
+            classifier : in  ->  hook_pooled  : batch d_model  = first(pool.resid_post)
+            classifier       ->  hook_logits  : batch class    = classifier(pooled)
         """
         return HookMap.parse(rows, head=_heads(encoder))
 
     def reference_places(self, upstream: Reader) -> HookMap:
         if not _fused(upstream):
             return HookMap((), {})
-        rows = square_rows("pooler.cross_attention_layer.cross_attn", "pool.attn", QUERY_SQUARE, fused=False)
+        rows = score_rows("pooler.cross_attention_layer.cross_attn", "pool.attn", QUERY_SQUARE, fused=False)
         for index in range(len(upstream.pooler.self_attention_layers)):
             at, to = f"pooler.self_attention_layers.{index}.self_attn", f"pool.blocks.{index}.attn"
-            rows += square_rows(at, to, SQUARE, fused=False)
+            rows += score_rows(at, to, SQUARE, fused=False)
         return HookMap.parse(rows + _elsewhere_rows(upstream.vjepa2.encoder, "vjepa2.encoder.layer"))
 
     def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
@@ -152,14 +153,8 @@ class VJEPA2ClassifierAdapter(MapAdapter):
     def output(self, result: Any) -> Tensor:
         return result.logits
 
-    def equations(self, upstream: Reader, acts: Acts) -> Iterator[Claim]:
-        encoder, pooler = upstream.vjepa2.encoder, upstream.pooler
-        yield from layers_equations("blocks", encoder.layer, acts)
-        yield from turned_equations(encoder.layer, acts, twice=False)
-        last = acts[f"blocks.{len(encoder.layer) - 1}.hook_resid_post"]
-        yield "hook_ln_final = ln(the last resid_post)", acts["hook_ln_final"], encoder.layernorm.module(last)
-        yield from layers_equations("pool.blocks", pooler.self_attention_layers, acts)
-        yield from query_equations(pooler, acts)
+    def equations(self, upstream: Reader, acts: Acts) -> Iterator[Equation]:
+        yield from rotary_equations(upstream.vjepa2.encoder.layer, acts, twice=False)
 
 
 def _layout(config: Any) -> TokenLayout:
@@ -183,71 +178,65 @@ def _fused(holder: Reader) -> bool:
 
 
 def _layer(at: str, to: str, *, fused: bool) -> str:
-    turned = how("batch", "head pos d_head", "pos head d_head")
+    rotated, attn = how("batch", "head pos d_head", "pos head d_head"), f"{at}.attention"
     return f"""
-        {at} : in                ->  {to}.hook_resid_pre       : {STREAM}
-        {at}.norm1               ->  {to}.ln1.hook_normalized  : {STREAM}  = ln(resid_pre)
-        {at}.attention.query     ->  {to}.attn.hook_q          : {HEADS}
-        {at}.attention.key       ->  {to}.attn.hook_k          : {HEADS}
-        {at}.attention.value     ->  {to}.attn.hook_v          : {HEADS}
-        {at}.attention @ cat     ->  {to}.attn.hook_rot_k      : {turned}  = k turned by its position
-        {at}.attention @ cat#1   ->  {to}.attn.hook_rot_q      : {turned}  = q turned by its position
-        {square_rows(f"{at}.attention", f"{to}.attn", SQUARE, fused=fused)}
-        {at}.attention.proj : in ->  {to}.attn.hook_z          : {HEADS}  = pattern v
-        {at}.attention           ->  {to}.hook_attn_out        : {STREAM}
-        {at} @ add               ->  {to}.hook_resid_mid       : {STREAM}  = resid_pre + attn_out
-        {at}.norm2               ->  {to}.ln2.hook_normalized  : {STREAM}  = ln(resid_mid)
-        {_mlp(at, to, "pos")}
-        {at}                     ->  {to}.hook_resid_post      : {STREAM}  = resid_mid + mlp_out
-    """
-
-
-def _mlp(at: str, to: str, token: str) -> str:
-    return f"""
-        {at}.mlp.fc1             ->  {to}.mlp.hook_pre         : batch {token} d_mlp
-        {at}.mlp.fc2 : in        ->  {to}.mlp.hook_post        : batch {token} d_mlp  = act(pre)
-        {at}.mlp                 ->  {to}.hook_mlp_out         : batch {token} d_model
+        {at} : in        ->  {to}.hook_resid_pre       : {STREAM}
+        {at}.norm1       ->  {to}.ln1.hook_normalized  : {STREAM}  = {at}.norm1(resid_pre)
+        {attn}.query     ->  {to}.attn.hook_q          : {HEADS}  = {attn}.query(ln1.normalized)
+        {attn}.key       ->  {to}.attn.hook_k          : {HEADS}  = {attn}.key(ln1.normalized)
+        {attn}.value     ->  {to}.attn.hook_v          : {HEADS}  = {attn}.value(ln1.normalized)
+        {attn} @ cat     ->  {to}.attn.hook_rot_k      : {rotated}  = k, rotated by its position
+        {attn} @ cat#1   ->  {to}.attn.hook_rot_q      : {rotated}  = q, rotated by its position
+        {score_rows(attn, f"{to}.attn", SQUARE, fused=fused, scores=f"rot_q . rot_k * {attn}.scaling")}
+        {attn}.proj : in ->  {to}.attn.hook_z          : {HEADS}  = pattern v
+        {attn}           ->  {to}.hook_attn_out        : {STREAM}  = {attn}.proj(attn.z)
+        {at} @ add       ->  {to}.hook_resid_mid       : {STREAM}  = resid_pre + attn_out
+        {at}.norm2       ->  {to}.ln2.hook_normalized  : {STREAM}  = {at}.norm2(resid_mid)
+        {mlp_rows(f"{at}.mlp", to, "pos", x="ln2.normalized", act=f"{at}.mlp.activation")}
+        {at}             ->  {to}.hook_resid_post      : {STREAM}  = resid_mid + mlp_out
     """
 
 
 def _pool_layer(at: str, to: str, *, fused: bool) -> str:
+    attn = f"{at}.self_attn"
     return f"""
-        {at} : in                    ->  {to}.hook_resid_pre       : {STREAM}
-        {at}.layer_norm1             ->  {to}.ln1.hook_normalized  : {STREAM}  = ln(resid_pre)
-        {at}.self_attn.q_proj        ->  {to}.attn.hook_q          : {HEADS}
-        {at}.self_attn.k_proj        ->  {to}.attn.hook_k          : {HEADS}
-        {at}.self_attn.v_proj        ->  {to}.attn.hook_v          : {HEADS}
-        {square_rows(f"{at}.self_attn", f"{to}.attn", SQUARE, fused=fused)}
-        {at}.self_attn.out_proj : in ->  {to}.attn.hook_z          : {HEADS}  = pattern v
-        {at}.self_attn.out_proj      ->  {to}.hook_attn_out        : {STREAM}
-        {at} @ add                   ->  {to}.hook_resid_mid       : {STREAM}  = resid_pre + attn_out
-        {at}.layer_norm2             ->  {to}.ln2.hook_normalized  : {STREAM}  = ln(resid_mid)
-        {_mlp(at, to, "pos")}
-        {at}                         ->  {to}.hook_resid_post      : {STREAM}  = resid_mid + mlp_out
+        {at} : in            ->  {to}.hook_resid_pre       : {STREAM}
+        {at}.layer_norm1     ->  {to}.ln1.hook_normalized  : {STREAM}  = {at}.layer_norm1(resid_pre)
+        {attn}.q_proj        ->  {to}.attn.hook_q          : {HEADS}  = {attn}.q_proj(ln1.normalized)
+        {attn}.k_proj        ->  {to}.attn.hook_k          : {HEADS}  = {attn}.k_proj(ln1.normalized)
+        {attn}.v_proj        ->  {to}.attn.hook_v          : {HEADS}  = {attn}.v_proj(ln1.normalized)
+        {score_rows(attn, f"{to}.attn", SQUARE, fused=fused, scores=f"q . k * {attn}.scale")}
+        {attn}.out_proj : in ->  {to}.attn.hook_z          : {HEADS}  = pattern v
+        {attn}.out_proj      ->  {to}.hook_attn_out        : {STREAM}  = {attn}.out_proj(attn.z)
+        {at} @ add           ->  {to}.hook_resid_mid       : {STREAM}  = resid_pre + attn_out
+        {at}.layer_norm2     ->  {to}.ln2.hook_normalized  : {STREAM}  = {at}.layer_norm2(resid_mid)
+        {mlp_rows(f"{at}.mlp", to, "pos", x="ln2.normalized", act=f"{at}.mlp.activation")}
+        {at}                 ->  {to}.hook_resid_post      : {STREAM}  = resid_mid + mlp_out
     """
 
 
-def _query(at: str, *, fused: bool) -> str:
-    to, one = "pool", "batch query d_model"
+def _query(at: str, tokens: str, *, fused: bool) -> str:
+    """Write the rows of the query that reads ``tokens``, as a formula names them."""
+    to, one, attn = "pool", "batch query d_model", f"{at}.cross_attn"
     z = "batch query (head d_head) -> batch query head d_head"
     return f"""
-        {at} : in                ->  {to}.hook_query           : {one}  = the learned query
-        {at}.layer_norm1         ->  {to}.ln1.hook_normalized  : {STREAM}  = ln(the last resid_post)
-        {at}.cross_attn.q_proj   ->  {to}.attn.hook_q          : {z}
-        {at}.cross_attn.k_proj   ->  {to}.attn.hook_k          : {HEADS}
-        {at}.cross_attn.v_proj   ->  {to}.attn.hook_v          : {HEADS}
-        {square_rows(f"{at}.cross_attn", f"{to}.attn", QUERY_SQUARE, fused=fused)}
-        {at}.cross_attn          ->  {to}.attn.hook_z          : {z}  = pattern v
-        {at} @ add               ->  {to}.hook_resid_mid       : {one}  = query + z
-        {at}.layer_norm2         ->  {to}.ln2.hook_normalized  : {one}  = ln(resid_mid)
-        {_mlp(at, to, "query")}
-        {at}                     ->  {to}.hook_resid_post      : {one}  = resid_mid + mlp_out
+        {at} : in          ->  {to}.hook_query           : {one}  = pooler.query_tokens
+        {at}.layer_norm1   ->  {to}.ln1.hook_normalized  : {STREAM}  = {at}.layer_norm1({tokens})
+        {attn}.q_proj      ->  {to}.attn.hook_q          : {z}  = {attn}.q_proj(query)
+        {attn}.k_proj      ->  {to}.attn.hook_k          : {HEADS}  = {attn}.k_proj(ln1.normalized)
+        {attn}.v_proj      ->  {to}.attn.hook_v          : {HEADS}  = {attn}.v_proj(ln1.normalized)
+        {score_rows(attn, f"{to}.attn", QUERY_SQUARE, fused=fused, scores=f"q . k * {attn}.scale")}
+        {attn}             ->  {to}.attn.hook_z          : {z}  = pattern v
+        {at} @ add         ->  {to}.hook_resid_mid       : {one}  = query + attn.z
+        {at}.layer_norm2   ->  {to}.ln2.hook_normalized  : {one}  = {at}.layer_norm2(resid_mid)
+        {mlp_rows(f"{at}.mlp", to, "query", x="ln2.normalized", act=f"{at}.mlp.activation")}
+        {at}               ->  {to}.hook_resid_post      : {one}  = resid_mid + mlp_out
     """
 
 
 def _elsewhere_rows(holder: Reader, at: str) -> str:
     """Return where patterns are once upstream computes attention step by step."""
     return "\n".join(
-        square_rows(f"{at}.{index}.attention", f"blocks.{index}.attn", SQUARE, fused=False)
+        score_rows(f"{at}.{index}.attention", f"blocks.{index}.attn", SQUARE, fused=False)
         for index in range(len(holder.layer))
     )
