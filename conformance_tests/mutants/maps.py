@@ -10,7 +10,7 @@ from prisma_conformance.subject import Subject
 from prisma_core.maps.places import HookMap
 from prisma_core.maps.reader import Reader
 from prisma_core.plugin.adapter import MapAdapter
-from prisma_core.plugin.host import host
+from prisma_core.plugin.host import installed
 
 SWIN, HIERA, CONVNEXT, SAM = (
     "swin_tiny_patch4_window7_224",
@@ -43,10 +43,10 @@ class MapMutant:
     check: str = "maps.proven"
 
     def subject(self) -> Subject:
-        case = host().source("timm").case(self.model)
+        case = installed().source("timm").case(self.model)
         assert case is not None
         upstream = case.build()
-        return Subject(case, broken(host().adapter(upstream), self), upstream, seed=1)
+        return Subject(case, broken(installed().adapter(upstream), self), upstream, seed=1)
 
 
 def broken(adapter: Any, mutant: MapMutant) -> MapAdapter:
@@ -66,8 +66,8 @@ def broken(adapter: Any, mutant: MapMutant) -> MapAdapter:
         return HookMap.parse("\n".join(lines), **table.sizes)
 
     class Broken(type(adapter)):  # type: ignore[misc]
-        def table(self, upstream: Reader) -> HookMap:
-            return change(super().table(upstream))
+        def hooks(self, upstream: Reader, spec: Any) -> HookMap:
+            return change(super().hooks(upstream, spec))
 
         def exempt(self, upstream: Reader) -> dict[str, str]:
             return super().exempt(upstream) | dict(mutant.exempt)

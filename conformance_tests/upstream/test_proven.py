@@ -112,10 +112,10 @@ class Adapter(MapAdapter):
     def __init__(self, rows: str = ROWS, exempt: Mapping[str, str] = MIXED):
         self.rows, self.exemptions = rows, dict(exempt)
 
-    def facts(self, upstream: Reader) -> MapSpec:
+    def spec(self, upstream: Reader) -> MapSpec:
         return MapSpec(shape=(5, 3), n_classes=4)
 
-    def table(self, upstream: Reader) -> HookMap:
+    def hooks(self, upstream: Reader, spec: MapSpec) -> HookMap:
         return HookMap.parse(self.rows, head=HEADS)
 
     def exempt(self, upstream: Reader) -> dict[str, str]:

@@ -28,7 +28,7 @@ from prisma_core.hooks.query import LayerQuery, Query, layer_of
 from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.inputs import SIZES, Picture, PicturePreprocess, Preprocess, open_picture, probe, restored
 from prisma_core.inputs.video import VideoPreprocess, read_video
-from prisma_core.maps.places import HookMap, Place, Row
+from prisma_core.maps.places import FUSED, HookMap, Place, Row
 from prisma_core.maps.reader import Reader, qualified_name
 from prisma_core.maps.weights import WeightMap
 from prisma_core.plugin.adapter import Adapter, MapAdapter, Refusal
@@ -58,6 +58,7 @@ from prisma_core.spec import (
 )
 from prisma_core.toolbox import screen
 from prisma_core.toolbox.attention import eager_attention, float64_softmax, multihead_attention, switched
+from prisma_core.toolbox.maps import products, same_bias, score_rows
 from prisma_core.toolbox.options import (
     Above,
     Eps,
@@ -88,6 +89,8 @@ __all__ = [
     "ModelSpec", "TokenLayout", "EmbedSpec", "Interpolation", "BlockSpec", "AttentionSpec", "RopeSpec", "RopeGrid",
     "RopeCount", "MlpSpec", "Activation", "NormSpec", "PoolSpec", "TextSpec", "TextPoolSpec", "DualSpec", "MapSpec",
     "AnySpec", "Facts",
+    # rows and equations of hook maps
+    "FUSED", "score_rows", "products", "same_bias",
     # readers, rows and checks that adapters share; scopes that unfuse upstream's attention
     "PartReader", "NormClass", "MlpNames", "TRANSFORMERS", "at", "plain_patches", "norm_rows", "linear_rows",
     "same_for_all", "per_block_table", "masks_as_built", "ends_with_last_stage", "eager_attention",

@@ -153,6 +153,7 @@ class MapAdapter(Adapter):
         """
         return {}
 
+
 @dataclass(frozen=True)
 class Refusal:
     """An upstream type that no adapter takes, and the reason: better than "no installed plugin adapts this type".

@@ -16,10 +16,8 @@ from prisma_conformance.checks.formulas import Acts, Formula, Scope
 from prisma_conformance.checks.grammar import Prose
 from prisma_conformance.measure import worst
 from prisma_conformance.subject import Subject
-from prisma_core.errors import ask, told
-from prisma_core.hooks.point import HookContext
-from prisma_core.maps.reader import Reader
-from prisma_core.plugin.adapter import MapAdapter
+from prisma_core import HookContext
+from prisma_core.plugin import MapAdapter, Reader, blaming, returned
 
 OUTPUT = "output"  # upstream's, among the activations that went on
 
@@ -112,7 +110,8 @@ class MapEquations:
                     self.rows.append(Formula(row.hook, row.equation, self.scope))
                 except Prose as reason:
                     self.prose[row.hook] = f"{row.equation!r} is prose: {reason}"
-        self.exempt: Mapping[str, str] = ask(self.adapter, "exempt", Reader(upstream), gives=dict)
+        with blaming(self.adapter):
+            self.exempt: Mapping[str, str] = returned(self.adapter.exempt, self.adapter.exempt(Reader(upstream)), dict)
 
     def _everywhere(self) -> Iterator[Equation]:
         for point in self.scope.rows:
@@ -164,7 +163,7 @@ class MapEquations:
                 try:
                     error = equation.error(*passed)
                 except Exception as problem:  # noqa: BLE001  # upstream's modules refuse shapes in their own ways
-                    problems.append(f"{equation} cannot be evaluated: {told(problem)}")
+                    problems.append(f"{equation} cannot be evaluated: {type(problem).__name__}: {problem}")
                     break
                 errors[str(equation)] = max(error, errors.get(str(equation), 0.0))
                 if not error <= tolerances.FLOAT64:

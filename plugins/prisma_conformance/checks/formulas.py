@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from prisma_conformance.checks.grammar import Node, Prose, nodes, parse
 from prisma_conformance.measure import worst
-from prisma_core.maps.places import Row
+from prisma_core.plugin import Row
 
 Acts = Mapping[str, Tensor]
 Layout = Callable[[Tensor, Row], Tensor]  # of an activation with the axes of a row, as a module takes it

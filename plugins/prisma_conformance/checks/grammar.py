@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple, cast
 
-from prisma_core.errors import PrismaError
+from prisma_core.plugin import PrismaError
 
 _TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_]\w*(?:\.\w+)*)|(?P<number>\d+(?:\.\d+)?(?:e-?\d+)?)|(?P<sign>[-+*.()]))")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor
 from prisma_core.plugin import HookMap, MapSpec, Reader
 from prisma_timm.hooked import mapping
 
@@ -27,8 +26,7 @@ class ConvNeXtAdapter(mapping.FamilyMap):
         return mapping.facts(upstream, (rows, columns), (rows + 32, columns))
 
     def hooks(self, upstream: Reader, spec: MapSpec) -> HookMap:
-        rows, x = f"stem  ->  hook_embed  : {MAPS}  = stem(input)
-", "embed"
+        rows, x = f"stem  ->  hook_embed  : {MAPS}  = stem(input)\n", "embed"
         for s, stage in enumerate(upstream.stages):
             at = f"stages.{s}"
             if not stage.downsample.is_a("Identity"):

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
 from prisma_core.plugin import MapAdapter, MapSpec, Reader
 
 Equation = tuple[str, Any, Any]

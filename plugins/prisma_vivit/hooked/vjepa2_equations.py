@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import torch
 
-from prisma_vivit.hooked.mapping import Acts, Equation
 from prisma_core.plugin import Reader
+from prisma_vivit.hooked.mapping import Acts, Equation
 
 
 def rotary_equations(layers: Reader, acts: Acts, *, twice: bool) -> Iterator[Equation]:

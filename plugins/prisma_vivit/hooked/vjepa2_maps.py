@@ -9,7 +9,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from prisma_core.plugin import HookMap, MapAdapter, MapSpec, Reader, TokenLayout, VideoPreprocess, eager_attention, score_rows
+from prisma_core.plugin import (
+    HookMap,
+    MapAdapter,
+    MapSpec,
+    Reader,
+    TokenLayout,
+    VideoPreprocess,
+    eager_attention,
+    score_rows,
+)
 from prisma_vivit import parts
 from prisma_vivit.hooked.mapping import Acts, Equation, how, mlp_rows
 from prisma_vivit.hooked.vjepa2_equations import rotary_equations, token_equations
