@@ -10,11 +10,18 @@ from typing import Any
 import pytest
 import torch
 from fake_device import fake_device
+from hypothesis import HealthCheck, settings
 from loopback import Hub, serving
 from models import image, in_float64, make, variant, vit  # noqa: F401  # fixtures of every room
 
 # Workers share the cores, and the models are tiny: more threads only wait for each other.
 torch.set_num_threads(1)
+
+# No deadline: how long a case takes is the machine's business. Building a model is slow beside drawing a number.
+COMMON = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+settings.register_profile("quick", COMMON, max_examples=25, derandomize=True, database=None)
+settings.register_profile("long", COMMON, max_examples=1000)
+settings.load_profile("quick")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

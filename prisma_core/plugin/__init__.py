@@ -24,7 +24,7 @@ from prisma_core.hooks.capture import positions_of
 from prisma_core.hooks.migration import keyword_names
 from prisma_core.hooks.model import HookMapping
 from prisma_core.hooks.point import Hook
-from prisma_core.hooks.query import LayerQuery, Query, layer_of
+from prisma_core.hooks.query import LayerQuery, Query, layer_of, short_name
 from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.inputs import SIZES, Picture, PicturePreprocess, Preprocess, open_picture, probe, restored
 from prisma_core.inputs.video import VideoPreprocess, read_video
@@ -102,8 +102,8 @@ __all__ = [
     "read_checkpoint", "read_states", "replacing", "check_axes", "check_shapes", "hub", "Options", "read_options",
     "Whole", "Above", "Heads", "Eps", "Pixels", "check_keywords", "keywords", "keyword_names",
     # techniques and commands
-    "Hook", "HookMapping", "Query", "LayerQuery", "layer_of", "positions_of", "screen", "Host", "PluginInfo",
-    "installed",
+    "Hook", "HookMapping", "Query", "LayerQuery", "layer_of", "short_name", "positions_of", "screen", "Host",
+    "PluginInfo", "installed",
     # errors
     "PrismaError", "UnknownName", "HookError", "UnsupportedArchitecture", "WeightMapError", "NotApplicable",
     "LoadError", "InputError", "PluginError", "suggest", "blaming", "returned",

@@ -277,4 +277,6 @@ class PoolSpec(Facts):
     def _attention(self) -> PoolSpec:
         if (self.attn is not None) != (self.kind == "attention"):
             raise ValueError("attention pooling, and no other, has an attention")
+        if self.kind == "patches" and self.with_prefix:
+            raise ValueError("patches with the prefix are all tokens: that is kind='none'")
         return self

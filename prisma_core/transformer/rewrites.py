@@ -227,9 +227,15 @@ def _final_norms(spec: ModelSpec) -> list[tuple[str, list[str]]]:
             found.append(("ln_final", ["pool.attn.kv"]))
         elif spec.ln_pool is None and pool.kind != "token_and_avg":  # there the head reads the norm twice over
             found.append(("ln_final", head))
-    if pool.mlp is not None and pool.norm is not None:
-        gated = ["pool.mlp.fc_gate"] if pool.mlp.gated else []
-        found.append(("pool.ln", ["pool.mlp.fc_in", *gated]))
+    if pool.mlp is not None:
+        readers = ["pool.mlp.fc_in", *(["pool.mlp.fc_gate"] if pool.mlp.gated else [])]
+        norm = "pool.ln" if pool.norm is not None else None
+        if pool.mlp.pre_norm is not None:  # then no linear map reads the norm before the MLP
+            norm = "pool.mlp.pre_norm"
+        if norm is not None:
+            found.append((norm, readers))
+        if pool.mlp.inner_norm is not None:
+            found.append(("pool.mlp.ln", ["pool.mlp.fc_out"]))
     if spec.ln_pool is not None:
         found.append(("ln_pool", head))
     return found
