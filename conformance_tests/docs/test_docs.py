@@ -38,7 +38,12 @@ from prisma_core.plugin.host import Host
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("plugin/*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *sorted(DOCS.glob("*.md")),
+    *sorted(DOCS.glob("plugin/*.md")),
+    *sorted(ROOT.glob("plugins/*/README.md")),
+]
 FENCE = re.compile(r"^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 NETWORK = "# needs the network\n"
 
@@ -187,7 +192,7 @@ def _squeezed(text: str) -> list[str]:
     return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_code_of_a_page_runs(
     page: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -219,6 +224,16 @@ def test_the_readme_has_code_that_loads_caches_patches_and_prints() -> None:
     assert all(word in code for word in ("prisma.load(", "run_with_cache(", "run_with_hooks(", "print("))
 
 
+def test_every_plugin_has_a_short_readme_with_an_example() -> None:
+    plugins = {path.parent.name for path in ROOT.glob("plugins/*/__init__.py")}
+    readmes = {page.parent.name: page for page in ROOT.glob("plugins/*/README.md")}
+    assert plugins == set(readmes)
+    for name, page in readmes.items():
+        assert len(page.read_text(encoding="utf-8").splitlines()) <= 40, name
+        assert any(block.language == "python" and not block.online for block in blocks(page)), name
+        assert "pytest " in page.read_text(encoding="utf-8"), name
+
+
 def generator(name: str) -> Any:
     """Return a module of the docs' folder, which is no package."""
     sys.path.insert(0, str(DOCS))
@@ -247,7 +262,7 @@ def test_the_rooms_are_few_and_every_module_is_in_one() -> None:
     assert in_rooms == set(rooms), "a module of prisma_core is in no room"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     broken = []
@@ -276,7 +291,7 @@ def test_commands_in_the_docs_exist() -> None:
     commands = set(typer.main.get_command(build(Host())).commands)  # type: ignore[attr-defined]
     assert named
     assert {name for _, name in named} <= commands
-    readme = "\n".join(block.text for block in ALL if block.page.name == "README.md")
+    readme = "\n".join(block.text for block in ALL if block.page == ROOT / "README.md")
     assert 'pip install -e ".[all]" && prisma demo' in readme
     assert 'pip install -e ".[all,test]" && pytest' in readme
 
