@@ -1,4 +1,4 @@
-"""What the canonical models share: where they came from, and inputs to try them on."""
+"""The base of all models that ``load`` returns: origin, sizes, sample inputs."""
 
 from __future__ import annotations
 

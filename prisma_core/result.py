@@ -26,7 +26,7 @@ _SHOWN = 10
 
 @dataclass(frozen=True, repr=False)
 class Result:
-    """What a technique computed, in the form that all techniques share.
+    """The result of a technique: values with named axes and labels.
 
     >>> heat = Result(torch.eye(2), ("layer", "head"), {"layer": ("0", "1")}, technique="patch", unit="logits")
     >>> heat.sel(layer=1).top(1)

@@ -1,4 +1,4 @@
-"""Where checks run: which device, in which words a certificate tells of it, and with which of its kernels."""
+"""Devices of checks: the device, its name in a certificate, and its kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands on top of a backbone: its last layers, linear classifiers over them, and the projection of training."""
+"""Heads over a backbone: features of its last layers, linear classifiers, the projection head of training."""
 
 from __future__ import annotations
 

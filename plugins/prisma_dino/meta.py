@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Architecture:
-    """What distinguishes one of these models from another.
+    """The facts in which these models differ.
 
     Attributes:
         grid: rows and columns of patches of a picture of the native size.

@@ -41,7 +41,7 @@ INSTEAD = (
 
 
 class Options(SourceOptions):
-    """What files do not say, or more than once.
+    """Facts that files lack, or hold more than once.
 
     Attributes:
         heads, eps: instead of the rule (see ``architecture``).

@@ -21,7 +21,7 @@ ALIKE = 0.99  # correlation, where a picture that was hardly resized is compared
 
 
 class Packing(NamedTuple):
-    """How patches lie.
+    """Order of packed patches.
 
     Attributes:
         pattern: einops', from patches to frames of pictures.

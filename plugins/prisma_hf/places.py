@@ -1,4 +1,4 @@
-"""Where a reference's files are: in a folder, or on the hub and in its cache."""
+"""Locations of a reference's files: a folder, or the hub and its cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model is.
+    """Location of a model.
 
     Attributes:
         name: a folder, or the name of a repository on the hub.

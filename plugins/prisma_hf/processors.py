@@ -23,7 +23,7 @@ FAILS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeErr
 
 
 class Scale(NamedTuple):
-    """What a processor makes of pixels in 0..1: ``(pixels - mean) / std``, red first, then put in order."""
+    """Arithmetic of a processor on pixels in 0..1: ``(pixels - mean) / std``, red first, then put in order."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -124,7 +124,7 @@ class Processed(PicturePreprocess):
 
     @cached_property
     def scale(self) -> Scale:
-        """What happens to a pixel's value, seen on pictures of one colour: settings do not say it all."""
+        """Map of a pixel's value, measured on images of one colour: settings do not say it all."""
         black, white, red = (self._made_of(colour) for colour in ("black", "white", "red"))
         if bool((white == black).any()):
             return Scale((0.0,) * len(white), (1.0,) * len(white), "rgb")

@@ -20,7 +20,7 @@ _SOURCES = ("hook_pattern", "hook_v")
 
 
 class Attribution(NamedTuple):
-    """What each component of the residual stream adds to some logits.
+    """Contributions of the components of the residual stream to some logits.
 
     ``values.sum(0) + constant`` is the logit itself. No gradient flows through them.
 

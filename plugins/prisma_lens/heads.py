@@ -1,4 +1,4 @@
-"""What heads attend to: scores for corners, edges, rows, columns, neighbours, class token, registers, earlier frames.
+"""Scores of heads: corners, edges, rows, columns, neighbours, class token, registers, earlier frames.
 
 Equation:
     score[kind, layer, head] = mean over images and queries of the attention that falls on the keys of that kind,

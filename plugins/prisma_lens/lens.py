@@ -10,7 +10,7 @@ from torch import Tensor
 from prisma_core import ActivationCache, HookedText, HookedViT, NotApplicable
 
 LENS_NAMES = ("*.hook_resid_pre", "*.hook_resid_post")
-"""What a cache must hold for ``logit_lens``."""
+"""Activations that ``logit_lens`` reads from a cache."""
 
 
 class Lens(NamedTuple):

@@ -11,7 +11,7 @@ from prisma_core import HookedViT, HookPoint, ModelSpec
 
 
 class Move(NamedTuple):
-    """What is moved in one layer.
+    """The neurons and values that are moved in one layer.
 
     Attributes:
         layer: which.

@@ -1,4 +1,4 @@
-"""Which tokens are high-norm outliers, at which layers, and how much attention goes where."""
+"""High-norm outlier tokens by layer, and attention to parts of the layout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prisma_core.plugin import positions_of
 
 Tokens: TypeAlias = str | int | Sequence[int] | Tensor
 FACTOR = 3.0
-"""How many times the median norm of its layer's patches an outlier has, where nothing else is said."""
+"""Default threshold of an outlier, in median norms of its layer's patches."""
 
 
 class LayerNorms(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a published toy is, which tensors make which, and where its activations pass by."""
+"""The adapter of published toys: facts, weight map, hook map."""
 
 from __future__ import annotations
 

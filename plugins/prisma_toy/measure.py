@@ -1,4 +1,4 @@
-"""How good a toy model is: on pictures no run trains on, and patch by patch."""
+"""Accuracy of a toy model on held-out images, and patch by patch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a published toy's file does not say, and is said when it is loaded."""
+"""Options for the facts that a published toy's file lacks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prisma_core.plugin import Options as SourceOptions
 
 
 class Options(SourceOptions):
-    """What a file of tensors does not say.
+    """Facts that a file of tensors lacks.
 
     Attributes:
         act: of the MLP; in the project's words ``gelu_new`` and ``gelu_fast`` are both ``gelu_tanh``.

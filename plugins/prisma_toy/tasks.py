@@ -1,4 +1,4 @@
-"""What a toy model can be trained on: each task draws its own batches and names its own classes."""
+"""Training tasks: each draws its batches and names its classes."""
 
 from __future__ import annotations
 

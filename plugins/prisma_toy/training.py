@@ -57,7 +57,7 @@ class Config(BaseModel):
 
 @dataclass(frozen=True)
 class Progress:
-    """What one step did: how many steps are done, the loss, the share of right labels in the batch."""
+    """Outcome of one step: the number of steps done, the loss, the share of right labels in the batch."""
 
     step: int
     loss: float

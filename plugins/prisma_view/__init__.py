@@ -1,4 +1,4 @@
-"""What people look at: one self-contained HTML page, and the same panels as PNG.
+"""Pages and pictures: one self-contained HTML page, and the same panels as PNG.
 
 found = report(model, "cat.jpg", "dog.jpg")
 write_page(found, Path("cat.html"))

@@ -1,4 +1,4 @@
-"""What a page shows, computed: one pass with a cache, one lens, two attributions, and a patch of every head."""
+"""The numbers of a page: one pass with a cache, one lens, two attributions, and a patch of every head."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from prisma_core.plugin import layer_of, open_picture
 from prisma_view.symbols import Symbol, symbol
 
 SHOWN = 8
-"""How many classes can be picked on the page, at least those of the model's best guesses."""
+"""Number of classes that can be picked on the page: at least the model's best guesses."""
 
 FEW_HEADS = 72
 """Up to so many heads, each is also patched at the class token alone; for more, that takes too long."""
@@ -35,7 +35,7 @@ FEW_HEADS = 72
 
 @dataclass
 class Patching:
-    """What swapping heads does.
+    """Effects of swapping heads between two images.
 
     Attributes:
         kept, put: the classes whose logit difference is watched: the first picture's and the second's best guess.

@@ -21,7 +21,7 @@ BUDGET = 6_000_000
 
 STEPS = (255, 15, 9, 6)
 ROOM = 2_100_000
-"""How many characters the attention weights may take, if fewer steps can help it."""
+"""Upper bound of the characters that attention weights take, if fewer steps can keep it."""
 
 
 def pack(array: Any) -> dict[str, Any]:

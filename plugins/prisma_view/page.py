@@ -18,7 +18,7 @@ from prisma_view.pack import data_uri, grouped, pack, pack_patterns
 from prisma_view.words import component_name, facts, lens_words, patch_words, rest_name, stage_name, token_name, verdict
 
 GUESSES = 3
-"""How many classes a patch is shown to consider."""
+"""Number of classes shown for a patch."""
 
 
 def write_page(found: Report, path: Path, *, trained: bool = True, command: str = "prisma demo") -> Path:

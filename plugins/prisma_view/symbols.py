@@ -93,7 +93,7 @@ _KINDS = {
 
 
 class Symbol(NamedTuple):
-    """How a class is shown: its emoji and its name without it."""
+    """The display of a class: its emoji, and its name without it."""
 
     emoji: str
     name: str

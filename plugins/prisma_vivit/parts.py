@@ -1,4 +1,4 @@
-"""What transformers' video models are made of: norms, activations, tubelets, and attention step by step."""
+"""Parts of transformers' video models: norms, activations, tubelets, unfused attention."""
 
 from __future__ import annotations
 

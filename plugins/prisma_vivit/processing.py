@@ -1,4 +1,4 @@
-"""What a video or image processor of transformers does, as facts."""
+"""Preprocessing facts of transformers' video and image processors."""
 
 from __future__ import annotations
 

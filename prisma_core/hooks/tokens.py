@@ -1,4 +1,4 @@
-"""Which token is where: class token, registers, patches by frame, row and column."""
+"""The layout of tokens: class token, registers, patches by frame, row and column."""
 
 from __future__ import annotations
 

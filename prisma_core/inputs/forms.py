@@ -1,4 +1,4 @@
-"""What every way from pictures to the tensor a model takes can do, whether it is data or a library's own code."""
+"""Base class of preprocessing: as data, or by a library's code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class PicturePreprocess(ABC):
     @property
     @abstractmethod
     def channels(self) -> int:
-        """How many channels a picture is opened with, 1 or 3."""
+        """Number of channels that an image is opened with, 1 or 3."""
 
     @abstractmethod
     def prepared(self, image: Image) -> Tensor:

@@ -1,1 +1,1 @@
-"""Which upstream tensor, and which upstream place, is which of ours."""
+"""Tables that map upstream's tensors and places to canonical names."""

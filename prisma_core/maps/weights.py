@@ -1,4 +1,4 @@
-"""Which upstream tensors make each canonical one: a readable table, run both ways.
+"""Weight maps: a readable table from upstream's tensors to canonical ones, run both ways.
 
 A table has one rule a line::
 

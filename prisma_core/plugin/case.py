@@ -1,4 +1,4 @@
-"""What the kit checks: an upstream model with its adapter."""
+"""Conformance cases: a small upstream model with its adapter."""
 
 from __future__ import annotations
 

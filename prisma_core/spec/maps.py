@@ -11,7 +11,7 @@ from prisma_core.spec.parts import Facts
 
 
 class MapSpec(Facts):
-    """What a model takes that has a hook map but no canonical form.
+    """The inputs of a model that has a hook map but no canonical form.
 
     Attributes:
         shape: of one input, the batch left out: ``(3, 224, 224)`` for a picture, ``(8, 3, 224, 224)`` for a video.

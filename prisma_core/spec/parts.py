@@ -36,7 +36,7 @@ class NormSpec(Facts):
 
 
 class RopeGrid(Facts):
-    """How rotary tables follow another grid of patches: row and column each turn half of the pairs of channels.
+    """Rule by which rotary tables follow another grid of patches: row and column each turn half of the channel pairs.
 
     Attributes:
         coordinates: ``index``: counted, plus ``offset``; the angle is coordinate times wave. ``centred``: patch centres
@@ -63,7 +63,7 @@ class RopeGrid(Facts):
 
 
 class RopeCount(Facts):
-    """How rotary tables follow another video: frame, row and column each turn channels of their own, the rest stays.
+    """Rule by which rotary tables follow another video: frame, row and column each turn their channels, the rest stays.
 
     Tokens are counted through, as if every frame had the native rows and columns, whatever its size: upstream's way.
 
@@ -174,7 +174,7 @@ class BlockSpec(Facts):
 
 
 class Interpolation(Facts):
-    """How a grid of positions follows another image size.
+    """Rule by which a grid of positions follows another image size.
 
     Attributes:
         mode, antialias, align_corners: of ``torch.nn.functional.interpolate``.

@@ -1,4 +1,4 @@
-"""What may be said when a source loads a file that does not say it itself: options with types, checked in one place."""
+"""Typed options of sources, for facts that a file lacks; checked in one place."""
 
 from __future__ import annotations
 

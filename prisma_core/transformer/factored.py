@@ -55,7 +55,7 @@ class FactoredMatrix:
 
     @property
     def ndim(self) -> int:
-        """How many axes the product has."""
+        """Number of axes of the product."""
         return self.A.ndim
 
     @property

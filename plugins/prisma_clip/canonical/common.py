@@ -1,4 +1,4 @@
-"""What the towers of CLIP models share: norms, activations and linear layers, with the rows that go with them."""
+"""Parts of CLIP's towers: norms, activations and linear layers, with their rows."""
 
 from __future__ import annotations
 

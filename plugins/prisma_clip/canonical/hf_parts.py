@@ -1,4 +1,4 @@
-"""What transformers' CLIP-like towers share: blocks of split queries, keys and values, and how to look inside them."""
+"""Parts of transformers' CLIP-like towers: blocks of split queries, keys and values, and their unfused attention."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def models(*names: str) -> tuple[str, ...]:
 
 
 class Tower(Adapter):
-    """What all towers share: transformers' own attention looked into.
+    """Base of all towers: transformers' attention, unfused.
 
     Attributes:
         pooled: what a projection behind the tower reads, where the tower alone returns all tokens.

@@ -43,7 +43,7 @@ class Equation(Protocol):
     reads: set[str]
 
     def error(self, left: Acts, right: Acts) -> float:
-        """How far the hook point in ``left`` is from what the equation makes of ``right``."""
+        """Distance of the hook point in ``left`` from the equation's value on ``right``."""
         ...
 
 

@@ -139,7 +139,7 @@ class Formula:
                 raise Prose(f"{node.name!r} is no hook point near {self.point} and no tensor of upstream")
 
     def error(self, left: Acts, right: Acts) -> float:
-        """How far the hook point in ``left`` is from the formula's value on ``right``.
+        """Distance of the hook point in ``left`` from the formula's value on ``right``.
 
         Upstream's modules take an activation as upstream holds it at its own place, or as at the place of this hook
         point, or with heads side by side: a model may permute and fold axes in between. The smallest error counts.

@@ -1,4 +1,4 @@
-"""What transformers' models return, and what their backbones do: the patches behind their last stage."""
+"""Outputs of transformers' models and backbones: the patches behind the last stage."""
 
 from __future__ import annotations
 

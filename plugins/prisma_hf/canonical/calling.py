@@ -1,4 +1,4 @@
-"""How transformers' image encoders are called for what the canonical transformer computes."""
+"""Calls of transformers' image encoders that give the canonical transformer's output."""
 
 from __future__ import annotations
 

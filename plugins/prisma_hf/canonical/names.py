@@ -1,4 +1,4 @@
-"""Where each of transformers' classes keeps its parts. Facts are read off the parts; only their places stand here."""
+"""Names of parts in each of transformers' classes. Facts are read off the parts; only their places stand here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Prefix = Literal["cls", "distillation", "registers"]
 
 @dataclass(frozen=True)
 class BlockNames:
-    """Where a block keeps its parts, as paths from the block; empty where it has none.
+    """Names of a block's parts, as paths from the block; empty where it has none.
 
     Attributes:
         attn: the module in whose forward the softmax is taken.
@@ -68,7 +68,7 @@ class BlockNames:
 
 @dataclass(frozen=True)
 class TowerNames:
-    """Where an encoder keeps its parts, as paths from it; empty where it has none.
+    """Names of an encoder's parts, as paths from it; empty where it has none.
 
     Attributes:
         blocks: the list of blocks.

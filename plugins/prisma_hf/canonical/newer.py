@@ -1,4 +1,4 @@
-"""Where the encoders of language models that see, and those with names of their own, keep their parts."""
+"""Names of parts in the encoders of vision-language models, and in encoders with names of their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What transformers' vision models are made of: norms, activations, projections, and attention step by step."""
+"""Parts of transformers' vision models: norms, activations, projections, unfused attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the encoders named as ViT's, BERT's and CLIP's keep their parts."""
+"""Names of parts in the encoders named as ViT's, BERT's and CLIP's."""
 
 from __future__ import annotations
 

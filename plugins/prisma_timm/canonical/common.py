@@ -1,4 +1,4 @@
-"""What timm's families share: norms, activations, MLPs, patches and pools, with the rows that go with them."""
+"""Parts of timm's families: norms, activations, MLPs, patches and pools, with their rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the adapters of canonical video models share."""
+"""Base of the adapters of canonical video models."""
 
 from __future__ import annotations
 

@@ -227,7 +227,7 @@ class LogitAttribution(Stream):
     def _read(
         self, stack: Tensor, pos_slice: Index | str | None, per_token: bool
     ) -> list[tuple[Readout, Float[Tensor, "component *read d_pool"]]]:
-        """What each component brings to what each head reads, after all norms."""
+        """Contributions of each component to the input of each head, after all norms."""
         tower, reads = self._tower(), self._readouts()
         self._need_scales()
         if isinstance(norm := getattr(tower, "ln_final", None), Norm):

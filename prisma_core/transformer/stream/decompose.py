@@ -31,7 +31,7 @@ Labelled: TypeAlias = tuple[Projected, list[str]]
 
 @dataclass(frozen=True)
 class Reading:
-    """How components are read, at one place of the stream, while they are made.
+    """The reading of components at one place of the stream, while they are computed.
 
     Attributes:
         layer, mlp_input: the place.
@@ -244,7 +244,7 @@ class StreamCache(LogitAttribution):
     # ---------------------------------------------------------------- parts
 
     def _start(self) -> list[tuple[str, list[str]]]:
-        """What starts the stream: label, and the activation, less another."""
+        """The start of the stream: label, and the activation, less another."""
         tower = self._tower()
         if self._spec().ln_pre is not None:
             return [("ln_pre", ["hook_ln_pre"])]
@@ -263,7 +263,7 @@ class StreamCache(LogitAttribution):
         return f"{at}.hook_z" if spec.attn.inner_norm is None else f"{at}.ln.hook_normalized"
 
     def _head_results(self, path: str, branch: Branch[Attention], read: Reading, source: int | None) -> Tensor:
-        """What each head adds to the stream: ``[head *batch pos output]``."""
+        """The addends of the heads to the stream: ``[head *batch pos output]``."""
         name, heads = self._head_source(path, branch), branch.module.spec.n_heads
         x = self._at(name, read.pos_slice)
         if name.endswith("hook_normalized"):
@@ -276,7 +276,7 @@ class StreamCache(LogitAttribution):
         return einsum(x, w_o, "... head d_head, head d_head out -> head ... out")
 
     def _brought(self, path: str, branch: Branch[Attention], read: Reading, source: int | None) -> Tensor:
-        """What each head brings from one token to every other: ``[head *batch pos output]``."""
+        """The addends of the heads that come from one token: ``[head *batch pos output]``."""
         self._head_source(path, branch)  # refuses a norm between the heads and the stream
         spec, at = branch.module.spec, f"{path}.{branch.name}"
         if spec.inner_norm is not None:

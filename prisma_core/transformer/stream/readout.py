@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Readout:
-    """What one head of a model reads.
+    """The input of one head of a model.
 
     Attributes:
         head: None where the model gives out what is pooled.
