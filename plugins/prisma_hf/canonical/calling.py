@@ -15,11 +15,6 @@ from torch import Tensor, nn
 from prisma_core.plugin import float64_softmax, switched
 
 
-def call(upstream: Any, image: Tensor) -> Tensor:
-    """Return an encoder's main output."""
-    return CALLS.get(type(upstream).__name__, main_output)(upstream, image)
-
-
 def main_output(upstream: Any, image: Tensor) -> Tensor:
     """Return what a model is called for: logits where it has a head, else the last hidden state."""
     config = upstream.config
@@ -97,15 +92,3 @@ def pictures_apart(sequence: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-CALLS = {
-    "BridgeTowerVisionModel": last_stream,
-    "Molmo2VisionModel": patch_by_patch,
-    "PixtralVisionModel": packed,
-    "VitPoseBackbone": last_map,
-    "ViTForMaskedImageModeling": pixels,
-    "DeiTForMaskedImageModeling": pixels,
-    "ViTMAEModel": unmasked,
-    "GitVisionModel": unrounded,
-}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from prisma_hf.canonical import calling
 from prisma_hf.canonical.names import ModelNames, TowerNames
 from prisma_hf.canonical.newer import BRIDGE, MOLMO, OVIS, PADDLE, PIXTRAL, QWEN, SAPIENS
 from prisma_hf.canonical.towers import (
@@ -38,7 +39,7 @@ def _classifier(tower: TowerNames, at: str, **given: str) -> ModelNames:
 
 def _pixels(tower: TowerNames, at: str) -> ModelNames:
     """Return the names of a class that predicts the pixels of each patch; it puts them together for squares alone."""
-    return ModelNames(replace(tower, resize="never"), at=at, head="decoder.0", pool="patches")
+    return ModelNames(replace(tower, resize="never"), at=at, head="decoder.0", pool="patches", call=calling.pixels)
 
 
 MODELS: dict[str, ModelNames] = {
@@ -53,7 +54,7 @@ MODELS: dict[str, ModelNames] = {
         ),
         "vit.modeling_vit.ViTForMaskedImageModeling": _pixels(VIT, "vit"),
         "deit.modeling_deit.DeiTForMaskedImageModeling": _pixels(DEIT, "deit"),
-        "vit_mae.modeling_vit_mae.ViTMAEModel": ModelNames(VIT),
+        "vit_mae.modeling_vit_mae.ViTMAEModel": ModelNames(VIT, call=calling.unmasked),
         "vit_msn.modeling_vit_msn.ViTMSNModel": ModelNames(VIT),
         "vit_msn.modeling_vit_msn.ViTMSNForImageClassification": _classifier(VIT, "vit"),
         "ijepa.modeling_ijepa.IJepaModel": ModelNames(IJEPA),
@@ -71,7 +72,7 @@ MODELS: dict[str, ModelNames] = {
             DATA2VEC, "data2vec_vision", pool="avg", ln_pool="data2vec_vision.pooler.layernorm"
         ),
         "dpt.modeling_dpt.DPTModel": ModelNames(DPT),
-        "vitpose_backbone.modeling_vitpose_backbone.VitPoseBackbone": ModelNames(VITPOSE),
+        "vitpose_backbone.modeling_vitpose_backbone.VitPoseBackbone": ModelNames(VITPOSE, call=calling.last_map),
         "flava.modeling_flava.FlavaImageModel": ModelNames(FLAVA),
         "blip.modeling_blip.BlipVisionModel": ModelNames(BLIP),
         "blip_2.modeling_blip_2.Blip2VisionModel": ModelNames(BLIP),
@@ -82,7 +83,7 @@ MODELS: dict[str, ModelNames] = {
         "smolvlm.modeling_smolvlm.SmolVLMVisionTransformer": ModelNames(IDEFICS),
         "phi4_multimodal.modeling_phi4_multimodal.Phi4MultimodalVisionModel": ModelNames(PHI),
         "granite_docling.modeling_granite_docling.GraniteDoclingVisionModel": ModelNames(GRANITE),
-        "git.modeling_git.GitVisionModel": ModelNames(GIT, at="vision_model"),
+        "git.modeling_git.GitVisionModel": ModelNames(GIT, at="vision_model", call=calling.unrounded),
         "kosmos2.modeling_kosmos2.Kosmos2VisionModel": ModelNames(KOSMOS, at="model"),
         "clipseg.modeling_clipseg.CLIPSegVisionModel": ModelNames(KOSMOS),
         "owlvit.modeling_owlvit.OwlViTVisionModel": ModelNames(OWL, at="vision_model"),
@@ -95,9 +96,11 @@ MODELS: dict[str, ModelNames] = {
         "mgp_str.modeling_mgp_str.MgpstrModel": ModelNames(MGP),
         "janus.modeling_janus.JanusVisionModel": ModelNames(JANUS),
         "sapiens2.modeling_sapiens2.Sapiens2Model": ModelNames(SAPIENS),
-        "bridgetower.modeling_bridgetower.BridgeTowerVisionModel": ModelNames(BRIDGE, at="visual"),
-        "molmo2.modeling_molmo2.Molmo2VisionModel": ModelNames(MOLMO),
-        "pixtral.modeling_pixtral.PixtralVisionModel": ModelNames(PIXTRAL),
+        "bridgetower.modeling_bridgetower.BridgeTowerVisionModel": ModelNames(
+            BRIDGE, at="visual", call=calling.last_stream
+        ),
+        "molmo2.modeling_molmo2.Molmo2VisionModel": ModelNames(MOLMO, call=calling.patch_by_patch),
+        "pixtral.modeling_pixtral.PixtralVisionModel": ModelNames(PIXTRAL, call=calling.packed),
         "qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionModel": ModelNames(QWEN),
         "qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeVisionModel": ModelNames(QWEN),
         "qwen3_5.modeling_qwen3_5.Qwen3_5VisionModel": ModelNames(QWEN),

@@ -159,7 +159,7 @@ class EncoderAdapter(Adapter):
         names = MODELS[qualified_name(upstream)]
         if names.tower.listed:
             return lists.call(upstream, upstream.get_submodule(_prefixed(names.at) + names.tower.proj), *inputs)
-        return calling.call(upstream, *inputs)
+        return names.call(upstream, *inputs)
 
     def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return _opened(upstream, MODELS[qualified_name(upstream)])

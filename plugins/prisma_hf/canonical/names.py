@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from torch import Tensor
+
+from prisma_hf.canonical.calling import main_output
 
 Prefix = Literal["cls", "distillation", "registers"]
 
@@ -152,6 +157,7 @@ class ModelNames:
             convolution of single patches.
         pool: what the head reads.
         ln_pool: the norm of what it reads; where upstream has None there, the head reads the first token.
+        call: the call that returns the main output.
     """
 
     tower: TowerNames
@@ -160,4 +166,5 @@ class ModelNames:
     head_dist: str = ""
     pool: Literal["none", "token", "patches", "avg", "avg_all"] = "none"
     ln_pool: str = ""
+    call: Callable[[Any, Tensor], Tensor] = main_output
     ignored: dict[str, str] = field(default_factory=dict[str, str], hash=False)
