@@ -50,6 +50,13 @@ class NotApplicable(PrismaError):
     """A decomposition or rewrite that does not hold for this model."""
 
 
+class MissingPart(NotApplicable, AttributeError):
+    """An attribute of a part that this model lacks, such as ``W_gate`` where MLPs are not gated.
+
+    ``hasattr`` is false then, and ``inspect.getmembers`` leaves the attribute out.
+    """
+
+
 class LoadError(PrismaError):
     """A model, file or checkpoint that cannot be read."""
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import prisma_core
-from prisma_core import HookedModel, HookPoint, UnknownName
+from prisma_core import HookedModel, HookPoint, NotApplicable, UnknownName
 from prisma_core.hooks.migration import UnknownAttribute, migration_hint
 from prisma_core.hooks.point import HookContext, Scope, ScopeContext
 from prisma_core.hooks.query import get_act_name
@@ -130,9 +130,28 @@ def test_hook_points_and_contexts_answer(vit):
 
 
 def test_a_model_is_exported_and_its_members_listed(make, image):
-    model = make(layers=1, gated=True).requires_grad_(False)
+    model = make(layers=1).requires_grad_(False)
     assert torch.equal(torch.export.export(model, (image,)).module()(image), model(image))
     assert not {"cfg", "add_hook"} & {name for name, _ in inspect.getmembers(model)}
+
+
+def test_members_of_parts_that_a_model_lacks(make, image):
+    lacking = make(layers=1, n_classes=None, mlp=False, pos=False)
+    _, cache = lacking.run_with_cache(image)
+    for owner, names in (
+        (lacking, {"W_gate", "W_U", "b_U", "W_pos", "W_in"}),
+        (cache, {"grad", "tower"}),
+        (lacking.spec, {"d_mlp", "act_fn"}),
+        (make(layers=1).OV[0, 0], {"no_such_name"}),
+    ):
+        members = {name for name, _ in inspect.getmembers(owner)}
+        for name in names:
+            assert not hasattr(owner, name)
+            assert name not in members
+        assert len(members) > 30
+    with pytest.raises(NotApplicable, match="no head") as caught:
+        lacking.W_U  # noqa: B018
+    assert isinstance(caught.value, AttributeError)
 
 
 def test_a_type_error_of_the_pass_is_not_taken_for_a_keyword(vit, image):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hostile import truncate
-from PIL import Image
+from PIL import Image, ImageOps
 
 import prisma_core as prisma
 from prisma_core import HookedViT, InputError
@@ -19,7 +19,7 @@ from prisma_core.inputs import Preprocess
 PREPROCESS = Preprocess(size=(8, 12))
 
 
-def _pixels(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _pixels(array: Any) -> np.ndarray[Any, Any]:
     """Preprocess an array and return the pixels as colours in 0..1, ``[height width channel]``."""
     return PREPROCESS.denormalise(PREPROCESS(array))[0].permute(1, 2, 0).numpy()
 
@@ -43,6 +43,54 @@ def test_palette_with_transparency(tmp_path: Path) -> None:
     image.putpalette([0, 0, 0, 0, 0, 255])
     image.save(tmp_path / "palette.png", transparency=1)
     np.testing.assert_allclose(PREPROCESS.denormalise(PREPROCESS(tmp_path / "palette.png")).numpy(), 1.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGBa", "LA", "La", "PA", "palette", "P", "RGB", "L"])
+def test_transparency_of_any_mode_lies_on_white(mode: str) -> None:
+    """Every second column is transparent, and of a colour that must not show through."""
+    array = np.full((8, 12, 4), [40, 40, 40, 255], dtype=np.uint8)
+    array[:, ::2] = [200, 200, 200, 0]
+    rgba = Image.fromarray(array)
+    image = rgba.convert("RGBa" if mode == "La" else mode) if mode in ("RGBA", "RGBa", "LA") else rgba
+    if mode == "La":
+        image = rgba.convert("LA").convert("La")
+    elif mode in ("palette", "PA"):
+        image = rgba.quantize(4, method=Image.Quantize.FASTOCTREE)
+        image = image.convert("PA") if mode == "PA" else image
+    elif mode in ("P", "RGB", "L"):
+        image = rgba.convert("RGB").quantize(4) if mode == "P" else rgba.convert("RGB").convert(mode)
+        clear = image.getpixel((0, 0))
+        image.info["transparency"] = clear
+    expected = np.full((8, 12, 3), 40 / 255)
+    expected[:, ::2] = 1
+    np.testing.assert_allclose(_pixels(image), expected, atol=0.01)
+
+
+def test_colours_that_pillow_does_not_convert() -> None:
+    with pytest.raises(InputError, match="LAB"):
+        PREPROCESS(Image.new("LAB", (12, 8)))
+    for mode in ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "I", "I;16", "F"):
+        assert PREPROCESS(Image.new(mode, (12, 8))).isfinite().all()
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_exif_turns_an_image_however_it_is_given(tmp_path: Path, turn: int) -> None:
+    array = np.arange(8 * 12 * 3, dtype=np.uint8).reshape(8, 12, 3)
+    image = Image.fromarray(array)
+    image.getexif()[0x0112] = turn
+    image.save(tmp_path / "turned.png", exif=image.getexif())
+    opened = Image.open(tmp_path / "turned.png")
+    upright = ImageOps.exif_transpose(opened)
+    assert (turn == 1) == np.array_equal(np.asarray(upright), array)
+    for given in (tmp_path / "turned.png", str(tmp_path / "turned.png"), opened, image):
+        np.testing.assert_array_equal(_pixels(given), _pixels(np.asarray(upright)))
+
+
+@pytest.mark.parametrize("resize", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize(("size", "crop"), [((1, 9), 1.2), ((9, 1), 3.0), ((1, 1), 40.0)])
+def test_a_side_of_one_pixel_with_padding_around_it(size: tuple[int, int], crop: float, resize: Any) -> None:
+    preprocess = Preprocess(size=size, crop=crop, resize=resize)
+    assert preprocess(np.full((20, 30, 3), 255, dtype=np.uint8)).shape == (1, 3, *size)
 
 
 @pytest.mark.parametrize("as_file", [False, True])

@@ -41,9 +41,11 @@ IGNORED = {
 }
 
 
-def attention(module: Reader, heads: int, d_head: int) -> AttentionSpec:
-    """Return the facts of a plain attention."""
+def attention(module: Reader, heads: int, d_head: int, *projections: Reader) -> AttentionSpec:
+    """Return the spec of a plain attention with these projections of queries, keys, values and output."""
     masks_as_built(module)
+    for projection in projections:
+        linear(projection)
     return AttentionSpec(n_heads=heads, n_kv_heads=heads, d_head=d_head, scale=module.scaling)
 
 

@@ -13,7 +13,7 @@ from safetensors import safe_open  # pyright: ignore[reportUnknownVariableType]
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
-from prisma_core.errors import InputError, LoadError, NotApplicable, UnknownName
+from prisma_core.errors import InputError, LoadError, MissingPart, UnknownName
 from prisma_core.files.atomic import replacing
 from prisma_core.files.checkpoint import read_safetensors
 from prisma_core.hooks.capture import positions_of
@@ -81,20 +81,20 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
         """The gradients of the loss by the same activations.
 
         Raises:
-            NotApplicable: there was no loss.
+            MissingPart: there was no loss.
         """
         if self.gradients is None:
-            raise NotApplicable(
+            raise MissingPart(
                 "This cache holds no gradients: take it with run_with_cache(..., loss=function of the output)."
             )
         return self.gradients
 
     def __getattr__(self, name: str) -> Any:
         if name in STREAM_METHODS:
-            raise NotApplicable(self._no_stream())
+            raise MissingPart(self._no_stream())
         if name == "tower":
             need = "give it to ActivationCache.load(path, model=model)"
-            raise NotApplicable(
+            raise MissingPart(
                 f"This cache has no model; {need}." if self.model is None else "This model has no towers."
             )
         raise unknown_attribute(self, name)

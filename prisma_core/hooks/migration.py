@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
 from typing import Any
@@ -81,8 +82,15 @@ def migration_hint(name: str) -> str | None:
     return _answer(_ATTRIBUTES, name)
 
 
+def ask_again(owner: object, name: str) -> None:
+    """Ask a property once more whose ``AttributeError`` made Python call ``__getattr__``: it raises its own again."""
+    if isinstance(given := getattr(type(owner), name, None), property) and given.fget is not None:
+        given.fget(owner)
+
+
 def unknown_attribute(owner: object, name: str) -> AttributeError:
     """Return the error for an attribute that an object lacks, with the hint if there is one."""
+    ask_again(owner, name)
     hint = migration_hint(name)
     return AttributeError(f"{type(owner).__name__} has no attribute {name!r}{f': {hint}' if hint else '.'}")
 
@@ -104,10 +112,19 @@ def module_getattr() -> Callable[[nn.Module, str], Any]:
     Every access to a submodule goes through it, so a method of ours around torch's would be one more Python frame each
     time, and class attributes that hold the answers would make ``hasattr(model, "config")`` true. So it is torch's own
     code with another ``AttributeError`` among its globals: nothing of ours runs until it fails.
+
+    A property that raises an ``AttributeError`` ends here too.
     """
     function = nn.Module.__getattr__
-    names = {**function.__globals__, "AttributeError": UnknownAttribute}
+    names = {**function.__globals__, "AttributeError": _unknown_attribute}
     return FunctionType(function.__code__, names, function.__name__)
+
+
+def _unknown_attribute(message: str) -> UnknownAttribute:
+    """Return the error for torch's ``__getattr__``, which calls this, to raise."""
+    asked = sys._getframe(1).f_locals  # pyright: ignore[reportPrivateUsage]
+    ask_again(asked["self"], asked["name"])
+    return UnknownAttribute(message)
 
 
 def keyword_names(function: Callable[..., Any]) -> list[str]:

@@ -113,7 +113,7 @@ class Preprocess(Facts, PicturePreprocess):
 
     def _scaled(self, height: int, width: int) -> tuple[int, int]:
         """Return the size a picture is resized to. Source: torchvision's Resize, timm's ResizeKeepRatio."""
-        rows, columns = (math.floor(side / self.crop) for side in self.size)
+        rows, columns = (max(1, math.floor(side / self.crop)) for side in self.size)
         if self.resize == "squash":
             return rows, columns
         if self.resize == "shortest" and rows == columns:

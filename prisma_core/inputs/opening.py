@@ -16,7 +16,9 @@ Picture: TypeAlias = "str | Path | Image | Tensor | Any"
 
 
 def open_picture(picture: Picture, channels: int = 3) -> Image:
-    """Return any picture as a Pillow image with the given number of channels (1 or 3), transparency on white.
+    """Return any picture as a Pillow image with the given number of channels (1 or 3).
+
+    However it is given, it is turned as its EXIF data say, and transparency lies on white.
 
     Raises:
         InputError: it is no picture.
@@ -41,8 +43,14 @@ def open_picture(picture: Picture, channels: int = 3) -> Image:
 
 
 def _flattened(image: Image) -> Image:
+    """Return an image as a viewer shows it: turned as its EXIF data say, and its transparency on white."""
     from PIL import Image as images
+    from PIL import ImageOps
 
+    try:
+        image = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError, TypeError) as error:  # data that are damaged
+        raise InputError(f"EXIF data that cannot be read ({error}). Remove them: del image.info['exif'].") from error
     if image.mode.startswith("I"):  # 16 bits; Pillow opens some such files with 32
         import numpy as np
 
@@ -51,8 +59,10 @@ def _flattened(image: Image) -> Image:
         import numpy as np
 
         return _from_array(np.asarray(image))
-    if "A" in image.getbands() or "transparency" in image.info:
-        rgba = image.convert("RGBA")
+    if image.mode == "LAB":
+        raise InputError("Pillow has no colours of LAB images: convert this one with PIL.ImageCms before.")
+    if image.has_transparency_data:
+        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         white = images.new("RGBA", rgba.size, (255, 255, 255, 255))
         return images.alpha_composite(white, rgba)
     return image

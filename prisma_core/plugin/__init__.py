@@ -7,6 +7,7 @@ from prisma_core.errors import (
     HookError,
     InputError,
     LoadError,
+    MissingPart,
     NotApplicable,
     PluginError,
     PrismaError,
@@ -106,5 +107,5 @@ __all__ = [
     "PluginInfo", "installed",
     # errors
     "PrismaError", "UnknownName", "HookError", "UnsupportedArchitecture", "WeightMapError", "NotApplicable",
-    "LoadError", "InputError", "PluginError", "suggest", "blaming", "returned",
+    "MissingPart", "LoadError", "InputError", "PluginError", "suggest", "blaming", "returned",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import reduce
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from prisma_core.errors import NotApplicable
+from prisma_core.errors import MissingPart
 from prisma_core.spec.parts import Activation
 
 if TYPE_CHECKING:
@@ -23,12 +23,12 @@ def _alike(place: str, kind: type[T], doc: str) -> T:
         ]
         if len(set(values)) > 1:
             first, (other, value) = values[0], next(each for each in enumerate(values) if each[1] != values[0])
-            raise NotApplicable(
+            raise MissingPart(
                 f"The blocks differ: {place} is {first} in block 0 and {value} in block {other}. "
                 f"Read spec.blocks[l].{place}."
             )
         if values[0] is None:
-            raise NotApplicable(f"The blocks of this model have no {place.partition('.')[0]}, so no {place}.")
+            raise MissingPart(f"The blocks of this model have no {place.partition('.')[0]}, so no {place}.")
         return values[0]
 
     return cast("T", property(read, doc=doc))
@@ -37,7 +37,7 @@ def _alike(place: str, kind: type[T], doc: str) -> T:
 class AllBlocks:
     """The names by which TransformerLens' users know facts of blocks.
 
-    Each raises ``NotApplicable`` where blocks differ, or have no such part; the message names the place in a block.
+    Each raises ``MissingPart`` where blocks differ, or have no such part; the message names the place in a block.
     """
 
     if TYPE_CHECKING:

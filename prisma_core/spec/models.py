@@ -101,6 +101,16 @@ class ModelSpec(AllBlocks, Facts):
         return self
 
     @model_validator(mode="after")
+    def _turned(self) -> ModelSpec:
+        attns = [block.attn for block in self.blocks]
+        if self.rope is not None and len({attn.d_head for attn in attns}) > 1:
+            raise ValueError("rotary tables have one width, so the heads of all blocks have it too")
+        heads = {n for attn in attns for n in (attn.n_heads, attn.n_kv_heads)}
+        if self.rope is not None and self.rope.per_head and len(heads) > 1:
+            raise ValueError("rotary tables of each head (per_head) need as many keys as queries, in every block")
+        return self
+
+    @model_validator(mode="after")
     def _frames(self) -> ModelSpec:
         if self.layout.frames > 1 and self.embed.tubelet is None:
             raise ValueError(f"{self.layout.frames} frames of patches need a video: give the embedding a tubelet")
@@ -119,6 +129,11 @@ class ModelSpec(AllBlocks, Facts):
         """The side of a patch in pixels; height and width where it is not square."""
         height, width = self.embed.patch
         return height if height == width else (height, width)
+
+    @property
+    def fixed_size(self) -> bool:
+        """Whether it takes images of its native size alone: positions, or biases of attention, follow no other."""
+        return self.embed.interpolation is None or any(block.attn.bias for block in self.blocks)
 
     @property
     def n_ctx(self) -> int:

@@ -88,12 +88,12 @@ class PartReader:
         """Return the spec of a norm; None of an identity."""
         if module.is_a("Identity"):
             return None
-        found = {**NORMS, **self.norms}.get(qualified_name(module.module))
-        if found is None:
+        kind = qualified_name(module.module)
+        if (norm := self.norms.get(kind) or NORMS.get(kind)) is None:
             raise module.unsupported("a norm that is neither layer norm nor root mean square")
-        if (eps := getattr(module, found.eps)) is None:
+        if (eps := getattr(module, norm.eps)) is None:
             raise module.unsupported("a norm whose eps depends on the dtype")
-        return NormSpec(**{**found._asdict(), "eps": eps})
+        return NormSpec(**{**norm._asdict(), "eps": eps})
 
     def qk_norm(self, q: Reader, k: Reader) -> NormSpec | None:
         """Return the spec of the norm that queries and keys have each."""
@@ -105,7 +105,8 @@ class PartReader:
         """Return the name of an activation function."""
         if module.is_a("GELU"):
             return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-        if (name := {**ACTIVATIONS, **self.activations}.get(qualified_name(module.module))) is None:
+        kind = qualified_name(module.module)
+        if (name := self.activations.get(kind) or ACTIVATIONS.get(kind)) is None:
             raise module.unsupported("its activation function")
         return cast("Activation", name)
 
@@ -113,6 +114,21 @@ class PartReader:
         """Return a linear layer as it is."""
         if not module.is_a("Linear", "NonDynamicallyQuantizableLinear"):  # the second: in torch's own attention
             raise module.unsupported("a projection that is no linear layer")
+        return module
+
+    def embedding(self, module: Reader) -> Reader:
+        """Return a table of vectors as it is."""
+        if not module.is_a("Embedding") or module.max_norm is not None:
+            raise module.unsupported("a table that is no plain embedding")
+        return module
+
+    def multihead(self, module: Reader) -> Reader:
+        """Return torch's own attention as it is."""
+        if not module.is_a("MultiheadAttention"):
+            raise module.unsupported("its kind of attention")
+        if module.has("bias_k") or module.has("bias_v") or module.add_zero_attn:
+            raise module.unsupported("learned or empty tokens added to keys and values")
+        self.linear(module.out_proj)
         return module
 
     def qkv_rows(

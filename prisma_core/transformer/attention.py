@@ -10,6 +10,7 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from prisma_core.errors import InputError
 from prisma_core.hooks.point import HookPoint
 from prisma_core.spec import AttentionSpec, RopeSpec
 from prisma_core.transformer.norm import Norm
@@ -183,6 +184,8 @@ class Attention(WeightViews):
             rope: tables by which queries and keys are turned.
             inputs: of single heads, in the place of ``x``.
             mask: which keys each query may read; None for all. Scores of others are minus infinity.
+
+        Fewer tokens than ``attn_bias`` has, as in a shorter text, take its rows and columns from the first on.
         """
         q, k, v = self._project(x, inputs)
         over = self.spec.qk_norm_over
@@ -193,7 +196,7 @@ class Attention(WeightViews):
                 rope = Rope(rope.cos.float(), rope.sin.float())  # once for both, as gradients are summed
             q = self.hook_rot_q(rotate(q, rope.cos, rope.sin, self.rope_layout, self.rope_in_float32))
             k = self.hook_rot_k(rotate(k, rope.cos, rope.sin, self.rope_layout, self.rope_in_float32))
-        bias = self._bias(mask, q.dtype)
+        bias = self._bias(mask, q)
         z = self.hook_z(attend(q, k, v, self.spec.scale, bias, self.hook_attn_scores, self.hook_pattern))
         flat = self.ln(z.flatten(2))
         if not self.hook_result.wanted:
@@ -211,11 +214,13 @@ class Attention(WeightViews):
                 parts[index] = made + bias
         return parts
 
-    def _bias(self, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        bias = None
+    def _bias(self, mask: Tensor | None, q: Tensor) -> Tensor | None:
+        bias, dtype, n = None, q.dtype, q.shape[1]
         if self.spec.bias:
+            if n > self.attn_bias.shape[-1]:
+                raise InputError(f"Expected at most {self.attn_bias.shape[-1]} tokens, as attn_bias has, got {n}.")
             # Kernels look at the flag even where no gradient is taken, and choose a slower one.
-            bias = (self.attn_bias if torch.is_grad_enabled() else self.attn_bias.detach())[None]
+            bias = (self.attn_bias if torch.is_grad_enabled() else self.attn_bias.detach())[None, :, :n, :n]
         if mask is None:
             return bias
         hidden = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)

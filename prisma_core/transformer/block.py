@@ -67,7 +67,7 @@ class Block(nn.Module):
             inputs = inputs.after(self.ln1, x, normed)
         attn_out = self.attn(normed, rope, inputs, mask)
         attn_out = self.hook_attn_out(self.ls1(self.ln1(attn_out) if kind == "res_post" else attn_out))
-        if kind == "parallel":
+        if kind == "parallel" and self.spec.mlp is not None:
             return self.hook_resid_post(x + attn_out + self.hook_mlp_out(self.ls2(self.mlp(normed))))
         x = x + attn_out
         if self.spec.mlp is None:

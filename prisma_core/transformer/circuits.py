@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from prisma_core.errors import InputError, NotApplicable
+from prisma_core.errors import InputError, MissingPart, NotApplicable
 from prisma_core.transformer.block import Block, SideBySide, attentions, check_sum, end_of, mlps
 from prisma_core.transformer.factored import FactoredMatrix, composition_scores
 from prisma_core.transformer.weights import Stack, WeightViews
@@ -140,9 +140,9 @@ class Circuits(WeightViews):
 
     def _readable_head(self, name: str) -> nn.Linear:
         if self.spec.n_classes is None:
-            raise NotApplicable(f"This model has no head, so it has no {name}.")
+            raise MissingPart(f"This model has no head, so it has no {name}.")
         if not hasattr(self, "head"):
-            raise NotApplicable(f"This model's head is an MLP, so it has no {name}: see its head_mlp.")
+            raise MissingPart(f"This model's head is an MLP, so it has no {name}: see its head_mlp.")
         return self.head
 
 
@@ -153,20 +153,20 @@ def stacked(model: Circuits, name: str) -> Float[Tensor, " layer *rest"]:
         name: as in ``model.blocks[0].attn`` (``W_Q``, ``b_O``) or ``model.blocks[0].mlp`` (``W_in``, ``b_out``).
 
     Raises:
-        NotApplicable: layers differ in their sizes, or one has no such weights or several that do not join.
+        MissingPart: layers differ in their sizes, or one has no such weights or several that do not join.
     """
     layers: list[Tensor] = []
     for block in model.layers():
         branches = mlps(block) if name in _OF_MLPS else attentions(block)
         if name not in _OF_HEADS and len(branches) != 1:
             what = "MLP" if name in _OF_MLPS else "attention"
-            raise NotApplicable(f"Not every layer has exactly one {what}: read model.blocks[...].{what[:4].lower()}.")
+            raise MissingPart(f"Not every layer has exactly one {what}: read model.blocks[...].{what[:4].lower()}.")
         if name == "W_gate" and not hasattr(branches[0].module, "fc_gate"):
-            raise NotApplicable("This model's MLPs are not gated, so they have no W_gate.")
+            raise MissingPart("This model's MLPs are not gated, so they have no W_gate.")
         sides = [cast(Tensor, getattr(branch.module, name)) for branch in branches]
         if name in _OF_HEADS:  # heads that serve several query heads are repeated
             sides = [side.repeat_interleave(block.spec.attn.n_heads // len(side), 0) for side in sides]
         layers.append(sides[0] if len(sides) == 1 else torch.cat(sides))
     if len({layer.shape for layer in layers}) > 1:
-        raise NotApplicable("Layers differ in their sizes and cannot be stacked: read model.blocks[...] one by one.")
+        raise MissingPart("Layers differ in their sizes and cannot be stacked: read model.blocks[...] one by one.")
     return torch.stack(layers)

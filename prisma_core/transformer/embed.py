@@ -211,7 +211,7 @@ def check_image(image: Tensor, spec: ModelSpec) -> None:
 
 def _check_size(image: Tensor, spec: ModelSpec, expected: str) -> None:
     embed, size = spec.embed, (image.shape[-2], image.shape[-1])
-    if size != spec.image_size and embed.interpolation is None:
+    if size != spec.image_size and spec.fixed_size:
         raise InputError(
             f"Expected {expected}, got shape {list(image.shape)}: this model takes one size. model.preprocess resizes, "
             "unless upstream's own processor leaves images at sizes of theirs: then resize them before."

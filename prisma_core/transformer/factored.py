@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from prisma_core.errors import InputError
+from prisma_core.errors import InputError, MissingPart
 from prisma_core.transformer.precision import widened
 
 
@@ -95,10 +95,10 @@ class FactoredMatrix:
         """The product the other way round, ``[... inner inner]``, which has the same eigenvalues but zeros.
 
         Raises:
-            InputError: the product is not square.
+            MissingPart: the product is not square.
         """
         if self.ldim != self.rdim:
-            raise InputError(f"B @ A needs a square product; this one is {list(self.shape)}.")
+            raise MissingPart(f"B @ A needs a square product; this one is {list(self.shape)}.")
         return self.B @ self.A
 
     @property

@@ -91,5 +91,5 @@ class MLP(WeightViews):
         else:
             activated = self.act(self.hook_pre(self.fc_in(x)))
         if self.spec.inner_norm is not None:
-            activated = self.ln(self.hook_mid(activated))
-        return self.fc_out(self.hook_post(activated))
+            activated = self.hook_mid(activated)
+        return self.fc_out(self.hook_post(self.ln(activated)))

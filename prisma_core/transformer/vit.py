@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from prisma_core.errors import InputError, NotApplicable
+from prisma_core.errors import InputError, MissingPart, NotApplicable
 from prisma_core.hooks.point import HookPoint, copy_if_cached
 from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.model import Size, check_place, layer_index
@@ -86,13 +86,13 @@ class HookedViT(Tower):
 
     @property
     def fixed_layout(self) -> TokenLayout | None:
-        fixed = self.spec.embed.interpolation is None and not self.spec.embed.any_length
+        fixed = self.spec.fixed_size and not self.spec.embed.any_length
         return self.spec.layout if fixed else None
 
     def sizes(self) -> list[Size]:
         embed, (height, width) = self.spec.embed, self.spec.image_size
         sizes: list[Size] = [(height, width)]
-        if embed.interpolation is not None:  # a larger one, and one that is not square
+        if not self.spec.fixed_size:  # a larger one, and one that is not square
             down, across = embed.patch
             rows, columns = height // down, width // across  # a native size may leave pixels over, others may not
             sizes += [((rows + 2) * down, (columns + 2) * across), ((rows + 1) * down, max(1, columns - 1) * across)]
@@ -154,6 +154,11 @@ class HookedViT(Tower):
                     f"start_at_layer={start_at_layer} was given {x.shape[1]} tokens, which are not "
                     f"{self.spec.layout.n_prefix} and a grid of {'x'.join(map(str, grid))}: give grid={axes}."
                 )
+        if x.shape[1] != self.layout.n_tokens and any(block.attn.bias for block in self.spec.blocks):
+            raise InputError(
+                f"Expected {self.layout.n_tokens} tokens, got {x.shape[1]}: the biases of this model's attention "
+                "(attn_bias) are tables of the native size."
+            )
         tables = self._rope_tables(grid)
         for index in range(first, last):
             x = self.blocks[index](x, self._rope(index, tables))
@@ -173,10 +178,10 @@ class HookedViT(Tower):
         """The patch projection, a view: ``[channel*frame*row*column d_model]``, without ``frame`` for images.
 
         Raises:
-            NotApplicable: another module than one convolution makes the patches.
+            MissingPart: another module than one convolution makes the patches.
         """
         if not hasattr(self.embed, "proj"):
-            raise NotApplicable("This model's stem is upstream's own module, so there is no W_E: see model.embed.stem.")
+            raise MissingPart("This model's stem is upstream's own module, so there is no W_E: see model.embed.stem.")
         return self.embed.proj.weight.flatten(1).T
 
     @property
@@ -184,11 +189,11 @@ class HookedViT(Tower):
         """The position embedding of the native size: ``[pos d_model]``, prefix tokens first.
 
         Raises:
-            NotApplicable: there is none, or it is factorized.
+            MissingPart: there is none, or it is factorized.
         """
         if not hasattr(self.embed, "pos_embed"):
             instead = "model.embed.pos_rows and pos_columns" if self.spec.embed.pos else "rotary tables or none at all"
-            raise NotApplicable(f"This model has no table of positions, so no W_pos: it has {instead}.")
+            raise MissingPart(f"This model has no table of positions, so no W_pos: it has {instead}.")
         return self.embed.pos_embed
 
     def unembed(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, " batch *out"]:

@@ -9,7 +9,6 @@ BLOCK = "open_clip.transformer.ResidualAttentionBlock"
 CUSTOM_BLOCK = "open_clip.transformer.CustomResidualAttentionBlock"
 ATTENTION = "open_clip.transformer.Attention"
 NARROW = "prisma_clip.tinyclip.NarrowAttention"
-MHA = "torch.nn.modules.activation.MultiheadAttention"
 MLP = MlpNames("mlp.c_fc", "mlp.c_proj", "mlp.gelu")
 CUSTOM_MLP = MLP._replace(ln="mlp.ln")
 
@@ -20,11 +19,8 @@ def mha(module: Reader) -> AttentionSpec:
         linear(module.out_proj)
         heads, width = module.num_heads, module.head_dim
         return AttentionSpec(n_heads=heads, n_kv_heads=heads, d_head=width, scale=width**-0.5)
-    if not module.batch_first:
+    if not READ.multihead(module).batch_first:
         raise module.unsupported("tokens before the batch")
-    if module.has("bias_k") or module.has("bias_v") or module.add_zero_attn:
-        raise module.unsupported("learned or empty tokens added to keys and values")
-    linear(module.out_proj)
     return AttentionSpec(
         n_heads=module.num_heads,
         n_kv_heads=module.num_heads,
@@ -56,8 +52,6 @@ def block(module: Reader) -> BlockSpec:
     custom = module.is_a(CUSTOM_BLOCK)
     if not custom and (not module.is_a(BLOCK) or module.has("ln_1_kv")):
         raise module.unsupported("its kind of block")
-    if not custom and not module.attn.is_a(MHA, NARROW):
-        raise module.attn.unsupported("its kind of attention")
     if custom and norm(module.ln_attn) is not None:
         raise module.unsupported("sandwich norms, before and after attention")
     return BlockSpec(

@@ -13,7 +13,7 @@ READ = PartReader(
     activations={**TRANSFORMERS, "open_clip.transformer.QuickGELU": "quick_gelu"},
     scales=("open_clip.transformer.LayerScale",),
 )
-norm, activation, linear = READ.norm, READ.activation, READ.linear
+norm, linear = READ.norm, READ.linear
 
 
 def patches(proj: Reader, *, interpolation: Interpolation | None = None) -> EmbedSpec:

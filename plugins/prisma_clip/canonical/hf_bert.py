@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from prisma_clip.canonical.common import READ, activation, linear, norm, norm_hooks
+from prisma_clip.canonical.common import READ, linear, norm, norm_hooks
 from prisma_clip.canonical.hf_parts import Tower, models
 from prisma_core.plugin import (
     AnySpec,
@@ -64,7 +64,8 @@ def block(module: Reader) -> BlockSpec:
 
 
 def _embedded(embed: Reader, layers: list[Reader]) -> dict[str, object]:
-    words, rows = embed.word_embeddings, embed.position_embeddings.num_embeddings
+    words, rows = READ.embedding(embed.word_embeddings), READ.embedding(embed.position_embeddings).num_embeddings
+    READ.embedding(embed.token_type_embeddings)
     pad = words.padding_idx
     if pad is None:
         raise words.unsupported("no token for padding")
@@ -225,14 +226,12 @@ class OpenClipText(Tower):
 
 
 def _projection(proj: Reader) -> tuple[int | None, MlpSpec | None]:
-    if proj.is_a("Identity"):
-        return None, None
-    if proj.is_a("Linear"):
-        return proj.out_features, None
-    layers = list(proj)
-    if len(layers) != 3 or not layers[0].is_a("Linear") or not layers[2].is_a("Linear"):
+    if not proj.is_a("Sequential"):
+        return READ.classes(proj), None
+    if len(proj) != 3:
         raise proj.unsupported("a projection that is neither one linear layer nor two")
-    return layers[2].out_features, MlpSpec(d_mlp=layers[0].out_features, act=activation(layers[1]))
+    first, act, second = proj
+    return linear(second).out_features, MlpSpec(d_mlp=linear(first).out_features, act=READ.activation(act))
 
 
 def through(first: str, second: str, target: str) -> WeightMap:

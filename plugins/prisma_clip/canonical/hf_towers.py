@@ -44,7 +44,7 @@ class ClipVision(Tower):
     def spec(self, upstream: Reader) -> ModelSpec:
         embed = upstream.embeddings
         side = embed.image_size // embed.patch_embedding.kernel_size[0]
-        width = embed.patch_embedding.out_channels
+        width = READ.embedding(embed.position_embedding).embedding_dim
         if side * side != embed.num_patches:
             raise embed.unsupported(f"{embed.num_patches} patches of a picture that is not square")
         return ModelSpec(
@@ -98,7 +98,7 @@ class SiglipVision(Tower):
     def spec(self, upstream: Reader) -> ModelSpec:
         embed = upstream.embeddings
         spec, side = _flat_patches(embed) if upstream.is_a(SIGLIP2) else _square_patches(embed)
-        width = embed.position_embedding.embedding_dim
+        width = READ.embedding(embed.position_embedding).embedding_dim
         has_head = upstream.has("head")
         return ModelSpec(
             d_model=width,
@@ -256,11 +256,13 @@ class SiglipText(Tower):
 
 
 def _text(upstream: Reader, pool: TextPoolSpec, *, causal: bool, n_classes: int | None) -> TextSpec:
-    embed = upstream.embeddings
+    tokens, positions = (
+        READ.embedding(table) for table in (upstream.embeddings.token_embedding, upstream.embeddings.position_embedding)
+    )
     return TextSpec(
-        d_model=embed.token_embedding.embedding_dim,
-        n_vocab=embed.token_embedding.num_embeddings,
-        n_ctx=embed.position_embedding.num_embeddings,
+        d_model=tokens.embedding_dim,
+        n_vocab=tokens.num_embeddings,
+        n_ctx=positions.num_embeddings,
         causal=causal,
         blocks=blocks(upstream.encoder, causal=causal),
         ln_final=norm(upstream.final_layer_norm),

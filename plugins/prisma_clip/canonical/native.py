@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from prisma_clip.canonical.blocks import MHA, block, blocks_hooks, blocks_rows, mha, mha_hooks
-from prisma_clip.canonical.common import linear, matrix_rows, norm, norm_hooks, patches
+from prisma_clip.canonical.blocks import block, blocks_hooks, blocks_rows, mha, mha_hooks
+from prisma_clip.canonical.common import READ, linear, matrix_rows, norm, norm_hooks, patches
 from prisma_core.plugin import (
     HookMap,
     ModelSpec,
@@ -94,7 +94,7 @@ def _vision_pool(upstream: Reader, d_model: int) -> tuple[PoolSpec, NormSpec | N
         raise upstream.unsupported(f"{upstream.pool_type!r} of what attention pooling returns")
     # Whatever final_ln_after_pool says: the norm follows the attention, and norms each latent by itself.
     pooler = upstream.attn_pool
-    if not pooler.is_a("open_clip.transformer.AttentionalPooler") or not pooler.attn.is_a(MHA):
+    if not pooler.is_a("open_clip.transformer.AttentionalPooler"):
         raise pooler.unsupported("its kind of pooling")
     latents, d_latent = pooler.query.shape
     pooling = PoolSpec(
@@ -177,14 +177,14 @@ def text(upstream: Reader, *, pool: str, eos_id: int | None) -> TextSpec:
         pool: the position that is read.
         eos_id: the end of text.
     """
-    suffix = upstream.get("cls_emb") is not None
+    tokens, suffix = READ.embedding(upstream.token_embedding), upstream.get("cls_emb") is not None
     hides_padding = suffix or upstream.get("use_pad_mask", False)
     final = norm(upstream.ln_final)
     projection = upstream.text_projection if upstream.has("text_projection") else None
     width = None if projection is None else _width(projection)
     return TextSpec(
-        d_model=upstream.token_embedding.embedding_dim,
-        n_vocab=upstream.token_embedding.num_embeddings,
+        d_model=tokens.embedding_dim,
+        n_vocab=tokens.num_embeddings,
         n_ctx=upstream.positional_embedding.shape[0] - int(suffix),
         causal=_causal(upstream),
         suffix=suffix,

@@ -44,8 +44,10 @@ def block(module: Reader) -> BlockSpec:
     if not module.is_a(*BLOCKS):
         raise module.unsupported("its kind of block")
     attn = module.attn
-    if not attn.is_a(*ATTENTIONS) or not attn.qkv.is_a("Linear", *MASKED):
+    if not attn.is_a(*ATTENTIONS):
         raise attn.unsupported("its kind of attention")
+    if not attn.qkv.is_a(*MASKED):
+        READ.linear(attn.qkv)
     READ.linear(attn.proj)
     width = attn.qkv.out_features // 3
     return BlockSpec(

@@ -50,6 +50,8 @@ def _mlp_names(module: Reader, names: BlockNames) -> MlpNames:
 def _attention(module: Reader, names: BlockNames, shared_bias: bool) -> AttentionSpec:
     attn = parts.at(module, names.attn)
     masks_as_built(attn)
+    for path in filter(None, (names.qkv,) if names.qkv or names.mha else (names.q, names.k, names.v)):
+        parts.linear(parts.at(module, path))
     read = parts.linear(parts.at(module, names.out)).in_features
     width = getattr(attn, names.width) if names.width else read // getattr(attn, names.heads)
     return AttentionSpec(
@@ -66,15 +68,15 @@ def _attention(module: Reader, names: BlockNames, shared_bias: bool) -> Attentio
 def _kv_width(module: Reader, names: BlockNames, read: int) -> int:
     """Return the width of all keys together, and of all values."""
     if names.mha:
-        attn = parts.at(module, names.attn)
-        if module.has("attn_mask") or attn.has("bias_k") or attn.has("bias_v") or attn.add_zero_attn:
-            raise attn.unsupported("patches hidden from others, or tokens added to keys and values")
+        attn = parts.READ.multihead(parts.at(module, names.attn))
+        if module.has("attn_mask"):
+            raise attn.unsupported("patches hidden from others")
         if attn.batch_first != (names.axes == "b p"):
             raise attn.unsupported(f"batch_first={attn.batch_first} in a stream of the other order")
         return read
     if names.qkv:
         return read
-    k, v = (parts.linear(parts.at(module, path)) for path in (names.k, names.v))
+    k, v = (parts.at(module, path) for path in (names.k, names.v))
     if k.out_features != v.out_features:
         raise module.unsupported("fewer heads of keys than of values, or the other way round")
     return k.out_features

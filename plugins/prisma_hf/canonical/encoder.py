@@ -48,6 +48,8 @@ class EncoderAdapter(Adapter):
         width = _width(tower, names.tower)
         ln_final = _ln_final(tower, names.tower)
         classes = _classes(upstream, names)
+        if names.head_dist:
+            parts.linear(parts.at(upstream, names.head_dist))
         ln_pool = parts.at(upstream, names.ln_pool) if names.ln_pool else None
         ln_pool = None if ln_pool is None else parts.norm(ln_pool)
         return ModelSpec(

@@ -25,6 +25,8 @@ def table(tower: Reader, names: TowerNames) -> Reader | Tensor | None:
     if not names.pos:
         return None
     found = parts.at(tower, names.pos)
+    if isinstance(found, Reader):
+        parts.READ.embedding(found)
     above, _, _ = names.pos.rpartition(".")
     ids = parts.at(tower, above).get("position_ids") if isinstance(found, Reader) else None
     if ids is not None and not torch.equal(ids.flatten(), torch.arange(ids.numel(), device=ids.device)):

@@ -55,6 +55,8 @@ class VisionTransformerAdapter(Adapter):
         ln_pool = common.norm(upstream.fc_norm)
         if distilled and (ln_pool is not None or upstream.has("attn_pool")):
             raise upstream.unsupported("a norm or attention before two heads")
+        if distilled and common.classes(upstream.head_dist) != common.classes(upstream.head):
+            raise upstream.unsupported("two heads of different classes")
         return ModelSpec(
             d_model=upstream.embed_dim,
             image_size=upstream.patch_embed.img_size,

@@ -109,9 +109,9 @@ class VideoMAEAdapter(VideoAdapter):
 
 def _block(layer: Reader) -> BlockSpec:
     attn = layer.attention.attention
-    parts.linear(layer.attention.output.dense)
+    projections = (attn.query, attn.key, attn.value, layer.attention.output.dense)
     return BlockSpec(
-        attn=parts.attention(attn, attn.num_attention_heads, attn.attention_head_size),
+        attn=parts.attention(attn, attn.num_attention_heads, attn.attention_head_size, *projections),
         mlp=parts.READ.mlp(layer, MLP),
         ln1=parts.norm(layer.layernorm_before),
         ln2=parts.norm(layer.layernorm_after),

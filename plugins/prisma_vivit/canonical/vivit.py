@@ -101,9 +101,9 @@ class VivitAdapter(VideoAdapter):
 
 def _block(layer: Reader) -> BlockSpec:
     attn = layer.attention
-    parts.linear(attn.o_proj)
+    projections = (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj)
     return BlockSpec(
-        attn=parts.attention(attn, attn.num_attention_heads, attn.head_dim),
+        attn=parts.attention(attn, attn.num_attention_heads, attn.head_dim, *projections),
         mlp=parts.READ.mlp(layer.mlp, MLP),
         ln1=parts.norm(layer.layernorm_before),
         ln2=parts.norm(layer.layernorm_after),

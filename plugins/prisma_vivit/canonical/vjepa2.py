@@ -137,9 +137,9 @@ class VJEPA2Adapter(VideoAdapter):
 def block(layer: Reader) -> BlockSpec:
     """Return the facts of a block."""
     attn = layer.attention
-    parts.linear(attn.proj)
+    projections = (attn.query, attn.key, attn.value, attn.proj)
     return BlockSpec(
-        attn=parts.attention(attn, attn.num_attention_heads, attn.attention_head_size),
+        attn=parts.attention(attn, attn.num_attention_heads, attn.attention_head_size, *projections),
         mlp=parts.READ.mlp(layer.mlp, MLP),
         ln1=parts.norm(layer.norm1),
         ln2=parts.norm(layer.norm2),

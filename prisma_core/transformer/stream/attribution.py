@@ -11,7 +11,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from prisma_core.errors import InputError, NotApplicable
+from prisma_core.errors import InputError
 from prisma_core.spec import TextSpec
 from prisma_core.transformer.norm import Norm
 from prisma_core.transformer.stream.readout import Readout
@@ -45,7 +45,7 @@ class LogitAttribution(Stream):
 
         The norm is then linear: components stay components, and the biases of the norm are left out (for the logits,
         ``logit_constant`` counts them). At the end of the stream that is ``ln_final`` and, where pooling takes single
-        tokens or their mean, the norm after it.
+        tokens or their mean, the norm after it; where that is a norm of patches alone, prefix tokens are left out.
 
         Args:
             residual_stack: components of the stream, or streams: ``[component batch pos d_model]``.
@@ -66,6 +66,8 @@ class LogitAttribution(Stream):
         if not recompute_ln:
             self._need([f"{path}.hook_scale" for path, _ in norms])
         for path, norm in norms:
+            if self._reads_patches(path):
+                residual_stack = self._without_prefix(residual_stack, pos_slice)
             if recompute_ln:
                 residual_stack = norm.fused(residual_stack)
             else:
@@ -239,10 +241,11 @@ class LogitAttribution(Stream):
             shares = tuple(self._share(share, stack, pos_slice) for share in read.shares)
             pooled = read.pooled(stack, shares, per_token=per_token)
             if isinstance(norm := tower.ln_pool, Norm):
-                scale = self.store["ln_pool.hook_scale"]
-                if self._spec().pool.kind == "none":
-                    scale = self._at("ln_pool.hook_scale", pos_slice)
-                pooled = norm.linear(pooled, scale[..., None, :] if read.shares and per_token else scale)
+                if read.shares:
+                    scale = self.store["ln_pool.hook_scale"]
+                    pooled = norm.linear(pooled, scale[..., None, :] if per_token else scale)
+                else:
+                    pooled = self._normed("ln_pool", norm, pooled, pos_slice)
             outputs.append((read, pooled))
         return outputs
 
@@ -259,11 +262,6 @@ class LogitAttribution(Stream):
                 "stack was made, one that holds all that is pooled, or none."
             )
         return share[..., tokens].to(stack)
-
-    def _without_prefix(self, stack: Tensor, pos_slice: Index | str | None) -> Tensor:
-        if self.layout is None or pos_slice is not None or self.pos is not None:
-            raise NotApplicable("This model reads every patch by itself: take the stack and the cache whole.")
-        return stack[..., self.layout.n_prefix :, :]
 
     def _normed(self, path: str, norm: Norm, stack: Tensor, pos_slice: Index | str | None) -> Tensor:
         scale = self._scale(path, pos_slice)

@@ -312,6 +312,8 @@ class StreamCache(LogitAttribution):
             # A norm of a given scale is linear: what is along u after it is along norm^T u before it.
             matrix = norm.centred((norm.weight.to(matrix)[:, None] * matrix).T).T
             own = norm.divisor(self._scale(path, pos_slice))
+            if scale is not None and scale.shape[-2] != 1 and scale.shape[-2] != own.shape[-2]:
+                own = self._without_prefix(own, pos_slice)
             scale = own if scale is None else scale * own
         return Reading(layer, False, apply_ln, pos_slice, matrix, scale, onto.ndim == 1)
 
@@ -330,6 +332,8 @@ class StreamCache(LogitAttribution):
 
     def _finished(self, stack: Tensor, labels: list[str], read: Reading, return_labels: bool) -> Tensor | Labelled:
         if read.onto is not None:
+            if read.scale is not None and read.scale.shape[-2] not in (1, stack.shape[-2]):
+                stack = self._without_prefix(stack, read.pos_slice)
             stack = stack if read.scale is None else (stack / read.scale).to(stack)
             stack = stack[..., 0] if read.one_direction else stack
         elif read.apply_ln:

@@ -87,12 +87,22 @@ class Stream(ActivationCache):
         return [(path, norm) for path, norm in norms if isinstance(norm, Norm)]
 
     def _scale(self, path: str, pos_slice: Index | str | None) -> Tensor:
-        """The cached scale of a norm, of every token: ``[*batch pos 1]``."""
+        """The cached scale of a norm, of every token that it norms: ``[*batch pos 1]``."""
         name = f"{path}.hook_scale"
         self._need([name])
         if path == "ln_pool" and self._spec().pool.kind != "none":
-            return self.store[name][..., None, :]
+            return self.store[name] if self._reads_patches(path) else self.store[name][..., None, :]
         return self._at(name, pos_slice)
+
+    def _reads_patches(self, path: str) -> bool:
+        """Whether this is a norm of the patches alone, which prefix tokens do not go through."""
+        return path == "ln_pool" and self._spec().pool.kind == "patches"
+
+    def _without_prefix(self, x: Tensor, pos_slice: Index | str | None) -> Tensor:
+        """The patches of ``[... pos any]``, for models whose every patch is read."""
+        if self.layout is None or pos_slice is not None or self.pos is not None:
+            raise NotApplicable("This model reads every patch by itself: take the stack and the cache whole.")
+        return x[..., self.layout.n_prefix :, :]
 
     def _need(self, names: Sequence[str]) -> None:
         missing = [name for name in names if name not in self.store]
