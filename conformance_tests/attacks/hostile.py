@@ -1,4 +1,4 @@
-"""Makers of files that harm: halves of files, pickles that run commands, configurations that bring code along."""
+"""Makers of files that harm: pickles that run commands, configurations with code, images that are programs, playlists."""
 
 from __future__ import annotations
 
@@ -41,3 +41,30 @@ def with_own_code(folder: Path, mark: Path, file: str = "config.json", **setting
     """
     (folder / "own.py").write_text("\n".join(line[8:] for line in code.splitlines()), encoding="utf-8")
     return folder
+
+
+def postscript(path: Path) -> Path:
+    """Write an image that is a program: Pillow hands it to Ghostscript, whatever its name."""
+    lines = ["%!PS-Adobe-3.0 EPSF-3.0", "%%BoundingBox: 0 0 10 10", "%%EndComments", "showpage", "%%EOF", ""]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def ghostscript(folder: Path, mark: Path) -> Path:
+    """Write a program in the place of Ghostscript, which leaves a mark, and return its folder."""
+    folder.mkdir()
+    (folder / "gs").write_text(f"#!/bin/sh\ntouch '{mark}'\nexit 1\n")
+    (folder / "gs").chmod(0o755)
+    return folder
+
+
+_DASH = "<MPD profiles='urn:mpeg:dash:profile:isoff-on-demand:2011'><BaseURL>{address}</BaseURL></MPD>"
+_SDP = "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video {port} RTP/AVP 96\n"
+# Texts that name a film, or an address, for FFmpeg to follow.
+PLAYLISTS = {
+    "ffconcat": "ffconcat version 1.0\nfile {film}\n",
+    "hls": "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{address}\n#EXT-X-ENDLIST\n",
+    "sdp": f"{_SDP}a=rtpmap:96 H264/90000\n",
+    "dash": f'<?xml version="1.0"?>{_DASH}',
+    "dash in a film": f"\x1aE\xdf\xa3{_DASH}",
+}
