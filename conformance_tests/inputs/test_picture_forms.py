@@ -116,7 +116,7 @@ def test_pictures_of_any_kind_and_lists_of_them(tmp_path: Path) -> None:
         ours([image, picture(8, 6)])
     with pytest.raises(InputError, match="at least one"):
         ours([])
-    with pytest.raises(InputError, match="No picture at"):
+    with pytest.raises(InputError, match="No image at"):
         ours("nowhere.png")
 
 

@@ -6,6 +6,8 @@ import json
 import logging
 import tempfile
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +15,67 @@ import torch
 from torch import Tensor, nn
 
 from prisma_clip import tinyclip
-from prisma_core.plugin import LoadError, Preprocess, check_shapes, read_checkpoint
+from prisma_core.plugin import LoadError, Preprocess, check_shapes, code_in, hub, read_checkpoint, without_code
 
 CONFIG = "open_clip_config.json"
 
 
-def create(name: str, options: dict[str, Any]) -> nn.Module:
+def create(name: str, options: dict[str, Any], text: Mapping[str, Any] | None = None) -> nn.Module:
+    """Return a model with random weights; no code that a text tower's configuration names is run.
+
+    Args:
+        name: known to open_clip, or ``local-dir:FOLDER``.
+        options: of ``open_clip.create_model``.
+        text: the configuration of the text tower, where open_clip does not know the name.
+
+    Raises:
+        LoadError: the configuration of a text tower of transformers cannot be read or reached.
+    """
     import open_clip
 
-    text = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
-    if (repository := text.get("hf_model_name")) and "text_cfg" not in options:
-        from prisma_core.plugin import hub
-
-        hub.fetch(
-            repository, ["config.json"], reference=f"the configuration of open_clip:{name}'s text tower, {repository},"
-        )
+    text = (open_clip.get_model_config(name) or {}).get("text_cfg", {}) if text is None else text
     logger = logging.getLogger()
     before = logger.level
     logger.setLevel(logging.ERROR)  # it warns that weights are random; they are about to be filled, or asked to be so
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings(action="ignore"), _text_tower(options.get("text_cfg", text), name) as tower:
             return open_clip.create_model(
-                name, load_weights=False, pretrained_text=False, device=torch.get_default_device(), **options
+                name, load_weights=False, pretrained_text=False, device=torch.get_default_device(), **options | tower
             )
     finally:
         logger.setLevel(before)
 
 
+@contextmanager
+def _text_tower(text: Any, name: str) -> Iterator[dict[str, Any]]:
+    """Yield what open_clip is to be told of a text tower of transformers, whose files name no code."""
+    repository = text.get("hf_model_name") if isinstance(text, Mapping) else None
+    if not repository:
+        yield {}
+        return
+    if not isinstance(repository, str):
+        raise LoadError(f"The text tower of {name} is named {repository!r}: expected the name of a repository.")
+    reference = f"the configuration of open_clip:{name}'s text tower, {repository},"
+    local = Path(repository).is_dir()
+    folder = Path(repository) if local else hub.fetch(repository, ["config.json"], reference=reference).parent
+    with without_code(folder) as files:
+        try:
+            yield {"text_cfg": {**text, "hf_model_name": str(files), "hf_model_pretrained": False}}
+        except (OSError, ValueError) as error:
+            problem = str(error).partition(". ")[0].rstrip(".")
+            raise LoadError(f"{reference} cannot be used: {problem}.{code_in(folder)}") from error
+
+
 def create_from(config: dict[str, Any], options: dict[str, Any]) -> nn.Module:
-    """Return the model of a configuration that open_clip does not know by name."""
+    """Return the model of a configuration that open_clip does not know by name.
+
+    Raises:
+        LoadError: it makes no model.
+    """
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / CONFIG).write_text(json.dumps({"model_cfg": config["model_cfg"], "preprocess_cfg": {}}))
         try:
-            return create(f"local-dir:{folder}", options)
+            return create(f"local-dir:{folder}", options, config["model_cfg"]["text_cfg"])
         except TypeError as error:
             raise LoadError(f"open_clip cannot build this configuration: {error}") from error
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from prisma_core.plugin import LoadError, PluginError, qualified_name
+from prisma_core.plugin import LoadError, PluginError, code_in, hub, qualified_name, without_code
 
 FACTS, FILES = "tokenizer.json", "files"
 SIMPLE, OF_TRANSFORMERS = "open_clip.tokenizer.SimpleTokenizer", "open_clip.tokenizer.HFTokenizer"
+# What a configuration may say of either tokenizer. ``bpe_path`` and all that transformers takes besides is the user's.
+OF_SIMPLE = {"context_length", "clean", "additional_special_tokens", "reduction_mask"}
+OF_FILES = {"context_length", "clean", "strip_sep_token", "language", "tokenizer_mode"}
+PATTERNS = ("*.json", "*.txt", "*.model")  # files of transformers' tokenizers
+NEEDED = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
+LONGEST = 1 << 20
 CLEANING = ("lower", "whitespace", "canonicalize")
 
 
@@ -47,37 +52,66 @@ class Tokenizer:
         return self._made
 
     def _make(self) -> Any:
-        from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer, SimpleTokenizer
+        from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
 
         name = self.config.get("hf_tokenizer_name")
-        facts: dict[str, Any] = {"context_length": DEFAULT_CONTEXT_LENGTH}
-        facts |= {key: self.config[key] for key in ("context_length",) if key in self.config}
-        facts |= self.config.get("tokenizer_kwargs") or {}
+        settings: dict[str, Any] = {"context_length": DEFAULT_CONTEXT_LENGTH}
+        settings |= {key: self.config[key] for key in ("context_length",) if key in self.config}
+        settings |= _mapping(self.config.get("tokenizer_kwargs") or {}, self.of)
         if not name:
-            return SimpleTokenizer(**facts)
-        facts["tokenizer_mode"] = self.config.get("tokenizer_mode")
+            return _simple(settings, self.of)
+        settings["tokenizer_mode"] = self.config.get("tokenizer_mode")
+        if not isinstance(name, str):
+            raise LoadError(f"The tokenizer of {self.of} is named {name!r}: expected the name of a repository.")
         folder = self.folder or (Path(name) if Path(name).is_dir() else None)
-        if folder is not None:
-            return _of_files(folder, facts)
-        from prisma_core.plugin import hub
-
-        reference = f"the tokenizer of {self.of}, {name},"
-        if hub.cached(name, ["tokenizer_config.json", "tokenizer.json"]) is None:
-            hub.reach(reference, instead="Set model.tokenizer, or give tokens [text pos].")
-        return hub.asking(reference, partial(HFTokenizer, name, **facts))
+        if folder is None:
+            reference = f"the tokenizer of {self.of}, {name},"
+            instead = "Set model.tokenizer, or give tokens [text pos]."
+            folder = hub.snapshot(name, PATTERNS, reference=reference, needs=NEEDED, instead=instead)
+        return _of_files(folder, settings)
 
 
-def _of_files(folder: Path, facts: Mapping[str, Any]) -> Any:
+def _of_files(folder: Path, settings: Mapping[str, Any]) -> Any:
+    """Return a tokenizer of transformers inside open_clip's; no code that its files name is run.
+
+    Raises:
+        LoadError: a setting is none of open_clip's, or the files cannot be read.
+        PluginError: transformers is not installed.
+    """
     from open_clip.tokenizer import HFTokenizer
 
+    _check_settings(settings, OF_FILES, folder)
     if importlib.util.find_spec("transformers") is None:
         raise PluginError(
             f'The tokenizer in {folder} needs transformers, which is not installed: pip install "prisma-interp[clip]"'
         )
     try:
-        return HFTokenizer(str(folder), local_files_only=True, trust_remote_code=False, **facts)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-        raise LoadError(f"The tokenizer in {folder} could not be read: {error}") from error
+        with without_code(folder) as files:
+            return HFTokenizer(str(files), **{**settings, "local_files_only": True, "trust_remote_code": False})
+    except Exception as error:  # the library below raises that very class
+        raise LoadError(f"The tokenizer in {folder} could not be read: {error}.{code_in(folder)}") from error
+
+
+def _mapping(settings: object, where: object) -> dict[str, Any]:
+    if not isinstance(settings, dict):
+        raise LoadError(f"tokenizer_kwargs of {where} is {settings!r}: expected settings by name.")
+    return settings
+
+
+def _check_settings(settings: Mapping[str, Any], known: Collection[str], where: object) -> None:
+    """Refuse what a configuration may not say: paths, tokens and code among it, which the library would follow.
+
+    Raises:
+        LoadError: with the names.
+    """
+    if others := [name for name in settings if name not in known]:
+        raise LoadError(
+            f"The tokenizer of {where} has settings that no file may give ({', '.join(others)}): expected none but "
+            f"{', '.join(sorted(known))}. Make the tokenizer yourself, and set model.tokenizer."
+        )
+    length = settings.get("context_length")
+    if type(length) is not int or not 0 < length <= LONGEST:
+        raise LoadError(f"The tokenizer of {where} has context_length={length!r}: expected 1 to {LONGEST} tokens.")
 
 
 # -------------------------------------------------------------------- saved
@@ -96,7 +130,7 @@ def save(made: Any, folder: Path) -> None:
         made.tokenizer.save_pretrained(folder / FILES)
     elif kind == SIMPLE:
         facts["additional_special_tokens"] = [made.decoder[token] for token in made.all_special_ids[2:]]
-        again = _simple(facts)
+        again = _simple({name: value for name, value in facts.items() if name != "kind"}, "the model")
         if made.reduction_fn is not None:
             raise LoadError("it shortens texts at random (reduction_mask)")
         if (again.encoder, again.bpe_ranks) != (made.encoder, made.bpe_ranks):
@@ -108,18 +142,19 @@ def save(made: Any, folder: Path) -> None:
 
 def load(folder: Path) -> Any:
     """Return the tokenizer that ``save`` wrote."""
-    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    return _simple(facts) if facts["kind"] == SIMPLE else _of_files(folder / FILES, _without_kind(facts))
+    settings = _mapping(json.loads((folder / FACTS).read_text(encoding="utf-8")), folder)
+    kind = settings.pop("kind", None)
+    return _simple(settings, folder) if kind == SIMPLE else _of_files(folder / FILES, settings)
 
 
-def _simple(facts: Mapping[str, Any]) -> Any:
+def _simple(settings: Mapping[str, Any], where: object) -> Any:
     from open_clip.tokenizer import SimpleTokenizer
 
-    return SimpleTokenizer(**_without_kind(facts))
-
-
-def _without_kind(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in facts.items() if name != "kind"}
+    _check_settings(settings, OF_SIMPLE, where)
+    try:
+        return SimpleTokenizer(**settings)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise LoadError(f"The tokenizer of {where} cannot be made of {dict(settings)}: {error}") from error
 
 
 def _cleaning(made: Any) -> str:

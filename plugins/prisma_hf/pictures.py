@@ -53,8 +53,8 @@ def found(folder: Path, model: nn.Module, common: dict[str, Any]) -> PicturePrep
 def _read(kind: Any, folder: Path, common: dict[str, Any]) -> Any:
     try:
         return kind.from_pretrained(folder, **common)
-    except (*BROKEN, ImportError):  # no file of one, or its library is not installed: the model is there all the same
-        return None
+    except (*BROKEN, ImportError, AttributeError, TypeError):
+        return None  # no file of one, or its library is not installed: the model is there all the same
 
 
 def preprocess(processor: Any) -> PicturePreprocess:

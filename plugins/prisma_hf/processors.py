@@ -117,7 +117,10 @@ class Processed(PicturePreprocess):
             raise LoadError(
                 f"The installed transformers has no image processor {name!r}, which {folder / CONFIG} names."
             )
-        return cls(kind(**settings))
+        try:
+            return cls(kind(**settings))
+        except FAILS as error:
+            raise LoadError(f"{folder / CONFIG} makes no {name}: {brief(error)}") from error
 
     def denormalise(self, pixels: Tensor) -> Tensor:
         return restored(pixels, *self.scale)
@@ -186,7 +189,10 @@ def _told(pixels: Tensor, made: dict[str, Any]) -> str:
     return ", ".join([*given, *made]) or "nothing"
 
 
-def _kind(name: str) -> Any:
+def _kind(name: object) -> Any:
+    """Return a class of image processors by its name, or None. Of other names transformers would return anything."""
+    from transformers import BaseImageProcessor
     from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
 
-    return get_image_processor_class_from_name(name)
+    found = get_image_processor_class_from_name(name) if isinstance(name, str) else None
+    return found if isinstance(found, type) and issubclass(found, BaseImageProcessor) else None

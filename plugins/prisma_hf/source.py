@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from prisma_core.plugin import (
     Source,
     UnknownName,
     VideoPreprocess,
+    code_in,
     installed,
     keyword_names,
     suggest,
+    without_code,
 )
 from prisma_hf import texts
 from prisma_hf.making import BROKEN, brief, fresh, of_class, unfit
@@ -77,8 +80,14 @@ class HfSource(Source):
             )
         folder = where.folder(weights=pretrained)
         common = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-        with quiet():
-            return _read(where, folder, pretrained, architecture, part, common, options)
+        try:
+            with quiet():
+                return _read(where, folder, pretrained, architecture, part, common, options)
+        except LoadError as error:
+            if trust_remote_code or not (code := code_in(folder)):
+                raise
+            trust = "Where you trust it, trust_remote_code=True runs it."
+            raise LoadError(f"{str(error).rstrip('.')}.{code} {trust}") from error
 
     def models(self) -> Iterator[ModelInfo]:
         for name, path in _classes().items():
@@ -101,7 +110,8 @@ class HfSource(Source):
             folder = where.cached_config()
             if folder is None:
                 return None
-            config, _ = _config(where, folder, {"local_files_only": True, "trust_remote_code": False}, {})
+            with without_code(folder) as files:
+                config, _ = _config(where, files, {"local_files_only": True, "trust_remote_code": False}, {})
             name = next(iter(config.architectures or ()), "")
         return next((case for case in cases() if case.name == name), None)
 
@@ -128,15 +138,17 @@ def _read(
     """Return what ``load`` returns, of a folder."""
     from prisma_hf.pictures import found
 
-    config, others = _config(where, folder, common, options)
-    kind = _kind(config, architecture, trusted=common["trust_remote_code"])
-    config = _own(config, kind)
-    if pretrained:
-        model = _pretrained(where, folder, kind, config, common | others, whole=architecture is None)
-    else:
-        model = fresh(str(where), kind, config, others)
-    model = _part(model, part, str(where))
-    loaded = _loaded(model, config, found(folder, model, common))
+    trusted = common["trust_remote_code"]
+    with nullcontext(folder) if trusted else without_code(folder) as files:
+        config, others = _config(where, files, common, options)
+        kind = _kind(config, architecture, trusted=trusted)
+        config = _own(config, kind)
+        if pretrained:
+            model = _pretrained(where, files, kind, config, common | others, whole=architecture is None)
+        else:
+            model = fresh(str(where), kind, config, others)
+        model = _part(model, part, str(where))
+        loaded = _loaded(model, config, found(files, model, common))
     return replace(loaded, tokenizer=texts.tokenizer(folder, config, common))
 
 

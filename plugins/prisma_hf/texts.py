@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from prisma_core.plugin import LoadError
+from prisma_core.plugin import LoadError, without_code
 
 FACTS = "positions.json"
 FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
@@ -23,7 +24,7 @@ class Tokenizer:
     Args:
         folder: where its files lie.
         positions: how many tokens the model reads, if its configuration says so.
-        common: what else ``from_pretrained`` takes.
+        common: what else ``from_pretrained`` takes; ``trust_remote_code`` is the user's word.
     """
 
     def __init__(self, folder: Path, positions: int | None, common: dict[str, Any]):
@@ -61,8 +62,9 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.folder, **self.common)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+            with nullcontext(self.folder) if self.common["trust_remote_code"] else without_code(self.folder) as files:
+                return AutoTokenizer.from_pretrained(files, **self.common)
+        except Exception as error:  # the library below raises that very class
             raise LoadError(f"The tokenizer in {self.folder} could not be read: {error}") from error
 
 
@@ -74,5 +76,7 @@ def tokenizer(folder: Path, config: Any, common: dict[str, Any]) -> Tokenizer | 
 
 def load(folder: Path) -> Tokenizer:
     """Return the tokenizer that ``save_pretrained`` wrote; code that came with it is not run."""
-    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    return Tokenizer(folder, facts["positions"], {"local_files_only": True, "trust_remote_code": False})
+    positions = json.loads((folder / FACTS).read_text(encoding="utf-8"))["positions"]
+    if positions is not None and (type(positions) is not int or positions < 1):
+        raise LoadError(f"{folder / FACTS} says positions={positions!r}: expected a whole number of tokens, or null.")
+    return Tokenizer(folder, positions, {"local_files_only": True, "trust_remote_code": False})

@@ -22,6 +22,7 @@ from typing import Any, TypeVar, cast
 from prisma_core.errors import LoadError, UnknownName
 
 SECONDS = 5.0
+INSTEAD = "A local file needs no network."
 Result = TypeVar("Result")
 
 
@@ -54,17 +55,26 @@ def fetch(repository: str, names: Sequence[str], *, revision: str | None = None,
 
 def cached(repository: str, names: Sequence[str], *, revision: str | None = None) -> Path | None:
     """Return the first of these files in the hub's cache, or None."""
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import errors, try_to_load_from_cache
 
     for name in names:
-        found = try_to_load_from_cache(repository, name, revision=revision)
+        try:
+            found = try_to_load_from_cache(repository, name, revision=revision)
+        except errors.HFValidationError:  # no name of a repository: whoever asks the hub is told so
+            return None
         if isinstance(found, str):
             return Path(found)
     return None
 
 
 def snapshot(
-    repository: str, patterns: Sequence[str], *, revision: str | None = None, reference: str, needs: Sequence[str] = ()
+    repository: str,
+    patterns: Sequence[str],
+    *,
+    revision: str | None = None,
+    reference: str,
+    needs: Sequence[str] = (),
+    instead: str = INSTEAD,
 ) -> Path:
     """Return a folder with a repository's top-level files of these patterns, downloaded if need be.
 
@@ -74,6 +84,7 @@ def snapshot(
         revision: a branch, tag or commit.
         reference: what the user asked for, for messages.
         needs: files that make a snapshot in the cache complete, any one of them; without them it is asked for anew.
+        instead: what else one may do, for messages.
 
     Raises:
         UnknownName: no such repository or revision.
@@ -83,7 +94,7 @@ def snapshot(
 
     if needs and (kept := cached(repository, needs, revision=revision)) is not None:
         return kept.parent
-    reach(reference)
+    reach(reference, instead=instead)
     how: dict[str, Any] = {"revision": revision, "allow_patterns": list(patterns), "ignore_patterns": ["*/*"]}
     folder = Path(asking(reference, partial(snapshot_download, repository, **how)))
     for path in sorted(folder.iterdir()):
@@ -152,7 +163,7 @@ def _intact(blob: Path) -> bool | None:
         return hashlib.file_digest(file, "sha256").hexdigest() == blob.name
 
 
-def reach(reference: str, *, address: str | None = None, instead: str = "A local file needs no network.") -> None:
+def reach(reference: str, *, address: str | None = None, instead: str = INSTEAD) -> None:
     """Knock once where files are.
 
     Args:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from prisma_core.errors import InputError
 from prisma_core.inputs.forms import PicturePreprocess, restored
 from prisma_core.spec import Facts
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+Side = Annotated[int, Field(gt=0, le=1 << 14)]
+PIXELS = 1 << 28  # of a resized image, at most: what is asked for is far from what a file holds otherwise
 Mean = Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], Field(min_length=1)]
 Std = Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(min_length=1)]
 
@@ -38,9 +41,9 @@ class Preprocess(Facts, PicturePreprocess):
         order: of the channels in the result.
     """
 
-    size: tuple[int, int]
+    size: tuple[Side, Side]
     resize: Literal["shortest", "longest", "squash"] = "shortest"
-    crop: float = Field(default=1.0, gt=0)
+    crop: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     pad: Literal["black", "mean"] = "black"
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
     resampling: Literal["pillow", "torch", "torch_float"] = "pillow"
@@ -86,6 +89,11 @@ class Preprocess(Facts, PicturePreprocess):
         from PIL import Image as images
 
         height, width = self._scaled(image.height, image.width)
+        if not 0 < height * width <= PIXELS:
+            raise InputError(
+                f"An image of {image.height} x {image.width} would become {height} x {width} before it is cut to "
+                f"{self.size[0]} x {self.size[1]}: cut it to a shape nearer to that first."
+            )
         if (image.height, image.width) != (height, width):
             if self.resampling != "pillow":
                 image = self._resized(image, height, width)

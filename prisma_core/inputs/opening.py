@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Picture: TypeAlias = "str | Path | Image | Tensor | Any"
+# What Pillow decodes by itself. It would hand PostScript to Ghostscript, a program that runs what the file says.
+_FORMATS = "PNG JPEG MPO WEBP GIF BMP DIB PPM TIFF AVIF HEIF JXL JPEG2000 ICO QOI SGI TGA"
+FORMATS = tuple(_FORMATS.split())
 
 
 def open_picture(picture: Picture, channels: int = 3) -> Image:
@@ -24,22 +27,38 @@ def open_picture(picture: Picture, channels: int = 3) -> Image:
         InputError: it is no picture.
     """
     from PIL import Image as images
-    from PIL import ImageOps
 
     if isinstance(picture, str | Path):
-        try:
-            with images.open(picture) as opened:
-                image = ImageOps.exif_transpose(opened)
-                image.load()
-        except FileNotFoundError as error:
-            raise InputError(f"No picture at {picture}.") from error
-        except (OSError, SyntaxError, ValueError, images.DecompressionBombError) as error:
-            raise InputError(f"{picture} is not a picture that Pillow can read: {error}") from error
+        image = _read(picture)
     elif isinstance(picture, images.Image):
+        form = getattr(picture, "format", None)
+        if form not in (None, *FORMATS) and getattr(picture, "tile", None):  # opened, and not decoded yet
+            raise InputError(f"This image is a file of {form}, which is not decoded here: {_EXPECTED}")
         image = picture
     else:
         image = _from_array(picture)
     return _flattened(image).convert("L" if channels == 1 else "RGB")
+
+
+_EXPECTED = f"expected {', '.join(FORMATS[:6])} or another format that runs no program. Save it as PNG."
+
+
+def _read(path: str | Path) -> Image:
+    from PIL import Image as images
+    from PIL import ImageOps
+
+    images.init()
+    try:
+        with images.open(path, formats=[form for form in FORMATS if form in images.OPEN]) as opened:
+            image = ImageOps.exif_transpose(opened)
+            image.load()
+            return image
+    except FileNotFoundError as error:
+        raise InputError(f"No image at {path}.") from error
+    except images.UnidentifiedImageError as error:
+        raise InputError(f"{path} is no image that Pillow may read: {_EXPECTED}") from error
+    except Exception as error:  # over damaged bytes decoders stumble in any way there is
+        raise InputError(f"{path} is not an image that Pillow can read: {error}") from error
 
 
 def _flattened(image: Image) -> Image:

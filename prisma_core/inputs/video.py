@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
@@ -23,6 +24,19 @@ _ENDINGS = """
     3g2 3gp asf avi divx f4v flv m2ts m4v mjpeg mkv mov mp4 mpe mpeg mpg mts ogm ogv qt ts vob webm wmv
 """
 FILMS = frozenset(f".{ending}" for ending in _ENDINGS.split())
+# FFmpeg's names of what holds a film's own bytes. Its other formats are lists of files and addresses, or devices.
+_DEMUXERS = """
+    mov,mp4,m4a,3gp,3g2,mj2 matroska,webm avi mpeg mpegts mpegvideo m4v h264 hevc ivf ogg flv asf
+    rm mxf mjpeg gif wav
+"""
+WHITELISTS = {"format_whitelist": ",".join(_DEMUXERS.split()), "protocol_whitelist": "file"}
+# How such files begin, in the order of their names; lists begin with a line of text.
+_BEGINNINGS = re.compile(
+    rb".{4}(ftyp|moov|mdat|free|skip|wide|pnot|uuid)|\x1aE\xdf\xa3|RIFF.{4}|\0\0\0?\x01|G.{187}G|.{4}G.{191}G|DKIF|OggS|FLV"
+    rb"|\x30\x26\xb2\x75|\.RMF|\x06\x0e\x2b\x34|\xff\xd8\xff|GIF8",
+    re.DOTALL,
+)
+_LISTS = (b"<mpd", b"<composition")  # found by FFmpeg anywhere in what is before the first zero
 INSTALL = 'pip install "prisma-interp[video]"'
 
 
@@ -91,6 +105,7 @@ def read_video(
     path = Path(path)
     if not path.is_file():
         raise InputError(f"No video at {path}.")
+    _check_beginning(path)
     if decoder == "torchcodec" or (decoder is None and _torchcodec() is not None):
         try:
             return _read_with_torchcodec(path, frames)
@@ -99,6 +114,22 @@ def read_video(
             if decoder is not None or importlib.util.find_spec("av") is None:
                 raise
     return _read_with_av(path, frames)
+
+
+def _check_beginning(path: Path) -> None:
+    """Refuse files that a decoder may take for a list of other files, or of addresses.
+
+    Raises:
+        InputError: it does not begin like a video.
+    """
+    with path.open("rb") as file:
+        head = file.read(1 << 20)
+    text = head.partition(b"\0")[0].lower()
+    if _BEGINNINGS.match(head) is None or any(name in text for name in _LISTS):
+        raise InputError(
+            f"{path} begins like no video: expected MP4, Matroska, AVI, MPEG, Ogg or the like. Playlists and lists of "
+            "files are not followed."
+        )
 
 
 def evenly(n: int, wanted: int | None, what: str) -> list[int]:
@@ -154,7 +185,7 @@ def _read_with_torchcodec(path: Path, frames: int | None) -> Tensor:
     if decoders is None:
         raise PluginError("torchcodec is not installed, or finds no FFmpeg to decode with: decoder='av' does without.")
     try:
-        reader = decoders.VideoDecoder(str(path))
+        reader = decoders.VideoDecoder(str(path.resolve()))
         facts = reader.metadata
         _whole(path, facts.num_frames_from_content, facts.num_frames_from_header)
         indices = evenly(len(reader), frames, str(path))
@@ -173,22 +204,28 @@ def _read_with_av(path: Path, frames: int | None) -> Tensor:
         n = _count_with_av(av, path)
         wanted = set(indices := evenly(n, frames, str(path)))
         kept: list[Tensor] = []
-        with av.open(str(path)) as file:
+        with _opened(av, path) as file:
             for index, frame in enumerate(file.decode(file.streams.video[0])):
                 if index in wanted:
                     kept.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
                 if len(kept) == len(indices):
                     break
-    except av.error.FFmpegError as error:
-        raise InputError(f"{path} is not a video that PyAV can read, or is damaged: {error.strerror}.") from error
+    except (av.error.FFmpegError, UnicodeDecodeError) as error:
+        problem = getattr(error, "strerror", None) or "its names are no text"
+        raise InputError(f"{path} is not a video that PyAV can read, or is damaged: {problem}.") from error
     if len({frame.shape for frame in kept}) > 1:
         raise InputError(f"The frames of {path} change their size on the way.")
     return torch.stack(kept)
 
 
+def _opened(av: Any, path: Path) -> Any:
+    """Return a file opened by PyAV, and none that it names; in an absolute path FFmpeg sees no address."""
+    return av.open(str(path.resolve()), options=dict(WHITELISTS))
+
+
 def _count_with_av(av: Any, path: Path) -> int:
     """Return how many frames there are. What a header says may be missing or wrong, so they are decoded and counted."""
-    with av.open(str(path)) as file:
+    with _opened(av, path) as file:
         if not file.streams.video:
             kinds = ", ".join(sorted({stream.type for stream in file.streams})) or "nothing"
             raise InputError(f"{path} holds no video stream: it holds {kinds}.")

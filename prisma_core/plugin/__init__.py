@@ -21,6 +21,7 @@ from prisma_core.errors import (
 from prisma_core.files import hub
 from prisma_core.files.atomic import replacing
 from prisma_core.files.checkpoint import check_axes, check_shapes, read_checkpoint, read_states
+from prisma_core.files.code import code_in, without_code
 from prisma_core.hooks.capture import positions_of
 from prisma_core.hooks.migration import keyword_names
 from prisma_core.hooks.model import HookMapping
@@ -100,8 +101,9 @@ __all__ = [
     "Preprocess", "PicturePreprocess", "VideoPreprocess", "Picture", "open_picture", "read_video", "restored", "probe",
     "SIZES",
     # files, the hub, and options of sources
-    "read_checkpoint", "read_states", "replacing", "check_axes", "check_shapes", "hub", "Options", "read_options",
-    "Whole", "Above", "Heads", "Eps", "Pixels", "check_keywords", "keywords", "keyword_names",
+    "read_checkpoint", "read_states", "replacing", "check_axes", "check_shapes", "hub", "without_code", "code_in",
+    "Options", "read_options", "Whole", "Above", "Heads", "Eps", "Pixels", "check_keywords", "keywords",
+    "keyword_names",
     # techniques and commands
     "Hook", "HookMapping", "Query", "LayerQuery", "layer_of", "short_name", "positions_of", "screen", "Host",
     "PluginInfo", "installed",
