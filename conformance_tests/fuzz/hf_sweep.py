@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from prisma_conformance import tolerances
-from prisma_conformance.randomise import randomise
 from prisma_conformance.measure import worst
+from prisma_conformance.randomise import randomise
 from torch import Tensor, nn
 
 from prisma_core.errors import UnsupportedArchitecture

@@ -21,12 +21,20 @@ from prisma_lens.heads import head_scores, rollout
 from prisma_lens.lens import LENS_NAMES, Lens, logit_lens, token_logits
 from prisma_lens.metrics import Metric, as_metric, logit, logit_difference
 from prisma_lens.probes import probe
+from prisma_lens.readouts import Readout, readout
+from prisma_lens.tuned import TunedLens, fit_tuned_lens, lens_kl, unembed_hash
 
 __all__ = [
     "logit_lens",
     "token_logits",
     "Lens",
     "LENS_NAMES",
+    "readout",
+    "Readout",
+    "TunedLens",
+    "fit_tuned_lens",
+    "lens_kl",
+    "unembed_hash",
     "logit_attribution",
     "head_attribution",
     "source_attribution",
