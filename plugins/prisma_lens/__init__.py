@@ -6,6 +6,7 @@ logit_attribution(model, cache, classes=[3]).values          # [component batch 
 similarity_attribution(clip, cache, "text", by="head").values  # [component image text]
 """
 
+from prisma_lens.attribute import attribute, names_for
 from prisma_lens.attribution import (
     Attribution,
     attribution_names,
@@ -35,6 +36,8 @@ __all__ = [
     "fit_tuned_lens",
     "lens_kl",
     "unembed_hash",
+    "attribute",
+    "names_for",
     "logit_attribution",
     "head_attribution",
     "source_attribution",
