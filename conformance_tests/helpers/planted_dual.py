@@ -7,8 +7,10 @@ opposite signs; the other texts lie elsewhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from models import build
 from planted import ANSWER, MARK, WIDTH, planted
 from torch import Tensor
 
@@ -63,6 +65,25 @@ def planted_dual(*, ln_final: bool = False, logit_bias: bool = False) -> HookedD
         model.logit_scale.fill_(1.5)
         if logit_bias:
             model.logit_bias.fill_(-0.7)
+    model.tokenizer = tokenize
+    return model
+
+
+def random_dual(seed: int = 0, **vision: Any) -> HookedDual:
+    """Return a dual encoder whose every number is random, in float64, with a vision tower of these facts.
+
+    Args:
+        seed: of the weights.
+        vision: as ``models.build`` takes them.
+    """
+    torch.set_default_dtype(torch.float64)
+    tower, text = build(**{"n_classes": D_EMBED, "seed": seed} | vision), planted_dual().spec.text
+    model = HookedDual(DualSpec(vision=tower.spec, text=text, logit_bias=True)).double().eval()
+    torch.set_default_dtype(torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64) + 0.05)
     model.tokenizer = tokenize
     return model
 

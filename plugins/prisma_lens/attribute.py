@@ -149,10 +149,9 @@ def _heads(cache: Any, own: Any, g: Tensor, keep: bool) -> tuple[Tensor, Tensor]
     g, at = _read(g)
     rest, rows = _stack(cache, g, "mlp", keep, at).sum(0), _Table(own, "heads")
     for layer, block in enumerate(own.layers()):
-        _check(layer, block, "ln1", "heads", "attn_out")
+        check_sum_of(layer, block, "ln1", "heads", "attn_out")
         for branch in attentions(block):
-            z = cache[f"blocks.{layer}.{branch.name}.{_z(branch)}"][:, at]
-            z = z if z.ndim == 4 else z.unflatten(-1, (branch.module.spec.n_heads, -1))
+            z = head_inputs(cache, layer, branch)[:, at]
             along = torch.einsum("bpd,hed->bphe", g, branch.scaled(branch.module.W_O).to(g))
             rows.append(_spread(torch.einsum("bphe,bphe->hbp", z, along), at, cache, keep))
             rest = rest + _bias(g, branch.scaled(branch.module.b_O), at, cache, keep)
@@ -163,7 +162,7 @@ def _neurons(cache: Any, own: Any, g: Tensor, keep: bool) -> tuple[Tensor, Tenso
     g, at = _read(g)
     rest, rows = _stack(cache, g, "attn", keep, at).sum(0), _Table(own, "neurons")
     for layer, block in enumerate(own.layers()):
-        _check(layer, block, "ln2", "neurons", "mlp_out")
+        check_sum_of(layer, block, "ln2", "neurons", "mlp_out")
         for branch in mlps(block):
             post = cache[f"blocks.{layer}.{branch.name}.hook_post"][:, at]
             along = g @ branch.scaled(branch.module.W_out).to(g).T
@@ -177,7 +176,7 @@ def _sources(cache: Any, own: Any, g: Tensor, keep: bool, merged: bool = False) 
     g, at = _read(g)
     rest, rows = _stack(cache, g, "mlp", False, at).sum(0), _Table(own, "heads")
     for layer, block in enumerate(own.layers()):
-        _check(layer, block, "ln1", "heads", "attn_out")
+        check_sum_of(layer, block, "ln1", "heads", "attn_out")
         for branch in attentions(block):
             spec, name = branch.module.spec, f"blocks.{layer}.{branch.name}"
             if spec.inner_norm is not None:
@@ -243,11 +242,22 @@ class _Table:
         return self.rows.unflatten(0, (len(self.own.blocks), -1)).flatten(1, 2)
 
 
+def head_inputs(cache: Any, layer: int, branch: Any) -> Tensor:
+    """Return what W_O of each head reads: ``[batch pos head d_head]``."""
+    z = cache[f"blocks.{layer}.{branch.name}.{_z(branch)}"]
+    return z if z.ndim == 4 else z.unflatten(-1, (branch.module.spec.n_heads, -1))
+
+
 def _z(branch: Any) -> str:
     return "hook_z" if branch.module.spec.inner_norm is None else "ln.hook_normalized"
 
 
-def _check(layer: int, block: Any, norm: str, what: str, out: str) -> None:
+def check_sum_of(layer: int, block: Any, norm: str, what: str, out: str) -> None:
+    """Refuse a block whose heads, or neurons, are normed before they join the stream.
+
+    Raises:
+        NotApplicable: with which norm it is.
+    """
     if block.spec.kind == "res_post" and getattr(block.spec, norm) is not None:
         raise NotApplicable(
             f"Layer {layer} is a res_post block: {norm} normalises the sum of its {what} before it joins the stream, "

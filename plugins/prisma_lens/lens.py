@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from prisma_core import ActivationCache, HookedModel, HookedText, HookedViT, InputError, NotApplicable, Result
-from prisma_lens.readouts import Target, TowerName, cache_of, readout, token_labels, tower_of
-from prisma_lens.tuned import TunedLens, token_outputs
+from prisma_lens.readouts import Target, TowerName, cache_of, readout, token_labels, token_outputs, tower_of
+from prisma_lens.tuned import TunedLens
 
 LENS_NAMES = ("*.hook_resid_pre", "*.hook_resid_post")
 """The hook points that a cache must hold for ``logit_lens``."""

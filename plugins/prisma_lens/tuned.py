@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from prisma_core import HookedModel, HookedText, HookedViT, InputError, LoadError, NotApplicable, Result
 from prisma_core.plugin import read_checkpoint, replacing
-from prisma_lens.readouts import Readout, Target, TowerName, cache_of, readout, tower_of
+from prisma_lens.readouts import Readout, Target, TowerName, cache_of, readout, token_outputs, tower_of
 
 TokenSubset = Literal["all", "cls", "patches", "prefix", "registers"]
 _NAMES = ("*.hook_resid_pre", "*.hook_resid_post")
@@ -246,31 +246,6 @@ def lens_kl(
         baseline="the reading after the last layer",
         facts={"tokens": tokens, "n_tokens": n},
     )
-
-
-def token_outputs(model: HookedViT | HookedText, stream: Tensor) -> Tensor:
-    """Return the output ``[... out]`` of every token of a residual stream ``[... d_model]``, each taken alone.
-
-    Raises:
-        NotApplicable: the model has one head for each of several tokens, or blocks that norm the stream.
-    """
-    if isinstance(model, HookedViT) and model.spec.n_heads_out > 1:
-        raise NotApplicable(
-            f"This model reads {model.spec.n_heads_out} tokens with a head each and averages their logits; a lens "
-            "needs one head. Its streams are in the cache all the same."
-        )
-    if any(block.kind == "post" for block in model.spec.blocks):
-        raise NotApplicable(
-            "This model's blocks norm the stream itself (post-norm, as BERT does), so a stream inside is not what its "
-            "head could read. Its streams are in the cache all the same."
-        )
-    x = stream.reshape(-1, 1, stream.shape[-1])
-    if model.spec.ln_final is not None:
-        x = model.ln_final(x)
-    x = model.ln_pool(x[:, 0] if isinstance(model, HookedText) else model.pool(x, 0))
-    if model.spec.n_classes is not None:
-        x = model.head_mlp(x) if isinstance(model, HookedText) and model.spec.head else model.head(x)
-    return x.reshape(*stream.shape[:-1], x.shape[-1])
 
 
 def _logits(model: HookedModel, target: Target | None, tower: TowerName) -> Callable[[Tensor], Tensor]:
