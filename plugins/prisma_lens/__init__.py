@@ -17,13 +17,18 @@ from prisma_lens.attribution import (
     similarity_directions,
     source_attribution,
 )
+from prisma_lens.bridge import captum_inputs
+from prisma_lens.composition import composition
 from prisma_lens.decomposition import head_outputs, mean_ablation, segment
+from prisma_lens.flow import attention_flow
 from prisma_lens.gradients import grad_cam, gradient_x_activation, integrated_gradients
 from prisma_lens.heads import head_scores, rollout
+from prisma_lens.induction import induction
 from prisma_lens.lens import LENS_NAMES, Lens, logit_lens, token_logits
 from prisma_lens.metrics import Metric, as_metric, logit, logit_difference
 from prisma_lens.probes import probe
 from prisma_lens.readouts import Readout, readout
+from prisma_lens.relevance import relevance
 from prisma_lens.second_order import neuron_outputs, second_order, second_order_names
 from prisma_lens.textspan import name_heads, textspan
 from prisma_lens.tuned import TunedLens, fit_tuned_lens, lens_kl, unembed_hash
@@ -59,6 +64,11 @@ __all__ = [
     "neuron_outputs",
     "head_scores",
     "rollout",
+    "attention_flow",
+    "relevance",
+    "composition",
+    "induction",
+    "captum_inputs",
     "gradient_x_activation",
     "integrated_gradients",
     "grad_cam",
