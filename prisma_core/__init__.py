@@ -33,6 +33,7 @@ from prisma_core.result import Result
 from prisma_core.saving.folder import save
 from prisma_core.spec import ModelSpec
 from prisma_core.transformer import HookedDual, HookedText, HookedViT
+from prisma_core.transformer.block import attentions, mlps
 from prisma_core.transformer.embed import resize_positions
 from prisma_core.transformer.rewrites import (
     center_writing_weights,
@@ -70,4 +71,5 @@ __all__ = [
     # weights: equivalent ones, and tools for techniques
     "rewrite", "fold_layer_norm", "fold_layer_scale", "center_writing_weights", "fold_value_biases",
     "refactor_factored_attn_matrices", "tensors_of", "assign", "resize_positions", "count_tables", "Size",
+    "attentions", "mlps",
 ]

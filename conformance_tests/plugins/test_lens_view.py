@@ -279,12 +279,20 @@ def test_pictures_of_random_weights_say_so(found: prisma_view.Report, tmp_path: 
 def test_the_legend_names_every_class_of_its_panels(width: int, rows: int) -> None:
     names = tuple(f"a long name {index}" for index in range(30))
     logits = torch.eye(30)[None].repeat(2, 1, 1)
+    lens = Lens(logits, ("layer", "pos", "class"), {"layer": ("a", "b")})
     logits[0] = logits[0].flip(0)
     layout = TokenLayout(rows=5, columns=6)
     made = model(n_classes=30)
     made.labels = names
     found = prisma_view.Report(
-        made, picture(1), picture(2), layout, logits[0, 0], [0], logits[None, None], lens=Lens(logits, ("a", "b"))
+        made,
+        picture(1),
+        picture(2),
+        layout,
+        logits[0, 0],
+        [0],
+        logits[None, None],
+        lens=lens,
     )
     colours = {index: CLASSES[index] if index < 9 else REST for index in range(30)}
     legend = _legend(found, [0, 1], width, colours)

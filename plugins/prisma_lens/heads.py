@@ -50,7 +50,7 @@ def head_scores(model: HookedModel, images: Tensor, *, batch_size: int = 16) -> 
     Raises:
         NotApplicable: the model has no patterns over all tokens, or no token layout.
     """
-    names, layout = _patterns(model, images)
+    names, layout = pattern_names(model, images)
     kinds = {kind: mask.float() for kind, mask in key_kinds(layout).items()}
     every = [f"modulus {m}" for m in MODULI]
     masks = torch.stack([*kinds.values(), *_moduli(layout)])  # [kind query key]
@@ -141,17 +141,10 @@ def rollout(
     Raises:
         NotApplicable: as ``head_scores``.
     """
-    names, layout = _patterns(model, images)
-    with torch.no_grad():
-        _, cache = model.run_with_cache(images, names=names, output=False)
-    mixed: Tensor | None = None
-    for name in names:
-        pattern = cache[name].float()
-        one = pattern.mean(1) if heads is None else heads(pattern)
-        step = residual * torch.eye(one.shape[-1], device=one.device) + (1 - residual) * one
-        step = step / step.sum(-1, keepdim=True)
-        mixed = step if mixed is None else step @ mixed
-    assert mixed is not None
+    steps, layout = mixing_steps(model, images, residual, heads)
+    mixed = steps[0]
+    for step in steps[1:]:
+        mixed = step @ mixed
     tokens = tuple(layout.token_names())
     return Result(
         mixed,
@@ -164,7 +157,35 @@ def rollout(
     )
 
 
-def _patterns(model: HookedModel, images: Tensor) -> tuple[list[str], TokenLayout]:
+def mixing_steps(
+    model: HookedModel, images: Tensor, residual: float, heads: Callable[[Tensor], Tensor] | None
+) -> tuple[list[Tensor], TokenLayout]:
+    """Return for each layer how it mixes tokens, ``[batch query key]`` with rows that sum to 1, and their layout.
+
+    Args:
+        model, images, residual, heads: as in ``rollout``.
+
+    Raises:
+        NotApplicable: as ``head_scores``.
+    """
+    names, layout = pattern_names(model, images)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(images, names=names, output=False)
+    steps = list[Tensor]()
+    for name in names:
+        pattern = cache[name].float()
+        one = pattern.mean(1) if heads is None else heads(pattern)
+        step = residual * torch.eye(one.shape[-1], device=one.device) + (1 - residual) * one
+        steps.append(step / step.sum(-1, keepdim=True))
+    return steps, layout
+
+
+def pattern_names(model: HookedModel, images: Tensor) -> tuple[list[str], TokenLayout]:
+    """Return the hook points of a model's patterns, in order, and where its tokens are.
+
+    Raises:
+        NotApplicable: it has no patterns over all tokens, or no token layout.
+    """
     layout, points = model.layout_for(images), model.hook_points()
     names = [name for name in points if name.endswith("attn.hook_pattern") and layer_of(name) is not None]
     names = [name for name in names if points[name].axes == "batch head query_pos key_pos"]

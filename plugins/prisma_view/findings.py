@@ -119,7 +119,7 @@ def report(model: HookedViT, picture: Any, other: Any, *, progress: bool = False
             _by_layer([cache[name][0] for name in patterns], patterns),
         )  # fmt: skip
         lens = _try(found, "lens", lambda: logit_lens(model, cache))
-        found.lens = lens and Lens(lens.logits[:, 0], lens.stages)
+        found.lens = lens and lens.sel(batch=0)
         found.shown = _shown(logits[0], found.lens)
         found.layers = _try(found, "layers", lambda: logit_attribution(model, cache, found.shown))
         found.heads = _try(found, "heads", lambda: head_attribution(model, cache, found.shown))

@@ -86,7 +86,9 @@ class Circuits(WeightViews):
         counts = [block.attn.n_heads * block.n_parallel for block in self.spec.blocks]
         return [f"L{layer}H{head}" for layer, n in enumerate(counts) for head in range(n)]
 
-    def all_composition_scores(self, mode: Literal["Q", "K", "V"]) -> Float[Tensor, "layer head later head"]:
+    def all_composition_scores(
+        self, mode: Literal["Q", "K", "V"], *, rotation: Float[Tensor, "d_model d_model"] | None = None
+    ) -> Float[Tensor, "layer head later head"]:
         """Return how much each head reads of what each earlier head writes: ``[layer head later_layer later_head]``.
 
         Norms, layer scales, biases and rotations are left out: fold norms and scales before
@@ -94,6 +96,8 @@ class Circuits(WeightViews):
 
         Args:
             mode: what the later head makes of it: queries, keys or values.
+            rotation: an orthogonal matrix that what is written goes through: with one drawn at random, the scores of
+                heads that have nothing to do with each other.
 
         Source: "A Mathematical Framework for Transformer Circuits" (Elhage et al. 2021): the norm of the product of two
             circuits, over the product of their norms.
@@ -102,6 +106,8 @@ class Circuits(WeightViews):
         if mode not in reads:
             raise InputError(f"Expected the mode 'Q', 'K' or 'V', got {mode!r}.")
         earlier, later, n = self.OV, reads[mode](), len(self.blocks)
+        if rotation is not None:
+            earlier = earlier @ rotation.to(earlier.B)
         # One layer at a time: the inner products of all pairs are large.
         scores = torch.stack([composition_scores(earlier[layer], later) for layer in range(n)])
         layer = torch.arange(n, device=scores.device)

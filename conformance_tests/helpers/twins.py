@@ -1,0 +1,39 @@
+"""Broken twins: a technique with one planted mistake, which its planted truth must reject."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+def twin(technique: Callable[..., Any], right: str, wrong: str) -> Any:
+    """Return a copy of a function, made from a copy of its module in which one passage reads differently.
+
+    Args:
+        technique: the function.
+        right: a passage that stands in its module once.
+        wrong: the mistake.
+    """
+    module = sys.modules[technique.__module__]
+    source = inspect.getsource(module)
+    assert source.count(right) == 1, f"{right!r} stands {source.count(right)} times in {module.__name__}"
+    copy = ModuleType(f"{module.__name__}_twin")
+    copy.__file__ = module.__file__
+    sys.modules[copy.__name__] = copy  # dataclasses look their module up
+    try:
+        exec(compile(source.replace(right, wrong), str(module.__file__), "exec"), vars(copy))
+    finally:
+        del sys.modules[copy.__name__]
+    return getattr(copy, technique.__name__)
+
+
+def rejects(truth: Callable[[Any], None], technique: Callable[..., Any], right: str, wrong: str) -> None:
+    """Assert that a planted truth holds of a technique and not of its broken twin."""
+    truth(technique)
+    with pytest.raises(AssertionError):
+        truth(twin(technique, right, wrong))

@@ -1,0 +1,183 @@
+"""CLIP's decomposition: an image's vector as a sum over layers, heads and patches, and what each is worth.
+
+Equation:
+    M(I) / |M(I)| = sum_{l,h,i} c[l,h,i] + (embeddings and MLPs) + constant, c the part that head h of layer l brings
+    from token i, through the frozen norms and projection. Mean ablation replaces the parts of the layers up to l by
+    their means over images. A text's map is m[i] = sum_{l,h} <c[l,h,i], text>.
+Cost:
+    One pass over the images; heads' parts ``[layer head image d_embed]`` are kept. A map is ``attribute`` by source.
+Misleads:
+    Direct effects alone. That ablating early layers changes little says that later ones pass their work on, not that
+    they do nothing. Maps show from where heads bring what is like the text, also where the object is not.
+Source:
+    Gandelsman, Efros and Steinhardt, "Interpreting CLIP's Image Representation via Text-Based Decomposition" (2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from prisma_core import HookedDual, HookedModel, InputError, NotApplicable, Result, attentions
+from prisma_lens.attribute import attribute, check_sum_of, head_inputs, names_for
+from prisma_lens.covectors import lengths
+from prisma_lens.readouts import Target, cache_of, readout, tower_of
+
+
+@torch.no_grad()
+def head_outputs(model: HookedModel, images: Iterable[Tensor] | Tensor, *, progress: bool = False) -> Result:
+    """Return what each head of the vision tower adds to each image's vector: ``[layer head image d_embed]``.
+
+    Args:
+        model: a dual encoder, or a vision tower with an output.
+        images: batches of images, or one.
+        progress: show a bar.
+
+    Returns:
+        The values, of vectors of unit length for a dual encoder; ``tensors["rest"]``: what embeddings, MLPs, biases
+        and the constant add, ``[image d_embed]``. Together they sum to ``encode_image``.
+
+    Raises:
+        NotApplicable: the tower's stream or output is no sum over heads.
+        InputError: there are no images.
+    """
+    own, parts, rests = tower_of(model, "vision"), list[Tensor](), list[Tensor]()
+    for batch in _batches(images, progress):
+        cache = cache_of(model, batch, lambda each: [*names_for(each, "head"), *names_for(each)])
+        scale = unit_scale(model, cache)
+        layers = list[Tensor]()
+        for layer, block in enumerate(own.layers()):
+            check_sum_of(layer, block, "ln1", "heads", "attn_out")
+            heads = [
+                torch.einsum("bphe,hed->hbpd", head_inputs(cache, layer, each), each.scaled(each.module.W_O))
+                for each in attentions(block)
+            ]
+            layers.append(cache.project_stack(torch.cat(heads)) / scale)
+        if len({len(each) for each in layers}) != 1:
+            raise NotApplicable("The layers differ in their number of heads, so there is no [layer head] to return.")
+        others = cache.project_stack(cache.decompose_resid(mode="mlp")).sum(0)
+        biases = torch.stack([each.scaled(each.module.b_O) for b in own.layers() for each in attentions(b)]).sum(0)
+        shape = (1, *cache["attn_out", -1].shape)
+        others = others + cache.project_stack(biases.expand(shape))[0] + cache.logit_constant()
+        parts.append(torch.stack(layers).cpu())
+        rests.append((others / scale).cpu())
+    if not parts:
+        raise InputError("There are no images.")
+    values = torch.cat(parts, 2)
+    return Result(
+        values,
+        ("layer", "head", "image", "d_embed"),
+        {
+            "layer": tuple(f"L{layer}" for layer in range(values.shape[0])),
+            "head": tuple(f"H{head}" for head in range(values.shape[1])),
+        },
+        technique="head_outputs",
+        unit="of the image's vector",
+        total="the image's vector, with tensors['rest']",
+        tensors={"rest": torch.cat(rests)},
+    )
+
+
+@torch.no_grad()
+def mean_ablation(
+    model: HookedModel,
+    data: Iterable[Tensor] | Iterable[tuple[Tensor, Tensor]],
+    target: Target,
+    *,
+    progress: bool = False,
+) -> Result:
+    """Return how well images are classified when the parts of layers are replaced by their means: ``[kind layer]``.
+
+    Args:
+        model: a dual encoder, or a classifier.
+        data: batches of images, or of images and the index of the right text (or class) for each ``[batch]``.
+        target: the texts, or classes, that are told apart (see ``readout``).
+        progress: show a bar.
+
+    Returns:
+        The accuracy with the attentions (``attn``) or MLPs (``mlp``) of all layers up to each ablated: of the given
+        labels, or without them of the intact model's answers. ``facts["intact"]`` is that of the intact model.
+
+    Raises:
+        InputError: there are fewer than two images or targets.
+        NotApplicable: the stream or the output is no sum of components.
+    """
+    reading, stacks, truths, given = readout(model, target), list[Tensor](), list[Tensor](), False
+    labels: list[str] = []
+    for item in _batches(data, progress):
+        images, truth = item if isinstance(item, tuple | list) else (item, None)
+        cache = cache_of(model, images, names_for)
+        parts, labels = cache.decompose_resid(return_labels=True)
+        outputs = torch.cat([cache.project_stack(parts), cache.logit_constant()[None]])  # constants are their own mean
+        stacks.append(outputs @ reading.vectors.to(outputs).T)
+        given = truth is not None
+        if truth is not None:
+            truths.append(truth)
+    if not stacks or sum(each.shape[1] for each in stacks) < 2 or len(reading.labels) < 2:
+        raise InputError("Expected at least two images, and two texts or classes to tell apart.")
+    stack = torch.cat(stacks, 1)  # [component image class]
+    intact = stack.sum(0).argmax(-1)  # lengths and biases, the same for all texts, change no answer
+    truth = torch.cat(truths).to(intact) if given else intact
+    mean = stack.mean(1, keepdim=True).expand_as(stack)
+    n = len(tower_of(model, "vision").blocks)
+    values = torch.full((2, n), float("nan"))
+    for row, kind in enumerate(("attn", "mlp")):
+        ablated = torch.zeros(len(stack), dtype=torch.bool)
+        for layer in range(n):
+            if f"{layer}_{kind}_out" in labels:
+                ablated[labels.index(f"{layer}_{kind}_out")] = True
+            answers = (torch.where(ablated[:, None, None], mean, stack).sum(0)).argmax(-1)
+            values[row, layer] = (answers == truth).float().mean()
+    return Result(
+        values,
+        ("kind", "layer"),
+        {"kind": ("attn", "mlp"), "layer": tuple(f"L{layer}" for layer in range(n))},
+        technique="mean_ablation",
+        unit="accuracy" if given else "share of the intact model's answers",
+        baseline="the direct effects of all layers up to this one replaced by their means over the images",
+        facts={"intact": (intact == truth).float().mean().item(), "images": stack.shape[1]},
+    )
+
+
+def segment(model: HookedModel, images: Any, target: Target, *, against: Target | None = None) -> Result:
+    """Return a map of each text (or class) over the patches: ``[batch row column class]``, of a video with ``frame``.
+
+    Args:
+        model: a dual encoder, or a classifier.
+        images: images, or a cache with ``names_for(model, "source")``.
+        target, against: texts or classes, as in ``attribute``.
+
+    Returns:
+        What all heads bring from each patch along each text. ``values.argmax(-1)`` is the text of each patch.
+
+    Raises:
+        NotApplicable: as ``attribute``; or the model has no grid of patches.
+    """
+    found = attribute(model, images, target, against=against, by="source")
+    cache = images if not isinstance(images, Tensor) and hasattr(images, "layout") else None
+    layout = cache.layout if cache is not None else tower_of(model, "vision").layout_for(images)
+    if layout is None:
+        raise NotApplicable("This model has no token layout, so its patches have no places.")
+    values = layout.grid(found.values.sum(0), axis=0).movedim(-2, 0)
+    axes = ("batch", *(["frame"] if layout.frames > 1 else []), "row", "column", "class")
+    return Result(
+        values,
+        axes,
+        {"class": found.names("class")},
+        technique="segment",
+        unit="logits",
+        total="with what heads bring from other tokens, the part of the logit that heads write",
+    )
+
+
+def _batches(data: Any, progress: bool) -> Iterator[Any]:
+    yield from track([data] if isinstance(data, Tensor) else data, description="Images", disable=not progress)
+
+
+def unit_scale(model: HookedModel, cache: Any) -> Tensor | float:
+    """Return what outputs ``[batch out]`` are divided by: a dual encoder's lengths, 1 of other models."""
+    return lengths(cache)[:, None] if isinstance(model, HookedDual) else 1.0

@@ -1,0 +1,229 @@
+"""Readouts: the directions in a model's output that classes, texts, images or vectors of one's own mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from prisma_core import (
+    ActivationCache,
+    HookedDual,
+    HookedModel,
+    HookedText,
+    HookedViT,
+    InputError,
+    NotApplicable,
+)
+from prisma_lens.metrics import class_of
+
+Target: TypeAlias = Any
+"""A class (index or label), a text, an image, several of one kind, or directions ``[class out]``."""
+TowerName: TypeAlias = Literal["vision", "text"]
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Directions in a model's output, and what is added to what lies along them.
+
+    Attributes:
+        vectors: ``[class out]``.
+        labels: a name for each.
+        bias: what a reading has besides the output, ``[class]``: the bias of a dual encoder's logits.
+        unit_length: the output is divided by its length first, as a dual encoder does.
+    """
+
+    vectors: Tensor
+    labels: tuple[str, ...]
+    bias: Tensor
+    unit_length: bool = False
+
+    def __call__(self, outputs: Tensor) -> Tensor:
+        """Return what lies along the directions: ``[... out] -> [... class]``."""
+        if self.unit_length:
+            outputs = outputs / outputs.norm(dim=-1, keepdim=True)
+        return outputs @ self.vectors.to(outputs).T + self.bias.to(outputs)
+
+
+def readout(
+    model: HookedModel,
+    target: Target,
+    against: Target | None = None,
+    *,
+    tower: TowerName = "vision",
+    labels: Sequence[str] | None = None,
+) -> Readout:
+    """Return the readout that a target means for a model.
+
+    >>> import prisma_core as prisma
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> readout(model, "ladybird", against=3).labels[0][:9]
+    'ladybird '
+
+    Args:
+        model: a classifier, a tower, or a dual encoder.
+        target: of a classifier a class, as index or label, or several; of a dual encoder's vision tower a text or
+            several, of its text tower images; of any model directions in its output, as floating point numbers
+            ``[out]`` or ``[class out]``.
+        against: what is subtracted: one, or one for each target.
+        tower: of a dual encoder, whose output is read.
+        labels: names of the directions.
+
+    Raises:
+        UnknownName: no such class.
+        NotApplicable: the model has no head, or no labels.
+        InputError: the target does not fit the model.
+    """
+    with torch.no_grad():
+        one = _one(model, target, tower)
+        if against is not None:
+            less = _one(model, against, tower)
+            if len(less.vectors) not in (1, len(one.vectors)):
+                raise InputError(
+                    f"Expected one to subtract, or one for each of {len(one.vectors)}, got {len(less.vectors)}."
+                )
+            names = less.labels if len(less.labels) == len(one.labels) else less.labels * len(one.labels)
+            pairs = tuple(f"{more} - {minus}" for more, minus in zip(one.labels, names, strict=True))
+            one = replace(one, vectors=one.vectors - less.vectors, bias=one.bias - less.bias, labels=pairs)
+    if labels is None:
+        return one
+    if len(labels) != len(one.labels):
+        raise InputError(f"There are {len(one.labels)} directions and {len(labels)} labels.")
+    return replace(one, labels=tuple(labels))
+
+
+def _one(model: HookedModel, target: Target, tower: TowerName) -> Readout:
+    own: Any = tower_of(model, tower)
+    n = own.spec.n_classes or (own.spec.d_pool if isinstance(own, HookedViT) else own.spec.d_model)
+    like = next(own.parameters())
+    if isinstance(target, Tensor) and target.is_floating_point() and target.ndim <= 2:
+        rows = target[None] if target.ndim == 1 else target
+        if rows.ndim != 2 or rows.shape[-1] != n:
+            raise InputError(f"Expected directions [class {n}] in the model's output, got shape {list(target.shape)}.")
+        return Readout(rows.to(like), _counted("direction", len(rows)), like.new_zeros(len(rows)))
+    if isinstance(model, HookedDual):
+        return _pair(model, target, tower)
+    several = target.tolist() if isinstance(target, Tensor) else target
+    several = [several] if isinstance(several, int | str) else list(cast("Sequence[int | str]", several))
+    if own.spec.n_classes is None:
+        raise NotApplicable(
+            "This model has no head, so there are no classes: give directions in its output [class out]."
+        )
+    at = [class_of(own, each) % n for each in several]
+    names = own.labels or ()
+    labels = tuple(names[each] if names else str(each) for each in at)
+    rows = like.new_zeros(len(at), n)
+    rows[torch.arange(len(at)), torch.tensor(at)] = 1
+    return Readout(rows, labels, like.new_zeros(len(at)))
+
+
+def _pair(model: HookedDual, target: Target, tower: TowerName) -> Readout:
+    several = [target] if isinstance(target, str) else target
+    if tower == "vision":
+        texts = isinstance(several, list | tuple) and several and all(isinstance(each, str) for each in several)
+        if not texts and not isinstance(several, Tensor):
+            raise InputError(f"A dual encoder has no classes: expected a text, or several, got {target!r:.60}.")
+        embeds = model.encode_text(several)
+        labels = _counted("text", len(embeds)) if isinstance(several, Tensor) else tuple(several)
+    else:
+        embeds = model.encode_image(target)
+        labels = _counted("image", len(embeds))
+    bias = model.logit_bias if model.spec.logit_bias else embeds.new_zeros(())
+    return Readout(embeds * model.logit_scale.exp(), labels, bias.expand(len(embeds)), unit_length=True)
+
+
+def _counted(what: str, n: int) -> tuple[str, ...]:
+    return tuple(f"{what} {at}" for at in range(n))
+
+
+def token_outputs(model: HookedViT | HookedText, stream: Tensor) -> Tensor:
+    """Return the output ``[... out]`` of every token of a residual stream ``[... d_model]``, each taken alone.
+
+    Raises:
+        NotApplicable: the model has one head for each of several tokens, or blocks that norm the stream.
+    """
+    if isinstance(model, HookedViT) and model.spec.n_heads_out > 1:
+        raise NotApplicable(
+            f"This model reads {model.spec.n_heads_out} tokens with a head each and averages their logits; a lens "
+            "needs one head. Its streams are in the cache all the same."
+        )
+    if any(block.kind == "post" for block in model.spec.blocks):
+        raise NotApplicable(
+            "This model's blocks norm the stream itself (post-norm, as BERT does), so a stream inside is not what its "
+            "head could read. Its streams are in the cache all the same."
+        )
+    x = stream.reshape(-1, 1, stream.shape[-1])
+    if model.spec.ln_final is not None:
+        x = model.ln_final(x)
+    x = model.ln_pool(x[:, 0] if isinstance(model, HookedText) else model.pool(x, 0))
+    if model.spec.n_classes is not None:
+        x = model.head_mlp(x) if isinstance(model, HookedText) and model.spec.head else model.head(x)
+    return x.reshape(*stream.shape[:-1], x.shape[-1])
+
+
+# -------------------------------------------------------------------- the tower that is read, and its cache
+
+
+def tower_of(model: HookedModel, tower: TowerName) -> HookedViT | HookedText:
+    """Return the transformer that is read: a tower of a dual encoder, or the model itself.
+
+    Raises:
+        InputError: no such tower.
+        NotApplicable: the model has no canonical form.
+    """
+    if isinstance(model, HookedDual):
+        if tower not in ("vision", "text"):
+            raise InputError(f"Expected tower='vision' or 'text', got {tower!r}.")
+        return model.vision if tower == "vision" else model.text
+    if not isinstance(model, HookedViT | HookedText):
+        raise NotApplicable(
+            f"Lenses and attribution need a canonical form, and this model ({type(model).__name__}) has none. Patches, "
+            "gradients and attention patterns work on it all the same."
+        )
+    return model
+
+
+def cache_of(
+    model: HookedModel, given: Any, names: Callable[[HookedViT | HookedText], list[str]], tower: TowerName = "vision"
+) -> Any:
+    """Return the cache of the tower that is read: of inputs, or the one that is given.
+
+    Args:
+        model: the model.
+        given: inputs of the tower (images, texts or tokens), or a cache of the model.
+        names: of a tower, the hook points that are needed.
+        tower: of a dual encoder, which.
+
+    Raises:
+        InputError: the cache is another model's.
+    """
+    own = tower_of(model, tower)
+    if not isinstance(given, ActivationCache):
+        inputs = own.tokens(given) if isinstance(own, HookedText) else _images(model, given)
+        with torch.no_grad():
+            return own.run_with_cache(inputs, names=names(own), output=False)[1]
+    cache: Any = given.tower(tower) if isinstance(model, HookedDual) and given.model is model else given
+    if cache.model is not None and cache.model is not own:
+        raise InputError(
+            "This cache is of another model: expected one that run_with_cache of this very model returned."
+        )
+    return cache
+
+
+def _images(model: HookedModel, given: Any) -> Tensor:
+    if isinstance(given, Tensor):
+        return given
+    like = next(model.parameters())
+    return cast(Tensor, cast(Any, model).preprocess(given)).to(like.device, like.dtype)
+
+
+def token_labels(cache: Any, n: int) -> dict[str, tuple[str, ...]]:
+    """Return ``{"pos": names}`` of the tokens that a cache holds, or nothing where they have none."""
+    places = cache.positions()
+    if cache.layout is None or places is None or len(places) != n:
+        return {}
+    names = cache.layout.token_names()
+    return {"pos": tuple(names[place] for place in places)}
