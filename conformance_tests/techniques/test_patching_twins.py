@@ -150,9 +150,9 @@ TRUTHS: dict[str, tuple[str, Callable[[ModuleType], None], str, str]] = {
         'label in ("batch", "pos", ',
         'label in ("batch", ',
     ),
-    "knock-out behind the softmax alone": ("interventions", knocked_out, "**dict.fromkeys(names, scores),", ""),
+    "knock-out behind the softmax alone": ("masks", knocked_out, "**dict.fromkeys(names, scores),", ""),
     "knock-out, keys and queries swapped": (
-        "interventions",
+        "masks",
         knocked_out,
         "_grid(rows, n_queries, columns",
         "_grid(columns, n_queries, rows",
