@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 
 
-def twin(technique: Callable[..., Any], right: str, wrong: str) -> Any:
-    """Return a copy of a function, made from a copy of its module in which one passage reads differently.
+def twin(technique: Callable[..., Any] | ModuleType, right: str, wrong: str) -> Any:
+    """Return a copy of a module in which one passage reads differently, or a function of such a copy.
 
     Args:
-        technique: the function.
-        right: a passage that stands in its module once.
+        technique: the function, or the module.
+        right: a passage that stands in the module once.
         wrong: the mistake.
     """
-    module = sys.modules[technique.__module__]
+    module = technique if isinstance(technique, ModuleType) else sys.modules[technique.__module__]
     source = inspect.getsource(module)
-    assert source.count(right) == 1, f"{right!r} stands {source.count(right)} times in {module.__name__}"
+    assert source.count(right) == 1, f"{right!r} stands {source.count(right)} times in {module.__name__}: plant it anew"
     copy = ModuleType(f"{module.__name__}_twin")
     copy.__file__ = module.__file__
     sys.modules[copy.__name__] = copy  # dataclasses look their module up
@@ -29,7 +29,7 @@ def twin(technique: Callable[..., Any], right: str, wrong: str) -> Any:
         exec(compile(source.replace(right, wrong), str(module.__file__), "exec"), vars(copy))
     finally:
         del sys.modules[copy.__name__]
-    return getattr(copy, technique.__name__)
+    return copy if isinstance(technique, ModuleType) else getattr(copy, technique.__name__)
 
 
 def rejects(truth: Callable[[Any], None], technique: Callable[..., Any], right: str, wrong: str) -> None:

@@ -7,8 +7,11 @@ with knock_out(model, queries="cls", keys="patches", layers=5): model(image)
 
 from prisma_lens.metrics import Metric, as_metric, logit, logit_difference
 
-from prisma_patch.interventions import ablate, causal, freeze, knock_out, local, steer, together
+from prisma_patch.circuits import circuit_faithfulness, edge_effects, edge_scores, find_circuit, run_circuit
+from prisma_patch.graph import Circuit
+from prisma_patch.interventions import ablate, freeze, steer, together
 from prisma_patch.linear import attribution_patch
+from prisma_patch.masks import causal, knock_out, local
 from prisma_patch.patching import activation_patch, patch_heads
 from prisma_patch.paths import path_patch
 from prisma_patch.sweep import Variant, sweep
@@ -21,6 +24,12 @@ __all__ = [
     "path_patch",
     "switch",
     "Switch",
+    "edge_scores",
+    "find_circuit",
+    "Circuit",
+    "run_circuit",
+    "circuit_faithfulness",
+    "edge_effects",
     "ablate",
     "knock_out",
     "causal",

@@ -1,34 +1,33 @@
-"""Ready interventions, as scopes: ablation, attention knock-out, masks, steering, freezing.
+"""Ready interventions, as scopes: ablation, steering, freezing.
 
 Equation:
     Inside the scope an activation a at chosen places is 0, the mean of a reference, another example's a, a + s d, or
-    what a cache holds. A knocked-out edge has a score of minus infinity, and a query that may read nothing reads zeros.
+    what a cache holds.
 Cost:
-    One hook. Scores and patterns make their layers' attention explicit.
+    One hook at each hook point.
 Misleads:
     Zero is not a neutral value where activations have a mean far from it: prefer the mean or a resample.
 Source:
-    Wang et al. 2023 (mean ablation); Chan et al. 2022 (resampling); Geva et al. 2023 (attention knock-out).
+    Wang et al. 2023 (mean ablation); Chan et al. 2022 (resampling).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from prisma_core import ActivationCache, HookContext, HookedModel, InputError, NotApplicable, TokenLayout
-from prisma_core.plugin import Query, layer_of, positions_of
-from prisma_patch.patching import Positions, as_inputs, token_positions
-from prisma_patch.sweep import Inputs
+from prisma_core import ActivationCache, HookContext, HookedModel, InputError
+from prisma_core.plugin import Query, positions_of
+from prisma_patch.passes import Inputs
+from prisma_patch.places import Positions, as_inputs, token_positions
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-Layers = int | Sequence[int] | None
 Scope = AbstractContextManager[None]
 
 
@@ -88,75 +87,6 @@ def ablate(
         return _replaced(x, chosen[at.name], torch.zeros_like(x) if value is None else value.to(x).expand_as(x))
 
     return model.hooks(dict.fromkeys(names, edit))
-
-
-def knock_out(
-    model: HookedModel,
-    queries: Positions = None,
-    keys: Positions = None,
-    *,
-    layers: Layers = None,
-    heads: int | Sequence[int] | None = None,
-) -> Scope:
-    """Return a scope in which queries do not attend to keys; a query left without any key reads zeros.
-
-    Args:
-        model: the model whose passes are changed.
-        queries, keys: tokens, as positions or a subset of the layout (``"cls"``, ``"patches"``); None for all.
-        layers: layers to change; None for all.
-        heads: heads to change; None for all.
-
-    Raises:
-        UnknownName: no such subset or layer.
-        NotApplicable: the model's attention has no scores over all tokens.
-    """
-    layout = model.layout_for()
-    rows, columns = token_positions(layout, queries), token_positions(layout, keys)
-
-    def hidden(n_queries: int, n_keys: int) -> Tensor:
-        mask = torch.zeros(n_queries, n_keys, dtype=torch.bool)
-        mask[_grid(rows, n_queries, columns, n_keys)] = True
-        return mask
-
-    return _masked(model, hidden, layers, heads)
-
-
-def causal(model: HookedModel, *, layers: Layers = None, heads: int | Sequence[int] | None = None) -> Scope:
-    """Return a scope in which each patch attends to the prefix tokens and to patches not after it.
-
-    Prefix tokens (class token, registers) attend to all, so that the model can still answer.
-
-    Args:
-        model, layers, heads: as in ``knock_out``.
-    """
-    return _masked(model, lambda q, k: _except_prefix(model, torch.ones(q, k, dtype=torch.bool).triu(1)), layers, heads)
-
-
-def local(
-    model: HookedModel, radius: int = 1, *, layers: Layers = None, heads: int | Sequence[int] | None = None
-) -> Scope:
-    """Return a scope in which each patch attends to the prefix tokens and to patches at most ``radius`` away.
-
-    The distance is the larger of rows and columns (a square neighbourhood), and frames are not compared.
-
-    Args:
-        radius: in patches.
-        model, layers, heads: as in ``knock_out``.
-
-    Raises:
-        NotApplicable: the model has no grid of patches.
-    """
-    layout = model.layout_for()
-    if layout is None:
-        raise NotApplicable("This model has no token layout, so no patch has neighbours.")
-    places = torch.arange(layout.n_patches)
-    if layout.order == "row column frame":
-        places = places // layout.frames
-    row, column = places // layout.columns % layout.rows, places % layout.columns
-    far = torch.maximum((row[:, None] - row).abs(), (column[:, None] - column).abs()) > radius
-    mask = torch.zeros(layout.n_tokens, layout.n_tokens, dtype=torch.bool)
-    mask[layout.n_prefix :, layout.n_prefix :] = far
-    return _masked(model, lambda q, k: mask, layers, heads)
 
 
 def steer(
@@ -262,51 +192,3 @@ def _replaced(x: Tensor, chosen: dict[int, Any], value: Tensor) -> Tensor:
         on[positions_of(given, x.shape[axis])] = True
         keep = keep & on.view([-1 if each == axis else 1 for each in range(x.ndim)])
     return torch.where(keep, value.expand_as(x), x)
-
-
-def _grid(rows: list[int] | None, n_rows: int, columns: list[int] | None, n_columns: int) -> tuple[Tensor, Tensor]:
-    first = torch.tensor(positions_of(rows, n_rows))[:, None]
-    return first, torch.tensor(positions_of(columns, n_columns))[None, :]
-
-
-def _except_prefix(model: HookedModel, mask: Tensor) -> Tensor:
-    layout: TokenLayout | None = model.layout_for()
-    n = 0 if layout is None else layout.n_prefix
-    mask[:n] = False
-    mask[:, :n] = False
-    return mask
-
-
-def _masked(
-    model: HookedModel,
-    hidden: Callable[[int, int], Tensor],
-    layers: Layers,
-    heads: int | Sequence[int] | None,
-) -> Scope:
-    """Return a scope in which scores are minus infinity where ``hidden(queries, keys)`` says so."""
-    points = model.hook_points()
-    every = [name for name in points if name.endswith("hook_attn_scores") and layer_of(name) is not None]
-    every = [name for name in every if points[name].axes.split()[-2:] == ["query_pos", "key_pos"]]
-    if not every:
-        raise NotApplicable("This model has no attention scores [query_pos key_pos] to mask.")
-    n = 1 + max(layer_of(name) or 0 for name in every)
-    wanted = positions_of(layers, n)
-    names = [name for name in every if layer_of(name) in wanted]
-
-    def on(x: Tensor) -> Tensor:
-        mask = hidden(x.shape[-2], x.shape[-1]).to(x.device)
-        if heads is None:
-            return mask.expand_as(x)
-        chosen = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
-        chosen[positions_of(heads, x.shape[1])] = True
-        return (mask & chosen[:, None, None]).expand_as(x)
-
-    def scores(x: Tensor, at: HookContext) -> Tensor:
-        return x.masked_fill(on(x), -torch.inf)
-
-    def pattern(x: Tensor, at: HookContext) -> Tensor:
-        # A query without any key has a row of NaN behind the softmax: it reads zeros.
-        return x.masked_fill(on(x), 0.0)
-
-    patterns = [name.replace("hook_attn_scores", "hook_pattern") for name in names]
-    return model.hooks({**dict.fromkeys(names, scores), **dict.fromkeys(patterns, pattern)})

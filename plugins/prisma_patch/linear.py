@@ -22,8 +22,9 @@ from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, Result
 from prisma_core.plugin import Query, layer_of
-from prisma_patch.patching import SHORT, as_inputs
-from prisma_patch.sweep import Inputs
+from prisma_patch.passes import Inputs
+from prisma_patch.patching import SHORT
+from prisma_patch.places import as_inputs
 
 
 def attribution_patch(

@@ -16,7 +16,7 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -25,12 +25,12 @@ import torch
 from prisma_lens.metrics import MetricLike, as_metric
 from torch import Tensor
 
-from prisma_core import HookedModel, InputError, NotApplicable, Result, TokenLayout
-from prisma_core.plugin import Query, layer_of, positions_of
-from prisma_patch.sweep import Inputs, Variant, sweep
+from prisma_core import HookedModel, InputError, NotApplicable, Result
+from prisma_core.plugin import Query, layer_of
+from prisma_patch.passes import Inputs, Variant, passes_of
+from prisma_patch.places import Places, Positions, Region, as_inputs, block_of, check_reach
+from prisma_patch.sweep import run
 
-Positions: TypeAlias = "int | slice | Sequence[int] | str | None"
-Region: TypeAlias = "tuple[int | slice, int | slice] | None"
 Other: TypeAlias = "Tensor | tuple[Tensor, ...] | Literal['zero', 'mean', 'resample']"
 SHORT = {"neuron": "d_mlp", "position": "pos"}
 
@@ -94,12 +94,15 @@ def activation_patch(
     if "layer" not in axes and len(names) > 1:
         raise InputError(f"at={at!r} is {len(names)} hook points: put 'layer' into over=, or ask for one.")
     layout = model.layout_for(*inputs)
-    places = _Places(model, names, axes, layout, pos, heads, region)
+    places = Places(model, names, axes, layout, pos, heads, region)
     check_reach(model, names, places)
-    with torch.no_grad():
-        base = measure(model(*inputs))
-        _, shapes = model.run_with_cache(*(each[:1] for each in inputs), names=names, output=False)
     sources = _sources(model, inputs, other, reference, names)
+    with torch.no_grad():
+        passes = passes_of(model, inputs)
+        base = measure(passes.clean())
+        shapes: Mapping[str, Tensor] = sources
+        if isinstance(other, str) or layout is None or model.layout_for(*as_inputs(other)) != layout:
+            _, shapes = model.run_with_cache(*(each[:1] for each in inputs), names=names, output=False)
     parts = {name: places.parts(name, shapes[name].shape) for name in names}
     counts = {name: [len(rows) for rows in rows_of] for name, rows_of in parts.items()}
     if len({tuple(each) for each in counts.values()}) != 1:
@@ -110,8 +113,8 @@ def activation_patch(
         for name in names
         for chosen in product(*parts[name])
     ]
-    effects = sweep(model, inputs, variants, measure, batch_size=batch_size, progress=progress, resume=resume)
-    values, blocks = effects - base, list(dict.fromkeys(_block(name) for name in names))
+    effects = run(passes, variants, measure, batch_size=batch_size, progress=progress, resume=resume)
+    values, blocks = effects - base, list(dict.fromkeys(block_of(name) for name in names))
     if not axes:
         values = values[0]
     elif "layer" in axes:
@@ -139,143 +142,6 @@ def patch_heads(model: HookedModel, clean: Tensor | Inputs, other: Other, metric
         model, clean, other, metric, options: as in ``activation_patch``.
     """
     return activation_patch(model, clean, other, metric, at="z", over=("layer", "head"), **options)
-
-
-def as_inputs(given: Tensor | Inputs) -> Inputs:
-    """Return a model's inputs as a tuple."""
-    return (given,) if isinstance(given, Tensor) else tuple(given)
-
-
-def token_positions(layout: TokenLayout | None, pos: Positions) -> list[int] | None:
-    """Return the token positions that are meant, or None for all.
-
-    Raises:
-        InputError: a subset is named and the model has no token layout.
-    """
-    if pos is None:
-        return None
-    if isinstance(pos, str):
-        if layout is None:
-            raise InputError(f"This model has no token layout, so pos={pos!r} means nothing; give positions.")
-        chosen = list(range(layout.n_tokens))[layout.slice(pos)]
-        if not chosen:
-            raise InputError(f"This model has no {pos} tokens; its tokens are {layout!r}.")
-        return chosen
-    if isinstance(pos, slice):
-        if layout is None:
-            raise InputError("A slice of positions needs the number of tokens, which this model does not know.")
-        return list(range(layout.n_tokens))[pos]
-    return [pos] if isinstance(pos, int) else list(pos)
-
-
-def check_reach(model: HookedModel, names: Sequence[str], places: _Places) -> None:
-    """Refuse a patch that cannot move the output: behind the last attention, at tokens that nothing reads.
-
-    Raises:
-        NotApplicable: with what the model reads.
-    """
-    spec = getattr(model, "spec", None)
-    pool = getattr(spec, "pool", None)
-    if pool is None or getattr(spec, "layout", None) is None or getattr(pool, "kind", "") != "token":
-        return
-    if places.tokens is None or 0 in places.tokens:
-        return
-    last = len(spec.blocks) - 1
-    late = ("hook_resid_post", "hook_resid_mid", "hook_attn_out", "hook_mlp_out", "attn.hook_z", "mlp.hook_post")
-    if all(layer_of(name) == last and name.endswith((*late, "mlp.hook_pre")) for name in names):
-        raise NotApplicable(
-            f"This model reads its class token alone, and {names[0]} at other tokens no longer reaches it: patch an "
-            "earlier layer, or pos='cls'."
-        )
-
-
-class _Places:
-    """Parts of each activation that a sweep replaces."""
-
-    def __init__(
-        self,
-        model: HookedModel,
-        names: Sequence[str],
-        axes: Sequence[str],
-        layout: TokenLayout | None,
-        pos: Positions,
-        heads: int | Sequence[int] | None,
-        region: Region,
-    ):
-        points = model.hook_points()
-        self.axes = {name: points[name].axes.split() for name in names}
-        self.swept = [axis for axis in axes if axis != "layer"]
-        self.layout, self.region = layout, region
-        self.tokens = token_positions(layout, pos)
-        self.heads = None if heads is None else [heads] if isinstance(heads, int) else list(heads)
-        for name in names:
-            self._check(name, pos)
-
-    def _check(self, name: str, pos: Positions) -> None:
-        own, said = set(self.axes[name]), " ".join(self.axes[name])
-        grid = {"row", "column"} <= own
-        for axis in self.swept:
-            if self._own(name, axis) is None:
-                raise InputError(f"{name} ({said}) has no axis {axis!r} to sweep over.")
-        if pos is not None and not {"pos", "query_pos"} & own:
-            instead = "give region=(rows, columns) instead" if grid else "leave pos out"
-            raise InputError(f"{name} ({said}) has no positions to choose from; {instead}.")
-        if self.heads is not None and "head" not in own:
-            raise InputError(f"{name} ({said}) has no axis 'head', so there are no heads to choose.")
-        if self.region is None:
-            return
-        given: object = self.region
-        if not (isinstance(given, tuple) and len(given) == 2 and all(isinstance(each, int | slice) for each in given)):
-            raise InputError(f"Expected region=(rows, columns), each a number or a slice, got {given!r}.")
-        if not grid:
-            instead = "give pos= instead" if {"pos", "query_pos"} & own else "leave region out"
-            raise InputError(f"{name} ({said}) has no rows and columns to choose from; {instead}.")
-
-    def _own(self, name: str, axis: str) -> str | None:
-        """The axis of an activation that is meant: the queries' where tokens have two."""
-        own = self.axes[name]
-        return axis if axis in own else "query_pos" if axis == "pos" and "query_pos" in own else None
-
-    def _chosen(self, name: str, axis: str, size: int) -> list[int]:
-        given = self.tokens if axis in ("pos", "query_pos") else self.heads if axis == "head" else None
-        return list(range(size)) if given is None else positions_of(given, size)
-
-    def parts(self, name: str, shape: Sequence[int]) -> list[list[int]]:
-        """Return the places along each swept axis of an activation."""
-        sizes = dict(zip(self.axes[name], shape, strict=True))
-        own = [str(self._own(name, axis)) for axis in self.swept]
-        return [self._chosen(name, axis, sizes[axis]) for axis in own]
-
-    def index(self, name: str, chosen: Sequence[int]) -> tuple[Any, ...]:
-        """Return the index into an activation of one variant."""
-        fixed: dict[str, Any] = dict(zip((str(self._own(name, axis)) for axis in self.swept), chosen, strict=True))
-        row, column = self.region or (None, None)
-        whole = {"pos": self.tokens, "query_pos": self.tokens, "head": self.heads, "row": row, "column": column}
-        index = [fixed.get(axis, whole.get(axis)) for axis in self.axes[name]]
-        lists = [at for at, each in enumerate(index) if isinstance(each, list)]
-        if len(lists) > 1:  # several lists choose a grid of places, not pairs
-            grids = torch.meshgrid(*(torch.tensor(index[at]) for at in lists), indexing="ij")
-            for at, grid in zip(lists, grids, strict=True):
-                index[at] = grid
-        return tuple(slice(None) if each is None else each for each in index)
-
-    def labels(self, names: Sequence[str], shapes: Any, n_heads: int) -> dict[str, tuple[str, ...]]:
-        """Return a label for each place of each swept axis."""
-        first, blocks = names[0], list(dict.fromkeys(_block(name) for name in names))
-        plain = all(block.startswith("blocks.") for block in blocks)
-        found = {"layer": tuple(f"L{block.removeprefix('blocks.')}" if plain else block for block in blocks)}
-        for axis, chosen in zip(self.swept, self.parts(first, shapes[first].shape), strict=True):
-            tokens = self.layout.token_names() if self.layout is not None else []
-            own = self._own(first, axis)
-            if (
-                own in ("pos", "query_pos", "key_pos")
-                and len(tokens) == shapes[first].shape[self.axes[first].index(own)]
-            ):
-                found[axis] = tuple(tokens[each] for each in chosen)
-            else:
-                every = chosen if axis != "head" or len(chosen) == n_heads else range(n_heads)
-                found[axis] = tuple(f"H{each}" if axis == "head" else str(each) for each in every)
-        return found
 
 
 def _sources(
@@ -323,16 +189,12 @@ def _by_layer(
     if sides == 1:
         return values
     if "head" not in swept or len(names) != sides * len(blocks):
-        raise NotApplicable(f"{_block(names[0])} has several of these hook points ({names[0]}, {names[1]}): name one.")
+        raise NotApplicable(
+            f"{block_of(names[0])} has several of these hook points ({names[0]}, {names[1]}): name one."
+        )
     at = 2 + swept.index("head")
     values = values.unflatten(0, [len(blocks), sides]).movedim(1, at - 1)
     return values.flatten(at - 1, at)
-
-
-def _block(name: str) -> str:
-    """``stages.1.blocks.0.attn.hook_z`` is of ``stages.1.blocks.0``."""
-    before, _, rest = f".{name}".rpartition(".blocks.")
-    return f"{before}.blocks.{rest.partition('.')[0]}".removeprefix(".")
 
 
 def _said(at: object) -> str:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, Result
 from prisma_core.plugin import Query, layer_of, positions_of
-from prisma_patch.patching import Positions, as_inputs, token_positions
-from prisma_patch.sweep import Inputs
+from prisma_patch.passes import Inputs
+from prisma_patch.places import Positions, as_inputs, token_positions
 
 FROZEN = ("attn.hook_z", "hook_mlp_out")
 

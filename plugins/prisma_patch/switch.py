@@ -21,7 +21,8 @@ from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, Result
 from prisma_core.plugin import layer_of
-from prisma_patch.patching import Positions, activation_patch, token_positions
+from prisma_patch.patching import activation_patch
+from prisma_patch.places import Positions, token_positions
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,10 @@ class MovingViT(HookedViT):
             mlp, here = self.blocks[layer].mlp, tuple(move for move in self.moves if move.layer == layer)
             mlp.hook_post = _MovingPoint(mlp.hook_post, here, spec.layout.n_prefix)
 
+    @property
+    def leading_read(self) -> int | None:
+        return None  # registers are made of patches, so every token is computed
+
     def unsaved_behaviour(self) -> str | None:
         return "moves neurons' activations from patches into registers at run time"
 

@@ -176,7 +176,8 @@ class Attention(WeightViews):
         rope: Rope | None = None,
         inputs: HeadInputs = NO_INPUTS,
         mask: Bool[Tensor, "#batch 1 query_pos key_pos"] | None = None,
-    ) -> Float[Tensor, "batch pos d_model"]:
+        leading: int | None = None,
+    ) -> Float[Tensor, "batch query_pos d_model"]:
         """Return the output of all heads, added up: ``[batch pos d_model]``.
 
         Args:
@@ -184,19 +185,29 @@ class Attention(WeightViews):
             rope: tables by which queries and keys are turned.
             inputs: of single heads, in the place of ``x``.
             mask: which keys each query may read; None for all. Scores of others are minus infinity.
+<<<<<<< HEAD
 
         Fewer tokens than ``attn_bias`` has, as in a shorter text, take its rows and columns from the first on.
+=======
+            leading: how many tokens, from the first, ask: queries and what follows are of these alone; None for all.
+>>>>>>> circ
         """
-        q, k, v = self._project(x, inputs)
+        q, k, v = self._project(x, inputs, leading)
         over = self.spec.qk_norm_over
         q, k = _normed(self.q_norm, q, over), _normed(self.k_norm, k, over)
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
         if rope is not None and self.rope_layout is not None:
             if self.rope_in_float32:
                 rope = Rope(rope.cos.float(), rope.sin.float())  # once for both, as gradients are summed
-            q = self.hook_rot_q(rotate(q, rope.cos, rope.sin, self.rope_layout, self.rope_in_float32))
+            cos, sin = rope.cos[:leading], rope.sin[:leading]
+            q = self.hook_rot_q(rotate(q, cos, sin, self.rope_layout, self.rope_in_float32))
             k = self.hook_rot_k(rotate(k, rope.cos, rope.sin, self.rope_layout, self.rope_in_float32))
+<<<<<<< HEAD
         bias = self._bias(mask, q)
+=======
+        bias = self._bias(mask, q.dtype)
+        bias = bias if bias is None or leading is None else bias[..., :leading, :]
+>>>>>>> circ
         z = self.hook_z(attend(q, k, v, self.spec.scale, bias, self.hook_attn_scores, self.hook_pattern))
         flat = self.ln(z.flatten(2))
         if not self.hook_result.wanted:
@@ -205,10 +216,17 @@ class Attention(WeightViews):
         result = einsum(heads, w_o, "batch pos head d_head, head d_head d_model -> batch pos head d_model")
         return (show(self.hook_result, result, flat.dtype).sum(2) + self.b_O).type_as(flat)
 
-    def _project(self, x: Tensor, inputs: HeadInputs) -> list[Tensor]:
-        parts = [part.unflatten(-1, (-1, self.spec.d_head)) for part in self.qkv(x).split(self.sizes, dim=-1)]
+    def _project(self, x: Tensor, inputs: HeadInputs, leading: int | None) -> list[Tensor]:
+        if leading is None:
+            flat = list(self.qkv(x).split(self.sizes, dim=-1))
+        else:
+            n, weight, bias = self.sizes[0], self.qkv.weight, self.qkv.bias
+            flat = [F.linear(x[:, :leading], weight[:n], bias[:n])]
+            flat += F.linear(x, weight[n:], bias[n:]).split(self.sizes[1:], dim=-1)
+        parts = [part.unflatten(-1, (-1, self.spec.d_head)) for part in flat]
         for index, given in enumerate(inputs):
             if given is not None:
+                given = given[:, :leading] if index == 0 else given
                 weight, bias = self._part(index, self.qkv.weight), self._part(index, self.qkv.bias)
                 made = einsum(given, weight, "batch pos head d_model, head d_model d_head -> batch pos head d_head")
                 parts[index] = made + bias

@@ -24,6 +24,7 @@ class Block(nn.Module):
 
     ``hook_attn_out`` and ``hook_mlp_out`` are always what is added to the stream, after any norm and layer scale. A
     ``post`` block norms the stream itself: the MLP reads ``ln1(resid_mid)``, and the next block ``ln2(resid_post)``.
+    With ``leading`` all tokens are read, and only as many, from the first, are computed and returned.
     """
 
     def __init__(self, spec: BlockSpec, d_model: int, n_tokens: int, rope: RopeSpec | None):
@@ -57,15 +58,21 @@ class Block(nn.Module):
             self.ln2 = norm_or_identity(spec.ln2, d_model)
 
     def forward(
-        self, x: Float[Tensor, "batch pos d_model"], rope: Rope | None = None, mask: Tensor | None = None
-    ) -> Float[Tensor, "batch pos d_model"]:
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        rope: Rope | None = None,
+        mask: Tensor | None = None,
+        leading: int | None = None,
+    ) -> Float[Tensor, "batch query_pos d_model"]:
         x, kind = self.hook_resid_pre(x), self.spec.kind
         (inputs,) = head_inputs(x, self.spec, self.hook_q_input, self.hook_k_input, self.hook_v_input)
         normed = x
         if kind in ("pre", "parallel"):
             normed = self.ln1(x)
             inputs = inputs.after(self.ln1, x, normed)
-        attn_out = self.attn(normed, rope, inputs, mask)
+        attn_out = self.attn(normed, rope, inputs, mask, leading)
+        if leading is not None:
+            x, normed = x[:, :leading], normed[:, :leading]
         attn_out = self.hook_attn_out(self.ls1(self.ln1(attn_out) if kind == "res_post" else attn_out))
         if kind == "parallel" and self.spec.mlp is not None:
             return self.hook_resid_post(x + attn_out + self.hook_mlp_out(self.ls2(self.mlp(normed))))
@@ -112,15 +119,19 @@ class SideBySide(nn.Module):
         self.hook_resid_post = HookPoint(STREAM, "resid_mid + mlp_out" if spec.mlp else "resid_pre + attn_out")
 
     def forward(
-        self, x: Float[Tensor, "batch pos d_model"], rope: Rope | None = None, mask: Tensor | None = None
-    ) -> Float[Tensor, "batch pos d_model"]:
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        rope: Rope | None = None,
+        mask: Tensor | None = None,
+        leading: int | None = None,
+    ) -> Float[Tensor, "batch query_pos d_model"]:
         x = self.hook_resid_pre(x)
         inputs = head_inputs(x, self.spec, self.hook_q_input, self.hook_k_input, self.hook_v_input)
         outs: list[Tensor] = []
         for norm, attn, scale, heads in zip(self.ln1, self.attn, self.ls1, inputs, strict=True):
             normed = norm(x)
-            outs.append(scale(attn(normed, rope, heads.after(norm, x, normed), mask)))
-        x = x + self.hook_attn_out(torch.stack(outs).sum(0))
+            outs.append(scale(attn(normed, rope, heads.after(norm, x, normed), mask, leading)))
+        x = (x if leading is None else x[:, :leading]) + self.hook_attn_out(torch.stack(outs).sum(0))
         if self.spec.mlp is None:
             return self.hook_resid_post(x)
         x = self.hook_resid_mid(x)

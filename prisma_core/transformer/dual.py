@@ -136,7 +136,17 @@ class HookedDual(ZooModel):
                 "Expected pictures and tokens [text pos], got no tokens: model(image, model.tokens(texts)). For one "
                 "tower alone: model.encode_image(image), model.encode_text(texts), model.vision.run_with_cache(image)."
             )
-        seen, read = self.vision(image), self.text(tokens)
+        return self.compare(self.vision(image), self.text(tokens))
+
+    def compare(
+        self, seen: Float[Tensor, "batch d_embed"], read: Float[Tensor, "text d_embed"]
+    ) -> Float[Tensor, "batch text"]:
+        """Return how alike images and texts are, given what the towers make of them; hooks behind the towers run.
+
+        Args:
+            seen: outputs of ``vision``.
+            read: outputs of ``text``.
+        """
         seen = self.hook_image_embed(F.normalize(seen, dim=-1))
         read = self.hook_text_embed(F.normalize(read, dim=-1))
         logits = seen @ read.T * self.logit_scale.exp()

@@ -89,6 +89,13 @@ class HookedViT(Tower):
         fixed = self.spec.fixed_size and not self.spec.embed.any_length
         return self.spec.layout if fixed else None
 
+    @property
+    def leading_read(self) -> int | None:
+        """How many tokens, from the first, the output is made of behind the last block; None where it is all."""
+        if self.spec.pool.kind != "token":
+            return None
+        return 1 + self.spec.layout.cls if self.spec.n_heads_out == 2 else 1
+
     def sizes(self) -> list[Size]:
         embed, (height, width) = self.spec.embed, self.spec.image_size
         sizes: list[Size] = [(height, width)]
@@ -116,6 +123,7 @@ class HookedViT(Tower):
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
         grid: Grid | None = None,
+        leading: int | None = None,
     ) -> Tensor:
         """Return the logits, or upstream's main output where it has no head.
 
@@ -126,11 +134,17 @@ class HookedViT(Tower):
             stop_at_layer: return the residual stream before this block instead; negative counts from the end.
             grid: with ``start_at_layer``, rows and columns of the stream's patches (frames before them) where the
                 input was not of the native size: rotary positions need them.
+            leading: how many tokens, from the first, the last of these blocks computes behind its keys and values;
+                None for all. The output needs ``leading_read`` of them.
 
         Raises:
-            InputError: an input of another shape, or pixels that are not numbers.
+            InputError: an input of another shape, pixels that are not numbers, or too few leading tokens.
         """
-        n = len(self.blocks)
+        n, read = len(self.blocks), self.leading_read
+        needed = 1 if stop_at_layer is not None else read
+        if leading is not None and (needed is None or leading < needed):
+            what = "all tokens" if needed is None else f"{needed} or more"
+            raise InputError(f"leading={leading} is too few: the tokens that are read on are {what}.")
         first, last = layer_index(start_at_layer, 0, n), layer_index(stop_at_layer, n, n)
         if start_at_layer is None:
             check_image(image, self.spec)
@@ -161,7 +175,8 @@ class HookedViT(Tower):
             )
         tables = self._rope_tables(grid)
         for index in range(first, last):
-            x = self.blocks[index](x, self._rope(index, tables))
+            cut = {} if leading is None or index < last - 1 else {"leading": leading}
+            x = self.blocks[index](x, self._rope(index, tables), **cut)
         return x if stop_at_layer is not None else self.unembed(x)
 
     def _embedded(self, image: Tensor, grid: Grid) -> Tensor:

@@ -1,0 +1,146 @@
+"""Attention masks, as scopes: knocked-out edges, and patches that see only some others.
+
+Equation:
+    The score of a hidden edge is minus infinity before the softmax; a query that may read nothing reads zeros.
+Cost:
+    Two hooks in each layer, whose attention is computed explicitly.
+Misleads:
+    What a query no longer reads is shared among the other keys, since its row still sums to one: the change is not the
+    removal of one term. Models were never trained with such masks.
+Source:
+    Geva et al. 2023, "Dissecting Recall of Factual Associations" (attention knock-out).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from prisma_core import HookContext, HookedModel, NotApplicable, TokenLayout
+from prisma_core.plugin import layer_of, positions_of
+from prisma_patch.interventions import Scope
+from prisma_patch.places import Positions, token_positions
+
+Layers = int | Sequence[int] | None
+
+
+def knock_out(
+    model: HookedModel,
+    queries: Positions = None,
+    keys: Positions = None,
+    *,
+    layers: Layers = None,
+    heads: int | Sequence[int] | None = None,
+) -> Scope:
+    """Return a scope in which queries do not attend to keys; a query left without any key reads zeros.
+
+    Args:
+        model: the model whose passes are changed.
+        queries, keys: tokens, as positions or a subset of the layout (``"cls"``, ``"patches"``); None for all.
+        layers: layers to change; None for all.
+        heads: heads to change; None for all.
+
+    Raises:
+        UnknownName: no such subset or layer.
+        NotApplicable: the model's attention has no scores over all tokens.
+    """
+    layout = model.layout_for()
+    rows, columns = token_positions(layout, queries), token_positions(layout, keys)
+
+    def hidden(n_queries: int, n_keys: int) -> Tensor:
+        mask = torch.zeros(n_queries, n_keys, dtype=torch.bool)
+        mask[_grid(rows, n_queries, columns, n_keys)] = True
+        return mask
+
+    return _masked(model, hidden, layers, heads)
+
+
+def causal(model: HookedModel, *, layers: Layers = None, heads: int | Sequence[int] | None = None) -> Scope:
+    """Return a scope in which each patch attends to the prefix tokens and to patches not after it.
+
+    Prefix tokens (class token, registers) attend to all, so that the model can still answer.
+
+    Args:
+        model, layers, heads: as in ``knock_out``.
+    """
+    return _masked(model, lambda q, k: _except_prefix(model, torch.ones(q, k, dtype=torch.bool).triu(1)), layers, heads)
+
+
+def local(
+    model: HookedModel, radius: int = 1, *, layers: Layers = None, heads: int | Sequence[int] | None = None
+) -> Scope:
+    """Return a scope in which each patch attends to the prefix tokens and to patches at most ``radius`` away.
+
+    The distance is the larger of rows and columns (a square neighbourhood), and frames are not compared.
+
+    Args:
+        radius: in patches.
+        model, layers, heads: as in ``knock_out``.
+
+    Raises:
+        NotApplicable: the model has no grid of patches.
+    """
+    layout = model.layout_for()
+    if layout is None:
+        raise NotApplicable("This model has no token layout, so no patch has neighbours.")
+    places = torch.arange(layout.n_patches)
+    if layout.order == "row column frame":
+        places = places // layout.frames
+    row, column = places // layout.columns % layout.rows, places % layout.columns
+    far = torch.maximum((row[:, None] - row).abs(), (column[:, None] - column).abs()) > radius
+    mask = torch.zeros(layout.n_tokens, layout.n_tokens, dtype=torch.bool)
+    mask[layout.n_prefix :, layout.n_prefix :] = far
+    return _masked(model, lambda q, k: mask, layers, heads)
+
+
+# -------------------------------------------------------------------- parts
+
+
+def _grid(rows: list[int] | None, n_rows: int, columns: list[int] | None, n_columns: int) -> tuple[Tensor, Tensor]:
+    first = torch.tensor(positions_of(rows, n_rows))[:, None]
+    return first, torch.tensor(positions_of(columns, n_columns))[None, :]
+
+
+def _except_prefix(model: HookedModel, mask: Tensor) -> Tensor:
+    layout: TokenLayout | None = model.layout_for()
+    n = 0 if layout is None else layout.n_prefix
+    mask[:n] = False
+    mask[:, :n] = False
+    return mask
+
+
+def _masked(
+    model: HookedModel,
+    hidden: Callable[[int, int], Tensor],
+    layers: Layers,
+    heads: int | Sequence[int] | None,
+) -> Scope:
+    """Return a scope in which scores are minus infinity where ``hidden(queries, keys)`` says so."""
+    points = model.hook_points()
+    every = [name for name in points if name.endswith("hook_attn_scores") and layer_of(name) is not None]
+    every = [name for name in every if points[name].axes.split()[-2:] == ["query_pos", "key_pos"]]
+    if not every:
+        raise NotApplicable("This model has no attention scores [query_pos key_pos] to mask.")
+    n = 1 + max(layer_of(name) or 0 for name in every)
+    wanted = positions_of(layers, n)
+    names = [name for name in every if layer_of(name) in wanted]
+
+    def on(x: Tensor) -> Tensor:
+        mask = hidden(x.shape[-2], x.shape[-1]).to(x.device)
+        if heads is None:
+            return mask.expand_as(x)
+        chosen = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
+        chosen[positions_of(heads, x.shape[1])] = True
+        return (mask & chosen[:, None, None]).expand_as(x)
+
+    def scores(x: Tensor, at: HookContext) -> Tensor:
+        return x.masked_fill(on(x), -torch.inf)
+
+    def pattern(x: Tensor, at: HookContext) -> Tensor:
+        # A query without any key has a row of NaN behind the softmax: it reads zeros.
+        return x.masked_fill(on(x), 0.0)
+
+    patterns = [name.replace("hook_attn_scores", "hook_pattern") for name in names]
+    return model.hooks({**dict.fromkeys(names, scores), **dict.fromkeys(patterns, pattern)})
