@@ -42,8 +42,9 @@ def draw(n: int, generator: torch.Generator) -> Motions:
     speed, radius = uniform((n,), 0.03, 0.07, generator), uniform((n,), 0.13, 0.2, generator)
     angle = direction * (2 * math.pi / len(DIRECTIONS))
     velocity = torch.stack([angle.cos(), angle.sin()], 1) * speed[:, None]
-    # The middle of the way keeps the same distance from every border, whatever the direction.
-    most = (0.5 - radius - speed * (FRAMES - 1) / 2).clamp_min(0)[:, None]
+    # The middle of the way keeps the same distance from every border, whatever the direction. A square's corner lies
+    # 1.13 radii from its middle.
+    most = (0.5 - 1.15 * radius - speed * (FRAMES - 1) / 2).clamp_min(0)[:, None]
     middle = 0.5 + uniform((n, 2), -1, 1, generator) * most
     frame = torch.arange(FRAMES) - (FRAMES - 1) / 2
     centre = middle[:, None] + frame[:, None] * velocity[:, None]
