@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -30,6 +32,13 @@ from prisma_core import InputError, UnknownName
 from prisma_core.plugin.host import installed
 
 # -------------------------------------------------------------------- all of them
+
+
+@pytest.mark.parametrize("module", ["data", "words", "captions"])
+def test_the_examples_in_docstrings_are_true(module: str):
+    result = doctest.testmod(importlib.import_module(f"prisma_toy.{module}"))
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 @pytest.mark.parametrize("draw", [draw_scenes, draw_captions, draw_motions, draw_sums, draw_sprites])

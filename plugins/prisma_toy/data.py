@@ -73,7 +73,7 @@ def draw_captions(n: int, seed: int = 0, *, unseen: bool = False) -> captions.Ca
         InputError: none are asked for.
 
     >>> draw_captions(2, seed=3).captions
-    ('an orange triangle', 'a photo of a yellow heart')
+    ('a yellow triangle left of a green star', 'a yellow triangle right of a green star')
     """
     return captions.draw(n, _chances(n, seed), unseen=unseen)
 
@@ -100,7 +100,7 @@ def draw_sums(n: int, seed: int = 0, *, split: counting.Split = "all") -> counti
 
     >>> sums = draw_sums(2, seed=0)
     >>> sums.questions[0], sums.total[0].item()
-    ('2 apples and 1 lemon: how many?', 3)
+    ('4 lemons and 1 apple: how many?', 5)
     """
     return counting.draw(n, _chances(n, seed), split)
 

@@ -80,7 +80,9 @@ class ToySource(Source):
 
     def models(self) -> Iterator[ModelInfo]:
         for name, folder in bundled().items():
-            yield ModelInfo(f"toy:{name}", "toy", True, card_title(folder))
+            steps = [f"@{step}" for step in series(name)]
+            more = f" Checkpoints: {', '.join(steps)}." if steps else ""
+            yield ModelInfo(f"toy:{name}", "toy", True, card_title(folder) + more)
 
     def sample(self, rest: str, seed: int = 0) -> Image | None:
         """Return an image as the model was trained on, or a scene with two shapes; None for a model of videos."""
