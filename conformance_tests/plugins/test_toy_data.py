@@ -25,20 +25,34 @@ def test_a_batch_is_a_function_of_split_seed_and_step(name: str):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_pictures_and_labels_have_the_shapes_the_task_states(name: str):
+def test_images_are_as_the_task_states(name: str):
+    one = task(name)
+    batch = one.batch(12, "train", 0, 0)
+    assert batch.image.shape == (12, *one.shape)
+    assert 0 <= batch.image.min() < batch.image.max() <= 1
+    assert one.size % one.patch == 0
+    n_patches = (one.size // one.patch) ** 2
+    if batch.tokens is not None:
+        assert batch.target.shape == (12, 12)
+        assert (batch.target.diagonal() == 1).all(), "its own caption fits every image"
+    elif batch.hidden is not None:
+        assert batch.hidden.shape == (12, n_patches)
+        assert len(set(batch.hidden.sum(1).tolist())) == 1
+        assert 0 < batch.hidden.float().mean() < 1
+    else:
+        assert batch.target.shape == (12, len(one.labels))
+
+
+@pytest.mark.parametrize("name", [name for name, one in TASKS.items() if one.labels])
+def test_labels_are_distributions_and_every_class_is_drawn(name: str):
     one = task(name)
     batch = one.batch(120, "train", 0, 0)
-    assert batch.image.shape == (120, one.channels, one.size, one.size)
-    assert 0 <= batch.image.min() < batch.image.max() <= 1
-    assert batch.target.shape == (120, len(one.labels))
     torch.testing.assert_close(batch.target.sum(1), torch.ones(120))
-    assert one.size % one.patch == 0
-    assert (batch.patches is not None) == one.knows_patches
     if batch.patches is not None:
         assert batch.patches.shape == (120, (one.size // one.patch) ** 2, len(one.labels))
         torch.testing.assert_close(batch.patches.sum(2), torch.ones(batch.patches.shape[:2]))
     if len(one.labels) <= 16:
-        assert set(batch.target.argmax(1).tolist()) == set(range(len(one.labels))), "every class is drawn"
+        assert set(batch.target.argmax(1).tolist()) == set(range(len(one.labels)))
 
 
 def test_drawing_leaves_the_global_chance_alone():

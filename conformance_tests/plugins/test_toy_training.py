@@ -14,7 +14,8 @@ import pytest
 import torch
 from prisma_toy import checkpoints
 from prisma_toy.card import MODEL, command, finish
-from prisma_toy.training import Config, Trainer, start
+from prisma_toy.config import Config
+from prisma_toy.training import Trainer, start
 from safetensors.torch import load_file
 
 import prisma_core as prisma
@@ -235,13 +236,16 @@ def test_with_and_without_norms_and_mlps(tmp_path: Path, norm: bool, mlp_ratio: 
     torch.testing.assert_close(trainer.model(image), logits)
 
 
-def test_patch_loss_is_the_pictures_loss_plus_the_patches(tmp_path: Path):
-    plain = Trainer(Config(data="scenes", layers=1, d_model=16, patch_loss=0.0), tmp_path / "plain")
-    both = Trainer(Config(data="scenes", layers=1, d_model=16, patch_loss=1.0), tmp_path / "both")
-    batch = plain.task.batch(4, "train", 0, 0)
-    (loss, logits), (total, votes) = plain.loss(batch), both.loss(batch)
-    torch.testing.assert_close(votes, logits)
-    assert total > loss
+def test_patch_loss_is_the_images_loss_plus_the_patches(tmp_path: Path):
+    config = Config(data="scenes", layers=1, d_model=16, patch_loss=0.0)
+    trainer = Trainer(config, tmp_path / "run")
+    batch, objective = trainer.task.batch(4, "train", 0, 0), trainer.task.objective
+    loss, right = objective.loss(trainer.model, batch, config)
+    both, same = objective.loss(trainer.model, batch, config.model_copy(update={"patch_loss": 1.0}))
+    twice, _ = objective.loss(trainer.model, batch, config.model_copy(update={"patch_loss": 2.0}))
+    assert torch.equal(right, same)
+    assert both > loss
+    torch.testing.assert_close(twice - both, both - loss)
 
 
 def test_bfloat16_trains_float32_weights(tmp_path: Path):
@@ -277,7 +281,7 @@ def test_the_command_trains_resumes_and_explains(tmp_path: Path):
     folder = tmp_path / "run"
     done = CliRunner().invoke(app, ["train", *options, "--out", str(folder)])
     assert done.exit_code == 0, done.output
-    assert "Held-out accuracy" in done.output
+    assert "Held-out accuracy: " in done.output
     assert (folder / MODEL / "model.safetensors").exists()
     again = CliRunner().invoke(app, ["train", "--out", str(folder), "--resume"])
     assert again.exit_code == 0, again.output
@@ -295,9 +299,9 @@ def test_the_command_trains_resumes_and_explains(tmp_path: Path):
 def test_averages_of_a_run_that_goes_on_start_from_its_log(unbroken: Trainer, tmp_path: Path):
     assert checkpoints.recent(tmp_path) == (None, None)
     rows = [json.loads(line) for line in (unbroken.folder / checkpoints.LOG).read_text().splitlines()]
-    loss, accuracy = checkpoints.recent(unbroken.folder, rows=2)
+    loss, score = checkpoints.recent(unbroken.folder, rows=2)
     assert loss == pytest.approx((rows[-1]["loss"] + rows[-2]["loss"]) / 2)
-    assert accuracy == pytest.approx((rows[-1]["accuracy"] + rows[-2]["accuracy"]) / 2)
+    assert score == pytest.approx((rows[-1]["score"] + rows[-2]["score"]) / 2)
 
 
 def test_threads_are_part_of_the_run_not_of_the_machine(unbroken: Trainer, tmp_path: Path):

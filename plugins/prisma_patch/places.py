@@ -65,7 +65,7 @@ def check_reach(model: HookedModel, names: Sequence[str], places: Places) -> Non
 
 
 class Places:
-    """Which parts of each activation a sweep replaces."""
+    """Parts of each activation that a sweep replaces."""
 
     def __init__(
         self,

@@ -1,4 +1,8 @@
-"""Toy vision transformers for Prisma: three that come trained, those the project published, and ``prisma train``."""
+"""Toy transformers for Prisma: small trained models of every kind, the data they were trained on, and ``prisma train``.
+
+The data are drawn, not stored: every function ``draw_...`` takes how many and a seed, and returns the images, pixels in
+0..1, with all that is known of them. ``normalise`` makes of them what a toy model takes.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,24 @@ from typing import TYPE_CHECKING
 from prisma_core import hookimpl
 from prisma_core.plugin import Adapter, Case, Source
 from prisma_toy.adapter import PublishedAdapter
-from prisma_toy.scenes import SampleScene, sample_scene
-from prisma_toy.source import ToySource
+from prisma_toy.captions import Captioned
+from prisma_toy.counting import Sums
+from prisma_toy.data import (
+    Sprites,
+    draw_captions,
+    draw_digits,
+    draw_motions,
+    draw_scenes,
+    draw_sprites,
+    draw_sums,
+    patch_classes,
+)
+from prisma_toy.masking import draw_hidden, hide, reconstruct
+from prisma_toy.model import normalise
+from prisma_toy.motions import Motions
+from prisma_toy.scenes import SampleScene, Scenes, sample_scene
+from prisma_toy.source import ToySource, series, training_log
+from prisma_toy.words import Words
 
 if TYPE_CHECKING:
     import typer
@@ -39,4 +59,13 @@ def prisma_commands(app: typer.Typer) -> None:
     add(app)
 
 
-__all__ = ["SampleScene", "ToySource", "sample_scene"]
+# fmt: off
+__all__ = [
+    # data
+    "sample_scene", "draw_scenes", "draw_captions", "draw_motions", "draw_sums", "draw_sprites", "draw_digits",
+    "patch_classes", "normalise",
+    # what they return
+    "SampleScene", "Scenes", "Captioned", "Motions", "Sums", "Sprites",
+    # models: checkpoints along training, hidden patches, captions as tokens
+    "series", "training_log", "draw_hidden", "hide", "reconstruct", "Words", "ToySource",
+]

@@ -5,13 +5,16 @@ from __future__ import annotations
 import datetime
 import platform
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 import prisma_core as prisma
 from prisma_toy import checkpoints
-from prisma_toy.measure import Score, held_out, two_shape_lens
-from prisma_toy.training import Config, Trainer
+from prisma_toy.config import Config
+from prisma_toy.measure import Score, held_out
+from prisma_toy.tasks import Task
+from prisma_toy.training import Trainer
 
 MODEL, CARD = "model", "card.md"
 
@@ -34,11 +37,11 @@ def command(config: Config, out: str) -> str:
 
 
 HELD_OUT = 4096
-_ACCURACY = "- Held-out accuracy: "
+_HELD_OUT = "- Held-out "
 
 
 def finish(trainer: Trainer, n: int = HELD_OUT, progress: Callable[[int], None] | None = None) -> Score:
-    """Write the trained model with its card into the run's folder, and return its score on ``n`` held-out pictures."""
+    """Write the trained model with its card into the run's folder, and return its score on ``n`` held-out images."""
     score = held_out(trainer.model, trainer.task, n, progress=progress)
     folder = prisma.save(trainer.model, trainer.folder / MODEL)
     checkpoints.write(folder / checkpoints.CONFIG, trainer.config.model_dump_json(indent=1) + "\n")
@@ -52,8 +55,8 @@ def measured(trainer: Trainer) -> str | None:
     if trainer.step < trainer.config.steps or not card.is_file():
         return None
     lines = card.read_text(encoding="utf-8").splitlines()
-    found = next((line for line in lines if line.startswith(_ACCURACY)), None)
-    return found and found.removeprefix(_ACCURACY).partition(", on pictures")[0]
+    found = next((line for line in lines if line.startswith(_HELD_OUT)), None)
+    return found and found.removeprefix(_HELD_OUT).partition("), ")[0] + ")"
 
 
 def _length(trainer: Trainer) -> str:
@@ -64,38 +67,38 @@ def _length(trainer: Trainer) -> str:
 
 def text(trainer: Trainer, score: Score) -> str:
     """Return the card."""
-    config, spec, task = trainer.config, trainer.model.spec, trainer.task
-    size = sum(p.numel() for p in trainer.model.parameters())
-    parts = "attention alone" if spec.blocks[0].mlp is None else "attention and MLP"
-    read = "the mean of all tokens" if config.pool == "avg" else "the class token"
+    config, task, model = trainer.config, trainer.task, trainer.model
+    block = next(iter(model.towers().values())).spec.blocks[0]
+    parts = "attention alone" if block.mlp is None else "attention and MLP"
     norms = "with layer norm" if config.norm else "without layer norm"
     layers = "1 layer" if config.layers == 1 else f"{config.layers} layers"
+    towers = " in each of two towers" if len(model.towers()) > 1 else ""
+    measure, kind = task.objective.measure, "image" if task.tubelet is None else "video"
     lines = [
         f"# {trainer.folder.name}",
         "",
-        f"{layers} of {parts}, {norms}: {task.summary}, {100 * score.accuracy:.2f} % held-out.",
+        f"{layers} of {parts}{towers}, {norms}: {task.summary}, {100 * score.accuracy:.2f} % held-out.",
         "",
-        f"- Data: `{task.name}`, {len(task.labels)} classes, {task.channels} x {task.size} x {task.size}, drawn by "
-        "this package for every batch afresh; no data set is downloaded or stored.",
-        f"- Model: d_model {config.d_model}, {config.heads} heads, patches of {task.patch} pixels, {size:,} "
-        f"parameters. The head reads {read}." + (f" {config.registers} registers." if config.registers else ""),
+        f"- Data: `{task.name}`, {_classes(task)}{' x '.join(map(str, task.shape))}, {task.origin}.",
+        f"- Model: d_model {config.d_model}, {config.heads} heads, patches of {task.patch} pixels, "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters. {_reads(trainer)}",
         f"- Command: `{command(config, trainer.folder.name)}`",
-        f"- Seed: {config.seed}; {_length(trainer)} of {config.batch} pictures.",
-        f"{_ACCURACY}{score}, on pictures drawn from chances that no training run uses.",
-    ]
-    if trainer.trains_patches:
-        shapes, ground = two_shape_lens(trainer.model, 256)
-        lines += [
-            "- Loss: cross-entropy of the picture's label, plus that of each patch for what it shows, "
-            f"weighted {config.patch_loss:g}. So the last layer's logit lens is trained to place the shapes, that of "
-            "earlier layers is not.",
-            "- Scenes in training: three in ten show two shapes, whose label is shared by visible area. Held-out "
-            "scenes show shapes of one class, or none.",
-            f"- Last layer's lens on 256 fresh scenes with two shapes: own class on {shapes} patches of shapes, "
-            f"empty on {ground} patches of ground (patches that one class covers at least 60 % of).",
-        ]
-    lines.append(
+        f"- Seed: {config.seed}; {_length(trainer)} of {config.batch} {kind}s.",
+        f"{_HELD_OUT}{measure}: {score}, {task.held_out_is}.",
+        *(f"- {line}" for line in (task.report(model, config) if task.report is not None else [])),
         f"- Made {datetime.date.today().isoformat()} with torch {torch.__version__.partition('+')[0]} on a CPU "
-        f"({platform.machine()})."
-    )
+        f"({platform.machine()}).",
+    ]
     return "\n".join(lines) + "\n"
+
+
+def _classes(task: Task) -> str:
+    return f"{len(task.labels)} classes, " if task.labels else ""
+
+
+def _reads(trainer: Trainer) -> str:
+    """Return which tokens the model's head reads, and how many registers there are."""
+    vision: Any = next(iter(trainer.model.towers().values())).spec
+    reads = {"avg": "the mean of all tokens", "token": "the class token", "patches": "each patch's own token"}
+    registers = trainer.config.registers
+    return f"The head reads {reads[vision.pool.kind]}." + (f" {registers} registers." if registers else "")

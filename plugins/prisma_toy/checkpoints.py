@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import prisma_core as prisma
-from prisma_core import HookedViT, LoadError
+from prisma_core import LoadError, ZooModel
 from prisma_core.plugin import replacing
 
 CONFIG, STATE, LOG, CHECKPOINTS = "config.json", "state.safetensors", "log.jsonl", "checkpoints"
@@ -50,7 +50,7 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise LoadError(f"{folder / STATE} is not a state that prisma train wrote: {error}") from error
 
 
-def save_model(folder: Path, model: HookedViT, step: int) -> Path:
+def save_model(folder: Path, model: ZooModel, step: int) -> Path:
     """Write a checkpoint that ``prisma.load("file:...")`` reads."""
     path = folder / CHECKPOINTS / f"step-{step:06d}"
     if path.exists():  # by a run that was killed after it
@@ -92,10 +92,10 @@ def due(step: int, steps: int) -> bool:
 
 
 def recent(folder: Path, rows: int = 5) -> tuple[float | None, float | None]:
-    """Return the mean loss and accuracy of the last rows of a run's log, or None twice where there are none."""
+    """Return the mean loss and score of the last rows of a run's log, or None twice where there are none."""
     log = folder / LOG
     lines = log.read_text(encoding="utf-8").splitlines()[-rows:] if log.is_file() else []
     found = [json.loads(line) for line in lines]
     if not found:
         return None, None
-    return sum(row["loss"] for row in found) / len(found), sum(row["accuracy"] for row in found) / len(found)
+    return sum(row["loss"] for row in found) / len(found), sum(row["score"] for row in found) / len(found)

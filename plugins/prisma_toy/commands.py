@@ -33,7 +33,7 @@ def train(
     registers: Annotated[int | None, typer.Option(help="Register tokens.", show_default="0")] = None,
     no_norm: Annotated[bool, typer.Option("--no-norm", help="No layer norm anywhere.")] = False,
     steps: Annotated[int | None, typer.Option(help="Batches to train on.", show_default="2000")] = None,
-    batch: Annotated[int | None, typer.Option(help="Pictures in a batch.", show_default="32")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images in a batch.", show_default="32")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.", show_default="0.002")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Of matrices.", show_default="0.03")] = None,
     patch_loss: Annotated[
@@ -51,7 +51,7 @@ def train(
     ] = False,
     list_data: Annotated[bool, typer.Option("--list", help="List the data there is, and stop.")] = False,
 ) -> None:
-    """Train a toy vision transformer on pictures drawn as it goes.
+    """Train a toy transformer on images drawn as it goes.
 
     The run can be killed at any moment: --resume goes on from the last saved state and ends with the very weights
     that an unbroken run ends with. Checkpoints, dense early, are folders that prisma.load("file:...") reads.
@@ -88,10 +88,10 @@ def _list(console: Any) -> None:
 
     from prisma_toy.tasks import TASKS
 
-    table = Table("data", "label", "classes", "picture", "patch")
+    table = Table("data", "asked for", "classes", "image", "patch")
     for one in TASKS.values():
-        size = f"{one.channels} x {one.size} x {one.size}"
-        table.add_row(one.name, one.summary, str(len(one.labels)), size, str(one.patch))
+        classes, size = str(len(one.labels) or "-"), " x ".join(map(str, one.shape))
+        table.add_row(one.name, one.summary, classes, size, str(one.patch))
     console.print(table)
 
 
@@ -104,8 +104,8 @@ def _run(console: Any, given: dict[str, Any], out: Path, resume: bool) -> None:
 
     trainer = start(given, out, resume)
     steps = trainer.config.steps
-    if (score := measured(trainer)) is not None:
-        console.print(f"The run in {out} is finished: all {steps} steps, held-out accuracy {score}.", soft_wrap=True)
+    if (figure := measured(trainer)) is not None:
+        console.print(f"The run in {out} is finished: all {steps} steps, held-out {figure}.", soft_wrap=True)
         console.print(f'Load it with prisma.load("file:{out / MODEL}").', highlight=False, soft_wrap=True)
         return
     if trainer.step:
@@ -118,19 +118,19 @@ def _run(console: Any, given: dict[str, Any], out: Path, resume: bool) -> None:
         progress.TimeElapsedColumn(),
         progress.TimeRemainingColumn(),
     )
-    loss, accuracy = recent(trainer.folder)  # of a run that goes on, what its log says
+    loss, score = recent(trainer.folder)  # of a run that goes on, what its log says
     try:
         with progress.Progress(*columns, console=console) as bar:
             line = bar.add_task(trainer.task.name, total=steps, completed=trainer.step, so_far="")
             for done in trainer.run():
                 loss = done.loss if loss is None else 0.95 * loss + 0.05 * done.loss
-                accuracy = done.accuracy if accuracy is None else 0.95 * accuracy + 0.05 * done.accuracy
-                bar.update(line, completed=done.step, so_far=f"loss {loss:.3f}  right {accuracy:.0%}")
+                score = done.score if score is None else 0.95 * score + 0.05 * done.score
+                bar.update(line, completed=done.step, so_far=f"loss {loss:.3f}  right {score:.0%}")
     except KeyboardInterrupt:
         console.print(f"Stopped. `prisma train --out {out} --resume` goes on as if nothing had happened.")
         raise typer.Exit(130) from None
     with progress.Progress(*columns, console=console) as bar:
-        line = bar.add_task("measuring", total=HELD_OUT, so_far="on held-out pictures")
-        score = finish(trainer, progress=lambda seen: bar.update(line, completed=seen))
-    console.print(f"Held-out accuracy {score}.")
+        line = bar.add_task("measuring", total=HELD_OUT, so_far="on held-out images")
+        final = finish(trainer, progress=lambda seen: bar.update(line, completed=seen))
+    console.print(f"Held-out {trainer.task.objective.measure}: {final}.", soft_wrap=True)
     console.print(f'Load it with prisma.load("file:{out / MODEL}").', highlight=False, soft_wrap=True)

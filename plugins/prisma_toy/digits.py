@@ -15,7 +15,7 @@ from torch import Tensor
 from prisma_core import PluginError
 
 SIZE = 8
-HELD_OUT = 360
+N_IMAGES, HELD_OUT = 1797, 360
 LABELS = tuple(f"{digit}\N{VARIATION SELECTOR-16}\N{COMBINING ENCLOSING KEYCAP} {digit}" for digit in range(10))
 
 

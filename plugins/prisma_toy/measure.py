@@ -5,21 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from prisma_core import HookedViT
+from prisma_core import HookedViT, ZooModel
 from prisma_toy import scenes
 from prisma_toy.model import normalise
-from prisma_toy.tasks import Task
+
+if TYPE_CHECKING:
+    from prisma_toy.tasks import Batch, Task
 
 
 @dataclass(frozen=True)
 class Score:
-    """So many right of so many."""
+    """So many right of so many; a fraction where an example counts by a share of its own in 0..1."""
 
-    right: int
+    right: float
     n: int
 
     @property
@@ -28,7 +31,7 @@ class Score:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the accuracy (Wilson)."""
+        """The 95 % interval of the accuracy (Wilson); of shares, whose deviation is smaller, it is too wide."""
         z, p, n = 1.96, self.accuracy, self.n
         middle = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -48,7 +51,7 @@ def patch_logits(model: HookedViT, image: Tensor) -> Tensor:
 
 
 def held_out(
-    model: HookedViT,
+    model: ZooModel,
     on: Task,
     n: int,
     seed: int = 0,
@@ -59,22 +62,26 @@ def held_out(
 
     Args:
         n: how many to draw.
+        batch: how many at a time; where the other captions of a batch are the wrong answers, as many as there are.
         progress: told after each batch how many have been seen.
     """
-    right, seen, step = 0, 0, 0
     if on.held_out is not None:
         whole = on.held_out()
-        with torch.no_grad():
-            right = int((model(normalise(whole.image)).argmax(1) == whole.target.argmax(1)).sum())
-        return Score(right, len(whole.image))
-    with torch.no_grad():
-        while seen < n:
-            drawn = on.batch(min(batch, n - seen), "held-out", seed, step)
-            right += int((model(normalise(drawn.image)).argmax(1) == drawn.target.argmax(1)).sum())
-            seen, step = seen + len(drawn.image), step + 1
-            if progress is not None:
-                progress(seen)
+        return scored(model, on, whole)
+    right, seen, step = 0.0, 0, 0
+    while seen < n:
+        score = scored(model, on, on.batch(min(batch, n - seen), "held-out", seed, step))
+        right, seen, step = right + score.right, seen + score.n, step + 1
+        if progress is not None:
+            progress(seen)
     return Score(right, n)
+
+
+def scored(model: ZooModel, on: Task, batch: Batch) -> Score:
+    """Score a model on one batch of a task."""
+    with torch.no_grad():
+        values = on.objective.score(model, batch)
+    return Score(float(values.double().sum()), len(values))
 
 
 def two_shape_lens(model: HookedViT, n: int, seed: int = 0, sure: float = 0.6) -> tuple[Score, Score]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from prisma_toy.canvas import ground, uniform
 from prisma_toy.shapes import KINDS, PATTERNS, coverage
 
 EMPTY = "⬜ empty"
@@ -77,6 +78,10 @@ class Scenes:
         empty = (total < 1e-6).float()
         return torch.cat([empty, area / total.clamp_min(1e-6) * (1 - empty)], dim=1)
 
+    def patch_classes(self, rows: int) -> Tensor:
+        """Return the class that covers most of each patch of a grid: ``[batch row column]``."""
+        return self.share(rows).argmax(1)
+
     def share(self, rows: int) -> Tensor:
         """Return how much of each cell of a grid shows each class: ``[batch class row column]``."""
         covered = F.adaptive_avg_pool2d(self.visible, (rows, rows))
@@ -115,32 +120,28 @@ def draw_classes(classes: Tensor, size: int, generator: torch.Generator) -> Scen
     """Draw scenes of given classes: ``[batch slot]``, 0 for no shape; shapes keep apart where there is room."""
     n, slots = classes.shape
     shown = (classes > 0).sum(1)
-    radius = _uniform((n, slots), 0.17, 0.32, generator) * (1 - 0.11 * (shown - 1).clamp(0, 3).float())[:, None]
+    radius = uniform((n, slots), 0.17, 0.32, generator) * (1 - 0.11 * (shown - 1).clamp(0, 3).float())[:, None]
     x, y = _places(radius, classes > 0, generator)
-    angle = _uniform((n, slots), -0.4, 0.4, generator)
+    angle = uniform((n, slots), -0.4, 0.4, generator)
     where = [part.flatten() for part in (x, y, radius, angle)]
     shapes = coverage(_KIND_OF_CLASS[classes].flatten(), *where, size=size)
     patterns = coverage(_PATTERN_OF_CLASS[classes].flatten(), *where, size=size, table=PATTERNS)
     patterns = patterns.view(n, slots, 1, size, size)
     shapes = shapes.view(n, slots, size, size) * (classes > 0)[:, :, None, None]
-    colours = _COLOURS_OF_CLASS[classes] * _uniform((n, slots, 1, 1), 0.85, 1.1, generator)
-    colours = (colours + _uniform((n, slots, 2, 3), -0.06, 0.06, generator)).clamp(0, 1)[..., None, None]
+    colours = _COLOURS_OF_CLASS[classes] * uniform((n, slots, 1, 1), 0.85, 1.1, generator)
+    colours = (colours + uniform((n, slots, 2, 3), -0.06, 0.06, generator)).clamp(0, 1)[..., None, None]
     paint = colours[:, :, 0] + (colours[:, :, 1] - colours[:, :, 0]) * patterns
 
-    image = _clutter(_ground(n, size, generator), size, generator)
+    image = _clutter(ground(n, size, generator), size, generator)
     visible = torch.zeros(n, slots, size, size)
     for slot in range(slots):
         alpha = shapes[:, slot, None]
-        shade = 1 + _uniform((n, 1, 1, 1), -0.25, 0.25, generator) * torch.linspace(-1, 1, size)[None, None, :, None]
+        shade = 1 + uniform((n, 1, 1, 1), -0.25, 0.25, generator) * torch.linspace(-1, 1, size)[None, None, :, None]
         image = image * (1 - alpha) + (paint[:, slot] * shade).clamp(0, 1) * alpha
         visible[:, :slot] *= 1 - alpha
         visible[:, slot] = alpha[:, 0]
-    noise = torch.randn(n, 3, size, size, generator=generator) * _uniform((n, 1, 1, 1), 0.0, 0.05, generator)
+    noise = torch.randn(n, 3, size, size, generator=generator) * uniform((n, 1, 1, 1), 0.0, 0.05, generator)
     return Scenes((image + noise).clamp(0, 1), classes, visible)
-
-
-def _uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
-    return low + (high - low) * torch.rand(shape, generator=generator)
 
 
 def _places(radius: Tensor, present: Tensor, generator: torch.Generator, tries: int = 24) -> tuple[Tensor, Tensor]:
@@ -157,29 +158,13 @@ def _places(radius: Tensor, present: Tensor, generator: torch.Generator, tries: 
     return x.gather(2, chosen)[..., 0], y.gather(2, chosen)[..., 0]
 
 
-def _ground(n: int, size: int, generator: torch.Generator) -> Tensor:
-    """Return plain, shaded, blotched or striped ground of little colour: ``[batch 3 size size]``."""
-    light = _uniform((n, 1), 0.08, 0.95, generator)
-    base = (light + _uniform((n, 3), -0.06, 0.06, generator))[:, :, None, None]
-    blotches = F.interpolate(
-        torch.randn(n, 1, 7, 7, generator=generator), size=(size, size), mode="bicubic", align_corners=False
-    )
-    ticks = torch.linspace(-1, 1, size)
-    turn = _uniform((n, 1, 1, 1), 0, torch.pi, generator)
-    along = ticks[None, None, None, :] * torch.cos(turn) + ticks[None, None, :, None] * torch.sin(turn)
-    stripes = torch.sin(along * _uniform((n, 1, 1, 1), 8, 40, generator))
-    weights = torch.rand(n, 3, 1, 1, generator=generator) * (torch.rand(n, 3, 1, 1, generator=generator) < 0.5)
-    texture = 0.10 * blotches * weights[:, :1] + 0.12 * along * weights[:, 1:2] + 0.06 * stripes * weights[:, 2:]
-    return (base + texture).clamp(0, 1)
-
-
 def _clutter(image: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """Strew small grey shapes over pictures, which are no class of their own."""
     n = len(image)
     kind = torch.randint(len(KINDS), (n, _CLUTTER), generator=generator)
-    radius = _uniform((n, _CLUTTER), 0.015, 0.05, generator)
-    x, y, angle = (_uniform((n, _CLUTTER), 0, top, generator) for top in (1.0, 1.0, torch.pi))
-    grey = _uniform((n, _CLUTTER, 1), 0, 1, generator) + _uniform((n, _CLUTTER, 3), -0.05, 0.05, generator)
+    radius = uniform((n, _CLUTTER), 0.015, 0.05, generator)
+    x, y, angle = (uniform((n, _CLUTTER), 0, top, generator) for top in (1.0, 1.0, torch.pi))
+    grey = uniform((n, _CLUTTER, 1), 0, 1, generator) + uniform((n, _CLUTTER, 3), -0.05, 0.05, generator)
     shown = torch.arange(_CLUTTER) < torch.randint(0, _CLUTTER + 1, (n, 1), generator=generator)
     alpha = coverage(*(part.flatten() for part in (kind, x, y, radius, angle)), size=size)
     alpha = alpha.view(n, _CLUTTER, size, size) * shown[:, :, None, None] * 0.85

@@ -113,12 +113,17 @@ def _continents(x: Tensor, y: Tensor) -> Tensor:
     )
 
 
+def _leaf(x: Tensor, y: Tensor) -> Tensor:
+    return _disc(x - 0.2, y + 0.65, 0.3)
+
+
 PATTERNS: dict[str, Distance] = {
     "plain": _plain,
     "stripes": _stripes,
     "dots": _dots,
     "rim": _rim,
     "continents": _continents,
+    "leaf": _leaf,
 }
 
 

@@ -11,13 +11,13 @@ import torch
 from PIL.Image import Image, fromarray
 
 import prisma_core as prisma
-from prisma_core import HookedViT, InputError, UnknownName
+from prisma_core import InputError, UnknownName, ZooModel
 from prisma_core.plugin import Loaded, ModelInfo, Source, suggest
-from prisma_toy import fetch
-from prisma_toy.checkpoints import CONFIG
+from prisma_toy import checkpoints, fetch
 from prisma_toy.model import draw_weights
 from prisma_toy.scenes import sample_scene
-from prisma_toy.tasks import task
+from prisma_toy.tasks import Task, task
+from prisma_toy.words import Words
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -27,9 +27,41 @@ def bundled() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(WEIGHTS.glob("*/model.safetensors"))}
 
 
-class ToySource(Source):
-    """``toy:NAME``: small trained vision transformers, hooked from the first training step; no download.
+def series(name: str) -> dict[int, Path]:
+    """Return the folders of the checkpoints that come with a model, by step; none for most models.
 
+    Raises:
+        UnknownName: there is no such model.
+    """
+    folder = _folder(name) / checkpoints.CHECKPOINTS
+    return {int(path.name.removeprefix("step-")): path for path in sorted(folder.glob("step-*"))}
+
+
+def training_log(name: str) -> list[dict[str, float]]:
+    """Return the log of a bundled model's training, where it comes with one: ``step``, ``loss`` and ``score`` a row.
+
+    The score is the task's measure over the batch of that step.
+
+    Raises:
+        UnknownName: there is no such model.
+    """
+    return list(checkpoints.log_rows(_folder(name)))
+
+
+def _folder(name: str) -> Path:
+    found = bundled()
+    if name not in found:
+        raise UnknownName(
+            f"No toy model {name!r}.{suggest(name, found)} There are {', '.join(found)}; and toy:FILE.pth and "
+            f"toy:{fetch.PREFIX}OWNER/NAME for what the Prisma project published."
+        )
+    return found[name]
+
+
+class ToySource(Source):
+    """``toy:NAME``: small trained transformers, hooked from the first training step; no download.
+
+    ``toy:NAME@STEP`` is a checkpoint of a model that comes with a series of them.
     ``toy:FILE.pth`` and ``toy:published/OWNER/NAME`` are what the Prisma project published (see ``fetch.load``).
     """
 
@@ -38,33 +70,53 @@ class ToySource(Source):
     def load(self, rest: str, **options: Any) -> Loaded:
         if fetch.is_published(rest):
             return fetch.load(rest, **options)
-        found = bundled()
-        if rest not in found:
-            raise UnknownName(
-                f"No toy model {rest!r}.{suggest(rest, found)} There are {', '.join(found)}; and toy:FILE.pth and "
-                f"toy:{fetch.PREFIX}OWNER/NAME for what the Prisma project published."
-            )
         pretrained = options.pop("pretrained", True)
         if options:
             raise InputError(f"toy: models take no option but pretrained, got {', '.join(options)}.")
-        model = cast(HookedViT, prisma.load(f"file:{found[rest]}"))
+        model = cast(ZooModel, prisma.load(f"file:{_at(rest)}"))
         if not pretrained:
             draw_weights(model, seed=0)
-        return Loaded(model, model.preprocess, model.labels)
+        return Loaded(model, model.preprocess, model.labels, tokenizer=getattr(model, "tokenizer", None))
 
     def models(self) -> Iterator[ModelInfo]:
         for name, folder in bundled().items():
-            yield ModelInfo(f"toy:{name}", "toy", True, card_title(folder))
+            steps = [f"@{step}" for step in series(name)]
+            more = f" Checkpoints: {', '.join(steps)}." if steps else ""
+            yield ModelInfo(f"toy:{name}", "toy", True, card_title(folder) + more)
 
-    def sample(self, rest: str, seed: int = 0) -> Image:
-        """Return a picture as the model was trained on, or a scene with two shapes."""
-        found = bundled()
-        facts = json.loads((found[rest] / CONFIG).read_text(encoding="utf-8")) if rest in found else {}
+    def sample(self, rest: str, seed: int = 0) -> Image | None:
+        """Return an image as the model was trained on, or a scene with two shapes; None for a model of videos."""
+        found, name = bundled(), rest.partition("@")[0]
+        facts = json.loads((found[name] / checkpoints.CONFIG).read_text(encoding="utf-8")) if name in found else {}
         data = facts.get("data", "scenes")
         if data == "scenes":
             return sample_scene(seed + 2).image  # the first one to be seen has two shapes unlike each other
-        pixels = task(data).batch(1, "held-out", seed, 0).image[0, 0]
-        return fromarray((pixels * 255).round().to(torch.uint8).numpy())
+        return _sample(task(data), seed)
+
+    def save_processor(self, processor: Words, folder: Path) -> None:
+        processor.save_pretrained(folder)
+
+    def load_processor(self, folder: Path) -> Words:
+        return Words.from_pretrained(folder)
+
+
+def _at(reference: str) -> Path:
+    """Return the folder of ``NAME`` or ``NAME@STEP``."""
+    name, at, step = reference.partition("@")
+    if not at:
+        return _folder(name)
+    steps = {str(number): path for number, path in series(name).items()}
+    if step not in steps:
+        there = f"they are of steps {', '.join(steps)}" if steps else "it comes with none"
+        raise UnknownName(f"No checkpoint {step!r} of toy:{name}: {there}.")
+    return steps[step]
+
+
+def _sample(one: Task, seed: int) -> Image | None:
+    if one.tubelet is not None:
+        return None
+    pixels = one.batch(1, "held-out", seed, 0).image[0].permute(1, 2, 0)
+    return fromarray((pixels.squeeze(2) * 255).round().to(torch.uint8).numpy())
 
 
 def card_title(folder: Path) -> str:

@@ -8,60 +8,25 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
-from prisma_core import HookedViT, InputError, LoadError
+from prisma_core import InputError, LoadError, ZooModel
 from prisma_toy import checkpoints
-from prisma_toy.measure import patch_logits
-from prisma_toy.model import normalise, toy_model, toy_spec
-from prisma_toy.tasks import Batch, Task, task
-
-
-class Config(BaseModel):
-    """Everything that decides what a run computes.
-
-    Attributes:
-        data: name of the task.
-        mlp_ratio: the MLP's width over ``d_model``; 0 for attention alone.
-        pool: what the head reads, the mean of all tokens or the class token.
-        registers: learned tokens behind the class token.
-        patch_loss: weight of the loss that asks each patch for what it shows, where the task knows.
-        threads: of torch; another number adds up in another order, and rounds otherwise.
-        bf16: matrix products in bfloat16, twice as fast on processors that have it; weights stay in float32.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    data: str = "scenes"
-    layers: int = Field(default=3, ge=1, le=12)
-    d_model: int = Field(default=128, ge=4)
-    heads: int = Field(default=4, ge=1)
-    mlp_ratio: float = Field(default=2.0, ge=0)
-    norm: bool = True
-    pool: Literal["avg", "token"] = "avg"
-    registers: int = Field(default=0, ge=0, le=64)
-    steps: int = Field(default=2000, ge=1)
-    batch: int = Field(default=32, ge=1)
-    lr: float = Field(default=2e-3, gt=0)
-    weight_decay: float = Field(default=0.03, ge=0)
-    patch_loss: float = Field(default=1.0, ge=0)
-    seed: int = Field(default=0, ge=0)
-    threads: int = Field(default=1, ge=1)
-    bf16: bool = False
+from prisma_toy.config import Config
+from prisma_toy.tasks import Task, task
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Outcome of one step: the number of steps done, the loss, the share of right labels in the batch."""
+    """One step of training: how many are done, the loss, and the mean of the task's measure over the batch."""
 
     step: int
     loss: float
-    accuracy: float
+    score: float
 
 
 class Trainer:
@@ -115,17 +80,7 @@ class Trainer:
     def _build(self, config: Config, folder: Path) -> None:
         self.config, self.folder, self.step = config, folder, 0
         self.task: Task = task(config.data)
-        spec = toy_spec(
-            self.task,
-            layers=config.layers,
-            d_model=config.d_model,
-            heads=config.heads,
-            mlp_ratio=config.mlp_ratio,
-            norm=config.norm,
-            pool=config.pool,
-            registers=config.registers,
-        )
-        self.model: HookedViT = toy_model(self.task, spec, config.seed)
+        self.model: ZooModel = self.task.objective.model(self.task, config)
         matrices = [p for p in self.model.parameters() if p.ndim >= 2]
         others = [p for p in self.model.parameters() if p.ndim < 2]
         self.optimizer = torch.optim.AdamW(
@@ -133,11 +88,6 @@ class Trainer:
             betas=(0.9, 0.98),
             foreach=False,
         )
-
-    @property
-    def trains_patches(self) -> bool:
-        """Whether patches are asked for what they show."""
-        return bool(self.config.patch_loss) and self.task.knows_patches
 
     # ---------------------------------------------------------------- state
 
@@ -201,27 +151,14 @@ class Trainer:
         # The fused kernel's backward is slow in bfloat16, and asking for patterns replaces it.
         explicit = {"*hook_pattern": _as_it_is} if config.bf16 else None
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16), self.model.hooks(explicit):
-            loss, logits = self.loss(batch)
+            loss, values = self.task.objective.loss(self.model, batch, config)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=False)
         self.optimizer.step()
         self.model.eval()
         self.step += 1
-        accuracy = (logits.argmax(1) == batch.target.argmax(1)).float().mean()
-        return Progress(self.step, round(float(loss.detach()), 6), float(accuracy))
-
-    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the loss, and the logits of the pictures."""
-        if not self.trains_patches or batch.patches is None:
-            logits = self.model(normalise(batch.image)).float()
-            return F.cross_entropy(logits, batch.target), logits
-        votes = patch_logits(self.model, normalise(batch.image)).float()
-        # What the model returns: the head is linear, so it may come before the mean.
-        logits = votes.mean(1) if self.config.pool == "avg" else votes[:, 0]
-        patches = votes[:, self.model.layout.n_prefix :].flatten(0, 1)
-        shown = batch.patches.flatten(0, 1)
-        return F.cross_entropy(logits, batch.target) + self.config.patch_loss * F.cross_entropy(patches, shown), logits
+        return Progress(self.step, round(float(loss.detach()), 6), float(values.mean()))
 
 
 def _as_it_is(pattern: Tensor, at: object) -> None:

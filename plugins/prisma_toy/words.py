@@ -1,0 +1,93 @@
+"""A tokenizer of whole words, for captions of a small world."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from prisma_core.plugin import InputError
+
+PAD, UNKNOWN, END = "<pad>", "<unknown>", "<end>"
+FILE = "words.json"
+
+
+class Words:
+    """From texts to tokens, a word each, and back.
+
+    Capitals and punctuation do not count. A text is followed by ``<end>``, the largest id, and filled up with
+    ``<pad>``; what is longer is cut before its ``<end>``.
+
+    Args:
+        words: the vocabulary, in the order of their ids behind ``<pad>`` and ``<unknown>``.
+        length: tokens of each text, ``<end>`` among them.
+
+    >>> words = Words(("a", "red", "circle"), length=6)
+    >>> words(["A red circle."]).tolist()
+    [[2, 3, 4, 5, 0, 0]]
+    >>> words.decode(words(["A red circle."]))
+    ['a red circle']
+    """
+
+    def __init__(self, words: Sequence[str], length: int):
+        self.words = tuple(words)
+        self.length = length
+        self.tokens = (PAD, UNKNOWN, *self.words, END)
+        self._ids = {word: index for index, word in enumerate(self.tokens)}
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __call__(self, texts: str | Sequence[str]) -> Tensor:
+        """Return tokens ``[text pos]``.
+
+        Warns of words that are not in the vocabulary, which become ``<unknown>``.
+        """
+        split = [re.findall(r"\w+", text.casefold()) for text in ([texts] if isinstance(texts, str) else texts)]
+        if unknown := sorted({word for text in split for word in text} - set(self.words)):
+            more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+            warnings.warn(
+                f"Words that this model has never read: {', '.join(unknown[:5])}{more}. It knows "
+                f"{', '.join(self.words)}.",
+                stacklevel=2,
+            )
+        rows = torch.zeros(len(split), self.length, dtype=torch.long)
+        for row, text in zip(rows, split, strict=True):
+            ids = [self._ids.get(word, 1) for word in text[: self.length - 1]] + [self._ids[END]]
+            row[: len(ids)] = torch.tensor(ids)
+        return rows
+
+    @overload
+    def decode(self, tokens: Tensor) -> list[str]: ...
+    @overload
+    def decode(self, tokens: Sequence[int]) -> str: ...
+
+    def decode(self, tokens: Tensor | Sequence[int]) -> list[str] | str:
+        """Return the texts of tokens ``[text pos]``, or the text of one row of ids, up to ``<end>``.
+
+        Raises:
+            InputError: an id that is not in the vocabulary.
+        """
+        if isinstance(tokens, Tensor) and tokens.ndim == 2:
+            return [self.decode(row.tolist()) for row in tokens]
+        ids = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
+        if wrong := [each for each in ids if not 0 <= each < len(self)]:
+            raise InputError(f"Expected tokens from 0 to {len(self) - 1}, got {wrong[0]}.")
+        until = ids.index(len(self) - 1) if len(self) - 1 in ids else len(ids)
+        return " ".join(self.tokens[each] for each in ids[:until] if each)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the vocabulary into a folder."""
+        facts = {"words": self.words, "length": self.length}
+        (Path(folder) / FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Words:
+        """Return what ``save_pretrained`` wrote."""
+        return cls(**json.loads((Path(folder) / FILE).read_text(encoding="utf-8")))
