@@ -1,9 +1,8 @@
-"""Arrays, pictures and attention patterns, made small enough to travel inside a page."""
+"""Arrays and attention patterns, made small enough to travel inside a page."""
 
 from __future__ import annotations
 
 import base64
-import io
 import math
 import zlib
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from PIL.Image import Image
 from torch import Tensor
 
 from prisma_core import TokenLayout
@@ -30,13 +28,6 @@ def pack(array: Any) -> dict[str, Any]:
     array = array.astype(array.dtype.newbyteorder("<"))
     data = base64.b64encode(zlib.compress(array.tobytes(), 6)).decode()
     return {"type": array.dtype.name, "shape": list(array.shape), "data": data}
-
-
-def data_uri(image: Image) -> str:
-    """Return a picture as a data URI."""
-    stream = io.BytesIO()
-    image.convert("RGB").save(stream, "JPEG", quality=88, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def grouped(pattern: Tensor, layout: TokenLayout, budget: int = BUDGET) -> tuple[Tensor, TokenLayout, int]:
