@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from prisma_view.page import write_page
     from prisma_view.pictures import write_pictures
     from prisma_view.symbols import symbol
+    from prisma_view.viewer import AttentionPage, attention_page
     from prisma_view.words import percent
 
 # fmt: off
 __all__ = [
-    "plot", "patches", "attention", "Figure",
+    "plot", "patches", "attention", "Figure", "attention_page", "AttentionPage",
     "report", "write_page", "write_pictures", "Report", "symbol", "percent", "prisma_commands",
 ]
 # fmt: on
@@ -36,6 +37,8 @@ _HOMES = {
     "patches": "figures",
     "attention": "figures",
     "Figure": "figures",
+    "attention_page": "viewer",
+    "AttentionPage": "viewer",
     "report": "findings",
     "Report": "findings",
     "write_page": "page",
@@ -63,6 +66,8 @@ def __getattr__(name: str) -> Any:
 
 @hookimpl
 def prisma_commands(app: typer.Typer) -> None:
+    from prisma_view.attention_command import attention as attention_command
     from prisma_view.command import demo
 
     app.command()(demo)
+    app.command("attention")(attention_command)

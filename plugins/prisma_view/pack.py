@@ -45,15 +45,17 @@ def grouped(pattern: Tensor, layout: TokenLayout, budget: int = BUDGET) -> tuple
         update={"rows": math.ceil(layout.rows / side), "columns": math.ceil(layout.columns / side)}
     )
     rows, columns = torch.arange(layout.rows) // side, torch.arange(layout.columns) // side
-    groups = layout.n_prefix + (rows[:, None] * coarse.columns + columns[None]).flatten()
-    member = torch.cat([torch.arange(layout.n_prefix), groups]).to(pattern.device)
+    member = torch.arange(layout.n_tokens)
+    places, groups = (each.grid(torch.arange(each.n_tokens), axis=0) for each in (layout, coarse))
+    member[places] = groups[..., rows[:, None], columns]
+    member = member.to(pattern.device)
     sums = torch.nn.functional.one_hot(member, coarse.n_tokens).to(pattern.dtype)
     means = sums / sums.sum(0)
     return rearrange(means, "q g -> g q") @ pattern @ sums, coarse, side
 
 
 def _size(pattern: Tensor, layout: TokenLayout, side: int) -> int:
-    tokens = layout.n_prefix + math.ceil(layout.rows / side) * math.ceil(layout.columns / side)
+    tokens = layout.n_prefix + layout.frames * math.ceil(layout.rows / side) * math.ceil(layout.columns / side)
     return pattern.shape[0] * pattern.shape[1] * tokens**2
 
 
