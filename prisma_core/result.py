@@ -15,7 +15,7 @@ from safetensors import safe_open  # pyright: ignore[reportUnknownVariableType]
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
-from prisma_core.errors import InputError, LoadError, PluginError, UnknownName, suggest
+from prisma_core.errors import InputError, LoadError, PluginError, PrismaError, UnknownName, suggest
 from prisma_core.files.checkpoint import read_safetensors
 
 Self_ = TypeVar("Self_", bound="Result")
@@ -150,10 +150,11 @@ class Result:
         )
 
     def plot(self, **options: Any) -> Any:
-        """Return a figure that fits the values (see ``prisma_view.plot``).
+        """Return a Plotly figure that fits the values; ``.save("figure.pdf")`` writes it (see ``prisma_view.plot``).
 
         Raises:
             PluginError: the library that draws is not installed.
+            InputError: there is nothing to draw, or no axis that an option needs.
         """
         return _library("prisma_view", "view").plot(self, **options)
 
@@ -205,6 +206,13 @@ class Result:
         return "\n".join([f"{head}{f': {about}' if about else ''}", *rows, *([f"  ... {more} more"] if more else [])])
 
     def _repr_html_(self) -> str:
+        try:
+            figure = cast(str, self.plot().notebook_html())
+        except PrismaError:  # nothing that draws is installed, or there is nothing to draw
+            return self._table()
+        return f"{figure}<details><summary>Largest values</summary>{self._table()}</details>"
+
+    def _table(self) -> str:
         head = "".join(f"<th>{escape(axis)}</th>" for axis in (*self.axes, self.unit or "value"))
         rows = "".join(
             f"<tr>{''.join(f'<td>{escape(each)}</td>' for each in place)}<td>{value:+.4g}</td></tr>"

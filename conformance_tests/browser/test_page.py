@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
+from browsing import assert_named, assert_no_sideways, assert_quiet, js, show
 
 from prisma_core import HookedViT, ModelSpec, TokenLayout
 from prisma_core.inputs import Preprocess
@@ -65,24 +65,6 @@ def opened(browser: Chrome, page: Path) -> Chrome:
     return show(browser, page, 1280, 900)
 
 
-def show(browser: Chrome, page: Path, width: int, height: int) -> Chrome:
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    browser.get_log("browser")
-    browser.get_log("performance")
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500},
-    )
-    browser.get(page.resolve().as_uri())
-    WebDriverWait(browser, 30).until(lambda driver: js(driver, "return document.documentElement.dataset.ready"))
-    return browser
-
-
-def js(browser: Chrome, script: str, *arguments: Any) -> Any:
-    return browser.execute_script(script, *arguments)
-
-
 def text(browser: Chrome, selector: str) -> str:
     return js(browser, "return document.querySelector(arguments[0]).textContent", selector)
 
@@ -92,12 +74,7 @@ def cell(browser: Chrome, grid: str, patch: int) -> Any:
 
 
 def test_opens_from_disk_without_errors_or_requests(opened: Chrome, page: Path) -> None:
-    assert [entry for entry in opened.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
-    sent = [json.loads(entry["message"])["message"] for entry in opened.get_log("performance")]
-    requests = [each["params"] for each in sent if each["method"] == "Network.requestWillBeSent"]
-    # The browser's own start page may still be loading when the log is emptied; its requests name it as their document.
-    urls = {each["request"]["url"] for each in requests if not each["documentURL"].startswith("chrome://")}
-    assert {url for url in urls if not url.startswith(("data:", "blob:"))} == {page.resolve().as_uri()}
+    assert_quiet(opened, page)
     assert "https:" not in page.read_text(encoding="utf-8")
 
 
@@ -106,13 +83,7 @@ def test_opens_from_disk_without_errors_or_requests(opened: Chrome, page: Path) 
 def test_nothing_scrolls_sideways(browser: Chrome, page: Path, width: int, theme: str) -> None:
     show(browser, page, width, 844)
     js(browser, "document.documentElement.dataset.theme = arguments[0]", theme)
-    wide = js(
-        browser,
-        """const { scrollWidth, clientWidth } = document.documentElement;
-        return [scrollWidth - clientWidth, [...document.querySelectorAll("main *, header *, footer *")]
-          .filter((e) => e.getBoundingClientRect().right > clientWidth + 1).map((e) => e.outerHTML.slice(0, 90))]""",
-    )
-    assert wide == [0, []]
+    assert_no_sideways(browser)
 
 
 def test_hover_shows_class_and_logit(opened: Chrome, found: Report) -> None:
@@ -222,10 +193,4 @@ def test_labels_are_text_never_markup(opened: Chrome) -> None:
 
 
 def test_everything_to_press_has_a_name(opened: Chrome) -> None:
-    nameless = js(
-        opened,
-        """return [...document.querySelectorAll("button, input, select, canvas[role]")]
-          .filter((e) => !(e.ariaLabel || e.textContent.trim() || e.labels?.[0]?.textContent.trim()))
-          .map((e) => e.outerHTML.slice(0, 90))""",
-    )
-    assert nameless == []
+    assert_named(opened)

@@ -51,6 +51,11 @@ class Tokenizer:
             self._made = self._make()
         return self._made
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of some tokens, special ones included."""
+        made = self.made()
+        return str(getattr(made, "tokenizer", made).decode(list(tokens)))
+
     def _make(self) -> Any:
         from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
 

@@ -49,6 +49,10 @@ class Tokenizer:
             self._made = self._make()
         return self._made
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of some tokens, special ones included."""
+        return str(self.made().decode(list(tokens)))
+
     def save_pretrained(self, folder: Path) -> None:
         """Write what makes it again.
 

@@ -1,8 +1,10 @@
-"""Pages and pictures: one self-contained HTML page, and the same panels as PNG.
+"""Figures of results and tensors, the attention viewer, and the page of a classifier.
 
-found = report(model, "cat.jpg", "dog.jpg")
-write_page(found, Path("cat.html"))
-write_pictures(found, Path("."))
+plot(result)                                    # a figure that fits; result.plot() is the same
+patches(values, model.layout, image)            # any tensor [... pos] over the image
+attention(cache["pattern", 3][0], model.layout, image)
+attention_page(model, "cat.jpg").save("cat.html")  # every layer, head and token
+write_page(report(model, "cat.jpg", "dog.jpg"), Path("demo.html"))
 """
 
 from __future__ import annotations
@@ -15,15 +17,28 @@ from prisma_core import PluginError, hookimpl
 if TYPE_CHECKING:
     import typer
 
+    from prisma_view.figures import Figure, attention, patches, plot
     from prisma_view.findings import Report, report
     from prisma_view.page import write_page
     from prisma_view.pictures import write_pictures
     from prisma_view.symbols import symbol
+    from prisma_view.viewer import AttentionPage, attention_page
     from prisma_view.words import percent
 
-__all__ = ["report", "write_page", "write_pictures", "Report", "symbol", "percent", "prisma_commands"]
+# fmt: off
+__all__ = [
+    "plot", "patches", "attention", "Figure", "attention_page", "AttentionPage",
+    "report", "write_page", "write_pictures", "Report", "symbol", "percent", "prisma_commands",
+]
+# fmt: on
 
 _HOMES = {
+    "plot": "figures",
+    "patches": "figures",
+    "attention": "figures",
+    "Figure": "figures",
+    "attention_page": "viewer",
+    "AttentionPage": "viewer",
     "report": "findings",
     "Report": "findings",
     "write_page": "page",
@@ -51,6 +66,8 @@ def __getattr__(name: str) -> Any:
 
 @hookimpl
 def prisma_commands(app: typer.Typer) -> None:
+    from prisma_view.attention_command import attention as attention_command
     from prisma_view.command import demo
 
     app.command()(demo)
+    app.command("attention")(attention_command)

@@ -77,7 +77,7 @@ def demo(
         soft_wrap=True,
         markup=False,
     )
-    if _wanted(show):
+    if wants_browser(show):
         webbrowser.open(page.resolve().as_uri())
 
 
@@ -105,12 +105,12 @@ def _with_pages(loaded: object, reference: str) -> HookedViT:
 
 def _pictures(model: HookedViT, reference: str, image: Path | None, other: Path | None) -> tuple[Any, Any]:
     """Return the two pictures: the user's, or samples, the second one of another class than the first."""
-    first: Any = image if image is not None else _sample(reference, 0)
+    first: Any = image if image is not None else sample(reference, 0)
     if other is not None:
         return first, other
     best = _guess(model, first)
     for seed in range(1, 9):
-        second = _sample(reference, seed)
+        second = sample(reference, seed)
         if _guess(model, second) != best:
             break
     return first, second
@@ -122,7 +122,7 @@ def _guess(model: HookedViT, picture: Any) -> int:
     return int(model(model.preprocess(picture)).argmax())
 
 
-def _sample(reference: str, seed: int) -> Any:
+def sample(reference: str, seed: int) -> Any:
     """Return a sample of the model's own source, or of the first source that has one."""
     sources = installed().sources()
     name, _, rest = reference.partition(":")
@@ -145,7 +145,8 @@ def _command() -> str:
     return " ".join(["prisma", *sys.argv[1:]]) if sys.argv and Path(sys.argv[0]).stem == "prisma" else "prisma demo"
 
 
-def _wanted(show: bool | None) -> bool:
+def wants_browser(show: bool | None) -> bool:
+    """Return whether to open a page: as asked, else where there is a screen and somebody before it."""
     if show is not None:
         return show
     headless = sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

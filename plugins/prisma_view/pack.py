@@ -1,9 +1,8 @@
-"""Arrays, pictures and attention patterns, made small enough to travel inside a page."""
+"""Arrays and attention patterns, made small enough to travel inside a page."""
 
 from __future__ import annotations
 
 import base64
-import io
 import math
 import zlib
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from PIL.Image import Image
 from torch import Tensor
 
 from prisma_core import TokenLayout
@@ -32,13 +30,6 @@ def pack(array: Any) -> dict[str, Any]:
     return {"type": array.dtype.name, "shape": list(array.shape), "data": data}
 
 
-def data_uri(image: Image) -> str:
-    """Return a picture as a data URI."""
-    stream = io.BytesIO()
-    image.convert("RGB").save(stream, "JPEG", quality=88, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
-
-
 def grouped(pattern: Tensor, layout: TokenLayout, budget: int = BUDGET) -> tuple[Tensor, TokenLayout, int]:
     """Return attention patterns, their layout, and how many patches a side were taken together to fit the budget.
 
@@ -54,15 +45,17 @@ def grouped(pattern: Tensor, layout: TokenLayout, budget: int = BUDGET) -> tuple
         update={"rows": math.ceil(layout.rows / side), "columns": math.ceil(layout.columns / side)}
     )
     rows, columns = torch.arange(layout.rows) // side, torch.arange(layout.columns) // side
-    groups = layout.n_prefix + (rows[:, None] * coarse.columns + columns[None]).flatten()
-    member = torch.cat([torch.arange(layout.n_prefix), groups]).to(pattern.device)
+    member = torch.arange(layout.n_tokens)
+    places, groups = (each.grid(torch.arange(each.n_tokens), axis=0) for each in (layout, coarse))
+    member[places] = groups[..., rows[:, None], columns]
+    member = member.to(pattern.device)
     sums = torch.nn.functional.one_hot(member, coarse.n_tokens).to(pattern.dtype)
     means = sums / sums.sum(0)
     return rearrange(means, "q g -> g q") @ pattern @ sums, coarse, side
 
 
 def _size(pattern: Tensor, layout: TokenLayout, side: int) -> int:
-    tokens = layout.n_prefix + math.ceil(layout.rows / side) * math.ceil(layout.columns / side)
+    tokens = layout.n_prefix + layout.frames * math.ceil(layout.rows / side) * math.ceil(layout.columns / side)
     return pattern.shape[0] * pattern.shape[1] * tokens**2
 
 

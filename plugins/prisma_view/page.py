@@ -14,7 +14,8 @@ from prisma_core import TokenLayout
 from prisma_view.colours import CLASSES, QUIET, REST, SCALE, Colour, assign
 from prisma_view.findings import Report, head_values
 from prisma_view.glyphs import look
-from prisma_view.pack import data_uri, grouped, pack, pack_patterns
+from prisma_view.images import data_uri
+from prisma_view.pack import grouped, pack, pack_patterns
 from prisma_view.words import component_name, facts, lens_words, patch_words, rest_name, stage_name, token_name, verdict
 
 GUESSES = 3

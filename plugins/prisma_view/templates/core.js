@@ -139,4 +139,3 @@ const hideTip = () => { $("tip").hidden = true; };
 
 root.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
 $("theme").onclick = () => { root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark"; };
-bars($("top"), data.top.map(([index, logit, share]) => ({ index, share, number: `${percent(share)} · logit ${plain(logit)}` })));

@@ -1,0 +1,189 @@
+"""Figures: which chart fits, what it holds, what is drawn on screen and on paper, and that labels stay text."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import prisma_view
+import pytest
+import torch
+from PIL import Image
+from plotly.offline import get_plotlyjs
+from prisma_view.still import draw as draw_still
+
+from prisma_core import InputError, Result, TokenLayout, UnknownName
+
+LAYOUT = TokenLayout(cls=1, registers=1, rows=3, columns=4)
+VIDEO = TokenLayout(cls=1, frames=2, rows=3, columns=4, order="row column frame")
+
+
+def values(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape) + sum(shape)), dtype=torch.float64)
+
+
+def drawn(figure: Any) -> list[np.ndarray]:
+    return [np.array(trace.z, dtype=float) for trace in figure.data]
+
+
+CASES = [
+    (("layer", "head"), (3, 4), "heat", (1, 3, 4)),
+    (("layer", "head", "batch"), (3, 4, 1), "heat", (1, 3, 4)),
+    (("kind", "layer", "head"), (5, 3, 4), "heat", (5, 3, 4)),
+    (("head", "batch", "layer"), (4, 2, 3), "heat", (2, 3, 4)),
+    (("batch", "row", "column"), (2, 3, 4), "patches", (2, 3, 4)),
+    (("place", "task"), (6, 2), "curves", (1, 2, 6)),
+    (("layer",), (6,), "curves", (1, 1, 6)),
+    (("component",), (7,), "bars", (1, 1, 7)),
+    (("class",), (90,), "bars", (1, 1, 41)),
+    ((), (), "bars", (1, 1, 1)),
+]
+
+
+@pytest.mark.parametrize(("axes", "shape", "kind", "size"), CASES)
+def test_the_chart_fits_the_axes(axes: tuple[str, ...], shape: tuple[int, ...], kind: str, size: Any) -> None:
+    chart = Result(values(*shape), axes).plot().chart
+    assert chart.kind == kind
+    assert chart.values.shape == size
+
+
+def test_each_value_is_drawn_in_its_place() -> None:
+    result = Result(values(4, 2, 3), ("head", "batch", "layer"), {"layer": ("a", "b", "c")}, unit="logits")
+    figure = result.plot()
+    for batch, z in enumerate(drawn(figure)):
+        np.testing.assert_array_equal(z, result.values[:, batch].T.numpy())
+    assert figure.data[0].y == ("a", "b", "c")
+    assert figure.layout.coloraxis.colorbar.title.text == "logits"
+    most = float(result.values.abs().max())
+    assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (-most, most)
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, VIDEO])
+def test_tokens_become_patches_where_the_layout_has_them(layout: TokenLayout) -> None:
+    x = values(layout.n_tokens)
+    figure = prisma_view.patches(x, layout)
+    expected = layout.grid(x, axis=0).reshape(-1, layout.rows, layout.columns).numpy()
+    np.testing.assert_array_equal(np.stack(drawn(figure)), expected)
+    assert f"cls: {x[0]:.3g}" in figure.layout.title.text
+    alone = prisma_view.patches(x[layout.n_prefix :], layout)
+    np.testing.assert_array_equal(np.stack(drawn(alone)), expected)
+
+
+def test_attention_is_the_row_of_the_query() -> None:
+    pattern = values(5, LAYOUT.n_tokens, LAYOUT.n_tokens).softmax(-1)
+    for query, index in (("r1c2", 2 + 4 + 2), (3, 3), (None, 0)):
+        figure = prisma_view.attention(pattern, LAYOUT, query=query)
+        expected = LAYOUT.grid(pattern[:, index], axis=1).numpy()
+        np.testing.assert_array_equal(np.stack(drawn(figure)), expected)
+    with pytest.raises(UnknownName, match="r1c2"):
+        prisma_view.attention(pattern, LAYOUT, query="r1c9")
+    with pytest.raises(InputError, match="14 14"):
+        prisma_view.attention(pattern[..., 1:], LAYOUT)
+    with pytest.raises(InputError, match="14 tokens or 12 patches"):
+        prisma_view.patches(pattern[0, 0, 3:], LAYOUT)
+
+
+def test_bars_with_a_total_end_in_their_sum() -> None:
+    x, constant = values(50), torch.tensor(0.75, dtype=torch.float64)
+    chart = Result(x, ("component",), total="the logit", tensors={"constant": constant}).plot().chart
+    assert chart.labels[1][-1] == "sum"
+    assert chart.values[0, 0, -1] == pytest.approx(float(x.sum() + 0.75), abs=1e-12)
+    assert chart.values[0, 0, :-1].sum() == pytest.approx(chart.values[0, 0, -1], abs=1e-12)
+    assert "50" not in chart.labels[1]
+    assert any("others" in name for name in chart.labels[1])
+
+
+def test_an_image_lies_under_the_patches() -> None:
+    image = values(1, 3, 24, 32)
+    figure = prisma_view.patches(values(LAYOUT.n_patches), LAYOUT, image)
+    (under,) = figure.layout.images
+    assert (under.sizex, under.sizey, under.x, under.y) == (4, 3, -0.5, -0.5)
+    assert figure.chart.image.size == (32, 24)
+    assert np.asarray(figure.chart.image).min() == 0
+    assert np.asarray(figure.chart.image).max() == 255
+    with pytest.raises(InputError, match=r"1 or 3 channels"):
+        prisma_view.patches(values(LAYOUT.n_patches), LAYOUT, values(5, 24, 32))
+
+
+def test_labels_are_text_never_markup(tmp_path: Path) -> None:
+    hostile = ("<img src=x onerror=alert(1)>", "</script><b>bold</b>")
+    result = Result(values(2, 12), ("class", "neuron"), {"class": hostile}, technique="<i>x</i>", unit="<u>")
+    for kind in ("heat", "bars", "curves"):
+        figure = result.plot(kind=kind)
+        for text in (figure.save(tmp_path / "page.html").read_text("utf-8"), figure.notebook_html()):
+            own = text.replace(get_plotlyjs(), "")
+            assert not re.search(r"<(img src=x|b>|i>|u>)", own)
+            assert own.count("</script>") == own.count("<script>")
+
+
+@pytest.mark.parametrize(("axes", "shape", "kind", "size"), CASES)
+def test_paper_shows_what_the_screen_shows(
+    axes: tuple[str, ...], shape: tuple[int, ...], kind: str, size: Any, tmp_path: Path
+) -> None:
+    result = Result(values(*shape), axes, technique="$t_x", unit="nats")
+    still = draw_still(result.plot().chart)
+    panel = still.axes[0]
+    if kind == "curves":
+        shown = np.stack([line.get_ydata() for line in panel.lines])
+    elif kind == "bars":
+        shown = np.array([[bar.get_width() for bar in panel.patches]])
+    else:
+        shown = panel.images[-1].get_array()
+    np.testing.assert_allclose(shown, result.plot().chart.values[0])
+    texts = [text.get_text() for text in still.findobj(lambda x: hasattr(x, "get_text"))]
+    assert "nats" in texts
+    path = result.plot().save(tmp_path / "deep" / "figure.png", dpi=50)
+    assert len(np.unique(np.asarray(Image.open(path).convert("L")))) > 5
+
+
+@pytest.mark.parametrize(("name", "head"), [("a.svg", b"<?xml"), ("a.pdf", b"%PDF"), ("a.png", b"\x89PNG")])
+def test_figures_are_saved_in_forms_for_papers(name: str, head: bytes, tmp_path: Path) -> None:
+    assert Result(values(3, 4), ("layer", "head")).plot().save(tmp_path / name).read_bytes().startswith(head)
+    with pytest.raises(InputError, match=r"\.html.*\.gif"):
+        Result(values(3, 4), ("layer", "head")).plot().save(tmp_path / "a.gif")
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "options", "fact"),
+    [
+        (("layer", "head"), (0, 4), {}, "nothing to draw"),
+        (("layer", "head"), (2, 4), {"kind": "pie"}, "heat, patches"),
+        (("layer", "head"), (2, 4), {"kind": "patches"}, "layout="),
+        (("layer",), (2,), {"kind": "heat"}, "two axes"),
+        ((), (), {"kind": "curves"}, "bars"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(axes: Any, shape: Any, options: dict[str, Any], fact: str) -> None:
+    with pytest.raises(InputError, match=fact):
+        Result(torch.zeros(shape), axes).plot(**options)
+
+
+def test_panels_that_are_left_out_are_counted() -> None:
+    figure = Result(values(30, 3, 4), ("class", "layer", "head")).plot(panels=5)
+    assert len(figure.data) == 5
+    assert "5 of 30 panels" in figure.layout.title.text
+
+
+def test_a_notebook_gets_the_library_once_and_an_image_for_where_no_script_runs() -> None:
+    code = """
+import torch
+from prisma_core import Result
+result = Result(torch.randn(3, 4), ("layer", "head"), technique="patch")
+first, second = result._repr_html_(), result._repr_html_()
+print(len(first) > 3_000_000, len(second) < 200_000)
+print("data:image/png" in second, "<table>" in second, 'alt="patch' in second)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"] * 5
+
+
+def test_without_plotly_a_result_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
+    for name in [name for name in sys.modules if name.startswith("prisma_view.figures")]:
+        monkeypatch.delitem(sys.modules, name)
+    text = Result(values(3, 4), ("layer", "head"))._repr_html_()
+    assert text.startswith("<table>")

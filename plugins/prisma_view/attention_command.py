@@ -1,0 +1,70 @@
+"""The command ``prisma attention``."""
+
+from __future__ import annotations
+
+import webbrowser
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+import prisma_core as prisma
+import prisma_view
+from prisma_core import InputError
+from prisma_core.plugin import VideoPreprocess
+from prisma_view.command import sample, wants_browser
+
+
+def attention(
+    reference: Annotated[str, typer.Argument(help="The model; `prisma models` lists what there is.")],
+    image: Annotated[
+        Path | None, typer.Option(help="An image, or a video for models of videos.", show_default="a sample")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="A text, for the text tower of a dual encoder.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Some layers only, such as 0,5,11.", show_default="all")] = None,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("attention.html"),
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained/--no-pretrained", help="Load trained weights, or random ones (no download).")
+    ] = True,
+    show: Annotated[
+        bool | None,
+        typer.Option("--open/--no-open", help="Open the page in a browser.", show_default="where there is a screen"),
+    ] = None,
+) -> None:
+    """Write a page with the attention of every layer, head and token on an image, a video or a text."""
+    console = Console(stderr=True, highlight=False)
+    if image is not None and text is not None:
+        raise InputError("Expected --image or --text, not both: a page shows one tower.")
+    wanted = None if layers is None else _numbers(layers)
+    with console.status(f"Loading {reference}"):
+        model = prisma.load(reference, **({} if pretrained else {"pretrained": False}))
+    with console.status("Looking"):
+        given = None if text is not None else _input(model, reference, image)
+        page = prisma_view.attention_page(
+            model, given, text=text, layers=wanted, title=reference, trained=pretrained
+        )  # fmt: skip
+    try:
+        path = page.save(out)
+    except OSError as error:
+        raise InputError(f"Cannot write {out}: {error.strerror}. Give another file with --out.") from error
+    Console(highlight=False).print(
+        f"page  {path}  ({len(page.html) / 1e6:.1f} MB; shares within {page.pattern_error:.1g} of the model's)",
+        soft_wrap=True, markup=False,
+    )  # fmt: skip
+    if wants_browser(show):
+        webbrowser.open(path.resolve().as_uri())
+
+
+def _input(model: Any, reference: str, image: Path | None) -> Any:
+    """Return the image or video that was asked for, or a sample."""
+    if image is None and isinstance(getattr(model, "preprocess", None), VideoPreprocess):
+        raise InputError(f"{reference} takes videos: give one with --image FILE.")
+    return sample(reference, 0) if image is None else image
+
+
+def _numbers(layers: str) -> list[int]:
+    try:
+        return [int(each) for each in layers.split(",")]
+    except ValueError as error:
+        raise InputError(f"Expected layers such as 0,5,11, got {layers!r}.") from error

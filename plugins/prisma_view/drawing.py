@@ -1,0 +1,154 @@
+"""Charts as Plotly figures: heat maps, patches, bars and curves."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any, TypeVar
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from prisma_view import still
+from prisma_view.chart import Chart
+from prisma_view.colours import LESS, MORE
+from prisma_view.images import data_uri
+
+FigureType = TypeVar("FigureType", bound=go.Figure)
+INK = "#767676"
+"""Grey that is legible (4.5:1) on white and on black, since a notebook's background is not ours."""
+LINES = "rgba(128,128,128,.25)"
+OVER = 0.62
+"""How much of an image the colours above it cover."""
+
+
+def draw(chart: Chart, figure: FigureType) -> FigureType:
+    """Return a figure with a chart drawn into it."""
+    rows, columns = chart.grid
+    titles = [escape(title) for title in chart.panels] if any(chart.panels) else None
+    make_subplots(
+        rows, columns, subplot_titles=titles, figure=figure, shared_yaxes=chart.kind == "heat",
+        horizontal_spacing=0.02 if chart.kind == "patches" else 0.06 / max(1, columns - 1),
+        vertical_spacing=_gap(chart) / _height(chart, rows, columns) if rows > 1 else 0,
+    )  # fmt: skip
+    {"heat": _heat, "patches": _heat, "bars": _bars, "curves": _curves}[chart.kind](figure, chart)
+    low, high = chart.limits
+    caption = "<br>".join(escape(note) for note in chart.notes)
+    height = _height(chart, rows, columns)
+    figure.update_layout(
+        title={"text": escape(chart.title) + (f"<br><sup>{caption}</sup>" if caption else ""), "x": 0.01},
+        font={"color": INK, "family": "system-ui, sans-serif"},
+        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", height=height,
+        margin={"l": 60, "r": 20, "t": 70 + 14 * len(chart.notes) + 20 * bool(titles), "b": 55},
+        coloraxis={
+            "colorscale": "RdBu_r" if chart.signed else "Viridis", "cmin": low, "cmax": high,
+            "colorbar": {"title": {"text": escape(chart.unit), "side": "right"}, "thickness": 14},
+        },
+    )  # fmt: skip
+    figure.update_xaxes(gridcolor=LINES, zerolinecolor=LINES)
+    figure.update_yaxes(gridcolor=LINES, zerolinecolor=LINES)
+    return figure
+
+
+def _gap(chart: Chart) -> int:
+    """Return how many pixels lie between rows of panels, for titles and what is below an axis."""
+    return {"patches": 34, "heat": 54}.get(chart.kind, 84)
+
+
+def _height(chart: Chart, rows: int, columns: int) -> int:
+    if chart.kind == "curves":
+        return 130 + 280 * rows
+    if chart.kind == "bars":
+        return 140 + rows * max(160, 22 * chart.values.shape[-1])
+    tall, wide = chart.values.shape[1:]
+    side = 620 / columns
+    return round(min(170 + rows * (min(max(side * tall / wide, 90), side * 1.2) + _gap(chart)), 2400))
+
+
+def _cells(chart: Chart) -> list[tuple[int, int, int]]:
+    columns = chart.grid[1]
+    return [(panel, panel // columns + 1, panel % columns + 1) for panel in range(len(chart.panels))]
+
+
+def _heat(figure: go.Figure, chart: Chart) -> None:
+    x, y = ([escape(name) for name in names] for names in chart.labels[::-1])
+    bare = chart.kind == "patches"
+    for panel, row, column in _cells(chart):
+        figure.add_trace(
+            go.Heatmap(
+                z=chart.values[panel], x=None if bare else x, y=None if bare else y, coloraxis="coloraxis",
+                opacity=OVER if chart.image is not None else 1, hoverongaps=False, xgap=0 if bare else 1,
+                ygap=0 if bare else 1, name=escape(chart.panels[panel]),
+                hovertemplate=f"{escape(chart.axes[0])} %{{y}}<br>{escape(chart.axes[1])} %{{x}}<br>"
+                f"%{{z:.4g}} {escape(chart.unit)}<extra></extra>",
+            ),
+            row=row, col=column,
+        )  # fmt: skip
+        if bare:
+            if chart.image is not None:
+                tall, wide = chart.values.shape[1:]
+                figure.add_layout_image(
+                    source=data_uri(chart.image.convert("L")), x=-0.5, y=-0.5, sizex=wide, sizey=tall, sizing="stretch",
+                    layer="below", xanchor="left", yanchor="top", row=row, col=column,
+                )  # fmt: skip
+            axis = figure.get_subplot(row, column).xaxis.plotly_name.replace("axis", "")
+            figure.update_yaxes(scaleanchor=axis, constrain="domain", visible=False, row=row, col=column)
+            figure.update_xaxes(constrain="domain", visible=False, row=row, col=column)
+        else:
+            figure.update_xaxes(type="category", row=row, col=column)
+            figure.update_yaxes(type="category", row=row, col=column)
+            if panel + chart.grid[1] >= len(chart.panels):
+                figure.update_xaxes(title=escape(chart.axes[1]), row=row, col=column)
+            if column == 1:
+                figure.update_yaxes(title=escape(chart.axes[0]), row=row, col=column)
+    figure.update_yaxes(autorange="reversed")
+    if bare and chart.image is not None:
+        figure.update_layout(updatemenus=[_over_image()])
+
+
+def _over_image() -> dict[str, Any]:
+    buttons = [("over the image", OVER), ("values alone", 1)]
+    return {
+        "type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": -0.02, "yanchor": "top",
+        "buttons": [{"label": label, "method": "restyle", "args": [{"opacity": share}]} for label, share in buttons],
+    }  # fmt: skip
+
+
+def _bars(figure: go.Figure, chart: Chart) -> None:
+    names = [escape(name) for name in chart.labels[1]]
+    for panel, row, column in _cells(chart):
+        values = chart.values[panel, 0]
+        colours = [_rgb(MORE if value >= 0 else LESS) for value in values]
+        if names[-1] == "sum":
+            colours[-1] = INK
+        figure.add_trace(
+            go.Bar(
+                x=values, y=names, orientation="h", marker_color=colours, showlegend=False,
+                hovertemplate=f"%{{y}}: %{{x:.4g}} {escape(chart.unit)}<extra></extra>",
+            ),
+            row=row, col=column,
+        )  # fmt: skip
+        figure.update_xaxes(title=escape(chart.unit), row=row, col=column)
+        figure.update_yaxes(title=escape(chart.axes[1]) if column == 1 else None, type="category", row=row, col=column)
+    figure.update_yaxes(autorange="reversed", automargin=True)
+
+
+def _curves(figure: go.Figure, chart: Chart) -> None:
+    names, x = ([escape(name) for name in each] for each in chart.labels)
+    for panel, row, column in _cells(chart):
+        for line, name in enumerate(names):
+            figure.add_trace(
+                go.Scatter(
+                    x=x, y=chart.values[panel, line], name=name or escape(chart.unit), mode="lines+markers",
+                    line={"color": _rgb(still.LINES[line % len(still.LINES)])},
+                    marker={"symbol": line, "size": 8}, legendgroup=name, showlegend=panel == 0 and len(names) > 1,
+                    hovertemplate=f"{escape(chart.axes[1])} %{{x}}: %{{y:.4g}} {escape(chart.unit)}"
+                    f"<extra>{name}</extra>",
+                ),
+                row=row, col=column,
+            )  # fmt: skip
+        figure.update_xaxes(title=escape(chart.axes[1]), row=row, col=column)
+        figure.update_yaxes(title=escape(chart.unit) if column == 1 else None, row=row, col=column)
+
+
+def _rgb(colour: tuple[int, int, int]) -> str:
+    return f"rgb{colour}"

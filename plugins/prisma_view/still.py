@@ -1,0 +1,118 @@
+"""Still images of charts for papers, drawn with matplotlib: PNG, SVG, PDF."""
+
+from __future__ import annotations
+
+import base64
+import io
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from prisma_view.chart import Chart
+from prisma_view.colours import CLASSES, LESS, MORE
+
+LINES = (CLASSES[4], CLASSES[5], CLASSES[2], CLASSES[6], CLASSES[1], CLASSES[0], CLASSES[7], CLASSES[9])
+"""Colours of curves, apart for colour-blind eyes; each line has a marker of its own as well."""
+MARKERS = "os^Dvp*X"
+TICKS = 16
+
+
+def draw(chart: Chart) -> Figure:
+    """Return a chart as a matplotlib figure."""
+    rows, columns = chart.grid
+    tall, wide = chart.values.shape[1:]
+    if chart.kind == "bars":
+        size = (max(5, 3.6 * columns), 0.9 + rows * max(1.4, 0.23 * wide))
+    elif chart.kind == "curves":
+        size = (max(5, 3.4 * columns), 0.9 + 2.6 * rows)
+    else:
+        side = 5.2 if len(chart.panels) == 1 else 9 / columns
+        size = (1.4 + columns * side, 0.9 + rows * (min(max(side * tall / wide, 0.9), 1.3 * side) + 0.35))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    axes = list(chain.from_iterable(grid))
+    for axis in axes[len(chart.panels) :]:
+        axis.remove()
+    for panel, axis in enumerate(axes[: len(chart.panels)]):
+        axis.set_title(_plain(chart.panels[panel]), fontsize=9)
+        {"heat": _heat, "patches": _heat, "bars": _bars, "curves": _curves}[chart.kind](axis, chart, panel)
+    if chart.kind in ("heat", "patches"):
+        figure.colorbar(
+            ScalarMappable(Normalize(*chart.limits), _map(chart)),
+            ax=axes[: len(chart.panels)],
+            label=_plain(chart.unit),
+        )
+    figure.suptitle(_plain(chart.title), fontsize=11)
+    if chart.notes:
+        figure.supxlabel(_plain("  ".join(chart.notes)), fontsize=7, wrap=True)
+    return figure
+
+
+def png(chart: Chart, dpi: int = 80) -> str:
+    """Return a chart as the data URI of a PNG."""
+    stream = io.BytesIO()
+    draw(chart).savefig(stream, format="png", dpi=dpi)
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def _plain(text: str) -> str:
+    return text.replace("$", r"\$")  # no formulas: a label is text
+
+
+def _map(chart: Chart) -> str:
+    return "RdBu_r" if chart.signed else "viridis"
+
+
+def _heat(axis: Any, chart: Chart, panel: int) -> None:
+    low, high = chart.limits
+    tall, wide = chart.values.shape[1:]
+    bare, extent = chart.kind == "patches", (-0.5, wide - 0.5, tall - 0.5, -0.5)
+    if bare and chart.image is not None:
+        axis.imshow(np.asarray(chart.image.convert("L")), cmap="gray", extent=extent)
+    axis.imshow(
+        chart.values[panel], cmap=_map(chart), vmin=low, vmax=high, extent=extent, interpolation="nearest",
+        alpha=0.62 if bare and chart.image is not None else 1, aspect="equal" if bare else "auto",
+    )  # fmt: skip
+    if bare:
+        axis.set_axis_off()
+        return
+    axis.set(xlabel=_plain(chart.axes[1]), ylabel=_plain(chart.axes[0]))
+    _ticks(axis.xaxis, chart.labels[1])
+    _ticks(axis.yaxis, chart.labels[0])
+
+
+def _ticks(axis: Any, names: tuple[str, ...]) -> None:
+    at = range(0, len(names), max(1, -(-len(names) // TICKS)))
+    shown = [_plain(names[i]) for i in at]
+    axis.set_ticks(list(at), shown, fontsize=7)
+    if axis.axis_name == "x" and max(map(len, shown)) > 3:
+        axis.set_tick_params(rotation=60)
+
+
+def _bars(axis: Any, chart: Chart, panel: int) -> None:
+    values, names = chart.values[panel, 0], chart.labels[1]
+    colours = [np.array(MORE if value >= 0 else LESS) / 255 for value in values]
+    if names[-1] == "sum":
+        colours[-1] = np.full(3, 0.45)
+    axis.barh(range(len(values)), values, color=colours)
+    axis.set_yticks(range(len(names)), [_plain(name) for name in names], fontsize=7)
+    axis.invert_yaxis()
+    axis.axvline(0, color="0.5", linewidth=0.6)
+    axis.set(xlabel=_plain(chart.unit), ylabel=_plain(chart.axes[1]))
+
+
+def _curves(axis: Any, chart: Chart, panel: int) -> None:
+    names, points = chart.labels
+    for line, name in enumerate(names):
+        colour = np.array(LINES[line % len(LINES)]) / 255
+        axis.plot(range(len(points)), chart.values[panel, line], marker=MARKERS[line % len(MARKERS)], markersize=4,
+                  color=colour, label=_plain(name))  # fmt: skip
+    if len(names) > 1:
+        axis.legend(fontsize=7, frameon=False)
+    axis.grid(alpha=0.25)
+    axis.set(xlabel=_plain(chart.axes[1]), ylabel=_plain(chart.unit))
+    _ticks(axis.xaxis, points)
