@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from prisma_core.hooks.capture import Countdown, Index, Keep, check_axes, check_
 from prisma_core.hooks.migration import keyword_names, module_getattr, refuse_keywords, takes_any_keyword
 from prisma_core.hooks.point import (
     OPEN_SCOPES,
+    Capture,
     Hook,
     HookContext,
     HookPoint,
@@ -22,19 +23,13 @@ from prisma_core.hooks.point import (
     Scope,
     ScopeContext,
     Stop,
-    check_hook,
 )
-from prisma_core.hooks.query import LayerQuery, Query, resolve
+from prisma_core.hooks.query import LayerQuery, Query
+from prisma_core.hooks.sites import Site, by_name, has_subset, select, splicing_scope, with_splices
+from prisma_core.hooks.splice import Splice
 from prisma_core.hooks.tokens import TokenLayout
 
 HookMapping = Mapping["str | LayerQuery", Hook]
-
-
-class Site(NamedTuple):
-    """A hook point, and the innermost hooked model that it lies in."""
-
-    point: HookPoint
-    owner: HookedModel
 
 
 class HookedModel(nn.Module):
@@ -70,12 +65,13 @@ class HookedModel(nn.Module):
 
     def resolve(self, query: Query | None) -> list[str]:
         """Return the full names of the hook points a query selects (see ``prisma_core.hooks.query``)."""
-        return _select(self._sites(), query)
+        return select(self._sites(), query)
 
     def open_hooks(self) -> dict[str, list[Callable[..., object]]]:
         """Return what runs now at each hook point of the model, in this thread or task and in this order.
 
-        Hooks, then backward hooks, then caches that are being filled; hook points at which nothing runs are left out.
+        Splices, then hooks, then backward hooks, then caches that are being filled; hook points at which nothing runs
+        are left out.
 
         >>> with model.hooks({("z", 0): halve}):
         ...     model.open_hooks()
@@ -83,7 +79,10 @@ class HookedModel(nn.Module):
         """
         scopes, hooks = OPEN_SCOPES.get(), dict[str, list[Callable[..., object]]]()
         for name, point in self.hook_points().items():
-            placed = [hook.hook for scope in scopes for hook in scope.edits.get(point, ())]
+            placed: list[Callable[..., object]] = [
+                scope.splices[point].splice for scope in scopes if point in scope.splices
+            ]
+            placed += [hook.hook for scope in scopes for hook in scope.edits.get(point, ())]
             placed += [hook.hook for scope in scopes for hook in scope.backward.get(point, ())]
             captures = [capture for scope in scopes for capture in scope.captures.get(point, ())]
             if placed or captures:
@@ -179,6 +178,30 @@ class HookedModel(nn.Module):
             if names is not None:  # None means whatever the pass goes by
                 scope.expect(keep, sites[name].owner)
         return ScopeContext(scope, cache)
+
+    def splicing(
+        self,
+        splices: Mapping[str | LayerQuery, Splice],
+        *,
+        reads: Mapping[str | LayerQuery, Capture] | None = None,
+    ) -> AbstractContextManager[None]:
+        """Return a scope in which functions stand in the place of activations, with hook points of their own.
+
+        While it is open, in this thread or task, the hook points of a splice are hook points of this model, named by
+        the one that the splice is at: hooks, caches and whatever else takes names finds them. Scopes that were opened
+        before a splicing run before it, those opened inside see what it made.
+
+        Args:
+            splices: by a hook point, what takes the place of its activation.
+            reads: by a hook point, what is given the activation there, as hooks have left it: for a splice that
+                computes from another place than its own.
+
+        Raises:
+            UnknownName: a name matches no hook point, or several.
+            HookError: there are splices at a hook point already whose hook points have the same names; or, on leaving
+                the scope, passes came to their end in it without going by a splice.
+        """
+        return ScopeContext(splicing_scope(self._sites(), splices, reads or {}), None)
 
     # ---------------------------------------------------------------- runs
 
@@ -288,7 +311,9 @@ class HookedModel(nn.Module):
             for attribute, value in vars(module).items():
                 if isinstance(value, HookPoint):
                     sites[f"{path}.{attribute}" if path else attribute] = Site(value, owners[path])
-        return dict(sorted(sites.items(), key=lambda item: item[1].point.order))
+        sites = dict(sorted(sites.items(), key=lambda item: item[1].point.order))
+        spliced = [scope.splices for scope in OPEN_SCOPES.get() if scope.splices]
+        return dict(with_splices(sites, spliced)) if spliced else sites
 
     def _scope(
         self,
@@ -301,7 +326,7 @@ class HookedModel(nn.Module):
         """Return a scope with hooks at their hook points, to be reached ``surely``, or else if a pass completes."""
         scope = Scope(frozenset(site.point for site in sites.values()))
         for mapping, places in ((hooks, scope.edits), (backward, scope.backward)):
-            for name, hook in _by_name(sites, mapping):
+            for name, hook in by_name(sites, mapping):
                 point, owner = sites[name]
                 placed = PlacedHook(hook, HookContext(name, point.axes), scope.points)
                 places[point] = (*places.get(point, ()), placed)
@@ -317,7 +342,7 @@ class HookedModel(nn.Module):
     ) -> dict[str, Keep]:
         """Return the captures that fill a cache, by full name; ``how`` is ``device``, ``dtype`` and ``detach``."""
         check_device(how["device"])
-        axes = {name: sites[name].point.axes for name in _select(sites, query)}
+        axes = {name: sites[name].point.axes for name in select(sites, query)}
         pos, whole = cache.pos, set[str]()
         if isinstance(pos, str):
             layout, subset = cache.layout or self.layout_for(), pos
@@ -325,7 +350,7 @@ class HookedModel(nn.Module):
                 raise HookError(f"This model has no token layout, so pos={pos!r} means nothing; give positions.")
             places = layout.slice(subset)
             pos = slice(places.start, None) if subset in ("patches", "all") else places  # the image may be larger
-            whole = {name for name in axes if not _has_subset(sites[name], subset)}
+            whole = {name for name in axes if not has_subset(sites[name], subset)}
             if axes and len(whole) == len(axes):
                 name = next(iter(axes))
                 raise InputError(
@@ -337,25 +362,3 @@ class HookedModel(nn.Module):
             name: Keep(cache.store, name, index_slices(axes[name], None if name in whole else pos, heads), **how)
             for name in axes
         }
-
-
-def _select(sites: Mapping[str, Site], query: Query | None) -> list[str]:
-    return resolve(query, list(sites), frozenset(name for name, site in sites.items() if site.point.derived))
-
-
-def _by_name(sites: Mapping[str, Site], hooks: HookMapping | None) -> Iterator[tuple[str, Hook]]:
-    """Yield each hook with the full names that its query selects."""
-    mapping = cast(object, hooks)
-    if not isinstance(mapping, Mapping | None):
-        pairs = " Of a list of pairs, dict(pairs) makes one." if type(mapping) in (list, tuple) else ""
-        raise HookError(f"Expected hooks as {{name: hook}}, got {type(mapping).__name__}.{pairs}")
-    for query, hook in (hooks or {}).items():
-        check_hook(query, hook)
-        for name in _select(sites, [query]):
-            yield name, hook
-
-
-def _has_subset(site: Site, subset: str) -> bool:
-    """Return whether a subset of the layout selects among the tokens of a hook point."""
-    framed = subset.startswith("frame ") and "frame" in site.point.axes.split()
-    return not framed and site.owner.layout_for() is not None

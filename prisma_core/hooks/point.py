@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from prisma_core.errors import HookError
 from prisma_core.hooks.migration import unknown_attribute
 from prisma_core.hooks.query import layer_of
+
+if TYPE_CHECKING:
+    from prisma_core.hooks.splice import PlacedSplice
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class HookPoint:
     def edited(self) -> bool:
         """Whether an open scope may change the activation, or ask for its gradient."""
         scopes = OPEN_SCOPES.get()
-        return bool(scopes) and any(self in scope.edits or self in scope.backward for scope in scopes)
+        return any(self in scope.edits or self in scope.backward or self in scope.splices for scope in scopes)
 
     def __getattr__(self, name: str) -> Any:
         raise unknown_attribute(self, name)
@@ -167,7 +170,7 @@ class Expected(Protocol):
 
 @dataclass(eq=False)
 class Scope:
-    """Hooks and captures by hook point: edits run first, then gradient hooks, then captures.
+    """Hooks and captures by hook point: splices run first, then edits, then gradient hooks, then captures.
 
     Closing a scope empties it, so it has no effect in any thread or task that still refers to it.
 
@@ -179,6 +182,7 @@ class Scope:
     """
 
     points: frozenset[HookPoint]
+    splices: dict[HookPoint, PlacedSplice] = field(default_factory=dict[Any, Any])
     edits: dict[HookPoint, tuple[PlacedHook, ...]] = field(default_factory=dict[Any, Any])
     backward: dict[HookPoint, tuple[PlacedHook, ...]] = field(default_factory=dict[Any, Any])
     captures: dict[HookPoint, tuple[Capture, ...]] = field(default_factory=dict[Any, Any])
@@ -206,7 +210,7 @@ class Scope:
     def close(self) -> None:
         """Empty the scope, and take it off the open ones of this thread or task."""
         self.is_open = False
-        for actions in (self.edits, self.backward, self.captures, self.completed, self.expected):
+        for actions in (self.splices, self.edits, self.backward, self.captures, self.completed, self.expected):
             actions.clear()
         OPEN_SCOPES.set(tuple(scope for scope in OPEN_SCOPES.get() if scope.is_open))
 
@@ -254,6 +258,9 @@ class ScopeContext(AbstractContextManager[Value]):
 def _fire(scopes: tuple[Scope, ...], point: HookPoint, x: Tensor) -> Tensor:
     edited = captured = differentiated = False
     for scope in scopes:
+        if (splice := scope.splices.get(point)) is not None:
+            x = splice(x)
+            edited = True
         for hook in scope.edits.get(point, ()):
             x = _hooked(hook, x, "activation")
             edited = True
@@ -273,18 +280,21 @@ def _hooked(hook: PlacedHook, x: Tensor, what: str) -> Tensor:
     """Return what a hook makes of a copy of its own: edits in place reach nothing else."""
     copy = x.clone()
     value = cast(object, hook(copy))
-    axes, name = hook.at.axes, hook.name
-    if value is None:
-        return copy
+    return copy if value is None else checked(value, x, hook.at, "hook", what)
+
+
+def checked(value: object, x: Tensor, at: HookContext, who: str, what: str) -> Tensor:
+    """Return what a hook or splice made of ``x``, if it fits in its place."""
     if not isinstance(value, Tensor):
+        none = f", or None to go on with the {what} it was given" if who == "hook" else ""
         raise HookError(
-            f"The hook at {name} returned {type(value).__name__}; expected a tensor of shape {list(x.shape)} ({axes}), "
-            f"or None to go on with the {what} it was given."
+            f"The {who} at {at.name} returned {type(value).__name__}; expected a tensor of shape {list(x.shape)} "
+            f"({at.axes}){none}."
         )
     if value.shape != x.shape or value.dtype != x.dtype or value.device != x.device:
         raise HookError(
-            f"The hook at {name} returned {list(value.shape)} {value.dtype} on {value.device}; "
-            f"expected the {what}'s {list(x.shape)} ({axes}) {x.dtype} on {x.device}."
+            f"The {who} at {at.name} returned {list(value.shape)} {value.dtype} on {value.device}; "
+            f"expected the {what}'s {list(x.shape)} ({at.axes}) {x.dtype} on {x.device}."
         )
     return value
 

@@ -20,13 +20,14 @@ from prisma_core.errors import (
 )
 from prisma_core.files import hub
 from prisma_core.files.atomic import replacing
-from prisma_core.files.checkpoint import check_axes, check_shapes, read_checkpoint, read_states
+from prisma_core.files.checkpoint import check_axes, check_shapes, digest, read_checkpoint, read_states
 from prisma_core.files.code import code_in, without_code
 from prisma_core.hooks.capture import positions_of
 from prisma_core.hooks.migration import keyword_names
 from prisma_core.hooks.model import HookMapping
 from prisma_core.hooks.point import Hook
 from prisma_core.hooks.query import LayerQuery, Query, layer_of, short_name
+from prisma_core.hooks.splice import Splice
 from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.inputs import SIZES, Picture, PicturePreprocess, Preprocess, open_picture, probe, restored
 from prisma_core.inputs.video import VideoPreprocess, read_video
@@ -101,12 +102,12 @@ __all__ = [
     "Preprocess", "PicturePreprocess", "VideoPreprocess", "Picture", "open_picture", "read_video", "restored", "probe",
     "SIZES",
     # files, the hub, and options of sources
-    "read_checkpoint", "read_states", "replacing", "check_axes", "check_shapes", "hub", "without_code", "code_in",
-    "Options", "read_options", "Whole", "Above", "Heads", "Eps", "Pixels", "check_keywords", "keywords",
+    "read_checkpoint", "read_states", "replacing", "check_axes", "check_shapes", "digest", "hub", "without_code",
+    "code_in", "Options", "read_options", "Whole", "Above", "Heads", "Eps", "Pixels", "check_keywords", "keywords",
     "keyword_names",
     # techniques and commands
-    "Hook", "HookMapping", "Query", "LayerQuery", "layer_of", "short_name", "positions_of", "screen", "Host",
-    "PluginInfo", "installed",
+    "Hook", "HookMapping", "Splice", "Query", "LayerQuery", "layer_of", "short_name", "positions_of", "screen",
+    "Host", "PluginInfo", "installed",
     # errors
     "PrismaError", "UnknownName", "HookError", "UnsupportedArchitecture", "WeightMapError", "NotApplicable",
     "MissingPart", "LoadError", "InputError", "PluginError", "suggest", "blaming", "returned",

@@ -170,6 +170,7 @@ def _in_place_equals_returned(subject: Subject, model: ZooModel, inputs: Inputs,
 
 def _nothing_left(model: ZooModel, inputs: Inputs, clean: Tensor, plain: list[str]) -> list[str]:
     problems: list[str] = []
+    before = {name for name, point in model.hook_points().items() if point.wanted}  # by scopes around the check
 
     class Oops(Exception):
         pass
@@ -190,7 +191,7 @@ def _nothing_left(model: ZooModel, inputs: Inputs, clean: Tensor, plain: list[st
                 problems.append(f"a hook at {name} that fails goes unseen ({expected.__name__} expected)")
             if not torch.equal(model(*inputs), clean):
                 problems.append(f"after a hook at {name} has failed, logits stay changed")
-    wanted = [name for name, point in model.hook_points().items() if point.wanted]
+    wanted = [name for name, point in model.hook_points().items() if point.wanted and name not in before]
     return problems + [f"{name} is still wanted after its scope has ended" for name in wanted]
 
 

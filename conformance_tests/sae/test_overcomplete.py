@@ -1,0 +1,106 @@
+"""overcomplete's pickled models, read without overcomplete and without running anything of theirs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from coders import rows
+from hostile import RunsCommand
+from prisma_sae import read
+
+from prisma_core import LoadError
+
+library = pytest.importorskip(
+    "overcomplete.sae", reason="overcomplete is not installed: pip install 'prisma-interp[sae-train]'"
+)
+
+D, K = 6, 20
+X = rows(64)
+
+
+def trained(model: Any, steps: int = 3) -> Any:
+    """Return a model after some passes in training mode, as its trainer leaves it: in training mode."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    model.train()
+    for seed in range(steps):
+        model(rows(64, seed=seed))
+    return model
+
+
+POINTS = rows(12, seed=4)
+MODELS: dict[str, Callable[[], Any]] = {
+    "TopKSAE": lambda: library.TopKSAE(D, K, top_k=3, device="cpu"),
+    "BatchTopKSAE": lambda: library.BatchTopKSAE(D, K, top_k=100, device="cpu"),
+    "JumpSAE": lambda: library.JumpSAE(D, K, device="cpu"),
+    "batch norm": lambda: library.TopKSAE(
+        D, K, top_k=3, encoder_module=library.MLPEncoder(D, K, nb_blocks=0, norm_layer=torch.nn.BatchNorm1d)
+    ),
+    "multiplier": lambda: library.TopKSAE(D, K, top_k=3, dictionary_params={"use_multiplier": True}),
+    "RATopKSAE": lambda: library.RATopKSAE(D, K, points=POINTS, top_k=3, delta=0.5),
+    "RAJumpSAE": lambda: library.RAJumpSAE(D, K, points=POINTS, delta=0.5),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_pickled_model_computes_what_it_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, fused: bool, parallel: bool
+) -> None:
+    model = trained(MODELS[name]())
+    if fused:
+        model.eval()
+    torch.save(torch.nn.DataParallel(model) if parallel else model, tmp_path / "sae.pth")
+    model.eval()
+    with torch.no_grad():
+        _, codes, output = model(X)
+    for module in [each for each in sys.modules if each.startswith("overcomplete")]:
+        monkeypatch.setitem(sys.modules, module, None)  # importing it is an error
+    coder = read(tmp_path / "sae.pth", hook="hook_ln_final", tokens="all")
+    assert (codes > 0).any()
+    torch.testing.assert_close(coder.encode(X), codes, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(coder(X), output, rtol=1e-5, atol=1e-5)
+    assert coder.facts.kind == ("archetypal" if name.startswith("RA") else coder.facts.kind)
+    assert (coder.facts.hook, coder.facts.tokens) == ("hook_ln_final", "all")
+
+
+def test_the_running_threshold_itself_is_kept(tmp_path: Path) -> None:
+    """It keeps z >= threshold, where JumpReLU keeps z > threshold."""
+    model = trained(MODELS["BatchTopKSAE"]()).eval()
+    with torch.no_grad():
+        model.running_threshold = model.encoder(X)[1][0].max().clone()
+        kept = model.encode(X)[1]
+    torch.save(model, tmp_path / "sae.pth")
+    ours = read(tmp_path / "sae.pth").encode(X)
+    assert (kept[0] > 0).sum() == 1
+    assert torch.equal(ours > 0, kept > 0)
+
+
+def test_models_that_are_no_linear_encoder_or_were_never_trained_are_refused(tmp_path: Path) -> None:
+    refused = {
+        "MpSAE": library.MpSAE(D, K, k=2),
+        "hidden": library.TopKSAE(D, K, encoder_module="mlp_bn_3"),
+        "LayerNorm": library.TopKSAE(D, K, encoder_module="mlp_ln_1"),
+        "running threshold": library.BatchTopKSAE(D, K),
+    }
+    for word, model in refused.items():
+        torch.save(model, tmp_path / "sae.pth")
+        with pytest.raises(LoadError, match=word):
+            read(tmp_path / "sae.pth")
+
+
+def test_a_pickle_that_names_anything_else_is_refused(tmp_path: Path) -> None:
+    model = MODELS["TopKSAE"]()
+    model.note = RunsCommand(tmp_path / "ran")
+    torch.save(model, tmp_path / "sae.pth")
+    with pytest.raises(LoadError, match="mkdir"):
+        read(tmp_path / "sae.pth")
+    assert not (tmp_path / "ran").exists()

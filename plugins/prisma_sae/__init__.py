@@ -1,0 +1,14 @@
+"""Sparse coders: read what is published, splice them into models, measure, train, attribute.
+
+coder = read("my-sae")                                    # a folder or file of any known format
+with splice(model, {"blocks.1.hook_resid_post": coder}):  # features are hook points of the model
+    logits, cache = model.run_with_cache(image, names="sae.features")
+"""
+
+from prisma_sae.attribution import feature_attribution
+from prisma_sae.coder import CoderFacts, SparseCoder
+from prisma_sae.formats import FORMATS, read
+from prisma_sae.formats.sae_lens import save
+from prisma_sae.splice import splice
+
+__all__ = ["read", "save", "splice", "feature_attribution", "SparseCoder", "CoderFacts", "FORMATS"]

@@ -1,0 +1,125 @@
+"""The bond of a coder to a model: reference or weights, place, tokens; errors say what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+from prisma_core import HookedModel, InputError, TokenLayout, UnknownName, tensors_of
+from prisma_core.plugin import LayerQuery, digest
+from prisma_sae.coder import SparseCoder, Tokens
+
+Coders: TypeAlias = "SparseCoder | Sequence[SparseCoder] | Mapping[str | LayerQuery, SparseCoder]"
+
+
+def placed(model: HookedModel, coders: Coders) -> dict[str, SparseCoder]:
+    """Return coders by the full name of the hook point that each writes.
+
+    Args:
+        model: the model.
+        coders: by hook point; or one or several that know their own.
+
+    Raises:
+        InputError: a coder does not know its place, or two have the same.
+        UnknownName: no such hook point.
+    """
+    if isinstance(coders, Mapping):
+        pairs = [(_one(model, query), coder) for query, coder in coders.items()]
+    else:
+        several = [coders] if isinstance(coders, SparseCoder) else list(coders)
+        pairs = [(_own_place(model, coder), coder) for coder in several]
+    by_name = dict(pairs)
+    if len(by_name) < len(pairs):
+        raise InputError(f"Two coders at {pairs[0][0]}: one place takes one.")
+    return by_name
+
+
+def _own_place(model: HookedModel, coder: SparseCoder) -> str:
+    hook = coder.facts.hook_out or coder.facts.hook
+    if hook is None:
+        raise InputError("This coder does not say where it belongs: give {'blocks.5.hook_resid_post': coder}.")
+    return find(model, hook)
+
+
+def find(model: HookedModel, hook: str) -> str:
+    """Return a hook point's full name in a model: of a pair of towers, in the vision tower.
+
+    Raises:
+        UnknownName: there is none.
+    """
+    points = model.hook_points()
+    return f"vision.{hook}" if hook not in points and f"vision.{hook}" in points else _one(model, hook)
+
+
+def _one(model: HookedModel, query: str | LayerQuery) -> str:
+    names = model.resolve([query])
+    if len(names) != 1:
+        raise UnknownName(f"{query!r} is {len(names)} hook points: name one, such as {names[0]!r}.")
+    return names[0]
+
+
+def check(model: HookedModel, coder: SparseCoder, name: str, tokens: Tokens | None) -> None:
+    """Refuse to attach a coder where it was not trained.
+
+    Args:
+        model: the model.
+        coder: the coder.
+        name: the hook point that it is to write.
+        tokens: the tokens that it is to run on; None for its own.
+
+    Raises:
+        InputError: with all that differs.
+    """
+    facts = coder.facts
+    differences = _models(model, coder)
+    trained = facts.hook_out or facts.hook
+    if trained is not None and name not in (trained, f"vision.{trained}"):
+        differences.append(f"it was trained at {trained}, and this is {name}")
+    if tokens is not None and facts.tokens is not None and tokens != facts.tokens:
+        differences.append(f"it was trained on the tokens {facts.tokens!r}, and is asked to run on {tokens!r}")
+    if differences:
+        raise InputError(
+            f"This coder does not belong here: {'; '.join(differences)}. It computes numbers all the same: "
+            "force=True if that is what you mean."
+        )
+
+
+def _models(model: HookedModel, coder: SparseCoder) -> list[str]:
+    facts, reference = coder.facts, getattr(model, "reference", None)
+    if facts.weights is not None:
+        if model_digest(model) == facts.weights:
+            return []
+        return [f"it was trained on {facts.model or 'a model'} with other weights than this model ({reference}) has"]
+    if facts.model is None or reference in (facts.model, *facts.also):
+        return []
+    named = f"is {reference}" if reference else "has no reference (set model.reference if it is the same)"
+    return [f"it was trained on {facts.model}, and this model {named}"]
+
+
+def model_digest(model: HookedModel) -> str:
+    """Return a SHA-256 of a model's weights."""
+    return digest(tensors_of(model))
+
+
+def token_slice(model: HookedModel, name: str, tokens: Tokens | None) -> slice | None:
+    """Return which positions of a hook point a coder runs on, or None for all.
+
+    Raises:
+        InputError: the hook point, or the model, has no such tokens.
+    """
+    if tokens in (None, "all"):
+        return None
+    layout = layout_at(model, name)
+    axes = model.hook_points()[name].axes
+    if layout is None or "pos" not in axes.split():
+        raise InputError(f"This coder runs on the tokens {tokens!r}, and {name} ({axes}) has no layout of tokens.")
+    places = layout.slice(str(tokens))
+    if places.start == places.stop:
+        raise InputError(f"This coder runs on the tokens {tokens!r}, of which this model has none.")
+    return slice(places.start, None) if tokens == "patches" else places  # the image may be larger
+
+
+def layout_at(model: HookedModel, name: str) -> TokenLayout | None:
+    """Return the layout of the tokens at a hook point, where the model knows one."""
+    tower = getattr(model, name.partition(".")[0], None) if "." in name else None
+    return (tower if isinstance(tower, HookedModel) else model).layout_for()

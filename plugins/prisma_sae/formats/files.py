@@ -1,0 +1,79 @@
+"""Parts of files that several formats share: JSON, renamed tensors, references, token scopes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prisma_core import LoadError
+from prisma_sae.stubs import Stub
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        LoadError: there is no such file, or it holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise LoadError(f"No file at {path}: it says what the tensors beside it mean.") from error
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path} is no readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise LoadError(f"{path} holds a {type(value).__name__}; expected an object.")
+    return value
+
+
+def renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str], where: object) -> dict[str, Tensor]:
+    """Return tensors under other names, contiguous; ``.T`` behind a name transposes.
+
+    Raises:
+        LoadError: one is missing.
+    """
+    if missing := [name for name in names if name.removesuffix(".T") not in tensors]:
+        held = ", ".join(sorted(tensors)[:12])
+        raise LoadError(f"{where} lacks {', '.join(missing)}; it holds {held}.")
+    return {
+        new: (tensors[old.removesuffix(".T")].T if old.endswith(".T") else tensors[old]).detach().contiguous()
+        for old, new in names.items()
+    }
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON holds it: stubs by their attributes, devices and dtypes as text."""
+    if isinstance(value, Stub):
+        return plain(vars(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, torch.device | torch.dtype):
+        return str(value)
+    return value if isinstance(value, str | int | float | bool | None) else type(value).__name__
+
+
+_OPEN_CLIP = "open-clip:"
+
+
+def reference_of(name: str | None) -> str | None:
+    """Return Prisma's reference for a model named as SAE libraries name it; a name that is none of those as it is.
+
+    >>> reference_of("open-clip:laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K")
+    'open_clip:hf-hub:laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K'
+    >>> reference_of("facebook/dino-vitb16")
+    'hf:facebook/dino-vitb16'
+    """
+    if not name:
+        return None
+    if name.startswith(_OPEN_CLIP):
+        return f"open_clip:hf-hub:{name.removeprefix(_OPEN_CLIP)}"
+    if name.startswith("wkcn/TinyCLIP"):
+        return f"open_clip:hf-hub:{name}"
+    return f"hf:{name}" if "/" in name and ":" not in name else name

@@ -1,0 +1,140 @@
+"""overcomplete's models, pickled whole: read as stubs, without overcomplete and without running anything.
+
+Readable are encoders that are one linear layer, with batch norm or none; other encoders are refused. A dictionary that
+was fused for evaluation is taken as it is; of an archetypal one it spares the points it was made of.
+
+Source:
+    overcomplete 0.3.0: ``sae/{modules,dictionary,archetypal_dictionary,topk_sae,batchtopk_sae,jump_sae}.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prisma_core import LoadError
+from prisma_sae.coder import CoderFacts, SparseCoder, Tokens
+from prisma_sae.stubs import Stub, globals_of, read_stubs, tensors_in
+
+NAME = "overcomplete"
+
+
+def _known(name: str) -> bool:
+    return name.startswith(("overcomplete.", "torch.nn.")) or name in ("builtins.set", "functools.partial")
+
+
+def recognises(path: Path) -> bool:
+    return (
+        path.is_file()
+        and path.suffix in (".pt", ".pth")
+        and any(n.startswith("overcomplete.") for n in globals_of(path))
+    )
+
+
+def read(path: Path, *, hook: str | None = None, tokens: Tokens | None = None, model: str | None = None) -> SparseCoder:
+    """Read a pickled model.
+
+    Args:
+        path: the file.
+        hook, tokens, model: where it belongs: files do not say it.
+
+    Raises:
+        LoadError: the file is damaged, wants to run other code, or is of a kind that is no single linear encoder.
+    """
+    stub = read_stubs(path, _known)
+    if isinstance(stub, Stub) and isinstance(stub.get("module"), Stub):  # DataParallel
+        stub = stub.get("module")
+    if not isinstance(stub, Stub):
+        raise LoadError(f"{path} holds a {type(stub).__name__}; expected a model of overcomplete's.")
+    return from_module(stub, str(path), hook=hook, tokens=tokens, model=model)
+
+
+def from_module(module: Any, where: str, **place: Any) -> SparseCoder:
+    """Return the coder of a model of overcomplete's: a stub, or the model itself (``as_stub``)."""
+    name = type(module).__name__
+    stub: Stub = module
+    kind, activation, k, extra = _activation(name, stub, where)
+    dictionary = _dictionary(stub.get("dictionary"), where)
+    W_enc, b_enc = _encoder(stub.get("encoder"), where)
+    if "Archetypal" in type(stub.get("dictionary")).__name__:
+        kind = "archetypal"
+    facts = CoderFacts(
+        kind=kind,
+        d_in=W_enc.shape[0],
+        d_sae=W_enc.shape[1],
+        d_out=dictionary.shape[1],
+        activation=activation,
+        k=k,
+        layout=NAME,
+        more={"class": name},
+        **place,
+    )
+    tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": dictionary, "b_dec": torch.zeros_like(dictionary[0])}
+    return SparseCoder(facts, {key: value.detach().contiguous() for key, value in (tensors | extra).items()})
+
+
+def _activation(name: str, stub: Stub, where: str) -> tuple[Any, Any, int | None, dict[str, Tensor]]:
+    if name.endswith("BatchTopKSAE"):
+        threshold = stub.get("running_threshold")
+        if threshold is None:
+            raise LoadError(f"{where} has no running threshold: it was never trained, or saved as a state dict.")
+        threshold = torch.as_tensor(threshold).float()
+        # It keeps z >= threshold; the number below makes that z > threshold, to the bit.
+        below = torch.nextafter(threshold, torch.tensor(-torch.inf))
+        return "batchtopk", "jumprelu", stub.get("top_k"), {"threshold": below.expand(_width(stub)).clone()}
+    if name.endswith("TopKSAE"):
+        return "topk", "topk", int(stub.get("top_k")), {}
+    if name.endswith("JumpSAE"):
+        return "jumprelu", "jumprelu", None, {"threshold": stub.get("thresholds").detach().exp()}
+    if name in ("SAE", "RASAE", "MatryoshkaSAE"):
+        return "standard", "relu", None, {}
+    raise LoadError(f"{where} is a {name}, whose encoder is no linear layer with a threshold: not readable as a coder.")
+
+
+def _width(stub: Stub) -> int:
+    return int(stub.get("nb_concepts"))
+
+
+def _dictionary(part: Any, where: str) -> Tensor:
+    """Return the dictionary as evaluation uses it: fused, or made of its parts as overcomplete makes it."""
+    if not isinstance(part, Stub):
+        raise LoadError(f"{where} has no dictionary.")
+    fused = part.get("_fused_dictionary")
+    if isinstance(fused, Tensor):
+        return fused.detach()
+    tensors = dict(tensors_in(part))
+    scale = tensors["multiplier"].exp()
+    if "_weights" in tensors:
+        return scale * tensors["_weights"]  # normalised in place by every training step
+    rows = torch.relu(tensors["W"])
+    rows = rows / (rows.sum(-1, keepdim=True) + 1e-8)
+    delta = float(part.get("delta"))
+    relax = tensors["Relax"] * torch.clamp(delta / tensors["Relax"].norm(dim=-1, keepdim=True), max=1)
+    return (rows @ tensors["C"] + relax) * scale
+
+
+def _encoder(part: Any, where: str) -> tuple[Tensor, Tensor]:
+    """Return a linear encoder's weight ``[d_in d_sae]`` and bias, batch norm of evaluation folded in."""
+    name = type(part).__name__
+    if (
+        not isinstance(part, Stub)
+        or name != "MLPEncoder"
+        or (part.get("mlp_blocks") and part.get("mlp_blocks").get("0"))
+    ):
+        raise LoadError(f"{where} has the encoder {name} with hidden layers; readable is one linear layer.")
+    tensors = dict(tensors_in(part))
+    weight, bias = tensors["final_block.0.weight"].T, tensors["final_block.0.bias"]
+    norm = part.get("final_block.1")
+    kind = type(norm).__name__
+    if kind == "BatchNorm1d":
+        spread = (tensors["final_block.1.running_var"] + norm.get("eps")).sqrt()
+        factor = tensors["final_block.1.weight"] / spread
+        return weight * factor, (bias - tensors["final_block.1.running_mean"]) * factor + tensors["final_block.1.bias"]
+    if kind != "Identity":
+        raise LoadError(f"{where} has {kind} behind its linear layer; readable are batch norm and none.")
+    if (act := type(part.get("final_activation")).__name__) != "ReLU":
+        raise LoadError(f"{where} has the activation {act} in its encoder; readable is ReLU.")
+    return weight, bias

@@ -1,0 +1,166 @@
+"""Coders in a model's forward pass, as a scope; their features are hook points of the model.
+
+Equation:
+    The activation x of a hook point becomes decode(encode(x)), or with the error term decode(f) + (x - decode(f0)),
+    where f is what hooks made of the features f0 = encode(x): unedited it is x itself, to the bit.
+Cost:
+    The coder's own two products a pass; with the error term and edited features, two more.
+Misleads:
+    Without the error term, effects of a feature are mixed with those of what the coder does not reconstruct; with it,
+    what an edit leaves in the error goes on having its effect.
+Source:
+    Marks et al. 2024 (error terms); Dunefsky et al. 2024 (transcoders in the place of MLPs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from threading import get_ident
+
+from torch import Tensor
+
+from prisma_core import HookedModel, HookError, HookPoint, InputError
+from prisma_core.plugin import Splice
+from prisma_sae.binding import Coders, check, find, placed, token_slice
+from prisma_sae.coder import SparseCoder, Tokens
+
+INPUT, FEATURES, RECON, ERROR = "sae.hook_input", "sae.hook_features", "sae.hook_recon", "sae.hook_error"
+
+
+def splice(
+    model: HookedModel,
+    coders: Coders,
+    *,
+    error_term: bool = False,
+    tokens: Tokens | None = None,
+    force: bool = False,
+) -> AbstractContextManager[None]:
+    """Return a scope in which coders stand in the place of activations.
+
+    Their hook points are the model's while the scope is open: ``<hook>.sae.hook_input``, ``.sae.hook_features``
+    (``[batch pos feature]``; ``cls`` or ``patch`` for ``pos`` where the coder runs on those alone), ``.sae.hook_recon``
+    and, with the error term, ``.sae.hook_error``. A transcoder reads its ``hook`` and stands at its ``hook_out``.
+
+    Args:
+        model: the model whose passes are changed.
+        coders: by hook point, as full name or ``(shorthand, layer)``; or one or several that know their place.
+        error_term: add what the coder does not reconstruct.
+        tokens: the tokens to run on; default those that each was trained on.
+        force: attach coders where they were not trained.
+
+    Raises:
+        InputError: a coder was trained on another model, place or scope of tokens; with what differs.
+        UnknownName: no such hook point.
+        HookError: a hook point is spliced already.
+    """
+    splices: dict[str, Splice] = {}
+    reads = {}
+    for name, coder in placed(model, coders).items():
+        if not force:
+            check(model, coder, name, tokens)
+        axes = model.hook_points()[name].axes
+        source = _source(model, coder, name)
+        scope = tokens or coder.facts.tokens
+        splices[name] = CoderSplice(coder, axes, scope, token_slice(model, name, scope), error_term, source)
+        if source is not None:
+            reads[source.name] = source
+    return model.splicing(splices, reads=reads)
+
+
+def _source(model: HookedModel, coder: SparseCoder, name: str) -> Source | None:
+    facts = coder.facts
+    if not coder.is_transcoder:
+        if facts.kind == "transcoder" and facts.hook is None:
+            raise InputError("This transcoder does not say what it reads: coder.with_facts(hook=..., hook_out=...).")
+        return None
+    return Source(find(model, str(facts.hook)))
+
+
+class Source:
+    """What a transcoder reads in the pass under way, kept from there to where it writes, thread by thread."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.seen: dict[int, Tensor] = {}
+
+    def __call__(self, x: Tensor) -> None:
+        self.seen[get_ident()] = x
+
+    def take(self) -> Tensor:
+        """Return the activation, and forget it.
+
+        Raises:
+            HookError: the pass did not go by it.
+        """
+        x = self.seen.pop(get_ident(), None)
+        if x is None:
+            raise HookError(f"The transcoder reads {self.name}, which this pass did not go by: start before it.")
+        return x
+
+
+class CoderSplice:
+    """A coder in the place of an activation.
+
+    Args:
+        coder: the coder.
+        axes: of the hook point.
+        tokens, places: the tokens that it runs on, by name and as positions; None for all.
+        error_term: add what it does not reconstruct.
+        source: of a transcoder, what it reads.
+    """
+
+    def __init__(
+        self,
+        coder: SparseCoder,
+        axes: str,
+        tokens: Tokens | None,
+        places: slice | None,
+        error_term: bool,
+        source: Source | None,
+    ):
+        self.coder, self.places, self.source, self.error_term = coder, places, source, error_term
+        names = axes.split()
+        self.lead = names.index("pos") + 1 if "pos" in names else len(names) - 1
+        token = {"cls": "cls", "patches": "patch"}.get(tokens or "", "pos")
+        lead = " ".join(token if name == "pos" else name for name in names[: self.lead])
+        self.input = HookPoint(f"{lead} d_in", "what the coder reads")
+        self.features = HookPoint(f"{lead} feature", "activate((normalize(x) - b_in) W_enc + b_enc)")
+        self.recon = HookPoint(f"{lead} d_out", "features W_dec + b_dec, in the units of the activation")
+        self.error = HookPoint(f"{lead} d_out", "the activation less its reconstruction")
+
+    @property
+    def points(self) -> Mapping[str, HookPoint]:
+        points = {INPUT: self.input, FEATURES: self.features, RECON: self.recon}
+        return points | ({ERROR: self.error} if self.error_term else {})
+
+    def __call__(self, x: Tensor) -> Tensor:
+        target = self._cut(x)
+        source = target if self.source is None else self._cut(self.source.take())
+        made = self._coded(source, target).unflatten(-1, x.shape[self.lead :])
+        if self.places is None:
+            return made
+        y = x.clone()
+        y[:, self.places] = made
+        return y
+
+    def _cut(self, x: Tensor) -> Tensor:
+        x = x.flatten(self.lead)
+        return x if self.places is None else x[:, self.places]
+
+    def _coded(self, source: Tensor, target: Tensor) -> Tensor:
+        u = self.input(source)
+        f = self.coder.encode(u)
+        features = self.features(f)
+        decoded = self.coder.decode(features, u).to(target.dtype)
+        recon = self.recon(decoded)
+        if not self.error_term:
+            return recon
+        same = u is source and features is f
+        clean = decoded if same else self.coder(source).to(target.dtype)
+        left = target - clean
+        # Written as changes, so that nothing edited leaves the activation as it is, to the bit.
+        return target + (recon - clean) + (self.error(left) - left)
+
+    def __repr__(self) -> str:
+        return f"CoderSplice({self.coder.extra_repr()})"

@@ -1,0 +1,83 @@
+"""The hook points of a model by name: what queries and mappings select, and what splices add."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+from prisma_core.errors import HookError
+from prisma_core.hooks.point import Capture, Hook, HookContext, HookPoint, Scope, check_hook
+from prisma_core.hooks.query import LayerQuery, Query, resolve, resolve_one
+from prisma_core.hooks.splice import PlacedRead, PlacedSplice, Splice
+
+if TYPE_CHECKING:
+    from prisma_core.hooks.model import HookedModel, HookMapping
+
+
+class Site(NamedTuple):
+    """A hook point, and the innermost hooked model that it lies in."""
+
+    point: HookPoint
+    owner: HookedModel
+
+
+def select(sites: Mapping[str, Site], query: Query | None) -> list[str]:
+    return resolve(query, list(sites), frozenset(name for name, site in sites.items() if site.point.derived))
+
+
+def by_name(sites: Mapping[str, Site], hooks: HookMapping | None) -> Iterator[tuple[str, Hook]]:
+    """Yield each hook with the full names that its query selects."""
+    mapping = cast(object, hooks)
+    if not isinstance(mapping, Mapping | None):
+        pairs = " Of a list of pairs, dict(pairs) makes one." if type(mapping) in (list, tuple) else ""
+        raise HookError(f"Expected hooks as {{name: hook}}, got {type(mapping).__name__}.{pairs}")
+    for query, hook in (hooks or {}).items():
+        check_hook(query, hook)
+        for name in select(sites, [query]):
+            yield name, hook
+
+
+def has_subset(site: Site, subset: str) -> bool:
+    """Return whether a subset of the layout selects among the tokens of a hook point."""
+    framed = subset.startswith("frame ") and "frame" in site.point.axes.split()
+    return not framed and site.owner.layout_for() is not None
+
+
+def with_splices(
+    sites: Mapping[str, Site], splices: Sequence[Mapping[HookPoint, PlacedSplice]]
+) -> Iterator[tuple[str, Site]]:
+    """Yield hook points with those of open splices, which fire before the one that the splice is at."""
+    for name, site in sites.items():
+        for by_point in splices:
+            if (placed := by_point.get(site.point)) is not None:
+                for sub, point in placed.splice.points.items():
+                    yield f"{name}.{sub}", Site(point, site.owner)
+        yield name, site
+
+
+def splicing_scope(
+    sites: Mapping[str, Site], splices: Mapping[str | LayerQuery, Splice], reads: Mapping[str | LayerQuery, Capture]
+) -> Scope:
+    """Return a scope with splices, and with what reads for them.
+
+    Raises:
+        UnknownName: a name matches no hook point, or several.
+        HookError: a hook point is spliced already.
+    """
+    scope = Scope(frozenset(site.point for site in sites.values()))
+    for query, splice in splices.items():
+        name = resolve_one(query, list(sites))
+        taken = [sub for sub in splice.points if f"{name}.{sub}" in sites]
+        if taken or sites[name].point in scope.splices:
+            raise HookError(f"{name} is spliced already{f', and has {taken[0]}' if taken else ''}: leave that scope.")
+        placed = PlacedSplice(splice, HookContext(name, sites[name].point.axes))
+        scope.splices[sites[name].point] = placed
+        scope.points |= frozenset(splice.points.values())
+        scope.expect(placed, sites[name].owner)
+    for query, read in reads.items():
+        name = resolve_one(query, list(sites))
+        point, owner = sites[name]
+        reader = PlacedRead(read, HookContext(name, point.axes))
+        scope.captures[point] = (*scope.captures.get(point, ()), reader)
+        scope.expect(reader, owner)
+    return scope
