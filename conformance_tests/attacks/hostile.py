@@ -1,4 +1,4 @@
-"""Makers of files that harm: pickles that run commands, configurations with code, images that are programs, playlists."""
+"""Makers of hostile files: pickles that run commands, configurations with code, images that are programs, playlists."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -185,12 +185,9 @@ class Attention(WeightViews):
             rope: tables by which queries and keys are turned.
             inputs: of single heads, in the place of ``x``.
             mask: which keys each query may read; None for all. Scores of others are minus infinity.
-<<<<<<< HEAD
+            leading: how many tokens, from the first, ask: queries and what follows are of these alone; None for all.
 
         Fewer tokens than ``attn_bias`` has, as in a shorter text, take its rows and columns from the first on.
-=======
-            leading: how many tokens, from the first, ask: queries and what follows are of these alone; None for all.
->>>>>>> circ
         """
         q, k, v = self._project(x, inputs, leading)
         over = self.spec.qk_norm_over
@@ -202,12 +199,8 @@ class Attention(WeightViews):
             cos, sin = rope.cos[:leading], rope.sin[:leading]
             q = self.hook_rot_q(rotate(q, cos, sin, self.rope_layout, self.rope_in_float32))
             k = self.hook_rot_k(rotate(k, rope.cos, rope.sin, self.rope_layout, self.rope_in_float32))
-<<<<<<< HEAD
-        bias = self._bias(mask, q)
-=======
-        bias = self._bias(mask, q.dtype)
+        bias = self._bias(mask, k)
         bias = bias if bias is None or leading is None else bias[..., :leading, :]
->>>>>>> circ
         z = self.hook_z(attend(q, k, v, self.spec.scale, bias, self.hook_attn_scores, self.hook_pattern))
         flat = self.ln(z.flatten(2))
         if not self.hook_result.wanted:
@@ -217,12 +210,13 @@ class Attention(WeightViews):
         return (show(self.hook_result, result, flat.dtype).sum(2) + self.b_O).type_as(flat)
 
     def _project(self, x: Tensor, inputs: HeadInputs, leading: int | None) -> list[Tensor]:
+        flat: list[Tensor]
         if leading is None:
-            flat = list(self.qkv(x).split(self.sizes, dim=-1))
+            flat = [*cast(Tensor, self.qkv(x)).split(self.sizes, dim=-1)]
         else:
             n, weight, bias = self.sizes[0], self.qkv.weight, self.qkv.bias
             flat = [F.linear(x[:, :leading], weight[:n], bias[:n])]
-            flat += F.linear(x, weight[n:], bias[n:]).split(self.sizes[1:], dim=-1)
+            flat += cast(Tensor, F.linear(x, weight[n:], bias[n:])).split(self.sizes[1:], dim=-1)
         parts = [part.unflatten(-1, (-1, self.spec.d_head)) for part in flat]
         for index, given in enumerate(inputs):
             if given is not None:
@@ -232,8 +226,8 @@ class Attention(WeightViews):
                 parts[index] = made + bias
         return parts
 
-    def _bias(self, mask: Tensor | None, q: Tensor) -> Tensor | None:
-        bias, dtype, n = None, q.dtype, q.shape[1]
+    def _bias(self, mask: Tensor | None, k: Tensor) -> Tensor | None:
+        bias, dtype, n = None, k.dtype, k.shape[1]
         if self.spec.bias:
             if n > self.attn_bias.shape[-1]:
                 raise InputError(f"Expected at most {self.attn_bias.shape[-1]} tokens, as attn_bias has, got {n}.")
