@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -210,19 +210,22 @@ class Attention(WeightViews):
         return (show(self.hook_result, result, flat.dtype).sum(2) + self.b_O).type_as(flat)
 
     def _project(self, x: Tensor, inputs: HeadInputs, leading: int | None) -> list[Tensor]:
-        flat: list[Tensor]
         if leading is None:
-            flat = [*cast(Tensor, self.qkv(x)).split(self.sizes, dim=-1)]
+            together: Tensor = self.qkv(x)
+            flat = list(torch.split(together, self.sizes, dim=-1))
         else:
             n, weight, bias = self.sizes[0], self.qkv.weight, self.qkv.bias
-            flat = [F.linear(x[:, :leading], weight[:n], bias[:n])]
-            flat += cast(Tensor, F.linear(x, weight[n:], bias[n:])).split(self.sizes[1:], dim=-1)
-        parts = [part.unflatten(-1, (-1, self.spec.d_head)) for part in flat]
+            queries: Tensor = F.linear(x[:, :leading], weight[:n], bias[:n])
+            others: Tensor = F.linear(x, weight[n:], bias[n:])
+            flat = [queries, *torch.split(others, self.sizes[1:], dim=-1)]
+        parts: list[Tensor] = [part.unflatten(-1, (-1, self.spec.d_head)) for part in flat]
         for index, given in enumerate(inputs):
             if given is not None:
                 given = given[:, :leading] if index == 0 else given
                 weight, bias = self._part(index, self.qkv.weight), self._part(index, self.qkv.bias)
-                made = einsum(given, weight, "batch pos head d_model, head d_model d_head -> batch pos head d_head")
+                made: Tensor = einsum(
+                    given, weight, "batch pos head d_model, head d_model d_head -> batch pos head d_head"
+                )
                 parts[index] = made + bias
         return parts
 
