@@ -79,7 +79,7 @@ class _File:
         if what != "storage" or not isinstance(key, str | int) or view not in ([], [None]):
             raise Refused("refers to what is no storage of its own: refused, only tensors are read from files.")
         data = self.storage(key, kind, numel)
-        if numel * kind.itemsize > len(data):
+        if not 0 <= numel * kind.itemsize <= len(data):
             raise Refused("is truncated or corrupt: a storage is shorter than it says.")
         return data[: numel * kind.itemsize].view(kind)
 
