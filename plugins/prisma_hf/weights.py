@@ -31,7 +31,7 @@ def held_in(folder: Path) -> dict[str, Tensor] | None:
 def _listed(index: Path) -> set[str]:
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return {str(Path(name).relative_to(Path(name).parent)) for name in names}
+        return {Path(name).name for name in names}  # they lie beside it
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise LoadError(f"{index} is no list of files of weights: {error}") from error
 
