@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from prisma_clip import tinyclip
@@ -28,6 +29,8 @@ from prisma_core.plugin import (
 )
 
 CONFIG = "open_clip_config.json"
+# What open_clip and torch raise over sizes and names that make no model.
+_REFUSALS = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError, AssertionError)
 
 
 def create(name: str, options: dict[str, Any], text: Mapping[str, Any] | None = None) -> nn.Module:
@@ -101,16 +104,9 @@ def _created_from(config: dict[str, Any], options: dict[str, Any], where: object
         (Path(folder) / CONFIG).write_text(json.dumps({"model_cfg": config["model_cfg"], "preprocess_cfg": {}}))
         try:
             return create(f"local-dir:{folder}", options, config["model_cfg"]["text_cfg"])
-        except (
-            TypeError,
-            ValueError,
-            KeyError,
-            AttributeError,
-            RuntimeError,
-            ArithmeticError,
-            AssertionError,
-        ) as error:
-            raise LoadError(f"open_clip cannot build the configuration {where}: {error}") from error
+        except _REFUSALS as error:
+            problem = str(error).partition("\n")[0]  # torch adds where it stood
+            raise LoadError(f"open_clip cannot build the configuration {where}: {problem}") from error
 
 
 def create_tinyclip(path: str | Path, options: dict[str, Any], key: str | None = None) -> nn.Module:
@@ -194,8 +190,18 @@ def preprocess(config: dict[str, Any]) -> Preprocess:
     Raises:
         LoadError: it does something we cannot repeat.
     """
-    if config.get("fill_color") and config["resize_mode"] == "longest":
+    if config.get("fill_color") and config.get("resize_mode") == "longest":
         raise LoadError(f"open_clip pads pictures with the colour {config['fill_color']}; only black can be repeated.")
+    try:
+        return _preprocess(config)
+    except (ValidationError, TypeError, ValueError, KeyError) as error:
+        told = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise LoadError(
+            f"Images cannot be prepared as this configuration says ({str(config)[:200]}): {told}."
+        ) from error
+
+
+def _preprocess(config: dict[str, Any]) -> Preprocess:
     size = config["size"]
     height, width = (size, size) if isinstance(size, int) else size
     # Pictures that are cut to something other than a square are resized by another function, always bicubic.

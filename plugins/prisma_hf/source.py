@@ -163,11 +163,12 @@ def _config(where: Place, folder: Path, common: dict[str, Any], options: dict[st
     Raises:
         LoadError: it cannot be read.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **common, **options)
-    except BROKEN as error:
+    except (*BROKEN, StrictDataclassError, TypeError, AttributeError) as error:
         raise LoadError(f"The configuration of {where} could not be read: {brief(error)}") from error
 
 

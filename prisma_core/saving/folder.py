@@ -211,7 +211,8 @@ def _loaded(folder: Path, text: str, weights: bool) -> ZooModel:
         with torch.device("meta"):
             model = build(facts.spec)
     except (ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
-        raise LoadError(f"{folder / SPEC} does not describe a model: {error}") from error
+        problem = str(error).partition("\n")[0]  # torch adds where it stood
+        raise LoadError(f"{folder / SPEC} does not describe a model: {problem}") from error
     if weights:
         tensors = read_safetensors(path)
         check_shapes(tensors, tensors_of(model), path)

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from prisma_core.errors import LoadError
 
 LAYERS = 512  # of a model whose weights are not there to be counted
-_COUNT = re.compile(r"(?:.*_)?(?:layers?|depths?|blocks)")
+LABELS = 1 << 20
+_COUNT = re.compile(r"(?:.*_)?(?:layers?|depths?|blocks|labels)")
 
 
 def check_layers(config: object, held: Mapping[str, Tensor] | None, where: object) -> None:
-    """Refuse more layers than a file has tensors: modules are made one by one, even without numbers.
+    """Refuse more layers than a file has tensors, and labels without end: these are made one by one.
 
     Args:
         config: a configuration, as read from JSON.
@@ -26,10 +27,11 @@ def check_layers(config: object, held: Mapping[str, Tensor] | None, where: objec
     Raises:
         LoadError: with the field.
     """
-    most = max(LAYERS, len(held or ()))
     for name, n in _counts(config):
+        labels = name.endswith("labels")
+        most = LABELS if labels else max(LAYERS, len(held or ()))
         if n > most:
-            instead = f"its file has {len(held)} tensors" if held else f"at most {most} are made"
+            instead = f"its file has {len(held)} tensors" if held and not labels else f"at most {most} are made"
             raise LoadError(f"{where} says {name}={str(n)[:30]}, and {instead}.")
 
 
