@@ -27,6 +27,7 @@ from prisma_core.errors import (
     format_fields,
     returned,
 )
+from prisma_core.files.checkpoint import check_finite
 from prisma_core.hooks.model import HookedModel
 from prisma_core.maps.places import HookMap
 from prisma_core.maps.reader import Reader, qualified_name
@@ -77,6 +78,7 @@ def load(
             model.preprocess = loaded.preprocess or model.preprocess
             model.labels = loaded.labels or model.labels
             model.reference = reference
+        check_finite(dict(model.named_parameters()), reference)
         if isinstance(model, HookedDual | HookedText):
             model.tokenizer = loaded.tokenizer or model.tokenizer
     if isinstance(dtype, str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,25 @@ PLAYLISTS = {
     "dash": f'<?xml version="1.0"?>{_DASH}',
     "dash in a film": f"\x1aE\xdf\xa3{_DASH}",
 }
+
+
+def pickled(path: Path, data: bytes, tensor: bytes = b"") -> Path:
+    """Write a file in the form of ``torch.save`` whose pickle is these instructions, with one storage, called ``0``."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in {"data.pkl": data, "byteorder": b"little", "version": b"3\n", "data/0": tensor}.items():
+            archive.writestr(f"archive/{name}", content)
+    return path
+
+
+def state_of(numel: int, shape: tuple[int, ...], stride: tuple[int, ...], offset: int = 0) -> bytes:
+    """Return the pickle of ``{"w": tensor}`` with a tensor of float32 that claims these sizes."""
+
+    def number(n: int) -> bytes:
+        return f"I{n}\n".encode()
+
+    def numbers(values: tuple[int, ...]) -> bytes:
+        return b"(" + b"".join(map(number, values)) + b"t"
+
+    storage = b"(Vstorage\nctorch\nFloatStorage\nV0\nVcpu\n" + number(numel) + b"tQ"
+    rebuilt = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + number(offset) + numbers(shape) + numbers(stride)
+    return b"\x80\x02}Vw\n" + rebuilt + b"\x89ccollections\nOrderedDict\n)RtRs."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -76,5 +77,7 @@ def test_numpy_values_beside_the_tensors_are_skipped(tmp_path: Path) -> None:
     assert list(read) == ["weight"]
     assert torch.equal(read["weight"], state["weight"])
     torch.save({"model": state, "names": np.array([Path("x")], dtype=object)}, tmp_path / "objects.pth")
-    with pytest.raises(LoadError, match="pathlib"):
-        read_checkpoint(tmp_path / "objects.pth")
+    assert list(read_checkpoint(tmp_path / "objects.pth")) == ["weight"]
+    torch.save({"model": state, "price": Decimal(3)}, tmp_path / "other.pth")
+    with pytest.raises(LoadError, match=r"decimal\.Decimal"):
+        read_checkpoint(tmp_path / "other.pth")

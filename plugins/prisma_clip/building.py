@@ -12,12 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from prisma_clip import tinyclip
-from prisma_core.plugin import LoadError, Preprocess, check_shapes, code_in, hub, read_checkpoint, without_code
+from prisma_core.plugin import (
+    LoadError,
+    Preprocess,
+    check_claims,
+    check_layers,
+    check_shapes,
+    code_in,
+    hub,
+    read_checkpoint,
+    without_code,
+)
 
 CONFIG = "open_clip_config.json"
+# What open_clip and torch raise over sizes and names that make no model.
+_REFUSALS = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError, AssertionError)
 
 
 def create(name: str, options: dict[str, Any], text: Mapping[str, Any] | None = None) -> nn.Module:
@@ -66,30 +79,46 @@ def _text_tower(text: Any, name: str) -> Iterator[dict[str, Any]]:
             raise LoadError(f"{reference} cannot be used: {problem}.{code_in(folder)}") from error
 
 
-def create_from(config: dict[str, Any], options: dict[str, Any]) -> nn.Module:
-    """Return the model of a configuration that open_clip does not know by name.
+def create_from(
+    config: dict[str, Any], options: dict[str, Any], where: object, held: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """Return the model of a configuration that open_clip does not know by name, with random weights.
+
+    Args:
+        config: as ``read_config`` returns it.
+        options: of ``open_clip.create_model``.
+        where: the configuration's file, for messages.
+        held: the tensors of its file of weights, which may lie on the meta device; None if it has none.
 
     Raises:
-        LoadError: it makes no model.
+        LoadError: it makes no model, or a larger one than its file or this machine holds.
     """
+    check_layers(config["model_cfg"], held, where)
+    with torch.device("meta"):
+        check_claims(_created_from(config, options, where), held, where)
+    return _created_from(config, options, where)
+
+
+def _created_from(config: dict[str, Any], options: dict[str, Any], where: object) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / CONFIG).write_text(json.dumps({"model_cfg": config["model_cfg"], "preprocess_cfg": {}}))
         try:
             return create(f"local-dir:{folder}", options, config["model_cfg"]["text_cfg"])
-        except TypeError as error:
-            raise LoadError(f"open_clip cannot build this configuration: {error}") from error
+        except _REFUSALS as error:
+            problem = str(error).partition("\n")[0]  # torch adds where it stood
+            raise LoadError(f"open_clip cannot build the configuration {where}: {problem}") from error
 
 
-def create_tinyclip(path: str | Path, options: dict[str, Any]) -> nn.Module:
+def create_tinyclip(path: str | Path, options: dict[str, Any], key: str | None = None) -> nn.Module:
     """Return open_clip's model of TinyCLIP's original checkpoint, filled; its spec is read from the weights' shapes.
 
     Raises:
         LoadError: the file cannot be read safely, or its weights are not those of a transformer with heads of 64.
     """
-    state = tinyclip.unwrapped(read_checkpoint(path))
-    model = create_from({"model_cfg": tinyclip.config(state, path)}, options)
+    state = tinyclip.unwrapped(read_checkpoint(path, key))
+    model = create_from({"model_cfg": tinyclip.config(state, path)}, options, path, state)
     tinyclip.narrow(model, state, path)
-    fill(model, path, sizes=bool(options))
+    fill(model, path, sizes=bool(options), key=key)
     return model
 
 
@@ -107,13 +136,14 @@ def read_config(path: Path) -> dict[str, Any]:
     return whole
 
 
-def fill(model: Any, path: str | Path, *, sizes: bool) -> None:
+def fill(model: Any, path: str | Path, *, sizes: bool, key: str | None = None) -> None:
     """Put a checkpoint into a model, every tensor accounted for.
 
     Args:
         model: built.
         path: of a file.
         sizes: whether positions of another size are resized, as open_clip does: only where the user asked for a size.
+        key: which state dict of a file with several.
 
     Raises:
         LoadError: the file cannot be read safely, or does not fit.
@@ -121,14 +151,14 @@ def fill(model: Any, path: str | Path, *, sizes: bool) -> None:
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 
-    state = tinyclip.unwrapped(read_checkpoint(path))
+    state = tinyclip.unwrapped(read_checkpoint(path, key))
     state = convert_state_dict(model, state)
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
     for name in ("logit_scale", "logit_bias"):
         if name in state and isinstance(getattr(model, name, None), Tensor):
             state[name] = state[name].reshape(getattr(model, name).shape)
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    wanted = model.state_dict()
     for constant in ("text.transformer.embeddings.position_ids", *tinyclip.CONSTANTS):
         if constant not in wanted:
             state.pop(constant, None)
@@ -160,8 +190,18 @@ def preprocess(config: dict[str, Any]) -> Preprocess:
     Raises:
         LoadError: it does something we cannot repeat.
     """
-    if config.get("fill_color") and config["resize_mode"] == "longest":
+    if config.get("fill_color") and config.get("resize_mode") == "longest":
         raise LoadError(f"open_clip pads pictures with the colour {config['fill_color']}; only black can be repeated.")
+    try:
+        return _preprocess(config)
+    except (ValidationError, TypeError, ValueError, KeyError) as error:
+        told = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise LoadError(
+            f"Images cannot be prepared as this configuration says ({str(config)[:200]}): {told}."
+        ) from error
+
+
+def _preprocess(config: dict[str, Any]) -> Preprocess:
     size = config["size"]
     height, width = (size, size) if isinstance(size, int) else size
     # Pictures that are cut to something other than a square are resized by another function, always bicubic.

@@ -20,7 +20,17 @@ from prisma_clip.building import (
     set_preprocessing,
 )
 from prisma_clip.texts import Tokenizer
-from prisma_core.plugin import Case, Loaded, LoadError, ModelInfo, Source, UnknownName, suggest
+from prisma_core.plugin import (
+    Case,
+    InputError,
+    Loaded,
+    LoadError,
+    ModelInfo,
+    Source,
+    UnknownName,
+    read_outline,
+    suggest,
+)
 
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
@@ -28,22 +38,25 @@ WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 class OpenClipSource(Source):
     """``open_clip:MODEL@TAG``, ``open_clip:MODEL@FILE``, ``open_clip:CONFIG.json@FILE``, ``open_clip:FOLDER``.
 
-    A folder holds a configuration and weights, as open_clip leaves them on the hub. Options go to
-    ``open_clip.create_model``, such as ``pretrained=False``, ``force_image_size=336``.
+    A folder holds a configuration and weights, as open_clip leaves them on the hub. ``key`` says which state dict of a
+    file with several, such as ``state_dict_ema``. Other options go to ``open_clip.create_model``, such as
+    ``pretrained=False``, ``force_image_size=336``.
     """
 
     name = "open_clip"
     library = "open_clip"
     install = 'pip install "prisma-interp[clip]"'
 
-    def load(self, rest: str, *, pretrained: bool = True, **options: Any) -> Loaded:
+    def load(self, rest: str, *, pretrained: bool = True, key: str | None = None, **options: Any) -> Loaded:
         name, _, which = rest.partition("@")
+        if key is not None and not Path(which).is_file():
+            raise InputError(f"key={key!r} names a state dict of a file: give it with open_clip:{name}@FILE.")
         if Path(name).is_dir():
             return _from_folder(Path(name), pretrained, options)
         if name.endswith(".json"):
-            return _from_config(Path(name), which, pretrained, options)
+            return _from_config(Path(name), which, pretrained, options, key)
         if which and Path(which).is_file() and not _known(name) and tinyclip.is_one(which):
-            model: Any = create_tinyclip(which, options)
+            model: Any = create_tinyclip(which, options, key)
             return _loaded(model, Tokenizer({"context_length": model.context_length}))
         _check_name(name, which)
         tag = _tag(name, which) if _is_tag(name, which) else {}
@@ -51,7 +64,7 @@ class OpenClipSource(Source):
             weights = _fetched(name, which) if tag and pretrained else which
             model = create(name, as_trained(name, which, options) | options)
             if pretrained:
-                fill(model, weights, sizes=bool(options))
+                fill(model, weights, sizes=bool(options), key=key)
             set_preprocessing(model, tag, options)
         else:
             raise LoadError(
@@ -118,22 +131,22 @@ def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> Loa
     files = [folder / name for name in WEIGHTS if (folder / name).is_file()]
     if pretrained and not files:
         raise LoadError(f"{folder} holds none of {', '.join(WEIGHTS)}. Give pretrained=False for random weights.")
-    model = create_from(config, options)
+    model = create_from(config, options, folder / CONFIG, read_outline(files[0]) if pretrained else None)
     if pretrained:
         fill(model, files[0], sizes=bool(options))
     set_preprocessing(model, config.get("preprocess_cfg", {}), options)
     return _loaded(model, Tokenizer(_text(config["model_cfg"], options), f"open_clip:{folder}", folder.resolve()))
 
 
-def _from_config(path: Path, checkpoint: str, pretrained: bool, options: dict[str, Any]) -> Loaded:
+def _from_config(path: Path, checkpoint: str, pretrained: bool, options: dict[str, Any], key: str | None) -> Loaded:
     config = read_config(path)
     if pretrained and not checkpoint:
         raise LoadError(
             f"open_clip:{path} names no weights: expected open_clip:{path}@CHECKPOINT, or pretrained=False."
         )
-    model = create_from(config, options)
+    model = create_from(config, options, path, read_outline(checkpoint, key) if pretrained else None)
     if pretrained:
-        fill(model, checkpoint, sizes=bool(options))
+        fill(model, checkpoint, sizes=bool(options), key=key)
     set_preprocessing(model, config.get("preprocess_cfg", {}), options)
     return _loaded(model, Tokenizer(_text(config["model_cfg"], options), f"open_clip:{path}"))
 

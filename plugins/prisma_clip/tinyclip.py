@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prisma_core.plugin import LoadError, read_checkpoint
+from prisma_core.plugin import LoadError, depth_in, read_states
 
 HEAD = 64  # channels of a head: TinyCLIP's configurations know no other
 PARTS = ("image_encoder", "text_encoder", "logit_scale")
@@ -54,7 +54,8 @@ def _plain(name: str) -> str:
 
 def is_one(path: str | Path) -> bool:
     """Return whether a file holds weights in TinyCLIP's wrappers."""
-    return any(name.removeprefix("module.").startswith(WRAPPERS) for name in read_checkpoint(path))
+    states = read_states(path).values()
+    return any(name.removeprefix("module.").startswith(WRAPPERS) for state in states for name in state)
 
 
 def config(state: Mapping[str, Tensor], path: object = "the checkpoint") -> dict[str, Any]:
@@ -79,7 +80,7 @@ def config(state: Mapping[str, Tensor], path: object = "the checkpoint") -> dict
         "embed_dim": projection.shape[1],
         "vision_cfg": {
             "image_size": grid * patch,
-            "layers": _layers(state, "visual.transformer."),
+            "layers": _layers(state, "visual.transformer.", path),
             "width": width,
             "head_width": width // _heads(width),
             "patch_size": patch,
@@ -89,14 +90,13 @@ def config(state: Mapping[str, Tensor], path: object = "the checkpoint") -> dict
             "vocab_size": vocabulary,
             "width": text_width,
             "heads": _heads(text_width),
-            "layers": _layers(state, "transformer."),
+            "layers": _layers(state, "transformer.", path),
         },
     }
 
 
-def _layers(state: Mapping[str, Tensor], tower: str) -> int:
-    prefix = f"{tower}resblocks."
-    return 1 + max(int(name.removeprefix(prefix).partition(".")[0]) for name in state if name.startswith(prefix))
+def _layers(state: Mapping[str, Tensor], tower: str, path: object) -> int:
+    return depth_in(state, f"{tower}resblocks.", path)
 
 
 def _heads(width: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from prisma_core.plugin import Eps, Heads, InputError, LoadError, Whole, check_axes, check_shapes, read_states
+from prisma_core.plugin import Eps, Heads, InputError, LoadError, Whole, check_axes, check_shapes, depth_in, read_states
 from prisma_core.plugin import Options as SourceOptions
 from prisma_dino.meta import Architecture, MetaViT
 
@@ -70,9 +69,7 @@ def read(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
         LoadError: the file cannot be read safely.
         InputError: it has no such network.
     """
-    # Checkpoints of training hold their arguments; a Namespace only carries names and values.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        states = read_states(path)
+    states = read_states(path)
     wanted = key or "teacher"
     found = states.get(wanted, next(iter(states.values())) if len(states) == 1 else {})
     tensors = {WRAPPED.sub("", name): tensor for name, tensor in found.items()}
@@ -119,7 +116,7 @@ def architecture(tensors: Mapping[str, Tensor], where: object, given: Options) -
     periods = len(tensors["rope_embed.periods"]) if rotary else 0
     return Architecture(
         width=width,
-        depth=1 + max(int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))),
+        depth=depth_in(tensors, "blocks.", where),
         heads=_heads(width, periods, given.heads, where),
         patch=(patch[0], patch[1]),
         grid=_grid(tensors, patch, given.image_size, where),
@@ -192,12 +189,12 @@ def build(tensors: Mapping[str, Tensor], where: object, given: Options) -> MetaV
     backbone = {name: tensor for name, tensor in tensors.items() if not HEADS.fullmatch(name)}
     with torch.device("meta"):
         model = MetaViT(architecture(backbone, where, given))
-    check_shapes(backbone, {name: tensor.shape for name, tensor in model.state_dict().items()}, where, INSTEAD)
     unset = [name for name, tensor in backbone.items() if not bool(torch.isfinite(tensor).all())]
     if unset:
         raise LoadError(
             f"{where} holds values that are NaN or infinite, in {', '.join(unset[:3])}. "
             "Masks of biases are NaN until the model is initialised: was it saved before?"
         )
+    check_shapes(backbone, model.state_dict(), where, INSTEAD)
     model.load_state_dict(backbone, strict=True, assign=True)
     return model.eval()

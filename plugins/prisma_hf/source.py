@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from prisma_core.plugin import (
     Case,
@@ -30,6 +30,7 @@ from prisma_hf import texts
 from prisma_hf.making import BROKEN, brief, fresh, of_class, unfit
 from prisma_hf.places import Place, place
 from prisma_hf.processors import CONFIG, Processed
+from prisma_hf.weights import check_configuration, check_outline, held_in
 
 
 class HfSource(Source):
@@ -140,9 +141,13 @@ def _read(
 
     trusted = common["trust_remote_code"]
     with nullcontext(folder) if trusted else without_code(folder) as files:
+        held = _held(where, files) if pretrained else None
+        check_configuration(files, held, where)
         config, others = _config(where, files, common, options)
         kind = _kind(config, architecture, trusted=trusted)
         config = _own(config, kind)
+        if not trusted:
+            check_outline(kind, config, held, where)
         if pretrained:
             model = _pretrained(where, files, kind, config, common | others, whole=architecture is None)
         else:
@@ -158,12 +163,25 @@ def _config(where: Place, folder: Path, common: dict[str, Any], options: dict[st
     Raises:
         LoadError: it cannot be read.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **common, **options)
-    except BROKEN as error:
+    except (*BROKEN, StrictDataclassError, TypeError, AttributeError) as error:
         raise LoadError(f"The configuration of {where} could not be read: {brief(error)}") from error
+
+
+def _held(where: Place, folder: Path) -> dict[str, Tensor] | None:
+    try:
+        return held_in(folder)
+    except LoadError as error:
+        raise LoadError(f"The weights of {where} could not be read: {error}{_again(where, folder)}") from error
+
+
+def _again(where: Place, folder: Path) -> str:
+    """Remove broken files from the hub's cache, and return what to say of it."""
+    return " What was broken in the cache was removed: try again." if where.forget_broken(folder) else ""
 
 
 def _kind(config: Any, architecture: str | None, *, trusted: bool) -> Any:
@@ -228,8 +246,7 @@ def _pretrained(
     except (*BROKEN, TypeError) as error:
         if isinstance(error, TypeError) and UNKNOWN.search(str(error)):
             refuse_unknown(str(where), error, kind, config)
-        again = " What was broken in the cache was removed: try again." if where.forget_broken(folder) else ""
-        raise LoadError(f"The weights of {where} could not be read: {brief(error)}{again}") from error
+        raise LoadError(f"The weights of {where} could not be read: {brief(error)}{_again(where, folder)}") from error
     problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
     problems += [f"{name} has shape {list(came)}, expected {list(own)}" for name, came, own in info["mismatched_keys"]]
     problems += [f"extra {name}" for name in sorted(info["unexpected_keys"]) if whole]

@@ -10,6 +10,7 @@ from torch import nn
 
 from prisma_core.plugin import (
     Case,
+    InputError,
     Loaded,
     ModelInfo,
     Refusal,
@@ -25,14 +26,15 @@ from prisma_timm.preprocessing import preprocess
 class TimmSource(Source):
     """``timm:NAME``, ``timm:NAME.TAG``, ``timm:NAME@CHECKPOINT``.
 
-    Options go to ``timm.create_model``, such as ``pretrained=False``, ``num_classes=10`` or ``img_size=384``.
+    ``key`` says which state dict of a checkpoint with several, such as ``state_dict_ema``. Other options go to
+    ``timm.create_model``, such as ``pretrained=False``, ``num_classes=10`` or ``img_size=384``.
     """
 
     name = "timm"
     library = "timm"
     install = 'pip install "prisma-interp[timm]"'
 
-    def load(self, rest: str, *, pretrained: bool = True, **options: Any) -> Loaded:
+    def load(self, rest: str, *, pretrained: bool = True, key: str | None = None, **options: Any) -> Loaded:
         from timm.data.model_config import resolve_input_data_config
 
         from prisma_timm.building import create, create_without_data
@@ -40,9 +42,11 @@ class TimmSource(Source):
 
         name, _, checkpoint = rest.partition("@")
         _check_name(name)
+        if key is not None and not checkpoint:
+            raise InputError(f"key={key!r} names a state dict of a file: give it with timm:{rest}@CHECKPOINT.")
         if checkpoint:
             model = create(name, options)
-            _fill(model, checkpoint)
+            _fill(model, checkpoint, key)
         elif pretrained:
             if options:
                 create_without_data(name, options)  # a wrong option is an error before anything is fetched
@@ -96,15 +100,14 @@ def _check_name(reference: str) -> None:
         raise UnknownName(f"timm's {name} has no tag {tag!r}.{suggest(tag, tags)} {there}")
 
 
-def _fill(model: nn.Module, checkpoint: str) -> None:
+def _fill(model: nn.Module, checkpoint: str, key: str | None) -> None:
     """Put a local checkpoint into a model, every tensor accounted for.
 
     Raises:
         LoadError: the file cannot be read safely, or does not fit.
     """
-    tensors = read_checkpoint(checkpoint)
-    state = model.state_dict()
-    check_shapes(tensors, {name: tensor.shape for name, tensor in state.items()}, checkpoint)
+    tensors = read_checkpoint(checkpoint, key)
+    check_shapes(tensors, model.state_dict(), checkpoint)
     model.load_state_dict(tensors)
 
 

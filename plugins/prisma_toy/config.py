@@ -21,21 +21,21 @@ class Config(BaseModel):
         bf16: matrix products in bfloat16, twice as fast on processors that have it; weights stay in float32.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     data: str = "scenes"
     layers: int = Field(default=3, ge=1, le=12)
-    d_model: int = Field(default=128, ge=4)
+    d_model: int = Field(default=128, ge=4, le=4096)
     heads: int = Field(default=4, ge=1)
-    mlp_ratio: float = Field(default=2.0, ge=0)
+    mlp_ratio: float = Field(default=2.0, ge=0, le=64)
     norm: bool = True
     pool: Literal["avg", "token"] = "avg"
     registers: int = Field(default=0, ge=0, le=64)
-    steps: int = Field(default=2000, ge=1)
-    batch: int = Field(default=32, ge=1)
+    steps: int = Field(default=2000, ge=1, le=10**9)
+    batch: int = Field(default=32, ge=1, le=1 << 16)
     lr: float = Field(default=2e-3, gt=0)
     weight_decay: float = Field(default=0.03, ge=0)
     patch_loss: float = Field(default=1.0, ge=0)
     seed: int = Field(default=0, ge=0)
-    threads: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1, le=1024)
     bf16: bool = False

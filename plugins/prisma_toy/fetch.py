@@ -40,7 +40,7 @@ def load(rest: str, *, pretrained: bool = True, **options: Any) -> Loaded:
     """
     given = read_options(Options, "toy:", options)
     path = _on_the_hub(rest, download=pretrained) if rest.startswith(PREFIX) else Path(rest)
-    model = published(read_checkpoint(path), given, path)
+    model = published(read_checkpoint(path, given.key), given, path)
     if not pretrained:
         model = PublishedViT({name: tensor.shape for name, tensor in model.state_dict().items()}, given)
     proj = model.embed.proj

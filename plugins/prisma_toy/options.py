@@ -19,6 +19,7 @@ class Options(SourceOptions):
         pool: what the head reads, the class ``token`` or the mean of all tokens (``avg``); None reads the class token
             where the positions count one.
         centred: norms without weights of their own stand where others have theirs (``LNPre``).
+        key: which state dict of a file with several, such as ``model_state_dict``.
         heads: for files of the older names, whose shapes do not tell it.
     """
 
@@ -29,3 +30,4 @@ class Options(SourceOptions):
     pool: Annotated[Literal["token", "avg"] | None, Field(description="'token' or 'avg'")] = None
     centred: Annotated[bool, Field(strict=True, description="True or False")] = False
     heads: Heads = None
+    key: Annotated[str | None, Field(description="the name of a state dict in the file")] = None

@@ -11,7 +11,6 @@ Source: github.com/soniajoseph/ViT-Prisma, ``vit_prisma/models`` and ``vit_prism
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prisma_core import InputError, LoadError
-from prisma_core.plugin import check_axes, check_shapes
+from prisma_core.plugin import check_axes, check_shapes, depth_in
 from prisma_toy.options import Options
 
 Shapes = Mapping[str, torch.Size]
@@ -161,7 +160,7 @@ class PublishedViT(nn.Module):
         self.cls_token = _parameter(shapes, "cls_token", optional=True)
         self.embed, self.pos_embed = Patches(shapes), Positions(shapes)
         self.ln_pre = _norm(shapes, "ln_pre", options) if "ln_pre.w" in shapes else None
-        depth = 1 + max(int(found[1]) for name in shapes if (found := re.match(r"blocks\.(\d+)\.", name)))
+        depth = depth_in(shapes, "blocks.", "the file")
         self.blocks = nn.ModuleList(Block(shapes, f"blocks.{layer}", options) for layer in range(depth))
         self.ln_final = _norm(shapes, "ln_final", options)
         self.head = Head(shapes)

@@ -65,7 +65,7 @@ class Trainer:
             config = Config.model_validate_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise LoadError(f"{folder} holds no {checkpoints.CONFIG}, so there is no run to resume.") from error
-        except (ValidationError, OSError) as error:
+        except (ValidationError, ValueError, OSError) as error:
             raise LoadError(f"{path} does not describe a run: {error}") from error
         self = cls.__new__(cls)
         self._build(config, folder)

@@ -3,39 +3,50 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 import re
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open  # pyright: ignore[reportUnknownVariableType]
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from prisma_core.errors import LoadError
+from prisma_core.files.unpickled import unpickled
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, "U8": torch.uint8,
+    "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "U16": torch.uint16,
+    "U32": torch.uint32, "U64": torch.uint64,
+}  # fmt: skip
+_WRAPPERS = ("module.", "_forward_module.", "model.")
 
 
 def read_checkpoint(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
     """Return the tensors of a ``.safetensors`` file or of a file that ``torch.save`` wrote.
 
-    Nothing in the file is run. A state dict that lies one level down (``{"model": ..., "epoch": ...}``) is found.
+    Nothing in the file is run. A state dict that lies one level down (``{"model": ..., "epoch": ...}``) is found, and
+    names lose what training puts before all of them (``module.``, ``_orig_mod.``, ``model.``).
 
     Args:
         path: the file.
-        key: which state dict to take where several lie one level down.
+        key: which state dict to take where several lie one level down, such as ``state_dict_ema``.
 
     Raises:
         LoadError: there is no such file, it is truncated or corrupt, it wants to run code, or it holds no state dict.
     """
     found = read_states(path)
-    if len(found) == 1 or key in found:
-        return found.get(key or "", next(iter(found.values())))
-    lacks = f", and none named {key!r}" if key else ""
-    raise LoadError(f"{path} holds {len(found)} state dicts ({', '.join(found)}){lacks}: keep one of them in the file.")
+    if key in found or (key is None and len(found) == 1):
+        return found[key] if key is not None else next(iter(found.values()))
+    names = ", ".join(name for name in found if name)
+    if not names:
+        raise LoadError(f"{path} holds one state dict alone, and none named {key!r}: leave key= out.")
+    lacks = f", and none named {key!r}" if key is not None else ""
+    raise LoadError(f"{path} holds {len(found)} state dicts ({names}){lacks}: give key= one of them.")
 
 
 def read_states(path: str | Path) -> dict[str, dict[str, Tensor]]:
@@ -48,8 +59,8 @@ def read_states(path: str | Path) -> dict[str, dict[str, Tensor]]:
     if not path.is_file():
         raise LoadError(f"{path} is a folder; expected a file of weights." if path.is_dir() else f"No file at {path}.")
     if path.suffix == ".safetensors":
-        return {"": read_safetensors(path)}
-    return _states(_unpickled(path), path)
+        return {"": _unwrapped(read_safetensors(path))}
+    return {name: _unwrapped(state) for name, state in _states(_unpickled(path), path).items()}
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -67,6 +78,29 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise LoadError(f"{path} is not a readable safetensors file (truncated or corrupt?): {error}") from error
 
 
+def read_outline(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
+    """Return the tensors of a file as ``read_checkpoint`` does, without their numbers: they lie on the meta device.
+
+    Raises:
+        LoadError: as ``read_checkpoint``.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        return {name: tensor.to("meta") for name, tensor in read_checkpoint(path, key).items()}
+    try:
+        with cast(Any, safe_open(path, "pt")) as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # no dictionary
+            made = {
+                name: torch.empty(one.get_shape(), dtype=_DTYPES[one.get_dtype()], device="meta")
+                for name, one in slices.items()
+            }
+    except FileNotFoundError as error:
+        raise LoadError(f"No file at {path}.") from error
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        raise LoadError(f"{path} is not a readable safetensors file (truncated or corrupt?): {error}") from error
+    return _unwrapped(made)
+
+
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """Return a SHA-256 of tensors: of their names, dtypes, shapes and bytes, wherever they lie."""
 
@@ -79,36 +113,12 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         return hashlib.sha256(b"".join(pool.map(one, sorted(tensors)))).hexdigest()
 
 
-class _Inert:
-    """Stands where a file holds a number or an array of numpy's: kept as nothing, so no code of numpy's runs on it."""
-
-    def __init__(self, *_: object):
-        pass
-
-    def __setstate__(self, _: object) -> None:
-        pass
-
-
-_NUMPY = [
-    *(f"numpy.{core}.multiarray.{made}" for core in ("core", "_core") for made in ("scalar", "_reconstruct")),
-    *("numpy.dtype", "numpy.ndarray"),
-]
-
-
 def _unpickled(path: Path) -> object:
     try:
-        # Training leaves a best score of numpy's, or the state of its generator, beside the tensors.
-        with torch.serialization.safe_globals([(_Inert, name) for name in _NUMPY]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a pickle's protocol: what matters is said below
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if wanted := re.search(r"(?:GLOBAL|global:?)\s+`?([\w.]+\.\w+)", str(error)):
-            raise LoadError(
-                f"{path} is a pickle that wants to run {wanted[1]}: refused, only tensors are read from files. "
-                "Save model.state_dict() again where you trust the file, best as safetensors."
-            ) from error
-        raise LoadError(f"{path} is not a file that torch.save wrote, or it is corrupt.") from error
-    except Exception as error:  # over bytes that are no pickle, torch stumbles in any way there is
+        return unpickled(path)
+    except LoadError:
+        raise
+    except Exception as error:  # over bytes that are no pickle, its reader stumbles in any way there is
         raise LoadError(f"{path} is not a readable checkpoint: is it truncated, or no file of torch.save?") from error
 
 
@@ -122,6 +132,16 @@ def _states(value: object, path: Path) -> dict[str, dict[str, Tensor]]:
             f"{path} holds a {type(cast(object, value)).__name__} without a state dict: expected tensors by name."
         )
     return found
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict without what training puts before its names, such as that of a parallel or averaged model."""
+    names = {name: name.replace("_orig_mod.", "") for name in state if name != "n_averaged"}
+    while wrapper := next((one for one in _WRAPPERS if names and all(x.startswith(one) for x in names.values())), None):
+        names = {name: plain.removeprefix(wrapper) for name, plain in names.items()}
+    if len(set(names.values())) < len(names) or list(names) == list(names.values()):
+        return state
+    return {plain: state[name] for name, plain in names.items()}
 
 
 def _is_state(value: object) -> bool:
@@ -143,25 +163,77 @@ def check_axes(tensors: Mapping[str, Tensor], axes: Mapping[str, int], where: ob
             raise LoadError(f"{where}: {name} has shape {shape}, expected {count} axes.{then and f' {then}'}")
 
 
+def depth_in(names: Iterable[str], prefix: str, where: object) -> int:
+    """Return how many blocks the names of a file's tensors tell of: 12 of ``blocks.0.`` to ``blocks.11.``
+
+    Raises:
+        LoadError: a number is left out; a name alone makes no block.
+    """
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    numbers = {found[1] for name in names if (found := pattern.match(name))}
+    missing = next((index for index in range(len(numbers)) if str(index) not in numbers), None)
+    if missing is not None:
+        last = max(numbers, key=lambda number: (len(number), number))
+        raise LoadError(f"{where} holds tensors of {prefix}{last[:20]}, and none of {prefix}{missing}.")
+    return len(numbers)
+
+
 def check_shapes(
-    tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], where: object, then: str = ""
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor | torch.Size], where: object, then: str = ""
 ) -> None:
-    """Refuse tensors that are missing, extra or misshapen.
+    """Refuse tensors that are missing, extra, misshapen, or no numbers of the expected kind.
 
     Args:
+        tensors: of a file.
+        expected: tensors of the model, of any device, or shapes of tensors of real numbers.
         where: the file, for messages.
         then: a sentence on what to do next.
 
     Raises:
         LoadError: with the names.
     """
-    problems = [f"missing {name}" for name in shapes if name not in tensors]
-    problems += [f"extra {name}" for name in tensors if name not in shapes]
+    problems = [f"missing {name}" for name in expected if name not in tensors]
+    problems += [f"extra {name}" for name in tensors if name not in expected]
+    shapes = {name: one.shape if isinstance(one, Tensor) else one for name, one in expected.items()}
     problems += [
         f"{name} has shape {list(tensors[name].shape)}, expected {list(shape)}"
         for name, shape in shapes.items()
         if name in tensors and tensors[name].shape != shape
     ]
     if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise LoadError(f"{where} does not fit the model: {'; '.join(problems[:5])}{more}.{then and f' {then}'}")
+        raise LoadError(f"{where} does not fit the model: {_listed(problems)}.{then and f' {then}'}")
+    kinds = {name: _kind(one) if isinstance(one, Tensor) else "real" for name, one in expected.items()}
+    came = {name: _kind(tensors[name]) for name in kinds}
+    others = [f"{name} is {came[name]}, expected {kind}" for name, kind in kinds.items() if came[name] != kind]
+    if others:
+        raise LoadError(f"{where} holds numbers of another kind: {_listed(others)}.{then and f' {then}'}")
+    check_finite(tensors, where)
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: object) -> None:
+    """Refuse values that are NaN or infinite.
+
+    Raises:
+        LoadError: with the names.
+    """
+    if broken := [name for name, tensor in tensors.items() if not _is_finite(tensor)]:
+        raise LoadError(
+            f"{where} holds values that are NaN or infinite, in {_listed(broken, 3)}: a file is damaged, or training "
+            "went wrong. Take another checkpoint."
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.is_meta or not tensor.is_floating_point():
+        return True
+    whole = tensor.float() if tensor.itemsize == 1 else tensor  # torch has no such test of 8 bits
+    return bool(torch.isfinite(whole).all())
+
+
+def _kind(tensor: Tensor) -> str:
+    return "complex" if tensor.is_complex() else "real" if tensor.is_floating_point() else "whole"
+
+
+def _listed(problems: list[str], most: int = 5) -> str:
+    more = f" and {len(problems) - most} more" if len(problems) > most else ""
+    return f"{'; '.join(problem[:200] for problem in problems[:most])}{more}"

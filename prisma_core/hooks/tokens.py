@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from einops import rearrange
 from jaxtyping import Shaped
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from prisma_core.errors import InputError, UnknownName, suggest
@@ -23,9 +23,9 @@ class TokenLayout(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    cls: int = 0
-    distillation: int = 0
-    registers: int = 0
+    cls: int = Field(default=0, ge=0)
+    distillation: int = Field(default=0, ge=0)
+    registers: int = Field(default=0, ge=0)
     frames: int = 1
     rows: int
     columns: int

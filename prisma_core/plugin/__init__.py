@@ -20,7 +20,16 @@ from prisma_core.errors import (
 )
 from prisma_core.files import hub
 from prisma_core.files.atomic import replacing
-from prisma_core.files.checkpoint import check_axes, check_shapes, digest, read_checkpoint, read_states
+from prisma_core.files.checkpoint import (
+    check_axes,
+    check_finite,
+    check_shapes,
+    depth_in,
+    digest,
+    read_checkpoint,
+    read_outline,
+    read_states,
+)
 from prisma_core.files.code import code_in, without_code
 from prisma_core.hooks.capture import positions_of
 from prisma_core.hooks.migration import keyword_names
@@ -61,6 +70,7 @@ from prisma_core.spec import (
 )
 from prisma_core.toolbox import screen
 from prisma_core.toolbox.attention import eager_attention, float64_softmax, multihead_attention, switched
+from prisma_core.toolbox.claims import check_claims, check_layers
 from prisma_core.toolbox.maps import products, same_bias, score_rows
 from prisma_core.toolbox.options import (
     Above,
@@ -102,8 +112,9 @@ __all__ = [
     "Preprocess", "PicturePreprocess", "VideoPreprocess", "Picture", "open_picture", "read_video", "restored", "probe",
     "SIZES",
     # files, the hub, and options of sources
-    "read_checkpoint", "read_states", "replacing", "check_axes", "check_shapes", "digest", "hub", "without_code",
-    "code_in", "Options", "read_options", "Whole", "Above", "Heads", "Eps", "Pixels", "check_keywords", "keywords",
+    "read_checkpoint", "read_states", "replacing", "check_axes", "check_shapes", "check_finite",
+    "depth_in", "digest", "check_layers", "check_claims", "read_outline", "hub", "without_code", "code_in",
+    "Options", "read_options", "Whole", "Above", "Heads", "Eps", "Pixels", "check_keywords", "keywords",
     "keyword_names",
     # techniques and commands
     "Hook", "HookMapping", "Splice", "Query", "LayerQuery", "layer_of", "short_name", "positions_of", "screen",

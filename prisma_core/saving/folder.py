@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
-from prisma_core.errors import LoadError, NotApplicable, UnsupportedArchitecture
+from prisma_core.errors import InputError, LoadError, NotApplicable, UnsupportedArchitecture
 from prisma_core.files.atomic import locked, move, staging, writing
-from prisma_core.files.checkpoint import check_shapes, digest, read_safetensors
+from prisma_core.files.checkpoint import check_finite, check_shapes, digest, read_outline, read_safetensors
 from prisma_core.maps.reader import qualified_name
 from prisma_core.model import ZooModel, assign, tensors_of
 from prisma_core.saving import processors
 from prisma_core.saving.facts import SavedFacts, SavedProcessor, read_facts
 from prisma_core.saving.processors import beside, place
+from prisma_core.spec import AnySpec, DualSpec
 from prisma_core.transformer import HookedViT, build
 from prisma_core.upstream.model import HookedUpstream
 
@@ -60,6 +61,10 @@ def save(model: ZooModel, folder: str | Path) -> Path:
     folder = Path(folder)
     tensors = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
     frozen = [name for name, tensor in tensors_of(model).items() if not tensor.requires_grad]
+    try:
+        check_finite(tensors, "This model")
+    except LoadError as error:
+        raise InputError(f"{error} Nothing is saved.") from error
     facts = SavedFacts.of(model, digest(tensors), frozen)
     # A tensor that is part of a larger one is copied: a file holds each on its own.
     whole = {name: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x for name, x in tensors.items()}
@@ -188,20 +193,29 @@ def _version(folder: Path) -> tuple[int, ...]:
     return ()
 
 
+def _n_blocks(spec: AnySpec) -> int:
+    towers = (spec.vision, spec.text) if isinstance(spec, DualSpec) else (spec,)
+    return sum(block.n_parallel for tower in towers for block in tower.blocks)
+
+
 def _loaded(folder: Path, text: str, weights: bool) -> ZooModel:
     facts = read_facts(text, folder / SPEC)
     sha256 = facts.weights and facts.weights.sha256
     path = place(folder, WEIGHTS, sha256)
     if not path.is_file():
         raise LoadError(f"{folder} holds no {WEIGHTS}: expected a folder written by prisma.save.")
+    n_tensors, n_blocks = len(read_outline(path)), _n_blocks(facts.spec)
+    if n_blocks > n_tensors:  # each has one at least; modules are made one by one, even without numbers
+        raise LoadError(f"{folder / SPEC} describes {n_blocks} blocks, and {WEIGHTS} holds {n_tensors} tensors.")
     try:
         with torch.device("meta"):
             model = build(facts.spec)
     except (ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
-        raise LoadError(f"{folder / SPEC} does not describe a model: {error}") from error
+        problem = str(error).partition("\n")[0]  # torch adds where it stood
+        raise LoadError(f"{folder / SPEC} does not describe a model: {problem}") from error
     if weights:
         tensors = read_safetensors(path)
-        check_shapes(tensors, {name: tensor.shape for name, tensor in tensors_of(model).items()}, path)
+        check_shapes(tensors, tensors_of(model), path)
         if sha256 and digest(tensors) != sha256:
             raise LoadError(f"{path} holds other weights than {SPEC} was written with: save the model again.")
         if not sha256 and _text(folder) != text:  # only a digest shows what a save replaces meanwhile

@@ -8,7 +8,7 @@ from pydantic import Field, TypeAdapter, model_validator
 
 from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.spec.alike import AllBlocks
-from prisma_core.spec.parts import BlockSpec, EmbedSpec, Facts, MlpSpec, NormSpec, PoolSpec, RopeSpec
+from prisma_core.spec.parts import BlockSpec, EmbedSpec, Facts, MlpSpec, NormSpec, PoolSpec, RopeSpec, Side
 from prisma_core.spec.plain import LN, PARTS, facts_by_part, plain_block
 
 
@@ -22,7 +22,7 @@ class ModelSpec(AllBlocks, Facts):
 
     kind: Literal["vision"] = "vision"
     d_model: int = Field(gt=0)
-    image_size: tuple[int, int]
+    image_size: tuple[Side, Side]
     embed: EmbedSpec
     layout: TokenLayout
     blocks: tuple[BlockSpec, ...] = Field(min_length=1)

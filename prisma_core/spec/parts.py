@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+Side = Annotated[int, Field(gt=0)]  # pixels, or patches
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"]
 
 
 class Facts(BaseModel):
     """Base of all specs: immutable, and an unknown field is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class NormSpec(Facts):
@@ -57,7 +58,7 @@ class RopeGrid(Facts):
     column_first: bool = False
     offset: float = 0.0
     normalize: Literal["separate", "min", "max"] = "separate"
-    reference: tuple[int, int] | None = None
+    reference: tuple[Side, Side] | None = None
     in_float32: bool = False
     angles_in_float32: bool = False
 
@@ -222,15 +223,15 @@ class EmbedSpec(Facts):
         interpolation: how positions follow another image size; None if the size is fixed.
     """
 
-    patch: tuple[int, int]
+    patch: tuple[Side, Side]
     tubelet: int | None = Field(default=None, gt=0)
     any_length: bool = False
-    in_channels: int = 3
+    in_channels: int = Field(default=3, gt=0)
     stem: Literal["conv", "opaque"] = "conv"
     by_token: bool = False
     norm: NormSpec | None = None
     pos: bool = True
-    pos_grid: tuple[int, int] | None = None
+    pos_grid: tuple[Side, Side] | None = None
     pos_factorized: bool = False
     interpolation: Interpolation | None = None
 

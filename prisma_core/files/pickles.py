@@ -1,0 +1,115 @@
+"""Pickles, read without Python's unpickler: nothing that they name is imported or run.
+
+A small machine follows the instructions that ``pickletools`` reads. It makes numbers, texts and containers; whoever
+calls it says what stands for a name and for a persistent identity. It changes nothing in the process.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Callable, Iterable
+from types import FunctionType, MethodType
+from typing import IO, Any, cast
+
+_VALUES = ("INT", "BININT", "LONG", "FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BIN", "UNICODE", "BINUNICODE")
+_KEYS = (str, int, float, bytes, type(None))
+Find = Callable[[str, str], Any]
+
+
+class Inert:
+    """Stands for an object that is neither a number, a text, a container nor a plain tensor."""
+
+
+class Refused(Exception):
+    """Why a file is not read, in words that follow its path."""
+
+
+def inert(*_: Any) -> Inert:
+    return Inert()
+
+
+def call(make: Any, given: Any) -> Any:
+    if not isinstance(make, FunctionType | MethodType):  # all that ``find`` returns to be called
+        raise Refused("is corrupt: it calls what is no function.")
+    return make(*given)
+
+
+def put(target: Any, pairs: Iterable[Any] = ()) -> Any:
+    """Put pairs into a dictionary; keys that are no plain values are left out, for to hash them may take for ever."""
+    if isinstance(target, dict):
+        cast("dict[Any, Any]", target).update((key, value) for key, value in pairs if isinstance(key, _KEYS))
+    return cast(Any, target)
+
+
+def read_pickle(file: IO[bytes], find: Find, stored: Callable[[Any], Any]) -> Any:
+    """Return what one pickle makes; the file then stands behind it.
+
+    Args:
+        file: at the pickle's first instruction.
+        find: returns what stands for a name in a module: a function or method, which is called where the pickle says
+            so, or anything else, which is not.
+        stored: returns what stands for a persistent identity.
+
+    Raises:
+        Refused: it holds an instruction that ``torch.save`` does not write, or calls what is no function.
+        Exception: of any other type, where it is truncated or corrupt.
+    """
+    stack: list[Any] = []
+    below: list[list[Any]] = []
+    memo: dict[int, Any] = {}
+    for code, argument, _ in pickletools.genops(file):
+        value: Any = argument
+        items: list[Any] = []
+        if code.name in ("TUPLE", "LIST", "DICT", "APPENDS", "SETITEMS", "ADDITEMS", "FROZENSET", "POP_MARK"):
+            items, stack = stack, below.pop()  # all above the last mark
+        match code.name:
+            case "STOP":
+                return stack.pop()
+            case "PROTO" | "FRAME" | "POP_MARK":
+                pass
+            case "MARK":
+                below.append(stack)
+                stack = []
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[code.name])
+            case "EMPTY_LIST" | "EMPTY_SET" | "LIST":  # of a set nothing but its items is wanted, and not their hashes
+                stack.append(items)
+            case "EMPTY_TUPLE" | "TUPLE" | "FROZENSET":
+                stack.append(tuple(items))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                n = int(code.name[-1])
+                stack[-n:] = [tuple(stack[-n:])]
+            case "EMPTY_DICT" | "DICT":
+                stack.append(put({}, zip(items[::2], items[1::2], strict=True)))
+            case "APPEND" | "APPENDS" | "ADDITEMS":
+                items = [stack.pop()] if code.name == "APPEND" else items
+                if isinstance(stack[-1], list):
+                    cast("list[Any]", stack[-1]).extend(items)
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                put(stack[-1], [(key, value)])
+            case "SETITEMS":
+                put(stack[-1], zip(items[::2], items[1::2], strict=True))
+            case "PUT" | "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                memo[len(memo) if value is None else value] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(memo[value])
+            case "POP" | "BUILD":  # what an object is built of is left out
+                stack.pop()
+            case "DUP":
+                stack.append(stack[-1])
+            case "GLOBAL":
+                stack.append(find(*value.split(" ", 1)))
+            case "STACK_GLOBAL":
+                name, module = stack.pop(), stack.pop()
+                stack.append(find(module, name))
+            case "REDUCE" | "NEWOBJ":
+                given, make = stack.pop(), stack.pop()
+                stack.append(call(make, given))
+            case "BINPERSID":
+                stack.append(stored(stack.pop()))
+            case name if name.startswith((*_VALUES, "BINBYTES")):
+                stack.append(value)
+            case name:
+                raise Refused(f"is a pickle of an instruction that torch.save does not write ({name}): refused.")
+    raise Refused("is truncated: its pickle has no end.")

@@ -1,0 +1,215 @@
+"""Files of ``torch.save``, read without an unpickler of torch's or Python's: nothing in them is imported or run.
+
+A small machine follows the pickle's instructions. It makes numbers, texts, containers and plain tensors, and an
+``Inert`` where checkpoints hold other objects beside tensors. It changes nothing in the process, and asks for no more
+memory than the file is long.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+
+from prisma_core.errors import LoadError
+from prisma_core.files.pickles import Refused, call, inert, put, read_pickle
+
+MAGIC = 0x1950A86A20F9469CFC6C  # of files before torch 1.6
+MOST = 16  # times a file's own length: bytes may be part of several tensors, a model's and its average's
+_STORAGES = {
+    "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
+    "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
+    "Bool": torch.bool, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128, "Untyped": torch.uint8,
+}  # fmt: skip
+# What checkpoints of training hold beside tensors: options, paths, scores, states of generators. By module, or by name.
+_INERT_MODULES = {"numpy", "argparse", "pathlib", "datetime", "omegaconf", "_codecs", "collections"}
+_INERT = {f"{home}.{kind.__name__}" for home in ("builtins", "__builtin__") for kind in (set, slice, list, dict, int)}
+_INERT.update(("types.SimpleNamespace", "torch.device", "torch.Tensor"))
+_INERT.update(("torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"))
+_NOT_PLAIN = {"sparse": "sparse", "qtensor": "quantised", "nested": "nested", "meta": "without data"}
+
+
+def unpickled(path: Path) -> object:
+    """Return what ``torch.save`` wrote into a file, tensors on the CPU.
+
+    Raises:
+        LoadError: the file wants to run code, claims more than it holds, or holds tensors of another kind.
+        Exception: of any other type, where it is truncated, corrupt, or no file of torch.save.
+    """
+    with path.open("rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"
+        file.seek(0)
+        try:
+            return (_Zip if zipped else _Stream)(file, path.stat().st_size).read()
+        except Refused as error:
+            raise LoadError(f"{path} {error}") from error
+
+
+class _File:
+    """A file, its storages, and how much it and its tensors claim to hold."""
+
+    def __init__(self, file: IO[bytes], size: int):
+        self.file, self.size = file, size
+        self.storages: dict[str | int, Tensor] = {}
+        self.held = self.claimed = 0
+
+    def read(self) -> object:
+        raise NotImplementedError
+
+    def storage(self, key: str | int, kind: torch.dtype, numel: int) -> Tensor:
+        raise NotImplementedError
+
+    def reserve(self, n: int) -> Tensor:
+        """Return memory for ``n`` bytes of the file, aligned as kernels like it."""
+        self.held += n
+        if n < 0 or self.held > self.size:
+            raise Refused(f"is {self.size} bytes long, and its storages claim {self.held}: it is truncated or corrupt.")
+        return torch.empty(n, dtype=torch.uint8)
+
+    def stored(self, identity: Any) -> Tensor:
+        """Return a storage, as a tensor of its own dtype."""
+        what, kind, key, _, numel, *view = identity
+        if what != "storage" or not isinstance(key, str | int) or view not in ([], [None]):
+            raise Refused("refers to what is no storage of its own: refused, only tensors are read from files.")
+        data = self.storage(key, kind, numel)
+        if not 0 <= numel * kind.itemsize <= len(data):
+            raise Refused("is truncated or corrupt: a storage is shorter than it says.")
+        return data[: numel * kind.itemsize].view(kind)
+
+    def tensor(self, storage: Tensor, offset: int, size: Any, stride: Any, *others: Any) -> Tensor:
+        if len(others) > 2 and others[2]:
+            raise Refused("holds a tensor that is negated or conjugated when it is read: save it with .resolve_neg().")
+        self.claimed += math.prod(size) * storage.dtype.itemsize
+        if self.claimed > MOST * self.size:
+            raise Refused(f"is {self.size} bytes long, and its tensors claim {self.claimed}: refused.")
+        return storage.as_strided(tuple(size), tuple(stride), offset)
+
+    def tensor_of(self, storage: Tensor, offset: int, size: Any, stride: Any, *others: Any) -> Tensor:
+        kind = others[2]  # a dtype without a class of storages
+        return self.tensor(storage.view(kind), offset, size, stride, *others[:2], *others[3:])
+
+    def find(self, module: str, name: str) -> Any:
+        """Return what stands for a global: a function, a dtype, or what makes an ``Inert``."""
+        path = f"{module}.{name}"
+        made: dict[str, Callable[..., Any]] = {
+            "torch._utils._rebuild_tensor": self.tensor,
+            "torch._utils._rebuild_tensor_v2": self.tensor,
+            "torch._utils._rebuild_tensor_v3": self.tensor_of,
+            "torch._utils._rebuild_parameter": _first,
+            "torch._utils._rebuild_parameter_with_state": _first,
+            "torch._tensor._rebuild_from_type_v2": _of_type,
+            "torch.Size": _size,
+            "collections.OrderedDict": _dictionary,
+            "collections.defaultdict": _nothing,
+        }
+        if path in made:
+            return made[path]
+        if module in ("torch", "torch.storage"):
+            kind = _STORAGES.get(name.removesuffix("Storage"), vars(torch).get(name))
+            if isinstance(kind, torch.dtype):
+                return kind
+        if module.partition(".")[0] in _INERT_MODULES or path in _INERT:
+            return inert
+        if module == "torch._utils" and (kinds := [told for part, told in _NOT_PLAIN.items() if part in name]):
+            raise Refused(f"holds a tensor that is {kinds[0]}: only plain ones are read from files.")
+        raise Refused(
+            f"is a pickle that wants to run {path[:200]}: refused, only tensors are read from files. "
+            "Save model.state_dict() again where you trust the file, best as safetensors."
+        )
+
+
+class _Zip(_File):
+    """The form that torch writes since 1.6."""
+
+    def read(self) -> object:
+        self.archive = zipfile.ZipFile(self.file)
+        names = self.archive.namelist()
+        self.root = names[0].partition("/")[0]
+        if f"{self.root}/constants.pkl" in names:
+            raise Refused(
+                "is a TorchScript archive, which holds code: refused. Where you trust it, "
+                "torch.save(torch.jit.load(FILE).state_dict(), NEW) writes a file that is read."
+            )
+        if f"{self.root}/byteorder" in names:
+            _check_order(self.open("byteorder").read(8).decode())
+        return read_pickle(self.open("data.pkl"), self.find, self.stored)
+
+    def open(self, name: str) -> IO[bytes]:
+        entry = self.archive.getinfo(f"{self.root}/{name}")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise Refused("is compressed, as torch.save never writes it: refused.")
+        vars_: Any = entry
+        vars_.CRC = entry.CRC or None  # torch may have been told to write none
+        return self.archive.open(entry)
+
+    def storage(self, key: str | int, kind: torch.dtype, numel: int) -> Tensor:
+        if key not in self.storages:
+            with self.open(f"data/{key}") as file:
+                data = self.reserve(self.archive.getinfo(f"{self.root}/data/{key}").file_size)
+                self.storages[key] = _fill(data, file)
+        return self.storages[key]
+
+
+class _Stream(_File):
+    """The form before torch 1.6: pickles, then one storage after the other."""
+
+    def read(self) -> object:
+        if self.next() != MAGIC:
+            raise Refused("is not a file that torch.save wrote, or it is corrupt.")
+        self.next()  # the version of this form; there was one
+        _check_order("little" if self.next()["little_endian"] else "big")
+        made = self.next()
+        for key in self.next():
+            self.file.seek(struct.calcsize("<q"), 1)  # its length, which the pickle has too
+            _fill(self.storages[key], self.file)
+        return made
+
+    def next(self) -> Any:
+        return read_pickle(self.file, self.find, self.stored)
+
+    def storage(self, key: str | int, kind: torch.dtype, numel: int) -> Tensor:
+        if key not in self.storages:
+            self.storages[key] = self.reserve(numel * kind.itemsize)
+        return self.storages[key]
+
+
+def _check_order(order: str) -> None:
+    if order != sys.byteorder:
+        raise Refused("was written on a machine with another byte order: save it again on this one.")
+
+
+def _fill(data: Tensor, file: Any) -> Tensor:
+    rest = memoryview(cast(Any, data.numpy()))
+    while rest:
+        n = file.readinto(rest[: 1 << 22])
+        if not n:
+            raise Refused("is truncated: a storage is shorter than it says.")
+        rest = rest[n:]
+    return data
+
+
+def _first(data: Any, *_: Any) -> Any:
+    return data
+
+
+def _of_type(make: Any, _: Any, given: Any, state: Any) -> Any:
+    return call(make, given)
+
+
+def _size(sizes: Any = ()) -> tuple[Any, ...]:
+    return tuple(sizes)
+
+
+def _dictionary(pairs: Any = ()) -> dict[Any, Any]:
+    return put({}, pairs)
+
+
+def _nothing(*_: Any) -> dict[Any, Any]:
+    return {}
