@@ -213,7 +213,7 @@ def test_second_order_is_what_is_lost_when_one_attention_does_not_read_the_neuro
         assert not found.values[2].any()
         assert found.values[:2].abs().max() > 1e-3
 
-    rejects(truth, second_order, "u = norm.centred(u * norm.weight.to(u) / scale)", "u = u * norm.weight.to(u) / scale")
+    rejects(truth, second_order, "norm.centred(u * norm.weight.to(u) / scale)", "(u * norm.weight.to(u) / scale)")
 
 
 def test_forward_and_backward_agree_on_every_kind_of_tower(clip: HookedDual, images: Tensor) -> None:

@@ -159,7 +159,7 @@ def _back(cache: Any, layer: int, block: Any, g: Tensor) -> Tensor:
         u = torch.einsum("bhke,hde->bkd", arrived, _values(branch, g))
         if norm is not None:
             scale = norm.divisor(cache[f"{_path(layer, branch)}.hook_scale"])
-            u = norm.centred(u * norm.weight.to(u) / scale)  # the transpose of Norm.linear
+            u = norm.centred(u * norm.weight.to(u) / scale).to(g)  # the transpose of Norm.linear
         total = total + u
     return total
 
