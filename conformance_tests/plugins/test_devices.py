@@ -45,6 +45,9 @@ def techniques(model: HookedViT, device: torch.device, dtype: torch.dtype) -> No
     for by in ("layer", "head", "neuron", "head source"):
         effects[f"attribution by {by}"] = prisma_lens.attribute(model, cache, [0, 1], by=by).values
     effects["second order"] = prisma_lens.second_order(model, cache, 0).values
+    effects["segment"] = prisma_lens.segment(model, images, 0).values
+    effects["relevance"] = prisma_lens.relevance(model, images, 0).values
+    effects["induction"] = prisma_lens.induction(model, images, pairs=1).values
     for name, x in effects.items():
         assert x.device == device, name
         assert x.dtype == dtype, name

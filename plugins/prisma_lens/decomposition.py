@@ -126,7 +126,7 @@ def mean_ablation(
     n = len(tower_of(model, "vision").blocks)
     values = torch.full((2, n), float("nan"))
     for row, kind in enumerate(("attn", "mlp")):
-        ablated = torch.zeros(len(stack), dtype=torch.bool)
+        ablated = torch.zeros(len(stack), dtype=torch.bool, device=stack.device)
         for layer in range(n):
             if f"{layer}_{kind}_out" in labels:
                 ablated[labels.index(f"{layer}_{kind}_out")] = True
