@@ -60,8 +60,8 @@ def readout(
 
     >>> import prisma_core as prisma
     >>> model = prisma.load("toy:scenes-3l")
-    >>> readout(model, "ladybird", against=3).labels[0][:9]
-    'ladybird '
+    >>> readout(model, "ladybird", against=3).vectors.shape
+    torch.Size([1, 12])
 
     Args:
         model: a classifier, a tower, or a dual encoder.
