@@ -24,7 +24,7 @@ from torch import Tensor
 
 from prisma_core import ActivationCache, HookedModel, InputError, NotApplicable, Result, attentions, mlps
 from prisma_lens.covectors import constant, covectors, probe_covectors
-from prisma_lens.readouts import Target, TowerName, cache_of, readout, token_labels, tower_of
+from prisma_lens.readouts import Target, TowerName, cache_of, check_pooled, readout, token_labels, tower_of
 
 By: TypeAlias = Literal["layer", "head", "neuron", "source", "head source"]
 _AXES = {
@@ -88,8 +88,8 @@ def attribute(
     if not cache.has_batch_dim:
         raise InputError("This cache has no batch axis: take it with run_with_cache(...), remove_batch_dim=False.")
     whole = getattr(own.spec.pool, "kind", "") in ("none", "patches")
-    if whole and sources:
-        raise NotApplicable("This model reads every token by itself, so there is no one token that heads write to.")
+    if sources:
+        check_pooled(own, "token that heads write to")
     keep = (per_token or whole) and not sources
     split: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
         "layer": _layers,

@@ -186,6 +186,16 @@ def tower_of(model: HookedModel, tower: TowerName) -> HookedViT | HookedText:
     return model
 
 
+def check_pooled(own: HookedViT | HookedText, what: str) -> None:
+    """Refuse a model that gives out every token.
+
+    Raises:
+        NotApplicable: with what there is no one of.
+    """
+    if own.spec.pool.kind in ("none", "patches"):
+        raise NotApplicable(f"This model reads every token by itself, so there is no one {what}.")
+
+
 def cache_of(
     model: HookedModel, given: Any, names: Callable[[HookedViT | HookedText], list[str]], tower: TowerName = "vision"
 ) -> Any:
