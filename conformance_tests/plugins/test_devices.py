@@ -42,7 +42,12 @@ def techniques(model: HookedViT, device: torch.device, dtype: torch.dtype) -> No
     effects["linear"] = prisma_dino.linear_input(model, images, 2)
     _, cache = model.run_with_cache(images)
     effects["lens"] = prisma_lens.logit_lens(model, cache).logits
-    effects["attribution"] = prisma_lens.logit_attribution(model, cache, [0, 1]).values
+    for by in ("layer", "head", "neuron", "head source"):
+        effects[f"attribution by {by}"] = prisma_lens.attribute(model, cache, [0, 1], by=by).values
+    effects["second order"] = prisma_lens.second_order(model, cache, 0).values
+    effects["segment"] = prisma_lens.segment(model, images, 0).values
+    effects["relevance"] = prisma_lens.relevance(model, images, 0).values
+    effects["induction"] = prisma_lens.induction(model, images, pairs=1).values
     for name, x in effects.items():
         assert x.device == device, name
         assert x.dtype == dtype, name

@@ -6,19 +6,10 @@ from functools import partial
 
 import pytest
 import torch
-from prisma_lens import (
-    LENS_NAMES,
-    attribution_names,
-    by_head,
-    head_attribution,
-    logit_attribution,
-    logit_lens,
-    similarity_attribution,
-    source_attribution,
-)
+from prisma_lens import LENS_NAMES, attribute, logit_lens, names_for
 from torch import Tensor
 
-from prisma_core import HookedViT, ModelSpec, NotApplicable, TokenLayout, UnknownName
+from prisma_core import HookedViT, ModelSpec, NotApplicable, Result, TokenLayout, UnknownName
 from prisma_core.maps.places import HookMap
 from prisma_core.spec import (
     AttentionSpec,
@@ -135,20 +126,25 @@ def test_lens_through_attention_pooling_gives_a_token_all_attention() -> None:
 # -------------------------------------------------------------------- attribution
 
 
+def total(found: Result) -> Tensor:
+    """Everything that sums to the logit: ``[batch class]``."""
+    values = found.values.flatten(0, -3).sum(0)
+    return values + found.tensors["constant"] + found.tensors.get("rest", 0)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_attributions_by_layer_and_by_head_sum_to_the_logits(name: str) -> None:
     model = build(name)
-    logits, cache = model.run_with_cache(image(1, 2), names=attribution_names(model))
-    for attribution in (logit_attribution(model, cache, [4, 0]), head_attribution(model, cache, [4, 0])):
-        assert attribution.values.shape == (len(attribution.labels), 2, 2)
-        torch.testing.assert_close(attribution.values.sum(0) + attribution.constant, logits[:, [4, 0]], **EXACT)
+    logits, cache = model.run_with_cache(image(1, 2))
+    for by in ("layer", "head", "neuron", "source"):
+        torch.testing.assert_close(total(attribute(model, cache, [4, 0], by=by)), logits[:, [4, 0]], **EXACT)
 
 
 def test_a_heads_attribution_is_what_the_logit_loses_without_it_under_a_frozen_norm() -> None:
     model = vit()
     x = image(1)
-    logits, cache = model.run_with_cache(x, names=attribution_names(model))
-    heads = by_head(head_attribution(model, cache, list(range(5))), 2)
+    logits, cache = model.run_with_cache(x)
+    heads = attribute(model, cache, list(range(5)), by="head").values
     assert heads.shape == (2, 3, 1, 5)
     scale = cache["ln_final.hook_scale"]
     z = cache["z", 1].clone()
@@ -161,11 +157,10 @@ def test_a_heads_attribution_is_what_the_logit_loses_without_it_under_a_frozen_n
 
 def test_heads_behind_a_norm_are_refused_but_layers_are_not() -> None:
     model = vit(kind="res_post")
-    logits, cache = model.run_with_cache(image(1), names=attribution_names(model))
-    attribution = logit_attribution(model, cache, [2])
-    torch.testing.assert_close(attribution.values.sum(0) + attribution.constant, logits[:, [2]], **EXACT)
+    logits, cache = model.run_with_cache(image(1), names=names_for(model))
+    torch.testing.assert_close(total(attribute(model, cache, [2])), logits[:, [2]], **EXACT)
     with pytest.raises(NotApplicable, match="res_post"):
-        head_attribution(model, cache, [2])
+        attribute(model, cache, [2], by="head")
 
 
 # -------------------------------------------------------------------- texts, and pairs of towers
@@ -195,15 +190,14 @@ def words(n: int = 4) -> Tensor:
     return torch.randint(20, (n, 6), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize("by", ["layer", "head"])
-@pytest.mark.parametrize("tower", ["vision", "text"])
-def test_components_of_either_tower_sum_to_the_logits_of_all_pairs(tower: str, by: str) -> None:
+@pytest.mark.parametrize("by", ["layer", "head", "neuron", "source"])
+def test_components_of_either_tower_sum_to_the_logits_of_all_pairs(by: str) -> None:
     model = pair()
-    logits, cache = model.run_with_cache(image(0, 3), words(), names=attribution_names(model))
-    found = similarity_attribution(model, cache, tower, by=by)
-    assert found.labels[0] == ("L0H0" if by == "head" else "embed")
-    assert found.values.shape == (len(found.labels), 3, 4)
-    torch.testing.assert_close(found.values.sum(0) + found.constant, logits, **EXACT)
+    logits, cache = model.run_with_cache(image(0, 3), words())
+    torch.testing.assert_close(total(attribute(model, cache, words(), by=by)), logits, **EXACT)
+    of_texts = attribute(model, cache, image(0, 3), by=by, tower="text")
+    torch.testing.assert_close(total(of_texts).T, logits, **EXACT)
+    assert of_texts.labels["class"] == ("image 0", "image 1", "image 2")
 
 
 def test_a_heads_part_of_the_similarity_is_what_is_lost_without_it_under_frozen_lengths() -> None:
@@ -216,25 +210,21 @@ def test_a_heads_part_of_the_similarity_is_what_is_lost_without_it_under_frozen_
     normed = (stream - stream.mean(-1, keepdim=True)) / part["ln_final.hook_scale"] * norm.weight + norm.bias
     without = model.text.head(normed[torch.arange(4), end])
     lost = (cache["text.logits"] - without) @ cache["hook_image_embed"][0] * model.logit_scale.exp()
-    values = similarity_attribution(model, cache, "text", by="head").values[result[1].index("L1H0"), 0]
+    values = attribute(model, cache, image(0), by="head", tower="text").values[1, 0, :, 0]
     torch.testing.assert_close(values, lost / cache["text.logits"].norm(dim=-1), **EXACT)
 
 
 def test_zero_shot_classes_are_directions_in_the_vision_towers_output() -> None:
     model = pair()
     classes = model.encode_text(words())
-    output, cache = model.vision.run_with_cache(image(0, 2), names=attribution_names(model.vision, sources=True))
-    for found in (logit_attribution(model.vision, cache, classes), head_attribution(model.vision, cache, classes)):
-        torch.testing.assert_close(found.values.sum(0) + found.constant, output @ classes.T, **EXACT)
-    by_token = source_attribution(model.vision, cache, classes)
-    assert by_token.shape == (6, 7, 2, 4)
-    torch.testing.assert_close(by_token.sum(1), found.values[:-1], **EXACT)
+    output, cache = model.vision.run_with_cache(image(0, 2))
+    for by in ("layer", "head", "head source"):
+        torch.testing.assert_close(total(attribute(model.vision, cache, classes, by=by)), output @ classes.T, **EXACT)
 
 
 def test_heads_of_a_causal_text_bring_nothing_from_behind_its_end() -> None:
     model = pair()
-    _, cache = model.run_with_cache(image(0, 2), words(), names=attribution_names(model, sources=True))
-    found = source_attribution(model.text, cache.tower("text"), model.encode_image(image(0, 2)))
+    found = attribute(model, words(), image(0, 2), by="head source", tower="text").values.flatten(0, 1)
     assert found.shape == (4, 6, 4, 2)
     for text, end in enumerate(words().argmax(-1).tolist()):
         assert found[:, : end + 1, text].all()
@@ -262,16 +252,15 @@ def test_texts_that_norm_their_stream_have_no_lens_and_no_attribution() -> None:
     with pytest.raises(NotApplicable, match="norm the stream itself"):
         logit_lens(model.text, cache.tower("text"))
     with pytest.raises(NotApplicable, match="norms the stream itself"):
-        similarity_attribution(model, cache, "text")
-    assert similarity_attribution(model, cache, "vision").values.shape == (6, 1, 4)
+        attribute(model, cache, image(0), tower="text")
+    assert attribute(model, cache, words()).values.shape == (6, 1, 4)
 
 
 def test_attribution_of_a_head_for_each_of_two_tokens_sums_to_the_logits() -> None:
     model = vit(n_heads_out=2, layout=TokenLayout(cls=1, distillation=1, registers=1, rows=2, columns=3))
-    logits, cache = model.run_with_cache(image(0, 2), names=attribution_names(model))
-    for study in (logit_attribution, head_attribution):
-        found = study(model, cache, [1, 4])
-        torch.testing.assert_close(found.values.sum(0) + found.constant, logits[:, [1, 4]], **EXACT)
+    logits, cache = model.run_with_cache(image(0, 2))
+    for by in ("layer", "head", "neuron", "source"):
+        torch.testing.assert_close(total(attribute(model, cache, [1, 4], by=by)), logits[:, [1, 4]], **EXACT)
 
 
 def windows(heads: int) -> HookedUpstream:
@@ -289,6 +278,6 @@ def windows(heads: int) -> HookedUpstream:
 def test_models_without_canonical_form_have_no_lens_and_no_attribution() -> None:
     model, x = windows(2), torch.randn(1, 6, 5)
     _, cache = model.run_with_cache(x)
-    for study in (logit_lens, *(partial(each, classes=[0]) for each in (logit_attribution, head_attribution))):
+    for study in (logit_lens, partial(attribute, target=0), partial(attribute, target=0, by="head")):
         with pytest.raises(NotApplicable, match="need a canonical form"):
             study(model, cache)

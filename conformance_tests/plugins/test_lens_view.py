@@ -229,7 +229,7 @@ def test_attention_that_pools_has_attribution_and_it_sums_to_the_logits() -> Non
     found = prisma_view.report(model(pool=pool, ln_final=None, ln_pool=NormSpec(eps=1e-5)), picture(1), picture(2))
     assert found.why == {}
     assert found.layers is not None
-    total = found.layers.values[:, 0].sum(0) + found.layers.constant[0]
+    total = found.layers.values.sum(0) + found.layers.tensors["constant"][0]
     assert torch.allclose(total, found.logits[found.shown], rtol=1e-3, atol=1e-3)
 
 

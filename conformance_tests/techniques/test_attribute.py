@@ -11,7 +11,7 @@ import torch
 from models import VARIANTS, build
 from planted import ANSWER, CLS, READS, RELAY, marked, planted
 from planted_dual import WORDS, planted_dual
-from prisma_lens import attribute, names_for
+from prisma_lens import attribute, names_for, probe
 from torch import Tensor
 from twins import rejects
 
@@ -179,6 +179,50 @@ def test_a_cache_of_both_towers_does(in_float64: None) -> None:
     torch.testing.assert_close(
         attribute(clip, cache, "a cat", by="head").values, attribute(clip, BRIGHT, "a cat", by="head").values
     )
+
+
+# -------------------------------------------------------------------- probes
+
+
+@pytest.mark.parametrize("tokens", ["cls", "mean"])
+@pytest.mark.parametrize("by", BYS)
+def test_what_a_probe_reads_is_split_too(by: str, tokens: str) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    model = planted()
+    data = [
+        (torch.cat([marked(0.4, 2 * seed, 8), marked(-0.4, 2 * seed + 1, 8)]), torch.tensor([1] * 8 + [0] * 8))
+        for seed in range(2)
+    ]
+    fitted = probe(model, data, ["resid_post"], tokens=tokens, labels=("dark", "bright"), control=False)
+    images = torch.cat([BRIGHT, DARK])
+    _, cache = model.run_with_cache(images)
+    for place, name in zip(("L0", "L1"), fitted.facts["names"], strict=True):
+        found = attribute(model, images, fitted, by=by, place=place)
+        x = cache[name][:, 0] if tokens == "cls" else cache[name].mean(1)
+        read = x @ fitted.tensors[f"{name}/weight"].double().T + fitted.tensors[f"{name}/bias"]
+        torch.testing.assert_close(total(found), read, **EXACT)
+        assert found.names("class") == ("bright",)
+        if by != "layer":
+            assert found.shape["layer"] == int(place[1]) + 1
+    if tokens == "cls" and by == "head":
+        assert attribute(model, images, fitted, by=by).sel(batch=0).top(1)[0][0][:2] == ("L1", "H2")
+
+
+def test_probes_that_cannot_be_split_are_refused() -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    model = planted()
+    data = [(torch.cat([marked(0.4, 1, 8), marked(-0.4, 2, 8)]), torch.tensor([1] * 8 + [0] * 8))]
+    with pytest.raises(InputError, match="hook_attn_out"):
+        attribute(model, BRIGHT, probe(model, data, ["attn_out"], control=False))
+    with pytest.raises(InputError, match="'attribute'"):
+        attribute(model, BRIGHT, attribute(model, BRIGHT, 1))
+    first = probe(model, data, [("resid_pre", 0)], control=False)
+    assert attribute(model, BRIGHT, first).names("component") == ("embed", "pos_embed")
+    with pytest.raises(NotApplicable, match="first block"):
+        attribute(model, BRIGHT, first, by="head")
+    patches = [(data[0][0], torch.arange(9).repeat(16, 1) % 2)]
+    with pytest.raises(NotApplicable, match="every patch by itself"):
+        attribute(model, BRIGHT, probe(model, patches, ["resid_pre"], tokens="patches", control=False))
 
 
 # -------------------------------------------------------------------- errors, memory

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import build
 from planted import READS, RELAY, marked, planted
 from planted_dual import WORDS, planted_dual, random_dual
 from prisma_lens import (
@@ -213,7 +214,7 @@ def test_second_order_is_what_is_lost_when_one_attention_does_not_read_the_neuro
         assert not found.values[2].any()
         assert found.values[:2].abs().max() > 1e-3
 
-    rejects(truth, second_order, "u = norm.centred(u * norm.weight.to(u) / scale)", "u = u * norm.weight.to(u) / scale")
+    rejects(truth, second_order, "norm.centred(u * norm.weight.to(u) / scale)", "(u * norm.weight.to(u) / scale)")
 
 
 def test_forward_and_backward_agree_on_every_kind_of_tower(clip: HookedDual, images: Tensor) -> None:
@@ -253,6 +254,16 @@ def test_what_second_order_does_not_fit_is_said(images: Tensor) -> None:
         second_order(random_dual(mlp=False), images, "a cat")
     with pytest.raises(NotApplicable, match="res_post"):
         second_order(random_dual(kind="res_post"), images, "a cat")
+    every = build(pool="none", ln_pool=True).double()
+    for study in (
+        lambda: second_order(every, images, 0),
+        lambda: neuron_outputs(every, images, 0, [0]),
+        lambda: head_outputs(every, images),
+        lambda: mean_ablation(every, images, [0, 1]),
+        lambda: segment(every, images, 0),
+    ):
+        with pytest.raises(NotApplicable, match="every token by itself"):
+            study()
     with pytest.raises(InputError, match="No layer 5"):
         neuron_outputs(random_dual(), images, 5, [0])
     with pytest.raises(InputError, match="0 to 19"):

@@ -157,6 +157,18 @@ def test_fitting_leaves_the_model_as_it_was(model: HookedViT) -> None:
     assert all(torch.equal(x, before[name]) for name, x in model.named_parameters())
 
 
+def test_a_fit_goes_on_from_a_lens(model: HookedViT, lens: TunedLens) -> None:
+    held_out = batches(2, 1000)
+    again = fit_tuned_lens(model, batches(1, 0), tokens="cls", lr=1e-4, start=lens)
+    before, after = (lens_kl(model, held_out, each, tokens="cls").sel(lens="tuned", layer=1) for each in (lens, again))
+    assert after.values.item() == pytest.approx(before.values.item(), rel=0.2)
+    fresh = lens_kl(model, held_out, TunedLens.of(model), tokens="cls").sel(lens="tuned", layer=1)
+    assert fresh.values > 5 * after.values
+    assert not torch.equal(again.layer_translators[0].weight, lens.layer_translators[0].weight)
+    with pytest.raises(InputError, match="unembed_hash"):
+        fit_tuned_lens(_with_head(2.0), batches(1, 0), start=lens)
+
+
 @pytest.mark.parametrize("safetensors", [False, True])
 def test_a_tuned_lens_is_a_folder_of_tuned_lens_layout(
     model: HookedViT, lens: TunedLens, tmp_path: Path, safetensors: bool

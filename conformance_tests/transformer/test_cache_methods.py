@@ -139,11 +139,12 @@ def test_several_classes_are_one_product(variant, image):
 
 def test_results_carry_no_graph_and_take_one_class_as_several(vit, image):
     logits, cache = vit.run_with_cache(image)
-    one = prisma_lens.logit_attribution(vit, cache, "dog")
-    several = prisma_lens.head_attribution(vit, cache, [1, "gnu"])
-    assert not any(x.requires_grad for x in (*one[::2], *several[::2], prisma_lens.logit_lens(vit, cache).logits))
-    torch.testing.assert_close(one.values.sum(0) + one.constant, logits[:, 1:2], **EXACT)
-    torch.testing.assert_close(several.values.sum(0) + several.constant, logits[:, [1, 4]], **EXACT)
-    sources = prisma_lens.source_attribution(vit, cache, 1)
-    assert not sources.requires_grad
-    torch.testing.assert_close(sources.sum(1), prisma_lens.head_attribution(vit, cache, 1).values[:-1], **EXACT)
+    one = prisma_lens.attribute(vit, cache, "dog")
+    several = prisma_lens.attribute(vit, cache, [1, "gnu"], by="head")
+    sources = prisma_lens.attribute(vit, cache, [1, "gnu"], by="head source")
+    found = (one, several, sources, prisma_lens.logit_lens(vit, cache))
+    assert not any(x.requires_grad for each in found for x in (each.values, *each.tensors.values()))
+    torch.testing.assert_close(one.values.sum(0) + one.tensors["constant"], logits[:, 1:2], **EXACT)
+    whole = several.values.sum((0, 1)) + several.tensors["rest"] + several.tensors["constant"]
+    torch.testing.assert_close(whole, logits[:, [1, 4]], **EXACT)
+    torch.testing.assert_close(sources.values.sum(2), several.values, **EXACT)

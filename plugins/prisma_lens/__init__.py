@@ -1,22 +1,11 @@
-"""Reading: lenses and direct attribution, as plain functions over a model and its cache.
+"""Reading: lenses, attribution, CLIP's decomposition, heads, saliency and probes, as functions of a model and images.
 
-logits, cache = model.run_with_cache(image)
-logit_lens(model, cache).logits                              # [stage batch pos class]
-logit_attribution(model, cache, classes=[3]).values          # [component batch class]
-similarity_attribution(clip, cache, "text", by="head").values  # [component image text]
+logit_lens(model, image)                                       # [layer batch pos class]
+attribute(model, image, "cat", against="dog", by="head")       # [layer head batch class]
+segment(clip, image, ["a photo of a cat", "a photo of a dog"]) # [batch row column class]
 """
 
 from prisma_lens.attribute import attribute, names_for
-from prisma_lens.attribution import (
-    Attribution,
-    attribution_names,
-    by_head,
-    head_attribution,
-    logit_attribution,
-    similarity_attribution,
-    similarity_directions,
-    source_attribution,
-)
 from prisma_lens.bridge import captum_inputs
 from prisma_lens.composition import composition
 from prisma_lens.decomposition import head_outputs, mean_ablation, segment
@@ -46,14 +35,6 @@ __all__ = [
     "unembed_hash",
     "attribute",
     "names_for",
-    "logit_attribution",
-    "head_attribution",
-    "source_attribution",
-    "similarity_attribution",
-    "similarity_directions",
-    "by_head",
-    "attribution_names",
-    "Attribution",
     "head_outputs",
     "mean_ablation",
     "segment",

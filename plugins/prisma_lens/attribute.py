@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from prisma_core import ActivationCache, HookedModel, InputError, NotApplicable, Result, attentions, mlps
-from prisma_lens.covectors import constant, covectors
-from prisma_lens.readouts import Target, TowerName, cache_of, readout, token_labels, tower_of
+from prisma_lens.covectors import constant, covectors, probe_covectors
+from prisma_lens.readouts import Target, TowerName, cache_of, check_pooled, readout, token_labels, tower_of
 
 By: TypeAlias = Literal["layer", "head", "neuron", "source", "head source"]
 _AXES = {
@@ -42,13 +42,14 @@ _END = ("ln_final.hook_scale", "ln_pool.hook_scale", "hook_logits")
 def attribute(
     model: HookedModel,
     given: ActivationCache | Tensor | Any,
-    target: Target,
+    target: Target | Result,
     *,
     against: Target | None = None,
     by: By = "layer",
     per_token: bool = False,
     tower: TowerName = "vision",
     labels: Sequence[str] | None = None,
+    place: str | int = -1,
 ) -> Result:
     """Return what each component adds to a reading of the output: ``[*by batch class]``.
 
@@ -61,13 +62,15 @@ def attribute(
         model: a classifier, a dual encoder, or a tower of one.
         given: images (texts or tokens, for a text tower), or a cache of them with ``names_for(model, by)``.
         target: what is read (see ``readout``): of a classifier a class, as index or label, or several; of a dual
-            encoder's vision tower texts, of its text tower images; of any model directions ``[class out]``.
+            encoder's vision tower texts, of its text tower images; of any model directions ``[class out]``. Or the
+            ``Result`` of ``probe``: what it reads of the stream, and the layers before it.
         against: what is subtracted: one, or one for each target.
         by: the components: ``layer`` (embeddings, each attention and each MLP), ``head``, ``neuron``; ``source``, the
             tokens that heads bring something from, of all heads together, or ``head source``.
         per_token: keep the axis of the token that is written to, behind ``batch``; not for sources.
         tower: of a dual encoder, whose components.
         labels: names of the directions.
+        place: which of a probe's places, as label or number.
 
     Returns:
         The values, and in ``tensors`` the ``constant`` that no component adds and, but for ``layer``, the ``rest``:
@@ -81,14 +84,12 @@ def attribute(
     if by not in _AXES:
         raise InputError(f"Expected by= one of {', '.join(map(repr, _AXES))}, got {by!r}.")
     own, sources = tower_of(model, tower), by.endswith("source")
-    reading = readout(model, target, against, tower=tower, labels=labels)
     cache = cache_of(model, given, lambda each: names_for(each, by), tower)
-    single = not cache.has_batch_dim
-    if single:
+    if not cache.has_batch_dim:
         raise InputError("This cache has no batch axis: take it with run_with_cache(...), remove_batch_dim=False.")
     whole = getattr(own.spec.pool, "kind", "") in ("none", "patches")
-    if whole and sources:
-        raise NotApplicable("This model reads every token by itself, so there is no one token that heads write to.")
+    if sources:
+        check_pooled(own, "token that heads write to")
     keep = (per_token or whole) and not sources
     split: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
         "layer": _layers,
@@ -97,16 +98,25 @@ def attribute(
         "source": partial(_sources, merged=True),
         "head source": _sources,
     }
-    columns = [split[by](cache, own, g, keep) for g in covectors(cache, reading)]
+    blocks = own.layers()
+    if isinstance(target, Result):
+        paths, fixed, names, end = probe_covectors(cache, target, place)
+        blocks = blocks[:end]
+        if not blocks and by != "layer":
+            raise NotApplicable("This probe reads the stream before the first block: nothing but embeddings is there.")
+    else:
+        reading = readout(model, target, against, tower=tower, labels=labels)
+        paths, fixed, names = covectors(cache, reading), constant(cache, reading), reading.labels
+    columns = [split[by](cache, blocks, g, keep) for g in paths]
     values, rest = (
         each[0][..., None] if len(each) == 1 else torch.stack(each, -1) for each in zip(*columns, strict=True)
     )
     axes = (*_AXES[by], "batch", *(["pos"] if keep else []), "class")
-    tensors = {"constant": constant(cache, reading), **({} if by == "layer" else {"rest": rest})}
+    tensors = {"constant": fixed, **({} if by == "layer" else {"rest": rest})}
     return Result(
         values,
         axes,
-        {**_labels(cache, by, values.shape), **_tokens(cache, axes, values.shape), "class": reading.labels},
+        {**_labels(cache, blocks, by, values.shape), **_tokens(cache, axes, values.shape), "class": tuple(names)},
         technique="attribute",
         unit="logits",
         total="the logit, with tensors['constant']" + ("" if by == "layer" else " and tensors['rest']"),
@@ -140,15 +150,15 @@ def names_for(model: HookedModel, by: By = "layer", tower: TowerName = "vision")
 # -------------------------------------------------------------------- components along a covector [batch pos d_model]
 
 
-def _layers(cache: Any, own: Any, g: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    values = _stack(cache, g, "all", keep)
+def _layers(cache: Any, blocks: list[Any], g: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    values = _stack(cache, blocks, g, "all", keep)
     return values, torch.zeros_like(values[0])
 
 
-def _heads(cache: Any, own: Any, g: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+def _heads(cache: Any, blocks: list[Any], g: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     g, at = _read(g)
-    rest, rows = _stack(cache, g, "mlp", keep, at).sum(0), _Table(own, "heads")
-    for layer, block in enumerate(own.layers()):
+    rest, rows = _stack(cache, blocks, g, "mlp", keep, at).sum(0), _Table(blocks, "heads")
+    for layer, block in enumerate(blocks):
         check_sum_of(layer, block, "ln1", "heads", "attn_out")
         for branch in attentions(block):
             z = head_inputs(cache, layer, branch)[:, at]
@@ -158,10 +168,10 @@ def _heads(cache: Any, own: Any, g: Tensor, keep: bool) -> tuple[Tensor, Tensor]
     return rows.table(), rest
 
 
-def _neurons(cache: Any, own: Any, g: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+def _neurons(cache: Any, blocks: list[Any], g: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     g, at = _read(g)
-    rest, rows = _stack(cache, g, "attn", keep, at).sum(0), _Table(own, "neurons")
-    for layer, block in enumerate(own.layers()):
+    rest, rows = _stack(cache, blocks, g, "attn", keep, at).sum(0), _Table(blocks, "neurons")
+    for layer, block in enumerate(blocks):
         check_sum_of(layer, block, "ln2", "neurons", "mlp_out")
         for branch in mlps(block):
             post = cache[f"blocks.{layer}.{branch.name}.hook_post"][:, at]
@@ -172,10 +182,10 @@ def _neurons(cache: Any, own: Any, g: Tensor, keep: bool) -> tuple[Tensor, Tenso
     return rows.table(), rest
 
 
-def _sources(cache: Any, own: Any, g: Tensor, keep: bool, merged: bool = False) -> tuple[Tensor, Tensor]:
+def _sources(cache: Any, blocks: list[Any], g: Tensor, keep: bool, merged: bool = False) -> tuple[Tensor, Tensor]:
     g, at = _read(g)
-    rest, rows = _stack(cache, g, "mlp", False, at).sum(0), _Table(own, "heads")
-    for layer, block in enumerate(own.layers()):
+    rest, rows = _stack(cache, blocks, g, "mlp", False, at).sum(0), _Table(blocks, "heads")
+    for layer, block in enumerate(blocks):
         check_sum_of(layer, block, "ln1", "heads", "attn_out")
         for branch in attentions(block):
             spec, name = branch.module.spec, f"blocks.{layer}.{branch.name}"
@@ -199,10 +209,10 @@ def _read(g: Tensor) -> tuple[Tensor, Any]:
     return (g, slice(None)) if len(at) == g.shape[1] else (g[:, at], at)
 
 
-def _stack(cache: Any, g: Tensor, mode: str, keep: bool, at: Any = slice(None)) -> Tensor:
+def _stack(cache: Any, blocks: list[Any], g: Tensor, mode: str, keep: bool, at: Any = slice(None)) -> Tensor:
     """What embeddings and layers of one kind add: ``[component batch]``, or with ``pos`` behind it."""
     where = None if isinstance(at, slice) else at.tolist()
-    stack = cache.decompose_resid(mode=mode, pos_slice=where)
+    stack = cache.decompose_resid(len(blocks), mode=mode, pos_slice=where)
     return _spread(torch.einsum("cbpd,bpd->cbp", stack, g), at, cache, keep)
 
 
@@ -222,14 +232,14 @@ def _spread(added: Tensor, at: Any, cache: Any, keep: bool) -> Tensor:
 class _Table:
     """Rows of all layers, each written to its place as it comes: of neurons they are large."""
 
-    def __init__(self, own: Any, what: str):
-        self.own, self.what, self.n = own, what, 0
+    def __init__(self, blocks: list[Any], what: str):
+        self.blocks, self.what, self.n = blocks, what, 0
         self.rows: Tensor | None = None
 
     def append(self, row: Tensor) -> None:
         """Add what the parts of the next branch add: ``[part ...]``."""
         if self.rows is None:
-            self.rows = row.new_empty(len(self.own.blocks) * self.own.spec.blocks[0].n_parallel, *row.shape)
+            self.rows = row.new_empty(len(self.blocks) * self.blocks[0].spec.n_parallel, *row.shape)
         if row.shape != self.rows.shape[1:]:
             raise NotApplicable(f"The layers differ in their number of {self.what}, so there is no one table of them.")
         self.rows[self.n] = row
@@ -239,7 +249,7 @@ class _Table:
         """Return all rows: ``[layer part ...]``."""
         if self.rows is None:
             raise NotApplicable("This model has no MLPs, so it has no neurons.")
-        return self.rows.unflatten(0, (len(self.own.blocks), -1)).flatten(1, 2)
+        return self.rows.unflatten(0, (len(self.blocks), -1)).flatten(1, 2)
 
 
 def head_inputs(cache: Any, layer: int, branch: Any) -> Tensor:
@@ -265,9 +275,9 @@ def check_sum_of(layer: int, block: Any, norm: str, what: str, out: str) -> None
         )
 
 
-def _labels(cache: Any, by: str, shape: Sequence[int]) -> dict[str, tuple[str, ...]]:
+def _labels(cache: Any, blocks: list[Any], by: str, shape: Sequence[int]) -> dict[str, tuple[str, ...]]:
     if by == "layer":
-        return {"component": tuple(cache.decompose_resid(pos_slice=[0], return_labels=True)[1])}
+        return {"component": tuple(cache.decompose_resid(len(blocks), pos_slice=[0], return_labels=True)[1])}
     about = {"layer": tuple(f"L{layer}" for layer in range(shape[0]))}
     if by.startswith("head"):
         about["head"] = tuple(f"H{head}" for head in range(shape[1]))

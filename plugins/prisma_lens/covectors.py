@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prisma_core import InputError, NotApplicable, Result
+from prisma_core.plugin import layer_of
 from prisma_lens.readouts import Readout
 
 
@@ -44,6 +46,38 @@ def constant(cache: Any, reading: Readout) -> Tensor:
     if reading.unit_length:
         outputs = outputs / lengths(cache)[..., None]
     return outputs @ reading.vectors.to(outputs).T + reading.bias.to(outputs)
+
+
+def probe_covectors(
+    cache: Any, probe: Result, place: str | int = -1
+) -> tuple[list[Tensor], Tensor, tuple[str, ...], int]:
+    """Return the same of a probe at one of its places: covectors, constant, labels, and how many blocks come before.
+
+    Args:
+        cache: of one tower.
+        probe: the Result of ``probe``.
+        place: its place, as label or number.
+
+    Raises:
+        InputError: it is no probe of the residual stream.
+        NotApplicable: it reads every patch by itself.
+    """
+    if probe.technique != "probe":
+        raise InputError(f"Expected the Result of probe, classes, texts or directions, got one of {probe.technique!r}.")
+    name = probe.facts["names"][probe.index("place", place)]
+    layer, tokens = layer_of(name), probe.facts["tokens"]
+    if layer is None or not name.endswith(("hook_resid_pre", "hook_resid_post")):
+        raise InputError(f"This probe reads {name}: attribution splits the stream, resid_pre or resid_post of a block.")
+    if tokens == "patches":
+        raise NotApplicable("This probe reads every patch by itself: logit_lens(model, images, probe) says what.")
+    stream = cache["attn_out", -1]
+    share = stream.new_zeros(stream.shape[1])
+    share[cache.layout.slice(tokens) if tokens != "mean" else slice(None)] = 1
+    weight, bias = (probe.tensors[f"{name}/{part}"].to(stream) for part in ("weight", "bias"))
+    paths = [(share / share.sum())[:, None] * row for row in weight]
+    labels = probe.facts["labels"][-len(weight) :] or [str(at) for at in range(len(weight))]
+    end = layer + name.endswith("hook_resid_post")
+    return [path.expand_as(stream) for path in paths], bias.expand(len(stream), -1), tuple(labels), end
 
 
 def lengths(cache: Any) -> Tensor:

@@ -19,23 +19,23 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from prisma_core import HookedDual, HookedModel, InputError, NotApplicable, Result, attentions
 from prisma_lens.attribute import attribute, check_sum_of, head_inputs, names_for
+from prisma_lens.bar import bar
 from prisma_lens.covectors import lengths
-from prisma_lens.readouts import Target, cache_of, readout, tower_of
+from prisma_lens.readouts import Target, cache_of, check_pooled, readout, tower_of
 
 
 @torch.no_grad()
-def head_outputs(model: HookedModel, images: Iterable[Tensor] | Tensor, *, progress: bool = False) -> Result:
+def head_outputs(model: HookedModel, images: Iterable[Tensor] | Tensor, *, progress: bool | None = None) -> Result:
     """Return what each head of the vision tower adds to each image's vector: ``[layer head image d_embed]``.
 
     Args:
         model: a dual encoder, or a vision tower with an output.
         images: batches of images, or one.
-        progress: show a bar.
+        progress: show a bar; None shows one on a terminal.
 
     Returns:
         The values, of vectors of unit length for a dual encoder; ``tensors["rest"]``: what embeddings, MLPs, biases
@@ -46,6 +46,7 @@ def head_outputs(model: HookedModel, images: Iterable[Tensor] | Tensor, *, progr
         InputError: there are no images.
     """
     own, parts, rests = tower_of(model, "vision"), list[Tensor](), list[Tensor]()
+    check_pooled(own, "vector of an image")
     for batch in _batches(images, progress):
         cache = cache_of(model, batch, lambda each: [*names_for(each, "head"), *names_for(each)])
         scale = unit_scale(model, cache)
@@ -88,7 +89,7 @@ def mean_ablation(
     data: Iterable[Tensor] | Iterable[tuple[Tensor, Tensor]],
     target: Target,
     *,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Result:
     """Return how well images are classified when the parts of layers are replaced by their means: ``[kind layer]``.
 
@@ -96,7 +97,7 @@ def mean_ablation(
         model: a dual encoder, or a classifier.
         data: batches of images, or of images and the index of the right text (or class) for each ``[batch]``.
         target: the texts, or classes, that are told apart (see ``readout``).
-        progress: show a bar.
+        progress: show a bar; None shows one on a terminal.
 
     Returns:
         The accuracy with the attentions (``attn``) or MLPs (``mlp``) of all layers up to each ablated: of the given
@@ -106,6 +107,7 @@ def mean_ablation(
         InputError: there are fewer than two images or targets.
         NotApplicable: the stream or the output is no sum of components.
     """
+    check_pooled(tower_of(model, "vision"), "answer to an image")
     reading, stacks, truths, given = readout(model, target), list[Tensor](), list[Tensor](), False
     labels: list[str] = []
     for item in _batches(data, progress):
@@ -126,7 +128,7 @@ def mean_ablation(
     n = len(tower_of(model, "vision").blocks)
     values = torch.full((2, n), float("nan"))
     for row, kind in enumerate(("attn", "mlp")):
-        ablated = torch.zeros(len(stack), dtype=torch.bool)
+        ablated = torch.zeros(len(stack), dtype=torch.bool, device=stack.device)
         for layer in range(n):
             if f"{layer}_{kind}_out" in labels:
                 ablated[labels.index(f"{layer}_{kind}_out")] = True
@@ -174,8 +176,8 @@ def segment(model: HookedModel, images: Any, target: Target, *, against: Target 
     )
 
 
-def _batches(data: Any, progress: bool) -> Iterator[Any]:
-    yield from track([data] if isinstance(data, Tensor) else data, description="Images", disable=not progress)
+def _batches(data: Any, progress: bool | None) -> Iterator[Any]:
+    yield from bar([data] if isinstance(data, Tensor) else data, "Images", progress)
 
 
 def unit_scale(model: HookedModel, cache: Any) -> Tensor | float:

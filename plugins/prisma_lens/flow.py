@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, PluginError, Result
+from prisma_lens.bar import bar
 from prisma_lens.heads import mixing_steps
 
 _UNIT = 10**6  # scipy's flows are of whole numbers
@@ -33,6 +34,7 @@ def attention_flow(
     *,
     residual: float = 0.5,
     heads: Callable[[Tensor], Tensor] | None = None,
+    progress: bool | None = None,
 ) -> Result:
     """Return the maximum flow of attention from each token of the input to one at the end: ``[batch source]``.
 
@@ -40,6 +42,7 @@ def attention_flow(
         model, images: as in ``head_scores``.
         pos: the token at the end: a position, or ``"cls"``.
         residual, heads: as in ``rollout``.
+        progress: show a bar; None shows one on a terminal.
 
     Raises:
         NotApplicable: as ``head_scores``.
@@ -61,7 +64,7 @@ def attention_flow(
     if not 0 <= target < n:
         raise InputError(f"No token {target}: there are {n}.")
     values = torch.zeros(len(images), n)
-    for at in range(len(images)):
+    for at in bar(range(len(images)), "Flows", progress):
         rows, columns, capacities = [], [], []
         for layer, step in enumerate(steps):
             query, key = (step[at] > 0).nonzero(as_tuple=True)

@@ -31,7 +31,7 @@ def head_scores(model: HookedModel, images: Tensor, *, batch_size: int = 16) -> 
     >>> import prisma_core as prisma, torch
     >>> model = prisma.load("toy:scenes-3l")
     >>> head_scores(model, torch.zeros(1, 3, 96, 96)).shape
-    {'kind': 10, 'layer': 3, 'head': 4}
+    {'kind': 8, 'layer': 3, 'head': 4}
 
     Queries are the patches. Kinds: ``self``, ``corner``, ``edge``, ``row`` and ``column`` (others in the query's own),
     ``local`` (the eight neighbours), ``modulus`` (patches a multiple of m further on, for the best m of 2 to 8),

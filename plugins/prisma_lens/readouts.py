@@ -60,8 +60,8 @@ def readout(
 
     >>> import prisma_core as prisma
     >>> model = prisma.load("toy:scenes-3l")
-    >>> readout(model, "ladybird", against=3).labels[0][:9]
-    'ladybird '
+    >>> readout(model, "ladybird", against=3).vectors.shape
+    torch.Size([1, 12])
 
     Args:
         model: a classifier, a tower, or a dual encoder.
@@ -184,6 +184,16 @@ def tower_of(model: HookedModel, tower: TowerName) -> HookedViT | HookedText:
             "gradients and attention patterns work on it all the same."
         )
     return model
+
+
+def check_pooled(own: HookedViT | HookedText, what: str) -> None:
+    """Refuse a model that gives out every token.
+
+    Raises:
+        NotApplicable: with what there is no one of.
+    """
+    if own.spec.pool.kind in ("none", "patches"):
+        raise NotApplicable(f"This model reads every token by itself, so there is no one {what}.")
 
 
 def cache_of(

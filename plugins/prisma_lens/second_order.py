@@ -24,7 +24,7 @@ from prisma_core import HookedModel, InputError, NotApplicable, Result, attentio
 from prisma_lens.attribute import check_sum_of, names_for
 from prisma_lens.covectors import covectors
 from prisma_lens.decomposition import unit_scale
-from prisma_lens.readouts import Target, TowerName, cache_of, readout, tower_of
+from prisma_lens.readouts import Target, TowerName, cache_of, check_pooled, readout, tower_of
 
 
 @torch.no_grad()
@@ -49,6 +49,7 @@ def second_order(
         UnknownName, InputError: as in ``attribute``.
     """
     own = tower_of(model, tower)
+    check_pooled(own, "reading that neurons add to")
     reading = readout(model, target, against, tower=tower, labels=labels)
     cache = cache_of(model, given, second_order_names, tower)
     for layer, block in enumerate(own.layers()):
@@ -101,6 +102,7 @@ def neuron_outputs(model: HookedModel, images: Any, layer: int, neurons: Sequenc
         NotApplicable: as ``second_order``.
     """
     own = tower_of(model, "vision")
+    check_pooled(own, "vector that neurons add to")
     n = len(own.blocks)
     if not -n <= layer < n:
         raise InputError(f"No layer {layer}: there are {n}.")
@@ -159,7 +161,7 @@ def _back(cache: Any, layer: int, block: Any, g: Tensor) -> Tensor:
         u = torch.einsum("bhke,hde->bkd", arrived, _values(branch, g))
         if norm is not None:
             scale = norm.divisor(cache[f"{_path(layer, branch)}.hook_scale"])
-            u = norm.centred(u * norm.weight.to(u) / scale)  # the transpose of Norm.linear
+            u = norm.centred(u * norm.weight.to(u) / scale).to(g)  # the transpose of Norm.linear
         total = total + u
     return total
 

@@ -24,12 +24,12 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prisma_core import HookedModel, HookedText, HookedViT, InputError, LoadError, NotApplicable, Result
 from prisma_core.plugin import read_checkpoint, replacing
+from prisma_lens.bar import bar
 from prisma_lens.readouts import Readout, Target, TowerName, cache_of, readout, token_outputs, tower_of
 
 TokenSubset = Literal["all", "cls", "patches", "prefix", "registers"]
@@ -157,8 +157,9 @@ def fit_tuned_lens(
     epochs: int = 1,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
     lr: float = 1e-3,
+    start: TunedLens | None = None,
     tower: TowerName = "vision",
-    progress: bool = False,
+    progress: bool | None = None,
     **options: Any,
 ) -> TunedLens:
     """Fit a tuned lens on batches of images (or tokens of texts, for a text tower).
@@ -171,8 +172,9 @@ def fit_tuned_lens(
         epochs: passes over the batches.
         optimizer: a class of ``torch.optim``.
         lr: its learning rate.
+        start: a lens to go on from, such as one that was saved after some epochs; None starts from the logit lens.
         tower: of a dual encoder, whose stream.
-        progress: show a bar.
+        progress: show a bar; None shows one on a terminal.
         options: of the optimizer.
 
     Raises:
@@ -181,13 +183,16 @@ def fit_tuned_lens(
     """
     own, read = tower_of(model, tower), _logits(model, target, tower)
     lens, seen = TunedLens.of(own), 0
+    if start is not None:
+        start.check(own)
+        lens.load_state_dict(start.state_dict())
     solver = optimizer(lens.parameters(), lr=lr, **options)
     frozen = {parameter: parameter.requires_grad for parameter in own.parameters()}
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
         for epoch in range(epochs):
-            for batch in track(train, description=f"Epoch {epoch + 1}", transient=True, disable=not progress):
+            for batch in bar(train, f"Epoch {epoch + 1} of {epochs}", progress):
                 streams, final = _streams(model, own, batch, tokens, tower, read)
                 with torch.enable_grad():
                     loss = torch.stack(

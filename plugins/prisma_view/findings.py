@@ -9,20 +9,11 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from prisma_lens import (
-    LENS_NAMES,
-    Attribution,
-    Lens,
-    attribution_names,
-    by_head,
-    head_attribution,
-    logit_attribution,
-    logit_lens,
-)
+from prisma_lens import LENS_NAMES, Lens, attribute, logit_lens, names_for
 from prisma_patch import patch_heads
 from torch import Tensor
 
-from prisma_core import HookedViT, InputError, NotApplicable, TokenLayout
+from prisma_core import HookedViT, InputError, NotApplicable, Result, TokenLayout
 from prisma_core.plugin import layer_of, open_picture
 from prisma_view.symbols import Symbol, symbol
 
@@ -63,7 +54,7 @@ class Report:
         shown: the classes that can be picked, best guesses first.
         lens: of one picture: ``[stage pos class]``.
         patterns: ``[layer head query_pos key_pos]``.
-        layers, heads: attributions to the shown classes.
+        layers, heads: attributions to the shown classes, ``[component class]`` and ``[layer head class]``.
     """
 
     model: HookedViT
@@ -74,8 +65,8 @@ class Report:
     shown: list[int]
     patterns: Tensor
     lens: Lens | None = None
-    layers: Attribution | None = None
-    heads: Attribution | None = None
+    layers: Result | None = None
+    heads: Result | None = None
     patching: Patching | None = None
     why: dict[str, str] = field(default_factory=dict)
 
@@ -110,7 +101,7 @@ def report(model: HookedViT, picture: Any, other: Any, *, progress: bool = False
     inputs = [_like(model, model.preprocess(each)) for each in pictures]
     patterns = [name for name in model.resolve("hook_pattern") if layer_of(name) is not None]
     with torch.no_grad():
-        names = {*model.resolve(LENS_NAMES), *patterns, *attribution_names(model)}
+        names = {*model.resolve(LENS_NAMES), *patterns, *names_for(model), *names_for(model, "head")}
         logits, cache = model.run_with_cache(inputs[0], names=names)
         if cache.layout is None or cache.layout.frames > 1:
             raise NotApplicable("The page shows pictures; this model reads films.")
@@ -121,8 +112,8 @@ def report(model: HookedViT, picture: Any, other: Any, *, progress: bool = False
         lens = _try(found, "lens", lambda: logit_lens(model, cache))
         found.lens = lens and lens.sel(batch=0)
         found.shown = _shown(logits[0], found.lens)
-        found.layers = _try(found, "layers", lambda: logit_attribution(model, cache, found.shown))
-        found.heads = _try(found, "heads", lambda: head_attribution(model, cache, found.shown))
+        found.layers = _try(found, "layers", lambda: attribute(model, cache, found.shown).sel(batch=0))
+        found.heads = _try(found, "heads", lambda: attribute(model, cache, found.shown, by="head").sel(batch=0))
         found.patching = _try(found, "patching", lambda: _patching(model, inputs[0], inputs[1], progress))
     return found
 
@@ -130,7 +121,7 @@ def report(model: HookedViT, picture: Any, other: Any, *, progress: bool = False
 def head_values(found: Report) -> Tensor:
     """Return the heads' attributions ``[layer head class]`` of a report that has them."""
     assert found.heads is not None
-    return by_head(found.heads, found.model.spec.n_layers)[:, :, 0]
+    return found.heads.values
 
 
 def _like(model: HookedViT, image: Tensor) -> Tensor:

@@ -81,15 +81,15 @@ def _data(found: Report, colours: dict[int, Colour]) -> dict[str, Any]:
         "attention": _attention(found),
         "layers": found.layers
         and {
-            "labels": [component_name(label) for label in found.layers.labels],
-            "values": _numbers(found.layers.values[:, 0]),
-            "constant": _numbers(found.layers.constant[0]),
+            "labels": [component_name(label) for label in found.layers.names("component")],
+            "values": _numbers(found.layers.values),
+            "constant": _numbers(found.layers.tensors["constant"][0]),
             "rest": rest_name(found),
         },
         "heads": found.heads
         and {
             "values": _numbers(head_values(found)),
-            "rest": _numbers(found.heads.values[-1, 0] + found.heads.constant[0]),
+            "rest": _numbers((found.heads.tensors["rest"] + found.heads.tensors["constant"])[0]),
         },
         "patching": patching,
     }

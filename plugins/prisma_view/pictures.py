@@ -157,8 +157,8 @@ def attribution(found: Report) -> Image.Image:
     """Draw what each layer and each head wrote towards the best guess."""
     assert found.layers is not None
     at = found.shown.index(found.best)
-    rows = [component_name(label) for label in found.layers.labels] + [rest_name(found)]
-    values = [*found.layers.values[:, 0, at].tolist(), float(found.layers.constant[0, at])]
+    rows = [component_name(label) for label in found.layers.names("component")] + [rest_name(found)]
+    values = [*found.layers.values[:, at].tolist(), float(found.layers.tensors["constant"][0, at])]
     grid = None if found.heads is None else head_values(found)[..., at]
     height = 150 + max(34 * len(rows), 0 if grid is None else _grid_size(grid, 560)[1] + 40) + MARGIN
     sheet = _sheet(820 if grid is None else 1480, height)
