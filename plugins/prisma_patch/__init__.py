@@ -8,6 +8,7 @@ with knock_out(model, queries="cls", keys="patches", layers=5): model(image)
 from prisma_lens.metrics import Metric, as_metric, logit, logit_difference
 
 from prisma_patch.circuits import circuit_faithfulness, edge_effects, edge_scores, find_circuit, run_circuit
+from prisma_patch.dynamics import change_points, over_checkpoints
 from prisma_patch.graph import Circuit
 from prisma_patch.interventions import ablate, freeze, steer, together
 from prisma_patch.linear import attribution_patch
@@ -30,6 +31,8 @@ __all__ = [
     "run_circuit",
     "circuit_faithfulness",
     "edge_effects",
+    "over_checkpoints",
+    "change_points",
     "ablate",
     "knock_out",
     "causal",
