@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
 
 import prisma_core as prisma
 from prisma_core import HookedModel, InputError, LoadError, PluginError, Result
 from prisma_core.plugin import read_checkpoint, replacing
+from prisma_patch.sweeps import bar
 
 Checkpoints = Mapping[int, "HookedModel | str | Path"]
 
@@ -64,7 +64,7 @@ def over_checkpoints(
     path = None if resume is None else _checked(Path(resume))
     kept = {} if path is None or not path.is_file() else read_checkpoint(path)
     rows, about = dict[str, Tensor](), None
-    for step in track(sorted(checkpoints), description="Checkpoints", transient=True, disable=not progress):
+    for step in bar(sorted(checkpoints), "Checkpoints", progress):
         if rows and str(step) in kept:
             rows[str(step)] = kept[str(step)]
             continue
