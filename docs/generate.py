@@ -1,4 +1,4 @@
-"""Write docs/hook-points.md, docs/techniques.md and the map in docs/design.md from the code; ``--check`` compares, by its exit status."""
+"""Write the generated pages and the map in docs/design.md from the code; ``--check`` compares, by its exit status."""
 
 from __future__ import annotations
 

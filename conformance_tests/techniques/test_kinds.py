@@ -15,8 +15,9 @@ import torch
 from prisma_core import NotApplicable, Result
 
 DOCS = Path(__file__).parents[2] / "docs"
-# No techniques: parts of others, metrics, types, and what a series of numbers is asked without a model.
+# Left out: parts of others, metrics, types, and what needs a series of numbers or a data set rather than two inputs.
 BESIDE = {"patch_heads", "Switch", "find_circuit", "Circuit", "circuit_faithfulness", "edge_effects", "change_points"}
+BESIDE |= {"factors_by_place"}
 BESIDE |= {"together", "logit", "logit_difference", "as_metric", "Metric", "sweep", "Variant", "prisma_commands"}
 
 

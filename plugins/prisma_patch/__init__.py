@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from prisma_patch.circuits import circuit_faithfulness, edge_effects, edge_scores, find_circuit, run_circuit
     from prisma_patch.dynamics import change_points, over_checkpoints
+    from prisma_patch.factors import factors_by_place
     from prisma_patch.graph import Circuit
     from prisma_patch.interventions import ablate, freeze, steer, together
     from prisma_patch.linear import attribution_patch
@@ -43,6 +44,7 @@ __all__ = [
     "edge_effects",
     "over_checkpoints",
     "change_points",
+    "factors_by_place",
     "ablate",
     "knock_out",
     "causal",
@@ -63,6 +65,7 @@ _HOMES = {
     "prisma_lens.metrics": "Metric as_metric logit logit_difference",
     "prisma_patch.circuits": "circuit_faithfulness edge_effects edge_scores find_circuit run_circuit",
     "prisma_patch.dynamics": "change_points over_checkpoints",
+    "prisma_patch.factors": "factors_by_place",
     "prisma_patch.graph": "Circuit",
     "prisma_patch.interventions": "ablate freeze steer together",
     "prisma_patch.linear": "attribution_patch",
