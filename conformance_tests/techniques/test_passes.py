@@ -52,7 +52,7 @@ def test_passes_equal_whole_passes(
 ) -> None:
     model = build(**facts)
     found = swept(model, options)
-    monkeypatch.setattr(importlib.import_module("prisma_patch.sweep"), "passes_of", passes.Passes)
+    monkeypatch.setattr(importlib.import_module("prisma_patch.sweeps"), "passes_of", passes.Passes)
     torch.testing.assert_close(found, swept(model, options), **EXACT)
     assert found.abs().max() > 1e-6
 

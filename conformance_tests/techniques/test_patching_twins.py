@@ -135,8 +135,8 @@ TRUTHS: dict[str, tuple[str, Callable[[ModuleType], None], str, str]] = {
     "integral that stays at its start": ("linear", integrated_attribution, "mixed = a +", "mixed = a + 0 *"),
     "path with nothing frozen": ("paths", paths, "**dict.fromkeys(frozen, hold)", ""),
     "path into all heads": ("paths", paths, ".to(x), receiver_heads, None)", ".to(x), None, None)"),
-    "switch, layer and head swapped": ("switch", the_switch, "(each // n_heads, each %", "(each % n_heads, each //"),
-    "switch of zeros": ("switch", the_switch, "= theirs[at.name]", "= 0 * theirs[at.name]"),
+    "switch, layer and head swapped": ("switches", the_switch, "(each // n_heads, each %", "(each % n_heads, each //"),
+    "switch of zeros": ("switches", the_switch, "= theirs[at.name]", "= 0 * theirs[at.name]"),
     "ablation that keeps all": ("interventions", ablation, "torch.zeros_like(x)", "x"),
     "ablation of every head": (
         "interventions",

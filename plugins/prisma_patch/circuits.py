@@ -26,11 +26,11 @@ from collections.abc import Sequence
 import torch
 from einops import einsum
 from prisma_lens.metrics import MetricLike, as_metric
-from rich.progress import track
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, Result
 from prisma_patch.graph import Circuit
+from prisma_patch.sweeps import bar
 from prisma_patch.wiring import Graph
 
 
@@ -160,7 +160,7 @@ def edge_effects(
     theirs, values = graph.outputs(corrupt), list[Tensor]()
     with torch.no_grad():
         base = measure(model(clean)).mean()
-        for circuit in track(cut, description="Edges", transient=True, disable=not progress):
+        for circuit in bar(cut, "Edges", progress):
             values.append(measure(graph.run(circuit, clean, theirs)).mean() - base)
     return Result(
         torch.stack(values),

@@ -29,7 +29,7 @@ from prisma_core import HookedModel, InputError, NotApplicable, Result
 from prisma_core.plugin import Query, layer_of
 from prisma_patch.passes import Inputs, Variant, passes_of
 from prisma_patch.places import Places, Positions, Region, as_inputs, block_of, check_reach
-from prisma_patch.sweep import run
+from prisma_patch.sweeps import run
 
 Other: TypeAlias = "Tensor | tuple[Tensor, ...] | Literal['zero', 'mean', 'resample']"
 SHORT = {"neuron": "d_mlp", "position": "pos"}

@@ -19,10 +19,11 @@ import torch
 from prisma_lens.metrics import Class, class_of, logit_difference
 from torch import Tensor
 
-from prisma_core import HookContext, HookedModel, InputError, Result
-from prisma_core.plugin import layer_of
+from prisma_core import HookContext, HookedModel, InputError, NotApplicable, Result
+from prisma_core.plugin import Query, layer_of
+from prisma_patch.passes import Inputs
 from prisma_patch.patching import activation_patch
-from prisma_patch.places import Positions, token_positions
+from prisma_patch.places import Positions, as_inputs, token_positions
 
 
 @dataclass(frozen=True)
@@ -47,39 +48,46 @@ class Switch:
 
 def switch(
     model: HookedModel,
-    clean: Tensor,
-    other: Tensor,
+    clean: Tensor | Inputs,
+    other: Tensor | Inputs,
     a: Class,
     b: Class,
     *,
+    at: Query = "z",
     pos: Positions = None,
     progress: bool = False,
 ) -> Switch:
     """Return the smallest set of heads found whose outputs, taken from ``other``, flip the prediction from a to b.
 
     Args:
-        model: a classifier.
-        clean, other: one image each, ``[1 channel height width]``.
+        model: a classifier, or a dual encoder whose texts are the classes.
+        clean, other: one image each, ``[1 channel height width]``; with the tokens of the texts for a dual encoder.
         a, b: the predicted class of ``clean``, and the one to flip to: indices or labels.
+        at: the heads' outputs; of a dual encoder ``"vision.*hook_z"``.
         pos: tokens whose outputs are taken from ``other``, such as ``"cls"``; None for all.
         progress: show a bar.
 
     Raises:
         InputError: ``clean`` is not predicted as ``a``, or the batch is larger than one.
         UnknownName: no such class.
+        NotApplicable: the model's output is no number for each class.
     """
+    ours, others = as_inputs(clean), as_inputs(other)
     first, second = class_of(model, a), class_of(model, b)
     metric = logit_difference(second, first)
     with torch.no_grad():
-        predicted = int(model(clean)[0].argmax())
-    if clean.shape[0] != 1 or predicted != first:
+        output = model(*ours)
+    if output.ndim != 2:
+        raise NotApplicable(f"This model returns {list(output.shape)}, so no class is predicted that could flip.")
+    predicted = int(output[0].argmax())
+    if ours[0].shape[0] != 1 or predicted != first:
         raise InputError(
             f"Expected one image that the model takes for {a!r}; it takes it for {_name(model, predicted)!r}."
         )
-    effects = activation_patch(model, clean, other, metric, at="z", over="layer head", pos=pos, progress=progress)
-    names = [name for name in model.resolve("z") if layer_of(name) is not None]
-    _, theirs = model.run_with_cache(other, names=names, output=False)
-    tokens = token_positions(model.layout_for(clean), pos)
+    effects = activation_patch(model, clean, other, metric, at=at, over="layer head", pos=pos, progress=progress)
+    names = [name for name in model.resolve(at) if layer_of(name) is not None]
+    _, theirs = model.run_with_cache(*others, names=names, output=False)
+    tokens = token_positions(model.layout_for(*ours), pos)
     n_heads = effects.shape["head"]
     order = effects.values[..., 0].flatten().argsort(descending=True).tolist()
 
@@ -91,7 +99,7 @@ def switch(
                     x[:, rows, each % n_heads] = theirs[at.name][:, rows, each % n_heads]
 
         with torch.no_grad():
-            return model.run_with_hooks(clean, hooks=dict.fromkeys({names[each // n_heads] for each in chosen}, put))
+            return model.run_with_hooks(*ours, hooks=dict.fromkeys({names[each // n_heads] for each in chosen}, put))
 
     chosen: list[int] = []
     flipped = False

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from prisma_lens.metrics import Metric
+from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,6 +24,8 @@ from torch import Tensor
 from prisma_core import HookedModel, InputError, LoadError
 from prisma_core.plugin import read_checkpoint
 from prisma_patch.passes import Inputs, Passes, Variant, passes_of
+
+Item = TypeVar("Item")
 
 
 def sweep(
@@ -74,12 +78,17 @@ def run(
         order = sorted((at for at in range(len(variants)) if at not in effects), key=lambda at: (groups[at], at))
         batches = list(_batches(order, groups, max(1, batch_size // passes.inputs[0].shape[0])))
         shown = sys.stderr.isatty() and len(batches) > 20 if progress is None else progress
-        for members in track(batches, description="Sweeping", transient=True, disable=not shown):
+        for members in bar(batches, "Sweeping", shown):
             outputs = passes.outputs([variants[at] for at in members])
             effects |= dict(zip(members, map(metric, outputs), strict=True))
             if kept is not None:
                 kept.write(effects)
     return torch.stack([effects[at] for at in range(len(variants))])
+
+
+def bar(items: Sequence[Item], what: str, shown: bool) -> Iterable[Item]:
+    """Return items with a progress bar on stderr, if it is to be shown."""
+    return track(items, description=what, transient=True, console=Console(stderr=True), disable=not shown)
 
 
 def _batches(order: Sequence[int], groups: Sequence[int], step: int) -> Iterator[list[int]]:

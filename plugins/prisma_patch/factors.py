@@ -1,0 +1,196 @@
+"""Which factor of variation lives where: what a probe reads at a place, and what moves when the place is swapped.
+
+Equation:
+    probe[p, f] = R^2, on held-out images, of a ridge regression from the activation at p to factor f.
+    intervention[p, f] = sum_i (r_f(a_i; p <- b_i) - r_f(a_i)) d_i / sum_i d_i^2, d_i = r_f(b_i) - r_f(a_i), for pairs
+    (a_i, b_i) of held-out images that differ in every factor: the share of the way from a's value to b's that the
+    readout r_f goes when the place alone is taken from b. r_f is the ridge regression at ``read_at``, fitted once.
+Cost:
+    One pass over the images, and one over the held-out ones for each place; a fit for each place and factor.
+Misleads:
+    A probe that reads a factor says nothing about its use: a high probe with no intervention is what the model does not
+    pass on. Two places that back each other up both show a small share. Where the readout itself is poor (``readout``
+    in ``tensors``) the intervention means nothing. Circular factors want sine and cosine as two columns, kinds one
+    column each.
+Source:
+    Geiger et al. 2021 (interchange interventions); Alain and Bengio 2016 (probes); Higgins et al. 2017 and Matthey et
+    al. 2017 (dSprites). Solver: scikit-learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prisma_core import HookContext, HookedModel, InputError, PluginError, Result
+from prisma_core.plugin import Query, layer_of
+from prisma_patch.places import Positions, token_positions
+from prisma_patch.sweeps import bar
+
+TOKENS = ("pos", "patch")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A hook point, or one head of it."""
+
+    name: str
+    head: int | None
+
+    @property
+    def label(self) -> str:
+        layer = layer_of(self.name)
+        place = self.name if layer is None else f"L{layer}"
+        return place if self.head is None else f"{place}H{self.head}"
+
+
+def factors_by_place(
+    model: HookedModel,
+    images: Tensor,
+    factors: Mapping[str, Tensor],
+    *,
+    at: Query = "z",
+    by_head: bool = True,
+    pos: Positions = None,
+    read_at: str = "hook_pooled",
+    held_out: float = 0.5,
+    seed: int = 0,
+    progress: bool = False,
+) -> Result:
+    """Return how well each factor is read at each place, and how far it goes when the place is swapped.
+
+    >>> import prisma_core as prisma, torch
+    >>> from prisma_toy import dsprites
+    >>> model = prisma.load("toy:dsprites-attn-1l")
+    >>> drawn = dsprites.sample(40, torch.Generator().manual_seed(0))
+    >>> found = factors_by_place(model, dsprites.draw(drawn), {"x": drawn[:, 3], "y": drawn[:, 4]})
+    >>> found.axes, found.names("measure")
+    (('place', 'factor', 'measure'), ('probe', 'intervention'))
+
+    Args:
+        model: any hooked model.
+        images: ``[example ...]``, as the model takes them.
+        factors: by name, a number for each image ``[example]``, or several ``[example column]``.
+        at: hook points (see ``prisma_core.hooks.query``).
+        by_head: take each head as a place of its own, where a hook point has heads.
+        pos: tokens to read (their mean) and to swap; None for all.
+        read_at: the hook point at which factors are read out.
+        held_out: the share of images that probes are measured on and that are swapped.
+        seed: of the split and the pairs.
+        progress: show a bar.
+
+    Returns:
+        ``[place factor measure]``, and in ``tensors`` the ``readout`` R^2 of each factor at ``read_at``.
+
+    Raises:
+        InputError: factors and images differ in number, or a factor is the same throughout.
+        PluginError: scikit-learn is not installed.
+    """
+    targets = _targets(images, factors)
+    names, points = model.resolve(at), model.hook_points()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    n_held = max(2, round(held_out * len(images)))
+    test, train = order[:n_held], order[n_held:]
+    with torch.no_grad():
+        _, cache = model.run_with_cache(images, names=[*names, read_at], output=False)
+    tokens = token_positions(model.layout_for(images), pos)
+    places = [Place(name, head) for name in names for head in _heads(points[name].axes, cache[name], by_head)]
+    readouts = {factor: _Ridge(_flat(cache[read_at]), y, train) for factor, y in targets.items()}
+    values = torch.zeros(len(places), len(targets), 2, dtype=torch.double)
+    partner = test.roll(1)
+    for row, place in enumerate(bar(places, "Places", progress)):
+        index = _index(points[place.name].axes, place.head, tokens)
+        theirs = cache[place.name][partner]
+
+        def swap(x: Tensor, at: HookContext, index: Any = index, theirs: Tensor = theirs) -> None:
+            x[index] = theirs[index]
+
+        with torch.no_grad():
+            _, swapped = model.run_with_cache(images[test], names=read_at, hooks={place.name: swap}, output=False)
+        read = _read(cache[place.name], points[place.name].axes, place.head, tokens)
+        for column, (factor, y) in enumerate(targets.items()):
+            values[row, column, 0] = _Ridge(read, y, train).score(read, y, test)
+            readout = readouts[factor]
+            before, after = (readout(_flat(cache[read_at][rows])) for rows in (test, partner))
+            moved = readout(_flat(swapped[read_at])) - before
+            values[row, column, 1] = (moved * (after - before)).sum() / (after - before).square().sum()
+    whole = _flat(cache[read_at])
+    return Result(
+        values,
+        ("place", "factor", "measure"),
+        {"place": tuple(each.label for each in places), "factor": tuple(targets), "measure": ("probe", "intervention")},
+        technique="factors_by_place",
+        unit="R^2 on held-out images; share of the way to the other image's value",
+        baseline="no swap: 0; a swap of everything that is read: 1",
+        tensors={
+            "readout": torch.tensor([readouts[factor].score(whole, y, test) for factor, y in targets.items()]),
+        },
+        facts={"train": len(train), "held_out": len(test), "read_at": read_at},
+    )
+
+
+class _Ridge:
+    """A ridge regression from features ``[example feature]`` to a factor ``[example column]``, all of unit variance."""
+
+    def __init__(self, x: Tensor, y: Tensor, train: Tensor):
+        try:
+            from sklearn.linear_model import RidgeCV
+            from sklearn.pipeline import make_pipeline
+            from sklearn.preprocessing import StandardScaler
+        except ImportError as error:
+            raise PluginError(
+                "Probes are fitted by scikit-learn, which is not installed: pip install scikit-learn"
+            ) from error
+        strengths = [10.0**power for power in range(-4, 5)]
+        self.solver: Any = make_pipeline(StandardScaler(), RidgeCV(strengths))
+        self.solver.fit(x[train].numpy(), y[train].numpy())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(self.solver.predict(x.numpy())).view(len(x), -1)
+
+    def score(self, x: Tensor, y: Tensor, test: Tensor) -> float:
+        return float(self.solver.score(x[test].numpy(), y[test].numpy()))
+
+
+def _targets(images: Tensor, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    targets: dict[str, Tensor] = {}
+    for name, given in factors.items():
+        y = given.detach().double().cpu().view(len(given), -1)
+        if len(y) != len(images):
+            raise InputError(f"The factor {name!r} has {len(y)} values for {len(images)} images.")
+        if bool((y.std(0) == 0).any()):
+            raise InputError(f"The factor {name!r} is the same in all {len(y)} images: draw images that differ in it.")
+        targets[name] = y
+    if not targets:
+        raise InputError("There are no factors: expected {name: values [example]}.")
+    return targets
+
+
+def _heads(axes: str, x: Tensor, by_head: bool) -> Sequence[int | None]:
+    own = axes.split()
+    return range(x.shape[own.index("head")]) if by_head and "head" in own else [None]
+
+
+def _index(axes: str, head: int | None, tokens: list[int] | None) -> tuple[Any, ...]:
+    chosen = {"pos": tokens, "patch": tokens, "head": None if head is None else head}
+    return tuple(slice(None) if chosen.get(axis) is None else chosen[axis] for axis in axes.split())
+
+
+def _read(x: Tensor, axes: str, head: int | None, tokens: list[int] | None) -> Tensor:
+    """Return what a probe reads at a place, the mean over tokens: ``[example feature]``."""
+    own = axes.split()
+    if head is not None:
+        x = x.select(own.index("head"), head)
+        own.remove("head")
+    axis = next((own.index(kind) for kind in TOKENS if kind in own), None)
+    if axis is not None:
+        x = (x if tokens is None else x.index_select(axis, torch.tensor(tokens))).mean(axis)
+    return _flat(x)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.detach().flatten(1).double().cpu()
