@@ -18,13 +18,13 @@ from prisma_core.errors import (
     suggest,
 )
 from prisma_core.files import hub
-from prisma_core.files.atomic import replacing
+from prisma_core.files.atomic import locked, replacing
 from prisma_core.files.checkpoint import check_axes, check_shapes, read_checkpoint, read_states
 from prisma_core.hooks.capture import positions_of
 from prisma_core.hooks.migration import keyword_names
 from prisma_core.hooks.model import HookMapping
 from prisma_core.hooks.point import Hook
-from prisma_core.hooks.query import LayerQuery, Query, layer_of
+from prisma_core.hooks.query import LayerQuery, Query, layer_of, resolve_one
 from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.inputs import SIZES, Picture, PicturePreprocess, Preprocess, open_picture, probe, restored
 from prisma_core.inputs.video import VideoPreprocess, read_video
@@ -96,10 +96,10 @@ __all__ = [
     "Preprocess", "PicturePreprocess", "VideoPreprocess", "Picture", "open_picture", "read_video", "restored", "probe",
     "SIZES",
     # files, the hub, and options of sources
-    "read_checkpoint", "read_states", "replacing", "check_axes", "check_shapes", "hub", "Options", "read_options",
+    "read_checkpoint", "read_states", "replacing", "locked", "check_axes", "check_shapes", "hub", "Options", "read_options",
     "Whole", "Above", "Heads", "Eps", "Pixels", "check_keywords", "keywords", "keyword_names",
     # techniques and commands
-    "Hook", "HookMapping", "Query", "LayerQuery", "layer_of", "positions_of", "screen", "Host", "PluginInfo",
+    "Hook", "HookMapping", "Query", "LayerQuery", "layer_of", "resolve_one", "positions_of", "screen", "Host", "PluginInfo",
     "installed",
     # errors
     "PrismaError", "UnknownName", "HookError", "UnsupportedArchitecture", "WeightMapError", "NotApplicable",
