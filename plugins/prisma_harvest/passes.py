@@ -18,6 +18,7 @@ from prisma_harvest.loading import Batch, Plan, preparer
 from prisma_harvest.manifest import DataFacts, Dtype, Manifest, ModelFacts, Point, weights_hash
 from prisma_harvest.sources import UNREADABLE, Data, Item, open_data, opened
 
+_FEW = 256  # images that are decoded sooner than processes start
 OnError = Literal["stop", "skip"]
 Pos = str | int | slice | Sequence[int] | Tensor | None
 
@@ -70,7 +71,7 @@ class Pass:
         preprocess: ``"model"`` for the model's own, a function of a Pillow image, or None for data that are tensors.
         limit: take only so many images from the start.
         on_error: what an image that cannot be read does: ``"stop"``, or ``"skip"``: it is left out and listed.
-        workers: processes that decode; None for one less than there are cores, at most 8.
+        workers: processes that decode; None for one less than there are cores, at most 8, and none for few images.
         data_name: tells data apart that begin alike.
         image_column, label_column: the keys of mappings, where they are not the usual ones.
         note: goes into the manifest; needed where hooks are open, for they change what is read.
@@ -134,7 +135,8 @@ class Pass:
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Return the decoded batches; workers start at once."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = min(8, cores - 1) if self.workers is None else self.workers
+        few = self.source.n is not None and self.source.n < _FEW
+        workers = self.workers if self.workers is not None else 0 if few else min(8, cores - 1)
         plan = Plan(self.batch, start, workers, pin=self.device.type == "cuda")
         return plan.batches(self.source, self.prepare)
 
