@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prisma_harvest.manifest import MANIFEST, SHARDS, Manifest, Whole, file_hash
-from prisma_harvest.reading import open_harvest
+from prisma_harvest.opening import open_harvest
 
 
 def verify(path: str | Path, advance: Callable[[int], None] | None = None) -> list[str]:

@@ -157,7 +157,7 @@ class Samples:
 
 
 def _info(folder: Path, as_json: bool) -> None:
-    from prisma_harvest.reading import open_harvest
+    from prisma_harvest.opening import open_harvest
 
     acts = open_harvest(folder)
     manifest = acts.manifest
@@ -189,8 +189,8 @@ def _info(folder: Path, as_json: bool) -> None:
 
 def _verify(folder: Path, as_json: bool) -> None:
     from prisma_harvest.checking import verify
+    from prisma_harvest.opening import open_harvest
     from prisma_harvest.progress import counting
-    from prisma_harvest.reading import open_harvest
 
     acts = open_harvest(folder)
     with counting("Verifying", len(acts), 0, None) as advance:

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from prisma_core import InputError
 from prisma_core.plugin import open_picture
-from prisma_harvest.sources import UNREADABLE, Data, Item, content_hash, opened
+from prisma_harvest.items import UNREADABLE, Item, content_hash, opened
+from prisma_harvest.sources import Data
 
 Prepare = Callable[[Any], Tensor]
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from prisma_core import HookedModel, InputError, TokenLayout, UnknownName, tensors_of
 from prisma_core.plugin import Query, positions_of, qualified_name
+from prisma_harvest.items import UNREADABLE, Item, opened
 from prisma_harvest.loading import Batch, Plan, preparer
 from prisma_harvest.manifest import DataFacts, Dtype, Manifest, ModelFacts, Point, weights_hash
-from prisma_harvest.sources import UNREADABLE, Data, Item, open_data, opened
+from prisma_harvest.sources import Data, open_data
 
 _FEW = 256  # images that are decoded sooner than processes start
 OnError = Literal["stop", "skip"]

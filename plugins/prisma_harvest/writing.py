@@ -9,9 +9,10 @@ from prisma_core import HookedModel, InputError, LoadError
 from prisma_core.plugin import Query
 from prisma_harvest.folder import Writer
 from prisma_harvest.manifest import DTYPES, Dtype, Whole, example_bytes
+from prisma_harvest.opening import open_harvest
 from prisma_harvest.passes import Pass, Pos
 from prisma_harvest.progress import counting
-from prisma_harvest.reading import Harvest, open_harvest
+from prisma_harvest.reading import Harvest
 
 SHARD_BYTES = 128 * 2**20
 
