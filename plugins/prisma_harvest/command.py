@@ -48,6 +48,7 @@ def harvest_command(
     pretrained: Annotated[
         bool, typer.Option("--pretrained/--no-pretrained", help="Load trained weights, or random ones (no download).")
     ] = True,
+    ray: Annotated[str | None, typer.Option(help="Run on the Ray cluster at this address, or `local`.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="`info` and `verify`: write JSON.")] = False,
 ) -> None:
     """Write activations of a model over many images to a folder: resumable, any number of hook points in one pass.
@@ -83,6 +84,7 @@ def harvest_command(
         image_column=image_column,
         label_column=label_column,
         data_name=data_name,
+        ray=ray,
     )
     skipped = sum(1 for _ in written.skipped())
     left_out = f" {skipped} could not be read: {written.path / 'skipped.jsonl'} lists them." if skipped else ""

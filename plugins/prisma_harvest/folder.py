@@ -85,7 +85,7 @@ class Writer:
 
     def done(self) -> int:
         """Return how many shards are there, from the first on."""
-        return next(index for index in count() if not self._shard_path(index).is_file())
+        return next(index for index in count() if not self.shard_path(index).is_file())
 
     def prepare(self) -> None:
         """Make the folder ready to go on."""
@@ -150,13 +150,11 @@ class Writer:
             raise self._another(line["source"])
         if self.whole is not None:
             return
-        if self.lines:
-            self._commit()
-        self._wait()
+        self.flush()
         counts = self._join_lines()
         if not sum(counts):
             raise InputError("Not one image could be read: there is nothing to harvest.")
-        paths = [self._shard_path(index) for index in range(self.shard)]
+        paths = [self.shard_path(index) for index in range(self.shard)]
         hashes = [self.hashes.get(index) or file_hash(path) for index, path in enumerate(paths)]
         rows = zip(paths, hashes, counts, strict=True)
         whole = Whole(
@@ -168,9 +166,19 @@ class Writer:
         _write(self.folder / WHOLE, [as_json(whole.model_dump(mode="json"))])
         self.tidy()
 
+    def flush(self) -> None:
+        """Write the shard that was begun, and wait until it is on disk.
+
+        Raises:
+            LoadError: the disk refused.
+        """
+        if self.lines:
+            self._commit()
+        self._wait()
+
     # ---------------------------------------------------------------- files
 
-    def _shard_path(self, index: int) -> Path:
+    def shard_path(self, index: int) -> Path:
         return self.folder / SHARDS / shard_name(index)
 
     def _lines_path(self, index: int) -> Path:
@@ -193,7 +201,7 @@ class Writer:
 
     def _save(self, shard: int, tensors: dict[str, Tensor], lines: list[Line]) -> None:
         _write(self._lines_path(shard), map(_text, lines))
-        path = self._shard_path(shard)
+        path = self.shard_path(shard)
         with replacing(path) as beside:
             save_file(tensors, beside)
         self.hashes[shard] = file_hash(path)

@@ -96,12 +96,14 @@ class Plan:
     Attributes:
         batch: examples in one.
         start: the number of the first batch that is decoded; of a stream, those before it are read and hashed alone.
+        stop: the number behind the last one, of data that are no stream; None for all.
         workers: processes that decode; 0 for none.
         pin: whether to pin the pixels.
     """
 
     batch: int
     start: int = 0
+    stop: int | None = None
     workers: int = 0
     pin: bool = False
 
@@ -111,7 +113,8 @@ class Plan:
         how |= {"pin_memory": self.pin, "worker_init_fn": partial(_end_with, os.getpid()) if self.workers else None}
         if data.get is None:
             return iter(DataLoader(_Stream(data, prepare, self), **how))
-        numbers = range(self.start, -(-(data.n or 0) // self.batch))
+        last = -(-(data.n or 0) // self.batch)
+        numbers = range(self.start, last if self.stop is None else min(self.stop, last))
         return iter(DataLoader(_Indexed(data, prepare, self.batch), sampler=numbers, **how))
 
 

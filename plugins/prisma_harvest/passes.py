@@ -133,12 +133,12 @@ class Pass:
         """
         return self.activations(self.batches(start))
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
-        """Return the decoded batches; workers start at once."""
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """Return the decoded batches from one number to before another; workers start at once."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         few = self.source.n is not None and self.source.n < _FEW
         workers = self.workers if self.workers is not None else 0 if few else min(8, cores - 1)
-        plan = Plan(self.batch, start, workers, pin=self.device.type == "cuda")
+        plan = Plan(self.batch, start, stop, workers, pin=self.device.type == "cuda")
         return plan.batches(self.source, self.prepare)
 
     def activations(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Tensor]]]:

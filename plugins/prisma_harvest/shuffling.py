@@ -84,9 +84,9 @@ def shuffled(runs: Iterable[Rows], batch: int, buffer: int, seed: int) -> Iterat
         if at + size > n:
             order, at = torch.randperm(n, generator=generator), 0
         drawn = order[at : at + size]
-        yield tuple(each[drawn] for each in places)
+        yield tuple(each.index_select(0, drawn) for each in places)
         for each, rows in zip(places, group, strict=True):
-            each[drawn] = rows
+            each.index_copy_(0, drawn, rows)
         at += size
     order = torch.randperm(n, generator=generator)
-    yield from (tuple(each[drawn] for each in places) for drawn in order.split(batch))
+    yield from (tuple(each.index_select(0, drawn) for each in places) for drawn in order.split(batch))

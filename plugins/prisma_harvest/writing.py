@@ -12,6 +12,7 @@ from prisma_harvest.manifest import DTYPES, Dtype, Whole, example_bytes
 from prisma_harvest.opening import open_harvest
 from prisma_harvest.passes import Pass, Pos
 from prisma_harvest.progress import counting
+from prisma_harvest.rays import on_ray
 from prisma_harvest.reading import Harvest
 
 SHARD_BYTES = 128 * 2**20
@@ -28,6 +29,7 @@ def harvest(
     batch: int = 32,
     shard: int | None = None,
     progress: bool | None = None,
+    ray: str | None = None,
     **options: Any,
 ) -> Harvest:
     """Write the activations of a model over data to a folder inside ``out``, and return it, open.
@@ -50,11 +52,13 @@ def harvest(
         batch: images at once. Rounding depends on it, so it is in the manifest.
         shard: images in a file, rounded up to batches; None for about 128 MiB.
         progress: show a bar with rate and time left; None shows one on a terminal.
+        ray: the address of a Ray cluster, or ``"local"`` for one on this machine: its workers share the shards out, and
+            the bytes are those of one process. ``out`` is a folder that all of them see.
         options: of ``Pass``: ``preprocess``, ``limit``, ``on_error``, ``workers``, ``data_name``, ``image_column``,
             ``label_column``, ``note``.
 
     Raises:
-        InputError: the data cannot be read, or a value is too large for float16.
+        InputError: the data cannot be read, a value is too large for float16, or a stream is given to a cluster.
         UnknownName: a name matches no hook point.
         LoadError: another process writes the same harvest, or the disk is full or refuses.
     """
@@ -67,6 +71,12 @@ def harvest(
     if Whole.read(writer.folder) is not None and not stream:
         with writer.alone():
             writer.tidy()
+        return open_harvest(writer.folder)
+    if ray is not None:
+        with writer.alone():
+            writer.prepare()
+            on_ray(run, writer, ray, progress)
+            writer.finish()
         return open_harvest(writer.folder)
     start = writer.done()
     batches = run.batches(start * manifest.shard // batch)  # workers start before the lock, which they would inherit
