@@ -19,7 +19,7 @@ from prisma_core.errors import (
     suggest,
 )
 from prisma_core.files import hub
-from prisma_core.files.atomic import replacing
+from prisma_core.files.atomic import locked, replacing
 from prisma_core.files.checkpoint import (
     check_axes,
     check_finite,
@@ -35,7 +35,7 @@ from prisma_core.hooks.capture import positions_of
 from prisma_core.hooks.migration import keyword_names
 from prisma_core.hooks.model import HookMapping
 from prisma_core.hooks.point import Hook
-from prisma_core.hooks.query import LayerQuery, Query, layer_of, short_name
+from prisma_core.hooks.query import LayerQuery, Query, layer_of, resolve_one, short_name
 from prisma_core.hooks.splice import Splice
 from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.inputs import SIZES, Picture, PicturePreprocess, Preprocess, open_picture, probe, restored
@@ -112,13 +112,13 @@ __all__ = [
     "Preprocess", "PicturePreprocess", "VideoPreprocess", "Picture", "open_picture", "read_video", "restored", "probe",
     "SIZES",
     # files, the hub, and options of sources
-    "read_checkpoint", "read_states", "replacing", "check_axes", "check_shapes", "check_finite",
+    "read_checkpoint", "read_states", "replacing", "locked", "check_axes", "check_shapes", "check_finite",
     "depth_in", "digest", "check_layers", "check_claims", "read_outline", "hub", "without_code", "code_in",
     "Options", "read_options", "Whole", "Above", "Heads", "Eps", "Pixels", "check_keywords", "keywords",
     "keyword_names",
     # techniques and commands
-    "Hook", "HookMapping", "Splice", "Query", "LayerQuery", "layer_of", "short_name", "positions_of", "screen",
-    "Host", "PluginInfo", "installed",
+    "Hook", "HookMapping", "Splice", "Query", "LayerQuery", "layer_of", "short_name", "resolve_one", "positions_of",
+    "screen", "Host", "PluginInfo", "installed",
     # errors
     "PrismaError", "UnknownName", "HookError", "UnsupportedArchitecture", "WeightMapError", "NotApplicable",
     "MissingPart", "LoadError", "InputError", "PluginError", "suggest", "blaming", "returned",

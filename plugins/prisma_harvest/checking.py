@@ -1,0 +1,41 @@
+"""Verify a harvest: every byte is as it was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from prisma_harvest.manifest import MANIFEST, SHARDS, Manifest, Whole, file_hash
+from prisma_harvest.opening import open_harvest
+
+
+def verify(path: str | Path, advance: Callable[[int], None] | None = None) -> list[str]:
+    """Return what is wrong with a harvest, a line for each file; nothing where every byte is as it was written.
+
+    Args:
+        path: as ``open_harvest`` takes it.
+        advance: called with the number of examples behind each shard.
+
+    Raises:
+        LoadError: it is no harvest, or not whole.
+    """
+    folder = open_harvest(path).path
+    whole = Whole.read(folder)
+    assert whole is not None
+    problems: list[str] = []
+    name = file_hash(folder / MANIFEST)[:16]
+    if name != folder.name or Manifest.read(folder).name != name:
+        problems.append(f"{MANIFEST}: its hash is {name}, and the folder is called {folder.name}")
+    known = {MANIFEST, "whole.json"}
+    files = {f"{SHARDS}/{shard}": (each.sha256, each.examples) for shard, each in whole.shards.items()}
+    files |= {lines: (sha256, 0) for lines, sha256 in whole.lines.items()}
+    for file, (sha256, examples) in files.items():
+        try:
+            if file_hash(folder / file) != sha256:
+                problems.append(f"{file}: not the bytes that were written")
+        except OSError as error:
+            problems.append(f"{file}: {error.strerror}")
+        if advance is not None:
+            advance(examples)
+    found = {one.relative_to(folder).as_posix() for one in folder.rglob("*") if one.is_file()}
+    return problems + [f"{file}: is no part of the harvest" for file in sorted(found - known - set(files))]

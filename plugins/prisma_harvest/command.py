@@ -1,0 +1,207 @@
+"""The command ``prisma harvest``."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from prisma_core.plugin import InputError, LoadError, PluginError, installed, screen
+
+if TYPE_CHECKING:
+    from prisma_harvest.manifest import Dtype
+    from prisma_harvest.passes import OnError
+
+ACTIONS = ("info", "verify")
+
+
+def harvest_command(
+    reference: Annotated[str, typer.Argument(help="The model; or `info` or `verify`, with the folder of a harvest.")],
+    folder: Annotated[Path | None, typer.Argument(help="For `info` and `verify`: the harvest.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder of images or videos, tar shards (`'shards-{000..009}.tar'`, a glob), `hf:NAME:SPLIT` of the "
+            "library datasets, a folder that it saved, or `samples:N` of the model's own kind."
+        ),
+    ] = None,
+    names: Annotated[
+        list[str] | None, typer.Option(help="A hook point, glob, shorthand, or SHORTHAND:LAYER; again for more.")
+    ] = None,
+    pos: Annotated[
+        str | None, typer.Option(help="Tokens: cls, patches, ..., or positions: 0,5.", show_default="all")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="On disk: bfloat16, float16 or float32.")] = "bfloat16",
+    out: Annotated[Path | None, typer.Option(help="Where the folder of the harvest goes.")] = None,
+    batch: Annotated[int, typer.Option(help="Images at once.")] = 32,
+    shard: Annotated[int | None, typer.Option(help="Images in a file.", show_default="about 128 MiB")] = None,
+    limit: Annotated[int | None, typer.Option(help="Take only so many images.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that decode.", show_default="by cores")] = None,
+    on_error: Annotated[str, typer.Option(help="An image that cannot be read: stop, or skip and list it.")] = "stop",
+    image_column: Annotated[str | None, typer.Option(help="The key of the image.", show_default="the usual")] = None,
+    label_column: Annotated[str | None, typer.Option(help="The key of the label.", show_default="the usual")] = None,
+    data_name: Annotated[str, typer.Option(help="Tells data apart that begin alike.")] = "",
+    device: Annotated[str | None, typer.Option(help="Where the model runs.", show_default="cpu")] = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained/--no-pretrained", help="Load trained weights, or random ones (no download).")
+    ] = True,
+    ray: Annotated[str | None, typer.Option(help="Run on the Ray cluster at this address, or `local`.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="`info` and `verify`: write JSON.")] = False,
+) -> None:
+    """Write activations of a model over many images to a folder: resumable, any number of hook points in one pass.
+
+    `prisma harvest info DIR` shows what a harvest holds, `prisma harvest verify DIR` whether every byte is as written.
+    """
+    if reference in ACTIONS:
+        if folder is None:
+            raise InputError(f"Expected a folder: prisma harvest {reference} DIR.")
+        (_info if reference == "info" else _verify)(folder, as_json)
+        return
+    if folder is not None:
+        raise InputError(f"Expected options behind the model, got {folder}: data go to --data, the folder to --out.")
+    lacking = [option for option, given in (("--data", data), ("--names", names), ("--out", out)) if not given]
+    if lacking:
+        raise InputError(f"A harvest needs {', '.join(lacking)}: `prisma harvest --help` says what they are.")
+    import prisma_core as prisma
+    from prisma_harvest.writing import harvest
+
+    model = prisma.load(reference, device=device, **({} if pretrained else {"pretrained": False}))
+    written = harvest(
+        model,
+        read_source(cast(str, data), reference),
+        [read_name(name) for name in names or ()],
+        out=cast(Path, out),
+        pos=read_pos(pos),
+        dtype=cast("Dtype", dtype),
+        batch=batch,
+        shard=shard,
+        limit=limit,
+        workers=workers,
+        on_error=cast("OnError", on_error),
+        image_column=image_column,
+        label_column=label_column,
+        data_name=data_name,
+        ray=ray,
+    )
+    skipped = sum(1 for _ in written.skipped())
+    left_out = f" {skipped} could not be read: {written.path / 'skipped.jsonl'} lists them." if skipped else ""
+    screen.note("harvest", f"{len(written)} examples.{left_out}", "green")
+    screen.out().print(str(written.path), soft_wrap=True)
+
+
+# -------------------------------------------------------------------- options
+
+
+def read_name(text: str) -> Any:
+    """Read a name: ``resid_post:5`` is ``("resid_post", 5)``."""
+    name, colon, layer = text.rpartition(":")
+    return (name, int(layer)) if colon and layer.removeprefix("-").isdecimal() else text
+
+
+def read_pos(text: str | None) -> Any:
+    """Read tokens: a subset's name, or positions."""
+    if text is None or text == "all":
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    return [int(part) for part in parts] if all(part.removeprefix("-").isdecimal() for part in parts) else text
+
+
+def read_source(text: str, reference: str) -> Any:
+    """Read a source of data (see ``--data``).
+
+    Raises:
+        InputError: it is none.
+        PluginError: the library datasets is needed and not installed.
+    """
+    kind, colon, rest = text.partition(":")
+    if colon and kind == "samples":
+        if not rest.isdecimal() or int(rest) < 1:
+            raise InputError(f"Expected samples:N with a number of images, got {text!r}.")
+        source, _, name = reference.partition(":")
+        return Samples(source, name, int(rest))
+    if colon and kind == "hf":
+        name, _, split = rest.partition(":")
+        return _datasets().load_dataset(name, split=split or "train")
+    if (Path(text) / "dataset_info.json").is_file() and (Path(text) / "state.json").is_file():
+        return _datasets().load_from_disk(text)
+    return text
+
+
+def _datasets() -> Any:
+    try:
+        return importlib.import_module("datasets")
+    except ImportError as error:
+        raise PluginError("hf: needs the library datasets, which is not installed: pip install datasets") from error
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images that a source draws, of the kind a model was made for: one for each seed."""
+
+    source: str
+    name: str
+    n: int
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, seed: int) -> Any:
+        image = installed().source(self.source).sample(self.name, seed)
+        if image is None:
+            raise LoadError(f"The source {self.source!r} draws no images: give --data a folder.")
+        return {"image": image, "path": f"{self.source}:{self.name} sample {seed}"}
+
+
+# -------------------------------------------------------------------- folders
+
+
+def _info(folder: Path, as_json: bool) -> None:
+    from prisma_harvest.opening import open_harvest
+
+    acts = open_harvest(folder)
+    manifest = acts.manifest
+    size = sum(shard.path.stat().st_size for shard in acts.shards)
+    skipped = sum(1 for _ in acts.skipped())
+    if as_json:
+        facts = {"path": str(acts.path), "examples": len(acts), "skipped": skipped, "bytes": size}
+        screen.show_json(facts | {"manifest": manifest.model_dump(mode="json")})
+        return
+    model, data = manifest.model, manifest.data
+    tokens = "all" if manifest.pos is None else manifest.pos
+    rows = {
+        "folder": acts.path,
+        "model": f"{model.reference or model.kind}, weights {model.weights[:16]}, {model.dtype} on {model.device}",
+        "data": f"{data.kind} {data.name}".strip() + f", fingerprint {data.fingerprint[:16]}",
+        "examples": f"{len(acts)}, {skipped} skipped" if skipped else len(acts),
+        "tokens": f"{tokens} of {manifest.layout.n_tokens}" if manifest.layout else tokens,
+        "on disk": f"{size / 2**20:,.1f} MiB in {len(acts.shards)} shards, {manifest.dtype}",
+        "batch": f"{manifest.batch} images",
+        **({"note": manifest.note} if manifest.note else {}),
+    }
+    table = screen.table("", "")
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    for point in acts.points:
+        table.add_row("hook point", f"{point.name}: {point.axes} {list(point.shape)}")
+    screen.show(table)
+
+
+def _verify(folder: Path, as_json: bool) -> None:
+    from prisma_harvest.checking import verify
+    from prisma_harvest.opening import open_harvest
+    from prisma_harvest.progress import counting
+
+    acts = open_harvest(folder)
+    with counting("Verifying", len(acts), 0, None) as advance:
+        problems = verify(folder, advance)
+    if as_json:
+        screen.show_json({"path": str(acts.path), "problems": problems})
+    elif not problems:
+        screen.note("verify", f"every byte of {len(acts)} examples is as it was written.", "green")
+    for problem in problems if not as_json else ():
+        screen.note("damaged", problem)
+    if problems:
+        raise typer.Exit(1)

@@ -1,0 +1,121 @@
+"""Examples before they are decoded: an image of any form, with its label and what it is called."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from prisma_core import InputError
+from prisma_harvest.manifest import tensor_bytes
+
+UNREADABLE = (InputError, OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+_IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "ppm", "video", "mp4", "pixel_values")
+LABELS = ("label", "labels", "cls", "class", "fine_label", "target")
+_PATHS = ("__key__", "path", "file_name", "id")
+
+
+@dataclass(frozen=True)
+class Item:
+    """An example before it is decoded.
+
+    Attributes:
+        image: anything that is an image or video: a path, encoded bytes, a Pillow image, an array or tensor.
+        label: a number or text.
+        path: what it is called.
+    """
+
+    image: Any
+    label: Any = None
+    path: str | None = None
+
+
+def item_of(value: Any, columns: tuple[str | None, str | None] = (None, None)) -> Item:
+    """Return one value of a data set as an item: an image, ``(image, label)``, or a mapping.
+
+    Raises:
+        InputError: a mapping holds no image under a known key.
+    """
+    if isinstance(value, Item):
+        return value
+    if isinstance(value, tuple):
+        image, label = (*value, None)[:2]
+        return Item(image, plain(label), str(image) if isinstance(image, str | Path) else None)
+    if isinstance(value, Mapping):
+        keys = {str(key).lower(): key for key in value}
+        image = _key(columns[0], _IMAGES, keys)
+        if image is None:
+            raise InputError(f"No image among {', '.join(map(str, value))}: name its key with image_column=.")
+        label, path = _key(columns[1], LABELS, keys), _key(None, _PATHS, keys)
+        said = None if label is None else plain(_decoded(str(label), value[label]))
+        return Item(value[image], said, None if path is None else str(value[path]))
+    return Item(value, None, str(value) if isinstance(value, str | Path) else None)
+
+
+def _key(asked: str | None, usual: Sequence[str], keys: Mapping[str, Any]) -> Any:
+    if asked is not None:
+        if asked.lower() not in keys:
+            raise InputError(f"No column {asked!r}: there are {', '.join(keys)}.")
+        return keys[asked.lower()]
+    return next((keys[name] for name in usual if name in keys), None)
+
+
+def _decoded(key: str, value: Any) -> Any:
+    """Return a label of a tar shard, which is text in bytes, as a number or text."""
+    if not isinstance(value, bytes):
+        return value
+    text = value.decode("utf-8", "replace").strip()
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
+def plain(label: Any) -> Any:
+    """Return a label as JSON has it."""
+    if isinstance(label, Tensor | np.ndarray | np.generic):
+        return label.tolist()
+    return label if isinstance(label, str | int | float | list | None) else str(label)
+
+
+def opened(image: Any) -> Any:
+    """Return encoded bytes as a Pillow image, turned as its camera says; anything else as it is."""
+    if isinstance(image, Mapping) and image.get("bytes") is not None:  # datasets' form of an image that is not decoded
+        image = image["bytes"]
+    if not isinstance(image, bytes):
+        return image
+    with Image.open(io.BytesIO(image)) as file:
+        turned = ImageOps.exif_transpose(file)
+        turned.load()
+    return turned
+
+
+def content_hash(image: Any) -> str:
+    """Return the SHA-256 of an image as it came: of a file's bytes, else of its pixels with shape and type."""
+    if isinstance(image, str | Path):
+        with open(image, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or b""
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()
+    if isinstance(image, Image.Image):
+        return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
+    if isinstance(image, list):
+        return hashlib.sha256("".join(map(content_hash, image)).encode()).hexdigest()
+    if not isinstance(image, Tensor):
+        array = np.asarray(image)
+        return hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).hexdigest()
+    return hashlib.sha256(f"{image.dtype} {list(image.shape)}".encode() + bytes(tensor_bytes(image))).hexdigest()
+
+
+def safe_hash(image: Any) -> str:
+    try:
+        return content_hash(image)
+    except UNREADABLE as error:
+        return f"unreadable: {type(error).__name__}"

@@ -1,0 +1,201 @@
+"""Batches of tensors, decoded by worker processes beside the pass, always in the same order."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from prisma_core import InputError
+from prisma_core.plugin import open_picture
+from prisma_harvest.items import UNREADABLE, Item, content_hash, opened
+from prisma_harvest.sources import Data
+
+Prepare = Callable[[Any], Tensor]
+
+
+@dataclass
+class Batch:
+    """Some consecutive examples of the data.
+
+    Attributes:
+        start: the position of the first in the data.
+        size: how many there are, readable or not.
+        lines: what is known of each that could be read: source, path, label, sha256.
+        skipped: what is known of each that could not.
+        pixels: of those that could, ``[example ...]``; None where none could, or where nobody asked.
+        problem: why they make no batch, if they do not.
+    """
+
+    start: int
+    size: int
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    pixels: Tensor | None = None
+    problem: str | None = None
+
+    def pin_memory(self) -> Batch:
+        """Return the batch with pixels that a GPU can take over without a stop."""
+        if self.pixels is not None:
+            self.pixels = self.pixels.pin_memory()
+        return self
+
+
+def preparer(model: Any, preprocess: Any) -> Prepare:
+    """Return the function from an image to the tensor of one example, without a batch axis.
+
+    Args:
+        preprocess: ``"model"`` for the model's own, a function of a Pillow image, or None for data that are tensors.
+    """
+    if preprocess is None:
+        return _tensor
+    return _ModelPrepare(model.preprocess) if preprocess == "model" else _Prepare(preprocess)
+
+
+def _tensor(image: Any) -> Tensor:
+    if not isinstance(image, Tensor):
+        raise InputError(f"preprocess=None means that the data are tensors for the model; got {type(image).__name__}.")
+    return image
+
+
+@dataclass
+class _ModelPrepare:
+    preprocess: Any
+
+    def __call__(self, image: Any) -> Tensor:
+        if isinstance(image, Tensor) and image.is_floating_point() and image.ndim == 3 and image.shape[0] in (1, 3):
+            raise InputError(
+                f"The data give tensors {list(image.shape)}, channels first, which the model's preprocess does not "
+                "take. If they are ready for the model, say preprocess=None; else take their transform away."
+            )
+        return self.preprocess(str(image) if isinstance(image, Path) else image)[0]
+
+
+@dataclass
+class _Prepare:
+    function: Prepare
+
+    def __call__(self, image: Any) -> Tensor:
+        return self.function(image if isinstance(image, list) else open_picture(image))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How data become batches.
+
+    Attributes:
+        batch: examples in one.
+        start: the number of the first batch that is decoded; of a stream, those before it are read and hashed alone.
+        stop: the number behind the last one, of data that are no stream; None for all.
+        workers: processes that decode; 0 for none.
+        pin: whether to pin the pixels.
+    """
+
+    batch: int
+    start: int = 0
+    stop: int | None = None
+    workers: int = 0
+    pin: bool = False
+
+    def batches(self, data: Data, prepare: Prepare) -> Iterator[Batch]:
+        """Return the batches, in order whatever the number of workers, which start now."""
+        how: dict[str, Any] = {"batch_size": None, "num_workers": self.workers, "collate_fn": _same}
+        how |= {"pin_memory": self.pin, "worker_init_fn": partial(_end_with, os.getpid()) if self.workers else None}
+        if data.get is None:
+            return iter(DataLoader(_Stream(data, prepare, self), **how))
+        last = -(-(data.n or 0) // self.batch)
+        numbers = range(self.start, last if self.stop is None else min(self.stop, last))
+        return iter(DataLoader(_Indexed(data, prepare, self.batch), sampler=numbers, **how))
+
+
+def _same(batch: Batch) -> Batch:
+    return batch
+
+
+def _end_with(parent: int, worker: int) -> None:
+    """Let a worker end with its parent, however that ends: torch's own check misses a kill during the start."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of linux/prctl.h
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+@dataclass
+class _Indexed(Dataset[Batch]):
+    data: Data
+    prepare: Prepare
+    batch: int
+
+    def __getitem__(self, number: int) -> Batch:
+        start, get = number * self.batch, self.data.get
+        assert get is not None
+        positions = range(start, min(start + self.batch, self.data.n or 0))
+        return assemble(start, [lambda at=at: get(at) for at in positions], self.prepare)
+
+
+@dataclass
+class _Stream(IterableDataset[Batch]):
+    """Each worker reads the whole stream and decodes every n-th batch, so that the order is that of one process."""
+
+    data: Data
+    prepare: Prepare
+    plan: Plan
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        items: list[Item] = []
+        number = 0
+        for item in self.data.items():
+            items.append(item)
+            if len(items) == self.plan.batch:
+                if number % workers == worker:
+                    yield self._batch(number, items)
+                items, number = [], number + 1
+        if items and number % workers == worker:
+            yield self._batch(number, items)
+
+    def _batch(self, number: int, items: Sequence[Item]) -> Batch:
+        prepare = self.prepare if number >= self.plan.start else None
+        return assemble(number * self.plan.batch, [lambda item=item: item for item in items], prepare)
+
+
+def assemble(start: int, items: Sequence[Callable[[], Item]], prepare: Prepare | None) -> Batch:
+    """Decode items to a batch; one that cannot be read is listed among the skipped.
+
+    Args:
+        start: the position of the first.
+        prepare: from an image to a tensor; None hashes alone.
+    """
+    batch, pixels = Batch(start, len(items)), list[Tensor]()
+    for source, read in enumerate(items, start):
+        line: dict[str, Any] = {"source": source}
+        item = Item(None)
+        try:
+            item = read()
+            line |= {"path": item.path, "label": item.label, "sha256": content_hash(item.image)}
+            if prepare is not None:
+                pixels.append(prepare(opened(item.image)))
+        except UNREADABLE as error:
+            said = " ".join(str(error).split()) or type(error).__name__
+            if isinstance(item.image, Path) and item.path:
+                said = said.replace(str(item.image), item.path)
+            batch.skipped.append({**line, "error": said})
+        else:
+            batch.lines.append(line)
+    shapes = list(dict.fromkeys(tuple(one.shape) for one in pixels))
+    if len(shapes) > 1:
+        batch.problem = f"Images {start} to {start + len(items) - 1} come out in different shapes: {shapes[:3]}."
+    elif pixels:
+        batch.pixels = torch.stack(pixels)
+    return batch

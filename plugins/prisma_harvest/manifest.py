@@ -1,0 +1,221 @@
+"""The manifest of a harvest: what its bytes depend on, as data; its hash is the folder's name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, ValidationError
+from torch import Tensor, nn
+
+from prisma_core import LoadError, TokenLayout, tensors_of
+from prisma_core.plugin import Facts
+
+SCHEMA = 1
+MANIFEST, WHOLE, EXAMPLES, SKIPPED, SHARDS = (
+    "manifest.json",
+    "whole.json",
+    "examples.jsonl",
+    "skipped.jsonl",
+    "shards",
+)
+DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+class Point(Facts):
+    """A hook point in a harvest.
+
+    Attributes:
+        axes: those of one example, without the batch: ``pos d_model``.
+        shape: their lengths.
+    """
+
+    name: str
+    axes: str
+    shape: tuple[int, ...]
+
+
+class ModelFacts(Facts):
+    """The model that ran.
+
+    Attributes:
+        reference: what it was loaded from, if anything.
+        kind: its class.
+        weights: ``weights_hash`` of the tower that ran.
+        spec: SHA-256 of its spec as JSON, if it has one.
+        tower: the prefix of its hook points, ``vision.`` in a pair of towers, else empty.
+        behaviour: what it does beyond its spec, if anything.
+        dtype: of its weights.
+        device: the kind of device it ran on.
+    """
+
+    reference: str | None
+    kind: str
+    weights: str
+    spec: str | None
+    tower: str
+    behaviour: str | None
+    dtype: str
+    device: str
+
+
+class DataFacts(Facts):
+    """The data.
+
+    Attributes:
+        kind: ``folder``, ``tar``, ``indexed`` or ``stream``.
+        name: the caller's, to tell sets apart that begin alike.
+        examples: how many there are, readable or not; None for a stream, whose end is not known before.
+        limit: how many of a stream were asked for.
+        fingerprint: SHA-256 of names and sizes, of all content of a list, or of a sample of the content.
+    """
+
+    kind: Literal["folder", "tar", "indexed", "stream"]
+    name: str
+    examples: int | None
+    limit: int | None
+    fingerprint: str
+
+
+class Manifest(Facts):
+    """All that the bytes of a harvest depend on.
+
+    Attributes:
+        points: the hook points.
+        dtype: of the tensors on disk.
+        pos: the tokens that were asked for: a subset of the layout, positions, or None for all.
+        layout: which token is where, where the model knows.
+        preprocess: from images to tensors, as data or by name; None where the data were tensors already.
+        batch: how many images ran at once: rounding depends on it.
+        shard: how many images of the data a shard covers, a multiple of ``batch``.
+        note: the caller's words.
+    """
+
+    schema_version: int = SCHEMA
+    model: ModelFacts
+    points: tuple[Point, ...]
+    dtype: Dtype
+    pos: str | tuple[int, ...] | None
+    layout: TokenLayout | None
+    preprocess: dict[str, Any] | str | None
+    data: DataFacts
+    batch: int = Field(gt=0)
+    shard: int = Field(gt=0)
+    note: str = ""
+
+    def text(self) -> str:
+        """Return the bytes of the file: sorted keys, one space of indentation."""
+        return as_json(self.model_dump(mode="json"))
+
+    @property
+    def name(self) -> str:
+        """The folder's name: the first 16 digits of the SHA-256 of ``text()``."""
+        return hashlib.sha256(self.text().encode()).hexdigest()[:16]
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read a folder's manifest.
+
+        Raises:
+            LoadError: there is none, it is damaged, or of a newer schema.
+        """
+        path = folder / MANIFEST
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise LoadError(f"{folder} is no harvest: it has no {MANIFEST}.") from error
+        except (OSError, ValueError) as error:
+            raise LoadError(f"{path} cannot be read: {error}") from error
+        schema = facts.get("schema_version") if isinstance(facts, dict) else None
+        if schema != SCHEMA:
+            raise LoadError(f"{path} has schema {schema}, and this Prisma reads {SCHEMA}: update Prisma.")
+        try:
+            return cls.model_validate(facts)
+        except ValidationError as error:
+            raise LoadError(f"{path} is no manifest of a harvest: {error}") from error
+
+
+class ShardFile(Facts):
+    """A file of shards: SHA-256, and how many examples it holds."""
+
+    sha256: str
+    examples: int
+
+
+class Whole(Facts):
+    """What is known once a harvest is whole.
+
+    Attributes:
+        examples: how many it holds.
+        skipped: how many could not be read.
+        shards: by file name, in order.
+        lines: SHA-256 of the files of lines, by name.
+    """
+
+    examples: int
+    skipped: int
+    shards: dict[str, ShardFile]
+    lines: dict[str, str]
+
+    @classmethod
+    def read(cls, folder: Path) -> Whole | None:
+        """Read a folder's record, or return None where the harvest is not whole.
+
+        Raises:
+            LoadError: it is damaged.
+        """
+        path = folder / WHOLE
+        if not path.is_file():
+            return None
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValidationError, UnicodeDecodeError) as error:
+            raise LoadError(f"{path} is damaged: {error}") from error
+
+
+def example_bytes(points: Iterable[Point], dtype: Dtype) -> int:
+    """Return the size of one example's activations on disk."""
+    return sum(math.prod(point.shape) for point in points) * DTYPES[dtype].itemsize
+
+
+def shard_name(index: int) -> str:
+    """Return the file name of a shard.
+
+    >>> shard_name(3)
+    '00003.safetensors'
+    """
+    return f"{index:05d}.safetensors"
+
+
+def as_json(value: Any) -> str:
+    """Write JSON in one canonical form."""
+    return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor in C order."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Return the SHA-256 of every parameter and buffer of a model, with names, dtypes and shapes.
+
+    The same weights give the same hash on every device; another dtype is another model.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors_of(model).items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()

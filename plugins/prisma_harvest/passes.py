@@ -1,0 +1,247 @@
+"""One pass of a model over data: batches of activations at any number of hook points, and what they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from prisma_core import HookedModel, InputError, TokenLayout, UnknownName, tensors_of
+from prisma_core.plugin import Query, positions_of, qualified_name
+from prisma_harvest.items import UNREADABLE, Item, opened
+from prisma_harvest.loading import Batch, Plan, preparer
+from prisma_harvest.manifest import DataFacts, Dtype, Manifest, ModelFacts, Point, weights_hash
+from prisma_harvest.sources import Data, open_data
+
+_FEW = 256  # images that are decoded sooner than processes start
+OnError = Literal["stop", "skip"]
+Pos = str | int | slice | Sequence[int] | Tensor | None
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The model that runs: of a pair of towers the one that sees images, with the prefix of its hook points."""
+
+    whole: HookedModel
+    model: HookedModel
+    prefix: str
+
+    @classmethod
+    def of(cls, model: HookedModel) -> Tower:
+        towers: Mapping[str, HookedModel] = model.towers() if hasattr(model, "towers") else {"": model}
+        prefix = "vision." if "vision." in towers else ""
+        return cls(model, towers.get(prefix, model), prefix)
+
+    def resolve(self, names: Query | None) -> list[str]:
+        """Return the tower's own names for a query, which may spell the prefix out.
+
+        Raises:
+            UnknownName: it selects nothing of the tower.
+        """
+        try:
+            return self.model.resolve(names)
+        except UnknownName:
+            if not self.prefix:
+                raise
+        full = self.whole.resolve(names)
+        if lost := [name for name in full if not name.startswith(self.prefix)]:
+            raise UnknownName(f"{lost[0]} is not in the tower {self.prefix!r}, which sees the images.")
+        return [name.removeprefix(self.prefix) for name in full]
+
+
+@dataclass
+class Pass:
+    """A model, data, and what to read: one pass, in an order that depends on neither workers nor interruptions.
+
+    >>> for batch, activations in Pass(model, "photos", ("resid_post", 5), pos="patches").run():
+    ...     activations["blocks.5.hook_resid_post"].shape, batch.lines[0]["path"]
+    (torch.Size([32, 196, 768]), 'cats/1.jpg')
+
+    Attributes:
+        model: any hooked model of images or videos. Of a pair of towers the vision tower runs.
+        data: see ``open_data``.
+        names: the hook points (see ``HookedModel.resolve``).
+        pos: the tokens: a subset of the layout (``"cls"``, ``"patches"``, ...), positions, or None for all.
+        batch: images at once.
+        preprocess: ``"model"`` for the model's own, a function of a Pillow image, or None for data that are tensors.
+        limit: take only so many images from the start.
+        on_error: what an image that cannot be read does: ``"stop"``, or ``"skip"``: it is left out and listed.
+        workers: processes that decode; None for one less than there are cores, at most 8, and none for few images.
+        data_name: tells data apart that begin alike.
+        image_column, label_column: the keys of mappings, where they are not the usual ones.
+        note: goes into the manifest; needed where hooks are open, for they change what is read.
+    """
+
+    model: HookedModel
+    data: Any
+    names: Query | None
+    pos: Pos = None
+    batch: int = 32
+    preprocess: Any = "model"
+    limit: int | None = None
+    on_error: OnError = "stop"
+    workers: int | None = None
+    data_name: str = ""
+    image_column: str | None = None
+    label_column: str | None = None
+    note: str = ""
+
+    tower: Tower = field(init=False, repr=False)
+    source: Data = field(init=False, repr=False)
+    points: tuple[Point, ...] = field(init=False)
+    layout: TokenLayout | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Open the data and run the first image, for the shapes.
+
+        Raises:
+            InputError: the data, the batch or the tokens cannot be what was meant.
+            UnknownName: a name matches no hook point.
+        """
+        if self.batch < 1 or (self.limit is not None and self.limit < 1):
+            raise InputError(f"Expected a batch and a limit of at least 1, got {self.batch} and {self.limit}.")
+        if self.on_error not in ("stop", "skip"):
+            raise InputError(f"Expected on_error='stop' or 'skip', got {self.on_error!r}.")
+        self.tower = Tower.of(self.model)
+        if not self.note and (names := [*self.model.open_hooks(), *self.tower.model.open_hooks()]):
+            raise InputError(f"A hook is open at {names[0]}: close it, or say in note= what the harvest is of.")
+        self.own_names = self.tower.resolve(self.names)
+        self.prepare = preparer(self.model, self.preprocess)
+        columns = {"image_column": self.image_column, "label_column": self.label_column}
+        self.source = open_data(self.data, limit=self.limit, **columns)
+        weights = list(tensors_of(self.tower.model).values())
+        self.device = weights[0].device if weights else torch.device("cpu")
+        self.dtype = next((each.dtype for each in weights if each.is_floating_point()), torch.float32)
+        self._shapes()
+
+    # ---------------------------------------------------------------- the pass
+
+    def run(self, start: int = 0) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+        """Yield each batch with its activations by full name, as the model computed them, where it computed them.
+
+        Args:
+            start: the number of the first batch to run. Of a stream, those before it come without activations.
+
+        Raises:
+            InputError: an image cannot be read and ``on_error`` is ``"stop"``, or images differ in shape.
+        """
+        return self.activations(self.batches(start))
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """Return the decoded batches from one number to before another; workers start at once."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        few = self.source.n is not None and self.source.n < _FEW
+        workers = self.workers if self.workers is not None else 0 if few else min(8, cores - 1)
+        plan = Plan(self.batch, start, stop, workers, pin=self.device.type == "cuda")
+        return plan.batches(self.source, self.prepare)
+
+    def activations(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+        """Run decoded batches (see ``run``)."""
+        for batch in batches:
+            if batch.problem:
+                raise InputError(f"{batch.problem} Cut them to one size, or give them apart.")
+            if batch.skipped and self.on_error == "stop":
+                first = batch.skipped[0]
+                raise InputError(
+                    f"Image {first['source']} ({first.get('path') or 'without a path'}) cannot be read: "
+                    f"{first['error']} on_error='skip' leaves such images out and lists them. What is done is kept."
+                )
+            yield batch, {} if batch.pixels is None else self._read(batch.pixels, self._pos)
+
+    def _read(self, pixels: Tensor, pos: Any) -> dict[str, Tensor]:
+        dtype = self.dtype if pixels.is_floating_point() else None
+        pixels = pixels.to(device=self.device, dtype=dtype, non_blocking=True)
+        with torch.no_grad():
+            _, cache = self.tower.model.run_with_cache(pixels, names=self.own_names, pos=pos, output=False)
+        return {self.tower.prefix + name: cache[name] for name in self.own_names}
+
+    def _shapes(self) -> None:
+        """Run the first image that can be read."""
+        pixels = self._first()[None]
+        self.layout = self.tower.model.layout_for(pixels.to(self.device, self.dtype))
+        self._pos: Any = self.pos
+        if isinstance(self.pos, int):
+            self._pos = [self.pos]
+        elif self.pos is not None and not isinstance(self.pos, str):
+            if isinstance(self.pos, slice | Tensor) and self.layout is None:
+                raise InputError("This model has no token layout: give pos as a list of positions.")
+            n = self.layout.n_tokens if self.layout is not None else max(map(abs, self.pos), default=0) + 1
+            self._pos = positions_of(self.pos, n)
+        axes = {name: point.axes for name, point in self.tower.model.hook_points().items()}
+        points: list[Point] = []
+        for name, x in self._read(pixels, self._pos).items():
+            own = axes[name.removeprefix(self.tower.prefix)].split()
+            if own[0] != "batch":
+                raise InputError(f"{name} is [{' '.join(own)}]: a harvest holds activations of images, batch first.")
+            points.append(Point(name=name, axes=" ".join(own[1:]), shape=tuple(x.shape[1:])))
+        self.points = tuple(points)
+
+    def _first(self) -> Tensor:
+        n = self.source.n or 1
+        problem = "none"
+        for index in range(min(n, 100)):
+            try:
+                item = self.source.get(index) if self.source.get is not None else self.source.head or Item(None)
+                return self.prepare(opened(item.image))
+            except UNREADABLE as error:
+                problem = str(error).rstrip(".")
+                if self.on_error == "stop":
+                    raise InputError(
+                        f"Image {index} cannot be read: {problem}. on_error='skip' leaves such images out."
+                    ) from error
+        raise InputError(f"None of the first {min(n, 100)} images can be read; the last: {problem}.")
+
+    # ---------------------------------------------------------------- what it depends on
+
+    def manifest(self, dtype: Dtype, shard: int) -> Manifest:
+        """Return the manifest of a harvest of this pass."""
+        spec = getattr(self.tower.model, "spec", None)
+        behaviour = getattr(self.tower.model, "unsaved_behaviour", lambda: None)()
+        return Manifest(
+            model=ModelFacts(
+                reference=getattr(self.model, "reference", None),
+                kind=type(self.tower.model).__name__,
+                weights=weights_hash(self.tower.model),
+                spec=_text_hash(spec.model_dump_json()) if isinstance(spec, BaseModel) else None,
+                tower=self.tower.prefix,
+                behaviour=behaviour,
+                dtype=str(self.dtype).removeprefix("torch."),
+                device=self.device.type,
+            ),
+            points=self.points,
+            dtype=dtype,
+            pos=self._pos if self._pos is None or isinstance(self._pos, str) else tuple(self._pos),
+            layout=self.layout,
+            preprocess=self._preprocess_facts(),
+            data=DataFacts(
+                kind=self.source.kind,
+                name=self.data_name,
+                examples=self.source.n,
+                limit=self.limit if self.source.n is None else None,
+                fingerprint=self.source.fingerprint,
+            ),
+            batch=self.batch,
+            shard=shard,
+            note=self.note,
+        )
+
+    def _preprocess_facts(self) -> dict[str, Any] | str | None:
+        function = self.model.preprocess if self.preprocess == "model" else self.preprocess
+        if isinstance(function, BaseModel):
+            return function.model_dump(mode="json")
+        if function is None:
+            return None
+        text = repr(function)
+        name = getattr(function, "__qualname__", None)
+        named = f"{function.__module__}.{name}" if name else qualified_name(function)
+        return named if " at 0x" in text else f"{named}: {text}"
+
+
+def _text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,94 @@
+"""A harvest on Ray Data: workers share the shards out, and write them into one folder that all of them see."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from prisma_core import InputError, PluginError
+from prisma_harvest.folder import Writer
+from prisma_harvest.manifest import Manifest
+from prisma_harvest.passes import Pass
+from prisma_harvest.progress import counting
+
+
+class ShardWorker:
+    """Writes whole shards. Ray makes one in each of its processes, and another where one dies.
+
+    Args:
+        run: the pass.
+        folder: that of the harvest.
+        manifest: its manifest.
+        device: where the model runs: a GPU that Ray gave this process, or the CPU.
+    """
+
+    def __init__(self, run: Pass, folder: Any, manifest: Manifest, device: str):
+        self.run, self.folder, self.manifest = run, folder, manifest
+        if device != run.device.type or device == "cuda":
+            run.model.to(device)
+            run.device = torch.device(device)
+        torch.set_num_threads(1)
+
+    def __call__(self, rows: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the shards with these numbers, and return how many images each covers."""
+        return {"images": [self._write(int(shard)) for shard in rows["shard"]]}
+
+    def _write(self, shard: int) -> int:
+        per = self.manifest.shard // self.manifest.batch
+        images = 0
+        with Writer(self.folder, self.manifest, stream=False) as writer:
+            writer.shard = shard
+            for batch, activations in self.run.activations(self.run.batches(shard * per, (shard + 1) * per)):
+                writer.add(batch, activations)
+                images += batch.size
+            writer.flush()
+        return images
+
+
+def on_ray(run: Pass, writer: Writer, address: str, progress: bool | None) -> None:
+    """Write the shards that are not there yet; the lock of the folder stays with the caller.
+
+    Raises:
+        PluginError: Ray is not installed, or the cluster cannot be reached.
+        InputError: the data are a stream, which has no parts to share out.
+    """
+    if run.source.n is None:
+        raise InputError("Workers of a cluster share images out by number: give a folder, a list or a data set.")
+    try:
+        ray = importlib.import_module("ray")
+        data = importlib.import_module("ray.data")
+    except ImportError as error:
+        raise PluginError(f"This needs Ray ({error}): pip install 'prisma-interp[scale]'") from error
+    if not ray.is_initialized():
+        try:
+            ray.init(address=None if address == "local" else address, include_dashboard=False, log_to_driver=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise PluginError(f"No Ray cluster at {address!r}: {error}") from error
+    total = -(-run.source.n // writer.manifest.shard)
+    todo = [shard for shard in range(total) if not writer.shard_path(shard).is_file()]
+    writer.shard = total
+    if not todo:
+        return
+    gpu = run.device.type == "cuda"
+    resources: dict[str, Any] = {"num_gpus": 1} if gpu else {"num_cpus": 1}
+    places = int(ray.cluster_resources().get("GPU" if gpu else "CPU", 1))
+    data.DataContext.get_current().enable_progress_bars = False
+    run.data = None  # it is open: the source has it
+    shards = data.from_items([{"shard": shard} for shard in todo], override_num_blocks=len(todo)).map_batches(
+        ShardWorker,
+        fn_constructor_args=(run, writer.folder.resolve(), writer.manifest, run.device.type),
+        batch_size=1,
+        concurrency=max(1, min(places, len(todo))),
+        **resources,
+    )
+    with counting("Harvesting", run.source.n, run.source.n - _images(run, writer, todo), progress) as advance:
+        for row in shards.iter_rows():
+            advance(int(row["images"]))
+
+
+def _images(run: Pass, writer: Writer, shards: list[int]) -> int:
+    per = writer.manifest.shard
+    return sum(min(per, (run.source.n or 0) - shard * per) for shard in shards)

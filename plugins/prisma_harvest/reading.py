@@ -1,0 +1,285 @@
+"""Read a harvest: by example, in order, shuffled, split over workers, as Arrow; two as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from prisma_core import InputError, LoadError, NotApplicable, TokenLayout
+from prisma_core.plugin import LayerQuery, resolve_one
+from prisma_harvest.folder import Line, read_lines
+from prisma_harvest.manifest import (
+    DTYPES,
+    EXAMPLES,
+    SKIPPED,
+    Manifest,
+    Point,
+    example_bytes,
+)
+from prisma_harvest.shuffling import Chunk, buffered, cut, dealt, shuffled
+
+if TYPE_CHECKING:
+    import pyarrow
+
+    from prisma_harvest.splitting import RowDataset
+
+CHUNK_BYTES = 4 * 2**20  # read in one go: long enough that a disk does not notice the seek before it
+Name: TypeAlias = "str | LayerQuery"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of a harvest.
+
+    Attributes:
+        path: the file.
+        start: the number of its first example in the harvest.
+        n: how many it holds.
+    """
+
+    path: Path
+    start: int
+    n: int
+
+
+@dataclass(frozen=True, repr=False)
+class Harvest:
+    """Activations on disk. ``open_harvest`` opens one, ``cat`` makes one of several.
+
+    Attributes:
+        folders: the folders it is made of.
+        manifest: what it holds: of several, the first one's.
+        shards: its files, in order.
+    """
+
+    folders: tuple[Path, ...]
+    manifest: Manifest
+    shards: tuple[Shard, ...] = field(compare=False)
+
+    def __len__(self) -> int:
+        return sum(shard.n for shard in self.shards)
+
+    def __repr__(self) -> str:
+        points = ", ".join(f"{point.name} {list(point.shape)}" for point in self.points)
+        return f"Harvest({len(self)} examples of {points} in {self.manifest.dtype}, {self.folders[0]})"
+
+    @property
+    def path(self) -> Path:
+        """The folder, of several the first."""
+        return self.folders[0]
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """The hook points with their axes and shapes."""
+        return self.manifest.points
+
+    @property
+    def names(self) -> list[str]:
+        """The full names of the hook points."""
+        return [point.name for point in self.points]
+
+    @property
+    def layout(self) -> TokenLayout | None:
+        """The token layout of the model; ``positions`` says which of its tokens are here."""
+        return self.manifest.layout
+
+    @property
+    def positions(self) -> list[int] | None:
+        """The positions of the tokens that are here, or None where the model has no layout."""
+        if (layout := self.layout) is None:
+            return None
+        pos, places = self.manifest.pos, range(layout.n_tokens)
+        return list(places[layout.slice(pos)] if isinstance(pos, str) else places if pos is None else pos)
+
+    @property
+    def tokens(self) -> list[str] | None:
+        """The names of the tokens that are here: ``cls``, ``r3c5``."""
+        names = None if self.layout is None else self.layout.token_names()
+        return None if names is None else [names[position] for position in self.positions or ()]
+
+    def point(self, name: Name) -> Point:
+        """Return a hook point by full name, shorthand, or shorthand and layer.
+
+        Raises:
+            UnknownName: it is none or several of those in the harvest.
+        """
+        full = resolve_one(name, self.names)
+        return next(point for point in self.points if point.name == full)
+
+    # ---------------------------------------------------------------- lines
+
+    def examples(self) -> Iterator[Line]:
+        """Yield what is known of each example: ``example source path label sha256``."""
+        lines = (line for folder in self.folders for line in read_lines(folder / EXAMPLES))
+        return ({**line, "example": at} for at, line in enumerate(lines))
+
+    def skipped(self) -> Iterator[Line]:
+        """Yield what is known of each image that could not be read: ``source path error``."""
+        return (line for folder in self.folders for line in read_lines(folder / SKIPPED))
+
+    # ---------------------------------------------------------------- tensors
+
+    def example(self, index: int, name: Name) -> Tensor:
+        """Return the activation of one example: ``[token d]``, or whatever axes the hook point has.
+
+        Raises:
+            InputError: there is no such example.
+        """
+        if not -len(self) <= index < len(self):
+            raise InputError(f"No example {index}: they run from 0 to {len(self) - 1}.")
+        index %= len(self)
+        return self.read(name, index, index + 1)[0]
+
+    def read(self, name: Name, start: int, stop: int) -> Tensor:
+        """Return the activations of consecutive examples: ``[example token d]``.
+
+        Raises:
+            LoadError: a shard is missing or damaged.
+        """
+        point = self.point(name)
+        parts = [
+            self._part(
+                shard, max(start, shard.start) - shard.start, min(stop, shard.start + shard.n) - shard.start, point
+            )
+            for shard in self.shards
+            if start < shard.start + shard.n and shard.start < stop
+        ]
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+    def _part(self, shard: Shard, start: int, stop: int, point: Point) -> Tensor:
+        try:
+            with safe_open(shard.path, "pt") as file:
+                part: Tensor = file.get_slice(point.name)[start:stop]
+        except (OSError, SafetensorError) as error:
+            raise LoadError(f"{shard.path} cannot be read: {error}. `prisma harvest verify` tells what is.") from error
+        if part.shape != (stop - start, *point.shape) or part.dtype != DTYPES[self.manifest.dtype]:
+            raise LoadError(f"{shard.path} holds {list(part.shape)} {part.dtype} where its manifest says otherwise.")
+        return part
+
+    def batches(self, name: Name, batch: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield the examples in order: the number of the first, and ``[example token d]``."""
+        for start in range(0, len(self), batch):
+            yield start, self.read(name, start, min(start + batch, len(self)))
+
+    # ---------------------------------------------------------------- rows
+
+    @overload
+    def rows(
+        self,
+        name: Name,
+        batch: int,
+        shuffle: bool = False,
+        buffer: int = ...,
+        seed: int = 0,
+        *,
+        part: tuple[int, int] = (0, 1),
+        drop_last: bool = False,
+    ) -> Iterator[Tensor]: ...
+    @overload
+    def rows(
+        self,
+        name: list[Name],
+        batch: int,
+        shuffle: bool = False,
+        buffer: int = ...,
+        seed: int = 0,
+        *,
+        part: tuple[int, int] = (0, 1),
+        drop_last: bool = False,
+    ) -> Iterator[tuple[Tensor, ...]]: ...
+    def rows(
+        self,
+        name: Name | list[Name],
+        batch: int,
+        shuffle: bool = False,
+        buffer: int = 2**16,
+        seed: int = 0,
+        *,
+        part: tuple[int, int] = (0, 1),
+        drop_last: bool = False,
+    ) -> Iterator[Any]:
+        """Yield tokens as rows ``[batch d]``: all tokens of all examples, once each.
+
+        Several axes behind the token, such as ``head d_head``, become one; where there is no token axis, an example is
+        a row. The same seed gives the same order.
+
+        Args:
+            name: a hook point; a list of them gives tuples of the same tokens' rows.
+            batch: rows at once; the last batch may be shorter.
+            shuffle: read runs of 4 MiB in random order, and draw rows from a buffer that they fill.
+            buffer: how many rows it holds.
+            seed: of the order.
+            part: (which, of how many): this share of the examples alone; shares differ by one example at most.
+            drop_last: leave a shorter last batch out.
+
+        Raises:
+            UnknownName: no such hook point.
+            NotApplicable: its second axis is no token, as of a pattern; or two differ in tokens.
+
+        >>> for rows in open_harvest("harvests").rows(("resid_post", 5), 4096, shuffle=True):
+        ...     loss = coder(rows)
+        """
+        several = isinstance(name, list)
+        points = [self.point(each) for each in name] if several else [self.point(name)]  # type: ignore[arg-type]
+        if batch < 1 or buffer < 1:
+            raise InputError(f"Expected a batch and a buffer of at least one row, got {batch} and {buffer}.")
+        if not 0 <= part[0] < part[1]:
+            raise InputError(f"Expected part=(which, of how many), got {part}.")
+        tokens = {_tokens(point) for point in points}
+        if len(tokens) > 1:
+            raise NotApplicable(f"These hook points differ in tokens: {', '.join(each.name for each in points)}.")
+        runs = (self._rows(points, chunk) for chunk in self._chunks(points, shuffle, seed, part))
+        made = shuffled(runs, batch, buffer, seed + part[0]) if shuffle else buffered(runs, batch)
+        return (group if several else group[0] for group in made if not drop_last or len(group[0]) == batch)
+
+    def _chunks(self, points: Sequence[Point], shuffle: bool, seed: int, part: tuple[int, int]) -> list[Chunk]:
+        size = max(1, CHUNK_BYTES // max(1, example_bytes(points[:1], self.manifest.dtype)))
+        chunks = cut([shard.n for shard in self.shards], size)
+        if shuffle:
+            order = torch.randperm(len(chunks), generator=torch.Generator().manual_seed(seed))
+            chunks = [chunks[at] for at in order.tolist()]
+        return dealt(chunks, *part)
+
+    def _rows(self, points: Sequence[Point], chunk: Chunk) -> tuple[Tensor, ...]:
+        shard = self.shards[chunk.shard]
+        parts = (self._part(shard, chunk.start, chunk.stop, point) for point in points)
+        return tuple(
+            x.flatten(0, 1).flatten(1) if point.axes.startswith(("pos", "patch")) else x.flatten(1)
+            for x, point in zip(parts, points, strict=True)
+        )
+
+    # ---------------------------------------------------------------- other forms
+
+    def dataset(self, name: Name | list[Name], batch: int, **options: Any) -> RowDataset:
+        """Return rows as a torch ``IterableDataset`` that workers and ranks share out (see ``RowDataset``)."""
+        from prisma_harvest.splitting import RowDataset
+
+        return RowDataset(self, name, batch, **options)
+
+    def to_arrow(self, names: Name | list[Name] | None = None, *, batch: int = 64) -> pyarrow.RecordBatchReader:
+        """Return the examples as Arrow, a batch at a time (see ``prisma_harvest.arrow``)."""
+        from prisma_harvest.arrow import reader
+
+        return reader(self, names, batch)
+
+
+def _tokens(point: Point) -> int:
+    """Return how many rows an example has.
+
+    Raises:
+        NotApplicable: its first axis is neither a token nor a feature.
+    """
+    first = point.axes.split()[0]
+    if first in ("pos", "patch"):
+        return point.shape[0]
+    if len(point.shape) > 1:
+        raise NotApplicable(
+            f"{point.name} is [{point.axes}], which has no rows of tokens: take harvest.batches or harvest.example."
+        )
+    return 1

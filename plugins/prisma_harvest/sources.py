@@ -1,0 +1,230 @@
+"""Data of any kind as items in a fixed order: folders, lists, data sets, tar shards, streams."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from PIL import Image
+
+from prisma_core import InputError
+from prisma_harvest.items import LABELS, UNREADABLE, Item, item_of, safe_hash
+
+FILMS = frozenset(f".{ending}" for ending in ["avi", "m4v", "mkv", "mov", "mp4", "mpeg", "mpg", "ogv", "webm", "wmv"])
+_SAMPLE, _BEGINNING = 16, 8
+
+
+@dataclass(frozen=True)
+class Data:
+    """Items in a fixed order.
+
+    Attributes:
+        kind: as in the manifest.
+        fingerprint: as in the manifest.
+        n: how many; None for a stream.
+        get: the item at a position; None for a stream.
+        stream: the values of a stream.
+        head: its first item.
+        columns: the keys of image and label in mappings.
+    """
+
+    kind: Literal["folder", "tar", "indexed", "stream"]
+    fingerprint: str
+    n: int | None = None
+    get: Callable[[int], Item] | None = None
+    stream: Iterable[Any] | None = None
+    head: Item | None = None
+    columns: tuple[str | None, str | None] = (None, None)
+
+    def items(self) -> Iterator[Item]:
+        """Yield the items of a stream from its start."""
+        return (item_of(value, self.columns) for value in self.stream or ())
+
+
+def open_data(
+    data: Any, *, limit: int | None = None, image_column: str | None = None, label_column: str | None = None
+) -> Data:
+    """Return data of any kind as items.
+
+    Args:
+        data: a folder of images or of videos (the folders in it are labels), tar shards of WebDataset (a path, a glob,
+            ``shards-{000..009}.tar``, or a list), a list of images or of ``(image, label)``, a torch ``Dataset`` or a
+            ``datasets.Dataset`` (anything with a length and items), or any iterable of images, ``(image, label)`` or
+            mappings.
+        limit: take only so many from the start.
+        image_column, label_column: the keys of mappings, where they are not the usual ones.
+
+    Raises:
+        InputError: it is none of these, or empty.
+    """
+    columns = (image_column, label_column)
+    if isinstance(data, str | Path) and Path(data).is_dir() and not list(Path(data).glob("*.tar")):
+        made = _folder(Path(data), limit)
+    elif (paths := _tars(data)) is not None:
+        made = _tar(paths, columns, limit)
+    elif isinstance(data, str | Path | Mapping) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+        said = repr(str(data)) if isinstance(data, str | Path) else type(data).__name__
+        raise InputError(
+            f"Expected a folder of images, tar shards, a list, a data set or an iterable as data, got {said}."
+        )
+    elif hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+        made = _indexed(data, columns, limit)
+    else:
+        return _stream(data, columns, limit)
+    if not made.n:
+        raise InputError(f"There are no images in {data if isinstance(data, str | Path) else 'the data'}.")
+    return made
+
+
+def _sha(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+# -------------------------------------------------------------------- kinds
+
+
+def _folder(folder: Path, limit: int | None) -> Data:
+    endings = set(Image.registered_extensions())
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings | FILMS and path.is_file())
+    films = [path for path in files if path.suffix.lower() in FILMS]
+    if films and len(films) < len(files):
+        raise InputError(f"{folder} holds images and videos: give a folder of one kind, or a list.")
+    names = [path.relative_to(folder).as_posix() for path in files][:limit]
+    sizes = [path.stat().st_size for path in files[:limit]]
+
+    def get(index: int) -> Item:
+        parts = PurePosixPath(names[index]).parts
+        return Item(folder / names[index], parts[0] if len(parts) > 1 else None, names[index])
+
+    return Data("folder", _sha([names, sizes]), len(names), get)
+
+
+def _tars(data: Any) -> list[Path] | None:
+    """Return the tar files that data mean, or None."""
+    if isinstance(data, str | Path):
+        if Path(data).is_dir():
+            return sorted(Path(data).glob("*.tar"))
+        texts = [str(data)]
+    elif isinstance(data, list) and data and all(isinstance(one, str | Path) for one in data):
+        texts = [str(one) for one in data]
+    else:
+        return None
+    if not all(text.endswith(".tar") for text in texts):
+        return None
+    paths = [Path(path) for text in texts for one in _braces(text) for path in (sorted(glob.glob(one)) or [one])]
+    if lost := [str(path) for path in paths if not path.is_file()]:
+        raise InputError(f"No tar shard at {lost[0]}. Shards of another machine: download them, or give an iterable.")
+    return paths
+
+
+def _braces(text: str) -> list[str]:
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", text)
+    if match is None:
+        return [text]
+    first, last = match.groups()
+    numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    return [each for number in numbers for each in _braces(text[: match.start()] + number + text[match.end() :])]
+
+
+def _tar(paths: Sequence[Path], columns: tuple[str | None, str | None], limit: int | None) -> Data:
+    """Index the shards of WebDataset: members that share a name up to its first dot are one example."""
+    index: list[tuple[Path, str, dict[str, tuple[int, int]]]] = []
+    for path in paths:
+        groups: dict[str, dict[str, tuple[int, int]]] = {}
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    place, _, name = member.name.rpartition("/")
+                    key, _, ending = name.partition(".")
+                    if member.isfile() and key and ending:
+                        full = f"{place}/{key}" if place else key
+                        groups.setdefault(full, {})[ending.lower()] = (member.offset_data, member.size)
+        except (tarfile.TarError, OSError) as error:
+            raise InputError(f"{path} is no uncompressed tar file that can be read: {error}") from error
+        index += [(path, key, parts) for key, parts in groups.items()]
+    index = index[:limit]
+
+    def get(position: int) -> Item:
+        path, key, parts = index[position]
+        with path.open("rb") as file:
+            value: dict[str, Any] = {"__key__": f"{path.name}/{key}"}
+            for ending, (offset, size) in parts.items():
+                file.seek(offset)
+                value[ending] = file.read(size)
+        if "json" in value and not any(name in value for name in LABELS):
+            facts = json.loads(value.pop("json"))
+            value |= {name: facts[name] for name in LABELS if isinstance(facts, dict) and name in facts}
+        return item_of(value, columns)
+
+    names = [[path.name, key, {ending: size for ending, (_, size) in parts.items()}] for path, key, parts in index]
+    return Data("tar", _sha(names), len(index), get)
+
+
+def _indexed(data: Any, columns: tuple[str | None, str | None], limit: int | None) -> Data:
+    n = len(data) if limit is None else min(limit, len(data))
+
+    def get(index: int) -> Item:
+        return item_of(data[index], columns)
+
+    spread = {round(i * (n - 1) / (_SAMPLE - 1)) for i in range(_SAMPLE)} if n else ()
+    places = range(n) if isinstance(data, list | tuple) else sorted(spread)
+    hashes = [_fingerprint(get, index) for index in places]
+    if hashes and _fingerprint(get, 0) != hashes[0]:
+        raise InputError(
+            "The data give another image each time the first one is asked for: a random augmentation cannot be "
+            "harvested, for nothing could be resumed or checked. Turn it off."
+        )
+    return Data("indexed", _sha([n, hashes]), n, get)
+
+
+def _fingerprint(get: Callable[[int], Item], index: int) -> Any:
+    try:
+        item = get(index)
+    except UNREADABLE as error:
+        return f"unreadable: {type(error).__name__}"
+    if isinstance(item.image, str | Path):  # a list of a million paths is not read twice
+        path = Path(item.image)
+        return [str(path), path.stat().st_size if path.is_file() else None, item.label]
+    return [safe_hash(item.image), item.label]
+
+
+def _stream(data: Iterable[Any], columns: tuple[str | None, str | None], limit: int | None) -> Data:
+    iterator = iter(data)
+    beginning = list(islice(iterator, _BEGINNING if limit is None else min(limit, _BEGINNING)))
+    if not beginning:
+        raise InputError("There are no data: the iterable is empty. A generator is used up once: make a new one.")
+    hashes = [[safe_hash(item.image), item.label] for item in (item_of(value, columns) for value in beginning)]
+    values = _Values(data, limit) if iterator is not data else _Once(chain(beginning, iterator), limit)
+    return Data("stream", _sha(hashes), stream=values, columns=columns, head=item_of(beginning[0], columns))
+
+
+@dataclass
+class _Values:
+    """An iterable up to a limit."""
+
+    values: Iterable[Any]
+    limit: int | None
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.values), self.limit)
+
+
+@dataclass
+class _Once(_Values):
+    """A generator, which is used up by the first who reads it."""
+
+    used: bool = False
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.used:
+            raise InputError("The generator is used up: make a new one for each pass, or give a list or a data set.")
+        self.used = True
+        return super().__iter__()

@@ -1,0 +1,273 @@
+"""Top examples: the images, or patches, on which each neuron, head or direction is largest, over any amount of data.
+
+Equation:
+    score(unit, image, token) = x_unit, the norm of a head's output, or x . direction; the k largest over all images
+    (``per="image"``: of each image its largest token alone), equal ones in the order of the data. With them, over all
+    tokens: the histogram of scores, their mean, and how many are positive.
+Cost:
+    One read of a harvest, or one pass of a model. Memory: k entries and 67 counts a unit, whatever the data.
+Misleads:
+    The top is the tail: what a unit responds to mostly stands in the middle of its histogram. Images that top a random
+    direction look alike too (compare with ``directions=torch.randn(...)``). A patch holds what its token has gathered
+    from others by that layer, so its own pixels may show nothing.
+Source:
+    Bau et al. 2017 (network dissection); Bolukbasi et al. 2021 (illusions of top examples).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prisma_core import InputError, LoadError, Result
+from prisma_core.plugin import replacing
+from prisma_harvest.manifest import Point, tensor_bytes
+from prisma_harvest.passes import Pass
+from prisma_harvest.progress import counting
+from prisma_harvest.reading import Harvest, Name
+from prisma_harvest.scoring import count_units, largest, scored
+
+EDGES = 2.0 ** (torch.arange(33) / 2 - 6)  # half octaves from 2^-6 to 2^10
+EDGES = torch.cat([-EDGES.flip(0), EDGES]).float()
+_SCORES = 2**21  # at once
+_SAVE_EVERY = 20.0  # seconds
+
+
+def top_examples(
+    source: Harvest | Pass,
+    name: Name,
+    k: int = 16,
+    *,
+    over: Literal["feature", "head"] = "feature",
+    directions: Tensor | None = None,
+    labels: Sequence[str] | None = None,
+    per: Literal["image", "patch"] = "image",
+    resume: str | Path | None = None,
+    progress: bool | None = None,
+) -> Result:
+    """Return the k largest scores of each unit, with the images and tokens they are at: ``[unit rank]``.
+
+    >>> best = top_examples(open_harvest("harvests"), ("mlp.hook_post", 5), k=9)
+    >>> best.values[17], best.tensors["example"][17], best.facts["examples"]["204"]["path"]
+    (tensor([9.1, 8.7, ...]), tensor([204, 3, ...]), 'cats/31.jpg')
+
+    Args:
+        source: a harvest, or ``Pass(model, data, names)``, which runs the model and keeps nothing else.
+        name: a hook point of it.
+        k: how many.
+        over: ``"feature"``: every number of the last axes; ``"head"``: the norm of each head's output.
+        directions: score these instead, ``[direction d]``: a probe's weights, an encoded text, decoder rows.
+        labels: names of the units.
+        per: ``"image"`` takes the largest token of each image, ``"patch"`` every token by itself.
+        resume: a ``.safetensors`` file that keeps what was found so far; the same call goes on from it.
+        progress: show a bar; None shows one on a terminal.
+
+    Returns:
+        ``values`` as above, largest first; in ``tensors`` ``example`` and ``token`` ``[unit rank]`` (a token counts
+        those that were read), ``histogram [unit bin]`` with ``edges [bin - 1]``, ``mean`` and ``positive [unit]`` over
+        all tokens; in ``facts`` the path and label of each image by its number as text.
+
+    Raises:
+        InputError: the directions do not fit, there are no heads, or a score is not finite.
+        LoadError: the file to resume from is of another search.
+    """
+    if k < 1:
+        raise InputError(f"Expected k of at least 1, got {k}.")
+    point = source.point(name) if isinstance(source, Harvest) else _point(source, name)
+    units = count_units(point, over, directions)
+    if labels is not None and len(labels) != units:
+        raise InputError(f"There are {units} units and {len(labels)} labels.")
+    search = _Search(point, k, per, over, directions, units)
+    kept = None if resume is None else _Kept(Path(resume), _mark(source, search))
+    if kept is not None:
+        kept.read(search)
+    n = len(source) if isinstance(source, Harvest) else source.source.n
+    with counting("Searching", n, search.seen, progress) as advance:
+        for first, x, lines in _groups(source, point, search):
+            search.add(first, x, lines)
+            advance(len(x))
+            if kept is not None:
+                kept.write(search)
+    if kept is not None:
+        kept.write(search, now=True)
+    if not search.seen:
+        raise InputError("There are no images to search.")
+    return search.result(source, labels)
+
+
+@dataclass
+class _Search:
+    """What was found so far."""
+
+    point: Point
+    k: int
+    per: str
+    over: str
+    directions: Tensor | None
+    units: int
+
+    def __post_init__(self) -> None:
+        shape = (self.units, self.k)
+        self.state = {
+            "values": torch.full(shape, -torch.inf),
+            "example": torch.full(shape, -1),
+            "token": torch.full(shape, -1),
+            "histogram": torch.zeros(self.units, len(EDGES) + 1, dtype=torch.long),
+            "sum": torch.zeros(self.units, dtype=torch.float64),
+            "positive": torch.zeros(self.units, dtype=torch.long),
+        }
+        self.seen = self.groups = 0
+        self.lines: dict[int, dict[str, Any]] = {}
+
+    def add(self, first: int, x: Tensor, lines: Sequence[dict[str, Any]] | None) -> None:
+        """Take the activations of consecutive examples, ``[example token ...]``."""
+        step = max(1, _SCORES // max(1, self.units * (x.shape[1] if x.ndim > 2 else 1)))
+        for start in range(0, len(x), step):
+            self._scores(first + start, scored(x[start : start + step], self.point, self.over, self.directions))
+        self.seen, self.groups = first + len(x), self.groups + 1
+        self.lines |= {first + at: line for at, line in enumerate(lines or ())}
+        if len(self.lines) > 4 * self.state["example"].numel() + 10_000:
+            self._forget()
+
+    def _scores(self, first: int, scores: Tensor) -> None:
+        if not torch.isfinite(scores).all():
+            raise InputError(f"{self.point.name} is not finite for images {first} to {first + len(scores) - 1}.")
+        _, tokens, units = scores.shape
+        flat = scores.flatten(0, 1)
+        bins = torch.bucketize(flat, EDGES) + torch.arange(units) * (len(EDGES) + 1)
+        counts = torch.bincount(bins.flatten(), minlength=self.state["histogram"].numel())
+        self.state["histogram"] += counts.view_as(self.state["histogram"])
+        self.state["sum"] += flat.double().sum(0)
+        self.state["positive"] += (flat > 0).sum(0)
+        if self.per == "image":
+            best, token = scores.max(1)  # the first of equal ones
+            places = largest(best.T, self.k)
+            self._merge(best.T.gather(1, places), first + places, token.T.gather(1, places))
+        else:
+            places = largest(flat.T, self.k)
+            self._merge(flat.T.gather(1, places), first + places // tokens, places % tokens)
+
+    def _merge(self, values: Tensor, example: Tensor, token: Tensor) -> None:
+        """Keep the largest of what there was and what comes; what was there first stays before its equals."""
+        new = {"values": values, "example": example, "token": token}
+        joined = {name: torch.cat([self.state[name], each], 1) for name, each in new.items()}
+        order = joined["values"].sort(stable=True, dim=1, descending=True).indices[:, : self.k]
+        self.state |= {name: each.gather(1, order) for name, each in joined.items()}
+
+    def _forget(self) -> None:
+        top = set(self.state["example"].unique().tolist())
+        self.lines = {example: line for example, line in self.lines.items() if example in top}
+
+    def result(self, source: Harvest | Pass, labels: Sequence[str] | None) -> Result:
+        k = int((self.state["example"][0] >= 0).sum()) if self.units else 0
+        top = {name: self.state[name][:, :k] for name in ("values", "example", "token")}
+        shown = set(top["example"].unique().tolist())
+        if isinstance(source, Harvest):
+            self.lines = {line["example"]: line for line in source.examples() if line["example"] in shown}
+        unit = "direction" if self.directions is not None else self.over
+        total = self.state["histogram"].sum(1).clamp_min(1)
+        return Result(
+            top.pop("values"),
+            (unit, "rank"),
+            {} if labels is None else {unit: tuple(labels)},
+            technique="top_examples",
+            unit="norm of the head's output" if unit == "head" else "activation",
+            tensors={
+                **top,
+                "histogram": self.state["histogram"],
+                "edges": EDGES,
+                "mean": (self.state["sum"] / total).float(),
+                "positive": self.state["positive"],
+            },
+            facts={
+                "name": self.point.name,
+                "per": self.per,
+                "seen": self.seen,
+                "examples": {
+                    str(example): {name: self.lines[example].get(name) for name in ("source", "path", "label")}
+                    for example in sorted(shown)
+                },
+            },
+        )
+
+
+def _point(source: Pass, name: Name) -> Point:
+    full = source.tower.resolve([name])
+    points = [point for point in source.points if point.name.removeprefix(source.tower.prefix) in full]
+    if len(points) != 1:
+        raise InputError(f"{name!r} is {len(points)} of the hook points of this pass; expected one.")
+    return points[0]
+
+
+def _groups(
+    source: Harvest | Pass, point: Point, search: _Search
+) -> Iterator[tuple[int, Tensor, Sequence[dict[str, Any]] | None]]:
+    """Yield consecutive examples behind those that were seen: the first one's number, activations, lines."""
+    if isinstance(source, Harvest):
+        for start in range(search.seen, len(source), source.manifest.batch):
+            stop = min(start + source.manifest.batch, len(source))
+            yield start, source.read(point.name, start, stop), None
+        return
+    for batch, activations in source.run(search.groups):
+        if batch.start >= search.groups * source.batch:
+            x = activations.get(point.name, torch.empty(0, *point.shape))
+            yield search.seen, x, batch.lines
+
+
+# -------------------------------------------------------------------- to go on from
+
+
+def _mark(source: Harvest | Pass, search: _Search) -> str:
+    of = (
+        [folder.name for folder in source.folders]
+        if isinstance(source, Harvest)
+        else [source.manifest("float32", 1).name]
+    )
+    text = json.dumps([of, search.point.name, search.k, search.per, search.over])
+    digest = hashlib.sha256(text.encode())
+    if search.directions is not None:
+        digest.update(tensor_bytes(search.directions))
+    return digest.hexdigest()
+
+
+class _Kept:
+    """A search so far, in a file that belongs to this search alone."""
+
+    def __init__(self, path: Path, mark: str):
+        if path.suffix != ".safetensors":
+            raise InputError(f"Expected a path that ends in .safetensors to resume from, got {path}.")
+        self.path, self.mark, self.last = path, mark, time.monotonic()
+
+    def read(self, search: _Search) -> None:
+        if not self.path.is_file():
+            return
+        try:
+            with safe_open(self.path, "pt") as file:
+                facts = json.loads((file.metadata() or {}).get("top_examples", "{}"))
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+        except (OSError, SafetensorError, ValueError) as error:
+            raise LoadError(f"{self.path} cannot be read: {error}. Remove it to begin anew.") from error
+        if facts.get("mark") != self.mark:
+            raise LoadError(f"{self.path} is of another search: choose another file, or remove it.")
+        search.state, search.seen, search.groups = state, facts["seen"], facts["groups"]
+        search.lines = {int(example): line for example, line in facts["lines"].items()}
+
+    def write(self, search: _Search, *, now: bool = False) -> None:
+        if not now and time.monotonic() - self.last < _SAVE_EVERY:
+            return
+        facts = {"mark": self.mark, "seen": search.seen, "groups": search.groups, "lines": search.lines}
+        with replacing(self.path) as beside:
+            save_file(
+                {name: x.contiguous() for name, x in search.state.items()}, beside, {"top_examples": json.dumps(facts)}
+            )
+        self.last = time.monotonic()
