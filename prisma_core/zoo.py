@@ -39,6 +39,7 @@ from prisma_core.plugin.source import Loaded, Reference, Source
 from prisma_core.saving.folder import load_folder, with_own_stem
 from prisma_core.spec import AnySpec, DualSpec, MapSpec, ModelSpec, TextSpec
 from prisma_core.toolbox.options import check_keywords, keywords
+from prisma_core.toolbox.undeclared import check_undeclared
 from prisma_core.transformer import HookedDual, HookedText, build
 from prisma_core.transformer.names import optional_hook_names
 from prisma_core.upstream.model import HookedUpstream, copy_module
@@ -172,9 +173,15 @@ def check_adapter(adapter: object, upstream: nn.Module) -> None:
 
 def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> ZooModel:
     """Hook a model with an adapter, whatever its ``types``; see ``adapt``."""
-    spec, hooks, table, stem = read_adapter(adapter, Reader(upstream))
+    reader = Reader(upstream)
+    spec, hooks, table, stem = read_adapter(adapter, reader)
     if isinstance(spec, MapSpec):
         return HookedUpstream(copy_module(upstream, copy=copy), hooks, spec, partial(output_of, adapter))
+    with blaming(adapter):
+        types = [name for each in (adapter, *adapter.parts(reader)) for name in each.types]
+    check_undeclared(
+        reader, [qualified_name(upstream), *types], lambda name: table.reason_to_ignore(name) is not None, stem
+    )
     with torch.device("meta"):
         model = build(spec)
     if stem is not None:

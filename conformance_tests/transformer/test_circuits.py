@@ -6,8 +6,10 @@ import copy
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from torch import nn
 
 from prisma_core import InputError, ModelSpec, NotApplicable
@@ -64,6 +66,49 @@ def test_a_write_that_would_be_lost_names_where_to_write(make, name, write, grad
     assert all(torch.equal(tensor, before[key]) for key, tensor in vit.state_dict().items())
 
 
+WRITES = {
+    "view": lambda stack: stack.view(-1).zero_(),
+    "flatten[]": lambda stack: stack.flatten().__setitem__(0, 1.0),
+    "mT": lambda stack: stack.mT.fill_(1),
+    "iteration": lambda stack: [part.zero_() for part in stack],
+    "unbind": lambda stack: stack.unbind(0)[0].mul_(2),
+    "split": lambda stack: torch.split(stack, 1)[1].mul_(2),
+    "einops": lambda stack: rearrange(stack, "layer ... -> ... layer").zero_(),
+    "detach": lambda stack: stack.detach().zero_(),
+    "data": lambda stack: stack.data.zero_(),
+    "data =": lambda stack: setattr(stack, "data", torch.zeros(1)),
+    "set_": lambda stack: stack.set_(torch.zeros(1)),
+    "out=": lambda stack: torch.mul(torch.ones(stack.shape), 2, out=stack),
+    "out= of a view": lambda stack: torch.mul(torch.ones(stack[0].shape), 2, out=stack[0]),
+    "inplace=": lambda stack: nn.functional.relu(stack, inplace=True),
+    "foreach": lambda stack: torch._foreach_mul_([stack], 2),
+    "masked": lambda stack: stack.masked_fill_(stack > 0, 0),
+    "function": lambda stack: torch.clamp_(stack, 0, 1),
+    "as_strided": lambda stack: stack.as_strided((3,), (1,)).zero_(),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@pytest.mark.parametrize("inference", [True, False], ids=["inference_mode", "no_grad"])
+def test_a_write_through_whatever_shares_memory_is_refused_too(vit, write, inference):
+    with torch.inference_mode() if inference else torch.no_grad():
+        stack = vit.W_O
+        before = stack.clone()
+        with pytest.raises(InputError, match=r"model\.blocks\[l\]\.attn\.W_O"):
+            write(stack)
+        assert torch.equal(stack, before)
+        write(before)  # of one's own: written
+        assert before.shape != stack.shape or not torch.equal(before, stack)
+
+
+def test_arrays_of_a_stack_are_read_only(vit):
+    stack = vit.W_O.detach()
+    for array in (stack.numpy(), np.asarray(stack), stack.mT.numpy()):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
+    assert stack.clone().numpy().flags.writeable
+
+
 def test_everything_else_is_done_with_stacks_as_with_tensors(vit):
     stack = vit.W_O
     assert type(stack * 2) is type(stack.clone()) is type(stack.mean(0)) is torch.Tensor
@@ -77,6 +122,9 @@ def test_everything_else_is_done_with_stacks_as_with_tensors(vit):
     assert torch.equal(vit.W_O[0], stack[1])
     (grad,) = torch.autograd.grad(vit.W_O.square().sum(), vit.blocks[1].attn.out.weight)
     torch.testing.assert_close(grad, 2 * vit.blocks[1].attn.out.weight)
+    assert torch.vmap(lambda layer: layer.mT.sum(0))(stack).shape == (2, 18, 6)
+    pairs = torch.func.grad(lambda x: (x @ vit.W_O[0, 0]).sum())(torch.ones(6))
+    torch.testing.assert_close(pairs, vit.blocks[0].attn.W_O[0].sum(1))
     assert torch.compile(lambda: vit.W_O[0] * 2, backend="eager", fullgraph=True)().shape == (4, 6, 18)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 from torch import nn
 
 from prisma_core.errors import UnsupportedArchitecture
 
+T = TypeVar("T")
 TORCH = "torch.nn.modules."
 
 
@@ -34,12 +35,14 @@ class Reader:
         module: the module itself.
         path: its name in the model that was given to the adapter.
         record: the names of all attributes read so far, in the whole model.
+        classes: the paths of all modules whose class was recognised.
     """
 
-    def __init__(self, module: nn.Module, path: str = "", record: set[str] | None = None):
+    def __init__(self, module: nn.Module, path: str = "", above: Reader | None = None):
         self.module = module
         self.path = path
-        self.record: set[str] = set() if record is None else record
+        self.record: set[str] = above.record if above else set()
+        self.classes: set[str] = above.classes if above else set()
 
     def _below(self, name: str) -> str:
         return f"{self.path}.{name}" if self.path else name
@@ -51,7 +54,7 @@ class Reader:
             raise UnsupportedArchitecture(qualified_name(self.module), f"no attribute {name!r} (another version?)")
         self.record.add(self._below(name))
         value = getattr(self.module, name)
-        return Reader(value, self._below(name), self.record) if isinstance(value, nn.Module) else value
+        return Reader(value, self._below(name), self) if isinstance(value, nn.Module) else value
 
     def has(self, name: str) -> bool:
         """Whether the attribute exists and is not None."""
@@ -69,7 +72,21 @@ class Reader:
         True
         """
         full = qualified_name(self.module)
-        return full in names or (full.startswith(TORCH) and full.rpartition(".")[2] in names)
+        known = full in names or (full.startswith(TORCH) and full.rpartition(".")[2] in names)
+        if known:
+            self.classes.add(self.path)
+        return known
+
+    def of_class(self, table: Mapping[str, T]) -> T | None:
+        """Look up what a table holds for the module's class, by qualified name; None if it does not know the class.
+
+        >>> Reader(nn.Linear(1, 1)).of_class({"torch.nn.modules.linear.Linear": "linear"})
+        'linear'
+        """
+        value = table.get(qualified_name(self.module))
+        if value is not None:
+            self.classes.add(self.path)
+        return value
 
     def expect(self, kind: str | None = None, **facts: Any) -> Reader:
         """Check the module's type and values of its attributes, and return the reader itself.
@@ -86,7 +103,7 @@ class Reader:
 
     def __iter__(self) -> Iterator[Reader]:
         for name, child in self.module.named_children():
-            yield Reader(child, self._below(name), self.record)
+            yield Reader(child, self._below(name), self)
 
     def __getitem__(self, index: int) -> Reader:
         return list(self)[index]

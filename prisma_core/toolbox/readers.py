@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal, NamedTuple, cast
 
-from prisma_core.maps.reader import Reader, qualified_name
+from prisma_core.maps.reader import Reader
 from prisma_core.spec import Activation, MlpSpec, NormSpec
 from prisma_core.toolbox.rows import linear_rows, norm_rows
 
@@ -88,8 +88,7 @@ class PartReader:
         """Return the spec of a norm; None of an identity."""
         if module.is_a("Identity"):
             return None
-        kind = qualified_name(module.module)
-        if (norm := self.norms.get(kind) or NORMS.get(kind)) is None:
+        if (norm := module.of_class(self.norms) or module.of_class(NORMS)) is None:
             raise module.unsupported("a norm that is neither layer norm nor root mean square")
         if (eps := getattr(module, norm.eps)) is None:
             raise module.unsupported("a norm whose eps depends on the dtype")
@@ -105,8 +104,7 @@ class PartReader:
         """Return the name of an activation function."""
         if module.is_a("GELU"):
             return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-        kind = qualified_name(module.module)
-        if (name := self.activations.get(kind) or ACTIVATIONS.get(kind)) is None:
+        if (name := module.of_class(self.activations) or module.of_class(ACTIVATIONS)) is None:
             raise module.unsupported("its activation function")
         return cast("Activation", name)
 
@@ -220,7 +218,7 @@ class PartReader:
         return "".join(f"{place}  ->  {target}.{ours}  {how}\n" for place, ours in rows)
 
     def _names(self, module: Reader, names: MlpNames | None) -> MlpNames:
-        if names is None and (names := self.mlps.get(qualified_name(module.module))) is None:
+        if names is None and (names := module.of_class(self.mlps)) is None:
             raise module.unsupported("its kind of MLP")
         return names
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from prisma_core.errors import InputError
+
+_AS_TENSORS = cast("Any", torch)._C.DisableTorchFunctionSubclass
+_share_memory: Callable[[Tensor, Tensor], bool] = cast("Any", torch)._C._is_alias_of
 
 
 class WeightViews(nn.Module):
@@ -30,12 +35,11 @@ class WeightViews(nn.Module):
 
 
 class Stack(Tensor):
-    """Weights of all layers in one tensor: a copy, so writing to it, or to a part of it taken by index, raises.
+    """Weights of all layers in one tensor: a copy, so writing to it, or to whatever shares its memory, raises.
 
-    All else gives plain tensors; of those that share its memory (``view``, ``T``, iteration) writes are not noticed.
+    Results that share no memory with it are plain tensors.
     """
 
-    __torch_function__ = cast("Any", torch._C._disabled_torch_function_impl)  # pyright: ignore[reportPrivateUsage]
     place: str
 
     @classmethod
@@ -47,24 +51,61 @@ class Stack(Tensor):
         stack.place = place
         return stack
 
-    def __getitem__(self, index: Any) -> Tensor:
-        return Stack.of(super().__getitem__(index), self.place)
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        stacks = _stacks((args, options))
+        for stack in _stacks(_written(func, args, options)):
+            stack.set_()
+        with _AS_TENSORS():
+            result = func(*args, **options)
+        if func is Tensor.numpy or func is Tensor.__array__:
+            return _read_only(result)
+        return tree_map_only(Tensor, lambda x: _of_memory(x, stacks), result) if stacks else result
 
-    def __reduce_ex__(self, proto: Any) -> Any:
-        return cast("Any", self.as_subclass(Tensor)).__reduce_ex__(proto)
-
-    def __deepcopy__(self, memo: Any) -> Tensor:
-        return copy.deepcopy(self.as_subclass(Tensor), memo)
-
-    def _refuse(self, *values: object, **options: object) -> NoReturn:
+    def set_(self, *values: object, **options: object) -> NoReturn:  # the one method that torch does not ask about
         raise InputError(
-            f"This stack of weights is a copy, so writing to it would leave the model as it was. Write to "
+            "This stack of weights is a copy, so writing to it would leave the model as it was. Write to "
             f"{self.place}, or to a copy of your own: .clone()."
         )
 
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.unbind(0))
 
-for _name in dir(Tensor):
-    augmented = _name.startswith("__i") and hasattr(Tensor, f"__{_name[3:]}")  # `__iadd__` of `__add__`
-    in_place = _name.endswith("_") and not _name.startswith("_") and _name not in ("requires_grad_", "detach_")
-    if augmented or in_place or _name == "__setitem__":
-        setattr(Stack, _name, Stack._refuse)  # pyright: ignore[reportPrivateUsage]
+    def __reduce_ex__(self, proto: Any) -> Any:
+        return cast("Any", self._plain()).__reduce_ex__(proto)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return copy.deepcopy(self._plain(), memo)
+
+    def _plain(self) -> Tensor:
+        with _AS_TENSORS():
+            return self.as_subclass(Tensor)
+
+
+def _stacks(values: object) -> list[Stack]:
+    return [each for each in tree_leaves(values) if isinstance(each, Stack)]
+
+
+def _written(func: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> object:
+    """Return the arguments that a function of torch writes to, by torch's naming of such functions."""
+    name = str(getattr(func, "__name__", ""))
+    augmented = name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}")  # `__iadd__` of `__add__`
+    in_place = name.endswith("_") and not name.endswith("__") and name not in ("requires_grad_", "detach_")
+    data = func == cast("Any", Tensor).data.__set__
+    if augmented or in_place or data or name == "__setitem__" or options.get("inplace"):
+        return args[:1], [options.get(name) for name in ("out", "input", "tensor")]
+    return options.get("out")
+
+
+def _of_memory(x: Tensor, stacks: list[Stack]) -> Tensor:
+    """Return a result as a stack if it shares memory with one of these."""
+    owner = next((stack for stack in stacks if _share_memory(x, stack)), None)
+    return x if owner is None else Stack.of(x.as_subclass(Tensor) if type(x) is Stack else x, owner.place)
+
+
+def _read_only(array: Any) -> Any:
+    array.flags.writeable = False
+    return array

@@ -47,9 +47,14 @@ def _mlp_names(module: Reader, names: BlockNames) -> MlpNames:
     return MlpNames(names.fc1, names.fc2, names.act)
 
 
+# Attentions that derive from another class of the library and compute the same, by torch's kernel.
+DERIVED = ("transformers.models.data2vec.modeling_data2vec_vision.Data2VecVisionSdpaSelfAttention",)
+
+
 def _attention(module: Reader, names: BlockNames, shared_bias: bool) -> AttentionSpec:
     attn = parts.at(module, names.attn)
     masks_as_built(attn)
+    attn.is_a(*DERIVED)
     for path in filter(None, (names.qkv,) if names.qkv or names.mha else (names.q, names.k, names.v)):
         parts.linear(parts.at(module, path))
     read = parts.linear(parts.at(module, names.out)).in_features
