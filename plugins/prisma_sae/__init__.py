@@ -5,10 +5,26 @@ with splice(model, {"blocks.1.hook_resid_post": coder}):  # features are hook po
     logits, cache = model.run_with_cache(image, names="sae.features")
 """
 
+from __future__ import annotations
+
 from prisma_sae.attribution import feature_attribution
 from prisma_sae.coder import CoderFacts, SparseCoder
+from prisma_sae.evaluate import evaluate, monosemanticity
 from prisma_sae.formats import FORMATS, read
 from prisma_sae.formats.sae_lens import save
 from prisma_sae.splice import splice
+from prisma_sae.training import TrainConfig, train
 
-__all__ = ["read", "save", "splice", "feature_attribution", "SparseCoder", "CoderFacts", "FORMATS"]
+__all__ = [
+    "read",
+    "save",
+    "FORMATS",
+    "splice",
+    "evaluate",
+    "monosemanticity",
+    "feature_attribution",
+    "train",
+    "TrainConfig",
+    "SparseCoder",
+    "CoderFacts",
+]
