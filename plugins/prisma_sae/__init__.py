@@ -5,10 +5,47 @@ with splice(model, {"blocks.1.hook_resid_post": coder}):  # features are hook po
     logits, cache = model.run_with_cache(image, names="sae.features")
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prisma_core import hookimpl
 from prisma_sae.attribution import feature_attribution
 from prisma_sae.coder import CoderFacts, SparseCoder
+from prisma_sae.evaluate import evaluate, monosemanticity
 from prisma_sae.formats import FORMATS, read
 from prisma_sae.formats.sae_lens import save
+from prisma_sae.naming import name_features
+from prisma_sae.published import catalogue, load
+from prisma_sae.rows import activation_rows
 from prisma_sae.splice import splice
+from prisma_sae.training import TrainConfig, train
 
-__all__ = ["read", "save", "splice", "feature_attribution", "SparseCoder", "CoderFacts", "FORMATS"]
+if TYPE_CHECKING:
+    from typer import Typer
+
+
+@hookimpl
+def prisma_commands(app: Typer) -> None:
+    from prisma_sae.command import sae
+
+    app.add_typer(sae, name="sae")
+
+
+__all__ = [
+    "load",
+    "catalogue",
+    "read",
+    "save",
+    "FORMATS",
+    "splice",
+    "evaluate",
+    "monosemanticity",
+    "feature_attribution",
+    "name_features",
+    "train",
+    "activation_rows",
+    "TrainConfig",
+    "SparseCoder",
+    "CoderFacts",
+]

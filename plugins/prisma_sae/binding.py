@@ -38,7 +38,12 @@ def _own_place(model: HookedModel, coder: SparseCoder) -> str:
     hook = coder.facts.hook_out or coder.facts.hook
     if hook is None:
         raise InputError("This coder does not say where it belongs: give {'blocks.5.hook_resid_post': coder}.")
-    return find(model, hook)
+    try:
+        return find(model, hook)
+    except UnknownName as error:
+        if differences := _models(model, coder):  # then its place is the lesser trouble
+            raise InputError(f"This coder does not belong here: {'; '.join(differences)}. {error}") from error
+        raise
 
 
 def find(model: HookedModel, hook: str) -> str:

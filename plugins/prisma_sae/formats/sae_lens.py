@@ -48,8 +48,10 @@ def read(path: Path) -> SparseCoder:
     """
     tensors = read_checkpoint(path / WEIGHTS)
     if (path / OURS).is_file():
+        ours = read_json(path / OURS)
         try:
-            return SparseCoder(CoderFacts.model_validate(read_json(path / OURS)["facts"]), tensors)
+            tensors |= {name: tensors[other] for name, other in ours["same"].items()}
+            return SparseCoder(CoderFacts.model_validate(ours["facts"]), tensors)
         except (KeyError, ValueError) as error:
             raise LoadError(f"{path / OURS} does not describe a sparse coder: {error}") from error
     return _from_sae_lens(path, read_json(path / CONFIG), tensors)
@@ -129,10 +131,12 @@ def save(coder: SparseCoder, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     tensors = {name: tensor.contiguous().clone() for name, tensor in coder.tensors().items()}
+    config = sae_lens_config(coder)
+    # SAELens refuses tensors that it does not know: there the bias of the input is that of the output.
+    same = {"b_in": "b_dec"} if config is not None and tensors.pop("b_in", None) is not None else {}
     with replacing(folder / WEIGHTS) as beside:
         save_file(tensors, beside)
-    facts = {"schema": 1, "facts": coder.facts.model_dump(mode="json")}
-    texts = {OURS: facts, CONFIG: sae_lens_config(coder)}
+    texts = {OURS: {"schema": 1, "facts": coder.facts.model_dump(mode="json"), "same": same}, CONFIG: config}
     for name, value in texts.items():
         if value is None:
             (folder / name).unlink(missing_ok=True)

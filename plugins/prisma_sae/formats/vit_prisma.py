@@ -102,7 +102,7 @@ def _coder(file: Path, config: dict[str, Any], tensors: dict[str, Tensor], hook:
     if gated:
         tensors.pop("b_enc", None)  # in the file, and used nowhere
     normalize = config.get("normalize_activations")
-    place = hook or _place(config, "hook_point", "layer_subtype")
+    place = _place(config, "hook_point", "layer_subtype") or hook
     if place is None:
         raise LoadError(
             f"{file} says neither hook_point nor layer_subtype, and versions of ViT-Prisma differ in what they take "

@@ -1,0 +1,177 @@
+"""The catalogue: what it lists, what it binds a file to, and what it says where a file is not what it should be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from coders import D_IN, D_SAE, class_of, standard
+from prisma_sae import catalogue, load, published, read, save
+from prisma_sae.formats import FORMATS
+from prisma_sae.published import Entry, entry
+
+from prisma_core import LoadError, UnknownName
+from prisma_core.cli.app import main
+
+
+def test_the_82_coders_of_vit_prisma_are_there_with_their_figures() -> None:
+    lines = [each for each in catalogue() if each.source == "ViT-Prisma docs/sae_table.md"]
+    kinds = [(each.model.partition(":")[2].partition("/")[0], each.kind, each.tokens) for each in lines]
+    assert len(lines) == 82
+    assert kinds.count(("facebook", "standard", "all")) == 12
+    assert kinds.count(("hf-hub:laion", "standard", "all")) == 24
+    assert kinds.count(("hf-hub:laion", "topk", "cls")) == kinds.count(("hf-hub:laion", "standard", "cls")) == 12
+    assert (
+        kinds.count(("hf-hub:laion", "standard", "patches")) == kinds.count(("hf-hub:laion", "transcoder", "all")) == 11
+    )
+    assert all("explained_variance" in each.figures and "l0" in each.figures for each in lines)
+    one = entry("clip-b32-all-9-mlp-out")
+    assert one.repository.endswith("sparse-autoencoder-clip-b-32-sae-vanilla-x64-layer-9-hook_mlp_out-l1-1e-05")
+    assert (one.hook, one.tokens, one.d_sae) == ("blocks.9.hook_mlp_out", "all", 49152)
+    figures = {"l0": 856.68, "l0_cls": 1076.0, "explained_variance": 0.976, "loss_recovered_no_scale": 1.0028}
+    assert {name: one.figures[name] for name in figures} == figures
+    dino = entry("dino-b16-all-3-resid-post")
+    assert (dino.figures["loss_zero"], dino.figures["loss_spliced"]) == (7.2068, 1.961913)
+    across = entry("clip-b32-transcoder-4")
+    assert (across.hook, across.hook_out) == ("blocks.4.ln2.hook_normalized", "blocks.4.hook_mlp_out")
+    assert (across.k, across.figures["l0_cls"]) == (512, 29)
+
+
+def test_every_line_names_a_known_format_and_has_a_place() -> None:
+    names = [each.name for each in catalogue()]
+    assert len(names) == len(set(names)) > 100
+    for each in catalogue():
+        assert each.format in FORMATS
+        assert each.hook.startswith(("blocks.", "hook_"))
+        assert (each.hook_out is not None) == (each.kind == "transcoder")
+        assert each.files or each.note or not each.repository
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A line of the catalogue whose coder is small, and a maker of its file."""
+    line = entry("clip-b32-cls-3-resid-post").model_copy(update={"d_in": D_IN, "d_sae": D_SAE})
+    monkeypatch.setattr(published, "catalogue", lambda: (line,))
+
+    def made(**fields: Any) -> tuple[Entry, Path]:
+        about = {
+            "hook_point_layer": 3,
+            "layer_subtype": "hook_resid_post",
+            "cls_token_only": True,
+            "activation_fn_str": "relu",
+            "normalize_activations": "layer_norm",
+        } | fields
+        with class_of("vit_prisma.sae.config.VisionModelSAERunnerConfig", **about) as config:
+            torch.save({"cfg": config, "state_dict": standard()}, tmp_path / "weights.pt")
+        return line, tmp_path / "weights.pt"
+
+    return made
+
+
+def test_a_file_that_is_here_is_bound_to_what_the_catalogue_says(small: Any) -> None:
+    line, path = small()
+    coder = load(line.name, path=path)
+    assert (coder.facts.model, coder.facts.also) == (line.model, line.also)
+    assert (coder.facts.hook, coder.facts.tokens) == ("blocks.3.hook_resid_post", "cls")
+    assert coder.facts.figures["explained_variance"] == 0.95
+    assert torch.equal(coder.W_enc, read(path).W_enc)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"hook_point": "blocks.4.hook_resid_post"}, r"blocks\.3.*blocks\.4"),
+        ({"cls_token_only": False}, "tokens cls against all"),
+    ],
+)
+def test_a_file_that_says_otherwise_is_refused(small: Any, fields: dict[str, Any], words: str) -> None:
+    line, path = small(**fields)
+    with pytest.raises(LoadError, match=words):
+        load(line.name, path=path)
+
+
+def test_an_old_file_without_its_place_gets_it_from_the_catalogue(small: Any) -> None:
+    line, path = small(layer_subtype=None)
+    with pytest.raises(LoadError, match="layer_subtype"):
+        read(path)
+    assert load(line.name, path=path).facts.hook == "blocks.3.hook_resid_post"
+
+
+def test_what_needs_a_network_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(repository: str, names: Any, *, reference: str) -> Path:
+        raise LoadError(f"{reference} is out of reach.")
+
+    monkeypatch.setattr(published.hub, "fetch", refuse)
+    with pytest.raises(LoadError, match=r"weights\.pt of the repository Prisma-Multimodal/DINO.*path=FILE"):
+        load("dino-b16-all-3-resid-post")
+    with pytest.raises(LoadError, match=r"file=layer_13/RUN/sae\.pt"):
+        load("saev-dinov3-vitl16-13")
+    with pytest.raises(UnknownName, match="dino-b16-all-3-resid-post"):
+        load("dino-b16-all-3-resid-pre")
+
+
+def test_activations_of_dinov2_cannot_be_left_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = entry("saev-dinov2-b14-10").model_copy(update={"d_in": D_IN, "d_sae": D_SAE})
+    monkeypatch.setattr(published, "catalogue", lambda: (line,))
+    with (tmp_path / "sae.pt").open("wb") as file:
+        file.write(b'{"d_vit": 6, "exp_factor": 2}\n')
+        torch.save(standard(), file)
+    with pytest.raises(LoadError, match="mean="):
+        load(line.name, path=tmp_path / "sae.pt")
+    coder = load(line.name, path=tmp_path / "sae.pt", mean=torch.ones(D_IN), scale=2.0181241035461426)
+    assert coder.facts.normalize == "standardize"
+
+
+# -------------------------------------------------------------------- commands
+
+
+def test_list_shows_what_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["sae", "list", "dino-b16"])
+    out = capsys.readouterr().out
+    assert out.count("\n") == 13
+    assert "dino-b16-all-8-resid-post" in out
+    main(["sae", "list", "transcoder-4", "--json"])
+    (line,) = json.loads(capsys.readouterr().out)
+    assert (line["name"], line["k"]) == ("clip-b32-transcoder-4", 512)
+
+
+def test_load_shows_facts_and_writes_the_coder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = save(load("scenes-3l"), tmp_path / "in")
+    main(["sae", "load", str(source), "--json", "--out", str(tmp_path / "out")])
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["model"], facts["tokens"]) == ("toy:scenes-3l", "patches")
+    assert torch.equal(read(tmp_path / "out").W_dec, load("scenes-3l").W_dec)
+    assert main(["sae", "load", "scenes-3"]) == 1
+    assert "scenes-3l" in capsys.readouterr().err
+
+
+def test_eval_puts_measures_beside_figures_and_refuses_another_model(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["sae", "eval", "scenes-3l", "-n", "4", "--json"])
+    measures = json.loads(capsys.readouterr().out)
+    assert measures["l0"]["here"] == pytest.approx(8, abs=0.5)
+    assert measures["explained_variance_total"]["here"] > 0.5
+    assert measures["explained_variance"]["published"] == load("scenes-3l").facts.figures["explained_variance"]
+    assert main(["sae", "eval", "scenes-3l", "--model", "toy:dsprites-attn-1l"]) == 1
+    assert "toy:scenes-3l" in capsys.readouterr().err
+
+
+def test_train_writes_a_coder_that_eval_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("overcomplete.sae", reason="needs pip install 'prisma-interp[sae-train]'")
+    out = str(tmp_path / "coder")
+    options = ["--hook", "blocks.0.hook_mlp_out", "--tokens", "patches", "--d-sae", "64", "--k", "4"]
+    main(["sae", "train", "toy:scenes-3l", *options, "--steps", "3", "--batch", "256", "--out", out])
+    coder = read(out)
+    assert (coder.facts.model, coder.facts.hook, coder.facts.tokens) == (
+        "toy:scenes-3l",
+        "blocks.0.hook_mlp_out",
+        "patches",
+    )
+    assert coder.facts.weights == load("scenes-3l").facts.weights
+    capsys.readouterr()
+    main(["sae", "eval", out, "-n", "2", "--json"])
+    assert "l0" in json.loads(capsys.readouterr().out)
+    assert main(["sae", "train", "toy:scenes-3l", *options, "--tokens", "odd"]) == 1
+    assert "'odd'" in capsys.readouterr().err

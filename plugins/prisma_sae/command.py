@@ -1,0 +1,266 @@
+"""The commands ``prisma sae list``, ``load``, ``eval`` and ``train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prisma_core.plugin import screen
+
+sae = typer.Typer(help="Sparse coders: list, load, measure, train.", no_args_is_help=True, add_completion=False)
+Json = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
+Images = Annotated[list[Path] | None, typer.Argument(help="Images, or folders of them; default samples of the source.")]
+
+
+@sae.command("list")
+def listed(
+    word: Annotated[str | None, typer.Argument(help="What the name, the model or the place contains.")] = None,
+    json: Json = False,
+) -> None:
+    """List the published coders that are known, with what they were published with."""
+    from prisma_sae.published import catalogue, figures_of
+
+    everything = catalogue()
+    chosen = [each for each in everything if any((word or "") in part for part in (each.name, each.model, each.hook))]
+    if json:
+        screen.show_json([each.model_dump() for each in chosen])
+        return
+    table = screen.table("name", "model", "place", "tokens", "kind", "features", "L0", "explained")
+    for row in figures_of(chosen):
+        table.add_row(*row)
+    screen.show(table)
+    screen.note("Note", f"{len(chosen)} of {len(everything)} coders.", style="dim")
+
+
+@sae.command("load")
+def loaded(
+    name: Annotated[str, typer.Argument(help="A name of `prisma sae list`, or a file or folder.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write it into, in SAELens' layout.")] = None,
+    file: Annotated[str | None, typer.Option(help="Which of several files of its repository.")] = None,
+    json: Json = False,
+) -> None:
+    """Fetch a coder, read it without running anything in it, and show its facts."""
+    from prisma_sae.formats.sae_lens import save
+
+    coder = _coder(name, file)
+    facts = coder.facts.model_dump(mode="json", exclude={"more", "labels"})
+    if json:
+        screen.show_json(facts)
+    else:
+        table = screen.table("fact", "value")
+        for key, value in facts.items():
+            if value not in (None, "", [], {}):
+                several = isinstance(value, dict)
+                table.add_row(key, ", ".join(f"{k} {v:g}" for k, v in value.items()) if several else str(value))
+        screen.show(table)
+    if out is not None:
+        folder = save(coder, out)
+        screen.note("Written", f"to {folder}; read({str(folder)!r}) reads it.", style="green")
+
+
+@sae.command("eval")
+def evaluated(
+    name: Annotated[str, typer.Argument(help="A name of `prisma sae list`, or a file or folder.")],
+    images: Images = None,
+    model: Annotated[str | None, typer.Option(help="The model.", show_default="the one it was trained on")] = None,
+    hook: Annotated[str | None, typer.Option(help="The hook point.", show_default="the coder's own")] = None,
+    n: Annotated[int, typer.Option("-n", help="How many samples, where no images are given.")] = 32,
+    batch: Annotated[int, typer.Option(help="Images of a pass.")] = 16,
+    force: Annotated[bool, typer.Option("--force", help="Measure it where it was not trained.")] = False,
+    json: Json = False,
+) -> None:
+    """Measure a coder in its model, beside the figures that it was published with.
+
+    Images in folders that are named as the model names its classes have labels: then the loss is measured too.
+    """
+    from prisma_sae.evaluate import beside, evaluate
+
+    coder = _coder(name, None)
+    reference = _reference(model or coder.facts.model)
+    subject = _model(reference)
+    with _bar("measuring") as bar:
+        batches, total = _batches(subject, reference, images, n, batch)
+        line = bar.add_task("images", total=total)
+        result = evaluate(
+            subject, coder, batches, hook=hook, force=force, progress=lambda seen: bar.update(line, completed=seen)
+        )
+    rows = beside(result, coder.facts.figures)
+    if json:
+        screen.show_json({measure: {"here": here, "published": figure} for measure, here, figure in rows})
+        return
+    table = screen.table("measure", "here", "published")
+    for measure, here, figure in rows:
+        table.add_row(measure, f"{here:.4g}", "" if figure is None else f"{figure:.4g}")
+    screen.show(table)
+    screen.note("Note", f"{result.facts['images']} images, {result.facts['tokens']} tokens.", style="dim")
+
+
+@sae.command("train")
+def trained(
+    model: Annotated[str, typer.Argument(help="The model; `prisma models` lists what there is.")],
+    images: Images = None,
+    hook: Annotated[str, typer.Option(help="The hook point to train on, as in blocks.1.hook_resid_post.")] = ...,  # type: ignore[assignment]
+    out: Annotated[Path, typer.Option(help="Folder of the coder.")] = Path("coder"),
+    harvest: Annotated[Path | None, typer.Option(help="A harvest to read rows from, instead of images.")] = None,
+    kind: Annotated[str, typer.Option(help="topk, batchtopk, jumprelu, matryoshka or archetypal.")] = "topk",
+    d_sae: Annotated[int | None, typer.Option(help="Features.", show_default="8 times the width")] = None,
+    k: Annotated[int, typer.Option(help="Features on at once.")] = 16,
+    tokens: Annotated[str, typer.Option(help="all, cls or patches.")] = "all",
+    steps: Annotated[int, typer.Option(help="Batches to train on.")] = 1000,
+    batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 1024,
+    lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
+) -> None:
+    """Train a coder on a model's activations, and write it in SAELens' layout.
+
+    Rows come from a harvest, or from passes over images; samples of the model's source are drawn as it goes.
+    """
+    from prisma_core import InputError
+    from prisma_sae.binding import model_digest
+    from prisma_sae.coder import CoderFacts
+    from prisma_sae.formats.sae_lens import save
+    from prisma_sae.training import TrainConfig, library, train
+
+    library()  # before anything long
+    if tokens not in ("all", "cls", "patches"):
+        raise InputError(f"Expected tokens all, cls or patches, got {tokens!r}.")
+    subject = _model(model)
+    rows = _rows(subject, model, hook, images, harvest, tokens, batch, seed)
+    first = next(rows)
+    try:
+        config = TrainConfig(kind=kind, d_sae=d_sae or 8 * first.shape[1], k=k, lr=lr, seed=seed)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise InputError(f"These options do not fit: {error}") from error
+    place = subject.resolve([hook])[0]
+    about = {"model": model, "weights": model_digest(subject), "hook": place, "tokens": tokens}
+    CoderFacts.model_validate({"kind": "topk", "d_in": 1, "d_sae": 1, "d_out": 1, **about})
+    with _bar("training") as bar:
+        line = bar.add_task(kind, total=steps)
+
+        def shown(step: int, losses: Any) -> None:
+            bar.update(line, completed=step, description=f"{kind}  loss {losses['']:.4g}")
+
+        coder = train(_with_first(first, rows), config, steps=steps, about=about, progress=shown)
+    folder = save(coder, out)
+    screen.note("Written", f"to {folder}. Measure it: prisma sae eval {folder}", style="green")
+
+
+# -------------------------------------------------------------------- parts
+
+
+def _coder(name: str, file: str | None) -> Any:
+    from prisma_sae.formats import read
+    from prisma_sae.published import load
+
+    return read(name) if file is None and Path(name).exists() else load(name, file=file)
+
+
+def _reference(model: str | None) -> str:
+    from prisma_core import InputError
+
+    if model is None:
+        raise InputError("This coder does not say which model it was trained on: give --model REFERENCE.")
+    return model
+
+
+def _model(reference: str) -> Any:
+    import prisma_core as prisma
+
+    model = prisma.load(reference)
+    if not getattr(model, "preprocess", None):
+        raise prisma.InputError(f"{reference} does not know how to read images, so there is nothing to measure it on.")
+    return model
+
+
+def _bar(what: str) -> Any:
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("[bold]{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    return progress.Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _files(images: list[Path]) -> list[Path]:
+    files = [path for each in images for path in (sorted(each.rglob("*")) if each.is_dir() else [each])]
+    return [path for path in files if not path.is_dir()]
+
+
+def _sample(reference: str, seed: int) -> Any:
+    from prisma_core import InputError
+    from prisma_core.plugin import installed
+
+    source, _, rest = reference.partition(":")
+    sources = installed().sources()
+    image = sources[source].sample(rest, seed) if source in sources else None
+    if image is None:
+        raise InputError(f"{source}: draws no samples: give images, or a folder of them.")
+    return image
+
+
+def _batches(model: Any, reference: str, images: list[Path] | None, n: int, batch: int) -> tuple[Any, int]:
+    """Return batches of inputs, with labels where folders name classes, and the number of images."""
+    import torch
+
+    if not images:
+        seeds = range(n)
+        parts = [seeds[start : start + batch] for start in range(0, n, batch)]
+        return (model.preprocess([_sample(reference, seed) for seed in part]) for part in parts), n
+    files = _files(images)
+    labels: tuple[str, ...] = getattr(model, "labels", None) or ()
+    classes = [labels.index(path.parent.name) if path.parent.name in labels else -1 for path in files]
+    known = bool(classes) and min(classes) >= 0
+
+    def made() -> Any:
+        for start in range(0, len(files), batch):
+            inputs = model.preprocess(files[start : start + batch])
+            yield (inputs, torch.tensor(classes[start : start + batch])) if known else inputs
+
+    return made(), len(files)
+
+
+def _rows(
+    model: Any,
+    reference: str,
+    hook: str,
+    images: list[Path] | None,
+    harvest: Path | None,
+    tokens: str,
+    batch: int,
+    seed: int,
+) -> Any:
+    """Yield rows without an end: of a harvest, of files again and again, or of samples."""
+    import importlib
+    import itertools
+
+    from prisma_core import PluginError
+    from prisma_sae.rows import activation_rows
+
+    if harvest is not None:
+        try:
+            opened = importlib.import_module("prisma_harvest").open_harvest(harvest)
+        except ImportError as error:
+            raise PluginError("Reading a harvest needs prisma_harvest, which is not installed.") from error
+        for round_ in itertools.count(seed):
+            yield from opened.rows(hook, batch, shuffle=True, seed=round_, drop_last=True)
+    files, size = _files(images or []), 16
+
+    def inputs(index: int) -> Any:
+        start = index * size
+        if not images:
+            return model.preprocess([_sample(reference, seed) for seed in range(start, start + size)])
+        return model.preprocess([files[at % len(files)] for at in range(start, start + size)])
+
+    yield from activation_rows(model, inputs, hook, tokens=tokens, batch=batch, buffer=8 * batch, seed=seed)  # type: ignore[arg-type]
+
+
+def _with_first(first: Any, rows: Any) -> Any:
+    yield first
+    yield from rows

@@ -1,0 +1,254 @@
+"""Measures of a coder in its model: sparsity, reconstruction, dead and dense features, loss recovered, monosemanticity.
+
+Equation:
+    Explained variance: 1 - mean_p(|x - y|^2 / |x - mean x|^2), the mean of ratios that is published, with each batch's
+    mean; and 1 - sum |x - y|^2 / sum |x - mean x|^2, the ratio of means. Loss recovered: (zero - spliced) / (zero -
+    clean), of cross-entropies. Monosemanticity of a feature: the mean cosine of pairs of images, weighted by the
+    product of its activations on them, each scaled to 0..1.
+Cost:
+    A pass with the coder, and for the loss two more. Memory for the activations of one batch, and images x features for
+    the monosemanticity.
+Misleads:
+    The mean of ratios is far below the ratio of means where few tokens have most of the variance. Published losses of
+    CLIP's coders lack the logit scale, which makes all of them look alike: ``loss recovered`` has it, ``loss recovered,
+    no scale`` has not. L0 depends on the tokens.
+Source:
+    ViT-Prisma and SAELens (explained variance, loss recovered); Pach et al. 2025 (monosemanticity).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from prisma_core import HookedDual, HookedModel, InputError, Result
+from prisma_sae.binding import check, find, layout_at, placed, token_slice
+from prisma_sae.coder import SparseCoder
+from prisma_sae.splice import splice
+
+Progress = Callable[[int], None]
+Batches = Iterable["Tensor | tuple[Tensor, Tensor]"]
+
+
+@torch.no_grad()
+def evaluate(
+    model: HookedModel,
+    coder: SparseCoder,
+    images: Tensor | Batches,
+    labels: Tensor | None = None,
+    *,
+    texts: Tensor | None = None,
+    hook: str | None = None,
+    batch: int = 32,
+    dense: float = 0.1,
+    embeddings: Tensor | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Return the measures of a coder, by name: ``[measure]``.
+
+    ``tensors`` hold each feature's ``frequency`` over tokens and its ``monosemanticity``.
+
+    Args:
+        model: the model that it was trained on.
+        coder: the coder.
+        images: what the model takes; or batches of it, with labels or without.
+        labels: the class of each image, for the loss.
+        texts: of a pair of towers, the tokens of the classes' prompts ``[class pos]``, for the loss.
+        hook: where the coder belongs, if it does not say so.
+        batch: images of a pass.
+        dense: the share of tokens from which a feature counts as dense.
+        embeddings: of each image ``[image d]``, for the monosemanticity; default what the model itself pools.
+        force: measure a coder where it was not trained.
+        progress: called with the number of images after each batch.
+
+    Raises:
+        InputError: the coder does not belong here, there is no image, or labels or texts do not fit.
+    """
+    name, coder = next(iter(placed(model, {hook: coder} if hook else coder).items()))
+    if not force:
+        check(model, coder, name, None)
+    if isinstance(model, HookedDual) and texts is None:
+        model, name = model.vision, name.removeprefix("vision.")
+    reads = find(model, str(coder.facts.hook)) if coder.is_transcoder else name
+    run = _Run(model, coder, name, reads, texts, embeddings is None)
+    seen = 0
+    for inputs, targets in _batches(images, labels, batch):
+        run.add(inputs, targets)
+        seen += len(inputs)
+        if progress is not None:
+            progress(seen)
+    if not seen:
+        raise InputError("There is no image to measure the coder on.")
+    return run.result(dense, embeddings)
+
+
+def monosemanticity(activations: Tensor, embeddings: Tensor) -> Tensor:
+    """Return each feature's monosemanticity ``[feature]``; NaN where fewer than two images have it on.
+
+    Args:
+        activations: of each image, ``[image feature]``.
+        embeddings: of each image, ``[image d]``; of any model.
+    """
+    a, e = activations.double(), torch.nn.functional.normalize(embeddings.double(), dim=-1)
+    low, high = a.min(0).values, a.max(0).values
+    a = (a - low) / (high - low).clamp_min(torch.finfo(a.dtype).tiny)
+    squares = a.square().sum(0)
+    pairs = a.sum(0).square() - squares  # the sum over n != m of a_n a_m
+    alike = (a.T @ e).square().sum(-1) - squares  # the same, each times the cosine
+    return torch.where(pairs > 1e-12, alike / pairs, torch.nan).to(activations.dtype)
+
+
+@dataclass
+class _Sums:
+    """Sums over rows, from which the measures follow."""
+
+    rows: int = 0
+    l0: float = 0.0
+    ratios: float = 0.0
+    residual: float = 0.0
+    cosine: float = 0.0
+    first: Tensor | float = 0.0
+    second: float = 0.0
+    on: Tensor | float = 0.0
+    cls_l0: float = 0.0
+    cls_rows: int = 0
+    losses: dict[str, float] = field(default_factory=dict[str, float])
+    labelled: int = 0
+
+
+class _Run:
+    def __init__(
+        self, model: HookedModel, coder: SparseCoder, name: str, reads: str, texts: Tensor | None, embed: bool
+    ):
+        self.model, self.coder, self.name, self.reads, self.texts = model, coder, name, reads, texts
+        self.places = token_slice(model, name, coder.facts.tokens)
+        layout = layout_at(model, name)
+        self.cls = layout.cls if layout is not None and coder.facts.tokens in (None, "all") else 0
+        self.embed = "*hook_image_embed" if isinstance(model, HookedDual) else "*hook_pooled"
+        self.embeds = embed and bool([each for each in model.hook_points() if each.endswith(self.embed[1:])])
+        self.sums = _Sums()
+        self.images: list[Tensor] = []
+        self.embeddings: list[Tensor] = []
+
+    def add(self, inputs: Tensor, labels: Tensor | None) -> None:
+        """Measure a batch."""
+        names = [self.name, self.reads, *([self.embed] if self.embeds else [])]
+        arguments = (inputs,) if self.texts is None else (inputs, self.texts)
+        output, cache = self.model.run_with_cache(*arguments, names=names)
+        target, source = self._tokens(cache[self.name]), self._tokens(cache[self.reads])
+        features = self.coder.encode(source)
+        self._rows(target.flatten(0, -2), self.coder.decode(features, source).to(target).flatten(0, -2))
+        on = features > 0 if bool((features >= 0).all()) else features != 0
+        counts = on.sum(-1).double()
+        sums = self.sums
+        sums.l0 += float(counts.sum())
+        sums.on = sums.on + on.flatten(0, -2).sum(0).double()
+        if self.cls and counts.ndim == 2:
+            sums.cls_l0 += float(counts[:, : self.cls].sum())
+            sums.cls_rows += counts[:, : self.cls].numel()
+        self.images.append(features.flatten(1, -2).mean(1) if features.ndim > 2 else features)
+        if self.embeds:
+            self.embeddings.append(cache[next(each for each in cache if each.endswith(self.embed[1:]))].flatten(1))
+        if labels is not None:
+            self._loss(arguments, labels, output)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        lead = self.model.hook_points()[self.name].axes.split()
+        x = x.flatten(lead.index("pos") + 1) if "pos" in lead else x
+        return x if self.places is None else x[:, self.places]
+
+    def _rows(self, x: Tensor, y: Tensor) -> None:
+        x, y, sums = x.double(), y.double(), self.sums
+        residual = (x - y).square().sum(-1)
+        sums.rows += len(x)
+        sums.ratios += float((residual / (x - x.mean(0)).square().sum(-1)).sum())
+        sums.residual += float(residual.sum())
+        sums.cosine += float(torch.cosine_similarity(x, y, dim=-1).sum())
+        sums.first, sums.second = sums.first + x.sum(0), sums.second + float(x.square().sum())
+
+    def _loss(self, arguments: tuple[Tensor, ...], labels: Tensor, clean: Tensor) -> None:
+        with splice(self.model, {self.name: self.coder}, force=True):
+            spliced = self.model(*arguments)
+        zero = self.model.run_with_hooks(*arguments, hooks={self.name: self._zero})
+        scale = getattr(self.model, "logit_scale", None)
+        for kind, logits in (("clean", clean), ("spliced", spliced), ("zero", zero)):
+            if logits.ndim != 2 or len(logits) != len(labels) or int(labels.max()) >= logits.shape[1]:
+                raise InputError(
+                    f"Expected a class below {logits.shape[-1]} for each of {len(logits)} images, got labels "
+                    f"{list(labels.shape)} up to {int(labels.max())}; a pair of towers needs texts= too."
+                )
+            plain = logits if scale is None else logits / scale.exp()
+            for suffix, each in (("", logits), (", no scale", plain)):
+                loss = torch.nn.functional.cross_entropy(each.double(), labels.to(each.device), reduction="sum")
+                self.sums.losses[kind + suffix] = self.sums.losses.get(kind + suffix, 0.0) + float(loss)
+        self.sums.labelled += len(labels)
+
+    def _zero(self, x: Tensor, at: object) -> Tensor:
+        x[:, self.places or slice(None)] = 0
+        return x
+
+    def result(self, dense: float, embeddings: Tensor | None) -> Result:
+        """Return the measures of all batches."""
+        sums, n = self.sums, self.sums.rows
+        total = sums.second - float(torch.as_tensor(sums.first).square().sum()) / n
+        frequency = torch.as_tensor(sums.on) / n
+        measures = {
+            "l0": sums.l0 / n,
+            **({"l0_cls": sums.cls_l0 / sums.cls_rows} if sums.cls_rows else {}),
+            "explained_variance": 1 - sums.ratios / n,
+            "explained_variance_total": 1 - sums.residual / total,
+            "cosine": sums.cosine / n,
+            "dead": float((frequency == 0).double().mean()),
+            "dense": float((frequency >= dense).double().mean()),
+        }
+        for suffix in ("", ", no scale") if sums.labelled else ():
+            clean, spliced, zero = (sums.losses[kind + suffix] / sums.labelled for kind in ("clean", "spliced", "zero"))
+            short = suffix.replace(", no scale", "_no_scale")
+            recovered = (zero - spliced) / (zero - clean) if zero != clean else float("nan")
+            measures |= {f"loss{short}": clean, f"loss_spliced{short}": spliced, f"loss_zero{short}": zero}
+            measures[f"loss_recovered{short}"] = recovered
+        tensors = {"frequency": frequency.float()}
+        pooled = embeddings if embeddings is not None else torch.cat(self.embeddings) if self.embeddings else None
+        activations = torch.cat(self.images)
+        if pooled is not None and len(activations) > 1:
+            if len(pooled) != len(activations):
+                raise InputError(f"Expected an embedding for each of {len(activations)} images, got {len(pooled)}.")
+            tensors["monosemanticity"] = monosemanticity(activations, pooled)
+            measures["monosemanticity"] = float(tensors["monosemanticity"].nanmean())
+        return Result(
+            torch.tensor(list(measures.values()), dtype=torch.float64),
+            ("measure",),
+            {"measure": tuple(measures)},
+            technique="evaluate",
+            unit="",
+            tensors=tensors,
+            facts={
+                "hook": self.name,
+                "images": len(activations),
+                "tokens": n,
+                "dense": dense,
+                "figures": dict(self.coder.facts.figures),
+            },
+        )
+
+
+def beside(result: Result, figures: Mapping[str, float]) -> list[tuple[str, float, float | None]]:
+    """Return each measure with the figure that was published, where there is one."""
+    names = result.names("measure")
+    return [(name, float(value), figures.get(name)) for name, value in zip(names, result.values.tolist(), strict=True)]
+
+
+def _batches(images: Tensor | Batches, labels: Tensor | None, batch: int) -> Iterable[tuple[Tensor, Tensor | None]]:
+    if isinstance(images, Tensor):
+        if labels is not None and len(labels) != len(images):
+            raise InputError(f"Expected a label for each of {len(images)} images, got {len(labels)}.")
+        for start in range(0, len(images), batch):
+            part = slice(start, start + batch)
+            yield images[part], None if labels is None else labels[part]
+        return
+    for each in images:
+        yield each if isinstance(each, tuple) else (each, None)

@@ -1,0 +1,67 @@
+"""Rows of activations to train on, from passes over images: for small runs; large ones read a harvest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from prisma_core import HookedModel, InputError
+from prisma_core.plugin import LayerQuery
+from prisma_sae.binding import token_slice
+from prisma_sae.coder import Tokens
+
+
+def activation_rows(
+    model: HookedModel,
+    images: Callable[[int], Tensor | None],
+    hook: str | LayerQuery,
+    *,
+    tokens: Tokens | None = None,
+    batch: int = 1024,
+    buffer: int = 16384,
+    seed: int = 0,
+) -> Iterator[Tensor]:
+    """Yield batches of rows ``[batch d]`` of a hook point, drawn at random from a buffer, as long as there are images.
+
+    Args:
+        model: the model.
+        images: what it takes in pass ``i``, or None where there is no more.
+        hook: the hook point.
+        tokens: ``cls``, ``patches``, or None for all.
+        batch: rows at once.
+        buffer: how many rows are drawn from; half of them are new in each round.
+        seed: of the order.
+
+    Raises:
+        UnknownName: no such hook point.
+        InputError: it selects several, or has no such tokens.
+    """
+    names = model.resolve([hook])
+    if len(names) != 1:
+        raise InputError(f"{hook!r} is {len(names)} hook points: name one, such as {names[0]!r}.")
+    places, axes = token_slice(model, names[0], tokens), model.hook_points()[names[0]].axes.split()
+    lead = axes.index("pos") + 1 if "pos" in axes else len(axes) - 1
+    generator, held = torch.Generator().manual_seed(seed), list[Tensor]()
+
+    def one_pass(inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            _, cache = model.run_with_cache(inputs, names=names, output=False)
+        x = cache[names[0]].flatten(lead)
+        return (x if places is None else x[:, places]).flatten(0, -2)
+
+    index, more = 0, True
+    while more:
+        while sum(map(len, held)) < max(buffer, batch):
+            inputs = images(index)
+            if inputs is None:
+                more = False
+                break
+            held.append(one_pass(inputs))
+            index += 1
+        pool = torch.cat(held) if held else torch.empty(0, 1)
+        pool = pool[torch.randperm(len(pool), generator=generator)]
+        out = len(pool) if not more else max(batch, len(pool) // 2 // batch * batch)
+        yield from (each for each in pool[:out].split(batch) if len(each) == batch)
+        held = [pool[out:]]

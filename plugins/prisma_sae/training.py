@@ -1,0 +1,228 @@
+"""Training of sparse coders by overcomplete's models and losses, from any iterator of rows.
+
+Equation:
+    The mean square of x - decode(encode(x)); TopK and BatchTopK add AuxK on what features that did not fire would
+    explain; JumpReLU adds the means of L1 and L0; Matryoshka is the mean over prefixes of the features.
+Cost:
+    Memory for the coder, its optimiser and one batch. Rows are read once, whatever the number of coders.
+Misleads:
+    A coder with a low loss can have split, absorbed or dead features. Evaluate it, and train two seeds.
+Source:
+    Gao et al. 2024; Bussmann et al. 2024, 2025; Rajamanoharan et al. 2024; Fel et al. 2025; overcomplete 0.3.0.
+"""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from prisma_core import InputError, PluginError
+from prisma_core.plugin import Facts
+from prisma_sae.coder import CoderFacts, SparseCoder
+from prisma_sae.formats import overcomplete as reader
+
+Method = Literal["topk", "batchtopk", "jumprelu", "matryoshka", "archetypal"]
+
+
+class TrainConfig(Facts):
+    """Options of training.
+
+    Attributes:
+        kind: the method; ``matryoshka`` is TopK with nested losses, ``archetypal`` TopK with a dictionary made of rows.
+        d_sae: features.
+        k: features that are on in each row; of BatchTopK on average, of JumpReLU not used.
+        lr: the highest learning rate, reached after ``warmup`` of the steps and gone at the end.
+        penalty: weight of the second loss: AuxK (default 0.1), or JumpReLU's L1 and L0 (default 0.3).
+        groups: of a Matryoshka coder, the lengths of the prefixes; default an eighth, a quarter, a half, all.
+        points: of an archetypal coder, how many of the first rows its dictionary is made of.
+        delta: of an archetypal coder, how far an atom may be from them.
+        seed: of the weights.
+    """
+
+    kind: Method = "topk"
+    d_sae: int = Field(gt=0)
+    k: int = Field(default=16, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    penalty: float | None = None
+    groups: tuple[int, ...] = ()
+    points: int = Field(default=1024, gt=0)
+    delta: float = Field(default=1.0, ge=0)
+    seed: int = 0
+
+
+def train(
+    rows: Iterable[Tensor],
+    config: TrainConfig | Mapping[str, TrainConfig],
+    *,
+    steps: int,
+    about: Mapping[str, Any] | None = None,
+    progress: Callable[[int, Mapping[str, float]], None] | None = None,
+) -> Any:
+    """Train a coder, or several from one read of the rows; on the device where the rows are.
+
+    >>> rows = (torch.randn(64, 8) for _ in range(20))
+    >>> train(rows, TrainConfig(d_sae=16, k=4), steps=20).facts.kind  # doctest: +SKIP
+    'topk'
+
+    Args:
+        rows: batches ``[row d]``, shuffled: of a harvest, ``open_harvest(path).rows(name, batch, shuffle=...)``.
+        config: what to train, or several by name.
+        steps: batches to train on; rows behind them are not read.
+        about: facts of the coder: ``model``, ``weights``, ``hook``, ``tokens``.
+        progress: called after each step with its number and the losses by name.
+
+    Returns:
+        A coder, or coders by name.
+
+    Raises:
+        InputError: there are fewer batches than steps, or they are not ``[row d]`` of finite numbers.
+        PluginError: overcomplete is not installed.
+    """
+    configs = {"": config} if isinstance(config, TrainConfig) else dict(config)
+    if steps < 1 or not configs:
+        raise InputError(f"Expected at least one step and one coder, got {steps} and {len(configs)}.")
+    batches = _batches(rows, steps)
+    first = [next(batches)]
+    needed = max([each.points for each in configs.values() if each.kind == "archetypal"], default=0)
+    while sum(map(len, first)) < needed and len(first) < steps:
+        first.append(next(batches))
+    runs = {name: _Run(each, torch.cat(first), steps) for name, each in configs.items()}
+    for step, batch in enumerate(chain(first, batches), start=1):
+        losses = {name: run.step(batch) for name, run in runs.items()}
+        if progress is not None:
+            progress(step, losses)
+    coders = {name: run.coder(about or {}) for name, run in runs.items()}
+    return coders[""] if isinstance(config, TrainConfig) else coders
+
+
+def _batches(rows: Iterable[Tensor], steps: int) -> Iterator[Tensor]:
+    iterator, width = iter(rows), None
+    for step in range(steps):
+        batch: Any = next(iterator, None)
+        if batch is None:
+            raise InputError(f"The rows ended after {step} batches of {steps}: give steps={step}, or go round them.")
+        if not isinstance(batch, Tensor) or batch.ndim != 2 or not batch.is_floating_point():
+            came = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+            raise InputError(f"Expected batches of rows [row d] of floating point numbers, got {came}.")
+        if width not in (None, batch.shape[1]):
+            raise InputError(f"The first batch has rows of {width} numbers, batch {step} of {batch.shape[1]}.")
+        width = batch.shape[1]
+        if not bool(torch.isfinite(batch).all()):
+            raise InputError(f"Batch {step} holds numbers that are NaN or infinite.")
+        yield batch.detach().float()
+
+
+def library() -> Any:
+    """Return ``overcomplete.sae``.
+
+    Raises:
+        PluginError: it is not installed, or does not import.
+    """
+    try:
+        return importlib.import_module("overcomplete.sae")
+    except (ImportError, AttributeError) as error:  # with matplotlib 3.9 and later it misses a name
+        raise PluginError(
+            f"Training needs overcomplete, which does not import ({error}): pip install 'prisma-interp[sae-train]'"
+        ) from error
+
+
+class _Run:
+    """A coder in training, on rows less their mean and divided by their mean length over sqrt(d)."""
+
+    def __init__(self, config: TrainConfig, sample: Tensor, steps: int):
+        self.config = config
+        self.mean = sample.mean(0)
+        self.scale = ((sample - self.mean).norm(dim=-1).mean() / sample.shape[1] ** 0.5).clamp_min(1e-12)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = _model(config, (sample - self.mean) / self.scale)
+        self.groups = config.groups or tuple(config.d_sae // part for part in (8, 4, 2, 1) if config.d_sae >= part)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
+        rise = max(1, int(config.warmup * steps))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+        )
+        self.model.train()
+
+    def step(self, batch: Tensor) -> float:
+        """Take one step, and return the loss."""
+        x = (batch - self.mean) / self.scale
+        if self.config.kind == "batchtopk":  # overcomplete counts over the whole batch
+            self.model.top_k = self.config.k * len(x)
+        before, codes, output = self.model(x)
+        loss = self._loss(x, output, before, codes)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        return float(loss.detach())
+
+    def _loss(self, x: Tensor, output: Tensor, before: Tensor, codes: Tensor) -> Tensor:
+        kind, penalty, dictionary = self.config.kind, self.config.penalty, self.model.get_dictionary()
+        if kind == "matryoshka":
+            return torch.stack([(x - codes[:, :n] @ dictionary[:n]).square().mean() for n in self.groups]).mean()
+        if kind == "jumprelu":
+            heaviside = importlib.import_module("overcomplete.sae.jump_sae").heaviside
+            on = heaviside(before, self.model.thresholds.exp(), self.model.kernel_fn, self.model.bandwidth)
+            sparsity = codes.abs().mean() + on.mean()  # L0 alone moves thresholds, and leaves features spread out
+            return (x - output).square().mean() + (0.3 if penalty is None else penalty) * sparsity
+        losses = importlib.import_module("overcomplete.sae.losses")
+        return losses.top_k_auxiliary_loss(x, output, before, codes, dictionary, 0.1 if penalty is None else penalty)
+
+    def coder(self, about: Mapping[str, Any]) -> SparseCoder:
+        """Return the trained coder, with the standardisation inside its weights."""
+        with torch.no_grad():
+            self.model.cpu().eval()
+        with tempfile.TemporaryDirectory() as folder:  # through the reader of overcomplete's models
+            file = Path(folder) / "model.pth"
+            torch.save(self.model, file)
+            made = reader.read(file)
+        changes: dict[str, Any] = {
+            "kind": self.config.kind,
+            "k": None if self.config.kind == "jumprelu" else self.config.k,
+            "groups": self.groups if self.config.kind == "matryoshka" else (),
+            "layout": "trained with overcomplete",
+            "more": {"training": self.config.model_dump(mode="json")},
+            **about,
+        }
+        facts = CoderFacts.model_validate({**made.facts.model_dump(), **changes})
+        return SparseCoder(facts, _folded(made.tensors(), self.mean.cpu(), self.scale.cpu()))
+
+
+def _model(config: TrainConfig, sample: Tensor) -> Any:
+    sae, d = library(), sample.shape[1]
+    if config.k > config.d_sae or any(not 0 < n <= config.d_sae for n in config.groups):
+        raise InputError(f"Expected k and groups of at most d_sae={config.d_sae}, got {config.k} and {config.groups}.")
+    common: dict[str, Any] = {"device": str(sample.device)}
+    if config.kind == "archetypal":
+        points = sample[: config.points]
+        return sae.RATopKSAE(d, config.d_sae, points=points, top_k=config.k, delta=config.delta, **common)
+    if config.kind == "jumprelu":
+        return sae.JumpSAE(d, config.d_sae, bandwidth=0.1, **common)
+    kind = sae.BatchTopKSAE if config.kind == "batchtopk" else sae.TopKSAE
+    return kind(d, config.d_sae, top_k=config.k, **common)
+
+
+def _folded(tensors: dict[str, Tensor], mean: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    """Return the tensors of the same coder on raw rows.
+
+    With x' = (x - m) / s: W_enc / s, b_enc - m W_enc / s, s W_dec, s b_dec + m. Features stay as they are.
+    """
+    encoder = tensors["W_enc"].double() / scale.double()
+    changed = {
+        "W_enc": encoder,
+        "b_enc": tensors["b_enc"].double() - mean.double() @ encoder,
+        "W_dec": tensors["W_dec"].double() * scale.double(),
+        "b_dec": tensors["b_dec"].double() * scale.double() + mean.double(),
+    }
+    return tensors | {name: tensor.float() for name, tensor in changed.items()}
