@@ -25,7 +25,8 @@ const done = arguments[0], canvas = document.querySelector('#out .pad');
   for (let i = 0; i < 240; i++) {
     const start = performance.now();
     canvas.dispatchEvent(new PointerEvent('pointermove', { pointerType: 'mouse', bubbles: true,
-      clientX: box.left + box.width * ((37 * i) % 240) / 240, clientY: box.top + box.height * ((11 * i) % 240) / 240 }));
+      clientX: box.left + box.width * ((37 * i) % 240) / 240,
+      clientY: box.top + box.height * ((11 * i) % 240) / 240 }));
     await new Promise(requestAnimationFrame);
     await new Promise((then) => setTimeout(then));
     times.push(performance.now() - start);
