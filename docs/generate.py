@@ -1,4 +1,7 @@
-"""Write the generated pages and the map in docs/design.md from the code; ``--check`` compares, by its exit status."""
+"""Write the generated pages of the docs (hook points, techniques, references, the map in design.md) from the code.
+
+``--check`` compares, by its exit status.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,12 @@ from prisma_core.transformer.vit import HookedViT
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))
 import house  # noqa: E402  # the modules beside this one
+import kinds  # noqa: E402
 import techniques  # noqa: E402
 
 PAGE, DESIGN, FIGURE = DOCS / "hook-points.md", DOCS / "design.md", DOCS / "images" / "house.svg"
 TECHNIQUES = DOCS / "techniques.md"
+KINDS = DOCS / "technique-kinds.md"
 ROOMS = re.compile(r"(<!-- rooms: written by python docs/generate.py -->\n).*?(<!-- end of rooms -->)", re.DOTALL)
 LN = NormSpec(eps=1e-6)
 HEAD = """<!-- Written by `python docs/generate.py` from the code. Change the code, not this page. -->
@@ -138,8 +143,15 @@ def pages() -> dict[Path, str]:
     """Return the text of every generated file."""
     design = DESIGN.read_text(encoding="utf-8")
     table = house.table().replace("\\", r"\\")
-    rooms = ROOMS.sub(rf"\g<1>{table}\n\g<2>", design)
-    return {PAGE: page(), TECHNIQUES: techniques.page(), DESIGN: rooms, FIGURE: house.figure()}
+    references = {DOCS / "reference" / f"{name}.md": techniques.reference(name) for name in techniques.REFERENCES}
+    return {
+        PAGE: page(),
+        TECHNIQUES: techniques.page(),
+        KINDS: kinds.page(),
+        **references,
+        DESIGN: ROOMS.sub(rf"\g<1>{table}\n\g<2>", design),
+        FIGURE: house.figure(),
+    }
 
 
 def main() -> int:

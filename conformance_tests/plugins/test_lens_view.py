@@ -410,7 +410,8 @@ def test_a_missing_library_is_said_with_the_command_that_installs_it(monkeypatch
 def test_the_command_joins_any_typer_application() -> None:
     app = typer.Typer()
     prisma_view.prisma_commands(app)
-    assert [command.callback.__name__ for command in app.registered_commands if command.callback] == ["demo"]
+    names = [command.callback.__name__ for command in app.registered_commands if command.callback]
+    assert names == ["demo", "attention"]
 
 
 @pytest.mark.parametrize("option", ["--image", "--other"])

@@ -23,11 +23,11 @@ BESIDE |= {"together", "logit", "logit_difference", "as_metric", "Metric", "swee
 
 @pytest.fixture(scope="module")
 def techniques() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("techniques", DOCS / "techniques.py")
+    spec = importlib.util.spec_from_file_location("kinds", DOCS / "kinds.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["techniques"] = module
+    sys.modules["kinds"] = module
     spec.loader.exec_module(module)
     return module
 

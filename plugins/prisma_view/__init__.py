@@ -2,7 +2,7 @@
 
 plot(result)                                    # a figure that fits; result.plot() is the same
 patches(values, model.layout, image)            # any tensor [... pos] over the image
-attention(cache["pattern", 3][0], model.layout, image)
+attention(pattern, model.layout, image)         # what a token attends to, for each head
 attention_page(model, "cat.jpg").save("cat.html")  # every layer, head and token
 write_page(report(model, "cat.jpg", "dog.jpg"), Path("demo.html"))
 """
@@ -66,6 +66,7 @@ def __getattr__(name: str) -> Any:
 
 @hookimpl
 def prisma_commands(app: typer.Typer) -> None:
+    """Add ``prisma demo`` and ``prisma attention``."""
     from prisma_view.attention_command import attention as attention_command
     from prisma_view.command import demo
 

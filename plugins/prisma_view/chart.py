@@ -197,11 +197,12 @@ class _Table:
         axis = table.bar_axis()
         at, names = table.axes.index(axis), table.labels[axis]
         parts, more = [table.values], []
-        rest = result.tensors.get("constant")
         shape = [size for place, size in enumerate(table.values.shape) if place != at]
-        if rest is not None and rest.numel() == math.prod(shape):
-            parts.append(np.expand_dims(rest.double().cpu().numpy().reshape(shape), at))
-            more.append("constant")
+        for name in ("rest", "constant"):
+            part = result.tensors.get(name)
+            if part is not None and part.numel() == math.prod(shape):
+                parts.append(np.expand_dims(part.double().cpu().numpy().reshape(shape), at))
+                more.append(name)
         parts.append(np.concatenate(parts, at).sum(at, keepdims=True))
         labels = {**table.labels, axis: (*names, *more, "sum")}
         return _Table(np.concatenate(parts, at), table.axes, labels, table.fixed), ("The last bar is the sum.",)

@@ -70,31 +70,58 @@ function board(box, { onPoint, onLeave, onPick, label }) {
   }
   const corner = (frame, wide, tall) => [(frame % across) * wide, Math.floor(frame / across) * tall];
 
+  /* The images without colours above them, at the size they are drawn in. */
+  const ground = make("canvas");
+  let drawn = "";
+  function lie(wide, tall, coloured) {
+    const wanted = [canvas.width, canvas.height, coloured, place.windowed].join();
+    if (drawn === wanted) return;
+    drawn = wanted;
+    ground.width = canvas.width;
+    ground.height = canvas.height;
+    const ink = ground.getContext("2d");
+    for (let frame = 0; frame < place.frames; frame++) {
+      const photo = place.windowed ? null : photos[Math.min(frame, photos.length - 1)];
+      if (photo) ink.drawImage(coloured ? photo : grey(photo), ...corner(frame, wide, tall), wide, tall);
+      else { ink.fillStyle = "#808080"; ink.fillRect(...corner(frame, wide, tall), wide, tall); }
+    }
+  }
+  /* A pixel for each patch, drawn large. */
+  const cells = make("canvas");
+  function colour(values, low, high, cover) {
+    const [width, height] = [place.columns * across, place.rows * Math.ceil(place.frames / across)];
+    if (cells.width !== width || cells.height !== height) { cells.width = width; cells.height = height; }
+    const ink = cells.getContext("2d");
+    const pixels = ink.createImageData(width, height);
+    for (let token = 0; token < values.length; token++) {
+      const spot = place.at(token);
+      if (!spot) continue;
+      const none = values[token] === -Infinity;
+      const [red, green, blue] = none ? [128, 128, 128] : scaleColour((values[token] - low) / (high - low || 1));
+      const [left, top] = corner(spot.frame, place.columns, place.rows);
+      const at = 4 * ((top + spot.row) * width + left + spot.column);
+      pixels.data[at] = red; pixels.data[at + 1] = green; pixels.data[at + 2] = blue;
+      pixels.data[at + 3] = 255 * (none ? 0.6 : place.windowed ? 1 : cover);
+    }
+    ink.putImageData(pixels, 0, 0);
+  }
+
   function paint(values, low, high, chosen, cover, scores) {
     last = [values, low, high, chosen, cover, scores];
     if (place.frames && pad.clientWidth) {
       const ink = canvas.getContext("2d");
       const { wide, tall } = size();
       const [x, y] = [wide / place.columns, tall / place.rows];
-      for (let frame = 0; frame < place.frames; frame++) {
-        const photo = place.windowed ? null : photos[Math.min(frame, photos.length - 1)];
-        if (photo) ink.drawImage(cover > 0.05 ? grey(photo) : photo, ...corner(frame, wide, tall), wide, tall);
-        else { ink.fillStyle = "#808080"; ink.fillRect(...corner(frame, wide, tall), wide, tall); }
-      }
-      for (let token = 0; token < values.length; token++) {
-        const spot = place.at(token);
-        if (!spot) continue;
-        const [left, top] = corner(spot.frame, wide, tall);
-        const none = values[token] === -Infinity;
-        ink.fillStyle = none ? "rgb(128 128 128 / .6)" : rgb(scaleColour((values[token] - low) / (high - low || 1)), place.windowed ? 1 : cover);
-        const [l, t] = [Math.round(left + spot.column * x), Math.round(top + spot.row * y)];
-        ink.fillRect(l, t, Math.round(left + (spot.column + 1) * x) - l, Math.round(top + (spot.row + 1) * y) - t);
-      }
+      lie(wide, tall, cover <= 0.05);
+      colour(values, low, high, cover);
+      ink.drawImage(ground, 0, 0);
+      ink.imageSmoothingEnabled = false;
+      ink.drawImage(cells, 0, 0, canvas.width, canvas.height);
       const spot = place.at(chosen);
       if (spot) {
         const [left, top] = corner(spot.frame, wide, tall);
-        for (const [colour, width] of [["#000", 5], ["#fff", 2]]) {
-          ink.strokeStyle = colour; ink.lineWidth = width;
+        for (const [line, width] of [["#000", 5], ["#fff", 2]]) {
+          ink.strokeStyle = line; ink.lineWidth = width;
           ink.strokeRect(left + spot.column * x, top + spot.row * y, x, y);
         }
       }
