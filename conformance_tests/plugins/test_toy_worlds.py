@@ -136,13 +136,6 @@ def test_pairs_come_in_all_four_relations():
     assert (relation == torch.arange(4)).all()
 
 
-def test_lone_shapes_come_in_fours_of_one_colour():
-    things = captions.draw(64, torch.Generator().manual_seed(3), shapes=(1,)).things[:, 0].view(16, 4)
-    colours, shapes = things // len(captions.SHAPES), things % len(captions.SHAPES)
-    assert (colours == colours[:, :1]).all()
-    assert all(len(set(four)) == 4 for four in shapes.tolist())
-
-
 def test_an_unknown_thing_is_an_error_that_suggests():
     assert captions.caption("orange star") == "an orange star"
     with pytest.raises(UnknownName, match="Did you mean red circle"):

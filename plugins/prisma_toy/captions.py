@@ -94,8 +94,8 @@ def draw(
 ) -> Captioned:
     """Draw scenes of the things that training shows, or of ``UNSEEN`` ones.
 
-    Scenes come in fours that are hard to tell apart: with two shapes, the same two in all four relations; with one,
-    four shapes of one colour (of unseen things, any of them).
+    Scenes with two shapes come in fours that show the same two in all four relations, so that no colour and no shape
+    tells one from the other.
 
     Args:
         unseen: the first shape is one of ``UNSEEN``; two of them are never together.
@@ -108,7 +108,7 @@ def draw(
     second = torch.where(second == first, _SEEN_THINGS[(first[:, None] == _SEEN_THINGS).int().argmax(1) - 1], second)
     pair = torch.tensor(shapes)[torch.randint(len(shapes), (groups,), generator=generator)] == 2
     pair, first, second = (each.repeat_interleave(4)[:n] for each in (pair, first, second))
-    lone = _of(_UNSEEN_THINGS, (n,), generator) if unseen else _of_one_colour(groups, generator)[:n]
+    lone = _of(_UNSEEN_THINGS if unseen else _SEEN_THINGS, (n,), generator)
     things = torch.stack([torch.where(pair, first, lone), torch.where(pair, second, -1)], 1)
     relation = torch.where(pair, torch.arange(n) % 4, -1)
     image, visible = render(things, relation, generator)
@@ -120,14 +120,6 @@ def draw(
 
 def _of(things: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return things[torch.randint(len(things), shape, generator=generator)]
-
-
-def _of_one_colour(groups: int, generator: torch.Generator) -> Tensor:
-    """Return things that training shows, four of a colour after one another: ``[4 * group]``."""
-    by_colour = _SEEN_THINGS.view(len(COLOURS), -1)
-    colour = torch.randint(len(COLOURS), (groups, 1), generator=generator)
-    order = torch.rand(groups, by_colour.shape[1], generator=generator).argsort(1)[:, :4]
-    return by_colour[colour, order].flatten()
 
 
 def _said(things: list[int], relation: int, swapped: bool, photo: bool) -> str:

@@ -73,7 +73,7 @@ def draw_captions(n: int, seed: int = 0, *, unseen: bool = False) -> captions.Ca
         InputError: none are asked for.
 
     >>> draw_captions(2, seed=3).captions
-    ('a photo of a yellow triangle left of a green star', 'a yellow triangle right of a green star')
+    ('a yellow triangle left of a green star', 'a yellow triangle right of a green star')
     """
     return captions.draw(n, _chances(n, seed), unseen=unseen)
 

@@ -82,8 +82,7 @@ def captioned(model: HookedDual, config: Config) -> list[str]:
         f"{related(model, N, unseen=False)}; with one of the unseen combinations {related(model, N, unseen=True)}.",
         f"Matched with their caption in batches of 64 where each scene has an unseen combination: "
         f"{_matched(model, N, unseen=True)}.",
-        "Scenes come in fours that are hard to tell apart: two shapes in all four relations, or four shapes of one "
-        "colour.",
+        "In training a batch of scenes with two shapes holds each pair in all four relations.",
     ]
 
 
