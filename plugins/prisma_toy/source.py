@@ -28,13 +28,20 @@ def bundled() -> dict[str, Path]:
 
 
 def series(name: str) -> dict[int, Path]:
-    """Return the folders of the checkpoints that come with a model, by step; none for most models.
+    """Return the folders of the checkpoints that come with a model, by step, the model itself last; none for most.
 
     Raises:
         UnknownName: there is no such model.
+
+    >>> from prisma_toy import series
+    >>> prisma.load(f"toy:motion@{min(series('motion'))}").labels[0]
+    '➡ right'
     """
-    folder = _folder(name) / checkpoints.CHECKPOINTS
-    return {int(path.name.removeprefix("step-")): path for path in sorted(folder.glob("step-*"))}
+    folder = _folder(name)
+    steps = {int(path.name.removeprefix("step-")): path for path in folder.glob(f"{checkpoints.CHECKPOINTS}/step-*")}
+    if steps:
+        steps[json.loads((folder / checkpoints.CONFIG).read_text(encoding="utf-8"))["steps"]] = folder
+    return dict(sorted(steps.items()))
 
 
 def training_log(name: str) -> list[dict[str, float]]:
