@@ -42,3 +42,25 @@ def test_hook_points_behind_keys_and_values_hold_the_leading_tokens(vit: HookedV
         assert cache[name, 1].shape[1] == tokens
     assert cache["pattern", 1].shape[2:] == (1, n)
     assert cache["hook_ln_final"].shape[1] == 1
+
+
+class Adapted(torch.nn.Linear):
+    """A projection with an adapter beside its weight, as fine-tuning libraries put in its place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.5 * x.sum(-1, keepdim=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["adapter", "hook of torch's", "forward of its own"])
+def test_a_projection_that_is_more_than_its_weight_is_run_whole(vit: HookedViT, image: Tensor, way: str) -> None:
+    before, qkv = vit(image, leading=1), vit.blocks[1].attn.qkv
+    if way == "adapter":
+        vit.blocks[1].attn.qkv = Adapted(qkv.in_features, qkv.out_features)
+        vit.blocks[1].attn.qkv.load_state_dict(qkv.state_dict())
+    elif way == "forward of its own":
+        qkv.forward = lambda x, right=qkv.forward: 2 * right(x)
+    else:
+        qkv.register_forward_hook(lambda module, args, out: 2 * out)
+    torch.testing.assert_close(vit(image, leading=1), vit(image), rtol=1e-10, atol=1e-10)
+    assert (vit(image) - before).abs().max() > 1e-3

@@ -210,9 +210,10 @@ class Attention(WeightViews):
         return (show(self.hook_result, result, flat.dtype).sum(2) + self.b_O).type_as(flat)
 
     def _project(self, x: Tensor, inputs: HeadInputs, leading: int | None) -> list[Tensor]:
-        if leading is None:
+        if leading is None or not _is_plain(self.qkv):
             together: Tensor = self.qkv(x)
             flat = list(torch.split(together, self.sizes, dim=-1))
+            flat[0] = flat[0][:, :leading]
         else:
             n, weight, bias = self.sizes[0], self.qkv.weight, self.qkv.bias
             queries: Tensor = F.linear(x[:, :leading], weight[:n], bias[:n])
@@ -240,6 +241,13 @@ class Attention(WeightViews):
             return bias
         hidden = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
         return hidden if bias is None else bias + hidden
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Return whether a layer is its weight and bias alone: no adapter, no hook of torch's, no forward of its own."""
+    own = vars(layer)
+    changed = [name for name in ("_forward_hooks", "_forward_pre_hooks", "forward") if own.get(name)]
+    return type(layer) is nn.Linear and not changed
 
 
 def _qk_norm(spec: AttentionSpec, heads: int, head_axis: str) -> Norm | nn.Identity:
