@@ -1,7 +1,7 @@
 """Sparse coders: read what is published, splice them into models, measure, train, attribute.
 
-coder = read("my-sae")                                    # a folder or file of any known format
-with splice(model, {"blocks.1.hook_resid_post": coder}):  # features are hook points of the model
+coder = load("scenes-3l")                                 # of the catalogue; read(path) takes any known format
+with splice(model, coder):                                # features are hook points of the model
     logits, cache = model.run_with_cache(image, names="sae.features")
 """
 

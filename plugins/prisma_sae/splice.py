@@ -42,6 +42,14 @@ def splice(
     (``[batch pos feature]``; ``cls`` or ``patch`` for ``pos`` where the coder runs on those alone), ``.sae.hook_recon``
     and, with the error term, ``.sae.hook_error``. A transcoder reads its ``hook`` and stands at its ``hook_out``.
 
+    >>> import prisma_core as prisma, torch
+    >>> from prisma_sae import load, splice
+    >>> model, coder = prisma.load("toy:scenes-3l"), load("scenes-3l")
+    >>> with splice(model, coder):
+    ...     logits, cache = model.run_with_cache(torch.zeros(1, 3, 96, 96), names="sae.features")
+    >>> cache["sae.features", 1].shape
+    torch.Size([1, 144, 256])
+
     Args:
         model: the model whose passes are changed.
         coders: by hook point, as full name or ``(shorthand, layer)``; or one or several that know their place.
