@@ -214,9 +214,17 @@ class Host:
             raise self._refusals[kind].error(cast("nn.Module", upstream))
         raise UnsupportedArchitecture(
             kind,
-            f"no installed plugin adapts this type{self._alike(type(upstream))}; a hook map of your own can "
-            "(docs/how-to-other-architectures.md), and `prisma models --classes` lists the types that come through",
+            f"no installed plugin adapts this type{self._alike(type(upstream))}{self._within(upstream)}; a hook map of "
+            "your own can (docs/how-to-other-architectures.md), and `prisma models --classes` lists the types that come through",
         )
+
+    def _within(self, upstream: object) -> str:
+        """Name the outermost part of a model whose type is adapted: what a wrapper wraps, or a backbone."""
+        modules: Any = getattr(upstream, "named_modules", list)
+        for path, part in cast("Iterable[tuple[str, object]]", modules()):
+            if path and (kind := qualified_name(part)) in self._adapters:
+                return f". Its {path!r} is a {kind}, which is: pass model.{path}"
+        return ""
 
     def _alike(self, kind: type) -> str:
         """Name an adapted type that a type derives from, or one of the same name."""
