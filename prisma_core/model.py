@@ -243,6 +243,8 @@ def layer_index(index: int | None, default: int, n: int) -> int:
     """
     if index is None:
         return default
+    if isinstance(cast("object", index), bool) or not isinstance(cast("object", index), int):
+        raise InputError(f"Expected a layer as a whole number, got {index!r}.")
     if not -n <= index <= n:
         raise InputError(f"No layer {index}: layers run from 0 to {n - 1}, and {n} is past the last.")
     return index if index >= 0 else n + index

@@ -134,6 +134,8 @@ def adapt(upstream: nn.Module, *, adapter: Adapter | None = None, copy: bool = T
 
     >>> model = adapt(timm.create_model("vit_tiny_patch16_224"))
 
+    It has the preprocessing and the labels that the library has put on the model (timm, transformers).
+
     Args:
         upstream: a model of a type some installed plugin adapts. It is never changed.
         adapter: one whose ``types`` name the model's, to use instead of the installed one.
@@ -153,7 +155,13 @@ def adapt(upstream: nn.Module, *, adapter: Adapter | None = None, copy: bool = T
         adapter = installed().adapter(model)
     else:
         check_adapter(adapter, model)
-    return adapt_with(adapter, model, copy=copy)
+    hooked = adapt_with(adapter, model, copy=copy)
+    if source := installed().source_of(model):
+        with blaming(source):
+            known = returned(source.describe, source.describe(model), Loaded)
+        hooked.preprocess = hooked.preprocess or known.preprocess
+        hooked.labels = hooked.labels or known.labels
+    return hooked
 
 
 def check_adapter(adapter: object, upstream: nn.Module) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
 import torch
+import typer
 from torch import nn
 
 from prisma_core import HookedViT, PluginError, UnknownName, UnsupportedArchitecture
+from prisma_core.cli.app import build
+from prisma_core.plugin import host
 from prisma_core.plugin.adapter import Adapter
 from prisma_core.plugin.host import Host
 from prisma_core.plugin.source import Loaded, ModelInfo, Source
@@ -240,3 +245,82 @@ def test_the_plugins_that_come_along_are_all_well() -> None:
     assert {"timm", "toy", "conformance", "view"} <= set(told)
     assert not {name: error for name, error in told.items() if error}
     assert {"timm", "toy"} <= set(host.sources())
+
+
+# -------------------------------------------------------------------- what one plugin does stays with it
+
+
+def test_a_plugin_that_takes_long_is_named(
+    found: Found, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(host, "PATIENCE", 0.01)
+    waited: list[str] = []
+
+    def slow() -> list[Source]:
+        deadline = time.monotonic() + 20
+        while "slow" not in (said := capsys.readouterr().err) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        waited.append(said)
+        return [source_of("late")()]
+
+    sources = Host([found("slow", prisma_sources=slow)]).sources()
+    assert "plugin_for_tests_slow" in waited[0]
+    assert list(sources) == ["late"]
+
+
+def test_a_plugin_that_is_quick_is_not_named(found: Found, capsys: pytest.CaptureFixture[str]) -> None:
+    Host([found("quick", prisma_sources=lambda: [source_of("soon")()])])
+    assert capsys.readouterr().err == ""
+
+
+def test_entry_points_that_are_no_text_harm_their_distribution_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, content in (("broken", b"[prisma]\nbad = \xff\xfe\n"), ("fine", b"[prisma]\nfine = fine_plugin\n")):
+        info = tmp_path / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_bytes(content)
+    (tmp_path / "fine_plugin.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    infos = Host().infos
+    assert "UnicodeDecodeError" in str(infos["broken"].error)
+    assert infos["fine"].error is None
+    assert infos["timm"].error is None
+
+
+def _by_docstring(app: Any) -> None:
+    @app.command()
+    def mine() -> None:
+        """Show [/nope] at once."""
+
+
+def _by_option(app: Any) -> None:
+    @app.command()
+    def mine(size: Annotated[int, typer.Option(help="The [/nope]")] = 1) -> None:
+        """Show."""
+
+
+def _by_group(app: Any) -> None:
+    group = typer.Typer()
+    _by_option(group)
+    app.add_typer(group, name="mine")
+
+
+@pytest.mark.parametrize("commands", [_by_docstring, _by_option, _by_group])
+def test_a_command_whose_help_is_broken_is_left_out(
+    found: Found, commands: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def good(app: Any) -> None:
+        @app.command()
+        def other() -> None:
+            """Show [bold]this[/bold] and [link]."""
+
+    plugins = Host([found("bad", prisma_commands=commands), found("good", prisma_commands=good)])
+    command = typer.main.get_command(build(plugins))
+    command.main(args=["--help"], standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert "other" in shown
+    assert "mine" not in shown
+    assert "nope" in str(plugins.infos["bad"].error)
+    assert plugins.infos["good"].error is None

@@ -316,7 +316,7 @@ def test_text_in_picture_in_chances_out(no_network: None) -> None:
     chances = model.classify(picture, ["cat", "dog", "red square"])
     assert chances.shape == (1, 3)
     assert torch.allclose(chances.sum(), torch.ones(()))
-    assert torch.allclose(model.encode_image(picture).norm(), torch.ones(()))
+    assert torch.allclose(model.encode_image(picture, normalize=True).norm(), torch.ones(()))
     assert model.encode_text("a cat").shape == (1, 12)
     pixels: Tensor = model.vision.preprocess(picture)
     assert model.vision(pixels).shape == (1, 12)

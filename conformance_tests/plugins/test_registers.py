@@ -7,6 +7,7 @@ import io
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,7 +147,8 @@ def by_hand(first: int, n: int, n_prefix: int, neurons: list[Neuron]) -> dict[st
 
     def moved(index: int) -> Callable[..., Tensor]:
         def hook(x: Tensor, at: object) -> Tensor:
-            most = x[:, n_prefix:, index].max(dim=1, keepdim=True).values
+            low, high = (f(x[:, n_prefix:, index], dim=1, keepdim=True).values for f in (torch.min, torch.max))
+            most = torch.where(-low > high, low, high)
             kept = torch.cat([x[:, :first, index], most.expand(-1, n), x[:, first + n : n_prefix, index]], 1)
             column = torch.cat([kept, torch.zeros_like(x[:, n_prefix:, index])], 1)
             return torch.cat([x[..., :index], column[..., None], x[..., index + 1 :]], -1)
@@ -448,3 +450,41 @@ def test_register_vits_of_the_libraries(plugin: str, name: str) -> None:
     share = attention_to(model, x, "registers")
     assert share.shape == (model.spec.n_layers, model.spec.blocks[0].attn.n_heads)
     assert ((share > 0) & (share < 1)).all()
+
+
+@pytest.mark.parametrize("scope", [without_registers, extra_registers, registers_at_test_time])
+def test_a_scope_without_with_says_so(scope: Any) -> None:
+    changed = scope(None, []) if scope is registers_at_test_time else scope(None)
+    for use in (lambda: changed(torch.zeros(1)), lambda: changed.run_with_cache(torch.zeros(1)), lambda: changed.spec):
+        with pytest.raises((InputError, AttributeError), match=rf"with {scope.__name__}\(model"):
+            use()
+    assert not hasattr(changed, "layout")
+
+
+def test_gated_neurons_count_by_size_whatever_their_sign() -> None:
+    """A neuron and its mirror image, whose output weights are turned too, are the same function."""
+    torch.manual_seed(0)
+    spec = ModelSpec.plain(d_model=12, layers=1, image=16, gated=True, act="silu", d_mlp=20)
+    model = HookedViT(spec).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():
+        model.blocks[0].mlp.fc_out.weight[:, 5] *= 100
+        model.blocks[0].mlp.fc_gate.bias[5] = 6.0
+        model.blocks[0].mlp.fc_in.weight[5] *= 8
+    mirror = copy.deepcopy(model)
+    with torch.no_grad():
+        fc_in, fc_out = mirror.blocks[0].mlp.fc_in, mirror.blocks[0].mlp.fc_out
+        for tensor in (fc_in.weight[5], fc_in.bias[5], fc_out.weight[:, 5]):
+            tensor.neg_()
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(mirror(x), model(x))
+    one, other = (register_neurons(each, x, top=2, factor=1.2) for each in (model, mirror))
+    assert [neuron[:2] for neuron in one] == [neuron[:2] for neuron in other]
+    assert (one[0].layer, one[0].index) == (0, 5)
+    assert one[0].score == pytest.approx(other[0].score)
+    with registers_at_test_time(model, [Neuron(0, 5)]) as a, registers_at_test_time(mirror, [Neuron(0, 5)]) as b:
+        torch.testing.assert_close(a(x), b(x))
+        held = [each.run_with_cache(x)[1]["post", 0][:, 1, 5] for each in (a, b)]
+        torch.testing.assert_close(held[0], -held[1])
+        assert held[0].abs().min() > 0

@@ -58,9 +58,10 @@ def scenes(n: int = 16, size: float = 0.4) -> Tensor:
 
 def test_heads_and_the_rest_sum_to_the_images_vector(clip: HookedDual, images: Tensor) -> None:
     found = head_outputs(clip, [images[:2], images[2:]])
-    torch.testing.assert_close(found.values.sum((0, 1)) + found.tensors["rest"], clip.encode_image(images), **EXACT)
+    whole = found.values.sum((0, 1)) + found.tensors["rest"]
+    torch.testing.assert_close(whole, clip.encode_image(images, normalize=True), **EXACT)
     along = attribute(clip, images, list(WORDS), by="head").values
-    texts = clip.encode_text(list(WORDS)) * clip.logit_scale.exp()
+    texts = clip.encode_text(list(WORDS), normalize=True) * clip.logit_scale.exp()
     torch.testing.assert_close(found.values @ texts.T, along, **EXACT)
 
 
@@ -69,7 +70,7 @@ def test_a_twin_that_forgets_the_length_does_not_sum(images: Tensor) -> None:
         clip = random_dual(scale=True)
         found = study(clip, images)
         total = found.values.sum((0, 1)) + found.tensors["rest"]
-        torch.testing.assert_close(total, clip.encode_image(images), **EXACT)
+        torch.testing.assert_close(total, clip.encode_image(images, normalize=True), **EXACT)
 
     rejects(truth, head_outputs, "layers.append(cache.project_stack(torch.cat(heads)) / scale)",
             "layers.append(cache.project_stack(torch.cat(heads)))")  # fmt: skip
@@ -196,7 +197,7 @@ def by_hand(clip: HookedDual, images: Tensor, layer: int, neuron: int, texts: li
         last = f"blocks.{len(tower.blocks) - 1}.hook_resid_post"
         lower = clean[last] - change
         total = total + output - tower.run_with_hooks(images, hooks={**end, last: lambda x, at, s=lower: s})
-    texts_in = clip.encode_text(texts) * clip.logit_scale.exp()
+    texts_in = clip.encode_text(texts, normalize=True) * clip.logit_scale.exp()
     return total / output.norm(dim=-1, keepdim=True) @ texts_in.T
 
 
@@ -219,7 +220,7 @@ def test_second_order_is_what_is_lost_when_one_attention_does_not_read_the_neuro
 
 def test_forward_and_backward_agree_on_every_kind_of_tower(clip: HookedDual, images: Tensor) -> None:
     texts = list(WORDS)
-    along = clip.encode_text(texts) * clip.logit_scale.exp()
+    along = clip.encode_text(texts, normalize=True) * clip.logit_scale.exp()
     found = second_order(clip, images, texts).values
     if clip.spec.vision.blocks[0].n_parallel > 1:
         with pytest.raises(NotApplicable, match="2 MLPs"):
@@ -245,7 +246,7 @@ def test_a_planted_neuron_speaks_through_the_head_that_reads_it() -> None:
         < 0.1 * found.top(1)[0][1]
     )
     written = neuron_outputs(clip, BRIGHT, 0, [2]).values[0, 0]
-    assert list(WORDS)[int((clip.encode_text(list(WORDS)) @ written).argmax())] == "a bright mark"
+    assert list(WORDS)[int((clip.encode_text(list(WORDS), normalize=True) @ written).argmax())] == "a bright mark"
     assert READS == (1, 2)
 
 

@@ -130,10 +130,19 @@ def test_two_towers_in_one_cache(dual: HookedDual) -> None:
     assert torch.equal(cache["text.blocks.1.attn.hook_z"], dual.text.run_with_cache(tokens)[1]["z", 1])
     assert dual.resolve(("resid_post", -1)) == ["vision.blocks.2.hook_resid_post", "text.blocks.1.hook_resid_post"]
     assert dual.resolve("text.z") == ["text.blocks.0.attn.hook_z", "text.blocks.1.attn.hook_z"]
-    alike = dual.encode_image(image) @ dual.encode_text(tokens).T
+    alike = dual.encode_image(image, normalize=True) @ dual.encode_text(tokens, normalize=True).T
     assert torch.allclose(logits, alike * dual.logit_scale.exp() + dual.logit_bias, atol=1e-12)
     edited = dual.run_with_hooks(image, tokens, hooks={"vision.blocks.0.hook_resid_post": lambda x, at: x * 0.5})
     assert not torch.isclose(edited, logits).any()
+
+
+@torch.no_grad()
+def test_features_are_raw_unless_unit_vectors_are_asked_for(dual: HookedDual) -> None:
+    image, tokens = inputs_of(dual)
+    for encode, tower, given in ((dual.encode_image, dual.vision, image), (dual.encode_text, dual.text, tokens)):
+        assert torch.equal(encode(given), tower(given))
+        assert not torch.allclose(encode(given).norm(dim=-1), torch.ones(len(given)).double())
+        assert torch.equal(encode(given, normalize=True), torch.nn.functional.normalize(tower(given), dim=-1))
 
 
 @torch.no_grad()
@@ -141,7 +150,7 @@ def test_a_tower_by_itself_leaves_hooks_on_the_other_alone(dual: HookedDual) -> 
     image, tokens = inputs_of(dual)
     seen: list[str] = []
     with dual.hooks({"*": lambda x, at: seen.append(at.name)}), dual.caching(["resid_post", "hook_image_embed"]):
-        dual.encode_image(image)
+        dual.encode_image(image, normalize=True)
     assert {name.split(".")[0] for name in seen} == {"vision", "hook_image_embed"}
     late = {("resid_post", -1): lambda x, at: None}  # of both towers
     with (

@@ -49,6 +49,10 @@ class HfSource(Source):
     name = "hf"
     library = "transformers"
     install = 'pip install "prisma-interp[hf]"'
+    unlisted = r"[\w.-]+/[\w.-]+(@[\w.-]+)?"  # a name on the hub
+
+    def describe(self, upstream: nn.Module) -> Loaded:
+        return _loaded(upstream, getattr(upstream, "config", None), None)
 
     def load(
         self,

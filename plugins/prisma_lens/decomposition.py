@@ -39,7 +39,7 @@ def head_outputs(model: HookedModel, images: Iterable[Tensor] | Tensor, *, progr
 
     Returns:
         The values, of vectors of unit length for a dual encoder; ``tensors["rest"]``: what embeddings, MLPs, biases
-        and the constant add, ``[image d_embed]``. Together they sum to ``encode_image``.
+        and the constant add, ``[image d_embed]``. Together they sum to ``encode_image(..., normalize=True)``.
 
     Raises:
         NotApplicable: the tower's stream or output is no sum over heads.

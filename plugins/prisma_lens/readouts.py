@@ -126,10 +126,10 @@ def _pair(model: HookedDual, target: Target, tower: TowerName) -> Readout:
         texts = isinstance(several, list | tuple) and several and all(isinstance(each, str) for each in several)
         if not texts and not isinstance(several, Tensor):
             raise InputError(f"A dual encoder has no classes: expected a text, or several, got {target!r:.60}.")
-        embeds = model.encode_text(several)
+        embeds = model.encode_text(several, normalize=True)
         labels = _counted("text", len(embeds)) if isinstance(several, Tensor) else tuple(several)
     else:
-        embeds = model.encode_image(target)
+        embeds = model.encode_image(target, normalize=True)
         labels = _counted("image", len(embeds))
     bias = model.logit_bias if model.spec.logit_bias else embeds.new_zeros(())
     return Readout(embeds * model.logit_scale.exp(), labels, bias.expand(len(embeds)), unit_length=True)

@@ -89,7 +89,7 @@ def second_order(
 def neuron_outputs(model: HookedModel, images: Any, layer: int, neurons: Sequence[int]) -> Result:
     """Return what neurons add to each image's vector through later attention: ``[neuron image d_embed]``.
 
-    ``textspan(result.values[0], clip.encode_text(texts))`` names the first of them.
+    ``textspan(result.values[0], clip.encode_text(texts, normalize=True))`` names the first of them.
 
     Args:
         model: a dual encoder, or a vision tower.

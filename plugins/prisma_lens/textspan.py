@@ -96,7 +96,7 @@ def name_heads(
     if isinstance(texts, str) or not texts:
         raise InputError(f"Expected a list of texts, got {texts!r}.")
     found = images if isinstance(images, Result) else head_outputs(model, images)
-    pool = model.encode_text(list(texts)).cpu().to(found.values)
+    pool = model.encode_text(list(texts), normalize=True).cpu().to(found.values)
     noise = torch.randn(pool.shape, generator=torch.Generator().manual_seed(seed), dtype=pool.dtype)
     n, heads = found.values.shape[:2]
     names, rows, random, named = list[str](), list[Tensor](), list[Tensor](), dict[str, list[str]]()

@@ -67,6 +67,8 @@ class _MovingPoint(HookPoint):
         x = x.clone()
         for move in self.moves:
             index = list(move.neurons)
-            x[:, move.first : move.last, index] = x[:, self.n_prefix :, index].amax(1, keepdim=True)
+            patches = x[:, self.n_prefix :, index]
+            largest = patches.abs().argmax(1, keepdim=True)  # by size: a gated neuron may write with either sign
+            x[:, move.first : move.last, index] = patches.gather(1, largest)
             x[:, self.n_prefix :, index] = 0
         return super().__call__(x)

@@ -6,10 +6,12 @@ it computes does not depend on the scope, the thread or the scopes around it; ho
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager, contextmanager
+from functools import wraps
 from operator import index
-from typing import cast
+from types import TracebackType
+from typing import Any, NoReturn, ParamSpec, cast
 
 import torch
 from jaxtyping import Float
@@ -24,7 +26,47 @@ from prisma_registers.sinks import Neuron
 _ROWS = {"embed.prefix": 0, "embed.pos_embed": 0, "rope_cos": -3, "rope_sin": -3}
 
 
-@contextmanager
+P = ParamSpec("P")
+
+
+class ModelScope(AbstractContextManager[HookedViT]):
+    """A scope that yields a model: ``with without_registers(model) as bare:``. By itself it is none."""
+
+    def __init__(self, name: str, scope: AbstractContextManager[HookedViT]):
+        self._name = name
+        self._scope = scope
+
+    def __enter__(self) -> HookedViT:
+        return self._scope.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> bool | None:
+        return self._scope.__exit__(kind, error, where)
+
+    def __call__(self, *inputs: Any, **kwargs: Any) -> NoReturn:
+        raise InputError(
+            f"{self._name} is a scope, not a model. Enter it: with {self._name}(model, ...) as changed: ..."
+        )
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            f"A scope has no attribute {name!r}; its model may. Enter it: with {self._name}(model, ...) as changed: ..."
+        )
+
+
+def _scope(function: Callable[P, Generator[HookedViT]]) -> Callable[P, ModelScope]:
+    """Make a scope of a generator of one model, and nothing else: a context manager is a decorator too."""
+    make = contextmanager(function)
+
+    @wraps(function)
+    def scope(*args: P.args, **kwargs: P.kwargs) -> ModelScope:
+        return ModelScope(function.__name__, make(*args, **kwargs))
+
+    return scope
+
+
+@_scope
 def without_registers(model: HookedViT) -> Generator[HookedViT]:
     """Yield the model without its register tokens.
 
@@ -40,7 +82,7 @@ def without_registers(model: HookedViT) -> Generator[HookedViT]:
     yield _resized(model, range(registers.start, registers.stop), None)
 
 
-@contextmanager
+@_scope
 def extra_registers(
     model: HookedViT, n: int = 1, *, values: Float[Tensor, "register d_model"] | None = None
 ) -> Generator[HookedViT]:
@@ -61,12 +103,12 @@ def extra_registers(
     yield _wider(model, n, values)
 
 
-@contextmanager
+@_scope
 def registers_at_test_time(model: HookedViT, neurons: Iterable[Neuron], n: int = 1) -> Generator[HookedViT]:
     """Yield the model with untrained registers that take over what the given neurons do at patches.
 
-    At each of these neurons an added register gets the largest activation of any patch, and the patches get zero. Of
-    scopes inside one another all moves hold, the outer ones first.
+    At each of these neurons an added register gets the activation of largest size of any patch, with its sign, and the
+    patches get zero. Of scopes inside one another all moves hold, the outer ones first.
 
     Args:
         model: any hooked vision transformer.

@@ -18,8 +18,8 @@ class Neuron(NamedTuple):
 
     Attributes:
         layer, index: where it is.
-        score: its mean activation at outlier patches.
-        elsewhere: its mean activation at the other patches.
+        score: the mean size of its activation at outlier patches, whatever its sign.
+        elsewhere: the same at the other patches.
     """
 
     layer: int
@@ -55,6 +55,8 @@ def register_neurons(
         InputError: there is no image, or cutoff and factor say nothing (see ``TokenNorms.outliers``).
         NotApplicable: no patch of these images is an outlier.
 
+    Neurons of gated MLPs are active with either sign, so what counts is the size.
+
     Source: "Vision transformers don't need trained registers" (Jiang et al. 2025), section 3.
     """
     check_vit(model)
@@ -76,7 +78,7 @@ def register_neurons(
     ):
         _, cache = model.run_with_cache(part, names=names, output=False)
         for name in names:
-            acts = cache[name][:, patches].double()
+            acts = cache[name][:, patches].double().abs()
             both = torch.stack([acts[mask].sum(0), acts[~mask].sum(0)])
             sums[name] = sums.get(name, 0) + both
     counts = torch.stack([outlying.sum(), (~outlying).sum()]).clamp(min=1)

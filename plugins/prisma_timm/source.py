@@ -35,8 +35,6 @@ class TimmSource(Source):
     install = 'pip install "prisma-interp[timm]"'
 
     def load(self, rest: str, *, pretrained: bool = True, key: str | None = None, **options: Any) -> Loaded:
-        from timm.data.model_config import resolve_input_data_config
-
         from prisma_timm.building import create, create_without_data
         from prisma_timm.hub import create_pretrained
 
@@ -53,7 +51,14 @@ class TimmSource(Source):
             model = create_pretrained(name, options)
         else:
             model = create(name, options)
-        return Loaded(model.eval(), preprocess(resolve_input_data_config(model)), _labels(model))
+        return self.describe(model.eval())
+
+    def describe(self, upstream: nn.Module) -> Loaded:
+        from timm.data.model_config import resolve_input_data_config
+
+        if not hasattr(upstream, "pretrained_cfg"):  # made by its class, not by timm.create_model
+            return Loaded(upstream)
+        return Loaded(upstream, preprocess(resolve_input_data_config(upstream)), _labels(upstream))
 
     def models(self) -> Iterator[ModelInfo]:
         import timm

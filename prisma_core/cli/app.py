@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
+from rich.errors import MarkupError
+from rich.text import Text
 
 from prisma_core.cli.info import info
 from prisma_core.cli.models import models, plugins
 from prisma_core.cli.new_plugin import new_plugin
-from prisma_core.errors import PrismaError
+from prisma_core.errors import PrismaError, format_error
 from prisma_core.plugin.host import Host, installed
 from prisma_core.toolbox.screen import note, out
 
@@ -56,9 +59,35 @@ def build(plugins_of: Host) -> typer.Typer:
                 if name in taken:
                     plugins_of.broke(plugin, f"the command {name!r} is taken by {taken[name]}")
                     continue
+                if problem := _broken_help(command):
+                    plugins_of.broke(plugin, f"the help of its command {name!r} cannot be shown: {problem}")
+                    continue
                 taken[name] = f"the plugin {plugin!r}"
                 getattr(app, kind).append(command)
     return app
+
+
+def _broken_help(command: typer.models.CommandInfo | typer.models.TyperInfo) -> str | None:
+    """Say what is wrong with the markup of a command's help, which would break the help of all; None if nothing is."""
+    texts: list[object] = [command.help, command.short_help, command.epilog]
+    if callable(callback := command.callback):
+        texts.append(callback.__doc__)
+        try:
+            hints = get_type_hints(callback, include_extras=True)
+        except Exception as problem:  # noqa: BLE001  # of any kind: typer evaluates them too
+            return format_error(problem)
+        defaults = [parameter.default for parameter in inspect.signature(callback).parameters.values()]
+        about = [one for hint in hints.values() for one in getattr(hint, "__metadata__", ())]
+        texts += [getattr(one, "help", None) for one in (*defaults, *about)]
+    try:
+        for text in texts:
+            if isinstance(text, str):
+                Text.from_markup(text)
+    except MarkupError as problem:
+        return str(problem)
+    inner = command.typer_instance if isinstance(command, typer.models.TyperInfo) else None
+    parts = (*inner.registered_commands, *inner.registered_groups) if inner else ()
+    return next((problem for part in parts if (problem := _broken_help(part))), None)
 
 
 def _name(command: typer.models.CommandInfo | typer.models.TyperInfo) -> str:

@@ -28,6 +28,8 @@ def index_slices(axes: str, pos: Index | None, heads: Index | None) -> tuple[Ind
     slices: list[IndexSlice] = []
     for index, kinds in ((pos, _POS), (heads, _HEADS)):
         axis = next((names.index(kind) for kind in kinds if kind in names), None)
+        if isinstance(index, slice) and (index.step or 1) < 0:
+            raise HookError(f"Expected a slice that goes forward, got {index!r}.")
         if index is not None and axis is not None:
             slices.append((axis, index if isinstance(index, slice) else indices(index)))
     return tuple(slices)
@@ -57,7 +59,13 @@ def indices(index: int | Sequence[int] | Tensor) -> list[int]:
     Raises:
         HookError: they are not whole numbers.
     """
-    numbers = torch.as_tensor(index)
+    try:
+        numbers = torch.as_tensor(index)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise HookError(
+            f"Expected positions as whole numbers or a mask, got {index!r}. A subset of the tokens stands by itself: "
+            "pos='cls'."
+        ) from error
     if numbers.dtype == torch.bool:
         numbers = numbers.nonzero()
     if numbers.is_floating_point() and numbers.numel():
@@ -83,6 +91,18 @@ def positions_of(index: Index | None, n: int) -> list[int]:
     if any(not -n <= each < n for each in numbers):
         raise InputError(f"No position {numbers}: there are {n}.")
     return [places[each] for each in numbers]
+
+
+def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the dtype of a name, such as ``float16``; a dtype comes back as it is.
+
+    Raises:
+        InputError: torch has none of this name.
+    """
+    named: object = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if (named is not None and not isinstance(named, torch.dtype)) or (named is None and dtype is not None):
+        raise InputError(f"{dtype!r} is not a dtype: expected one of torch's, such as torch.float16.")
+    return named
 
 
 def check_device(device: torch.device | str | None) -> None:

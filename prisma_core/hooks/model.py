@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from prisma_core.errors import HookError, InputError
 from prisma_core.hooks.cache import ActivationCache
-from prisma_core.hooks.capture import Countdown, Index, Keep, check_axes, check_device, gradients, index_slices
+from prisma_core.hooks.capture import (
+    Countdown,
+    Index,
+    Keep,
+    check_axes,
+    check_device,
+    dtype_of,
+    gradients,
+    index_slices,
+)
 from prisma_core.hooks.migration import keyword_names, module_getattr, refuse_keywords, takes_any_keyword
 from prisma_core.hooks.point import (
     OPEN_SCOPES,
@@ -136,7 +145,7 @@ class HookedModel(nn.Module):
         names: Query | None = None,
         *,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         pos: Index | str | None = None,
         heads: Index | None = None,
         detach: bool = True,
@@ -227,7 +236,7 @@ class HookedModel(nn.Module):
         loss: Callable[[Any], Tensor] | None = None,
         output: bool = True,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         pos: Index | str | None = None,
         heads: Index | None = None,
         detach: bool = True,
@@ -342,6 +351,7 @@ class HookedModel(nn.Module):
     ) -> dict[str, Keep]:
         """Return the captures that fill a cache, by full name; ``how`` is ``device``, ``dtype`` and ``detach``."""
         check_device(how["device"])
+        how["dtype"] = dtype_of(how["dtype"])
         axes = {name: sites[name].point.axes for name in select(sites, query)}
         pos, whole = cache.pos, set[str]()
         if isinstance(pos, str):

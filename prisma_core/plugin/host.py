@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Container, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, distributions, entry_points
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
@@ -29,6 +29,7 @@ from prisma_core.plugin import hookspecs
 from prisma_core.plugin.adapter import Adapter, Refusal
 from prisma_core.plugin.case import Case
 from prisma_core.plugin.source import ModelInfo, Source
+from prisma_core.toolbox.screen import note
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,6 +39,7 @@ T = TypeVar("T")
 Owned: TypeAlias = list[tuple[T, str]]  # parts, each with the name of its plugin
 RESERVED = ("file",)  # written by prisma.save; no plugin may claim it
 DISTRIBUTION = "prisma-interp"
+PATIENCE = 5.0  # seconds until a plugin whose code runs is named
 MOST = 100_000  # parts of one plugin: an endless iterator must not hang every command
 
 
@@ -67,7 +69,7 @@ class Host:
         self.infos: dict[str, PluginInfo] = {}
         self._manager = pluggy.PluginManager(hookspecs.GROUP)
         self._manager.add_hookspecs(hookspecs)
-        found = entry_points(group=hookspecs.GROUP) if points is None else points
+        found = self._installed() if points is None else points
         for point in sorted(found, key=lambda point: (not _is_ours(_distribution(point)), point.name, point.value)):
             self._add(point)
         adapters = self._parts("prisma_adapters", Adapter, Refusal)
@@ -76,6 +78,20 @@ class Host:
             "adapter of", [(part, by) for part, by in adapters if isinstance(part, Adapter)], lambda part: part.types
         )
         self._sources = self._claims("source", self._parts("prisma_sources", Source), lambda part: (part.name,))
+
+    def _installed(self) -> list[EntryPoint]:
+        """The entry points of all distributions; one whose list cannot be read is noted."""
+        try:
+            return list(entry_points(group=hookspecs.GROUP))
+        except Exception:  # noqa: BLE001  # of one distribution, whose name the error does not say
+            points: list[EntryPoint] = []
+            for dist in distributions():
+                try:
+                    points += [point for point in dist.entry_points if point.group == hookspecs.GROUP]
+                except Exception as problem:  # noqa: BLE001
+                    error = f"its entry points cannot be read: {format_error(problem)}"
+                    self.infos[dist.name] = PluginInfo(dist.name, "", f"{dist.name} {dist.version}", error)
+            return points
 
     def _add(self, point: EntryPoint) -> None:
         name, error = point.name, None
@@ -93,12 +109,17 @@ class Host:
     @contextmanager
     def _apart(self, plugin: str, place: str = "") -> Generator[None]:
         """Note what a plugin's code raises, and go on without it."""
+        late = threading.Timer(PATIENCE, note, ("waiting for", f"the plugin {plugin} ({self.infos[plugin].module})"))
+        late.daemon = True
+        late.start()
         try:
             yield
         except KeyboardInterrupt:
             raise
         except BaseException as problem:  # noqa: BLE001  # SystemExit, or pytest's Skipped: it must not end the others
             self.broke(plugin, place + format_error(problem))
+        finally:
+            late.cancel()
 
     def broke(self, plugin: str, error: str) -> None:
         """Note why a plugin, or a part of it, is left out; the first reason stays."""
@@ -214,9 +235,18 @@ class Host:
             raise self._refusals[kind].error(cast("nn.Module", upstream))
         raise UnsupportedArchitecture(
             kind,
-            f"no installed plugin adapts this type{self._alike(type(upstream))}; a hook map of your own can "
-            "(docs/how-to-other-architectures.md), and `prisma models --classes` lists the types that come through",
+            f"no installed plugin adapts this type{self._alike(type(upstream))}{self._within(upstream)}; a hook map of "
+            "your own can (docs/how-to-other-architectures.md), and `prisma models --classes` lists the types that "
+            "come through",
         )
+
+    def _within(self, upstream: object) -> str:
+        """Name the outermost part of a model whose type is adapted: what a wrapper wraps, or a backbone."""
+        modules: Any = getattr(upstream, "named_modules", list)
+        for path, part in cast("Iterable[tuple[str, object]]", modules()):
+            if path and (kind := qualified_name(part)) in self._adapters:
+                return f". Its {path!r} is a {kind}, which is: pass model.{path}"
+        return ""
 
     def _alike(self, kind: type) -> str:
         """Name an adapted type that a type derives from, or one of the same name."""

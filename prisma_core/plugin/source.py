@@ -104,6 +104,13 @@ class Source(ABC):
             LoadError: there is, but it cannot be read or reached.
         """
 
+    def describe(self, upstream: nn.Module) -> Loaded:
+        """Return a module of the source's library with what the library says about it: preprocessing, labels.
+
+        ``prisma.adapt`` asks the source whose library the module's class comes from. No network call.
+        """
+        return Loaded(upstream)
+
     @abstractmethod
     def models(self) -> Iterator[ModelInfo]:
         """List the models that can be loaded, without any network call."""

@@ -154,19 +154,30 @@ class HookedDual(ZooModel):
             logits = logits + self.logit_bias
         return self.hook_logits(logits)
 
-    def encode_image(self, image: Tensor | Picture | Sequence[Picture]) -> Float[Tensor, "batch d_embed"]:
-        """Return unit vectors ``[batch d_embed]`` of pictures, or of the tensor the model takes.
+    def encode_image(
+        self, image: Tensor | Picture | Sequence[Picture], *, normalize: bool = False
+    ) -> Float[Tensor, "batch d_embed"]:
+        """Return the vectors ``[batch d_embed]`` of images, or of the tensor the model takes.
 
-        Hooks on ``vision.`` and on ``image_embed`` run.
+        Args:
+            image: images, or the tensor the model takes.
+            normalize: give unit vectors, as the model compares them. Hooks on ``vision.`` run always, those on
+                ``image_embed``, the unit vectors, only then. The default is open_clip's and transformers'.
         """
-        return self.hook_image_embed(F.normalize(self.vision(self._pictured(image)), dim=-1))
+        features = self.vision(self._pictured(image))
+        return self.hook_image_embed(F.normalize(features, dim=-1)) if normalize else features
 
-    def encode_text(self, text: Tensor | str | Sequence[str]) -> Float[Tensor, "text d_embed"]:
-        """Return unit vectors ``[text d_embed]`` of a text, a list of texts, or tokens ``[text pos]``.
+    def encode_text(
+        self, text: Tensor | str | Sequence[str], *, normalize: bool = False
+    ) -> Float[Tensor, "text d_embed"]:
+        """Return the vectors ``[text d_embed]`` of a text, a list of texts, or tokens ``[text pos]``.
 
-        Hooks on ``text.`` and on ``text_embed`` run.
+        Args:
+            text: a text, several, or tokens.
+            normalize: as in ``encode_image``.
         """
-        return self.hook_text_embed(F.normalize(self.text(self.tokens(text)), dim=-1))
+        features = self.text(self.tokens(text))
+        return self.hook_text_embed(F.normalize(features, dim=-1)) if normalize else features
 
     def classify(
         self,
