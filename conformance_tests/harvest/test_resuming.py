@@ -98,27 +98,30 @@ def test_a_kill_at_every_file(model: HookedViT, tmp_path: Path, content: Content
 
 
 def test_kills_at_random_moments(model: HookedViT, tmp_path: Path, content: Content) -> None:
-    """SIGKILL after a random while, again and again, with workers that decode."""
-    data = Slow(40, pause=0.004)
-    started = time.perf_counter()
+    """SIGKILL a random while behind a random number of further shards, again and again, with workers that decode."""
+    data, out = Slow(60, pause=0.004), tmp_path / "out"
     whole = content(run(model, data, tmp_path / "whole", workers=2))
-    length = time.perf_counter() - started
     chance = random.Random(0)
-    kills, resumed = 0, set[int]()
+
+    def shards() -> int:
+        return len(list(out.rglob("shards/0*")))
+
+    resumed = [0]
     for _ in range(20):
-        process = FORK.Process(target=run, args=(model, data, tmp_path / "out"), kwargs={"workers": 2})
+        process = FORK.Process(target=run, args=(model, data, out), kwargs={"workers": 2})
         process.start()
-        process.join(chance.uniform(0.2, 0.8) * length)
+        further = resumed[-1] + chance.randint(0, 2)
+        while process.is_alive() and shards() < further:
+            time.sleep(0.002)
+        process.join(chance.uniform(0.0, 0.05))
         if process.exitcode is None:
             os.kill(process.pid or 0, signal.SIGKILL)
-            kills += 1
         process.join()
-        resumed.add(len(list((tmp_path / "out").rglob("shards/0*"))))
         if process.exitcode == 0:
             break
-    assert kills >= 1
-    assert len(resumed) >= 2
-    assert content(run(model, data, tmp_path / "out")) == whole
+        resumed.append(shards())
+    assert len(set(resumed)) >= 4
+    assert content(run(model, data, out)) == whole
 
 
 def test_what_is_done_is_not_done_again(model: HookedViT, tmp_path: Path) -> None:

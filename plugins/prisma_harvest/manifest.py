@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from prisma_core import LoadError, TokenLayout, tensors_of
-from prisma_core.plugin import Facts
+from prisma_core.plugin import Facts, digest
 
 SCHEMA = 1
 MANIFEST, WHOLE, EXAMPLES, SKIPPED, SHARDS = (
@@ -47,7 +47,7 @@ class ModelFacts(Facts):
     Attributes:
         reference: what it was loaded from, if anything.
         kind: its class.
-        weights: ``weights_hash`` of the tower that ran.
+        weights: ``weights_hash`` of the whole model.
         spec: SHA-256 of its spec as JSON, if it has one.
         tower: the prefix of its hook points, ``vision.`` in a pair of towers, else empty.
         behaviour: what it does beyond its spec, if anything.
@@ -212,10 +212,6 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 def weights_hash(model: nn.Module) -> str:
     """Return the SHA-256 of every parameter and buffer of a model, with names, dtypes and shapes.
 
-    The same weights give the same hash on every device; another dtype is another model.
+    The same weights give the same hash on every device; another dtype is another model. Sparse coders bind with it too.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors_of(model).items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
+    return digest(tensors_of(model))

@@ -207,7 +207,7 @@ class Pass:
             model=ModelFacts(
                 reference=getattr(self.model, "reference", None),
                 kind=type(self.tower.model).__name__,
-                weights=weights_hash(self.tower.model),
+                weights=weights_hash(self.model),
                 spec=_text_hash(spec.model_dump_json()) if isinstance(spec, BaseModel) else None,
                 tower=self.tower.prefix,
                 behaviour=behaviour,

@@ -212,8 +212,8 @@ class Harvest:
         Args:
             name: a hook point; a list of them gives tuples of the same tokens' rows.
             batch: rows at once; the last batch may be shorter.
-            shuffle: read runs of 4 MiB in random order, and draw rows from a buffer that they fill.
-            buffer: how many rows it holds.
+            shuffle: read runs of 4 MiB in random order into a buffer, and give out its rows in random order.
+            buffer: how many rows it holds; memory is up to three times that.
             seed: of the order.
             part: (which, of how many): this share of the examples alone; shares differ by one example at most.
             drop_last: leave a shorter last batch out.

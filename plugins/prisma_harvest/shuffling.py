@@ -47,46 +47,28 @@ def dealt(chunks: Sequence[Chunk], part: int, parts: int) -> list[Chunk]:
 
 def buffered(runs: Iterable[Rows], batch: int) -> Iterator[Rows]:
     """Yield rows in order, ``batch`` at a time; the last batch may be shorter."""
-    rest: Rows | None = None
+    held, n = list[Rows](), 0
     for run in runs:
-        rows = run if rest is None else tuple(torch.cat(pair) for pair in zip(rest, run, strict=True))
-        whole = len(rows[0]) // batch * batch
+        held.append(run)
+        n += len(run[0])
+        if n < batch:
+            continue
+        rows, whole = _joined(held), n // batch * batch
+        held, n = [tuple(each[whole:] for each in rows)], n - whole
         for start in range(0, whole, batch):
             yield tuple(each[start : start + batch] for each in rows)
-        rest = tuple(each[whole:] for each in rows)
-    if rest is not None and len(rest[0]):
-        yield rest
+        del rows
+    if n:
+        yield _joined(held)
 
 
 def shuffled(runs: Iterable[Rows], batch: int, buffer: int, seed: int) -> Iterator[Rows]:
-    """Yield rows drawn at random from a buffer, which is filled up from the runs.
-
-    A batch takes the rows of random places of the buffer and leaves the next rows in them. Within one round of the
-    buffer each place is drawn once.
-    """
+    """Yield rows in random order out of a buffer, which is filled anew from the runs when it is empty."""
     generator = torch.Generator().manual_seed(seed)
-    buffer = max(buffer, batch)
-    held, fresh = list[Rows](), buffered(runs, batch)
-    n = 0
-    for group in fresh:
-        held.append(group)
-        n += len(group[0])
-        if n >= buffer:
-            break
-    if not held:
-        return
-    places = tuple(torch.cat(each) for each in zip(*held, strict=True))
-    held.clear()
-    order = torch.randperm(n, generator=generator)
-    at = 0
-    for group in fresh:
-        size = len(group[0])
-        if at + size > n:
-            order, at = torch.randperm(n, generator=generator), 0
-        drawn = order[at : at + size]
-        yield tuple(each.index_select(0, drawn) for each in places)
-        for each, rows in zip(places, group, strict=True):
-            each.index_copy_(0, drawn, rows)
-        at += size
-    order = torch.randperm(n, generator=generator)
-    yield from (tuple(each.index_select(0, drawn) for each in places) for drawn in order.split(batch))
+    for rows in buffered(runs, max(1, buffer // batch) * batch):
+        order = torch.randperm(len(rows[0]), generator=generator)
+        yield from (tuple(each.index_select(0, drawn) for each in rows) for drawn in order.split(batch))
+
+
+def _joined(parts: list[Rows]) -> Rows:
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(each) for each in zip(*parts, strict=True))

@@ -1,0 +1,110 @@
+"""``prisma harvest`` on a bundled toy: write, look, verify, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from prisma_harvest import open_harvest
+from prisma_toy import sample_scene
+
+import prisma_core as prisma
+from prisma_core.cli.app import main
+from prisma_core.plugin import installed
+
+
+@pytest.fixture(autouse=True)
+def _float32() -> None:
+    torch.set_default_dtype(torch.float32)
+
+
+def words(out: Path, *more: str) -> list[str]:
+    options = ["--data", "samples:6", "--names", "resid_post:1", "--names", "blocks.2.mlp.hook_post", "--batch", "4"]
+    return ["harvest", "toy:scenes-3l", *options, "--out", str(out), *more]
+
+
+def test_a_harvest_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words(tmp_path, "--pos", "0,5", "--dtype", "float32")) == 0
+    printed = capsys.readouterr()
+    acts = open_harvest(printed.out.strip())
+    assert "6 examples" in printed.err
+    assert acts.names == ["blocks.1.hook_resid_post", "blocks.2.mlp.hook_post"]
+    assert acts.tokens == ["cls", "r0c4"]
+    model = prisma.load("toy:scenes-3l")
+    assert acts.manifest.model.reference == "toy:scenes-3l"
+    images = model.preprocess([installed().source("toy").sample("scenes-3l", seed) for seed in range(4)])
+    _, cache = model.run_with_cache(images, names=acts.names, pos=[0, 5])
+    assert torch.equal(acts.read(acts.names[1], 0, 4), cache[acts.names[1]])
+
+    assert main(["harvest", "info", str(tmp_path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["examples"], facts["skipped"], facts["manifest"]["pos"]) == (6, 0, [0, 5])
+    assert main(["harvest", "info", str(tmp_path)]) == 0
+    assert "blocks.2.mlp.hook_post: pos d_mlp [2, 256]" in capsys.readouterr().out
+
+    assert main(["harvest", "verify", str(tmp_path)]) == 0
+    shard = acts.shards[0].path
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    assert main(["harvest", "verify", str(tmp_path), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["problems"] == [
+        "shards/00000.safetensors: not the bytes that were written"
+    ]
+
+
+def test_a_folder_with_an_image_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for seed in range(3):
+        sample_scene(seed).image.save(photos / f"{seed}.png")
+    (photos / "1.png").write_bytes(b"no image")
+    how = ["harvest", "toy:scenes-3l", "--data", str(photos), "--names", "resid_post:0", "--pos", "cls"]
+    assert main([*how, "--out", str(tmp_path / "out")]) == 1
+    assert "1.png" in capsys.readouterr().err
+    assert main([*how, "--out", str(tmp_path / "out"), "--on-error", "skip"]) == 0
+    printed = capsys.readouterr()
+    assert "1 could not be read" in printed.err
+    acts = open_harvest(tmp_path / "out")
+    assert [line["path"] for line in acts.examples()] == ["0.png", "2.png"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["harvest", "info"], "prisma harvest info DIR"),
+        (["harvest", "toy:scenes-3l"], "--data, --names, --out"),
+        (["harvest", "toy:scenes-3l", "photos"], "--data"),
+    ],
+)
+def test_what_is_missing_is_named(changed: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(changed) == 1
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--data", "samples:none", "samples:N"),
+        ("--data", "nowhere", "'nowhere'"),
+        ("--names", "resid_pots", "resid_pots"),
+        ("--dtype", "int8", "bfloat16, float16, float32"),
+        ("--on-error", "ignore", "'ignore'"),
+        ("--pos", "clss", "clss"),
+    ],
+)
+def test_what_is_wrong_is_named(
+    tmp_path: Path, option: str, value: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(tmp_path, option, value)) == 1
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_set_that_datasets_saved(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = {"image": [sample_scene(seed).image for seed in range(3)], "label": [4, 5, 6]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
+    how = ["harvest", "toy:scenes-3l", "--data", str(tmp_path / "saved"), "--names", "resid_post:0"]
+    assert main([*how, "--out", str(tmp_path / "out")]) == 0
+    assert [line["label"] for line in open_harvest(tmp_path / "out").examples()] == [4, 5, 6]
