@@ -9,8 +9,11 @@ import torch
 from prisma_toy import (
     captions,
     draw_captions,
+    draw_hidden,
     draw_motions,
+    draw_scenes,
     normalise,
+    reconstruct,
     series,
     training_log,
 )
@@ -114,6 +117,23 @@ def test_a_video_is_prepared_from_its_frames():
     torch.testing.assert_close(model.preprocess(frames), normalise(drawn.video), rtol=0, atol=1.01 / 255)
 
 
+# -------------------------------------------------------------------- hidden patches
+
+
+def test_a_reconstruction_is_nearer_than_the_mean_of_what_is_visible():
+    model, image = vision("mae-scenes"), draw_scenes(100, seed=61, size=48).image
+    hidden = draw_hidden(100, 64, 0.6, torch.Generator().manual_seed(1))
+    made = reconstruct(model, image, hidden)
+    where = hidden.view(100, 1, 8, 8).repeat_interleave(6, 2).repeat_interleave(6, 3).expand_as(image)
+    assert torch.equal(made[~where], image[~where]), "what is visible is not touched"
+    unseen = image.clone()
+    unseen[where] = torch.rand(int(where.sum()), generator=torch.Generator().manual_seed(2))
+    assert torch.equal(reconstruct(model, unseen, hidden), made), "what is hidden is not seen"
+    mean = (image * ~where).sum((2, 3), keepdim=True) / (~where).sum((2, 3), keepdim=True)
+    plain = (mean.expand_as(image) - image)[where].pow(2).mean()
+    assert (made - image)[where].pow(2).mean() < 0.65 * plain
+
+
 # -------------------------------------------------------------------- checkpoints along training
 
 
@@ -152,6 +172,16 @@ def test_the_loss_of_motions_falls_all_at_once_and_the_series_spans_it():
     inside = [step for step in series("motion") if before - 100 <= step <= after + 100]
     assert len(inside) >= 4
     assert losses[: cut - 8].mean() > 1.9, "an even guess of eight directions: ln 8 = 2.08"
+
+
+def test_the_loss_of_hidden_patches_falls_first_to_the_grounds_colour():
+    losses = torch.tensor([row["loss"] for row in training_log("mae-scenes") if row["step"] <= 300])
+    cut, left = fall(losses)
+    assert cut <= 8, "within the first eighty steps"
+    assert left < 0.4
+    mixed = losses[torch.randperm(len(losses), generator=torch.Generator().manual_seed(0))]
+    assert fall(mixed)[1] > 0.6
+    assert {0, 16, 32, 64, 256} < set(series("mae-scenes"))
 
 
 @pytest.mark.parametrize(("rest", "says"), [("motion@7", "2000"), ("scenes-cls@0", "none"), ("motions@0", "motion")])

@@ -27,6 +27,7 @@ FLOORS = {
     "digits": 0.97,
     "dsprites-attn-1l": 0.6,
     "dsprites-attn-2l": 0.93,
+    "mae-scenes": 0.75,
     "motion": 0.97,
     "scenes-3l": 0.97,
     "scenes-cls": 0.97,
