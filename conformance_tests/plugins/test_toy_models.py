@@ -7,28 +7,91 @@ from typing import Any
 import pytest
 import torch
 from prisma_toy import (
+    captions,
+    draw_captions,
+    draw_hidden,
     draw_motions,
+    draw_scenes,
     normalise,
+    reconstruct,
     series,
     training_log,
 )
 from prisma_toy.checkpoints import CONFIG
 from prisma_toy.config import Config
 from prisma_toy.measure import held_out
+from prisma_toy.reports import named, related
 from prisma_toy.source import bundled
 from prisma_toy.tasks import task
 
 import prisma_core as prisma
-from prisma_core import HookedViT, UnknownName
+from prisma_core import HookedDual, HookedViT, UnknownName
 from prisma_core.plugin import VideoPreprocess
 
 CONFIGS = {name: Config.model_validate_json((folder / CONFIG).read_text()) for name, folder in bundled().items()}
+
+
+def dual() -> HookedDual:
+    model = prisma.load("toy:clip-scenes")
+    assert isinstance(model, HookedDual)
+    return model
 
 
 def vision(name: str) -> HookedViT:
     model = prisma.load(f"toy:{name}")
     assert isinstance(model, HookedViT)
     return model
+
+
+# -------------------------------------------------------------------- captions
+
+
+@torch.no_grad()
+def test_a_dual_encoder_names_held_out_images_zero_shot():
+    model, drawn = dual(), captions.draw(300, torch.Generator().manual_seed(31), shapes=(1,))
+    chances = model.classify(normalise(drawn.image), captions.THINGS, template="a {}")
+    torch.testing.assert_close(chances.sum(1), torch.ones(300))
+    right = chances.argmax(1) == drawn.things[:, 0]
+    assert right.float().mean() >= 0.8
+    colour = chances.argmax(1) // len(captions.SHAPES) == drawn.things[:, 0] // len(captions.SHAPES)
+    assert colour.float().mean() >= 0.99, "what it gets wrong is the shape"
+    wrong = model.classify(normalise(drawn.image.roll(1, 0)), captions.THINGS, template="a {}").argmax(1)
+    assert (wrong == drawn.things[:, 0]).float().mean() < 0.15
+
+
+def test_both_towers_are_drawn_anew_on_request():
+    trained, drawn = dual(), prisma.load("toy:clip-scenes", pretrained=False)
+    assert isinstance(drawn, HookedDual)
+    assert named(drawn, 100, unseen=False).accuracy < 0.2
+    assert not torch.equal(drawn.text.W_E, trained.text.W_E)
+    assert not torch.equal(drawn.vision.blocks[0].attn.W_Q, trained.vision.blocks[0].attn.W_Q)
+
+
+def test_relations_are_read_and_unseen_things_are_better_than_chance():
+    model = dual()
+    assert related(model, 200, unseen=False, seed=5).accuracy >= 0.95
+    assert related(model, 200, unseen=True, seed=5).accuracy >= 0.9
+    assert named(model, 200, unseen=True, seed=5).accuracy >= 0.3, "1 of 6 knows the colour alone"
+
+
+@torch.no_grad()
+def test_the_captions_of_one_relation_mean_the_same_either_way_round():
+    model = dual()
+    one, same, other = model.encode_text(
+        ["a red circle left of a blue star", "a blue star right of a red circle", "a blue star left of a red circle"]
+    )
+    assert one @ same > one @ other + 0.1
+
+
+def test_its_tokenizer_came_along():
+    model = dual()
+    tokens = model.tokens(["a red circle left of a blue star"])
+    assert tokens.shape == (1, model.spec.text.n_ctx)
+    assert model.tokenizer.decode(tokens) == ["a red circle left of a blue star"]
+    logits, cache = model.run_with_cache(normalise(draw_captions(2).image), tokens)
+    assert logits.shape == (2, 1)
+    assert "text.blocks.0.attn.hook_pattern" in cache
+    assert cache.tower("vision")["resid_post", -1].shape[:2] == (2, 65)
 
 
 # -------------------------------------------------------------------- motions
@@ -52,6 +115,23 @@ def test_a_video_is_prepared_from_its_frames():
     assert model.layout.frames == 4
     frames: Any = [(frame[0] * 255).round().to(torch.uint8).numpy() for frame in drawn.video[0]]
     torch.testing.assert_close(model.preprocess(frames), normalise(drawn.video), rtol=0, atol=1.01 / 255)
+
+
+# -------------------------------------------------------------------- hidden patches
+
+
+def test_a_reconstruction_is_nearer_than_the_mean_of_what_is_visible():
+    model, image = vision("mae-scenes"), draw_scenes(100, seed=61, size=48).image
+    hidden = draw_hidden(100, 64, 0.6, torch.Generator().manual_seed(1))
+    made = reconstruct(model, image, hidden)
+    where = hidden.view(100, 1, 8, 8).repeat_interleave(6, 2).repeat_interleave(6, 3).expand_as(image)
+    assert torch.equal(made[~where], image[~where]), "what is visible is not touched"
+    unseen = image.clone()
+    unseen[where] = torch.rand(int(where.sum()), generator=torch.Generator().manual_seed(2))
+    assert torch.equal(reconstruct(model, unseen, hidden), made), "what is hidden is not seen"
+    mean = (image * ~where).sum((2, 3), keepdim=True) / (~where).sum((2, 3), keepdim=True)
+    plain = (mean.expand_as(image) - image)[where].pow(2).mean()
+    assert (made - image)[where].pow(2).mean() < 0.65 * plain
 
 
 # -------------------------------------------------------------------- checkpoints along training
@@ -92,6 +172,16 @@ def test_the_loss_of_motions_falls_all_at_once_and_the_series_spans_it():
     inside = [step for step in series("motion") if before - 100 <= step <= after + 100]
     assert len(inside) >= 4
     assert losses[: cut - 8].mean() > 1.9, "an even guess of eight directions: ln 8 = 2.08"
+
+
+def test_the_loss_of_hidden_patches_falls_first_to_the_grounds_colour():
+    losses = torch.tensor([row["loss"] for row in training_log("mae-scenes") if row["step"] <= 300])
+    cut, left = fall(losses)
+    assert cut <= 8, "within the first eighty steps"
+    assert left < 0.4
+    mixed = losses[torch.randperm(len(losses), generator=torch.Generator().manual_seed(0))]
+    assert fall(mixed)[1] > 0.6
+    assert {0, 16, 32, 64, 256} < set(series("mae-scenes"))
 
 
 @pytest.mark.parametrize(("rest", "says"), [("motion@7", "2000"), ("scenes-cls@0", "none"), ("motions@0", "motion")])

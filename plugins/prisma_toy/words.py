@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import overload
@@ -45,23 +44,22 @@ class Words:
         return len(self.tokens)
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        """Return tokens ``[text pos]``.
-
-        Warns of words that are not in the vocabulary, which become ``<unknown>``.
-        """
-        split = [re.findall(r"\w+", text.casefold()) for text in ([texts] if isinstance(texts, str) else texts)]
-        if unknown := sorted({word for text in split for word in text} - set(self.words)):
-            more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-            warnings.warn(
-                f"Words that this model has never read: {', '.join(unknown[:5])}{more}. It knows "
-                f"{', '.join(self.words)}.",
-                stacklevel=2,
-            )
+        """Return tokens ``[text pos]``; words that are not in the vocabulary become ``<unknown>``."""
+        split = [_words(text) for text in ([texts] if isinstance(texts, str) else texts)]
         rows = torch.zeros(len(split), self.length, dtype=torch.long)
         for row, text in zip(rows, split, strict=True):
             ids = [self._ids.get(word, 1) for word in text[: self.length - 1]] + [self._ids[END]]
             row[: len(ids)] = torch.tensor(ids)
         return rows
+
+    def unknown(self, texts: str | Sequence[str]) -> list[str]:
+        """Return the words of texts that are not in the vocabulary.
+
+        >>> Words(("a", "red", "circle"), length=6).unknown("a crimson circle")
+        ['crimson']
+        """
+        split = (_words(text) for text in ([texts] if isinstance(texts, str) else texts))
+        return sorted({word for text in split for word in text} - set(self.words))
 
     @overload
     def decode(self, tokens: Tensor) -> list[str]: ...
@@ -91,3 +89,7 @@ class Words:
     def from_pretrained(cls, folder: str | Path) -> Words:
         """Return what ``save_pretrained`` wrote."""
         return cls(**json.loads((Path(folder) / FILE).read_text(encoding="utf-8")))
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
