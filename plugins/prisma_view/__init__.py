@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from prisma_view.findings import Report, report
     from prisma_view.page import write_page
     from prisma_view.pictures import write_pictures
+    from prisma_view.sections import Overview, overview
     from prisma_view.symbols import symbol
     from prisma_view.viewer import AttentionPage, attention_page
     from prisma_view.words import percent
 
 # fmt: off
 __all__ = [
-    "plot", "patches", "attention", "Figure", "attention_page", "AttentionPage",
+    "plot", "patches", "attention", "Figure", "attention_page", "AttentionPage", "overview", "Overview",
     "report", "write_page", "write_pictures", "Report", "symbol", "percent", "prisma_commands",
 ]
 # fmt: on
@@ -39,6 +40,8 @@ _HOMES = {
     "Figure": "figures",
     "attention_page": "viewer",
     "AttentionPage": "viewer",
+    "overview": "sections",
+    "Overview": "sections",
     "report": "findings",
     "Report": "findings",
     "write_page": "page",
@@ -66,9 +69,11 @@ def __getattr__(name: str) -> Any:
 
 @hookimpl
 def prisma_commands(app: typer.Typer) -> None:
-    """Add ``prisma demo`` and ``prisma attention``."""
-    from prisma_view.attention_command import attention as attention_command
+    """Add ``prisma demo``, ``prisma attention`` and ``prisma report``."""
     from prisma_view.command import demo
+    from prisma_view.page_commands import attention as attention_command
+    from prisma_view.page_commands import report as report_command
 
     app.command()(demo)
     app.command("attention")(attention_command)
+    app.command("report")(report_command)

@@ -130,7 +130,7 @@ def chart_of(
     total = (f"Total: {result.total}.",) * bool(result.total)
     return Chart(
         kind, values[:panels], (rows, columns), labels, tuple(titles[:panels]),
-        ", ".join([result.technique.replace("_", " ") or "values", *about]), result.unit or "value",
+        ", ".join([_spoken(result.technique) or "values", *about]), result.unit or "value",
         (*baseline, *total, *notes, *left_out), None if image is None else as_image(image),
     )  # fmt: skip
 
@@ -270,6 +270,10 @@ def _largest(values: np.ndarray, labels: Any) -> tuple[np.ndarray, Any, tuple[st
     values = np.concatenate([values[..., kept], rest, values[..., last]], -1)
     drawn = (*(names[i] for i in kept), f"{len(others)} others", *(names[i] for i in last))
     return values, (labels[0], drawn), (f"The {len(kept)} largest of {len(names) - len(last)} bars.",)
+
+
+def _spoken(technique: str) -> str:
+    return technique if "." in technique else technique.replace("_", " ")
 
 
 def _range(values: np.ndarray) -> str:

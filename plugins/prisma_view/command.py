@@ -90,16 +90,21 @@ def _with_pages(loaded: object, reference: str) -> HookedViT:
     if isinstance(loaded, HookedDual):
         raise InputError(
             f"{reference} is a pair of towers, which names no classes by itself, and the page is about a classifier. "
+            f"`prisma report {reference} --words 'a cat, a dog'` tells words apart; `prisma attention` shows a tower. "
             f"Its vision tower is model.vision: prisma_view.report(model.vision, first, second) takes its output's "
             f"coordinates for classes, and `prisma registers {reference} PICTURE` looks at its tokens."
         )
     if not isinstance(loaded, HookedViT):
         raise InputError(
             f"{reference} is no vision transformer in canonical form, and the page needs one. Its activations can be "
-            "read and edited all the same: docs/how-to-other-architectures.md."
+            "read and edited all the same: docs/how-to-other-architectures.md. "
+            f"`prisma report {reference}` draws what there is."
         )
     if loaded.spec.n_frames is not None:
-        raise InputError(f"{reference} takes videos, and the page shows pictures, not videos.")
+        raise InputError(
+            f"{reference} takes videos, and the page shows pictures, not videos: `prisma report` and "
+            "`prisma attention` take a video with --image FILE."
+        )
     return loaded
 
 

@@ -60,7 +60,7 @@ class Figure(go.Figure):
             f'<figure style="margin:0"><img id="{name}-still" style="max-width:100%" src="{source}" '
             f'alt="{escape(self.chart.describe())}"><div id="{name}" role="img" '
             f'aria-label="{escape(self.chart.describe())}"></div>{library}<script>(() => {{'
-            f"const data = {_json(self)};"
+            f"const data = {figure_json(self)};"
             f'const draw = () => {{ const still = document.getElementById("{name}-still");'
             f'Plotly.newPlot("{name}", data.data, data.layout, {{responsive: true, displaylogo: false}});'
             "still.remove(); };"
@@ -169,7 +169,8 @@ def _tokens(values: Tensor, layout: TokenLayout, unit: str, title: str) -> Resul
     return Result(values, (*outer, "pos"), {"pos": tuple(names)}, technique=title, unit=unit)
 
 
-def _json(figure: Figure) -> str:
+def figure_json(figure: Figure) -> str:
+    """Return a figure as JSON that can stand in a script of a page."""
     return json.dumps(json.loads(figure.to_json()), separators=(",", ":")).replace("<", "\\u003c")
 
 
@@ -185,7 +186,7 @@ def _page(figure: Figure) -> str:
 <body><main><div id="figure" role="img" aria-label="{escape(chart.describe())}"></div>
 <p>{escape(chart.describe())}</p></main>
 <script>{get_plotlyjs()}</script><script>
-const figure = {_json(figure)};
+const figure = {figure_json(figure)};
 Plotly.newPlot("figure", figure.data, figure.layout, {{responsive: true, displaylogo: false}})
   .then(() => {{ document.documentElement.dataset.ready = "yes"; }});
 </script></body></html>

@@ -108,7 +108,7 @@ def attention_page(
         maps = _without_padding(collect(model, [inputs], layers), n_words)
         words, layout = words[: maps[0].pattern.shape[-1]], None
     else:
-        inputs, seen = _image(model, image)
+        inputs, seen = prepare(model, image)
         maps, layout = collect(model, [inputs], layers), model.layout_for(inputs)
     kinds = _kinds(model, inputs, layout, layers)
     maps, layout, side = fitted(maps, layout)
@@ -145,7 +145,12 @@ def attention_page(
 # ------------------------------------------------------------------ inputs
 
 
-def _image(model: Any, image: Any) -> tuple[Tensor, Any]:
+def prepare(model: Any, image: Any) -> tuple[Tensor, Any]:
+    """Return an image as the model takes it, and as what it sees: an image, or the pixels of frames.
+
+    Raises:
+        InputError: the model does not know how to read images.
+    """
     preprocess = getattr(model, "preprocess", None)
     parameter = next(model.parameters())
     if isinstance(image, Tensor) and image.ndim >= 4:

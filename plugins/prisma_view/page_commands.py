@@ -1,4 +1,4 @@
-"""The command ``prisma attention``."""
+"""The commands ``prisma attention`` and ``prisma report``."""
 
 from __future__ import annotations
 
@@ -54,6 +54,34 @@ def attention(
     )  # fmt: skip
     if wants_browser(show):
         webbrowser.open(path.resolve().as_uri())
+
+
+def report(
+    reference: Annotated[str, typer.Argument(help="The model; `prisma models` lists what there is.")],
+    image: Annotated[
+        Path | None, typer.Option(help="An image, or a video for models of videos.", show_default="a sample")
+    ] = None,
+    words: Annotated[str | None, typer.Option(help="Texts for a dual encoder, such as 'a cat, a dog'.")] = None,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained/--no-pretrained", help="Load trained weights, or random ones (no download).")
+    ] = True,
+) -> None:
+    """Write an overview of any model on an image: guesses, lens, attribution, patches by components, feature maps."""
+    console = Console(stderr=True, highlight=False)
+    texts = [each.strip() for each in (words or "").split(",") if each.strip()]
+    with console.status(f"Loading {reference}"):
+        model = prisma.load(reference, **({} if pretrained else {"pretrained": False}))
+    with console.status("Looking"):
+        given = _input(model, reference, image)
+        page = prisma_view.overview(model, given, texts, title=reference, trained=pretrained)
+    try:
+        path = page.save(out)
+    except OSError as error:
+        raise InputError(f"Cannot write {out}: {error.strerror}. Give another file with --out.") from error
+    for name, reason in page.why.items():
+        console.print(f"Without {name.lower()}: {reason}", soft_wrap=True, markup=False)
+    Console(highlight=False).print(f"page  {path}", soft_wrap=True, markup=False)
 
 
 def _input(model: Any, reference: str, image: Path | None) -> Any:

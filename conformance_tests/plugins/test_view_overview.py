@@ -1,0 +1,119 @@
+"""The overview: the sections that fit a model, with the numbers that the model gives."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import models
+import numpy as np
+import prisma_view
+import pytest
+import torch
+from prisma_view.sections import principal_colours
+
+import prisma_core as prisma
+from prisma_core import InputError
+from prisma_core.cli.app import main
+
+WORDS = ["a cat", "a <b>dog</b>", "a fox"]
+
+
+def titles(page: Any) -> list[str]:
+    return [section.title for section in page.sections]
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    return torch.randn(1, 3, 8, 12, generator=torch.Generator().manual_seed(1))
+
+
+def test_principal_components_are_those_of_scikit_learn() -> None:
+    decomposition = pytest.importorskip("sklearn.decomposition", reason="needs scikit-learn")
+    grid = torch.randn(5, 6, 9, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 10)
+    colours, share = principal_colours(grid)
+    fitted = decomposition.PCA(3, svd_solver="full").fit(grid.flatten(0, 1).numpy())
+    theirs = fitted.transform(grid.flatten(0, 1).numpy())
+    signs = np.sign(np.take_along_axis(fitted.components_, np.abs(fitted.components_).argmax(1)[:, None], 1))[:, 0]
+    theirs = theirs * signs
+    theirs = (theirs - theirs.min(0)) / (theirs.max(0) - theirs.min(0))
+    np.testing.assert_allclose(colours.flatten(0, 1), theirs, atol=1e-4)
+    assert share == pytest.approx(fitted.explained_variance_ratio_.sum(), abs=1e-5)
+
+
+def test_few_channels_and_equal_patches_have_colours_too() -> None:
+    colours, _ = principal_colours(torch.randn(2, 3, 1))
+    assert colours.shape == (2, 3, 3)
+    assert (colours[..., 1:] == 0).all()
+    assert torch.isfinite(principal_colours(torch.ones(2, 3, 5))[0]).all()
+
+
+def test_a_classifier_has_guesses_lens_attribution_and_components(image: torch.Tensor) -> None:
+    model = models.build(registers=1)
+    page = prisma_view.overview(model, image)
+    assert titles(page) == [
+        "Best guesses", "What patches say", "What each layer adds", "Patches by their principal components",
+    ]  # fmt: skip
+    assert set(page.why) == {"Feature maps"}
+    logits = model(image)[0].detach()
+    order = logits.argsort(descending=True)[:5].tolist()
+    (bars,) = page.sections[0].figures
+    assert list(bars.chart.labels[1]) == [models.LABELS[i] for i in order]
+    np.testing.assert_allclose(bars.chart.values[0, 0], logits.softmax(-1)[order], rtol=1e-5)
+    (layers,) = page.sections[2].figures
+    assert layers.chart.values[0, 0, -1] == pytest.approx(float(logits[order[0]]), abs=1e-4)
+    assert page.sections[1].figures[0].chart.panels == tuple(f"class {models.LABELS[i]}" for i in order)
+
+
+def test_a_model_without_a_head_has_components_alone(image: torch.Tensor) -> None:
+    page = prisma_view.overview(models.build(n_classes=None), image)
+    assert titles(page) == ["Patches by their principal components"]
+    assert "no classification head" in page.why["Best guesses"]
+
+
+def test_a_dual_encoder_is_held_against_words(tmp_path: Path) -> None:
+    pytest.importorskip("open_clip", reason="needs open_clip: pip install 'prisma-interp[clip]'")
+    vision = {"width": 32, "layers": 2, "head_width": 16, "image_size": 32, "patch_size": 16}
+    torch.manual_seed(0)
+    clip = prisma.load("open_clip:ViT-B-32", pretrained=False, embed_dim=16, vision_cfg=vision)
+    image = torch.randn(1, 3, 32, 32)
+    page = prisma_view.overview(clip, image, WORDS, trained=False)
+    chances = clip.classify(image, WORDS, template="{}")[0].detach()
+    (bars,) = page.sections[0].figures
+    drawn = dict(zip(bars.chart.labels[1], bars.chart.values[0, 0], strict=True))
+    assert drawn == pytest.approx(dict(zip(WORDS, chances.tolist(), strict=True)), abs=1e-5)
+    text = page.save(tmp_path / "page.html").read_text("utf-8")
+    assert "untrained weights" in text
+    assert "a <b>dog" not in text
+    assert text.count("plotly.js v") == 1
+    with pytest.raises(InputError, match="words="):
+        prisma_view.overview(clip, image)
+    with pytest.raises(InputError, match="no words"):
+        prisma_view.overview(clip.vision, image, WORDS)
+
+
+def test_a_hooked_upstream_shows_its_feature_maps() -> None:
+    timm = pytest.importorskip("timm", reason="needs timm: pip install 'prisma-interp[timm]'")
+    torch.manual_seed(0)
+    model = prisma.adapt(timm.create_model("test_convnext").eval())
+    x = torch.randn(1, 3, 64, 64)
+    page = prisma_view.overview(model, x)
+    assert titles(page) == ["Best guesses", "Feature maps"]
+    figure = page.sections[1].figures[-1]
+    _, cache = model.run_with_cache(x, names=figure.chart.title.split(",")[0])
+    ((name, activation),) = cache.items()
+    axes = model.hook_points()[name].axes.split()
+    channels = next(at for at, axis in enumerate(axes) if axis not in ("batch", "row", "column"))
+    np.testing.assert_allclose(figure.chart.values[0], activation.detach().norm(dim=channels)[0], rtol=1e-5)
+
+
+def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "deep" / "report.html"
+    assert main(["report", "toy:scenes-3l", "--out", str(out)]) == 0
+    assert str(out) in capsys.readouterr().out
+    text = out.read_text("utf-8")
+    assert len(re.findall(r'class="figure" id="figure-\d"', text)) == 3
+    assert not re.search(r"""<(?:img|script)[^>]*src=["'](?!data:)""", text.split("<script>")[0])
+    assert main(["report", "toy:scenes-3l", "--words", "a, b", "--out", str(out)]) != 0
+    assert "no words" in capsys.readouterr().err
