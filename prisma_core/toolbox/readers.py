@@ -106,7 +106,7 @@ class PartReader:
             return "gelu_tanh" if module.approximate == "tanh" else "gelu"
         if (name := module.of_class(self.activations) or module.of_class(ACTIVATIONS)) is None:
             raise module.unsupported("its activation function")
-        return cast("Activation", name)
+        return name
 
     def linear(self, module: Reader) -> Reader:
         """Return a linear layer as it is."""
