@@ -12,6 +12,7 @@ from prisma_toy import (
     draw_hidden,
     draw_motions,
     draw_scenes,
+    draw_sums,
     normalise,
     reconstruct,
     series,
@@ -19,6 +20,7 @@ from prisma_toy import (
 )
 from prisma_toy.checkpoints import CONFIG
 from prisma_toy.config import Config
+from prisma_toy.counting import HELD_OUT_SUMS, TOTALS
 from prisma_toy.measure import held_out
 from prisma_toy.reports import named, related
 from prisma_toy.source import bundled
@@ -115,6 +117,18 @@ def test_a_video_is_prepared_from_its_frames():
     assert model.layout.frames == 4
     frames: Any = [(frame[0] * 255).round().to(torch.uint8).numpy() for frame in drawn.video[0]]
     torch.testing.assert_close(model.preprocess(frames), normalise(drawn.video), rtol=0, atol=1.01 / 255)
+
+
+# -------------------------------------------------------------------- sums
+
+
+@torch.no_grad()
+def test_sums_that_were_never_trained_on_are_counted():
+    model, drawn = vision("counting"), draw_sums(300, seed=51, split="held-out")
+    right = model(normalise(drawn.image)).argmax(1) + TOTALS[0] == drawn.total
+    assert right.float().mean() >= 0.97
+    for pair in HELD_OUT_SUMS:
+        assert right[(drawn.numbers == torch.tensor(pair)).all(1)].float().mean() >= 0.95, pair
 
 
 # -------------------------------------------------------------------- hidden patches

@@ -1,4 +1,4 @@
-"""Handwritten digits: the set that scikit-learn ships, 1,797 real pictures of 8 x 8 pixels.
+"""Handwritten digits: the set that scikit-learn ships, 1,797 real images of 8 x 8 pixels.
 
 Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository (1998).
 """

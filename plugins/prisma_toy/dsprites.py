@@ -1,6 +1,6 @@
 """Sprites after the factors of the dSprites data set, drawn afresh; no file of that data set is used.
 
-Shape (3), scale (6), orientation (40), x (32) and y (32) make one 64 x 64 picture of ones on zeros.
+Shape (3), scale (6), orientation (40), x (32) and y (32) make one 64 x 64 image of ones on zeros.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def sample(n: int, generator: torch.Generator) -> Tensor:
 
 
 def draw(factors: Tensor) -> Tensor:
-    """Return the pictures of factors, 0 or 1: ``[batch factor] -> [batch 1 64 64]``."""
+    """Return the images of factors, 0 or 1: ``[batch factor] -> [batch 1 64 64]``."""
     shape, scale, orientation, x, y = factors.unbind(1)
     radius = 0.2 * (0.5 + 0.1 * scale)
     angle = orientation * (2 * math.pi / FACTORS["orientation"])

@@ -110,5 +110,5 @@ def _here(repository: str) -> list[str]:
 
 
 def last(names: Sequence[str]) -> str:
-    """Return the checkpoint after the most pictures: the project numbers them."""
+    """Return the checkpoint after the most images: the project numbers them."""
     return max(names, key=lambda name: ([int(number) for number in re.findall(r"\d+", Path(name).stem)], name))

@@ -1,6 +1,6 @@
 """Two small tasks on which circuits are easy to find, in our own simple versions of Prisma's ideas.
 
-Circle: say in which cell of a grid the centre of a circle lies, or how big it is. Induction: a picture is a sequence
+Circle: say in which cell of a grid the centre of a circle lies, or how big it is. Induction: an image is a sequence
 of patches read row by row, each filled with one of a few glyphs; the last patch repeats an earlier one, and the label
 is the glyph that followed that one.
 """
@@ -25,7 +25,7 @@ def circles(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]
     """Draw circles.
 
     Returns:
-        pictures ``[batch 1 32 32]``, the grid cell of each centre ``[batch]``, and each size's class ``[batch]``.
+        images ``[batch 1 32 32]``, the grid cell of each centre ``[batch]``, and each size's class ``[batch]``.
     """
     x, y = torch.rand(n, generator=generator), torch.rand(n, generator=generator)
     size = torch.randint(CIRCLE_SIZES, (n,), generator=generator)
@@ -47,7 +47,7 @@ def induction(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tenso
     """Draw sequences of glyphs, each with one earlier occurrence of its last glyph.
 
     Returns:
-        pictures ``[batch 1 32 32]``, the glyph to predict ``[batch]``, and the sequences ``[batch position]``.
+        images ``[batch 1 32 32]``, the glyph to predict ``[batch]``, and the sequences ``[batch position]``.
     """
     length = ROWS * ROWS
     last = torch.randint(len(GLYPHS), (n, 1), generator=generator)

@@ -159,7 +159,7 @@ def _places(radius: Tensor, present: Tensor, generator: torch.Generator, tries: 
 
 
 def _clutter(image: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Strew small grey shapes over pictures, which are no class of their own."""
+    """Strew small grey shapes over images, which are no class of their own."""
     n = len(image)
     kind = torch.randint(len(KINDS), (n, _CLUTTER), generator=generator)
     radius = uniform((n, _CLUTTER), 0.015, 0.05, generator)
@@ -179,10 +179,10 @@ class SampleScene:
     """A scene to look at, with the truth about it.
 
     Attributes:
-        image: the picture.
+        image: of ``size`` pixels a side, a Pillow image.
         labels: of the shapes in it.
         classes: their indices in ``LABELS``.
-        scenes: the picture as a batch of one.
+        scenes: the image as a batch of one.
     """
 
     image: Image.Image
