@@ -19,7 +19,7 @@ from prisma_core.transformer.vit import HookedViT
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))
 import house  # noqa: E402  # the modules beside this one
-import kinds  # noqa: E402
+import technique_kinds  # noqa: E402
 import techniques  # noqa: E402
 
 PAGE, DESIGN, FIGURE = DOCS / "hook-points.md", DOCS / "design.md", DOCS / "images" / "house.svg"
@@ -147,7 +147,7 @@ def pages() -> dict[Path, str]:
     return {
         PAGE: page(),
         TECHNIQUES: techniques.page(),
-        KINDS: kinds.page(),
+        KINDS: technique_kinds.page(),
         **references,
         DESIGN: ROOMS.sub(rf"\g<1>{table}\n\g<2>", design),
         FIGURE: house.figure(),

@@ -159,7 +159,8 @@ def adapt(upstream: nn.Module, *, adapter: Adapter | None = None, copy: bool = T
     if source := installed().source_of(model):
         with blaming(source):
             known = returned(source.describe, source.describe(model), Loaded)
-        hooked.preprocess = hooked.preprocess or known.preprocess
+        if known.preprocess is not None and not hooked.preprocess:
+            hooked.preprocess = known.preprocess
         hooked.labels = hooked.labels or known.labels
     return hooked
 

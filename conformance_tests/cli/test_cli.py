@@ -263,7 +263,12 @@ def test_info_filtered(run: Run) -> None:
 
 def test_info_of_a_saved_model_reads_no_weights(run: Run, vit: HookedViT, tmp_path: Path) -> None:
     folder = prisma.save(vit, tmp_path)
-    (folder / "model.safetensors").write_bytes(b"")
+    weights = folder / "model.safetensors"
+    data = weights.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    weights.write_bytes(data[:header] + bytes(len(data) - header))
+    with pytest.raises(LoadError):
+        prisma.load(f"file:{folder}")
     answer = json.loads(run("info", f"file:{folder}", "--json").out)
     assert answer["spec"] == vit.spec.model_dump(mode="json")
 

