@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hostile import truncate
 from PIL import Image, ImageOps
 
@@ -183,3 +184,23 @@ def test_a_model_without_preprocessing_says_how_to_set_it(make: Callable[..., Ho
 def test_means_and_deviations_that_give_no_finite_pixels(field: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"std|mean"):
         Preprocess(size=(8, 8), **field)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_an_image_may_shrink_to_one_pixel(interpolation: str, mode: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    array = torch.from_numpy(np.array(image)).reshape(5, 4, -1)
+    size = {
+        "mean": (0.5,) * array.shape[2],
+        "std": (0.2,) * array.shape[2],
+        "size": (1, 1),
+        "resize": "squash",
+        "crop": 1.0,
+    }
+    prepare = Preprocess.model_validate({**size, "interpolation": interpolation, "resampling": "torch"})
+    exact = torch.nn.functional.interpolate(
+        array.permute(2, 0, 1)[None].double(), (1, 1), mode=interpolation, antialias=True
+    )
+    assert float((prepare.denormalise(prepare(image)) * 255 - exact).abs().max()) <= 1.0

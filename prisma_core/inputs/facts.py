@@ -117,6 +117,8 @@ class Preprocess(Facts, PicturePreprocess):
     def _interpolated(self, pixels: Tensor, height: int, width: int) -> Tensor:
         smooth = self.interpolation in ("bilinear", "bicubic")
         mode = self.interpolation if smooth else "nearest-exact"  # as Pillow has it: the pixel whose middle is nearest
+        if (height, width) == (1, 1):  # torch's kernel for bytes fails over one pixel in any other order of memory
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
         return F.interpolate(pixels, (height, width), mode=mode, antialias=smooth)
 
     def _scaled(self, height: int, width: int) -> tuple[int, int]:
