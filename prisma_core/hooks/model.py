@@ -25,20 +25,17 @@ from prisma_core.hooks.migration import keyword_names, module_getattr, refuse_ke
 from prisma_core.hooks.point import (
     OPEN_SCOPES,
     Capture,
-    Hook,
     HookContext,
     HookPoint,
     PlacedHook,
     Scope,
     ScopeContext,
+    Splice,
     Stop,
 )
 from prisma_core.hooks.query import LayerQuery, Query
-from prisma_core.hooks.sites import Site, by_name, has_subset, select, splicing_scope, with_splices
-from prisma_core.hooks.splice import Splice
+from prisma_core.hooks.sites import HookMapping, Site, by_name, select, splicing_scope, with_splices
 from prisma_core.hooks.tokens import TokenLayout
-
-HookMapping = Mapping["str | LayerQuery", Hook]
 
 
 class HookedModel(nn.Module):
@@ -360,7 +357,7 @@ class HookedModel(nn.Module):
                 raise HookError(f"This model has no token layout, so pos={pos!r} means nothing; give positions.")
             places = layout.slice(subset)
             pos = slice(places.start, None) if subset in ("patches", "all") else places  # the image may be larger
-            whole = {name for name in axes if not has_subset(sites[name], subset)}
+            whole = {name for name in axes if not _has_subset(sites[name], subset)}
             if axes and len(whole) == len(axes):
                 name = next(iter(axes))
                 raise InputError(
@@ -372,3 +369,9 @@ class HookedModel(nn.Module):
             name: Keep(cache.store, name, index_slices(axes[name], None if name in whole else pos, heads), **how)
             for name in axes
         }
+
+
+def _has_subset(site: Site, subset: str) -> bool:
+    """Return whether a subset of the layout selects among the tokens of a hook point."""
+    framed = subset.startswith("frame ") and "frame" in site.point.axes.split()
+    return not framed and cast(HookedModel, site.owner).layout_for() is not None

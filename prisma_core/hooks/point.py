@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast
+from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,6 @@ from torch import Tensor, nn
 from prisma_core.errors import HookError
 from prisma_core.hooks.migration import unknown_attribute
 from prisma_core.hooks.query import layer_of
-
-if TYPE_CHECKING:
-    from prisma_core.hooks.splice import PlacedSplice
 
 
 @dataclass(frozen=True)
@@ -166,6 +163,44 @@ class Expected(Protocol):
     def name(self) -> str: ...
     @property
     def reached(self) -> bool: ...
+
+
+class Splice(Protocol):
+    """A function put in the place of an activation while a scope is open, with hook points of its own inside.
+
+    Attributes:
+        points: its hook points by name, in firing order. In the model they stand under the hook point that the splice
+            is at: ``blocks.5.hook_resid_post.sae.hook_features``.
+    """
+
+    @property
+    def points(self) -> Mapping[str, HookPoint]: ...
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        """Return what goes on in the place of an activation; of the same shape, dtype and device."""
+        ...
+
+
+@dataclass(eq=False)
+class PlacedSplice:
+    """A splice at a hook point.
+
+    Attributes:
+        at: the place, for messages.
+        reached: whether a pass has gone by.
+    """
+
+    splice: Splice
+    at: HookContext
+    reached: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.at.name
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.reached = True
+        return checked(self.splice(x), x, self.at, "splice", "activation")
 
 
 @dataclass(eq=False)

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+from torch import Tensor, nn
 
 from prisma_core.errors import HookError
-from prisma_core.hooks.point import Capture, Hook, HookContext, HookPoint, Scope, check_hook
+from prisma_core.hooks.point import (
+    Capture,
+    Hook,
+    HookContext,
+    HookPoint,
+    PlacedSplice,
+    Scope,
+    Splice,
+    check_hook,
+)
 from prisma_core.hooks.query import LayerQuery, Query, resolve, resolve_one
-from prisma_core.hooks.splice import PlacedRead, PlacedSplice, Splice
 
-if TYPE_CHECKING:
-    from prisma_core.hooks.model import HookedModel, HookMapping
+HookMapping = Mapping["str | LayerQuery", Hook]
 
 
 class Site(NamedTuple):
     """A hook point, and the innermost hooked model that it lies in."""
 
     point: HookPoint
-    owner: HookedModel
+    owner: nn.Module
 
 
 def select(sites: Mapping[str, Site], query: Query | None) -> list[str]:
@@ -37,10 +47,26 @@ def by_name(sites: Mapping[str, Site], hooks: HookMapping | None) -> Iterator[tu
             yield name, hook
 
 
-def has_subset(site: Site, subset: str) -> bool:
-    """Return whether a subset of the layout selects among the tokens of a hook point."""
-    framed = subset.startswith("frame ") and "frame" in site.point.axes.split()
-    return not framed and site.owner.layout_for() is not None
+@dataclass(eq=False)
+class PlacedRead:
+    """A function that reads an activation on behalf of a splice elsewhere.
+
+    Attributes:
+        at: the place, for messages.
+        reached: whether a pass has gone by.
+    """
+
+    read: Capture
+    at: HookContext
+    reached: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.at.name
+
+    def __call__(self, x: Tensor) -> None:
+        self.reached = True
+        self.read(x)
 
 
 def with_splices(

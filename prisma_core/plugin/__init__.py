@@ -33,10 +33,9 @@ from prisma_core.files.checkpoint import (
 from prisma_core.files.code import code_in, without_code
 from prisma_core.hooks.capture import positions_of
 from prisma_core.hooks.migration import keyword_names
-from prisma_core.hooks.model import HookMapping
-from prisma_core.hooks.point import Hook
+from prisma_core.hooks.point import Hook, Splice
 from prisma_core.hooks.query import LayerQuery, Query, layer_of, resolve_one, short_name
-from prisma_core.hooks.splice import Splice
+from prisma_core.hooks.sites import HookMapping
 from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.inputs import SIZES, Picture, PicturePreprocess, Preprocess, open_picture, probe, restored
 from prisma_core.inputs.video import VideoPreprocess, read_video
