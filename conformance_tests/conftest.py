@@ -14,8 +14,13 @@ from hypothesis import HealthCheck, settings
 from loopback import Hub, serving
 from models import image, in_float64, make, variant, vit  # noqa: F401  # fixtures of every room
 
+from prisma_core.plugin import host
+
 # Workers share the cores, and the models are tiny: more threads only wait for each other.
 torch.set_num_threads(1)
+
+# On a slow machine a plugin's import can take longer than a user is left without a word; tests compare what is written.
+host.PATIENCE = 600.0
 
 # No deadline: how long a case takes is the machine's business. Building a model is slow beside drawing a number.
 COMMON = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])

@@ -142,10 +142,11 @@ def test_version(run: Run) -> None:
 
 def test_as_a_program() -> None:
     ran = subprocess.run(
-        [sys.executable, "-m", "prisma_core.cli.app", "info", "nothing"], capture_output=True, text=True, timeout=100
+        [sys.executable, "-m", "prisma_core.cli.app", "info", "nothing"], capture_output=True, text=True, timeout=300
     )
     assert ran.returncode == 1
-    assert len(ran.stderr.splitlines()) == 1
+    said = [line for line in ran.stderr.splitlines() if not line.startswith("waiting for: ")]  # of a slow machine
+    assert len(said) == 1
     assert ran.stdout == ""
 
 
