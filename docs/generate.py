@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from prisma_core.cli.info import folded, hook_rows
-from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.spec import AttentionSpec, BlockSpec, EmbedSpec, MlpSpec, ModelSpec, NormSpec, PoolSpec, RopeSpec
+from prisma_core.spec.layout import TokenLayout
 from prisma_core.transformer.vit import HookedViT
 
 DOCS = Path(__file__).parent

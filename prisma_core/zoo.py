@@ -16,6 +16,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from prisma_core.contract.adapter import Adapter, MapAdapter
+from prisma_core.contract.source import Loaded, Reference, Source
 from prisma_core.errors import (
     InputError,
     LoadError,
@@ -29,13 +31,11 @@ from prisma_core.errors import (
 )
 from prisma_core.files.checkpoint import check_finite
 from prisma_core.hooks.model import HookedModel
+from prisma_core.host import installed
 from prisma_core.maps.places import HookMap
 from prisma_core.maps.reader import Reader, qualified_name
 from prisma_core.maps.weights import WeightMap
 from prisma_core.model import Origin, ZooModel, assign, tensors_of
-from prisma_core.plugin.adapter import Adapter, MapAdapter
-from prisma_core.plugin.host import installed
-from prisma_core.plugin.source import Loaded, Reference, Source
 from prisma_core.saving.folder import load_folder, with_own_stem
 from prisma_core.spec import AnySpec, DualSpec, MapSpec, ModelSpec, TextSpec
 from prisma_core.toolbox.options import check_keywords, keywords

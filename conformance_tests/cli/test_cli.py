@@ -18,11 +18,11 @@ from rich.console import Console
 
 import prisma_core as prisma
 from prisma_core import HookedViT, LoadError, hookimpl
+from prisma_core import host as plugins
 from prisma_core.cli.app import main
 from prisma_core.cli.info import _points
-from prisma_core.plugin import host as plugins
-from prisma_core.plugin.host import Host
-from prisma_core.plugin.source import Loaded, ModelInfo, Source
+from prisma_core.contract.source import Loaded, ModelInfo, Source
+from prisma_core.host import Host
 
 OURS = ("models", "plugins", "info", "check", "doctor")
 Run = Callable[..., "Ran"]

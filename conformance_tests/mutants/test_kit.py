@@ -27,7 +27,7 @@ from prisma_conformance.tolerances import FLOAT64
 
 import prisma_core as prisma
 from prisma_core import PrismaError, UnknownName
-from prisma_core.plugin.host import installed
+from prisma_core.host import installed
 from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec, NormSpec, TextPoolSpec, TextSpec
 from prisma_core.transformer import HookedText
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 import prisma_core as prisma
 from prisma_core import InputError, PluginError, UnknownName, UnsupportedArchitecture
+from prisma_core.contract.adapter import Adapter, MapAdapter, Refusal
+from prisma_core.contract.source import Loaded, ModelInfo, Reference, Source
 from prisma_core.errors import blaming, returned
+from prisma_core.host import DISTRIBUTION, Host
 from prisma_core.maps.places import HookMap
 from prisma_core.maps.reader import Reader
-from prisma_core.plugin.adapter import Adapter, MapAdapter, Refusal
-from prisma_core.plugin.host import DISTRIBUTION, Host
-from prisma_core.plugin.source import Loaded, ModelInfo, Reference, Source
 from prisma_core.spec import MapSpec
 from prisma_core.zoo import adapt_with, reference_of, unfused
 
@@ -82,7 +82,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Host]:
 
     def use(*points: EntryPoint) -> Host:
         host = Host(points)
-        monkeypatch.setattr("prisma_core.plugin.host._host", host)
+        monkeypatch.setattr("prisma_core.host._host", host)
         return host
 
     return use
@@ -182,7 +182,7 @@ def _endless() -> Iterator[Source]:
 def test_what_is_no_exception_and_what_has_no_end(
     found: Found, hooks: dict[str, Any], error: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prisma_core.plugin.host.MOST", 5)
+    monkeypatch.setattr("prisma_core.host.MOST", 5)
     good = found("good", prisma_adapters=lambda: [NetworkAdapter()])
     host = Host([found("bad", **hooks), good])
     assert {info.name: info.error for info in host.plugins()} == {"bad": error, "good": None}

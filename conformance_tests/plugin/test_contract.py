@@ -11,11 +11,11 @@ from prisma_conformance.subject import Subject, reader_of
 from torch import nn
 
 from prisma_core import HookedViT, InputError, PluginError, UnknownName, UnsupportedArchitecture
+from prisma_core.contract.adapter import Adapter
+from prisma_core.contract.source import Source
 from prisma_core.maps.places import HookMap
 from prisma_core.maps.reader import Reader
 from prisma_core.maps.weights import WeightMap
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.plugin.source import Source
 from prisma_core.spec import AttentionSpec, BlockSpec, EmbedSpec, MlpSpec, NormSpec
 from prisma_core.zoo import adapt_with, load_upstream
 

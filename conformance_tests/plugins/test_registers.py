@@ -27,8 +27,8 @@ from torch import Tensor
 import prisma_core as prisma
 from prisma_core import HookedViT, InputError, ModelSpec, NotApplicable, TokenLayout
 from prisma_core.cli.app import main
+from prisma_core.host import installed
 from prisma_core.maps.places import HookMap
-from prisma_core.plugin.host import installed
 from prisma_core.spec import (
     AttentionSpec,
     BlockSpec,

@@ -19,10 +19,10 @@ from torch import Tensor
 
 import prisma_core as prisma
 from prisma_core import InputError, LoadError, PluginError, UnknownName, hookimpl
+from prisma_core import host as hosting
+from prisma_core.contract.source import Loaded, ModelInfo, Source
+from prisma_core.host import Host
 from prisma_core.model import MissingProcessor
-from prisma_core.plugin import host as hosting
-from prisma_core.plugin.host import Host
-from prisma_core.plugin.source import Loaded, ModelInfo, Source
 from prisma_core.saving.folder import SPEC
 from prisma_core.saving.processors import ProcessorFolder
 from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec, NormSpec, TextPoolSpec, TextSpec

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from prisma_core import ActivationCache, InputError, UnknownName
+from prisma_core.errors.migration import migration_hint
 from prisma_core.hooks.cache import STREAM_METHODS
-from prisma_core.hooks.migration import migration_hint
 from prisma_core.transformer.stream import StreamCache
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}

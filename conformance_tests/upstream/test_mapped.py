@@ -26,10 +26,10 @@ from prisma_core import (
     export,
     save,
 )
+from prisma_core.contract.adapter import MapAdapter
+from prisma_core.contract.case import Case
 from prisma_core.maps.places import FUSED, HookMap, Place
 from prisma_core.maps.reader import Reader, qualified_name
-from prisma_core.plugin.adapter import MapAdapter
-from prisma_core.plugin.case import Case
 from prisma_core.spec import MapSpec
 from prisma_core.upstream import observer
 from prisma_core.upstream.model import HookedUpstream

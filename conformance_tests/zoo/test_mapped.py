@@ -17,7 +17,7 @@ from prisma_conformance import Case
 from prisma_conformance.pytest import suite
 
 import prisma_core as prisma
-from prisma_core.plugin.host import installed
+from prisma_core.host import installed
 from prisma_core.upstream.model import HookedUpstream
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")

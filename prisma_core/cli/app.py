@@ -19,7 +19,7 @@ from prisma_core.cli.info import info
 from prisma_core.cli.models import models, plugins
 from prisma_core.cli.new_plugin import new_plugin
 from prisma_core.errors import PrismaError, format_error
-from prisma_core.plugin.host import Host, installed
+from prisma_core.host import Host, installed
 from prisma_core.toolbox.screen import note, out
 
 # Typer has its own copy of click in some versions and takes the library in others; its errors know their base.

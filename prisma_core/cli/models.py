@@ -13,7 +13,7 @@ from prisma_core.errors import PluginError, UnknownName, suggest
 from prisma_core.toolbox.screen import note, show, show_json, table
 
 if TYPE_CHECKING:
-    from prisma_core.plugin.source import ModelInfo
+    from prisma_core.contract.source import ModelInfo
 
 
 def models(
@@ -31,7 +31,7 @@ def models(
     """List and search models that can be loaded, or their classes."""
     from rich.console import Console
 
-    from prisma_core.plugin.host import installed
+    from prisma_core.host import installed
 
     if classes:
         _classes(context, search or [], as_json)
@@ -73,7 +73,7 @@ def _classes(context: typer.Context, search: list[str], as_json: bool) -> None:
 
 def _loads(infos: list[ModelInfo]) -> dict[str, bool | None]:
     """Return for each reference whether an adapter takes it; None where the source does not know."""
-    from prisma_core.plugin.host import installed
+    from prisma_core.host import installed
 
     rests: dict[str, list[str]] = {}
     for info in infos:
@@ -132,7 +132,7 @@ def plugins(as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")]
 
     The exit status is 1 where one is broken.
     """
-    from prisma_core.plugin.host import installed
+    from prisma_core.host import installed
 
     found = installed().plugins()
     shown = table("plugin", "module", "distribution", "state")

@@ -74,7 +74,7 @@ def new_plugin(
 
 
 def _check_name(name: str) -> None:
-    from prisma_core.plugin.host import RESERVED, installed
+    from prisma_core.host import RESERVED, installed
 
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         proper = re.sub(r"\W+", "_", name.lower()).strip("_0123456789")
@@ -99,7 +99,7 @@ def _upstream(kind: str) -> Upstream:
     """
     from torch import nn
 
-    from prisma_core.plugin.host import installed
+    from prisma_core.host import installed
 
     path, _, attribute = kind.rpartition(".")
     try:

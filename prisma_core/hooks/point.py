@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import HookError
-from prisma_core.hooks.migration import unknown_attribute
+from prisma_core.errors.migration import unknown_attribute
 from prisma_core.hooks.query import layer_of
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from prisma_core.hooks.tokens import TokenLayout
+from prisma_core.spec.layout import TokenLayout
 from prisma_core.spec.parts import Facts
 
 

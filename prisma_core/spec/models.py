@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, TypeAdapter, model_validator
 
-from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.spec.alike import AllBlocks
+from prisma_core.spec.layout import TokenLayout
 from prisma_core.spec.parts import BlockSpec, EmbedSpec, Facts, MlpSpec, NormSpec, PoolSpec, RopeSpec, Side
 from prisma_core.spec.plain import LN, PARTS, facts_by_part, plain_block
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prisma_core.errors import InputError
-from prisma_core.hooks.migration import keyword_names, refuse_keywords, takes_any_keyword
+from prisma_core.errors.migration import keyword_names, refuse_keywords, takes_any_keyword
 from prisma_core.inputs import Mean, Std
 
 Whole = Annotated[int, Field(strict=True, ge=1)]

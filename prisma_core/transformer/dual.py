@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from prisma_core.errors import InputError, UnknownName, suggest
 from prisma_core.hooks.cache import ActivationCache
 from prisma_core.hooks.point import HookPoint
-from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.inputs import Picture
 from prisma_core.model import Size, ZooModel
 from prisma_core.spec import DualSpec
+from prisma_core.spec.layout import TokenLayout
 from prisma_core.transformer.stream import StreamCache
 from prisma_core.transformer.text import HookedText, tokens_of
 from prisma_core.transformer.vit import HookedViT

@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError
-from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.model import may_look
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec
+from prisma_core.spec.layout import TokenLayout
 from prisma_core.transformer.norm import norm_or_identity
 
 Grid: TypeAlias = tuple[int, ...]  # rows and columns of patches, before them frames if it is a video

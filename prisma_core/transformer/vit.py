@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from prisma_core.errors import InputError, MissingPart, NotApplicable
 from prisma_core.hooks.point import HookPoint, copy_if_cached
-from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.model import Size, check_place, layer_index
 from prisma_core.spec import ModelSpec, RopeCount
+from prisma_core.spec.layout import TokenLayout
 from prisma_core.transformer.attention import Rope
 from prisma_core.transformer.block import STREAM, make_block
 from prisma_core.transformer.embed import Embed, Grid, check_image, native_grid, native_shape, patch_grid

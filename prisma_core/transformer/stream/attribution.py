@@ -19,7 +19,7 @@ from prisma_core.transformer.stream.stream import Stream
 from prisma_core.transformer.tower import class_index
 
 if TYPE_CHECKING:
-    from prisma_core.hooks.capture import Index
+    from prisma_core.spec.layout import Index
 
 Classes = int | str | Sequence["int | str"] | Tensor
 

@@ -15,12 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prisma_core.errors import InputError, NotApplicable
-from prisma_core.hooks.capture import positions_of
+from prisma_core.spec.layout import positions_of
 from prisma_core.transformer.block import attentions, end_of, mlps
 from prisma_core.transformer.stream.attribution import LogitAttribution
 
 if TYPE_CHECKING:
-    from prisma_core.hooks.capture import Index
+    from prisma_core.spec.layout import Index
     from prisma_core.transformer.attention import Attention
     from prisma_core.transformer.block import Branch
 

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from prisma_core.errors import InputError, NotApplicable
-from prisma_core.hooks.capture import positions_of
-from prisma_core.hooks.query import LayerQuery
-from prisma_core.hooks.tokens import TokenLayout
-
-if TYPE_CHECKING:
-    from prisma_core.hooks.capture import Index
+from prisma_core.spec.layout import Index, TokenLayout, positions_of
 
 _TOKENS = ("pos", "patch", "query_pos", "key_pos")
 _FRAMES = ("frame", "query_frame", "key_frame")
@@ -42,7 +37,7 @@ class TokenViews:
     layout: TokenLayout | None
     pos: Index | str | None
 
-    def full_name(self, query: str | LayerQuery) -> str:
+    def full_name(self, query: Any) -> str:
         raise NotImplementedError
 
     def patches(self, query: str, layer: int | None = None, *, axis: str | None = None) -> Tensor:

@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import pluggy
 
+from prisma_core.contract import hookspecs
+from prisma_core.contract.adapter import Adapter, Refusal
+from prisma_core.contract.case import Case
+from prisma_core.contract.source import ModelInfo, Source
 from prisma_core.errors import (
     InputError,
     PluginError,
@@ -25,10 +29,6 @@ from prisma_core.errors import (
 )
 from prisma_core.hooks.model import HookedModel
 from prisma_core.maps.reader import qualified_name
-from prisma_core.plugin import hookspecs
-from prisma_core.plugin.adapter import Adapter, Refusal
-from prisma_core.plugin.case import Case
-from prisma_core.plugin.source import ModelInfo, Source
 from prisma_core.toolbox.screen import note
 
 if TYPE_CHECKING:
