@@ -13,7 +13,7 @@ import prisma_core as prisma
 from prisma_toy import checkpoints
 from prisma_toy.config import Config
 from prisma_toy.measure import Score, held_out
-from prisma_toy.tasks import Task
+from prisma_toy.task import Task
 from prisma_toy.training import Trainer
 
 MODEL, CARD = "model", "card.md"

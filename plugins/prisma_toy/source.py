@@ -16,7 +16,8 @@ from prisma_core.plugin import Loaded, ModelInfo, Source, suggest
 from prisma_toy import checkpoints, fetch
 from prisma_toy.model import draw_weights
 from prisma_toy.scenes import sample_scene
-from prisma_toy.tasks import Task, task
+from prisma_toy.task import Task
+from prisma_toy.tasks import task
 from prisma_toy.words import Words
 
 WEIGHTS = Path(__file__).parent / "weights"
