@@ -333,7 +333,7 @@ class HookedModel(nn.Module):
         for mapping, places in ((hooks, scope.edits), (backward, scope.backward)):
             for name, hook in by_name(sites, mapping):
                 point, owner = sites[name]
-                placed = PlacedHook(hook, HookContext(name, point.axes), scope.points)
+                placed = PlacedHook(HookContext(name, point.axes), hook, scope.points)
                 places[point] = (*places.get(point, ()), placed)
                 scope.expect(placed, None if surely else owner)
         return scope

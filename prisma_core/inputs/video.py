@@ -78,11 +78,6 @@ class VideoPreprocess(Facts):
         return self.each.denormalise(pixels)
 
 
-def read_preprocess(facts: dict[str, Any]) -> Preprocess | VideoPreprocess:
-    """Return the preprocessing, of pictures or of videos, that ``model_dump`` made these facts of."""
-    return (VideoPreprocess if "each" in facts else Preprocess).model_validate(facts)
-
-
 def read_video(
     path: str | Path, frames: int | None = None, *, decoder: Decoder | None = None
 ) -> UInt8[Tensor, "frame height width 3"]:
