@@ -20,6 +20,7 @@ import shlex
 import socket
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -261,6 +262,12 @@ def test_the_rooms_are_few_and_every_module_is_in_one() -> None:
     assert [path.name for path in every if len(path.read_text("utf-8").splitlines()) > 400] == []
     in_rooms = {path.relative_to(core).parts[0].removesuffix(".py") for path in modules} - {"__init__"}
     assert in_rooms == set(rooms), "a module of prisma_core is in no room"
+
+
+def test_modules_of_tests_are_short_and_have_names_of_their_own() -> None:
+    modules = [path for path in (ROOT / "conformance_tests").rglob("*.py") if path.name != "conftest.py"]
+    assert [path.name for path in modules if len(path.read_text("utf-8").splitlines()) > 400] == []
+    assert [name for name, n in Counter(path.name for path in modules).items() if n > 1] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -6,12 +6,12 @@ import ast
 
 import pytest
 import torch
+from models import EXACT
 from torch import Tensor
 
 from prisma_core import HookedViT, InputError, ModelSpec, NotApplicable, UnknownName
 from prisma_core.spec import AttentionSpec, MlpSpec, NormSpec, PoolSpec
 
-EXACT = {"rtol": 1e-11, "atol": 1e-11}
 CLASSES = [1, 2, 5]
 
 

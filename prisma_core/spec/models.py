@@ -38,6 +38,7 @@ class ModelSpec(AllBlocks, Facts):
     @classmethod
     def plain(
         cls,
+        /,
         *,
         d_model: int = 12,
         layers: int = 2,
@@ -206,6 +207,7 @@ class TextSpec(AllBlocks, Facts):
     @classmethod
     def plain(
         cls,
+        /,
         *,
         d_model: int = 12,
         layers: int = 2,
