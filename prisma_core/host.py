@@ -69,8 +69,8 @@ class Host:
         self.infos: dict[str, PluginInfo] = {}
         self._manager = pluggy.PluginManager(hookspecs.GROUP)
         self._manager.add_hookspecs(hookspecs)
-        found = self._installed() if points is None else points
-        for point in sorted(found, key=lambda point: (not _is_ours(_distribution(point)), point.name, point.value)):
+        entries = self._installed() if points is None else points
+        for point in sorted(entries, key=lambda point: (not _is_ours(_distribution(point)), point.name, point.value)):
             self._add(point)
         adapters = self._parts("prisma_adapters", Adapter, Refusal)
         self._refusals = {kind: part for part, _ in adapters if isinstance(part, Refusal) for kind in part.types}

@@ -29,10 +29,10 @@ def probe(width: int, height: int, seed: int = 0) -> Image:
 
 def tried(preprocess: Callable[[Any], Tensor]) -> Tensor:
     """Return what becomes of pictures both ways round, in one row; of one that is refused, the words."""
-    made: list[Tensor] = []
+    rows: list[Tensor] = []
     for size in SIZES:
         try:
-            made.append(preprocess(probe(*size)).flatten())
+            rows.append(preprocess(probe(*size)).flatten())
         except InputError as refusal:
-            made.append(torch.tensor(list(str(refusal).encode())).float())
-    return torch.cat(made)
+            rows.append(torch.tensor(list(str(refusal).encode())).float())
+    return torch.cat(rows)

@@ -127,8 +127,8 @@ def _check_beginning(path: Path) -> None:
         )
 
 
-def evenly(n: int, wanted: int | None, what: str) -> list[int]:
-    """Return which of ``n`` frames to take: the first of each of ``wanted`` equal parts.
+def evenly(n: int, number: int | None, what: str) -> list[int]:
+    """Return which of ``n`` frames to take: the first of each of ``number`` equal parts.
 
     Raises:
         InputError: there are fewer.
@@ -138,11 +138,11 @@ def evenly(n: int, wanted: int | None, what: str) -> list[int]:
     >>> evenly(10, 4, "a film")
     [0, 2, 5, 7]
     """
-    if wanted is None:
+    if number is None:
         return list(range(n))
-    if n < wanted:
-        raise InputError(f"{what} has {n} frame{'s' if n != 1 else ''}, and {wanted} are wanted.")
-    return [index * n // wanted for index in range(wanted)]
+    if n < number:
+        raise InputError(f"{what} has {n} frame{'s' if n != 1 else ''}, and {number} are wanted.")
+    return [index * n // number for index in range(number)]
 
 
 def _is_video(video: object) -> bool:
@@ -197,20 +197,20 @@ def _read_with_av(path: Path, frames: int | None) -> Tensor:
         raise PluginError(f"Reading videos needs torchcodec or PyAV: {INSTALL}.") from error
     try:
         n = _count_with_av(av, path)
-        wanted = set(indices := evenly(n, frames, str(path)))
-        kept: list[Tensor] = []
+        places = set(indices := evenly(n, frames, str(path)))
+        images: list[Tensor] = []
         with _opened(av, path) as file:
             for index, frame in enumerate(file.decode(file.streams.video[0])):
-                if index in wanted:
-                    kept.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
-                if len(kept) == len(indices):
+                if index in places:
+                    images.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
+                if len(images) == len(indices):
                     break
     except (av.error.FFmpegError, UnicodeDecodeError) as error:
         problem = getattr(error, "strerror", None) or "its names are no text"
         raise InputError(f"{path} is not a video that PyAV can read, or is damaged: {problem}.") from error
-    if len({frame.shape for frame in kept}) > 1:
+    if len({frame.shape for frame in images}) > 1:
         raise InputError(f"The frames of {path} change their size on the way.")
-    return torch.stack(kept)
+    return torch.stack(images)
 
 
 def _opened(av: Any, path: Path) -> Any:
@@ -225,16 +225,16 @@ def _count_with_av(av: Any, path: Path) -> int:
             kinds = ", ".join(sorted({stream.type for stream in file.streams})) or "nothing"
             raise InputError(f"{path} holds no video stream: it holds {kinds}.")
         stream = file.streams.video[0]
-        promised, packets, found = stream.frames, 0, 0
+        promised, packets, decoded = stream.frames, 0, 0
         for packet in file.demux(stream):
             packets += packet.size > 0
-            found += len(packet.decode())
+            decoded += len(packet.decode())
     _whole(path, packets, promised)
-    return found
+    return decoded
 
 
-def _whole(path: Path, found: int | None, promised: int | None) -> None:
-    if found is not None and promised and found < promised:
-        raise InputError(f"{path} is cut off: it promises {promised} frames, and {found} are there.")
-    if found == 0:
+def _whole(path: Path, decoded: int | None, promised: int | None) -> None:
+    if decoded is not None and promised and decoded < promised:
+        raise InputError(f"{path} is cut off: it promises {promised} frames, and {decoded} are there.")
+    if decoded == 0:
         raise InputError(f"{path} holds no frames.")

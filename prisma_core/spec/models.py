@@ -75,19 +75,19 @@ class ModelSpec(AllBlocks, Facts):
         patch, image = ((side, side) if isinstance(side, int) else side for side in (patch, image))
         kinds = (cls, EmbedSpec, TokenLayout, PoolSpec, *PARTS)
         hidden = [(cls, "kind"), (EmbedSpec, "norm"), *((PoolSpec, name) for name in ("kind", "attn", "mlp", "norm"))]
-        given = facts_by_part(facts, kinds, hidden)
-        block = plain_block(d_model, heads, norm, given)
-        whole = {"pool": "token", **given.pop(cls)}
+        by_part = facts_by_part(facts, kinds, hidden)
+        block = plain_block(d_model, heads, norm, by_part)
+        whole = {"pool": "token", **by_part.pop(cls)}
         if isinstance(kind := whole["pool"], str):
             attn = block.attn if kind == "attention" else None
-            whole["pool"] = {"kind": kind, "attn": attn, **given[PoolSpec]}
+            whole["pool"] = {"kind": kind, "attn": attn, **by_part[PoolSpec]}
             whole = {"d_pool": 2 * d_model if kind == "token_and_avg" else d_model, **whole}
         grid = {"rows": image[0] // patch[0], "columns": image[1] // patch[1]}
         plain = {
             "d_model": d_model,
             "image_size": image,
-            "embed": {"patch": patch, **given[EmbedSpec]},
-            "layout": {"cls": 1, **grid, **given[TokenLayout]},
+            "embed": {"patch": patch, **by_part[EmbedSpec]},
+            "layout": {"cls": 1, **grid, **by_part[TokenLayout]},
             "blocks": (block,) * layers,
             "ln_final": norm,
             "d_pool": d_model,
@@ -233,10 +233,10 @@ class TextSpec(AllBlocks, Facts):
         >>> spec.n_tokens, spec.blocks[0].attn.d_head
         (16, 4)
         """
-        given = facts_by_part(facts, (cls, *PARTS), [(cls, "kind")])
-        block = plain_block(d_model, heads, norm, given)
+        by_part = facts_by_part(facts, (cls, *PARTS), [(cls, "kind")])
+        block = plain_block(d_model, heads, norm, by_part)
         plain = {"n_vocab": 20, "n_ctx": 8, "causal": True, "ln_final": norm, "pool": "argmax", "n_classes": d_model}
-        whole = {**plain, "d_model": d_model, "blocks": (block,) * layers, **given.pop(cls)}
+        whole = {**plain, "d_model": d_model, "blocks": (block,) * layers, **by_part.pop(cls)}
         if isinstance(kind := whole["pool"], str):
             whole["pool"] = {"kind": kind}
         return cls.model_validate(whole)

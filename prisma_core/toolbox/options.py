@@ -37,7 +37,7 @@ class Options(BaseModel):
         Raises:
             InputError: there is one without the other, or another number of them than of channels.
         """
-        mean, std = (given or (default and default[i]) for i, given in enumerate((self.mean, self.std)))
+        mean, std = (values or (default and default[i]) for i, values in enumerate((self.mean, self.std)))
         if mean and std and len(mean) == len(std) == channels:
             return mean, std
         if self.mean is None and self.std is None:
@@ -48,24 +48,24 @@ class Options(BaseModel):
         )
 
 
-def read_options(kind: type[Kind], who: str, given: Mapping[str, Any]) -> Kind:
+def read_options(kind: type[Kind], who: str, options: Mapping[str, Any]) -> Kind:
     """Return a source's options.
 
     Args:
         kind: what there is.
         who: what they were given to, for messages.
-        given: by their names.
+        options: by their names.
 
     Raises:
         InputError: there is none of a name, or a value of another kind.
     """
-    check_keywords(who, given, kind.model_fields)
+    check_keywords(who, options, kind.model_fields)
     try:
-        return kind.model_validate(dict(given))
+        return kind.model_validate(dict(options))
     except ValidationError as error:
         name = str(error.errors()[0]["loc"][0])
         expected = kind.model_fields[name].description
-        raise InputError(f"{who} expected {name}= to be {expected}; got {given[name]!r}.") from error
+        raise InputError(f"{who} expected {name}= to be {expected}; got {options[name]!r}.") from error
 
 
 def keywords(function: Callable[..., Any]) -> list[str] | None:
@@ -73,7 +73,7 @@ def keywords(function: Callable[..., Any]) -> list[str] | None:
     return None if takes_any_keyword(function) else keyword_names(function)
 
 
-def check_keywords(who: str, given: Iterable[str], accepted: Iterable[str] | None) -> None:
+def check_keywords(who: str, names: Iterable[str], accepted: Iterable[str] | None) -> None:
     """Refuse keyword arguments that nothing accepts.
 
     Args:
@@ -84,4 +84,4 @@ def check_keywords(who: str, given: Iterable[str], accepted: Iterable[str] | Non
         InputError: one is not among them; the nearest are suggested.
     """
     if accepted is not None:
-        refuse_keywords(who, given, accepted)
+        refuse_keywords(who, names, accepted)

@@ -190,9 +190,9 @@ def check_image(image: Tensor, spec: ModelSpec) -> None:
     """
     native, what = native_shape(spec), "image" if spec.n_frames is None else "video"
     a = "an" if what == "image" else "a"
-    given = cast("object", image)
-    if not isinstance(given, Tensor):
-        raise InputError(f"Expected {a} {what} tensor, got {type(given).__name__}. model.preprocess makes one.")
+    value = cast("object", image)
+    if not isinstance(value, Tensor):
+        raise InputError(f"Expected {a} {what} tensor, got {type(value).__name__}. model.preprocess makes one.")
     expected = f"{a} {what} [batch {' '.join(map(str, native))}]"
     if image.ndim != len(native) + 1:
         hint = f" Add a batch axis: {what}[None]." if image.ndim == len(native) else ""

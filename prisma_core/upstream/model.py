@@ -124,8 +124,8 @@ class HookedUpstream(ZooModel):
                     "Hooks and caches reach every place inside: run_with_hooks, run_with_cache."
                 )
         if not takes_any_keyword(self.upstream.forward):
-            own = keyword_names(method) if method else []
-            refuse_keywords(method.__name__ if method else type(self).__name__, kwargs, [*own, *accepted])
+            names = keyword_names(method) if method else []
+            refuse_keywords(method.__name__ if method else type(self).__name__, kwargs, [*names, *accepted])
 
     def _expected(self) -> str:
         what, shape = self._what(), " ".join(map(str, self.spec.shape))
