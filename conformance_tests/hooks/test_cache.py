@@ -111,7 +111,7 @@ def test_slices_out_of_range_say_so(vit, image):
         vit.run_with_cache(image, pos="register")
 
 
-def test_patches_of_a_larger_picture(make):
+def test_patches_of_a_larger_image(make):
     vit = make(interpolation=True)
     _, cache = vit.run_with_cache(torch.randn(1, 3, 16, 24), names="resid_post", pos="patches")
     assert cache["resid_post", 0].shape == (1, 24, 18)
@@ -326,7 +326,7 @@ def test_what_the_user_gives_and_gets_is_not_what_the_cache_holds(vit, image):
     assert torch.equal(cache["hook_logits"], kept[1])
 
 
-def test_a_scope_does_not_guess_the_size_of_a_picture_it_has_not_seen(make):
+def test_a_scope_does_not_guess_the_size_of_an_image_it_has_not_seen(make):
     model = make(interpolation=True)
     rows, columns = model.layout.rows, model.layout.columns
     height, width = model.spec.embed.patch

@@ -90,7 +90,7 @@ def picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3)).astype("uint8"))
 
 
-def test_pictures_of_any_kind_and_lists_of_them(tmp_path: Path) -> None:
+def test_images_of_any_kind_and_lists_of_them(tmp_path: Path) -> None:
     ours, image = Halved(0.25), picture(12, 16)
     image.save(tmp_path / "a.png")
     made = ours(tmp_path / "a.png")

@@ -104,7 +104,7 @@ def test_facts_that_no_spec_holds_and_facts_that_there_are_not(upstream: HookedV
     facts = dict(upstream.spec)
     with pytest.raises(UnsupportedArchitecture) as caught:
         adapt_with(Luci(spec=lambda: ModelSpec.plain(kind="post")), upstream)
-    assert "(post-norm models of pictures are not covered" in str(caught.value)
+    assert "(post-norm models of images are not covered" in str(caught.value)
     assert "http" not in str(caught.value)
     assert len(str(caught.value)) < 300
     with pytest.raises(UnsupportedArchitecture, match=r"n_classes: Input should be greater than 0, not -1"):

@@ -75,7 +75,7 @@ def test_key_heads_are_counted_layer_by_layer() -> None:
 
 
 @torch.no_grad()
-def test_pictures_of_a_packed_sequence_do_not_see_each_other() -> None:
+def test_images_of_a_packed_sequence_do_not_see_each_other() -> None:
     upstream: Any = built("PixtralVisionModel", hidden_size=32, num_attention_heads=2).eval().double()
     model = adapt(upstream)
     image = torch.randn(3, 2, 40, 16).double()

@@ -89,7 +89,7 @@ def test_lens_of_the_class_token_at_the_end_is_the_models_output() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_lens_of_a_token_is_the_output_of_a_picture_of_that_token(name: str) -> None:
+def test_lens_of_a_token_is_the_output_of_an_image_of_that_token(name: str) -> None:
     model = build(name)
     _, cache = model.run_with_cache(image(0, 2), names=LENS_NAMES)
     lens = logit_lens(model, cache)

@@ -327,7 +327,7 @@ def test_labels_and_templates_that_say_nothing_are_refused(reader: HookedDual, l
         reader.classify(inputs_of(reader)[0], labels, template=template)
 
 
-def test_pictures_alone_are_refused_with_the_way_to_one_tower(reader: HookedDual) -> None:
+def test_images_alone_are_refused_with_the_way_to_one_tower(reader: HookedDual) -> None:
     image, _ = inputs_of(reader)
     for run in (reader, reader.run_with_cache, reader.run_with_hooks):
         with pytest.raises(InputError, match=r"got no tokens.*encode_image.*vision\.run_with_cache"):

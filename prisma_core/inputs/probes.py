@@ -17,7 +17,7 @@ SIZES = ((61, 43), (43, 61), (481, 300))
 
 
 def probe(width: int, height: int, seed: int = 0) -> Image:
-    """Return a picture with smooth parts and noise: resizing shows in either."""
+    """Return an image with smooth parts and noise: resizing shows in either."""
     import numpy as np
     from PIL import Image as images
 
@@ -28,7 +28,7 @@ def probe(width: int, height: int, seed: int = 0) -> Image:
 
 
 def tried(preprocess: Callable[[Any], Tensor]) -> Tensor:
-    """Return what becomes of pictures both ways round, in one row; of one that is refused, the words."""
+    """Return what becomes of images both ways round, in one row; of one that is refused, the words."""
     rows: list[Tensor] = []
     for size in SIZES:
         try:

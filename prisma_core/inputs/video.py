@@ -41,7 +41,7 @@ INSTALL = 'pip install "prisma-interp[video]"'
 
 
 class VideoPreprocess(Facts):
-    """Frames taken evenly from a video, each prepared like a picture.
+    """Frames taken evenly from a video, each prepared like an image.
 
     Attributes:
         frames: how many the model takes.
@@ -56,7 +56,7 @@ class VideoPreprocess(Facts):
 
         Args:
             video: the path of a file, an array or tensor ``[frame height width channel]``, or a list of frames, each
-                anything that is a picture. A list of paths of video files, of arrays or of lists of frames: several
+                anything that is an image. A list of paths of video files, of arrays or of lists of frames: several
                 videos.
 
         Raises:
@@ -146,7 +146,7 @@ def evenly(n: int, number: int | None, what: str) -> list[int]:
 
 
 def _is_video(video: object) -> bool:
-    """Whether it is a video by itself, not a frame: a picture's file is told from a film's by its ending."""
+    """Whether it is a video by itself, not a frame: an image's file is told from a film's by its ending."""
     if isinstance(video, str | Path):
         return Path(video).suffix.lower() in FILMS
     return isinstance(video, list | tuple) or getattr(video, "ndim", 0) == 4

@@ -16,7 +16,7 @@ class ModelSpec(AllBlocks, Facts):
     """Everything about a vision transformer but its weights.
 
     Attributes:
-        image_size: height and width of a picture, or of a video's frames.
+        image_size: height and width of an image, or of a video's frames.
         n_heads_out: 2: a second head reads the distillation token, and the logits are the mean of both.
     """
 
@@ -122,7 +122,7 @@ class ModelSpec(AllBlocks, Facts):
     @model_validator(mode="after")
     def _stream(self) -> ModelSpec:
         if any(block.kind == "post" for block in self.blocks):
-            raise ValueError("post-norm models of pictures are not covered: blocks of kind 'post' are those of texts")
+            raise ValueError("post-norm models of images are not covered: blocks of kind 'post' are those of texts")
         return self
 
     @property
@@ -148,7 +148,7 @@ class ModelSpec(AllBlocks, Facts):
 
     @property
     def n_frames(self) -> int | None:
-        """Frames of the video it takes; None for a model of pictures."""
+        """Frames of the video it takes; None for a model of images."""
         return None if self.embed.tubelet is None else self.layout.frames * self.embed.tubelet
 
 

@@ -23,7 +23,7 @@ class Options(BaseModel):
     """Base of a source's options; each field's description says what is expected, as an error quotes it.
 
     Attributes:
-        mean, std: of the pictures a model was trained on, per channel.
+        mean, std: of the images a model was trained on, per channel.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,7 +32,7 @@ class Options(BaseModel):
     std: Annotated[Std | None, Field(description="a number above 0 a channel, such as (0.229, 0.224, 0.225)")] = None
 
     def normalisation(self, where: object, channels: int, default: Pixels | None = None) -> Pixels | None:
-        """Return mean and std of pictures, or None where neither is given and the default has not as many channels.
+        """Return mean and std of images, or None where neither is given and the default has not as many channels.
 
         Raises:
             InputError: there is one without the other, or another number of them than of channels.

@@ -27,7 +27,7 @@ from prisma_core.transformer.tower import Tower
 
 
 class HookedViT(Tower):
-    """A vision transformer whose every inside can be read and replaced; it takes pictures, or videos.
+    """A vision transformer whose every inside can be read and replaced; it takes images, or videos.
 
     Args:
         spec: the facts; weights are whatever the parts initialise themselves with until loaded.
