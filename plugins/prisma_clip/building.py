@@ -195,9 +195,9 @@ def preprocess(config: dict[str, Any]) -> Preprocess:
     try:
         return _preprocess(config)
     except (ValidationError, TypeError, ValueError, KeyError) as error:
-        told = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise LoadError(
-            f"Images cannot be prepared as this configuration says ({str(config)[:200]}): {told}."
+            f"Images cannot be prepared as this configuration says ({str(config)[:200]}): {reason}."
         ) from error
 
 

@@ -22,10 +22,10 @@ class DinoSource(Source):
     name = "dino"
 
     def load(self, rest: str, *, pretrained: bool = True, **options: Any) -> Loaded:
-        given = read_options(state.Options, "dino:", options)
-        model = state.build(state.read(rest, given.key), rest, given)
-        pixels = given.normalisation(rest, model.patch_embed.proj.in_channels, (MEAN, STD))
-        return Loaded(model, pixels and preprocess(model, pixels, native=given.image_size is not None))
+        settings = read_options(state.Options, "dino:", options)
+        model = state.build(state.read(rest, settings.key), rest, settings)
+        pixels = settings.normalisation(rest, model.patch_embed.proj.in_channels, (MEAN, STD))
+        return Loaded(model, pixels and preprocess(model, pixels, native=settings.image_size is not None))
 
     def models(self) -> Iterator[ModelInfo]:
         return iter(())  # whatever files there are

@@ -267,8 +267,8 @@ class Harvest:
             PluginError: pyarrow is not installed.
             UnknownName: no such hook point.
         """
-        asked = self.names if names is None else names if isinstance(names, list) else [names]
-        points = [self.point(name) for name in asked]
+        queries = self.names if names is None else names if isinstance(names, list) else [names]
+        points = [self.point(name) for name in queries]
         return record_batches(points, self.manifest.dtype, self.examples(), self.read, batch)
 
 

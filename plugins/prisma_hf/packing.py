@@ -51,9 +51,9 @@ class Packing(NamedTuple):
 def grid_of(made: Mapping[str, Any]) -> tuple[int, int] | None:
     """Return how many rows and columns of patches a picture was cut into, or None if that is not said."""
     for name in GRIDS:
-        given = torch.as_tensor(made[name]).tolist() if name in made else []
-        if len(given) == 1 and (len(given[0]) == 2 or given[0][0] == 1):
-            return int(given[0][-2]), int(given[0][-1])
+        numbers = torch.as_tensor(made[name]).tolist() if name in made else []
+        if len(numbers) == 1 and (len(numbers[0]) == 2 or numbers[0][0] == 1):
+            return int(numbers[0][-2]), int(numbers[0][-1])
     return None
 
 
@@ -64,9 +64,9 @@ def packing(call: Callable[[Image], Mapping[str, Any]], processor: Any, channels
         seen = candidate.picture(first, channels)
         if seen is None:
             continue
-        given = _waves(seen.shape[-1], seen.shape[-2])  # of the very size, so that it is not resized
-        again = candidate.picture(call(given), channels)
-        if again is not None and _alike(again, given):
+        waves = _waves(seen.shape[-1], seen.shape[-2])  # of the very size, so that it is not resized
+        again = candidate.picture(call(waves), channels)
+        if again is not None and _alike(again, waves):
             return candidate
     return None
 
@@ -90,6 +90,6 @@ def _waves(width: int, height: int) -> Image:
 def _alike(pixels: Tensor, picture: Image) -> bool:
     import numpy as np
 
-    given = torch.from_numpy(np.asarray(picture.resize((pixels.shape[-1], pixels.shape[-2]))).copy())
-    pairs = zip(pixels.flatten(1), given.permute(2, 0, 1).float().flatten(1), strict=True)
+    pixels_of_image = torch.from_numpy(np.asarray(picture.resize((pixels.shape[-1], pixels.shape[-2]))).copy())
+    pairs = zip(pixels.flatten(1), pixels_of_image.permute(2, 0, 1).float().flatten(1), strict=True)
     return all(float(torch.corrcoef(torch.stack(pair))[0, 1]) > ALIKE for pair in pairs)

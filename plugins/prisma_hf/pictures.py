@@ -43,8 +43,8 @@ def found(folder: Path, model: nn.Module, common: dict[str, Any]) -> PicturePrep
     video, image = (_read(kind, folder, common) for kind in (AutoVideoProcessor, AutoImageProcessor))
     try:
         adapter = installed().adapter(model)
-        said = (adapter.preprocess(Reader(model), one) for one in (video, image) if one is not None)
-        made = next((one for one in said if one is not None), None)
+        answers = (adapter.preprocess(Reader(model), one) for one in (video, image) if one is not None)
+        made = next((one for one in answers if one is not None), None)
     except PrismaError:  # the model is there all the same
         return None
     return made if made is not None or image is None else preprocess(image)
@@ -121,13 +121,13 @@ def _tidy(processor: Any, scale: Scale) -> Scale:
     normal = getattr(processor, "do_normalize", False)
     n = len(scale.mean)
     mean, std = (processor.image_mean, processor.image_std) if normal else ((0.0,) * n, (1.0,) * n)
-    given = [tuple(float(value) / factor for value in values) for values in (_each(mean, n), _each(std, n))]
+    values_each = [tuple(float(value) / factor for value in values) for values in (_each(mean, n), _each(std, n))]
     same = all(
         math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-5)
-        for ours, theirs in zip(given, scale[:2], strict=True)
+        for ours, theirs in zip(values_each, scale[:2], strict=True)
         for a, b in zip(ours, theirs, strict=True)
     )
-    return Scale(given[0], given[1], scale.order) if same else scale
+    return Scale(values_each[0], values_each[1], scale.order) if same else scale
 
 
 def _each(value: Any, n: int) -> Sequence[float]:
@@ -139,11 +139,11 @@ def _agree(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def _size(size: Any) -> tuple[Literal["shortest", "squash"], int, int] | None:
-    given = {name: value for name, value in dict(size).items() if value}  # absent ones are None
-    if set(given) == {"shortest_edge"}:
-        return "shortest", int(given["shortest_edge"]), int(given["shortest_edge"])
-    if set(given) == {"height", "width"}:
-        return "squash", int(given["height"]), int(given["width"])
+    sides = {name: value for name, value in dict(size).items() if value}  # absent ones are None
+    if set(sides) == {"shortest_edge"}:
+        return "shortest", int(sides["shortest_edge"]), int(sides["shortest_edge"])
+    if set(sides) == {"height", "width"}:
+        return "squash", int(sides["height"]), int(sides["width"])
     return None
 
 

@@ -185,8 +185,8 @@ def _whole(mask: Any) -> bool:
 
 
 def _told(pixels: Tensor, made: dict[str, Any]) -> str:
-    given = ["pixel_values " + " x ".join(map(str, pixels.shape))] if pixels.numel() else []
-    return ", ".join([*given, *made]) or "nothing"
+    parts = ["pixel_values " + " x ".join(map(str, pixels.shape))] if pixels.numel() else []
+    return ", ".join([*parts, *made]) or "nothing"
 
 
 def _kind(name: object) -> Any:
@@ -194,5 +194,5 @@ def _kind(name: object) -> Any:
     from transformers import BaseImageProcessor
     from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
 
-    found = get_image_processor_class_from_name(name) if isinstance(name, str) else None
-    return found if isinstance(found, type) and issubclass(found, BaseImageProcessor) else None
+    kind = get_image_processor_class_from_name(name) if isinstance(name, str) else None
+    return kind if isinstance(kind, type) and issubclass(kind, BaseImageProcessor) else None

@@ -55,8 +55,8 @@ def measured(trainer: Trainer) -> str | None:
     if trainer.step < trainer.config.steps or not card.is_file():
         return None
     lines = card.read_text(encoding="utf-8").splitlines()
-    found = next((line for line in lines if line.startswith(_HELD_OUT)), None)
-    return found and found.removeprefix(_HELD_OUT).partition("), ")[0] + ")"
+    line_held_out = next((line for line in lines if line.startswith(_HELD_OUT)), None)
+    return line_held_out and line_held_out.removeprefix(_HELD_OUT).partition("), ")[0] + ")"
 
 
 def _length(trainer: Trainer) -> str:

@@ -28,10 +28,10 @@ def inert(*_: Any) -> Inert:
     return Inert()
 
 
-def call(make: Any, arguments: Any) -> Any:
+def call(make: Any, given: Any) -> Any:
     if not isinstance(make, FunctionType | MethodType):  # all that ``find`` returns to be called
         raise Refused("is corrupt: it calls what is no function.")
-    return make(*arguments)
+    return make(*given)
 
 
 def put(target: Any, pairs: Iterable[Any] = ()) -> Any:
@@ -104,8 +104,8 @@ def read_pickle(file: IO[bytes], find: Find, stored: Callable[[Any], Any]) -> An
                 name, module = stack.pop(), stack.pop()
                 stack.append(find(module, name))
             case "REDUCE" | "NEWOBJ":
-                arguments, make = stack.pop(), stack.pop()
-                stack.append(call(make, arguments))
+                given, make = stack.pop(), stack.pop()
+                stack.append(call(make, given))
             case "BINPERSID":
                 stack.append(stored(stack.pop()))
             case name if name.startswith((*_VALUES, "BINBYTES")):

@@ -98,7 +98,7 @@ class _File:
     def find(self, module: str, name: str) -> Any:
         """Return what stands for a global: a function, a dtype, or what makes an ``Inert``."""
         path = f"{module}.{name}"
-        builders: dict[str, Callable[..., Any]] = {
+        made: dict[str, Callable[..., Any]] = {
             "torch._utils._rebuild_tensor": self.tensor,
             "torch._utils._rebuild_tensor_v2": self.tensor,
             "torch._utils._rebuild_tensor_v3": self.tensor_of,
@@ -109,15 +109,15 @@ class _File:
             "collections.OrderedDict": _dictionary,
             "collections.defaultdict": _nothing,
         }
-        if path in builders:
-            return builders[path]
+        if path in made:
+            return made[path]
         if module in ("torch", "torch.storage"):
             kind = _STORAGES.get(name.removesuffix("Storage"), vars(torch).get(name))
             if isinstance(kind, torch.dtype):
                 return kind
         if module.partition(".")[0] in _INERT_MODULES or path in _INERT:
             return inert
-        if module == "torch._utils" and (kinds := [text for part, text in _NOT_PLAIN.items() if part in name]):
+        if module == "torch._utils" and (kinds := [told for part, told in _NOT_PLAIN.items() if part in name]):
             raise Refused(f"holds a tensor that is {kinds[0]}: only plain ones are read from files.")
         raise Refused(
             f"is a pickle that wants to run {path[:200]}: refused, only tensors are read from files. "
@@ -165,11 +165,11 @@ class _Stream(_File):
             raise Refused("is not a file that torch.save wrote, or it is corrupt.")
         self.next()  # the version of this form; there was one
         _check_order("little" if self.next()["little_endian"] else "big")
-        value = self.next()
+        made = self.next()
         for key in self.next():
             self.file.seek(struct.calcsize("<q"), 1)  # its length, which the pickle has too
             _fill(self.storages[key], self.file)
-        return value
+        return made
 
     def next(self) -> Any:
         return read_pickle(self.file, self.find, self.stored)
@@ -199,8 +199,8 @@ def _first(data: Any, *_: Any) -> Any:
     return data
 
 
-def _of_type(make: Any, _: Any, arguments: Any, state: Any) -> Any:
-    return call(make, arguments)
+def _of_type(make: Any, _: Any, given: Any, state: Any) -> Any:
+    return call(make, given)
 
 
 def _size(sizes: Any = ()) -> tuple[Any, ...]:

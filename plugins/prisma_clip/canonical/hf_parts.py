@@ -110,9 +110,9 @@ BLOCKS_HOOKS = """
 
 def blocks(encoder: Reader, *, causal: bool) -> tuple[BlockSpec, ...]:
     """Return the facts of an encoder's blocks."""
-    found = tuple(block(layer, causal=causal) for layer in encoder.layers)
+    specs = tuple(block(layer, causal=causal) for layer in encoder.layers)
     same_for_all(encoder, [type(layer.module).__qualname__ for layer in encoder.layers])
-    return found
+    return specs
 
 
 # -------------------------------------------------------------------- calling, and looking inside
@@ -170,8 +170,8 @@ class Tower(Adapter):
 
     def call(self, upstream: nn.Module, *inputs: Tensor) -> Tensor:
         spec = self.spec(Reader(upstream))
-        given = upstream(**(texts(spec, *inputs) if isinstance(spec, TextSpec) else pixels(upstream, *inputs)))
-        return given.last_hidden_state if spec.pool.kind == "none" else given.pooler_output
+        result = upstream(**(texts(spec, *inputs) if isinstance(spec, TextSpec) else pixels(upstream, *inputs)))
+        return result.last_hidden_state if spec.pool.kind == "none" else result.pooler_output
 
     def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return eager(upstream)

@@ -20,10 +20,10 @@ def main_output(upstream: Any, image: Tensor) -> Tensor:
     config = upstream.config
     size = config.image_size
     native = (size, size) if isinstance(size, int) else tuple(size)
-    given: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if tuple(image.shape[2:]) != native and not _always_resizes(upstream):
-        given["interpolate_pos_encoding"] = True
-    output = upstream(image, **given)
+        options["interpolate_pos_encoding"] = True
+    output = upstream(image, **options)
     return output.logits if hasattr(output, "logits") else output.last_hidden_state
 
 
