@@ -158,7 +158,7 @@ def test_patches_in_an_order_unknown_are_refused(monkeypatch: pytest.MonkeyPatch
         return result
 
     monkeypatch.setattr(type(processor), "__call__", shuffled)
-    with pytest.raises(InputError, match="in an order in which they make no picture"):
+    with pytest.raises(InputError, match="in an order in which they make no image"):
         Processed(processor)(noise(168, 252))
 
 
@@ -172,7 +172,7 @@ def test_images_that_come_out_in_several_sizes_are_no_batch() -> None:
 def test_tiles_are_asked_for() -> None:
     small = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
     ours = preprocess(made("Idefics3", small))
-    with pytest.raises(InputError, match=r"makes 5 tiles.*model\.preprocess\.tiles\(picture\)"):
+    with pytest.raises(InputError, match=r"makes 5 tiles.*model\.preprocess\.tiles\(image\)"):
         ours(noise(60, 60))
     tiles = ours.tiles(noise(60, 60))
     assert tiles.shape == (5, 3, 32, 32)
@@ -183,10 +183,10 @@ def test_tiles_are_asked_for() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "told"),
     [
-        ("Pix2Struct", {}, r"makes no picture \[channel height width\], but flattened_patches, attention_mask: set"),
-        ("Gemma4", {}, r"makes no picture \[channel height width\], but pixel_values 1 x 2520 x 768"),
-        ("MiniCPMV4_6", {}, r"makes no picture"),
-        ("VitPose", {}, r"cannot prepare a picture by itself .*boxes.*set model\.preprocess"),
+        ("Pix2Struct", {}, r"makes no image \[channel height width\], but flattened_patches, attention_mask: set"),
+        ("Gemma4", {}, r"makes no image \[channel height width\], but pixel_values 1 x 2520 x 768"),
+        ("MiniCPMV4_6", {}, r"makes no image"),
+        ("VitPose", {}, r"cannot prepare an image by itself .*boxes.*set model\.preprocess"),
         ("Aria", {"max_image_size": 490}, r"hides a part of what it makes \(pixel_mask\)"),
         ("ImageGPT", {}, r"Clusters"),
     ],

@@ -21,7 +21,7 @@ class Architecture:
     """The facts in which these models differ.
 
     Attributes:
-        grid: rows and columns of patches of a picture of the native size.
+        grid: rows and columns of patches of an image of the native size.
         registers_name: ``register_tokens`` or ``storage_tokens``.
         mlp: ``plain``; gated with one projection for both inputs (``packed``), or with two (``split``).
         masked_bias: the bias of queries, keys and values is multiplied with a mask.

@@ -16,7 +16,7 @@ class DinoSource(Source):
     """``dino:FILE``: a state dict of DINO, DINOv2 or DINOv3 as Meta publishes them, or a checkpoint of training.
 
     Options: ``heads``, ``eps`` and ``image_size`` where the file's shapes do not say, ``key`` for which network of a
-    checkpoint (default the teacher), ``mean`` and ``std`` of pictures where those are not ImageNet's.
+    checkpoint (default the teacher), ``mean`` and ``std`` of images where those are not ImageNet's.
     """
 
     name = "dino"

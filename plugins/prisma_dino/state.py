@@ -44,7 +44,7 @@ class Options(SourceOptions):
 
     Attributes:
         heads, eps: instead of the rule (see ``architecture``).
-        image_size: the native side of pictures, or height and width, of models with rotary positions; the others' is in
+        image_size: the native side of images, or height and width, of models with rotary positions; the others' is in
             the file.
         key: which of a checkpoint's networks; None prefers the teacher.
     """
@@ -165,7 +165,7 @@ def _grid(
         if size not in (None, (side * patch[0], side * patch[1])):
             raise InputError(
                 f"{where} has positions for {side * patch[0]} pixels a side. Load it without image_size=: "
-                "it takes pictures of other sizes all the same."
+                "it takes images of other sizes all the same."
             )
         return side, side
     height, width = size or (224, 224)

@@ -1,4 +1,4 @@
-"""Pictures again of patches that a processor hands over one by one. In which order they lie, a known picture tells."""
+"""Images again of patches that a processor hands over one by one. In which order they lie, a known image tells."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 GRIDS = ("spatial_shapes", "image_grid_thw", "image_grid_hw")
 ORDERS = ("(r s a b)", "(r a s b)")  # of patches: a few rows at once, or row by row
-CELLS = ("(c t p q)", "(t c p q)", "(p q t c)", "(t p q c)")  # of what is in each; a picture is alike in all frames
-ALIKE = 0.99  # correlation, where a picture that was hardly resized is compared
+CELLS = ("(c t p q)", "(t c p q)", "(p q t c)", "(t p q c)")  # of what is in each; an image is alike in all frames
+ALIKE = 0.99  # correlation, where an image that was hardly resized is compared
 
 
 class Packing(NamedTuple):
     """Order of packed patches.
 
     Attributes:
-        pattern: einops', from patches to frames of pictures.
+        pattern: einops', from patches to frames of images.
         merge: how many rows of patches are listed at once.
-        frames: how often each picture is there.
+        frames: how often each image is there.
     """
 
     pattern: str
@@ -34,7 +34,7 @@ class Packing(NamedTuple):
     frames: int
 
     def picture(self, made: Mapping[str, Any], channels: int) -> Tensor | None:
-        """Return the picture ``[channel height width]`` that patches were cut from, or None if they do not fit."""
+        """Return the image ``[channel height width]`` that patches were cut from, or None if they do not fit."""
         grid, pixels = grid_of(made), torch.as_tensor(made["pixel_values"]).float()
         if grid is None:
             return None
@@ -49,7 +49,7 @@ class Packing(NamedTuple):
 
 
 def grid_of(made: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return how many rows and columns of patches a picture was cut into, or None if that is not said."""
+    """Return how many rows and columns of patches an image was cut into, or None if that is not said."""
     for name in GRIDS:
         numbers = torch.as_tensor(made[name]).tolist() if name in made else []
         if len(numbers) == 1 and (len(numbers[0]) == 2 or numbers[0][0] == 1):
@@ -58,7 +58,7 @@ def grid_of(made: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def packing(call: Callable[[Image], Mapping[str, Any]], processor: Any, channels: int) -> Packing | None:
-    """Return how a processor's patches lie, or None if no order makes the picture of them that was given."""
+    """Return how a processor's patches lie, or None if no order makes the image of them that was given."""
     first = call(_waves(200, 150))
     for candidate in _candidates(processor):
         seen = candidate.picture(first, channels)

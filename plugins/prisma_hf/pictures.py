@@ -58,21 +58,21 @@ def _read(kind: Any, folder: Path, common: dict[str, Any]) -> Any:
 
 
 def preprocess(processor: Any) -> PicturePreprocess:
-    """Return what a processor does to a picture: as data where that says it all, else by calling the processor."""
+    """Return what a processor does to an image: as data where that says it all, else by calling the processor."""
     return as_data(processor) or Processed(processor)
 
 
 def as_data(processor: Any) -> Preprocess | None:
-    """Return what a processor does to a picture, or None if it is more than resizing, cutting and normalising.
+    """Return what a processor does to an image, or None if it is more than resizing, cutting and normalising.
 
-    Its settings say what to expect; pictures that go both ways say whether that is all.
+    Its settings say what to expect; images that go both ways say whether that is all.
     """
     probes = [probe(*size) for size in SIZES]
     called = Processed(processor)
     try:
         candidates = list(_candidates(processor, called))
         theirs = [called(picture)[0] for picture in probes if candidates]
-    except (InputError, TypeError, ValueError, AttributeError):  # it makes no picture, or its settings are none we know
+    except (InputError, TypeError, ValueError, AttributeError):  # it makes no image, or its settings are none we know
         return None
     for ours in candidates:
         if all(_agree(ours(picture)[0], made) for picture, made in zip(probes, theirs, strict=True)):
@@ -148,7 +148,7 @@ def _size(size: Any) -> tuple[Literal["shortest", "squash"], int, int] | None:
 
 
 def _crop(size: tuple[int, int], scaled: tuple[int, int]) -> float | None:
-    """Return the share of the resized picture that is kept, or None if one number does not say it."""
+    """Return the share of the resized image that is kept, or None if one number does not say it."""
     shares = [(cut / whole) * (1 - 1e-12 * step) for cut, whole in zip(size, scaled, strict=True) for step in (0, 1)]
     fits = (share for share in shares if tuple(math.floor(side / share) for side in size) == scaled)
     return next(fits, None)

@@ -41,7 +41,7 @@ def registers(
         )
     preprocess = loaded.preprocess if isinstance(loaded, HookedDual) else model.preprocess
     if not preprocess:
-        raise InputError("This model does not know how to read pictures.")
+        raise InputError("This model does not know how to read images.")
     batch = preprocess(images)
     norms = token_norms(model, batch, progress=status.is_terminal)
     keys = next((kind for kind in ("registers", "cls") if _any(norms.layout, kind)), None)
@@ -70,7 +70,7 @@ def _table(rows: list[LayerNorms], layout: prisma.TokenLayout, shares: torch.Ten
     if keys:
         table.add_column(f"attention of patches to {keys}", justify="right")
         table.add_column("most in head", justify="right")
-    table.add_column("outliers in most pictures", overflow="fold")
+    table.add_column("outliers in most images", overflow="fold")
     for row in rows:
         cells = [str(row.layer), f"{row.median:.1f}", f"{row.largest:.1f}", f"{row.outliers:.1%}"]
         if shares is not None:

@@ -199,7 +199,7 @@ def check_images(images: object) -> None:
     if not isinstance(images, Tensor):
         raise InputError(
             f"Expected images as a tensor [batch channel height width], got {type(images).__name__}. "
-            "model.preprocess makes one of pictures and paths."
+            "model.preprocess makes one of images and paths."
         )
     if not len(images):
         raise InputError("Expected at least one image [batch channel height width], got none.")

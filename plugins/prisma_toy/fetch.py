@@ -28,7 +28,7 @@ def load(rest: str, *, pretrained: bool = True, **options: Any) -> Loaded:
     """Return a published toy.
 
     Args:
-        rest: ``FILE.pth``, ``published/OWNER/NAME`` (the checkpoint after the most pictures) or
+        rest: ``FILE.pth``, ``published/OWNER/NAME`` (the checkpoint after the most images) or
             ``published/OWNER/NAME@FILE.pth``.
         pretrained: False draws the weights at random; the shapes are those of a file that is here already.
         options: fields of ``Options``; without ``mean`` and ``std``, which no file says, there is no ``preprocess``.

@@ -229,7 +229,7 @@ def _recognise(shapes: Shapes) -> None:
             "Prisma project trained."
         )
     if len(shapes["embed.proj.weight"]) != 4:
-        raise LoadError("its patches are of videos; only those of pictures are read.")
+        raise LoadError("its patches are of videos; only those of images are read.")
 
 
 def _expected(model: PublishedViT) -> dict[str, torch.Size]:

@@ -119,7 +119,7 @@ def blocks(encoder: Reader, *, causal: bool) -> tuple[BlockSpec, ...]:
 
 
 def pixels(tower: Any, image: Tensor) -> dict[str, Any]:
-    """Return the arguments that a vision tower, or a model that has it, takes for a picture."""
+    """Return the arguments that a vision tower, or a model that has it, takes for an image."""
     embed = tower.embeddings
     if not isinstance(embed.patch_embedding, nn.Linear):
         native = (embed.image_size, embed.image_size)

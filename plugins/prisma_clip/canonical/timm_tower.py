@@ -17,7 +17,7 @@ from prisma_core.plugin import (
 
 IGNORED = {
     "TimmModel.image_size": "read from the trunk",
-    "TimmModel.preprocess_cfg": "how pictures are prepared",
+    "TimmModel.preprocess_cfg": "how images are prepared",
 }
 
 

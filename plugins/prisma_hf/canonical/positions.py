@@ -46,7 +46,7 @@ def check(tower: Reader, names: TowerNames, layout: TokenLayout) -> bool:
     if length != expected:
         raise tower.unsupported(f"{length} positions for {expected} tokens")
     if names.resize == "always" and layout.rows != layout.columns:
-        raise tower.unsupported("positions that are interpolated from a square grid, which this picture's is not")
+        raise tower.unsupported("positions that are interpolated from a square grid, which this image's is not")
     return True
 
 
@@ -92,7 +92,7 @@ def _with_registers(layout: TokenLayout) -> Callable[..., Tensor]:
 
 @torch.no_grad()
 def looked_up(tower: Reader, layout: TokenLayout) -> Tensor | None:
-    """Return which row of its positions upstream gives each patch of a picture of native size; None for each its own.
+    """Return which row of its positions upstream gives each patch of an image of native size; None for each its own.
 
     Upstream computes them in floating point, and some grids come out uneven.
     """

@@ -52,7 +52,7 @@ def rows(
     """Return the weight rows of rotary tables, and their functions.
 
     Args:
-        size: of the picture.
+        size: of the image.
     """
     if not names.rope:
         return "", {}
