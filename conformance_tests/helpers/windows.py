@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,8 +13,6 @@ from prisma_core.contract.adapter import MapAdapter
 from prisma_core.maps.places import FUSED, HookMap
 from prisma_core.maps.reader import Reader
 from prisma_core.spec import MapSpec
-from prisma_core.upstream.model import HookedUpstream
-from prisma_core.zoo import adapt_with
 
 HEADS, WIDTH, WINDOW = 2, 8, 3
 
@@ -147,24 +144,3 @@ class StepByStep:
     def __exit__(self, *exc: object) -> None:
         for attn in self.attns:
             attn.fused = True
-
-
-@pytest.fixture
-def upstream() -> Upstream:
-    torch.manual_seed(0)
-    model = Upstream()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return model.eval()
-
-
-@pytest.fixture
-def model(upstream: Upstream) -> HookedUpstream:
-    made = adapt_with(Adapter(), upstream)
-    assert isinstance(made, HookedUpstream)
-    return made
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(1))
