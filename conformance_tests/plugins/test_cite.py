@@ -6,7 +6,6 @@ import importlib
 import json
 import re
 import sys
-import types
 from fnmatch import fnmatchcase
 from importlib.metadata import EntryPoint
 from pathlib import Path

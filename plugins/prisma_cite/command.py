@@ -21,8 +21,8 @@ def cite(
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
 ) -> None:
     """Show what to cite for a technique, a model, a data set, or for Prisma itself."""
-    from prisma_cite import bibtex
-    from prisma_cite import cite as references
+    from prisma_cite.citing import bibtex
+    from prisma_cite.citing import cite as references
 
     cited = references(*(names or ["prisma"]))
     for each in cited.values():

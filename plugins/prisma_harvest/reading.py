@@ -5,32 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prisma_core import InputError, LoadError, NotApplicable, TokenLayout
-from prisma_core.plugin import LayerQuery, resolve_one
+from prisma_core.plugin import resolve_one
+from prisma_harvest.arrow import record_batches
 from prisma_harvest.folder import Line, read_lines
 from prisma_harvest.manifest import (
     DTYPES,
     EXAMPLES,
     SKIPPED,
     Manifest,
+    Name,
     Point,
     example_bytes,
 )
 from prisma_harvest.shuffling import Chunk, buffered, cut, dealt, shuffled
+from prisma_harvest.splitting import RowDataset
 
 if TYPE_CHECKING:
     import pyarrow
 
-    from prisma_harvest.splitting import RowDataset
-
 CHUNK_BYTES = 4 * 2**20  # read in one go: long enough that a disk does not notice the seek before it
-Name: TypeAlias = "str | LayerQuery"
 
 
 @dataclass(frozen=True)
@@ -258,15 +258,18 @@ class Harvest:
 
     def dataset(self, name: Name | list[Name], batch: int, **options: Any) -> RowDataset:
         """Return rows as a torch ``IterableDataset`` that workers and ranks share out (see ``RowDataset``)."""
-        from prisma_harvest.splitting import RowDataset
-
-        return RowDataset(self, name, batch, **options)
+        return RowDataset(self.rows, name, batch, **options)
 
     def to_arrow(self, names: Name | list[Name] | None = None, *, batch: int = 64) -> pyarrow.RecordBatchReader:
-        """Return the examples as Arrow, a batch at a time (see ``prisma_harvest.arrow``)."""
-        from prisma_harvest.arrow import reader
+        """Return the examples as Arrow, a batch at a time (see ``prisma_harvest.arrow``).
 
-        return reader(self, names, batch)
+        Raises:
+            PluginError: pyarrow is not installed.
+            UnknownName: no such hook point.
+        """
+        queries = self.names if names is None else names if isinstance(names, list) else [names]
+        points = [self.point(name) for name in queries]
+        return record_batches(points, self.manifest.dtype, self.examples(), self.read, batch)
 
 
 def _tokens(point: Point) -> int:

@@ -171,22 +171,22 @@ def _targets(images: Tensor, factors: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def _heads(axes: str, x: Tensor, by_head: bool) -> Sequence[int | None]:
-    own = axes.split()
-    return range(x.shape[own.index("head")]) if by_head and "head" in own else [None]
+    names = axes.split()
+    return range(x.shape[names.index("head")]) if by_head and "head" in names else [None]
 
 
 def _index(axes: str, head: int | None, tokens: list[int] | None) -> tuple[Any, ...]:
-    chosen = {"pos": tokens, "patch": tokens, "head": None if head is None else head}
-    return tuple(slice(None) if chosen.get(axis) is None else chosen[axis] for axis in axes.split())
+    choices = {"pos": tokens, "patch": tokens, "head": None if head is None else head}
+    return tuple(slice(None) if choices.get(axis) is None else choices[axis] for axis in axes.split())
 
 
 def _read(x: Tensor, axes: str, head: int | None, tokens: list[int] | None) -> Tensor:
     """Return what a probe reads at a place, the mean over tokens: ``[example feature]``."""
-    own = axes.split()
+    names = axes.split()
     if head is not None:
-        x = x.select(own.index("head"), head)
-        own.remove("head")
-    axis = next((own.index(kind) for kind in TOKENS if kind in own), None)
+        x = x.select(names.index("head"), head)
+        names.remove("head")
+    axis = next((names.index(kind) for kind in TOKENS if kind in names), None)
     if axis is not None:
         x = (x if tokens is None else x.index_select(axis, torch.tensor(tokens))).mean(axis)
     return _flat(x)

@@ -69,12 +69,12 @@ def path_patch(
     frozen = [name for name in frozen if name not in (*senders, *open_names, *targets)]
     with torch.no_grad():
         output, held = model.run_with_cache(*ours, names=[*frozen, *senders, *targets])
-        _, given = model.run_with_cache(*theirs, names=senders, output=False)
+        _, cache = model.run_with_cache(*theirs, names=senders, output=False)
     base = measure(output)
     tokens = token_positions(model.layout_for(*ours), pos)
 
     def send(x: Tensor, at: HookContext) -> Tensor:
-        return _mixed(model, at.name, x, given[at.name].to(x), heads, tokens)
+        return _mixed(model, at.name, x, cache[at.name].to(x), heads, tokens)
 
     def hold(x: Tensor, at: HookContext) -> Tensor:
         return held[at.name].to(x)

@@ -12,7 +12,7 @@ warnings.warn(
 _kit = importlib.import_module("prisma_conformance")
 # Modules of the kit that third-party test suites import by name.
 for _old, _new in {
-    "case": "prisma_core.plugin.case",
+    "case": "prisma_core.contract.case",
     "pytest": "prisma_conformance.pytest",
     "randomise": "prisma_conformance.randomise",
     "registry": "prisma_conformance.registry",

@@ -115,7 +115,7 @@ def test_a_processor_that_scales_before_it_resizes() -> None:
     assert torch.allclose(ours(noise(90, 61))[0], reference(processor)(noise(90, 61)), rtol=0, atol=1e-6)
 
 
-def test_what_is_seen_of_a_picture_is_what_the_model_gets() -> None:
+def test_what_is_seen_of_an_image_is_what_the_model_gets() -> None:
     ours = preprocess(made("Owlv2", CALLED["Owlv2"]))
     picture = Image.new("RGB", (60, 30), (250, 20, 30))
     seen = ours.seen(picture, side=100)
@@ -137,7 +137,7 @@ PACKED = {
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_patches_in_any_order_become_the_picture_they_were_cut_from(name: str) -> None:
+def test_patches_in_any_order_become_the_image_they_were_cut_from(name: str) -> None:
     name, _, pil = name.partition("ImageProcessor")
     ours = preprocess(made(name, PACKED[name + (pil and "ImageProcessorPil")], pil))
     assert isinstance(ours, Processed)
@@ -158,11 +158,11 @@ def test_patches_in_an_order_unknown_are_refused(monkeypatch: pytest.MonkeyPatch
         return result
 
     monkeypatch.setattr(type(processor), "__call__", shuffled)
-    with pytest.raises(InputError, match="in an order in which they make no picture"):
+    with pytest.raises(InputError, match="in an order in which they make no image"):
         Processed(processor)(noise(168, 252))
 
 
-def test_pictures_that_come_out_in_several_sizes_are_no_batch() -> None:
+def test_images_that_come_out_in_several_sizes_are_no_batch() -> None:
     ours = preprocess(made("Pixtral", CALLED["Pixtral"]))
     assert ours([noise(61, 43), noise(61, 43)]).shape == (2, 3, 40, 48)
     with pytest.raises(InputError, match=r"40 x 48, 48 x 24.*one by one"):
@@ -172,7 +172,7 @@ def test_pictures_that_come_out_in_several_sizes_are_no_batch() -> None:
 def test_tiles_are_asked_for() -> None:
     small = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
     ours = preprocess(made("Idefics3", small))
-    with pytest.raises(InputError, match=r"makes 5 tiles.*model\.preprocess\.tiles\(picture\)"):
+    with pytest.raises(InputError, match=r"makes 5 tiles.*model\.preprocess\.tiles\(image\)"):
         ours(noise(60, 60))
     tiles = ours.tiles(noise(60, 60))
     assert tiles.shape == (5, 3, 32, 32)
@@ -183,15 +183,15 @@ def test_tiles_are_asked_for() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "told"),
     [
-        ("Pix2Struct", {}, r"makes no picture \[channel height width\], but flattened_patches, attention_mask: set"),
-        ("Gemma4", {}, r"makes no picture \[channel height width\], but pixel_values 1 x 2520 x 768"),
-        ("MiniCPMV4_6", {}, r"makes no picture"),
-        ("VitPose", {}, r"cannot prepare a picture by itself .*boxes.*set model\.preprocess"),
+        ("Pix2Struct", {}, r"makes no image \[channel height width\], but flattened_patches, attention_mask: set"),
+        ("Gemma4", {}, r"makes no image \[channel height width\], but pixel_values 1 x 2520 x 768"),
+        ("MiniCPMV4_6", {}, r"makes no image"),
+        ("VitPose", {}, r"cannot prepare an image by itself .*boxes.*set model\.preprocess"),
         ("Aria", {"max_image_size": 490}, r"hides a part of what it makes \(pixel_mask\)"),
         ("ImageGPT", {}, r"Clusters"),
     ],
 )
-def test_what_is_no_picture_is_said(name: str, settings: dict[str, Any], told: str) -> None:
+def test_what_is_no_image_is_said(name: str, settings: dict[str, Any], told: str) -> None:
     with pytest.raises(InputError, match=told):
         preprocess(made(name, settings))(noise(61, 43))
 
@@ -229,7 +229,7 @@ def test_it_is_loaded_and_saved_with_its_model(folder: Path, tmp_path: Path) -> 
 
 
 @torch.no_grad()
-def test_siglip_2_gets_the_picture_that_its_patches_were_cut_from(tmp_path: Path) -> None:
+def test_siglip_2_gets_the_image_that_its_patches_were_cut_from(tmp_path: Path) -> None:
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
     vision = {"patch_size": 8, "num_patches": 25, **sizes}
     text = {"vocab_size": 50, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2, **sizes}
@@ -246,7 +246,7 @@ def test_siglip_2_gets_the_picture_that_its_patches_were_cut_from(tmp_path: Path
 
 
 @torch.no_grad()
-def test_qwen_gets_the_picture_that_its_patches_were_cut_from() -> None:
+def test_qwen_gets_the_image_that_its_patches_were_cut_from() -> None:
     facts = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 40, "patch_size": 4}
     facts |= {"out_hidden_size": 20, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
     upstream = transformers.Qwen3VLVisionModel(transformers.Qwen3VLVisionConfig(**facts)).eval()
@@ -267,7 +267,7 @@ def test_data_stands_among_a_saved_models_facts(folder: Path, tmp_path: Path) ->
     assert not (tmp_path / "saved" / "companions").exists()
 
 
-def test_without_transformers_the_model_is_there_and_its_pictures_are_told_of(
+def test_without_transformers_the_model_is_there_and_its_images_are_told_of(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prisma.save(prisma.load(f"hf:{folder}"), tmp_path / "saved")

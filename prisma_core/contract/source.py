@@ -18,7 +18,7 @@ from prisma_core.maps.reader import qualified_name
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from prisma_core.plugin.case import Case
+    from prisma_core.contract.case import Case
 
 
 class Reference(NamedTuple):

@@ -90,10 +90,10 @@ class Result:
                 values = part.values.select(at, part.index(axis, where))
                 part = replace(part, values=values, axes=part.axes[:at] + part.axes[at + 1 :], labels=labels)
                 continue
-            chosen = [part.index(axis, each) for each in where]
-            kept = part.names(axis)
-            labels = {**part.labels, axis: tuple(kept[each] for each in chosen)}
-            values = part.values.index_select(at, torch.tensor(chosen, device=part.values.device))
+            indices = [part.index(axis, each) for each in where]
+            names = part.names(axis)
+            labels = {**part.labels, axis: tuple(names[each] for each in indices)}
+            values = part.values.index_select(at, torch.tensor(indices, device=part.values.device))
             part = replace(part, values=values, labels=labels)
         return part
 

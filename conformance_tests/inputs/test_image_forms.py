@@ -19,12 +19,12 @@ from torch import Tensor
 
 import prisma_core as prisma
 from prisma_core import InputError, hookimpl
+from prisma_core import host as hosting
+from prisma_core.contract.source import Loaded, ModelInfo, Source
+from prisma_core.host import Host
 from prisma_core.inputs import PicturePreprocess, Preprocess, restored, tried
-from prisma_core.plugin import host as hosting
-from prisma_core.plugin.host import Host
-from prisma_core.plugin.source import Loaded, ModelInfo, Source
 from prisma_core.saving.processors import ProcessorFolder
-from prisma_core.spec import AttentionSpec, BlockSpec, EmbedSpec, MlpSpec, ModelSpec, NormSpec, PoolSpec
+from prisma_core.spec import ModelSpec, NormSpec
 from prisma_core.transformer import HookedViT
 
 
@@ -81,22 +81,8 @@ def only(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def model() -> HookedViT:
-    norm = NormSpec(eps=1e-3)
-    block = BlockSpec(
-        attn=AttentionSpec(n_heads=2, n_kv_heads=2, d_head=6, scale=0.4),
-        mlp=MlpSpec(d_mlp=20, act="gelu"),
-        ln1=norm,
-        ln2=norm,
-    )
-    spec = ModelSpec(
-        image_size=(8, 8),
-        d_model=12,
-        d_pool=12,
-        embed=EmbedSpec(patch=(4, 4)),
-        layout=prisma.TokenLayout(rows=2, columns=2),
-        blocks=(block,),
-        pool=PoolSpec(kind="avg"),
-    )
+    facts = {"norm": NormSpec(eps=1e-3), "scale": 0.4, "d_mlp": 20, "ln_final": None, "n_classes": None}
+    spec = ModelSpec.plain(layers=1, image=8, cls=0, pool="avg", **facts)
     return randomise(HookedViT(spec), torch.Generator().manual_seed(0)).eval()  # type: ignore[return-value]
 
 
@@ -104,7 +90,7 @@ def picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3)).astype("uint8"))
 
 
-def test_pictures_of_any_kind_and_lists_of_them(tmp_path: Path) -> None:
+def test_images_of_any_kind_and_lists_of_them(tmp_path: Path) -> None:
     ours, image = Halved(0.25), picture(12, 16)
     image.save(tmp_path / "a.png")
     made = ours(tmp_path / "a.png")

@@ -1,15 +1,19 @@
-"""The layout of tokens: class token, registers, patches by frame, row and column."""
+"""The layout of tokens: class token, registers, patches by frame, row and column; and positions among them."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, cast
 
+import torch
 from einops import rearrange
 from jaxtyping import Shaped
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from prisma_core.errors import InputError, UnknownName, suggest
+from prisma_core.errors import HookError, InputError, UnknownName, suggest
+
+Index = int | slice | Sequence[int] | Tensor
 
 
 class TokenLayout(BaseModel):
@@ -117,3 +121,43 @@ class TokenLayout(BaseModel):
     def model_post_init(self, context: Any) -> None:
         if self.rows < 1 or self.columns < 1 or self.frames < 1:
             raise ValueError("a layout has at least one patch")
+
+
+def indices(index: int | Sequence[int] | Tensor) -> list[int]:
+    """Return positions given as a number, numbers, or a mask, as a list.
+
+    Raises:
+        HookError: they are not whole numbers.
+    """
+    try:
+        numbers = torch.as_tensor(index)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise HookError(
+            f"Expected positions as whole numbers or a mask, got {index!r}. A subset of the tokens stands by itself: "
+            "pos='cls'."
+        ) from error
+    if numbers.dtype == torch.bool:
+        numbers = numbers.nonzero()
+    if numbers.is_floating_point() and numbers.numel():
+        raise HookError(f"Expected positions as whole numbers or a mask, got {numbers.dtype}.")
+    return cast("list[int]", numbers.flatten().tolist())
+
+
+def positions_of(index: Index | None, n: int) -> list[int]:
+    """Return which of ``n`` places an index means, all for None.
+
+    Raises:
+        InputError: there is no such place.
+
+    >>> positions_of([0, -1], 5)
+    [0, 4]
+    """
+    places = range(n)
+    if index is None:
+        return list(places)
+    if isinstance(index, slice):
+        return list(places[index])
+    numbers = indices(index)
+    if any(not -n <= each < n for each in numbers):
+        raise InputError(f"No position {numbers}: there are {n}.")
+    return [places[each] for each in numbers]

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from prisma_core.errors import InputError, NotApplicable
-from prisma_core.hooks.capture import positions_of
-from prisma_core.hooks.query import LayerQuery
-from prisma_core.hooks.tokens import TokenLayout
-
-if TYPE_CHECKING:
-    from prisma_core.hooks.capture import Index
+from prisma_core.spec.layout import Index, TokenLayout, positions_of
 
 _TOKENS = ("pos", "patch", "query_pos", "key_pos")
 _FRAMES = ("frame", "query_frame", "key_frame")
@@ -42,7 +37,7 @@ class TokenViews:
     layout: TokenLayout | None
     pos: Index | str | None
 
-    def full_name(self, query: str | LayerQuery) -> str:
+    def full_name(self, query: Any) -> str:
         raise NotImplementedError
 
     def patches(self, query: str, layer: int | None = None, *, axis: str | None = None) -> Tensor:
@@ -84,8 +79,8 @@ class TokenViews:
             return self._subset(f"frame {index}", query, layer, axis, lambda x, at: torch.unflatten(x, at, size))
         layout.slice(f"frame {index}")  # refuses a frame that is not there
         held = self._held(query, layer, None if axis in _FRAMES else axis)
-        own = _chosen(name, axes, _FRAMES, axis if axis in _FRAMES else None)
-        at = axes.index(own) - len(axes) + held.x.ndim
+        frame_axis = _chosen(name, axes, _FRAMES, axis if axis in _FRAMES else None)
+        at = axes.index(frame_axis) - len(axes) + held.x.ndim
         if held.x.shape[at] != layout.frames:
             raise InputError(f"{name} holds {held.x.shape[at]} frames; expected {layout.frames} of {layout!r}.")
         return _grid(held._replace(x=held.x.select(at, index), axis=held.axis - (at < held.axis)))
@@ -110,12 +105,12 @@ class TokenViews:
         self, subset: str, query: str, layer: int | None, axis: str | None, shape: Callable[[Tensor, int], Tensor]
     ) -> Tensor:
         held = self._held(query, layer, axis)
-        wanted = range(held.layout.n_tokens)[held.layout.slice(subset)]
-        if not wanted:
+        tokens = range(held.layout.n_tokens)[held.layout.slice(subset)]
+        if not tokens:
             raise NotApplicable(f"This model has no {subset} tokens; its tokens are {held.layout!r}.")
-        if not set(wanted) <= set(held.kept):
+        if not set(tokens) <= set(held.kept):
             raise InputError(f"The {subset} tokens are not in the cache. Was it taken with a token slice?")
-        columns = torch.tensor([held.kept.index(token) for token in wanted], device=held.x.device)
+        columns = torch.tensor([held.kept.index(token) for token in tokens], device=held.x.device)
         return shape(held.x.index_select(held.axis, columns), held.axis)
 
     def _layout(self) -> TokenLayout:
@@ -142,14 +137,14 @@ class TokenViews:
 
 def _chosen(name: str, axes: list[str], known: Sequence[str], axis: str | None) -> str:
     """Return the one axis of a kind, the one asked for where there are several."""
-    found = [each for each in axes if each in known]
-    if not found or (axis is not None and axis not in found):
+    axes_of_kind = [each for each in axes if each in known]
+    if not axes_of_kind or (axis is not None and axis not in axes_of_kind):
         lacks = axis or "token axis"
         raise InputError(f"{name} has the axes {' '.join(axes) or '(unknown)'}: no {lacks} among them.")
-    if axis is None and len(found) > 1:
-        either = " or ".join(f"axis={each!r}" for each in found)
+    if axis is None and len(axes_of_kind) > 1:
+        either = " or ".join(f"axis={each!r}" for each in axes_of_kind)
         raise InputError(f"{name} has two {'token' if known is _TOKENS else 'frame'} axes: give {either}.")
-    return axis or found[0]
+    return axis or axes_of_kind[0]
 
 
 def _grid(held: _Held) -> Tensor:

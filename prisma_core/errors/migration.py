@@ -84,8 +84,8 @@ def migration_hint(name: str) -> str | None:
 
 def ask_again(owner: object, name: str) -> None:
     """Ask a property once more whose ``AttributeError`` made Python call ``__getattr__``: it raises its own again."""
-    if isinstance(given := getattr(type(owner), name, None), property) and given.fget is not None:
-        given.fget(owner)
+    if isinstance(attribute := getattr(type(owner), name, None), property) and attribute.fget is not None:
+        attribute.fget(owner)
 
 
 def unknown_attribute(owner: object, name: str) -> AttributeError:
@@ -138,19 +138,19 @@ def takes_any_keyword(function: Callable[..., Any]) -> bool:
     return any(each.kind is each.VAR_KEYWORD for each in inspect.signature(function).parameters.values())
 
 
-def refuse_keywords(who: str, given: Iterable[str], accepted: Iterable[str]) -> None:
+def refuse_keywords(who: str, keywords: Iterable[str], accepted: Iterable[str]) -> None:
     """Refuse the first keyword argument that is not accepted, if there is one.
 
     Args:
         who: the function that was called, for the message.
-        given: names of the keywords it was called with.
+        keywords: names of the keywords it was called with.
         accepted: names of those that there are.
 
     Raises:
         InputError: one is not accepted; with its counterpart or the nearest names.
     """
     names = list(accepted)
-    for name in given:
+    for name in keywords:
         if name in names:
             continue
         ours = _KEYWORDS.get(name)

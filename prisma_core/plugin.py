@@ -3,6 +3,10 @@
 Files behind this module may move; these names stay. Models and what one does with them come from ``prisma_core``.
 """
 
+from prisma_core.contract.adapter import Adapter, MapAdapter, Refusal
+from prisma_core.contract.case import Case, Pictures
+from prisma_core.contract.hookspecs import hookimpl
+from prisma_core.contract.source import Loaded, ModelInfo, Reference, Source
 from prisma_core.errors import (
     HookError,
     InputError,
@@ -18,6 +22,7 @@ from prisma_core.errors import (
     returned,
     suggest,
 )
+from prisma_core.errors.migration import keyword_names
 from prisma_core.files import hub
 from prisma_core.files.atomic import locked, replacing
 from prisma_core.files.checkpoint import (
@@ -31,22 +36,15 @@ from prisma_core.files.checkpoint import (
     read_states,
 )
 from prisma_core.files.code import code_in, without_code
-from prisma_core.hooks.capture import positions_of
-from prisma_core.hooks.migration import keyword_names
 from prisma_core.hooks.point import Hook, Splice
 from prisma_core.hooks.query import LayerQuery, Query, layer_of, resolve_one, short_name
 from prisma_core.hooks.sites import HookMapping
-from prisma_core.hooks.tokens import TokenLayout
+from prisma_core.host import Host, PluginInfo, installed
 from prisma_core.inputs import SIZES, Picture, PicturePreprocess, Preprocess, open_picture, probe, restored
 from prisma_core.inputs.video import VideoPreprocess, read_video
 from prisma_core.maps.places import FUSED, HookMap, Place, Row
 from prisma_core.maps.reader import Reader, qualified_name
 from prisma_core.maps.weights import WeightMap
-from prisma_core.plugin.adapter import Adapter, MapAdapter, Refusal
-from prisma_core.plugin.case import Case, Pictures
-from prisma_core.plugin.hookspecs import hookimpl
-from prisma_core.plugin.host import Host, PluginInfo, installed
-from prisma_core.plugin.source import Loaded, ModelInfo, Reference, Source
 from prisma_core.spec import (
     Activation,
     AnySpec,
@@ -67,6 +65,7 @@ from prisma_core.spec import (
     TextPoolSpec,
     TextSpec,
 )
+from prisma_core.spec.layout import TokenLayout, positions_of
 from prisma_core.toolbox import screen
 from prisma_core.toolbox.attention import eager_attention, float64_softmax, multihead_attention, switched
 from prisma_core.toolbox.claims import check_claims, check_layers

@@ -10,9 +10,9 @@ import pluggy
 if TYPE_CHECKING:
     import typer
 
-    from prisma_core.plugin.adapter import Adapter, Refusal
-    from prisma_core.plugin.case import Case
-    from prisma_core.plugin.source import Source
+    from prisma_core.contract.adapter import Adapter, Refusal
+    from prisma_core.contract.case import Case
+    from prisma_core.contract.source import Source
 
 GROUP = "prisma"
 hookspec = pluggy.HookspecMarker(GROUP)

@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import pluggy
 
+from prisma_core.contract import hookspecs
+from prisma_core.contract.adapter import Adapter, Refusal
+from prisma_core.contract.case import Case
+from prisma_core.contract.source import ModelInfo, Source
 from prisma_core.errors import (
     InputError,
     PluginError,
@@ -25,10 +29,6 @@ from prisma_core.errors import (
 )
 from prisma_core.hooks.model import HookedModel
 from prisma_core.maps.reader import qualified_name
-from prisma_core.plugin import hookspecs
-from prisma_core.plugin.adapter import Adapter, Refusal
-from prisma_core.plugin.case import Case
-from prisma_core.plugin.source import ModelInfo, Source
 from prisma_core.toolbox.screen import note
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ class Host:
         self.infos: dict[str, PluginInfo] = {}
         self._manager = pluggy.PluginManager(hookspecs.GROUP)
         self._manager.add_hookspecs(hookspecs)
-        found = self._installed() if points is None else points
-        for point in sorted(found, key=lambda point: (not _is_ours(_distribution(point)), point.name, point.value)):
+        entries = self._installed() if points is None else points
+        for point in sorted(entries, key=lambda point: (not _is_ours(_distribution(point)), point.name, point.value)):
             self._add(point)
         adapters = self._parts("prisma_adapters", Adapter, Refusal)
         self._refusals = {kind: part for part, _ in adapters if isinstance(part, Refusal) for kind in part.types}
