@@ -92,10 +92,7 @@ class Harvest:
     @property
     def positions(self) -> list[int] | None:
         """The positions of the tokens that are here, or None where the model has no layout."""
-        if (layout := self.layout) is None:
-            return None
-        pos, places = self.manifest.pos, range(layout.n_tokens)
-        return list(places[layout.slice(pos)] if isinstance(pos, str) else places if pos is None else pos)
+        return self.manifest.positions
 
     @property
     def tokens(self) -> list[str] | None:
