@@ -23,7 +23,8 @@ def benchmark_of_harvests(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_each_part_runs(benchmark_of_harvests: Any, tmp_path: Path) -> None:
     found = benchmark_of_harvests.rates("toy:scenes-3l", images=4, batch=2, rounds=1)
     assert set(found["shares"]) == {"tensors", "files"}
-    assert all(share > 0 for kind in found["shares"].values() for share in kind.values())
+    assert set(found["shares"]["files"]) == {"processor", "clock"}
+    assert all(0 < spent < 600 for side in found["best"].values() for spent in side)
     seen = benchmark_of_harvests.memory(images=8, batch=4)
     assert list(seen) == [0, 4]
     assert min(seen.values()) > 1
