@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from prisma_harvest import reading as readers
 from prisma_harvest.shuffling import Chunk, cut, dealt
 from torch.utils.data import DataLoader
 
-from prisma_core import HookedViT, InputError, NotApplicable, UnknownName
+from prisma_core import HookedViT, InputError, LoadError, NotApplicable, UnknownName
 
 RESID, Z, PATTERN, POOLED = (
     "blocks.0.hook_resid_post",
@@ -97,6 +98,36 @@ def test_ranks_and_workers_share_every_row_out_once(acts: Harvest, shuffle: bool
         shares.append(torch.cat(list(DataLoader(data, batch_size=None, num_workers=workers))))
     assert multiset(torch.cat(shares)) == multiset(ordered)
     assert max(map(len, shares)) - min(map(len, shares)) <= 10 * max(1, workers)
+
+
+def test_a_damaged_shard_is_told_by_both_readers(acts: Harvest) -> None:
+    whole = acts.shards[2].path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    renamed = whole.replace(b"hook_resid_post", b"hook_resid_pots", 1)
+    for content in (whole[: 8 + length + 100], renamed, b"", whole[:4], b"\xff" * 64):
+        acts.shards[2].path.write_bytes(content)
+        for shuffle in (False, True):
+            with pytest.raises(LoadError, match=r"00002\.safetensors"):
+                list(acts.rows(RESID, 16, shuffle=shuffle, buffer=64))
+    acts.shards[2].path.unlink()
+    for shuffle in (False, True):
+        with pytest.raises(LoadError, match=r"00002\.safetensors"):
+            list(acts.rows(RESID, 16, shuffle=shuffle, buffer=64))
+
+
+def test_batches_that_are_kept_do_not_change(acts: Harvest) -> None:
+    """The buffers are used again and again; what was given out is not."""
+    kept = [(rows, rows.clone()) for rows in acts.rows(RESID, 16, shuffle=True, buffer=32)]
+    assert len(kept) > 20
+    assert all(torch.equal(rows, copy) for rows, copy in kept)
+
+
+def test_a_reader_that_is_left_early_leaves_no_thread(acts: Harvest) -> None:
+    rows = iter(acts.rows(RESID, 16, shuffle=True, buffer=32))
+    next(rows)
+    assert [each.name for each in threading.enumerate() if each.name.startswith("prisma-shuffle")]
+    rows.close()  # type: ignore[attr-defined]
+    assert not [each.name for each in threading.enumerate() if each.name.startswith("prisma-shuffle")]
 
 
 def test_epochs_differ(acts: Harvest) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from planted import MARK, SOURCE, marked, planted
-from prisma_harvest import Pass, harvest, top, top_examples
+from prisma_harvest import Pass, harvest, resuming, top, top_examples
+from prisma_harvest.scoring import Units
 
 from prisma_core import HookedViT, InputError, LoadError, Result
 
@@ -126,7 +127,7 @@ def test_a_search_goes_on_where_it_was(
 ) -> None:
     whole = top_examples(sources(model, tmp_path, [RESID])[kind], RESID, 5, per="patch")
     path = tmp_path / "search.safetensors"
-    monkeypatch.setattr(top, "_SAVE_EVERY", 0.0)
+    monkeypatch.setattr(resuming, "SAVE_EVERY", 0.0)
     add, calls = top._Search.add, []
 
     def stopped(search: Any, *group: Any) -> None:
@@ -153,7 +154,7 @@ def test_a_search_goes_on_where_it_was(
 def test_memory_is_bounded_by_k(model: HookedViT) -> None:
     data = [each for each, _ in images()] * 3
     source = Pass(model, data, [RESID], preprocess=None, batch=4, workers=0)
-    search = top._Search(source.points[0], 2, "image", "feature", None, 24)
+    search = top._Search(source.points[0], Units(), 2, "image")
     sizes = set()
     for first, x, lines in top._groups(source, source.points[0], search):
         search.add(first, x, lines)

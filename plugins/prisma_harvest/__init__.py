@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 @hookimpl
 def prisma_commands(app: Typer) -> None:
-    from prisma_harvest.command import harvest_command
+    from prisma_harvest.command import harvest_app
 
-    app.command("harvest")(harvest_command)
+    app.add_typer(harvest_app, name="harvest")
 
 
 __all__ = [

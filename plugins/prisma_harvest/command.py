@@ -1,4 +1,4 @@
-"""The command ``prisma harvest``."""
+"""The commands ``prisma harvest``, which writes, ``top``, ``info`` and ``verify``."""
 
 from __future__ import annotations
 
@@ -8,19 +8,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+from typer.core import TyperGroup
 
 from prisma_core.plugin import InputError, LoadError, PluginError, installed, screen
+from prisma_harvest.top_command import top
 
 if TYPE_CHECKING:
     from prisma_harvest.manifest import Dtype
     from prisma_harvest.passes import OnError
 
-ACTIONS = ("info", "verify")
+
+class Writing(TyperGroup):
+    """``prisma harvest REFERENCE`` is short for ``prisma harvest write REFERENCE``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        short = bool(args) and args[0] not in (*self.commands, "--help")
+        return super().parse_args(ctx, ["write", *args] if short else args)
 
 
-def harvest_command(
-    reference: Annotated[str, typer.Argument(help="The model; or `info` or `verify`, with the folder of a harvest.")],
-    folder: Annotated[Path | None, typer.Argument(help="For `info` and `verify`: the harvest.")] = None,
+harvest_app = typer.Typer(
+    cls=Writing,
+    no_args_is_help=True,
+    add_completion=False,
+    help="Activations of many images: `prisma harvest REFERENCE --data ... --names ... --out DIR` writes them "
+    "(`prisma harvest write --help` has all options).",
+)
+Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
+Folder = Annotated[Path, typer.Argument(help="The folder of a harvest.")]
+harvest_app.command("top")(top)
+
+
+@harvest_app.command("write")
+def write(
+    reference: Annotated[str, typer.Argument(help="The model; `prisma models` lists what there is.")],
     data: Annotated[
         str | None,
         typer.Option(
@@ -49,22 +69,11 @@ def harvest_command(
         bool, typer.Option("--pretrained/--no-pretrained", help="Load trained weights, or random ones (no download).")
     ] = True,
     ray: Annotated[str | None, typer.Option(help="Run on the Ray cluster at this address, or `local`.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="`info` and `verify`: write JSON.")] = False,
 ) -> None:
-    """Write activations of a model over many images to a folder: resumable, any number of hook points in one pass.
-
-    `prisma harvest info DIR` shows what a harvest holds, `prisma harvest verify DIR` whether every byte is as written.
-    """
-    if reference in ACTIONS:
-        if folder is None:
-            raise InputError(f"Expected a folder: prisma harvest {reference} DIR.")
-        (_info if reference == "info" else _verify)(folder, as_json)
-        return
-    if folder is not None:
-        raise InputError(f"Expected options behind the model, got {folder}: data go to --data, the folder to --out.")
+    """Write activations of a model over many images to a folder: resumable, any number of hook points in one pass."""
     lacking = [option for option, given in (("--data", data), ("--names", names), ("--out", out)) if not given]
     if lacking:
-        raise InputError(f"A harvest needs {', '.join(lacking)}: `prisma harvest --help` says what they are.")
+        raise InputError(f"A harvest needs {', '.join(lacking)}: `prisma harvest write --help` says what they are.")
     import prisma_core as prisma
     from prisma_harvest.writing import harvest
 
@@ -158,7 +167,9 @@ class Samples:
 # -------------------------------------------------------------------- folders
 
 
-def _info(folder: Path, as_json: bool) -> None:
+@harvest_app.command("info")
+def info(folder: Folder, as_json: Json = False) -> None:
+    """Show what a harvest holds."""
     from prisma_harvest.opening import open_harvest
 
     acts = open_harvest(folder)
@@ -189,7 +200,9 @@ def _info(folder: Path, as_json: bool) -> None:
     screen.show(table)
 
 
-def _verify(folder: Path, as_json: bool) -> None:
+@harvest_app.command("verify")
+def verified(folder: Folder, as_json: Json = False) -> None:
+    """Show whether every byte of a harvest is as it was written."""
     from prisma_harvest.checking import verify
     from prisma_harvest.opening import open_harvest
     from prisma_harvest.progress import counting

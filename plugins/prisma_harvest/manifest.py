@@ -119,6 +119,16 @@ class Manifest(Facts):
         """The folder's name: the first 16 digits of the SHA-256 of ``text()``."""
         return hashlib.sha256(self.text().encode()).hexdigest()[:16]
 
+    @property
+    def positions(self) -> list[int] | None:
+        """The positions of the tokens that were read, or None where the model has no layout."""
+        if self.layout is None:
+            return None
+        places = range(self.layout.n_tokens)
+        if isinstance(self.pos, str):
+            return list(places[self.layout.slice(self.pos)])
+        return list(places if self.pos is None else self.pos)
+
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """Read a folder's manifest.

@@ -24,6 +24,7 @@ from prisma_harvest.manifest import (
     Point,
     example_bytes,
 )
+from prisma_harvest.runs import Run, ShardReader, buffers
 from prisma_harvest.shuffling import Chunk, buffered, cut, dealt, shuffled
 from prisma_harvest.splitting import RowDataset
 
@@ -92,10 +93,7 @@ class Harvest:
     @property
     def positions(self) -> list[int] | None:
         """The positions of the tokens that are here, or None where the model has no layout."""
-        if (layout := self.layout) is None:
-            return None
-        pos, places = self.manifest.pos, range(layout.n_tokens)
-        return list(places[layout.slice(pos)] if isinstance(pos, str) else places if pos is None else pos)
+        return self.manifest.positions
 
     @property
     def tokens(self) -> list[str] | None:
@@ -213,7 +211,7 @@ class Harvest:
             name: a hook point; a list of them gives tuples of the same tokens' rows.
             batch: rows at once; the last batch may be shorter.
             shuffle: read runs of 4 MiB in random order into a buffer, and give out its rows in random order.
-            buffer: how many rows it holds; memory is up to three times that.
+            buffer: how many rows it holds; memory is that of two of them.
             seed: of the order.
             part: (which, of how many): this share of the examples alone; shares differ by one example at most.
             drop_last: leave a shorter last batch out.
@@ -234,8 +232,11 @@ class Harvest:
         tokens = {_tokens(point) for point in points}
         if len(tokens) > 1:
             raise NotApplicable(f"These hook points differ in tokens: {', '.join(each.name for each in points)}.")
-        runs = (self._rows(points, chunk) for chunk in self._chunks(points, shuffle, seed, part))
-        made = shuffled(runs, batch, buffer, seed + part[0]) if shuffle else buffered(runs, batch)
+        chunks = self._chunks(points, shuffle, seed, part)
+        if shuffle:
+            made = self._shuffled(points, chunks, batch, buffer, seed + part[0])
+        else:
+            made = buffered((self._rows(points, chunk) for chunk in chunks), batch)
         return (group if several else group[0] for group in made if not drop_last or len(group[0]) == batch)
 
     def _chunks(self, points: Sequence[Point], shuffle: bool, seed: int, part: tuple[int, int]) -> list[Chunk]:
@@ -245,6 +246,19 @@ class Harvest:
             order = torch.randperm(len(chunks), generator=torch.Generator().manual_seed(seed))
             chunks = [chunks[at] for at in order.tolist()]
         return dealt(chunks, *part)
+
+    def _shuffled(
+        self, points: Sequence[Point], chunks: Sequence[Chunk], batch: int, buffer: int, seed: int
+    ) -> Iterator[tuple[Tensor, ...]]:
+        per, dtype = _tokens(points[0]), self.manifest.dtype
+        shards = {
+            at: ShardReader(self.shards[at].path, self.shards[at].n, points, dtype)
+            for at in {chunk.shard for chunk in chunks}
+        }
+        runs = [Run(shards[chunk.shard], chunk.start * per, chunk.stop * per) for chunk in chunks]
+        rows = min(max(1, buffer // batch) * batch, sum(run.stop - run.start for run in runs))
+        first, second = (buffers(points, dtype, rows, per) for _ in range(2))  # pages that nobody fills take no memory
+        return shuffled(runs, batch, (first, second), seed)
 
     def _rows(self, points: Sequence[Point], chunk: Chunk) -> tuple[Tensor, ...]:
         shard = self.shards[chunk.shard]

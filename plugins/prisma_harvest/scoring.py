@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
 
-from prisma_core import InputError
-from prisma_harvest.manifest import Point
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from prisma_core import InputError, tensors_of
+from prisma_core.plugin import digest
+from prisma_harvest.manifest import Point, tensor_bytes
+
+Encode: TypeAlias = Callable[[Tensor], Tensor]
 
 _LOW = 2**32 - 1
 
@@ -25,38 +33,91 @@ def largest(values: Tensor, k: int) -> Tensor:
     return _LOW - (keys.topk(min(k, values.shape[1]), 1).values & _LOW)
 
 
-def scored(x: Tensor, point: Point, over: str, directions: Tensor | None) -> Tensor:
-    """Return the scores of activations as float32: ``[example token unit]``."""
-    x = x.detach().cpu().float()
-    x = x if has_tokens(point) else x[:, None]
-    if directions is not None:
-        return x.flatten(2) @ directions.detach().cpu().float().T
-    return x.norm(dim=-1) if over == "head" else x.flatten(2)
-
-
 def has_tokens(point: Point) -> bool:
     return point.axes.split()[0] in ("pos", "patch")
 
 
-def count_units(point: Point, over: str, directions: Tensor | None) -> int:
-    """Return how many units there are.
+@dataclass(frozen=True)
+class Units:
+    """How activations become scores.
 
-    Raises:
-        InputError: the hook point or the directions do not fit.
+    Attributes:
+        over: ``"feature"`` or ``"head"``: the numbers of an activation, or the norms of its heads.
+        directions: ``[direction d]``, to score instead.
+        encode: a function of rows ``[row d]`` to scores ``[row unit]``, to take instead.
     """
-    axes = point.axes.split()
-    if not has_tokens(point) and len(axes) > 1:
-        raise InputError(f"{point.name} is [{point.axes}], without tokens: expected a place such as mlp.hook_post.")
-    width = torch.Size(point.shape[1:] if has_tokens(point) else point.shape).numel()
-    if directions is not None:
-        if directions.ndim != 2 or directions.shape[1] != width:
-            raise InputError(
-                f"{point.name} has {width} numbers a token: expected directions [direction {width}], got "
-                f"{list(directions.shape)}."
-            )
-        return len(directions)
-    if over not in ("feature", "head"):
-        raise InputError(f"Expected over='feature' or 'head', got {over!r}.")
-    if over == "head" and axes[1:2] != ["head"]:
-        raise InputError(f"{point.name} is [{point.axes}], without heads: expected z or result.")
-    return point.shape[1] if over == "head" else width
+
+    over: str = "feature"
+    directions: Tensor | None = None
+    encode: Encode | None = None
+
+    @property
+    def axis(self) -> str:
+        """The name of the units' axis."""
+        return "direction" if self.directions is not None else "feature" if self.encode is not None else self.over
+
+    def scores(self, x: Tensor, point: Point) -> Tensor:
+        """Return the scores of activations as float32: ``[example token unit]``."""
+        x = x.detach().cpu().float()
+        x = x if has_tokens(point) else x[:, None]
+        if self.encode is not None:
+            rows = x.flatten(2)
+            with torch.no_grad():
+                return self.encode(rows.flatten(0, 1)).cpu().float().unflatten(0, rows.shape[:2])
+        if self.directions is not None:
+            return x.flatten(2) @ self.directions.detach().cpu().float().T
+        return x.norm(dim=-1) if self.over == "head" else x.flatten(2)
+
+    def count(self, point: Point) -> int:
+        """Return how many units there are.
+
+        Raises:
+            InputError: the hook point or the directions do not fit.
+        """
+        axes = point.axes.split()
+        if not has_tokens(point) and len(axes) > 1:
+            raise InputError(f"{point.name} is [{point.axes}], without tokens: expected a place such as mlp.hook_post.")
+        width = torch.Size(point.shape[1:] if has_tokens(point) else point.shape).numel()
+        if self.over not in ("feature", "head"):
+            raise InputError(f"Expected over='feature' or 'head', got {self.over!r}.")
+        if (self.directions is not None) + (self.encode is not None) + (self.over == "head") > 1:
+            raise InputError("Expected one of directions=, encode= and over='head'.")
+        if self.encode is not None:
+            return self._encoded(point.name, width)
+        if self.directions is not None:
+            if self.directions.ndim != 2 or self.directions.shape[1] != width:
+                raise InputError(
+                    f"{point.name} has {width} numbers a token: expected directions [direction {width}], got "
+                    f"{list(self.directions.shape)}."
+                )
+            return len(self.directions)
+        if self.over == "head" and axes[1:2] != ["head"]:
+            raise InputError(f"{point.name} is [{point.axes}], without heads: expected z or result.")
+        return point.shape[1] if self.over == "head" else width
+
+    def _encoded(self, name: str, width: int) -> int:
+        assert self.encode is not None
+        with torch.no_grad():
+            scores = self.encode(torch.zeros(2, width))
+        if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != 2:
+            said = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise InputError(f"Expected encode to take rows [2 {width}] of {name} to [2 unit], got {said}.")
+        return scores.shape[1]
+
+    def mark(self) -> bytes:
+        """Return what tells these units from others.
+
+        Raises:
+            InputError: ``encode`` is a plain function, which cannot be told from another.
+        """
+        if self.encode is not None:
+            module = self.encode if isinstance(self.encode, nn.Module) else getattr(self.encode, "__self__", None)
+            if not isinstance(module, nn.Module):
+                raise InputError(
+                    "resume= needs an encode that can be told from another one: a module, or a method of one such as "
+                    "coder.encode."
+                )
+            facts = getattr(module, "facts", None)
+            said = facts.model_dump_json() if isinstance(facts, BaseModel) else ""
+            return f"{digest(tensors_of(module))} {module!r} {said} {getattr(self.encode, '__name__', '')}".encode()
+        return self.over.encode() if self.directions is None else bytes(tensor_bytes(self.directions))

@@ -1,9 +1,9 @@
 """Top examples: the images, or patches, on which each neuron, head or direction is largest, over any amount of data.
 
 Equation:
-    score(unit, image, token) = x_unit, the norm of a head's output, or x . direction; the k largest over all images
-    (``per="image"``: of each image its largest token alone), equal ones in the order of the data. With them, over all
-    tokens: the histogram of scores, their mean, and how many are positive.
+    score(unit, image, token) = x_unit, the norm of a head's output, x . direction, or encode(x)_unit; the k largest
+    over all images (``per="image"``: of each image its largest token alone), equal ones in the order of the data. With
+    them, over all tokens: the histogram of scores, their mean, and how many are positive.
 Cost:
     One read of a harvest, or one pass of a model. Memory: k entries and 67 counts a unit, whatever the data.
 Misleads:
@@ -16,31 +16,27 @@ Source:
 
 from __future__ import annotations
 
-import hashlib
-import json
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from prisma_core import InputError, LoadError, Result
-from prisma_core.plugin import replacing
-from prisma_harvest.manifest import Point, tensor_bytes
+from prisma_core import InputError, Result
+from prisma_harvest.manifest import Point
 from prisma_harvest.passes import Pass
 from prisma_harvest.progress import counting
 from prisma_harvest.reading import Harvest, Name
-from prisma_harvest.scoring import count_units, largest, scored
+from prisma_harvest.resuming import Kept, mark
+from prisma_harvest.scoring import Encode, Units, largest
 
 EDGES = 2.0 ** (torch.arange(33) / 2 - 6)  # half octaves from 2^-6 to 2^10
 EDGES = torch.cat([-EDGES.flip(0), EDGES]).float()
 _SCORES = 2**21  # at once
-_SAVE_EVERY = 20.0  # seconds
+LINE = ("source", "path", "label", "sha256")  # what is kept of an example's line
+SCHEMA = 1  # of what a saved result holds
 
 
 def top_examples(
@@ -50,6 +46,7 @@ def top_examples(
     *,
     over: Literal["feature", "head"] = "feature",
     directions: Tensor | None = None,
+    encode: Encode | None = None,
     labels: Sequence[str] | None = None,
     per: Literal["image", "patch"] = "image",
     resume: str | Path | None = None,
@@ -67,6 +64,7 @@ def top_examples(
         k: how many.
         over: ``"feature"``: every number of the last axes; ``"head"``: the norm of each head's output.
         directions: score these instead, ``[direction d]``: a probe's weights, an encoded text, decoder rows.
+        encode: score its output instead, ``[row d] -> [row unit]``: ``coder.encode`` of a sparse coder, a reading.
         labels: names of the units.
         per: ``"image"`` takes the largest token of each image, ``"patch"`` every token by itself.
         resume: a ``.safetensors`` file that keeps what was found so far; the same call goes on from it.
@@ -75,20 +73,24 @@ def top_examples(
     Returns:
         ``values`` as above, largest first; in ``tensors`` ``example`` and ``token`` ``[unit rank]`` (a token counts
         those that were read), ``histogram [unit bin]`` with ``edges [bin - 1]``, ``mean`` and ``positive [unit]`` over
-        all tokens; in ``facts`` the path and label of each image by its number as text.
+        all tokens; in ``facts`` the path and label of each image by its number as text, the model, the data, and where
+        the tokens are. ``result.save`` keeps all of it in the form that docs/how-to-collect.md describes.
 
     Raises:
-        InputError: the directions do not fit, there are no heads, or a score is not finite.
+        InputError: the directions do not fit, there are no heads, a score is not finite, or ``resume`` was given with
+            an ``encode`` that cannot be told from others.
         LoadError: the file to resume from is of another search.
     """
     if k < 1:
         raise InputError(f"Expected k of at least 1, got {k}.")
     point = source.point(name) if isinstance(source, Harvest) else _point(source, name)
-    units = count_units(point, over, directions)
-    if labels is not None and len(labels) != units:
-        raise InputError(f"There are {units} units and {len(labels)} labels.")
-    search = _Search(point, k, per, over, directions, units)
-    kept = None if resume is None else _Kept(Path(resume), _mark(source, search))
+    if per not in ("image", "patch"):
+        raise InputError(f"Expected per='image' or 'patch', got {per!r}.")
+    units = Units(over, directions, encode)
+    search = _Search(point, units, k, per)
+    if labels is not None and len(labels) != search.n:
+        raise InputError(f"There are {search.n} units and {len(labels)} labels.")
+    kept = None if resume is None else Kept(Path(resume), mark(source, point, units, k, per))
     if kept is not None:
         kept.read(search)
     n = len(source) if isinstance(source, Harvest) else source.source.n
@@ -110,30 +112,29 @@ class _Search:
     """What was found so far."""
 
     point: Point
+    units: Units
     k: int
     per: str
-    over: str
-    directions: Tensor | None
-    units: int
 
     def __post_init__(self) -> None:
-        shape = (self.units, self.k)
+        self.n = self.units.count(self.point)
+        shape = (self.n, self.k)
         self.state = {
             "values": torch.full(shape, -torch.inf),
             "example": torch.full(shape, -1),
             "token": torch.full(shape, -1),
-            "histogram": torch.zeros(self.units, len(EDGES) + 1, dtype=torch.long),
-            "sum": torch.zeros(self.units, dtype=torch.float64),
-            "positive": torch.zeros(self.units, dtype=torch.long),
+            "histogram": torch.zeros(self.n, len(EDGES) + 1, dtype=torch.long),
+            "sum": torch.zeros(self.n, dtype=torch.float64),
+            "positive": torch.zeros(self.n, dtype=torch.long),
         }
         self.seen = self.groups = 0
         self.lines: dict[int, dict[str, Any]] = {}
 
     def add(self, first: int, x: Tensor, lines: Sequence[dict[str, Any]] | None) -> None:
         """Take the activations of consecutive examples, ``[example token ...]``."""
-        step = max(1, _SCORES // max(1, self.units * (x.shape[1] if x.ndim > 2 else 1)))
+        step = max(1, _SCORES // max(1, self.n * (x.shape[1] if x.ndim > 2 else 1)))
         for start in range(0, len(x), step):
-            self._scores(first + start, scored(x[start : start + step], self.point, self.over, self.directions))
+            self._scores(first + start, self.units.scores(x[start : start + step], self.point))
         self.seen, self.groups = first + len(x), self.groups + 1
         self.lines |= {first + at: line for at, line in enumerate(lines or ())}
         if len(self.lines) > 4 * self.state["example"].numel() + 10_000:
@@ -169,12 +170,12 @@ class _Search:
         self.lines = {example: line for example, line in self.lines.items() if example in top}
 
     def result(self, source: Harvest | Pass, labels: Sequence[str] | None) -> Result:
-        k = int((self.state["example"][0] >= 0).sum()) if self.units else 0
+        k = int((self.state["example"][0] >= 0).sum()) if self.n else 0
         top = {name: self.state[name][:, :k] for name in ("values", "example", "token")}
         shown = set(top["example"].unique().tolist())
         if isinstance(source, Harvest):
             self.lines = {line["example"]: line for line in source.examples() if line["example"] in shown}
-        unit = "direction" if self.directions is not None else self.over
+        unit, about = self.units.axis, _about(source)
         total = self.state["histogram"].sum(1).clamp_min(1)
         return Result(
             top.pop("values"),
@@ -190,15 +191,37 @@ class _Search:
                 "positive": self.state["positive"],
             },
             facts={
+                "schema_version": SCHEMA,
                 "name": self.point.name,
                 "per": self.per,
                 "seen": self.seen,
+                **about,
                 "examples": {
-                    str(example): {name: self.lines[example].get(name) for name in ("source", "path", "label")}
+                    str(example): {
+                        each: self.lines[example].get(each) for each in ("source", "path", "label", "sha256")
+                    }
                     for example in sorted(shown)
                 },
             },
         )
+
+
+def _about(source: Harvest | Pass) -> dict[str, Any]:
+    """Return what a reader needs to know of the images and tokens."""
+    manifest = source.manifest if isinstance(source, Harvest) else source.manifest("float32", 1)
+    layout, positions = manifest.layout, manifest.positions
+    names = None if layout is None else layout.token_names()
+    folder = isinstance(source, Pass) and source.source.kind == "folder"
+    return {
+        "model": manifest.model.model_dump(mode="json", include={"reference", "weights", "tower"}),
+        "data": {
+            **manifest.data.model_dump(mode="json", include={"kind", "name", "fingerprint"}),
+            "root": str(Path(source.data).absolute()) if folder else None,  # type: ignore[union-attr]
+        },
+        "layout": None if layout is None else layout.model_dump(mode="json"),
+        "positions": positions,
+        "tokens": None if names is None or positions is None else [names[position] for position in positions],
+    }
 
 
 def _point(source: Pass, name: Name) -> Point:
@@ -222,52 +245,3 @@ def _groups(
         if batch.start >= search.groups * source.batch:
             x = activations.get(point.name, torch.empty(0, *point.shape))
             yield search.seen, x, batch.lines
-
-
-# -------------------------------------------------------------------- to go on from
-
-
-def _mark(source: Harvest | Pass, search: _Search) -> str:
-    of = (
-        [folder.name for folder in source.folders]
-        if isinstance(source, Harvest)
-        else [source.manifest("float32", 1).name]
-    )
-    text = json.dumps([of, search.point.name, search.k, search.per, search.over])
-    digest = hashlib.sha256(text.encode())
-    if search.directions is not None:
-        digest.update(tensor_bytes(search.directions))
-    return digest.hexdigest()
-
-
-class _Kept:
-    """A search so far, in a file that belongs to this search alone."""
-
-    def __init__(self, path: Path, mark: str):
-        if path.suffix != ".safetensors":
-            raise InputError(f"Expected a path that ends in .safetensors to resume from, got {path}.")
-        self.path, self.mark, self.last = path, mark, time.monotonic()
-
-    def read(self, search: _Search) -> None:
-        if not self.path.is_file():
-            return
-        try:
-            with safe_open(self.path, "pt") as file:
-                facts = json.loads((file.metadata() or {}).get("top_examples", "{}"))
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-        except (OSError, SafetensorError, ValueError) as error:
-            raise LoadError(f"{self.path} cannot be read: {error}. Remove it to begin anew.") from error
-        if facts.get("mark") != self.mark:
-            raise LoadError(f"{self.path} is of another search: choose another file, or remove it.")
-        search.state, search.seen, search.groups = state, facts["seen"], facts["groups"]
-        search.lines = {int(example): line for example, line in facts["lines"].items()}
-
-    def write(self, search: _Search, *, now: bool = False) -> None:
-        if not now and time.monotonic() - self.last < _SAVE_EVERY:
-            return
-        facts = {"mark": self.mark, "seen": search.seen, "groups": search.groups, "lines": search.lines}
-        with replacing(self.path) as beside:
-            save_file(
-                {name: x.contiguous() for name, x in search.state.items()}, beside, {"top_examples": json.dumps(facts)}
-            )
-        self.last = time.monotonic()
