@@ -16,12 +16,15 @@ from prisma_patch import (
     edge_scores,
     freeze,
     knock_out,
+    learn_word,
     local,
     over_checkpoints,
     path_patch,
+    read_word,
     steer,
     switch,
 )
+from prisma_toy import Words
 from torch import Tensor, nn
 
 from prisma_core import HookedDual, HookedText, HookedUpstream, HookedViT, ModelSpec, PrismaError, TokenLayout
@@ -135,10 +138,12 @@ def kinds() -> dict[str, Kind]:
         "head -> hook_logits : batch class"
     )
     mapped = HookMap.parse(rows, d_head=WIDTH // HEADS)
+    dual = _drawn(HookedDual(DualSpec(vision=_vision(), text=_text())))
+    dual.tokenizer = Words([f"word{each}" for each in range(17)], length=5)
     return {
         "classifier": Kind(_drawn(HookedViT(_vision())), *images, (0, 1)),
         "dual encoder": Kind(
-            _drawn(HookedDual(DualSpec(vision=_vision(), text=_text()))),
+            dual,
             (images[0], texts[0]),
             (images[1], texts[1]),
             (0, 1),
@@ -188,6 +193,10 @@ def techniques() -> dict[str, Callable[[Kind], Any]]:
     def plain(function: Callable[..., Any], **options: Any) -> Callable[[Kind], Any]:
         return lambda kind: function(kind.model, kind.clean, kind.other, kind.metric, **options)
 
+    def learned(kind: Kind) -> Any:
+        given = kind.clean[0] if isinstance(kind.clean, tuple) else kind.clean
+        return learn_word(kind.model, given, "word3", "word1 {}", steps=3)
+
     def checkpoints(kind: Kind) -> Any:
         return over_checkpoints({1: kind.model, 2: kind.model}, lambda model: kind.run()[0])
 
@@ -209,6 +218,8 @@ def techniques() -> dict[str, Callable[[Kind], Any]]:
         "`causal`": lambda kind: causal(kind.model),
         "`local`": lambda kind: local(kind.model, 0),
         "`over_checkpoints`": checkpoints,
+        "`learn_word`": learned,
+        "`use_word`, `read_word`": lambda kind: read_word(kind.model, learned(kind), ["word4", "word5"]),
     }
 
 
