@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from prisma_lens.metrics import vision_of
 from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, PluginError, Result
@@ -72,7 +73,7 @@ def factors_by_place(
     (('place', 'factor', 'measure'), ('probe', 'intervention'))
 
     Args:
-        model: any hooked model.
+        model: any hooked model; of a dual encoder its vision tower.
         images: ``[example ...]``, as the model takes them.
         factors: by name, a number for each image ``[example]``, or several ``[example column]``.
         at: hook points (see ``prisma_core.hooks.query``).
@@ -90,7 +91,7 @@ def factors_by_place(
         InputError: factors and images differ in number, or a factor is the same throughout.
         PluginError: scikit-learn is not installed.
     """
-    targets = _targets(images, factors)
+    model, targets = vision_of(model), _targets(images, factors)
     names, points = model.resolve(at), model.hook_points()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     n_held = max(2, round(held_out * len(images)))

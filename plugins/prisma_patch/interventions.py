@@ -18,12 +18,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from prisma_lens.metrics import as_inputs
 from torch import Tensor
 
 from prisma_core import ActivationCache, HookContext, HookedModel, InputError
 from prisma_core.plugin import Query, positions_of
 from prisma_patch.passes import Inputs
-from prisma_patch.places import Positions, as_inputs, token_positions
+from prisma_patch.places import Positions, token_positions
 
 if TYPE_CHECKING:
     from collections.abc import Generator

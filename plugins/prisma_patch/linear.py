@@ -17,14 +17,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from prisma_lens.metrics import MetricLike, as_metric
+from prisma_lens.metrics import MetricLike, as_inputs, as_metric
 from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, Result
 from prisma_core.plugin import Query, layer_of
 from prisma_patch.passes import Inputs
 from prisma_patch.patching import SHORT
-from prisma_patch.places import as_inputs
 
 
 def attribution_patch(

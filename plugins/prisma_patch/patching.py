@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from prisma_lens.metrics import MetricLike, as_metric
+from prisma_lens.metrics import MetricLike, as_inputs, as_metric
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, NotApplicable, Result
 from prisma_core.plugin import Query, layer_of
 from prisma_patch.passes import Inputs, Variant, passes_of
-from prisma_patch.places import Places, Positions, Region, as_inputs, block_of, check_reach
+from prisma_patch.places import Places, Positions, Region, block_of, check_reach
 from prisma_patch.sweeps import run
 
 Other: TypeAlias = "Tensor | tuple[Tensor, ...] | Literal['zero', 'mean', 'resample']"

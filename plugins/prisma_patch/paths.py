@@ -16,13 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from prisma_lens.metrics import MetricLike, as_metric
+from prisma_lens.metrics import MetricLike, as_inputs, as_metric
 from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, Result
 from prisma_core.plugin import Query, layer_of, positions_of
 from prisma_patch.passes import Inputs
-from prisma_patch.places import Positions, as_inputs, token_positions
+from prisma_patch.places import Positions, token_positions
 
 FROZEN = ("attn.hook_z", "hook_mlp_out")
 

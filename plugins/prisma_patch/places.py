@@ -6,19 +6,12 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 
 from prisma_core import HookedModel, InputError, NotApplicable, TokenLayout
 from prisma_core.plugin import layer_of, positions_of
-from prisma_patch.passes import Inputs
 
 Positions: TypeAlias = "int | slice | Sequence[int] | str | None"
 Region: TypeAlias = "tuple[int | slice, int | slice] | None"
-
-
-def as_inputs(given: Tensor | Inputs) -> Inputs:
-    """Return a model's inputs as a tuple."""
-    return (given,) if isinstance(given, Tensor) else tuple(given)
 
 
 def token_positions(layout: TokenLayout | None, pos: Positions) -> list[int] | None:
