@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from loopback import Hub, serving
 from models import image, in_float64, make, variant, vit  # noqa: F401  # fixtures of every room
 
-from prisma_core.plugin import host
+from prisma_core import host
 
 # Workers share the cores, and the models are tiny: more threads only wait for each other.
 torch.set_num_threads(1)

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 
 from prisma_core.cli.info import folded, hook_rows
-from prisma_core.hooks.tokens import TokenLayout
-from prisma_core.spec import AttentionSpec, BlockSpec, EmbedSpec, MlpSpec, ModelSpec, NormSpec, PoolSpec, RopeSpec
+from prisma_core.spec import ModelSpec, NormSpec, PoolSpec, RopeSpec
 from prisma_core.transformer.vit import HookedViT
 
 DOCS = Path(__file__).parent
@@ -51,19 +50,7 @@ the result then equals the fused one to rounding.
 
 def base() -> ModelSpec:
     """Return the facts of a ViT-B/16."""
-    attn = AttentionSpec(n_heads=12, n_kv_heads=12, d_head=64, scale=0.125)
-    block = BlockSpec(attn=attn, mlp=MlpSpec(d_mlp=3072, act="gelu"), ln1=LN, ln2=LN)
-    return ModelSpec(
-        d_model=768,
-        image_size=(224, 224),
-        embed=EmbedSpec(patch=(16, 16)),
-        layout=TokenLayout(cls=1, rows=14, columns=14),
-        blocks=(block,) * 12,
-        ln_final=LN,
-        pool=PoolSpec(kind="token"),
-        d_pool=768,
-        n_classes=1000,
-    )
+    return ModelSpec.plain(d_model=768, layers=12, heads=12, patch=16, image=224, n_classes=1000)
 
 
 def variants() -> dict[str, ModelSpec]:

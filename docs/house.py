@@ -14,7 +14,7 @@ from typing import NamedTuple
 from xml.sax.saxutils import escape
 
 ROOT = Path(__file__).parents[1]
-SMALL_CORE = ("hooks", "maps", "plugin")
+SMALL_CORE = ("hooks", "maps", "contract", "plugin")
 STEP = 50  # lines are rounded up to it, so that not every commit changes the page
 
 

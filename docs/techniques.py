@@ -20,7 +20,7 @@ Each technique with what it computes and costs, when it misleads, and its source
 
 REFERENCES = (
     "prisma_lens", "prisma_patch", "prisma_harvest", "prisma_sae", "prisma_view", "prisma_registers", "prisma_toy",
-    "prisma_conformance",
+    "prisma_cite", "prisma_conformance",
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from prisma_core.cli.outline import outline, shapes
+from prisma_core.contract.hookspecs import hookimpl
 from prisma_core.errors import (
     HookError,
     InputError,
@@ -26,12 +27,11 @@ from prisma_core.errors import (
 from prisma_core.hooks.cache import ActivationCache
 from prisma_core.hooks.model import HookedModel
 from prisma_core.hooks.point import HookContext, HookPoint
-from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.model import Size, ZooModel, assign, tensors_of
-from prisma_core.plugin.hookspecs import hookimpl
-from prisma_core.result import Result
 from prisma_core.saving.folder import save
 from prisma_core.spec import ModelSpec
+from prisma_core.spec.layout import TokenLayout
+from prisma_core.toolbox.result import Result
 from prisma_core.transformer import HookedDual, HookedText, HookedViT
 from prisma_core.transformer.block import attentions, mlps
 from prisma_core.transformer.embed import resize_positions

@@ -171,7 +171,7 @@ class ZooModel(HookedModel):
         Who makes such a model says it here: what is made from the spec alone, a saved file, would lack it.
         """
         towers = (tower for tower in self.towers().values() if tower is not self)
-        return next((said for tower in towers if (said := tower.unsaved_behaviour())), None)
+        return next((behaviour for tower in towers if (behaviour := tower.unsaved_behaviour())), None)
 
     def export(self) -> dict[str, Tensor]:
         """Write the present weights as upstream's own state dict (``prisma.export``).

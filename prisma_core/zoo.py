@@ -16,6 +16,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from prisma_core.contract.adapter import Adapter, MapAdapter
+from prisma_core.contract.source import Loaded, Reference, Source
 from prisma_core.errors import (
     InputError,
     LoadError,
@@ -29,13 +31,11 @@ from prisma_core.errors import (
 )
 from prisma_core.files.checkpoint import check_finite
 from prisma_core.hooks.model import HookedModel
+from prisma_core.host import installed
 from prisma_core.maps.places import HookMap
 from prisma_core.maps.reader import Reader, qualified_name
 from prisma_core.maps.weights import WeightMap
 from prisma_core.model import Origin, ZooModel, assign, tensors_of
-from prisma_core.plugin.adapter import Adapter, MapAdapter
-from prisma_core.plugin.host import installed
-from prisma_core.plugin.source import Loaded, Reference, Source
 from prisma_core.saving.folder import load_folder, with_own_stem
 from prisma_core.spec import AnySpec, DualSpec, MapSpec, ModelSpec, TextSpec
 from prisma_core.toolbox.options import check_keywords, keywords
@@ -158,10 +158,10 @@ def adapt(upstream: nn.Module, *, adapter: Adapter | None = None, copy: bool = T
     hooked = adapt_with(adapter, model, copy=copy)
     if source := installed().source_of(model):
         with blaming(source):
-            known = returned(source.describe, source.describe(model), Loaded)
-        if known.preprocess is not None and not hooked.preprocess:
-            hooked.preprocess = known.preprocess
-        hooked.labels = hooked.labels or known.labels
+            description = returned(source.describe, source.describe(model), Loaded)
+        if description.preprocess is not None and not hooked.preprocess:
+            hooked.preprocess = description.preprocess
+        hooked.labels = hooked.labels or description.labels
     return hooked
 
 
@@ -201,12 +201,12 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> Z
     with torch.enable_grad():  # a tensor made of a trainable one is trainable, whatever mode the caller is in
         tensors = table.forward(theirs, {name: tensor.shape for name, tensor in tensors_of(model).items()})
     shared = {tensor.untyped_storage().data_ptr() for tensor in theirs.values()} if copy else set[int]()
-    seen: set[tuple[int, torch.Size]] = set()
+    places: set[tuple[int, torch.Size]] = set()
     for name, tensor in tensors.items():  # one upstream tensor may make several: each is to be edited on its own
         place = (tensor.data_ptr(), tensor.shape)
-        if place in seen or tensor.untyped_storage().data_ptr() in shared:
+        if place in places or tensor.untyped_storage().data_ptr() in shared:
             tensors[name] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
-        seen.add(place)
+        places.add(place)
     assign(model, tensors)
     model.origin = Origin.of(qualified_name(upstream), table, theirs, upstream.state_dict())
     return model.eval()

@@ -10,9 +10,9 @@ import pytest
 import torch
 from browsing import assert_named, assert_no_sideways, assert_quiet, js, show
 
-from prisma_core import HookedViT, ModelSpec, TokenLayout
+from prisma_core import HookedViT, ModelSpec
 from prisma_core.inputs import Preprocess
-from prisma_core.spec import AttentionSpec, BlockSpec, EmbedSpec, MlpSpec, NormSpec, PoolSpec
+from prisma_core.spec import NormSpec
 
 if TYPE_CHECKING:
     from prisma_view import Report
@@ -25,15 +25,9 @@ MINUS = "\N{MINUS SIGN}"
 
 def model() -> HookedViT:
     torch.manual_seed(3)
-    block = BlockSpec(
-        attn=AttentionSpec(n_heads=2, n_kv_heads=2, d_head=6, scale=0.4), mlp=MlpSpec(d_mlp=16, act="gelu"),
-        ln1=NormSpec(eps=1e-5), ln2=NormSpec(eps=1e-5),
-    )  # fmt: skip
-    spec = ModelSpec(
-        d_model=12, image_size=(8 * ROWS, 8 * COLUMNS), embed=EmbedSpec(patch=(8, 8)), blocks=(block,) * 3,
-        layout=TokenLayout(cls=1, registers=1, rows=ROWS, columns=COLUMNS), ln_final=NormSpec(eps=1e-5),
-        pool=PoolSpec(kind="token"), d_pool=12, n_classes=len(LABELS),
-    )  # fmt: skip
+    image, norm = (8 * ROWS, 8 * COLUMNS), NormSpec(eps=1e-5)
+    facts = {"norm": norm, "scale": 0.4, "d_mlp": 16, "registers": 1, "n_classes": len(LABELS)}
+    spec = ModelSpec.plain(layers=3, patch=8, image=image, **facts)
     made = HookedViT(spec).eval()
     with torch.no_grad():
         for parameter in made.parameters():

@@ -12,7 +12,6 @@ from prisma_conformance.randomise import randomise
 from prisma_core import HookedViT, TokenLayout
 from prisma_core.spec import (
     AttentionSpec,
-    BlockSpec,
     DualSpec,
     EmbedSpec,
     Interpolation,
@@ -44,29 +43,17 @@ def test_of_each_kind_of_model(variant: HookedViT) -> None:
     all_hold(variant)
 
 
-def block(**facts: Any) -> BlockSpec:
-    attn = AttentionSpec(n_heads=2, n_kv_heads=2, d_head=6, scale=0.4, **facts)
-    return BlockSpec(attn=attn, mlp=MlpSpec(d_mlp=20, act="quick_gelu", pre_norm=LN), ln1=LN, ln2=LN)
+FACTS: dict[str, Any] = {"norm": LN, "scale": 0.4, "d_mlp": 20, "act": "quick_gelu", "pre_norm": LN, "n_classes": 10}
 
 
 def vision(**facts: Any) -> ModelSpec:
-    given: dict[str, Any] = {
-        "image_size": (17, 12),  # the last row of pixels is under no patch
-        "embed": EmbedSpec(patch=(4, 4), norm=LN),
-        "layout": TokenLayout(cls=1, rows=4, columns=3),
-        "blocks": (block(),) * 2,
-        "ln_final": LN,
-        "pool": PoolSpec(kind="token"),
-        "d_pool": 12,
-        "n_classes": 10,
-        **facts,
-    }
-    return ModelSpec(d_model=12, **given)
+    """A model that leaves the last row of pixels out."""
+    embed = EmbedSpec(patch=(4, 4), norm=LN)
+    return ModelSpec.plain(**FACTS | {"image": (17, 12), "embed": embed} | facts)
 
 
 def text(**facts: Any) -> TextSpec:
-    given = {"causal": True, "pool": TextPoolSpec(kind="argmax"), "n_classes": 10, **facts}
-    return TextSpec(d_model=12, n_vocab=50, n_ctx=9, blocks=(block(),) * 2, ln_final=LN, **given)
+    return TextSpec.plain(**FACTS | {"n_vocab": 50, "n_ctx": 9} | facts)
 
 
 POOL = PoolSpec(
@@ -92,7 +79,8 @@ SPECS = {
     ),
     "neighbours turned, all heads normed": vision(
         rope=RopeSpec(layout="interleaved", per_layer=True, per_head=True),
-        blocks=(block(qk_norm=RMS, qk_norm_over="all_heads"),) * 2,
+        qk_norm=RMS,
+        qk_norm_over="all_heads",
     ),
     "causal text": text(),
     "padded text": text(causal=False, pad_id=0, pool=TextPoolSpec(kind="eos", eos_id=3), ln_pre=LN),

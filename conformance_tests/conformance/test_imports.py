@@ -27,7 +27,7 @@ def no_old_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_the_entry_point_imports_nothing_of_the_kit() -> None:
     script = """
-import sys, prisma_core
+import sys, prisma_core.plugin
 before = set(sys.modules)
 import prisma_conformance.command
 print(*sorted(set(sys.modules) - before))
@@ -54,7 +54,7 @@ def test_every_public_name_is_there_whatever_was_imported_before() -> None:
         ("from prisma_core.conformance import Case, check", "prisma_conformance", ["Case", "check"]),
         ("from prisma_core.conformance.pytest import suite", "prisma_conformance.pytest", ["suite"]),
         ("from prisma_core.conformance.randomise import randomise", "prisma_conformance.randomise", ["randomise"]),
-        ("import prisma_core.conformance.case", "prisma_core.plugin.case", []),
+        ("import prisma_core.conformance.case", "prisma_core.contract.case", []),
     ],
 )
 def test_the_old_path_gives_the_new_names_with_one_warning(line: str, module: str, names: list[str]) -> None:

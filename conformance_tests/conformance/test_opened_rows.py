@@ -11,10 +11,10 @@ from prisma_conformance.run import run_check
 from prisma_conformance.subject import Subject
 from torch import nn
 
+from prisma_core.contract.adapter import Adapter
+from prisma_core.host import installed
 from prisma_core.maps.places import FUSED, HookMap
 from prisma_core.maps.reader import Reader
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.plugin.host import installed
 from prisma_core.spec import AnySpec
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")

@@ -13,14 +13,14 @@ from prisma_conformance.report.supported import counted, read_supported, summari
 from prisma_conformance.report.table import write_table
 
 from prisma_core import LoadError
+from prisma_core import host as plugins
 from prisma_core.cli.app import main
-from prisma_core.plugin import host as plugins
-from prisma_core.plugin.host import Host, installed
+from prisma_core.host import Host, installed
 
 DOCS = Path(__file__).parents[2] / "docs" / "conformance"
 PLUGIN = """
 from prisma_core import hookimpl
-from prisma_core.plugin.adapter import Adapter
+from prisma_core.contract.adapter import Adapter
 
 class Ours(Adapter):
     types = ("acme.Net", "acme.Old")

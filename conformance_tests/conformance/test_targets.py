@@ -18,12 +18,12 @@ from prisma_conformance.subject import Subject
 from torch import Tensor, nn
 
 from prisma_core import NotApplicable, UnsupportedArchitecture, hookimpl
+from prisma_core import host as hosts
+from prisma_core.contract.adapter import Adapter, MapAdapter
+from prisma_core.contract.source import Loaded, ModelInfo, Source
+from prisma_core.host import Host
 from prisma_core.maps.places import HookMap
 from prisma_core.maps.reader import Reader
-from prisma_core.plugin import host as hosts
-from prisma_core.plugin.adapter import Adapter, MapAdapter
-from prisma_core.plugin.host import Host
-from prisma_core.plugin.source import Loaded, ModelInfo, Source
 from prisma_core.spec import MapSpec
 
 

@@ -20,6 +20,7 @@ import shlex
 import socket
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +31,11 @@ import typer
 from PIL import Image
 
 import prisma_core as prisma
+from prisma_core import host as plugins
 from prisma_core import spec
 from prisma_core.cli.app import build, main
-from prisma_core.plugin import hookspecs
-from prisma_core.plugin import host as plugins
-from prisma_core.plugin.host import Host
+from prisma_core.contract import hookspecs
+from prisma_core.host import Host
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -254,12 +255,19 @@ def test_the_rooms_are_few_and_every_module_is_in_one() -> None:
     rooms = {room.name: room.lines for room in house.rooms()}
     core = ROOT / "prisma_core"
     modules = [path for path in core.rglob("*.py") if "templates" not in path.parts]
-    assert len([path for path in core.iterdir() if path.is_dir() and path.name != "__pycache__"]) <= 12
+    assert len([path for path in core.iterdir() if any(path.glob("*.py"))]) <= 12
     assert len(list(core.glob("*.py"))) <= 6
+    assert sum(rooms[name] for name in house.SMALL_CORE) <= 3000
     every = [*modules, *(ROOT / "plugins").rglob("*.py")]
     assert [path.name for path in every if len(path.read_text("utf-8").splitlines()) > 400] == []
     in_rooms = {path.relative_to(core).parts[0].removesuffix(".py") for path in modules} - {"__init__"}
     assert in_rooms == set(rooms), "a module of prisma_core is in no room"
+
+
+def test_modules_of_tests_are_short_and_have_names_of_their_own() -> None:
+    modules = [path for path in (ROOT / "conformance_tests").rglob("*.py") if path.name != "conftest.py"]
+    assert [path.name for path in modules if len(path.read_text("utf-8").splitlines()) > 400] == []
+    assert [name for name, n in Counter(path.name for path in modules).items() if n > 1] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

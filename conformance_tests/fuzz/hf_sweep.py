@@ -18,10 +18,10 @@ from prisma_conformance.measure import worst
 from prisma_conformance.randomise import randomise
 from torch import Tensor, nn
 
+from prisma_core.contract.adapter import Adapter
+from prisma_core.contract.case import Case
 from prisma_core.errors import UnsupportedArchitecture
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.plugin.case import Case
-from prisma_core.plugin.host import installed
+from prisma_core.host import installed
 from prisma_core.toolbox.attention import float64_softmax
 from prisma_core.zoo import adapt_with
 

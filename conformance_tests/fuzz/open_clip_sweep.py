@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import prisma_core as prisma
 from prisma_core.errors import UnsupportedArchitecture
-from prisma_core.plugin.host import installed
+from prisma_core.host import installed
 from prisma_core.transformer import HookedDual
 from prisma_core.zoo import tensors_of
 

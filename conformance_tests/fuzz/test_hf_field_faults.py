@@ -9,7 +9,7 @@ from prisma_conformance import check, tolerances
 from prisma_conformance.measure import worst
 
 from prisma_core.errors import UnsupportedArchitecture
-from prisma_core.plugin.host import installed
+from prisma_core.host import installed
 from prisma_core.zoo import adapt
 
 from .hf_fields import configurations, moved

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from prisma_harvest import open_harvest
+from prisma_harvest import command, open_harvest
 from prisma_toy import sample_scene
 
 import prisma_core as prisma
@@ -110,3 +113,67 @@ def test_a_set_that_datasets_saved(tmp_path: Path) -> None:
     how = ["harvest", "toy:scenes-3l", "--data", str(tmp_path / "saved"), "--names", "resid_post:0"]
     assert main([*how, "--out", str(tmp_path / "out")]) == 0
     assert [line["label"] for line in open_harvest(tmp_path / "out").examples()] == [4, 5, 6]
+
+
+def test_every_source_through_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder, tar shards by glob and by braces, a split of a named set: the same images give the same numbers."""
+    photos, shards = tmp_path / "photos", tmp_path / "shards"
+    photos.mkdir()
+    shards.mkdir()
+    for seed in range(4):
+        sample_scene(seed).image.save(photos / f"{seed}.png")
+    for shard in range(2):
+        with tarfile.open(shards / f"part-{shard:03d}.tar", "w") as tar:
+            for seed in (2 * shard, 2 * shard + 1):
+                tar.add(photos / f"{seed}.png", f"{seed}.png")
+    asked: list[tuple[str, str]] = []
+
+    def load_dataset(name: str, split: str) -> list[dict[str, object]]:
+        asked.append((name, split))
+        return [{"image": photos / f"{seed}.png", "label": seed} for seed in range(4)]
+
+    monkeypatch.setattr(command, "_datasets", lambda: SimpleNamespace(load_dataset=load_dataset))
+    read: dict[str, torch.Tensor] = {}
+    for at, data in enumerate(
+        (
+            str(photos),
+            f"{shards}/*.tar",
+            f"{shards}/part-{{000..001}}.tar",
+            str(shards),
+            "hf:acme/set:validation",
+            "hf:one",
+        )
+    ):
+        out = tmp_path / str(at)
+        how = ["--names", "resid_post:1", "--pos", "cls", "--dtype", "float32", "--out", str(out)]
+        assert main(["harvest", "toy:scenes-3l", "--data", data, *how]) == 0, capsys.readouterr().err
+        acts = open_harvest(out)
+        read[data] = acts.read(acts.names[0], 0, 4)
+    assert all(torch.equal(each, read[str(photos)]) for each in read.values())
+    assert asked == [("acme/set", "validation"), ("one", "train")]
+
+
+def test_videos_through_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    av = pytest.importorskip("av")
+    films = tmp_path / "films" / "left"
+    films.mkdir(parents=True)
+    for index in range(2):
+        with av.open(str(films / f"{index}.mp4"), "w") as file:
+            stream = file.add_stream("mpeg4", rate=10)
+            stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
+            for frame in range(12):
+                pixels = np.random.default_rng(20 * index + frame).integers(0, 256, (48, 48, 3)).astype(np.uint8)
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            file.mux(stream.encode())
+    how = ["--data", str(films.parent), "--names", "resid_post:0", "--dtype", "float32", "--out", str(tmp_path / "out")]
+    assert main(["harvest", "toy:motion", *how]) == 0, capsys.readouterr().err
+    acts = open_harvest(tmp_path / "out")
+    lines = [(line["path"], line["label"]) for line in acts.examples()]
+    assert lines == [("left/0.mp4", "left"), ("left/1.mp4", "left")]
+    model = prisma.load("toy:motion")
+    _, cache = model.run_with_cache(model.preprocess(str(films / "1.mp4")), names=acts.names)
+    assert torch.allclose(acts.example(1, acts.names[0]), cache[acts.names[0]][0], atol=1e-5)
+    assert acts.layout is not None
+    assert acts.layout.frames > 1

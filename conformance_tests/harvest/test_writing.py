@@ -12,7 +12,7 @@ import torch
 from prisma_harvest import cat, harvest, open_harvest, verify, weights_hash
 
 from prisma_core import HookedDual, HookedViT, InputError, LoadError, UnknownName
-from prisma_core.plugin import AttentionSpec, BlockSpec, DualSpec, MlpSpec, NormSpec, TextPoolSpec, TextSpec
+from prisma_core.plugin import DualSpec, TextSpec
 
 NAMES = [("resid_post", 0), ("z", 1), ("mlp.hook_post", 1)]
 FULL = ["blocks.0.hook_resid_post", "blocks.1.attn.hook_z", "blocks.1.mlp.hook_post"]
@@ -205,12 +205,7 @@ def test_two_as_one(model: HookedViT, photos: Path, tmp_path: Path) -> None:
 
 
 def test_a_pair_of_towers_gives_the_vision_tower(model: HookedViT, photos: Path, tmp_path: Path) -> None:
-    attn = AttentionSpec(n_heads=2, n_kv_heads=2, d_head=6, scale=0.4)
-    block = BlockSpec(attn=attn, mlp=MlpSpec(d_mlp=20, act="gelu"), ln1=NormSpec(eps=1e-3), ln2=NormSpec(eps=1e-3))
-    pool = TextPoolSpec(kind="argmax")
-    text = TextSpec(
-        d_model=12, n_vocab=50, n_ctx=9, causal=True, blocks=(block,), ln_final=None, pool=pool, n_classes=3
-    )
+    text = TextSpec.plain(layers=1, n_classes=3, ln_final=None)
     pair = HookedDual(DualSpec(vision=model.spec, text=text)).double().eval()
     with torch.no_grad():
         for parameter in pair.parameters():

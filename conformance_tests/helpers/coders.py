@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import sys
 import types
 from collections.abc import Iterator
@@ -54,3 +56,26 @@ def top(h: Tensor, k: int) -> Tensor:
     """Return ``h`` with all but the k largest of each row set to zero."""
     kth = h.topk(k, dim=-1).values[..., -1:]
     return h * (h >= kth)
+
+
+X = rows()
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def far(ours: Tensor, theirs: Tensor) -> None:
+    """Show that a wrong reading would be seen."""
+    assert (ours - theirs).abs().max() > 1e-2
+
+
+def encoded(t: dict[str, Tensor], x: Tensor = X, *, minus: str | None = "b_dec") -> Tensor:
+    return (x if minus is None else x - t[minus]) @ t["W_enc"] + t["b_enc"]
+
+
+def saev(file: Any, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    file.write((json.dumps(header) + "\n").encode())
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    file.write(buffer.getvalue())

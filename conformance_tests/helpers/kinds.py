@@ -12,11 +12,9 @@ import prisma_core as prisma
 from prisma_core import ActivationCache, HookContext
 from prisma_core.spec import (
     AttentionSpec,
-    BlockSpec,
     DualSpec,
     EmbedSpec,
     Interpolation,
-    MlpSpec,
     ModelSpec,
     NormSpec,
     PoolSpec,
@@ -31,29 +29,19 @@ from prisma_core.transformer import build
 LN = NormSpec(eps=1e-3)
 
 
-def block(width: int = 12, **facts: object) -> BlockSpec:
-    attn = AttentionSpec(n_heads=2, n_kv_heads=2, d_head=6, scale=0.4)
-    return BlockSpec.model_validate({"attn": attn, "mlp": MlpSpec(d_mlp=10, act="gelu"), "ln1": LN, "ln2": LN, **facts})
+FACTS: dict[str, Any] = {"norm": LN, "scale": 0.4, "d_mlp": 10, "n_classes": 5}
 
 
-def vision(**facts: object) -> ModelSpec:
-    given: dict[str, Any] = {
-        "d_model": 12, "image_size": (8, 12), "embed": EmbedSpec(patch=(4, 4), interpolation=Interpolation()),
-        "layout": prisma.TokenLayout(cls=1, registers=1, rows=2, columns=3), "blocks": (block(),) * 2,
-        "ln_final": LN, "pool": PoolSpec(kind="token"), "d_pool": 12, "n_classes": 5,
-    }  # fmt: skip
-    return ModelSpec.model_validate(given | facts)
+def vision(**facts: Any) -> ModelSpec:
+    given = FACTS | ({} if "embed" in facts else {"interpolation": Interpolation()})
+    return ModelSpec.plain(**given | ({} if "layout" in facts else {"registers": 1}) | facts)
 
 
-def text(**facts: object) -> TextSpec:
-    given: dict[str, Any] = {"causal": True, "pool": TextPoolSpec(kind="argmax"), "n_classes": 5, "pad_id": 7}
-    return TextSpec(d_model=12, n_vocab=30, n_ctx=7, blocks=(block(),) * 2, ln_final=LN, **given | facts)
+def text(**facts: Any) -> TextSpec:
+    return TextSpec.plain(**FACTS | {"n_vocab": 30, "n_ctx": 7, "pad_id": 7} | facts)
 
 
 FILM = {"layout": prisma.TokenLayout(cls=1, frames=2, rows=2, columns=3)}
-
-
-TURNED = (block(attn=AttentionSpec(n_heads=2, n_kv_heads=2, d_head=8, scale=0.4)),) * 2
 
 
 KINDS: dict[str, ModelSpec | TextSpec | DualSpec] = {
@@ -63,10 +51,10 @@ KINDS: dict[str, ModelSpec | TextSpec | DualSpec] = {
         pool=PoolSpec(kind="attention", attn=AttentionSpec(n_heads=2, n_kv_heads=2, d_head=6, scale=0.4))
     ),
     "turned by their place": vision(
-        blocks=TURNED, rope=RopeSpec(layout="half", grid=RopeGrid(coordinates="centred", waves=(1.0, 3.0)))
+        d_head=8, rope=RopeSpec(layout="half", grid=RopeGrid(coordinates="centred", waves=(1.0, 3.0)))
     ),
     "turned by a count": vision(
-        blocks=TURNED,
+        d_head=8,
         rope=RopeSpec(
             layout="interleaved",
             grid=RopeGrid(coordinates="index", waves=(1.0, 3.0), reference=(2, 2), in_float32=True),

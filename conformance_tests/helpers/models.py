@@ -8,19 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from prisma_core import HookedViT, ModelSpec, TokenLayout
+from prisma_core import HookedViT, ModelSpec
 from prisma_core.spec import (
     AttentionSpec,
-    BlockSpec,
-    EmbedSpec,
     Interpolation,
-    MlpSpec,
     NormSpec,
-    PoolSpec,
     RopeSpec,
 )
 
 LN, RMS = NormSpec(eps=1e-3), NormSpec(kind="rms", eps=1e-2)
+EXACT = {"rtol": 1e-11, "atol": 1e-11}
 LABELS = ("cat", "dog", "emu", "fox", "gnu", "hen", "ibex")
 
 
@@ -52,48 +49,38 @@ def build(
     layers: int = 2,
     seed: int = 0,
 ) -> HookedViT:
-    attn = AttentionSpec(
-        n_heads=4,
+    final, inner = norm or LN, LN if inner_norm else None
+    mlps = {"d_mlp": 20, "gated": gated} if mlp else {"mlp": None}
+    spec = ModelSpec.plain(
+        d_model=18,
+        layers=layers,
+        heads=4,
+        norm=norm,
+        kind=kind,
+        n_parallel=n_parallel,
+        attn_scale=scale,
+        mlp_scale=scale and mlp,
         n_kv_heads=kv_heads,
         d_head=6,
         scale=0.3,
         qk_norm=LN if qk_norm else None,
-        inner_norm=LN if inner_norm else None,
+        inner_norm=inner,
         bias=attn_bias,
-    )
-    perceptron = MlpSpec(d_mlp=20, act="gelu", gated=gated, inner_norm=LN if inner_norm else None)
-    block: dict[str, Any] = {
-        "kind": kind,
-        "n_parallel": n_parallel,
-        "attn": attn,
-        "mlp": perceptron if mlp else None,
-        "ln1": norm,
-        "ln2": norm if mlp and kind != "parallel" else None,
-        "attn_scale": scale,
-        "mlp_scale": scale and mlp,
-    }
-    final = norm or LN
-    spec = ModelSpec.model_validate(
-        {
-            "d_model": 18,
-            "image_size": (8, 12),
-            "embed": EmbedSpec(
-                patch=(4, 4),
-                pos=pos,
-                pos_factorized=factorized,
-                interpolation=Interpolation() if interpolation else None,
-            ),
-            "layout": TokenLayout(cls=cls, distillation=distillation, registers=registers, rows=2, columns=3),
-            "blocks": tuple(BlockSpec(**block) for _ in range(layers)),
-            "rope": RopeSpec(layout="half") if rope else None,
-            "ln_pre": final if ln_pre else None,
-            "ln_final": final if ln_final else None,
-            "ln_pool": final if ln_pool else None,
-            "pool": PoolSpec.model_validate({"kind": pool, "with_prefix": with_prefix, "attn": attn_pool(pool)}),
-            "d_pool": 36 if pool == "token_and_avg" else 18,
-            "n_classes": n_classes,
-            "n_heads_out": 2 if distillation else 1,
-        }
+        pos=pos,
+        pos_factorized=factorized,
+        interpolation=Interpolation() if interpolation else None,
+        cls=cls,
+        distillation=distillation,
+        registers=registers,
+        rope=RopeSpec(layout="half") if rope else None,
+        ln_pre=final if ln_pre else None,
+        ln_final=final if ln_final else None,
+        ln_pool=final if ln_pool else None,
+        pool={"kind": pool, "with_prefix": with_prefix, "attn": attn_pool(pool)},
+        d_pool=36 if pool == "token_and_avg" else 18,
+        n_classes=n_classes,
+        n_heads_out=2 if distillation else 1,
+        **mlps,
     )
     torch.manual_seed(seed)
     model = HookedViT(spec)
@@ -128,6 +115,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "inner norms": {"inner_norm": True},
     "rope, qk_norm, bias": {"rope": True, "qk_norm": True, "attn_bias": True},
 }
+
+
+def close(left: torch.Tensor, right: torch.Tensor) -> None:
+    """Assert that float64 numbers are equal up to rounding."""
+    torch.testing.assert_close(left, right, **EXACT)
 
 
 @pytest.fixture

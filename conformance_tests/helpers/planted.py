@@ -11,8 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prisma_core import HookedViT, ModelSpec, TokenLayout
-from prisma_core.spec import AttentionSpec, BlockSpec, EmbedSpec, MlpSpec, PoolSpec
+from prisma_core import HookedViT, ModelSpec
 
 HEADS, D_HEAD, WIDTH, LAYERS = 3, 8, 24, 2
 MARK, COPY, ANSWER, CLS, FIRST, MIDDLE = range(6)  # directions of the stream
@@ -22,19 +21,8 @@ COPIES, READS = (0, 1), (1, 2)  # (layer, head)
 
 def planted(noise: float = 0.01, seed: int = 0) -> HookedViT:
     """Return the model, in float64."""
-    attn = AttentionSpec(n_heads=HEADS, n_kv_heads=HEADS, d_head=D_HEAD, scale=1.0)
-    block = BlockSpec(attn=attn, mlp=MlpSpec(d_mlp=5, act="gelu"), ln1=None, ln2=None)
-    spec = ModelSpec(
-        d_model=WIDTH,
-        image_size=(6, 6),
-        embed=EmbedSpec(patch=(2, 2)),
-        layout=TokenLayout(cls=1, rows=3, columns=3),
-        blocks=(block,) * LAYERS,
-        ln_final=None,
-        pool=PoolSpec(kind="token"),
-        d_pool=WIDTH,
-        n_classes=3,
-    )
+    facts = {"scale": 1.0, "d_mlp": 5, "n_classes": 3}
+    spec = ModelSpec.plain(d_model=WIDTH, layers=LAYERS, heads=HEADS, patch=2, image=6, norm=None, **facts)
     model = HookedViT(spec).double().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

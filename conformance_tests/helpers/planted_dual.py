@@ -15,7 +15,7 @@ from planted import ANSWER, MARK, WIDTH, planted
 from torch import Tensor
 
 from prisma_core import HookedDual, HookedViT
-from prisma_core.spec import AttentionSpec, BlockSpec, DualSpec, MlpSpec, NormSpec, TextPoolSpec, TextSpec
+from prisma_core.spec import DualSpec, NormSpec, TextSpec
 
 D_EMBED = 8
 WORDS: dict[str, tuple[float, ...]] = {
@@ -38,14 +38,8 @@ def planted_dual(*, ln_final: bool = False, logit_bias: bool = False) -> HookedD
     base = planted()
     norm = NormSpec(eps=1e-3) if ln_final else None
     vision = base.spec.model_copy(update={"n_classes": D_EMBED, "ln_final": norm})
-    block = BlockSpec(
-        attn=AttentionSpec(n_heads=2, n_kv_heads=2, d_head=4, scale=0.5), mlp=MlpSpec(d_mlp=6, act="gelu"),
-        ln1=None, ln2=None,
-    )  # fmt: skip
-    text = TextSpec(
-        d_model=D_EMBED, n_vocab=len(WORDS) + 1, n_ctx=2, causal=True, blocks=(block,), n_classes=D_EMBED,
-        pool=TextPoolSpec(kind="first"),
-    )  # fmt: skip
+    facts = {"d_head": 4, "scale": 0.5, "d_mlp": 6, "pool": "first"}
+    text = TextSpec.plain(d_model=D_EMBED, layers=1, norm=None, n_vocab=len(WORDS) + 1, n_ctx=2, **facts)
     model = HookedDual(DualSpec(vision=vision, text=text, logit_bias=logit_bias)).double().eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

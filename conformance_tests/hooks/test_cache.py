@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from prisma_core import ActivationCache, HookError, InputError, LoadError, NotApplicable, UnknownName
-
-
-def same(left: ActivationCache, right: ActivationCache) -> bool:
-    return list(left) == list(right) and all(torch.equal(left[name], right[name]) for name in left)
+from prisma_core import ActivationCache, HookError, InputError, NotApplicable, UnknownName
 
 
 @pytest.mark.parametrize(
@@ -118,7 +111,7 @@ def test_slices_out_of_range_say_so(vit, image):
         vit.run_with_cache(image, pos="register")
 
 
-def test_patches_of_a_larger_picture(make):
+def test_patches_of_a_larger_image(make):
     vit = make(interpolation=True)
     _, cache = vit.run_with_cache(torch.randn(1, 3, 16, 24), names="resid_post", pos="patches")
     assert cache["resid_post", 0].shape == (1, 24, 18)
@@ -307,123 +300,6 @@ def test_start_and_stop(vit, image):
         vit(image, start_at_layer=1)
 
 
-# -------------------------------------------------------------------- gradients
-
-
-def loss_of(logits):
-    return logits[..., 2].sum() - logits[..., 4].square().sum()
-
-
-@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
-def test_gradients_equal_finite_differences(vit, image, frozen):
-    vit.requires_grad_(not frozen)
-    _, cache = vit.run_with_cache(image, loss=loss_of)
-    assert set(cache.grad) == set(cache)
-    generator = torch.Generator().manual_seed(5)
-    of_layers = [("resid_mid", 0), ("pattern", 1), ("attn_scores", 0), ("ln2.scale", 0), ("mlp.post", 1)]
-    for name in ("embed", *of_layers, "pooled"):
-        direction = torch.randn(cache[name].shape, generator=generator, dtype=torch.float64)
-        values = [
-            loss_of(vit.run_with_hooks(image, hooks={name: lambda x, at, shift=step * direction: x + shift}))
-            for step in (1e-6, -1e-6)
-        ]
-        wanted = (values[0] - values[1]) / 2e-6
-        torch.testing.assert_close((cache.grad[name] * direction).sum(), wanted.detach(), rtol=1e-6, atol=1e-7)
-    assert all(parameter.grad is None for parameter in vit.parameters())
-
-
-def test_gradients_equal_autograds(variant, image):
-    _, cache = variant.run_with_cache(image, loss=loss_of)
-    with variant.caching(detach=False) as graph:
-        output = variant(image)
-    found = torch.autograd.grad(loss_of(output), [graph[name] for name in cache], allow_unused=True)
-    for name, grad in zip(cache, found, strict=True):
-        if grad is not None and not name.endswith(("hook_q", "hook_k", "hook_v")):
-            torch.testing.assert_close(cache.grad[name], grad, rtol=1e-9, atol=1e-12, msg=name)
-
-
-def test_gradients_are_sliced_and_cast_as_the_cache_is(vit, image):
-    _, whole = vit.run_with_cache(image, loss=loss_of)
-    _, cut = vit.run_with_cache(image, loss=loss_of, pos="patches", heads=1, dtype=torch.float32, names="z")
-    assert torch.equal(cut.grad["z", 0], whole.grad["z", 0][:, 3:, 1:2].float())
-    assert torch.equal(cut["z", 0], whole["z", 0][:, 3:, 1:2].float())
-    assert cut.layout == vit.layout
-
-
-def test_gradients_with_hooks_in_the_same_pass(vit, image):
-    """Gradients are by the edited activation, which is what the cache holds."""
-    edit = {("resid_post", 0): lambda x, at: 2 * x}
-    logits, cache = vit.run_with_cache(image, loss=loss_of, hooks=edit)
-    torch.testing.assert_close(logits, vit.run_with_hooks(image, hooks=edit), rtol=1e-11, atol=1e-11)
-    resid = cache["resid_post", 0].requires_grad_()
-    (wanted,) = torch.autograd.grad(loss_of(vit(resid, start_at_layer=1)), resid)
-    torch.testing.assert_close(cache.grad["resid_post", 0], wanted, rtol=1e-10, atol=1e-12)
-
-
-def test_a_loss_must_be_one_number_and_needs_the_output(vit, image):
-    with pytest.raises(HookError, match=r"must be one number; got shape \[3, 7\]"):
-        vit.run_with_cache(image, loss=lambda logits: logits)
-    with pytest.raises(HookError, match="A loss needs the output"):
-        vit.run_with_cache(image, loss=loss_of, output=False)
-
-
-# -------------------------------------------------------------------- files
-
-
-def test_files(vit, image, tmp_path):
-    _, cache = vit.run_with_cache(image, loss=loss_of, names=["resid_post", "resid_pre", "q", "pattern"], pos=[0, 3])
-    path = cache.save(tmp_path / "new" / "cache.safetensors")
-    read = ActivationCache.load(path)
-    assert same(read, cache)
-    assert same(read.grad, cache.grad)
-    assert read.layout == vit.layout
-    assert read.has_batch_dim
-    assert read.positions() == [0, 3]
-    assert torch.equal(read.cls("resid_post", 1), cache.cls("resid_post", 1))
-    with pytest.raises(UnknownName, match="is not in this cache"):
-        read["z", 0]
-    with pytest.raises(NotApplicable, match="no model"):
-        read.accumulated_resid()
-    again = ActivationCache.load(path, model=vit)
-    assert torch.equal(again.accumulated_resid(), cache.accumulated_resid())
-    alone = vit.run_with_cache(image[:1], remove_batch_dim=True)[1].save(tmp_path / "alone.safetensors")
-    assert not ActivationCache.load(alone).has_batch_dim
-
-
-def test_files_that_are_no_cache(vit, make, image, tmp_path):
-    _, cache = vit.run_with_cache(image)
-    path = cache.save(tmp_path / "cache.safetensors")
-    with pytest.raises(LoadError, match="cache of another model"):
-        ActivationCache.load(path, model=make(layers=3))
-    with pytest.raises(InputError, match=r"ends in .safetensors"):
-        cache.save(tmp_path / "cache.pt")
-    whole = path.read_bytes()
-    for name, content, words in (
-        ("truncated", whole[: len(whole) // 2], "truncated or corrupt"),
-        ("short", whole[:5], "truncated or corrupt"),
-        ("empty", b"", "truncated or corrupt"),
-        ("noise", b"\xff" * 1000, "truncated or corrupt"),
-    ):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(LoadError, match=words):
-            ActivationCache.load(tmp_path / name)
-    with pytest.raises(LoadError, match="No file at"):
-        ActivationCache.load(tmp_path / "missing.safetensors")
-    tensors = {"blocks.0.hook_z": torch.zeros(2)}
-    save_file(tensors, tmp_path / "tensors")
-    with pytest.raises(LoadError, match="holds tensors but no cache"):
-        ActivationCache.load(tmp_path / "tensors")
-    facts = {"names": ["other"], "axes": {}, "layout": None, "has_batch_dim": True, "pos": None}
-    for name, text, words in (
-        ("nonsense", "{", "does not describe a cache"),
-        ("unknown", json.dumps(facts | {"new": 1}), "does not describe a cache"),
-        ("other", json.dumps(facts), "does not hold the tensors it names"),
-    ):
-        save_file(tensors, tmp_path / name, metadata={"prisma_cache": text})
-        with pytest.raises(LoadError, match=words):
-            ActivationCache.load(tmp_path / name)
-
-
 def test_a_mask_means_the_positions_it_marks(vit, image):
     mask = torch.zeros(vit.layout.n_tokens, dtype=torch.bool)
     mask[[2, 5]] = True
@@ -450,7 +326,7 @@ def test_what_the_user_gives_and_gets_is_not_what_the_cache_holds(vit, image):
     assert torch.equal(cache["hook_logits"], kept[1])
 
 
-def test_a_scope_does_not_guess_the_size_of_a_picture_it_has_not_seen(make):
+def test_a_scope_does_not_guess_the_size_of_an_image_it_has_not_seen(make):
     model = make(interpolation=True)
     rows, columns = model.layout.rows, model.layout.columns
     height, width = model.spec.embed.patch

@@ -13,9 +13,8 @@ import torch
 
 import prisma_core
 from prisma_core import HookedModel, HookPoint, NotApplicable, UnknownName
-from prisma_core.hooks.migration import UnknownAttribute, migration_hint
+from prisma_core.errors.migration import UnknownAttribute, migration_hint
 from prisma_core.hooks.point import HookContext, Scope, ScopeContext
-from prisma_core.hooks.query import get_act_name
 
 OURS = str(Path(prisma_core.__file__).parent)
 
@@ -47,7 +46,7 @@ def signatures(monkeypatch):
 def test_a_plain_forward_has_no_frame_of_ours_on_the_way_to_a_submodule(variant, image, signatures):
     entered = frames(lambda: variant(image, stop_at_layer=None))
     assert not [each for each in entered if each[1] == "__getattr__"]
-    of_hooks = {each for each in entered if each[0].startswith("hooks/") and each[0] != "hooks/tokens.py"}
+    of_hooks = {each for each in entered if each[0].startswith("hooks/")}
     assert of_hooks == {("hooks/model.py", "__call__"), ("hooks/point.py", "__call__"), ("hooks/point.py", "wanted")}
     assert signatures == []
 
@@ -223,25 +222,21 @@ def test_none_among_names_is_not_all_of_them(vit, image):
         vit.hooks({None: lambda x, at: x})
 
 
-def test_names_of_get_act_name(vit):
-    names = set(vit.hook_points())
-    for arguments, name in (
-        (("embed",), "hook_embed"),
-        (("hook_embed",), "hook_embed"),
-        (("blocks.1.attn.hook_z",), "blocks.1.attn.hook_z"),
-        (("scale",), "ln_final.hook_scale"),
-        (("normalized", 1, "ln2"), "blocks.1.ln2.hook_normalized"),
-        (("scale1ln1",), "blocks.1.ln1.hook_scale"),
-        (("k1",), "blocks.1.attn.hook_k"),
-        (("k", 1, "a"), "blocks.1.attn.hook_k"),
-        (("attn_scores", 0), "blocks.0.attn.hook_attn_scores"),
-        (("pre", 1), "blocks.1.mlp.hook_pre"),
-        (("post", 1, "m"), "blocks.1.mlp.hook_post"),
-        (("mlp_out", 0), "blocks.0.hook_mlp_out"),
-        (("resid_mid", 0, "b"), "blocks.0.hook_resid_mid"),
-    ):
-        assert get_act_name(*arguments) == name
-        assert name in names
+def test_full_names_are_transformer_lens(vit):
+    """The names that its ``utils.get_act_name`` makes."""
+    assert {
+        "hook_embed",
+        "ln_final.hook_scale",
+        "blocks.1.ln1.hook_scale",
+        "blocks.1.ln2.hook_normalized",
+        "blocks.1.attn.hook_k",
+        "blocks.1.attn.hook_z",
+        "blocks.0.attn.hook_attn_scores",
+        "blocks.1.mlp.hook_pre",
+        "blocks.1.mlp.hook_post",
+        "blocks.0.hook_mlp_out",
+        "blocks.0.hook_resid_mid",
+    } <= set(vit.hook_points())
 
 
 # -------------------------------------------------------------------- arguments

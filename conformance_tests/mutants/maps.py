@@ -7,10 +7,10 @@ from typing import Any
 
 from prisma_conformance.subject import Subject
 
+from prisma_core.contract.adapter import MapAdapter
+from prisma_core.host import installed
 from prisma_core.maps.places import HookMap
 from prisma_core.maps.reader import Reader
-from prisma_core.plugin.adapter import MapAdapter
-from prisma_core.plugin.host import installed
 
 SWIN, HIERA, CONVNEXT, SAM = (
     "swin_tiny_patch4_window7_224",

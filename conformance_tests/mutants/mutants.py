@@ -19,14 +19,14 @@ from prisma_conformance.subject import Subject
 from torch import Tensor, nn
 
 from prisma_core import HookedViT, HookPoint, ModelSpec
+from prisma_core.contract.adapter import Adapter
 from prisma_core.hooks.model import Site
+from prisma_core.host import installed
 from prisma_core.inputs import Preprocess
 from prisma_core.maps.places import HookMap
 from prisma_core.maps.reader import Reader
 from prisma_core.maps.rule import Rule
 from prisma_core.maps.weights import WeightMap
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.plugin.host import installed
 from prisma_core.transformer.block import head_inputs
 from prisma_core.zoo import adapt_with
 

@@ -27,8 +27,8 @@ from prisma_conformance.tolerances import FLOAT64
 
 import prisma_core as prisma
 from prisma_core import PrismaError, UnknownName
-from prisma_core.plugin.host import installed
-from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec, NormSpec, TextPoolSpec, TextSpec
+from prisma_core.host import installed
+from prisma_core.spec import TextPoolSpec, TextSpec
 from prisma_core.transformer import HookedText
 
 pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
@@ -102,10 +102,7 @@ def test_weights_as_they_are_built_prove_what_drawn_ones_do() -> None:
 
 @torch.no_grad()
 def test_texts_of_one_token_can_be_drawn() -> None:
-    attn, mlp = AttentionSpec(n_heads=2, n_kv_heads=2, d_head=6, scale=0.5), MlpSpec(d_mlp=20, act="gelu")
-    norm, pool = NormSpec(eps=1e-3), TextPoolSpec(kind="eos", eos_id=3)
-    block = BlockSpec(attn=attn, mlp=mlp, ln1=norm, ln2=norm)
-    spec = TextSpec(d_model=12, n_vocab=50, n_ctx=1, blocks=(block,), causal=True, pad_id=1, pool=pool)
+    spec = TextSpec.plain(layers=1, n_ctx=1, pad_id=1, pool=TextPoolSpec(kind="eos", eos_id=3), n_classes=None)
     model = HookedText(spec)
     for size in model.sizes():
         (tokens,) = model.sample_inputs(4, size=size)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from prisma_core import hookimpl
+from prisma_core.host import Host
 
 
 @pytest.fixture
@@ -26,3 +27,15 @@ def found(monkeypatch: pytest.MonkeyPatch) -> Callable[..., EntryPoint]:
         return EntryPoint(name, module, "prisma")
 
     return make
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Host]:
+    """Return a way to make the plugins of a test the installed ones."""
+
+    def use(*points: EntryPoint) -> Host:
+        host = Host(points)
+        monkeypatch.setattr("prisma_core.host._host", host)
+        return host
+
+    return use

@@ -13,12 +13,11 @@ import torch
 import typer
 from torch import nn
 
-from prisma_core import HookedViT, PluginError, UnknownName, UnsupportedArchitecture
+from prisma_core import HookedViT, PluginError, UnknownName, UnsupportedArchitecture, host
 from prisma_core.cli.app import build
-from prisma_core.plugin import host
-from prisma_core.plugin.adapter import Adapter
-from prisma_core.plugin.host import Host
-from prisma_core.plugin.source import Loaded, ModelInfo, Source
+from prisma_core.contract.adapter import Adapter
+from prisma_core.contract.source import Loaded, ModelInfo, Source
+from prisma_core.host import Host
 
 Found = Callable[..., EntryPoint]
 
@@ -224,7 +223,7 @@ def test_a_source_may_hand_over_a_hooked_model(
     found: Found, vit: HookedViT, image: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import prisma_core as prisma
-    from prisma_core.plugin import host as plugins
+    from prisma_core import host as plugins
 
     class Ready(source_of("ready")):  # type: ignore[misc]
         def load(self, rest: str, **options: Any) -> Loaded:

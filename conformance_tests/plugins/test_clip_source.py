@@ -164,7 +164,7 @@ def test_a_tag_whose_weights_want_another_activation_gets_it() -> None:
     assert as_trained(name, tag, {"force_quick_gelu": True}) == {}
 
 
-def test_pictures_are_prepared_as_the_tag_or_the_user_says(upstream: Any, tmp_path: Path, no_network: None) -> None:
+def test_images_are_prepared_as_the_tag_or_the_user_says(upstream: Any, tmp_path: Path, no_network: None) -> None:
     small = {**SMALL, "vision_cfg": {**SMALL["vision_cfg"], "patch_size": 16}}
     name, tag = next((n, t) for n, t in open_clip.list_pretrained() if n == "ViT-B-16-SigLIP")
     theirs = open_clip.get_pretrained_cfg(name, tag)
@@ -307,7 +307,7 @@ def test_one_tensor_under_two_names_is_refused() -> None:
 
 
 @torch.no_grad()
-def test_text_in_picture_in_chances_out(no_network: None) -> None:
+def test_text_in_image_in_chances_out(no_network: None) -> None:
     text = {**SMALL["text_cfg"], "context_length": 77, "vocab_size": 49408}
     model = prisma.load(f"open_clip:{NAME}", pretrained=False, **{**SMALL, "text_cfg": text})
     assert isinstance(model, HookedDual)
@@ -336,7 +336,7 @@ def test_a_tokenizer_on_the_hub_is_asked_for_when_it_is_needed(
 @pytest.mark.parametrize("size", [(24, 24), (24, 40)])
 @pytest.mark.parametrize("resize", ["shortest", "longest", "squash"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_pictures_are_prepared_as_open_clip_does(size: tuple[int, int], resize: str, interpolation: str) -> None:
+def test_images_are_prepared_as_open_clip_does(size: tuple[int, int], resize: str, interpolation: str) -> None:
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     cfg = {"size": size, "resize_mode": resize, "interpolation": interpolation, "mean": (0.4, 0.5, 0.6)}

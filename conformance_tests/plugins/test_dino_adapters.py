@@ -18,9 +18,9 @@ from torch import nn
 import prisma_core as prisma
 from prisma_core import ModelSpec, UnsupportedArchitecture
 from prisma_core.errors import InputError
+from prisma_core.host import installed
 from prisma_core.maps.reader import Reader
 from prisma_core.maps.weights import WeightMap
-from prisma_core.plugin.host import installed
 from prisma_core.spec import PoolSpec
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install prisma-interp[hf]")

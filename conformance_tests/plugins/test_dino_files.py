@@ -295,7 +295,7 @@ def test_a_native_size_that_is_not_square(tmp_path: Path) -> None:
         assert torch.allclose(model(image), upstream.double()(image), rtol=0, atol=1e-6)
 
 
-def test_pictures_of_other_channels_have_no_preprocessing_until_it_is_given(tmp_path: Path) -> None:
+def test_images_of_other_channels_have_no_preprocessing_until_it_is_given(tmp_path: Path) -> None:
     reference = written(drawn(in_channels=1), tmp_path)
     with pytest.raises(InputError, match="mean="):
         prisma.load(reference, heads=3).preprocess(torch.rand(30, 40))

@@ -27,7 +27,7 @@ SAPIENS = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads_per
         ("MgpstrModel", {"distilled": True, "image_size": (16, 24)}, "positions"),
         ("PixioModel", {"image_size": (16, 24), "n_cls_tokens": 3}, "square grid"),
         ("JanusVisionModel", {"use_qk_norm": True}, "with which upstream itself fails"),
-        ("Aimv2VisionModel", {"is_native": True, "hidden_act": "silu"}, "positions made for each picture"),
+        ("Aimv2VisionModel", {"is_native": True, "hidden_act": "silu"}, "positions made for each image"),
         ("DPTModel", {"is_hybrid": True, "image_size": 32, "patch_size": 16}, "patch_embeddings"),
         ("BridgeTowerVisionModel", {"hidden_size": 128, "stop_gradient": True}, "without their gradient"),
         ("Molmo2VisionModel", {"head_dim": 8, "num_position_embeddings": 10, "image_size": [24, 24]}, "10 positions"),
@@ -75,7 +75,7 @@ def test_key_heads_are_counted_layer_by_layer() -> None:
 
 
 @torch.no_grad()
-def test_pictures_of_a_packed_sequence_do_not_see_each_other() -> None:
+def test_images_of_a_packed_sequence_do_not_see_each_other() -> None:
     upstream: Any = built("PixtralVisionModel", hidden_size=32, num_attention_heads=2).eval().double()
     model = adapt(upstream)
     image = torch.randn(3, 2, 40, 16).double()

@@ -13,15 +13,12 @@ from prisma_core import HookedViT, ModelSpec, NotApplicable, Result, TokenLayout
 from prisma_core.maps.places import HookMap
 from prisma_core.spec import (
     AttentionSpec,
-    BlockSpec,
     DualSpec,
-    EmbedSpec,
     Interpolation,
     MapSpec,
     MlpSpec,
     NormSpec,
     PoolSpec,
-    TextPoolSpec,
     TextSpec,
 )
 from prisma_core.transformer import HookedDual, HookedText
@@ -34,22 +31,20 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}
 def vit(pool: str | PoolSpec = "token", *, kind: str = "pre", n_parallel: int = 1, **facts: object) -> HookedViT:
     """Return a two-layer model in float64 whose every number is random."""
     torch.manual_seed(7)
-    attn = AttentionSpec(n_heads=3, n_kv_heads=3, d_head=4, scale=0.4)
-    block = BlockSpec(
-        kind=kind, n_parallel=n_parallel, attn=attn, mlp=MlpSpec(d_mlp=10, act="gelu"),
-        ln1=NormSpec(eps=1e-3), ln2=NormSpec(eps=1e-2), attn_scale=True, mlp_scale=True,
-    )  # fmt: skip
     pooling = pool if isinstance(pool, PoolSpec) else PoolSpec(kind=pool)
-    cls = int(pooling.kind == "token")
-    spec = ModelSpec(
-        **{
-            "d_model": 12, "image_size": (8, 12), "embed": EmbedSpec(patch=(4, 4)), "blocks": (block, block),
-            "layout": TokenLayout(cls=cls, registers=1, rows=2, columns=3),
-            "ln_final": NormSpec(eps=1e-2) if cls else None,
-            "ln_pool": None if cls else NormSpec(eps=1e-2),
-            "pool": pooling, "d_pool": 12, "n_classes": 5, **facts,
-        }
-    )  # fmt: skip
+    norm = NormSpec(eps=1e-2)
+    given = {
+        "ln1": NormSpec(eps=1e-3),
+        "d_mlp": 10,
+        "scale": 0.4,
+        "attn_scale": True,
+        "mlp_scale": True,
+        "n_classes": 5,
+    }
+    given |= {"cls": 1} if pooling.kind == "token" else {"cls": 0, "ln_final": None, "ln_pool": norm}
+    spec = ModelSpec.plain(
+        heads=3, norm=norm, registers=1, pool=pooling, kind=kind, n_parallel=n_parallel, **given | facts
+    )
     model = HookedViT(spec).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -94,7 +89,7 @@ def test_lens_of_the_class_token_at_the_end_is_the_models_output() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_lens_of_a_token_is_the_output_of_a_picture_of_that_token(name: str) -> None:
+def test_lens_of_a_token_is_the_output_of_an_image_of_that_token(name: str) -> None:
     model = build(name)
     _, cache = model.run_with_cache(image(0, 2), names=LENS_NAMES)
     lens = logit_lens(model, cache)
@@ -168,16 +163,9 @@ def test_heads_behind_a_norm_are_refused_but_layers_are_not() -> None:
 
 def pair(kind: str = "pre", **facts: object) -> HookedDual:
     """Return a dual encoder with a mean of patches and the largest token, every number random."""
-    block = BlockSpec(
-        kind=kind, attn=AttentionSpec(n_heads=2, n_kv_heads=2, d_head=4, scale=0.3), mlp=MlpSpec(d_mlp=6, act="gelu"),
-        ln1=NormSpec(eps=1e-3), ln2=NormSpec(eps=1e-2),
-    )  # fmt: skip
-    text = TextSpec(
-        **{
-            "d_model": 8, "n_vocab": 20, "n_ctx": 6, "causal": True, "blocks": (block,) * 2, "n_classes": 5,
-            "ln_final": NormSpec(eps=1e-3), "pool": TextPoolSpec(kind="argmax"), **facts,
-        }
-    )  # fmt: skip
+    norms = {"ln1": NormSpec(eps=1e-3), "ln2": NormSpec(eps=1e-2), "ln_final": NormSpec(eps=1e-3)}
+    given = {"kind": kind, "n_ctx": 6, "n_classes": 5, "scale": 0.3, "d_mlp": 6, **norms}
+    text = TextSpec.plain(d_model=8, **given | facts)
     model = HookedDual(DualSpec(vision=vit("avg").spec, text=text, logit_bias=True)).double().eval()
     torch.manual_seed(3)
     with torch.no_grad():

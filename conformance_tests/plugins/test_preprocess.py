@@ -51,7 +51,7 @@ def test_every_filter_is_that_of_timm(filter_: str) -> None:
     assert torch.equal(preprocess(given)(image)[0], create_transform(**given)(image))
 
 
-def test_a_grey_model_reads_grey_pictures() -> None:
+def test_a_grey_model_reads_grey_images() -> None:
     given = config(input_size=(1, 32, 32), mean=(0.4,), std=(0.2,))
     image = picture(50, 40, mode="L")
     ours = preprocess(given)(image)
@@ -75,7 +75,7 @@ def test_it_survives_json() -> None:
     assert Preprocess.model_validate_json(given.model_dump_json()) == given
 
 
-def test_a_batch_is_its_pictures_one_by_one() -> None:
+def test_a_batch_is_its_images_one_by_one() -> None:
     ours = preprocess(config())
     images = [picture(40, 50), picture(60, 30)]
     assert torch.equal(ours(images), torch.cat([ours(image) for image in images]))

@@ -12,8 +12,8 @@ from prisma_conformance.run import check
 from torch import nn
 
 import prisma_core as prisma
+from prisma_core.contract.case import Case
 from prisma_core.errors import UnsupportedArchitecture, WeightMapError
-from prisma_core.plugin.case import Case
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 

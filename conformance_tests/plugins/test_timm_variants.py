@@ -13,7 +13,7 @@ from torch import nn
 
 import prisma_core as prisma
 from prisma_core import UnsupportedArchitecture
-from prisma_core.plugin.case import Case
+from prisma_core.contract.case import Case
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 

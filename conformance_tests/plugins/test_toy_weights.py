@@ -17,7 +17,7 @@ from prisma_toy.tasks import task
 
 import prisma_core as prisma
 from prisma_core import HookedViT, InputError, UnknownName
-from prisma_core.plugin.host import installed
+from prisma_core.host import installed
 
 BUNDLED = bundled()
 CONFIGS = {name: Config.model_validate_json((folder / CONFIG).read_text()) for name, folder in BUNDLED.items()}

@@ -28,7 +28,7 @@ from prisma_toy import (
 from prisma_toy.masking import from_patches, to_patches
 
 from prisma_core import InputError, UnknownName
-from prisma_core.plugin.host import installed
+from prisma_core.host import installed
 
 # -------------------------------------------------------------------- all of them
 

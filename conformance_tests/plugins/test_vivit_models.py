@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import prisma_core as prisma
 from prisma_core import HookedViT, InputError, ModelSpec, UnknownName, UnsupportedArchitecture
+from prisma_core.host import installed
 from prisma_core.inputs.video import VideoPreprocess
 from prisma_core.maps.weights import WeightMap
-from prisma_core.plugin.host import installed
 from prisma_core.spec import PoolSpec, RopeCount
 from prisma_core.upstream.model import HookedUpstream
 

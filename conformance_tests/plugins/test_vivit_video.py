@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from prisma_core import InputError, LoadError
 from prisma_core.cli.app import main
 from prisma_core.errors import PluginError
 from prisma_core.inputs import Preprocess
-from prisma_core.inputs.video import VideoPreprocess, evenly, read_preprocess, read_video
+from prisma_core.inputs.video import VideoPreprocess, evenly, read_video
 
 av = pytest.importorskip("av", reason="PyAV is not installed: pip install 'prisma-interp[video]'")
 N, HEIGHT, WIDTH = 20, 24, 32
@@ -180,9 +179,9 @@ def test_what_preprocessing_does_not_take() -> None:
 
 def test_preprocessing_survives_json() -> None:
     for facts in (EACH, VideoPreprocess(frames=5, each=EACH.model_copy(update={"corner": "floor"}))):
-        assert read_preprocess(json.loads(facts.model_dump_json())) == facts
+        assert type(facts).model_validate_json(facts.model_dump_json()) == facts
     with pytest.raises(ValidationError, match="frames"):
-        read_preprocess({"each": EACH.model_dump(), "frames": 0})
+        VideoPreprocess.model_validate({"each": EACH.model_dump(), "frames": 0})
 
 
 # ---------------------------------------------------------------- transformers' processors

@@ -19,13 +19,13 @@ from torch import Tensor
 
 import prisma_core as prisma
 from prisma_core import InputError, LoadError, PluginError, UnknownName, hookimpl
+from prisma_core import host as hosting
+from prisma_core.contract.source import Loaded, ModelInfo, Source
+from prisma_core.host import Host
 from prisma_core.model import MissingProcessor
-from prisma_core.plugin import host as hosting
-from prisma_core.plugin.host import Host
-from prisma_core.plugin.source import Loaded, ModelInfo, Source
 from prisma_core.saving.folder import SPEC
 from prisma_core.saving.processors import ProcessorFolder
-from prisma_core.spec import AttentionSpec, BlockSpec, MlpSpec, NormSpec, TextPoolSpec, TextSpec
+from prisma_core.spec import NormSpec, TextSpec
 from prisma_core.transformer import HookedText, build
 
 TEXTS = ["a cat", "two dogs"]
@@ -79,10 +79,8 @@ def plugins(monkeypatch: pytest.MonkeyPatch) -> Plugins:
 
 @pytest.fixture
 def reader() -> HookedText:
-    attn = AttentionSpec(n_heads=2, n_kv_heads=2, d_head=6, scale=0.4)
-    norm = NormSpec(eps=1e-3)
-    block = BlockSpec(attn=attn, mlp=MlpSpec(d_mlp=20, act="gelu"), ln1=norm, ln2=norm)
-    spec = TextSpec(d_model=12, n_vocab=50, n_ctx=9, blocks=(block,), causal=True, pool=TextPoolSpec(kind="argmax"))
+    facts = {"norm": NormSpec(eps=1e-3), "scale": 0.4, "d_mlp": 20, "ln_final": None, "n_classes": None}
+    spec = TextSpec.plain(layers=1, n_vocab=50, n_ctx=9, **facts)
     return randomise(build(spec), torch.Generator().manual_seed(0)).eval()  # type: ignore[return-value]
 
 

@@ -33,11 +33,12 @@ def test_sizes_are_those_asked_for():
 
 def test_each_fact_goes_to_the_part_that_has_it():
     spec = ModelSpec.plain(
-        norm=NORM, registers=2, pos=False, kind="parallel", gated=True, d_mlp=9, n_kv_heads=1, d_head=4,
+        norm=NORM, cls=0, registers=2, pos=False, kind="parallel", gated=True, d_mlp=9, n_kv_heads=1, d_head=4,
         inner_norm=NORM, rope=RopeSpec(layout="half"), pool="avg", with_prefix=True,
     )  # fmt: skip
     block = spec.blocks[1]
-    assert (spec.layout.registers, spec.embed.pos, spec.rope) == (2, False, RopeSpec(layout="half"))
+    assert (spec.layout.cls, spec.layout.registers) == (0, 2)
+    assert (spec.embed.pos, spec.rope) == (False, RopeSpec(layout="half"))
     assert (block.kind, block.ln1, block.ln2, spec.ln_final) == ("parallel", NORM, None, NORM)
     assert (block.attn.n_kv_heads, block.attn.d_head, block.attn.scale, block.attn.inner_norm) == (1, 4, 0.5, NORM)
     assert block.mlp is not None

@@ -13,8 +13,7 @@ from prisma_lens import attention_flow, captum_inputs, composition, induction, i
 from torch import Tensor
 from twins import rejects
 
-from prisma_core import HookedViT, InputError, ModelSpec, NotApplicable, TokenLayout
-from prisma_core.spec import AttentionSpec, BlockSpec, EmbedSpec, PoolSpec
+from prisma_core import HookedViT, InputError, ModelSpec, NotApplicable
 
 BRIGHT = marked(1.0)
 METRIC = ("a bright mark", "a dark mark")
@@ -122,13 +121,8 @@ def inductive() -> HookedViT:
     patches with the same pixels, and brings them. Layer 1: head 0 attends to patches whose left neighbour has the
     pixels of the query's: what stands to the right of a copy.
     """
-    attn = AttentionSpec(n_heads=2, n_kv_heads=2, d_head=16, scale=1.0)
-    spec = ModelSpec(
-        d_model=48, image_size=(8, 8), embed=EmbedSpec(patch=(2, 2)),
-        layout=TokenLayout(cls=1, rows=SIDE, columns=SIDE),
-        blocks=(BlockSpec(attn=attn, mlp=None, ln1=None, ln2=None),) * 2, ln_final=None, pool=PoolSpec(kind="token"),
-        d_pool=48, n_classes=2,
-    )  # fmt: skip
+    facts = {"d_head": 16, "scale": 1.0, "mlp": None, "n_classes": 2}
+    spec = ModelSpec.plain(d_model=48, patch=2, image=8, norm=None, **facts)
     model = HookedViT(spec).double().eval()
     content, shifted = slice(16, 16 + PIXELS), slice(32, 32 + PIXELS)
     with torch.no_grad():

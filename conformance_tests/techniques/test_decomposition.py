@@ -151,9 +151,20 @@ def test_textspan_takes_out_what_it_has_named() -> None:
 
 def test_the_head_that_sees_marks_is_named_after_them() -> None:
     clip = planted_dual()
+    outputs, pool = head_outputs(clip, scenes(24)).values, clip.encode_text(list(WORDS), normalize=True).detach()
+
+    def truth(name: Any) -> None:
+        found = name(clip, scenes(24), list(WORDS), k=2)
+        assert found.facts["texts"]["L1H2"][0] in PAIR
+        assert found.sel(head="L1H2", rank=0).values > 0.95
+        for layer, head in ((0, 1), (1, 0), (1, 2)):
+            chosen, shares = textspan(outputs[layer, head], pool, 2)
+            assert found.facts["texts"][f"L{layer}H{head}"] == [list(WORDS)[each] for each in chosen]
+            torch.testing.assert_close(found.sel(head=f"L{layer}H{head}").values, shares, **EXACT)
+
+    rejects(truth, name_heads, "found.values[layer, head]", "found.values[layer, head - 1]")
+    rejects(truth, name_heads, "texts[each] for each in chosen", "texts[-1 - each] for each in chosen")
     found = name_heads(clip, scenes(24), list(WORDS), k=2)
-    assert found.facts["texts"]["L1H2"][0] in PAIR
-    assert found.sel(head="L1H2", rank=0).values > 0.95
     last = name_heads(clip, head_outputs(clip, scenes(24)), list(WORDS), k=2, layers=[-1])
     assert last.names("head") == ("L1H0", "L1H1", "L1H2")
     assert last.facts["texts"]["L1H2"] == found.facts["texts"]["L1H2"]
@@ -245,9 +256,19 @@ def test_a_planted_neuron_speaks_through_the_head_that_reads_it() -> None:
         attribute(clip, BRIGHT, "a bright mark", by="neuron").sel(layer=0, neuron=2).values.abs()
         < 0.1 * found.top(1)[0][1]
     )
-    written = neuron_outputs(clip, BRIGHT, 0, [2]).values[0, 0]
-    assert list(WORDS)[int((clip.encode_text(list(WORDS), normalize=True) @ written).argmax())] == "a bright mark"
     assert READS == (1, 2)
+    along = clip.encode_text(list(WORDS), normalize=True) * clip.logit_scale.exp()
+
+    def truth(outputs: Any) -> None:
+        written = outputs(clip, torch.cat([BRIGHT, DARK]), 0, [2, 0]).values
+        assert written.shape == (2, 2, along.shape[1])
+        assert list(WORDS)[int((along @ written[0, 0]).argmax())] == "a bright mark"
+        assert (along[0] @ written[0, 0]).item() == pytest.approx(found.values[0, 2, 0, 0].item(), rel=1e-9)
+        assert written[1].abs().max() < 0.1 * written[0].abs().max(), "the other neuron writes elsewhere"
+
+    rejects(truth, neuron_outputs, "post[..., neuron, None] * vectors[neuron]", "post[..., neuron, None] * vectors[0]")
+    rejects(truth, neuron_outputs, "total += torch.einsum", "total -= torch.einsum")
+    rejects(truth, neuron_outputs, "[0] / unit_scale(model, cache)", "[0]")
 
 
 def test_what_second_order_does_not_fit_is_said(images: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from planted import READS, marked, planted
 from prisma_patch import change_points, over_checkpoints, patch_heads
 from torch import Tensor
-from twins import twin
+from twins import rejects, twin
 
 import prisma_core as prisma
 from prisma_core import HookedViT, InputError, LoadError
@@ -85,6 +85,17 @@ def test_the_step_at_which_a_head_appears(tmp_path: Path) -> None:
     changes = change_points(found)
     assert changes.facts["steps"] == [str(STEPS[CHANGE])]
     assert changes.values[0, 0] <= CHANGE <= changes.values[0, 2]
+
+
+def test_a_twin_that_measures_one_checkpoint_for_all_finds_no_step() -> None:
+    def truth(follow: Any) -> None:
+        shuffled = dict(sorted(checkpoints().items(), key=lambda each: -each[0]))
+        found = follow(shuffled, lambda model: model.blocks[READS[0]].attn.W_O[READS[1]].norm())
+        assert found.labels["checkpoint"] == tuple(map(str, STEPS))
+        assert change_points(found).facts["steps"] == [str(STEPS[CHANGE])]
+
+    rejects(truth, over_checkpoints, "_loaded(checkpoints[step])", "_loaded(checkpoints[max(checkpoints)])")
+    rejects(truth, over_checkpoints, "in bar(sorted(checkpoints),", "in bar(checkpoints,")
 
 
 def test_results_of_a_technique_keep_their_axes() -> None:

@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 from planted import marked, planted
+from planted_dual import planted_dual
 from torch import Tensor
 from twins import twin
 
@@ -58,6 +59,16 @@ def test_the_truth_is_found_and_the_twin_is_caught(name: str) -> None:
     truth(factors)
     with pytest.raises(AssertionError):
         truth(broken)
+
+
+def test_of_a_dual_encoder_the_vision_tower_is_taken() -> None:
+    factors, images = importlib.import_module("prisma_patch.factors"), drawn(40)
+    clip = planted_dual()
+    found = factors.factors_by_place(clip, *images, at="z")
+    assert torch.equal(found.values, factors.factors_by_place(clip.vision, *images, at="z").values)
+    share = found.sel(measure="intervention", factor="mark").values
+    assert (share[[1, 5]] - 1).abs().max() < 0.1
+    assert share[[0, 2, 3, 4]].abs().max() < 0.1
 
 
 def test_bad_input_names_the_factor() -> None:

@@ -136,6 +136,34 @@ def test_the_tuned_lens_learns_the_planted_translation_and_nothing_where_there_i
     rejects(truth, fit_tuned_lens, "read(lens.translate(x, at))).mean()", "read(lens.translate(x, 0))).mean()")
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("_kl(final, read(each)).double()", "_kl(read(each), final).double()"),
+        ("total / n,", "total / (n + 1),"),
+        ("[x] if tuned is None else [x, tuned.translate(x, at)]", "[x] if tuned is None else [x, x]"),
+    ],
+)
+def test_how_far_a_lens_is_from_the_end_is_the_divergence_by_hand(
+    model: HookedViT, lens: TunedLens, right: str, wrong: str
+) -> None:
+    held_out = batches(2, 500)
+
+    def truth(measure: Any) -> None:
+        found = measure(model, held_out, lens, tokens="cls")
+        assert found.facts["n_tokens"] == 2 * len(held_out[0])
+        images = torch.cat(held_out)
+        final = model(images).softmax(-1)  # it reads the class token
+        for kind, tuned in (("logit", None), ("tuned", lens)):
+            for at in range(2):
+                early = logit_lens(model, images, tuned=tuned).sel(pos="cls", layer=f"{at}_pre").values
+                expected = torch.nn.functional.kl_div(early.log_softmax(-1), final, reduction="batchmean")
+                torch.testing.assert_close(found.sel(lens=kind, layer=f"{at}_pre").values, expected, **EXACT)
+        assert found.sel(lens="logit", layer="1_pre").values > 0.05, "there is something to measure"
+
+    rejects(truth, lens_kl, right, wrong)
+
+
 def test_the_tuned_lens_reads_the_answer_one_block_earlier(model: HookedViT, lens: TunedLens) -> None:
     image = marked(0.3, 77)
     plain, tuned = (

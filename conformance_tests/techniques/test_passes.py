@@ -13,7 +13,7 @@ from torch import Tensor
 from twins import twin
 
 from prisma_core import HookedDual, HookedViT
-from prisma_core.spec import DualSpec, TextPoolSpec, TextSpec
+from prisma_core.spec import DualSpec, TextSpec
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 METRIC = logit_difference(4, 2)
@@ -113,16 +113,8 @@ def test_a_sweep_inside_another_scope_sees_its_edits() -> None:
 
 def dual() -> HookedDual:
     vision = build(n_classes=None).spec.model_copy(update={"n_classes": 5})
-    text = TextSpec(
-        d_model=18,
-        n_vocab=11,
-        n_ctx=6,
-        blocks=vision.blocks,
-        ln_final=vision.ln_final,
-        pool=TextPoolSpec(kind="argmax"),
-        causal=True,
-        n_classes=5,
-    )
+    blocks, norm = vision.blocks, vision.ln_final
+    text = TextSpec.plain(d_model=18, n_vocab=11, n_ctx=6, blocks=blocks, ln_final=norm, n_classes=5)
     torch.manual_seed(0)
     model = HookedDual(DualSpec(vision=vision, text=text))
     for parameter in model.parameters():

@@ -105,6 +105,39 @@ def knocked_out(module: ModuleType) -> None:
     torch.testing.assert_close(pattern.sum(-1), torch.ones_like(pattern[0]))
 
 
+def one_way(module: ModuleType) -> None:
+    """A patch reads the patches up to itself and the class token, which reads everything; the rows sum to one."""
+    with module.causal(model(), layers=READS[0]):
+        _, seen = model().run_with_cache(BRIGHT, names="pattern")
+    pattern = seen["pattern", READS[0]][0, READS[1]]
+    reads = torch.ones(10, 10).tril().bool()
+    reads[0] = reads[:, 0] = True
+    assert torch.equal(pattern > 0, reads)
+    torch.testing.assert_close(pattern.sum(-1), torch.ones_like(pattern[0]))
+    assert (seen["pattern", 1 - READS[0]] > 0).all()
+
+
+def neighbours(module: ModuleType) -> None:
+    """A patch of the grid of 3 x 3 reads its neighbours and the class token, which reads everything."""
+    with module.local(model(), 1):
+        _, seen = model().run_with_cache(BRIGHT, names="pattern")
+    reads = torch.ones(10, 10, dtype=torch.bool)
+    for q in range(9):
+        for k in range(9):
+            reads[1 + q, 1 + k] = abs(q // 3 - k // 3) <= 1 and abs(q % 3 - k % 3) <= 1
+    assert torch.equal(seen["pattern", 0][0, 0] > 0, reads)
+    torch.testing.assert_close(seen["pattern", 0].sum(-1), torch.ones_like(seen["pattern", 0][..., 0]))
+
+
+def both(module: ModuleType) -> None:
+    """Two interventions at once: each does what it does alone."""
+    with module.together(*(module.ablate(model(), ("z", layer), heads=0) for layer in (0, 1))):
+        _, seen = model().run_with_cache(BRIGHT, names="z")
+    assert not seen["z", 0][:, :, 0].any()
+    assert not seen["z", 1][:, :, 0].any()
+    assert seen["z", 1][:, :, 1].any()
+
+
 def steering(module: ModuleType) -> None:
     """Along the answer's direction the answer grows; against it, it turns."""
     direction = torch.zeros(model().spec.d_model, dtype=torch.float64)
@@ -156,6 +189,22 @@ TRUTHS: dict[str, tuple[str, Callable[[ModuleType], None], str, str]] = {
         knocked_out,
         "_grid(rows, n_queries, columns",
         "_grid(columns, n_queries, rows",
+    ),
+    "causal that looks ahead": ("masks", one_way, "dtype=torch.bool).triu(1)", "dtype=torch.bool).tril(-1)"),
+    "causal that hides itself": ("masks", one_way, "dtype=torch.bool).triu(1)", "dtype=torch.bool).triu(0)"),
+    "causal for the class token too": ("masks", one_way, "    mask[:n] = False\n", ""),
+    "local by the nearer axis": ("masks", neighbours, "far = torch.maximum(", "far = torch.minimum("),
+    "local, rows of another width": (
+        "masks",
+        neighbours,
+        "places // layout.columns % layout.rows",
+        "places // 2 % layout.rows",
+    ),
+    "two scopes, of which the first is opened": (
+        "interventions",
+        both,
+        "for scope in scopes:",
+        "for scope in scopes[:1]:",
     ),
     "steering the other way": ("interventions", steering, "moved = x + scale * d", "moved = x - scale * d"),
     "projection on a direction that is no unit": ("interventions", projection, "unit = d / d.norm()", "unit = d"),

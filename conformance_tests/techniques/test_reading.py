@@ -7,13 +7,17 @@ from collections.abc import Callable
 import pytest
 import torch
 from planted import COPIES, READS, RELAY, SOURCE, marked, planted
+from planted_dual import planted_dual
 from prisma_lens import (
+    captum_inputs,
     grad_cam,
     gradient_x_activation,
     head_scores,
     integrated_gradients,
     logit_difference,
+    logit_lens,
     probe,
+    relevance,
     rollout,
 )
 from prisma_lens.heads import key_kinds
@@ -131,6 +135,77 @@ def test_integrated_gradients_agree_with_captums(model: HookedViT) -> None:
     )
     ours = integrated_gradients(model, BRIGHT, METRIC, ("resid_pre", 0), steps=16)
     torch.testing.assert_close(ours.values, theirs.sum(-1), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_grad_cam_agrees_with_captums(model: HookedViT, relu: bool) -> None:
+    attr = pytest.importorskip("captum.attr", reason="captum is not installed")
+    _, cache = model.run_with_cache(BRIGHT, names=("resid_pre", 1))
+    stream = cache["resid_pre", 1]
+
+    class Grid(torch.nn.Module):
+        """The model behind a layer whose output is a grid of channels, as captum's Grad-CAM takes them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Identity()
+
+        def forward(self, grid: Tensor) -> Tensor:
+            return model(torch.cat([stream[:, :1], self.layer(grid).flatten(2).mT], 1), start_at_layer=1)
+
+    grid, net = stream[:, 1:].mT.unflatten(2, (3, 3)), Grid()
+    theirs = attr.LayerGradCam(net, net.layer).attribute(grid, target=1, relu_attributions=relu)
+    ours = grad_cam(model, BRIGHT, METRIC[0], ("resid_pre", 1), relu=relu)
+    torch.testing.assert_close(ours.values, theirs[:, 0], rtol=1e-8, atol=1e-10)
+    assert ours.values.abs().max() > 1e-3
+
+
+def test_of_a_dual_encoder_the_vision_tower_is_read() -> None:
+    clip = planted_dual()
+    images = torch.cat([BRIGHT, marked(-1.0)])
+    tokens = clip.tokens(["a bright mark", "a dark mark"])
+    assert torch.equal(head_scores(clip, images).values, head_scores(clip.vision, images).values)
+    assert torch.equal(rollout(clip, images).values, rollout(clip.vision, images).values)
+    read = clip.encode_text(tokens).detach()
+
+    def difference(seen: Tensor) -> Tensor:
+        logits = clip.compare(seen, read)
+        return logits[:, 0] - logits[:, 1]
+
+    at = ("resid_pre", 1)
+    for study, options in (
+        (gradient_x_activation, {}),
+        (integrated_gradients, {"steps": 4}),
+        (grad_cam, {}),
+    ):
+        whole = study(clip, (images, tokens), (0, 1), f"vision.blocks.{at[1]}.hook_resid_pre", **options)
+        tower = study(clip.vision, images, difference, at, **options)
+        torch.testing.assert_close(whole.values, tower.values)
+        assert whole.axes == tower.axes
+        assert whole.labels == tower.labels
+        assert whole.values.abs().max() > 1e-5
+    torch.testing.assert_close(
+        relevance(clip, (images, tokens), (0, 1)).values, relevance(clip.vision, images, difference).values
+    )
+    forward, activation = captum_inputs(clip, (images, tokens), (0, 1), "vision.blocks.1.hook_resid_pre")
+    torch.testing.assert_close(forward(activation), difference(clip.vision(images)))
+    with pytest.raises(NotApplicable, match=r"take a hook point of vision\."):
+        captum_inputs(clip, (images, tokens), (0, 1), "text.blocks.0.hook_resid_pre")
+    words = gradient_x_activation(clip, (images, tokens), lambda logits: logits[:, 0], "text.hook_full_embed")
+    assert words.values.shape == (2, 2)
+    assert words.values[0].abs().max() > 10 * words.values[1].abs().max(), "the first text alone is read"
+
+
+def test_a_probe_of_a_dual_encoder_is_one_of_its_vision_tower() -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    clip = planted_dual()
+    images = torch.cat([marked(0.4, 0, 8), marked(-0.4, 1, 8)])
+    data = [(images, torch.tensor([1] * 8 + [0] * 8))]
+    found = probe(clip, data, names=[("resid_post", 1)], tokens="cls", control=False)
+    assert found.values.item() == 1
+    assert probe(clip.vision, data, names=[("resid_post", 1)], tokens="cls", control=False).facts == found.facts
+    lens = logit_lens(clip, images, found)
+    assert (lens.sel(pos="cls", layer="L1").values[:, 0] > 0).tolist() == [True] * 8 + [False] * 8
 
 
 def test_saliency_says_what_it_cannot(model: HookedViT) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models import EXACT
 
 from prisma_core import InputError
 from prisma_core.spec import TextSpec
 from prisma_core.transformer import HookedText
-
-EXACT = {"rtol": 1e-11, "atol": 1e-11}
 
 
 def test_forward_hooks_of_torch_fire_on_every_module(variant, image):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import prisma_lens
 import pytest
 import torch
+from models import EXACT
 
 from prisma_core import ActivationCache, InputError, UnknownName
+from prisma_core.errors.migration import migration_hint
 from prisma_core.hooks.cache import STREAM_METHODS
-from prisma_core.hooks.migration import migration_hint
 from prisma_core.transformer.stream import StreamCache
-
-EXACT = {"rtol": 1e-11, "atol": 1e-11}
 
 
 def test_the_base_cache_knows_every_method_of_the_stream():

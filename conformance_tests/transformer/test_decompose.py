@@ -6,12 +6,12 @@ import ast
 
 import pytest
 import torch
+from models import EXACT
 from torch import Tensor
 
 from prisma_core import HookedViT, InputError, ModelSpec, NotApplicable, UnknownName
 from prisma_core.spec import AttentionSpec, MlpSpec, NormSpec, PoolSpec
 
-EXACT = {"rtol": 1e-11, "atol": 1e-11}
 CLASSES = [1, 2, 5]
 
 
@@ -227,7 +227,7 @@ def test_each_token_has_its_share_of_a_mean(make, image):
     torch.testing.assert_close(attrs.sum((0, 2)) + cache.logit_constant(3), logits[:, 3], **EXACT)
 
 
-def test_a_larger_picture_pools_its_own_patches(make):
+def test_a_larger_image_pools_its_own_patches(make):
     picture = torch.randn(1, 3, 16, 24)
     logits, cache = make(pool="avg", interpolation=True).run_with_cache(picture)
     total = cache.logit_attrs(cache.decompose_resid(), 3).sum(0) + cache.logit_constant(3)

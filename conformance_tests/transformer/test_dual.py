@@ -17,14 +17,10 @@ from prisma_core.inputs import Preprocess
 from prisma_core.maps.places import HookMap, Place
 from prisma_core.maps.weights import WeightMap
 from prisma_core.spec import (
-    AttentionSpec,
-    BlockSpec,
     DualSpec,
-    EmbedSpec,
     MlpSpec,
     ModelSpec,
     NormSpec,
-    PoolSpec,
     TextPoolSpec,
     TextSpec,
 )
@@ -33,14 +29,11 @@ from prisma_core.transformer import HookedDual, HookedText, build
 LN = NormSpec(eps=1e-3)
 
 
-def block(width: int) -> BlockSpec:
-    attn = AttentionSpec(n_heads=2, n_kv_heads=2, d_head=width // 2, scale=0.4)
-    return BlockSpec(attn=attn, mlp=MlpSpec(d_mlp=20, act="quick_gelu"), ln1=LN, ln2=LN)
+FACTS: dict[str, Any] = {"norm": LN, "scale": 0.4, "d_mlp": 20, "act": "quick_gelu", "n_classes": 10}
 
 
-def text_spec(**facts: object) -> TextSpec:
-    given = {"causal": True, "pool": TextPoolSpec(kind="argmax"), "n_classes": 10, **facts}
-    return TextSpec(d_model=12, n_vocab=50, n_ctx=9, blocks=(block(12),) * 2, ln_final=LN, **given)
+def text_spec(**facts: Any) -> TextSpec:
+    return TextSpec.plain(**FACTS | {"n_vocab": 50, "n_ctx": 9} | facts)
 
 
 def drawn(spec: TextSpec | DualSpec, seed: int = 0):
@@ -49,18 +42,7 @@ def drawn(spec: TextSpec | DualSpec, seed: int = 0):
 
 @pytest.fixture(scope="module")
 def dual() -> HookedDual:
-    vision = ModelSpec(
-        d_model=16,
-        image_size=(16, 16),
-        embed=EmbedSpec(patch=(4, 4)),
-        layout=prisma.TokenLayout(cls=1, rows=4, columns=4),
-        blocks=(block(16),) * 3,
-        ln_pre=LN,
-        ln_final=LN,
-        pool=PoolSpec(kind="token"),
-        d_pool=16,
-        n_classes=10,
-    )
+    vision = ModelSpec.plain(d_model=16, layers=3, image=16, ln_pre=LN, **FACTS)
     return drawn(DualSpec(vision=vision, text=text_spec(), logit_bias=True))
 
 
@@ -254,9 +236,7 @@ def test_the_mean_leaves_padding_out_and_an_mlp_may_project_it() -> None:
 
 @torch.no_grad()
 def test_a_post_norm_block_norms_the_stream_itself() -> None:
-    post = block(12).model_copy(update={"kind": "post", "ln2": NormSpec(eps=0.1)})
-    spec = text_spec().model_copy(update={"blocks": (post,) * 2, "ln_final": None})
-    model = drawn(spec)
+    model = drawn(text_spec(kind="post", ln2=NormSpec(eps=0.1), ln_final=None))
     inputs = inputs_of(model)
     _, cache = model.run_with_cache(*inputs)
     mid, end = cache["resid_mid", 0], cache["resid_post", 0]
@@ -266,15 +246,7 @@ def test_a_post_norm_block_norms_the_stream_itself() -> None:
     halved = model.run_with_hooks(*inputs, hooks={("resid_post", 1): lambda x, at: x * 0.5})
     assert not torch.isclose(halved, model(*inputs)).any(), "eps is large, so a norm does not undo a scale"
     with pytest.raises(ValueError, match="those of texts"):
-        ModelSpec(
-            d_model=12,
-            image_size=(4, 4),
-            embed=EmbedSpec(patch=(4, 4)),
-            layout=prisma.TokenLayout(rows=1, columns=1),
-            blocks=(post,),
-            pool=PoolSpec(kind="avg"),
-            d_pool=12,
-        )
+        ModelSpec.plain(kind="post")
 
 
 # -------------------------------------------------------------------- tables of parts
@@ -355,7 +327,7 @@ def test_labels_and_templates_that_say_nothing_are_refused(reader: HookedDual, l
         reader.classify(inputs_of(reader)[0], labels, template=template)
 
 
-def test_pictures_alone_are_refused_with_the_way_to_one_tower(reader: HookedDual) -> None:
+def test_images_alone_are_refused_with_the_way_to_one_tower(reader: HookedDual) -> None:
     image, _ = inputs_of(reader)
     for run in (reader, reader.run_with_cache, reader.run_with_hooks):
         with pytest.raises(InputError, match=r"got no tokens.*encode_image.*vision\.run_with_cache"):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models import EXACT
 from pydantic import ValidationError
 
 from prisma_core import HookedViT, InputError, ModelSpec
 from prisma_core.spec import Interpolation, NormSpec, RopeSpec, TextSpec
 from prisma_core.transformer import HookedText
 
-EXACT = {"rtol": 1e-11, "atol": 1e-11}
 LN = NormSpec(eps=1e-3)
 
 

@@ -6,7 +6,6 @@ import re
 
 import torch
 
-from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.spec import (
     AttentionSpec,
     BlockSpec,
@@ -19,6 +18,7 @@ from prisma_core.spec import (
     TextPoolSpec,
     TextSpec,
 )
+from prisma_core.spec.layout import TokenLayout
 from prisma_core.transformer import HookedText, HookedViT
 from prisma_core.transformer.names import NAMES
 

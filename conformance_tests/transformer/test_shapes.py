@@ -13,7 +13,7 @@ pytest.importorskip("beartype")
 
 CHECKED = (
     "prisma_core.transformer",
-    "prisma_core.hooks.tokens",
+    "prisma_core.spec.layout",
     "prisma_core.transformer.factored",
     "prisma_core.transformer.rewrites",
     "prisma_core.transformer.stream.attribution",
@@ -30,7 +30,7 @@ SCRIPT = """
             importlib.import_module(name)
     sys.path.insert(0, {here!r})
     import models
-    from prisma_core.hooks.capture import Index
+    from prisma_core.spec.layout import Index
     from prisma_core.transformer.factored import FactoredMatrix
     from prisma_core.hooks.model import HookedModel
     from prisma_core.transformer.rewrites import fold_layer_norm, fold_value_biases, rewrite

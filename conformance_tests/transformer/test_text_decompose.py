@@ -10,12 +10,10 @@ import torch.nn.functional as F
 from prisma_conformance.randomise import randomise
 from torch import Tensor
 
-from prisma_core import ActivationCache, InputError, ModelSpec, NotApplicable, TokenLayout, UnknownName
+from prisma_core import ActivationCache, InputError, ModelSpec, NotApplicable, UnknownName
 from prisma_core.spec import (
     AttentionSpec,
-    BlockSpec,
     DualSpec,
-    EmbedSpec,
     MlpSpec,
     NormSpec,
     PoolSpec,
@@ -29,29 +27,15 @@ LN, RMS = NormSpec(eps=1e-3), NormSpec(kind="rms", eps=1e-2)
 MEAN = {"pool": TextPoolSpec(kind="avg"), "pad_id": 7}
 
 
-def block(width: int, **facts: Any) -> BlockSpec:
-    attn = AttentionSpec(n_heads=2, n_kv_heads=facts.pop("kv", 2), d_head=width // 2, scale=0.4)
-    given = {"mlp": MlpSpec(d_mlp=20, act="quick_gelu"), "ln1": LN, "ln2": LN, **facts}
-    return BlockSpec(attn=attn, **given)
+FACTS: dict[str, Any] = {"norm": LN, "scale": 0.4, "d_mlp": 20, "act": "quick_gelu", "n_classes": 10}
 
 
-def text_spec(blocks: dict[str, Any] | None = None, **facts: Any) -> TextSpec:
-    given = {"causal": True, "pool": TextPoolSpec(kind="argmax"), "n_classes": 10, "ln_final": LN, **facts}
-    return TextSpec(d_model=12, n_vocab=50, n_ctx=9, blocks=(block(12, **(blocks or {})),) * 2, **given)
+def text_spec(**facts: Any) -> TextSpec:
+    return TextSpec.plain(**FACTS | {"n_vocab": 50, "n_ctx": 9} | facts)
 
 
 def vision_spec(pool: PoolSpec, **facts: Any) -> ModelSpec:
-    given: dict[str, Any] = {"ln_pre": LN, "ln_final": LN, "d_pool": 16, **facts}
-    return ModelSpec(
-        d_model=16,
-        image_size=(8, 12),
-        embed=EmbedSpec(patch=(4, 4)),
-        layout=TokenLayout(cls=1, rows=2, columns=3),
-        blocks=(block(16),) * 3,
-        pool=pool,
-        n_classes=10,
-        **given,
-    )
+    return ModelSpec.plain(**FACTS | {"d_model": 16, "layers": 3, "ln_pre": LN, "pool": pool} | facts)
 
 
 def drawn(spec: TextSpec | DualSpec) -> Any:
@@ -73,10 +57,10 @@ TEXTS: dict[str, dict[str, Any]] = {
     "mean between two norms": {**MEAN, "ln_pool": LN},
     "suffix and slip": {"pool": TextPoolSpec(kind="last"), "suffix": True, "pad_id": 7, "pad_lag": 1},
     "positions by text": {**MEAN, "pos_by_text": True, "causal": False},
-    "ln_pre": {"ln_pre": LN, "blocks": {"ln1": RMS, "ln2": RMS}},
+    "ln_pre": {"ln_pre": LN, "ln1": RMS, "ln2": RMS},
     "no final norm, no head": {"ln_final": None, "n_classes": None},
-    "layer scale, grouped": {"blocks": {"attn_scale": True, "mlp_scale": True, "kv": 1}},
-    "norms behind": {"blocks": {"kind": "res_post"}},
+    "layer scale, grouped": {"attn_scale": True, "mlp_scale": True, "n_kv_heads": 1},
+    "norms behind": {"kind": "res_post"},
 }
 
 
@@ -158,7 +142,7 @@ def test_a_text_without_a_batch_axis_in_a_scope_and_in_a_file(tmp_path: Any) -> 
 
 
 def test_texts_whose_stream_or_output_is_no_sum_are_refused_in_words() -> None:
-    model = drawn(text_spec(blocks={"kind": "post"}, ln_final=None))
+    model = drawn(text_spec(kind="post", ln_final=None))
     _, cache = model.run_with_cache(*inputs_of(model))
     assert len(cache.accumulated_resid()) == 3
     assert torch.equal(cache.decompose_resid(0).sum(0), cache["full_embed"])
@@ -179,7 +163,7 @@ def test_texts_whose_stream_or_output_is_no_sum_are_refused_in_words() -> None:
     torch.testing.assert_close(stack.sum(0), cache["resid_post", 1], **EXACT)
     with pytest.raises(NotApplicable, match="head is an MLP"):
         cache.project_stack(stack)
-    model = drawn(text_spec(blocks={"kind": "res_post"}))
+    model = drawn(text_spec(kind="res_post"))
     _, cache = model.run_with_cache(*inputs_of(model))
     with pytest.raises(NotApplicable, match="ln1 normalises the sum of its heads"):
         cache.stack_head_results(source=1)

@@ -14,9 +14,9 @@ from prisma_conformance.run import run_check
 from prisma_conformance.subject import Subject
 from torch import Tensor, nn
 
+from prisma_core.contract.adapter import MapAdapter
 from prisma_core.maps.places import HookMap
 from prisma_core.maps.reader import Reader
-from prisma_core.plugin.adapter import MapAdapter
 from prisma_core.spec import MapSpec
 
 pytestmark = pytest.mark.usefixtures("in_float64")

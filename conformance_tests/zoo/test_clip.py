@@ -10,7 +10,7 @@ import torch
 from prisma_conformance.pytest import suite
 
 from prisma_core import UnsupportedArchitecture, adapt
-from prisma_core.plugin.host import installed
+from prisma_core.host import installed
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed: pip install 'prisma-interp[clip]'")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")

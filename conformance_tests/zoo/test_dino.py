@@ -7,7 +7,7 @@ import pytest
 from prisma_conformance.pytest import suite
 from prisma_dino.canonical.meta_adapter import V1, V2, V3
 
-from prisma_core.plugin.host import installed
+from prisma_core.host import installed
 
 transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed: pip install 'prisma-interp[hf]'"

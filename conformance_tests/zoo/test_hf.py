@@ -11,7 +11,7 @@ from prisma_conformance.pytest import suite
 from torch import nn
 
 from prisma_core import UnsupportedArchitecture, adapt
-from prisma_core.plugin.host import installed
+from prisma_core.host import installed
 
 transformers = pytest.importorskip("transformers", reason="transformers is missing: pip install 'prisma-interp[hf]'")
 

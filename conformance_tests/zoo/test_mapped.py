@@ -17,7 +17,7 @@ from prisma_conformance import Case
 from prisma_conformance.pytest import suite
 
 import prisma_core as prisma
-from prisma_core.plugin.host import installed
+from prisma_core.host import installed
 from prisma_core.upstream.model import HookedUpstream
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
@@ -89,7 +89,7 @@ def test_swin_on_the_fused_kernel() -> None:
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224"])
-def test_swin_at_sizes_of_other_pictures(name: str) -> None:
+def test_swin_at_sizes_of_other_images(name: str) -> None:
     report = prisma.check(
         Case(name, partial(built, name, strict_img_size=False)), checks=["parity.*", "algebra", "maps.*"]
     )

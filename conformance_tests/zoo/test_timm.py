@@ -13,7 +13,7 @@ import torch
 from prisma_conformance.pytest import suite
 
 from prisma_core import UnsupportedArchitecture, adapt
-from prisma_core.plugin.host import installed
+from prisma_core.host import installed
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 

@@ -35,13 +35,13 @@ def prisma_adapters() -> Sequence[Adapter]:
 
 @hookimpl
 def prisma_cases() -> Sequence[Case]:
-    found: list[Case] = []
+    cases: list[Case] = []
     if importlib.util.find_spec("open_clip") is not None:
         from prisma_clip.cases import lone_towers, whole
 
-        found += [*whole(), *lone_towers()]
+        cases += [*whole(), *lone_towers()]
     if importlib.util.find_spec("transformers") is not None:
         from prisma_clip.hf_cases import hf_cases
 
-        found += hf_cases()
-    return found
+        cases += hf_cases()
+    return cases

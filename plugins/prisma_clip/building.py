@@ -1,4 +1,4 @@
-"""open_clip's models: built as a configuration says, filled from a file, and what they do to pictures."""
+"""open_clip's models: built as a configuration says, filled from a file, and what they do to images."""
 
 from __future__ import annotations
 
@@ -169,11 +169,11 @@ def fill(model: Any, path: str | Path, *, sizes: bool, key: str | None = None) -
     model.load_state_dict(state)
 
 
-# -------------------------------------------------------------------- pictures
+# -------------------------------------------------------------------- images
 
 
 def set_preprocessing(model: nn.Module, config: dict[str, Any], options: dict[str, Any]) -> None:
-    """Note how pictures were prepared in training, or as these options say."""
+    """Note how images were prepared in training, or as these options say."""
     from open_clip.transform import merge_preprocess_dict
 
     visual: Any = model.visual
@@ -191,13 +191,13 @@ def preprocess(config: dict[str, Any]) -> Preprocess:
         LoadError: it does something we cannot repeat.
     """
     if config.get("fill_color") and config.get("resize_mode") == "longest":
-        raise LoadError(f"open_clip pads pictures with the colour {config['fill_color']}; only black can be repeated.")
+        raise LoadError(f"open_clip pads images with the colour {config['fill_color']}; only black can be repeated.")
     try:
         return _preprocess(config)
     except (ValidationError, TypeError, ValueError, KeyError) as error:
-        told = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise LoadError(
-            f"Images cannot be prepared as this configuration says ({str(config)[:200]}): {told}."
+            f"Images cannot be prepared as this configuration says ({str(config)[:200]}): {reason}."
         ) from error
 
 

@@ -64,9 +64,9 @@ def lone_towers() -> Iterator[Case]:
     for name in open_clip.list_models():
         config = config_of(name)
         if "hf_model_name" in config["text_cfg"] and _sees(config["vision_cfg"]):
-            found = Case(f"{name}/visual", build=partial(small_vision, name), pictures=pictures)
+            tower = Case(f"{name}/visual", build=partial(small_vision, name), pictures=pictures)
             kind = _kind({**config, "text_cfg": {}})
-            yield replace(found, skips=ALIKE) if kind in seen else found
+            yield replace(tower, skips=ALIKE) if kind in seen else tower
             seen.add(kind)
     for name, kind in BERTS.items():
         yield Case(f"{name}/whole", build=partial(with_bert, name, kind))
@@ -130,8 +130,8 @@ def _timm_taken(example: str) -> bool:
 
     try:
         with torch.device("meta"):
-            taken = installed().adapter(timm.create_model(example, depth=2))
-        return not isinstance(taken, MapAdapter)
+            adapter = installed().adapter(timm.create_model(example, depth=2))
+        return not isinstance(adapter, MapAdapter)
     except (TypeError, UnsupportedArchitecture):  # not made of blocks, or none that an adapter takes
         return False
 

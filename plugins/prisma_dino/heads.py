@@ -45,13 +45,13 @@ def last_layers(model: HookedViT, image: Tensor, n: int | Sequence[int] = 1, *, 
 
 
 def _layers(n: object, depth: int) -> list[int]:
-    given = list(range(depth - n, depth)) if isinstance(n, int) else n
-    if not isinstance(given, Sequence) or not all(isinstance(layer, int) for layer in given):
+    layers = list(range(depth - n, depth)) if isinstance(n, int) else n
+    if not isinstance(layers, Sequence) or not all(isinstance(layer, int) for layer in layers):
         raise InputError(f"Expected n= to be how many of the last blocks, or a list of their numbers; got {n!r}.")
     lowest = 0 if isinstance(n, int) else -depth
-    if not given or not all(lowest <= layer < depth for layer in given):
+    if not layers or not all(lowest <= layer < depth for layer in layers):
         raise InputError(f"No layers n={n!r}: this model has {depth} blocks.")
-    return [layer % depth for layer in given]
+    return [layer % depth for layer in layers]
 
 
 def linear_input(model: HookedViT, image: Tensor, n: int = 1, *, avg: bool = True, interleaved: bool = False) -> Tensor:
@@ -132,9 +132,9 @@ def load_head(path: str | Path, key: str | None = None, *, name: str | None = No
     """
     tensors = state.read(path, key)
     for prefix in [name] if name else ["head", "dino_head", "ibot_head"]:
-        own = {at.removeprefix(f"{prefix}."): tensor for at, tensor in tensors.items() if at.startswith(f"{prefix}.")}
-        if own:
-            return _head(own, path)
+        head = {at.removeprefix(f"{prefix}."): tensor for at, tensor in tensors.items() if at.startswith(f"{prefix}.")}
+        if head:
+            return _head(head, path)
     raise LoadError(f"{path} holds no {name or 'projection head'}; its tensors are {', '.join(list(tensors)[:4])}, ...")
 
 
@@ -167,17 +167,17 @@ def _mlp(tensors: Mapping[str, Tensor], path: str | Path) -> nn.Sequential:
         raise LoadError(f"{path}: the head has no MLP.")
     layers: list[nn.Module] = []
     for place in range(max(places) + 1):
-        own = places.get(place, {})
-        weight = own.get("weight")
-        if not own:
+        head = places.get(place, {})
+        weight = head.get("weight")
+        if not head:
             layers.append(nn.GELU())
             continue
         if weight is not None and weight.ndim == 2:
-            layer: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in own)
-        elif weight is not None and "running_mean" in own:
+            layer: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in head)
+        elif weight is not None and "running_mean" in head:
             layer = nn.BatchNorm1d(len(weight))
         else:
             raise LoadError(f"{path}: the head's mlp.{place} is neither a linear layer nor a batch norm.")
-        layer.load_state_dict(own, strict=True)
+        layer.load_state_dict(head, strict=True)
         layers.append(layer)
     return nn.Sequential(*layers)

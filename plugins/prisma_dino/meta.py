@@ -21,7 +21,7 @@ class Architecture:
     """The facts in which these models differ.
 
     Attributes:
-        grid: rows and columns of patches of a picture of the native size.
+        grid: rows and columns of patches of an image of the native size.
         registers_name: ``register_tokens`` or ``storage_tokens``.
         mlp: ``plain``; gated with one projection for both inputs (``packed``), or with two (``split``).
         masked_bias: the bias of queries, keys and values is multiplied with a mask.
@@ -98,14 +98,16 @@ class MetaViT(nn.Module):
         """Return positions for a grid of patches ``[1 pos width]``, resized where it is not the native one."""
         if grid[0] * grid[1] == math.prod(self.grid) and square:
             return self.pos_embed
-        kept = self.pos_embed.float() if self.interpolate_in_float32 else self.pos_embed
-        patches = kept[:, 1:].unflatten(1, self.grid).permute(0, 3, 1, 2)
+        table = self.pos_embed.float() if self.interpolate_in_float32 else self.pos_embed
+        patches = table[:, 1:].unflatten(1, self.grid).permute(0, 3, 1, 2)
         if self.interpolate_offset:
-            scales = [(length + self.interpolate_offset) / own for length, own in zip(grid, self.grid, strict=True)]
+            scales = [
+                (length + self.interpolate_offset) / native for length, native in zip(grid, self.grid, strict=True)
+            ]
             patches = F.interpolate(patches, scale_factor=scales, mode="bicubic", antialias=self.interpolate_antialias)
         else:
             patches = F.interpolate(patches, size=grid, mode="bicubic", antialias=self.interpolate_antialias)
-        return torch.cat([kept[:, :1], patches.flatten(2).transpose(1, 2)], dim=1).to(self.pos_embed.dtype)
+        return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1).to(self.pos_embed.dtype)
 
 
 class PatchEmbed(nn.Module):

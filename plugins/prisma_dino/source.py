@@ -16,16 +16,16 @@ class DinoSource(Source):
     """``dino:FILE``: a state dict of DINO, DINOv2 or DINOv3 as Meta publishes them, or a checkpoint of training.
 
     Options: ``heads``, ``eps`` and ``image_size`` where the file's shapes do not say, ``key`` for which network of a
-    checkpoint (default the teacher), ``mean`` and ``std`` of pictures where those are not ImageNet's.
+    checkpoint (default the teacher), ``mean`` and ``std`` of images where those are not ImageNet's.
     """
 
     name = "dino"
 
     def load(self, rest: str, *, pretrained: bool = True, **options: Any) -> Loaded:
-        given = read_options(state.Options, "dino:", options)
-        model = state.build(state.read(rest, given.key), rest, given)
-        pixels = given.normalisation(rest, model.patch_embed.proj.in_channels, (MEAN, STD))
-        return Loaded(model, pixels and preprocess(model, pixels, native=given.image_size is not None))
+        settings = read_options(state.Options, "dino:", options)
+        model = state.build(state.read(rest, settings.key), rest, settings)
+        pixels = settings.normalisation(rest, model.patch_embed.proj.in_channels, (MEAN, STD))
+        return Loaded(model, pixels and preprocess(model, pixels, native=settings.image_size is not None))
 
     def models(self) -> Iterator[ModelInfo]:
         return iter(())  # whatever files there are

@@ -44,7 +44,7 @@ class Options(SourceOptions):
 
     Attributes:
         heads, eps: instead of the rule (see ``architecture``).
-        image_size: the native side of pictures, or height and width, of models with rotary positions; the others' is in
+        image_size: the native side of images, or height and width, of models with rotary positions; the others' is in
             the file.
         key: which of a checkpoint's networks; None prefers the teacher.
     """
@@ -70,14 +70,14 @@ def read(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
         InputError: it has no such network.
     """
     states = read_states(path)
-    wanted = key or "teacher"
-    found = states.get(wanted, next(iter(states.values())) if len(states) == 1 else {})
-    tensors = {WRAPPED.sub("", name): tensor for name, tensor in found.items()}
-    inside = {name.removeprefix(f"{wanted}."): x for name, x in tensors.items() if name.startswith(f"{wanted}.")}
-    if not (inside or wanted in states) and (key or not found):
+    network = key or "teacher"
+    state = states.get(network, next(iter(states.values())) if len(states) == 1 else {})
+    tensors = {WRAPPED.sub("", name): tensor for name, tensor in state.items()}
+    inside = {name.removeprefix(f"{network}."): x for name, x in tensors.items() if name.startswith(f"{network}.")}
+    if not (inside or network in states) and (key or not state):
         networks = ", ".join(name for name in states if name)
-        told = f"it holds {networks}. Give key= one of them" if networks else "it holds one alone. Leave key= out"
-        raise InputError(f"{path} holds no network named {wanted!r}: {told}.")
+        advice = f"it holds {networks}. Give key= one of them" if networks else "it holds one alone. Leave key= out"
+        raise InputError(f"{path} holds no network named {network!r}: {advice}.")
     tensors = {WRAPPED.sub("", name): tensor for name, tensor in (inside or tensors).items()}
     return {CHUNKED.sub(r"blocks.\1.", name.removeprefix("backbone.")): tensor for name, tensor in tensors.items()}
 
@@ -144,11 +144,11 @@ _MLPS: dict[Any, str] = {"plain": "fc1", "packed": "w12", "split": "w1"}
 
 
 def _heads(width: int, periods: int, given: int | None, where: object) -> int:
-    told = width // (4 * periods) if periods else None
-    if told and given not in (None, told):
-        raise InputError(f"{where} has {periods} rotary periods, so {told} heads, not heads={given}.")
-    heads = told or given or width // D_HEAD
-    if not heads or width % heads or (not told and not given and width % D_HEAD):
+    by_periods = width // (4 * periods) if periods else None
+    if by_periods and given not in (None, by_periods):
+        raise InputError(f"{where} has {periods} rotary periods, so {by_periods} heads, not heads={given}.")
+    heads = by_periods or given or width // D_HEAD
+    if not heads or width % heads or (not by_periods and not given and width % D_HEAD):
         raise InputError(f"{where} has {width} channels, which are not {given or 'heads of 64'}: give heads=NUMBER.")
     return heads
 
@@ -165,7 +165,7 @@ def _grid(
         if size not in (None, (side * patch[0], side * patch[1])):
             raise InputError(
                 f"{where} has positions for {side * patch[0]} pixels a side. Load it without image_size=: "
-                "it takes pictures of other sizes all the same."
+                "it takes images of other sizes all the same."
             )
         return side, side
     height, width = size or (224, 224)

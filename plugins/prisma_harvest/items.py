@@ -55,8 +55,8 @@ def item_of(value: Any, columns: tuple[str | None, str | None] = (None, None)) -
         if image is None:
             raise InputError(f"No image among {', '.join(map(str, value))}: name its key with image_column=.")
         label, path = _key(columns[1], LABELS, keys), _key(None, _PATHS, keys)
-        said = None if label is None else plain(_decoded(str(label), value[label]))
-        return Item(value[image], said, None if path is None else str(value[path]))
+        label_text = None if label is None else plain(_decoded(str(label), value[label]))
+        return Item(value[image], label_text, None if path is None else str(value[path]))
     return Item(value, None, str(value) if isinstance(value, str | Path) else None)
 
 

@@ -187,10 +187,10 @@ def assemble(start: int, items: Sequence[Callable[[], Item]], prepare: Prepare |
             if prepare is not None:
                 pixels.append(prepare(opened(item.image)))
         except UNREADABLE as error:
-            said = " ".join(str(error).split()) or type(error).__name__
+            text = " ".join(str(error).split()) or type(error).__name__
             if isinstance(item.image, Path) and item.path:
-                said = said.replace(str(item.image), item.path)
-            batch.skipped.append({**line, "error": said})
+                text = text.replace(str(item.image), item.path)
+            batch.skipped.append({**line, "error": text})
         else:
             batch.lines.append(line)
     shapes = list(dict.fromkeys(tuple(one.shape) for one in pixels))

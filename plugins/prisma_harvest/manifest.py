@@ -7,14 +7,14 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from prisma_core import LoadError, TokenLayout, tensors_of
-from prisma_core.plugin import Facts, digest
+from prisma_core.plugin import Facts, LayerQuery, digest
 
 SCHEMA = 1
 MANIFEST, WHOLE, EXAMPLES, SKIPPED, SHARDS = (
@@ -26,6 +26,7 @@ MANIFEST, WHOLE, EXAMPLES, SKIPPED, SHARDS = (
 )
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
 Dtype = Literal["bfloat16", "float16", "float32"]
+Name: TypeAlias = "str | LayerQuery"  # of a hook point: full, shorthand, or shorthand and layer
 
 
 class Point(Facts):

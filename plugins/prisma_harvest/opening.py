@@ -24,8 +24,8 @@ def open_harvest(path: str | Path) -> Harvest:
     if not (folder / MANIFEST).is_file():
         inside = sorted(one.parent for one in folder.glob(f"*/{MANIFEST}"))
         if len(inside) != 1:
-            said = "no harvest" if not inside else f"several harvests: {', '.join(one.name for one in inside)}"
-            raise LoadError(f"{folder} holds {said}. Expected a folder that `harvest` wrote.")
+            text = "no harvest" if not inside else f"several harvests: {', '.join(one.name for one in inside)}"
+            raise LoadError(f"{folder} holds {text}. Expected a folder that `harvest` wrote.")
         folder = inside[0]
     manifest, whole = Manifest.read(folder), Whole.read(folder)
     if whole is None:

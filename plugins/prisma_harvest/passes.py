@@ -176,10 +176,10 @@ class Pass:
         axes = {name: point.axes for name, point in self.tower.model.hook_points().items()}
         points: list[Point] = []
         for name, x in self._read(pixels, self._pos).items():
-            own = axes[name.removeprefix(self.tower.prefix)].split()
-            if own[0] != "batch":
-                raise InputError(f"{name} is [{' '.join(own)}]: a harvest holds activations of images, batch first.")
-            points.append(Point(name=name, axes=" ".join(own[1:]), shape=tuple(x.shape[1:])))
+            names = axes[name.removeprefix(self.tower.prefix)].split()
+            if names[0] != "batch":
+                raise InputError(f"{name} is [{' '.join(names)}]: a harvest holds activations of images, batch first.")
+            points.append(Point(name=name, axes=" ".join(names[1:]), shape=tuple(x.shape[1:])))
         self.points = tuple(points)
 
     def _first(self) -> Tensor:

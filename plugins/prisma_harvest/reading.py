@@ -5,32 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prisma_core import InputError, LoadError, NotApplicable, TokenLayout
-from prisma_core.plugin import LayerQuery, resolve_one
+from prisma_core.plugin import resolve_one
+from prisma_harvest.arrow import record_batches
 from prisma_harvest.folder import Line, read_lines
 from prisma_harvest.manifest import (
     DTYPES,
     EXAMPLES,
     SKIPPED,
     Manifest,
+    Name,
     Point,
     example_bytes,
 )
+from prisma_harvest.runs import Run, ShardReader, buffers
 from prisma_harvest.shuffling import Chunk, buffered, cut, dealt, shuffled
+from prisma_harvest.splitting import RowDataset
 
 if TYPE_CHECKING:
     import pyarrow
 
-    from prisma_harvest.splitting import RowDataset
-
 CHUNK_BYTES = 4 * 2**20  # read in one go: long enough that a disk does not notice the seek before it
-Name: TypeAlias = "str | LayerQuery"
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ class Harvest:
             name: a hook point; a list of them gives tuples of the same tokens' rows.
             batch: rows at once; the last batch may be shorter.
             shuffle: read runs of 4 MiB in random order into a buffer, and give out its rows in random order.
-            buffer: how many rows it holds; memory is up to three times that.
+            buffer: how many rows it holds; memory is that of two of them.
             seed: of the order.
             part: (which, of how many): this share of the examples alone; shares differ by one example at most.
             drop_last: leave a shorter last batch out.
@@ -231,8 +232,11 @@ class Harvest:
         tokens = {_tokens(point) for point in points}
         if len(tokens) > 1:
             raise NotApplicable(f"These hook points differ in tokens: {', '.join(each.name for each in points)}.")
-        runs = (self._rows(points, chunk) for chunk in self._chunks(points, shuffle, seed, part))
-        made = shuffled(runs, batch, buffer, seed + part[0]) if shuffle else buffered(runs, batch)
+        chunks = self._chunks(points, shuffle, seed, part)
+        if shuffle:
+            made = self._shuffled(points, chunks, batch, buffer, seed + part[0])
+        else:
+            made = buffered((self._rows(points, chunk) for chunk in chunks), batch)
         return (group if several else group[0] for group in made if not drop_last or len(group[0]) == batch)
 
     def _chunks(self, points: Sequence[Point], shuffle: bool, seed: int, part: tuple[int, int]) -> list[Chunk]:
@@ -242,6 +246,19 @@ class Harvest:
             order = torch.randperm(len(chunks), generator=torch.Generator().manual_seed(seed))
             chunks = [chunks[at] for at in order.tolist()]
         return dealt(chunks, *part)
+
+    def _shuffled(
+        self, points: Sequence[Point], chunks: Sequence[Chunk], batch: int, buffer: int, seed: int
+    ) -> Iterator[tuple[Tensor, ...]]:
+        per, dtype = _tokens(points[0]), self.manifest.dtype
+        shards = {
+            at: ShardReader(self.shards[at].path, self.shards[at].n, points, dtype)
+            for at in {chunk.shard for chunk in chunks}
+        }
+        runs = [Run(shards[chunk.shard], chunk.start * per, chunk.stop * per) for chunk in chunks]
+        rows = min(max(1, buffer // batch) * batch, sum(run.stop - run.start for run in runs))
+        first, second = (buffers(points, dtype, rows, per) for _ in range(2))  # pages that nobody fills take no memory
+        return shuffled(runs, batch, (first, second), seed)
 
     def _rows(self, points: Sequence[Point], chunk: Chunk) -> tuple[Tensor, ...]:
         shard = self.shards[chunk.shard]
@@ -255,15 +272,18 @@ class Harvest:
 
     def dataset(self, name: Name | list[Name], batch: int, **options: Any) -> RowDataset:
         """Return rows as a torch ``IterableDataset`` that workers and ranks share out (see ``RowDataset``)."""
-        from prisma_harvest.splitting import RowDataset
-
-        return RowDataset(self, name, batch, **options)
+        return RowDataset(self.rows, name, batch, **options)
 
     def to_arrow(self, names: Name | list[Name] | None = None, *, batch: int = 64) -> pyarrow.RecordBatchReader:
-        """Return the examples as Arrow, a batch at a time (see ``prisma_harvest.arrow``)."""
-        from prisma_harvest.arrow import reader
+        """Return the examples as Arrow, a batch at a time (see ``prisma_harvest.arrow``).
 
-        return reader(self, names, batch)
+        Raises:
+            PluginError: pyarrow is not installed.
+            UnknownName: no such hook point.
+        """
+        queries = self.names if names is None else names if isinstance(names, list) else [names]
+        points = [self.point(name) for name in queries]
+        return record_batches(points, self.manifest.dtype, self.examples(), self.read, batch)
 
 
 def _tokens(point: Point) -> int:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from prisma_harvest.runs import Run
+
+BLOCK_BYTES = 4 * 2**20
 Rows = tuple[Tensor, ...]
 
 
@@ -62,12 +67,45 @@ def buffered(runs: Iterable[Rows], batch: int) -> Iterator[Rows]:
         yield _joined(held)
 
 
-def shuffled(runs: Iterable[Rows], batch: int, buffer: int, seed: int) -> Iterator[Rows]:
-    """Yield rows in random order out of a buffer, which is filled anew from the runs when it is empty."""
-    generator = torch.Generator().manual_seed(seed)
-    for rows in buffered(runs, max(1, buffer // batch) * batch):
-        order = torch.randperm(len(rows[0]), generator=generator)
-        yield from (tuple(each.index_select(0, drawn) for each in rows) for drawn in order.split(batch))
+def shuffled(runs: Iterable[Run], batch: int, places: tuple[Rows, Rows], seed: int) -> Iterator[Rows]:
+    """Yield rows in random order out of two buffers: a thread reads into one while the other is given out.
+
+    Args:
+        places: the buffers, each ``[row d]`` for each hook point; whatever they hold is overwritten.
+    """
+    generator, filled = torch.Generator().manual_seed(seed), _filled(runs, cycle(places))
+    with ThreadPoolExecutor(1, "prisma-shuffle") as thread:
+        rows = next(filled, None)
+        while rows is not None:
+            following = thread.submit(next, filled, None)
+            yield from _drawn(rows, batch, generator)
+            rows = following.result()
+
+
+def _filled(runs: Iterable[Run], places: Iterator[Rows]) -> Iterator[Rows]:
+    """Yield buffers that are full of the rows of runs, in order; the last one as far as it is."""
+    buffer, n = next(places), 0
+    for run in runs:
+        at = run.start
+        while at < run.stop:
+            taken = min(run.stop - at, len(buffer[0]) - n)
+            run.shard.read(at, [place[n : n + taken] for place in buffer])
+            at, n = at + taken, n + taken
+            if n == len(buffer[0]):
+                yield buffer
+                buffer, n = next(places), 0
+    if n:
+        yield tuple(place[:n] for place in buffer)
+
+
+def _drawn(places: Rows, batch: int, generator: torch.Generator) -> Iterator[Rows]:
+    """Yield all rows in random order: gathered a block of batches at a time, for small tensors are slow to allocate."""
+    order = torch.randperm(len(places[0]), generator=generator)
+    size = places[0][:1].nbytes * batch
+    for drawn in order.split(batch * max(1, BLOCK_BYTES // max(1, size))):
+        block = tuple(place.index_select(0, drawn) for place in places)
+        for start in range(0, len(drawn), batch):
+            yield tuple(each[start : start + batch] for each in block)
 
 
 def _joined(parts: list[Rows]) -> Rows:

@@ -67,21 +67,21 @@ def open_data(
     """
     columns = (image_column, label_column)
     if isinstance(data, str | Path) and Path(data).is_dir() and not list(Path(data).glob("*.tar")):
-        made = _folder(Path(data), limit)
+        items = _folder(Path(data), limit)
     elif (paths := _tars(data)) is not None:
-        made = _tar(paths, columns, limit)
+        items = _tar(paths, columns, limit)
     elif isinstance(data, str | Path | Mapping) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
-        said = repr(str(data)) if isinstance(data, str | Path) else type(data).__name__
+        text = repr(str(data)) if isinstance(data, str | Path) else type(data).__name__
         raise InputError(
-            f"Expected a folder of images, tar shards, a list, a data set or an iterable as data, got {said}."
+            f"Expected a folder of images, tar shards, a list, a data set or an iterable as data, got {text}."
         )
     elif hasattr(data, "__len__") and hasattr(data, "__getitem__"):
-        made = _indexed(data, columns, limit)
+        items = _indexed(data, columns, limit)
     else:
         return _stream(data, columns, limit)
-    if not made.n:
+    if not items.n:
         raise InputError(f"There are no images in {data if isinstance(data, str | Path) else 'the data'}.")
-    return made
+    return items
 
 
 def _sha(value: Any) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
-from prisma_harvest.reading import Harvest, Name
+from prisma_harvest.manifest import Name
 
 
 @dataclass
@@ -20,15 +20,15 @@ class RowDataset(IterableDataset[Any]):
     ranks may differ by a batch or two: with ``DistributedDataParallel`` stop at a number of steps, or use its ``join``.
 
     Attributes:
-        harvest: what to read.
-        name: a hook point, or a list of them (see ``Harvest.rows``).
+        rows: ``Harvest.rows`` of the harvest to read.
+        name: a hook point, or a list of them.
         batch: rows at once.
         shuffle, buffer, seed, drop_last: see ``Harvest.rows``; the buffer is each worker's own.
         epoch: added to the seed; set it before each epoch.
         rank, world: which share this process takes; None asks ``torch.distributed``, where it runs.
     """
 
-    harvest: Harvest
+    rows: Callable[..., Iterator[Any]]
     name: Name | list[Name]
     batch: int
     shuffle: bool = False
@@ -45,7 +45,7 @@ class RowDataset(IterableDataset[Any]):
         world = self.world if self.world is not None else torch.distributed.get_world_size() if distributed else 1
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        return self.harvest.rows(
+        return self.rows(
             self.name,
             self.batch,
             self.shuffle,

@@ -62,8 +62,8 @@ def autoencoder() -> nn.Module:
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     decoder = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}
-    given = {**SMALL, **{f"decoder_{name}": value for name, value in decoder.items()}, "mask_ratio": 0.5}
-    return InOrder(ViTMAEForPreTraining(ViTMAEConfig(**given)))
+    settings = {**SMALL, **{f"decoder_{name}": value for name, value in decoder.items()}, "mask_ratio": 0.5}
+    return InOrder(ViTMAEForPreTraining(ViTMAEConfig(**settings)))
 
 
 def case(name: str, variant: str = "", **given: Any) -> Case:
@@ -120,17 +120,17 @@ def cases() -> Iterator[Case]:
     patches = {"image_size": (24, 24), "patch_size": (8, 8)}
     for name in ("InternVL", "QianfanOCR"):
         yield case(f"{name}VisionModel", layer_scale_init_value=0.3, **patches)
-        given = {"norm_type": "rms_norm", "use_qk_norm": True, "use_mean_pooling": False, "attention_bias": True}
-        yield case(f"{name}VisionModel", "rms", layer_scale_init_value=0.3, **patches, **given)
+        settings = {"norm_type": "rms_norm", "use_qk_norm": True, "use_mean_pooling": False, "attention_bias": True}
+        yield case(f"{name}VisionModel", "rms", layer_scale_init_value=0.3, **patches, **settings)
     yield case("Tipsv2VisionModel", num_register_tokens=2, mlp_ratio=2)
     yield case("Tipsv2VisionModel", "gated", num_register_tokens=2, mlp_ratio=2, use_swiglu_ffn=True)
     yield case("MgpstrModel", distilled=False, image_size=(16, 24), mlp_ratio=1.5)
     turned = {"hidden_size": 32, "num_attention_heads": 4, "image_size": [24, 16]}
-    given = {"rope_theta": 30.0, "rms_norm_eps": 3e-5, **turned}
-    yield case("Sapiens2Model", num_key_value_heads_per_layer=[4, 2], num_register_tokens=2, **given)
+    settings = {"rope_theta": 30.0, "rms_norm_eps": 3e-5, **turned}
+    yield case("Sapiens2Model", num_key_value_heads_per_layer=[4, 2], num_register_tokens=2, **settings)
     bare = {"use_gated_mlp": False, "use_qk_norm": False, "query_bias": False, "key_bias": False, "mlp_bias": False}
     few = {"num_key_value_heads_per_layer": [1, 4], "num_register_tokens": 0, "use_mask_token": True}
-    yield case("Sapiens2Model", "bare", **bare, **few, **given)
+    yield case("Sapiens2Model", "bare", **bare, **few, **settings)
     yield case("PixtralVisionModel", rope_parameters={"rope_type": "axial", "rope_theta": 30.0}, **turned)
     yield case("Molmo2VisionModel", num_key_value_heads=3, head_dim=6, image_size=[24, 16])
     grouped = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "attention_bias": False}

@@ -45,7 +45,7 @@ class AutoencoderAdapter(MapAdapter):
     """ViTMAEForPreTraining: ``blocks.{l}`` of the encoder see what is not hidden, ``decoder.blocks.{l}`` all patches.
 
     Upstream hides and shuffles patches at random at each call; ``noise=`` decides which. ``InOrder`` does not.
-    The encoder's ``pos`` is in upstream's shuffled order; the decoder's is the picture's.
+    The encoder's ``pos`` is in upstream's shuffled order; the decoder's is the image's.
     """
 
     types = (PRETRAINING, "prisma_hf.mae.InOrder")

@@ -68,10 +68,12 @@ def of_class(kind: Any, name: str, options: dict[str, Any]) -> tuple[nn.Module, 
 
 def unfit(where: str, kind: Any, config: Any, error: Exception) -> str:
     """Return what to say where a class stumbled over a configuration."""
-    wanted = getattr(kind, "config_class", None)
-    own = "" if wanted is None or isinstance(config, wanted) else f" takes a {wanted.__name__}, and"
+    config_class = getattr(kind, "config_class", None)
+    reason = (
+        "" if config_class is None or isinstance(config, config_class) else f" takes a {config_class.__name__}, and"
+    )
     return (
-        f"{where} has a {type(config).__name__}. {kind.__name__}{own} cannot be made of it: {brief(error)}. "
+        f"{where} has a {type(config).__name__}. {kind.__name__}{reason} cannot be made of it: {brief(error)}. "
         "Name a class that fits with architecture=NAME."
     )
 

@@ -45,12 +45,12 @@ def refuse_unknown(who: str, error: TypeError, kind: Any, config: Any) -> NoRetu
     Raises:
         InputError: with the nearest there are.
     """
-    found = UNKNOWN.search(str(error))
-    if found is None:
+    match = UNKNOWN.search(str(error))
+    if match is None:
         raise error
-    near = suggest(found[1], [*settings(type(config)), *keyword_names(kind)])
+    near = suggest(match[1], [*settings(type(config)), *keyword_names(kind)])
     raise InputError(
-        f"{who} takes no option {found[1]!r}: neither {type(config).__name__} nor {kind.__name__} has it.{near}"
+        f"{who} takes no option {match[1]!r}: neither {type(config).__name__} nor {kind.__name__} has it.{near}"
     ) from error
 
 

@@ -1,4 +1,4 @@
-"""Pictures again of patches that a processor hands over one by one. In which order they lie, a known picture tells."""
+"""Images again of patches that a processor hands over one by one. In which order they lie, a known image tells."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 GRIDS = ("spatial_shapes", "image_grid_thw", "image_grid_hw")
 ORDERS = ("(r s a b)", "(r a s b)")  # of patches: a few rows at once, or row by row
-CELLS = ("(c t p q)", "(t c p q)", "(p q t c)", "(t p q c)")  # of what is in each; a picture is alike in all frames
-ALIKE = 0.99  # correlation, where a picture that was hardly resized is compared
+CELLS = ("(c t p q)", "(t c p q)", "(p q t c)", "(t p q c)")  # of what is in each; an image is alike in all frames
+ALIKE = 0.99  # correlation, where an image that was hardly resized is compared
 
 
 class Packing(NamedTuple):
     """Order of packed patches.
 
     Attributes:
-        pattern: einops', from patches to frames of pictures.
+        pattern: einops', from patches to frames of images.
         merge: how many rows of patches are listed at once.
-        frames: how often each picture is there.
+        frames: how often each image is there.
     """
 
     pattern: str
@@ -34,7 +34,7 @@ class Packing(NamedTuple):
     frames: int
 
     def picture(self, made: Mapping[str, Any], channels: int) -> Tensor | None:
-        """Return the picture ``[channel height width]`` that patches were cut from, or None if they do not fit."""
+        """Return the image ``[channel height width]`` that patches were cut from, or None if they do not fit."""
         grid, pixels = grid_of(made), torch.as_tensor(made["pixel_values"]).float()
         if grid is None:
             return None
@@ -49,24 +49,24 @@ class Packing(NamedTuple):
 
 
 def grid_of(made: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return how many rows and columns of patches a picture was cut into, or None if that is not said."""
+    """Return how many rows and columns of patches an image was cut into, or None if that is not said."""
     for name in GRIDS:
-        given = torch.as_tensor(made[name]).tolist() if name in made else []
-        if len(given) == 1 and (len(given[0]) == 2 or given[0][0] == 1):
-            return int(given[0][-2]), int(given[0][-1])
+        numbers = torch.as_tensor(made[name]).tolist() if name in made else []
+        if len(numbers) == 1 and (len(numbers[0]) == 2 or numbers[0][0] == 1):
+            return int(numbers[0][-2]), int(numbers[0][-1])
     return None
 
 
 def packing(call: Callable[[Image], Mapping[str, Any]], processor: Any, channels: int) -> Packing | None:
-    """Return how a processor's patches lie, or None if no order makes the picture of them that was given."""
+    """Return how a processor's patches lie, or None if no order makes the image of them that was given."""
     first = call(_waves(200, 150))
     for candidate in _candidates(processor):
         seen = candidate.picture(first, channels)
         if seen is None:
             continue
-        given = _waves(seen.shape[-1], seen.shape[-2])  # of the very size, so that it is not resized
-        again = candidate.picture(call(given), channels)
-        if again is not None and _alike(again, given):
+        waves = _waves(seen.shape[-1], seen.shape[-2])  # of the very size, so that it is not resized
+        again = candidate.picture(call(waves), channels)
+        if again is not None and _alike(again, waves):
             return candidate
     return None
 
@@ -90,6 +90,6 @@ def _waves(width: int, height: int) -> Image:
 def _alike(pixels: Tensor, picture: Image) -> bool:
     import numpy as np
 
-    given = torch.from_numpy(np.asarray(picture.resize((pixels.shape[-1], pixels.shape[-2]))).copy())
-    pairs = zip(pixels.flatten(1), given.permute(2, 0, 1).float().flatten(1), strict=True)
+    pixels_of_image = torch.from_numpy(np.asarray(picture.resize((pixels.shape[-1], pixels.shape[-2]))).copy())
+    pairs = zip(pixels.flatten(1), pixels_of_image.permute(2, 0, 1).float().flatten(1), strict=True)
     return all(float(torch.corrcoef(torch.stack(pair))[0, 1]) > ALIKE for pair in pairs)

@@ -43,8 +43,8 @@ def found(folder: Path, model: nn.Module, common: dict[str, Any]) -> PicturePrep
     video, image = (_read(kind, folder, common) for kind in (AutoVideoProcessor, AutoImageProcessor))
     try:
         adapter = installed().adapter(model)
-        said = (adapter.preprocess(Reader(model), one) for one in (video, image) if one is not None)
-        made = next((one for one in said if one is not None), None)
+        answers = (adapter.preprocess(Reader(model), one) for one in (video, image) if one is not None)
+        made = next((one for one in answers if one is not None), None)
     except PrismaError:  # the model is there all the same
         return None
     return made if made is not None or image is None else preprocess(image)
@@ -58,21 +58,21 @@ def _read(kind: Any, folder: Path, common: dict[str, Any]) -> Any:
 
 
 def preprocess(processor: Any) -> PicturePreprocess:
-    """Return what a processor does to a picture: as data where that says it all, else by calling the processor."""
+    """Return what a processor does to an image: as data where that says it all, else by calling the processor."""
     return as_data(processor) or Processed(processor)
 
 
 def as_data(processor: Any) -> Preprocess | None:
-    """Return what a processor does to a picture, or None if it is more than resizing, cutting and normalising.
+    """Return what a processor does to an image, or None if it is more than resizing, cutting and normalising.
 
-    Its settings say what to expect; pictures that go both ways say whether that is all.
+    Its settings say what to expect; images that go both ways say whether that is all.
     """
     probes = [probe(*size) for size in SIZES]
     called = Processed(processor)
     try:
         candidates = list(_candidates(processor, called))
         theirs = [called(picture)[0] for picture in probes if candidates]
-    except (InputError, TypeError, ValueError, AttributeError):  # it makes no picture, or its settings are none we know
+    except (InputError, TypeError, ValueError, AttributeError):  # it makes no image, or its settings are none we know
         return None
     for ours in candidates:
         if all(_agree(ours(picture)[0], made) for picture, made in zip(probes, theirs, strict=True)):
@@ -121,13 +121,13 @@ def _tidy(processor: Any, scale: Scale) -> Scale:
     normal = getattr(processor, "do_normalize", False)
     n = len(scale.mean)
     mean, std = (processor.image_mean, processor.image_std) if normal else ((0.0,) * n, (1.0,) * n)
-    given = [tuple(float(value) / factor for value in values) for values in (_each(mean, n), _each(std, n))]
+    values_each = [tuple(float(value) / factor for value in values) for values in (_each(mean, n), _each(std, n))]
     same = all(
         math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-5)
-        for ours, theirs in zip(given, scale[:2], strict=True)
+        for ours, theirs in zip(values_each, scale[:2], strict=True)
         for a, b in zip(ours, theirs, strict=True)
     )
-    return Scale(given[0], given[1], scale.order) if same else scale
+    return Scale(values_each[0], values_each[1], scale.order) if same else scale
 
 
 def _each(value: Any, n: int) -> Sequence[float]:
@@ -139,16 +139,16 @@ def _agree(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def _size(size: Any) -> tuple[Literal["shortest", "squash"], int, int] | None:
-    given = {name: value for name, value in dict(size).items() if value}  # absent ones are None
-    if set(given) == {"shortest_edge"}:
-        return "shortest", int(given["shortest_edge"]), int(given["shortest_edge"])
-    if set(given) == {"height", "width"}:
-        return "squash", int(given["height"]), int(given["width"])
+    sides = {name: value for name, value in dict(size).items() if value}  # absent ones are None
+    if set(sides) == {"shortest_edge"}:
+        return "shortest", int(sides["shortest_edge"]), int(sides["shortest_edge"])
+    if set(sides) == {"height", "width"}:
+        return "squash", int(sides["height"]), int(sides["width"])
     return None
 
 
 def _crop(size: tuple[int, int], scaled: tuple[int, int]) -> float | None:
-    """Return the share of the resized picture that is kept, or None if one number does not say it."""
+    """Return the share of the resized image that is kept, or None if one number does not say it."""
     shares = [(cut / whole) * (1 - 1e-12 * step) for cut, whole in zip(size, scaled, strict=True) for step in (0, 1)]
     fits = (share for share in shares if tuple(math.floor(side / share) for side in size) == scaled)
     return next(fits, None)

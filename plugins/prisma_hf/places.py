@@ -41,8 +41,8 @@ class Place:
         if self.local:
             return Path(self.name)
         config = hub.fetch(self.name, [CONFIG], revision=self.revision, reference=str(self))
-        kept = hub.cached(self.name, WEIGHTS, revision=self.revision)
-        if not weights or (kept is not None and _whole(kept)):
+        file = hub.cached(self.name, WEIGHTS, revision=self.revision)
+        if not weights or (file is not None and _whole(file)):
             return config.parent
         main = hub.fetch(self.name, WEIGHTS, revision=self.revision, reference=str(self))
         patterns = ["*.json", "*.py"]  # code is not run unless the user says so
@@ -54,8 +54,8 @@ class Place:
         """Return the folder of a configuration that needs no download, or None."""
         if self.local:
             return Path(self.name)
-        found = hub.cached(self.name, [CONFIG], revision=self.revision)
-        return None if found is None else found.parent
+        file = hub.cached(self.name, [CONFIG], revision=self.revision)
+        return None if file is None else file.parent
 
     def forget_broken(self, folder: Path) -> bool:
         """Remove from the hub's cache what is not as the hub sent it; return whether something was."""

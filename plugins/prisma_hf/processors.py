@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 CONFIG, PIXELS = "preprocessor_config.json", "pixel_values"
-# What processors raise over a picture that they want more than.
+# What processors raise over an image that they want more than.
 FAILS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError, ImportError)
 
 
@@ -49,10 +49,10 @@ class Processed(PicturePreprocess):
         return 1 if isinstance(means, list | tuple) and len(means) == 1 else 3
 
     def tiles(self, picture: Picture) -> Tensor:
-        """Return all that upstream makes of one picture ``[tile channel height width]``: its tiles, one a row.
+        """Return all that upstream makes of one image ``[tile channel height width]``: its tiles, one a row.
 
         Raises:
-            InputError: it is no picture, or the processor makes something else than pictures of it.
+            InputError: it is no image, or the processor makes something else than images of it.
         """
         made = self._call(open_picture(picture, channels=self.channels))
         if grid_of(made) is not None:
@@ -63,7 +63,7 @@ class Processed(PicturePreprocess):
             raise self._other(f"makes what is no tensor ({brief(error)})") from error
         pixels = pixels[0] if pixels.ndim == 5 and len(pixels) == 1 else pixels
         if pixels.ndim != 4 or pixels.shape[1] != self.channels or _is_strip(pixels, made):
-            raise self._other(f"makes no picture [channel height width], but {_told(pixels, made)}")
+            raise self._other(f"makes no image [channel height width], but {_told(pixels, made)}")
         masks = [name for name, value in made.items() if name.endswith("mask") and not _whole(value)]
         if masks:
             raise self._other(f"hides a part of what it makes ({masks[0]}), and a tensor of pixels cannot say which")
@@ -73,8 +73,8 @@ class Processed(PicturePreprocess):
         tiles = self.tiles(image)
         if len(tiles) != 1:
             raise InputError(
-                f"{self._name} makes {len(tiles)} tiles of this picture, and a row of a batch holds one. "
-                "model.preprocess.tiles(picture) returns all of them, one a row."
+                f"{self._name} makes {len(tiles)} tiles of this image, and a row of a batch holds one. "
+                "model.preprocess.tiles(image) returns all of them, one a row."
             )
         return tiles[0]
 
@@ -149,7 +149,7 @@ class Processed(PicturePreprocess):
         try:
             made = self.processor(images=image, return_tensors="pt")
         except FAILS as error:
-            raise self._other(f"cannot prepare a picture by itself ({brief(error)})") from error
+            raise self._other(f"cannot prepare an image by itself ({brief(error)})") from error
         if isinstance(made, Tensor):
             return {PIXELS: made}
         named = [name for name in made if PIXELS in name]
@@ -163,7 +163,7 @@ class Processed(PicturePreprocess):
     def _unpacked(self, made: dict[str, Any]) -> Tensor:
         picture = self._packing and self._packing.picture(made, self.channels)
         if picture is None:
-            raise self._other("packs patches in an order in which they make no picture")
+            raise self._other("packs patches in an order in which they make no image")
         return picture
 
     @property
@@ -185,8 +185,8 @@ def _whole(mask: Any) -> bool:
 
 
 def _told(pixels: Tensor, made: dict[str, Any]) -> str:
-    given = ["pixel_values " + " x ".join(map(str, pixels.shape))] if pixels.numel() else []
-    return ", ".join([*given, *made]) or "nothing"
+    parts = ["pixel_values " + " x ".join(map(str, pixels.shape))] if pixels.numel() else []
+    return ", ".join([*parts, *made]) or "nothing"
 
 
 def _kind(name: object) -> Any:
@@ -194,5 +194,5 @@ def _kind(name: object) -> Any:
     from transformers import BaseImageProcessor
     from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
 
-    found = get_image_processor_class_from_name(name) if isinstance(name, str) else None
-    return found if isinstance(found, type) and issubclass(found, BaseImageProcessor) else None
+    kind = get_image_processor_class_from_name(name) if isinstance(name, str) else None
+    return kind if isinstance(kind, type) and issubclass(kind, BaseImageProcessor) else None

@@ -201,11 +201,11 @@ def _kind(config: Any, architecture: str | None, *, trusted: bool) -> Any:
     for name in map(str, names):
         # Not every class of a module is exported; some stand in the module of the configuration's neighbour alone.
         home = type(config).__module__.replace(".configuration_", ".modeling_")
-        found = getattr(transformers, name, None) or _in_module(home, name)
-        if found is not None and not hasattr(found, "from_config") and not hasattr(found, "_from_config"):
+        kind = getattr(transformers, name, None) or _in_module(home, name)
+        if kind is not None and not hasattr(kind, "from_config") and not hasattr(kind, "_from_config"):
             raise LoadError(f"{name} of transformers is no class of models: name one with architecture=NAME.")
-        if found is not None:
-            return found
+        if kind is not None:
+            return kind
     if architecture:
         raise UnknownName(f"transformers has no class {architecture!r}.{suggest(architecture, dir(transformers))}")
     if trusted and "AutoModelForImageClassification" in (getattr(config, "auto_map", None) or {}):
@@ -235,7 +235,7 @@ def _pretrained(
     """
     from prisma_hf.options import UNKNOWN, refuse_unknown
 
-    kept = {"attn_implementation": "sdpa"} if getattr(kind, "_supports_sdpa", True) else {}
+    options = {"attn_implementation": "sdpa"} if getattr(kind, "_supports_sdpa", True) else {}
     try:
         model, info = kind.from_pretrained(
             folder,
@@ -243,7 +243,7 @@ def _pretrained(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # to be told of all of them, and refuse
             weights_only=True,
-            **{**kept, **arguments},
+            **{**options, **arguments},
         )
     except AttributeError as error:
         raise LoadError(unfit(str(where), kind, config, error)) from error
@@ -252,7 +252,9 @@ def _pretrained(
             refuse_unknown(str(where), error, kind, config)
         raise LoadError(f"The weights of {where} could not be read: {brief(error)}{_again(where, folder)}") from error
     problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
-    problems += [f"{name} has shape {list(came)}, expected {list(own)}" for name, came, own in info["mismatched_keys"]]
+    problems += [
+        f"{name} has shape {list(came)}, expected {list(expected)}" for name, came, expected in info["mismatched_keys"]
+    ]
     problems += [f"extra {name}" for name in sorted(info["unexpected_keys"]) if whole]
     problems += [str(message) for message in info["error_msgs"]]
     if problems:
@@ -268,8 +270,10 @@ def _pretrained(
 
 def _own(config: Any, kind: Any) -> Any:
     """Return the part of a configuration that a class takes: a tower's, of a model of several."""
-    wanted = getattr(kind, "config_class", None)
-    parts = [] if type(config) is wanted else [part for part in vars(config).values() if type(part) is wanted]
+    config_class = getattr(kind, "config_class", None)
+    parts = (
+        [] if type(config) is config_class else [part for part in vars(config).values() if type(part) is config_class]
+    )
     return parts[0] if parts else config
 
 

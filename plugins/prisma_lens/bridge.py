@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prisma_core import HookedModel, InputError
+from prisma_core import HookedModel, InputError, NotApplicable
 from prisma_core.plugin import LayerQuery
-from prisma_lens.metrics import MetricLike, as_metric
+from prisma_lens.metrics import Inputs, MetricLike, as_inputs, as_metric
 
 
 def captum_inputs(
-    model: HookedModel, images: Tensor, metric: MetricLike, at: str | LayerQuery
+    model: HookedModel, images: Tensor | Inputs, metric: MetricLike, at: str | LayerQuery
 ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """Return a function of an activation, for captum, and the activation that the images have.
 
@@ -40,7 +40,7 @@ def captum_inputs(
 
     Args:
         model: any hooked model.
-        images: what it takes.
+        images: what it takes; for a dual encoder images and tokens, ``(images, model.tokens(texts))``.
         metric: a function of the output, a class, or two (see ``as_metric``).
         at: one hook point.
 
@@ -49,24 +49,27 @@ def captum_inputs(
         other.
 
     Raises:
+        NotApplicable: the hook point is of texts, which are not copied.
         InputError: ``at`` selects several hook points; or, of the function, activations of another number.
         UnknownName: no such hook point or class.
     """
     names = model.resolve([at])
     if len(names) != 1:
         raise InputError(f"at={at!r} is {len(names)} hook points: name one, such as {names[0]!r}.")
-    name, measure = names[0], as_metric(model, metric)
+    name, measure, inputs = names[0], as_metric(model, metric), as_inputs(images)
+    if name.startswith("text."):
+        raise NotApplicable(f"captum's copies are of images, and {name} holds texts: take a hook point of vision.")
     with torch.no_grad():
-        _, cache = model.run_with_cache(images, names=name, output=False)
+        _, cache = model.run_with_cache(*inputs, names=name, output=False)
 
     def forward(activation: Tensor) -> Tensor:
-        if len(activation) % len(images):
-            raise InputError(f"Expected copies of a batch of {len(images)}, got {len(activation)} activations.")
-        copies = images.repeat(len(activation) // len(images), *[1] * (images.ndim - 1))
+        if len(activation) % len(inputs[0]):
+            raise InputError(f"Expected copies of a batch of {len(inputs[0])}, got {len(activation)} activations.")
+        copies = inputs[0].repeat(len(activation) // len(inputs[0]), *[1] * (inputs[0].ndim - 1))
 
         def put(x: Tensor, at: Any) -> Tensor:
             return activation.to(x)
 
-        return measure(model.run_with_hooks(copies, hooks={name: put}))
+        return measure(model.run_with_hooks(copies, *inputs[1:], hooks={name: put}))
 
     return forward, cache[name]

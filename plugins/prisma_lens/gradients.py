@@ -22,17 +22,17 @@ from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, NotApplicable, Result
 from prisma_core.plugin import LayerQuery
-from prisma_lens.metrics import MetricLike, as_metric
+from prisma_lens.metrics import Inputs, MetricLike, as_inputs, as_metric
 
 
 def gradient_x_activation(
-    model: HookedModel, images: Tensor, metric: MetricLike, at: str | LayerQuery = "hook_full_embed"
+    model: HookedModel, images: Tensor | Inputs, metric: MetricLike, at: str | LayerQuery = "hook_full_embed"
 ) -> Result:
     """Return the gradient times the activation at a hook point, summed over its last axis: ``[batch pos]``.
 
     Args:
         model: any hooked model.
-        images: what it takes.
+        images: what it takes; for a dual encoder images and tokens, ``(images, model.tokens(texts))``.
         metric: a function of the output, a class, or two (see ``as_metric``).
         at: a hook point.
 
@@ -40,14 +40,14 @@ def gradient_x_activation(
         UnknownName: no such hook point or class.
         InputError: ``at`` selects several.
     """
-    name, measure = _one(model, at), as_metric(model, metric)
-    _, cache = model.run_with_cache(images, names=name, loss=lambda out: measure(out).sum())
-    return _saliency(model, name, images, (cache[name] * cache.grad[name]).sum(-1), "gradient_x_activation", {})
+    name, measure, inputs = _one(model, at), as_metric(model, metric), as_inputs(images)
+    _, cache = model.run_with_cache(*inputs, names=name, loss=lambda out: measure(out).sum())
+    return _saliency(model, name, inputs, (cache[name] * cache.grad[name]).sum(-1), "gradient_x_activation", {})
 
 
 def integrated_gradients(
     model: HookedModel,
-    images: Tensor,
+    images: Tensor | Inputs,
     metric: MetricLike,
     at: str | LayerQuery = "hook_full_embed",
     *,
@@ -67,8 +67,8 @@ def integrated_gradients(
         UnknownName: no such hook point or class.
         InputError: ``at`` selects several, or the baseline does not fit.
     """
-    name, measure = _one(model, at), as_metric(model, metric)
-    output, cache = model.run_with_cache(images, names=name)
+    name, measure, inputs = _one(model, at), as_metric(model, metric), as_inputs(images)
+    output, cache = model.run_with_cache(*inputs, names=name)
     a = cache[name]
     if isinstance(baseline, Tensor):
         if baseline.shape[-a.ndim + 1 :] != a.shape[1:]:
@@ -80,20 +80,20 @@ def integrated_gradients(
     for step in range(steps):
         mixed = b + (step + 0.5) / steps * (a - b)
         _, one = model.run_with_cache(
-            images, names=name, hooks={name: _put(mixed)}, loss=lambda out: measure(out).sum()
+            *inputs, names=name, hooks={name: _put(mixed)}, loss=lambda out: measure(out).sum()
         )
         total = total + one.grad[name]
     values = ((a - b) * total / steps).sum(-1)
     with torch.no_grad():
-        start = measure(model.run_with_hooks(images, hooks={name: _put(b)}))
+        start = measure(model.run_with_hooks(*inputs, hooks={name: _put(b)}))
         change = measure(output) - start
     gap = (values.flatten(1).sum(1) - change).abs().max().item()
-    return _saliency(model, name, images, values, "integrated_gradients", {"steps": steps, "gap": gap}, change)
+    return _saliency(model, name, inputs, values, "integrated_gradients", {"steps": steps, "gap": gap}, change)
 
 
 def grad_cam(
     model: HookedModel,
-    images: Tensor,
+    images: Tensor | Inputs,
     metric: MetricLike,
     at: str | LayerQuery = ("resid_post", -2),
     *,
@@ -113,8 +113,8 @@ def grad_cam(
         UnknownName: no such hook point or class.
         NotApplicable: no patch of it has a gradient.
     """
-    name, measure = _one(model, at), as_metric(model, metric)
-    _, cache = model.run_with_cache(images, names=name, loss=lambda out: measure(out).sum())
+    name, measure, inputs = _one(model, at), as_metric(model, metric), as_inputs(images)
+    _, cache = model.run_with_cache(*inputs, names=name, loss=lambda out: measure(out).sum())
     axes = model.hook_points()[name].axes.split()
     if {"row", "column"} <= set(axes):
         x, grad = cache[name], cache.grad[name]
@@ -148,14 +148,14 @@ def _put(value: Tensor) -> Callable[[Tensor, HookContext], Tensor]:
 def _saliency(
     model: HookedModel,
     name: str,
-    images: Tensor,
+    inputs: Inputs,
     values: Tensor,
     technique: str,
     facts: Mapping[str, Any],
     total: Tensor | None = None,
 ) -> Result:
     axes = model.hook_points()[name].axes.split()[:-1]
-    layout = model.layout_for(images)
+    layout = None if name.startswith("text.") else model.layout_for(*inputs)
     labels = {}
     for axis, size in zip(axes, values.shape, strict=True):
         if layout is not None and axis in ("pos", "patch"):

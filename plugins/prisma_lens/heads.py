@@ -21,6 +21,7 @@ from torch import Tensor
 
 from prisma_core import HookedModel, NotApplicable, Result, TokenLayout
 from prisma_core.plugin import layer_of
+from prisma_lens.metrics import vision_of
 
 MODULI = range(2, 9)
 
@@ -39,7 +40,8 @@ def head_scores(model: HookedModel, images: Tensor, *, batch_size: int = 16) -> 
     layout lacks are left out.
 
     Args:
-        model: any hooked model with patterns ``[batch head query_pos key_pos]`` over all tokens.
+        model: any hooked model with patterns ``[batch head query_pos key_pos]`` over all tokens; of a dual encoder its
+            vision tower.
         images: ``[batch channel height width]``, or videos.
         batch_size: images run at once.
 
@@ -50,6 +52,7 @@ def head_scores(model: HookedModel, images: Tensor, *, batch_size: int = 16) -> 
     Raises:
         NotApplicable: the model has no patterns over all tokens, or no token layout.
     """
+    model = vision_of(model)
     names, layout = pattern_names(model, images)
     kinds = {kind: mask.float() for kind, mask in key_kinds(layout).items()}
     every = [f"modulus {m}" for m in MODULI]
@@ -168,6 +171,7 @@ def mixing_steps(
     Raises:
         NotApplicable: as ``head_scores``.
     """
+    model = vision_of(model)
     names, layout = pattern_names(model, images)
     with torch.no_grad():
         _, cache = model.run_with_cache(images, names=names, output=False)

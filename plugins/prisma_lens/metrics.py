@@ -1,4 +1,4 @@
-"""Metrics: a number for each image, from what a model returns."""
+"""Inputs and metrics: what a model takes, the tower that sees it, and a number for each image from what it returns."""
 
 from __future__ import annotations
 
@@ -8,12 +8,23 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from prisma_core import InputError, NotApplicable, UnknownName
+from prisma_core import HookedDual, HookedModel, InputError, NotApplicable, UnknownName
 from prisma_core.plugin import suggest
 
+Inputs: TypeAlias = "tuple[Tensor, ...]"
 Metric: TypeAlias = Callable[[Tensor], Tensor]
 Class: TypeAlias = "int | str"
 MetricLike: TypeAlias = "Metric | Class | tuple[Class, Class]"
+
+
+def as_inputs(given: Tensor | Inputs) -> Inputs:
+    """Return a model's inputs as a tuple: images alone, or images and tokens of a dual encoder."""
+    return (given,) if isinstance(given, Tensor) else tuple(given)
+
+
+def vision_of(model: HookedModel) -> HookedModel:
+    """Return the vision tower of a dual encoder, and any other model as it is."""
+    return model.vision if isinstance(model, HookedDual) else model
 
 
 def logit(which: int) -> Metric:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from prisma_core import HookedModel, InputError, PluginError, Result
 from prisma_core.plugin import Query, layer_of
+from prisma_lens.metrics import vision_of
 
 
 def probe(
@@ -39,7 +40,7 @@ def probe(
     """Return the held-out accuracy of a linear probe and of its control at each hook point: ``[place task]``.
 
     Args:
-        model: any hooked model.
+        model: any hooked model; of a dual encoder its vision tower.
         data: batches ``(images, labels)``, with labels ``[batch]``, or ``[batch patch]`` for ``tokens="patches"``.
         names: the hook points (see ``prisma_core.hooks.query``), with axes ``batch pos d``.
         tokens: what is read: one token, the mean over all, or every patch by itself.
@@ -64,6 +65,7 @@ def probe(
         raise PluginError(
             "Probes are fitted by scikit-learn, which is not installed: pip install scikit-learn"
         ) from error
+    model = vision_of(model)
     wanted = model.resolve(names)
     rows: dict[str, list[Tensor]] = {name: [] for name in wanted}
     truth: list[Tensor] = []

@@ -19,27 +19,30 @@ from torch import Tensor
 
 from prisma_core import HookedModel, Result
 from prisma_lens.heads import pattern_names
-from prisma_lens.metrics import MetricLike, as_metric
+from prisma_lens.metrics import Inputs, MetricLike, as_inputs, as_metric, vision_of
 
 
-def relevance(model: HookedModel, images: Tensor, metric: MetricLike) -> Result:
+def relevance(model: HookedModel, images: Tensor | Inputs, metric: MetricLike) -> Result:
     """Return the relevance of each token of the input for each token at the end: ``[batch pos source]``.
 
     ``result.sel(pos="cls")`` is the map of a model that reads its class token.
 
     Args:
-        model, images: as in ``head_scores``.
+        model: as in ``head_scores``.
+        images: what it takes; for a dual encoder images and tokens, ``(images, model.tokens(texts))``.
         metric: a function of the output, a class, or two (see ``as_metric``).
 
     Raises:
         NotApplicable: as ``head_scores``.
         UnknownName: no such class.
     """
-    names, layout = pattern_names(model, images)
+    inputs, tower = as_inputs(images), vision_of(model)
+    bare, layout = pattern_names(tower, inputs[0])
+    names = bare if tower is model else [f"vision.{name}" for name in bare]
     measure = as_metric(model, metric)
-    _, cache = model.run_with_cache(images, names=names, loss=lambda out: measure(out).sum())
-    eye = torch.eye(layout.n_tokens, device=images.device, dtype=cache[names[0]].dtype)
-    total = eye.expand(len(images), -1, -1)
+    _, cache = model.run_with_cache(*inputs, names=names, loss=lambda out: measure(out).sum())
+    eye = torch.eye(layout.n_tokens, device=inputs[0].device, dtype=cache[names[0]].dtype)
+    total = eye.expand(len(inputs[0]), -1, -1)
     for name in names:
         total = total + (cache[name] * cache.grad[name]).relu().mean(1) @ total
     tokens = tuple(layout.token_names())

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from prisma_patch.factors import factors_by_place
     from prisma_patch.graph import Circuit
     from prisma_patch.interventions import ablate, freeze, steer, together
+    from prisma_patch.inversion import learn_word, read_word, use_word
     from prisma_patch.linear import attribution_patch
     from prisma_patch.masks import causal, knock_out, local
     from prisma_patch.passes import Variant
@@ -45,6 +46,9 @@ __all__ = [
     "over_checkpoints",
     "change_points",
     "factors_by_place",
+    "learn_word",
+    "use_word",
+    "read_word",
     "ablate",
     "knock_out",
     "causal",
@@ -68,6 +72,7 @@ _HOMES = {
     "prisma_patch.factors": "factors_by_place",
     "prisma_patch.graph": "Circuit",
     "prisma_patch.interventions": "ablate freeze steer together",
+    "prisma_patch.inversion": "learn_word read_word use_word",
     "prisma_patch.linear": "attribution_patch",
     "prisma_patch.masks": "causal knock_out local",
     "prisma_patch.passes": "Variant",

@@ -65,12 +65,12 @@ def patch(
     with torch.no_grad():
         first, second = (_first_row(model(*inputs)) for inputs in (ours, theirs))
     names = tuple(text) if text else getattr(model, "labels", None) or tuple(map(str, range(len(first))))
-    chosen = _metric(metric, names, first, second)
+    classes = _metric(metric, names, first, second)
     effects = activation_patch(
         model,
         ours,
         theirs,
-        chosen if len(chosen) == 2 else chosen[0],
+        classes if len(classes) == 2 else classes[0],
         at=at,
         over=over,
         pos=_positions(pos),
@@ -79,17 +79,19 @@ def patch(
         resume=resume,
     ).sel(batch=0)
     saved = None if out is None else effects.save(out)
-    said = " - ".join(names[each] for each in chosen)
+    formula = " - ".join(names[each] for each in classes)
     seen = [names[int(each.argmax())] for each in (first, second)]
     if as_json:
-        about = {"reference": reference, "metric": said, "clean": seen[0], "corrupt": seen[1], "at": at}
+        about = {"reference": reference, "metric": formula, "clean": seen[0], "corrupt": seen[1], "at": at}
         values = {"axes": effects.axes, "labels": {axis: effects.names(axis) for axis in effects.axes}}
         best = [{"place": place, "effect": value} for place, value in effects.top(top)]
         numbers = {"values": effects.values.tolist(), "before": float(effects.tensors["clean"][0])}
         screen.show_json({**about, **values, **numbers, "top": best, "saved": None if saved is None else str(saved)})
         return
     console = screen.out()
-    console.print(f"clean: {seen[0]}   corrupt: {seen[1]}   metric: {said} = {float(effects.tensors['clean'][0]):+.3f}")
+    console.print(
+        f"clean: {seen[0]}   corrupt: {seen[1]}   metric: {formula} = {float(effects.tensors['clean'][0]):+.3f}"
+    )
     screen.show(_table(effects, top))
     if saved is not None:
         console.print(f"Saved to {saved}: prisma.Result.load reads it.", soft_wrap=True, markup=False)

@@ -62,18 +62,22 @@ def over_checkpoints(
     if not checkpoints:
         raise InputError("There are no checkpoints: expected {step: model, reference or folder}.")
     path = None if resume is None else _checked(Path(resume))
-    kept = {} if path is None or not path.is_file() else read_checkpoint(path)
+    states = {} if path is None or not path.is_file() else read_checkpoint(path)
     rows, about = dict[str, Tensor](), None
     for step in bar(sorted(checkpoints), "Checkpoints", progress):
-        if rows and str(step) in kept:
-            rows[str(step)] = kept[str(step)]
+        if rows and str(step) in states:
+            rows[str(step)] = states[str(step)]
             continue
         with torch.no_grad():
             value = metric(_loaded(checkpoints[step]))
         about = value if isinstance(value, Result) else about
         row = value.values if isinstance(value, Result) else torch.as_tensor(value)
         row = row.detach().cpu().contiguous()
-        if not rows and kept and not (str(step) in kept and torch.allclose(kept[str(step)], row, rtol=1e-3, atol=1e-6)):
+        if (
+            not rows
+            and states
+            and not (str(step) in states and torch.allclose(states[str(step)], row, rtol=1e-3, atol=1e-6))
+        ):
             raise LoadError(f"{path} is of another metric or series: choose another file, or remove it.")
         if rows and row.shape != next(iter(rows.values())).shape:
             first = list(next(iter(rows.values())).shape)
@@ -81,7 +85,7 @@ def over_checkpoints(
         rows[str(step)] = row.clone()
         if path is not None:
             with replacing(path) as fresh:
-                save_file(rows | {name: kept[name] for name in kept if name not in rows}, fresh)
+                save_file(rows | {name: states[name] for name in states if name not in rows}, fresh)
     values = torch.stack(list(rows.values()))
     axes = about.axes if about is not None else tuple(f"metric{at}" for at in range(values.ndim - 1))
     return Result(

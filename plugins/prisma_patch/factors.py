@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from prisma_lens.metrics import vision_of
 from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, PluginError, Result
@@ -72,7 +73,7 @@ def factors_by_place(
     (('place', 'factor', 'measure'), ('probe', 'intervention'))
 
     Args:
-        model: any hooked model.
+        model: any hooked model; of a dual encoder its vision tower.
         images: ``[example ...]``, as the model takes them.
         factors: by name, a number for each image ``[example]``, or several ``[example column]``.
         at: hook points (see ``prisma_core.hooks.query``).
@@ -90,7 +91,7 @@ def factors_by_place(
         InputError: factors and images differ in number, or a factor is the same throughout.
         PluginError: scikit-learn is not installed.
     """
-    targets = _targets(images, factors)
+    model, targets = vision_of(model), _targets(images, factors)
     names, points = model.resolve(at), model.hook_points()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     n_held = max(2, round(held_out * len(images)))
@@ -171,22 +172,22 @@ def _targets(images: Tensor, factors: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def _heads(axes: str, x: Tensor, by_head: bool) -> Sequence[int | None]:
-    own = axes.split()
-    return range(x.shape[own.index("head")]) if by_head and "head" in own else [None]
+    names = axes.split()
+    return range(x.shape[names.index("head")]) if by_head and "head" in names else [None]
 
 
 def _index(axes: str, head: int | None, tokens: list[int] | None) -> tuple[Any, ...]:
-    chosen = {"pos": tokens, "patch": tokens, "head": None if head is None else head}
-    return tuple(slice(None) if chosen.get(axis) is None else chosen[axis] for axis in axes.split())
+    choices = {"pos": tokens, "patch": tokens, "head": None if head is None else head}
+    return tuple(slice(None) if choices.get(axis) is None else choices[axis] for axis in axes.split())
 
 
 def _read(x: Tensor, axes: str, head: int | None, tokens: list[int] | None) -> Tensor:
     """Return what a probe reads at a place, the mean over tokens: ``[example feature]``."""
-    own = axes.split()
+    names = axes.split()
     if head is not None:
-        x = x.select(own.index("head"), head)
-        own.remove("head")
-    axis = next((own.index(kind) for kind in TOKENS if kind in own), None)
+        x = x.select(names.index("head"), head)
+        names.remove("head")
+    axis = next((names.index(kind) for kind in TOKENS if kind in names), None)
     if axis is not None:
         x = (x if tokens is None else x.index_select(axis, torch.tensor(tokens))).mean(axis)
     return _flat(x)

@@ -18,12 +18,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from prisma_lens.metrics import as_inputs
 from torch import Tensor
 
 from prisma_core import ActivationCache, HookContext, HookedModel, InputError
 from prisma_core.plugin import Query, positions_of
 from prisma_patch.passes import Inputs
-from prisma_patch.places import Positions, as_inputs, token_positions
+from prisma_patch.places import Positions, token_positions
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -76,7 +77,7 @@ def ablate(
             values[name] = x.mean(over, keepdim=True) if method == "mean" else x.roll(1, 0) if len(x) > 1 else x
     points = model.hook_points()
     tokens = token_positions(model.layout_for(), pos)
-    chosen = {name: _index(name, points[name].axes, tokens, heads, neurons) for name in names}
+    index = {name: _index(name, points[name].axes, tokens, heads, neurons) for name in names}
 
     def edit(x: Tensor, at: HookContext) -> Tensor:
         value = values.get(at.name)
@@ -84,7 +85,7 @@ def ablate(
             raise InputError(
                 f"{at.name}: {x.shape[0]} inputs against a reference of {value.shape[0]}: give as many, or one."
             )
-        return _replaced(x, chosen[at.name], torch.zeros_like(x) if value is None else value.to(x).expand_as(x))
+        return _replaced(x, index[at.name], torch.zeros_like(x) if value is None else value.to(x).expand_as(x))
 
     return model.hooks(dict.fromkeys(names, edit))
 
@@ -114,7 +115,7 @@ def steer(
     """
     names, points = model.resolve(at), model.hook_points()
     tokens = token_positions(model.layout_for(), pos)
-    chosen = {name: _index(name, points[name].axes, tokens, None, None) for name in names}
+    index = {name: _index(name, points[name].axes, tokens, None, None) for name in names}
 
     def edit(x: Tensor, at: HookContext) -> Tensor:
         if direction.ndim != 1 or direction.shape[0] != x.shape[-1]:
@@ -124,7 +125,7 @@ def steer(
         if project:
             unit = d / d.norm()
             moved = moved - (x @ unit)[..., None] * unit
-        return _replaced(x, chosen[at.name], moved)
+        return _replaced(x, index[at.name], moved)
 
     return model.hooks(dict.fromkeys(names, edit))
 
@@ -171,24 +172,24 @@ def _index(
     name: str, axes: str, tokens: list[int] | None, heads: Any, neurons: Any
 ) -> dict[int, list[int] | int | Sequence[int]]:
     """Return what is chosen along which axis of an activation."""
-    own = axes.split()
-    found: dict[int, Any] = {}
-    wanted = ((tokens, ("pos", "query_pos"), "pos"), (heads, ("head",), "heads"), (neurons, (own[-1],), "neurons"))
-    for given, kinds, what in wanted:
-        if given is None:
+    names = axes.split()
+    index: dict[int, Any] = {}
+    choices = ((tokens, ("pos", "query_pos"), "pos"), (heads, ("head",), "heads"), (neurons, (names[-1],), "neurons"))
+    for choice, kinds, what in choices:
+        if choice is None:
             continue
-        at = next((own.index(kind) for kind in kinds if kind in own), None)
+        at = next((names.index(kind) for kind in kinds if kind in names), None)
         if at is None:
             raise InputError(f"{name} ({axes}) has no axis for {what}=.")
-        found[at] = given
-    return found
+        index[at] = choice
+    return index
 
 
-def _replaced(x: Tensor, chosen: dict[int, Any], value: Tensor) -> Tensor:
+def _replaced(x: Tensor, indices: dict[int, Any], value: Tensor) -> Tensor:
     """Return ``x`` with ``value`` at the chosen places, and everywhere if none are chosen."""
     keep = torch.ones((), dtype=torch.bool, device=x.device)
-    for axis, given in chosen.items():
+    for axis, numbers in indices.items():
         on = torch.zeros(x.shape[axis], dtype=torch.bool, device=x.device)
-        on[positions_of(given, x.shape[axis])] = True
+        on[positions_of(numbers, x.shape[axis])] = True
         keep = keep & on.view([-1 if each == axis else 1 for each in range(x.ndim)])
     return torch.where(keep, value.expand_as(x), x)

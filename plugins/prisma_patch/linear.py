@@ -17,14 +17,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from prisma_lens.metrics import MetricLike, as_metric
+from prisma_lens.metrics import MetricLike, as_inputs, as_metric
 from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, Result
 from prisma_core.plugin import Query, layer_of
 from prisma_patch.passes import Inputs
 from prisma_patch.patching import SHORT
-from prisma_patch.places import as_inputs
 
 
 def attribution_patch(
@@ -62,14 +61,14 @@ def attribution_patch(
             raise InputError(f"{name} is {list(a.shape)} in the clean run and {list(b.shape)} in the other.")
         difference = b - a
         gradient = ours.grad[name] if not steps else _integrated(model, as_inputs(clean), measure, name, a, b, steps)
-        own = points[name].axes.split()
-        kept = [axis for axis in axes if axis != "layer"]
-        if lacking := [axis for axis in kept if axis not in own]:
+        names_of_axes = points[name].axes.split()
+        swept = [axis for axis in axes if axis != "layer"]
+        if lacking := [axis for axis in swept if axis not in names_of_axes]:
             raise InputError(f"{name} ({points[name].axes}) has no axis {lacking[0]!r}.")
-        gone = [at for at, axis in enumerate(own) if axis not in (*kept, "batch")]
+        gone = [at for at, axis in enumerate(names_of_axes) if axis not in (*swept, "batch")]
         effect = (difference * gradient).sum(gone) if gone else difference * gradient
-        there = [axis for axis in own if axis in (*kept, "batch")]
-        parts.append(effect.permute(*(there.index(axis) for axis in (*kept, "batch"))))
+        there = [axis for axis in names_of_axes if axis in (*swept, "batch")]
+        parts.append(effect.permute(*(there.index(axis) for axis in (*swept, "batch"))))
     stacked = torch.stack(parts)
     if "layer" not in axes:
         if len(names) > 1:

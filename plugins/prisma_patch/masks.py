@@ -124,16 +124,16 @@ def _masked(
     if not every:
         raise NotApplicable("This model has no attention scores [query_pos key_pos] to mask.")
     n = 1 + max(layer_of(name) or 0 for name in every)
-    wanted = positions_of(layers, n)
-    names = [name for name in every if layer_of(name) in wanted]
+    layers_cut = positions_of(layers, n)
+    names = [name for name in every if layer_of(name) in layers_cut]
 
     def on(x: Tensor) -> Tensor:
         mask = hidden(x.shape[-2], x.shape[-1]).to(x.device)
         if heads is None:
             return mask.expand_as(x)
-        chosen = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
-        chosen[positions_of(heads, x.shape[1])] = True
-        return (mask & chosen[:, None, None]).expand_as(x)
+        rows = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
+        rows[positions_of(heads, x.shape[1])] = True
+        return (mask & rows[:, None, None]).expand_as(x)
 
     def scores(x: Tensor, at: HookContext) -> Tensor:
         return x.masked_fill(on(x), -torch.inf)

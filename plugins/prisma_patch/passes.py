@@ -244,8 +244,8 @@ class DualPasses(Passes):
         prefix = _side(variants[0].name)
         if prefix in self.towers:
             inner = [replace(each, name=each.name.removeprefix(prefix)) for each in variants]
-            made = self.towers[prefix].run(inner)
-            seen, read = (made, read) if prefix == "vision." else (seen, made)
+            output = self.towers[prefix].run(inner)
+            seen, read = (output, read) if prefix == "vision." else (seen, output)
             return list(self.model.compare(seen, read).split(*((n_images, 0) if prefix == "vision." else (n_texts, 1))))
         return [self._compared(variant) for variant in variants]
 

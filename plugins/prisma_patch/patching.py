@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from prisma_lens.metrics import MetricLike, as_metric
+from prisma_lens.metrics import MetricLike, as_inputs, as_metric
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, NotApplicable, Result
 from prisma_core.plugin import Query, layer_of
 from prisma_patch.passes import Inputs, Variant, passes_of
-from prisma_patch.places import Places, Positions, Region, as_inputs, block_of, check_reach
+from prisma_patch.places import Places, Positions, Region, block_of, check_reach
 from prisma_patch.sweeps import run
 
 Other: TypeAlias = "Tensor | tuple[Tensor, ...] | Literal['zero', 'mean', 'resample']"
@@ -153,9 +153,9 @@ def _sources(
             raise InputError(f"Expected other images, 'zero', 'mean' or 'resample', got {other!r}.")
         if other == "zero":
             return {}
-        given = as_inputs(reference) if reference is not None else inputs
+        sources = as_inputs(reference) if reference is not None else inputs
         with torch.no_grad():
-            _, cache = model.run_with_cache(*given, names=list(names), output=False)
+            _, cache = model.run_with_cache(*sources, names=list(names), output=False)
         if other == "mean":
             return {name: x.mean(0, keepdim=True) for name, x in cache.items()}
         n = inputs[0].shape[0]
@@ -163,7 +163,7 @@ def _sources(
             raise InputError(
                 "Resampling takes activations of other images of the batch: give two or more, or reference=."
             )
-        rows = [(at + 1) % given[0].shape[0] for at in range(n)]
+        rows = [(at + 1) % sources[0].shape[0] for at in range(n)]
         return {name: x[rows] for name, x in cache.items()}
     theirs = as_inputs(other)
     if theirs[0].shape[0] not in (1, inputs[0].shape[0]):

@@ -16,13 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from prisma_lens.metrics import MetricLike, as_metric
+from prisma_lens.metrics import MetricLike, as_inputs, as_metric
 from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, Result
 from prisma_core.plugin import Query, layer_of, positions_of
 from prisma_patch.passes import Inputs
-from prisma_patch.places import Positions, as_inputs, token_positions
+from prisma_patch.places import Positions, token_positions
 
 FROZEN = ("attn.hook_z", "hook_mlp_out")
 
@@ -69,12 +69,12 @@ def path_patch(
     frozen = [name for name in frozen if name not in (*senders, *open_names, *targets)]
     with torch.no_grad():
         output, held = model.run_with_cache(*ours, names=[*frozen, *senders, *targets])
-        _, given = model.run_with_cache(*theirs, names=senders, output=False)
+        _, cache = model.run_with_cache(*theirs, names=senders, output=False)
     base = measure(output)
     tokens = token_positions(model.layout_for(*ours), pos)
 
     def send(x: Tensor, at: HookContext) -> Tensor:
-        return _mixed(model, at.name, x, given[at.name].to(x), heads, tokens)
+        return _mixed(model, at.name, x, cache[at.name].to(x), heads, tokens)
 
     def hold(x: Tensor, at: HookContext) -> Tensor:
         return held[at.name].to(x)

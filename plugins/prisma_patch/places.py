@@ -6,19 +6,12 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 
 from prisma_core import HookedModel, InputError, NotApplicable, TokenLayout
 from prisma_core.plugin import layer_of, positions_of
-from prisma_patch.passes import Inputs
 
 Positions: TypeAlias = "int | slice | Sequence[int] | str | None"
 Region: TypeAlias = "tuple[int | slice, int | slice] | None"
-
-
-def as_inputs(given: Tensor | Inputs) -> Inputs:
-    """Return a model's inputs as a tuple."""
-    return (given,) if isinstance(given, Tensor) else tuple(given)
 
 
 def token_positions(layout: TokenLayout | None, pos: Positions) -> list[int] | None:
@@ -32,10 +25,10 @@ def token_positions(layout: TokenLayout | None, pos: Positions) -> list[int] | N
     if isinstance(pos, str):
         if layout is None:
             raise InputError(f"This model has no token layout, so pos={pos!r} means nothing; give positions.")
-        chosen = list(range(layout.n_tokens))[layout.slice(pos)]
-        if not chosen:
+        positions = list(range(layout.n_tokens))[layout.slice(pos)]
+        if not positions:
             raise InputError(f"This model has no {pos} tokens; its tokens are {layout!r}.")
-        return chosen
+        return positions
     if isinstance(pos, slice):
         if layout is None:
             raise InputError("A slice of positions needs the number of tokens, which this model does not know.")
@@ -87,39 +80,41 @@ class Places:
             self._check(name, pos)
 
     def _check(self, name: str, pos: Positions) -> None:
-        own, said = set(self.axes[name]), " ".join(self.axes[name])
-        grid = {"row", "column"} <= own
+        names, text = set(self.axes[name]), " ".join(self.axes[name])
+        grid = {"row", "column"} <= names
         for axis in self.swept:
             if self._own(name, axis) is None:
-                raise InputError(f"{name} ({said}) has no axis {axis!r} to sweep over.")
-        if pos is not None and not {"pos", "query_pos"} & own:
+                raise InputError(f"{name} ({text}) has no axis {axis!r} to sweep over.")
+        if pos is not None and not {"pos", "query_pos"} & names:
             instead = "give region=(rows, columns) instead" if grid else "leave pos out"
-            raise InputError(f"{name} ({said}) has no positions to choose from; {instead}.")
-        if self.heads is not None and "head" not in own:
-            raise InputError(f"{name} ({said}) has no axis 'head', so there are no heads to choose.")
+            raise InputError(f"{name} ({text}) has no positions to choose from; {instead}.")
+        if self.heads is not None and "head" not in names:
+            raise InputError(f"{name} ({text}) has no axis 'head', so there are no heads to choose.")
         if self.region is None:
             return
-        given: object = self.region
-        if not (isinstance(given, tuple) and len(given) == 2 and all(isinstance(each, int | slice) for each in given)):
-            raise InputError(f"Expected region=(rows, columns), each a number or a slice, got {given!r}.")
+        region: object = self.region
+        if not (
+            isinstance(region, tuple) and len(region) == 2 and all(isinstance(each, int | slice) for each in region)
+        ):
+            raise InputError(f"Expected region=(rows, columns), each a number or a slice, got {region!r}.")
         if not grid:
-            instead = "give pos= instead" if {"pos", "query_pos"} & own else "leave region out"
-            raise InputError(f"{name} ({said}) has no rows and columns to choose from; {instead}.")
+            instead = "give pos= instead" if {"pos", "query_pos"} & names else "leave region out"
+            raise InputError(f"{name} ({text}) has no rows and columns to choose from; {instead}.")
 
     def _own(self, name: str, axis: str) -> str | None:
         """The axis of an activation that is meant: the queries' where tokens have two."""
-        own = self.axes[name]
-        return axis if axis in own else "query_pos" if axis == "pos" and "query_pos" in own else None
+        names = self.axes[name]
+        return axis if axis in names else "query_pos" if axis == "pos" and "query_pos" in names else None
 
     def _chosen(self, name: str, axis: str, size: int) -> list[int]:
-        given = self.tokens if axis in ("pos", "query_pos") else self.heads if axis == "head" else None
-        return list(range(size)) if given is None else positions_of(given, size)
+        choice = self.tokens if axis in ("pos", "query_pos") else self.heads if axis == "head" else None
+        return list(range(size)) if choice is None else positions_of(choice, size)
 
     def parts(self, name: str, shape: Sequence[int]) -> list[list[int]]:
         """Return the places along each swept axis of an activation."""
         sizes = dict(zip(self.axes[name], shape, strict=True))
-        own = [str(self._own(name, axis)) for axis in self.swept]
-        return [self._chosen(name, axis, sizes[axis]) for axis in own]
+        axes_swept = [str(self._own(name, axis)) for axis in self.swept]
+        return [self._chosen(name, axis, sizes[axis]) for axis in axes_swept]
 
     def index(self, name: str, chosen: Sequence[int]) -> tuple[Any, ...]:
         """Return the index into an activation of one variant."""
@@ -138,19 +133,19 @@ class Places:
         """Return a label for each place of each swept axis."""
         first, blocks = names[0], list(dict.fromkeys(block_of(name) for name in names))
         plain = all(block.startswith("blocks.") for block in blocks)
-        found = {"layer": tuple(f"L{block.removeprefix('blocks.')}" if plain else block for block in blocks)}
+        labels = {"layer": tuple(f"L{block.removeprefix('blocks.')}" if plain else block for block in blocks)}
         for axis, chosen in zip(self.swept, self.parts(first, shapes[first].shape), strict=True):
             tokens = self.layout.token_names() if self.layout is not None else []
-            own = self._own(first, axis)
+            axis_name = self._own(first, axis)
             if (
-                own in ("pos", "query_pos", "key_pos")
-                and len(tokens) == shapes[first].shape[self.axes[first].index(own)]
+                axis_name in ("pos", "query_pos", "key_pos")
+                and len(tokens) == shapes[first].shape[self.axes[first].index(axis_name)]
             ):
-                found[axis] = tuple(tokens[each] for each in chosen)
+                labels[axis] = tuple(tokens[each] for each in chosen)
             else:
                 every = chosen if axis != "head" or len(chosen) == n_heads else range(n_heads)
-                found[axis] = tuple(f"H{each}" if axis == "head" else str(each) for each in every)
-        return found
+                labels[axis] = tuple(f"H{each}" if axis == "head" else str(each) for each in every)
+        return labels
 
 
 def block_of(name: str) -> str:

@@ -70,19 +70,19 @@ def run(
     """Return the metric under each variant (see ``sweep``), with passes that stand already."""
     groups = [passes.group(variant.name) for variant in variants]
     effects: dict[int, Tensor] = {}
-    kept = None
+    store = None
     with torch.no_grad():
         if resume is not None:
-            kept = _Kept(Path(resume), variants, passes.inputs, metric(passes.clean()))
-            effects = kept.read()
+            store = _Kept(Path(resume), variants, passes.inputs, metric(passes.clean()))
+            effects = store.read()
         order = sorted((at for at in range(len(variants)) if at not in effects), key=lambda at: (groups[at], at))
         batches = list(_batches(order, groups, max(1, batch_size // passes.inputs[0].shape[0])))
         shown = sys.stderr.isatty() and len(batches) > 20 if progress is None else progress
         for members in bar(batches, "Sweeping", shown):
             outputs = passes.outputs([variants[at] for at in members])
             effects |= dict(zip(members, map(metric, outputs), strict=True))
-            if kept is not None:
-                kept.write(effects)
+            if store is not None:
+                store.write(effects)
     return torch.stack([effects[at] for at in range(len(variants))])
 
 

@@ -16,14 +16,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from prisma_lens.metrics import Class, class_of, logit_difference
+from prisma_lens.metrics import Class, as_inputs, class_of, logit_difference
 from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, NotApplicable, Result
 from prisma_core.plugin import Query, layer_of
 from prisma_patch.passes import Inputs
 from prisma_patch.patching import activation_patch
-from prisma_patch.places import Positions, as_inputs, token_positions
+from prisma_patch.places import Positions, token_positions
 
 
 @dataclass(frozen=True)

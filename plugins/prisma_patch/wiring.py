@@ -101,8 +101,8 @@ class Graph:
 
         with torch.enable_grad():
             output = self.model.run_with_hooks(clean, hooks=self._hooks(moved, start, lambda written, at: written))
-            found = torch.autograd.grad(measure(output).sum(), list(zeros.values()))
-        return dict(zip(zeros, found, strict=True))
+            gradients = torch.autograd.grad(measure(output).sum(), list(zeros.values()))
+        return dict(zip(zeros, gradients, strict=True))
 
     @torch.no_grad()
     def run(self, circuit: Circuit, clean: Tensor, theirs: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def registers(
         )
     preprocess = loaded.preprocess if isinstance(loaded, HookedDual) else model.preprocess
     if not preprocess:
-        raise InputError("This model does not know how to read pictures.")
+        raise InputError("This model does not know how to read images.")
     batch = preprocess(images)
     norms = token_norms(model, batch, progress=status.is_terminal)
     keys = next((kind for kind in ("registers", "cls") if _any(norms.layout, kind)), None)
@@ -49,10 +49,10 @@ def registers(
     out = Console(highlight=False)
     out.print(_table(norms.by_layer(cutoff=cutoff), norms.layout, shares, keys))
     first = norms.first_layer(cutoff=cutoff)
-    said = "no patch is an outlier" if first is None else f"patches are outliers from layer {first} on"
+    text = "no patch is an outlier" if first is None else f"patches are outliers from layer {first} on"
     kind = "picture" if model.spec.n_frames is None else "video"
     pictures = f"1 {kind}" if len(batch) == 1 else f"{len(batch)} {kind}s"
-    out.print(f"{pictures}, {norms.layout.registers} registers: {said}.")
+    out.print(f"{pictures}, {norms.layout.registers} registers: {text}.")
     if not pretrained:
         out.print("These weights are random: the norms say nothing about a trained model.", style="yellow")
 
@@ -70,12 +70,12 @@ def _table(rows: list[LayerNorms], layout: prisma.TokenLayout, shares: torch.Ten
     if keys:
         table.add_column(f"attention of patches to {keys}", justify="right")
         table.add_column("most in head", justify="right")
-    table.add_column("outliers in most pictures", overflow="fold")
+    table.add_column("outliers in most images", overflow="fold")
     for row in rows:
         cells = [str(row.layer), f"{row.median:.1f}", f"{row.largest:.1f}", f"{row.outliers:.1%}"]
         if shares is not None:
-            own = shares[row.layer]
-            cells += [f"{float(own.mean()):.1%}", f"{int(own.argmax())} ({float(own.max()):.0%})"]
+            row_shares = shares[row.layer]
+            cells += [f"{float(row_shares.mean()):.1%}", f"{int(row_shares.argmax())} ({float(row_shares.max()):.0%})"]
         patches = [name for name in row.positions if name not in prefix]
         more = [f"{len(patches) - 6} patches more"] if len(patches) > 6 else []
         table.add_row(*cells, ", ".join([*patches[:6], *more, *(name for name in row.positions if name in prefix)]))

@@ -68,15 +68,15 @@ class TokenNorms:
 
     def first_layer(self, *, cutoff: float | None = None, factor: float | None = None) -> int | None:
         """Return the first layer at which a patch is an outlier, or None."""
-        found = self.outliers(cutoff=cutoff, factor=factor)[..., self.layout.slice("patches")].flatten(1).any(-1)
-        return int(found.int().argmax()) if bool(found.any()) else None
+        outliers = self.outliers(cutoff=cutoff, factor=factor)[..., self.layout.slice("patches")].flatten(1).any(-1)
+        return int(outliers.int().argmax()) if bool(outliers.any()) else None
 
     def by_layer(self, *, cutoff: float | None = None, factor: float | None = None) -> list[LayerNorms]:
         """Return one row a layer."""
-        found = self.outliers(cutoff=cutoff, factor=factor)
+        outliers = self.outliers(cutoff=cutoff, factor=factor)
         names, patches = self.layout.token_names(), self.layout.slice("patches")
         rows: list[LayerNorms] = []
-        for layer, (norms, outlying) in enumerate(zip(self.norms, found, strict=True)):
+        for layer, (norms, outlying) in enumerate(zip(self.norms, outliers, strict=True)):
             often = outlying.float().mean(0) > 0.5
             rows.append(
                 LayerNorms(
@@ -112,11 +112,11 @@ def token_norms(
     """
     check_vit(model)
     check_images(images)
-    found: list[Tensor] = []
+    norms: list[Tensor] = []
     for part in _batches(images, batch_size, progress, "norms"):
         _, cache = model.run_with_cache(part, names="resid_post", output=False)
-        found.append(torch.stack([cache["resid_post", layer].norm(dim=-1) for layer in range(len(model.blocks))]))
-    return TokenNorms(torch.cat(found, dim=1), model.layout_for(images))
+        norms.append(torch.stack([cache["resid_post", layer].norm(dim=-1) for layer in range(len(model.blocks))]))
+    return TokenNorms(torch.cat(norms, dim=1), model.layout_for(images))
 
 
 @torch.no_grad()
@@ -161,16 +161,16 @@ def attention_to(
 
 def _positions(layout: TokenLayout, tokens: Tokens) -> list[int]:
     if isinstance(tokens, str):
-        found = positions_of(layout.slice(tokens), layout.n_tokens)
-        if not found:
+        positions = positions_of(layout.slice(tokens), layout.n_tokens)
+        if not positions:
             raise NotApplicable(f"This model has no tokens of the kind {tokens!r}.")
-        return found
-    given = [tokens] if isinstance(tokens, int) else tokens if isinstance(tokens, Tensor) else list(tokens)
-    if not isinstance(given, Tensor) and any(not isinstance(each, int) or isinstance(each, bool) for each in given):
+        return positions
+    numbers = [tokens] if isinstance(tokens, int) else tokens if isinstance(tokens, Tensor) else list(tokens)
+    if not isinstance(numbers, Tensor) and any(not isinstance(each, int) or isinstance(each, bool) for each in numbers):
         raise InputError(f"Expected a subset of the tokens such as 'registers', or positions; got {tokens!r}.")
-    if not (found := list(dict.fromkeys(positions_of(given, layout.n_tokens)))):
+    if not (positions := list(dict.fromkeys(positions_of(numbers, layout.n_tokens)))):
         raise InputError("Expected at least one position to look at, got none.")
-    return found
+    return positions
 
 
 def check_outliers(cutoff: float | None, factor: float | None) -> None:
@@ -185,9 +185,9 @@ def check_outliers(cutoff: float | None, factor: float | None) -> None:
             "counts medians of norms."
         )
     for name, value in (("cutoff", cutoff), ("factor", factor)):
-        given = cast("object", value)
-        if given is not None and (not isinstance(given, int | float) or not given > 0):
-            raise InputError(f"Expected a {name} above 0, for norms are; got {given!r}.")
+        number = cast("object", value)
+        if number is not None and (not isinstance(number, int | float) or not number > 0):
+            raise InputError(f"Expected a {name} above 0, for norms are; got {number!r}.")
 
 
 def check_images(images: object) -> None:
@@ -199,7 +199,7 @@ def check_images(images: object) -> None:
     if not isinstance(images, Tensor):
         raise InputError(
             f"Expected images as a tensor [batch channel height width], got {type(images).__name__}. "
-            "model.preprocess makes one of pictures and paths."
+            "model.preprocess makes one of images and paths."
         )
     if not len(images):
         raise InputError("Expected at least one image [batch channel height width], got none.")

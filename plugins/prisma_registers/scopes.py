@@ -124,29 +124,29 @@ def registers_at_test_time(model: HookedViT, neurons: Iterable[Neuron], n: int =
     check_vit(model)
     by_layer: dict[int, list[int]] = {}
     for neuron in _neurons(neurons):
-        layer, own = _checked(model, neuron)
-        by_layer.setdefault(layer, []).append(own)
+        layer, index = _checked(model, neuron)
+        by_layer.setdefault(layer, []).append(index)
     if not by_layer:
         raise InputError("Expected at least one neuron to move, got none: register_neurons(model, images) finds some.")
     first = model.layout.n_prefix
     yield _wider(
         model,
         n,
-        moves=[Move(layer, tuple(dict.fromkeys(own)), first, first + n) for layer, own in by_layer.items()],
+        moves=[Move(layer, tuple(dict.fromkeys(index)), first, first + n) for layer, index in by_layer.items()],
     )
 
 
 def _neurons(given: object) -> list[Neuron]:
     listed = list(cast("Iterable[object]", given)) if isinstance(given, Iterable) else [given]
-    found = [each for each in listed if isinstance(each, Neuron)]
-    if isinstance(given, Neuron) or len(found) < len(listed):
+    neurons = [each for each in listed if isinstance(each, Neuron)]
+    if isinstance(given, Neuron) or len(neurons) < len(listed):
         what = next((each for each in listed if not isinstance(each, Neuron)), None)
         came = "one by itself" if isinstance(given, Neuron) else repr(what)
         raise InputError(
             f"Expected neurons as a list such as [Neuron(layer=5, index=12)], got {came}. "
             "register_neurons(model, images) finds some."
         )
-    return found
+    return neurons
 
 
 def _checked(model: HookedViT, neuron: Neuron) -> tuple[int, int]:
@@ -191,9 +191,9 @@ def _resized(model: HookedViT, drop: range, added: Tensor | None, moves: Iterabl
         update={"layout": layout.model_copy(update={"registers": layout.registers - len(drop) + n})}
     )
     with torch.device("meta"):
-        made = MovingViT(spec, moved) if moved else HookedViT(spec)
+        resized = MovingViT(spec, moved) if moved else HookedViT(spec)
     if spec.embed.stem == "opaque":
-        made.embed.stem = model.embed.stem
+        resized.embed.stem = model.embed.stem
     tensors = tensors_of(model)
     if added is not None:
         tensors.setdefault("embed.prefix", added[:0])
@@ -205,18 +205,18 @@ def _resized(model: HookedViT, drop: range, added: Tensor | None, moves: Iterabl
             tensors[name] = _rows(tensor, _ROWS[name], drop, layout.n_prefix, n, fill)
     if added is not None:
         tensors["embed.prefix"] = torch.cat([tensors["embed.prefix"][: layout.n_prefix], added])
-    kept = tensors_of(made)
-    assign(made, {name: tensor for name, tensor in tensors.items() if name in kept})
-    made.preprocess, made.labels, made.reference = model.preprocess, model.labels, model.reference
-    return made.train(model.training)
+    kept = tensors_of(resized)
+    assign(resized, {name: tensor for name, tensor in tensors.items() if name in kept})
+    resized.preprocess, resized.labels, resized.reference = model.preprocess, model.labels, model.reference
+    return resized.train(model.training)
 
 
 def _rows(tensor: Tensor, axis: int, drop: range, n_prefix: int, n: int, fill: float) -> Tensor:
     """Return a table with the rows of some prefix tokens dropped and ``n`` rows put in behind the prefix."""
     tensor = tensor.detach()
     rest = [row for row in range(n_prefix) if row not in drop]
-    kept = torch.tensor(rest, dtype=torch.long, device=tensor.device)
-    prefix = tensor.narrow(axis, 0, n_prefix).index_select(axis, kept)
+    index = torch.tensor(rest, dtype=torch.long, device=tensor.device)
+    prefix = tensor.narrow(axis, 0, n_prefix).index_select(axis, index)
     shape = list(tensor.shape)
     shape[axis] = n
     patches = tensor.narrow(axis, n_prefix, tensor.shape[axis] - n_prefix)

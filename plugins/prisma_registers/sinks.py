@@ -82,10 +82,10 @@ def register_neurons(
             both = torch.stack([acts[mask].sum(0), acts[~mask].sum(0)])
             sums[name] = sums.get(name, 0) + both
     counts = torch.stack([outlying.sum(), (~outlying).sum()]).clamp(min=1)
-    found = [
+    candidates = [
         Neuron(int(name.split(".")[1]), index, float(means[0, index]), float(means[1, index]))
         for name, total in sums.items()
         for means in [total / counts.to(total.device)[:, None]]
         for index in means[0].topk(min(top, means.shape[1])).indices.tolist()
     ]
-    return sorted(found, key=lambda neuron: -neuron.score)[:top]
+    return sorted(candidates, key=lambda neuron: -neuron.score)[:top]

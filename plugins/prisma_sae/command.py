@@ -107,11 +107,16 @@ def trained(
     kind: Annotated[str, typer.Option(help="topk, batchtopk, jumprelu, matryoshka or archetypal.")] = "topk",
     d_sae: Annotated[int | None, typer.Option(help="Features.", show_default="8 times the width")] = None,
     k: Annotated[int, typer.Option(help="Features on at once.")] = 16,
-    tokens: Annotated[str, typer.Option(help="all, cls or patches.")] = "all",
+    tokens: Annotated[
+        str | None, typer.Option(help="all, cls or patches.", show_default="all, or those of the harvest")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Batches to train on.")] = 1000,
     batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 1024,
     lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 1e-3,
     seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
+    resume: Annotated[
+        Path | None, typer.Option(help="A .pt file that keeps the training so far; go on from it.")
+    ] = None,
 ) -> None:
     """Train a coder on a model's activations, and write it in SAELens' layout.
 
@@ -124,10 +129,12 @@ def trained(
     from prisma_sae.training import TrainConfig, library, train
 
     library()  # before anything long
-    if tokens not in ("all", "cls", "patches"):
+    if tokens not in (None, "all", "cls", "patches"):
         raise InputError(f"Expected tokens all, cls or patches, got {tokens!r}.")
     subject = _model(model)
-    rows = _rows(subject, model, hook, images, harvest, tokens, batch, seed)
+    acts = None if harvest is None else _harvest(harvest, subject, model, tokens)
+    tokens = tokens or (acts.manifest.pos if acts is not None else None) or "all"
+    rows = _rows(subject, model, hook, images, acts, tokens, batch, seed)
     first = next(rows)
     try:
         config = TrainConfig(kind=kind, d_sae=d_sae or 8 * first.shape[1], k=k, lr=lr, seed=seed)  # type: ignore[arg-type]
@@ -142,7 +149,7 @@ def trained(
         def shown(step: int, losses: Any) -> None:
             bar.update(line, completed=step, description=f"{kind}  loss {losses['']:.4g}")
 
-        coder = train(_with_first(first, rows), config, steps=steps, about=about, progress=shown)
+        coder = train(_with_first(first, rows), config, steps=steps, about=about, progress=shown, resume=resume)
     folder = save(coder, out)
     screen.note("Written", f"to {folder}. Measure it: prisma sae eval {folder}", style="green")
 
@@ -226,30 +233,48 @@ def _batches(model: Any, reference: str, images: list[Path] | None, n: int, batc
     return made(), len(files)
 
 
+def _harvest(path: Path, model: Any, reference: str, tokens: str | None) -> Any:
+    """Return a harvest, open, if it is of this model and of these tokens."""
+    import importlib
+
+    from prisma_core import InputError, PluginError
+    from prisma_sae.binding import model_digest
+
+    try:
+        acts = importlib.import_module("prisma_harvest").open_harvest(path)
+    except ImportError as error:
+        raise PluginError("Reading a harvest needs prisma_harvest, which is not installed.") from error
+    manifest = acts.manifest
+    if manifest.model.weights != model_digest(model):
+        raise InputError(f"{acts.path} is of {manifest.model.reference}, whose weights are not those of {reference}.")
+    read = "all" if manifest.pos is None else manifest.pos
+    if read not in ("all", "cls", "patches") or tokens not in (None, read):
+        raise InputError(f"{acts.path} holds the tokens {read!r}; asked for: {tokens or 'all, cls or patches'}.")
+    return acts
+
+
 def _rows(
     model: Any,
     reference: str,
     hook: str,
     images: list[Path] | None,
-    harvest: Path | None,
+    harvest: Any,
     tokens: str,
     batch: int,
     seed: int,
 ) -> Any:
     """Yield rows without an end: of a harvest, of files again and again, or of samples."""
-    import importlib
     import itertools
 
-    from prisma_core import PluginError
+    from prisma_core import InputError
     from prisma_sae.rows import activation_rows
 
-    if harvest is not None:
-        try:
-            opened = importlib.import_module("prisma_harvest").open_harvest(harvest)
-        except ImportError as error:
-            raise PluginError("Reading a harvest needs prisma_harvest, which is not installed.") from error
-        for round_ in itertools.count(seed):
-            yield from opened.rows(hook, batch, shuffle=True, seed=round_, drop_last=True)
+    for round_ in itertools.count(seed) if harvest is not None else ():
+        one = None
+        for one in harvest.rows(hook, batch, shuffle=True, seed=round_, drop_last=True):
+            yield one
+        if one is None:
+            raise InputError(f"{harvest.path} holds fewer than {batch} rows of {hook}: give a smaller --batch.")
     files, size = _files(images or []), 16
 
     def inputs(index: int) -> Any:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from prisma_core import InputError, PluginError
 from prisma_core.plugin import Facts
+from prisma_sae.checkpoint import Checkpoint
 from prisma_sae.coder import CoderFacts, SparseCoder
 from prisma_sae.formats import overcomplete as reader
 
@@ -66,6 +67,7 @@ def train(
     steps: int,
     about: Mapping[str, Any] | None = None,
     progress: Callable[[int, Mapping[str, float]], None] | None = None,
+    resume: str | Path | None = None,
 ) -> Any:
     """Train a coder, or several from one read of the rows; on the device where the rows are.
 
@@ -79,12 +81,15 @@ def train(
         steps: batches to train on; rows behind them are not read.
         about: facts of the coder: ``model``, ``weights``, ``hook``, ``tokens``.
         progress: called after each step with its number and the losses by name.
+        resume: a ``.pt`` file that keeps coders and optimisers so far; the same call goes on from it, to the same
+            coders. Rows of steps that were taken are read and passed over, so they have to come in the same order.
 
     Returns:
         A coder, or coders by name.
 
     Raises:
         InputError: there are fewer batches than steps, or they are not ``[row d]`` of finite numbers.
+        LoadError: the file to resume from is damaged, or of another training or other rows.
         PluginError: overcomplete is not installed.
     """
     configs = {"": config} if isinstance(config, TrainConfig) else dict(config)
@@ -96,8 +101,16 @@ def train(
     while sum(map(len, first)) < needed and len(first) < steps:
         first.append(next(batches))
     runs = {name: _Run(each, torch.cat(first), steps) for name, each in configs.items()}
+    kept = None if resume is None else Checkpoint(Path(resume), configs, steps, first[0])
+    done = 0 if kept is None else kept.read(runs)
     for step, batch in enumerate(chain(first, batches), start=1):
+        if step <= done:
+            if kept is not None and step == done:
+                kept.compare(batch)
+            continue
         losses = {name: run.step(batch) for name, run in runs.items()}
+        if kept is not None:
+            kept.write(runs, step, batch)
         if progress is not None:
             progress(step, losses)
     coders = {name: run.coder(about or {}) for name, run in runs.items()}
@@ -178,6 +191,25 @@ class _Run:
             return (x - output).square().mean() + (0.3 if penalty is None else penalty) * sparsity
         losses = importlib.import_module("overcomplete.sae.losses")
         return losses.top_k_auxiliary_loss(x, output, before, codes, dictionary, 0.1 if penalty is None else penalty)
+
+    def state(self) -> dict[str, Any]:
+        """Return all that the next step depends on; overcomplete keeps thresholds beside its state dict."""
+        parts = {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}
+        return {name: part.state_dict() for name, part in parts.items()} | {"beside": dict(self._beside())}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go back to a state."""
+        for name in ("model", "optimizer", "schedule"):
+            getattr(self, name).load_state_dict(state[name])
+        for name, value in state["beside"].items():
+            path, _, attribute = name.rpartition("/")
+            setattr(self.model.get_submodule(path), attribute, value)
+
+    def _beside(self) -> Iterator[tuple[str, Any]]:
+        for path, module in self.model.named_modules():
+            for name, value in vars(module).items():
+                if name != "training" and isinstance(value, Tensor | int | float | None):
+                    yield f"{path}/{name}", value
 
     def coder(self, about: Mapping[str, Any]) -> SparseCoder:
         """Return the trained coder, with the standardisation inside its weights."""

@@ -13,13 +13,13 @@ from prisma_core.plugin import (
     InputError,
     Loaded,
     ModelInfo,
-    Refusal,
     Source,
     UnknownName,
     check_shapes,
     read_checkpoint,
     suggest,
 )
+from prisma_timm.adapters import adapters
 from prisma_timm.preprocessing import preprocess
 
 
@@ -74,17 +74,14 @@ class TimmSource(Source):
 
     def loadable(self, rests: Collection[str]) -> Collection[str] | None:
         """Return those of a module that has a class some adapter takes; a few of them ``load`` refuses in words."""
-        from prisma_timm import prisma_adapters
         from prisma_timm.cases import adapted_names, types_of
 
-        adapters = [adapter for adapter in prisma_adapters() if not isinstance(adapter, Refusal)]
-        return set(adapted_names(types_of(adapters))) & set(rests)
+        return set(adapted_names(types_of(adapters()))) & set(rests)
 
     def case(self, rest: str) -> Case | None:
-        from prisma_timm import prisma_adapters
         from prisma_timm.cases import case, types_of
 
-        return case(rest, types_of(prisma_adapters()))
+        return case(rest, types_of(adapters()))
 
 
 def _check_name(reference: str) -> None:

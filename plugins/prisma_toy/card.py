@@ -13,7 +13,7 @@ import prisma_core as prisma
 from prisma_toy import checkpoints
 from prisma_toy.config import Config
 from prisma_toy.measure import Score, held_out
-from prisma_toy.tasks import Task
+from prisma_toy.task import Task
 from prisma_toy.training import Trainer
 
 MODEL, CARD = "model", "card.md"
@@ -55,8 +55,8 @@ def measured(trainer: Trainer) -> str | None:
     if trainer.step < trainer.config.steps or not card.is_file():
         return None
     lines = card.read_text(encoding="utf-8").splitlines()
-    found = next((line for line in lines if line.startswith(_HELD_OUT)), None)
-    return found and found.removeprefix(_HELD_OUT).partition("), ")[0] + ")"
+    line_held_out = next((line for line in lines if line.startswith(_HELD_OUT)), None)
+    return line_held_out and line_held_out.removeprefix(_HELD_OUT).partition("), ")[0] + ")"
 
 
 def _length(trainer: Trainer) -> str:

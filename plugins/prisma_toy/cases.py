@@ -26,7 +26,7 @@ def cases() -> list[Case]:
 
 def shapes(*, layers: int = 2, mlp: bool = True, norms: bool = False, token: bool = True) -> dict[str, torch.Size]:
     """Return the names and shapes of a file's tensors."""
-    found: dict[str, tuple[int, ...]] = {
+    sizes: dict[str, tuple[int, ...]] = {
         "cls_token": (1, 1, WIDTH),
         "embed.proj.weight": (WIDTH, CHANNELS, PATCH, PATCH),
         "embed.proj.bias": (WIDTH,),
@@ -37,13 +37,13 @@ def shapes(*, layers: int = 2, mlp: bool = True, norms: bool = False, token: boo
     placed = ["ln_pre", "ln_final"]
     for layer in range(layers):
         block = f"blocks.{layer}"
-        found |= {f"{block}.attn.W_{part}": (HEADS, WIDTH, D_HEAD) for part in "QKV"}
-        found |= {f"{block}.attn.b_{part}": (HEADS, D_HEAD) for part in "QKV"}
-        found |= {f"{block}.attn.W_O": (HEADS, D_HEAD, WIDTH), f"{block}.attn.b_O": (WIDTH,)}
+        sizes |= {f"{block}.attn.W_{part}": (HEADS, WIDTH, D_HEAD) for part in "QKV"}
+        sizes |= {f"{block}.attn.b_{part}": (HEADS, D_HEAD) for part in "QKV"}
+        sizes |= {f"{block}.attn.W_O": (HEADS, D_HEAD, WIDTH), f"{block}.attn.b_O": (WIDTH,)}
         placed += [f"{block}.ln1", *([f"{block}.ln2"] if mlp else [])]
         if mlp:
-            found |= {f"{block}.mlp.W_in": (WIDTH, D_MLP), f"{block}.mlp.b_in": (D_MLP,)}
-            found |= {f"{block}.mlp.W_out": (D_MLP, WIDTH), f"{block}.mlp.b_out": (WIDTH,)}
+            sizes |= {f"{block}.mlp.W_in": (WIDTH, D_MLP), f"{block}.mlp.b_in": (D_MLP,)}
+            sizes |= {f"{block}.mlp.W_out": (D_MLP, WIDTH), f"{block}.mlp.b_out": (WIDTH,)}
     if norms:
-        found |= {f"{norm}.{part}": (WIDTH,) for norm in placed for part in "wb"}
-    return {name: torch.Size(shape) for name, shape in found.items()}
+        sizes |= {f"{norm}.{part}": (WIDTH,) for norm in placed for part in "wb"}
+    return {name: torch.Size(shape) for name, shape in sizes.items()}

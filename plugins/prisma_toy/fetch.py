@@ -28,7 +28,7 @@ def load(rest: str, *, pretrained: bool = True, **options: Any) -> Loaded:
     """Return a published toy.
 
     Args:
-        rest: ``FILE.pth``, ``published/OWNER/NAME`` (the checkpoint after the most pictures) or
+        rest: ``FILE.pth``, ``published/OWNER/NAME`` (the checkpoint after the most images) or
             ``published/OWNER/NAME@FILE.pth``.
         pretrained: False draws the weights at random; the shapes are those of a file that is here already.
         options: fields of ``Options``; without ``mean`` and ``std``, which no file says, there is no ``preprocess``.
@@ -38,13 +38,13 @@ def load(rest: str, *, pretrained: bool = True, **options: Any) -> Loaded:
         UnknownName: no such repository.
         LoadError: it cannot be reached or read, or holds something else.
     """
-    given = read_options(Options, "toy:", options)
+    settings = read_options(Options, "toy:", options)
     path = _on_the_hub(rest, download=pretrained) if rest.startswith(PREFIX) else Path(rest)
-    model = published(read_checkpoint(path, given.key), given, path)
+    model = published(read_checkpoint(path, settings.key), settings, path)
     if not pretrained:
-        model = PublishedViT({name: tensor.shape for name, tensor in model.state_dict().items()}, given)
+        model = PublishedViT({name: tensor.shape for name, tensor in model.state_dict().items()}, settings)
     proj = model.embed.proj
-    if (pixels := given.normalisation(path, proj.in_channels)) is None:
+    if (pixels := settings.normalisation(path, proj.in_channels)) is None:
         return Loaded(model.eval())
     size = (model.side * proj.kernel_size[0], model.side * proj.kernel_size[1])
     facts = Preprocess(size=size, resize="squash", interpolation="bilinear", mean=pixels[0], std=pixels[1])
@@ -92,10 +92,10 @@ def _last(repository: str, reference: str) -> str:
         warnings.warn(f"{error} Of what the cache has, {last(here)} is taken; there may be later ones.", stacklevel=2)
         return last(here)
     listing = partial(HfApi().list_repo_files, repository)
-    found = [name for name in hub.asking(reference, listing) if name.endswith(ENDINGS)]
-    if not found:
+    files = [name for name in hub.asking(reference, listing) if name.endswith(ENDINGS)]
+    if not files:
         raise UnknownName(f"{reference}: no {', '.join(ENDINGS)} file in it.")
-    return last(found)
+    return last(files)
 
 
 def _here(repository: str) -> list[str]:

@@ -15,7 +15,7 @@ from prisma_toy import scenes
 from prisma_toy.model import normalise
 
 if TYPE_CHECKING:
-    from prisma_toy.tasks import Batch, Task
+    from prisma_toy.task import Batch, Task
 
 
 @dataclass(frozen=True)

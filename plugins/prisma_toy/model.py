@@ -25,7 +25,7 @@ from prisma_core.plugin import (
 
 if TYPE_CHECKING:
     from prisma_toy.config import Config
-    from prisma_toy.tasks import Task
+    from prisma_toy.task import Task
     from prisma_toy.words import Words
 
 EPS = 1e-5

@@ -5,46 +5,23 @@ The loop of training knows these three and nothing else of a task.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prisma_core import HookedDual, HookedViT, InputError, ZooModel
+from prisma_core import HookedDual, HookedViT, InputError
 from prisma_core.plugin import DualSpec, PoolSpec
 from prisma_toy.masking import hide, to_patches
 from prisma_toy.measure import patch_logits
 from prisma_toy.model import dual_model, normalise, pooling, text_spec, vision_model, vision_spec
+from prisma_toy.task import Batch, Objective, Task
 
 if TYPE_CHECKING:
     from prisma_toy.config import Config
-    from prisma_toy.tasks import Batch, Task
     from prisma_toy.words import Words
-
-
-class Objective(ABC):
-    """The model, the loss and the measure of a task.
-
-    Attributes:
-        measure: what ``score`` counts, in words that follow "held-out".
-    """
-
-    measure: ClassVar[str]
-
-    @abstractmethod
-    def model(self, task: Task, config: Config) -> ZooModel:
-        """Return the model to train, with the weights that training starts from."""
-
-    @abstractmethod
-    def loss(self, model: Any, batch: Batch, config: Config) -> tuple[Tensor, Tensor]:
-        """Return the loss of a batch, and the measure of each example: ``[]``, ``[batch]`` in 0..1."""
-
-    @abstractmethod
-    def score(self, model: Any, batch: Batch) -> Tensor:
-        """Return the measure of each example: ``[batch]`` in 0..1."""
 
 
 class Classify(Objective):

@@ -187,8 +187,8 @@ def published(tensors: Mapping[str, Tensor], options: Options, where: object) ->
     try:
         renamed = _as_hooked(tensors, options) if "position_embedding" in tensors else dict(tensors)
     except (KeyError, RuntimeError, ValueError) as error:  # a tensor that is not there, or of another shape
-        told = f"no {error.args[0]}" if isinstance(error, KeyError) else f"{error}"
-        raise LoadError(f"{where}: {told}, of the names of 2023. {INSTEAD}") from error
+        reason = f"no {error.args[0]}" if isinstance(error, KeyError) else f"{error}"
+        raise LoadError(f"{where}: {reason}, of the names of 2023. {INSTEAD}") from error
     if "head.weight" in renamed:  # once it was a plain linear layer
         renamed["head.W_H"] = renamed.pop("head.weight").mT
         renamed["head.b_H"] = renamed.pop("head.bias", torch.zeros(0))
@@ -229,7 +229,7 @@ def _recognise(shapes: Shapes) -> None:
             "Prisma project trained."
         )
     if len(shapes["embed.proj.weight"]) != 4:
-        raise LoadError("its patches are of videos; only those of pictures are read.")
+        raise LoadError("its patches are of videos; only those of images are read.")
 
 
 def _expected(model: PublishedViT) -> dict[str, torch.Size]:
@@ -240,7 +240,7 @@ def _expected(model: PublishedViT) -> dict[str, torch.Size]:
     }
     classes = model.head.W_H.shape[-1]
     fixed = {"W_O": (heads, d_head, width), "cls_token": (1, 1, width), "W_H": (width, classes), "b_H": (classes,)}
-    found: dict[str, torch.Size] = {}
+    shapes: dict[str, torch.Size] = {}
     for path, module in model.named_modules():
         d_mlp = module.W_in.shape[-1] if isinstance(module, Mlp) else 0
         inner = {"W_in": (width, d_mlp), "b_in": (d_mlp,), "W_out": (d_mlp, width)}
@@ -248,8 +248,8 @@ def _expected(model: PublishedViT) -> dict[str, torch.Size]:
             due = {**per_head, **fixed, **inner}.get(name)
             if due is None:  # one row a token or patch, or one number a channel
                 due = (*tensor.shape[:-1], width) if name != "weight" else (width, *tensor.shape[1:])
-            found[f"{path}.{name}".lstrip(".")] = torch.Size(due)
-    return found
+            shapes[f"{path}.{name}".lstrip(".")] = torch.Size(due)
+    return shapes
 
 
 def _as_hooked(tensors: Mapping[str, Tensor], options: Options) -> dict[str, Tensor]:

@@ -56,8 +56,8 @@ def related(model: HookedDual, n: int, *, unseen: bool, seed: int = SEED) -> Sco
     drawn = captions.draw(n, torch.Generator().manual_seed(seed), unseen=unseen, shapes=(2,))
     right: list[Tensor] = []
     for image, (one, two), relation in zip(drawn.image, drawn.things.tolist(), drawn.relation, strict=True):
-        said = [captions.caption(captions.THINGS[one], each, captions.THINGS[two]) for each in captions.RELATIONS]
-        right.append(model(normalise(image[None]), captions.WORDS(said)).argmax() == relation)
+        texts = [captions.caption(captions.THINGS[one], each, captions.THINGS[two]) for each in captions.RELATIONS]
+        right.append(model(normalise(image[None]), captions.WORDS(texts)).argmax() == relation)
     return _score(torch.stack(right))
 
 
@@ -107,8 +107,8 @@ def motion(model: HookedViT, config: Config) -> list[str]:
 def counting(model: HookedViT, config: Config) -> list[str]:
     """Return how well the sums that were trained on are told on fresh images, and each held-out sum."""
     drawn = sums.draw(N, torch.Generator().manual_seed(SEED), "all")
-    said = model(normalise(drawn.image)).argmax(1) + sums.TOTALS[0]
-    right = said == drawn.total
+    totals = model(normalise(drawn.image)).argmax(1) + sums.TOTALS[0]
+    right = totals == drawn.total
     is_held_out = torch.tensor([tuple(row) in sums.HELD_OUT_SUMS for row in drawn.numbers.tolist()])
     each = [
         f"{a} + {b} {_score(right[(drawn.numbers == torch.tensor([a, b])).all(1)]).accuracy:.1%}"
@@ -127,8 +127,8 @@ def masked(model: HookedViT, config: Config) -> list[str]:
     image = scene_data.draw(N, model.spec.image_size[0], generator).image
     hidden = draw_hidden(N, model.layout.n_patches, 0.6, generator)
     truth = to_patches(normalise(image), patch)
-    made = model(normalise(hide(image, hidden, patch)))
-    error = ((made - truth)[hidden] ** 2).mean()
+    patches = model(normalise(hide(image, hidden, patch)))
+    error = ((patches - truth)[hidden] ** 2).mean()
     visible = truth.unflatten(2, (3, -1)) * ~hidden[:, :, None, None]
     colour = visible.sum((1, 3)) / ((~hidden).sum(1) * patch**2)[:, None]
     plain = colour[:, None, :, None].expand(-1, truth.shape[1], -1, patch**2).flatten(2)

@@ -16,7 +16,8 @@ from prisma_core.plugin import Loaded, ModelInfo, Source, suggest
 from prisma_toy import checkpoints, fetch
 from prisma_toy.model import draw_weights
 from prisma_toy.scenes import sample_scene
-from prisma_toy.tasks import Task, task
+from prisma_toy.task import Task
+from prisma_toy.tasks import task
 from prisma_toy.words import Words
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -56,13 +57,13 @@ def training_log(name: str) -> list[dict[str, float]]:
 
 
 def _folder(name: str) -> Path:
-    found = bundled()
-    if name not in found:
+    folders = bundled()
+    if name not in folders:
         raise UnknownName(
-            f"No toy model {name!r}.{suggest(name, found)} There are {', '.join(found)}; and toy:FILE.pth and "
+            f"No toy model {name!r}.{suggest(name, folders)} There are {', '.join(folders)}; and toy:FILE.pth and "
             f"toy:{fetch.PREFIX}OWNER/NAME for what the Prisma project published."
         )
-    return found[name]
+    return folders[name]
 
 
 class ToySource(Source):
@@ -93,8 +94,8 @@ class ToySource(Source):
 
     def sample(self, rest: str, seed: int = 0) -> Image | None:
         """Return an image as the model was trained on, or a scene with two shapes; None for a model of videos."""
-        found, name = bundled(), rest.partition("@")[0]
-        facts = json.loads((found[name] / checkpoints.CONFIG).read_text(encoding="utf-8")) if name in found else {}
+        folders, name = bundled(), rest.partition("@")[0]
+        facts = json.loads((folders[name] / checkpoints.CONFIG).read_text(encoding="utf-8")) if name in folders else {}
         data = facts.get("data", "scenes")
         if data == "scenes":
             return sample_scene(seed + 2).image  # the first one to be seen has two shapes unlike each other

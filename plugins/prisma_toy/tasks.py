@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,83 +10,8 @@ from torch import Tensor
 from prisma_core.plugin import UnknownName, suggest
 from prisma_toy import captions, counting, digits, dsprites, motions, puzzles, reports, scenes
 from prisma_toy.masking import draw_hidden
-from prisma_toy.objectives import Classify, Match, Objective, Reconstruct
-
-if TYPE_CHECKING:
-    from prisma_toy.config import Config
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Images or videos, and what the objective compares with.
-
-    Attributes:
-        image: pixels in 0..1: ``[batch channel height width]``, of videos ``[batch frame channel height width]``.
-        target: of labels, each as a distribution over classes: ``[batch class]``. Of captions, 1 where one fits an
-            image: ``[batch text]``. Empty where the image itself is the target.
-        patches: what each patch shows, as a distribution over classes, where the loss asks for it:
-            ``[batch patch class]``.
-        tokens: of captions, one an image: ``[text pos]``.
-        hidden: which patches are hidden: bools ``[batch patch]``.
-    """
-
-    image: Tensor
-    target: Tensor
-    patches: Tensor | None = None
-    tokens: Tensor | None = None
-    hidden: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Task:
-    """Data, and what is asked of a model that sees them: all that ``prisma train`` knows of a task.
-
-    Attributes:
-        name: what ``prisma train --data`` takes.
-        summary: what is asked for.
-        labels: names of the classes, an emoji first where there is a fitting one; none where nothing is classified.
-        channels, size, patch: of the images, or of a video's frames.
-        draw: ``(n, generator, training) -> Batch``.
-        objective: the model, the loss and the measure.
-        tubelet: how many frames a patch of a video spans; None for images.
-        frames: of a video.
-        held_out: the whole held-out set, where the data end.
-        report: further figures for the card of a trained model, a line each.
-        origin: where the images come from.
-        held_out_is: what the held-out figure was measured on.
-    """
-
-    name: str
-    summary: str
-    labels: tuple[str, ...]
-    channels: int
-    size: int
-    patch: int
-    draw: Callable[[int, torch.Generator, bool], Batch]
-    objective: Objective = field(default_factory=Classify)
-    tubelet: int | None = None
-    frames: int = 1
-    held_out: Callable[[], Batch] | None = None
-    report: Callable[[Any, Config], list[str]] | None = None
-    origin: str = "drawn by this package for every batch afresh; no data set is downloaded or stored"
-    held_out_is: str = "on images drawn from chances that no training run uses"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of one image ``(channel, height, width)``, or video with its frames before."""
-        image = (self.channels, self.size, self.size)
-        return image if self.tubelet is None else (self.frames, *image)
-
-    def batch(self, n: int, split: str, seed: int, step: int) -> Batch:
-        """Return batch ``step`` of a split; the same four arguments always draw the same images.
-
-        Args:
-            n: images in the batch.
-            split: ``train`` or ``held-out``, whose chances have nothing to do with one another.
-        """
-        digest = hashlib.blake2b(f"{self.name} {split} {seed} {step}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest))
-        return self.draw(n, generator, split == "train")
+from prisma_toy.objectives import Classify, Match, Reconstruct
+from prisma_toy.task import Batch, Task
 
 
 def _one_hot(index: Tensor, n: int) -> Tensor:
@@ -104,7 +26,7 @@ def _scenes() -> Task:
         return Batch(drawn.image, drawn.target, drawn.share(size // patch).flatten(2).transpose(1, 2))
 
     about = "the coloured shape in a scene"
-    return Task("scenes", about, scenes.LABELS, 3, size, patch, draw, report=reports.scenes)
+    return Task("scenes", about, scenes.LABELS, 3, size, patch, draw, Classify(), report=reports.scenes)
 
 
 def _mae_scenes() -> Task:
@@ -135,8 +57,8 @@ def _motion() -> Task:
 
     about = "which way a shape moves"
     fresh = "on videos drawn from chances that no training run uses"
-    one = Task("motion", about, motions.LABELS, 1, motions.SIZE, 8, draw, report=reports.motion, held_out_is=fresh)
-    return replace(one, tubelet=2, frames=motions.FRAMES)
+    one = Task("motion", about, motions.LABELS, 1, motions.SIZE, 8, draw, Classify(), report=reports.motion)
+    return replace(one, tubelet=2, frames=motions.FRAMES, held_out_is=fresh)
 
 
 def _counting() -> Task:
@@ -145,9 +67,12 @@ def _counting() -> Task:
         return Batch(drawn.image, _one_hot(drawn.total - counting.TOTALS[0], len(counting.TOTALS)))
 
     sums = ", ".join(f"{left} + {right}" for left, right in counting.HELD_OUT_SUMS)
-    about, report = "how many fruit there are in a sum", reports.counting
-    fresh = f"on fresh images of the sums that are never trained on ({sums})"
-    return Task("counting", about, counting.LABELS, 3, counting.SIZE, 6, draw, report=report, held_out_is=fresh)
+    about, fresh = (
+        "how many fruit there are in a sum",
+        f"on fresh images of the sums that are never trained on ({sums})",
+    )
+    one = Task("counting", about, counting.LABELS, 3, counting.SIZE, 6, draw, Classify(), report=reports.counting)
+    return replace(one, held_out_is=fresh)
 
 
 def _dsprites(factor: str) -> Task:
@@ -157,7 +82,8 @@ def _dsprites(factor: str) -> Task:
         factors = dsprites.sample(n, generator)
         return Batch(dsprites.draw(factors), _one_hot(factors[:, column], count))
 
-    return Task(f"dsprites-{factor}", f"the {factor} of a sprite", dsprites.labels(factor), 1, dsprites.SIZE, 8, draw)
+    name, about = f"dsprites-{factor}", f"the {factor} of a sprite"
+    return Task(name, about, dsprites.labels(factor), 1, dsprites.SIZE, 8, draw, Classify())
 
 
 def _circle(what: str) -> Task:
@@ -169,7 +95,7 @@ def _circle(what: str) -> Task:
         image, cell, size = puzzles.circles(n, generator)
         return Batch(image, _one_hot(cell if what == "position" else size, len(names)))
 
-    return Task(f"circle-{what}", f"the {what} of a circle", names, 1, puzzles.CIRCLE_SIZE, 4, draw)
+    return Task(f"circle-{what}", f"the {what} of a circle", names, 1, puzzles.CIRCLE_SIZE, 4, draw, Classify())
 
 
 def _induction() -> Task:
@@ -179,9 +105,8 @@ def _induction() -> Task:
         image, target, _ = puzzles.induction(n, generator)
         return Batch(image, _one_hot(target, len(names)))
 
-    return Task(
-        "induction", "the glyph after the last one's earlier copy", names, 1, puzzles.INDUCTION_SIZE, puzzles.CELL, draw
-    )
+    about = "the glyph after the last one's earlier copy"
+    return Task("induction", about, names, 1, puzzles.INDUCTION_SIZE, puzzles.CELL, draw, Classify())
 
 
 def _digits() -> Task:
@@ -198,8 +123,8 @@ def _digits() -> Task:
         f"{digits.N_IMAGES - digits.HELD_OUT:,} of the {digits.N_IMAGES:,} real images that scikit-learn ships, "
         "turned, moved and scaled a little in training"
     )
-    one = Task("digits", about, digits.LABELS, 1, digits.SIZE, 2, draw, held_out=held_out, origin=origin)
-    return replace(one, held_out_is="the images that no run trains on")
+    one = Task("digits", about, digits.LABELS, 1, digits.SIZE, 2, draw, Classify(), held_out=held_out)
+    return replace(one, origin=origin, held_out_is="the images that no run trains on")
 
 
 TASKS: dict[str, Task] = {

@@ -17,7 +17,8 @@ from torch import Tensor
 from prisma_core import InputError, LoadError, ZooModel
 from prisma_toy import checkpoints
 from prisma_toy.config import Config
-from prisma_toy.tasks import Task, task
+from prisma_toy.task import Task
+from prisma_toy.tasks import task
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ write_page(report(model, "cat.jpg", "dog.jpg"), Path("demo.html"))
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
-from prisma_core import PluginError, hookimpl
+from prisma_core import hookimpl
+from prisma_view import lazy
 
 if TYPE_CHECKING:
     import typer
@@ -35,40 +35,9 @@ __all__ = [
 ]
 # fmt: on
 
-_HOMES = {
-    "plot": "figures",
-    "patches": "figures",
-    "attention": "figures",
-    "Figure": "figures",
-    "attention_page": "viewer",
-    "AttentionPage": "viewer",
-    "overview": "sections",
-    "Overview": "sections",
-    "gallery": "galleries",
-    "Gallery": "galleries",
-    "report": "findings",
-    "Report": "findings",
-    "write_page": "page",
-    "write_pictures": "pictures",
-    "symbol": "symbols",
-    "percent": "words",
-}
-
 
 def __getattr__(name: str) -> Any:
-    """Import what draws only when it is used: every ``prisma`` command imports this package.
-
-    Raises:
-        PluginError: a library for drawing is missing.
-    """
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    except ModuleNotFoundError as error:
-        raise PluginError(
-            f'Pages need {error.name}, which is not installed: pip install "prisma-interp[view]"'
-        ) from error
+    return lazy.__getattr__(name)
 
 
 @hookimpl

@@ -12,9 +12,9 @@ import typer
 from rich.console import Console
 
 import prisma_core as prisma
-import prisma_view
 from prisma_core import HookedDual, HookedViT, InputError
 from prisma_core.plugin import installed, open_picture
+from prisma_view import lazy
 
 DEFAULT = "toy:scenes-3l"
 PARTS = {
@@ -58,10 +58,10 @@ def demo(
     first, second = _pictures(shown, model, image, other)
     _made(out)
     with console.status("Looking"):
-        found = prisma_view.report(shown, first, second, progress=console.is_terminal)
+        found = lazy.report(shown, first, second, progress=console.is_terminal)
     with console.status("Drawing"):
-        page = prisma_view.write_page(found, out / "index.html", trained=pretrained, command=_command())
-        pictures = prisma_view.write_pictures(found, out, trained=pretrained)
+        page = lazy.write_page(found, out / "index.html", trained=pretrained, command=_command())
+        pictures = lazy.write_pictures(found, out, trained=pretrained)
     if not pretrained:
         console.print(f"[bold yellow]Random weights:[/] {model} was not trained, so nothing it says was learned.")
     for part, reason in found.why.items():
@@ -70,7 +70,7 @@ def demo(
         console.print(f"Without {PARTS[part]}: {reason}", soft_wrap=True, markup=False)
     best = found.symbol(found.best)
     Console(highlight=False).print(
-        f"{best.emoji} {model} sees: {best.name} ({prisma_view.percent(float(found.logits.softmax(-1)[found.best]))})",
+        f"{best.emoji} {model} sees: {best.name} ({lazy.percent(float(found.logits.softmax(-1)[found.best]))})",
         f"page      {page}",
         f"pictures  {', '.join(str(path) for path in pictures)}",
         sep="\n",

@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 
 import prisma_core as prisma
-import prisma_view
 from prisma_core import InputError
 from prisma_core.plugin import VideoPreprocess
+from prisma_view import lazy
 from prisma_view.command import sample, wants_browser
 
 
@@ -41,7 +41,7 @@ def attention(
         model = prisma.load(reference, **({} if pretrained else {"pretrained": False}))
     with console.status("Looking"):
         given = None if text is not None else _input(model, reference, image)
-        page = prisma_view.attention_page(
+        page = lazy.attention_page(
             model, given, text=text, layers=wanted, title=reference, trained=pretrained
         )  # fmt: skip
     try:
@@ -74,7 +74,7 @@ def report(
         model = prisma.load(reference, **({} if pretrained else {"pretrained": False}))
     with console.status("Looking"):
         given = _input(model, reference, image)
-        page = prisma_view.overview(model, given, texts, title=reference, trained=pretrained)
+        page = lazy.overview(model, given, texts, title=reference, trained=pretrained)
     try:
         path = page.save(out)
     except OSError as error:

@@ -55,8 +55,8 @@ def _sides(size: Any) -> dict[str, int]:
         return {"height": size, "width": size}
     if size is None:
         return {}
-    given = size if isinstance(size, Mapping) else vars(size)
-    return {name: int(side) for name, side in given.items() if side is not None}
+    sides = size if isinstance(size, Mapping) else vars(size)
+    return {name: int(side) for name, side in sides.items() if side is not None}
 
 
 def _share(cut: int, whole: int) -> float:

@@ -19,15 +19,15 @@ from prisma_core.cli.info import info
 from prisma_core.cli.models import models, plugins
 from prisma_core.cli.new_plugin import new_plugin
 from prisma_core.errors import PrismaError, format_error
-from prisma_core.plugin.host import Host, installed
+from prisma_core.host import Host, installed
 from prisma_core.toolbox.screen import note, out
 
 # Typer has its own copy of click in some versions and takes the library in others; its errors know their base.
 _ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(flag: bool) -> None:
+    if flag:
         out().print(f"prisma {version('prisma-interp')}")
         raise typer.Exit
 
@@ -51,18 +51,18 @@ def build(plugins_of: Host) -> typer.Typer:
     app.callback()(_options)
     for command in (models, plugins, info, new_plugin):
         app.command(rich_help_panel="Commands")(command)
-    taken = {_name(command): "Prisma" for command in app.registered_commands}
+    owners = {_name(command): "Prisma" for command in app.registered_commands}
     for theirs, plugin in plugins_of.commands(_new):
         for kind in ("registered_commands", "registered_groups"):
             for command in getattr(theirs, kind):
                 name = _name(command)
-                if name in taken:
-                    plugins_of.broke(plugin, f"the command {name!r} is taken by {taken[name]}")
+                if name in owners:
+                    plugins_of.broke(plugin, f"the command {name!r} is taken by {owners[name]}")
                     continue
                 if problem := _broken_help(command):
                     plugins_of.broke(plugin, f"the help of its command {name!r} cannot be shown: {problem}")
                     continue
-                taken[name] = f"the plugin {plugin!r}"
+                owners[name] = f"the plugin {plugin!r}"
                 getattr(app, kind).append(command)
     return app
 
@@ -103,23 +103,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the command line behind ``prisma``; None takes the process's own.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    cut = given.index("--") if "--" in given else len(given)
-    debug = "--debug" in given[:cut]
-    given = [argument for argument in given[:cut] if argument != "--debug"] + given[cut:]
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    cut = words.index("--") if "--" in words else len(words)
+    debug = "--debug" in words[:cut]
+    words = [argument for argument in words[:cut] if argument != "--debug"] + words[cut:]
     with warnings.catch_warnings():
         if not debug:  # libraries' chatter would bury the one line that matters
             warnings.simplefilter("ignore")
             logging.disable(logging.WARNING)
         try:
-            return _run(given or ["--help"])
+            return _run(words or ["--help"])
         except PrismaError as error:
             return _failed(str(error), debug)
         except KeyboardInterrupt:
             return _failed("interrupted.", debug, 130)
         except Exception as error:  # noqa: BLE001  # the outermost place: a bug must not greet the user with a traceback
-            told = f"{type(error).__name__}: {error}"
-            return _failed(f"unexpected {told} (this is a bug; --debug shows where)", debug)
+            text = f"{type(error).__name__}: {error}"
+            return _failed(f"unexpected {text} (this is a bug; --debug shows where)", debug)
         finally:
             logging.disable(logging.NOTSET)
 

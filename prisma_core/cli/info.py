@@ -37,26 +37,26 @@ def info(
         return
     if pattern is None:
         facts = _facts(model)
-        shown = table("fact", "value", title=f"[bold]{escape(reference)}[/]")
-        shown.add_row("parameters", f"{facts['parameters']:,}")
+        grid = table("fact", "value", title=f"[bold]{escape(reference)}[/]")
+        grid.add_row("parameters", f"{facts['parameters']:,}")
         for label, text in _stated(model):
-            shown.add_row(label, escape(text))
+            grid.add_row(label, escape(text))
         if facts["tokens"]:
-            shown.add_row("tokens", f"{facts['tokens']['total']}: {facts['tokens']['order']}")
-        show(shown)
+            grid.add_row("tokens", f"{facts['tokens']['total']}: {facts['tokens']['order']}")
+        show(grid)
         out().print()
     show(_points(rows if pattern is not None else folded(rows), narrow=sys.stdout.isatty() and out().width < WIDE))
 
 
 def _points(rows: list[dict[str, Any]], *, narrow: bool) -> Table:
     """Return a table of hook points; a narrow one has a second column of two lines instead of three of one."""
-    shown = table("hook point", *(["axes, shape and equation"] if narrow else ["axes", "shape", "equation"]))
+    grid = table("hook point", *(["axes, shape and equation"] if narrow else ["axes", "shape", "equation"]))
     for row in rows:
         equation = row["equation"] + ("  (only when asked for by name)" if row["derived"] else "")
         shape = " ".join(map(str, row["shape"]))
         cells = [row["axes"], shape, escape(equation)]
-        shown.add_row(row["name"], *([f"{cells[0]} [dim]({shape})[/]\n[dim]{cells[2]}[/]"] if narrow else cells))
-    return shown
+        grid.add_row(row["name"], *([f"{cells[0]} [dim]({shape})[/]\n[dim]{cells[2]}[/]"] if narrow else cells))
+    return grid
 
 
 def _stated(model: HookedModel) -> list[tuple[str, str]]:
@@ -71,8 +71,8 @@ def _stated(model: HookedModel) -> list[tuple[str, str]]:
     parts = {"": facts, **towers}
     return [
         (f"{prefix}{label}", text)
-        for prefix, own in parts.items()
-        for name, value in own.items()
+        for prefix, part in parts.items()
+        for name, value in part.items()
         for label, text in _told(name, value)
     ]
 
@@ -105,14 +105,14 @@ def folded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             + [row[key] for key in ("axes", "shape", "equation")]
         )
         groups.setdefault(alike, []).append((int(match[0]) if match else -1, row))
-    made: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
     for members in groups.values():
         layers, row = [layer for layer, _ in members], members[0][1]
         name = row["name"]
         if len(layers) > 1:
             name = re.sub(r"(?<=blocks\.)\d+(?=\.)", "{" + _ranges(layers) + "}", name, count=1)
-        made.append({**row, "name": name})
-    return made
+        lines.append({**row, "name": name})
+    return lines
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -132,7 +132,7 @@ def _facts(model: HookedModel) -> dict[str, Any]:
     spec: Any = getattr(model, "spec", None)
     layout: Any = getattr(model, "layout", None)
     preprocess: Any = getattr(model, "preprocess", None) or None
-    told = None if preprocess is None else str(preprocess)  # a library's own code
+    text = None if preprocess is None else str(preprocess)  # a library's own code
     parts = [("class token", "cls"), ("distillation token", "distillation"), ("registers", "registers")]
     tokens = None
     if layout is not None:
@@ -144,7 +144,7 @@ def _facts(model: HookedModel) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "spec": spec.model_dump(mode="json") if isinstance(spec, ModelSpec | MapSpec) else None,
         "tokens": tokens,
-        "preprocess": preprocess.model_dump(mode="json") if isinstance(preprocess, Facts) else told,
+        "preprocess": preprocess.model_dump(mode="json") if isinstance(preprocess, Facts) else text,
     }
 
 

@@ -13,7 +13,7 @@ from prisma_core.errors import PluginError, UnknownName, suggest
 from prisma_core.toolbox.screen import note, show, show_json, table
 
 if TYPE_CHECKING:
-    from prisma_core.plugin.source import ModelInfo
+    from prisma_core.contract.source import ModelInfo
 
 
 def models(
@@ -31,31 +31,31 @@ def models(
     """List and search models that can be loaded, or their classes."""
     from rich.console import Console
 
-    from prisma_core.plugin.host import installed
+    from prisma_core.host import installed
 
     if classes:
         _classes(context, search or [], as_json)
         return
     if source is not None:
         installed().source(source)
-    found = [info for info in installed().models() if source is None or info.reference.startswith(f"{source}:")]
-    chosen = [info for info in found if _matches(info, search or [], family, pretrained)]
-    if not chosen and found:
-        _nothing(found, search or [], family)
+    infos = [info for info in installed().models() if source is None or info.reference.startswith(f"{source}:")]
+    matches = [info for info in infos if _matches(info, search or [], family, pretrained)]
+    if not matches and infos:
+        _nothing(infos, search or [], family)
     with Console(stderr=True).status("looking which of them an adapter takes"):
-        loads = _loads(chosen)
-    shown = [info for info in chosen if everything or loads[info.reference] is not False]
+        loads = _loads(matches)
+    listing = [info for info in matches if everything or loads[info.reference] is not False]
     absent = installed().missing()
     if as_json:
         missing = [{"source": name, "install": command} for name, command in absent.items()]
-        listed = [asdict(info) | {"loads": loads[info.reference]} for info in shown]
+        listed = [asdict(info) | {"loads": loads[info.reference]} for info in listing]
         show_json({"models": listed, "missing": missing})
     else:
-        _show(shown, loads, everything)
-        left_out = len(chosen) - len(shown)
-        told = f" {left_out} more match that no installed adapter takes: --all lists them." if left_out else ""
-        note("models", f"{len(shown)} of {len(found)}.{told}", "green")
-    if source is not None and not found and source not in absent:
+        _show(listing, loads, everything)
+        left_out = len(matches) - len(listing)
+        remark = f" {left_out} more match that no installed adapter takes: --all lists them." if left_out else ""
+        note("models", f"{len(listing)} of {len(infos)}.{remark}", "green")
+    if source is not None and not infos and source not in absent:
         takes = " ".join((installed().source(source).__doc__ or "").split("\n\n")[0].split()).replace("``", "`")
         note("models", f"this source lists none. It takes {takes}" if takes else "this source lists none.", "yellow")
     for name, command in absent.items():
@@ -73,15 +73,15 @@ def _classes(context: typer.Context, search: list[str], as_json: bool) -> None:
 
 def _loads(infos: list[ModelInfo]) -> dict[str, bool | None]:
     """Return for each reference whether an adapter takes it; None where the source does not know."""
-    from prisma_core.plugin.host import installed
+    from prisma_core.host import installed
 
     rests: dict[str, list[str]] = {}
     for info in infos:
         name, _, rest = info.reference.partition(":")
         rests.setdefault(name, []).append(rest)
-    known = {name: installed().source(name).loadable(several) for name, several in rests.items()}
+    answers = {name: installed().source(name).loadable(several) for name, several in rests.items()}
     return {
-        f"{name}:{rest}": None if (taken := known[name]) is None else rest in taken
+        f"{name}:{rest}": None if (loadable := answers[name]) is None else rest in loadable
         for name, several in rests.items()
         for rest in several
     }
@@ -90,13 +90,13 @@ def _loads(infos: list[ModelInfo]) -> dict[str, bool | None]:
 def _show(infos: list[ModelInfo], loads: dict[str, bool | None], everything: bool) -> None:
     if not infos:
         return
-    shown = table("reference", "family", "weights", *(["loads"] if everything else []), "note")
+    grid = table("reference", "family", "weights", *(["loads"] if everything else []), "note")
     for info in infos:
         weights = "trained" if info.pretrained else ""
         word = {True: "yes", False: "no adapter", None: ""}[loads[info.reference]]
         cells = (info.reference, info.family, weights, *([word] if everything else []), info.note)
-        shown.add_row(*(escape(text) for text in cells))
-    show(shown)
+        grid.add_row(*(escape(text) for text in cells))
+    show(grid)
 
 
 def _matches(info: ModelInfo, search: list[str], family: str | None, pretrained: bool) -> bool:
@@ -113,18 +113,18 @@ def _has(info: ModelInfo, word: str) -> bool:
     return word.lower() in f"{info.reference} {info.family} {info.note}".lower()
 
 
-def _nothing(found: list[ModelInfo], search: list[str], family: str | None) -> None:
-    families = {info.family for info in found}
-    within = [info.reference for info in found if family is None or fnmatch.fnmatch(info.family, family)]
+def _nothing(infos: list[ModelInfo], search: list[str], family: str | None) -> None:
+    families = {info.family for info in infos}
+    within = [info.reference for info in infos if family is None or fnmatch.fnmatch(info.family, family)]
     if family is not None and not within:
         few = sorted(families)
-        told = (
+        advice = (
             f" Families: {', '.join(few)}." if len(few) <= 5 else f" There are {len(few)}: `prisma models` shows them."
         )
-        raise UnknownName(f"No family {family!r}.{suggest(family, families) or told}")
+        raise UnknownName(f"No family {family!r}.{suggest(family, families) or advice}")
     names = {reference.partition(":")[2] for reference in within}
     hint = suggest(" ".join(search), [*within, *names]) if search else ""
-    raise UnknownName(f"No model matches.{hint} `prisma models` lists all {len(found)}.")
+    raise UnknownName(f"No model matches.{hint} `prisma models` lists all {len(infos)}.")
 
 
 def plugins(as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False) -> None:
@@ -132,18 +132,18 @@ def plugins(as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")]
 
     The exit status is 1 where one is broken.
     """
-    from prisma_core.plugin.host import installed
+    from prisma_core.host import installed
 
-    found = installed().plugins()
-    shown = table("plugin", "module", "distribution", "state")
-    for info in found:
+    infos = installed().plugins()
+    grid = table("plugin", "module", "distribution", "state")
+    for info in infos:
         state = "ready" if info.missing is None else escape(f"needs {info.missing}")
         if info.error:
             state = f"[red]broken:[/] {escape(info.error)}"
-        shown.add_row(info.name, info.module, info.distribution, state)
+        grid.add_row(info.name, info.module, info.distribution, state)
     if as_json:
-        show_json([asdict(info) for info in found])
+        show_json([asdict(info) for info in infos])
     else:
-        show(shown)
-    if any(info.error for info in found):
+        show(grid)
+    if any(info.error for info in infos):
         raise typer.Exit(1)

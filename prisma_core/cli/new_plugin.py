@@ -74,7 +74,7 @@ def new_plugin(
 
 
 def _check_name(name: str) -> None:
-    from prisma_core.plugin.host import RESERVED, installed
+    from prisma_core.host import RESERVED, installed
 
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         proper = re.sub(r"\W+", "_", name.lower()).strip("_0123456789")
@@ -99,7 +99,7 @@ def _upstream(kind: str) -> Upstream:
     """
     from torch import nn
 
-    from prisma_core.plugin.host import installed
+    from prisma_core.host import installed
 
     path, _, attribute = kind.rpartition(".")
     try:
@@ -119,11 +119,11 @@ def _upstream(kind: str) -> Upstream:
 def _signature(kind: type) -> str:
     """Return a comment that says what a constructor takes."""
     try:
-        taken = inspect.signature(kind)
+        signature = inspect.signature(kind)
     except ValueError:  # some classes written in C have none
         return f"    # {kind.__name__}(...)"
-    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in taken.parameters.values()]
-    text = f"{kind.__name__}{taken.replace(parameters=bare, return_annotation=inspect.Signature.empty)}"
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+    text = f"{kind.__name__}{signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)}"
     return textwrap.fill(text, 110, initial_indent="    # ", subsequent_indent="    #   ", break_long_words=False)
 
 
@@ -145,7 +145,7 @@ def _texts(name: str, dashed: str, upstream: Upstream | None) -> dict[str, str]:
             "stand_in_row": f"| `{package}/tiny_vit.py` | a stand-in for the library; delete it |",
         }
     else:
-        found = f"from {upstream.module} import {upstream.name}"
+        line = f"from {upstream.module} import {upstream.name}"
         advice = f"build a small {upstream.name} in {package}/cases.py, two blocks deep."
         own = {
             "class_name": upstream.name,
@@ -154,7 +154,7 @@ def _texts(name: str, dashed: str, upstream: Upstream | None) -> dict[str, str]:
             "distribution": upstream.distribution,
             "requirements": f'"prisma-interp", "{upstream.distribution}"',
             "also": ", PrismaError",
-            "case_imports": found,
+            "case_imports": line,
             "small_body": f'{upstream.signature}\n    raise PrismaError("To do: {advice}")',
             "stand_in_row": "",
         }

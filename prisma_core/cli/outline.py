@@ -10,7 +10,7 @@ import torch
 
 from prisma_core.errors import InputError
 from prisma_core.hooks.model import HookedModel
-from prisma_core.plugin.host import installed
+from prisma_core.host import installed
 from prisma_core.saving.folder import load_folder
 from prisma_core.transformer import ZooModel
 from prisma_core.zoo import load, reference_of

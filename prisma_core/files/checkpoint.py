@@ -39,14 +39,14 @@ def read_checkpoint(path: str | Path, key: str | None = None) -> dict[str, Tenso
     Raises:
         LoadError: there is no such file, it is truncated or corrupt, it wants to run code, or it holds no state dict.
     """
-    found = read_states(path)
-    if key in found or (key is None and len(found) == 1):
-        return found[key] if key is not None else next(iter(found.values()))
-    names = ", ".join(name for name in found if name)
+    states = read_states(path)
+    if key in states or (key is None and len(states) == 1):
+        return states[key] if key is not None else next(iter(states.values()))
+    names = ", ".join(name for name in states if name)
     if not names:
         raise LoadError(f"{path} holds one state dict alone, and none named {key!r}: leave key= out.")
     lacks = f", and none named {key!r}" if key is not None else ""
-    raise LoadError(f"{path} holds {len(found)} state dicts ({names}){lacks}: give key= one of them.")
+    raise LoadError(f"{path} holds {len(states)} state dicts ({names}){lacks}: give key= one of them.")
 
 
 def read_states(path: str | Path) -> dict[str, dict[str, Tensor]]:
@@ -126,12 +126,12 @@ def _states(value: object, path: Path) -> dict[str, dict[str, Tensor]]:
     if _is_state(value):
         return {"": dict(cast("Mapping[str, Tensor]", value))}
     inside: Mapping[Any, object] = cast("Mapping[Any, object]", value) if isinstance(value, Mapping) else {}
-    found = {str(key): dict(cast("Mapping[str, Tensor]", part)) for key, part in inside.items() if _is_state(part)}
-    if not found:
+    states = {str(key): dict(cast("Mapping[str, Tensor]", part)) for key, part in inside.items() if _is_state(part)}
+    if not states:
         raise LoadError(
             f"{path} holds a {type(cast(object, value)).__name__} without a state dict: expected tensors by name."
         )
-    return found
+    return states
 
 
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -170,7 +170,7 @@ def depth_in(names: Iterable[str], prefix: str, where: object) -> int:
         LoadError: a number is left out; a name alone makes no block.
     """
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
-    numbers = {found[1] for name in names if (found := pattern.match(name))}
+    numbers = {match[1] for name in names if (match := pattern.match(name))}
     missing = next((index for index in range(len(numbers)) if str(index) not in numbers), None)
     if missing is not None:
         last = max(numbers, key=lambda number: (len(number), number))

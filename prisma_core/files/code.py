@@ -62,14 +62,14 @@ def _named(value: object) -> Iterator[str]:
 
 def _cleaned(path: Path) -> str | None:
     """Return a configuration without what names code, or None if it names none."""
-    found: list[str] = []
+    keys: list[str] = []
 
     def clean(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found.extend(name for name, value in pairs if name in _NAMES and value is not None)
+        keys.extend(name for name, value in pairs if name in _NAMES and value is not None)
         return {name: value for name, value in pairs if name not in _NAMES}
 
     value = _read(path, clean)
-    return json.dumps(value) if found else None
+    return json.dumps(value) if keys else None
 
 
 def _read(path: Path, hook: Any = None) -> object:

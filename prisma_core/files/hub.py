@@ -41,8 +41,8 @@ def fetch(repository: str, names: Sequence[str], *, revision: str | None = None,
     """
     from huggingface_hub import errors, hf_hub_download  # pyright: ignore[reportUnknownVariableType]
 
-    if (kept := cached(repository, names, revision=revision)) is not None:
-        return kept
+    if (path := cached(repository, names, revision=revision)) is not None:
+        return path
     reach(reference)
     for name in names:
         try:
@@ -59,11 +59,11 @@ def cached(repository: str, names: Sequence[str], *, revision: str | None = None
 
     for name in names:
         try:
-            found = try_to_load_from_cache(repository, name, revision=revision)
+            path = try_to_load_from_cache(repository, name, revision=revision)
         except errors.HFValidationError:  # no name of a repository: whoever asks the hub is told so
             return None
-        if isinstance(found, str):
-            return Path(found)
+        if isinstance(path, str):
+            return Path(path)
     return None
 
 
@@ -92,8 +92,8 @@ def snapshot(
     """
     from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
 
-    if needs and (kept := cached(repository, needs, revision=revision)) is not None:
-        return kept.parent
+    if needs and (cached_file := cached(repository, needs, revision=revision)) is not None:
+        return cached_file.parent
     reach(reference, instead=instead)
     how: dict[str, Any] = {"revision": revision, "allow_patterns": list(patterns), "ignore_patterns": ["*/*"]}
     folder = Path(asking(reference, partial(snapshot_download, repository, **how)))

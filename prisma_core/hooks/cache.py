@@ -14,16 +14,15 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError, LoadError, MissingPart, UnknownName
+from prisma_core.errors.migration import unknown_attribute
 from prisma_core.files.atomic import replacing
 from prisma_core.files.checkpoint import read_safetensors
-from prisma_core.hooks.capture import positions_of
-from prisma_core.hooks.migration import unknown_attribute
 from prisma_core.hooks.query import LayerQuery, resolve_one, short_name
-from prisma_core.hooks.tokens import TokenLayout
-from prisma_core.hooks.views import TokenViews
+from prisma_core.spec.layout import TokenLayout, positions_of
+from prisma_core.spec.views import TokenViews
 
 if TYPE_CHECKING:
-    from prisma_core.hooks.capture import Index
+    from prisma_core.spec.layout import Index
 
 _GRAD, _TOKENS = "grad/", "given/tokens"
 _METADATA = "prisma_cache"

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from prisma_core.errors import HookError, InputError
 from prisma_core.hooks.point import Stop
+from prisma_core.spec.layout import Index, indices
 
-Index = int | slice | Sequence[int] | Tensor
 IndexSlice = tuple[int, "slice | list[int]"]  # an axis, and what to keep of it
 
 _POS, _HEADS = ("pos", "query_pos"), ("head",)
@@ -51,46 +51,6 @@ def check_axes(axes: Sequence[str], pos: Index | None, heads: Index | None) -> N
                 f"{keyword}= chooses along the axis {' or '.join(map(repr, kinds))}, and nothing asked for has one: "
                 f"it is {there}. Leave {keyword} out, or ask for activations that have it."
             )
-
-
-def indices(index: int | Sequence[int] | Tensor) -> list[int]:
-    """Return positions given as a number, numbers, or a mask, as a list.
-
-    Raises:
-        HookError: they are not whole numbers.
-    """
-    try:
-        numbers = torch.as_tensor(index)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise HookError(
-            f"Expected positions as whole numbers or a mask, got {index!r}. A subset of the tokens stands by itself: "
-            "pos='cls'."
-        ) from error
-    if numbers.dtype == torch.bool:
-        numbers = numbers.nonzero()
-    if numbers.is_floating_point() and numbers.numel():
-        raise HookError(f"Expected positions as whole numbers or a mask, got {numbers.dtype}.")
-    return cast("list[int]", numbers.flatten().tolist())
-
-
-def positions_of(index: Index | None, n: int) -> list[int]:
-    """Return which of ``n`` places an index means, all for None.
-
-    Raises:
-        InputError: there is no such place.
-
-    >>> positions_of([0, -1], 5)
-    [0, 4]
-    """
-    places = range(n)
-    if index is None:
-        return list(places)
-    if isinstance(index, slice):
-        return list(places[index])
-    numbers = indices(index)
-    if any(not -n <= each < n for each in numbers):
-        raise InputError(f"No position {numbers}: there are {n}.")
-    return [places[each] for each in numbers]
 
 
 def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import HookError, InputError
+from prisma_core.errors.migration import keyword_names, module_getattr, refuse_keywords, takes_any_keyword
 from prisma_core.hooks.cache import ActivationCache
 from prisma_core.hooks.capture import (
     Countdown,
-    Index,
     Keep,
     check_axes,
     check_device,
@@ -21,7 +21,6 @@ from prisma_core.hooks.capture import (
     gradients,
     index_slices,
 )
-from prisma_core.hooks.migration import keyword_names, module_getattr, refuse_keywords, takes_any_keyword
 from prisma_core.hooks.point import (
     OPEN_SCOPES,
     Capture,
@@ -35,7 +34,7 @@ from prisma_core.hooks.point import (
 )
 from prisma_core.hooks.query import LayerQuery, Query
 from prisma_core.hooks.sites import HookMapping, Site, by_name, select, splicing_scope, with_splices
-from prisma_core.hooks.tokens import TokenLayout
+from prisma_core.spec.layout import Index, TokenLayout
 
 
 class HookedModel(nn.Module):
@@ -334,7 +333,7 @@ class HookedModel(nn.Module):
         for mapping, places in ((hooks, scope.edits), (backward, scope.backward)):
             for name, hook in by_name(sites, mapping):
                 point, owner = sites[name]
-                placed = PlacedHook(hook, HookContext(name, point.axes), scope.points)
+                placed = PlacedHook(HookContext(name, point.axes), hook, scope.points)
                 places[point] = (*places.get(point, ()), placed)
                 scope.expect(placed, None if surely else owner)
         return scope

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import HookError
-from prisma_core.hooks.migration import unknown_attribute
+from prisma_core.errors.migration import unknown_attribute
 from prisma_core.hooks.query import layer_of
 
 
@@ -93,23 +93,32 @@ class HookPoint:
 
 
 @dataclass(eq=False)
-class PlacedHook:
-    """A hook at a hook point.
+class Placed:
+    """Something at a hook point that some pass has to reach.
 
     Attributes:
-        at: what the hook is told.
-        points: the hook points of the model that the scope was opened on.
+        at: the place, for hooks and for messages.
         reached: whether a pass has gone by.
     """
 
-    hook: Hook
     at: HookContext
-    points: frozenset[HookPoint]
-    reached: bool = False
+    reached: bool = field(default=False, init=False)
 
     @property
     def name(self) -> str:
         return self.at.name
+
+
+@dataclass(eq=False)
+class PlacedHook(Placed):
+    """A hook at a hook point.
+
+    Attributes:
+        points: the hook points of the model that the scope was opened on.
+    """
+
+    hook: Hook
+    points: frozenset[HookPoint]
 
     def __call__(self, x: Tensor) -> Tensor | None:
         self.reached = True
@@ -182,21 +191,10 @@ class Splice(Protocol):
 
 
 @dataclass(eq=False)
-class PlacedSplice:
-    """A splice at a hook point.
-
-    Attributes:
-        at: the place, for messages.
-        reached: whether a pass has gone by.
-    """
+class PlacedSplice(Placed):
+    """A splice at a hook point."""
 
     splice: Splice
-    at: HookContext
-    reached: bool = False
-
-    @property
-    def name(self) -> str:
-        return self.at.name
 
     def __call__(self, x: Tensor) -> Tensor:
         self.reached = True

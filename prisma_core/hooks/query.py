@@ -21,8 +21,6 @@ Query: TypeAlias = "str | LayerQuery | Predicate | Iterable[str | LayerQuery]"
 
 _LAYER = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 _PARTS = {"a": "attn", "attention": "attn", "m": "mlp", "b": "", "block": "", "blocks": ""}  # TransformerLens' letters
-_IN_ATTN = ("q", "k", "v", "z", "rot_q", "rot_k", "attn_scores", "pattern", "result")
-_IN_MLP = ("pre", "pre_linear", "mid", "post")
 
 
 def layer_of(name: str) -> int | None:
@@ -42,24 +40,6 @@ def short_name(name: str) -> str:
     'z'
     """
     return name.rsplit(".", 1)[-1].removeprefix("hook_")
-
-
-def get_act_name(name: str, layer: int | None = None, layer_type: str | None = None) -> str:
-    """Return the full hook name that TransformerLens' ``utils.get_act_name`` returns.
-
-    >>> get_act_name("z", 3), get_act_name("scale", 3, "ln1"), get_act_name("scale"), get_act_name("embed")
-    ('blocks.3.attn.hook_z', 'blocks.3.ln1.hook_scale', 'ln_final.hook_scale', 'hook_embed')
-    """
-    if layer is None and layer_type is None and ("." in name or name.startswith("hook_")):
-        return name
-    if layer is None and (letters := re.fullmatch(r"([a-z]+)(\d+)(\w*)", name)):  # "k6", "scale4ln1"
-        name, layer, layer_type = letters[1], int(letters[2]), letters[3] or layer_type
-    part = _PARTS.get(layer_type or "", layer_type or "")
-    if layer is None:
-        part = part or ("ln_final" if name in ("scale", "normalized") else "")
-    else:
-        part = "attn" if name in _IN_ATTN else "mlp" if name in _IN_MLP else part
-    return ".".join(filter(None, ["" if layer is None else f"blocks.{layer}", part, f"hook_{name}"]))
 
 
 def resolve(query: Query | None, names: Sequence[str], derived: frozenset[str] = frozenset()) -> list[str]:
@@ -211,14 +191,3 @@ def _no_query(query: object) -> UnknownName:
         f"{query!r} is no name, glob, (shorthand, layer), predicate or collection of those. "
         "A cache takes cache['resid_post', 0]; of layer norms cache['scale', 0, 'ln1']."
     )
-
-
-def tagged(how: str, names: Iterable[str], tag: str) -> str:
-    """Return an einops pattern with a tag on each of these axes: two tables may give one axis different lengths.
-
-    >>> tagged("b p (h d) -> b p h d", ["h"], "vision")
-    'b p (h_vision d) -> b p h_vision d'
-    """
-    for name in names if tag else ():
-        how = re.sub(rf"\b{name}\b", f"{name}_{tag}", how)
-    return how

@@ -14,6 +14,7 @@ from prisma_core.hooks.point import (
     Hook,
     HookContext,
     HookPoint,
+    Placed,
     PlacedSplice,
     Scope,
     Splice,
@@ -48,21 +49,10 @@ def by_name(sites: Mapping[str, Site], hooks: HookMapping | None) -> Iterator[tu
 
 
 @dataclass(eq=False)
-class PlacedRead:
-    """A function that reads an activation on behalf of a splice elsewhere.
-
-    Attributes:
-        at: the place, for messages.
-        reached: whether a pass has gone by.
-    """
+class PlacedRead(Placed):
+    """A function that reads an activation on behalf of a splice elsewhere."""
 
     read: Capture
-    at: HookContext
-    reached: bool = False
-
-    @property
-    def name(self) -> str:
-        return self.at.name
 
     def __call__(self, x: Tensor) -> None:
         self.reached = True
@@ -96,14 +86,14 @@ def splicing_scope(
         taken = [sub for sub in splice.points if f"{name}.{sub}" in sites]
         if taken or sites[name].point in scope.splices:
             raise HookError(f"{name} is spliced already{f', and has {taken[0]}' if taken else ''}: leave that scope.")
-        placed = PlacedSplice(splice, HookContext(name, sites[name].point.axes))
+        placed = PlacedSplice(HookContext(name, sites[name].point.axes), splice)
         scope.splices[sites[name].point] = placed
         scope.points |= frozenset(splice.points.values())
         scope.expect(placed, sites[name].owner)
     for query, read in reads.items():
         name = resolve_one(query, list(sites))
         point, owner = sites[name]
-        reader = PlacedRead(read, HookContext(name, point.axes))
+        reader = PlacedRead(HookContext(name, point.axes), read)
         scope.captures[point] = (*scope.captures.get(point, ()), reader)
         scope.expect(reader, owner)
     return scope

@@ -1,4 +1,4 @@
-"""From pictures to the tensor a model takes."""
+"""From images to the tensor a model takes."""
 
 from prisma_core.inputs.facts import Mean, Preprocess, Std
 from prisma_core.inputs.forms import PicturePreprocess, restored

@@ -1,4 +1,4 @@
-"""From pictures to the tensor a model takes, as data: the same after a trip through JSON."""
+"""From images to the tensor a model takes, as data: the same after a trip through JSON."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Preprocess(Facts, PicturePreprocess):
 
     Attributes:
         size: height and width of the result.
-        resize: what becomes ``size / crop``. ``shortest``: the side that lets the picture cover it. ``longest``: the
+        resize: what becomes ``size / crop``. ``shortest``: the side that lets the image cover it. ``longest``: the
             side that lets it fit inside. ``squash``: both sides. Then the middle is cut out, or padded.
-        crop: the share of the resized picture that is kept; above 1 there is padding around it.
+        crop: the share of the resized image that is kept; above 1 there is padding around it.
         pad: the colour of padding: ``black``, or the ``mean``.
         interpolation: Pillow's filter.
         resampling: who applies it: ``pillow``, or torch to a tensor of bytes, antialiased; some bytes differ by one.
@@ -85,7 +85,7 @@ class Preprocess(Facts, PicturePreprocess):
         return larger.fit(image)
 
     def fit(self, image: Image) -> Image:
-        """Return the part of a picture that the model sees, at the model's size."""
+        """Return the part of an image that the model sees, at the model's size."""
         from PIL import Image as images
 
         height, width = self._scaled(image.height, image.width)
@@ -122,7 +122,7 @@ class Preprocess(Facts, PicturePreprocess):
         return F.interpolate(pixels, (height, width), mode=mode, antialias=smooth)
 
     def _scaled(self, height: int, width: int) -> tuple[int, int]:
-        """Return the size a picture is resized to. Source: torchvision's Resize, timm's ResizeKeepRatio."""
+        """Return the size an image is resized to. Source: torchvision's Resize, timm's ResizeKeepRatio."""
         rows, columns = (max(1, math.floor(side / self.crop)) for side in self.size)
         if self.resize == "squash":
             return rows, columns
@@ -133,7 +133,7 @@ class Preprocess(Facts, PicturePreprocess):
         return max(1, round(height / ratio)), max(1, round(width / ratio))
 
     def _padded(self, image: Image) -> Image:
-        """Return a picture at least as large as ``size``, padded evenly. Source: torchvision's CenterCrop."""
+        """Return an image at least as large as ``size``, padded evenly. Source: torchvision's CenterCrop."""
         from PIL import Image as images
 
         height, width = max(image.height, self.size[0]), max(image.width, self.size[1])

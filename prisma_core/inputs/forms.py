@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class PicturePreprocess(ABC):
-    """From pictures to ``[batch channel height width]``. ``Preprocess`` is the form that is data.
+    """From images to ``[batch channel height width]``. ``Preprocess`` is the form that is data.
 
     A plugin may have another, which calls its library's own code; ``Source.keep`` and ``Source.kept`` then save it with
     a model.
@@ -30,36 +30,36 @@ class PicturePreprocess(ABC):
 
     @abstractmethod
     def prepared(self, image: Image) -> Tensor:
-        """Return ``[channel height width]`` of a picture that is open and has the right channels."""
+        """Return ``[channel height width]`` of an image that is open and has the right channels."""
 
     @abstractmethod
     def seen(self, image: Image, side: int = 0) -> Image:
-        """Return the part of a picture that the model sees, to look at, with no side shorter than ``side``."""
+        """Return the part of an image that the model sees, to look at, with no side shorter than ``side``."""
 
     @abstractmethod
     def denormalise(self, pixels: Tensor) -> Tensor:
         """Return normalised pixels ``[... channel height width]`` in 0..1 again, red first."""
 
     def __call__(self, picture: Picture | Sequence[Picture]) -> Tensor:
-        """Return ``[batch channel height width]`` of one picture or a list of them.
+        """Return ``[batch channel height width]`` of one image or a list of them.
 
         Args:
             picture: a path, a Pillow image, or an array or tensor ``[height width channel]`` or ``[height width]``
                 (bytes, 16 bits, or floats in 0..1); or a list of those.
 
         Raises:
-            InputError: it is no picture, holds values that are not numbers, or several come out in different sizes.
+            InputError: it is no image, holds values that are not numbers, or several come out in different sizes.
         """
         if not isinstance(picture, list | tuple):
             return self.prepared(open_picture(picture, channels=self.channels))[None]
         pictures = cast("Sequence[Picture]", picture)
         if not pictures:
-            raise InputError("Expected at least one picture, got an empty list.")
+            raise InputError("Expected at least one image, got an empty list.")
         made = [self(one) for one in pictures]
         if len({one.shape for one in made}) > 1:
             sizes = ", ".join(" x ".join(map(str, one.shape[-2:])) for one in made[:5])
             raise InputError(
-                f"These pictures come out in sizes of their own (height x width: {sizes}), and a batch has one. "
+                f"These images come out in sizes of their own (height x width: {sizes}), and a batch has one. "
                 "Give them one by one, or cut them to one size before."
             )
         return torch.cat(made)

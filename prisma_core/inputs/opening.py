@@ -19,12 +19,12 @@ FORMATS = tuple(_FORMATS.split())
 
 
 def open_picture(picture: Picture, channels: int = 3) -> Image:
-    """Return any picture as a Pillow image with the given number of channels (1 or 3).
+    """Return any image as a Pillow image with the given number of channels (1 or 3).
 
     However it is given, it is turned as its EXIF data say, and transparency lies on white.
 
     Raises:
-        InputError: it is no picture.
+        InputError: it is no image.
     """
     from PIL import Image as images
 
@@ -105,7 +105,7 @@ def _from_array(picture: Any) -> Image:
         )
     if array.dtype.kind == "f":
         if not np.isfinite(array).all():
-            raise InputError(f"The picture holds {int((~np.isfinite(array)).sum())} values that are NaN or infinite.")
+            raise InputError(f"The image holds {int((~np.isfinite(array)).sum())} values that are NaN or infinite.")
         if array.min() < 0 or array.max() > 1:
             raise InputError(
                 f"Expected floating point pixels in 0..1, got {array.min():.3g}..{array.max():.3g}. "

@@ -17,7 +17,7 @@ SIZES = ((61, 43), (43, 61), (481, 300))
 
 
 def probe(width: int, height: int, seed: int = 0) -> Image:
-    """Return a picture with smooth parts and noise: resizing shows in either."""
+    """Return an image with smooth parts and noise: resizing shows in either."""
     import numpy as np
     from PIL import Image as images
 
@@ -28,11 +28,11 @@ def probe(width: int, height: int, seed: int = 0) -> Image:
 
 
 def tried(preprocess: Callable[[Any], Tensor]) -> Tensor:
-    """Return what becomes of pictures both ways round, in one row; of one that is refused, the words."""
-    made: list[Tensor] = []
+    """Return what becomes of images both ways round, in one row; of one that is refused, the words."""
+    rows: list[Tensor] = []
     for size in SIZES:
         try:
-            made.append(preprocess(probe(*size)).flatten())
+            rows.append(preprocess(probe(*size)).flatten())
         except InputError as refusal:
-            made.append(torch.tensor(list(str(refusal).encode())).float())
-    return torch.cat(made)
+            rows.append(torch.tensor(list(str(refusal).encode())).float())
+    return torch.cat(rows)

@@ -41,7 +41,7 @@ INSTALL = 'pip install "prisma-interp[video]"'
 
 
 class VideoPreprocess(Facts):
-    """Frames taken evenly from a video, each prepared like a picture.
+    """Frames taken evenly from a video, each prepared like an image.
 
     Attributes:
         frames: how many the model takes.
@@ -56,7 +56,7 @@ class VideoPreprocess(Facts):
 
         Args:
             video: the path of a file, an array or tensor ``[frame height width channel]``, or a list of frames, each
-                anything that is a picture. A list of paths of video files, of arrays or of lists of frames: several
+                anything that is an image. A list of paths of video files, of arrays or of lists of frames: several
                 videos.
 
         Raises:
@@ -76,11 +76,6 @@ class VideoPreprocess(Facts):
     def denormalise(self, pixels: Tensor) -> Tensor:
         """Return normalised pixels ``[... channel height width]`` in 0..1 again."""
         return self.each.denormalise(pixels)
-
-
-def read_preprocess(facts: dict[str, Any]) -> Preprocess | VideoPreprocess:
-    """Return the preprocessing, of pictures or of videos, that ``model_dump`` made these facts of."""
-    return (VideoPreprocess if "each" in facts else Preprocess).model_validate(facts)
 
 
 def read_video(
@@ -132,8 +127,8 @@ def _check_beginning(path: Path) -> None:
         )
 
 
-def evenly(n: int, wanted: int | None, what: str) -> list[int]:
-    """Return which of ``n`` frames to take: the first of each of ``wanted`` equal parts.
+def evenly(n: int, number: int | None, what: str) -> list[int]:
+    """Return which of ``n`` frames to take: the first of each of ``number`` equal parts.
 
     Raises:
         InputError: there are fewer.
@@ -143,15 +138,15 @@ def evenly(n: int, wanted: int | None, what: str) -> list[int]:
     >>> evenly(10, 4, "a film")
     [0, 2, 5, 7]
     """
-    if wanted is None:
+    if number is None:
         return list(range(n))
-    if n < wanted:
-        raise InputError(f"{what} has {n} frame{'s' if n != 1 else ''}, and {wanted} are wanted.")
-    return [index * n // wanted for index in range(wanted)]
+    if n < number:
+        raise InputError(f"{what} has {n} frame{'s' if n != 1 else ''}, and {number} are wanted.")
+    return [index * n // number for index in range(number)]
 
 
 def _is_video(video: object) -> bool:
-    """Whether it is a video by itself, not a frame: a picture's file is told from a film's by its ending."""
+    """Whether it is a video by itself, not a frame: an image's file is told from a film's by its ending."""
     if isinstance(video, str | Path):
         return Path(video).suffix.lower() in FILMS
     return isinstance(video, list | tuple) or getattr(video, "ndim", 0) == 4
@@ -202,20 +197,20 @@ def _read_with_av(path: Path, frames: int | None) -> Tensor:
         raise PluginError(f"Reading videos needs torchcodec or PyAV: {INSTALL}.") from error
     try:
         n = _count_with_av(av, path)
-        wanted = set(indices := evenly(n, frames, str(path)))
-        kept: list[Tensor] = []
+        places = set(indices := evenly(n, frames, str(path)))
+        images: list[Tensor] = []
         with _opened(av, path) as file:
             for index, frame in enumerate(file.decode(file.streams.video[0])):
-                if index in wanted:
-                    kept.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
-                if len(kept) == len(indices):
+                if index in places:
+                    images.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
+                if len(images) == len(indices):
                     break
     except (av.error.FFmpegError, UnicodeDecodeError) as error:
         problem = getattr(error, "strerror", None) or "its names are no text"
         raise InputError(f"{path} is not a video that PyAV can read, or is damaged: {problem}.") from error
-    if len({frame.shape for frame in kept}) > 1:
+    if len({frame.shape for frame in images}) > 1:
         raise InputError(f"The frames of {path} change their size on the way.")
-    return torch.stack(kept)
+    return torch.stack(images)
 
 
 def _opened(av: Any, path: Path) -> Any:
@@ -230,16 +225,16 @@ def _count_with_av(av: Any, path: Path) -> int:
             kinds = ", ".join(sorted({stream.type for stream in file.streams})) or "nothing"
             raise InputError(f"{path} holds no video stream: it holds {kinds}.")
         stream = file.streams.video[0]
-        promised, packets, found = stream.frames, 0, 0
+        promised, packets, decoded = stream.frames, 0, 0
         for packet in file.demux(stream):
             packets += packet.size > 0
-            found += len(packet.decode())
+            decoded += len(packet.decode())
     _whole(path, packets, promised)
-    return found
+    return decoded
 
 
-def _whole(path: Path, found: int | None, promised: int | None) -> None:
-    if found is not None and promised and found < promised:
-        raise InputError(f"{path} is cut off: it promises {promised} frames, and {found} are there.")
-    if found == 0:
+def _whole(path: Path, decoded: int | None, promised: int | None) -> None:
+    if decoded is not None and promised and decoded < promised:
+        raise InputError(f"{path} is cut off: it promises {promised} frames, and {decoded} are there.")
+    if decoded == 0:
         raise InputError(f"{path} holds no frames.")

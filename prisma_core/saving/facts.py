@@ -127,11 +127,11 @@ def read_facts(text: str, path: Path) -> SavedFacts:
     try:
         return SavedFacts.model_validate_json(text)
     except (ValidationError, ValueError) as error:
-        told = _told(error) if isinstance(error, ValidationError) else str(error)
-        raise LoadError(f"{path} does not describe a model: {told}.") from error
+        reason = _told(error) if isinstance(error, ValidationError) else str(error)
+        raise LoadError(f"{path} does not describe a model: {reason}.") from error
 
 
 def _told(error: ValidationError) -> str:
     """Return the first of what is wrong, in one line."""
-    told = format_fields(error)
-    return told if len(told) < 300 else f"{told[:300]} ..."
+    text = format_fields(error)
+    return text if len(text) < 300 else f"{text[:300]} ..."

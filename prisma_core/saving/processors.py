@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from prisma_core.errors import LoadError, PrismaError, format_error
+from prisma_core.host import installed
 from prisma_core.inputs import tried
 from prisma_core.model import LazyProcessor, MissingProcessor, ZooModel
-from prisma_core.plugin.host import installed
 from prisma_core.saving.facts import SavedProcessor
 from prisma_core.spec import Facts
 

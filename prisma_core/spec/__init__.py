@@ -1,4 +1,4 @@
-"""The facts of a model: frozen, checked, and the same after a trip through JSON."""
+"""The facts of a model: frozen, checked, and the same after a trip through JSON; and the layout of its tokens."""
 
 from prisma_core.spec.maps import MapSpec
 from prisma_core.spec.models import AnySpec, DualSpec, ModelSpec, TextPoolSpec, TextSpec, read_spec

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from prisma_core.hooks.tokens import TokenLayout
+from prisma_core.spec.layout import TokenLayout
 from prisma_core.spec.parts import Facts
 
 
@@ -14,7 +14,7 @@ class MapSpec(Facts):
     """The inputs of a model that has a hook map but no canonical form.
 
     Attributes:
-        shape: of one input, the batch left out: ``(3, 224, 224)`` for a picture, ``(8, 3, 224, 224)`` for a video.
+        shape: of one input, the batch left out: ``(3, 224, 224)`` for an image, ``(8, 3, 224, 224)`` for a video.
         sizes: other lengths of the last axes it admits, such as heights and widths; none where the size is fixed.
         layout: which token is where along the ``pos`` axes of its hook points, at the native size; a ``pos`` beside an
             axis ``frame`` counts one frame's tokens. Of an input of another size there are more patches or fewer, as

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, TypeAdapter, model_validator
 
-from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.spec.alike import AllBlocks
+from prisma_core.spec.layout import TokenLayout
 from prisma_core.spec.parts import BlockSpec, EmbedSpec, Facts, MlpSpec, NormSpec, PoolSpec, RopeSpec, Side
 from prisma_core.spec.plain import LN, PARTS, facts_by_part, plain_block
 
@@ -16,7 +16,7 @@ class ModelSpec(AllBlocks, Facts):
     """Everything about a vision transformer but its weights.
 
     Attributes:
-        image_size: height and width of a picture, or of a video's frames.
+        image_size: height and width of an image, or of a video's frames.
         n_heads_out: 2: a second head reads the distillation token, and the logits are the mean of both.
     """
 
@@ -38,6 +38,7 @@ class ModelSpec(AllBlocks, Facts):
     @classmethod
     def plain(
         cls,
+        /,
         *,
         d_model: int = 12,
         layers: int = 2,
@@ -74,19 +75,19 @@ class ModelSpec(AllBlocks, Facts):
         patch, image = ((side, side) if isinstance(side, int) else side for side in (patch, image))
         kinds = (cls, EmbedSpec, TokenLayout, PoolSpec, *PARTS)
         hidden = [(cls, "kind"), (EmbedSpec, "norm"), *((PoolSpec, name) for name in ("kind", "attn", "mlp", "norm"))]
-        given = facts_by_part(facts, kinds, hidden)
-        block = plain_block(d_model, heads, norm, given)
-        whole = {"pool": "token", **given.pop(cls)}
+        by_part = facts_by_part(facts, kinds, hidden)
+        block = plain_block(d_model, heads, norm, by_part)
+        whole = {"pool": "token", **by_part.pop(cls)}
         if isinstance(kind := whole["pool"], str):
             attn = block.attn if kind == "attention" else None
-            whole["pool"] = {"kind": kind, "attn": attn, **given[PoolSpec]}
+            whole["pool"] = {"kind": kind, "attn": attn, **by_part[PoolSpec]}
             whole = {"d_pool": 2 * d_model if kind == "token_and_avg" else d_model, **whole}
         grid = {"rows": image[0] // patch[0], "columns": image[1] // patch[1]}
         plain = {
             "d_model": d_model,
             "image_size": image,
-            "embed": {"patch": patch, **given[EmbedSpec]},
-            "layout": {"cls": 1, **grid, **given[TokenLayout]},
+            "embed": {"patch": patch, **by_part[EmbedSpec]},
+            "layout": {"cls": 1, **grid, **by_part[TokenLayout]},
             "blocks": (block,) * layers,
             "ln_final": norm,
             "d_pool": d_model,
@@ -121,7 +122,7 @@ class ModelSpec(AllBlocks, Facts):
     @model_validator(mode="after")
     def _stream(self) -> ModelSpec:
         if any(block.kind == "post" for block in self.blocks):
-            raise ValueError("post-norm models of pictures are not covered: blocks of kind 'post' are those of texts")
+            raise ValueError("post-norm models of images are not covered: blocks of kind 'post' are those of texts")
         return self
 
     @property
@@ -147,7 +148,7 @@ class ModelSpec(AllBlocks, Facts):
 
     @property
     def n_frames(self) -> int | None:
-        """Frames of the video it takes; None for a model of pictures."""
+        """Frames of the video it takes; None for a model of images."""
         return None if self.embed.tubelet is None else self.layout.frames * self.embed.tubelet
 
 
@@ -206,6 +207,7 @@ class TextSpec(AllBlocks, Facts):
     @classmethod
     def plain(
         cls,
+        /,
         *,
         d_model: int = 12,
         layers: int = 2,
@@ -231,10 +233,10 @@ class TextSpec(AllBlocks, Facts):
         >>> spec.n_tokens, spec.blocks[0].attn.d_head
         (16, 4)
         """
-        given = facts_by_part(facts, (cls, *PARTS), [(cls, "kind")])
-        block = plain_block(d_model, heads, norm, given)
+        by_part = facts_by_part(facts, (cls, *PARTS), [(cls, "kind")])
+        block = plain_block(d_model, heads, norm, by_part)
         plain = {"n_vocab": 20, "n_ctx": 8, "causal": True, "ln_final": norm, "pool": "argmax", "n_classes": d_model}
-        whole = {**plain, "d_model": d_model, "blocks": (block,) * layers, **given.pop(cls)}
+        whole = {**plain, "d_model": d_model, "blocks": (block,) * layers, **by_part.pop(cls)}
         if isinstance(kind := whole["pool"], str):
             whole["pool"] = {"kind": kind}
         return cls.model_validate(whole)

@@ -41,7 +41,7 @@ class RopeGrid(Facts):
 
     Attributes:
         coordinates: ``index``: counted, plus ``offset``; the angle is coordinate times wave. ``centred``: patch centres
-            from -1 to 1 over the picture; the angle is 2 pi coordinate / wave. ``radians``: patch centres from -2 pi to
+            from -1 to 1 over the image; the angle is 2 pi coordinate / wave. ``radians``: patch centres from -2 pi to
             2 pi, rounded to float32; the angle is coordinate times wave.
         waves: periods for ``centred``, frequencies for the others.
         column_waves: those of columns, where rows have others.
@@ -210,9 +210,9 @@ class EmbedSpec(Facts):
 
     Attributes:
         patch: height and width of a patch.
-        tubelet: how many frames a patch spans, for models that take videos; None for those that take pictures.
+        tubelet: how many frames a patch spans, for models that take videos; None for those that take images.
         any_length: videos may have another number of frames than the native one.
-        in_channels: channels of the picture.
+        in_channels: channels of the image.
         stem: ``conv``: one convolution a patch. ``opaque``: upstream's own module, which returns tokens.
         by_token: patches are copied so that a token's channels lie side by side in memory, where upstream copies them
             too: sums that norms take in float32 are rounded in another order otherwise.

@@ -1,1 +1,1 @@
-"""Tools that adapters of several libraries share."""
+"""Tools that plugins share: of adapters of several libraries, and the result of a technique."""

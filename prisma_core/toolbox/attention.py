@@ -20,13 +20,13 @@ from torch.overrides import TorchFunctionMode
 def switched(things: Iterable[object], attribute: str, value: object) -> Generator[None]:
     """Set an attribute of some modules or configurations, past any setter, and put back what was there."""
     before = [(vars(thing), vars(thing)[attribute]) for thing in things if attribute in vars(thing)]
-    for own, _ in before:
-        own[attribute] = value
+    for fields, _ in before:
+        fields[attribute] = value
     try:
         yield
     finally:
-        for own, was in before:
-            own[attribute] = was
+        for fields, was in before:
+            fields[attribute] = was
 
 
 @contextmanager
@@ -41,13 +41,13 @@ def eager_attention(upstream: nn.Module) -> Generator[None]:
 
 def _configurations(upstream: nn.Module) -> list[object]:
     """Return every configuration in a tree of modules once, those inside others too."""
-    found: dict[int, object] = {}
+    configs: dict[int, object] = {}
     for module in upstream.modules():
         config: object = getattr(module, "config", None)
         for one in (config, *(vars(config).values() if hasattr(config, "__dict__") else ())):
             if hasattr(one, "__dict__") and "_attn_implementation_internal" in vars(one):
-                found[id(one)] = one
-    return list(found.values())
+                configs[id(one)] = one
+    return list(configs.values())
 
 
 @contextmanager
@@ -91,9 +91,9 @@ def _stepwise(module: Any) -> Callable[..., tuple[Tensor, None]]:
     ) -> tuple[Tensor, None]:
         heads: list[int] = [module.num_heads, module.head_dim]
         weights, biases = _projections(module)
-        given = zip(map(turned, (query, key, value)), weights, biases, strict=True)
-        made = [F.linear(x, weight, bias) for x, weight, bias in given]
-        q, k, v = (x.view(*x.shape[:2], *heads).transpose(1, 2) for x in made)
+        projections = zip(map(turned, (query, key, value)), weights, biases, strict=True)
+        inputs = [F.linear(x, weight, bias) for x, weight, bias in projections]
+        q, k, v = (x.view(*x.shape[:2], *heads).transpose(1, 2) for x in inputs)
         scores = q * module.head_dim**-0.5 @ k.transpose(-2, -1)
         if attn_mask is not None:
             if attn_mask.dtype == torch.bool:

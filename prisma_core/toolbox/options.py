@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prisma_core.errors import InputError
-from prisma_core.hooks.migration import keyword_names, refuse_keywords, takes_any_keyword
+from prisma_core.errors.migration import keyword_names, refuse_keywords, takes_any_keyword
 from prisma_core.inputs import Mean, Std
 
 Whole = Annotated[int, Field(strict=True, ge=1)]
@@ -23,7 +23,7 @@ class Options(BaseModel):
     """Base of a source's options; each field's description says what is expected, as an error quotes it.
 
     Attributes:
-        mean, std: of the pictures a model was trained on, per channel.
+        mean, std: of the images a model was trained on, per channel.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,12 +32,12 @@ class Options(BaseModel):
     std: Annotated[Std | None, Field(description="a number above 0 a channel, such as (0.229, 0.224, 0.225)")] = None
 
     def normalisation(self, where: object, channels: int, default: Pixels | None = None) -> Pixels | None:
-        """Return mean and std of pictures, or None where neither is given and the default has not as many channels.
+        """Return mean and std of images, or None where neither is given and the default has not as many channels.
 
         Raises:
             InputError: there is one without the other, or another number of them than of channels.
         """
-        mean, std = (given or (default and default[i]) for i, given in enumerate((self.mean, self.std)))
+        mean, std = (values or (default and default[i]) for i, values in enumerate((self.mean, self.std)))
         if mean and std and len(mean) == len(std) == channels:
             return mean, std
         if self.mean is None and self.std is None:
@@ -48,24 +48,24 @@ class Options(BaseModel):
         )
 
 
-def read_options(kind: type[Kind], who: str, given: Mapping[str, Any]) -> Kind:
+def read_options(kind: type[Kind], who: str, options: Mapping[str, Any]) -> Kind:
     """Return a source's options.
 
     Args:
         kind: what there is.
         who: what they were given to, for messages.
-        given: by their names.
+        options: by their names.
 
     Raises:
         InputError: there is none of a name, or a value of another kind.
     """
-    check_keywords(who, given, kind.model_fields)
+    check_keywords(who, options, kind.model_fields)
     try:
-        return kind.model_validate(dict(given))
+        return kind.model_validate(dict(options))
     except ValidationError as error:
         name = str(error.errors()[0]["loc"][0])
         expected = kind.model_fields[name].description
-        raise InputError(f"{who} expected {name}= to be {expected}; got {given[name]!r}.") from error
+        raise InputError(f"{who} expected {name}= to be {expected}; got {options[name]!r}.") from error
 
 
 def keywords(function: Callable[..., Any]) -> list[str] | None:
@@ -73,7 +73,7 @@ def keywords(function: Callable[..., Any]) -> list[str] | None:
     return None if takes_any_keyword(function) else keyword_names(function)
 
 
-def check_keywords(who: str, given: Iterable[str], accepted: Iterable[str] | None) -> None:
+def check_keywords(who: str, names: Iterable[str], accepted: Iterable[str] | None) -> None:
     """Refuse keyword arguments that nothing accepts.
 
     Args:
@@ -84,4 +84,4 @@ def check_keywords(who: str, given: Iterable[str], accepted: Iterable[str] | Non
         InputError: one is not among them; the nearest are suggested.
     """
     if accepted is not None:
-        refuse_keywords(who, given, accepted)
+        refuse_keywords(who, names, accepted)

@@ -140,7 +140,9 @@ class PartReader:
         biased = [self.linear(at(module, name)).has("bias") for name in names]
         if biased == [False, True, False]:
             raise module.unsupported("biases of keys alone")
-        biases = [f"{source}.{name}.bias" if own else "zeros" for name, own in zip(names, biased, strict=True)]
+        biases = [
+            f"{source}.{name}.bias" if has_bias else "zeros" for name, has_bias in zip(names, biased, strict=True)
+        ]
         joined = ", ".join(name for name, _ in groupby(biases))  # neighbours without a bias are filled as one
         return f"""
             [{", ".join(f"{source}.{name}.weight" for name in names)}]  ->  {target}.weight

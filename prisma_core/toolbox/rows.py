@@ -54,9 +54,9 @@ def masks_as_built(attn: Reader, *, causal: bool = False) -> None:
     Raises:
         UnsupportedArchitecture: it is told otherwise.
     """
-    said = getattr(attn.get("config"), "is_causal", None)
-    if said is not None and bool(said) != causal:
-        raise attn.unsupported(f"config.is_causal={said!r}, which changes what a token may read; take it out")
+    flag = getattr(attn.get("config"), "is_causal", None)
+    if flag is not None and bool(flag) != causal:
+        raise attn.unsupported(f"config.is_causal={flag!r}, which changes what a token may read; take it out")
     if attn.get("is_causal") and not causal:
         raise attn.unsupported("causal attention: under fused kernels a token reads those before it alone")
 

@@ -44,11 +44,11 @@ def check_undeclared(
     """
     known = (qualified_name(cast("object", upstream.module.get_submodule(path))) for path in upstream.classes)
     roots = {_root(name) for name in (*packages, *known)} - {"torch"}
-    kept = set[nn.Module]() if stem is None else set(stem.modules())
+    copied = set[nn.Module]() if stem is None else set(stem.modules())
     modules = cast("Iterator[tuple[str, nn.Module]]", upstream.module.named_modules(remove_duplicate=False))
     for path, module in modules:
         tensors = [f"{path}.{name}" if path else name for name, _ in _tensors(module)]
-        if module in kept or (tensors and all(is_ignored(name) for name in tensors)):
+        if module in copied or (tensors and all(is_ignored(name) for name in tensors)):
             continue
         problem = (
             _hooked(module, path, upstream.record)

@@ -220,14 +220,14 @@ class Attention(WeightViews):
             others: Tensor = F.linear(x, weight[n:], bias[n:])
             flat = [queries, *torch.split(others, self.sizes[1:], dim=-1)]
         parts: list[Tensor] = [part.unflatten(-1, (-1, self.spec.d_head)) for part in flat]
-        for index, given in enumerate(inputs):
-            if given is not None:
-                given = given[:, :leading] if index == 0 else given
+        for index, x_head in enumerate(inputs):
+            if x_head is not None:
+                x_head = x_head[:, :leading] if index == 0 else x_head
                 weight, bias = self._part(index, self.qkv.weight), self._part(index, self.qkv.bias)
-                made: Tensor = einsum(
-                    given, weight, "batch pos head d_model, head d_model d_head -> batch pos head d_head"
+                projected: Tensor = einsum(
+                    x_head, weight, "batch pos head d_model, head d_model d_head -> batch pos head d_head"
                 )
-                parts[index] = made + bias
+                parts[index] = projected + bias
         return parts
 
     def _bias(self, mask: Tensor | None, k: Tensor) -> Tensor | None:
@@ -245,8 +245,8 @@ class Attention(WeightViews):
 
 def _is_plain(layer: nn.Module) -> bool:
     """Return whether a layer is its weight and bias alone: no adapter, no hook of torch's, no forward of its own."""
-    own = vars(layer)
-    changed = [name for name in ("_forward_hooks", "_forward_pre_hooks", "forward") if own.get(name)]
+    fields = vars(layer)
+    changed = [name for name in ("_forward_hooks", "_forward_pre_hooks", "forward") if fields.get(name)]
     return type(layer) is nn.Linear and not changed
 
 

@@ -1,4 +1,4 @@
-"""The canonical dual encoder: pictures and texts in one space."""
+"""The canonical dual encoder: images and texts in one space."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from prisma_core.errors import InputError, UnknownName, suggest
 from prisma_core.hooks.cache import ActivationCache
 from prisma_core.hooks.point import HookPoint
-from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.inputs import Picture
 from prisma_core.model import Size, ZooModel
 from prisma_core.spec import DualSpec
+from prisma_core.spec.layout import TokenLayout
 from prisma_core.transformer.stream import StreamCache
 from prisma_core.transformer.text import HookedText, tokens_of
 from prisma_core.transformer.vit import HookedViT
@@ -63,7 +63,7 @@ class HookedDual(ZooModel):
 
     Attributes:
         tokenizer: from texts to tokens ``[text pos]``; the text tower's own.
-        preprocess: from pictures to the tensor the model takes; the vision tower's own.
+        preprocess: from images to the tensor the model takes; the vision tower's own.
         logit_scale: the logarithm of what similarities are multiplied with.
         logit_bias: what is added to them, if the spec has one.
     """
@@ -133,7 +133,7 @@ class HookedDual(ZooModel):
         """
         if tokens is None:
             raise InputError(
-                "Expected pictures and tokens [text pos], got no tokens: model(image, model.tokens(texts)). For one "
+                "Expected images and tokens [text pos], got no tokens: model(image, model.tokens(texts)). For one "
                 "tower alone: model.encode_image(image), model.encode_text(texts), model.vision.run_with_cache(image)."
             )
         return self.compare(self.vision(image), self.text(tokens))
@@ -186,10 +186,10 @@ class HookedDual(ZooModel):
         *,
         template: str = "a photo of a {}.",
     ) -> Float[Tensor, "batch label"]:
-        """Return the probability of each label for each picture ``[batch label]``, with no training: zero-shot.
+        """Return the probability of each label for each image ``[batch label]``, with no training: zero-shot.
 
         Args:
-            image: pictures, or the tensor the model takes.
+            image: images, or the tensor the model takes.
             labels: names of classes.
             template: the sentence they are put in, at ``{}``.
 

@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError
-from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.model import may_look
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec
+from prisma_core.spec.layout import TokenLayout
 from prisma_core.transformer.norm import norm_or_identity
 
 Grid: TypeAlias = tuple[int, ...]  # rows and columns of patches, before them frames if it is a video
@@ -190,9 +190,9 @@ def check_image(image: Tensor, spec: ModelSpec) -> None:
     """
     native, what = native_shape(spec), "image" if spec.n_frames is None else "video"
     a = "an" if what == "image" else "a"
-    given = cast("object", image)
-    if not isinstance(given, Tensor):
-        raise InputError(f"Expected {a} {what} tensor, got {type(given).__name__}. model.preprocess makes one.")
+    value = cast("object", image)
+    if not isinstance(value, Tensor):
+        raise InputError(f"Expected {a} {what} tensor, got {type(value).__name__}. model.preprocess makes one.")
     expected = f"{a} {what} [batch {' '.join(map(str, native))}]"
     if image.ndim != len(native) + 1:
         hint = f" Add a batch axis: {what}[None]." if image.ndim == len(native) else ""

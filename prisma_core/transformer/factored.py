@@ -249,16 +249,16 @@ class FactoredMatrix:
         Raises:
             InputError: rows or columns are indexed by something else than a number, a slice or a list of numbers.
         """
-        given = cast("tuple[Any, ...]", index if isinstance(index, tuple) else (index,))
-        taken = sum(1 for each in given if each is not None and each is not Ellipsis)
-        if any(each is Ellipsis for each in given):
-            at = next(place for place, each in enumerate(given) if each is Ellipsis)
-            given = (*given[:at], *[slice(None)] * (self.ndim - taken), *given[at + 1 :])
-        elif taken < self.ndim:
-            given = (*given, *[slice(None)] * (self.ndim - taken))
-        *leading, rows, columns = given
-        lists = [isinstance(each, list) or (isinstance(each, Tensor) and each.ndim > 0) for each in given]
-        numbers = [not isinstance(each, slice) and not several for each, several in zip(given, lists, strict=True)]
+        items = cast("tuple[Any, ...]", index if isinstance(index, tuple) else (index,))
+        count = sum(1 for each in items if each is not None and each is not Ellipsis)
+        if any(each is Ellipsis for each in items):
+            at = next(place for place, each in enumerate(items) if each is Ellipsis)
+            items = (*items[:at], *[slice(None)] * (self.ndim - count), *items[at + 1 :])
+        elif count < self.ndim:
+            items = (*items, *[slice(None)] * (self.ndim - count))
+        *leading, rows, columns = items
+        lists = [isinstance(each, list) or (isinstance(each, Tensor) and each.ndim > 0) for each in items]
+        numbers = [not isinstance(each, slice) and not several for each, several in zip(items, lists, strict=True)]
         if any(lists[-2:]) and sum(lists) > 1:
             raise InputError(f"{index!r} does not index {list(self.shape)}: a list of rows or columns goes by itself.")
         for each, number in ((rows, numbers[-2]), (columns, numbers[-1])):

@@ -86,12 +86,12 @@ class Norm(nn.Module):
 
     def _read(self, x: Tensor) -> Tensor:
         """Show the scale without changing the kernel: no hook can change it, no gradient is asked for."""
-        given, width, weight, bias = self._operands(x)
-        if self.spec.kind == "ln" and given.dtype not in HALF:
-            normalized, _, inverse = torch.native_layer_norm(given, width, weight, bias, self.spec.eps)
+        operand, width, weight, bias = self._operands(x)
+        if self.spec.kind == "ln" and operand.dtype not in HALF:
+            normalized, _, inverse = torch.native_layer_norm(operand, width, weight, bias, self.spec.eps)
             self._shown(inverse, x)
             return normalized.type_as(x)
-        self._shown(self._inverse(self.centred(widened(given))), x)
+        self._shown(self._inverse(self.centred(widened(operand))), x)
         return self.fused(x)
 
     def _explicit(self, x: Tensor) -> Tensor:

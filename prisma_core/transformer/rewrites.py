@@ -220,25 +220,25 @@ def _fold(state: dict[str, Tensor], norm: str, readers: list[str]) -> None:
 def _final_norms(spec: ModelSpec) -> list[tuple[str, list[str]]]:
     """The norms at the end of the stream, each with the linear maps that read it."""
     head = [] if spec.n_classes is None else ["head"] if spec.n_heads_out == 1 else ["head", "head_dist"]
-    found: list[tuple[str, list[str]]] = []
+    pairs: list[tuple[str, list[str]]] = []
     pool = spec.pool
     if spec.ln_final is not None:
         if pool.kind == "attention":
-            found.append(("ln_final", ["pool.attn.kv"]))
+            pairs.append(("ln_final", ["pool.attn.kv"]))
         elif spec.ln_pool is None and pool.kind != "token_and_avg":  # there the head reads the norm twice over
-            found.append(("ln_final", head))
+            pairs.append(("ln_final", head))
     if pool.mlp is not None:
         readers = ["pool.mlp.fc_in", *(["pool.mlp.fc_gate"] if pool.mlp.gated else [])]
         norm = "pool.ln" if pool.norm is not None else None
         if pool.mlp.pre_norm is not None:  # then no linear map reads the norm before the MLP
             norm = "pool.mlp.pre_norm"
         if norm is not None:
-            found.append((norm, readers))
+            pairs.append((norm, readers))
         if pool.mlp.inner_norm is not None:
-            found.append(("pool.mlp.ln", ["pool.mlp.fc_out"]))
+            pairs.append(("pool.mlp.ln", ["pool.mlp.fc_out"]))
     if spec.ln_pool is not None:
-        found.append(("ln_pool", head))
-    return found
+        pairs.append(("ln_pool", head))
+    return pairs
 
 
 def _stream_readers(spec: ModelSpec) -> Iterator[tuple[str, NormSpec | None]]:

@@ -204,10 +204,10 @@ class HookedText(Tower):
         return mask
 
     def _check(self, tokens: Tensor) -> None:
-        given = cast("object", tokens)
-        if not isinstance(given, Tensor):
+        value = cast("object", tokens)
+        if not isinstance(value, Tensor):
             raise InputError(
-                f"Expected tokens [batch pos], got {type(given).__name__}. The model's tokenizer makes them of text."
+                f"Expected tokens [batch pos], got {type(value).__name__}. The model's tokenizer makes them of text."
             )
         if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise InputError(
@@ -235,9 +235,9 @@ def tokens_of(model: HookedText, text: Tensor | str | Sequence[str], reference: 
     if not texts or not all(isinstance(each, str) for each in texts):
         raise InputError(f"Expected a text, a list of texts or a tensor of tokens [text pos], got {str(text)[:80]}.")
     if model.tokenizer is None:
-        made = f"prisma.load({reference!r}).tokenizer" if reference else "open_clip.get_tokenizer(NAME)"
+        call = f"prisma.load({reference!r}).tokenizer" if reference else "open_clip.get_tokenizer(NAME)"
         raise InputError(
-            f"This model has no tokenizer: an adapted model comes without. Set model.tokenizer = {made}, or "
+            f"This model has no tokenizer: an adapted model comes without. Set model.tokenizer = {call}, or "
             "give tokens [text pos]."
         )
     tokens = model.tokenizer(cast("list[str]", texts)).to(model.embed.W_E.device)
@@ -256,13 +256,13 @@ def _cut(model: HookedText, texts: Sequence[str], tokens: Tensor) -> list[str]:
     # A byte is a token at most, so few texts are long enough to be asked about.
     long = [index for index, text in enumerate(texts) if len(text.encode(errors="replace")) > model.spec.n_ctx - 2]
     shorter = {index: re.sub(r"\w\W*\Z", "", texts[index]) for index in long}
-    asked = [index for index in long if shorter[index] not in ("", texts[index])]
-    if model.tokenizer is None or not asked:
+    candidates = [index for index in long if shorter[index] not in ("", texts[index])]
+    if model.tokenizer is None or not candidates:
         return []
-    again = model.tokenizer([shorter[index] for index in asked]).to(tokens.device)
+    again = model.tokenizer([shorter[index] for index in candidates]).to(tokens.device)
     if again.shape[1:] != tokens.shape[1:]:  # filled up to the longest: nothing was cut
         return []
-    return [texts[index] for index, row in zip(asked, again, strict=True) if torch.equal(row, tokens[index])]
+    return [texts[index] for index, row in zip(candidates, again, strict=True) if torch.equal(row, tokens[index])]
 
 
 def pool_tokens(
@@ -279,5 +279,5 @@ def pool_tokens(
         return (x * text).sum(1) / text.sum(1)
     if spec.kind in ("first", "last"):
         return x[:, 0 if spec.kind == "first" else -1]
-    found = tokens if spec.kind == "argmax" else (tokens == spec.eos_id).int()
-    return x[torch.arange(x.shape[0], device=x.device), found.argmax(-1)]
+    order = tokens if spec.kind == "argmax" else (tokens == spec.eos_id).int()
+    return x[torch.arange(x.shape[0], device=x.device), order.argmax(-1)]

@@ -40,7 +40,7 @@ class Tower(Circuits, ZooModel):
         """
 
 
-def class_index(model: Tower, given: int | str) -> int:
+def class_index(model: Tower, key: int | str) -> int:
     """Return which class an index or a label means.
 
     Raises:
@@ -53,16 +53,16 @@ def class_index(model: Tower, given: int | str) -> int:
             "This model has no head, so there are no logits to count. Give a direction in its output instead, as "
             "floating point numbers."
         )
-    if isinstance(given, str):
-        if given in labels:
-            return labels.index(given)
-        alike = [index for index, label in enumerate(labels) if _words(label) == _words(given)]
+    if isinstance(key, str):
+        if key in labels:
+            return labels.index(key)
+        alike = [index for index, label in enumerate(labels) if _words(label) == _words(key)]
         if len(alike) != 1:
-            raise UnknownName(f"No class {given!r} among the model's {len(labels)} labels.{suggest(given, labels)}")
+            raise UnknownName(f"No class {key!r} among the model's {len(labels)} labels.{suggest(key, labels)}")
         return alike[0]
-    if not 0 <= given < n:
-        raise UnknownName(f"No class {given}: they run from 0 to {n - 1}.")
-    return given
+    if not 0 <= key < n:
+        raise UnknownName(f"No class {key}: they run from 0 to {n - 1}.")
+    return key
 
 
 def _words(label: str) -> list[str]:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from prisma_core.errors import InputError, MissingPart, NotApplicable
 from prisma_core.hooks.point import HookPoint, copy_if_cached
-from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.model import Size, check_place, layer_index
 from prisma_core.spec import ModelSpec, RopeCount
+from prisma_core.spec.layout import TokenLayout
 from prisma_core.transformer.attention import Rope
 from prisma_core.transformer.block import STREAM, make_block
 from prisma_core.transformer.embed import Embed, Grid, check_image, native_grid, native_shape, patch_grid
@@ -27,7 +27,7 @@ from prisma_core.transformer.tower import Tower
 
 
 class HookedViT(Tower):
-    """A vision transformer whose every inside can be read and replaced; it takes pictures, or videos.
+    """A vision transformer whose every inside can be read and replaced; it takes images, or videos.
 
     Args:
         spec: the facts; weights are whatever the parts initialise themselves with until loaded.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import HookError, InputError, PrismaError
-from prisma_core.hooks.migration import (
+from prisma_core.errors.migration import (
     keyword_names,
     migration_hint,
     module_getattr,
@@ -18,10 +18,10 @@ from prisma_core.hooks.migration import (
     takes_any_keyword,
 )
 from prisma_core.hooks.point import HookPoint
-from prisma_core.hooks.tokens import TokenLayout
 from prisma_core.maps.places import HookMap
 from prisma_core.model import Size, ZooModel, check_place
 from prisma_core.spec import MapSpec
+from prisma_core.spec.layout import TokenLayout
 from prisma_core.upstream.bound import BoundRow
 from prisma_core.upstream.observer import attach, watching
 
@@ -124,8 +124,8 @@ class HookedUpstream(ZooModel):
                     "Hooks and caches reach every place inside: run_with_hooks, run_with_cache."
                 )
         if not takes_any_keyword(self.upstream.forward):
-            own = keyword_names(method) if method else []
-            refuse_keywords(method.__name__ if method else type(self).__name__, kwargs, [*own, *accepted])
+            names = keyword_names(method) if method else []
+            refuse_keywords(method.__name__ if method else type(self).__name__, kwargs, [*names, *accepted])
 
     def _expected(self) -> str:
         what, shape = self._what(), " ".join(map(str, self.spec.shape))

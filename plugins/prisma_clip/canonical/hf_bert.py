@@ -155,14 +155,14 @@ class AltText(Tower):
         )
 
     def weights(self, upstream: Reader, spec: AnySpec) -> WeightMap:
-        own = WeightMap.parse(linear_rows("transformation", "head") + norm_rows("pre_LN", "ln_final"))
+        ends = WeightMap.parse(linear_rows("transformation", "head") + norm_rows("pre_LN", "ln_final"))
         layer = next(iter(upstream.roberta.encoder.layers))
-        return _rows(upstream.roberta.embeddings, layer, "roberta.embeddings", "roberta.encoder.layers") | own
+        return _rows(upstream.roberta.embeddings, layer, "roberta.embeddings", "roberta.encoder.layers") | ends
 
     def hooks(self, upstream: Reader, spec: AnySpec) -> HookMap:
         assert isinstance(spec, TextSpec)
-        own = HookMap.parse(norm_hooks("pre_LN", "ln_final", "hook_ln_final"))
-        return _hooks("roberta.embeddings", "roberta.encoder.layers", spec) | own
+        ends = HookMap.parse(norm_hooks("pre_LN", "ln_final", "hook_ln_final"))
+        return _hooks("roberta.embeddings", "roberta.encoder.layers", spec) | ends
 
 
 class OpenClipText(Tower):
@@ -202,27 +202,27 @@ class OpenClipText(Tower):
 
     def weights(self, upstream: Reader, spec: AnySpec) -> WeightMap:
         assert isinstance(spec, TextSpec)
-        own = linear_rows("proj", "head")
+        head = linear_rows("proj", "head")
         if spec.head is not None:
-            own = linear_rows("proj.0", "head_mlp.fc_in") + linear_rows("proj.2", "head_mlp.fc_out")
-        own += "ignore transformer.pooler.{*} : makes a second output of the first token, which is not read\n"
+            head = linear_rows("proj.0", "head_mlp.fc_in") + linear_rows("proj.2", "head_mlp.fc_out")
+        head += "ignore transformer.pooler.{*} : makes a second output of the first token, which is not read\n"
         text = upstream.transformer
         layer = next(iter(text.encoder.layer))
         table = _rows(text.embeddings, layer, "transformer.embeddings", "transformer.encoder.layer")
-        return table | WeightMap.parse(own)
+        return table | WeightMap.parse(head)
 
     def hooks(self, upstream: Reader, spec: AnySpec) -> HookMap:
         assert isinstance(spec, TextSpec)
-        own = """
+        ends = """
             pooler  ->  hook_pooled
             proj    ->  hook_logits
         """
         if spec.head is not None:
-            own += """
+            ends += """
                 proj.0       ->  head_mlp.hook_pre
                 proj.2 : in  ->  head_mlp.hook_post
             """
-        return _hooks("transformer.embeddings", "transformer.encoder.layer", spec) | HookMap.parse(own)
+        return _hooks("transformer.embeddings", "transformer.encoder.layer", spec) | HookMap.parse(ends)
 
 
 def _projection(proj: Reader) -> tuple[int | None, MlpSpec | None]:

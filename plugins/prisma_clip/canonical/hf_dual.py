@@ -93,10 +93,10 @@ def projected_hooks(upstream: Reader, spec: AnySpec, at: str, projection: str | 
     table = tower(module).hooks(module, spec).prefixed(f"{at}.", "")
     if projection is None:
         return table
-    own = HookMap.parse(f"{projection}  ->  hook_logits\n")
+    head = HookMap.parse(f"{projection}  ->  hook_logits\n")
     if isinstance(spec, TextSpec) and not module.has("transformation"):
-        own = own | HookMap.parse(f"{projection} : in  ->  hook_pooled\n")
-    return table.without("hook_logits") | own
+        head = head | HookMap.parse(f"{projection} : in  ->  hook_pooled\n")
+    return table.without("hook_logits") | head
 
 
 class HfDual(Adapter):
@@ -127,27 +127,27 @@ class HfDual(Adapter):
         assert isinstance(spec, DualSpec)
         visual, written = _projections(upstream)
         scalar = "  : 1 ->" if upstream.logit_scale.ndim else ""
-        own = WeightMap.parse(f"""
+        pair = WeightMap.parse(f"""
             logit_scale  ->  logit_scale {scalar}
             logit_bias   ->  logit_bias  {scalar}
         """)
         return (
             projected_weights(upstream, spec.vision, "vision_model", visual).prefixed("", "vision.")
             | projected_weights(upstream, spec.text, "text_model", written).prefixed("", "text.")
-            | own
+            | pair
         )
 
     def hooks(self, upstream: Reader, spec: AnySpec) -> HookMap:
         assert isinstance(spec, DualSpec)
         visual, written = _projections(upstream)
-        own = HookMap.parse("""
+        pair = HookMap.parse("""
             @ matmul : in  ->  hook_text_embed
             @ matmul : in1  ->  hook_image_embed  : d b -> b d
         """)
         return (
             projected_hooks(upstream, spec.vision, "vision_model", visual).prefixed("", "vision.")
             | projected_hooks(upstream, spec.text, "text_model", written).prefixed("", "text.")
-            | own
+            | pair
         )
 
     def call(self, upstream: nn.Module, *inputs: Tensor) -> Tensor:

@@ -110,16 +110,16 @@ BLOCKS_HOOKS = """
 
 def blocks(encoder: Reader, *, causal: bool) -> tuple[BlockSpec, ...]:
     """Return the facts of an encoder's blocks."""
-    found = tuple(block(layer, causal=causal) for layer in encoder.layers)
+    specs = tuple(block(layer, causal=causal) for layer in encoder.layers)
     same_for_all(encoder, [type(layer.module).__qualname__ for layer in encoder.layers])
-    return found
+    return specs
 
 
 # -------------------------------------------------------------------- calling, and looking inside
 
 
 def pixels(tower: Any, image: Tensor) -> dict[str, Any]:
-    """Return the arguments that a vision tower, or a model that has it, takes for a picture."""
+    """Return the arguments that a vision tower, or a model that has it, takes for an image."""
     embed = tower.embeddings
     if not isinstance(embed.patch_embedding, nn.Linear):
         native = (embed.image_size, embed.image_size)
@@ -170,8 +170,8 @@ class Tower(Adapter):
 
     def call(self, upstream: nn.Module, *inputs: Tensor) -> Tensor:
         spec = self.spec(Reader(upstream))
-        given = upstream(**(texts(spec, *inputs) if isinstance(spec, TextSpec) else pixels(upstream, *inputs)))
-        return given.last_hidden_state if spec.pool.kind == "none" else given.pooler_output
+        result = upstream(**(texts(spec, *inputs) if isinstance(spec, TextSpec) else pixels(upstream, *inputs)))
+        return result.last_hidden_state if spec.pool.kind == "none" else result.pooler_output
 
     def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return eager(upstream)

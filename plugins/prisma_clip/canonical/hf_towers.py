@@ -46,7 +46,7 @@ class ClipVision(Tower):
         side = embed.image_size // embed.patch_embedding.kernel_size[0]
         width = READ.embedding(embed.position_embedding).embedding_dim
         if side * side != embed.num_patches:
-            raise embed.unsupported(f"{embed.num_patches} patches of a picture that is not square")
+            raise embed.unsupported(f"{embed.num_patches} patches of an image that is not square")
         return ModelSpec(
             d_model=width,
             image_size=(embed.image_size, embed.image_size),
@@ -168,7 +168,7 @@ def _square_patches(embed: Reader) -> tuple[EmbedSpec, int]:
     spec = patches(embed.patch_embedding, interpolation=BICUBIC)
     side = embed.image_size // spec.patch[0]
     if side * side != embed.num_patches:
-        raise embed.unsupported(f"{embed.num_patches} patches of a picture that is not square")
+        raise embed.unsupported(f"{embed.num_patches} patches of an image that is not square")
     return spec, side
 
 

@@ -17,7 +17,7 @@ from prisma_core.plugin import (
 
 IGNORED = {
     "TimmModel.image_size": "read from the trunk",
-    "TimmModel.preprocess_cfg": "how pictures are prepared",
+    "TimmModel.preprocess_cfg": "how images are prepared",
 }
 
 
@@ -57,8 +57,8 @@ def spec(upstream: Reader) -> ModelSpec:
 
 def weights(upstream: Reader, facts: ModelSpec) -> WeightMap:
     """Return the weight map of the trunk with that of the projection."""
-    own = _own(upstream, facts)
-    table = trunk_adapter(upstream).weights(upstream.trunk, own).prefixed("trunk.", "")
+    parts = _own(upstream, facts)
+    table = trunk_adapter(upstream).weights(upstream.trunk, parts).prefixed("trunk.", "")
     if _projection(upstream) is None:
         return table
     return table.without("head.{*}") | WeightMap.parse(linear_rows("head.proj", "head"))
@@ -66,8 +66,8 @@ def weights(upstream: Reader, facts: ModelSpec) -> WeightMap:
 
 def hooks(upstream: Reader, facts: ModelSpec) -> HookMap:
     """Return the hook map of the trunk with that of the projection."""
-    own = _own(upstream, facts)
-    table = trunk_adapter(upstream).hooks(upstream.trunk, own).prefixed("trunk.", "")
+    parts = _own(upstream, facts)
+    table = trunk_adapter(upstream).hooks(upstream.trunk, parts).prefixed("trunk.", "")
     if _projection(upstream) is None:
         return table
     return table.without("hook_logits") | HookMap.parse("head.proj  ->  hook_logits")

@@ -179,28 +179,28 @@ class DualAdapter(Adapter):
         else:
             text = tower(upstream.text).weights(upstream.text, spec.text).prefixed("text.", "text.")
         scalar = "  : 1 ->" if upstream.logit_scale.ndim else ""
-        own = WeightMap.parse(f"""
+        pair = WeightMap.parse(f"""
             logit_scale  ->  logit_scale {scalar}
             logit_bias   ->  logit_bias  {scalar}
             ignore text_decoder.{{*}} : writes captions; the dual encoder does not use it
         """)
-        return vision.prefixed("visual.", "vision.") | text | own
+        return vision.prefixed("visual.", "vision.") | text | pair
 
     def hooks(self, upstream: Reader, spec: AnySpec) -> HookMap:
         assert isinstance(spec, DualSpec)
         vision = tower(upstream.visual).hooks(upstream.visual, spec.vision)
-        own = ""
+        pair = ""
         if upstream.is_a(CLIP):
             text = native.text_hooks(upstream, spec.text).prefixed("", "text.")
-            own = "@ normalize#1 : in  ->  text.hook_logits\n"
+            pair = "@ normalize#1 : in  ->  text.hook_logits\n"
         else:
             text = tower(upstream.text).hooks(upstream.text, spec.text).prefixed("text.", "text.")
         if not upstream.is_a(COCA):  # whose forward writes captions, and needs as many texts as images
-            own += """
+            pair += """
                 @ normalize    ->  hook_image_embed
                 @ normalize#1  ->  hook_text_embed
             """
-        return vision.prefixed("visual.", "vision.") | text | HookMap.parse(own)
+        return vision.prefixed("visual.", "vision.") | text | HookMap.parse(pair)
 
     def stem(self, upstream: Reader, spec: AnySpec) -> nn.Module | None:
         assert isinstance(spec, DualSpec)

@@ -140,7 +140,7 @@ def _embeddings(module: Reader) -> tuple[TokenLayout, EmbedSpec, tuple[int, int]
     rows, columns = height // down, width // across
     # Upstream takes the root of their number for both sides of the grid of positions.
     if height != width or rows != columns:
-        raise module.unsupported("positions for a picture that is not square")
+        raise module.unsupported("positions for an image that is not square")
     if 1 + rows * columns != module.position_embeddings.shape[1]:
         raise module.unsupported("positions of another number than the patches'")
     registers = module.register_tokens.shape[1] if module.has("register_tokens") else 0

@@ -59,7 +59,7 @@ IGNORED = {
     "*.hidden_size": "the shape of the weights",
     "DropPath.*": "off in evaluation",
     "LayerScale.*": "how it is stored",
-    "PatchEmbed.*": "the sizes of the patch projection and of pictures",
+    "PatchEmbed.*": "the sizes of the patch projection and of images",
     "RopePosition*.D_head": "twice two periods",
     "RopePosition*.base": "what the periods were made from",
     "RopePosition*.*_period": "what the periods were made from",
@@ -160,7 +160,7 @@ def _grid(upstream: Reader, *, rotary: bool) -> tuple[int, int]:
     patches = upstream.pos_embed.shape[1] - 1
     side = math.isqrt(patches)
     if side * side != patches:
-        raise upstream.unsupported("positions for a picture that is not square")
+        raise upstream.unsupported("positions for an image that is not square")
     return side, side
 
 

@@ -22,17 +22,19 @@ def shared(tower: Reader, names: TowerNames) -> bool:
 
 def tables(tower: Reader, at: str, names: TowerNames) -> dict[str, Reader]:
     """Return the modules that make the bias, by the paths of their tables: a block's own, and the shared one."""
-    found: dict[str, Reader] = {}
-    own = [parts.find(block, names.block.bias) for block in parts.at(tower, names.blocks) if names.block.bias]
-    for module in own:
+    by_path: dict[str, Reader] = {}
+    parts_with_bias = [
+        parts.find(block, names.block.bias) for block in parts.at(tower, names.blocks) if names.block.bias
+    ]
+    for module in parts_with_bias:
         if module is not None:
             _look(module)
-            found[f"{at}{names.blocks}.{{l}}.{names.block.bias}.{TABLE}"] = module
+            by_path[f"{at}{names.blocks}.{{l}}.{names.block.bias}.{TABLE}"] = module
     if shared(tower, names):
         module = parts.at(tower, names.bias)
         _look(module)
-        found[f"{at}{names.bias}.{TABLE}"] = module
-    return found
+        by_path[f"{at}{names.bias}.{TABLE}"] = module
+    return by_path
 
 
 def _look(module: Reader) -> None:
@@ -40,14 +42,14 @@ def _look(module: Reader) -> None:
         raise module.unsupported("a table of another length than its window's")
 
 
-def rows(found: dict[str, Reader]) -> str:
+def rows(tables: dict[str, Reader]) -> str:
     """Return the weight rows of a bias."""
-    return f"[{', '.join(found)}]  ->  blocks.{{l}}.attn.attn_bias  : {{bias}}\n"
+    return f"[{', '.join(tables)}]  ->  blocks.{{l}}.attn.attn_bias  : {{bias}}\n"
 
 
-def function(found: dict[str, Reader], layout: TokenLayout) -> Callable[..., Tensor]:
+def function(readers: dict[str, Reader], layout: TokenLayout) -> Callable[..., Tensor]:
     """Return what makes the bias ``[head query_pos key_pos]`` of its tables, in their order."""
-    modules = [copy.deepcopy(module.module) for module in found.values()]
+    modules = [copy.deepcopy(module.module) for module in readers.values()]
 
     def made(*given: Tensor) -> Tensor:
         window = (layout.rows, layout.columns)

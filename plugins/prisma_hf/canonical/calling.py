@@ -20,10 +20,10 @@ def main_output(upstream: Any, image: Tensor) -> Tensor:
     config = upstream.config
     size = config.image_size
     native = (size, size) if isinstance(size, int) else tuple(size)
-    given: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if tuple(image.shape[2:]) != native and not _always_resizes(upstream):
-        given["interpolate_pos_encoding"] = True
-    output = upstream(image, **given)
+        options["interpolate_pos_encoding"] = True
+    output = upstream(image, **options)
     return output.logits if hasattr(output, "logits") else output.last_hidden_state
 
 
@@ -47,7 +47,7 @@ def unrounded(upstream: Any, image: Tensor) -> Tensor:
 
 
 def pixels(upstream: Any, image: Tensor) -> Tensor:
-    """Return the pixels that a model predicts, by patch, as they were before it put them together to a picture."""
+    """Return the pixels that a model predicts, by patch, as they were before it put them together to an image."""
     apart = F.pixel_unshuffle(upstream(image).reconstruction, upstream.decoder[1].upscale_factor)
     return rearrange(apart, "b k r c -> b (r c) k")
 
@@ -71,18 +71,18 @@ def patch_by_patch(upstream: Any, image: Tensor) -> Tensor:
 
 
 def packed(upstream: Any, image: Tensor) -> Tensor:
-    """Return the main output, picture by picture, of a model that makes one sequence of all pictures."""
+    """Return the main output, image by image, of a model that makes one sequence of all images."""
     output = upstream(image).last_hidden_state
     return output.reshape(len(image), -1, output.shape[-1])
 
 
 @contextmanager
 def pictures_apart(sequence: nn.Module) -> Iterator[None]:
-    """Give a module the pictures that are packed into one sequence as a batch, for the time of the scope."""
+    """Give a module the images that are packed into one sequence as a batch, for the time of the scope."""
 
     def unpack(_: nn.Module, args: tuple[Tensor], given: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]]:
         (stream,), mask = args, given["attention_mask"]
-        count = int((mask[0, 0, 0] == 0).sum())  # what the first patch may read: the patches of its picture
+        count = int((mask[0, 0, 0] == 0).sum())  # what the first patch may read: the patches of its image
         tables = tuple(table[:count] for table in given["position_embeddings"])
         batch = stream.reshape(-1, count, stream.shape[-1])
         return (batch,), {**given, "attention_mask": None, "position_embeddings": tables}

@@ -243,7 +243,7 @@ def _image_size(tower: Reader, names: TowerNames) -> tuple[int, int]:
         return side * down, side * across
     size = parts.at(tower, names.image)
     if not isinstance(size, int) and len(size) != 2:
-        raise tower.unsupported(f"a picture of {len(size)} sides (image_size={size!r})")
+        raise tower.unsupported(f"an image of {len(size)} sides (image_size={size!r})")
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 

@@ -1,4 +1,4 @@
-"""Encoders that are handed the patches of all pictures of a batch as one list, with each picture's grid beside it."""
+"""Encoders that are handed the patches of all images of a batch as one list, with each image's grid beside it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch.overrides import TorchFunctionMode
 
 
 def call(upstream: Any, proj: Any, image: Tensor) -> Tensor:
-    """Return the main output for pictures of one size, cut into patches row by row.
+    """Return the main output for images of one size, cut into patches row by row.
 
     Args:
-        proj: the patch projection; where it reads frames, a picture is shown in all of them.
+        proj: the patch projection; where it reads frames, an image is shown in all of them.
     """
     *frames, down, across = proj.kernel_size
     sides = [1, image.shape[2] // down, image.shape[3] // across]
@@ -55,13 +55,13 @@ def _added(upstream: Any, grids: Tensor) -> Mapping[str, Tensor]:
 
 
 def one_frame(weight: Tensor) -> Tensor:
-    """Return what a projection of frames makes of a picture that is shown in all of them."""
+    """Return what a projection of frames makes of an image that is shown in all of them."""
     return weight.sum(2)
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Let attention see the pictures of a list as a batch, where it would take them one after the other."""
+    """Let attention see the images of a list as a batch, where it would take them one after the other."""
     with _Together():
         yield
 

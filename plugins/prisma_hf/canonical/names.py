@@ -80,10 +80,10 @@ class TowerNames:
         proj: the patch projection.
         flat: the order of a patch's pixels (``p q c``: row, column, channel) where upstream is handed each patch as a
             vector, and ``patch``, the side of a patch there.
-        packed: the module that is handed all pictures of a batch as one sequence.
+        packed: the module that is handed all images of a batch as one sequence.
         listed: upstream itself is handed their patches so, with the grid of each: as they are, row by row, or shown in
             several frames, each as a vector, in an order that its caller chooses.
-        stem: the module from pictures to patches, where it is more than that projection.
+        stem: the module from images to patches, where it is more than that projection.
         image: the attribute that holds the size of image; without it, the one that there are positions for.
         prefix: tokens before the patches, each kind with its parameter.
         embed_norm: a norm of the patch embedding.

@@ -24,29 +24,29 @@ def table(tower: Reader, names: TowerNames) -> Reader | Tensor | None:
     """
     if not names.pos:
         return None
-    found = parts.at(tower, names.pos)
-    if isinstance(found, Reader):
-        parts.READ.embedding(found)
+    part = parts.at(tower, names.pos)
+    if isinstance(part, Reader):
+        parts.READ.embedding(part)
     above, _, _ = names.pos.rpartition(".")
-    ids = parts.at(tower, above).get("position_ids") if isinstance(found, Reader) else None
+    ids = parts.at(tower, above).get("position_ids") if isinstance(part, Reader) else None
     if ids is not None and not torch.equal(ids.flatten(), torch.arange(ids.numel(), device=ids.device)):
         raise tower.unsupported("positions that are not counted from the first patch on")
-    return found
+    return part
 
 
 def check(tower: Reader, names: TowerNames, layout: TokenLayout) -> bool:
     """Return whether there are positions, one for every token that takes one."""
-    found = table(tower, names)
-    if found is None:
+    part = table(tower, names)
+    if part is None:
         return False
     if names.looked_up and tower.config.patch_size != tower.embeddings.patch_size:
         raise tower.unsupported(f"config.patch_size={tower.config.patch_size!r}, by which patches are looked up")
-    length = found.num_embeddings if isinstance(found, Reader) else found.shape[-2]
+    length = part.num_embeddings if isinstance(part, Reader) else part.shape[-2]
     expected = layout.n_tokens - (layout.registers if names.pos_without_registers else 0) + int(names.pos_and_first)
     if length != expected:
         raise tower.unsupported(f"{length} positions for {expected} tokens")
     if names.resize == "always" and layout.rows != layout.columns:
-        raise tower.unsupported("positions that are interpolated from a square grid, which this picture's is not")
+        raise tower.unsupported("positions that are interpolated from a square grid, which this image's is not")
     return True
 
 
@@ -68,11 +68,11 @@ def interpolation(tower: Reader, names: TowerNames, layout: TokenLayout) -> Inte
 
 def rows(tower: Reader, at: str, names: TowerNames, layout: TokenLayout) -> tuple[str, Functions]:
     """Return the weight rows of positions, and their functions."""
-    found = table(tower, names)
-    if found is None:
+    part = table(tower, names)
+    if part is None:
         return "", {}
-    source = f"{at}{names.pos}.weight" if isinstance(found, Reader) else f"{at}{names.pos}"
-    how = "" if isinstance(found, Reader) or found.ndim == 2 else " : 1 n d -> n d"
+    source = f"{at}{names.pos}.weight" if isinstance(part, Reader) else f"{at}{names.pos}"
+    how = "" if isinstance(part, Reader) or part.ndim == 2 else " : 1 n d -> n d"
     if names.looked_up and (ids := looked_up(tower, layout)) is not None:
         return f"{source}  ->  embed.pos_embed : {{positions}}\n", {"positions": lambda rows: rows[ids]}
     if names.pos_and_first:
@@ -92,7 +92,7 @@ def _with_registers(layout: TokenLayout) -> Callable[..., Tensor]:
 
 @torch.no_grad()
 def looked_up(tower: Reader, layout: TokenLayout) -> Tensor | None:
-    """Return which row of its positions upstream gives each patch of a picture of native size; None for each its own.
+    """Return which row of its positions upstream gives each patch of an image of native size; None for each its own.
 
     Upstream computes them in floating point, and some grids come out uneven.
     """

@@ -33,8 +33,8 @@ def _grid(tower: Reader, turning: Reader, names: TowerNames) -> RopeGrid | None:
         return RopeGrid(coordinates="radians", waves=waves)
     if names.rope_sizes == "index":
         half = len(waves) // 2
-        own = {"waves": waves[:half], "column_waves": waves[half:]} if names.rope_apart else {"waves": waves}
-        return RopeGrid(coordinates="index", in_float32=True, angles_in_float32=True, **own)
+        fields = {"waves": waves[:half], "column_waves": waves[half:]} if names.rope_apart else {"waves": waves}
+        return RopeGrid(coordinates="index", in_float32=True, angles_in_float32=True, **fields)
     return None
 
 
@@ -52,7 +52,7 @@ def rows(
     """Return the weight rows of rotary tables, and their functions.
 
     Args:
-        size: of the picture.
+        size: of the image.
     """
     if not names.rope:
         return "", {}
@@ -62,8 +62,8 @@ def rows(
 
     def patches(frequencies: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         picture = like.new_zeros(1, 1, *size)
-        given = (picture,) if names.rope_of == "picture" else (like, grid.to(like.device))
-        cos, sin = functional_call(turning, {"inv_freq": frequencies}, given)
+        arguments = (picture,) if names.rope_of == "picture" else (like, grid.to(like.device))
+        cos, sin = functional_call(turning, {"inv_freq": frequencies}, arguments)
         return cos.to(like.dtype), sin.to(like.dtype)
 
     def made(part: int) -> Callable[..., Tensor]:
@@ -71,15 +71,15 @@ def rows(
             like = frequencies if angles is None else angles
             turned = patches(frequencies, like)[part]
             still = like.new_zeros(layout.n_prefix, turned.shape[-1])
-            own = still if angles is None else torch.cat([angles, angles], dim=-1)
-            return torch.cat([own.sin() if part else own.cos(), turned])[:, None]
+            row_angles = still if angles is None else torch.cat([angles, angles], dim=-1)
+            return torch.cat([row_angles.sin() if part else row_angles.cos(), turned])[:, None]
 
         return tables
 
-    found = [f"{at}{names.rope}.inv_freq", *([f"{at}{names.rope_cls}"] if names.rope_cls else [])]
+    names_of_tensors = [f"{at}{names.rope}.inv_freq", *([f"{at}{names.rope_cls}"] if names.rope_cls else [])]
     table = f"""
-        [{", ".join(found)}]  ->  rope_cos : {{cos}}
-        [{", ".join(found)}]  ->  rope_sin : {{sin}}
+        [{", ".join(names_of_tensors)}]  ->  rope_cos : {{cos}}
+        [{", ".join(names_of_tensors)}]  ->  rope_sin : {{sin}}
         ignore {at}{names.rope}.original_inv_freq : the frequencies, kept twice
     """
     return table, {"cos": made(0), "sin": made(1)}

@@ -161,7 +161,7 @@ AIM = TowerNames(
     ln_final="rms_norm",
     resize="never",
     ignored=HEAD,
-    refused={"config.is_native": "positions made for each picture as it comes"},
+    refused={"config.is_native": "positions made for each image as it comes"},
 )
 INTERN_BLOCK = replace(
     BEIT.block,

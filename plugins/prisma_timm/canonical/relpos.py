@@ -97,12 +97,12 @@ def _block(block: Reader, shared: bool) -> BlockSpec:
     attn, post = block.attn, block.is_a(RES_POST)
     if not block.is_a(*BLOCKS) or not attn.is_a("timm.models.vision_transformer_relpos.RelPosAttention"):
         raise block.unsupported("its kind of block")
-    own = attn.has("rel_pos")
-    if shared and own:
+    has_table = attn.has("rel_pos")
+    if shared and has_table:
         raise attn.unsupported("a bias of its own besides the shared one")
     return BlockSpec(
         kind="res_post" if post else "pre",
-        attn=common.heads(attn, bias=shared or own),
+        attn=common.heads(attn, bias=shared or has_table),
         mlp=common.mlp(block.mlp),
         ln1=common.norm(block.norm1),
         ln2=common.norm(block.norm2),

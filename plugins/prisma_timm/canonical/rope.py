@@ -83,8 +83,8 @@ def rope_tables(module: Reader, spec: RopeSpec, layout: TokenLayout) -> Callable
 
     It calls the embedding the way upstream's models do, so that numbers and gradients are upstream's.
     """
-    given = {} if module.has("feat_shape") else {"shape": (layout.rows, layout.columns)}
-    embed = functions.own_function(module, "get_embed", **given)
+    options = {} if module.has("feat_shape") else {"shape": (layout.rows, layout.columns)}
+    embed = functions.own_function(module, "get_embed", **options)
 
     def tables(*tensors: Tensor) -> Tensor:
         made = embed(*tensors)

@@ -19,7 +19,7 @@ from prisma_core.transformer.stream.stream import Stream
 from prisma_core.transformer.tower import class_index
 
 if TYPE_CHECKING:
-    from prisma_core.hooks.capture import Index
+    from prisma_core.spec.layout import Index
 
 Classes = int | str | Sequence["int | str"] | Tensor
 
@@ -308,8 +308,8 @@ class LogitAttribution(Stream):
                     f"got shape {list(classes.shape)}."
                 )
             return rows.to(like)
-        given = cast("int | list[int]", classes.tolist()) if isinstance(classes, Tensor) else classes
-        several = [given] if isinstance(given, int | str) else list(given)
+        value = cast("int | list[int]", classes.tolist()) if isinstance(classes, Tensor) else classes
+        several = [value] if isinstance(value, int | str) else list(value)
         index = torch.tensor([[class_index(tower, each)] for each in several], device=like.device)
         return like.new_zeros(len(several), n).scatter(1, index, 1)
 

@@ -15,12 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prisma_core.errors import InputError, NotApplicable
-from prisma_core.hooks.capture import positions_of
+from prisma_core.spec.layout import positions_of
 from prisma_core.transformer.block import attentions, end_of, mlps
 from prisma_core.transformer.stream.attribution import LogitAttribution
 
 if TYPE_CHECKING:
-    from prisma_core.hooks.capture import Index
+    from prisma_core.spec.layout import Index
     from prisma_core.transformer.attention import Attention
     from prisma_core.transformer.block import Branch
 
@@ -176,14 +176,14 @@ class StreamCache(LogitAttribution):
             InputError: there is no head before the layer, or the direction is of another width.
         """
         read = self._reading(layer, apply_ln, pos_slice, project_output_onto)
-        found = [(f"blocks.{i}", one) for i, block in enumerate(self._before(layer)) for one in attentions(block)]
+        branches = [(f"blocks.{i}", one) for i, block in enumerate(self._before(layer)) for one in attentions(block)]
         if source is None:
-            self._need([self._head_source(path, branch) for path, branch in found])
+            self._need([self._head_source(path, branch) for path, branch in branches])
         else:
-            self._need([f"{path}.{branch.name}.hook_{name}" for path, branch in found for name in ("pattern", "v")])
+            self._need([f"{path}.{branch.name}.hook_{name}" for path, branch in branches for name in ("pattern", "v")])
         parts: list[Tensor] = []
         labels: list[str] = []
-        for path, branch in found:
+        for path, branch in branches:
             make = self._head_results if source is None else self._brought
             parts.append(make(path, branch, read, source))
             first = branch.side * len(parts[-1])
@@ -224,11 +224,11 @@ class StreamCache(LogitAttribution):
         torch.Size([36864, 1, 1])
         """
         read = self._reading(layer, apply_ln, pos_slice, project_output_onto)
-        found = [(i, block.spec, one) for i, block in enumerate(self._before(layer)) for one in mlps(block)]
-        self._need([f"blocks.{index}.{branch.name}.hook_post" for index, _, branch in found])
+        branches = [(i, block.spec, one) for i, block in enumerate(self._before(layer)) for one in mlps(block)]
+        self._need([f"blocks.{index}.{branch.name}.hook_post" for index, _, branch in branches])
         parts: list[Tensor] = []
         labels: list[str] = []
-        for index, spec, branch in found:
+        for index, spec, branch in branches:
             if spec.kind == "res_post" and spec.ln2 is not None:
                 raise _after_norm(index, "neurons", "ln2", "mlp_out")
             w_out = branch.module.W_out
@@ -311,10 +311,10 @@ class StreamCache(LogitAttribution):
         for path, norm in reversed(self._norms(layer, False) if apply_ln else []):
             # A norm of a given scale is linear: what is along u after it is along norm^T u before it.
             matrix = norm.centred((norm.weight.to(matrix)[:, None] * matrix).T).T
-            own = norm.divisor(self._scale(path, pos_slice))
-            if scale is not None and scale.shape[-2] != 1 and scale.shape[-2] != own.shape[-2]:
-                own = self._without_prefix(own, pos_slice)
-            scale = own if scale is None else scale * own
+            divisor = norm.divisor(self._scale(path, pos_slice))
+            if scale is not None and scale.shape[-2] != 1 and scale.shape[-2] != divisor.shape[-2]:
+                divisor = self._without_prefix(divisor, pos_slice)
+            scale = divisor if scale is None else scale * divisor
         return Reading(layer, False, apply_ln, pos_slice, matrix, scale, onto.ndim == 1)
 
     def _with_remainder(

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from prisma_core.errors import InputError, NotApplicable, UnknownName
 from prisma_core.hooks.cache import ActivationCache
-from prisma_core.hooks.capture import positions_of
 from prisma_core.hooks.query import layer_of
 from prisma_core.spec import ModelSpec, TextSpec
+from prisma_core.spec.layout import positions_of
 from prisma_core.transformer.block import check_sum, end_of
 from prisma_core.transformer.norm import Norm
 from prisma_core.transformer.tower import Tower
 
 if TYPE_CHECKING:
-    from prisma_core.hooks.capture import Index
+    from prisma_core.spec.layout import Index
     from prisma_core.transformer.block import Block, SideBySide
 
 

@@ -1,0 +1,1 @@
+"""What a plugin implements: adapters, sources, cases, and the hooks of pluggy that yield them."""

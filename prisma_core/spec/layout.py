@@ -1,0 +1,163 @@
+"""The layout of tokens: class token, registers, patches by frame, row and column; and positions among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import torch
+from einops import rearrange
+from jaxtyping import Shaped
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from prisma_core.errors import HookError, InputError, UnknownName, suggest
+
+Index = int | slice | Sequence[int] | Tensor
+
+
+class TokenLayout(BaseModel):
+    """The order of the tokens along the ``pos`` axis: class token, distillation token, registers, patches.
+
+    Patches run row by row, frame by frame. ``pos`` counts all tokens.
+
+    Attributes:
+        order: ``row column frame``: patches run row by row, each with all of its frames.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cls: int = Field(default=0, ge=0)
+    distillation: int = Field(default=0, ge=0)
+    registers: int = Field(default=0, ge=0)
+    frames: int = 1
+    rows: int
+    columns: int
+    order: Literal["frame row column", "row column frame"] = "frame row column"
+
+    @property
+    def n_prefix(self) -> int:
+        return self.cls + self.distillation + self.registers
+
+    @property
+    def n_patches(self) -> int:
+        return self.frames * self.rows * self.columns
+
+    @property
+    def n_tokens(self) -> int:
+        return self.n_prefix + self.n_patches
+
+    def slice(self, subset: str) -> slice:
+        """Return the positions of a subset: cls, distillation, registers, prefix, patches, all, or one ``frame 3``.
+
+        Frames are those of patches, counted from 0; negative ones count from the end.
+
+        Raises:
+            UnknownName: the subset is none of these, or there is no such frame.
+        """
+        if subset.startswith("frame "):
+            return self._frame(subset)
+        registers = self.cls + self.distillation
+        subsets = {
+            "cls": slice(0, self.cls),
+            "distillation": slice(self.cls, registers),
+            "registers": slice(registers, self.n_prefix),
+            "prefix": slice(0, self.n_prefix),
+            "patches": slice(self.n_prefix, self.n_tokens),
+            "all": slice(0, self.n_tokens),
+        }
+        if subset not in subsets:
+            raise UnknownName(f"No token subset {subset!r}; there are {', '.join(subsets)}.{suggest(subset, subsets)}")
+        return subsets[subset]
+
+    def _frame(self, subset: str) -> slice:
+        number, size = subset.removeprefix("frame "), self.rows * self.columns
+        if not number.lstrip("-").isdecimal() or not -self.frames <= int(number) < self.frames:
+            raise UnknownName(f"No {subset!r}: frames of patches run from 0 to {self.frames - 1}.")
+        frame = int(number) % self.frames
+        if self.order == "row column frame":
+            return slice(self.n_prefix + frame, self.n_tokens, self.frames)
+        return slice(self.n_prefix + frame * size, self.n_prefix + (frame + 1) * size)
+
+    def one_frame(self) -> TokenLayout:
+        """Return the layout of a frame by itself: the prefix tokens and its patches."""
+        return self.model_copy(update={"frames": 1})
+
+    def grid(self, x: Shaped[Tensor, " ..."], axis: int = 1) -> Shaped[Tensor, " ..."]:
+        """Return the patches of ``x`` with the ``pos`` axis unfolded to rows and columns.
+
+        Layout: ``[... pos ...] -> [... row column ...]``, with a frame axis before them if there is more than one
+        frame. A tensor that holds patches alone is taken as it is.
+
+        Raises:
+            InputError: the axis holds neither all tokens nor just the patches.
+        """
+        axis = axis % x.ndim
+        if x.shape[axis] == self.n_tokens:
+            x = x.narrow(axis, self.n_prefix, self.n_patches)
+        elif x.shape[axis] != self.n_patches:
+            raise InputError(
+                f"Axis {axis} holds {x.shape[axis]} positions; this layout has {self.n_tokens} tokens, "
+                f"of which {self.n_patches} are patches. Was the cache taken with a token slice?"
+            )
+        x = x.movedim(axis, 0)
+        x = rearrange(
+            x, f"({self.order}) ... -> frame row column ...", frame=self.frames, row=self.rows, column=self.columns
+        )
+        if self.frames == 1:
+            return x[0].movedim((0, 1), (axis, axis + 1))
+        return x.movedim((0, 1, 2), (axis, axis + 1, axis + 2))
+
+    def token_names(self) -> list[str]:
+        """Return a readable name for each position: ``cls``, ``reg0``, ``r3c5``, ``f1r3c5``."""
+        names = ["cls"] * self.cls + ["dist"] * self.distillation + [f"reg{i}" for i in range(self.registers)]
+        places = [f"r{row}c{column}" for row in range(self.rows) for column in range(self.columns)]
+        if self.frames == 1:
+            return names + places
+        if self.order == "row column frame":
+            return names + [f"f{frame}{place}" for place in places for frame in range(self.frames)]
+        return names + [f"f{frame}{place}" for frame in range(self.frames) for place in places]
+
+    def model_post_init(self, context: Any) -> None:
+        if self.rows < 1 or self.columns < 1 or self.frames < 1:
+            raise ValueError("a layout has at least one patch")
+
+
+def indices(index: int | Sequence[int] | Tensor) -> list[int]:
+    """Return positions given as a number, numbers, or a mask, as a list.
+
+    Raises:
+        HookError: they are not whole numbers.
+    """
+    try:
+        numbers = torch.as_tensor(index)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise HookError(
+            f"Expected positions as whole numbers or a mask, got {index!r}. A subset of the tokens stands by itself: "
+            "pos='cls'."
+        ) from error
+    if numbers.dtype == torch.bool:
+        numbers = numbers.nonzero()
+    if numbers.is_floating_point() and numbers.numel():
+        raise HookError(f"Expected positions as whole numbers or a mask, got {numbers.dtype}.")
+    return cast("list[int]", numbers.flatten().tolist())
+
+
+def positions_of(index: Index | None, n: int) -> list[int]:
+    """Return which of ``n`` places an index means, all for None.
+
+    Raises:
+        InputError: there is no such place.
+
+    >>> positions_of([0, -1], 5)
+    [0, 4]
+    """
+    places = range(n)
+    if index is None:
+        return list(places)
+    if isinstance(index, slice):
+        return list(places[index])
+    numbers = indices(index)
+    if any(not -n <= each < n for each in numbers):
+        raise InputError(f"No position {numbers}: there are {n}.")
+    return [places[each] for each in numbers]
