@@ -52,7 +52,7 @@ def gallery(
     `prisma gallery toy:scenes-3l --data samples:128 --name mlp.hook_post:2`
     """
     from prisma_harvest import open_harvest
-    from prisma_harvest.command import read_name, read_pos, read_source
+    from prisma_harvest.options import read_name, read_pos, read_source
 
     from prisma_view.galleries import gallery as write
 
