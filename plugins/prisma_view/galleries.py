@@ -109,7 +109,7 @@ def gallery(
         top = replace(top, values=top.values[:, :k], tensors={**top.tensors, **ranked})
     names = tuple(labels) if labels is not None else top.labels.get(top.axes[0]) or units.labels(len(top.values))
     shown = lit(run, units, top, progress)
-    facts = about(model, run, units, shown, words)
+    facts = about(model, run, units, shown.pixels, shown.mean, words)
     place = f"{getattr(model, 'reference', None) or type(model).__name__}, {units.name}"
     path = write(Path(out), title or place, units.kind, names, top, shown, facts)
     return Gallery(path, len(top.values), facts.why)

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from prisma_core import HookedDual, HookedModel, HookedViT, InputError, NotApplicable, attentions, mlps
 from prisma_core.plugin import LayerQuery, layer_of, resolve_one
-from prisma_view.gallery_images import Shown
 
 EFFECTS, WORDS, SIMILAR = 5, 8, 6
 IMAGES = 8
@@ -123,8 +122,12 @@ class About:
 
 
 @torch.no_grad()
-def about(model: HookedModel, run: Pass, units: Units, shown: Shown, words: Sequence[str]) -> About:
+def about(model: HookedModel, run: Pass, units: Units, images: Tensor, mean: Tensor, words: Sequence[str]) -> About:
     """Return what units write: effects on classes, nearest words, similar units; those that apply.
+
+    Args:
+        images: over which the path to the output is averaged, as the model takes them.
+        mean: of heads: the mean output at the top tokens, ``[head d_head]``.
 
     Raises:
         InputError: words for a model that reads none.
@@ -132,7 +135,7 @@ def about(model: HookedModel, run: Pass, units: Units, shown: Shown, words: Sequ
     if words and not isinstance(model, HookedDual):
         raise InputError(f"{type(model).__name__} reads no texts: words= are for a dual encoder.")
     facts, own = About(), run.tower.model
-    written = _try(facts, "similar units", lambda: _written(own, units, run, shown))
+    written = _try(facts, "similar units", lambda: _written(own, units, run, mean))
     if written is None:
         return facts
     if (
@@ -143,7 +146,7 @@ def about(model: HookedModel, run: Pass, units: Units, shown: Shown, words: Sequ
         facts.why["similar units"] = "the numbers of the stream are its axes, at right angles to one another"
     else:
         facts.similar = _nearest(written, written, SIMILAR, lambda unit: unit, but_itself=True)
-    path = _try(facts, "effects on classes", lambda: _path(own, shown.pixels[:IMAGES]))
+    path = _try(facts, "effects on classes", lambda: _path(own, images[:IMAGES]))
     if path is None:
         return facts
     outputs = written @ path
@@ -174,7 +177,7 @@ def _try(facts: About, part: str, make: Callable[[], Tensor]) -> Tensor | None:
         return None
 
 
-def _written(own: HookedModel, units: Units, run: Pass, shown: Shown) -> Tensor:
+def _written(own: HookedModel, units: Units, run: Pass, mean: Tensor) -> Tensor:
     """Return what one unit of activation writes to the stream: ``[unit d_model]``.
 
     Raises:
@@ -185,7 +188,7 @@ def _written(own: HookedModel, units: Units, run: Pass, shown: Shown) -> Tensor:
     if units.coder is not None:
         place, rows = units.coder.facts.hook_out or units.name, units.coder.W_dec
     elif units.kind == "head":
-        rows = torch.block_diag(*shown.mean)
+        rows = torch.block_diag(*mean)
     out = _to_stream(own, place.removeprefix(run.tower.prefix))
     return out if rows is None else rows.detach().float().cpu() @ out
 
