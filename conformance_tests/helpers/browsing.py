@@ -28,14 +28,17 @@ def js(browser: Chrome, script: str, *arguments: Any) -> Any:
     return browser.execute_script(script, *arguments)
 
 
-def assert_quiet(browser: Chrome, page: Path) -> None:
-    """The page's console is empty, and it asked for nothing but itself."""
+def assert_quiet(browser: Chrome, page: Path, *, beside: bool = False) -> None:
+    """The page's console is empty, and it asked for nothing but itself; with ``beside``, for files in its folder."""
     assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
     sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     requests = [each["params"] for each in sent if each["method"] == "Network.requestWillBeSent"]
     # The browser's own start page may still be loading when the log is emptied; its requests name it as their document.
     urls = {each["request"]["url"] for each in requests if not each["documentURL"].startswith("chrome://")}
-    assert {url for url in urls if not url.startswith(("data:", "blob:"))} == {page.resolve().as_uri()}
+    urls = {url.partition("#")[0] for url in urls if not url.startswith(("data:", "blob:", "about:"))}
+    address, folder = page.resolve().as_uri(), page.resolve().parent.as_uri()
+    assert address in urls
+    assert {url for url in urls - {address} if not (beside and url.startswith(f"{folder}/"))} == set()
 
 
 def assert_no_sideways(browser: Chrome) -> None:

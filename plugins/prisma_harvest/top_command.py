@@ -58,7 +58,7 @@ def top(
     From a harvest, or from a pass over images that writes nothing: `prisma harvest top toy:scenes-3l --data samples:64
     --name mlp.hook_post:1`.
     """
-    from prisma_harvest.command import read_name
+    from prisma_harvest.options import read_name
     from prisma_harvest.targets import of_coder, of_probe, of_rows, of_texts
     from prisma_harvest.top import top_examples
 
@@ -156,9 +156,9 @@ def _opened(
 ) -> tuple[Harvest | Pass, Any]:
     """Return the harvest or the pass, and the model where it was loaded."""
     import prisma_core as prisma
-    from prisma_harvest.command import read_name, read_pos, read_source
     from prisma_harvest.manifest import weights_hash
     from prisma_harvest.opening import open_harvest
+    from prisma_harvest.options import read_name, read_pos, read_source
     from prisma_harvest.passes import Pass
 
     how = {} if pretrained else {"pretrained": False}

@@ -4,6 +4,7 @@ plot(result)                                    # a figure that fits; result.plo
 patches(values, model.layout, image)            # any tensor [... pos] over the image
 attention(pattern, model.layout, image)         # what a token attends to, for each head
 attention_page(model, "cat.jpg").save("cat.html")  # every layer, head and token
+gallery(model, "photos", ("mlp.hook_post", 5), out="gallery")  # top images of every unit
 write_page(report(model, "cat.jpg", "dog.jpg"), Path("demo.html"))
 """
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from prisma_view.figures import Figure, attention, patches, plot
     from prisma_view.findings import Report, report
+    from prisma_view.galleries import Gallery, gallery
     from prisma_view.page import write_page
     from prisma_view.pictures import write_pictures
     from prisma_view.sections import Overview, overview
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 # fmt: off
 __all__ = [
     "plot", "patches", "attention", "Figure", "attention_page", "AttentionPage", "overview", "Overview",
-    "report", "write_page", "write_pictures", "Report", "symbol", "percent", "prisma_commands",
+    "gallery", "Gallery", "report", "write_page", "write_pictures", "Report", "symbol", "percent", "prisma_commands",
 ]
 # fmt: on
 
@@ -40,11 +42,13 @@ def __getattr__(name: str) -> Any:
 
 @hookimpl
 def prisma_commands(app: typer.Typer) -> None:
-    """Add ``prisma demo``, ``prisma attention`` and ``prisma report``."""
+    """Add ``prisma demo``, ``prisma attention``, ``prisma report`` and ``prisma gallery``."""
     from prisma_view.command import demo
+    from prisma_view.gallery_command import gallery as gallery_command
     from prisma_view.page_commands import attention as attention_command
     from prisma_view.page_commands import report as report_command
 
     app.command()(demo)
     app.command("attention")(attention_command)
     app.command("report")(report_command)
+    app.command("gallery")(gallery_command)

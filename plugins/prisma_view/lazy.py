@@ -19,6 +19,8 @@ _HOMES = {
     "AttentionPage": "viewer",
     "overview": "sections",
     "Overview": "sections",
+    "gallery": "galleries",
+    "Gallery": "galleries",
     "report": "findings",
     "Report": "findings",
     "write_page": "page",

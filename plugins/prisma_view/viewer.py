@@ -113,7 +113,7 @@ def attention_page(
     kinds = _kinds(model, inputs, layout, layers)
     maps, layout, side = fitted(maps, layout)
     stored = store(maps)
-    frames = [] if words else _frames(seen, layout)
+    frames = [] if words else frames_of(seen, layout)
     data = {
         "scale": SCALE,
         "layers": [{k: v for k, v in layer.items() if k != "data"} for layer in stored.layers],
@@ -167,7 +167,7 @@ def prepare(model: Any, image: Any) -> tuple[Tensor, Any]:
     return x[:1].to(parameter.device, parameter.dtype), seen
 
 
-def _frames(seen: Any, layout: TokenLayout | None) -> list[Image]:
+def frames_of(seen: Any, layout: TokenLayout | None) -> list[Image]:
     """Return an image for each frame of the layout: the first of those that a patch takes together."""
     if not isinstance(seen, Tensor):
         return [seen]
