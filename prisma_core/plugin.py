@@ -36,6 +36,8 @@ from prisma_core.files.checkpoint import (
     read_states,
 )
 from prisma_core.files.code import code_in, without_code
+from prisma_core.files.pickles import SavedObject
+from prisma_core.files.unpickled import read_objects
 from prisma_core.hooks.point import Hook, Splice
 from prisma_core.hooks.query import LayerQuery, Query, layer_of, resolve_one, short_name
 from prisma_core.hooks.sites import HookMapping
@@ -110,7 +112,8 @@ __all__ = [
     "Preprocess", "PicturePreprocess", "VideoPreprocess", "Picture", "open_picture", "read_video", "restored", "probe",
     "SIZES",
     # files, the hub, and options of sources
-    "read_checkpoint", "read_states", "replacing", "locked", "check_axes", "check_shapes", "check_finite",
+    "read_checkpoint", "read_states", "read_objects", "SavedObject",
+    "replacing", "locked", "check_axes", "check_shapes", "check_finite",
     "depth_in", "digest", "check_layers", "check_claims", "read_outline", "hub", "without_code", "code_in",
     "Options", "read_options", "Whole", "Above", "Heads", "Eps", "Pixels", "check_keywords", "keywords",
     "keyword_names",

@@ -101,7 +101,9 @@ def test_instructions_that_build_change_no_function(tmp_path: Path) -> None:
         ((10**12, (10**12,), (1,)), "a storage is shorter than it says"),
         ((16, (4, 8), (8, 1)), "not a readable checkpoint"),  # past the end
         ((16, (4,), (1,), 10**15), "not a readable checkpoint"),
-        ((16, (-1,), (1,)), "not a readable checkpoint"),
+        ((16, (-1,), (1,)), "its tensors claim axes"),
+        ((16, (10**4000,) * 60, (0,) * 60), "its tensors claim axes"),  # their product alone takes minutes
+        ((16, (1,) * 65, (1,) * 65), "its tensors claim axes"),
         ((-1, (4,), (1,)), "a storage is shorter than it says"),
     ],
 )
@@ -133,6 +135,15 @@ def test_hashes_that_never_end(tmp_path: Path) -> None:
     for data in (b"}" + nested + b"I1\ns.", b"\x80\x04\x8f(" + nested + b"\x90.", b"\x80\x04(" + nested + b"\x91."):
         with pytest.raises(LoadError, match="without a state dict"):
             read_checkpoint(pickled(tmp_path / "nested.pt", data))
+
+
+@pytest.mark.parametrize("made", [b"ctorch\nSize\n", b"ccollections\nOrderedDict\n"])
+def test_one_list_copied_over_and_over(made: bytes, tmp_path: Path) -> None:
+    """40,000 copies of a list of 50,000 pairs, by six bytes each: 16 GB of a file of 0.3 MB."""
+    pairs = b"](" + b"I1\nI1\n\x86q\0" + b"h\0" * 50_000 + b"eq\1"
+    path = pickled(tmp_path / "copies.pt", b"\x80\x02" + pairs + made + b"q\2" + b"h\2h\1\x85R" * 40_000 + b".")
+    with pytest.raises(LoadError, match=r"copies \d+ items: refused"):
+        read_checkpoint(path)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor
 
 from prisma_core.errors import LoadError
-from prisma_core.files.unpickled import unpickled
+from prisma_core.files.unpickled import read_objects
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
@@ -60,7 +60,7 @@ def read_states(path: str | Path) -> dict[str, dict[str, Tensor]]:
         raise LoadError(f"{path} is a folder; expected a file of weights." if path.is_dir() else f"No file at {path}.")
     if path.suffix == ".safetensors":
         return {"": _unwrapped(read_safetensors(path))}
-    return {name: _unwrapped(state) for name, state in _states(_unpickled(path), path).items()}
+    return {name: _unwrapped(state) for name, state in _states(read_objects(path), path).items()}
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -111,15 +111,6 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
     with ThreadPoolExecutor() as pool:
         return hashlib.sha256(b"".join(pool.map(one, sorted(tensors)))).hexdigest()
-
-
-def _unpickled(path: Path) -> object:
-    try:
-        return unpickled(path)
-    except LoadError:
-        raise
-    except Exception as error:  # over bytes that are no pickle, its reader stumbles in any way there is
-        raise LoadError(f"{path} is not a readable checkpoint: is it truncated, or no file of torch.save?") from error
 
 
 def _states(value: object, path: Path) -> dict[str, dict[str, Tensor]]:

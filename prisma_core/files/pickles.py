@@ -20,12 +20,63 @@ class Inert:
     """Stands for an object that is neither a number, a text, a container nor a plain tensor."""
 
 
+class SavedObject:
+    """An object of a file, without behaviour: its class's full name and its attributes.
+
+    Args:
+        path: the full name of its class, or of the function that made it.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self.states: list[dict[str, Any]] = []
+
+    def __repr__(self) -> str:
+        return f"<saved {self.path[:200]}>"
+
+    @property
+    def name(self) -> str:
+        """The name of its class alone."""
+        return self.path.rpartition(".")[2]
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Its attributes by name."""
+        return {key: value for state in self.states for key, value in state.items()}
+
+    def build(self, state: Any) -> None:
+        """Take attributes: a dictionary, or the two of an object with slots."""
+        parts: tuple[Any, ...] = cast("tuple[Any, ...]", state) if isinstance(state, tuple) else (state,)
+        self.states.extend(cast("dict[str, Any]", part) for part in parts if isinstance(part, dict))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return an attribute, or a part, parameter or buffer of a module, by its name or dotted path."""
+        first, _, rest = name.partition(".")
+        attributes = self.attributes
+        value = attributes.get(first)
+        for kind in ("_modules", "_parameters", "_buffers"):
+            held: Any = attributes.get(kind)
+            value = cast("dict[str, Any]", held).get(first) if value is None and isinstance(held, dict) else value
+        if rest:
+            return value.get(rest, default) if isinstance(value, SavedObject) else default
+        return default if value is None else value
+
+
 class Refused(Exception):
     """Why a file is not read, in words that follow its path."""
 
 
 def inert(*_: Any) -> Inert:
     return Inert()
+
+
+def maker(path: str) -> Callable[..., SavedObject]:
+    """Return the function that stands for a class of this full name."""
+
+    def make(*_: Any) -> SavedObject:
+        return SavedObject(path)
+
+    return make
 
 
 def call(make: Any, given: Any) -> Any:
@@ -94,8 +145,12 @@ def read_pickle(file: IO[bytes], find: Find, stored: Callable[[Any], Any]) -> An
                 memo[len(memo) if value is None else value] = stack[-1]
             case "GET" | "BINGET" | "LONG_BINGET":
                 stack.append(memo[value])
-            case "POP" | "BUILD":  # what an object is built of is left out
+            case "POP":
                 stack.pop()
+            case "BUILD":
+                value = stack.pop()
+                if isinstance(stack[-1], SavedObject):  # of any other object, what it is built of is left out
+                    stack[-1].build(value)
             case "DUP":
                 stack.append(stack[-1])
             case "GLOBAL":

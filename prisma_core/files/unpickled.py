@@ -1,12 +1,14 @@
 """Files of ``torch.save``, read without an unpickler of torch's or Python's: nothing in them is imported or run.
 
-A small machine follows the pickle's instructions. It makes numbers, texts, containers and plain tensors, and an
-``Inert`` where checkpoints hold other objects beside tensors. It changes nothing in the process, and asks for no more
-memory than the file is long.
+A small machine follows the pickle's instructions. It makes numbers, texts, containers and plain tensors, an ``Inert``
+where checkpoints hold other objects beside tensors, and a ``SavedObject`` of a class that the caller knows by name. It
+changes nothing in the process, and asks for no more memory than the file is long.
 """
 
 from __future__ import annotations
 
+import gzip
+import io
 import math
 import struct
 import sys
@@ -19,10 +21,12 @@ import torch
 from torch import Tensor
 
 from prisma_core.errors import LoadError
-from prisma_core.files.pickles import Refused, call, inert, put, read_pickle
+from prisma_core.files.pickles import Refused, call, inert, maker, put, read_pickle
 
 MAGIC = 0x1950A86A20F9469CFC6C  # of files before torch 1.6
+MAGIC_BYTES = b"\x80\x02\x8a\n" + MAGIC.to_bytes(10, "little") + b"."
 MOST = 16  # times a file's own length: bytes may be part of several tensors, a model's and its average's
+MOST_AXES = 64  # torch's own limit
 _STORAGES = {
     "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
     "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
@@ -31,34 +35,59 @@ _STORAGES = {
 # What checkpoints of training hold beside tensors: options, paths, scores, states of generators. By module, or by name.
 _INERT_MODULES = {"numpy", "argparse", "pathlib", "datetime", "omegaconf", "_codecs", "collections"}
 _INERT = {f"{home}.{kind.__name__}" for home in ("builtins", "__builtin__") for kind in (set, slice, list, dict, int)}
-_INERT.update(("types.SimpleNamespace", "torch.device", "torch.Tensor"))
+_INERT.update(("types.SimpleNamespace", "torch.Tensor"))
 _INERT.update(("torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"))
 _NOT_PLAIN = {"sparse": "sparse", "qtensor": "quantised", "nested": "nested", "meta": "without data"}
 
 
-def unpickled(path: Path) -> object:
-    """Return what ``torch.save`` wrote into a file, tensors on the CPU.
+Known = Callable[[str], bool]
+
+
+def read_objects(path: Path, known: Known | None = None, *, start: int = 0, outline: bool = False) -> Any:
+    """Return what a file of ``torch.save`` holds, tensors on the CPU.
+
+    Args:
+        path: the file; where classes are known also a plain pickle, gzipped or not.
+        known: whether objects of a class, by its full name, become a ``SavedObject``. Other objects are refused.
+        start: the first byte, of a file that begins with something else.
+        outline: leave the numbers out: tensors lie on the meta device.
 
     Raises:
-        LoadError: the file wants to run code, claims more than it holds, or holds tensors of another kind.
-        Exception: of any other type, where it is truncated, corrupt, or no file of torch.save.
+        LoadError: the file wants to run code, claims more than it holds, holds tensors of another kind, is truncated or
+            corrupt, or is no file of torch.save.
     """
-    with path.open("rb") as file:
-        zipped = file.read(4) == b"PK\x03\x04"
-        file.seek(0)
-        try:
-            return (_Zip if zipped else _Stream)(file, path.stat().st_size).read()
-        except Refused as error:
-            raise LoadError(f"{path} {error}") from error
+    try:
+        with path.open("rb") as file:
+            return _opened(file, path.stat().st_size, known, start, "meta" if outline else "cpu").read()
+    except Refused as error:
+        raise LoadError(f"{path} {error}") from error
+    except Exception as error:  # over bytes that are no pickle, its reader stumbles in any way there is
+        raise LoadError(f"{path} is not a readable checkpoint: is it truncated, or no file of torch.save?") from error
+
+
+def _opened(file: IO[bytes], size: int, known: Known | None, start: int, device: str) -> _File:
+    file.seek(start)
+    head = file.read(len(MAGIC_BYTES))
+    file.seek(start)
+    if head.startswith(b"PK\x03\x04"):
+        return _Zip(file, size - start, known, device)
+    if known is None or head == MAGIC_BYTES:
+        return _Stream(file, size - start, known, device)
+    if head.startswith(b"\x1f\x8b"):
+        data = gzip.GzipFile(fileobj=file).read(MOST * size + 1)
+        if len(data) > MOST * size:
+            raise Refused(f"is {size} bytes long and unpacks to more than {MOST} times of that: refused.")
+        file, size, start = io.BytesIO(data), len(data), 0
+    return _Plain(file, size - start, known, device)
 
 
 class _File:
     """A file, its storages, and how much it and its tensors claim to hold."""
 
-    def __init__(self, file: IO[bytes], size: int):
-        self.file, self.size = file, size
+    def __init__(self, file: IO[bytes], size: int, known: Known | None = None, device: str = "cpu"):
+        self.file, self.size, self.known, self.device = file, size, known, device
         self.storages: dict[str | int, Tensor] = {}
-        self.held = self.claimed = 0
+        self.held = self.claimed = self.copied = 0
 
     def read(self) -> object:
         raise NotImplementedError
@@ -71,7 +100,7 @@ class _File:
         self.held += n
         if n < 0 or self.held > self.size:
             raise Refused(f"is {self.size} bytes long, and its storages claim {self.held}: it is truncated or corrupt.")
-        return torch.empty(n, dtype=torch.uint8)
+        return torch.empty(n, dtype=torch.uint8, device=self.device)
 
     def stored(self, identity: Any) -> Tensor:
         """Return a storage, as a tensor of its own dtype."""
@@ -86,6 +115,8 @@ class _File:
     def tensor(self, storage: Tensor, offset: int, size: Any, stride: Any, *others: Any) -> Tensor:
         if len(others) > 2 and others[2]:
             raise Refused("holds a tensor that is negated or conjugated when it is read: save it with .resolve_neg().")
+        if len(size) > MOST_AXES or not all(0 <= n <= MOST * self.size for n in size):
+            raise Refused(f"is {self.size} bytes long, and its tensors claim axes of other sizes, or over {MOST_AXES}.")
         self.claimed += math.prod(size) * storage.dtype.itemsize
         if self.claimed > MOST * self.size:
             raise Refused(f"is {self.size} bytes long, and its tensors claim {self.claimed}: refused.")
@@ -95,8 +126,21 @@ class _File:
         kind = others[2]  # a dtype without a class of storages
         return self.tensor(storage.view(kind), offset, size, stride, *others[:2], *others[3:])
 
+    def size_of(self, sizes: Any = ()) -> tuple[Any, ...]:
+        return tuple(self.once(sizes))
+
+    def dictionary(self, pairs: Any = ()) -> dict[Any, Any]:
+        return put({}, self.once(pairs))
+
+    def once(self, items: Any) -> Any:
+        """Return items that are copied; a file that has the same ones copied over and over is refused."""
+        self.copied += len(items)
+        if self.copied > self.size:
+            raise Refused(f"is {self.size} bytes long, and copies {self.copied} items: refused.")
+        return items
+
     def find(self, module: str, name: str) -> Any:
-        """Return what stands for a global: a function, a dtype, or what makes an ``Inert``."""
+        """Return what stands for a global: a function, a dtype, or what makes a ``SavedObject`` or an ``Inert``."""
         path = f"{module}.{name}"
         made: dict[str, Callable[..., Any]] = {
             "torch._utils._rebuild_tensor": self.tensor,
@@ -105,8 +149,9 @@ class _File:
             "torch._utils._rebuild_parameter": _first,
             "torch._utils._rebuild_parameter_with_state": _first,
             "torch._tensor._rebuild_from_type_v2": _of_type,
-            "torch.Size": _size,
-            "collections.OrderedDict": _dictionary,
+            "torch.Size": self.size_of,
+            "torch.device": _first,
+            "collections.OrderedDict": self.dictionary,
             "collections.defaultdict": _nothing,
         }
         if path in made:
@@ -115,6 +160,8 @@ class _File:
             kind = _STORAGES.get(name.removesuffix("Storage"), vars(torch).get(name))
             if isinstance(kind, torch.dtype):
                 return kind
+        if self.known is not None and self.known(path):
+            return maker(path)
         if module.partition(".")[0] in _INERT_MODULES or path in _INERT:
             return inert
         if module == "torch._utils" and (kinds := [told for part, told in _NOT_PLAIN.items() if part in name]):
@@ -180,12 +227,29 @@ class _Stream(_File):
         return self.storages[key]
 
 
+class _Plain(_File):
+    """A pickle that torch did not write, in which each storage is a file of torch's by itself."""
+
+    def read(self) -> object:
+        return read_pickle(self.file, self.find, self.stored)
+
+    def find(self, module: str, name: str) -> Any:
+        return self.inside if (module, name) == ("torch.storage", "_load_from_bytes") else super().find(module, name)
+
+    def inside(self, data: bytes) -> Any:
+        """Return a storage from the bytes of its file."""
+        self.reserve(len(data))
+        return _Stream(io.BytesIO(data), len(data), device=self.device).read()
+
+
 def _check_order(order: str) -> None:
     if order != sys.byteorder:
         raise Refused("was written on a machine with another byte order: save it again on this one.")
 
 
 def _fill(data: Tensor, file: Any) -> Tensor:
+    if data.is_meta:
+        return data
     rest = memoryview(cast(Any, data.numpy()))
     while rest:
         n = file.readinto(rest[: 1 << 22])
@@ -201,14 +265,6 @@ def _first(data: Any, *_: Any) -> Any:
 
 def _of_type(make: Any, _: Any, given: Any, state: Any) -> Any:
     return call(make, given)
-
-
-def _size(sizes: Any = ()) -> tuple[Any, ...]:
-    return tuple(sizes)
-
-
-def _dictionary(pairs: Any = ()) -> dict[Any, Any]:
-    return put({}, pairs)
 
 
 def _nothing(*_: Any) -> dict[Any, Any]:

@@ -19,6 +19,8 @@ FORMATS = (
     *("sae_lens", "sparsify", "dictionary_learning", "circuit_tracer", "saev"),
     *("vit_prisma", "patch_sae", "overcomplete", "msae"),
 )
+# What comes of reading fields that are not there, or of another type, and of lists that hold themselves.
+_DAMAGED = (LookupError, AttributeError, TypeError, ValueError, RuntimeError, OverflowError)
 
 
 def read(path: str | Path, format: str | None = None, **options: Any) -> SparseCoder:  # noqa: A002
@@ -41,7 +43,13 @@ def read(path: str | Path, format: str | None = None, **options: Any) -> SparseC
     accepted = keyword_names(module.read)[1:]
     if unknown := [name for name in options if name not in accepted]:
         raise InputError(f"The reader of {module.NAME} has no option {unknown[0]!r}; it takes {', '.join(accepted)}.")
-    return module.read(path, **options)
+    try:
+        return module.read(path, **options)
+    except _DAMAGED as error:
+        raise LoadError(
+            f"{path} is no whole file of {module.NAME}'s: something in it is missing, or of another type "
+            f"({type(error).__name__}: {str(error)[:200]})."
+        ) from error
 
 
 def _named(name: str) -> ModuleType:

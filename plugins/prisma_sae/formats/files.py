@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from prisma_core import LoadError
-from prisma_sae.stubs import Stub
+from prisma_core.plugin import SavedObject
+
+MOST_VALUES = 100_000  # of a configuration; a pickle may hold one list in itself twice, over and over
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -47,14 +49,24 @@ def renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str], where: obje
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON holds it: stubs by their attributes, devices and dtypes as text."""
-    if isinstance(value, Stub):
-        return plain(vars(value))
+    """Return a configuration as JSON holds it: objects by their attributes, dtypes as text.
+
+    Raises:
+        LoadError: it has more than ``MOST_VALUES`` values.
+    """
+    return _plain(value, iter(range(MOST_VALUES)))
+
+
+def _plain(value: Any, left: Iterator[int]) -> Any:
+    if next(left, None) is None:
+        raise LoadError(f"A configuration holds more than {MOST_VALUES:,} values: refused.")
+    if isinstance(value, SavedObject):
+        return _plain(value.attributes, left)
     if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
+        return {str(key): _plain(each, left) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
-    if isinstance(value, torch.device | torch.dtype):
+        return [_plain(each, left) for each in value]
+    if isinstance(value, torch.dtype):
         return str(value)
     return value if isinstance(value, str | int | float | bool | None) else type(value).__name__
 

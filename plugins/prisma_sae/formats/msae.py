@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from prisma_core import LoadError
+from prisma_core.plugin import read_objects
 from prisma_sae.coder import CoderFacts, SparseCoder
-from prisma_sae.stubs import globals_of, read_stubs
+from prisma_sae.pickled import outline
 
 NAME = "MSAE"
 _FILE = re.compile(r"(\d+)_(\d+)_([A-Za-z]+)(?:_(\d+))?")
@@ -26,9 +27,9 @@ _ACTIVATIONS = {"ReLU": "relu", "TopKReLU": "topk", "TopK": "topk-signed"}
 
 
 def recognises(path: Path) -> bool:
-    if not path.is_file() or path.suffix not in (".pt", ".pth") or globals_of(path):
+    if not path.is_file() or path.suffix not in (".pt", ".pth"):
         return False
-    saved = read_stubs(path, lambda name: False)
+    saved, _ = outline(path)
     return isinstance(saved, dict) and isinstance(saved.get("model"), dict) and "latent_bias" in saved["model"]
 
 
@@ -51,7 +52,7 @@ def read(
     Raises:
         LoadError: the file is damaged, or its name does not say what it computes.
     """
-    saved: dict[str, Any] = read_stubs(path, lambda name: False)
+    saved: dict[str, Any] = read_objects(path)
     model: dict[str, Tensor] = saved["model"]
     match = _FILE.match(path.name)
     named = activation or (match[3] if match else None)

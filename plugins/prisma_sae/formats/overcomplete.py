@@ -1,4 +1,4 @@
-"""overcomplete's models, pickled whole: read as stubs, without overcomplete and without running anything.
+"""overcomplete's models, pickled whole: read without overcomplete and without running anything.
 
 Readable are encoders that are one linear layer, with batch norm or none; other encoders are refused. A dictionary that
 was fused for evaluation is taken as it is; of an archetypal one it spares the points it was made of.
@@ -16,21 +16,22 @@ import torch
 from torch import Tensor
 
 from prisma_core import LoadError
+from prisma_core.plugin import SavedObject, read_objects
 from prisma_sae.coder import CoderFacts, SparseCoder, Tokens
-from prisma_sae.stubs import Stub, globals_of, read_stubs, tensors_in
+from prisma_sae.pickled import outline, tensors_in
 
 NAME = "overcomplete"
 
 
 def _known(name: str) -> bool:
-    return name.startswith(("overcomplete.", "torch.nn.")) or name in ("builtins.set", "functools.partial")
+    return name.startswith(("overcomplete.", "torch.nn.")) or name == "functools.partial"
 
 
 def recognises(path: Path) -> bool:
     return (
         path.is_file()
         and path.suffix in (".pt", ".pth")
-        and any(n.startswith("overcomplete.") for n in globals_of(path))
+        and any(name.startswith("overcomplete.") for name in outline(path)[1])
     )
 
 
@@ -44,22 +45,19 @@ def read(path: Path, *, hook: str | None = None, tokens: Tokens | None = None, m
     Raises:
         LoadError: the file is damaged, wants to run other code, or is of a kind that is no single linear encoder.
     """
-    stub = read_stubs(path, _known)
-    if isinstance(stub, Stub) and isinstance(stub.get("module"), Stub):  # DataParallel
-        stub = stub.get("module")
-    if not isinstance(stub, Stub):
-        raise LoadError(f"{path} holds a {type(stub).__name__}; expected a model of overcomplete's.")
-    return from_module(stub, str(path), hook=hook, tokens=tokens, model=model)
+    module = read_objects(path, _known)
+    if isinstance(module, SavedObject) and isinstance(module.get("module"), SavedObject):  # DataParallel
+        module = module.get("module")
+    if not isinstance(module, SavedObject):
+        raise LoadError(f"{path} holds a {type(module).__name__}; expected a model of overcomplete's.")
+    return _coder(module, str(path), hook=hook, tokens=tokens, model=model)
 
 
-def from_module(module: Any, where: str, **place: Any) -> SparseCoder:
-    """Return the coder of a model of overcomplete's: a stub, or the model itself (``as_stub``)."""
-    name = type(module).__name__
-    stub: Stub = module
-    kind, activation, k, extra = _activation(name, stub, where)
-    dictionary = _dictionary(stub.get("dictionary"), where)
-    W_enc, b_enc = _encoder(stub.get("encoder"), where)
-    if "Archetypal" in type(stub.get("dictionary")).__name__:
+def _coder(module: SavedObject, where: str, **place: Any) -> SparseCoder:
+    dictionary = _dictionary(module.get("dictionary"), where)
+    W_enc, b_enc = _encoder(module.get("encoder"), where)
+    kind, activation, k, extra = _activation(module, W_enc.shape[1], where)
+    if "Archetypal" in module.get("dictionary").name:
         kind = "archetypal"
     facts = CoderFacts(
         kind=kind,
@@ -69,43 +67,40 @@ def from_module(module: Any, where: str, **place: Any) -> SparseCoder:
         activation=activation,
         k=k,
         layout=NAME,
-        more={"class": name},
+        more={"class": module.name},
         **place,
     )
     tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": dictionary, "b_dec": torch.zeros_like(dictionary[0])}
     return SparseCoder(facts, {key: value.detach().contiguous() for key, value in (tensors | extra).items()})
 
 
-def _activation(name: str, stub: Stub, where: str) -> tuple[Any, Any, int | None, dict[str, Tensor]]:
+def _activation(module: SavedObject, d_sae: int, where: str) -> tuple[Any, Any, int | None, dict[str, Tensor]]:
+    name = module.name
     if name.endswith("BatchTopKSAE"):
-        threshold = stub.get("running_threshold")
+        threshold = module.get("running_threshold")
         if threshold is None:
             raise LoadError(f"{where} has no running threshold: it was never trained, or saved as a state dict.")
         threshold = torch.as_tensor(threshold).float()
         # It keeps z >= threshold; the number below makes that z > threshold, to the bit.
         below = torch.nextafter(threshold, torch.tensor(-torch.inf))
-        return "batchtopk", "jumprelu", stub.get("top_k"), {"threshold": below.expand(_width(stub)).clone()}
+        return "batchtopk", "jumprelu", module.get("top_k"), {"threshold": below.expand(d_sae).clone()}
     if name.endswith("TopKSAE"):
-        return "topk", "topk", int(stub.get("top_k")), {}
+        return "topk", "topk", int(module.get("top_k")), {}
     if name.endswith("JumpSAE"):
-        return "jumprelu", "jumprelu", None, {"threshold": stub.get("thresholds").detach().exp()}
+        return "jumprelu", "jumprelu", None, {"threshold": module.get("thresholds").detach().exp()}
     if name in ("SAE", "RASAE", "MatryoshkaSAE"):
         return "standard", "relu", None, {}
     raise LoadError(f"{where} is a {name}, whose encoder is no linear layer with a threshold: not readable as a coder.")
 
 
-def _width(stub: Stub) -> int:
-    return int(stub.get("nb_concepts"))
-
-
 def _dictionary(part: Any, where: str) -> Tensor:
     """Return the dictionary as evaluation uses it: fused, or made of its parts as overcomplete makes it."""
-    if not isinstance(part, Stub):
+    if not isinstance(part, SavedObject):
         raise LoadError(f"{where} has no dictionary.")
     fused = part.get("_fused_dictionary")
     if isinstance(fused, Tensor):
         return fused.detach()
-    tensors = dict(tensors_in(part))
+    tensors = tensors_in(part)
     scale = tensors["multiplier"].exp()
     if "_weights" in tensors:
         return scale * tensors["_weights"]  # normalised in place by every training step
@@ -118,23 +113,27 @@ def _dictionary(part: Any, where: str) -> Tensor:
 
 def _encoder(part: Any, where: str) -> tuple[Tensor, Tensor]:
     """Return a linear encoder's weight ``[d_in d_sae]`` and bias, batch norm of evaluation folded in."""
-    name = type(part).__name__
+    name = _name(part)
     if (
-        not isinstance(part, Stub)
+        not isinstance(part, SavedObject)
         or name != "MLPEncoder"
         or (part.get("mlp_blocks") and part.get("mlp_blocks").get("0"))
     ):
         raise LoadError(f"{where} has the encoder {name} with hidden layers; readable is one linear layer.")
-    tensors = dict(tensors_in(part))
+    tensors = tensors_in(part)
     weight, bias = tensors["final_block.0.weight"].T, tensors["final_block.0.bias"]
     norm = part.get("final_block.1")
-    kind = type(norm).__name__
+    kind = _name(norm)
     if kind == "BatchNorm1d":
         spread = (tensors["final_block.1.running_var"] + norm.get("eps")).sqrt()
         factor = tensors["final_block.1.weight"] / spread
         return weight * factor, (bias - tensors["final_block.1.running_mean"]) * factor + tensors["final_block.1.bias"]
     if kind != "Identity":
         raise LoadError(f"{where} has {kind} behind its linear layer; readable are batch norm and none.")
-    if (act := type(part.get("final_activation")).__name__) != "ReLU":
+    if (act := _name(part.get("final_activation"))) != "ReLU":
         raise LoadError(f"{where} has the activation {act} in its encoder; readable is ReLU.")
     return weight, bias
+
+
+def _name(part: Any) -> str:
+    return part.name if isinstance(part, SavedObject) else type(part).__name__

@@ -12,9 +12,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from prisma_core import LoadError
+from prisma_core.plugin import SavedObject, read_objects
 from prisma_sae.coder import CoderFacts, SparseCoder
 from prisma_sae.formats.files import plain, reference_of
-from prisma_sae.stubs import globals_of, read_stubs
+from prisma_sae.pickled import outline
 
 NAME = "PatchSAE"
 
@@ -24,7 +25,7 @@ def _known(name: str) -> bool:
 
 
 def recognises(path: Path) -> bool:
-    return path.is_file() and path.suffix in (".pt", ".pth") and any(map(_known, globals_of(path)))
+    return path.is_file() and path.suffix in (".pt", ".pth") and any(map(_known, outline(path)[1]))
 
 
 def read(path: Path, *, n_layers: int | None = None) -> SparseCoder:
@@ -37,10 +38,10 @@ def read(path: Path, *, n_layers: int | None = None) -> SparseCoder:
     Raises:
         LoadError: the file is damaged, wants to run code, or is of a kind that its own code does not compute.
     """
-    saved = read_stubs(path, _known)
+    saved = read_objects(path, _known)
     if not isinstance(saved, dict) or "cfg" not in saved or "state_dict" not in saved:
         raise LoadError(f"{path} holds no cfg and state_dict.")
-    config = saved["cfg"] if isinstance(saved["cfg"], dict) else vars(saved["cfg"])
+    config = saved["cfg"].attributes if isinstance(saved["cfg"], SavedObject) else saved["cfg"]
     if config.get("gated_sae"):
         raise LoadError(f"{path} is gated, which PatchSAE's code has no forward pass for.")
     layer = config.get("block_layer")

@@ -9,7 +9,6 @@ Source:
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,12 @@ import torch
 from torch import Tensor
 
 from prisma_core import LoadError
+from prisma_core.plugin import read_objects
 from prisma_sae.coder import CoderFacts, SparseCoder, Tokens
 from prisma_sae.formats.files import plain
 
 NAME = "saev"
+LONGEST_LINE = 1 << 20
 _ACTIVATIONS = {
     "Relu": ("standard", "relu"),
     "TopK": ("topk", "topk-signed"),
@@ -91,12 +92,14 @@ def read(
 
 def _parts(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with file.open("rb") as opened:
-        line, rest = opened.readline(), opened.read()
+        line = opened.readline(LONGEST_LINE)
     try:
         header = json.loads(line)
-        tensors = torch.load(io.BytesIO(rest), map_location="cpu", weights_only=True)
-    except Exception as error:  # over bytes that are no pickle, torch stumbles in any way there is
-        raise LoadError(f"{file} is no readable file of saev's (a line of JSON, then tensors): {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise LoadError(f"{file} is no file of saev's: it begins with no line of JSON ({error}).") from error
+    tensors = read_objects(file, start=len(line))
+    if not isinstance(header, dict) or not isinstance(tensors, dict):
+        raise LoadError(f"{file} is no file of saev's: expected a line with a JSON object, then tensors by name.")
     names = ("W_enc", "b_enc", "W_dec", "b_dec", "activation.threshold")
     return header, {name: tensors[name].detach() for name in names if name in tensors}
 

@@ -1,7 +1,7 @@
 """ViT-Prisma's coders: ``weights.pt`` or ``n_images_<N>.pt``, with ``config.json``; of all ages.
 
-The ``.pt`` pickles ``{"cfg": an object, "state_dict": ...}``; the object is read as a stub, so that fields are what
-they were when it was written, and no default of a newer version fills them in.
+The ``.pt`` pickles ``{"cfg": an object, "state_dict": ...}``; the object is read by its attributes, so that fields are
+what they were when it was written, and no default of a newer version fills them in.
 
 Source:
     ViT-Prisma: ``sae/sae.py`` (``save_model``, ``load_from_pretrained``), ``sae/config.py``.
@@ -16,9 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from prisma_core import LoadError
+from prisma_core.plugin import SavedObject, read_objects
 from prisma_sae.coder import CoderFacts, SparseCoder
 from prisma_sae.formats.files import plain, read_json, reference_of
-from prisma_sae.stubs import globals_of, read_plain_pickle, read_stubs
+from prisma_sae.pickled import outline
 
 NAME = "ViT-Prisma"
 CONFIG = "config.json"
@@ -34,9 +35,9 @@ def recognises(path: Path) -> bool:
         return (path / CONFIG).is_file() and weights_in(path) is not None
     if path.name.endswith(".pkl.gz"):
         return True
-    if path.suffix != ".pt" or path.read_bytes()[:1] == b"{":
+    if path.suffix != ".pt":
         return False
-    names = globals_of(path)
+    _, names = outline(path)
     return any(name.startswith("vit_prisma.") for name in names) or (not names and (path.parent / CONFIG).is_file())
 
 
@@ -63,8 +64,7 @@ def read(path: Path, *, hook: str | None = None) -> SparseCoder:
     file = weights_in(path) if path.is_dir() else path
     if file is None:
         raise LoadError(f"{path} holds neither weights.pt nor n_images_<N>.pt.")
-    saved = read_plain_pickle(file, _known) if file.name.endswith(".pkl.gz") else read_stubs(file, _known)
-    config, tensors = _parts(file, saved)
+    config, tensors = _parts(file, read_objects(file, _known))
     return _coder(file, config, tensors, hook)
 
 
@@ -83,7 +83,7 @@ def _parts(file: Path, saved: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _fields(config: Any) -> dict[str, Any]:
-    return dict(config) if isinstance(config, dict) else dict(vars(config)) if hasattr(config, "__dict__") else {}
+    return config.attributes if isinstance(config, SavedObject) else dict(config) if isinstance(config, dict) else {}
 
 
 def _coder(file: Path, config: dict[str, Any], tensors: dict[str, Tensor], hook: str | None) -> SparseCoder:
