@@ -55,9 +55,7 @@ def test_a_dual_encoder_names_held_out_images_zero_shot():
     chances = model.classify(normalise(drawn.image), captions.THINGS, template="a {}")
     torch.testing.assert_close(chances.sum(1), torch.ones(300))
     right = chances.argmax(1) == drawn.things[:, 0]
-    assert right.float().mean() >= 0.8
-    colour = chances.argmax(1) // len(captions.SHAPES) == drawn.things[:, 0] // len(captions.SHAPES)
-    assert colour.float().mean() >= 0.99, "what it gets wrong is the shape"
+    assert right.float().mean() >= 0.95
     wrong = model.classify(normalise(drawn.image.roll(1, 0)), captions.THINGS, template="a {}").argmax(1)
     assert (wrong == drawn.things[:, 0]).float().mean() < 0.15
 
@@ -72,9 +70,9 @@ def test_both_towers_are_drawn_anew_on_request():
 
 def test_relations_are_read_and_unseen_things_are_better_than_chance():
     model = dual()
-    assert related(model, 200, unseen=False, seed=5).accuracy >= 0.95
-    assert related(model, 200, unseen=True, seed=5).accuracy >= 0.9
-    assert named(model, 200, unseen=True, seed=5).accuracy >= 0.3, "1 of 6 knows the colour alone"
+    assert related(model, 200, unseen=False, seed=5).accuracy >= 0.97
+    assert related(model, 200, unseen=True, seed=5).accuracy >= 0.95
+    assert named(model, 200, unseen=True, seed=5).accuracy >= 0.7, "1 of 6 knows the colour alone"
 
 
 @torch.no_grad()
