@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from prisma_toy import normalise
+from prisma_toy import captions, normalise
 from prisma_toy.card import MODEL, finish
 from prisma_toy.config import Config
-from prisma_toy.measure import held_out
+from prisma_toy.measure import held_out, patch_logits
 from prisma_toy.tasks import TASKS, task
 from prisma_toy.training import Trainer, start
 
@@ -154,6 +154,24 @@ def test_the_loss_of_every_kind_leads_to_its_measure(name: str):
         optimizer.step()
     assert one.objective.loss(model, batch, config)[0].item() < before / 2
     assert one.objective.score(model, batch).mean() > measure + 0.2
+
+
+def test_patches_are_asked_for_the_names_of_what_they_show():
+    one, config = task("clip-scenes"), Config(data="clip-scenes", **SMALL)
+    model, batch = one.objective.model(one, config), one.batch(8, "train", 0, 0)
+    assert batch.patches is not None
+    plain, weighted = (
+        one.objective.loss(model, batch, config.model_copy(update={"patch_loss": weight}))[0] for weight in (0.0, 0.5)
+    )
+    votes = patch_logits(model.vision, normalise(batch.image))[:, 1:]
+    names = [captions.caption(thing) for thing in captions.THINGS if thing not in captions.UNSEEN]
+    logits = model.compare(votes.flatten(0, 1), model.text(captions.WORDS(names))).log_softmax(1)
+    shown = batch.patches.flatten(0, 1)
+    by_hand = -(logits * shown).sum() / shown.sum()
+    torch.testing.assert_close(weighted - plain, 0.5 * by_hand)
+    asked = shown.nonzero()[:, 1].unique().tolist()
+    said = " ".join(captions.WORDS.decode(batch.tokens))
+    assert all(names[each].split(" ", 1)[1] in said for each in asked)
 
 
 def test_a_masked_autoencoder_takes_no_pooling(tmp_path: Path):

@@ -15,6 +15,7 @@ from prisma_toy import (
     draw_sums,
     normalise,
     reconstruct,
+    reconstructions,
     series,
     training_log,
 )
@@ -27,7 +28,7 @@ from prisma_toy.source import bundled
 from prisma_toy.tasks import task
 
 import prisma_core as prisma
-from prisma_core import HookedDual, HookedViT, UnknownName
+from prisma_core import HookedDual, HookedViT, InputError, NotApplicable, UnknownName
 from prisma_core.plugin import VideoPreprocess
 
 CONFIGS = {name: Config.model_validate_json((folder / CONFIG).read_text()) for name, folder in bundled().items()}
@@ -54,9 +55,7 @@ def test_a_dual_encoder_names_held_out_images_zero_shot():
     chances = model.classify(normalise(drawn.image), captions.THINGS, template="a {}")
     torch.testing.assert_close(chances.sum(1), torch.ones(300))
     right = chances.argmax(1) == drawn.things[:, 0]
-    assert right.float().mean() >= 0.8
-    colour = chances.argmax(1) // len(captions.SHAPES) == drawn.things[:, 0] // len(captions.SHAPES)
-    assert colour.float().mean() >= 0.99, "what it gets wrong is the shape"
+    assert right.float().mean() >= 0.95
     wrong = model.classify(normalise(drawn.image.roll(1, 0)), captions.THINGS, template="a {}").argmax(1)
     assert (wrong == drawn.things[:, 0]).float().mean() < 0.15
 
@@ -71,9 +70,9 @@ def test_both_towers_are_drawn_anew_on_request():
 
 def test_relations_are_read_and_unseen_things_are_better_than_chance():
     model = dual()
-    assert related(model, 200, unseen=False, seed=5).accuracy >= 0.95
-    assert related(model, 200, unseen=True, seed=5).accuracy >= 0.9
-    assert named(model, 200, unseen=True, seed=5).accuracy >= 0.3, "1 of 6 knows the colour alone"
+    assert related(model, 200, unseen=False, seed=5).accuracy >= 0.97
+    assert related(model, 200, unseen=True, seed=5).accuracy >= 0.95
+    assert named(model, 200, unseen=True, seed=5).accuracy >= 0.7, "1 of 6 knows the colour alone"
 
 
 @torch.no_grad()
@@ -146,6 +145,28 @@ def test_a_reconstruction_is_nearer_than_the_mean_of_what_is_visible():
     mean = (image * ~where).sum((2, 3), keepdim=True) / (~where).sum((2, 3), keepdim=True)
     plain = (mean.expand_as(image) - image)[where].pow(2).mean()
     assert (made - image)[where].pow(2).mean() < 0.65 * plain
+
+
+def test_reconstructions_come_nearer_along_the_training_and_touch_nothing_that_is_visible():
+    image = draw_scenes(40, seed=62, size=48).image
+    found = reconstructions(image, seed=1)
+    assert found.names("checkpoint") == tuple(map(str, series("mae-scenes")))
+    where = found.tensors["hidden"].bool()
+    assert where.float().mean().item() == pytest.approx(38 / 64)
+    visible = ~where[:, None].expand_as(image)
+    assert all(torch.equal(made[visible], image[visible]) for made in found.values)
+    assert torch.equal(found.tensors["masked"][visible], image[visible])
+    assert bool((found.tensors["masked"][~visible] == 0.5).all())
+    by_hand = torch.stack([(made - image)[~visible].square().mean() for made in found.values])
+    torch.testing.assert_close(found.tensors["error"], by_hand)
+    assert found.tensors["error"].argmin() == len(by_hand) - 1
+    assert by_hand[-1] < 0.5 * by_hand[0]
+    hidden = draw_hidden(40, 64, 0.6, torch.Generator().manual_seed(1))
+    assert torch.equal(found.values[-1], reconstruct(vision("mae-scenes"), image, hidden))
+    with pytest.raises(NotApplicable, match="toy:motion"):
+        reconstructions(image, name="motion")
+    with pytest.raises(InputError, match="40 64"):
+        reconstructions(image, hidden[:3])
 
 
 # -------------------------------------------------------------------- checkpoints along training

@@ -135,6 +135,38 @@ def test_pairs_come_in_all_four_relations():
     assert (relation == torch.arange(4)).all()
 
 
+def test_lone_things_alike_come_in_fours_of_one_colour_and_four_shapes():
+    drawn = captions.draw(400, torch.Generator().manual_seed(3), shapes=(1,), alike=True)
+    things = drawn.things[:, 0].view(100, 4)
+    colour, shape = things // len(captions.SHAPES), things % len(captions.SHAPES)
+    assert (colour == colour[:, :1]).all()
+    assert all(len(set(row)) == 4 for row in shape.tolist())
+    named = {captions.THINGS[thing] for thing in things.flatten().tolist()}
+    assert named == set(captions.THINGS) - set(captions.UNSEEN)
+    assert captions.draw(6, torch.Generator().manual_seed(3), alike=True).image.shape == (6, 3, 64, 64)
+
+
+def test_patches_show_the_things_that_cover_them():
+    drawn = captions.draw(80, torch.Generator().manual_seed(5))
+    shown = drawn.patch_things(8)
+    assert shown.shape == (80, 64, len(captions.THINGS))
+    assert set(shown.unique().tolist()) == {0, 1}
+    for image in range(80):
+        there = {thing for thing in drawn.things[image].tolist() if thing >= 0}
+        assert set(shown[image].nonzero()[:, 1].tolist()) <= there
+        for slot, thing in enumerate(drawn.things[image].tolist()):
+            if thing < 0:
+                continue
+            patches = [
+                8 * row + column
+                for row in range(8)
+                for column in range(8)
+                if drawn.visible[image, slot, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8].mean() >= 0.5
+            ]
+            assert shown[image, :, thing].nonzero()[:, 0].tolist() == patches
+    assert shown.any((1, 2)).all()
+
+
 def test_an_unknown_thing_is_an_error_that_suggests():
     assert captions.caption("orange star") == "an orange star"
     with pytest.raises(UnknownName, match="Did you mean red circle"):

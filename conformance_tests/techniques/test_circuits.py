@@ -190,6 +190,17 @@ def test_a_circuit_is_written_in_eap_igs_layout(model: HookedViT, tmp_path: Path
     torch.testing.assert_close(run_circuit(model, again, BRIGHT, DARK), run_circuit(model, circuit, BRIGHT, DARK))
 
 
+def test_eap_igs_own_class_reads_and_writes_our_files(model: HookedViT, tmp_path: Path) -> None:
+    theirs = pytest.importorskip("eap.graph", reason="EAP-IG (github.com/hannamw/EAP-IG) is not installed").Graph
+    circuit = edge_scores(model, BRIGHT, DARK, METRIC)[1].top(3)
+    graph = theirs.from_json(str(circuit.save(tmp_path / "ours.json")))
+    assert {name for name, edge in graph.edges.items() if edge.in_graph} == TRUTH
+    graph.to_json(str(tmp_path / "theirs.json"))
+    again = Circuit.load(tmp_path / "theirs.json")
+    assert again.edges == circuit.edges
+    torch.testing.assert_close(again.scores.double(), circuit.scores, rtol=1e-6, atol=1e-7)
+
+
 BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no cfg": (lambda data: data.pop("cfg"), "cfg"),
     "an edge of no model": (lambda data: data["edges"].update({"m1->m0": {"score": 0, "in_graph": True}}), "m1->m0"),

@@ -27,6 +27,7 @@ from prisma_toy.data import (
 from prisma_toy.masking import draw_hidden, hide, reconstruct
 from prisma_toy.model import normalise
 from prisma_toy.motions import Motions
+from prisma_toy.reconstructions import reconstructions
 from prisma_toy.scenes import SampleScene, Scenes, sample_scene
 from prisma_toy.source import ToySource, series, training_log
 from prisma_toy.words import Words
@@ -67,5 +68,5 @@ __all__ = [
     # what they return
     "SampleScene", "Scenes", "Captioned", "Motions", "Sums", "Sprites",
     # models: checkpoints along training, hidden patches, captions as tokens
-    "series", "training_log", "draw_hidden", "hide", "reconstruct", "Words", "ToySource",
+    "series", "training_log", "draw_hidden", "hide", "reconstruct", "reconstructions", "Words", "ToySource",
 ]

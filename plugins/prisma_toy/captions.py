@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from prisma_core.plugin import UnknownName, suggest
@@ -18,7 +19,7 @@ from prisma_toy.canvas import ground, noisy, paint, uniform
 from prisma_toy.shapes import KINDS, coverage
 from prisma_toy.words import Words
 
-SIZE = 48
+SIZE = 64
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.88, 0.14, 0.18), "green": (0.20, 0.68, 0.26), "blue": (0.18, 0.36, 0.92),
     "yellow": (0.98, 0.86, 0.16), "purple": (0.60, 0.24, 0.80), "orange": (0.98, 0.52, 0.08),
@@ -42,11 +43,11 @@ class Captioned:
     """A batch of scenes with what they show.
 
     Attributes:
-        image: pixels in 0..1: ``[batch 3 48 48]``.
+        image: pixels in 0..1: ``[batch 3 64 64]``.
         things: indices in ``THINGS`` of the first and the second shape, -1 for none: ``[batch 2]``.
         relation: index in ``RELATIONS`` of the first to the second, -1 where there is one: ``[batch]``.
         captions: a sentence each.
-        visible: how much of each pixel the first and the second shape cover: ``[batch 2 48 48]``.
+        visible: how much of each pixel the first and the second shape cover: ``[batch 2 64 64]``.
     """
 
     image: Tensor
@@ -54,6 +55,17 @@ class Captioned:
     relation: Tensor
     captions: tuple[str, ...]
     visible: Tensor
+
+    def patch_things(self, patch: int, least: float = 0.5) -> Tensor:
+        """Return 1 where a thing covers at least ``least`` of a patch: ``[batch patch thing]``.
+
+        Args:
+            patch: side of a patch in pixels.
+            least: the share to cover.
+        """
+        share = F.avg_pool2d(self.visible, patch).flatten(2)
+        of = F.one_hot(self.things.clamp_min(0), len(THINGS)).float()
+        return torch.einsum("bsp,bst->bpt", (share >= least).float(), of)
 
     @property
     def fits(self) -> Tensor:
@@ -90,7 +102,13 @@ def _key(first: int, second: int, relation: int) -> tuple[int, ...]:
 
 
 def draw(
-    n: int, generator: torch.Generator, *, unseen: bool = False, shapes: Sequence[int] = (1, 2), photo: float = 0.3
+    n: int,
+    generator: torch.Generator,
+    *,
+    unseen: bool = False,
+    alike: bool = False,
+    shapes: Sequence[int] = (1, 2),
+    photo: float = 0.3,
 ) -> Captioned:
     """Draw scenes of the things that training shows, or of ``UNSEEN`` ones.
 
@@ -99,6 +117,7 @@ def draw(
 
     Args:
         unseen: the first shape is one of ``UNSEEN``; two of them are never together.
+        alike: lone shapes come in fours of one colour, so that the shape alone tells one from the other.
         shapes: how many a scene may show.
         photo: the share of captions that begin with "a photo of".
     """
@@ -108,7 +127,7 @@ def draw(
     second = torch.where(second == first, _SEEN_THINGS[(first[:, None] == _SEEN_THINGS).int().argmax(1) - 1], second)
     pair = torch.tensor(shapes)[torch.randint(len(shapes), (groups,), generator=generator)] == 2
     pair, first, second = (each.repeat_interleave(4)[:n] for each in (pair, first, second))
-    lone = _of(_UNSEEN_THINGS if unseen else _SEEN_THINGS, (n,), generator)
+    lone = _alike(groups, generator)[:n] if alike else _of(_UNSEEN_THINGS if unseen else _SEEN_THINGS, (n,), generator)
     things = torch.stack([torch.where(pair, first, lone), torch.where(pair, second, -1)], 1)
     relation = torch.where(pair, torch.arange(n) % 4, -1)
     image, visible = render(things, relation, generator)
@@ -122,6 +141,14 @@ def _of(things: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> T
     return things[torch.randint(len(things), shape, generator=generator)]
 
 
+def _alike(groups: int, generator: torch.Generator) -> Tensor:
+    """Return groups of four things of one colour, each of another shape, all of them shown in training."""
+    seen = torch.zeros(len(THINGS)).index_fill(0, _SEEN_THINGS, 1).view(len(COLOURS), len(SHAPES))
+    colour = torch.randint(len(COLOURS), (groups,), generator=generator)
+    shape = torch.multinomial(seen[colour], 4, generator=generator)
+    return (colour[:, None] * len(SHAPES) + shape).flatten()
+
+
 def _said(things: list[int], relation: int, swapped: bool, photo: bool) -> str:
     start = "a photo of " if photo else ""
     if relation < 0:
@@ -131,7 +158,7 @@ def _said(things: list[int], relation: int, swapped: bool, photo: bool) -> str:
 
 
 def render(things: Tensor, relation: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return scenes of things in a relation, and where they are: ``[batch 3 48 48]``, ``[batch 2 48 48]``.
+    """Return scenes of things in a relation, and where they are: ``[batch 3 64 64]``, ``[batch 2 64 64]``.
 
     Args:
         things: indices in ``THINGS``, -1 for none: ``[batch 2]``.

@@ -73,7 +73,7 @@ def draw_captions(n: int, seed: int = 0, *, unseen: bool = False) -> captions.Ca
         InputError: none are asked for.
 
     >>> draw_captions(2, seed=3).captions
-    ('a yellow triangle left of a green star', 'a yellow triangle right of a green star')
+    ('a photo of a green star right of a yellow triangle', 'a photo of a green star left of a yellow triangle')
     """
     return captions.draw(n, _chances(n, seed), unseen=unseen)
 

@@ -37,8 +37,7 @@ class Classify(Objective):
             logits = model(normalise(batch.image)).float()
             return F.cross_entropy(logits, batch.target), _right(logits, batch.target)
         votes = patch_logits(model, normalise(batch.image)).float()
-        # What the model returns: the head is linear, so it may come before the mean.
-        logits = votes.mean(1) if config.pool == "avg" else votes[:, 0]
+        logits = _pooled(votes, config)
         patches = votes[:, model.layout.n_prefix :].flatten(0, 1)
         loss = F.cross_entropy(logits, batch.target)
         loss = loss + config.patch_loss * F.cross_entropy(patches, batch.patches.flatten(0, 1))
@@ -52,16 +51,19 @@ class Classify(Objective):
 class Match(Objective):
     """Tell the caption of each image from the others in the batch, and the image of each caption.
 
-    Captions that say the same of an image fit it equally, as ``target`` says.
+    Captions that say the same of an image fit it equally, as ``target`` says. Patches are asked as well, where the
+    batch knows: which of the texts names what they show.
 
     Attributes:
         words: the tokenizer.
+        names: the texts that patches are matched with, in the order of ``Batch.patches``.
 
     Source: Radford et al. 2021, "Learning transferable visual models from natural language supervision".
     """
 
     measure = "share of images matched with their caption among those of a batch of 64"
     words: Words
+    names: tuple[str, ...] = ()
 
     def model(self, task: Task, config: Config) -> HookedDual:
         vision = vision_spec(task, config, pooling(config), config.d_model)
@@ -69,9 +71,15 @@ class Match(Objective):
         return dual_model(task, spec, self.words, config.seed)
 
     def loss(self, model: HookedDual, batch: Batch, config: Config) -> tuple[Tensor, Tensor]:
-        logits = model(normalise(batch.image), batch.tokens).float()
+        votes = patch_logits(model.vision, normalise(batch.image))
+        logits = model.compare(_pooled(votes, config), model.text(batch.tokens)).float()
         to_text, to_image = (fits / fits.sum(1, keepdim=True) for fits in (batch.target, batch.target.T))
         loss = (F.cross_entropy(logits, to_text) + F.cross_entropy(logits.T, to_image)) / 2
+        if config.patch_loss and batch.patches is not None:
+            shown = batch.patches.any(-1)
+            patches = votes[:, model.vision.layout.n_prefix :][shown]
+            fits = model.compare(patches, model.text(self.words(self.names))).float()
+            loss = loss + config.patch_loss * F.cross_entropy(fits, batch.patches[shown])
         return loss, _fitting(logits, batch.target)
 
     def score(self, model: HookedDual, batch: Batch) -> Tensor:
@@ -107,6 +115,11 @@ class Reconstruct(Objective):
         patch = model.spec.embed.patch[0]
         made = model(normalise(hide(batch.image, batch.hidden, patch))).float()
         return made[batch.hidden], to_patches(normalise(batch.image), patch)[batch.hidden]
+
+
+def _pooled(votes: Tensor, config: Config) -> Tensor:
+    """Return what the model returns, of every token's: the head is linear, so it may come before the mean."""
+    return votes.mean(1) if config.pool == "avg" else votes[:, 0]
 
 
 def _right(logits: Tensor, target: Tensor) -> Tensor:

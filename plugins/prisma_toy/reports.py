@@ -82,7 +82,19 @@ def captioned(model: HookedDual, config: Config) -> list[str]:
         f"{related(model, N, unseen=False)}; with one of the unseen combinations {related(model, N, unseen=True)}.",
         f"Matched with their caption in batches of 64 where each scene has an unseen combination: "
         f"{_matched(model, N, unseen=True)}.",
-        "In training a batch of scenes with two shapes holds each pair in all four relations.",
+        "In training a batch of scenes with two shapes holds each pair in all four relations, and lone shapes come in "
+        "fours of one colour; held-out scenes are drawn without.",
+        *_patches(config),
+    ]
+
+
+def _patches(config: Config) -> list[str]:
+    if not config.patch_loss:
+        return []
+    return [
+        "Loss: that of images and captions matched both ways, plus that of each patch that a thing covers half of, "
+        f"matched with the names of the things, weighted {config.patch_loss:g}. So what patches show at the last layer "
+        "is trained, along the names."
     ]
 
 

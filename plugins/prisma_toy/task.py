@@ -24,7 +24,7 @@ class Batch:
         target: of labels, each as a distribution over classes: ``[batch class]``. Of captions, 1 where one fits an
             image: ``[batch text]``. Empty where the image itself is the target.
         patches: what each patch shows, as a distribution over classes, where the loss asks for it:
-            ``[batch patch class]``.
+            ``[batch patch class]``. Nothing but zeros where a patch is not asked.
         tokens: of captions, one an image: ``[text pos]``.
         hidden: which patches are hidden: bools ``[batch patch]``.
     """

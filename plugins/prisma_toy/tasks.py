@@ -41,13 +41,18 @@ def _mae_scenes() -> Task:
 
 
 def _clip_scenes() -> Task:
+    patch = 8
+    seen = [at for at, thing in enumerate(captions.THINGS) if thing not in captions.UNSEEN]
+    names = tuple(captions.caption(captions.THINGS[at]) for at in seen)
+
     def draw(n: int, generator: torch.Generator, training: bool) -> Batch:
-        drawn = captions.draw(n, generator)
-        return Batch(drawn.image, drawn.fits, tokens=captions.WORDS(drawn.captions))
+        drawn = captions.draw(n, generator, alike=training)
+        tokens = captions.WORDS(drawn.captions)
+        return Batch(drawn.image, drawn.fits, drawn.patch_things(patch)[..., seen], tokens)
 
     about = "the caption of a scene of one or two shapes"
-    match = Match(captions.WORDS)
-    return Task("clip-scenes", about, (), 3, captions.SIZE, 6, draw, match, report=reports.captioned)
+    match = Match(captions.WORDS, names)
+    return Task("clip-scenes", about, (), 3, captions.SIZE, patch, draw, match, report=reports.captioned)
 
 
 def _motion() -> Task:
