@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 TUTORIALS = sorted((Path(__file__).parents[2] / "docs" / "tutorials").glob("*.md"))
-FIGURES = {"main-demo": 4, "emoji-lens": 2, "toy-to-circuit": 3}
+FIGURES = {
+    "main-demo": 4,
+    "emoji-lens": 2,
+    "toy-to-circuit": 3,
+    "attention-heads": 3,
+    "registers": 1,
+    "video": 3,
+    "sparse-features": 1,
+}
 
 
 def test_the_tutorials_are_those_that_are_counted() -> None:

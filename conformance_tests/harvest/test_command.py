@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from prisma_harvest import command, open_harvest
+from prisma_harvest import open_harvest, options
 from prisma_toy import sample_scene
 
 import prisma_core as prisma
@@ -134,7 +134,7 @@ def test_every_source_through_the_command(
         asked.append((name, split))
         return [{"image": photos / f"{seed}.png", "label": seed} for seed in range(4)]
 
-    monkeypatch.setattr(command, "_datasets", lambda: SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(options, "_datasets", lambda: SimpleNamespace(load_dataset=load_dataset))
     read: dict[str, torch.Tensor] = {}
     for at, data in enumerate(
         (

@@ -127,7 +127,7 @@ def test_the_command_joins_any_typer_application() -> None:
     app = typer.Typer()
     prisma_view.prisma_commands(app)
     names = [command.callback.__name__ for command in app.registered_commands if command.callback]
-    assert names == ["demo", "attention", "report"]
+    assert names == ["demo", "attention", "report", "gallery"]
 
 
 @pytest.mark.parametrize("option", ["--image", "--other"])

@@ -55,7 +55,7 @@ def read(path: Path, *, hook: str | None = None, tokens: Tokens | None = None, m
 
 def _coder(module: SavedObject, where: str, **place: Any) -> SparseCoder:
     dictionary = _dictionary(module.get("dictionary"), where)
-    W_enc, b_enc = _encoder(module.get("encoder"), where)
+    W_enc, b_enc = _encoder(module.get("encoder"), f"{where}, a {module.name},")
     kind, activation, k, extra = _activation(module, W_enc.shape[1], where)
     if "Archetypal" in module.get("dictionary").name:
         kind = "archetypal"
