@@ -242,7 +242,7 @@ def test_a_new_gallery_leaves_nothing_of_the_old_one(tmp_path: Path) -> None:
     assert repr(made).startswith("Gallery(2 units, ")
 
 
-def test_the_command_takes_a_model_or_a_harvest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_takes_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "g")
     options = ["--data", "samples:12", "--out", out, "-k", "3", "--no-open"]
     assert main(["gallery", "toy:scenes-3l", "--name", "z:2", "--heads", *options]) == 0
@@ -257,3 +257,27 @@ def test_the_command_takes_a_model_or_a_harvest(tmp_path: Path, capsys: pytest.C
 def test_the_command_says_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["gallery", "toy:scenes-3l", "--name", "z:2"]) == 1
     assert "--data" in capsys.readouterr().err
+
+
+def test_the_command_takes_a_harvest_and_a_search_that_was_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data, options = ["--data", "samples:12"], ["--no-open", "-k", "3"]
+    places = ["--name", "resid_post:1", "--pos", "patches"]
+    assert main(["gallery", "toy:scenes-3l", "--coder", "scenes-3l", "--out", "fresh", *data, *options]) == 0
+    harvested = ["--names", "resid_post:1", "--names", "z:2", "--pos", "patches", "--dtype", "float32", "--out", "h"]
+    assert main(["harvest", "write", "toy:scenes-3l", *data, *harvested]) == 0
+    assert main(["gallery", "h", "--coder", "scenes-3l", "--out", "of-harvest", *data, *options]) == 0
+    searched = [*places, "--coder", "scenes-3l", "-k", "5", "--out", "top.safetensors"]
+    assert main(["harvest", "top", "toy:scenes-3l", *data, *searched]) == 0
+    assert main(["gallery", "top.safetensors", "--coder", "scenes-3l", "--out", "of-file", *options]) == 0
+    fresh, of_harvest, of_file = (index_of(tmp_path / out / "index.html") for out in ("fresh", "of-harvest", "of-file"))
+    assert max(fresh["largest"]) > 1
+    assert of_harvest["largest"] == pytest.approx(fresh["largest"], rel=1e-3, abs=1e-4)
+    assert of_file == fresh
+    capsys.readouterr()
+    assert main(["gallery", "h", "--out", "x", *data, *options]) == 1
+    assert "blocks.1.hook_resid_post, blocks.2.attn.hook_z" in capsys.readouterr().err.replace("\n", " ")
+    assert main(["gallery", "top.safetensors", "--out", "x", *options]) == 1
+    assert "--coder" in capsys.readouterr().err

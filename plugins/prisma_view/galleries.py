@@ -108,6 +108,7 @@ def gallery(
         ranked = {each: top.tensors[each][:, :k] for each in ("example", "token")}
         top = replace(top, values=top.values[:, :k], tensors={**top.tensors, **ranked})
     names = tuple(labels) if labels is not None else top.labels.get(top.axes[0]) or units.labels(len(top.values))
+    names = tuple("" if each == str(unit) else each for unit, each in enumerate(names))  # a number is shown anyway
     shown = lit(run, units, top, progress)
     facts = about(model, run, units, shown.pixels, shown.mean, words)
     place = f"{getattr(model, 'reference', None) or type(model).__name__}, {units.name}"

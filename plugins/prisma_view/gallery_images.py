@@ -124,7 +124,10 @@ def lit(run: Pass, units: Units, top: Result, progress: bool | None) -> Shown:
                 thumbs = _Thumbs(run, sources[at], shown.thumbs)
                 scores = units.scores(x)
                 if scores.shape[1] != shape[0]:
-                    raise InputError(f"top= is of {shape[0]} units, and {units.name} has {scores.shape[1]}.")
+                    raise InputError(
+                        f"top= is of {shape[0]} units, and {units.name} has {scores.shape[1]}. Features need the "
+                        "coder that they are of: coder=, or --coder."
+                    )
                 for unit, rank in wanted[order[at]]:
                     token = int(top.tensors["token"][unit, rank])
                     values = scores[:, unit]
