@@ -122,12 +122,7 @@ class Manifest(Facts):
     @property
     def positions(self) -> list[int] | None:
         """The positions of the tokens that were read, or None where the model has no layout."""
-        if self.layout is None:
-            return None
-        places = range(self.layout.n_tokens)
-        if isinstance(self.pos, str):
-            return list(places[self.layout.slice(self.pos)])
-        return list(places if self.pos is None else self.pos)
+        return None if self.layout is None else self.layout.positions(self.pos)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

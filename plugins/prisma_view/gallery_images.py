@@ -74,8 +74,7 @@ class _Grid:
     def of(cls, layout: TokenLayout | None, pos: Any, n: int) -> _Grid:
         if layout is None:
             return cls(np.full((n, 3), -1), [f"token {at}" for at in range(n)], (0, 0))
-        places = range(layout.n_tokens)
-        chosen = list(places[layout.slice(pos)] if isinstance(pos, str) else places if pos is None else pos)
+        chosen = layout.positions(pos)
         if len(chosen) != n:  # an axis that is not that of the tokens
             return cls(np.full((n, 3), -1), [""] * n, (0, 0))
         grid = layout.grid(torch.arange(layout.n_tokens), axis=0).reshape(layout.frames, layout.rows, layout.columns)
@@ -108,7 +107,7 @@ def lit(run: Pass, units: Units, top: Result, progress: bool | None) -> Shown:
     )  # fmt: skip
     point, shape = again.points[0], tuple(examples.shape)
     has_tokens = point.axes.split()[0] in ("pos", "patch")
-    grid = _Grid.of(again.layout, again._pos, point.shape[0] if has_tokens else 1)
+    grid = _Grid.of(again.layout, again.pos, point.shape[0] if has_tokens else 1)
     largest = top.values.amax(1).clamp_min(1e-12)
     shown = Shown(
         [], np.full(shape, -1), np.full((*shape, 3), -1), np.zeros((*shape, *grid.shape), np.uint8), grid.names,

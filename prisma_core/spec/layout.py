@@ -79,6 +79,18 @@ class TokenLayout(BaseModel):
             return slice(self.n_prefix + frame, self.n_tokens, self.frames)
         return slice(self.n_prefix + frame * size, self.n_prefix + (frame + 1) * size)
 
+    def positions(self, pos: Index | str | None) -> list[int]:
+        """Return the positions of a subset by name or of an index, all for None, as numbers from 0.
+
+        >>> TokenLayout(cls=1, rows=1, columns=2).positions("patches")
+        [1, 2]
+
+        Raises:
+            UnknownName: there is no such subset.
+            InputError: there is no such position.
+        """
+        return positions_of(self.slice(pos) if isinstance(pos, str) else pos, self.n_tokens)
+
     def one_frame(self) -> TokenLayout:
         """Return the layout of a frame by itself: the prefix tokens and its patches."""
         return self.model_copy(update={"frames": 1})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prisma_core.errors import InputError, NotApplicable
-from prisma_core.spec.layout import Index, TokenLayout, positions_of
+from prisma_core.spec.layout import Index, TokenLayout
 
 _TOKENS = ("pos", "patch", "query_pos", "key_pos")
 _FRAMES = ("frame", "query_frame", "key_frame")
@@ -161,4 +161,4 @@ def _kept(pos: Index | str | None, axis: str, layout: TokenLayout, *, framed: bo
         return every[layout.slice("patches")]
     if axis == "key_pos" or (framed and isinstance(pos, str) and pos.startswith("frame ")):
         return every
-    return positions_of(layout.slice(pos) if isinstance(pos, str) else pos, layout.n_tokens)
+    return layout.positions(pos)
