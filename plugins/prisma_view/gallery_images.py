@@ -12,6 +12,8 @@ from PIL import Image
 from prisma_harvest import Pass
 from prisma_harvest.items import opened
 from prisma_harvest.progress import counting
+from prisma_harvest.scoring import Units as SearchUnits
+from prisma_harvest.scoring import has_tokens
 from torch import Tensor
 
 from prisma_core import HookedDual, InputError, Result, TokenLayout
@@ -106,8 +108,8 @@ def lit(run: Pass, units: Units, top: Result, progress: bool | None) -> Shown:
         preprocess=run.preprocess, workers=run.workers,
     )  # fmt: skip
     point, shape = again.points[0], tuple(examples.shape)
-    has_tokens = point.axes.split()[0] in ("pos", "patch")
-    grid = _Grid.of(again.layout, again.pos, point.shape[0] if has_tokens else 1)
+    searched = SearchUnits(**units.search())
+    grid = _Grid.of(again.layout, again.pos, point.shape[0] if has_tokens(point) else 1)
     largest = top.values.amax(1).clamp_min(1e-12)
     shown = Shown(
         [], np.full(shape, -1), np.full((*shape, 3), -1), np.zeros((*shape, *grid.shape), np.uint8), grid.names,
@@ -119,9 +121,9 @@ def lit(run: Pass, units: Units, top: Result, progress: bool | None) -> Shown:
             if at == 0 and batch.pixels is not None:
                 shown.pixels = batch.pixels[:16].clone()
             for x in activations[units.name]:
-                x = x if has_tokens else x[None]
+                scores = searched.scores(x[None], point)[0]
+                x = x if has_tokens(point) else x[None]
                 thumbs = _Thumbs(run, sources[at], shown.thumbs)
-                scores = units.scores(x)
                 if scores.shape[1] != shape[0]:
                     raise InputError(
                         f"top= is of {shape[0]} units, and {units.name} has {scores.shape[1]}. Features need the "

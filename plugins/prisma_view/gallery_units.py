@@ -87,17 +87,6 @@ class Units:
             return {"encode": self.coder.encode}
         return {"over": "head"} if self.kind == "head" else {"directions": self.directions}
 
-    def scores(self, x: Tensor) -> Tensor:
-        """Return the scores of one image's activations ``[token ...]``: ``[token unit]``."""
-        x = x.detach().float().cpu()
-        if self.kind == "head":
-            return x.norm(dim=-1)
-        x = x.flatten(1)
-        with torch.no_grad():
-            if self.coder is not None:
-                return self.coder.encode(x).float()
-        return x if self.directions is None else x @ self.directions.detach().cpu().float().T
-
     def labels(self, n: int) -> tuple[str, ...]:
         """Return the coder's names of features, empty where it has none."""
         names = {} if self.coder is None else self.coder.facts.labels
