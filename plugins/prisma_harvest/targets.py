@@ -97,10 +97,9 @@ def of_coder(name: str, source: Harvest | Pass, query: Name) -> dict[str, Any]:
     Raises:
         InputError: it was trained on another model, hook point or tokens; with all that differs.
     """
-    from prisma_sae.formats import read
-    from prisma_sae.published import load
+    from prisma_sae import open_coder
 
-    coder = read(name) if Path(name).exists() else load(name)
+    coder = open_coder(name)
     manifest = source.manifest if isinstance(source, Harvest) else source.manifest("float32", 1)
     if differences := _differences(coder.facts, manifest, _full(source, query)):
         raise InputError(f"This coder does not belong here: {'; '.join(differences)}.")

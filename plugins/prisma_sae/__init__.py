@@ -16,7 +16,7 @@ from prisma_sae.evaluate import evaluate, monosemanticity
 from prisma_sae.formats import FORMATS, read
 from prisma_sae.formats.sae_lens import save
 from prisma_sae.naming import name_features
-from prisma_sae.published import catalogue, load
+from prisma_sae.published import catalogue, load, open_coder
 from prisma_sae.rows import activation_rows
 from prisma_sae.splice import splice
 from prisma_sae.training import TrainConfig, train
@@ -34,6 +34,7 @@ def prisma_commands(app: Typer) -> None:
 
 __all__ = [
     "load",
+    "open_coder",
     "catalogue",
     "read",
     "save",

@@ -43,8 +43,9 @@ def loaded(
 ) -> None:
     """Fetch a coder, read it without running anything in it, and show its facts."""
     from prisma_sae.formats.sae_lens import save
+    from prisma_sae.published import open_coder
 
-    coder = _coder(name, file)
+    coder = open_coder(name, file=file)
     facts = coder.facts.model_dump(mode="json", exclude={"more", "labels"})
     if json:
         screen.show_json(facts)
@@ -76,8 +77,9 @@ def evaluated(
     Images in folders that are named as the model names its classes have labels: then the loss is measured too.
     """
     from prisma_sae.evaluate import beside, evaluate
+    from prisma_sae.published import open_coder
 
-    coder = _coder(name, None)
+    coder = open_coder(name)
     reference = _reference(model or coder.facts.model)
     subject = _model(reference)
     with _bar("measuring") as bar:
@@ -155,13 +157,6 @@ def trained(
 
 
 # -------------------------------------------------------------------- parts
-
-
-def _coder(name: str, file: str | None) -> Any:
-    from prisma_sae.formats import read
-    from prisma_sae.published import load
-
-    return read(name) if file is None and Path(name).exists() else load(name, file=file)
 
 
 def _reference(model: str | None) -> str:

@@ -137,6 +137,20 @@ def load(name: str, *, file: str | None = None, path: str | Path | None = None, 
     )
 
 
+def open_coder(name: str, *, file: str | None = None) -> SparseCoder:
+    """Return a coder as commands name it: a file or folder where there is one, else one of the catalogue.
+
+    Args:
+        name: a path, or a name in the catalogue.
+        file: which of several files of its repository; the name is then of the catalogue.
+
+    Raises:
+        UnknownName: no such name.
+        LoadError: the file cannot be fetched or read.
+    """
+    return read(name) if file is None and Path(name).exists() else load(name, file=file)
+
+
 def _fetched(line: Entry, file: str | None) -> Path:
     if not line.repository:
         return BUNDLED / line.name

@@ -53,6 +53,7 @@ def gallery(
     """
     from prisma_harvest import open_harvest
     from prisma_harvest.options import read_name, read_pos, read_source
+    from prisma_sae import open_coder
 
     from prisma_view.galleries import gallery as write
 
@@ -85,7 +86,7 @@ def gallery(
     if data is None:
         raise InputError("The images are not kept: give them with --data, in the same order.")
     loaded = prisma.load(reference, **({} if pretrained else {"pretrained": False}))
-    images, sparse = read_source(data, reference), None if coder is None else _coder(coder)
+    images, sparse = read_source(data, reference), None if coder is None else open_coder(coder)
     if harvest is not None:
         top, query = _search(harvest, loaded, query, sparse, heads, k)
     options: dict[str, Any] = {"limit": limit} if limit is not None else {}
@@ -99,12 +100,6 @@ def gallery(
     screen.out().print(str(written.path), soft_wrap=True, markup=False)
     if wants_browser(show):
         webbrowser.open(written.path.resolve().as_uri())
-
-
-def _coder(name: str) -> SparseCoder:
-    from prisma_sae import load, read
-
-    return read(name) if Path(name).exists() else load(name)
 
 
 def _search(harvest: Any, model: Any, query: Any, coder: SparseCoder | None, heads: bool, k: int) -> tuple[Result, str]:
