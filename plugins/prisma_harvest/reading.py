@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from prisma_core import InputError, LoadError, NotApplicable, TokenLayout
+from prisma_core import HookedModel, InputError, LoadError, NotApplicable, TokenLayout
 from prisma_core.plugin import resolve_one
 from prisma_harvest.arrow import record_batches
 from prisma_harvest.folder import Line, read_lines
@@ -23,6 +23,7 @@ from prisma_harvest.manifest import (
     Name,
     Point,
     example_bytes,
+    weights_hash,
 )
 from prisma_harvest.runs import Run, ShardReader, buffers
 from prisma_harvest.shuffling import Chunk, buffered, cut, dealt, shuffled
@@ -100,6 +101,19 @@ class Harvest:
         """The names of the tokens that are here: ``cls``, ``r3c5``."""
         names = None if self.layout is None else self.layout.token_names()
         return None if names is None else [names[position] for position in self.positions or ()]
+
+    def check_model(self, model: HookedModel) -> None:
+        """Refuse another model than the one whose activations these are.
+
+        Raises:
+            InputError: its weights differ.
+        """
+        if weights_hash(model) != self.manifest.model.weights:
+            subject = getattr(model, "reference", None) or type(model).__name__
+            facts = self.manifest.model
+            raise InputError(
+                f"{subject} has other weights than {facts.reference or facts.kind}, which {self.path} is of."
+            )
 
     def point(self, name: Name) -> Point:
         """Return a hook point by full name, shorthand, or shorthand and layer.

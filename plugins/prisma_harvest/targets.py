@@ -110,13 +110,9 @@ def of_coder(name: str, source: Harvest | Pass, query: Name) -> dict[str, Any]:
 
 def _differences(facts: Any, manifest: Manifest, full: str) -> list[str]:
     """Return what differs between what a coder was trained on and what was read."""
-    differences: list[str] = []
-    reference = manifest.model.reference
-    if facts.weights is not None:
-        if facts.weights != manifest.model.weights:
-            differences.append(f"it was trained on {facts.model or 'a model'} with other weights than {reference} has")
-    elif facts.model is not None and reference not in (facts.model, *facts.also):
-        differences.append(f"it was trained on {facts.model}, and this is {reference or 'a model without a reference'}")
+    from prisma_sae.binding import other_model
+
+    differences = other_model(facts, manifest.model.reference, lambda: manifest.model.weights)
     if facts.hook is not None and full not in (facts.hook, f"vision.{facts.hook}"):
         differences.append(f"it reads {facts.hook}, and this is {full}")
     read = "all" if manifest.pos is None else manifest.pos

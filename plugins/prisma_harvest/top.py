@@ -197,10 +197,7 @@ class _Search:
                 "seen": self.seen,
                 **about,
                 "examples": {
-                    str(example): {
-                        each: self.lines[example].get(each) for each in ("source", "path", "label", "sha256")
-                    }
-                    for example in sorted(shown)
+                    str(example): {each: self.lines[example].get(each) for each in LINE} for example in sorted(shown)
                 },
             },
         )

@@ -156,7 +156,6 @@ def _opened(
 ) -> tuple[Harvest | Pass, Any]:
     """Return the harvest or the pass, and the model where it was loaded."""
     import prisma_core as prisma
-    from prisma_harvest.manifest import weights_hash
     from prisma_harvest.opening import open_harvest
     from prisma_harvest.options import read_name, read_pos, read_source
     from prisma_harvest.passes import Pass
@@ -179,6 +178,5 @@ def _opened(
     if reference is None:
         raise InputError("This harvest does not say which model it is of: give --model REFERENCE.")
     loaded = prisma.load(reference, device=device, **how)
-    if weights_hash(loaded) != acts.manifest.model.weights:
-        raise InputError(f"{reference} has other weights than the model that {acts.path} is of.")
+    acts.check_model(loaded)
     return acts, loaded

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 from prisma_core import HookedModel, InputError, TokenLayout, UnknownName, tensors_of
 from prisma_core.plugin import LayerQuery, digest
-from prisma_sae.coder import SparseCoder, Tokens
+from prisma_sae.coder import CoderFacts, SparseCoder, Tokens
 
 Coders: TypeAlias = "SparseCoder | Sequence[SparseCoder] | Mapping[str | LayerQuery, SparseCoder]"
 
@@ -90,9 +90,19 @@ def check(model: HookedModel, coder: SparseCoder, name: str, tokens: Tokens | No
 
 
 def _models(model: HookedModel, coder: SparseCoder) -> list[str]:
-    facts, reference = coder.facts, getattr(model, "reference", None)
+    return other_model(coder.facts, getattr(model, "reference", None), lambda: model_digest(model))
+
+
+def other_model(facts: CoderFacts, reference: str | None, weights: Callable[[], str]) -> list[str]:
+    """Return how a model is another one than a coder was trained on, in words; empty where it is not.
+
+    Args:
+        facts: of the coder.
+        reference: of the model.
+        weights: returns the SHA-256 of its weights; called where the coder knows that of its own.
+    """
     if facts.weights is not None:
-        if model_digest(model) == facts.weights:
+        if weights() == facts.weights:
             return []
         return [f"it was trained on {facts.model or 'a model'} with other weights than this model ({reference}) has"]
     if facts.model is None or reference in (facts.model, *facts.also):

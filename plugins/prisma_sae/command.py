@@ -134,7 +134,7 @@ def trained(
     if tokens not in (None, "all", "cls", "patches"):
         raise InputError(f"Expected tokens all, cls or patches, got {tokens!r}.")
     subject = _model(model)
-    acts = None if harvest is None else _harvest(harvest, subject, model, tokens)
+    acts = None if harvest is None else _harvest(harvest, subject, tokens)
     tokens = tokens or (acts.manifest.pos if acts is not None else None) or "all"
     rows = _rows(subject, model, hook, images, acts, tokens, batch, seed)
     first = next(rows)
@@ -228,21 +228,18 @@ def _batches(model: Any, reference: str, images: list[Path] | None, n: int, batc
     return made(), len(files)
 
 
-def _harvest(path: Path, model: Any, reference: str, tokens: str | None) -> Any:
+def _harvest(path: Path, model: Any, tokens: str | None) -> Any:
     """Return a harvest, open, if it is of this model and of these tokens."""
     import importlib
 
     from prisma_core import InputError, PluginError
-    from prisma_sae.binding import model_digest
 
     try:
         acts = importlib.import_module("prisma_harvest").open_harvest(path)
     except ImportError as error:
         raise PluginError("Reading a harvest needs prisma_harvest, which is not installed.") from error
-    manifest = acts.manifest
-    if manifest.model.weights != model_digest(model):
-        raise InputError(f"{acts.path} is of {manifest.model.reference}, whose weights are not those of {reference}.")
-    read = "all" if manifest.pos is None else manifest.pos
+    acts.check_model(model)
+    read = "all" if acts.manifest.pos is None else acts.manifest.pos
     if read not in ("all", "cls", "patches") or tokens not in (None, read):
         raise InputError(f"{acts.path} holds the tokens {read!r}; asked for: {tokens or 'all, cls or patches'}.")
     return acts

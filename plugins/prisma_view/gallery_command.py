@@ -108,12 +108,11 @@ def _search(harvest: Any, model: Any, query: Any, coder: SparseCoder | None, hea
     Raises:
         InputError: the model is another one, or the harvest has several hook points and none was named.
     """
-    from prisma_harvest import top_examples, weights_hash
+    from prisma_harvest import top_examples
 
     from prisma_view.gallery_units import Units
 
-    if weights_hash(model) != harvest.manifest.model.weights:
-        raise InputError(f"The model has other weights than the one that {harvest.path} is of.")
+    harvest.check_model(model)
     if query is None and coder is None:
         if len(harvest.names) != 1:
             raise InputError(f"Name one of its hook points with --name: {', '.join(harvest.names)}.")
