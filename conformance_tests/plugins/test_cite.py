@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from prisma_core import LoadError, UnknownName
+from prisma_core import LoadError, PluginError, UnknownName
 from prisma_core.plugin import Host, installed
 
 pytest.importorskip("pybtex", reason="needs pybtex: pip install 'prisma-interp[cite]'")
@@ -74,6 +74,14 @@ def test_years_tell_two_works_of_the_same_authors_apart() -> None:
     assert not citing._names("Efros 2024", known["gandelsman2024"]), "the first author is named"
 
 
+def test_an_entry_without_author_or_year_is_no_technique_s() -> None:
+    from pybtex.database import parse_string
+
+    text = "@misc{a, title={T}, year={2024}} @misc{b, author={Gandelsman, Yossi}, title={T}}"
+    read = parse_string(text, "bibtex").entries
+    assert not any(citing._names("Gandelsman et al. 2024", each) for each in read.values())
+
+
 def test_each_pattern_matches_something_that_can_be_loaded() -> None:
     """A class that an adapter takes, or a model that a source lists; names on hubs stand here."""
     timm, open_clip = pytest.importorskip("timm"), pytest.importorskip("open_clip")
@@ -115,6 +123,10 @@ def test_an_unknown_name_suggests() -> None:
         cite("tim:vit_tiny_patch16_224")
 
 
+def lacking(name: str) -> None:
+    raise PluginError(f"{name} needs a library") if name == "needs_a_library" else AttributeError(name)
+
+
 def test_another_plugin_brings_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "prisma_of_others"
     package.mkdir()
@@ -125,6 +137,10 @@ def test_another_plugin_brings_its_own(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(citing, "installed", lambda: Host([EntryPoint("others", "prisma_of_others", "prisma")]))
     assert list(cite("gaze")["gaze"].entries) == ["n"]
+    loaded = sys.modules["prisma_of_others"]
+    monkeypatch.setattr(loaded, "__all__", ["needs_a_library", "gaze"])
+    monkeypatch.setattr(loaded, "__getattr__", lacking, raising=False)
+    assert list(cite("gaze")["gaze"].entries) == ["n"], "a name whose library is not installed is passed over"
     (package / "references.bib").write_text("@misc{n, author=")
     with pytest.raises(LoadError, match="prisma_of_others"):
         cite("gaze")

@@ -124,9 +124,11 @@ def _patterns(entry: Entry) -> list[str]:
 
 def _names(source: str, entry: Entry) -> bool:
     """Whether a text names an entry: its first author's surname and, before the next semicolon, its year."""
-    people = entry.persons.get("author", [])
-    surname = re.sub(r"[{}\\'`^\"]", "", " ".join(people[0].last_names)) if people else ""
-    return bool(re.search(rf"\b{re.escape(surname)}\b[^;]*\b{entry.fields['year']}\b", source))
+    people, year = entry.persons.get("author", []), entry.fields.get("year")
+    if not people or not year:
+        return False
+    surname = re.sub(r"[{}\\'`^\"]", "", " ".join(people[0].last_names))
+    return bool(re.search(rf"\b{re.escape(surname)}\b[^;]*\b{year}\b", source))
 
 
 def _source(function: Any) -> str:
@@ -140,7 +142,10 @@ def _functions(packages: Iterable[ModuleType]) -> Iterator[tuple[str, Any]]:
     """Yield the public functions and classes of plugins whose files name a source, by both of their names."""
     for package in packages:
         for name in getattr(package, "__all__", ()):
-            part = getattr(package, name)
+            try:
+                part = getattr(package, name)
+            except (PrismaError, ImportError):  # a library that it needs is not installed
+                continue
             if callable(part) and _source(part):
                 yield from ((name, part), (f"{package.__name__}.{name}", part))
 
