@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import InputError, LoadError
-from prisma_core.plugin import Facts, digest, replacing
+from prisma_core.plugin import Facts, digest, read_objects, replacing
 
 SAVE_EVERY = 30.0  # seconds
 
@@ -56,14 +55,16 @@ class Checkpoint:
         if not self.path.is_file():
             return 0
         try:
-            kept = torch.load(self.path, map_location="cpu", weights_only=True)
+            kept = read_objects(self.path)
             same = (kept["mark"], kept["first"]) == (self.mark, self.first)
             if same:
                 self.batch = kept["batch"]
                 for name, run in runs.items():
                     run.restore(kept["runs"][name])
                 return kept["step"]
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        except LoadError as error:
+            raise LoadError(f"{error} Remove it to begin anew.") from error
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
             said = " ".join(str(error).split())[:200]
             raise LoadError(f"{self.path} cannot be read: {said}. Remove it to begin anew.") from error
         raise LoadError(f"{self.path} is of another training or other rows: choose another file, or remove it.")
