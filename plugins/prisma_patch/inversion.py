@@ -97,7 +97,6 @@ def learn_word(
     for _ in bar(range(steps), "Steps", progress):
         with torch.enable_grad(), _spoken(own, token, vector):
             fits = own.compare(seen, own.text(tokens))[every, row]
-        with torch.enable_grad():
             loss = -fits.mean() if fixed is None else -torch.cat([fits[:, None], fixed], 1).log_softmax(1)[:, 0].mean()
             (vector.grad,) = torch.autograd.grad(loss, [vector])
         solver.step()
