@@ -11,20 +11,17 @@ from torch import Tensor, nn
 
 from prisma_core import HookedDual, HookedText, HookedUpstream, HookedViT, ModelSpec, TokenLayout
 from prisma_core.plugin import (
-    AttentionSpec,
-    BlockSpec,
     DualSpec,
     EmbedSpec,
     HookMap,
     MapSpec,
-    MlpSpec,
     NormSpec,
     PoolSpec,
-    TextPoolSpec,
     TextSpec,
 )
 
 WIDTH, HEADS = 12, 2
+FACTS: dict[str, Any] = {"d_model": WIDTH, "heads": HEADS, "norm": NormSpec(eps=1e-5), "scale": 0.4, "d_mlp": 16}
 
 
 @dataclass(frozen=True)
@@ -60,41 +57,12 @@ class Kind:
         return self.model(*self.clean) if isinstance(self.clean, tuple) else self.model(self.clean)
 
 
-def _block() -> BlockSpec:
-    norm = NormSpec(eps=1e-5)
-    attn = AttentionSpec(n_heads=HEADS, n_kv_heads=HEADS, d_head=WIDTH // HEADS, scale=0.4)
-    return BlockSpec(attn=attn, mlp=MlpSpec(d_mlp=16, act="gelu"), ln1=norm, ln2=norm)
-
-
 def _vision(**facts: Any) -> ModelSpec:
-    given: dict[str, Any] = {
-        "embed": EmbedSpec(patch=(4, 4)),
-        "layout": TokenLayout(cls=1, rows=2, columns=2),
-        "pool": PoolSpec(kind="token"),
-        "n_classes": 2,
-    }
-    return ModelSpec(
-        d_model=WIDTH,
-        image_size=(8, 8),
-        blocks=(_block(),) * 2,
-        ln_final=NormSpec(eps=1e-5),
-        d_pool=WIDTH,
-        **given | facts,
-    )
+    return ModelSpec.plain(image=8, **FACTS | {"n_classes": 2} | facts)
 
 
 def _text() -> TextSpec:
-    pool = TextPoolSpec(kind="argmax")
-    return TextSpec(
-        d_model=WIDTH,
-        n_vocab=20,
-        n_ctx=5,
-        blocks=(_block(),) * 2,
-        ln_final=NormSpec(eps=1e-5),
-        pool=pool,
-        causal=True,
-        n_classes=2,
-    )
+    return TextSpec.plain(n_ctx=5, n_classes=2, **FACTS)
 
 
 class _Upstream(nn.Module):
