@@ -105,7 +105,7 @@ class TokenViews:
         self, subset: str, query: str, layer: int | None, axis: str | None, shape: Callable[[Tensor, int], Tensor]
     ) -> Tensor:
         held = self._held(query, layer, axis)
-        tokens = range(held.layout.n_tokens)[held.layout.slice(subset)]
+        tokens = held.layout.positions(subset)
         if not tokens:
             raise NotApplicable(f"This model has no {subset} tokens; its tokens are {held.layout!r}.")
         if not set(tokens) <= set(held.kept):
