@@ -29,7 +29,7 @@ def index_slices(axes: str, pos: Index | None, heads: Index | None) -> tuple[Ind
     for index, kinds in ((pos, _POS), (heads, _HEADS)):
         axis = next((names.index(kind) for kind in kinds if kind in names), None)
         if isinstance(index, slice) and (index.step or 1) < 0:
-            raise HookError(f"Expected a slice that goes forward, got {index!r}.")
+            raise InputError(f"Expected a slice that goes forward, got {index!r}.")
         if index is not None and axis is not None:
             slices.append((axis, index if isinstance(index, slice) else indices(index)))
     return tuple(slices)
@@ -51,33 +51,6 @@ def check_axes(axes: Sequence[str], pos: Index | None, heads: Index | None) -> N
                 f"{keyword}= chooses along the axis {' or '.join(map(repr, kinds))}, and nothing asked for has one: "
                 f"it is {there}. Leave {keyword} out, or ask for activations that have it."
             )
-
-
-def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Return the dtype of a name, such as ``float16``; a dtype comes back as it is.
-
-    Raises:
-        InputError: torch has none of this name.
-    """
-    named: object = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if (named is not None and not isinstance(named, torch.dtype)) or (named is None and dtype is not None):
-        raise InputError(f"{dtype!r} is not a dtype: expected one of torch's, such as torch.float16.")
-    return named
-
-
-def check_device(device: torch.device | str | None) -> None:
-    """Refuse a device that is not there, before a pass is made for nothing.
-
-    Raises:
-        InputError: torch cannot put anything on it.
-    """
-    if device is None:
-        return
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:  # torch's ways to say so
-        there = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-        raise InputError(f"Expected a device of torch's, got {device!r}; there is {' and '.join(there)}.") from error
 
 
 @dataclass(eq=False)
@@ -111,7 +84,10 @@ class Keep:
             x = x.detach()
         whole = x.numel()
         for axis, index in self.slices:
-            x = x[(slice(None),) * axis + (index,)] if isinstance(index, slice) else self._selected(x, axis, index)
+            cut = x[(slice(None),) * axis + (index,)] if isinstance(index, slice) else self._selected(x, axis, index)
+            if not cut.shape[axis]:
+                raise InputError(f"{index!r} selects nothing on axis {axis} of {self.name}: it is {list(x.shape)}.")
+            x = cut
         if x.numel() < whole:
             x = x.clone()  # a view would keep the whole activation alive
         if self.device is not None or self.dtype is not None:
@@ -122,7 +98,7 @@ class Keep:
         n = x.shape[axis]
         for each in index:
             if not -n <= each < n:
-                raise HookError(f"No index {each} on axis {axis} of {self.name}, whose shape is {list(x.shape)}.")
+                raise InputError(f"No index {each} on axis {axis} of {self.name}, whose shape is {list(x.shape)}.")
         return x.index_select(axis, torch.tensor([each % n for each in index], dtype=torch.long, device=x.device))
 
     def __repr__(self) -> str:
@@ -145,10 +121,8 @@ def gradients(loss: Callable[[Any], Tensor], output: object, activations: Mappin
     """Return the gradient of a loss of the output by each activation, by name; zeros where it does not depend on it.
 
     Raises:
-        HookError: the loss is no function to one number, or its number carries no graph.
+        HookError: the loss gives anything but one number, or one that carries no graph.
     """
-    if not callable(cast(object, loss)):
-        raise HookError(f"The loss is {type(loss).__name__}; expected a function from the output to one number.")
     value = cast(object, loss(output))
     if not isinstance(value, Tensor) or value.numel() != 1:
         came = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
