@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prisma_core.errors import HookError, InputError
 from prisma_core.hooks.point import Stop
+from prisma_core.hooks.recompute import has_no_graph
 from prisma_core.spec.layout import Index, indices
 
 IndexSlice = tuple[int, "slice | list[int]"]  # an axis, and what to keep of it
@@ -103,6 +104,10 @@ class Keep:
     def __call__(self, x: Tensor) -> None:
         if self.name in self.store:
             raise HookError(f"{self.name} fired twice: a cache holds one pass. Open a new scope for the next one.")
+        if not self.detach and has_no_graph():
+            raise HookError(
+                f"{self.name} has no graph inside checkpoint(use_reentrant=True). Give use_reentrant=False."
+            )
         self.store[self.name] = self.cut(x)
 
     def cut(self, x: Tensor) -> Tensor:
