@@ -252,9 +252,8 @@ class Scope:
         OPEN_SCOPES.set(tuple(scope for scope in OPEN_SCOPES.get() if scope.is_open))
 
     def again(self) -> Callable[[], ScopeContext[None]]:
-        """Return what opens a scope in which the same is computed once more, and captured no more."""
-        captures = dict.fromkeys(self.captures, ())
-        kept = replace(self, captures=captures, completed={}, expected=[], is_open=False)
+        """Return what opens a scope in which the same runs once more."""
+        kept = replace(self, completed={}, expected=[], is_open=False)
         return lambda: ScopeContext(replace(kept), None)
 
 

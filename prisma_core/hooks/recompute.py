@@ -6,10 +6,11 @@ says that it runs, so its calls are looked for on the stack.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import Context
+from dataclasses import dataclass, field
+from traceback import walk_stack
 from types import FrameType
 from typing import Any
 
@@ -21,12 +22,12 @@ Enter = Callable[[], AbstractContextManager[object]]
 _AGAIN = ("backward", "unpack_hook")  # torch's functions that run one again, with use_reentrant=True and False
 
 
+@dataclass
 class _Function:
     """A function that runs in contexts of its own, and in no others."""
 
-    def __init__(self, function: Callable[..., Any]):
-        self.function = function
-        self.contexts: dict[object, Enter] = {}
+    function: Callable[..., Any]
+    contexts: dict[object, Enter] = field(default_factory=dict[object, Enter])
 
     def __call__(self, *args: Any) -> Any:
         return Context().run(self._entered, *args)
@@ -40,13 +41,8 @@ class _Function:
 
 def checkpoints() -> tuple[FrameType, ...]:
     """Return the running calls of ``torch.utils.checkpoint``, innermost first; none in a compiled model."""
-    calls: list[FrameType] = []
-    frame = None if torch.compiler.is_compiling() else inspect.currentframe()
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
-            calls.append(frame)
-        frame = frame.f_back
-    return tuple(calls)
+    frames = () if torch.compiler.is_compiling() else (frame for frame, _ in walk_stack(None))
+    return tuple(frame for frame in frames if frame.f_globals.get("__name__") == "torch.utils.checkpoint")
 
 
 def keep(key: object, began: tuple[FrameType, ...], again: Callable[[], Enter]) -> None:
@@ -73,6 +69,11 @@ def keep(key: object, began: tuple[FrameType, ...], again: Callable[[], Enter]) 
                 setattr(holder, name, _Function(getattr(holder, name)))
             contexts = getattr(holder, name).contexts
             contexts[key] = contexts.get(key) or again()
+
+
+def is_second() -> bool:
+    """Return whether this is computed again."""
+    return any(call.f_code.co_name in _AGAIN for call in checkpoints())
 
 
 def has_no_graph() -> bool:
