@@ -298,8 +298,9 @@ class ScopeContext(AbstractContextManager[Value]):
 
 
 def _fire(scopes: tuple[Scope, ...], point: HookPoint, x: Tensor) -> Tensor:
-    for scope in scopes:
-        keep(scope, scope.began, scope.again)
+    if calls := checkpoints():
+        for scope in scopes:
+            keep(calls, scope, scope.began, scope.again)
     edited = captured = differentiated = False
     for scope in scopes:
         if (splice := scope.splices.get(point)) is not None:
