@@ -17,6 +17,9 @@ FigureType = TypeVar("FigureType", bound=go.Figure)
 INK = "#767676"
 """Grey that is legible (4.5:1) on white and on black, since a notebook's background is not ours."""
 LINES = "rgba(128,128,128,.25)"
+CLEAR = "rgba(0,0,0,0)"
+MOST_GAPS = 100
+"""Cells side by side that have lines between them; more are too small for lines."""
 OVER = 0.62
 """How much of an image the colours above it cover."""
 
@@ -37,7 +40,8 @@ def draw(chart: Chart, figure: FigureType) -> FigureType:
     figure.update_layout(
         title={"text": escape(chart.title) + (f"<br><sup>{caption}</sup>" if caption else ""), "x": 0.01},
         font={"color": INK, "family": "system-ui, sans-serif"},
-        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", height=height,
+        paper_bgcolor=CLEAR, plot_bgcolor=CLEAR, height=height,
+        modebar={"bgcolor": CLEAR, "color": INK, "activecolor": _rgb(LESS)},
         margin={"l": 60, "r": 20, "t": 70 + 14 * len(chart.notes) + 20 * bool(titles), "b": 55},
         coloraxis={
             "colorscale": "RdBu_r" if chart.signed else "Viridis", "cmin": low, "cmax": high,
@@ -72,12 +76,13 @@ def _cells(chart: Chart) -> list[tuple[int, int, int]]:
 def _heat(figure: go.Figure, chart: Chart) -> None:
     x, y = ([escape(name) for name in names] for names in chart.labels[::-1])
     bare = chart.kind == "patches"
+    gap = 0 if bare or max(chart.values.shape[1:]) * chart.grid[1] > MOST_GAPS else 1
     for panel, row, column in _cells(chart):
         figure.add_trace(
             go.Heatmap(
                 z=chart.values[panel], x=None if bare else x, y=None if bare else y, coloraxis="coloraxis",
-                opacity=OVER if chart.image is not None else 1, hoverongaps=False, xgap=0 if bare else 1,
-                ygap=0 if bare else 1, name=escape(chart.panels[panel]),
+                opacity=OVER if chart.image is not None else 1, hoverongaps=False, xgap=gap, ygap=gap,
+                name=escape(chart.panels[panel]),
                 hovertemplate=f"{escape(chart.axes[0])} %{{y}}<br>{escape(chart.axes[1])} %{{x}}<br>"
                 f"%{{z:.4g}} {escape(chart.unit)}<extra></extra>",
             ),
