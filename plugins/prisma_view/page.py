@@ -42,7 +42,7 @@ def write_page(found: Report, path: Path, *, trained: bool = True, command: str 
         other=data_uri(found.other),
         verdict=verdict(found),
         lens_words=lens_words(found),
-        facts=facts(found),
+        facts=facts(found.model),
         patch_words={} if found.patching is None else {w: patch_words(found, w) for w in found.patching.change},
         data=json.dumps(_data(found, colours), separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"),
     )

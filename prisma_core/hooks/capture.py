@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from prisma_core.errors import HookError, InputError
-from prisma_core.hooks.point import Stop
+from prisma_core.hooks.point import OPEN_SCOPES, Capture, HookPoint, Stop
+from prisma_core.hooks.recompute import has_no_graph, is_second
 from prisma_core.spec.layout import Index, indices
 
 IndexSlice = tuple[int, "slice | list[int]"]  # an axis, and what to keep of it
@@ -73,32 +74,41 @@ class Keep:
     def reached(self) -> bool:
         return self.name in self.store
 
-    def __call__(self, x: Tensor) -> None:
+    def __call__(self, x: Tensor, *, cut: int | None = None) -> None:
+        """Store an activation, of which ``cut`` is an axis that holds no more than what is kept of it."""
+        if self.name in self.store and is_second():
+            return
         if self.name in self.store:
             raise HookError(f"{self.name} fired twice: a cache holds one pass. Open a new scope for the next one.")
-        self.store[self.name] = self.cut(x)
+        if not self.detach and has_no_graph():
+            raise HookError(f"{self.name} has no graph here; checkpoint with use_reentrant=False.")
+        self.store[self.name] = self.cut(x, cut)
 
-    def cut(self, x: Tensor) -> Tensor:
-        """Return what is kept of an activation."""
+    def cut(self, x: Tensor, done: int | None = None) -> Tensor:
+        """Return what is kept of an activation, one axis of which may have been cut already."""
         if self.detach and x.requires_grad:
             x = x.detach()
         whole = x.numel()
-        for axis, index in self.slices:
-            cut = x[(slice(None),) * axis + (index,)] if isinstance(index, slice) else self._selected(x, axis, index)
-            if not cut.shape[axis]:
-                raise InputError(f"{index!r} selects nothing on axis {axis} of {self.name}: it is {list(x.shape)}.")
-            x = cut
+        for axis, _ in self.slices:
+            x = x if axis == done else self.along(x, axis)
         if x.numel() < whole:
             x = x.clone()  # a view would keep the whole activation alive
         if self.device is not None or self.dtype is not None:
             x = x.to(device=self.device, dtype=self.dtype)
         return x
 
-    def _selected(self, x: Tensor, axis: int, index: list[int]) -> Tensor:
+    def along(self, x: Tensor, axis: int) -> Tensor:
+        """Return what is kept of a tensor along one axis of the activation."""
+        index = dict(self.slices)[axis]
+        if isinstance(index, slice):
+            cut = x[(slice(None),) * axis + (index,)]
+            if not cut.shape[axis]:
+                raise InputError(f"{index!r} selects nothing on axis {axis} of {self.name}, which has {x.shape[axis]}.")
+            return cut
         n = x.shape[axis]
         for each in index:
             if not -n <= each < n:
-                raise InputError(f"No index {each} on axis {axis} of {self.name}, whose shape is {list(x.shape)}.")
+                raise InputError(f"No index {each} on axis {axis} of {self.name}, which has {n} there.")
         return x.index_select(axis, torch.tensor([each % n for each in index], dtype=torch.long, device=x.device))
 
     def __repr__(self) -> str:
@@ -115,6 +125,42 @@ class Countdown:
         self.n -= 1
         if self.n == 0:
             raise Stop
+
+
+class Rows:
+    """Some queries' rows of scores and patterns, which are all that the open scopes keep of them.
+
+    Attributes:
+        axis: that of the queries.
+    """
+
+    axis = 2
+
+    def __init__(self, keep: Keep):
+        self.keep = keep
+
+    @classmethod
+    def asked(cls, *points: HookPoint) -> Rows | None:
+        """Return the rows that the open scopes keep at these hook points; None where a scope wants more than these."""
+        captures = [each for point in points for each in _captures(point) if not isinstance(each, Countdown)]
+        keeps = [each for each in captures if isinstance(each, Keep)]
+        kinds = [dict(each.slices).get(cls.axis) for each in keeps]
+        if len(keeps) < len(captures) or any(point.edited for point in points):
+            return None
+        return cls(keeps[0]) if kinds[0] is not None and all(kind == kinds[0] for kind in kinds) else None
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return the rows of a tensor ``[batch head query_pos ...]``."""
+        return self.keep.along(x, self.axis)
+
+    def store(self, point: HookPoint, x: Tensor) -> None:
+        """Store rows ``[batch head query_pos key_pos]`` for each scope that asks for them at a hook point."""
+        for capture in _captures(point):
+            capture(x, cut=self.axis) if isinstance(capture, Keep) else capture(x)
+
+
+def _captures(point: HookPoint) -> list[Capture]:
+    return [capture for scope in OPEN_SCOPES.get() for capture in scope.captures.get(point, ())]
 
 
 def gradients(loss: Callable[[Any], Tensor], output: object, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
