@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prisma_core.errors import HookError, InputError
 from prisma_core.hooks.point import OPEN_SCOPES, Capture, HookPoint, Stop
+from prisma_core.hooks.recompute import has_no_graph, is_second
 from prisma_core.spec.layout import Index, indices
 
 IndexSlice = tuple[int, "slice | list[int]"]  # an axis, and what to keep of it
@@ -53,33 +54,6 @@ def check_axes(axes: Sequence[str], pos: Index | None, heads: Index | None) -> N
             )
 
 
-def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Return the dtype of a name, such as ``float16``; a dtype comes back as it is.
-
-    Raises:
-        InputError: torch has none of this name.
-    """
-    named: object = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if (named is not None and not isinstance(named, torch.dtype)) or (named is None and dtype is not None):
-        raise InputError(f"{dtype!r} is not a dtype: expected one of torch's, such as torch.float16.")
-    return named
-
-
-def check_device(device: torch.device | str | None) -> None:
-    """Refuse a device that is not there, before a pass is made for nothing.
-
-    Raises:
-        InputError: torch cannot put anything on it.
-    """
-    if device is None:
-        return
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:  # torch's ways to say so
-        there = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-        raise InputError(f"Expected a device of torch's, got {device!r}; there is {' and '.join(there)}.") from error
-
-
 @dataclass(eq=False)
 class Keep:
     """Stores one activation.
@@ -102,8 +76,12 @@ class Keep:
 
     def __call__(self, x: Tensor, *, cut: int | None = None) -> None:
         """Store an activation, of which ``cut`` is an axis that holds no more than what is kept of it."""
+        if self.name in self.store and is_second():
+            return
         if self.name in self.store:
             raise HookError(f"{self.name} fired twice: a cache holds one pass. Open a new scope for the next one.")
+        if not self.detach and has_no_graph():
+            raise HookError(f"{self.name} has no graph here; checkpoint with use_reentrant=False.")
         self.store[self.name] = self.cut(x, cut)
 
     def cut(self, x: Tensor, done: int | None = None) -> Tensor:

@@ -12,8 +12,9 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from types import FrameType
 from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from prisma_core.errors import HookError
 from prisma_core.errors.migration import unknown_attribute
 from prisma_core.hooks.query import layer_of
+from prisma_core.hooks.recompute import checkpoints, keep
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,7 @@ class Scope:
         backward: gradient hooks; an empty tuple makes the activation part of a graph.
         completed: by model, whether a pass ran to its end while the scope was open.
         expected: what has to be reached, with the model whose completed passes count, or None for surely.
+        began: the calls of ``torch.utils.checkpoint`` in which the scope was opened.
     """
 
     points: frozenset[HookPoint]
@@ -222,6 +225,7 @@ class Scope:
     completed: dict[nn.Module, bool] = field(default_factory=dict[Any, Any])
     expected: list[tuple[Expected, nn.Module | None]] = field(default_factory=list[Any])
     is_open: bool = False
+    began: tuple[FrameType, ...] = ()
 
     def expect(self, item: Expected, owner: nn.Module | None) -> None:
         """Note what has to be reached if a pass of its owner runs to its end; without an owner, surely."""
@@ -237,15 +241,20 @@ class Scope:
 
     def open(self) -> None:
         """Add the scope to the open ones of this thread or task."""
-        self.is_open = True
+        self.is_open, self.began = True, checkpoints()
         OPEN_SCOPES.set((*(scope for scope in OPEN_SCOPES.get() if scope.is_open), self))
 
     def close(self) -> None:
         """Empty the scope, and take it off the open ones of this thread or task."""
-        self.is_open = False
-        for actions in (self.splices, self.edits, self.backward, self.captures, self.completed, self.expected):
-            actions.clear()
+        self.is_open, self.began = False, ()
+        self.splices, self.edits, self.backward, self.captures = {}, {}, {}, {}
+        self.completed, self.expected = {}, []
         OPEN_SCOPES.set(tuple(scope for scope in OPEN_SCOPES.get() if scope.is_open))
+
+    def again(self) -> Callable[[], ScopeContext[None]]:
+        """Return what opens a scope in which the same runs once more."""
+        kept = replace(self, completed={}, expected=[], is_open=False)
+        return lambda: ScopeContext(replace(kept), None)
 
 
 OPEN_SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("prisma_scopes", default=())  # outermost first
@@ -289,6 +298,9 @@ class ScopeContext(AbstractContextManager[Value]):
 
 
 def _fire(scopes: tuple[Scope, ...], point: HookPoint, x: Tensor) -> Tensor:
+    if calls := checkpoints():
+        for scope in scopes:
+            keep(calls, scope, scope.began, scope.again)
     edited = captured = differentiated = False
     for scope in scopes:
         if (splice := scope.splices.get(point)) is not None:
@@ -302,7 +314,7 @@ def _fire(scopes: tuple[Scope, ...], point: HookPoint, x: Tensor) -> Tensor:
     if edited and captured:
         x = x.clone()  # a hook may hold on to its argument or its result, and a cache must not change
     if differentiated:
-        x = _with_gradient_hooks(x, [hook for scope in scopes for hook in scope.backward.get(point, ())])
+        x = _with_gradient_hooks(x, [hook for scope in scopes for hook in scope.backward.get(point, ())], point)
     for scope in scopes:
         for capture in scope.captures.get(point, ()):
             capture(x)  # not a copy: nothing below edits in place
@@ -332,13 +344,15 @@ def checked(value: object, x: Tensor, at: HookContext, who: str, what: str) -> T
     return value
 
 
-def _with_gradient_hooks(x: Tensor, hooks: Sequence[PlacedHook]) -> Tensor:
-    for hook in hooks:
-        here = f"A backward hook at {hook.name}"
-        if torch.compiler.is_compiling():
-            raise HookError(f"{here} cannot run in a compiled model; run it eagerly.")
-        if not torch.is_grad_enabled():
-            raise HookError(f"{here} would never run: gradients are off. Leave torch.no_grad().")
+def _with_gradient_hooks(x: Tensor, hooks: Sequence[PlacedHook], point: HookPoint) -> Tensor:
+    what = f"A backward hook at {hooks[0].name}" if hooks else f"A gradient by an activation ({point.equation})"
+    if hooks and torch.compiler.is_compiling():
+        raise HookError(f"{what} cannot run in a compiled model; run it eagerly.")
+    if not torch.is_grad_enabled():
+        raise HookError(
+            f"{what} would be lost: gradients are off there. Leave torch.no_grad(), and checkpoint with "
+            "use_reentrant=False."
+        )
     if not x.requires_grad:
         x = x.detach().requires_grad_()
     y = x.view_as(x)  # a node of its own, so that hooks belong to this place and not to a shared tensor
