@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from prisma_core.errors import HookError, InputError
 from prisma_core.errors.arguments import check_call, device_of, dtype_of
 from prisma_core.errors.migration import keyword_names, module_getattr, refuse_keywords, takes_any_keyword
-from prisma_core.errors.places import check_device, dtype_of
 from prisma_core.hooks.cache import ActivationCache
 from prisma_core.hooks.capture import (
     Countdown,
