@@ -100,12 +100,11 @@ class Keep:
     def along(self, x: Tensor, axis: int) -> Tensor:
         """Return what is kept of a tensor along one axis of the activation."""
         index = dict(self.slices)[axis]
-        if isinstance(index, slice):
-            cut = x[(slice(None),) * axis + (index,)]
-            if not cut.shape[axis]:
-                raise InputError(f"{index!r} selects nothing on axis {axis} of {self.name}, which has {x.shape[axis]}.")
-            return cut
         n = x.shape[axis]
+        if isinstance(index, slice):
+            if not len(range(*index.indices(n))):
+                raise InputError(f"{index!r} selects nothing on axis {axis} of {self.name}, which has {n} there.")
+            return x[(slice(None),) * axis + (index,)]
         for each in index:
             if not -n <= each < n:
                 raise InputError(f"No index {each} on axis {axis} of {self.name}, which has {n} there.")

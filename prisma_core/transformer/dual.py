@@ -225,4 +225,5 @@ class HookedDual(ZooModel):
     def _pictured(self, image: Any) -> Tensor:
         if isinstance(image, Tensor) and image.ndim >= 4:
             return image
-        return self.preprocess(image).to(self.logit_scale.device, self.logit_scale.dtype)
+        like = self.vision.embed.first_weight
+        return self.preprocess(image).to(self.logit_scale if like is None else like)

@@ -18,6 +18,7 @@ from prisma_core.model import may_look
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec
 from prisma_core.spec.layout import TokenLayout
 from prisma_core.transformer.norm import norm_or_identity
+from prisma_core.transformer.precision import joining
 
 Grid: TypeAlias = tuple[int, ...]  # rows and columns of patches, before them frames if it is a video
 
@@ -95,11 +96,18 @@ class Embed(nn.Module):
         patches = grid.flatten(1, -2)
         return self.norm(patches.contiguous() if self.spec.by_token else patches)
 
-    def with_prefix(self, x: Float[Tensor, "batch patch d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """Return patches with the prefix tokens before them: ``[batch pos d_model]``."""
+    def with_prefix(
+        self, x: Float[Tensor, "batch patch d_model"], dtype: torch.dtype | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Return patches with the prefix tokens before them: ``[batch pos d_model]``.
+
+        Args:
+            x: the patches.
+            dtype: that of the blocks' matrices.
+        """
         if not self.layout.n_prefix:
             return x
-        return torch.cat([self.prefix.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
+        return torch.cat([joining(self.prefix, x, dtype).expand(x.shape[0], -1, -1), x], dim=1)
 
     def positions(self, grid: Grid) -> Float[Tensor, "pos d_model"]:
         """Return the position embedding for a grid of patches: ``[pos d_model]``."""

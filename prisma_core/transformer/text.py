@@ -19,6 +19,7 @@ from prisma_core.spec import TextPoolSpec, TextSpec
 from prisma_core.transformer.block import STREAM, make_block
 from prisma_core.transformer.mlp import MLP
 from prisma_core.transformer.norm import norm_or_identity
+from prisma_core.transformer.precision import joining
 from prisma_core.transformer.stream import StreamCache
 from prisma_core.transformer.stream.readout import Readout
 from prisma_core.transformer.tower import Tower
@@ -118,10 +119,11 @@ class HookedText(Tower):
             InputError: tokens of another shape or kind.
         """
         self._check(tokens)
-        x = self.hook_embed(self.embed(tokens))
+        dtype = self.block_dtype
+        x = self.hook_embed(self.embed(tokens)).to(dtype=dtype)  # rows are looked up: in which dtype the blocks say
         if self.spec.suffix:
-            x = torch.cat([x, self.embed.suffix.expand(x.shape[0], 1, -1)], dim=1)
-        pos = self.positions(tokens)
+            x = torch.cat([x, joining(self.embed.suffix, x, dtype).expand(x.shape[0], 1, -1)], dim=1)
+        pos = joining(self.positions(tokens), x, dtype)
         if self.hook_pos_embed.wanted:
             pos = self.hook_pos_embed(pos.expand(x.shape).clone())  # a cache must not see later edits of weights
         x = self.hook_full_embed(x + pos)

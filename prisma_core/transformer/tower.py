@@ -6,6 +6,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import NotApplicable, UnknownName, suggest
@@ -22,6 +23,12 @@ class Tower(Circuits, ZooModel):
     ln_final: nn.Module
     ln_pool: nn.Module
     head: nn.Linear
+
+    @property
+    def block_dtype(self) -> torch.dtype | None:
+        """The dtype of the blocks' matrices; None where they have none."""
+        matrices = (each for each in self.blocks.parameters() if each.ndim > 1 and each.is_floating_point())
+        return next((each.dtype for each in matrices), None)
 
     def readout_names(self) -> list[str]:
         """Return the hook points whose activations ``readouts`` needs."""

@@ -21,6 +21,7 @@ from prisma_core.transformer.block import STREAM, make_block
 from prisma_core.transformer.embed import Embed, Grid, check_image, native_grid, native_shape, patch_grid
 from prisma_core.transformer.norm import norm_or_identity
 from prisma_core.transformer.pool import Pool
+from prisma_core.transformer.precision import joining
 from prisma_core.transformer.rope import count_tables, grid_tables
 from prisma_core.transformer.stream import StreamCache
 from prisma_core.transformer.stream.readout import Readout, latent
@@ -160,7 +161,7 @@ class HookedViT(Tower):
             if self.spec.ln_pre is not None:
                 x = self.hook_ln_pre(self.ln_pre(x))
         else:
-            check_place("stream", tensor(image, "a residual stream [batch pos d_model]"), self.embed.first_weight)
+            check_place("stream", tensor(image, "a residual stream [batch pos d_model]"), self._weight_like(image))
             x = copy_if_cached(image)
             native = native_grid(self.spec)
             grid = (
@@ -191,9 +192,10 @@ class HookedViT(Tower):
         return x if stop_at_layer is not None else self.unembed(x)
 
     def _embedded(self, image: Tensor, grid: Grid) -> Tensor:
-        x = self.embed.with_prefix(self.hook_embed(self.embed(image)))
+        dtype = self.block_dtype
+        x = self.embed.with_prefix(self.hook_embed(self.embed(image)), dtype)
         if self.spec.embed.pos:
-            pos = self.embed.positions(grid).to(x.dtype)
+            pos = joining(self.embed.positions(grid), x, dtype)
             if self.hook_pos_embed.wanted:
                 pos = self.hook_pos_embed(pos.expand(x.shape).clone())  # a cache must not see later edits of weights
             x = x + pos
@@ -264,6 +266,11 @@ class HookedViT(Tower):
             return [Readout(both[0], (first,)), Readout(both[1], (second,))]
         shares = {"token": (first,), "avg": (mean,), "token_and_avg": (first, mean)}[pool.kind]
         return [Readout(heads[0], shares)]
+
+    def _weight_like(self, stream: Tensor) -> Tensor | None:
+        """Return a weight of a stream's dtype; of a model that has none, the first."""
+        weights = (each for each in self.parameters() if each.dtype == stream.dtype)
+        return next(weights, self.embed.first_weight)
 
     def _rope_tables(self, grid: Grid) -> Rope | None:
         rope, layout = self.spec.rope, self.spec.layout
