@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from plotly.offline import get_plotlyjs
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from prisma_core import HookedDual, HookedModel, HookedText, InputError, NotAppl
 from prisma_view import insides, readings, reconstruction
 from prisma_view.figures import figure_json
 from prisma_view.images import data_uri
+from prisma_view.pages import framed, rendered, saved
 from prisma_view.panels import Section, Subject, enlarged
 from prisma_view.viewer import prepare
 from prisma_view.words import facts
@@ -35,7 +35,7 @@ PARTS: dict[str, Callable[[Subject], Section]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Overview:
     """Sections of a page, and why others are left out.
 
@@ -65,17 +65,21 @@ class Overview:
 
     def save(self, path: str | Path) -> Path:
         """Write the page: one file that needs no network."""
-        environment = jinja2.Environment(
-            loader=jinja2.PackageLoader("prisma_view"), autoescape=True, undefined=jinja2.StrictUndefined
-        )
+        return saved(path, self.html)
+
+    @property
+    def html(self) -> str:
+        """The page as text."""
         figures = [figure for section in self.sections for figure in section.figures]
-        text = environment.get_template("overview.html.j2").render(
-            page=self, plotly=get_plotlyjs(), figures=[figure_json(figure) for figure in figures]
+        return rendered(
+            "overview.html.j2", page=self, plotly=get_plotlyjs(), figures=[figure_json(figure) for figure in figures]
         )
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-        return path
+
+    def _repr_html_(self) -> str:
+        return framed(self.html, self.title, 52)
+
+    def __repr__(self) -> str:
+        return f"Overview({self.title!r}: {', '.join(section.title for section in self.sections)})"
 
 
 def overview(

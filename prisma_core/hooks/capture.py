@@ -30,7 +30,7 @@ def index_slices(axes: str, pos: Index | None, heads: Index | None) -> tuple[Ind
     for index, kinds in ((pos, _POS), (heads, _HEADS)):
         axis = next((names.index(kind) for kind in kinds if kind in names), None)
         if isinstance(index, slice) and (index.step or 1) < 0:
-            raise HookError(f"Expected a slice that goes forward, got {index!r}.")
+            raise InputError(f"Expected a slice that goes forward, got {index!r}.")
         if index is not None and axis is not None:
             slices.append((axis, index if isinstance(index, slice) else indices(index)))
     return tuple(slices)
@@ -100,12 +100,14 @@ class Keep:
     def along(self, x: Tensor, axis: int) -> Tensor:
         """Return what is kept of a tensor along one axis of the activation."""
         index = dict(self.slices)[axis]
-        if isinstance(index, slice):
-            return x[(slice(None),) * axis + (index,)]
         n = x.shape[axis]
+        if isinstance(index, slice):
+            if not len(range(*index.indices(n))):
+                raise InputError(f"{index!r} selects nothing on axis {axis} of {self.name}, which has {n} there.")
+            return x[(slice(None),) * axis + (index,)]
         for each in index:
             if not -n <= each < n:
-                raise HookError(f"No index {each} on axis {axis} of {self.name}, which has {n} there.")
+                raise InputError(f"No index {each} on axis {axis} of {self.name}, which has {n} there.")
         return x.index_select(axis, torch.tensor([each % n for each in index], dtype=torch.long, device=x.device))
 
     def __repr__(self) -> str:
@@ -164,10 +166,8 @@ def gradients(loss: Callable[[Any], Tensor], output: object, activations: Mappin
     """Return the gradient of a loss of the output by each activation, by name; zeros where it does not depend on it.
 
     Raises:
-        HookError: the loss is no function to one number, or its number carries no graph.
+        HookError: the loss gives anything but one number, or one that carries no graph.
     """
-    if not callable(cast(object, loss)):
-        raise HookError(f"The loss is {type(loss).__name__}; expected a function from the output to one number.")
     value = cast(object, loss(output))
     if not isinstance(value, Tensor) or value.numel() != 1:
         came = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
