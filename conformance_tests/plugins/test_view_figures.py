@@ -56,6 +56,12 @@ def test_the_chart_fits_the_axes(axes: tuple[str, ...], shape: tuple[int, ...], 
     assert chart.values.shape == size
 
 
+@pytest.mark.parametrize("shape", [(1, 4, 1), (3, 1, 1), (1, 1, 1)])
+def test_a_heat_map_that_is_asked_for_may_have_one_row_or_column(shape: tuple[int, ...]) -> None:
+    result = Result(values(*shape), ("layer", "head", "batch"))
+    np.testing.assert_array_equal(result.plot(kind="heat").chart.values[0], result.values[..., 0])
+
+
 def test_each_value_is_drawn_in_its_place() -> None:
     result = Result(values(4, 2, 3), ("head", "batch", "layer"), {"layer": ("a", "b", "c")}, unit="logits")
     figure = result.plot()
