@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -160,6 +161,17 @@ def test_figures_are_saved_in_forms_for_papers(name: str, head: bytes, tmp_path:
 def test_what_cannot_be_drawn_is_said(axes: Any, shape: Any, options: dict[str, Any], fact: str) -> None:
     with pytest.raises(InputError, match=fact):
         Result(torch.zeros(shape), axes).plot(**options)
+
+
+def test_a_still_image_leaves_out_what_its_font_lacks_and_breaks_a_long_unit() -> None:
+    result = Result(values(3, 2), ("layer", "class"), {"layer": ("\U0001f41e ladybird", "a $x$", "été")})
+    result = dataclasses.replace(result, unit="the share of the way from the one image to the other, by a probe")
+    figure = draw_still(result.plot(kind="curves").chart)
+    axis = figure.axes[0]
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["ladybird", r"a \$x\$", "été"]
+    lines = axis.get_ylabel().splitlines()
+    assert " ".join(lines) == result.unit
+    assert max(map(len, lines)) <= 36
 
 
 def test_panels_that_are_left_out_are_counted() -> None:

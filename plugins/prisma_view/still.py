@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
+import textwrap
 from itertools import chain
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from prisma_view.chart import Chart
 from prisma_view.colours import CLASSES, LESS, MORE
@@ -44,7 +47,7 @@ def draw(chart: Chart) -> Figure:
         figure.colorbar(
             ScalarMappable(Normalize(*chart.limits), _map(chart)),
             ax=axes[: len(chart.panels)],
-            label=_plain(chart.unit),
+            label=_unit(chart),
         )
     figure.suptitle(_plain(chart.title), fontsize=11)
     if chart.notes:
@@ -60,7 +63,18 @@ def png(chart: Chart, dpi: int = 80) -> str:
 
 
 def _plain(text: str) -> str:
-    return text.replace("$", r"\$")  # no formulas: a label is text
+    """Return a label without formulas, and without characters that the font lacks (emoji), which would be boxes."""
+    known = "".join(each for each in text if _font().get_char_index(ord(each)))
+    return " ".join(known.split()).replace("$", r"\$")
+
+
+@functools.cache
+def _font() -> Any:
+    return get_font(findfont(FontProperties()))
+
+
+def _unit(chart: Chart) -> str:
+    return textwrap.fill(_plain(chart.unit), 36)
 
 
 def _map(chart: Chart) -> str:
@@ -102,7 +116,7 @@ def _bars(axis: Any, chart: Chart, panel: int) -> None:
     axis.set_yticks(range(len(names)), [_plain(name) for name in names], fontsize=7)
     axis.invert_yaxis()
     axis.axvline(0, color="0.5", linewidth=0.6)
-    axis.set(xlabel=_plain(chart.unit), ylabel=_plain(chart.axes[1]))
+    axis.set(xlabel=_unit(chart), ylabel=_plain(chart.axes[1]))
 
 
 def _curves(axis: Any, chart: Chart, panel: int) -> None:
@@ -114,5 +128,5 @@ def _curves(axis: Any, chart: Chart, panel: int) -> None:
     if len(names) > 1:
         axis.legend(fontsize=7, frameon=False)
     axis.grid(alpha=0.25)
-    axis.set(xlabel=_plain(chart.axes[1]), ylabel=_plain(chart.unit))
+    axis.set(xlabel=_plain(chart.axes[1]), ylabel=_unit(chart))
     _ticks(axis.xaxis, points)
