@@ -10,15 +10,17 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import Context
 from dataclasses import dataclass, field
-from traceback import walk_stack
+from inspect import currentframe
 from types import FrameType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 
 from prisma_core.errors import HookError
 
 Enter = Callable[[], AbstractContextManager[object]]
+_TORCHS = torch.utils.checkpoint.__dict__
 _AGAIN = ("backward", "unpack_hook")  # torch's functions that run one again, with use_reentrant=True and False
 
 
@@ -41,14 +43,20 @@ class _Function:
 
 def checkpoints() -> tuple[FrameType, ...]:
     """Return the running calls of ``torch.utils.checkpoint``, innermost first; none in a compiled model."""
-    frames = () if torch.compiler.is_compiling() else (frame for frame, _ in walk_stack(None))
-    return tuple(frame for frame in frames if frame.f_globals.get("__name__") == "torch.utils.checkpoint")
+    found: list[FrameType] = []
+    frame = None if torch.compiler.is_compiling() else currentframe()
+    while frame is not None:
+        if frame.f_globals is _TORCHS:
+            found.append(frame)
+        frame = frame.f_back
+    return tuple(found)
 
 
-def keep(key: object, began: tuple[FrameType, ...], again: Callable[[], Enter]) -> None:
+def keep(calls: tuple[FrameType, ...], key: object, began: tuple[FrameType, ...], again: Callable[[], Enter]) -> None:
     """Have what is being checkpointed computed again in a context, as it is now.
 
     Args:
+        calls: the checkpoints that run.
         key: of the context, which is entered once.
         began: the checkpoints that ran when it was entered.
         again: returns what enters such a context.
@@ -56,7 +64,7 @@ def keep(key: object, began: tuple[FrameType, ...], again: Callable[[], Enter]) 
     Raises:
         HookError: this is the second computation, and the first was not in the context.
     """
-    for call in checkpoints():
+    for call in calls:
         if call in began:
             return
         if call.f_code.co_name in _AGAIN:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError
+from prisma_core.errors.arguments import expect, shown, sides, tensor
 from prisma_core.model import may_look
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec
 from prisma_core.spec.layout import TokenLayout
@@ -137,8 +138,15 @@ def resize_positions(
 ) -> Float[Tensor, "resized d_model"]:
     """Resize positions from the native grid of patches to another, ``(rows, columns)`` both.
 
+    Raises:
+        InputError: the table has not as many rows as the native grid, or an argument is of another kind.
+
     Source: timm's ``resample_abs_pos_embed`` and its NaFlexVit; with an offset, Meta's DINO and DINOv2.
     """
+    native, size = sides(native, "the native grid"), sides(size, "the grid")
+    expect(how, Interpolation, "an Interpolation")
+    if tensor(table, "positions [patch d_model]").ndim != 2 or len(table) != native[0] * native[1]:
+        raise InputError(f"Expected positions [{native[0] * native[1]} d_model], got {shown(table)}.")
     if how.weights_in_float32:
         return _weighted(table, how, native, size)
     whole = (max(size), max(size)) if how.square else size

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import NotApplicable, UnknownName, suggest
+from prisma_core.errors.arguments import number
 from prisma_core.model import ZooModel
 from prisma_core.transformer.circuits import Circuits
 from prisma_core.transformer.stream.readout import Readout
@@ -53,6 +54,7 @@ def class_index(model: Tower, key: int | str) -> int:
     Raises:
         NotApplicable: there are no classes.
         UnknownName: no such class.
+        InputError: neither a label nor a whole number.
     """
     labels, n = model.labels or (), model.spec.n_classes
     if n is None:
@@ -67,9 +69,10 @@ def class_index(model: Tower, key: int | str) -> int:
         if len(alike) != 1:
             raise UnknownName(f"No class {key!r} among the model's {len(labels)} labels.{suggest(key, labels)}")
         return alike[0]
-    if not 0 <= key < n:
-        raise UnknownName(f"No class {key}: they run from 0 to {n - 1}.")
-    return key
+    index = number(key, "a class as its label, or its index")
+    if not 0 <= index < n:
+        raise UnknownName(f"No class {index}: they run from 0 to {n - 1}.")
+    return index
 
 
 def _words(label: str) -> list[str]:

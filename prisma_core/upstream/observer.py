@@ -143,7 +143,7 @@ class _Pass:
         return value
 
     def show(self, observer: Observer, x: Tensor) -> Tensor:
-        keep(self, self.began, lambda: partial(watching, self.active, self.batch, again=True))
+        keep(checkpoints(), self, self.began, lambda: partial(watching, self.active, self.batch, again=True))
         self.paused = True
         try:
             return observer.passed(x, self.batch)
