@@ -21,6 +21,7 @@ import socket
 import sys
 import tomllib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from prisma_core import spec
 from prisma_core.cli.app import build, main
 from prisma_core.contract import hookspecs
 from prisma_core.host import Host
+from prisma_core.transformer.vit import HookedViT
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -302,6 +304,43 @@ def test_commands_in_the_docs_exist() -> None:
     readme = "\n".join(block.text for block in ALL if block.page == ROOT / "README.md")
     assert 'pip install -e ".[all]" && prisma demo' in readme
     assert 'pip install -e ".[all,test]" && pytest' in readme
+
+
+def _every_command(command: Any, name: str) -> Iterator[tuple[str, Any]]:
+    yield name, command
+    for each, inner in getattr(command, "commands", {}).items():
+        yield from _every_command(inner, f"{name} {each}")
+
+
+def test_every_command_and_option_is_on_a_page() -> None:
+    text = (DOCS / "commands.md").read_text(encoding="utf-8")
+    headings = dict(re.findall(r"^#+ `(prisma[^`]*)`\n(.*?)(?=^#|\Z)", text, re.M | re.S))
+    missing = []
+    for name, command in _every_command(typer.main.get_command(build(Host())), "prisma"):
+        body = text.partition("\n## ")[0] if name == "prisma" else headings.get(name, "")
+        flags = [flag for param in command.params for flag in param.opts if flag.startswith("-")]
+        missing += [f"{name} {flag}" for flag in ["", *flags] if flag not in body or not body]
+    assert missing == []
+
+
+def test_fifteen_jobs_take_at_most_five_lines_each() -> None:
+    text = (DOCS / "fifteen-jobs.md").read_text(encoding="utf-8")
+    jobs = re.findall(r"^## (\d+)\. .*?^```python\n(.*?)^```", text, re.M | re.S)
+    assert [int(number) for number, _ in jobs] == list(range(1, 16))
+    lines = {
+        number: [line for line in code.splitlines() if line.strip() and not re.match(r"(import|from) ", line)]
+        for number, code in jobs
+    }
+    assert {number: len(each) for number, each in lines.items() if len(each) > 5} == {}
+
+
+def test_the_figure_of_a_block_shows_hook_points() -> None:
+    block, generate = generator("block"), generator("generate")
+    with torch.device("meta"):
+        model = HookedViT(generate.base())
+    points = {name for query in block.names() for name in model.resolve((query, 3))}
+    plain = {name for name, point in model.hook_points().items() if ".3." in name and not point.derived}
+    assert points == plain
 
 
 def test_every_public_name_is_in_the_reference() -> None:
