@@ -133,18 +133,20 @@ class RecipeKeep(Keep):
     """Stores one activation, or the recipe of it."""
 
     def __call__(self, x: Tensor, *, cut: int | None = None) -> None:
-        store = cast(Any, self.store)
-        twin = None if torch.compiler.is_compiling() else store.entry_of(x, self.slices)
+        store, known = cast(Any, self.store), torch.compiler.is_compiling() or self.reached
+        twin = None if known else store.entry_of(x, self.slices)
         super().__call__(x, cut=cut)
         if twin is not None:
             store.data[self.name] = twin
-        elif not torch.compiler.is_compiling():
+        elif not known:
             store.seen[id(x)] = (ref(x), self.slices, self.name)
 
     def derive(self, x: Tensor, function: Callable[..., Tensor], operands: tuple[object, ...]) -> None:
         """Replace the activation that was just stored by how it is made, if it is made of what is stored."""
-        store, entry = cast(Store, self.store), cast(Any, self.store)[self.name]
-        if self.slices or not self.detach or entry.dtype != x.dtype or entry.device != x.device:
+        store = cast(Store, self.store)
+        entry = store.entry_of(x, ())
+        plain = isinstance(entry, Tensor) and entry.dtype == x.dtype and entry.device == x.device
+        if self.slices or not self.detach or not plain:
             return
         known = [each is None or isinstance(each, nn.Parameter) for each in operands]
         entries = [each if one else store.entry_of(each, ()) for each, one in zip(operands, known, strict=True)]
