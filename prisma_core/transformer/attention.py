@@ -14,8 +14,8 @@ from prisma_core.errors import InputError
 from prisma_core.hooks.capture import Rows
 from prisma_core.hooks.point import HookPoint
 from prisma_core.spec import AttentionSpec, RopeSpec
+from prisma_core.toolbox.precision import show, widened
 from prisma_core.transformer.norm import Norm
-from prisma_core.transformer.precision import show, widened
 from prisma_core.transformer.rope import Layout, rotate
 from prisma_core.transformer.weights import WeightViews
 

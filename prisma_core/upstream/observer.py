@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from prisma_core.errors import HookError, PrismaError
 from prisma_core.hooks.recompute import checkpoints, keep
 from prisma_core.maps.places import FUSED, INSIDE, Place
-from prisma_core.transformer.precision import show, widened
+from prisma_core.toolbox.precision import show, widened
 
 
 class Observer(ABC):
