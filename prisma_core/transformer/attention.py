@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from prisma_core.errors import InputError
 from prisma_core.hooks.point import HookPoint
 from prisma_core.spec import AttentionSpec, RopeSpec
+from prisma_core.toolbox.precision import HALF, show, widened
 from prisma_core.transformer.norm import Norm
-from prisma_core.transformer.precision import HALF, show, widened
 from prisma_core.transformer.recipes import computed
 from prisma_core.transformer.rope import Layout, rotate
 from prisma_core.transformer.rows import Rows

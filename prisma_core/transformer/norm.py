@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prisma_core.hooks.point import HookPoint
 from prisma_core.spec import NormSpec
-from prisma_core.transformer.precision import HALF, show, widened
+from prisma_core.toolbox.precision import HALF, show, widened
 from prisma_core.transformer.recipes import computed
 
 
