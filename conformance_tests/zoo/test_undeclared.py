@@ -96,7 +96,7 @@ def test_subclasses_in_any_slot(net: Net, path: str, home: str) -> None:
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         return own.forward(self, x) * 2
 
-    forward.__qualname__ = "Acme.forward"
+    forward.__module__, forward.__qualname__ = home, "Acme.forward"
     module.__class__ = type("Acme", (own,), {"__module__": home, "forward": forward})
     if path == "layers" and home == Net.__module__:
         assert error(net) < 1e-12  # a list: its forward is never called

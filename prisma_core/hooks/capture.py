@@ -102,7 +102,10 @@ class Keep:
 
     def __call__(self, x: Tensor) -> None:
         if self.name in self.store:
-            raise HookError(f"{self.name} fired twice: a cache holds one pass. Open a new scope for the next one.")
+            raise HookError(
+                f"{self.name} fired twice, and a cache holds one pass. Open a new scope for the next pass; a part that "
+                "upstream's code runs several times in one pass cannot be cached."
+            )
         self.store[self.name] = self.cut(x)
 
     def cut(self, x: Tensor) -> Tensor:
