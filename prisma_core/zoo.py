@@ -30,7 +30,7 @@ from prisma_core.errors import (
     format_fields,
     returned,
 )
-from prisma_core.files.checkpoint import check_finite
+from prisma_core.files.checkpoint import check_finite, check_merged
 from prisma_core.hooks.model import HookedModel
 from prisma_core.host import installed
 from prisma_core.maps.places import HookMap
@@ -70,6 +70,8 @@ def load(
         UnsupportedArchitecture: the model has something the canonical transformer cannot represent.
     """
     source, rest = reference_of(reference)
+    if options.get("pretrained", True):
+        check_merged(Path(rest).expanduser())
     if source == "file":
         check_keywords("file:", options, ())
         model = load_folder(Path(rest))
