@@ -1,4 +1,4 @@
-"""Write the generated pages of the docs (hook points, techniques, references, the map in design.md) from the code.
+"""Write the generated pages of the docs (hook points, commands, techniques, references, the maps) from the code.
 
 ``--check`` compares, by its exit status.
 """
@@ -10,20 +10,26 @@ import sys
 from pathlib import Path
 
 import torch
+import typer
+from typer.cli import get_docs_for_click
 
+from prisma_core.cli.app import build
 from prisma_core.cli.info import folded, hook_rows
+from prisma_core.host import Host
 from prisma_core.spec import ModelSpec, NormSpec, PoolSpec, RopeSpec
 from prisma_core.transformer.vit import HookedViT
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))
-import house  # noqa: E402  # the modules beside this one
+import block  # noqa: E402  # the modules beside this one
+import house  # noqa: E402
 import technique_kinds  # noqa: E402
 import techniques  # noqa: E402
 
 PAGE, DESIGN, FIGURE = DOCS / "hook-points.md", DOCS / "design.md", DOCS / "images" / "house.svg"
 TECHNIQUES = DOCS / "techniques.md"
 KINDS = DOCS / "technique-kinds.md"
+COMMANDS = DOCS / "commands.md"
 ROOMS = re.compile(r"(<!-- rooms: written by python docs/generate.py -->\n).*?(<!-- end of rooms -->)", re.DOTALL)
 LN = NormSpec(eps=1e-6)
 HEAD = """<!-- Written by `python docs/generate.py` from the code. Change the code, not this page. -->
@@ -44,7 +50,8 @@ A name that matches nothing is an error which suggests the nearest.
 The scores are what goes into the softmax: scaled, with any bias added. The pattern is what comes out. `attn_out`
 and `mlp_out` are what is added to the residual stream, after layer scale or a norm behind the branch. Asking for
 scores or patterns, or editing a norm's scale, makes that layer compute step by step instead of in one fused kernel;
-the result then equals the fused one to rounding.
+the result then equals the fused one to rounding. Where only some queries' rows are kept (`pos="cls"`), these rows are
+computed beside the fused kernel, and the pass is the plain one to the bit.
 """
 
 
@@ -107,6 +114,15 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def commands() -> str:
+    """Return the page of every command with its arguments and options."""
+    command = typer.main.get_command(build(Host()))
+    text = get_docs_for_click(obj=command, ctx=typer.Context(command, info_name="prisma"), name="prisma")
+    return "<!-- Written by `python docs/generate.py` from the commands. -->\n" + text.replace(
+        "# `prisma`\n", "# The command line\n", 1
+    )
+
+
 def _rows(spec: ModelSpec) -> list[tuple[str, str, str, str]]:
     with torch.device("meta"):
         model = HookedViT(spec)
@@ -134,10 +150,13 @@ def pages() -> dict[Path, str]:
     return {
         PAGE: page(),
         TECHNIQUES: techniques.page(),
+        DOCS / "gallery.md": techniques.gallery(),
         KINDS: technique_kinds.page(),
         **references,
         DESIGN: ROOMS.sub(rf"\g<1>{table}\n\g<2>", design),
         FIGURE: house.figure(),
+        DOCS / "images" / "block.svg": block.figure(),
+        COMMANDS: commands(),
     }
 
 

@@ -94,8 +94,8 @@ def figure() -> str:
         'aria-label="The rooms of prisma_core, by floor; imports go down" font-family="system-ui, sans-serif">',
         f'<rect width="{width}" height="{total}" fill="#ffffff"/>',
         f'<rect x="10" y="10" width="{width - 20}" height="40" rx="6" fill="#e8eef7" stroke="#5b7db1"/>',
-        _text(20, 35, "plugins", 15, bold=True),
-        _text(100, 35, " · ".join(room.name.removeprefix("prisma_") for room in plugins()), 13),
+        text(20, 35, "plugins", 15, bold=True),
+        text(100, 35, " · ".join(room.name.removeprefix("prisma_") for room in plugins()), 13),
     ]
     for row, floor in enumerate(sorted(floors, reverse=True)):
         y, here = top + row * (height + gap), floors[floor]
@@ -106,10 +106,10 @@ def figure() -> str:
             parts.append(
                 f'<rect x="{x:.0f}" y="{y}" width="{each:.0f}" height="{height}" rx="6" fill="{fill}" stroke="{line}"/>'
             )
-            parts.append(_text(x + 10, y + 19, room.name, 15, bold=True))
-            parts.append(_text(x + each - 10, y + 19, f"{_about(room.lines)} lines", 12, end=True))
-            parts.append(_text(x + 10, y + 37, _cut(room.purpose, int(each / 6.3)), 12))
-    parts.append(_text(10, total - 12, "Imports go down. The small core is coloured.", 12))
+            parts.append(text(x + 10, y + 19, room.name, 15, bold=True))
+            parts.append(text(x + each - 10, y + 19, f"{_about(room.lines)} lines", 12, end=True))
+            parts.append(text(x + 10, y + 37, _cut(room.purpose, int(each / 6.3)), 12))
+    parts.append(text(10, total - 12, "Imports go down. The small core is coloured.", 12))
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -126,6 +126,6 @@ def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1].rsplit(" ", 1)[0] + " …"
 
 
-def _text(x: float, y: float, text: str, size: int, *, bold: bool = False, end: bool = False) -> str:
+def text(x: float, y: float, text: str, size: int, *, bold: bool = False, end: bool = False) -> str:
     weight, anchor = ' font-weight="600"' if bold else "", ' text-anchor="end"' if end else ""
     return f'<text x="{x:.0f}" y="{y}" font-size="{size}"{weight}{anchor} fill="#222">{escape(text)}</text>'

@@ -15,6 +15,8 @@ FIGURES = {
     "registers": 1,
     "video": 3,
     "sparse-features": 1,
+    "tinyclip-and-words": 4,
+    "your-own-plugin": 2,
 }
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,11 @@ import pytest
 import torch
 from PIL import Image
 from plotly.offline import get_plotlyjs
+from prisma_patch import Circuit, change_points
+from prisma_patch.graph import Shape
+from prisma_view.graphs import drawing
 from prisma_view.still import draw as draw_still
+from prisma_view.table import GRAPH
 
 from prisma_core import InputError, Result, TokenLayout, UnknownName
 
@@ -49,6 +55,12 @@ def test_the_chart_fits_the_axes(axes: tuple[str, ...], shape: tuple[int, ...], 
     chart = Result(values(*shape), axes).plot().chart
     assert chart.kind == kind
     assert chart.values.shape == size
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1), (3, 1, 1), (1, 1, 1)])
+def test_a_heat_map_that_is_asked_for_may_have_one_row_or_column(shape: tuple[int, ...]) -> None:
+    result = Result(values(*shape), ("layer", "head", "batch"))
+    np.testing.assert_array_equal(result.plot(kind="heat").chart.values[0], result.values[..., 0])
 
 
 def test_each_value_is_drawn_in_its_place() -> None:
@@ -160,6 +172,68 @@ def test_figures_are_saved_in_forms_for_papers(name: str, head: bytes, tmp_path:
 def test_what_cannot_be_drawn_is_said(axes: Any, shape: Any, options: dict[str, Any], fact: str) -> None:
     with pytest.raises(InputError, match=fact):
         Result(torch.zeros(shape), axes).plot(**options)
+
+
+def test_a_graph_has_the_edges_of_the_circuit(tmp_path: Path) -> None:
+    shape = Shape(n_layers=2, n_heads=3, d_model=4, parallel=False, mlps=(0,))
+    whole = Circuit(shape, values(*shape.real().shape) * shape.real(), shape.real())
+    edges = {"input->a0.h1<v>": 2.0, "a0.h1->m0": -1.0, "m0->a1.h2<q>": 0.5, "a1.h2->logits": -4.0}
+    circuit = whole.only([*edges])
+    for edge, weight in edges.items():
+        circuit.scores[circuit.index(edge)] = weight
+    figure = circuit.plot()
+    assert figure.chart.kind == "graph"
+    shown = drawing(figure.chart)
+    assert {edge.name: edge.weight for edge in shown.edges} == edges
+    assert [edge.name for edge in shown.edges][-1] == "a1.h2->logits"  # the strongest lies on top
+    assert figure.chart.describe() == "circuit: 4 edges. Largest: a1.h2->logits, -4 score."
+    heights = [shown.nodes[name][1] for name in ("input", "a0.h0", "a0.h1", "m0", "a1.h2", "logits")]
+    assert heights == [0, 1, 1, 2, 3, 4]
+    lines = [trace for trace in figure.data if trace.mode == "lines"]
+    assert sorted(line.line.width for line in lines)[-1] == pytest.approx(6)
+    words = {text: trace.name for trace in figure.data if trace.mode == "markers" for text in trace.text}
+    assert words[escape("a1.h2->logits: -4 score")] == "negative"
+    assert words[escape("input->a0.h1<v>: +2 score")] == "positive"
+    still = draw_still(figure.chart).axes[0]
+    assert len(still.lines) == 4
+    assert {text.get_text() for text in still.texts} == {*shape.sources, "logits"}
+    assert "<figure" in circuit._repr_html_()
+    many = Result(values(40, 40), ("source", "target"), {a: tuple(f"m{i}" for i in range(40)) for a in GRAPH}).plot()
+    assert "120 of 1600 edges" in many.layout.title.text
+    assert len(drawing(many.chart).edges) == 120
+    with pytest.raises(InputError, match="'cat' is no node"):
+        Result(values(2, 2), GRAPH, {"source": ("input", "cat"), "target": ("m0", "logits")}).plot()
+
+
+def test_changes_are_drawn_with_their_intervals() -> None:
+    x = torch.cat([torch.ones(12), torch.zeros(8)]).double() + 0.05 * values(20)
+    series = Result(x, ("checkpoint",), {"checkpoint": tuple(str(100 * at) for at in range(20))}, unit="loss")
+    changes = change_points(series, 1)
+    figure = changes.plot()
+    assert figure.chart.spans == (tuple(changes.values[0].tolist()),)
+    np.testing.assert_array_equal(figure.chart.values[0], np.stack([x, changes.tensors["fitted"]]))
+    assert [trace.name for trace in figure.data] == ["series", "pieces"]
+    assert figure.layout.yaxis.title.text == "loss"
+    low, best, high = changes.values[0].tolist()
+    assert [(shape.x0, shape.x1) for shape in figure.layout.shapes] == [
+        (low - 0.5, high - 0.5),
+        (best - 0.5, best - 0.5),
+    ]
+    assert "Changes at 1200" in figure.layout.title.text
+    still = draw_still(figure.chart).axes[0]
+    assert still.lines[-1].get_xdata()[0] == best - 0.5
+    assert "No change." in change_points(0 * x + 1, 0).plot().layout.title.text
+
+
+def test_a_still_image_leaves_out_what_its_font_lacks_and_breaks_a_long_unit() -> None:
+    result = Result(values(3, 2), ("layer", "class"), {"layer": ("\U0001f41e ladybird", "a $x$", "été")})
+    result = dataclasses.replace(result, unit="the share of the way from the one image to the other, by a probe")
+    figure = draw_still(result.plot(kind="curves").chart)
+    axis = figure.axes[0]
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["ladybird", r"a \$x\$", "été"]
+    lines = axis.get_ylabel().splitlines()
+    assert " ".join(lines) == result.unit
+    assert max(map(len, lines)) <= 36
 
 
 def test_panels_that_are_left_out_are_counted() -> None:
