@@ -40,7 +40,10 @@ class Keep:
         if self.name in self.store and is_second():
             return
         if self.name in self.store:
-            raise HookError(f"{self.name} fired twice: a cache holds one pass. Open a new scope for the next one.")
+            raise HookError(
+                f"{self.name} fired twice: a cache holds one pass. Open a new scope for the next one; a part that "
+                "upstream's code runs several times in one pass cannot be cached."
+            )
         if not self.detach and has_no_graph():
             raise HookError(f"{self.name} has no graph here; checkpoint with use_reentrant=False.")
         self.store[self.name] = self.cut(x, cut)
