@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -46,6 +46,14 @@ from prisma_core.transformer.names import optional_hook_names
 from prisma_core.upstream.model import HookedUpstream, copy_module
 
 
+@contextmanager
+def _normal_mode() -> Generator[None]:
+    """Leave ``torch.inference_mode()``: tensors made in it can take no gradients, ever."""
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        yield
+
+
+@_normal_mode()
 def load(
     reference: str | Path,
     *,
@@ -185,6 +193,7 @@ def check_adapter(adapter: object, upstream: nn.Module) -> None:
         )
 
 
+@_normal_mode()
 def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> ZooModel:
     """Hook a model with an adapter, whatever its ``types``; see ``adapt``."""
     reader = Reader(upstream)
