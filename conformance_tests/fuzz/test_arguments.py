@@ -104,7 +104,18 @@ SIZED = {"batch": INT, "size": "None", "generator": "None"}
 CALLS: dict[str, Call] = {
     # models: load, prove, look
     "load": call(prisma.load, f"file:{prisma.save(VIT, FOLDER / 'vit')}", takes={"device": "None", "dtype": "None"}),
-    "adapt": call(prisma.adapt, Upstream(), adapter=Adapter(), takes={"adapter": ""}),
+    "adapt": call(prisma.adapt, Upstream(), adapter=Adapter()),
+    "check": call(
+        prisma.check,
+        Upstream(),
+        adapter=Adapter(),
+        checks="algebra",
+        takes={
+            "seed": f"{INT} -99 10**18",
+            **dict.fromkeys(["checks", "device", "dtypes", "starting", "progress"], "None"),
+            "upstream": "None module",  # read for hooked models alone
+        },
+    ),
     "export": call(prisma.export, MAPPED),
     "save": call(prisma.save, VIT, FOLDER / "saved", takes={"folder": "nonsense"}),
     "outline": call(prisma.outline, f"file:{FOLDER / 'vit'}"),
@@ -260,7 +271,6 @@ EXEMPT = {
     "Result.sel": "its arguments have names of the result's own: the tests of results",
     "Result.plot": "options of the plugin that draws",
     "TokenLayout.model_post_init": "pydantic's",
-    "check": "the kit's own tests",
     "ActivationCache.keys": "",
     **dict.fromkeys(
         [

@@ -63,7 +63,8 @@ class Result:
         for text in (*self.axes, self.technique, self.unit, self.baseline, self.total):
             expect(text, str, "axes, technique, unit, baseline and total in words")
         if len(self.axes) != self.values.ndim or len(set(self.axes)) != len(self.axes):
-            raise InputError(f"Expected a name for each axis of {list(self.values.shape)}, got {' '.join(self.axes) or 'an empty list'}.")
+            names = " ".join(self.axes) or "an empty list"
+            raise InputError(f"Expected a name for each axis of {list(self.values.shape)}, got {names}.")
         for axis, size in zip(self.axes, self.values.shape, strict=True):
             if axis not in self.labels:
                 continue
