@@ -144,10 +144,23 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         if attribute in module._parameters:  # pyright: ignore[reportPrivateUsage]
-            parameter = nn.Parameter(x.detach(), requires_grad=x.requires_grad)
+            trainable = x.requires_grad and not x.is_inference()  # shared with a model of inference mode
+            parameter = nn.Parameter(x.detach(), requires_grad=trainable)
             module._parameters[attribute] = parameter  # pyright: ignore[reportPrivateUsage]
         else:
             module._buffers[attribute] = x.detach()  # pyright: ignore[reportPrivateUsage]
+
+
+_UNSUPPORTED = {  # by torch, in words of its own: what to do
+    "Inference tensors cannot be saved": (
+        "This pass takes gradients, and an input or a weight was made in torch.inference_mode(): it takes none. Make "
+        "it outside of that: x.clone(), or load the model again; or run the pass in torch.no_grad()."
+    ),
+    "forward AD": (
+        "Torch's fused attention has no forward-mode derivatives (jvp, jacfwd). Run this in "
+        "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)."
+    ),
+}
 
 
 class ZooModel(HookedModel):
@@ -171,6 +184,15 @@ class ZooModel(HookedModel):
         self.labels: tuple[str, ...] | None = None
         self.reference: str | None = None
         self.origin: Origin | None = None
+
+    def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*inputs, **kwargs)
+        except RuntimeError as error:
+            for words, advice in _UNSUPPORTED.items():
+                if words in str(error):
+                    raise InputError(advice) from error
+            raise
 
     def towers(self) -> Mapping[str, ZooModel]:
         """Return the transformers this model is made of, by the prefix of their hook points."""
@@ -256,8 +278,12 @@ def may_look(x: Tensor) -> bool:
 
     On a GPU it would stop the queue at every call, and neither ``torch.compile`` nor ``torch.vmap`` can trace it.
     """
-    transformed = cast("Any", torch)._C._functorch.maybe_current_level() is not None
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not in_transform()
+
+
+def in_transform() -> bool:
+    """Return whether a transform of ``torch.func`` is running, such as ``vmap``."""
+    return cast("Any", torch)._C._functorch.maybe_current_level() is not None
 
 
 def layer_index(index: int | None, default: int, n: int) -> int:

@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -41,12 +41,20 @@ from prisma_core.saving.folder import load_folder, with_own_stem
 from prisma_core.spec import AnySpec, DualSpec, MapSpec, ModelSpec, TextSpec
 from prisma_core.toolbox.options import check_keywords, keywords
 from prisma_core.toolbox.tables import check_rows
-from prisma_core.toolbox.undeclared import check_undeclared
+from prisma_core.toolbox.undeclared import check_undeclared, unwrapped
 from prisma_core.transformer import HookedDual, HookedText, build
 from prisma_core.transformer.names import optional_hook_names
 from prisma_core.upstream.model import HookedUpstream, copy_module
 
 
+@contextmanager
+def _normal_mode() -> Generator[None]:
+    """Leave ``torch.inference_mode()``: tensors made in it can take no gradients, ever."""
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        yield
+
+
+@_normal_mode()
 def load(
     reference: str | Path,
     *,
@@ -141,7 +149,8 @@ def adapt(upstream: nn.Module, *, adapter: Adapter | None = None, copy: bool = T
     It has the preprocessing and the labels that the library has put on the model (timm, transformers).
 
     Args:
-        upstream: a model of a type some installed plugin adapts. It is never changed.
+        upstream: a model of a type some installed plugin adapts, or one in ``torch.compile`` or ``DataParallel``. It is
+            never changed.
         adapter: one whose ``types`` name the model's, to use instead of the installed one.
         copy: False shares its weights wherever they need no rearranging.
 
@@ -155,6 +164,7 @@ def adapt(upstream: nn.Module, *, adapter: Adapter | None = None, copy: bool = T
     model = cast("object", upstream)
     if not isinstance(model, nn.Module):
         raise InputError(f"adapt takes a model, got {type(model).__name__}. prisma.load takes a reference.")
+    model = unwrapped(model)
     if adapter is None:
         adapter = installed().adapter(model)
     else:
@@ -184,6 +194,7 @@ def check_adapter(adapter: object, upstream: nn.Module) -> None:
         )
 
 
+@_normal_mode()
 def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> ZooModel:
     """Hook a model with an adapter, whatever its ``types``; see ``adapt``."""
     reader = Reader(upstream)
@@ -191,10 +202,10 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> Z
     if isinstance(spec, MapSpec):
         return HookedUpstream(copy_module(upstream, copy=copy), hooks, spec, partial(output_of, adapter))
     with blaming(adapter):
-        types = [name for each in (adapter, *adapter.parts(reader)) for name in each.types]
-    check_undeclared(
-        reader, [qualified_name(upstream), *types], lambda name: table.reason_to_ignore(name) is not None, stem
-    )
+        adapters = (adapter, *adapter.parts(reader))
+        types = [name for each in adapters for name in each.types]
+        ignored = [name for each in adapters for name in each.ignored]
+    check_undeclared(reader, types, ignored, lambda name: table.reason_to_ignore(name) is not None, stem)
     with torch.device("meta"):
         model = build(spec)
     if stem is not None:

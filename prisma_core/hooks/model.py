@@ -13,13 +13,7 @@ from prisma_core.errors import HookError, InputError
 from prisma_core.errors.arguments import check_call, device_of, dtype_of
 from prisma_core.errors.migration import keyword_names, module_getattr, refuse_keywords, takes_any_keyword
 from prisma_core.hooks.cache import ActivationCache
-from prisma_core.hooks.capture import (
-    Countdown,
-    Keep,
-    check_axes,
-    gradients,
-    index_slices,
-)
+from prisma_core.hooks.capture import Countdown, Keep, gradients
 from prisma_core.hooks.point import (
     OPEN_SCOPES,
     Capture,
@@ -33,7 +27,7 @@ from prisma_core.hooks.point import (
 )
 from prisma_core.hooks.query import LayerQuery, Query
 from prisma_core.hooks.sites import HookMapping, Site, by_name, select, splicing_scope, with_splices
-from prisma_core.spec.layout import Index, TokenLayout
+from prisma_core.spec.layout import Index, TokenLayout, check_axes, index_slices
 
 
 class HookedModel(nn.Module):
