@@ -41,6 +41,7 @@ from prisma_core.model import Origin, ZooModel, assign, tensors_of
 from prisma_core.saving.folder import load_folder, with_own_stem
 from prisma_core.spec import AnySpec, DualSpec, MapSpec, ModelSpec, TextSpec
 from prisma_core.toolbox.options import check_keywords, keywords
+from prisma_core.toolbox.tables import check_rows
 from prisma_core.toolbox.undeclared import check_undeclared, unwrapped
 from prisma_core.transformer import HookedDual, HookedText, build
 from prisma_core.transformer.names import optional_hook_names
@@ -226,7 +227,7 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> Z
     if stem is not None:
         for tower in with_own_stem(model):
             tower.embed.stem = copying.deepcopy(stem)
-    hooks.check(model.hook_points(), optional_hook_names(model))
+    check_rows(hooks, model.hook_points(), optional_hook_names(model))
     theirs = tensors_of(upstream)
     with torch.enable_grad():  # a tensor made of a trainable one is trainable, whatever mode the caller is in
         tensors = table.forward(theirs, {name: tensor.shape for name, tensor in tensors_of(model).items()})

@@ -23,6 +23,7 @@ from prisma_core.maps.places import HookMap
 from prisma_core.model import Size, ZooModel, check_place, may_look, read_sample
 from prisma_core.spec import MapSpec
 from prisma_core.spec.layout import TokenLayout
+from prisma_core.toolbox.tables import numbered
 from prisma_core.upstream.bound import BoundRow
 from prisma_core.upstream.observer import attach, watching
 
@@ -48,7 +49,7 @@ class HookedUpstream(ZooModel):
         self.spec: MapSpec = spec
         self.upstream = upstream
         self._output = output
-        self._rows = _bound_rows(table)
+        self._rows = _bound_rows(table, upstream)
         for row in self._rows:
             _add_point(self, row)
         _separate(upstream, [row.place.module for row in self._rows])
@@ -236,8 +237,8 @@ def _instead(module: nn.Module) -> str:
     )
 
 
-def _bound_rows(table: HookMap) -> list[BoundRow]:
-    rows = table.plain()
+def _bound_rows(table: HookMap, upstream: nn.Module) -> list[BoundRow]:
+    rows = numbered(table, upstream)
     for row in rows:
         if not row.axes or "(" in row.axes:
             raise PrismaError(
