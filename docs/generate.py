@@ -150,6 +150,7 @@ def pages() -> dict[Path, str]:
     return {
         PAGE: page(),
         TECHNIQUES: techniques.page(),
+        DOCS / "gallery.md": techniques.gallery(),
         KINDS: technique_kinds.page(),
         **references,
         DESIGN: ROOMS.sub(rf"\g<1>{table}\n\g<2>", design),

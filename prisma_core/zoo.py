@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -29,6 +29,7 @@ from prisma_core.errors import (
     format_fields,
     returned,
 )
+from prisma_core.errors.arguments import device_of, dtype_of, expect
 from prisma_core.files.checkpoint import check_finite
 from prisma_core.hooks.model import HookedModel
 from prisma_core.host import installed
@@ -39,14 +40,22 @@ from prisma_core.model import Origin, ZooModel, assign, tensors_of
 from prisma_core.saving.folder import load_folder, with_own_stem
 from prisma_core.spec import AnySpec, DualSpec, MapSpec, ModelSpec, TextSpec
 from prisma_core.toolbox.options import check_keywords, keywords
-from prisma_core.toolbox.undeclared import check_undeclared
+from prisma_core.toolbox.undeclared import check_undeclared, unwrapped
 from prisma_core.transformer import HookedDual, HookedText, build
 from prisma_core.transformer.names import optional_hook_names
 from prisma_core.upstream.model import HookedUpstream, copy_module
 
 
+@contextmanager
+def _normal_mode() -> Generator[None]:
+    """Leave ``torch.inference_mode()``: tensors made in it can take no gradients, ever."""
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        yield
+
+
+@_normal_mode()
 def load(
-    reference: str,
+    reference: str | Path,
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
@@ -57,7 +66,8 @@ def load(
     >>> model = load("timm:vit_tiny_patch16_224", pretrained=False)
 
     Args:
-        reference: ``source:rest``, such as ``timm:vit_base_patch16_224``, or ``file:FOLDER`` written by ``save``.
+        reference: ``source:rest``, such as ``timm:vit_base_patch16_224``; or ``file:FOLDER`` written by ``save``, for
+            which the folder's path stands too.
         device: of the weights.
         dtype: of the weights; the default is upstream's own.
         options: passed to the source, such as ``pretrained=False``.
@@ -67,8 +77,11 @@ def load(
         LoadError: the weights cannot be read or reached.
         PluginError: the source's library is not installed.
         UnsupportedArchitecture: the model has something the canonical transformer cannot represent.
+        InputError: no reference, device or floating point dtype.
     """
+    place, kind = device_of(device), dtype_of(dtype)
     source, rest = reference_of(reference)
+    reference = f"{source}:{rest}"
     if source == "file":
         check_keywords("file:", options, ())
         model = load_folder(Path(rest))
@@ -82,19 +95,14 @@ def load(
         check_finite(dict(model.named_parameters()), reference)
         if isinstance(model, HookedDual | HookedText):
             model.tokenizer = loaded.tokenizer or model.tokenizer
-    if isinstance(dtype, str):
-        named = getattr(torch, dtype.removeprefix("torch."), None)
-        if not isinstance(named, torch.dtype):
-            raise LoadError(f"{dtype!r} is not a dtype: expected one of torch's, such as torch.float16.")
-        dtype = named
     try:
-        return model.to(device=device, dtype=dtype)
+        return model.to(device=place, dtype=kind)
     except (RuntimeError, AssertionError, TypeError) as error:  # torch's ways to say that there is no such device
         raise LoadError(f"{reference} cannot be put on device={device}, dtype={dtype}: {error}") from error
 
 
-def reference_of(text: str) -> Reference:
-    """Read a reference.
+def reference_of(text: str | Path) -> Reference:
+    """Read a reference; a path is that of a folder written by ``save``.
 
     >>> reference_of("timm:vit_base_patch16_224")
     Reference(source='timm', rest='vit_base_patch16_224')
@@ -103,12 +111,15 @@ def reference_of(text: str) -> Reference:
         UnknownName: it has no source; references that it may mean are suggested.
         InputError: it is no text.
     """
-    value = cast("object", text)
-    if not isinstance(value, str):
-        raise InputError(
-            f"Expected a reference such as 'timm:vit_base_patch16_224', got {type(value).__name__}. "
-            "prisma.adapt takes a model."
-        )
+    if isinstance(text, Path):
+        if text.is_file():
+            raise UnknownName(
+                f"{text} is a file. A folder that prisma.save wrote stands by itself; a file of weights goes with the "
+                f"model it is of, as in timm:vit_base_patch16_224@{text}."
+            )
+        return Reference("file", str(text))
+    what = "a reference such as 'timm:vit_base_patch16_224', or a path (prisma.adapt takes a model)"
+    value = expect(text, str, what)
     name, colon, rest = value.partition(":")
     if colon and name and rest:
         return Reference(name, rest)
@@ -137,7 +148,8 @@ def adapt(upstream: nn.Module, *, adapter: Adapter | None = None, copy: bool = T
     It has the preprocessing and the labels that the library has put on the model (timm, transformers).
 
     Args:
-        upstream: a model of a type some installed plugin adapts. It is never changed.
+        upstream: a model of a type some installed plugin adapts, or one in ``torch.compile`` or ``DataParallel``. It is
+            never changed.
         adapter: one whose ``types`` name the model's, to use instead of the installed one.
         copy: False shares its weights wherever they need no rearranging.
 
@@ -151,6 +163,7 @@ def adapt(upstream: nn.Module, *, adapter: Adapter | None = None, copy: bool = T
     model = cast("object", upstream)
     if not isinstance(model, nn.Module):
         raise InputError(f"adapt takes a model, got {type(model).__name__}. prisma.load takes a reference.")
+    model = unwrapped(model)
     if adapter is None:
         adapter = installed().adapter(model)
     else:
@@ -180,6 +193,7 @@ def check_adapter(adapter: object, upstream: nn.Module) -> None:
         )
 
 
+@_normal_mode()
 def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> ZooModel:
     """Hook a model with an adapter, whatever its ``types``; see ``adapt``."""
     reader = Reader(upstream)
@@ -187,10 +201,10 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> Z
     if isinstance(spec, MapSpec):
         return HookedUpstream(copy_module(upstream, copy=copy), hooks, spec, partial(output_of, adapter))
     with blaming(adapter):
-        types = [name for each in (adapter, *adapter.parts(reader)) for name in each.types]
-    check_undeclared(
-        reader, [qualified_name(upstream), *types], lambda name: table.reason_to_ignore(name) is not None, stem
-    )
+        adapters = (adapter, *adapter.parts(reader))
+        types = [name for each in adapters for name in each.types]
+        ignored = [name for each in adapters for name in each.ignored]
+    check_undeclared(reader, types, ignored, lambda name: table.reason_to_ignore(name) is not None, stem)
     with torch.device("meta"):
         model = build(spec)
     if stem is not None:
@@ -222,7 +236,7 @@ def export(model: ZooModel) -> dict[str, Tensor]:
         NotApplicable: the model does something that no weights say.
         WeightMapError: weights were edited in a way upstream has no tensor for.
     """
-    return model.export()
+    return expect(model, ZooModel, "a model, as prisma.load or prisma.adapt returns").export()
 
 
 # ------------------------------------------------------------ calls of plugins' code

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,7 +31,7 @@ NONSENSE: dict[str, Callable[[], Any]] = {
     "3.5": lambda: 3.5,
     "nan": lambda: float("nan"),
     "-99": lambda: -99,
-    "10**9": lambda: 10**9,
+    "10**18": lambda: 10**18,
     "''": lambda: "",
     "nonsense": lambda: "nonsense",
     "[]": lambda: [],
@@ -44,11 +44,10 @@ NONSENSE: dict[str, Callable[[], Any]] = {
     "array": lambda: np.array([]),
     "tensor": lambda: torch.tensor(3.0),
     "module": nn.Module,
-    "Path": lambda: Path("/nonexistent"),
+    "Path": lambda: Path("/dev/null/nonexistent"),
     "lambda": lambda: lambda one, two, three: None,
 }
 ANYTHING = " ".join(NONSENSE)  # an argument that is kept or passed on, whatever it is
-EMPTY = "None [] {} set()"
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,7 @@ class Call:
         takes: by argument, the words of the nonsense that it takes, separated by blanks: each listed value must be
             taken, every other be refused.
         then: what is done with the result: entering a scope, reading an iterator. Its errors count.
+        raises: the errors that are in words.
     """
 
     function: Callable[..., Any]
@@ -68,6 +68,7 @@ class Call:
     keywords: dict[str, Any]
     takes: Mapping[str, str] = field(default_factory=dict[str, str])
     then: Callable[[Any], Any] = lambda result: result
+    raises: type[Exception] | tuple[type[Exception], ...] = PrismaError
 
     def names(self) -> list[str]:
         """Return the arguments there are; flags are left out: Python reads them by their truth."""
@@ -92,10 +93,12 @@ def call(
     *arguments: Any,
     takes: Mapping[str, str] | None = None,
     then: Callable[[Any], Any] | None = None,
+    raises: type[Exception] | tuple[type[Exception], ...] = PrismaError,
     **keywords: Any,
 ) -> Call:
     """Return a call of a function with these arguments."""
-    return Call(function, arguments, keywords, takes or {}, *([then] if then else []))
+    one = Call(function, arguments, keywords, takes or {}, raises=raises)
+    return one if then is None else replace(one, then=then)
 
 
 def cases(calls: Mapping[str, Call]) -> list[tuple[str, str]]:
@@ -116,7 +119,7 @@ def faults(one: Call, argument: str) -> list[str]:
         value = make()
         try:
             result = one.run(**{argument: value})
-        except PrismaError as error:
+        except one.raises as error:
             if word in listed:
                 wrong.append(f"{argument}={word} is listed and refused: {error}")
             elif not says(str(error), value):
@@ -131,31 +134,33 @@ def faults(one: Call, argument: str) -> list[str]:
 
 def says(message: str, value: object) -> bool:
     """Return whether a message names a value: as Python writes it, by its type, its parts or its size."""
-    forms = [repr(value), str(value) or "empty", type(value).__name__]
-    if isinstance(value, list | dict | set | np.ndarray):
-        forms += [repr(each) for each in value] if len(value) else ["no ", "empty", "0", "at least one"]
+    if value is None:
+        return True
+    forms = [repr(value), str(value) or "empty", type(value).__name__, getattr(value, "__name__", repr(value)), "both"]
+    forms += [str(list(value.shape))] if isinstance(value, torch.Tensor) else []
+    if isinstance(value, list | dict | set | bytes | np.ndarray):
+        forms += [repr(each) for each in value] if len(value) else ["no ", "empty", "[0]", "at least one"]
     return any(form in message for form in forms)
 
 
-def public_methods(kind: type) -> dict[str, Callable[..., Any]]:
-    """Return the public methods of a class that Prisma defines and that take arguments, inherited ones too."""
-    methods: dict[str, Callable[..., Any]] = {}
-    for name in dir(kind):
-        method = inspect.getattr_static(kind, name)
-        function = getattr(method, "__func__", method)
-        if name.startswith("_") or not inspect.isfunction(function) or not function.__module__.startswith("prisma_"):
-            continue
-        if len(inspect.signature(function).parameters) > (0 if isinstance(method, staticmethod) else 1):
-            methods[f"{kind.__name__}.{name}"] = function
-    return methods
+def public_callables(module: ModuleType, kinds: Iterable[type] = ()) -> dict[str, Callable[..., Any]]:
+    """Return a module's public functions, and the methods of its public classes and of others, by qualified name.
 
-
-def public_callables(module: ModuleType, kinds: Iterable[type] = ()) -> set[str]:
-    """Return the names of a module's public functions and of the public methods of its classes, and of others.
-
-    Errors are left out.
+    Methods are those that Prisma defines and that take arguments, inherited ones once. Errors, abstract methods and
+    what other libraries bring are left out.
     """
-    public = {name: getattr(module, name) for name in module.__all__}
-    functions = {name for name, value in public.items() if callable(value) and not inspect.isclass(value)}
-    classes = [each for each in public.values() if inspect.isclass(each) and not issubclass(each, Exception)]
-    return functions.union(*(public_methods(kind) for kind in (*classes, *kinds)))
+    public = [getattr(module, name) for name in module.__all__]
+    classes = [each for each in public if inspect.isclass(each) and not issubclass(each, Exception)]
+    functions = [each for each in public if not inspect.isclass(each)]
+    for kind in (*classes, *kinds):
+        for name in dir(kind):
+            method = inspect.getattr_static(kind, name)
+            function = getattr(method, "__func__", method)
+            if not name.startswith("_") and len(_parameters(function)) > (not isinstance(method, staticmethod)):
+                functions.append(function)
+    named = [each for each in functions if inspect.isfunction(each) and not hasattr(each, "__isabstractmethod__")]
+    return {each.__qualname__: each for each in named if each.__module__.startswith("prisma_")}
+
+
+def _parameters(function: object) -> list[str]:
+    return list(inspect.signature(function).parameters) if inspect.isfunction(function) else []

@@ -107,7 +107,7 @@ def test_slices_hold_no_more_memory_than_they_show(vit, image):
 
 def test_slices_out_of_range_say_so(vit, image):
     for how in ({"pos": 9}, {"pos": [0, -10]}, {"heads": 4}):
-        with pytest.raises(HookError, match="No index"):
+        with pytest.raises(InputError, match="No index"):
             vit.run_with_cache(image, **how)
     with pytest.raises(UnknownName, match="Did you mean registers"):
         vit.run_with_cache(image, pos="register")
@@ -168,7 +168,7 @@ def test_token_views(vit, image):
         (lambda: cut.registers("resid_post", 1), "registers tokens are not in the cache"),
         (lambda: cache.patches("pattern", 0), "two token axes"),
         (lambda: cache.patches("pooled"), "no token axis among them"),
-        (lambda: cache.patches("z", 0, axis="key_pos"), "no key_pos among them"),
+        (lambda: cache.patches("z", 0, axis="key_pos"), "no 'key_pos' among them"),
     ):
         with pytest.raises(InputError, match=words):
             view()
@@ -310,7 +310,7 @@ def test_a_mask_means_the_positions_it_marks(vit, image):
         _, cache = vit.run_with_cache(image, names="resid_post", pos=given)
         assert torch.equal(cache["resid_post", 1], whole["resid_post", 1][:, [2, 5]])
         assert torch.equal(whole.accumulated_resid(pos_slice=given), whole.accumulated_resid(pos_slice=[2, 5]))
-    with pytest.raises(HookError, match="whole numbers"):
+    with pytest.raises(InputError, match="whole numbers"):
         vit.run_with_cache(image, names="resid_post", pos=[0.5])
 
 

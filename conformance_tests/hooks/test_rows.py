@@ -7,7 +7,7 @@ import torch
 from models import EXACT
 from torch.utils.flop_counter import FlopCounterMode
 
-from prisma_core import HookError
+from prisma_core import InputError
 from prisma_core.hooks.capture import Rows
 
 NAMES = ("attn_scores", "pattern")
@@ -126,5 +126,5 @@ def test_half_precision_rounds_rows_once(vit, image):
 
 
 def test_a_row_that_is_not_there(vit, image):
-    with pytest.raises(HookError, match=r"No index 9 on axis 2 of blocks.0.attn.hook_pattern, which has 9 there"):
+    with pytest.raises(InputError, match=r"No index 9 on axis 2 of blocks.0.attn.hook_pattern, which has 9 there"):
         vit.run_with_cache(image, names="pattern", pos=[9])

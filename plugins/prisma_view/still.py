@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
+import textwrap
 from itertools import chain
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from prisma_view.chart import Chart
 from prisma_view.colours import CLASSES, LESS, MORE
@@ -58,7 +61,7 @@ def panel_of(chart: Chart, axis: Any, panel: int = 0) -> None:
 
 def scale(chart: Chart, figure: Figure, axes: Any) -> None:
     """Draw the colour bar of a heat map beside its axes."""
-    figure.colorbar(ScalarMappable(Normalize(*chart.limits), _map(chart)), ax=axes, label=plain(chart.unit))
+    figure.colorbar(ScalarMappable(Normalize(*chart.limits), _map(chart)), ax=axes, label=_unit(chart))
 
 
 def png(chart: Chart, dpi: int = 80) -> str:
@@ -69,8 +72,18 @@ def png(chart: Chart, dpi: int = 80) -> str:
 
 
 def plain(text: str) -> str:
-    """Return a label as matplotlib takes it: as text, without formulas."""
-    return text.replace("$", r"\$")
+    """Return a label without formulas, and without characters that the font lacks (emoji), which would be boxes."""
+    known = "".join(each for each in text if _font().get_char_index(ord(each)))
+    return " ".join(known.split()).replace("$", r"\$")
+
+
+@functools.cache
+def _font() -> Any:
+    return get_font(findfont(FontProperties()))
+
+
+def _unit(chart: Chart) -> str:
+    return textwrap.fill(plain(chart.unit), 36)
 
 
 def _map(chart: Chart) -> str:
@@ -112,7 +125,7 @@ def _bars(axis: Any, chart: Chart, panel: int) -> None:
     axis.set_yticks(range(len(names)), [plain(name) for name in names], fontsize=7)
     axis.invert_yaxis()
     axis.axvline(0, color="0.5", linewidth=0.6)
-    axis.set(xlabel=plain(chart.unit), ylabel=plain(chart.axes[1]))
+    axis.set(xlabel=_unit(chart), ylabel=plain(chart.axes[1]))
 
 
 def _curves(axis: Any, chart: Chart, panel: int) -> None:
@@ -124,7 +137,7 @@ def _curves(axis: Any, chart: Chart, panel: int) -> None:
     if len(names) > 1:
         axis.legend(fontsize=7, frameon=False)
     axis.grid(alpha=0.25)
-    axis.set(xlabel=plain(chart.axes[1]), ylabel=plain(chart.unit))
+    axis.set(xlabel=plain(chart.axes[1]), ylabel=_unit(chart))
     _ticks(axis.xaxis, points)
     for low, best, high in chart.spans:
         axis.axvspan(low - 0.5, high - 0.5, color="0.5", alpha=0.25, linewidth=0)

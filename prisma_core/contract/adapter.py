@@ -27,7 +27,8 @@ class Adapter(ABC):
 
     Attributes:
         types: qualified names of the upstream classes it takes, exactly: a subclass may compute something else.
-        ignored: attributes of upstream modules that do not matter, as ``Class.attribute``, each with the reason.
+        ignored: attributes of upstream modules that do not matter, as ``Class.attribute``, and classes of modules that
+            compute nothing, by qualified name, each with the reason.
     """
 
     types: ClassVar[tuple[str, ...]]

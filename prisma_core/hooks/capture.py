@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,46 +12,7 @@ from torch import Tensor
 from prisma_core.errors import HookError, InputError
 from prisma_core.hooks.point import OPEN_SCOPES, Capture, HookPoint, Stop
 from prisma_core.hooks.recompute import has_no_graph, is_second
-from prisma_core.spec.layout import Index, indices
-
-IndexSlice = tuple[int, "slice | list[int]"]  # an axis, and what to keep of it
-
-_POS, _HEADS = ("pos", "query_pos"), ("head",)
-
-
-def index_slices(axes: str, pos: Index | None, heads: Index | None) -> tuple[IndexSlice, ...]:
-    """Return what to keep of which axis of an activation with these axes.
-
-    >>> index_slices("batch head query_pos key_pos", slice(0, 1), [2, 3])
-    ((2, slice(0, 1, None)), (1, [2, 3]))
-    """
-    names = axes.split()
-    slices: list[IndexSlice] = []
-    for index, kinds in ((pos, _POS), (heads, _HEADS)):
-        axis = next((names.index(kind) for kind in kinds if kind in names), None)
-        if isinstance(index, slice) and (index.step or 1) < 0:
-            raise HookError(f"Expected a slice that goes forward, got {index!r}.")
-        if index is not None and axis is not None:
-            slices.append((axis, index if isinstance(index, slice) else indices(index)))
-    return tuple(slices)
-
-
-def check_axes(axes: Sequence[str], pos: Index | None, heads: Index | None) -> None:
-    """Refuse a choice of positions or heads if no activation has any; those without are kept whole.
-
-    Args:
-        axes: those of each activation.
-
-    Raises:
-        InputError: with the axes there are.
-    """
-    for index, kinds, keyword in ((pos, _POS, "pos"), (heads, _HEADS, "heads")):
-        if index is not None and axes and not any(kind in each.split() for each in axes for kind in kinds):
-            there = " and ".join(f"[{each}]" for each in list(dict.fromkeys(axes))[:3])
-            raise InputError(
-                f"{keyword}= chooses along the axis {' or '.join(map(repr, kinds))}, and nothing asked for has one: "
-                f"it is {there}. Leave {keyword} out, or ask for activations that have it."
-            )
+from prisma_core.spec.layout import IndexSlice
 
 
 @dataclass(eq=False)
@@ -100,12 +61,14 @@ class Keep:
     def along(self, x: Tensor, axis: int) -> Tensor:
         """Return what is kept of a tensor along one axis of the activation."""
         index = dict(self.slices)[axis]
-        if isinstance(index, slice):
-            return x[(slice(None),) * axis + (index,)]
         n = x.shape[axis]
+        if isinstance(index, slice):
+            if not len(range(*index.indices(n))):
+                raise InputError(f"{index!r} selects nothing on axis {axis} of {self.name}, which has {n} there.")
+            return x[(slice(None),) * axis + (index,)]
         for each in index:
             if not -n <= each < n:
-                raise HookError(f"No index {each} on axis {axis} of {self.name}, which has {n} there.")
+                raise InputError(f"No index {each} on axis {axis} of {self.name}, which has {n} there.")
         return x.index_select(axis, torch.tensor([each % n for each in index], dtype=torch.long, device=x.device))
 
     def __repr__(self) -> str:
@@ -164,10 +127,8 @@ def gradients(loss: Callable[[Any], Tensor], output: object, activations: Mappin
     """Return the gradient of a loss of the output by each activation, by name; zeros where it does not depend on it.
 
     Raises:
-        HookError: the loss is no function to one number, or its number carries no graph.
+        HookError: the loss gives anything but one number, or one that carries no graph.
     """
-    if not callable(cast(object, loss)):
-        raise HookError(f"The loss is {type(loss).__name__}; expected a function from the output to one number.")
     value = cast(object, loss(output))
     if not isinstance(value, Tensor) or value.numel() != 1:
         came = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -7,7 +7,6 @@ the open scopes. So nothing is left on the model, threads and tasks do not see e
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import HookError
+from prisma_core.errors.arguments import check_call, expect
 from prisma_core.errors.migration import unknown_attribute
 from prisma_core.hooks.query import layer_of
 from prisma_core.hooks.recompute import checkpoints, keep
@@ -67,9 +67,9 @@ class HookPoint:
 
     def __init__(self, axes: str, equation: str, *, derived: bool = False):
         self.order = next(_ORDER)  # modules make their hook points in the order in which they fire
-        self.axes = axes
+        self.axes = expect(axes, str, "the names of axes, such as 'batch pos d_model'")
         self.derived = derived
-        self.equation = equation
+        self.equation = expect(equation, str, "an equation in words")
 
     def __call__(self, x: Tensor) -> Tensor:
         scopes = OPEN_SCOPES.get()
@@ -148,19 +148,10 @@ def check_hook(query: object, hook: object) -> None:
     Raises:
         HookError: with the hook's own signature.
     """
-    if not callable(hook):
-        raise HookError(f"The hook for {query!r} is {type(hook).__name__}; expected hook(activation, at).")
-    try:
-        signature = inspect.signature(hook)
-    except (TypeError, ValueError):  # written in C: the call will tell
-        return
-    try:
-        signature.bind(None, None)
-    except TypeError as error:
-        name = getattr(hook, "__name__", type(hook).__name__)
-        raise HookError(
-            f"The hook for {query!r} is {name}{signature}; expected hook(activation, at), both by position: {error}."
-        ) from error
+    expected = "hook(activation, at), both by position"
+    if isinstance(hook, nn.Module):
+        expected += " (a module of one argument goes in as lambda activation, at: module(activation))"
+    check_call(hook, 2, f"The hook for {query!r}", expected, HookError)
 
 
 class Stop(Exception):
