@@ -36,9 +36,11 @@ from prisma_harvest import Harvest, Pass, harvest, open_harvest
 from prisma_harvest.folder import Writer
 from prisma_harvest.loading import Batch
 from prisma_harvest.manifest import DataFacts, Manifest, ModelFacts, Point
+from timing import Options, Row
 
 import prisma_core as prisma
 
+MODELS = ("vit_tiny_patch16_224", "vit_base_patch32_224")
 DISTINCT = 64  # images; the files are copies of them
 
 
@@ -236,6 +238,22 @@ def reading(n: int, tokens: int, width: int, batch: int, *, rounds: int = 4, **o
 
 
 READINGS = ((3200, 197, 768, 4096), (3200, 197, 768, 256), (12000, 145, 128, 4096), (60000, 1, 768, 4096))
+
+
+def rows(options: Options) -> Iterator[Row]:
+    """Return the harvests' rows of the table of all benchmarks: times, so the shares turned over."""
+    clock = "processor" if options.clock is time.process_time else "clock"
+    for name in options.models:
+        found = rates(f"timm:{name}", images=128, rounds=2)
+        for kind, loop in (("tensors", "a loop of passes"), ("files", "a loop that decodes and passes")):
+            seconds = found["median"][f"harvest of {kind}"][clock == "clock"]
+            ratio = round(1 / found["shares"][kind][clock], 3)
+            yield Row("harvests", name, 32, f"harvest of {kind}", loop, ratio, round(seconds, 3), 2)
+    for read in READINGS:
+        share = reading(*read)["shuffled by the clock" if clock == "clock" else "shuffled by processor time"]
+        examples, tokens, width, batch = read
+        what = f"read {examples} x {tokens} x {width} shuffled"
+        yield Row("harvests", "", batch, what, "read in order", round(1 / share, 3), None, 4)
 
 
 def main() -> None:

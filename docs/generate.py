@@ -50,7 +50,8 @@ A name that matches nothing is an error which suggests the nearest.
 The scores are what goes into the softmax: scaled, with any bias added. The pattern is what comes out. `attn_out`
 and `mlp_out` are what is added to the residual stream, after layer scale or a norm behind the branch. Asking for
 scores or patterns, or editing a norm's scale, makes that layer compute step by step instead of in one fused kernel;
-the result then equals the fused one to rounding.
+the result then equals the fused one to rounding. Where only some queries' rows are kept (`pos="cls"`), these rows are
+computed beside the fused kernel, and the pass is the plain one to the bit.
 """
 
 

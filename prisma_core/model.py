@@ -10,7 +10,8 @@ from typing import Any, Literal, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
-from prisma_core.errors import InputError, LoadError, NotApplicable, WeightMapError
+from prisma_core.errors import InputError, LoadError, NotApplicable, UnknownName, WeightMapError, suggest
+from prisma_core.errors.arguments import LARGEST, expect, number, several, tensor
 from prisma_core.hooks.model import HookedModel
 from prisma_core.maps.weights import State, WeightMap
 
@@ -121,6 +122,7 @@ class Origin:
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer of a module by name, shared ones under each name."""
+    expect(module, nn.Module, "a module")
     return {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
@@ -128,15 +130,24 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Replace a model's parameters and buffers by tensors, without a copy."""
-    for name, tensor in tensors.items():
+    """Replace a model's parameters and buffers by tensors, without a copy.
+
+    Raises:
+        UnknownName: the model has no parameter or buffer of a name.
+    """
+    known = tensors_of(model)
+    expect(tensors, Mapping, "tensors by name")
+    for name, value in tensors.items():
+        if name not in known:
+            raise UnknownName(f"No parameter or buffer {name!r} in this {type(model).__name__}.{suggest(name, known)}")
+        x = tensor(value, f"{name!r}")
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         if attribute in module._parameters:  # pyright: ignore[reportPrivateUsage]
-            value = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
-            module._parameters[attribute] = value  # pyright: ignore[reportPrivateUsage]
+            parameter = nn.Parameter(x.detach(), requires_grad=x.requires_grad)
+            module._parameters[attribute] = parameter  # pyright: ignore[reportPrivateUsage]
         else:
-            module._buffers[attribute] = tensor.detach()  # pyright: ignore[reportPrivateUsage]
+            module._buffers[attribute] = x.detach()  # pyright: ignore[reportPrivateUsage]
 
 
 class ZooModel(HookedModel):
@@ -204,6 +215,20 @@ class ZooModel(HookedModel):
         """
 
 
+def read_sample(batch: object, size: object, generator: object) -> int:
+    """Return the batch that ``sample_inputs`` was given, once all of its arguments are known to be of their kind.
+
+    Raises:
+        InputError: one is not.
+    """
+    if size is not None:
+        for side in several(size, "a size, as model.sizes() lists them"):
+            number(side, "a side of a size", 1, LARGEST)
+    if generator is not None:
+        expect(generator, torch.Generator, "a torch.Generator")
+    return number(batch, "a batch", 1, LARGEST)
+
+
 def check_place(what: str, x: Tensor, weight: Tensor | None) -> None:
     """Refuse an input that is not where the weights are, or not of their dtype.
 
@@ -243,8 +268,7 @@ def layer_index(index: int | None, default: int, n: int) -> int:
     """
     if index is None:
         return default
-    if isinstance(cast("object", index), bool) or not isinstance(cast("object", index), int):
-        raise InputError(f"Expected a layer as a whole number, got {index!r}.")
-    if not -n <= index <= n:
-        raise InputError(f"No layer {index}: layers run from 0 to {n - 1}, and {n} is past the last.")
-    return index if index >= 0 else n + index
+    layer = number(index, "a layer")
+    if not -n <= layer <= n:
+        raise InputError(f"No layer {layer}: layers run from 0 to {n - 1}, and {n} is past the last.")
+    return layer if layer >= 0 else n + layer

@@ -29,6 +29,7 @@ from prisma_core.errors import (
     format_fields,
     returned,
 )
+from prisma_core.errors.arguments import device_of, dtype_of, expect
 from prisma_core.files.checkpoint import check_finite
 from prisma_core.hooks.model import HookedModel
 from prisma_core.host import installed
@@ -46,7 +47,7 @@ from prisma_core.upstream.model import HookedUpstream, copy_module
 
 
 def load(
-    reference: str,
+    reference: str | Path,
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
@@ -57,7 +58,8 @@ def load(
     >>> model = load("timm:vit_tiny_patch16_224", pretrained=False)
 
     Args:
-        reference: ``source:rest``, such as ``timm:vit_base_patch16_224``, or ``file:FOLDER`` written by ``save``.
+        reference: ``source:rest``, such as ``timm:vit_base_patch16_224``; or ``file:FOLDER`` written by ``save``, for
+            which the folder's path stands too.
         device: of the weights.
         dtype: of the weights; the default is upstream's own.
         options: passed to the source, such as ``pretrained=False``.
@@ -67,8 +69,11 @@ def load(
         LoadError: the weights cannot be read or reached.
         PluginError: the source's library is not installed.
         UnsupportedArchitecture: the model has something the canonical transformer cannot represent.
+        InputError: no reference, device or floating point dtype.
     """
+    place, kind = device_of(device), dtype_of(dtype)
     source, rest = reference_of(reference)
+    reference = f"{source}:{rest}"
     if source == "file":
         check_keywords("file:", options, ())
         model = load_folder(Path(rest))
@@ -82,19 +87,14 @@ def load(
         check_finite(dict(model.named_parameters()), reference)
         if isinstance(model, HookedDual | HookedText):
             model.tokenizer = loaded.tokenizer or model.tokenizer
-    if isinstance(dtype, str):
-        named = getattr(torch, dtype.removeprefix("torch."), None)
-        if not isinstance(named, torch.dtype):
-            raise LoadError(f"{dtype!r} is not a dtype: expected one of torch's, such as torch.float16.")
-        dtype = named
     try:
-        return model.to(device=device, dtype=dtype)
+        return model.to(device=place, dtype=kind)
     except (RuntimeError, AssertionError, TypeError) as error:  # torch's ways to say that there is no such device
         raise LoadError(f"{reference} cannot be put on device={device}, dtype={dtype}: {error}") from error
 
 
-def reference_of(text: str) -> Reference:
-    """Read a reference.
+def reference_of(text: str | Path) -> Reference:
+    """Read a reference; a path is that of a folder written by ``save``.
 
     >>> reference_of("timm:vit_base_patch16_224")
     Reference(source='timm', rest='vit_base_patch16_224')
@@ -103,12 +103,15 @@ def reference_of(text: str) -> Reference:
         UnknownName: it has no source; references that it may mean are suggested.
         InputError: it is no text.
     """
-    value = cast("object", text)
-    if not isinstance(value, str):
-        raise InputError(
-            f"Expected a reference such as 'timm:vit_base_patch16_224', got {type(value).__name__}. "
-            "prisma.adapt takes a model."
-        )
+    if isinstance(text, Path):
+        if text.is_file():
+            raise UnknownName(
+                f"{text} is a file. A folder that prisma.save wrote stands by itself; a file of weights goes with the "
+                f"model it is of, as in timm:vit_base_patch16_224@{text}."
+            )
+        return Reference("file", str(text))
+    what = "a reference such as 'timm:vit_base_patch16_224', or a path (prisma.adapt takes a model)"
+    value = expect(text, str, what)
     name, colon, rest = value.partition(":")
     if colon and name and rest:
         return Reference(name, rest)
@@ -222,7 +225,7 @@ def export(model: ZooModel) -> dict[str, Tensor]:
         NotApplicable: the model does something that no weights say.
         WeightMapError: weights were edited in a way upstream has no tensor for.
     """
-    return model.export()
+    return expect(model, ZooModel, "a model, as prisma.load or prisma.adapt returns").export()
 
 
 # ------------------------------------------------------------ calls of plugins' code

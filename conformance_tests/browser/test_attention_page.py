@@ -290,14 +290,3 @@ open(sys.argv[1], "w").write(f"<!doctype html><link rel=icon href=data:,>{''.joi
     js(browser, "return new Promise((then) => setTimeout(then, 1500))")
     assert js(browser, "return document.querySelectorAll('.js-plotly-plot .heatmaplayer image').length") == 2
     assert js(browser, "return document.querySelectorAll('figure > img').length") == 0
-
-
-def test_the_overview_draws_every_figure(browser: Chrome, image: torch.Tensor, folder: Path) -> None:
-    import prisma_view
-
-    page = prisma_view.overview(models.build(registers=2), image).save(folder / "overview.html")
-    for width in (390, 1000):
-        show(browser, page, width, 844)
-        assert js(browser, "return document.querySelectorAll('.figure.js-plotly-plot').length") == 3
-        assert js(browser, "return document.querySelectorAll('.row img').length") == 2
-        assert_quiet(browser, page)

@@ -150,3 +150,27 @@ def test_a_finger_opens_a_unit(browser: Chrome, page: Path) -> None:
         wait(browser, "document.documentElement.dataset.unit === '0'")
     finally:
         browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
+
+
+@pytest.mark.parametrize("width", [390, 1000])
+def test_one_unit_in_a_file_of_its_own(browser: Chrome, folder: Path, width: int) -> None:
+    import prisma_view
+
+    images = [(marked(1 - seed % 3, seed)[0], f"<b>{seed}</b>") for seed in range(9)]
+    made = prisma_view.gallery(
+        planted(noise=0.3), images, "blocks.1.mlp.hook_post", k=3, out=folder / "neurons",
+        preprocess=None, batch=4, workers=0, progress=False,
+    )  # fmt: skip
+    page = made.unit(2).save(folder / "unit.html")
+    show(browser, page, width, 900)
+    wait(browser, "document.documentElement.dataset.unit === '0'")
+    assert js(browser, "return document.querySelector('article h2').textContent") == "neuron 2"
+    shown = js(browser, "return [...document.querySelectorAll('.images .tile')].map((e) => e.style.backgroundImage)")
+    assert len(shown) >= 3
+    assert all(each.startswith('url("data:image/jpeg') for each in shown)
+    assert js(browser, "return document.querySelectorAll('main b').length") == len(shown)  # of values alone
+    js(browser, "document.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight'}))")
+    assert js(browser, "return document.querySelector('article h2').textContent") == "neuron 2"
+    assert_no_sideways(browser)
+    assert_named(browser)
+    assert_quiet(browser, page)

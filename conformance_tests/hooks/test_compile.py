@@ -63,6 +63,17 @@ def test_a_full_cache_equals_the_eager_one(make, image, facts, backend):
         torch.testing.assert_close(cache[name], eager[name], **CLOSE, msg=name)
 
 
+@pytest.mark.parametrize("pos", ["cls", [1, -1]])
+def test_rows_of_patterns(model, image, pos):
+    names = ["attn_scores", "pattern"]
+    logits, eager = model.run_with_cache(image, names=names, pos=pos)
+    with model.caching(names, pos=pos) as cache:
+        output = compiled(model)(image)
+    torch.testing.assert_close(output, logits, **CLOSE)
+    for name in eager:
+        torch.testing.assert_close(cache[name], eager[name], **CLOSE)
+
+
 def test_derived_points(model, image):
     names = ["result", "q_input", "k_input", "v_input"]
     _, eager = model.run_with_cache(image, names=names)

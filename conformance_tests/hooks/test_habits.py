@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import prisma_core
-from prisma_core import HookedModel, HookPoint, NotApplicable, UnknownName
+from prisma_core import HookedModel, HookPoint, InputError, NotApplicable, UnknownName
 from prisma_core.errors.migration import UnknownAttribute, migration_hint
 from prisma_core.hooks.point import HookContext, Scope, ScopeContext
 
@@ -243,17 +243,20 @@ def test_full_names_are_transformer_lens(vit):
 
 
 @pytest.mark.parametrize("nothing", [[], torch.zeros(9, dtype=torch.bool), torch.tensor([], dtype=torch.long)])
-def test_an_empty_choice_keeps_nothing(vit, image, nothing):
-    _, cache = vit.run_with_cache(image, names="resid_post", pos=nothing)
-    assert cache["resid_post", 0].shape == (3, 0, 18)
-    _, cache = vit.run_with_cache(image, names="z", heads=[])
-    assert cache["z", 0].shape == (3, 9, 0, 6)
+def test_an_empty_choice_is_refused(vit, image, nothing):
+    for how in ({"pos": nothing}, {"heads": nothing}):
+        with pytest.raises(InputError, match="at least one position"):
+            vit.run_with_cache(image, names="z", **how)
+    with pytest.raises(InputError, match=r"slice\(9, None, None\) selects nothing on axis 1"):
+        vit.run_with_cache(image, names="z", pos=slice(9, None))
+    with pytest.raises(InputError, match="no distillation tokens"):
+        vit.run_with_cache(image, names="z", pos="distillation")
 
 
 @pytest.mark.parametrize(
     ("loss", "words"),
     [
-        (3, "The loss is int"),
+        (3, "The loss is 3; expected a function"),
         (lambda logits: None, "must be one number; got NoneType"),
         (lambda logits: 1.5, "must be one number; got float"),
         (lambda logits: logits.detach().sum(), "carries no graph"),

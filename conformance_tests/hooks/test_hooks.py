@@ -183,7 +183,7 @@ def test_an_unusable_return_is_an_error_that_names_the_point(vit, image, value, 
 def test_wrong_hooks_are_refused_before_the_pass(vit, image):
     for hooks, error, words in (
         ({"nothing": lambda x, at: x}, UnknownName, "No hook point matches"),
-        ({"z": 3}, HookError, r"The hook for 'z' is int; expected hook\(activation, at\)"),
+        ({"z": 3}, HookError, r"The hook for 'z' is 3; expected hook\(activation, at\)"),
         ([("z", lambda x, at: x)], HookError, r"Expected hooks as \{name: hook\}, got list"),
     ):
         with pytest.raises(error, match=words):

@@ -149,7 +149,7 @@ def test_files_and_objects_that_are_no_image(tmp_path: Path) -> None:
     ("array", "fact"),
     [
         (np.zeros((8, 12, 2), np.uint8), "1, 3 or 4 channels"),
-        (np.zeros((3, 8, 12), np.uint8), "1, 3 or 4 channels"),
+        (np.zeros((2, 8, 12), np.uint8), "1, 3 or 4 channels"),
         (np.zeros((0, 12), np.uint8), r"\[0, 12\]"),
         (np.zeros((8, 12), np.int64), "int64"),
         (np.full((8, 12), np.nan), "96 values.*NaN"),
@@ -159,6 +159,17 @@ def test_files_and_objects_that_are_no_image(tmp_path: Path) -> None:
 def test_arrays_that_are_no_image(array: np.ndarray[Any, Any], fact: str) -> None:
     with pytest.raises(InputError, match=fact):
         PREPROCESS(array)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_channels_may_come_first_and_images_along_a_first_axis(channels: int) -> None:
+    images = np.random.default_rng(channels).integers(0, 256, (2, 8, 12, channels), np.uint8)
+    expected = PREPROCESS(list(images))
+    first = images.transpose(0, 3, 1, 2)
+    for given in (images, first, list(first), torch.from_numpy(first.copy()), torch.from_numpy(first / 255)):
+        assert torch.equal(PREPROCESS(given), expected)
+    square = np.random.default_rng(0).integers(0, 256, (3, 9, 3), np.uint8)  # either axis may be channels: the last is
+    assert torch.equal(PREPROCESS(square), PREPROCESS(Image.fromarray(square)))
 
 
 def test_an_image_for_the_model_goes_through_preprocess(vit: HookedViT) -> None:

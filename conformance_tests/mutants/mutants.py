@@ -12,7 +12,6 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from prisma_conformance import Case, Pictures
 from prisma_conformance.subject import Subject
@@ -221,18 +220,6 @@ def transpose_grid(model: HookedViT) -> None:
     pos = model.embed.pos_embed
     turned = rearrange(pos[n:].detach().clone(), "(c r) d -> (r c) d", r=layout.rows, c=layout.columns)
     pos[n:].copy_(turned)
-
-
-def resize_without_antialias(model: HookedViT) -> None:
-    embed, n, layout = model.embed, model.layout.n_prefix, model.layout
-
-    def positions(size: tuple[int, int]) -> Tensor:
-        grid = rearrange(embed.pos_embed[n:], "(r c) d -> 1 d r c", r=layout.rows)
-        if size != (layout.rows, layout.columns):
-            grid = F.interpolate(grid.float(), size=size, mode="bicubic", antialias=False)
-        return torch.cat([embed.pos_embed[:n], rearrange(grid.to(embed.pos_embed), "1 d r c -> (r c) d")])
-
-    embed.positions = positions  # type: ignore[method-assign]
 
 
 def detach_mlp(model: HookedViT) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from prisma_conformance import Pictures
 from torch import nn
 
-from prisma_core import HookedViT
+from prisma_core import HookedViT, ModelSpec
 from prisma_core.maps.places import HookMap, Place, Row
 from prisma_core.spec import NormSpec
 
@@ -36,7 +36,6 @@ from .mutants import (
     parameters,
     part,
     point,
-    resize_without_antialias,
     scale_after_hook,
     swap_queries_and_keys,
     transpose_grid,
@@ -56,6 +55,12 @@ def _unfuse(upstream: nn.Module) -> None:
     for module in upstream.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = not module.fused_attn
+
+
+def _without_antialias(spec: ModelSpec) -> ModelSpec:
+    assert spec.embed.interpolation is not None
+    interpolation = spec.embed.interpolation.model_copy(update={"antialias": False})
+    return part("embed", interpolation=interpolation)(spec)
 
 
 def _forget(model: HookedViT) -> None:
@@ -88,13 +93,26 @@ LOGITS = "float64: logits differ by"
 MUTANTS = [
     # ------------------------------------------------------------ numbers
     Mutant(
-        "tanh gelu for erf gelu", "parity.logits", LOGITS, spec=block("mlp", act="gelu_tanh"), remedy="activation gelu "
+        "tanh gelu for erf gelu",
+        "parity.logits",
+        LOGITS,
+        spec=block("mlp", act="gelu_tanh"),
+        remedy="mlp.act='gelu'",
     ),
     Mutant(
-        "quick gelu for gelu", "parity.logits", LOGITS, spec=block("mlp", act="quick_gelu"), remedy="activation gelu "
+        "quick gelu for gelu",
+        "parity.logits",
+        LOGITS,
+        spec=block("mlp", act="quick_gelu"),
+        remedy="mlp.act='gelu'",
     ),
     Mutant(
-        "gelu for silu", "parity.logits", LOGITS, case="rotary", spec=block("mlp", act="gelu"), remedy="activation silu"
+        "gelu for silu",
+        "parity.logits",
+        LOGITS,
+        case="rotary",
+        spec=block("mlp", act="gelu"),
+        remedy="mlp.act='silu'",
     ),
     Mutant("torch's default eps", "parity.logits", LOGITS, spec=part("ln_final", eps=1e-5), remedy="eps="),
     Mutant("one eps for all", "parity.logits", LOGITS, spec=blocks(ln1=NormSpec(eps=1e-6)), remedy="eps="),
@@ -112,7 +130,7 @@ MUTANTS = [
         "parity.logits",
         LOGITS,
         spec=block("attn", scale=1.0),
-        remedy="attention scale d_head**-0.5",
+        remedy="attn.scale=0.353553 (it is 1)",
     ),
     Mutant(
         "layer scale dropped",
@@ -126,7 +144,7 @@ MUTANTS = [
         "parity.logits",
         LOGITS,
         edit=lambda model: [x.copy_(x.detach().clone().roll(1, 0)) for x in parameters(model, "embed.prefix")],
-        remedy="prefix tokens rotated",
+        remedy="[reg_token, cls_token] -> embed.prefix",
     ),
     Mutant(
         "an output bias dropped",
@@ -140,7 +158,7 @@ MUTANTS = [
         LOGITS,
         case="rotary",
         spec=part("rope", layout="half"),
-        remedy="rope layout interleaved",
+        remedy="rope.layout='interleaved'",
     ),
     Mutant(
         "gate and input of the MLP exchanged",
@@ -155,7 +173,7 @@ MUTANTS = [
         LOGITS,
         case="averaged",
         spec=part("pool", with_prefix=True),
-        remedy="alone",
+        remedy="pool.with_prefix=False",
     ),
     Mutant(
         "the class token for the mean",
@@ -163,7 +181,7 @@ MUTANTS = [
         LOGITS,
         case="averaged",
         spec=part("pool", kind="token"),
-        remedy="avg",
+        remedy="pool.kind='avg'",
     ),
     Mutant("patch grid transposed", "parity.logits", LOGITS, edit=transpose_grid),
     Mutant(
@@ -177,8 +195,8 @@ MUTANTS = [
         "positions resized without antialiasing",
         "parity.logits",
         LOGITS,
-        edit=resize_without_antialias,
-        remedy="antialiased",
+        spec=_without_antialias,
+        remedy="embed.interpolation.antialias=True (it is False)",
     ),
     # ------------------------------------------------------------ activations
     Mutant(

@@ -73,27 +73,34 @@ def test_doctor_tries_one_eps_in_all_norms() -> None:
     assert f"and the logits, with: eps={norms[0].eps:g} in all {len(norms)} norms that have 0.001." in told
     assert "stay off" not in told
     # Where each has an eps of its own, the first that is wrong is named as its hook points are.
-    assert "in blocks.0.ln1 (it has 0.001)" in str(examine(Subject(CASES["plain"], Broken(adapter, broken), upstream)))
+    assert "blocks.{l}.ln1.eps=that of each layer (it is 0.001)" in str(
+        examine(Subject(CASES["plain"], Broken(adapter, broken), upstream))
+    )
 
 
 @pytest.mark.parametrize(
-    ("row", "says"),
+    ("row", "says", "place"),
     [
-        ("blocks.{l}.norm1 -> blocks.{l}.hook_resid_mid", "parts from upstream at blocks.0.hook_resid_mid"),
+        (
+            "blocks.{l}.norm1 -> blocks.{l}.hook_resid_mid",
+            "parts from upstream at blocks.0.hook_resid_mid",
+            "blocks.0.norm2 : in -> blocks.0.hook_resid_mid",
+        ),
         (
             "blocks.{l}.norm1 @ softmax -> blocks.{l}.attn.hook_pattern",
             "upstream shows nothing to compare with at",
+            "blocks.0.attn.attn_drop : in -> blocks.0.attn.hook_pattern",
         ),
     ],
 )
-def test_doctor_says_which_row_is_wrong_where_logits_agree(row: str, says: str) -> None:
+def test_doctor_says_which_row_is_wrong_where_logits_agree(row: str, says: str, place: str) -> None:
     upstream, adapter = built("plain")
     hook = row.partition(" -> ")[2]
     broken = Mutant("", "", "", hooks=lambda table: table.without(hook) | HookMap.parse(row))
     told = str(examine(Subject(CASES["plain"], Broken(adapter, broken), upstream)))
     assert says in told
-    assert f"As the logits agree, the suspect is this row of the hook map: '{row}'." in told
-    assert "usual suspects" not in told
+    assert f"The row '{row}' reads another tensor; this one reads the right one: '{place}'." in told
+    assert "makes it agree" not in told
 
 
 def test_doctor_finds_nothing_wrong_with_what_is_right() -> None:

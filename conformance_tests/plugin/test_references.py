@@ -24,8 +24,19 @@ def test_a_folder_without_its_source_is_suggested(vit: HookedViT, tmp_path: Path
 
 def test_an_unknown_device_is_named(vit: HookedViT, tmp_path: Path) -> None:
     reference = f"file:{prisma.save(vit, tmp_path)}"
-    with pytest.raises(LoadError, match="device=abacus"):
-        prisma.load(reference, device="abacus")
+    for device in ("abacus", 10**6, -1, True):
+        with pytest.raises(InputError, match=f"{device!r}; there is cpu"):
+            prisma.load(reference, device=device)
+    assert next(prisma.load(reference, device="meta").parameters()).is_meta
+
+
+def test_the_path_of_a_folder_is_a_reference(vit: HookedViT, tmp_path: Path) -> None:
+    folder = prisma.save(vit, tmp_path / "model")
+    assert prisma.load(folder).spec == prisma.outline(folder).spec == vit.spec
+    with pytest.raises(LoadError, match=r"no spec\.json"):
+        prisma.load(tmp_path / "nothing")
+    with pytest.raises(UnknownName, match=r"is a file.*timm:vit_base_patch16_224@.*model\.safetensors"):
+        prisma.load(folder / "model.safetensors")
 
 
 def test_an_unknown_option_is_named(vit: HookedViT, tmp_path: Path) -> None:

@@ -169,24 +169,26 @@ def films() -> HookedViT:
 
 @pytest.mark.parametrize(
     ("made", "says"),
-    [(towers, "prisma_view.report(model.vision, first, second)"), (films, "the page shows pictures, not videos")],
+    [(towers, "takes words to tell apart"), (films, "Leave it out")],
 )
-def test_models_without_pages_are_refused_with_what_there_is_instead(
+def test_what_only_another_kind_takes_is_refused(
     made: Any, says: str, pictures: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept = prisma.save(made(), tmp_path / "model")
-    assert main(["demo", "--no-open", *options_of(f"file:{kept}", pictures, tmp_path / "out")]) == 1
+    given = ["--model", f"file:{kept}", "--image", str(pictures[0]), "--out", str(tmp_path / "out")]
+    other = ["--other", str(pictures[1])] if made is films else []
+    assert main(["demo", "--no-open", *given, *other]) == 1
     assert says in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
 
 
-def test_models_without_canonical_form_have_no_page(
-    pictures: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_models_without_canonical_form_have_the_page_of_their_insides(
+    pictures: tuple[Path, Path], tmp_path: Path
 ) -> None:
     pytest.importorskip("timm", reason="needs timm: pip install 'prisma-interp[timm]'")
-    given = options_of("timm:test_convnext", pictures, tmp_path)
-    assert main(["demo", "--no-pretrained", "--no-open", *given]) == 1
-    assert "docs/how-to-other-architectures.md" in " ".join(capsys.readouterr().err.split())
+    given = ["--model", "timm:test_convnext", "--image", str(pictures[0]), "--out", str(tmp_path / "out")]
+    assert main(["demo", "--no-pretrained", "--no-open", *given]) == 0
+    assert "untrained weights" in (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
 
 
 def test_a_vision_tower_by_itself_has_a_report() -> None:

@@ -82,13 +82,20 @@ def in_eight_bits(image: torch.Tensor) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", BUNDLED)
-def test_a_sample_is_an_image_that_the_model_takes(name: str):
+def test_a_sample_is_an_image_or_a_video_that_the_model_takes(name: str):
     model, sample = prisma.load(f"toy:{name}"), installed().source("toy").sample(name, seed=3)
-    if task(CONFIGS[name].data).tubelet is not None:
-        assert sample is None
-        return
-    assert sample is not None
+    assert isinstance(sample, list) == (task(CONFIGS[name].data).tubelet is not None)
     assert model.preprocess(sample).shape[1:] == task(CONFIGS[name].data).shape
+
+
+def test_a_source_names_the_checkpoints_of_a_model() -> None:
+    source = installed().source("toy")
+    steps = source.checkpoints("mae-scenes@16")
+    assert list(steps) == sorted(steps)
+    assert steps[16] == "toy:mae-scenes@16"
+    last, model = (prisma.load(each).state_dict() for each in (steps[max(steps)], "toy:mae-scenes"))
+    assert all(torch.equal(last[name], model[name]) for name in model)
+    assert source.checkpoints("scenes-3l") == source.checkpoints("no such model") == {}
 
 
 @pytest.mark.parametrize("name", BUNDLED)

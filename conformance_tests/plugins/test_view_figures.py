@@ -6,6 +6,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ import pytest
 import torch
 from PIL import Image
 from plotly.offline import get_plotlyjs
+from prisma_patch import Circuit, change_points
+from prisma_patch.graph import Shape
+from prisma_view.graphs import drawing
 from prisma_view.still import draw as draw_still
+from prisma_view.table import GRAPH
 
 from prisma_core import InputError, Result, TokenLayout, UnknownName
 
@@ -172,6 +177,57 @@ def test_a_still_image_leaves_out_what_its_font_lacks_and_breaks_a_long_unit() -
     lines = axis.get_ylabel().splitlines()
     assert " ".join(lines) == result.unit
     assert max(map(len, lines)) <= 36
+
+
+def test_a_graph_has_the_edges_of_the_circuit(tmp_path: Path) -> None:
+    shape = Shape(n_layers=2, n_heads=3, d_model=4, parallel=False, mlps=(0,))
+    whole = Circuit(shape, values(*shape.real().shape) * shape.real(), shape.real())
+    edges = {"input->a0.h1<v>": 2.0, "a0.h1->m0": -1.0, "m0->a1.h2<q>": 0.5, "a1.h2->logits": -4.0}
+    circuit = whole.only([*edges])
+    for edge, weight in edges.items():
+        circuit.scores[circuit.index(edge)] = weight
+    figure = circuit.plot()
+    assert figure.chart.kind == "graph"
+    shown = drawing(figure.chart)
+    assert {edge.name: edge.weight for edge in shown.edges} == edges
+    assert [edge.name for edge in shown.edges][-1] == "a1.h2->logits"  # the strongest lies on top
+    assert figure.chart.describe() == "circuit: 4 edges. Largest: a1.h2->logits, -4 score."
+    heights = [shown.nodes[name][1] for name in ("input", "a0.h0", "a0.h1", "m0", "a1.h2", "logits")]
+    assert heights == [0, 1, 1, 2, 3, 4]
+    lines = [trace for trace in figure.data if trace.mode == "lines"]
+    assert sorted(line.line.width for line in lines)[-1] == pytest.approx(6)
+    words = {text: trace.name for trace in figure.data if trace.mode == "markers" for text in trace.text}
+    assert words[escape("a1.h2->logits: -4 score")] == "negative"
+    assert words[escape("input->a0.h1<v>: +2 score")] == "positive"
+    still = draw_still(figure.chart).axes[0]
+    assert len(still.lines) == 4
+    assert {text.get_text() for text in still.texts} == {*shape.sources, "logits"}
+    assert "<figure" in circuit._repr_html_()
+    many = Result(values(40, 40), ("source", "target"), {a: tuple(f"m{i}" for i in range(40)) for a in GRAPH}).plot()
+    assert "120 of 1600 edges" in many.layout.title.text
+    assert len(drawing(many.chart).edges) == 120
+    with pytest.raises(InputError, match="'cat' is no node"):
+        Result(values(2, 2), GRAPH, {"source": ("input", "cat"), "target": ("m0", "logits")}).plot()
+
+
+def test_changes_are_drawn_with_their_intervals() -> None:
+    x = torch.cat([torch.ones(12), torch.zeros(8)]).double() + 0.05 * values(20)
+    series = Result(x, ("checkpoint",), {"checkpoint": tuple(str(100 * at) for at in range(20))}, unit="loss")
+    changes = change_points(series, 1)
+    figure = changes.plot()
+    assert figure.chart.spans == (tuple(changes.values[0].tolist()),)
+    np.testing.assert_array_equal(figure.chart.values[0], np.stack([x, changes.tensors["fitted"]]))
+    assert [trace.name for trace in figure.data] == ["series", "pieces"]
+    assert figure.layout.yaxis.title.text == "loss"
+    low, best, high = changes.values[0].tolist()
+    assert [(shape.x0, shape.x1) for shape in figure.layout.shapes] == [
+        (low - 0.5, high - 0.5),
+        (best - 0.5, best - 0.5),
+    ]
+    assert "Changes at 1200" in figure.layout.title.text
+    still = draw_still(figure.chart).axes[0]
+    assert still.lines[-1].get_xdata()[0] == best - 0.5
+    assert "No change." in change_points(0 * x + 1, 0).plot().layout.title.text
 
 
 def test_panels_that_are_left_out_are_counted() -> None:

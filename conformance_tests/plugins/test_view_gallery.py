@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -281,3 +282,26 @@ def test_the_command_takes_a_harvest_and_a_search_that_was_done(
     assert "blocks.1.hook_resid_post, blocks.2.attn.hook_z" in capsys.readouterr().err.replace("\n", " ")
     assert main(["gallery", "top.safetensors", "--out", "x", *options]) == 1
     assert "--coder" in capsys.readouterr().err
+
+
+def test_one_unit_is_a_page_with_its_images_inside(tmp_path: Path) -> None:
+    made = prisma_view.gallery(planted(noise=0.3), images(), POST, out=tmp_path / "g", k=5, **HOW)
+    whole = units_of(made.path)
+    for neuron in (0, len(whole) - 1):
+        page = made.unit(neuron)
+        inside = json.loads(page.html.split("const inside = ")[1].split(";\nprismaGallery")[0])
+        assert inside["names"] == [str(neuron)]
+        assert inside["largest"] == [index_of(made.path)["largest"][neuron]]
+        (unit,) = inside["units"]
+        assert [row[1:] for row in unit["top"]] == [row[1:] for row in whole[neuron]["top"]]
+        assert unit["effects"] == whole[neuron]["effects"]
+        (sheet,) = (Image.open(io.BytesIO(base64.b64decode(each.split(",")[1]))) for each in inside["sheets"])
+        first = Image.open(made.path.parent / "images" / "0000.jpg")
+        thumb = whole[neuron]["top"][0][0]
+        theirs = first.crop((128 * (thumb % 8), 128 * (thumb // 8), 128 * (thumb % 8) + 128, 128 * (thumb // 8) + 128))
+        ours = np.asarray(sheet.crop((0, 0, 128, 128)), dtype=float)
+        assert np.abs(ours - np.asarray(theirs, dtype=float)).mean() < 6
+        assert "<i>" not in page.html.split("const inside = ")[1]
+    assert 'srcdoc="&lt;!doctype html' in page._repr_html_()
+    with pytest.raises(UnknownName, match=f"0 to {len(whole) - 1}"):
+        made.unit(len(whole))

@@ -8,10 +8,12 @@ from typing import Any
 
 import models
 import numpy as np
+import prisma_lens
 import prisma_view
 import pytest
 import torch
-from prisma_view.sections import principal_colours
+from prisma_toy import draw_motions, draw_scenes, reconstructions
+from prisma_view.insides import principal_colours
 
 import prisma_core as prisma
 from prisma_core import InputError
@@ -54,8 +56,9 @@ def test_a_classifier_has_guesses_lens_attribution_and_components(image: torch.T
     page = prisma_view.overview(model, image)
     assert titles(page) == [
         "Best guesses", "What patches say", "What each layer adds", "Patches by their principal components",
+        "Where heads look",
     ]  # fmt: skip
-    assert set(page.why) == {"Feature maps"}
+    assert set(page.why) == {"Reconstruction by layer", "Reconstruction along training", "Feature maps"}
     logits = model(image)[0].detach()
     order = logits.argsort(descending=True)[:5].tolist()
     (bars,) = page.sections[0].figures
@@ -68,8 +71,54 @@ def test_a_classifier_has_guesses_lens_attribution_and_components(image: torch.T
 
 def test_a_model_without_a_head_has_components_alone(image: torch.Tensor) -> None:
     page = prisma_view.overview(models.build(n_classes=None), image)
-    assert titles(page) == ["Patches by their principal components"]
+    assert titles(page) == ["Patches by their principal components", "Where heads look"]
     assert "no classification head" in page.why["Best guesses"]
+    assert "names no classes" in page.lead
+
+
+def test_heads_are_drawn_from_the_class_token_over_the_image(image: torch.Tensor) -> None:
+    model = models.build(registers=1)
+    page = prisma_view.overview(model, image)
+    _, cache = model.run_with_cache(image, names="hook_pattern")
+    for layer, figure in enumerate(page.sections[-1].figures):
+        pattern = cache["pattern", layer][0].detach()
+        np.testing.assert_allclose(
+            figure.chart.values, pattern[:, 0, model.layout.n_prefix :].unflatten(-1, (2, 3)), rtol=1e-6
+        )
+        assert figure.chart.image is not None
+    without = prisma_view.overview(models.build(cls=0, pool="avg"), image)
+    assert "on average over tokens" in without.sections[-1].words
+
+
+def test_a_masked_autoencoder_fills_in_by_layer_and_along_training() -> None:
+    model = prisma.load("toy:mae-scenes")
+    image = draw_scenes(1, seed=1, size=48).image
+    page = prisma_view.overview(model, (image - 0.5) / 0.5)
+    assert titles(page)[:2] == ["Reconstruction by layer", "Reconstruction along training"]
+    assert "[64, 108] numbers" in page.why["Best guesses"]
+    order = torch.rand(64, generator=torch.Generator().manual_seed(0)).argsort()
+    theirs = reconstructions(image, (order < round(0.6 * 64))[None])
+    (along,) = page.sections[1].figures
+    assert along.chart.labels[1] == tuple(f"step {step}" for step in theirs.names("checkpoint"))
+    np.testing.assert_allclose(along.chart.values[0, 0], theirs.tensors["error"], rtol=1e-4)
+    (by_layer,) = page.sections[0].figures
+    assert by_layer.chart.values[0, 0, -1] == pytest.approx(along.chart.values[0, 0, -1], rel=1e-4)
+    assert by_layer.chart.values[0, 0, -1] < by_layer.chart.values[0, 0, 0]
+    assert [words for _, words in page.sections[0].images][::4] == ["what the model sees", "the image"]
+
+
+def test_a_video_is_shown_frame_by_frame() -> None:
+    model = prisma.load("toy:motion")
+    frames = draw_motions(1, seed=3).video[0, :, 0]
+    video = (frames * 255).round().to(torch.uint8).numpy()
+    page = prisma_view.overview(model, list(video))
+    assert titles(page)[-1] == "Where heads look"
+    lens = page.sections[1].figures[0].chart
+    assert lens.values.shape == (5, 4, 16)
+    assert lens.image.width == 4 * lens.image.height  # four frames that patches have, of eight that the model takes
+    best = model.labels.index(lens.panels[0].removeprefix("class "))
+    read = prisma_lens.logit_lens(model, model.preprocess(list(video)), [best]).values[-1, 0, :, 0]
+    np.testing.assert_allclose(lens.values[0][:, 8:12], model.layout.grid(read, 0)[2], rtol=1e-4)
 
 
 def test_a_dual_encoder_is_held_against_words(tmp_path: Path) -> None:
@@ -99,8 +148,9 @@ def test_a_hooked_upstream_shows_its_feature_maps() -> None:
     model = prisma.adapt(timm.create_model("test_convnext").eval())
     x = torch.randn(1, 3, 64, 64)
     page = prisma_view.overview(model, x)
-    assert titles(page) == ["Best guesses", "Feature maps"]
-    figure = page.sections[1].figures[-1]
+    assert titles(page) == ["Best guesses", "Patches by their principal components", "Feature maps"]
+    assert len(page.sections[1].images) == 3
+    figure = page.sections[2].figures[-1]
     _, cache = model.run_with_cache(x, names=figure.chart.title.split(",")[0])
     ((name, activation),) = cache.items()
     axes = model.hook_points()[name].axes.split()
@@ -108,12 +158,49 @@ def test_a_hooked_upstream_shows_its_feature_maps() -> None:
     np.testing.assert_allclose(figure.chart.values[0], activation.detach().norm(dim=channels)[0], rtol=1e-5)
 
 
+def test_attention_within_windows_is_the_mean_over_windows() -> None:
+    timm = pytest.importorskip("timm", reason="needs timm: pip install 'prisma-interp[timm]'")
+    sizes = {"img_size": 56, "embed_dim": 12, "depths": (2, 1), "num_heads": (2, 3)}
+    torch.manual_seed(0)
+    model = prisma.adapt(timm.create_model("swin_tiny_patch4_window7_224", **sizes).eval())
+    x = torch.randn(1, 3, 56, 56)
+    page = prisma_view.overview(model, x)
+    section = next(each for each in page.sections if each.title == "Where heads look")
+    assert "the mean over windows" in section.words
+    _, cache = model.run_with_cache(x, names="hook_pattern")
+    first = next(iter(cache.values()))
+    np.testing.assert_allclose(section.figures[0].chart.values, first[0].detach().mean(0), rtol=1e-5)
+
+
+def test_a_text_tower_is_told_where_its_page_is(image: torch.Tensor) -> None:
+    with pytest.raises(InputError, match="attention --text"):
+        prisma_view.overview(prisma.load("toy:clip-scenes").text, image)
+
+
 def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "deep" / "report.html"
     assert main(["report", "toy:scenes-3l", "--out", str(out)]) == 0
     assert str(out) in capsys.readouterr().out
     text = out.read_text("utf-8")
-    assert len(re.findall(r'class="figure" id="figure-\d"', text)) == 3
+    assert len(re.findall(r'class="figure card" id="figure-\d"', text)) == 6
     assert not re.search(r"""<(?:img|script)[^>]*src=["'](?!data:)""", text.split("<script>")[0])
     assert main(["report", "toy:scenes-3l", "--words", "a, b", "--out", str(out)]) != 0
     assert "no words" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("reference", ["toy:motion", "toy:mae-scenes"])
+def test_the_commands_take_models_that_are_no_classifiers_of_images(reference: str, tmp_path: Path) -> None:
+    assert main(["demo", "--model", reference, "--out", str(tmp_path), "--no-open"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
+    assert main(["report", reference, "--out", str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.html").read_text("utf-8") == (tmp_path / "index.html").read_text("utf-8")
+
+
+def test_a_demo_of_a_dual_encoder_takes_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["demo", "--model", "toy:clip-scenes", "--out", str(tmp_path / "out"), "--no-open"]
+    assert main(given) != 0
+    assert "--words" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*given, "--words", "a red circle, a blue star"]) == 0
+    assert "a blue star" in (tmp_path / "out" / "index.html").read_text("utf-8")
+    assert main([*given, "--words", "a red circle", "--other", "nowhere.png"]) != 0

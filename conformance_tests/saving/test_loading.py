@@ -128,6 +128,7 @@ def test_one_upstream_tensor_that_makes_two_of_ours_makes_two(tmp_path: Path) ->
 def test_what_adapt_does_not_take_is_said() -> None:
     with pytest.raises(prisma.InputError, match=r"prisma\.load takes a reference"):
         prisma.adapt("timm:vit_tiny_patch16_224")
-    with pytest.raises(prisma.LoadError, match=r"torch\.float16"):
-        prisma.load("toy:scenes-3l", dtype="flt")
+    for dtype in ("flt", torch.int64, "int8"):
+        with pytest.raises(prisma.InputError, match=r"floating point dtype.*torch\.float16"):
+            prisma.load("toy:scenes-3l", dtype=dtype)
     assert prisma.load("toy:scenes-3l", dtype="float16").blocks[0].attn.W_Q.dtype == torch.float16

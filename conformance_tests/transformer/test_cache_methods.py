@@ -58,7 +58,7 @@ def test_projected_heads_of_one_source_or_of_cached_results(make, image, names):
     given = {} if names else {"source": 2}
     whole = cache.stack_head_results(**given)
     torch.testing.assert_close(cache.stack_head_results(**given, project_output_onto=onto), whole @ onto, **EXACT)
-    with pytest.raises(InputError, match=r"Expected project_output_onto \[18\] .* got shape \[17\]"):
+    with pytest.raises(InputError, match=r"Expected project_output_onto \[18\] .* \[17\]"):
         cache.stack_head_results(project_output_onto=torch.randn(17))
 
 
@@ -119,7 +119,12 @@ def test_tokens_that_are_not_in_a_cache(vit, image):
     with pytest.raises(InputError, match="The cls tokens are not in the cache"):
         cache.decompose_resid(pos_slice="cls")
     _, cache = vit.run_with_cache(image)
-    assert cache.decompose_resid(pos_slice=[]).shape == (6, 3, 0, 18)
+    with pytest.raises(InputError, match="at least one position, got "):
+        cache.decompose_resid(pos_slice=[])
+    with pytest.raises(InputError, match="pos_slice=0, got a Tensor"):  # one scale is not that of every token
+        cache.apply_ln_to_stack(cache.decompose_resid(), pos_slice=0)
+    with pytest.raises(InputError, match=r"batch=3 pos.*got a Tensor \[6, 2, 9, 18\]"):
+        cache.logit_attrs(cache.decompose_resid()[:, :2], 0)
 
 
 def test_several_classes_are_one_product(variant, image):

@@ -168,7 +168,7 @@ def test_zero_shot_with_texts(dual: HookedDual) -> None:
         (torch.zeros(2, 10, dtype=torch.long), "at most 9 tokens, got 10"),
         (torch.zeros(2, 3), "whole numbers"),
         (torch.full((1, 3), 50), "from 0 to 49, got 50"),
-        (["a cat"], "got list"),
+        (["a cat"], "got .'a cat'"),
     ],
 )
 def test_tokens_that_are_none(dual: HookedDual, tokens: object, said: str) -> None:

@@ -110,7 +110,7 @@ def doctor(reference: REFERENCE, device: DEVICE = None, full: FULL = False, pret
             progress=lambda change: say(f"trying: {change}"),
         )
     screen.out().print(escape(str(diagnosis)), soft_wrap=True)
-    if not diagnosis.agrees:
+    if not diagnosis.healthy:
         raise typer.Exit(1)
 
 

@@ -110,7 +110,8 @@ def change_points(
 ) -> Result:
     """Return the change points of a series with their intervals: ``[change bound]``, bounds low, best, high.
 
-    A change is the index of the first checkpoint of the new piece; ``labels`` name its step.
+    A change is the index of the first checkpoint of the new piece; ``labels`` name its step. ``plot()`` draws the
+    series (``tensors["series"]``) with the fitted pieces, changes and intervals.
 
     Args:
         series: one number for each checkpoint: a result ``[checkpoint]`` or a tensor.
@@ -160,8 +161,13 @@ def change_points(
         technique="change_points",
         unit="index of the first checkpoint of the new piece",
         baseline=f"constant pieces; intervals hold {level:.0%} of {resamples} resampled series",
-        tensors={"means": means, "fitted": _fitted(x, ends)},
-        facts={"chosen": n is None, "steps": [names[end] for end in ends[:-1]]},
+        tensors={"means": means, "fitted": _fitted(x, ends), "series": x},
+        facts={
+            "chosen": n is None,
+            "steps": [names[end] for end in ends[:-1]],
+            "checkpoints": list(names),
+            "unit": series.unit if isinstance(series, Result) else "",
+        },
     )
 
 

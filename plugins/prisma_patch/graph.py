@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prisma_core import InputError, LoadError
+from prisma_core import InputError, LoadError, Result
 from prisma_core.plugin import UnknownName, replacing, suggest
 
 QKV = ("q", "k", "v")
@@ -158,6 +158,23 @@ class Circuit:
             if torch.equal(fewer, kept):
                 return replace(self, kept=kept)
             kept = fewer
+
+    def to_result(self) -> Result:
+        """Return the scores of the circuit's edges ``[source target]``, 0 for all others."""
+        scores = torch.where(self.kept, self.scores, torch.zeros_like(self.scores))
+        labels = {"source": self.shape.sources, "target": self.shape.targets}
+        return Result(scores, ("source", "target"), labels, technique="circuit", unit="score")
+
+    def plot(self, **options: Any) -> Any:
+        """Return a Plotly figure of the graph; ``options`` are those of ``Result.plot``.
+
+        Raises:
+            PluginError: the library that draws is not installed.
+        """
+        return self.to_result().plot(**options)
+
+    def _repr_html_(self) -> str:
+        return self.to_result()._repr_html_()
 
     def save(self, path: str | Path) -> Path:
         """Write the circuit as JSON in EAP-IG's layout; ``Circuit.load`` reads it, and so does EAP-IG's own class."""

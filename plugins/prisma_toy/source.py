@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from PIL.Image import Image, fromarray
+from torch import Tensor
 
 import prisma_core as prisma
 from prisma_core import InputError, UnknownName, ZooModel
@@ -92,8 +93,12 @@ class ToySource(Source):
             more = f" Checkpoints: {', '.join(steps)}." if steps else ""
             yield ModelInfo(f"toy:{name}", "toy", True, card_title(folder) + more)
 
-    def sample(self, rest: str, seed: int = 0) -> Image | None:
-        """Return an image as the model was trained on, or a scene with two shapes; None for a model of videos."""
+    def checkpoints(self, rest: str) -> dict[int, str]:
+        name = rest.partition("@")[0]
+        return {step: f"{self.name}:{name}@{step}" for step in series(name)} if name in bundled() else {}
+
+    def sample(self, rest: str, seed: int = 0) -> Image | list[Image]:
+        """Return an image as the model was trained on, or the frames of a video; a scene for models that are none."""
         folders, name = bundled(), rest.partition("@")[0]
         facts = json.loads((folders[name] / checkpoints.CONFIG).read_text(encoding="utf-8")) if name in folders else {}
         data = facts.get("data", "scenes")
@@ -120,11 +125,15 @@ def _at(reference: str) -> Path:
     return steps[step]
 
 
-def _sample(one: Task, seed: int) -> Image | None:
-    if one.tubelet is not None:
-        return None
-    pixels = one.batch(1, "held-out", seed, 0).image[0].permute(1, 2, 0)
-    return fromarray((pixels.squeeze(2) * 255).round().to(torch.uint8).numpy())
+def _sample(one: Task, seed: int) -> Image | list[Image]:
+    pixels = one.batch(1, "held-out", seed, 0).image[0]
+    if one.tubelet is None:
+        return _image(pixels)
+    return [_image(frame) for frame in pixels]
+
+
+def _image(pixels: Tensor) -> Image:
+    return fromarray((pixels.permute(1, 2, 0).squeeze(2) * 255).round().to(torch.uint8).numpy())
 
 
 def card_title(folder: Path) -> str:

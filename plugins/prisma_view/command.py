@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 
 import prisma_core as prisma
-from prisma_core import HookedDual, HookedViT, InputError
-from prisma_core.plugin import installed, open_picture
+from prisma_core import HookedViT, InputError
+from prisma_core.plugin import VideoPreprocess, installed, open_picture
 from prisma_view import lazy
 
 DEFAULT = "toy:scenes-3l"
@@ -34,6 +34,7 @@ def demo(
         Path | None,
         typer.Option(help="A second picture, whose heads are put into the first.", show_default="another sample"),
     ] = None,
+    words: Annotated[str | None, typer.Option(help="Texts for a dual encoder, such as 'a cat, a dog'.")] = None,
     model: Annotated[str, typer.Option(help="What to look into; `prisma models` lists what there is.")] = DEFAULT,
     out: Annotated[Path, typer.Option(help="Folder to write into.")] = Path("prisma-demo"),
     pretrained: Annotated[
@@ -44,26 +45,39 @@ def demo(
         typer.Option("--open/--no-open", help="Open the page in a browser.", show_default="where there is a screen"),
     ] = None,
 ) -> None:
-    """Look inside a vision transformer: one page with its emoji logit lens, attention, attribution and patching.
+    """Look inside a model: one page with its emoji logit lens, attention, attribution and patching.
+
+    Models that are no classifiers of images get the page of `prisma report`.
 
     Without options it shows the small model that comes with Prisma, on a picture drawn for it; nothing is downloaded.
     """
     console = Console(stderr=True, highlight=False)
-    for path in (image, other):  # what cannot be read is told before anything is loaded or written
-        if path is not None:
+    for path in (image, other):  # what is not there is told before anything is loaded or written
+        if path is not None and not path.is_file():
             open_picture(path)
     with console.status(f"Loading {model}"):
         loaded = prisma.load(model, **({} if pretrained else {"pretrained": False}))
-    shown = _with_pages(loaded, model)
+    if not pretrained:
+        console.print(f"[bold yellow]Random weights:[/] {model} was not trained, so nothing it says was learned.")
+    if not _names_classes_of_images(loaded):
+        if other is not None:
+            raise InputError(f"{model} is no classifier of images, and --other is for their heads. Leave it out.")
+        page = overview(loaded, model, image, words, out / "index.html", trained=pretrained, console=console)
+        if wants_browser(show):
+            webbrowser.open(page.resolve().as_uri())
+        return
+    if words is not None:
+        raise InputError(f"{model} has classes of its own: --words is for dual encoders.")
+    shown: HookedViT = loaded
     first, second = _pictures(shown, model, image, other)
+    for given in (first, second):
+        open_picture(given, channels=shown.spec.n_channels)
     _made(out)
     with console.status("Looking"):
         found = lazy.report(shown, first, second, progress=console.is_terminal)
     with console.status("Drawing"):
         page = lazy.write_page(found, out / "index.html", trained=pretrained, command=_command())
         pictures = lazy.write_pictures(found, out, trained=pretrained)
-    if not pretrained:
-        console.print(f"[bold yellow]Random weights:[/] {model} was not trained, so nothing it says was learned.")
     for part, reason in found.why.items():
         if part == "heads" and "layers" in found.why:  # the whole picture is missing, which was said
             continue
@@ -81,31 +95,50 @@ def demo(
         webbrowser.open(page.resolve().as_uri())
 
 
-def _with_pages(loaded: object, reference: str) -> HookedViT:
-    """Return the model if there are pages of its kind.
+def _names_classes_of_images(model: Any) -> bool:
+    """Return whether a model has what the page of a classifier shows: a logit for each class of an image."""
+    if not isinstance(model, HookedViT) or model.spec.n_frames is not None:
+        return False
+    return model.spec.n_classes is not None and model.spec.pool.kind not in ("none", "patches")
+
+
+def overview(
+    model: Any, reference: str, image: Path | None, words: str | None, out: Path, *, trained: bool, console: Console
+) -> Path:
+    """Write the overview of any model, say what it lacks, and return its path.
+
+    Args:
+        words: texts for a dual encoder, with commas between them.
 
     Raises:
-        InputError: there are none; it says what there is instead.
+        InputError: an unreadable image, no words for a dual encoder, or a path that cannot be written.
     """
-    if isinstance(loaded, HookedDual):
-        raise InputError(
-            f"{reference} is a pair of towers, which names no classes by itself, and the page is about a classifier. "
-            f"`prisma report {reference} --words 'a cat, a dog'` tells words apart; `prisma attention` shows a tower. "
-            f"Its vision tower is model.vision: prisma_view.report(model.vision, first, second) takes its output's "
-            f"coordinates for classes, and `prisma registers {reference} PICTURE` looks at its tokens."
-        )
-    if not isinstance(loaded, HookedViT):
-        raise InputError(
-            f"{reference} is no vision transformer in canonical form, and the page needs one. Its activations can be "
-            "read and edited all the same: docs/how-to-other-architectures.md. "
-            f"`prisma report {reference}` draws what there is."
-        )
-    if loaded.spec.n_frames is not None:
-        raise InputError(
-            f"{reference} takes videos, and the page shows pictures, not videos: `prisma report` and "
-            "`prisma attention` take a video with --image FILE."
-        )
-    return loaded
+    texts = [each.strip() for each in (words or "").split(",") if each.strip()]
+    with console.status("Looking"):
+        page = lazy.overview(model, given_or_sample(model, reference, image), texts, title=reference, trained=trained)
+    try:
+        page.save(out)
+    except OSError as error:
+        raise InputError(f"Cannot write {out}: {error.strerror}. Give another place with --out.") from error
+    for name, reason in page.why.items():
+        console.print(f"Without {name.lower()}: {reason}", soft_wrap=True, markup=False)
+    Console(highlight=False).print(f"page  {out}", soft_wrap=True, markup=False)
+    return out
+
+
+def given_or_sample(model: Any, reference: str, image: Path | None) -> Any:
+    """Return the image or video that was asked for, or a sample: an image, or the frames of a video.
+
+    Raises:
+        InputError: no source has a sample for the model.
+    """
+    if image is not None:
+        return image
+    drawn = sample(reference, 0)
+    if isinstance(getattr(model, "preprocess", None), VideoPreprocess) != isinstance(drawn, list):
+        kind = "images" if isinstance(drawn, list) else "videos"
+        raise InputError(f"{reference} takes {kind}: give one with --image FILE.")
+    return drawn
 
 
 def _pictures(model: HookedViT, reference: str, image: Path | None, other: Path | None) -> tuple[Any, Any]:

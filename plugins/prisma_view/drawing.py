@@ -11,12 +11,16 @@ from plotly.subplots import make_subplots
 from prisma_view import still
 from prisma_view.chart import Chart
 from prisma_view.colours import LESS, MORE
+from prisma_view.graphs import drawing
 from prisma_view.images import data_uri
 
 FigureType = TypeVar("FigureType", bound=go.Figure)
 INK = "#767676"
 """Grey that is legible (4.5:1) on white and on black, since a notebook's background is not ours."""
 LINES = "rgba(128,128,128,.25)"
+CLEAR = "rgba(0,0,0,0)"
+MOST_GAPS = 100
+"""Cells side by side that have lines between them; more are too small for lines."""
 OVER = 0.62
 """How much of an image the colours above it cover."""
 
@@ -30,14 +34,15 @@ def draw(chart: Chart, figure: FigureType) -> FigureType:
         horizontal_spacing=0.02 if chart.kind == "patches" else 0.06 / max(1, columns - 1),
         vertical_spacing=_gap(chart) / _height(chart, rows, columns) if rows > 1 else 0,
     )  # fmt: skip
-    {"heat": _heat, "patches": _heat, "bars": _bars, "curves": _curves}[chart.kind](figure, chart)
+    {"heat": _heat, "patches": _heat, "bars": _bars, "curves": _curves, "graph": _graph}[chart.kind](figure, chart)
     low, high = chart.limits
     caption = "<br>".join(escape(note) for note in chart.notes)
     height = _height(chart, rows, columns)
     figure.update_layout(
         title={"text": escape(chart.title) + (f"<br><sup>{caption}</sup>" if caption else ""), "x": 0.01},
         font={"color": INK, "family": "system-ui, sans-serif"},
-        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", height=height,
+        paper_bgcolor=CLEAR, plot_bgcolor=CLEAR, height=height,
+        modebar={"bgcolor": CLEAR, "color": INK, "activecolor": _rgb(LESS)},
         margin={"l": 60, "r": 20, "t": 70 + 14 * len(chart.notes) + 20 * bool(titles), "b": 55},
         coloraxis={
             "colorscale": "RdBu_r" if chart.signed else "Viridis", "cmin": low, "cmax": high,
@@ -55,6 +60,8 @@ def _gap(chart: Chart) -> int:
 
 
 def _height(chart: Chart, rows: int, columns: int) -> int:
+    if chart.kind == "graph":
+        return 150 + 64 * drawing(chart).levels
     if chart.kind == "curves":
         return 130 + 280 * rows
     if chart.kind == "bars":
@@ -72,12 +79,13 @@ def _cells(chart: Chart) -> list[tuple[int, int, int]]:
 def _heat(figure: go.Figure, chart: Chart) -> None:
     x, y = ([escape(name) for name in names] for names in chart.labels[::-1])
     bare = chart.kind == "patches"
+    gap = 0 if bare or max(chart.values.shape[1:]) * chart.grid[1] > MOST_GAPS else 1
     for panel, row, column in _cells(chart):
         figure.add_trace(
             go.Heatmap(
                 z=chart.values[panel], x=None if bare else x, y=None if bare else y, coloraxis="coloraxis",
-                opacity=OVER if chart.image is not None else 1, hoverongaps=False, xgap=0 if bare else 1,
-                ygap=0 if bare else 1, name=escape(chart.panels[panel]),
+                opacity=OVER if chart.image is not None else 1, hoverongaps=False, xgap=gap, ygap=gap,
+                name=escape(chart.panels[panel]),
                 hovertemplate=f"{escape(chart.axes[0])} %{{y}}<br>{escape(chart.axes[1])} %{{x}}<br>"
                 f"%{{z:.4g}} {escape(chart.unit)}<extra></extra>",
             ),
@@ -146,8 +154,50 @@ def _curves(figure: go.Figure, chart: Chart) -> None:
                 ),
                 row=row, col=column,
             )  # fmt: skip
-        figure.update_xaxes(title=escape(chart.axes[1]), row=row, col=column)
+        for low, best, high in chart.spans:
+            figure.add_vrect(low - 0.5, high - 0.5, fillcolor=INK, opacity=0.25, line_width=0, row=row, col=column)
+            figure.add_vline(best - 0.5, line={"color": INK, "dash": "dash"}, row=row, col=column)
+        figure.update_xaxes(title=escape(chart.axes[1]), type="category", row=row, col=column)
         figure.update_yaxes(title=escape(chart.unit) if column == 1 else None, row=row, col=column)
+
+
+def _graph(figure: go.Figure, chart: Chart) -> None:
+    shown = drawing(chart)
+    for sign, colour in ((1, MORE), (-1, LESS)):
+        edges = [edge for edge in shown.edges if (edge.weight >= 0) == (sign > 0)]
+        for edge in edges:
+            figure.add_trace(
+                go.Scatter(
+                    x=[edge.start[0], edge.end[0]], y=[edge.start[1], edge.end[1]], mode="lines", hoverinfo="skip",
+                    line={"color": _rgb(colour), "width": edge.width}, opacity=0.75, showlegend=False,
+                )
+            )  # fmt: skip
+        figure.add_trace(  # lines answer a pointer at their ends alone, so their middles are points
+            go.Scatter(
+                x=[(edge.start[0] + edge.end[0]) / 2 for edge in edges],
+                y=[(edge.start[1] + edge.end[1]) / 2 for edge in edges], mode="markers",
+                marker={"color": _rgb(colour), "size": 7}, name="positive" if sign > 0 else "negative",
+                text=[f"{escape(edge.name)}: {edge.weight:+.4g} {escape(chart.unit)}" for edge in edges],
+                hovertemplate="%{text}<extra></extra>",
+            )
+        )  # fmt: skip
+    touched = {end for edge in shown.edges for end in (edge.name.partition("->")[0], _target(edge.name))}
+    names = list(shown.nodes)
+    figure.add_trace(
+        go.Scatter(
+            x=[shown.nodes[name][0] for name in names], y=[shown.nodes[name][1] for name in names], showlegend=False,
+            mode="markers+text", text=[escape(name) for name in names], textposition="middle right",
+            marker={"size": 12, "color": INK, "opacity": [1 if name in touched else 0.35 for name in names]},
+            hovertemplate="%{text}<extra></extra>",
+        )
+    )  # fmt: skip
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    figure.update_layout(legend={"orientation": "h", "y": 0, "x": 0})
+
+
+def _target(edge: str) -> str:
+    return edge.partition("->")[2].partition("<")[0]
 
 
 def _rgb(colour: tuple[int, int, int]) -> str:

@@ -14,9 +14,28 @@ from torch import Tensor
 
 from prisma_core import HookedModel, InputError, Result
 from prisma_core.plugin import LayerQuery
-from prisma_view.gallery_files import write
+from prisma_view.gallery_files import unit_page, write
 from prisma_view.gallery_images import lit
 from prisma_view.gallery_units import Units, about
+from prisma_view.pages import framed, saved
+
+
+@dataclass(frozen=True)
+class UnitPage:
+    """One unit of a gallery as a page of its own, with its images inside."""
+
+    html: str
+    number: int
+
+    def save(self, path: str | Path) -> Path:
+        """Write the page: one file that needs no network."""
+        return saved(path, self.html)
+
+    def _repr_html_(self) -> str:
+        return framed(self.html, f"Unit {self.number}", 44)
+
+    def __repr__(self) -> str:
+        return f"UnitPage(unit {self.number}, {len(self.html) / 1e3:.0f} kB): save('unit.html')"
 
 
 @dataclass(frozen=True)
@@ -37,6 +56,14 @@ class Gallery:
     def bytes(self) -> int:
         """The size of the whole folder."""
         return sum(file.stat().st_size for file in self.path.parent.rglob("*") if file.is_file())
+
+    def unit(self, number: int) -> UnitPage:
+        """Return one unit: its top images with their patches lit, scores, effects and words. A notebook shows it.
+
+        Raises:
+            UnknownName: there is no such unit.
+        """
+        return UnitPage(unit_page(self.path, number), number)
 
     def __repr__(self) -> str:
         return f"Gallery({self.units} units, {self.bytes / 1e6:.1f} MB, {str(self.path)!r})"

@@ -15,14 +15,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from PIL import Image
 
 from prisma_core import InputError, Result
+from prisma_core.plugin import UnknownName
 from prisma_view.colours import SCALE
 from prisma_view.gallery_images import Shown
 from prisma_view.gallery_units import About
+from prisma_view.images import data_uri
+from prisma_view.pages import rendered
 from prisma_view.words import token_name
 
 CHUNK = 50
@@ -61,11 +63,45 @@ def write(out: Path, title: str, kind: str, names: tuple[str, ...], top: Result,
     return page
 
 
-def _page(title: str) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("prisma_view"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.get_template("gallery.html.j2").render(title=title, data=json.dumps({"scale": SCALE}))
+def unit_page(page: Path, unit: int) -> str:
+    """Return a page of one unit of a written gallery, with its images inside.
+
+    Raises:
+        UnknownName: the gallery has no such unit.
+    """
+    index = _read(page.parent / "data" / "index.js")
+    if not 0 <= unit < index["n"]:
+        raise UnknownName(f"No {index['kind']} {unit}: they run from 0 to {index['n'] - 1}.")
+    made = _read(page.parent / "data" / f"units-{unit // CHUNK:04d}.js")[unit % CHUNK]
+    made.pop("similar", None)  # of other pages
+    wide, tall = index["size"]
+    thumbs = []
+    for at, row in enumerate(made["top"]):
+        place = row[0] % ACROSS**2
+        left, top = place % ACROSS * wide, place // ACROSS * tall
+        with Image.open(page.parent / "images" / f"{row[0] // ACROSS**2:04d}.jpg") as sheet:
+            thumbs.append(sheet.crop((left, top, left + wide, top + tall)))
+        row[0] = at
+    names = [f"{unit} {index['names'][unit]}".strip()]
+    one = {
+        **index, "n": 1, "chunk": CHUNK, "thumbs": len(thumbs), "names": names,
+        "sheets": [data_uri(sheet) for sheet in _sheets(thumbs)],
+        **{name: index[name][unit : unit + 1] for name in ("search", "largest", "mean", "share")},
+        "why": {name: reason for name, reason in index["why"].items() if name != "similar units"},
+    }  # fmt: skip
+    data = {**one, "units": [made]}
+    return _page(index["title"], _json(data).replace("<", "\\u003c"))
+
+
+def _read(script: Path) -> Any:
+    """Return the data of a script: the last argument of its one call."""
+    text = script.read_text(encoding="utf-8")
+    return json.loads(f"[{text[text.index('(') + 1 : text.rindex(')')]}]")[-1]
+
+
+def _page(title: str, inside: str | None = None) -> str:
+    """Return the page of a gallery, or of one unit whose data are ``inside``."""
+    return rendered("gallery.html.j2", title=title, data=json.dumps({"scale": SCALE}), inside=inside)
 
 
 def _json(value: Any) -> str:

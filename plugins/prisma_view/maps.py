@@ -66,14 +66,7 @@ def collect(model: HookedModel, inputs: Sequence[Tensor], layers: Sequence[int] 
         NotApplicable: the model has no patterns over its tokens, or over the tokens of windows.
         InputError: a layer that does not exist or has no pattern.
     """
-    points = model.hook_points()
-    names = [name for name in points if name.endswith("attn.hook_pattern") and layer_of(name) is not None]
-    names = [name for name in names if points[name].axes in (SQUARE, WINDOWED)]
-    if not names:
-        raise NotApplicable(
-            f"The viewer needs patterns [{SQUARE}] or [{WINDOWED}], and this model has none. What it does have is in "
-            "model.hook_points(); prisma_view.patches draws any activation on the grid of its patches."
-        )
+    points, names = model.hook_points(), pattern_names(model)
     if layers is not None:
         wrong = [layer for layer in layers if not -len(names) <= layer < len(names)]
         if wrong or not layers:
@@ -87,6 +80,23 @@ def collect(model: HookedModel, inputs: Sequence[Tensor], layers: Sequence[int] 
         _map(name, cache[name][0], cache[other][0] if other in cache else None, points[name].axes == WINDOWED)
         for name, other in zip(names, scores, strict=True)
     ]
+
+
+def pattern_names(model: HookedModel) -> list[str]:
+    """Return the hook points of patterns over all tokens, or over those of windows, by layer.
+
+    Raises:
+        NotApplicable: the model has none.
+    """
+    points = model.hook_points()
+    names = [name for name in points if name.endswith("attn.hook_pattern") and layer_of(name) is not None]
+    names = [name for name in names if points[name].axes in (SQUARE, WINDOWED)]
+    if not names:
+        raise NotApplicable(
+            f"This model has no attention patterns [{SQUARE}] or [{WINDOWED}]. What it does have is in "
+            "model.hook_points(); prisma_view.patches draws any activation on the grid of its patches."
+        )
+    return names
 
 
 def _map(name: str, pattern: Tensor, scores: Tensor | None, windowed: bool) -> Map:

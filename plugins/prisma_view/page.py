@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from torch import Tensor
 
 from prisma_core import TokenLayout
@@ -16,6 +15,7 @@ from prisma_view.findings import Report, head_values
 from prisma_view.glyphs import look
 from prisma_view.images import data_uri
 from prisma_view.pack import grouped, pack, pack_patterns
+from prisma_view.pages import rendered
 from prisma_view.words import component_name, facts, lens_words, patch_words, rest_name, stage_name, token_name, verdict
 
 GUESSES = 3
@@ -29,11 +29,9 @@ def write_page(found: Report, path: Path, *, trained: bool = True, command: str 
         trained: False says on the page that the weights are random.
         command: what made the page, for its last line.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("prisma_view"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
     colours = class_colours(found)
-    text = environment.get_template("page.html.j2").render(
+    text = rendered(
+        "page.html.j2",
         report=found,
         name=found.model.reference or "this model",
         trained=trained,
@@ -42,7 +40,7 @@ def write_page(found: Report, path: Path, *, trained: bool = True, command: str 
         other=data_uri(found.other),
         verdict=verdict(found),
         lens_words=lens_words(found),
-        facts=facts(found),
+        facts=facts(found.model),
         patch_words={} if found.patching is None else {w: patch_words(found, w) for w in found.patching.change},
         data=json.dumps(_data(found, colours), separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"),
     )

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import webbrowser
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 import prisma_core as prisma
 from prisma_core import InputError
-from prisma_core.plugin import VideoPreprocess
 from prisma_view import lazy
-from prisma_view.command import sample, wants_browser
+from prisma_view.command import given_or_sample, overview, wants_browser
 
 
 def attention(
@@ -40,7 +39,7 @@ def attention(
     with console.status(f"Loading {reference}"):
         model = prisma.load(reference, **({} if pretrained else {"pretrained": False}))
     with console.status("Looking"):
-        given = None if text is not None else _input(model, reference, image)
+        given = None if text is not None else given_or_sample(model, reference, image)
         page = lazy.attention_page(
             model, given, text=text, layers=wanted, title=reference, trained=pretrained
         )  # fmt: skip
@@ -67,28 +66,11 @@ def report(
         bool, typer.Option("--pretrained/--no-pretrained", help="Load trained weights, or random ones (no download).")
     ] = True,
 ) -> None:
-    """Write an overview of any model on an image: guesses, lens, attribution, patches by components, feature maps."""
+    """Write an overview of any model on an image or video: what it names, fills in, attends to and tells apart."""
     console = Console(stderr=True, highlight=False)
-    texts = [each.strip() for each in (words or "").split(",") if each.strip()]
     with console.status(f"Loading {reference}"):
         model = prisma.load(reference, **({} if pretrained else {"pretrained": False}))
-    with console.status("Looking"):
-        given = _input(model, reference, image)
-        page = lazy.overview(model, given, texts, title=reference, trained=pretrained)
-    try:
-        path = page.save(out)
-    except OSError as error:
-        raise InputError(f"Cannot write {out}: {error.strerror}. Give another file with --out.") from error
-    for name, reason in page.why.items():
-        console.print(f"Without {name.lower()}: {reason}", soft_wrap=True, markup=False)
-    Console(highlight=False).print(f"page  {path}", soft_wrap=True, markup=False)
-
-
-def _input(model: Any, reference: str, image: Path | None) -> Any:
-    """Return the image or video that was asked for, or a sample."""
-    if image is None and isinstance(getattr(model, "preprocess", None), VideoPreprocess):
-        raise InputError(f"{reference} takes videos: give one with --image FILE.")
-    return sample(reference, 0) if image is None else image
+    overview(model, reference, image, words, out, trained=pretrained, console=console)
 
 
 def _numbers(layers: str) -> list[int]:

@@ -10,39 +10,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import torch
 from plotly.offline import get_plotlyjs
-from prisma_lens import attribute, logit_lens
 from torch import Tensor
 
-from prisma_core import HookedDual, HookedModel, InputError, NotApplicable, Result
-from prisma_core.plugin import layer_of
-from prisma_view.figures import Figure, figure_json, plot
-from prisma_view.images import as_image, data_uri
+from prisma_core import HookedDual, HookedModel, HookedText, InputError, NotApplicable
+from prisma_view import insides, readings, reconstruction
+from prisma_view.figures import figure_json
+from prisma_view.images import data_uri
+from prisma_view.pages import framed, rendered, saved
+from prisma_view.panels import Section, Subject, enlarged
 from prisma_view.viewer import prepare
+from prisma_view.words import facts
 
-STAGES = 3
-BEST = 5
+GUESSES = "Best guesses"
+PARTS: dict[str, Callable[[Subject], Section]] = {
+    GUESSES: readings.guesses,
+    "What patches say": readings.lens,
+    "What each layer adds": readings.layers,
+    "Reconstruction by layer": reconstruction.by_layer,
+    "Reconstruction along training": reconstruction.by_checkpoint,
+    "Patches by their principal components": insides.components,
+    "Where heads look": insides.attention,
+    "Feature maps": insides.features,
+}
 
 
-@dataclass(frozen=True)
-class Section:
-    """A heading, a sentence, and figures or images (as data URIs, with what they show in words)."""
-
-    title: str
-    words: str
-    figures: tuple[Figure, ...] = ()
-    images: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Overview:
     """Sections of a page, and why others are left out.
 
     Attributes:
         sections: in the order of the page.
         why: the reason, by the title of each section that is left out.
+        facts: of the model, for the last lines of the page.
+        wide: images are rows of frames.
     """
 
     title: str
@@ -50,20 +51,35 @@ class Overview:
     sections: tuple[Section, ...]
     why: dict[str, str]
     trained: bool = True
+    facts: tuple[tuple[str, str], ...] = ()
+    wide: bool = False
+
+    @property
+    def lead(self) -> str:
+        """The sentence below the title."""
+        first = self.sections[0]
+        if first.title == GUESSES:
+            return first.words
+        titles = [section.title[0].lower() + section.title[1:] for section in self.sections]
+        return f"This model names no classes. Shown here: {', '.join(titles)}."
 
     def save(self, path: str | Path) -> Path:
         """Write the page: one file that needs no network."""
-        environment = jinja2.Environment(
-            loader=jinja2.PackageLoader("prisma_view"), autoescape=True, undefined=jinja2.StrictUndefined
-        )
+        return saved(path, self.html)
+
+    @property
+    def html(self) -> str:
+        """The page as text."""
         figures = [figure for section in self.sections for figure in section.figures]
-        text = environment.get_template("overview.html.j2").render(
-            page=self, plotly=get_plotlyjs(), figures=[figure_json(figure) for figure in figures]
+        return rendered(
+            "overview.html.j2", page=self, plotly=get_plotlyjs(), figures=[figure_json(figure) for figure in figures]
         )
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-        return path
+
+    def _repr_html_(self) -> str:
+        return framed(self.html, self.title, 52)
+
+    def __repr__(self) -> str:
+        return f"Overview({self.title!r}: {', '.join(section.title for section in self.sections)})"
 
 
 def overview(
@@ -72,8 +88,9 @@ def overview(
     """Return an overview of a model on an image.
 
     Classifiers: their best guesses, where patches read them, and what each layer adds. Dual encoders: the same against
-    ``words``. All with tokens, the self-supervised too: the first three principal components of the patches by layer.
-    Hooked upstreams: the size of their feature maps by stage.
+    ``words``. Masked autoencoders: what hidden patches are filled in with by layer, and by checkpoint where the model's
+    source has some. All with patches or feature maps: their first three principal components by layer, where heads
+    look, and the size of feature maps.
 
     Args:
         model: any hooked model that sees images.
@@ -86,125 +103,32 @@ def overview(
         InputError: an unreadable image, words for a model that reads none, or a dual encoder without words.
         NotApplicable: nothing of this applies to the model.
     """
+    if isinstance(model, HookedText):
+        raise InputError("This model reads texts: `prisma attention --text`, or prisma_view.attention_page(text=...).")
     if isinstance(model, HookedDual) != bool(words):
         expected = (
-            "words to tell apart, such as words=['a cat', 'a dog']" if not words else "no words: it reads no texts"
+            "words to tell apart, such as words=['a cat', 'a dog'] (--words 'a cat, a dog')"
+            if not words
+            else "no words: it reads no texts"
         )
         raise InputError(f"{type(model).__name__} takes {expected}.")
     x, seen = prepare(model.vision if isinstance(model, HookedDual) else model, image)
-    parts: dict[str, Callable[[], Section]] = {
-        "Best guesses": lambda: _guesses(model, x, words),
-        "What patches say": lambda: _lens(model, x, words, seen),
-        "What each layer adds": lambda: _layers(model, x, words),
-        "Patches by their principal components": lambda: _components(model, x),
-        "Feature maps": lambda: _features(model, x),
-    }
+    subject = Subject(model, x, seen, tuple(words))
     sections, why = [], {}
-    for name, part in parts.items():
+    for name, part in PARTS.items():
         try:
-            sections.append(part())
+            sections.append(part(subject))
         except (NotApplicable, InputError) as error:
             why[name] = str(error)
     if not sections:
         raise NotApplicable(f"Nothing of an overview applies to this model. {' '.join(why.values())}")
-    first = seen if not isinstance(seen, Tensor) else as_image(seen[0, 0] if seen.ndim == 5 else seen)
     name = title or getattr(model, "reference", None) or type(model).__name__
-    return Overview(name, data_uri(first), tuple(sections), why, trained)
+    wide = subject.layout is not None and subject.layout.frames > 1
+    return Overview(name, data_uri(_shown(seen)), tuple(sections), why, trained, tuple(facts(model)), wide)
 
 
-def _target(model: Any, x: Tensor, words: Sequence[str]) -> tuple[Any, list[str]]:
-    """Return the classes or texts that are looked at, best first, with their names."""
-    if isinstance(model, HookedDual):
-        order = model.classify(x, list(words), template="{}")[0].argsort(descending=True)[:BEST].tolist()
-        return [words[i] for i in order], [words[i] for i in order]
-    if getattr(model.spec, "n_classes", None) is None:
-        raise NotApplicable("This model has no classification head, so it names no classes.")
-    with torch.no_grad():
-        best = model(x)[0].topk(min(BEST, model.spec.n_classes)).indices.tolist()
-    return best, [model.labels[i] if model.labels else f"class {i}" for i in best]
-
-
-def _guesses(model: Any, x: Tensor, words: Sequence[str]) -> Section:
-    target, names = _target(model, x, words)
-    if isinstance(model, HookedDual):
-        chances = model.classify(x, target, template="{}")[0].detach()
-    else:
-        with torch.no_grad():
-            chances = model(x)[0].softmax(-1)[target]
-    result = Result(chances.float(), ("class",), {"class": tuple(names)}, technique="chances", unit="probability")
-    among = "of these words" if words else "of all classes"
-    return Section("Best guesses", f"{names[0]}, {float(chances[0]):.0%} {among}.", (plot(result, kind="bars"),))
-
-
-def _lens(model: Any, x: Tensor, words: Sequence[str], seen: Any) -> Section:
-    target, names = _target(model, x, words)
-    lens = logit_lens(model, x, target).sel(layer=-1, batch=0)
-    figure = plot(lens, kind="patches", image=None if isinstance(seen, Tensor) and seen.ndim == 5 else seen)
-    return Section("What patches say", f"Each patch read after the last layer, for {', '.join(names)}.", (figure,))
-
-
-def _layers(model: Any, x: Tensor, words: Sequence[str]) -> Section:
-    target, names = _target(model, x, words)
-    result = attribute(model, x, target[:1])
-    return Section("What each layer adds", f"Direct attribution of “{names[0]}”.", (plot(result, kind="bars"),))
-
-
-def _components(model: Any, x: Tensor) -> Section:
-    tower = model.vision if isinstance(model, HookedDual) else model
-    layout = tower.layout_for(x)
-    names = [name for name in tower.hook_points() if name.endswith("hook_resid_post")]
-    names = [name for name in names if tower.hook_points()[name].axes == "batch pos d_model"]
-    if layout is None or not names:
-        raise NotApplicable("This model has no stream of patches with a layout.")
-    chosen = sorted({names[round(i * (len(names) - 1) / (STAGES - 1))] for i in range(STAGES)}, key=names.index)
-    with torch.no_grad():
-        _, cache = tower.run_with_cache(x, names=chosen, output=False)
-    images = []
-    for name in chosen:
-        grid = layout.grid(cache[name][0].float().cpu(), axis=0)
-        colours, share = principal_colours(grid)
-        rows = torch.cat(list(colours), 1) if colours.ndim == 4 else colours  # frames side by side
-        big = as_image(rows.movedim(-1, 0)).resize((rows.shape[1] * 16, rows.shape[0] * 16), 0)
-        images.append((data_uri(big), f"after layer {layer_of(name)}: {share:.0%} of the variance"))
-    words = (
-        "Patches of one colour are alike to the model: red, green and blue are the first three principal components."
-    )
-    return Section("Patches by their principal components", words, images=tuple(images))
-
-
-def principal_colours(grid: Tensor) -> tuple[Tensor, float]:
-    """Return the first three principal components of patches ``[... d]``, in 0..1, and their share of the variance.
-
-    Signs are fixed: the largest entry of each component's direction is positive.
-    """
-    x = grid.flatten(0, -2)
-    x = x - x.mean(0)
-    _, sizes, directions = torch.linalg.svd(x, full_matrices=False)
-    n = min(3, len(sizes))
-    largest = directions[:n].abs().argmax(-1, keepdim=True)
-    axes = directions[:n] * directions[:n].gather(1, largest).sign()
-    parts = x @ axes.T
-    low, high = parts.amin(0), parts.amax(0)
-    scaled = (parts - low) / (high - low).clamp_min(1e-12)
-    scaled = torch.nn.functional.pad(scaled, (0, 3 - n))
-    share = float((sizes[:n] ** 2).sum() / (sizes**2).sum().clamp_min(1e-30))
-    return scaled.reshape(*grid.shape[:-1], 3), share
-
-
-def _features(model: Any, x: Tensor) -> Section:
-    points = model.hook_points()
-    names = [name for name in points if {"row", "column"} <= set(points[name].axes.split())]
-    names = [name for name in names if name.endswith("hook_resid_post")] or names
-    if not names:
-        raise NotApplicable("This model has no activations with rows and columns.")
-    chosen = sorted({names[round(i * (len(names) - 1) / 5)] for i in range(6)}, key=names.index)
-    with torch.no_grad():
-        _, cache = model.run_with_cache(x, names=chosen, output=False)
-    figures = []
-    for name in chosen:
-        axes = points[name].axes.split()
-        rest = [at for at, axis in enumerate(axes) if axis not in ("row", "column")]
-        sizes = torch.linalg.vector_norm(cache[name].float(), dim=rest)
-        order = ("row", "column") if axes.index("row") < axes.index("column") else ("column", "row")
-        figures.append(plot(Result(sizes, order, technique=name, unit="norm over channels")))
-    return Section("Feature maps", "The size of activations at each place, stage by stage.", tuple(figures))
+def _shown(seen: Any) -> Any:
+    """Return what the model sees as an image, frames of a video side by side."""
+    if not isinstance(seen, Tensor):
+        return seen
+    return enlarged(seen[0].movedim(-3, -1).cpu())

@@ -17,6 +17,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from prisma_view.chart import Chart
 from prisma_view.colours import CLASSES, LESS, MORE
+from prisma_view.graphs import drawing
 
 LINES = (CLASSES[4], CLASSES[5], CLASSES[2], CLASSES[6], CLASSES[1], CLASSES[0], CLASSES[7], CLASSES[9])
 """Colours of curves, apart for colour-blind eyes; each line has a marker of its own as well."""
@@ -30,6 +31,8 @@ def draw(chart: Chart) -> Figure:
     tall, wide = chart.values.shape[1:]
     if chart.kind == "bars":
         size = (max(5, 3.6 * columns), 0.9 + rows * max(1.4, 0.23 * wide))
+    elif chart.kind == "graph":
+        size = (7, 1.0 + 0.55 * drawing(chart).levels)
     elif chart.kind == "curves":
         size = (max(5, 3.4 * columns), 0.9 + 2.6 * rows)
     else:
@@ -42,7 +45,9 @@ def draw(chart: Chart) -> Figure:
         axis.remove()
     for panel, axis in enumerate(axes[: len(chart.panels)]):
         axis.set_title(_plain(chart.panels[panel]), fontsize=9)
-        {"heat": _heat, "patches": _heat, "bars": _bars, "curves": _curves}[chart.kind](axis, chart, panel)
+        {"heat": _heat, "patches": _heat, "bars": _bars, "curves": _curves, "graph": _graph}[chart.kind](
+            axis, chart, panel
+        )
     if chart.kind in ("heat", "patches"):
         figure.colorbar(
             ScalarMappable(Normalize(*chart.limits), _map(chart)),
@@ -130,3 +135,18 @@ def _curves(axis: Any, chart: Chart, panel: int) -> None:
     axis.grid(alpha=0.25)
     axis.set(xlabel=_plain(chart.axes[1]), ylabel=_unit(chart))
     _ticks(axis.xaxis, points)
+    for low, best, high in chart.spans:
+        axis.axvspan(low - 0.5, high - 0.5, color="0.5", alpha=0.25, linewidth=0)
+        axis.axvline(best - 0.5, color="0.4", linestyle="--", linewidth=1)
+
+
+def _graph(axis: Any, chart: Chart, panel: int) -> None:
+    shown = drawing(chart)
+    for edge in shown.edges:
+        (one, two), colour = (edge.start, edge.end), np.array(MORE if edge.weight >= 0 else LESS) / 255
+        axis.plot([one[0], two[0]], [one[1], two[1]], color=colour, linewidth=edge.width / 2, alpha=0.75, zorder=1)
+    for name, (x, y) in shown.nodes.items():
+        axis.scatter([x], [y], s=36, color="0.45", zorder=2)
+        axis.annotate(_plain(name), (x, y), (5, 0), textcoords="offset points", fontsize=7, va="center", zorder=3)
+    axis.set_axis_off()
+    axis.set_title(_plain(f"{chart.unit}: orange positive, blue negative"), fontsize=8)

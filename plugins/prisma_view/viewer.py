@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from PIL.Image import Image
 from prisma_lens import head_scores
 from torch import Tensor
@@ -19,6 +17,7 @@ from prisma_core.plugin import open_picture
 from prisma_view.colours import SCALE
 from prisma_view.images import as_image, data_uri
 from prisma_view.maps import Map, collect, fitted, store
+from prisma_view.pages import framed, rendered, saved
 from prisma_view.text import words_in
 from prisma_view.words import token_name
 
@@ -41,15 +40,10 @@ class AttentionPage:
 
     def save(self, path: str | Path) -> Path:
         """Write the page."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.html, encoding="utf-8")
-        return path
+        return saved(path, self.html)
 
     def _repr_html_(self) -> str:
-        return (
-            f'<iframe title="Attention" style="width:100%;height:52rem;border:0" srcdoc="{escape(self.html)}"></iframe>'
-        )
+        return framed(self.html, "Attention", 52)
 
     def __repr__(self) -> str:
         return (
@@ -125,10 +119,8 @@ def attention_page(
         "start": _start(maps),
         "names": layout.token_names() if layout is not None else [],
     }
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("prisma_view"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    html = environment.get_template("viewer.html.j2").render(
+    html = rendered(
+        "viewer.html.j2",
         title=title or reference or "this model",
         trained=trained,
         words=words,

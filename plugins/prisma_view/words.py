@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
+from prisma_core.plugin import MapSpec
 from prisma_view.findings import Report
 
 
@@ -91,18 +93,23 @@ def patch_words(found: Report, where: str) -> str:
     )
 
 
-def facts(found: Report) -> list[tuple[str, str]]:
-    """Return what there is to know about the model."""
-    spec = found.model.spec
-    n_parameters = sum(parameter.numel() for parameter in found.model.parameters())
+def facts(model: Any) -> list[tuple[str, str]]:
+    """Return what there is to know about a model of images or videos, or a pair of towers."""
+    spec = getattr(model, "vision", model).spec
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
     count = f"{n_parameters / 1e6:.1f} million" if n_parameters >= 1e6 else f"{n_parameters / 1e3:.0f} thousand"
+    rows = [("parameters", count)]
+    if isinstance(spec, MapSpec):
+        return [("input", " by ".join(map(str, spec.shape))), *rows, ("runs", "upstream's own code")]
     height, width = spec.image_size
+    heads = list(dict.fromkeys(block.attn.n_heads for block in spec.blocks))
     return [
         ("blocks", str(spec.n_layers)),
-        ("heads in each", str(spec.blocks[0].attn.n_heads)),
+        ("heads in each", " or ".join(map(str, heads))),
         ("width", str(spec.d_model)),
-        ("picture", f"{width} by {height} pixels"),
-        ("patches", f"{found.layout.columns} by {found.layout.rows}"),
-        ("classes", str(spec.n_classes)),
-        ("parameters", count),
+        ("image", f"{width} by {height} pixels"),
+        *([("frames", str(spec.n_frames))] if spec.n_frames is not None else []),
+        ("patches", f"{spec.layout.columns} by {spec.layout.rows}"),
+        *([("outputs", str(spec.n_classes))] if spec.n_classes is not None else []),
+        *rows,
     ]

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from prisma_core.errors import InputError
+from prisma_core.errors import InputError, describe
+from prisma_core.errors.arguments import number
 from prisma_core.hooks.model import HookedModel
 from prisma_core.host import installed
 from prisma_core.saving.folder import load_folder
@@ -16,7 +17,7 @@ from prisma_core.transformer import ZooModel
 from prisma_core.zoo import load, reference_of
 
 
-def outline(reference: str, **options: Any) -> HookedModel:
+def outline(reference: str | Path, **options: Any) -> HookedModel:
     """Return the model a reference names on the meta device, without trained weights and without a network call.
 
     Args:
@@ -51,7 +52,8 @@ def shapes(model: HookedModel, batch: int = 1) -> dict[str, tuple[int, ...]]:
         InputError: the model has no spec that says what it takes.
     """
     if not isinstance(model, ZooModel):
-        raise InputError(f"{type(model).__name__} has no spec that says what it takes; run it with a cache.")
+        raise InputError(f"{describe(model)} has no spec that says what it takes; run it with a cache.")
+    number(batch, "how many images", 1)
     place = next(model.parameters())
     with torch.no_grad():
         inputs = [

@@ -122,9 +122,16 @@ class Source(ABC):
         """
         return None
 
-    def sample(self, rest: str, seed: int = 0) -> Image | None:
-        """An image of the kind the model was made for, without any network call, or None if there is none."""
+    def sample(self, rest: str, seed: int = 0) -> Image | Sequence[Image] | None:
+        """An image of the kind the model was made for, or the frames of a video; None if there is none.
+
+        No network call.
+        """
         return None
+
+    def checkpoints(self, rest: str) -> dict[int, str]:
+        """References of the checkpoints along a model's training, by step, the model itself last; none for most."""
+        return {}
 
     def save_processor(self, processor: Any, folder: Path) -> None:
         """Write a tokenizer or image processor into an empty folder, without any code.

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from pathlib import PurePath
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from pydantic import BaseModel, ValidationError
@@ -75,7 +75,7 @@ def suggest(name: str, options: Iterable[str], n: int = 3) -> str:
     >>> suggest("tim", ["timm", "toy"])
     ' Did you mean timm?'
     """
-    names = list(options)
+    names = list(options) if isinstance(cast("object", name), str) else []
     # Completions come first: by likeness alone a short beginning is far from every long name.
     completions = sorted((option for option in names if name and option.startswith(name)), key=len)
     near = list(dict.fromkeys(completions + difflib.get_close_matches(name, names, n=n, cutoff=0.5)))[:n]

@@ -14,6 +14,7 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError, LoadError, MissingPart, UnknownName
+from prisma_core.errors.arguments import device_of, dtype_of, path_of, shown
 from prisma_core.errors.migration import unknown_attribute
 from prisma_core.files.atomic import replacing
 from prisma_core.files.checkpoint import read_safetensors
@@ -139,7 +140,7 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
         """
         if isinstance(query, str) and query in self.store:
             return query
-        cached = [name for name in self.store if query == short_name(name)]
+        cached = [name for name in self.store if isinstance(query, str) and query == short_name(name)]
         name = cached[0] if len(cached) == 1 else resolve_one(query, list(self.axes) or list(self.store))
         if name not in self.store:
             shorthands = sorted({short_name(each) for each in self.store})
@@ -172,9 +173,10 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
         store = {name: change(name, tensor) for name, tensor in self.store.items()}
         return replace(self, store=store, gradients=gradients, **fields)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ActivationCache:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> ActivationCache:
         """Return the cache on another device or in another dtype; this one stays as it is."""
-        return self._with(lambda _, x: x.to(device=device, dtype=dtype if x.is_floating_point() else None))
+        place, kind = device_of(device), dtype_of(dtype)
+        return self._with(lambda _, x: x.to(device=place, dtype=kind if x.is_floating_point() else None))
 
     def remove_batch_dim(self) -> ActivationCache:
         """Return the same cache without the batch axis.
@@ -195,7 +197,7 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
             InputError: the path does not end in ``.safetensors``.
             LoadError: the disk is full, read-only, or refuses in another way; a file that was there is as it was.
         """
-        path = Path(path)
+        path = path_of(path)
         if path.suffix != ".safetensors":
             raise InputError(f"Expected a path that ends in .safetensors, got {path}.")
         grads = {} if self.gradients is None else self.gradients.store
@@ -225,7 +227,9 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
         Raises:
             LoadError: the file is truncated, corrupt, no cache, or of a model with other hook points.
         """
-        path = Path(path)
+        path = path_of(path)
+        if model is not None and not hasattr(model, "cache_type"):
+            raise InputError(f"Expected the hooked model that made the cache, got {shown(model)}.")
         tensors = read_safetensors(path)
         with cast(Any, safe_open(path, "pt")) as file:
             metadata = cast("dict[str, str] | None", file.metadata()) or {}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from prisma_core.errors import HookError, InputError
-from prisma_core.hooks.point import Stop
+from prisma_core.hooks.point import OPEN_SCOPES, Capture, HookPoint, Stop
+from prisma_core.hooks.recompute import has_no_graph, is_second
 from prisma_core.spec.layout import Index, indices
 
 IndexSlice = tuple[int, "slice | list[int]"]  # an axis, and what to keep of it
@@ -29,7 +30,7 @@ def index_slices(axes: str, pos: Index | None, heads: Index | None) -> tuple[Ind
     for index, kinds in ((pos, _POS), (heads, _HEADS)):
         axis = next((names.index(kind) for kind in kinds if kind in names), None)
         if isinstance(index, slice) and (index.step or 1) < 0:
-            raise HookError(f"Expected a slice that goes forward, got {index!r}.")
+            raise InputError(f"Expected a slice that goes forward, got {index!r}.")
         if index is not None and axis is not None:
             slices.append((axis, index if isinstance(index, slice) else indices(index)))
     return tuple(slices)
@@ -53,33 +54,6 @@ def check_axes(axes: Sequence[str], pos: Index | None, heads: Index | None) -> N
             )
 
 
-def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Return the dtype of a name, such as ``float16``; a dtype comes back as it is.
-
-    Raises:
-        InputError: torch has none of this name.
-    """
-    named: object = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if (named is not None and not isinstance(named, torch.dtype)) or (named is None and dtype is not None):
-        raise InputError(f"{dtype!r} is not a dtype: expected one of torch's, such as torch.float16.")
-    return named
-
-
-def check_device(device: torch.device | str | None) -> None:
-    """Refuse a device that is not there, before a pass is made for nothing.
-
-    Raises:
-        InputError: torch cannot put anything on it.
-    """
-    if device is None:
-        return
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:  # torch's ways to say so
-        there = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-        raise InputError(f"Expected a device of torch's, got {device!r}; there is {' and '.join(there)}.") from error
-
-
 @dataclass(eq=False)
 class Keep:
     """Stores one activation.
@@ -100,29 +74,40 @@ class Keep:
     def reached(self) -> bool:
         return self.name in self.store
 
-    def __call__(self, x: Tensor) -> None:
+    def __call__(self, x: Tensor, *, cut: int | None = None) -> None:
+        """Store an activation, of which ``cut`` is an axis that holds no more than what is kept of it."""
+        if self.name in self.store and is_second():
+            return
         if self.name in self.store:
             raise HookError(f"{self.name} fired twice: a cache holds one pass. Open a new scope for the next one.")
-        self.store[self.name] = self.cut(x)
+        if not self.detach and has_no_graph():
+            raise HookError(f"{self.name} has no graph here; checkpoint with use_reentrant=False.")
+        self.store[self.name] = self.cut(x, cut)
 
-    def cut(self, x: Tensor) -> Tensor:
-        """Return what is kept of an activation."""
+    def cut(self, x: Tensor, done: int | None = None) -> Tensor:
+        """Return what is kept of an activation, one axis of which may have been cut already."""
         if self.detach and x.requires_grad:
             x = x.detach()
         whole = x.numel()
-        for axis, index in self.slices:
-            x = x[(slice(None),) * axis + (index,)] if isinstance(index, slice) else self._selected(x, axis, index)
+        for axis, _ in self.slices:
+            x = x if axis == done else self.along(x, axis)
         if x.numel() < whole:
             x = x.clone()  # a view would keep the whole activation alive
         if self.device is not None or self.dtype is not None:
             x = x.to(device=self.device, dtype=self.dtype)
         return x
 
-    def _selected(self, x: Tensor, axis: int, index: list[int]) -> Tensor:
+    def along(self, x: Tensor, axis: int) -> Tensor:
+        """Return what is kept of a tensor along one axis of the activation."""
+        index = dict(self.slices)[axis]
         n = x.shape[axis]
+        if isinstance(index, slice):
+            if not len(range(*index.indices(n))):
+                raise InputError(f"{index!r} selects nothing on axis {axis} of {self.name}, which has {n} there.")
+            return x[(slice(None),) * axis + (index,)]
         for each in index:
             if not -n <= each < n:
-                raise HookError(f"No index {each} on axis {axis} of {self.name}, whose shape is {list(x.shape)}.")
+                raise InputError(f"No index {each} on axis {axis} of {self.name}, which has {n} there.")
         return x.index_select(axis, torch.tensor([each % n for each in index], dtype=torch.long, device=x.device))
 
     def __repr__(self) -> str:
@@ -141,14 +126,48 @@ class Countdown:
             raise Stop
 
 
+class Rows:
+    """Some queries' rows of scores and patterns, which are all that the open scopes keep of them.
+
+    Attributes:
+        axis: that of the queries.
+    """
+
+    axis = 2
+
+    def __init__(self, keep: Keep):
+        self.keep = keep
+
+    @classmethod
+    def asked(cls, *points: HookPoint) -> Rows | None:
+        """Return the rows that the open scopes keep at these hook points; None where a scope wants more than these."""
+        captures = [each for point in points for each in _captures(point) if not isinstance(each, Countdown)]
+        keeps = [each for each in captures if isinstance(each, Keep)]
+        kinds = [dict(each.slices).get(cls.axis) for each in keeps]
+        if len(keeps) < len(captures) or any(point.edited for point in points):
+            return None
+        return cls(keeps[0]) if kinds[0] is not None and all(kind == kinds[0] for kind in kinds) else None
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return the rows of a tensor ``[batch head query_pos ...]``."""
+        return self.keep.along(x, self.axis)
+
+    def store(self, point: HookPoint, x: Tensor) -> None:
+        """Store rows ``[batch head query_pos key_pos]`` for each scope that asks for them at a hook point."""
+        for capture in _captures(point):
+            capture(x, cut=self.axis) if isinstance(capture, Keep) else capture(x)
+
+
+def _captures(point: HookPoint) -> list[Capture]:
+    return [capture for scope in OPEN_SCOPES.get() for capture in scope.captures.get(point, ())]
+
+
 def gradients(loss: Callable[[Any], Tensor], output: object, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the gradient of a loss of the output by each activation, by name; zeros where it does not depend on it.
 
     Raises:
-        HookError: the loss is no function to one number, or its number carries no graph.
+        HookError: the loss gives anything but one number, or one that carries no graph.
     """
-    if not callable(cast(object, loss)):
-        raise HookError(f"The loss is {type(loss).__name__}; expected a function from the output to one number.")
     value = cast(object, loss(output))
     if not isinstance(value, Tensor) or value.numel() != 1:
         came = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

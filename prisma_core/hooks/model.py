@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import HookError, InputError
+from prisma_core.errors.arguments import check_call, device_of, dtype_of
 from prisma_core.errors.migration import keyword_names, module_getattr, refuse_keywords, takes_any_keyword
 from prisma_core.hooks.cache import ActivationCache
 from prisma_core.hooks.capture import (
     Countdown,
     Keep,
     check_axes,
-    check_device,
-    dtype_of,
     gradients,
     index_slices,
 )
@@ -206,7 +205,7 @@ class HookedModel(nn.Module):
             HookError: there are splices at a hook point already whose hook points have the same names; or, on leaving
                 the scope, passes came to their end in it without going by a splice.
         """
-        return ScopeContext(splicing_scope(self._sites(), splices, reads or {}), None)
+        return ScopeContext(splicing_scope(self._sites(), splices, {} if reads is None else reads), None)
 
     # ---------------------------------------------------------------- runs
 
@@ -259,8 +258,10 @@ class HookedModel(nn.Module):
         >>> cache["resid_post", -1].shape, cache["pattern", 0].shape
         (torch.Size([1, 17, 16]), torch.Size([1, 2, 17, 17]))
         """
-        if loss is not None and not output:
-            raise HookError("A loss needs the output: leave output=True.")
+        if loss is not None:
+            check_call(loss, 1, "The loss", "a function from the output to one number", HookError)
+            if not output:
+                raise HookError("A loss needs the output: leave output=True.")
         sites = self._sites()
         scope = self._scope(sites, hooks)
         layout = self.layout_for(*inputs, *kwargs.values())  # how many patches a frame has depends on the input
@@ -346,14 +347,14 @@ class HookedModel(nn.Module):
         self, cache: ActivationCache, sites: Mapping[str, Site], query: Query | None, heads: Index | None, **how: Any
     ) -> dict[str, Keep]:
         """Return the captures that fill a cache, by full name; ``how`` is ``device``, ``dtype`` and ``detach``."""
-        check_device(how["device"])
-        how["dtype"] = dtype_of(how["dtype"])
+        how["device"], how["dtype"] = device_of(how["device"]), dtype_of(how["dtype"])
         axes = {name: sites[name].point.axes for name in select(sites, query)}
         pos, whole = cache.pos, set[str]()
         if isinstance(pos, str):
             layout, subset = cache.layout or self.layout_for(), pos
             if layout is None:
                 raise HookError(f"This model has no token layout, so pos={pos!r} means nothing; give positions.")
+            layout.positions(subset)  # refuses one of which there is no token
             places = layout.slice(subset)
             pos = slice(places.start, None) if subset in ("patches", "all") else places  # the image may be larger
             whole = {name for name in axes if not _has_subset(sites[name], subset)}

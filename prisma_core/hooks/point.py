@@ -7,21 +7,23 @@ the open scopes. So nothing is left on the model, threads and tasks do not see e
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from types import FrameType
 from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import HookError
+from prisma_core.errors.arguments import check_call, expect
 from prisma_core.errors.migration import unknown_attribute
 from prisma_core.hooks.query import layer_of
+from prisma_core.hooks.recompute import checkpoints, keep
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,9 @@ class HookPoint:
 
     def __init__(self, axes: str, equation: str, *, derived: bool = False):
         self.order = next(_ORDER)  # modules make their hook points in the order in which they fire
-        self.axes = axes
+        self.axes = expect(axes, str, "the names of axes, such as 'batch pos d_model'")
         self.derived = derived
-        self.equation = equation
+        self.equation = expect(equation, str, "an equation in words")
 
     def __call__(self, x: Tensor) -> Tensor:
         scopes = OPEN_SCOPES.get()
@@ -146,19 +148,10 @@ def check_hook(query: object, hook: object) -> None:
     Raises:
         HookError: with the hook's own signature.
     """
-    if not callable(hook):
-        raise HookError(f"The hook for {query!r} is {type(hook).__name__}; expected hook(activation, at).")
-    try:
-        signature = inspect.signature(hook)
-    except (TypeError, ValueError):  # written in C: the call will tell
-        return
-    try:
-        signature.bind(None, None)
-    except TypeError as error:
-        name = getattr(hook, "__name__", type(hook).__name__)
-        raise HookError(
-            f"The hook for {query!r} is {name}{signature}; expected hook(activation, at), both by position: {error}."
-        ) from error
+    expected = "hook(activation, at), both by position"
+    if isinstance(hook, nn.Module):
+        expected += " (a module of one argument goes in as lambda activation, at: module(activation))"
+    check_call(hook, 2, f"The hook for {query!r}", expected, HookError)
 
 
 class Stop(Exception):
@@ -212,6 +205,7 @@ class Scope:
         backward: gradient hooks; an empty tuple makes the activation part of a graph.
         completed: by model, whether a pass ran to its end while the scope was open.
         expected: what has to be reached, with the model whose completed passes count, or None for surely.
+        began: the calls of ``torch.utils.checkpoint`` in which the scope was opened.
     """
 
     points: frozenset[HookPoint]
@@ -222,6 +216,7 @@ class Scope:
     completed: dict[nn.Module, bool] = field(default_factory=dict[Any, Any])
     expected: list[tuple[Expected, nn.Module | None]] = field(default_factory=list[Any])
     is_open: bool = False
+    began: tuple[FrameType, ...] = ()
 
     def expect(self, item: Expected, owner: nn.Module | None) -> None:
         """Note what has to be reached if a pass of its owner runs to its end; without an owner, surely."""
@@ -237,15 +232,20 @@ class Scope:
 
     def open(self) -> None:
         """Add the scope to the open ones of this thread or task."""
-        self.is_open = True
+        self.is_open, self.began = True, checkpoints()
         OPEN_SCOPES.set((*(scope for scope in OPEN_SCOPES.get() if scope.is_open), self))
 
     def close(self) -> None:
         """Empty the scope, and take it off the open ones of this thread or task."""
-        self.is_open = False
-        for actions in (self.splices, self.edits, self.backward, self.captures, self.completed, self.expected):
-            actions.clear()
+        self.is_open, self.began = False, ()
+        self.splices, self.edits, self.backward, self.captures = {}, {}, {}, {}
+        self.completed, self.expected = {}, []
         OPEN_SCOPES.set(tuple(scope for scope in OPEN_SCOPES.get() if scope.is_open))
+
+    def again(self) -> Callable[[], ScopeContext[None]]:
+        """Return what opens a scope in which the same runs once more."""
+        kept = replace(self, completed={}, expected=[], is_open=False)
+        return lambda: ScopeContext(replace(kept), None)
 
 
 OPEN_SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("prisma_scopes", default=())  # outermost first
@@ -289,6 +289,9 @@ class ScopeContext(AbstractContextManager[Value]):
 
 
 def _fire(scopes: tuple[Scope, ...], point: HookPoint, x: Tensor) -> Tensor:
+    if calls := checkpoints():
+        for scope in scopes:
+            keep(calls, scope, scope.began, scope.again)
     edited = captured = differentiated = False
     for scope in scopes:
         if (splice := scope.splices.get(point)) is not None:
@@ -302,7 +305,7 @@ def _fire(scopes: tuple[Scope, ...], point: HookPoint, x: Tensor) -> Tensor:
     if edited and captured:
         x = x.clone()  # a hook may hold on to its argument or its result, and a cache must not change
     if differentiated:
-        x = _with_gradient_hooks(x, [hook for scope in scopes for hook in scope.backward.get(point, ())])
+        x = _with_gradient_hooks(x, [hook for scope in scopes for hook in scope.backward.get(point, ())], point)
     for scope in scopes:
         for capture in scope.captures.get(point, ()):
             capture(x)  # not a copy: nothing below edits in place
@@ -332,13 +335,15 @@ def checked(value: object, x: Tensor, at: HookContext, who: str, what: str) -> T
     return value
 
 
-def _with_gradient_hooks(x: Tensor, hooks: Sequence[PlacedHook]) -> Tensor:
-    for hook in hooks:
-        here = f"A backward hook at {hook.name}"
-        if torch.compiler.is_compiling():
-            raise HookError(f"{here} cannot run in a compiled model; run it eagerly.")
-        if not torch.is_grad_enabled():
-            raise HookError(f"{here} would never run: gradients are off. Leave torch.no_grad().")
+def _with_gradient_hooks(x: Tensor, hooks: Sequence[PlacedHook], point: HookPoint) -> Tensor:
+    what = f"A backward hook at {hooks[0].name}" if hooks else f"A gradient by an activation ({point.equation})"
+    if hooks and torch.compiler.is_compiling():
+        raise HookError(f"{what} cannot run in a compiled model; run it eagerly.")
+    if not torch.is_grad_enabled():
+        raise HookError(
+            f"{what} would be lost: gradients are off there. Leave torch.no_grad(), and checkpoint with "
+            "use_reentrant=False."
+        )
     if not x.requires_grad:
         x = x.detach().requires_grad_()
     y = x.view_as(x)  # a node of its own, so that hooks belong to this place and not to a shared tensor

@@ -11,9 +11,10 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import SupportsIndex, TypeAlias, TypeGuard, cast
+from typing import TypeAlias, TypeGuard, cast
 
 from prisma_core.errors import UnknownName, suggest
+from prisma_core.errors.arguments import check_call, whole
 
 Predicate: TypeAlias = Callable[[str], bool]
 LayerQuery: TypeAlias = "tuple[str, int | None] | tuple[str, int | None, str | None]"
@@ -62,17 +63,19 @@ def resolve(query: Query | None, names: Sequence[str], derived: frozenset[str] =
     if isinstance(query, str):
         return _resolve_text(query, names, derived)
     if callable(query):
+        check_call(query, 1, "The predicate", "predicate(name) -> bool", UnknownName)
         selected = [name for name in names if name not in derived and query(name)]
         if not selected:
             raise UnknownName(f"The predicate {query!r} selects none of this model's {len(names)} hook points.")
         return selected
     if _is_layer_query(query):
         return _with_layer(query, names)
-    parts = cast(object, query)
-    if not isinstance(parts, Iterable):
-        raise _no_query(query)
+    try:
+        parts = iter(cast("Iterable[Query]", query))
+    except TypeError as error:
+        raise _no_query(query) from error
     known, union = set(names), set[str]()
-    for part in cast("Iterable[Query]", parts):
+    for part in parts:
         if cast(object, part) is None:
             raise _no_query(part)
         union.update([part] if isinstance(part, str) and part in known else resolve(part, names, derived))
@@ -86,6 +89,8 @@ def resolve_one(query: str | LayerQuery, names: Sequence[str]) -> str:
         UnknownName: it selects none, or several; with a key that selects one.
     """
     selected = resolve([query], names)
+    if not selected:
+        raise _no_query(query)
     if len(selected) > 1:
         number = f"{len(selected)} hook points ({selected[0]}, {selected[1]}, ...)"
         raise UnknownName(f"{query!r} selects {number}. {_one_of(query, selected, names)}")
@@ -96,13 +101,13 @@ def _one_of(query: str | LayerQuery, selected: Sequence[str], names: Sequence[st
     """Return the advice that names the shortest key of one of several selected hook points."""
     name, short = selected[0], short_name(selected[0])
     if match := _LAYER.search(name):
-        layer = int(match[1]) if isinstance(query, str) else query[1]
+        layer = whole(query[1]) if _is_layer_query(query) else int(match[1])
         part = name[match.end() :].rpartition(".")[0]
         for tower in ("", name[: match.start()]):
             shorthand = f"{tower}.{short}" if tower else short
             for key in ((shorthand, layer), (shorthand, layer, part)):
                 if resolve(key, names) in ([each] for each in selected):
-                    text = isinstance(query, str)
+                    text = not _is_layer_query(query)
                     kinds = {"tower": tower, "layer": text, "part": len(key) > (2 if text else len(query))}
                     return f"Name a {' and a '.join(kind for kind in kinds if kinds[kind])}, as in {key!r}."
     return f"Give a full name, such as {name!r}."
@@ -143,12 +148,12 @@ def _is_layer_query(query: object) -> TypeGuard[LayerQuery]:
         return False
     shorthand, *rest = cast("tuple[object, ...]", query) or (None,)
     layer, part = [*rest, None, None][:2]
-    numbered = isinstance(layer, SupportsIndex | None) and isinstance(part, str | None)
+    numbered = (layer is None or whole(layer) is not None) and isinstance(part, str | None)
     return isinstance(shorthand, str) and len(rest) in (1, 2) and numbered
 
 
 def _with_layer(query: LayerQuery, names: Sequence[str]) -> list[str]:
-    shorthand, layer = query[:2]
+    shorthand, layer = query[0], whole(query[1])
     part = query[2] if len(query) == 3 else None
     if part := _PARTS.get(part or "", part):
         tower, _, short = shorthand.rpartition(".")

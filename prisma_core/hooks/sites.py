@@ -9,6 +9,7 @@ from typing import NamedTuple, cast
 from torch import Tensor, nn
 
 from prisma_core.errors import HookError
+from prisma_core.errors.arguments import check_call, expect
 from prisma_core.hooks.point import (
     Capture,
     Hook,
@@ -81,7 +82,11 @@ def splicing_scope(
         HookError: a hook point is spliced already.
     """
     scope = Scope(frozenset(site.point for site in sites.values()))
+    for mapping, what in ((splices, "splices as {name: splice}"), (reads, "reads as {name: function}")):
+        expect(mapping, Mapping, what, HookError)
     for query, splice in splices.items():
+        check_call(splice, 1, f"The splice for {query!r}", "splice(activation), hook points in .points", HookError)
+        expect(getattr(splice, "points", None), Mapping, f"hook points by name in .points of {splice!r}", HookError)
         name = resolve_one(query, list(sites))
         taken = [sub for sub in splice.points if f"{name}.{sub}" in sites]
         if taken or sites[name].point in scope.splices:
@@ -91,6 +96,7 @@ def splicing_scope(
         scope.points |= frozenset(splice.points.values())
         scope.expect(placed, sites[name].owner)
     for query, read in reads.items():
+        check_call(read, 1, f"What reads {query!r}", "read(activation)", HookError)
         name = resolve_one(query, list(sites))
         point, owner = sites[name]
         reader = PlacedRead(HookContext(name, point.axes), read)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prisma_core.errors import InputError
+from prisma_core.errors.arguments import shown, tensor
 from prisma_core.inputs.opening import Picture, open_picture
 
 if TYPE_CHECKING:
@@ -44,12 +45,15 @@ class PicturePreprocess(ABC):
         """Return ``[batch channel height width]`` of one image or a list of them.
 
         Args:
-            picture: a path, a Pillow image, or an array or tensor ``[height width channel]`` or ``[height width]``
-                (bytes, 16 bits, or floats in 0..1); or a list of those.
+            picture: a path, a Pillow image, or an array or tensor ``[height width]``, ``[height width channel]`` or,
+                where only that makes sense of the sizes, ``[channel height width]`` (bytes, 16 bits, or floats in
+                0..1); or several of those, in a list or along a first axis.
 
         Raises:
             InputError: it is no image, holds values that are not numbers, or several come out in different sizes.
         """
+        if getattr(picture, "ndim", 0) == 4:
+            picture = list(cast("Sequence[Picture]", picture))
         if not isinstance(picture, list | tuple):
             return self.prepared(open_picture(picture, channels=self.channels))[None]
         pictures = cast("Sequence[Picture]", picture)
@@ -67,6 +71,8 @@ class PicturePreprocess(ABC):
 
 def restored(pixels: Tensor, mean: Sequence[float], std: Sequence[float], order: Literal["rgb", "bgr"]) -> Tensor:
     """Return normalised pixels ``[... channel height width]`` in 0..1 again, red first."""
+    if tensor(pixels, "normalised pixels").ndim < 3 or pixels.shape[-3] != len(mean):
+        raise InputError(f"Expected normalised pixels [... {len(mean)} height width], got {shown(pixels)}.")
     if order == "bgr":
         pixels = pixels.flip(-3)
     mean_, std_ = (torch.tensor(values, device=pixels.device).view(-1, 1, 1) for values in (mean, std))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from torch import Tensor
 
 from prisma_core.errors import InputError
+from prisma_core.errors.arguments import shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -16,6 +17,7 @@ Picture: TypeAlias = "str | Path | Image | Tensor | Any"
 # What Pillow decodes by itself. It would hand PostScript to Ghostscript, a program that runs what the file says.
 _FORMATS = "PNG JPEG MPO WEBP GIF BMP DIB PPM TIFF AVIF HEIF JXL JPEG2000 ICO QOI SGI TGA"
 FORMATS = tuple(_FORMATS.split())
+_CHANNELS = (1, 3, 4)
 
 
 def open_picture(picture: Picture, channels: int = 3) -> Image:
@@ -54,7 +56,7 @@ def _read(path: str | Path) -> Image:
             image.load()
             return image
     except FileNotFoundError as error:
-        raise InputError(f"No image at {path}.") from error
+        raise InputError(f"No image at {str(path)!r}.") from error
     except images.UnidentifiedImageError as error:
         raise InputError(f"{path} is no image that Pillow may read: {_EXPECTED}") from error
     except Exception as error:  # over damaged bytes decoders stumble in any way there is
@@ -94,13 +96,13 @@ def _from_array(picture: Any) -> Image:
     if isinstance(picture, Tensor):
         picture = picture.detach().cpu().numpy()
     if not isinstance(picture, np.ndarray):
-        raise InputError(
-            f"Expected a path, a Pillow image, an array or a tensor, got {type(cast(object, picture)).__name__}."
-        )
+        raise InputError(f"Expected a path, a Pillow image, an array or a tensor, got {shown(picture)}.")
     array = cast("np.ndarray[Any, np.dtype[Any]]", picture)
-    if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+    if array.ndim == 3 and array.shape[0] in _CHANNELS and array.shape[2] not in _CHANNELS:
+        array = array.transpose(1, 2, 0)
+    if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[2] not in _CHANNELS):
         raise InputError(
-            "Expected pixels [height width] or [height width channel] with 1, 3 or 4 channels, "
+            "Expected pixels [height width], [height width channel] or [channel height width] with 1, 3 or 4 channels, "
             f"got {list(array.shape)}."
         )
     if array.dtype.kind == "f":

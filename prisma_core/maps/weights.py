@@ -115,12 +115,14 @@ class WeightMap(Table[Rule]):
                 f"{len(unused)} upstream tensors are neither mapped nor ignored: {_listed(unused)}. "
                 "Map each in the adapter's weight table, or ignore it there with a reason."
             )
-        like = next((tensor for tensor in upstream.values() if tensor.is_floating_point()), None)
         state: dict[str, Tensor] = {}
-        for choice in choices:
+        for choice in sorted(choices, key=lambda choice: not choice.tensors):
             tensors = self._make(choice, upstream, shapes)
-            if not choice.sources and like is not None:  # the function does not know the model's dtype and device
-                tensors = {name: tensor.to(like) for name, tensor in tensors.items()}
+            if not choice.tensors:  # constants and functions of nothing are as the other tensors of the module
+                module = choice.rule.targets[0].rpartition(".")[0]
+                beside = [tensor for name, tensor in state.items() if name.rpartition(".")[0] == module]
+                like = next((tensor for tensor in (*beside, *upstream.values()) if tensor.is_floating_point()), None)
+                tensors = {name: tensor.to(like) if like is not None else tensor for name, tensor in tensors.items()}
             state.update(tensors)
         return {name: state[name] for name in shapes}
 

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
 from prisma_core.errors import InputError, LoadError, NotApplicable, UnsupportedArchitecture
+from prisma_core.errors.arguments import expect, path_of
 from prisma_core.files.atomic import locked, move, staging, writing
 from prisma_core.files.checkpoint import check_finite, check_shapes, digest, read_outline, read_safetensors
 from prisma_core.maps.reader import qualified_name
@@ -57,8 +58,8 @@ def save(model: ZooModel, folder: str | Path) -> Path:
         InputError: its labels are not one text a class, or its weights are not all numbers.
         LoadError: the disk is full, read-only, or refuses in another way.
     """
-    _check_savable(model)
-    folder = Path(folder)
+    _check_savable(expect(model, ZooModel, "a model, as prisma.load or prisma.adapt returns"))
+    folder = path_of(folder, "the path of a folder")
     tensors = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
     frozen = [name for name, tensor in tensors_of(model).items() if not tensor.requires_grad]
     try:

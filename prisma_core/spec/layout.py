@@ -11,7 +11,8 @@ from jaxtyping import Shaped
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from prisma_core.errors import HookError, InputError, UnknownName, suggest
+from prisma_core.errors import InputError, UnknownName, suggest
+from prisma_core.errors.arguments import expect, shown, tensor, whole
 
 Index = int | slice | Sequence[int] | Tensor
 
@@ -55,7 +56,7 @@ class TokenLayout(BaseModel):
         Raises:
             UnknownName: the subset is none of these, or there is no such frame.
         """
-        if subset.startswith("frame "):
+        if expect(subset, str, "a subset of the tokens, such as 'cls'").startswith("frame "):
             return self._frame(subset)
         registers = self.cls + self.distillation
         subsets = {
@@ -87,9 +88,14 @@ class TokenLayout(BaseModel):
 
         Raises:
             UnknownName: there is no such subset.
-            InputError: there is no such position.
+            InputError: there is no such position, or no token in the subset.
         """
-        return positions_of(self.slice(pos) if isinstance(pos, str) else pos, self.n_tokens)
+        if not isinstance(pos, str):
+            return positions_of(pos, self.n_tokens)
+        places = range(self.n_tokens)[self.slice(pos)]
+        if not places:
+            raise InputError(f"There are no {pos} tokens: the {self.n_tokens} tokens are {self!r}.")
+        return list(places)
 
     def one_frame(self) -> TokenLayout:
         """Return the layout of a frame by itself: the prefix tokens and its patches."""
@@ -104,7 +110,7 @@ class TokenLayout(BaseModel):
         Raises:
             InputError: the axis holds neither all tokens nor just the patches.
         """
-        axis = axis % x.ndim
+        axis = axis_of(axis, tensor(x, "an activation"))
         if x.shape[axis] == self.n_tokens:
             x = x.narrow(axis, self.n_prefix, self.n_patches)
         elif x.shape[axis] != self.n_patches:
@@ -135,28 +141,46 @@ class TokenLayout(BaseModel):
             raise ValueError("a layout has at least one patch")
 
 
-def indices(index: int | Sequence[int] | Tensor) -> list[int]:
-    """Return positions given as a number, numbers, or a mask, as a list.
+def axis_of(axis: int, x: Tensor) -> int:
+    """Return an axis of a tensor, counted from 0; negative ones count from the end.
 
     Raises:
-        HookError: they are not whole numbers.
+        InputError: there is none.
     """
+    number = whole(axis)
+    if number is None or not -x.ndim <= number < x.ndim:
+        raise InputError(f"Expected the number of an axis of {list(x.shape)}, got {shown(axis)}.")
+    return number % x.ndim
+
+
+def indices(index: int | Sequence[int] | Tensor) -> list[int]:
+    """Return positions given as a number, numbers, or a mask, as a list; at least one.
+
+    Raises:
+        InputError: they are not whole numbers, or none.
+    """
+    if (number := whole(index)) is not None:
+        return [number]
     try:
         numbers = torch.as_tensor(index)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise HookError(
-            f"Expected positions as whole numbers or a mask, got {index!r}. A subset of the tokens stands by itself: "
-            "pos='cls'."
-        ) from error
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        numbers = torch.empty(())
+    mixed = isinstance(index, list | tuple) and len({isinstance(each, bool) for each in index}) > 1
+    empty = 0 in numbers.shape
+    if numbers.ndim != 1 or mixed or (not empty and (numbers.is_floating_point() or numbers.is_complex())):
+        raise InputError(
+            f"Expected positions as whole numbers or a mask, got {shown(index)}. A subset of the tokens stands by "
+            "itself: pos='cls'."
+        )
     if numbers.dtype == torch.bool:
-        numbers = numbers.nonzero()
-    if numbers.is_floating_point() and numbers.numel():
-        raise HookError(f"Expected positions as whole numbers or a mask, got {numbers.dtype}.")
-    return cast("list[int]", numbers.flatten().tolist())
+        numbers = numbers.nonzero().flatten()
+    if not numbers.numel():
+        raise InputError(f"Expected at least one position, got {shown(index)}, which is empty.")
+    return cast("list[int]", numbers.tolist())
 
 
 def positions_of(index: Index | None, n: int) -> list[int]:
-    """Return which of ``n`` places an index means, all for None.
+    """Return which of ``n`` places an index means, all for None; at least one, and negative ones count from the end.
 
     Raises:
         InputError: there is no such place.
@@ -168,7 +192,13 @@ def positions_of(index: Index | None, n: int) -> list[int]:
     if index is None:
         return list(places)
     if isinstance(index, slice):
-        return list(places[index])
+        try:
+            selected = list(places[index])
+        except TypeError as error:
+            raise InputError(f"Expected a slice of whole numbers, got {index!r}.") from error
+        if not selected:
+            raise InputError(f"{index!r} selects none of {n} positions.")
+        return selected
     numbers = indices(index)
     if any(not -n <= each < n for each in numbers):
         raise InputError(f"No position {numbers}: there are {n}.")

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, TypeAdapter, model_validator
 
+from prisma_core.errors.arguments import number, sides
 from prisma_core.spec.alike import AllBlocks
 from prisma_core.spec.layout import TokenLayout
 from prisma_core.spec.parts import BlockSpec, EmbedSpec, Facts, MlpSpec, NormSpec, PoolSpec, RopeSpec, Side
@@ -72,7 +73,7 @@ class ModelSpec(AllBlocks, Facts):
         >>> spec.layout.n_tokens, spec.blocks[0].attn.d_head, spec.n_classes
         (9, 6, 10)
         """
-        patch, image = ((side, side) if isinstance(side, int) else side for side in (patch, image))
+        patch, image = sides(patch, "the patch"), sides(image, "the image")
         kinds = (cls, EmbedSpec, TokenLayout, PoolSpec, *PARTS)
         hidden = [(cls, "kind"), (EmbedSpec, "norm"), *((PoolSpec, name) for name in ("kind", "attn", "mlp", "norm"))]
         by_part = facts_by_part(facts, kinds, hidden)
@@ -88,7 +89,7 @@ class ModelSpec(AllBlocks, Facts):
             "image_size": image,
             "embed": {"patch": patch, **by_part[EmbedSpec]},
             "layout": {"cls": 1, **grid, **by_part[TokenLayout]},
-            "blocks": (block,) * layers,
+            "blocks": (block,) * number(layers, "how many layers", 0, 1 << 12),
             "ln_final": norm,
             "d_pool": d_model,
             "n_classes": 10,
@@ -236,7 +237,12 @@ class TextSpec(AllBlocks, Facts):
         by_part = facts_by_part(facts, (cls, *PARTS), [(cls, "kind")])
         block = plain_block(d_model, heads, norm, by_part)
         plain = {"n_vocab": 20, "n_ctx": 8, "causal": True, "ln_final": norm, "pool": "argmax", "n_classes": d_model}
-        whole = {**plain, "d_model": d_model, "blocks": (block,) * layers, **by_part.pop(cls)}
+        whole = {
+            **plain,
+            "d_model": d_model,
+            "blocks": (block,) * number(layers, "layers", 0, 1 << 12),
+            **by_part.pop(cls),
+        }
         if isinstance(kind := whole["pool"], str):
             whole["pool"] = {"kind": kind}
         return cls.model_validate(whole)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prisma_core.errors import InputError, NotApplicable
+from prisma_core.errors.arguments import expect, number
 from prisma_core.spec.layout import Index, TokenLayout
 
 _TOKENS = ("pos", "patch", "query_pos", "key_pos")
@@ -72,7 +73,7 @@ class TokenViews:
             UnknownName: there is no such frame.
             InputError: the cache does not hold all of its patches.
         """
-        layout, name = self._layout(), self._name(query, layer)
+        layout, name, index = self._layout(), self._name(query, layer), number(index, "a frame")
         axes = self.axes.get(name, "").split()
         if not set(axes) & set(_FRAMES):
             size = (layout.rows, layout.columns)
@@ -105,7 +106,7 @@ class TokenViews:
         self, subset: str, query: str, layer: int | None, axis: str | None, shape: Callable[[Tensor, int], Tensor]
     ) -> Tensor:
         held = self._held(query, layer, axis)
-        tokens = held.layout.positions(subset)
+        tokens = range(held.layout.n_tokens)[held.layout.slice(subset)]
         if not tokens:
             raise NotApplicable(f"This model has no {subset} tokens; its tokens are {held.layout!r}.")
         if not set(tokens) <= set(held.kept):
@@ -137,9 +138,11 @@ class TokenViews:
 
 def _chosen(name: str, axes: list[str], known: Sequence[str], axis: str | None) -> str:
     """Return the one axis of a kind, the one asked for where there are several."""
+    if axis is not None:
+        expect(axis, str, "the name of an axis")
     axes_of_kind = [each for each in axes if each in known]
     if not axes_of_kind or (axis is not None and axis not in axes_of_kind):
-        lacks = axis or "token axis"
+        lacks = "token axis" if axis is None else repr(axis)
         raise InputError(f"{name} has the axes {' '.join(axes) or '(unknown)'}: no {lacks} among them.")
     if axis is None and len(axes_of_kind) > 1:
         either = " or ".join(f"axis={each!r}" for each in axes_of_kind)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor
 
 from prisma_core.errors import InputError, LoadError, PluginError, PrismaError, UnknownName, suggest
+from prisma_core.errors.arguments import expect, number, path_of, several, tensor, whole
 from prisma_core.files.checkpoint import read_safetensors
 
 Self_ = TypeVar("Self_", bound="Result")
@@ -55,6 +56,10 @@ class Result:
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
+        tensor(self.values, "the values of a result")
+        expect(self.axes, tuple, "the names of the axes, a tuple")
+        for name in ("labels", "tensors", "facts"):
+            expect(getattr(self, name), Mapping, f"{name} by name")
         if len(self.axes) != self.values.ndim or len(set(self.axes)) != len(self.axes):
             raise InputError(f"Expected a name for each axis of {list(self.values.shape)}, got {' '.join(self.axes)}.")
         for axis, size in zip(self.axes, self.values.shape, strict=True):
@@ -74,7 +79,8 @@ class Result:
         Raises:
             UnknownName: there is no such axis.
         """
-        return self.labels.get(axis) or tuple(map(str, range(self.values.shape[self._axis(axis)])))
+        n = self.values.shape[self._axis(axis)]
+        return self.labels.get(axis) or tuple(map(str, range(n)))
 
     def sel(self: Self_, **places: Label | Sequence[Label]) -> Self_:
         """Return the part at some places, by axis: an index, a label (the axis goes), or several (the axis stays).
@@ -85,12 +91,13 @@ class Result:
         part = self
         for axis, where in places.items():
             at = part._axis(axis)
-            if isinstance(where, int | str):
+            if isinstance(where, str) or whole(where) is not None:
                 labels = {name: each for name, each in part.labels.items() if name != axis}
-                values = part.values.select(at, part.index(axis, where))
+                values = part.values.select(at, part.index(axis, cast(Label, where)))
                 part = replace(part, values=values, axes=part.axes[:at] + part.axes[at + 1 :], labels=labels)
                 continue
-            indices = [part.index(axis, each) for each in where]
+            chosen = several(where, f"an index or label of {axis!r}, or several")
+            indices = [part.index(axis, each) for each in chosen]
             names = part.names(axis)
             labels = {**part.labels, axis: tuple(names[each] for each in indices)}
             values = part.values.index_select(at, torch.tensor(indices, device=part.values.device))
@@ -104,10 +111,11 @@ class Result:
             UnknownName: there is none.
         """
         names, n = self.names(axis), self.values.shape[self._axis(axis)]
-        if isinstance(where, int):
-            if not -n <= where < n:
+        if not isinstance(where, str):
+            place = number(where, f"an index or label of {axis!r}")
+            if not -n <= place < n:
                 raise UnknownName(f"No {axis} {where}: they run from 0 to {n - 1}.")
-            return where % n
+            return place % n
         if where not in names:
             raise UnknownName(f"No {axis} {where!r}.{suggest(where, names)}")
         return names.index(where)
@@ -119,7 +127,7 @@ class Result:
             by_size: the largest by absolute value; False the largest by value.
         """
         flat = self.values.flatten().float()
-        order = (flat.abs() if by_size else flat).topk(min(k, flat.numel())).indices
+        order = (flat.abs() if by_size else flat).topk(min(number(k, "how many", 1), flat.numel())).indices
         names = [self.names(axis) for axis in self.axes]
         places = torch.stack(torch.unravel_index(order, self.values.shape), -1) if self.axes else order[:, None][:, :0]
         rows = zip(cast("list[list[int]]", places.tolist()), cast("list[float]", flat[order].tolist()), strict=True)
@@ -164,7 +172,7 @@ class Result:
         Raises:
             InputError: the path does not end in ``.safetensors``.
         """
-        path = Path(path)
+        path = path_of(path)
         if path.suffix != ".safetensors":
             raise InputError(f"Expected a path that ends in .safetensors, got {path}.")
         about = {name: getattr(self, name) for name in ("axes", "labels", "technique", "unit", "baseline", "total")}
@@ -184,7 +192,7 @@ class Result:
         Raises:
             LoadError: the file is truncated, corrupt, or no result.
         """
-        path = Path(path)
+        path = path_of(path)
         tensors = read_safetensors(path)
         with cast(Any, safe_open(path, "pt")) as file:
             text = cast("dict[str, str]", file.metadata() or {}).get(_METADATA)
@@ -226,7 +234,7 @@ class Result:
         raise TypeError(f"A {type(self).__name__} is no sequence: take .values, .sel(...) or .top(k).")
 
     def _axis(self, axis: str) -> int:
-        if axis not in self.axes:
+        if expect(axis, str, "the name of an axis") not in self.axes:
             raise UnknownName(f"No axis {axis!r}; there are {', '.join(self.axes)}.{suggest(axis, self.axes)}")
         return self.axes.index(axis)
 

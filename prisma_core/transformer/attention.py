@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError
+from prisma_core.hooks.capture import Rows
 from prisma_core.hooks.point import HookPoint
 from prisma_core.spec import AttentionSpec, RopeSpec
 from prisma_core.transformer.norm import Norm
@@ -61,9 +62,10 @@ def attend(
     scores: HookPoint,
     pattern: HookPoint,
 ) -> Float[Tensor, "batch query_pos head d_head"]:
-    """Return ``softmax(q . k * scale + bias) v``, by the fused kernel unless scores or patterns are asked for.
+    """Return ``softmax(q . k * scale + bias) v``, by the fused kernel unless whole scores or patterns are asked for.
 
-    Half dtypes are computed in float32 where the kernel is not used.
+    Where scopes only keep some queries' rows of them, these rows are computed beside the kernel. Half dtypes are
+    computed in float32 where the kernel is not used.
 
     Args:
         q, k, v: queries, keys, values; each key and value head serves as many query heads, side by side.
@@ -75,13 +77,17 @@ def attend(
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    if not (scores.wanted or pattern.wanted):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2)
-    x = (widened(q) * scale) @ widened(k).transpose(-2, -1)
-    if bias is not None:
-        x = x + bias
-    x = show(pattern, show(scores, x, dtype).softmax(-1), dtype)
-    return (x @ widened(v)).to(dtype).transpose(1, 2)
+    if scores.wanted or pattern.wanted:
+        rows = Rows.asked(scores, pattern)
+        x = (widened(q if rows is None else rows.of(q)) * scale) @ widened(k).transpose(-2, -1)
+        if bias is not None:
+            x = x + (bias if rows is None else rows.of(bias.expand(-1, -1, q.shape[2], -1)))
+        if rows is None:
+            x = show(pattern, show(scores, x, dtype).softmax(-1), dtype)
+            return (x @ widened(v)).to(dtype).transpose(1, 2)
+        rows.store(scores, x.to(dtype))
+        rows.store(pattern, x.softmax(-1).to(dtype))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2)
 
 
 class Attention(WeightViews):

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError, NotApplicable
+from prisma_core.errors.arguments import expect, number
 from prisma_core.hooks.point import HookPoint
 from prisma_core.spec import BlockSpec, RopeSpec
 from prisma_core.transformer.attention import NO_INPUTS, Attention, HeadInputs, Rope
@@ -203,13 +204,18 @@ class Branch(Generic[M]):
         return x * self.scale.gamma.to(x) if isinstance(self.scale, Scale) else x
 
 
+_BLOCK = "a block of a canonical transformer, such as model.blocks[0]"
+
+
 def attentions(block: Block | SideBySide) -> list[Branch[Attention]]:
     """Return the attentions of a block: one, or several side by side."""
+    expect(block, (Block, SideBySide), _BLOCK)
     return _branches(block, "attn", "ls1")
 
 
 def mlps(block: Block | SideBySide) -> list[Branch[MLP]]:
     """Return the MLPs of a block: one, several side by side, or none."""
+    expect(block, (Block, SideBySide), _BLOCK)
     return _branches(block, "mlp", "ls2") if hasattr(block, "mlp") else []
 
 
@@ -237,9 +243,10 @@ def end_of(blocks: list[Block | SideBySide], layer: int | None, mlp_input: bool 
         NotApplicable: the layer has no MLP that reads the stream after its attention.
     """
     n = len(blocks)
-    end = n if layer is None or layer == -1 else layer
-    if not 0 <= end <= n:
+    end = -1 if layer is None else number(layer, "a layer")
+    if not -1 <= end <= n:
         raise InputError(f"No layer {layer}: expected 0 to {n}, where {n}, -1 and None are the end of the stream.")
+    end = n if end == -1 else end
     if mlp_input and end == n:
         raise InputError("mlp_input speaks of a layer's MLP: give the layer.")
     if mlp_input and (blocks[end].spec.mlp is None or blocks[end].spec.kind == "parallel"):

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError, MissingPart, NotApplicable
+from prisma_core.errors.arguments import choice, shown, tensor
 from prisma_core.transformer.block import Block, SideBySide, attentions, check_sum, end_of, mlps
 from prisma_core.transformer.factored import FactoredMatrix, composition_scores
 from prisma_core.transformer.weights import Stack, WeightViews
@@ -103,10 +104,11 @@ class Circuits(WeightViews):
             circuits, over the product of their norms.
         """
         reads = {"Q": lambda: self.QK, "K": lambda: self.QK.T, "V": lambda: self.OV}
-        if mode not in reads:
-            raise InputError(f"Expected the mode 'Q', 'K' or 'V', got {mode!r}.")
+        choice(mode, reads, "the mode")
         earlier, later, n = self.OV, reads[mode](), len(self.blocks)
         if rotation is not None:
+            if tensor(rotation, "the rotation").shape != (self.spec.d_model,) * 2:
+                raise InputError(f"Expected a rotation {[self.spec.d_model] * 2}, got {shown(rotation)}.")
             earlier = earlier @ rotation.to(earlier.B)
         # One layer at a time: the inner products of all pairs are large.
         scores = torch.stack([composition_scores(earlier[layer], later) for layer in range(n)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,10 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError, UnknownName, suggest
+from prisma_core.errors.arguments import expect, several, shown
 from prisma_core.hooks.cache import ActivationCache
 from prisma_core.hooks.point import HookPoint
 from prisma_core.inputs import Picture
-from prisma_core.model import Size, ZooModel
+from prisma_core.model import Size, ZooModel, read_sample
 from prisma_core.spec import DualSpec
 from prisma_core.spec.layout import TokenLayout
 from prisma_core.transformer.stream import StreamCache
@@ -44,7 +45,7 @@ class DualCache(ActivationCache):
         """
         towers = cast("HookedDual", self.model).towers()
         names = [prefix.removesuffix(".") for prefix in towers]
-        if name not in names:
+        if expect(name, str, "the name of a tower") not in names:
             raise UnknownName(f"No tower {name!r}; there are {', '.join(names)}.{suggest(name, names)}")
         tower, prefix = towers[f"{name}."], f"{name}."
         store = {each.removeprefix(prefix): x for each, x in self.store.items() if each.startswith(prefix)}
@@ -116,6 +117,7 @@ class HookedDual(ZooModel):
     def sample_inputs(
         self, batch: int = 1, *, size: Size | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, ...]:
+        batch = read_sample(batch, size, generator)
         return (
             *self.vision.sample_inputs(batch, size=size, generator=generator),
             *self.text.sample_inputs(batch + 1, generator=generator),
@@ -147,6 +149,9 @@ class HookedDual(ZooModel):
             seen: outputs of ``vision``.
             read: outputs of ``text``.
         """
+        for x, what in ((seen, "batch"), (read, "text")):
+            if not isinstance(cast("object", x), Tensor) or x.ndim != 2:
+                raise InputError(f"Expected vectors [{what} d_embed], got {shown(x)}.")
         seen = self.hook_image_embed(F.normalize(seen, dim=-1))
         read = self.hook_text_embed(F.normalize(read, dim=-1))
         logits = seen @ read.T * self.logit_scale.exp()
@@ -202,10 +207,10 @@ class HookedDual(ZooModel):
                 f"Expected one sentence with {{}} where the label goes, such as 'a photo of a {{}}.', got {given!r}. "
                 "With several, take the mean of what classify returns for each."
             )
-        several = cast("object", labels)
-        names = [labels] if isinstance(labels, str) else list(labels) if isinstance(several, Iterable) else []
-        if not names or not all(isinstance(cast("object", name), str) for name in names):
-            raise InputError(f"Expected names of classes, such as ['cat', 'dog'], got {labels!r}.")
+        expected = "names of classes, such as ['cat', 'dog']"
+        names = [labels] if isinstance(labels, str) else several(labels, expected)
+        for name in names:
+            expect(name, str, expected)
         tokens = self.tokens([template.replace("{}", name) for name in names])
         return self(self._pictured(image), tokens).softmax(-1)
 
@@ -220,4 +225,5 @@ class HookedDual(ZooModel):
     def _pictured(self, image: Any) -> Tensor:
         if isinstance(image, Tensor) and image.ndim >= 4:
             return image
-        return self.preprocess(image).to(self.logit_scale.device, self.logit_scale.dtype)
+        like = self.vision.embed.first_weight
+        return self.preprocess(image).to(self.logit_scale if like is None else like)

@@ -13,10 +13,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError
+from prisma_core.errors.arguments import expect, shown, sides, tensor
 from prisma_core.model import may_look
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec
 from prisma_core.spec.layout import TokenLayout
 from prisma_core.transformer.norm import norm_or_identity
+from prisma_core.transformer.precision import joining
 
 Grid: TypeAlias = tuple[int, ...]  # rows and columns of patches, before them frames if it is a video
 
@@ -94,11 +96,18 @@ class Embed(nn.Module):
         patches = grid.flatten(1, -2)
         return self.norm(patches.contiguous() if self.spec.by_token else patches)
 
-    def with_prefix(self, x: Float[Tensor, "batch patch d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """Return patches with the prefix tokens before them: ``[batch pos d_model]``."""
+    def with_prefix(
+        self, x: Float[Tensor, "batch patch d_model"], dtype: torch.dtype | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Return patches with the prefix tokens before them: ``[batch pos d_model]``.
+
+        Args:
+            x: the patches.
+            dtype: that of the blocks' matrices.
+        """
         if not self.layout.n_prefix:
             return x
-        return torch.cat([self.prefix.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
+        return torch.cat([joining(self.prefix, x, dtype).expand(x.shape[0], -1, -1), x], dim=1)
 
     def positions(self, grid: Grid) -> Float[Tensor, "pos d_model"]:
         """Return the position embedding for a grid of patches: ``[pos d_model]``."""
@@ -129,8 +138,15 @@ def resize_positions(
 ) -> Float[Tensor, "resized d_model"]:
     """Resize positions from the native grid of patches to another, ``(rows, columns)`` both.
 
+    Raises:
+        InputError: the table has not as many rows as the native grid, or an argument is of another kind.
+
     Source: timm's ``resample_abs_pos_embed`` and its NaFlexVit; with an offset, Meta's DINO and DINOv2.
     """
+    native, size = sides(native, "the native grid"), sides(size, "the grid")
+    expect(how, Interpolation, "an Interpolation")
+    if tensor(table, "positions [patch d_model]").ndim != 2 or len(table) != native[0] * native[1]:
+        raise InputError(f"Expected positions [{native[0] * native[1]} d_model], got {shown(table)}.")
     if how.weights_in_float32:
         return _weighted(table, how, native, size)
     whole = (max(size), max(size)) if how.square else size

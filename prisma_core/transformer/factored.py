@@ -11,6 +11,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from prisma_core.errors import InputError, MissingPart
+from prisma_core.errors.arguments import expect, number, tensor
 from prisma_core.transformer.precision import widened
 
 
@@ -37,6 +38,8 @@ class FactoredMatrix:
     """
 
     def __init__(self, A: Float[Tensor, "*a left inner"], B: Float[Tensor, "*b other right"]):
+        for x in (A, B):
+            tensor(x, "a factor [... row column]")
         if A.ndim < 2 or B.ndim < 2 or A.shape[-1] != B.shape[-2]:
             raise InputError(f"Expected [... left inner] and [... inner right], got {list(A.shape)}, {list(B.shape)}.")
         try:
@@ -112,7 +115,7 @@ class FactoredMatrix:
             inner = self.B @ self._fitting(other.A, self.rdim, -2)
             small = self.mdim <= other.mdim
             return FactoredMatrix(self.A, inner @ other.B) if small else FactoredMatrix(self.A @ inner, other.B)
-        self._fitting(other, self.rdim, -2 if other.ndim > 1 else -1)
+        self._fitting(other, self.rdim, -2 if tensor(other, "a vector or matrix").ndim > 1 else -1)
         if other.ndim == 1:
             return (self.A @ (self.B @ other[:, None]))[..., 0]
         return FactoredMatrix(self.A, self.B @ other)
@@ -142,14 +145,14 @@ class FactoredMatrix:
         return FactoredMatrix(-self.A, self.B)
 
     def _fitting(self, other: Tensor, n: int, axis: int) -> Tensor:
-        if other.ndim == 0 or other.shape[axis] != n:
+        if tensor(other, "a vector or matrix").ndim == 0 or other.shape[axis] != n:
             raise InputError(f"{list(other.shape)} does not fit {list(self.shape)}: expected {n} on its axis {axis}.")
         return other
 
     def _numbers(self, factor: float | Tensor) -> float | Tensor:
         leading = self.shape[:-2]
         if not isinstance(factor, Tensor):
-            if isinstance(factor, Number):
+            if isinstance(factor, Number) and factor is not True and factor is not False:
                 return factor
             raise InputError(f"Expected a number or a tensor of numbers, got {type(factor).__name__}.")
         if factor.numel() == 1:
@@ -227,6 +230,7 @@ class FactoredMatrix:
 
     def get_corner(self, k: int = 3) -> Float[Tensor, "*outer row column"]:
         """Return the first ``k`` rows and columns of the product: ``[... k k]``."""
+        k = number(k, "how many rows and columns", 1)
         return self.A[..., :k, :] @ self.B[..., :k]
 
     def unsqueeze(self, k: int) -> FactoredMatrix:
@@ -235,6 +239,7 @@ class FactoredMatrix:
         Raises:
             InputError: ``k`` is not before them.
         """
+        k = number(k, "an axis")
         at = k if k >= 0 else self.ndim + 1 + k
         if not 0 <= at <= self.ndim - 2:
             raise InputError(f"No axis can be inserted at {k}: expected 0 to {self.ndim - 2}, before rows and columns.")
@@ -261,8 +266,8 @@ class FactoredMatrix:
         numbers = [not isinstance(each, slice) and not several for each, several in zip(items, lists, strict=True)]
         if any(lists[-2:]) and sum(lists) > 1:
             raise InputError(f"{index!r} does not index {list(self.shape)}: a list of rows or columns goes by itself.")
-        for each, number in ((rows, numbers[-2]), (columns, numbers[-1])):
-            if number and not hasattr(each, "__index__"):
+        for each, alone in ((rows, numbers[-2]), (columns, numbers[-1])):
+            if alone and not hasattr(each, "__index__"):
                 raise InputError(f"{index!r} does not index {list(self.shape)}: {each!r} is no row or column.")
         a, b = self.A[tuple(leading)], self.B[tuple(leading)]
         a = a[..., rows, :][..., None, :] if numbers[-2] else a[..., rows, :]
@@ -284,6 +289,8 @@ def composition_scores(left: FactoredMatrix, right: FactoredMatrix) -> Float[Ten
     Raises:
         InputError: the columns of ``left`` are not as many as the rows of ``right``.
     """
+    for each in (left, right):
+        expect(each, FactoredMatrix, "a FactoredMatrix")
     if left.rdim != right.ldim:
         raise InputError(f"{list(left.shape)} does not fit {list(right.shape)}: its columns are not the other's rows.")
     written, read = left.collapse_l(), right.collapse_r()

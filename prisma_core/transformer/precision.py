@@ -1,4 +1,4 @@
-"""Float32 beside the fused kernels of half precision models, which sum in float32 too."""
+"""Dtypes: float32 beside the fused kernels of half models, which sum in it too; and models of several dtypes."""
 
 from __future__ import annotations
 
@@ -35,3 +35,15 @@ def show(point: HookPoint, x: Tensor, dtype: torch.dtype) -> Tensor:
     same, finite = hooked == shown, shown.isfinite()
     rounding = torch.where(same & finite, x - shown, 0).detach()
     return torch.where(same & ~finite, x, hooked.to(x.dtype) + rounding)
+
+
+def joining(x: Tensor, stream: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return prefix tokens or positions as they join a stream of another dtype.
+
+    They are rounded to the stream's where the blocks compute in that, as open_clip does in half precision. Elsewhere
+    torch takes the wider dtype of the two.
+
+    Args:
+        dtype: that of the blocks' matrices.
+    """
+    return x.to(stream.dtype) if stream.dtype == dtype else x

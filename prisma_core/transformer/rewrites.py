@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
-from prisma_core.errors import NotApplicable
+from prisma_core.errors import InputError, NotApplicable
+from prisma_core.errors.arguments import check_call, expect
 from prisma_core.spec import AttentionSpec, BlockSpec, ModelSpec, NormSpec
 from prisma_core.transformer.factored import FactoredMatrix
 from prisma_core.transformer.vit import HookedViT
@@ -38,6 +39,9 @@ def rewrite(model: HookedViT, *rewrites: Rewrite) -> HookedViT:
     Raises:
         NotApplicable: a rewrite does not hold for this model; the message says why.
     """
+    expect(model, HookedViT, "a vision transformer in canonical form")
+    for each in rewrites:
+        check_call(each, 2, "A rewrite", "rewrite(spec, state), such as prisma.fold_layer_norm")
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     for each in rewrites:
         state = each(model.spec, state)
@@ -54,7 +58,7 @@ def fold_layer_norm(spec: ModelSpec, state: State) -> dict[str, Tensor]:
     Raises:
         NotApplicable: a block normalises what it adds to the stream (``res_post``): no linear map reads that norm.
     """
-    new = dict(state)
+    new = _copied(spec, state)
     for block in _blocks(spec):
         if block.spec.kind == "res_post" and (block.spec.ln1 or block.spec.ln2):
             raise NotApplicable(
@@ -89,7 +93,7 @@ def fold_layer_scale(spec: ModelSpec, state: State) -> dict[str, Tensor]:
     Raises:
         NotApplicable: a norm stands between the two (``res_post``).
     """
-    new = dict(state)
+    new = _copied(spec, state)
     for block in _blocks(spec):
         for side in block.sides():
             for has, norm, out, gamma in (
@@ -114,6 +118,7 @@ def center_writing_weights(spec: ModelSpec, state: State) -> dict[str, Tensor]:
     Raises:
         NotApplicable: something reads the stream otherwise than through a layer norm, so the mean matters.
     """
+    _copied(spec, state)
     for place, norm in _stream_readers(spec):
         if norm is None or norm.kind != "ln":
             what = "no norm" if norm is None else "a root mean square norm, which keeps the mean"
@@ -140,7 +145,7 @@ def fold_value_biases(spec: ModelSpec, state: State) -> dict[str, Tensor]:
     Raises:
         NotApplicable: a norm stands before the output projection.
     """
-    new = dict(state)
+    new = _copied(spec, state)
     for block in _blocks(spec):
         for side in block.sides():
             _fold_value_bias(block.spec.attn, side.attn, new)
@@ -159,9 +164,9 @@ def refactor_factored_attn_matrices(spec: ModelSpec, state: State) -> dict[str, 
         NotApplicable: queries and keys are normed, turned by rotary positions or shared between heads, or a norm stands
             before the output projection.
     """
+    new = _copied(spec, state)
     if spec.rope is not None:
         raise NotApplicable("Rotary positions turn queries and keys: W_Q W_K^T is not all there is to a score.")
-    new = dict(state)
     for block in _blocks(spec):
         attn = block.spec.attn
         if attn.qk_norm is not None:
@@ -198,6 +203,21 @@ class _Block:
         for side in range(self.spec.n_parallel):
             number = f".{side}" if self.spec.n_parallel > 1 else ""
             yield _Side(*(f"{self.path}.{part}{number}" for part in ("attn", "mlp", "ln1", "ln2", "ls1", "ls2")))
+
+
+def _copied(spec: ModelSpec, state: State) -> dict[str, Tensor]:
+    """Return a copy of a state dict, once it and the spec are known to be a model's.
+
+    Raises:
+        InputError: they are not, or not of one model.
+    """
+    blocks = _blocks(expect(spec, ModelSpec, "the spec of a vision transformer"))
+    expect(state, Mapping, "a state dict, tensors by name")
+    copied = dict(state)
+    lacks = [name for block in blocks for side in block.sides() if (name := f"{side.attn}.out.weight") not in copied]
+    if lacks:
+        raise InputError(f"Expected the state dict of a model of this spec; {len(copied)} tensors, and no {lacks[0]}.")
+    return copied
 
 
 def _blocks(spec: ModelSpec) -> list[_Block]:

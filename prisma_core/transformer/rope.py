@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from prisma_core.errors.arguments import LARGEST, choice, expect, number, tensor
 from prisma_core.spec import RopeCount, RopeGrid
 
 Layout = Literal["interleaved", "half"]
@@ -77,6 +78,15 @@ def count_tables(
 
     Source: transformers' VJEPA2RopeAttention and rotate_queries_or_keys, with the same operations in the same order.
     """
+    expect(spec, RopeCount, "a RopeCount")
+    choice(layout, ("half", "interleaved"), "the layout")
+    tensor(like, "what gives dtype and device")
+    for value, what, low in (
+        (n_patches, "n_patches", 1),
+        (n_prefix, "n_prefix", 0),
+        (d_head, "d_head", 6 * spec.pairs),
+    ):
+        number(value, what, low, LARGEST)
     index = torch.arange(n_patches, device=like.device)
     in_frame = index % (spec.rows * spec.columns)
     axes = (index // (spec.rows * spec.columns), in_frame // spec.columns, in_frame % spec.columns)

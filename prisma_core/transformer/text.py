@@ -12,12 +12,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError, NotApplicable
+from prisma_core.errors.arguments import shown
 from prisma_core.hooks.point import HookPoint
-from prisma_core.model import Processor, Size, check_place, layer_index, may_look
+from prisma_core.model import Processor, Size, check_place, layer_index, may_look, read_sample
 from prisma_core.spec import TextPoolSpec, TextSpec
 from prisma_core.transformer.block import STREAM, make_block
 from prisma_core.transformer.mlp import MLP
 from prisma_core.transformer.norm import norm_or_identity
+from prisma_core.transformer.precision import joining
 from prisma_core.transformer.stream import StreamCache
 from prisma_core.transformer.stream.readout import Readout
 from prisma_core.transformer.tower import Tower
@@ -93,7 +95,7 @@ class HookedText(Tower):
     def sample_inputs(
         self, batch: int = 1, *, size: Size | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, ...]:
-        length = size[0] if size else self.spec.n_ctx
+        batch, length = read_sample(batch, size, generator), size[0] if size else self.spec.n_ctx
         special = {self.spec.pad_id, self.spec.pool.eos_id}
         plain = torch.tensor([token for token in range(self.spec.n_vocab) if token not in special])
         tokens = plain[torch.randint(len(plain), (batch, length), generator=generator)]
@@ -117,10 +119,11 @@ class HookedText(Tower):
             InputError: tokens of another shape or kind.
         """
         self._check(tokens)
-        x = self.hook_embed(self.embed(tokens))
+        dtype = self.block_dtype
+        x = self.hook_embed(self.embed(tokens)).to(dtype=dtype)  # rows are looked up: in which dtype the blocks say
         if self.spec.suffix:
-            x = torch.cat([x, self.embed.suffix.expand(x.shape[0], 1, -1)], dim=1)
-        pos = self.positions(tokens)
+            x = torch.cat([x, joining(self.embed.suffix, x, dtype).expand(x.shape[0], 1, -1)], dim=1)
+        pos = joining(self.positions(tokens), x, dtype)
         if self.hook_pos_embed.wanted:
             pos = self.hook_pos_embed(pos.expand(x.shape).clone())  # a cache must not see later edits of weights
         x = self.hook_full_embed(x + pos)
@@ -149,6 +152,8 @@ class HookedText(Tower):
 
     def positions(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "*batch pos d_model"]:
         """Return the position embedding of each token, for one text where all have the same."""
+        if not isinstance(cast("object", tokens), Tensor) or tokens.ndim != 2:
+            self._check(tokens)
         if self.spec.pos_by_text:
             text = (tokens != self.spec.pad_id).int()
             return self.embed.pos_embed[text.cumsum(1) * text]
@@ -174,6 +179,10 @@ class HookedText(Tower):
 
     def unembed(self, x: Float[Tensor, "batch pos d_model"], tokens: Int[Tensor, "batch pos"]) -> Tensor:
         """Return the output for a residual stream ``[batch pos d_model]``: final norm, pooling, projection."""
+        if not isinstance(cast("object", x), Tensor) or x.shape[-1:] != (self.spec.d_model,):
+            raise InputError(f"Expected a residual stream [batch pos {self.spec.d_model}], got {shown(x)}.")
+        if not isinstance(cast("object", tokens), Tensor) or tokens.ndim != 2:
+            self._check(tokens)
         if self.spec.ln_final is not None:
             x = self.hook_ln_final(self.ln_final(x))
         pooled = self.ln_pool(self.hook_pooled(pool_tokens(self.spec.pool, x, tokens, self.spec.pad_id)))
@@ -183,6 +192,7 @@ class HookedText(Tower):
 
     def shares(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
         """Return the share of each token, and of what stands behind the text, in what is pooled."""
+        self._check(tokens)
         eye = torch.eye(tokens.shape[1] + int(self.spec.suffix), device=tokens.device, dtype=self.embed.W_E.dtype)
         return pool_tokens(self.spec.pool, eye.expand(len(tokens), -1, -1), tokens, self.spec.pad_id)
 
@@ -207,7 +217,7 @@ class HookedText(Tower):
         value = cast("object", tokens)
         if not isinstance(value, Tensor):
             raise InputError(
-                f"Expected tokens [batch pos], got {type(value).__name__}. The model's tokenizer makes them of text."
+                f"Expected tokens [batch pos], got {shown(value)}. The model's tokenizer makes them of text."
             )
         if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise InputError(

@@ -6,9 +6,11 @@ import re
 from abc import abstractmethod
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import NotApplicable, UnknownName, suggest
+from prisma_core.errors.arguments import number
 from prisma_core.model import ZooModel
 from prisma_core.transformer.circuits import Circuits
 from prisma_core.transformer.stream.readout import Readout
@@ -21,6 +23,12 @@ class Tower(Circuits, ZooModel):
     ln_final: nn.Module
     ln_pool: nn.Module
     head: nn.Linear
+
+    @property
+    def block_dtype(self) -> torch.dtype | None:
+        """The dtype of the blocks' matrices; None where they have none."""
+        matrices = (each for each in self.blocks.parameters() if each.ndim > 1 and each.is_floating_point())
+        return next((each.dtype for each in matrices), None)
 
     def readout_names(self) -> list[str]:
         """Return the hook points whose activations ``readouts`` needs."""
@@ -46,6 +54,7 @@ def class_index(model: Tower, key: int | str) -> int:
     Raises:
         NotApplicable: there are no classes.
         UnknownName: no such class.
+        InputError: neither a label nor a whole number.
     """
     labels, n = model.labels or (), model.spec.n_classes
     if n is None:
@@ -60,9 +69,10 @@ def class_index(model: Tower, key: int | str) -> int:
         if len(alike) != 1:
             raise UnknownName(f"No class {key!r} among the model's {len(labels)} labels.{suggest(key, labels)}")
         return alike[0]
-    if not 0 <= key < n:
-        raise UnknownName(f"No class {key}: they run from 0 to {n - 1}.")
-    return key
+    index = number(key, "a class as its label, or its index")
+    if not 0 <= index < n:
+        raise UnknownName(f"No class {index}: they run from 0 to {n - 1}.")
+    return index
 
 
 def _words(label: str) -> list[str]:

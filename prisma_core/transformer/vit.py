@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError, MissingPart, NotApplicable
+from prisma_core.errors.arguments import number, several, shown, tensor
 from prisma_core.hooks.point import HookPoint, copy_if_cached
-from prisma_core.model import Size, check_place, layer_index
+from prisma_core.model import Size, check_place, layer_index, read_sample
 from prisma_core.spec import ModelSpec, RopeCount
 from prisma_core.spec.layout import TokenLayout
 from prisma_core.transformer.attention import Rope
@@ -20,6 +21,7 @@ from prisma_core.transformer.block import STREAM, make_block
 from prisma_core.transformer.embed import Embed, Grid, check_image, native_grid, native_shape, patch_grid
 from prisma_core.transformer.norm import norm_or_identity
 from prisma_core.transformer.pool import Pool
+from prisma_core.transformer.precision import joining
 from prisma_core.transformer.rope import count_tables, grid_tables
 from prisma_core.transformer.stream import StreamCache
 from prisma_core.transformer.stream.readout import Readout, latent
@@ -111,7 +113,7 @@ class HookedViT(Tower):
     def sample_inputs(
         self, batch: int = 1, *, size: Size | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, ...]:
-        shape = list(native_shape(self.spec))
+        batch, shape = read_sample(batch, size, generator), list(native_shape(self.spec))
         if size is not None:
             shape = [*size[:-2], self.spec.embed.in_channels, *size[-2:]]
         return (torch.randn(batch, *shape, generator=generator),)
@@ -141,12 +143,17 @@ class HookedViT(Tower):
             InputError: an input of another shape, pixels that are not numbers, or too few leading tokens.
         """
         n, read = len(self.blocks), self.leading_read
+        leading = None if leading is None else number(leading, "leading", 0)
         needed = 1 if stop_at_layer is not None else read
         if leading is not None and (needed is None or leading < needed):
             what = "all tokens" if needed is None else f"{needed} or more"
             raise InputError(f"leading={leading} is too few: the tokens that are read on are {what}.")
         first, last = layer_index(start_at_layer, 0, n), layer_index(stop_at_layer, n, n)
+        if first > last:
+            raise InputError(f"stop_at_layer={stop_at_layer} is before start_at_layer={start_at_layer}.")
         if start_at_layer is None:
+            if grid is not None:
+                raise InputError(f"grid={shown(grid)} is of a stream: it goes with start_at_layer.")
             check_image(image, self.spec)
             check_place("image" if image.ndim == 4 else "video", image, self.embed.first_weight)
             grid = patch_grid(self.spec, image)
@@ -154,9 +161,14 @@ class HookedViT(Tower):
             if self.spec.ln_pre is not None:
                 x = self.hook_ln_pre(self.ln_pre(x))
         else:
-            check_place("stream", image, self.embed.first_weight)
+            check_place("stream", tensor(image, "a residual stream [batch pos d_model]"), self._weight_like(image))
             x = copy_if_cached(image)
-            grid = grid or native_grid(self.spec)
+            native = native_grid(self.spec)
+            grid = (
+                native if grid is None else tuple(number(n, "a side of the grid", 1) for n in several(grid, "a grid"))
+            )
+            if len(grid) != len(native):
+                raise InputError(f"Expected a grid of {len(native)} sides, such as {native}, got {shown(grid)}.")
             if x.ndim != 3 or x.shape[-1] != self.spec.d_model:
                 raise InputError(
                     f"start_at_layer={start_at_layer} needs a residual stream [batch pos {self.spec.d_model}], "
@@ -180,9 +192,10 @@ class HookedViT(Tower):
         return x if stop_at_layer is not None else self.unembed(x)
 
     def _embedded(self, image: Tensor, grid: Grid) -> Tensor:
-        x = self.embed.with_prefix(self.hook_embed(self.embed(image)))
+        dtype = self.block_dtype
+        x = self.embed.with_prefix(self.hook_embed(self.embed(image)), dtype)
         if self.spec.embed.pos:
-            pos = self.embed.positions(grid).to(x.dtype)
+            pos = joining(self.embed.positions(grid), x, dtype)
             if self.hook_pos_embed.wanted:
                 pos = self.hook_pos_embed(pos.expand(x.shape).clone())  # a cache must not see later edits of weights
             x = x + pos
@@ -213,6 +226,8 @@ class HookedViT(Tower):
 
     def unembed(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, " batch *out"]:
         """Return the logits of a residual stream ``[batch pos d_model]``: final norm, pooling, head."""
+        if not isinstance(cast("object", x), Tensor) or x.shape[-1:] != (self.spec.d_model,):
+            raise InputError(f"Expected a residual stream [batch pos {self.spec.d_model}], got {shown(x)}.")
         if self.spec.ln_final is not None:
             x = self.hook_ln_final(self.ln_final(x))
         pooled = self.ln_pool(self.hook_pooled(self.pool(x, self.spec.layout.n_prefix)))
@@ -251,6 +266,11 @@ class HookedViT(Tower):
             return [Readout(both[0], (first,)), Readout(both[1], (second,))]
         shares = {"token": (first,), "avg": (mean,), "token_and_avg": (first, mean)}[pool.kind]
         return [Readout(heads[0], shares)]
+
+    def _weight_like(self, stream: Tensor) -> Tensor | None:
+        """Return a weight of a stream's dtype; of a model that has none, the first."""
+        weights = (each for each in self.parameters() if each.dtype == stream.dtype)
+        return next(weights, self.embed.first_weight)
 
     def _rope_tables(self, grid: Grid) -> Rope | None:
         rope, layout = self.spec.rope, self.spec.layout

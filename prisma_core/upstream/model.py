@@ -19,7 +19,7 @@ from prisma_core.errors.migration import (
 )
 from prisma_core.hooks.point import HookPoint
 from prisma_core.maps.places import HookMap
-from prisma_core.model import Size, ZooModel, check_place
+from prisma_core.model import Size, ZooModel, check_place, read_sample
 from prisma_core.spec import MapSpec
 from prisma_core.spec.layout import TokenLayout
 from prisma_core.upstream.bound import BoundRow
@@ -171,7 +171,7 @@ class HookedUpstream(ZooModel):
     def sample_inputs(
         self, batch: int = 1, *, size: Size | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, ...]:
-        shape = self.spec.shape
+        batch, shape = read_sample(batch, size, generator), self.spec.shape
         if size is not None:
             if len(size) > len(shape):
                 raise InputError(

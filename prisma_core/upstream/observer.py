@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from prisma_core.errors import HookError, PrismaError
+from prisma_core.hooks.recompute import checkpoints, keep
 from prisma_core.maps.places import FUSED, INSIDE, Place
 
 
@@ -114,10 +116,12 @@ class _Frame:
 
 
 class _Pass:
-    """State of one pass under ``watching``; paused while an observer runs."""
+    """State of one pass, or of what is computed again of it, under ``watching``; paused while an observer runs."""
 
-    def __init__(self, observers: Iterable[Observer], batch: int):
+    def __init__(self, observers: Iterable[Observer], batch: int, again: bool):
         self.active = frozenset(observers)
+        self.began = checkpoints()
+        self.again = again
         self.batch = batch
         self.functions = any(one.place.function for one in self.active)
         self.frames: list[_Frame] = []
@@ -139,6 +143,7 @@ class _Pass:
         return value
 
     def show(self, observer: Observer, x: Tensor) -> Tensor:
+        keep(checkpoints(), self, self.began, lambda: partial(watching, self.active, self.batch, again=True))
         self.paused = True
         try:
             return observer.passed(x, self.batch)
@@ -150,13 +155,14 @@ _PASS: ContextVar[_Pass | None] = ContextVar("prisma_pass", default=None)
 
 
 @contextmanager
-def watching(observers: Iterable[Observer], batch: int) -> Generator[None]:
+def watching(observers: Iterable[Observer], batch: int, *, again: bool = False) -> Generator[None]:
     """Run these observers, which ``attach`` has placed, in what is computed inside.
 
     Args:
         batch: how many inputs there are.
+        again: a checkpointed part of a pass is computed again, for gradients.
     """
-    run = _Pass(observers, batch)
+    run = _Pass(observers, batch, again)
     token = _PASS.set(run)
     try:
         if run.functions:
@@ -178,9 +184,14 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         run = self.run
         kwargs = cast("dict[str, Any]", kwargs or {})
+        name = getattr(func, "__name__", "").strip("_")
+        if run.again and not run.paused and not run.frames and name in (one.place.function for one in run.active):
+            raise HookError(
+                f"Upstream checkpoints a function that calls {name}, in which there are hook points, and no module: "
+                "which call it is cannot be known when it runs again. Switch checkpointing off for this pass."
+            )
         if run.paused or not run.frames:
             return func(*args, **kwargs)
-        name = getattr(func, "__name__", "").strip("_")
         observers = [one for one in run.frames[-1].next(name) if one in run.active]
         if not observers:
             return func(*args, **kwargs)

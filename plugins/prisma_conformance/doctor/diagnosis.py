@@ -2,89 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from math import inf
 
 import torch
 from torch import nn
 
 from prisma_conformance import tolerances
-from prisma_conformance.checks.parity import Comparison, compare
-from prisma_conformance.doctor import suspects
-from prisma_conformance.measure import worst
-from prisma_conformance.report.results import Measured
+from prisma_conformance.doctor.advice import failures
+from prisma_conformance.doctor.bench import Bench, Trial
+from prisma_conformance.doctor.evidence import evidence
+from prisma_conformance.doctor.families import families
+from prisma_conformance.doctor.maps import examine_map
+from prisma_conformance.doctor.places import fitting
+from prisma_conformance.doctor.result import MOST, Diagnosis, Remedy
+from prisma_conformance.doctor.search import Search
+from prisma_conformance.registry import select
 from prisma_conformance.subject import Subject
 from prisma_conformance.target import Target
-from prisma_core import Size, ZooModel
-from prisma_core.plugin import Adapter, AnySpec, HookMap, PrismaError, Reader, WeightMap
+from prisma_core import tensors_of
+from prisma_core.plugin import Adapter, HookMap, Row
 
-
-class Remedy(Measured):
-    """A change that was tried.
-
-    Attributes:
-        change: in words, as the adapter's author would make it.
-        here: the error it leaves at the first hook point that diverged.
-        logits: the error it leaves in the logits.
-    """
-
-    change: str
-    here: float
-    logits: float
-
-
-class Diagnosis(Measured):
-    """Result of comparing a mapped model with upstream.
-
-    Attributes:
-        agrees: logits and every mapped activation equal upstream's.
-        first: the first hook point that diverges, in firing order; None if none does.
-        error: how far it is off, in standard deviations of upstream's activation.
-        before: the last hook point that still agrees.
-        logits: the error of the logits.
-        compared: how many hook points were compared.
-        size: the image size at which it shows, if it does not at the native one.
-        problem: the error that made a comparison impossible.
-        rows: where the logits agree and hook points do not, the rows of the hook map that read those.
-        remedies: changes that make the first diverging hook point agree; those that make the logits agree too, if any
-            does.
-        tried: how many changes were tried.
-    """
-
-    name: str
-    agrees: bool
-    first: str | None = None
-    error: float = 0.0
-    before: str | None = None
-    logits: float = 0.0
-    compared: int = 0
-    size: Size | None = None
-    problem: str | None = None
-    rows: tuple[str, ...] = ()
-    remedies: tuple[Remedy, ...] = ()
-    tried: int = 0
-
-    def __str__(self) -> str:
-        if self.problem:
-            return f"{self.name}: the models could not be compared. {self.problem}"
-        if self.agrees:
-            return f"{self.name}: the logits and {self.compared} activations agree with upstream."
-        at = f" at image size {'x'.join(map(str, self.size))}" if self.size else ""
-        lines = [f"{self.name}: parts from upstream at {self.first}{at}, by {self.error:.1e} standard deviations."]
-        if self.error == inf:
-            lines = [f"{self.name}: upstream shows nothing to compare with at {self.first}."]
-        if self.before:
-            lines.append(f"Everything up to {self.before} agrees. The logits are off by {self.logits:.1e}.")
-        for row in self.rows:
-            lines.append(f"As the logits agree, the suspect is this row of the hook map: '{row}'.")
-        if not self.remedies and not self.rows:
-            lines.append(f"None of the {self.tried} usual suspects makes it agree.")
-        for remedy in self.remedies:
-            agrees = remedy.logits <= tolerances.FLOAT64
-            logits = "and the logits" if agrees else f"but the logits stay off by {remedy.logits:.1e}"
-            lines.append(f"It agrees, {logits}, with: {remedy.change}.")
-        return "\n".join(lines)
+STEPS = 4  # mistakes that are looked for one behind the other
+AT_FAULT = ("weights.accounted", "spec.audit")  # what may say more where the numbers differ
+OTHER = ("weights.*", "parity.gradients", "hooks.live", "algebra", "maps.proven", "spec.audit", "preprocess")
 
 
 def diagnose(
@@ -126,123 +67,146 @@ def diagnose(
 def examine(subject: Subject, progress: Callable[[str], None] | None = None) -> Diagnosis:
     """Diagnose a subject."""
     name = subject.case.name
+    problem = _problem(subject)
+    if subject.form == "mapped":
+        return Diagnosis(name=name, agrees=False, problem=problem) if problem else _of_map(subject, progress)
     try:
-        comparison = compare(subject)
-        logits = _logits(subject, subject.sizes()[0])
-    except Exception as problem:  # noqa: BLE001  # the doctor sees broken adapters: whatever they raise is the finding
-        return Diagnosis(name=name, agrees=False, problem=f"{type(problem).__name__}: {problem}")
-    first, before = _first_difference(comparison)
-    different = [point for point, error in comparison.errors.items() if not error <= tolerances.FLOAT64]
-    rows = _rows(subject, [*different, *comparison.unread]) if logits <= tolerances.FLOAT64 else ()
-    if first is None and rows:
-        first = next(iter(comparison.unread))
-    size = None
-    if first is None and logits > tolerances.FLOAT64:
+        bench = Bench(subject)
+        trial = bench.run()
+    except Exception as reason:  # noqa: BLE001  # the doctor sees broken adapters: whatever they raise is the finding
+        return Diagnosis(name=name, agrees=False, problem=problem or f"{type(reason).__name__}: {reason}")
+    diagnosis = _compared(bench, trial, progress, STEPS)
+    if problem:
+        return diagnosis.model_copy(update={"problem": problem, "agrees": False})
+    if diagnosis.agrees or not (diagnosis.remedies or diagnosis.places):
+        found = _failures(subject, OTHER if diagnosis.agrees else AT_FAULT)
+        diagnosis = diagnosis.model_copy(update={"failures": found})
+    return diagnosis
+
+
+def _problem(subject: Subject) -> str | None:
+    """What the adapter's own model, uncompleted, raises."""
+    try:
+        subject.passes()
+    except Exception as reason:  # noqa: BLE001  # as above
+        return f"{type(reason).__name__}: {reason}"
+    return None
+
+
+def _failures(subject: Subject, checks: Sequence[str] = OTHER) -> tuple[str, ...]:
+    with torch.enable_grad():
+        return tuple(failures(subject, select(checks)))
+
+
+def _compared(bench: Bench, trial: Trial, progress: Callable[[str], None] | None, steps: int) -> Diagnosis:
+    """Diagnose a model that runs, and what its best remedy leaves."""
+    name, size = bench.subject.case.name, None
+    if trial.agrees and (trial.first or trial.unread):
+        return _of_rows(bench, trial, progress)
+    first, before, logits = trial.first, trial.before, trial.logits
+    if first is None and not trial.agrees:
         first = "hook_logits"
     if first is None:
-        size = next((s for s in subject.sizes() if not _logits(subject, s) <= tolerances.FLOAT64), None)
+        model, _ = bench.model()
+        size = next((s for s in model.sizes() if not bench.logits(model, s) <= tolerances.FLOAT64), None)
         if size is None:
-            return Diagnosis(name=name, agrees=True, logits=logits, compared=len(comparison.errors))
-        first, before, logits = "hook_pos_embed", "hook_embed", _logits(subject, size)
-    remedies, tried = _remedies(subject, first, size, progress)
-    remedies = [remedy for remedy in remedies if remedy.logits <= tolerances.FLOAT64] or remedies
-    error = logits
-    if size is None:
-        error = inf if first in comparison.unread else comparison.errors.get(first, logits)
+            return Diagnosis(name=name, agrees=True, logits=logits, compared=len(trial.errors))
+        first, before, logits = "hook_pos_embed", "hook_embed", bench.logits(model, size)
+    search = Search(bench, trial, first, size, progress)
+    remedies = search.remedies()
+    then = None
+    if remedies and not remedies[0].whole and steps > 1:
+        beyond = bench.on(remedies[0].change)
+        then = _compared(beyond, beyond.run(), progress, steps - 1)
     return Diagnosis(
         name=name,
         agrees=False,
         first=first,
-        error=error,
+        compared=len(trial.errors),
+        error=logits if size is not None else trial.errors.get(first, logits),
         before=before,
         logits=logits,
-        compared=len(comparison.errors),
         size=size,
-        rows=rows,
-        remedies=tuple(sorted(remedies, key=lambda remedy: remedy.here)),
-        tried=tried,
+        evidence=() if remedies or size is not None else tuple(_evidence(bench, trial, first)),
+        remedies=tuple(Remedy(change=r.change.says, here=r.here, logits=r.logits) for r in remedies[:MOST]),
+        tried=search.tried,
+        then=then,
     )
 
 
-def _rows(subject: Subject, points: list[str]) -> tuple[str, ...]:
-    """Rows of the hook map that read these points, as they are written."""
-    table = subject.table()
-    rows = (row for row in table.rows if HookMap((row,), table.sizes).bound(points))
-    return tuple(f"{row.place} -> {row.hook}" for row in rows)
+def _evidence(bench: Bench, trial: Trial, first: str) -> tuple[str, ...]:
+    model, _ = bench.model()
+    axes = model.hook_points()[first].axes.split()
+    spare = {name: tensors_of(bench.upstream)[name] for name in trial.spare}
+    if first not in trial.theirs:
+        return ()
+    return tuple(evidence(trial.ours[first], trial.theirs[first], axes, spare, bench.numbers))
 
 
-def _logits(subject: Subject, size: Size) -> float:
-    upstream, model = subject.pair()
-    inputs = subject.inputs(2, size)
-    return worst(model(*inputs), subject.forward(upstream, *inputs))
+# -------------------------------------------------------------------- hook tables
 
 
-def _first_difference(comparison: Comparison) -> tuple[str | None, str | None]:
-    """Return the first hook point that differs, and the one before it."""
-    before = None
-    for name, error in comparison.errors.items():
-        if not error <= tolerances.FLOAT64:
-            return name, before
-        before = name
-    return None, before
+def _of_rows(bench: Bench, trial: Trial, progress: Callable[[str], None] | None) -> Diagnosis:
+    """Diagnose a model whose logits agree, and whose hook points do not."""
+    different = [point for point, error in trial.errors.items() if not error <= tolerances.FLOAT64]
+    points = [*different, *trial.unread]
+    first = points[0]
+    search = Search(bench, trial, first, None, progress)
+    remedies = [remedy for remedy in search.remedies() if remedy.whole] if different else []
+    rows = _rows(trial, points)
+    read = [] if remedies else [_place(bench, trial, row) for row in rows]
+    known = [(row, place) for row, place in zip(rows, read, strict=False) if place is not None]
+    return Diagnosis(
+        name=bench.subject.case.name,
+        agrees=False,
+        first=first,
+        error=trial.errors.get(first, inf),
+        before=trial.before if different else None,
+        logits=trial.logits,
+        compared=len(trial.errors),
+        rows=tuple(_said(trial, row) for row in ([row for row, _ in known] or rows)),
+        places=tuple(str(place) for _, place in known),
+        remedies=tuple(Remedy(change=r.change.says, here=r.here, logits=r.logits) for r in remedies[:MOST]),
+        tried=search.tried,
+    )
 
 
-def _remedies(
-    subject: Subject, first: str, size: Size | None, progress: Callable[[str], None] | None
-) -> tuple[list[Remedy], int]:
-    remedies: list[Remedy] = []
-    tried = 0
-    if subject.form == "mapped":
-        return remedies, tried  # upstream's own code runs, so there is no spec to change
-    for suspect in suspects.usual(subject.spec, first, subject.pair().upstream):
-        if progress is not None:
-            progress(suspect.change)
-        tried += 1
-        try:
-            variant = _altered(subject, suspect)
-            logits = _logits(variant, size or subject.sizes()[0])
-            here = logits if size else compare(variant).errors.get(first, logits)
-        except (PrismaError, RuntimeError, ValueError, AttributeError):
-            continue  # a change that does not fit this model's tensors is no remedy
-        if here <= tolerances.FLOAT64:
-            remedies.append(Remedy(change=suspect.change, here=here, logits=logits))
-    return remedies, tried
+def _rows(trial: Trial, points: list[str]) -> list[Row]:
+    """The bound rows of hook points, one for each row of the table."""
+    one_each = {family: next(iter(members.values())) for family, members in families(points).items()}
+    return trial.hooks.bound(one_each.values())
 
 
-def _altered(subject: Subject, suspect: suspects.Suspect) -> Subject:
-    adapter = _Altered(subject.adapter, suspect.spec)
-
-    def make(altered: Adapter, upstream: nn.Module) -> ZooModel:
-        model = subject.make(altered, upstream)
-        suspect.edit(model)
-        return model
-
-    return subject.variant(adapter, make)
+def _said(trial: Trial, row: Row) -> str:
+    """A row as it is written in the table."""
+    written = (one for one in trial.hooks.rows if HookMap((one,), trial.hooks.sizes).bound([row.hook]))
+    return next(f"{one.place} -> {one.hook}" for one in written)
 
 
-class _Altered(Adapter):
-    """An adapter with its spec changed."""
+def _place(bench: Bench, trial: Trial, row: Row) -> Row | None:
+    """Find the place that holds the activation, the same in a row's layers."""
+    places = bench.places()
+    return fitting(row, trial.hooks, trial.ours[row.hook], places)
 
-    types = ()
 
-    def __init__(self, inner: Adapter, change: Callable[[AnySpec], AnySpec]):
-        self.inner = inner
-        self.change = change
+# -------------------------------------------------------------------- hooked upstreams
 
-    def spec(self, upstream: Reader) -> AnySpec:
-        return self.change(self.inner.spec(upstream))
 
-    def weights(self, upstream: Reader, spec: AnySpec) -> WeightMap:
-        return self.inner.weights(upstream, spec)
-
-    def hooks(self, upstream: Reader, spec: AnySpec) -> HookMap:
-        return self.inner.hooks(upstream, spec)
-
-    def stem(self, upstream: Reader, spec: AnySpec) -> nn.Module | None:
-        return self.inner.stem(upstream, spec)
-
-    def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
-        return self.inner.unfused_attention(upstream)
+def _of_map(subject: Subject, progress: Callable[[str], None] | None) -> Diagnosis:
+    name = subject.case.name
+    findings = examine_map(subject, progress)
+    if findings is None:
+        compared = len(subject.passes().acts)
+        return Diagnosis(name=name, agrees=True, compared=compared, failures=_failures(subject))
+    return Diagnosis(
+        name=name,
+        agrees=False,
+        first=findings.point,
+        equations=findings.problems,
+        rows=tuple(map(str, findings.rows)),
+        remedies=tuple(Remedy(change=f"the row {text}", here=0.0, logits=0.0) for text in findings.changes[:MOST]),
+        tried=findings.tried,
+    )
 
 
 __all__ = ["Diagnosis", "Remedy", "diagnose", "examine"]

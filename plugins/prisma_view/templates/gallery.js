@@ -3,7 +3,9 @@ let index = null, order = [], page = 0, current = null;
 const chunks = new Map(), arrived = new Map();
 const short = (x) => (Math.abs(x) >= 1000 || (x && Math.abs(x) < 0.01) ? x.toExponential(1) : Number(x.toPrecision(3)).toString()).replaceAll("-", "−");
 const share = (x) => (x > 0 && x < 0.0001 ? "<0.01 %" : `${Number((100 * x).toPrecision(2))} %`);
-const title = (unit) => (index.names[unit] ? `${unit} ${index.names[unit]}` : String(unit));
+const title = (unit) => (index.sheets ? index.names[unit] : index.names[unit] ? `${unit} ${index.names[unit]}` : String(unit));
+/* The images of a page of one unit are inside it. */
+const sheetOf = (at) => index.sheets?.[at] ?? `images/${String(at).padStart(4, "0")}.jpg`;
 
 /* The data of a unit, from the script that holds it. */
 function load(unit) {
@@ -11,6 +13,7 @@ function load(unit) {
   if (!chunks.has(at)) {
     chunks.set(at, new Promise((resolve, reject) => {
       arrived.set(at, resolve);
+      if (index.sheets) return; /* the page hands them over itself */
       document.head.append(make("script", { src: `data/units-${String(at).padStart(4, "0")}.js`, onerror: () => { chunks.delete(at); reject(new Error(`data/units-${at} is missing`)); } }));
     }));
   }
@@ -28,7 +31,7 @@ function tile([thumb, value, place, spot, name, heat], { close = false, mark = f
   const place_ = (cell, at, n, z, many) => (many * z > 1 ? (100 * (cell * z + (z > 1 ? shift(at, n, z) : 0))) / (many * z - 1) : 0);
   const box = make("div", { className: "tile", role: "img", label: `${name}: ${short(value)} at ${place}`, title: `${name}: ${short(value)} at ${place}`, style: {
     "aspect-ratio": close ? `${wide / zoom[0]} / ${tall / zoom[1]}` : `${wide} / ${tall}`,
-    "background-image": `url("images/${String(sheet).padStart(4, "0")}.jpg")`,
+    "background-image": `url("${sheetOf(sheet)}")`,
     "background-size": `${100 * across * zoom[0]}% ${100 * down * zoom[1]}%`,
     "background-position": `${place_(here % across, spot[2], columns, zoom[0], across)}% ${place_(Math.floor(here / across), spot[1], rows, zoom[1], down)}%`,
   } });
@@ -120,7 +123,7 @@ async function unitPage(unit) {
   const at = order.indexOf(unit);
   const link = (name, to) => make("a", { textContent: name, href: to === undefined ? "#" : `#${to}` });
   $("unit").replaceChildren(
-    make("nav", { className: "turn", label: "Units" }, link("all"), ...(at > 0 ? [link(`← ${order[at - 1]}`, order[at - 1])] : []), ...(at >= 0 && at < order.length - 1 ? [link(`${order[at + 1]} →`, order[at + 1])] : [])),
+    index.sheets ? "" : make("nav", { className: "turn", label: "Units" }, link("all"), ...(at > 0 ? [link(`← ${order[at - 1]}`, order[at - 1])] : []), ...(at >= 0 && at < order.length - 1 ? [link(`${order[at + 1]} →`, order[at + 1])] : [])),
     make("h2", { textContent: `${index.kind} ${title(unit)}`, tabIndex: -1 }),
     make("p", { textContent: `Largest ${short(index.largest[unit])}, mean ${short(index.mean[unit])}, positive on ${share(index.share[unit])} of the tokens of ${index.seen} images (${index.unit}).` }),
     part("Top images", make("div", { className: "images" }, ...made.top.map((each) => figure(each, { mark: true })))),
@@ -136,7 +139,7 @@ async function unitPage(unit) {
 /* ---------------------------------------------------------------- both */
 
 function route() {
-  const unit = /^#\d+$/.test(location.hash) ? Number(location.hash.slice(1)) : null;
+  const unit = index.sheets ? 0 : /^#\d+$/.test(location.hash) ? Number(location.hash.slice(1)) : null;
   current = unit !== null && unit < index.n ? unit : null;
   $("overview").hidden = current !== null;
   $("unit").hidden = current === null;
@@ -152,7 +155,7 @@ $("before").onclick = () => turn(-1);
 $("after").onclick = () => turn(1);
 addEventListener("hashchange", () => index && route());
 document.onkeydown = (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || !index) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || !index || index.sheets) return;
   const typing = event.target.matches("input[type=search], select");
   if (event.key === "Escape") { if (typing) event.target.blur(); if (current !== null) location.hash = ""; return; }
   if (typing) return;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from einops import einsum
@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prisma_core.errors import InputError
+from prisma_core.errors.arguments import several, shown, tensor, whole
 from prisma_core.spec import TextSpec
 from prisma_core.transformer.norm import Norm
 from prisma_core.transformer.stream.readout import Readout
@@ -63,6 +64,7 @@ class LogitAttribution(Stream):
             part = self.apply_slice_to_batch_dim(batch_slice)
             return part.apply_ln_to_stack(residual_stack, layer, mlp_input, pos_slice, recompute_ln=recompute_ln)
         norms = self._norms(layer, mlp_input)
+        self._check_stack(residual_stack)
         if not recompute_ln:
             self._need([f"{path}.hook_scale" for path, _ in norms])
         for path, norm in norms:
@@ -170,7 +172,7 @@ class LogitAttribution(Stream):
         """
         tower, reads = self._tower(), self._readouts()
         scales = self._need_scales()
-        like = self.store[scales[0]] if scales else next(iter(self.store.values()))
+        like = self.store[scales[0]] if scales else self._first()
         batch = [like.shape[0]] if self.has_batch_dim else []
         outputs: list[Tensor] = []
         for read in reads:
@@ -232,6 +234,7 @@ class LogitAttribution(Stream):
         """Contributions of each component to the input of each head, after all norms."""
         tower, reads = self._tower(), self._readouts()
         self._need_scales()
+        self._check_stack(stack)
         if isinstance(norm := getattr(tower, "ln_final", None), Norm):
             stack = self._normed("ln_final", norm, stack, pos_slice)
         outputs: list[tuple[Readout, Tensor]] = []
@@ -263,12 +266,26 @@ class LogitAttribution(Stream):
             )
         return share[..., tokens].to(stack)
 
+    def _check_stack(self, stack: Tensor) -> None:
+        """Refuse what is no stack of this cache's images, or texts.
+
+        Raises:
+            InputError: with the shape expected.
+        """
+        width, batch = self._spec().d_model, self._n_batch() if self.has_batch_dim else None
+        axes = f"component {'pos' if batch is None else f'batch={batch} pos'} d_model={width}"
+        x = tensor(stack, f"a stack [{axes}]")
+        few = x.ndim < (2 if batch is None else 3) or x.shape[-1] != width
+        if few or not x.is_floating_point() or (batch is not None and x.shape[-3] not in (1, batch)):
+            raise InputError(f"Expected a stack [{axes}] of floating point numbers, got {shown(x)}.")
+
     def _normed(self, path: str, norm: Norm, stack: Tensor, pos_slice: Index | str | None) -> Tensor:
         scale = self._scale(path, pos_slice)
-        if stack.ndim < 2 or stack.shape[-1] != norm.width or scale.shape[-2] not in (1, stack.shape[-2]):
+        whole_pool = path == "ln_pool" and scale.shape[-2] == 1  # of what all tokens are pooled to
+        if stack.ndim < 2 or stack.shape[-1] != norm.width or not (whole_pool or scale.shape[-2] == stack.shape[-2]):
             raise InputError(
                 f"Expected a stack [component {'batch ' if self.has_batch_dim else ''}{scale.shape[-2]} {norm.width}], "
-                f"got shape {list(stack.shape)}. Was it cut to some tokens? Give the same pos_slice."
+                f"with pos_slice={pos_slice!r}, got {shown(stack)}. Was it cut to some tokens? Give the same pos_slice."
             )
         return norm.linear(stack, scale)
 
@@ -282,7 +299,7 @@ class LogitAttribution(Stream):
     def _for_inputs(self, classes: Classes) -> Tensor:
         rows = self._rows(classes)
         axes = classes.ndim - int(classes.is_floating_point()) if isinstance(classes, Tensor) else 1
-        if isinstance(classes, int | str) or axes == 0:
+        if isinstance(classes, str) or whole(classes) is not None or axes == 0:
             return rows[0]
         batch = self._n_batch() if self.has_batch_dim else None
         if len(rows) in (1, batch) and (self.has_batch_dim or isinstance(classes, Tensor)):
@@ -298,20 +315,21 @@ class LogitAttribution(Stream):
     def _rows(self, classes: Classes) -> Tensor:
         """A direction in the output for each class: ``[class out]``."""
         tower = self._tower()
-        like = next(iter(self.store.values()))
+        like = self._first()
         n = self._spec().n_classes or self._spec().d_pool
         if isinstance(classes, Tensor) and classes.is_floating_point():
             rows = classes[None] if classes.ndim == 1 else classes
             if rows.ndim != 2 or rows.shape[-1] != n:
                 raise InputError(
                     f"Expected a direction [{n}] in the model's output, or one for each input [batch {n}]; "
-                    f"got shape {list(classes.shape)}."
+                    f"got {shown(classes)}."
                 )
             return rows.to(like)
-        value = cast("int | list[int]", classes.tolist()) if isinstance(classes, Tensor) else classes
-        several = [value] if isinstance(value, int | str) else list(value)
-        index = torch.tensor([[class_index(tower, each)] for each in several], device=like.device)
-        return like.new_zeros(len(several), n).scatter(1, index, 1)
+        one = isinstance(classes, str) or whole(classes) is not None
+        expected = "a class as index or label, several, or a direction as a tensor"
+        keys: list[Any] = [classes] if one else several(classes, expected)
+        index = torch.tensor([[class_index(tower, each)] for each in keys], device=like.device)
+        return like.new_zeros(len(keys), n).scatter(1, index, 1)
 
 
 def _either(ours: Classes | None, theirs: Classes | None, *names: str) -> Classes | None:

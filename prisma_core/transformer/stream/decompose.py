@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prisma_core.errors import InputError, NotApplicable
+from prisma_core.errors.arguments import choice, number, shown, tensor
 from prisma_core.spec.layout import positions_of
 from prisma_core.transformer.block import attentions, end_of, mlps
 from prisma_core.transformer.stream.attribution import LogitAttribution
@@ -90,6 +91,7 @@ class StreamCache(LogitAttribution):
         >>> torch.allclose(parts.sum(0), cache["resid_post", -1], atol=1e-4)
         True
         """
+        choice(mode, ("all", "mlp", "attn"), "the mode")
         blocks = self._before(layer, mlp_input)
         places: list[tuple[str, str]] = []
         for index, block in enumerate(blocks):
@@ -286,14 +288,15 @@ class StreamCache(LogitAttribution):
         heads, keys = spec.n_heads, pattern.shape[-1]
         if v.shape[-3] != keys or pattern.shape[-3] != heads or v.shape[-2] != spec.n_kv_heads:
             raise NotApplicable(f"{at}.hook_v holds {v.shape[-3]} of {keys} tokens: cache all of them, whole.")
-        if source is None or not -keys <= source < keys:
+        token = number(source, "the token that heads read")
+        if not -keys <= token < keys:
             raise InputError(f"No token {source}: there are {keys}.")
         if read.pos_slice is not None:
             pattern = self._cut(pattern, pattern.ndim - 2, read.pos_slice)
-        values = v.select(-3, source).repeat_interleave(heads // spec.n_kv_heads, -2)
+        values = v.select(-3, token).repeat_interleave(heads // spec.n_kv_heads, -2)
         w_o = read.along(branch.scaled(branch.module.W_O.to(values)))
         written = einsum(values, w_o, "... head d_head, head d_head out -> ... head out")
-        attended = pattern[..., source].to(values)
+        attended = pattern[..., token].to(values)
         return einsum(attended, written, "... head pos, ... head out -> head ... pos out")
 
     def _reading(
@@ -302,10 +305,11 @@ class StreamCache(LogitAttribution):
         if onto is None:
             return Reading(layer, False, apply_ln, pos_slice)
         d_model = self._spec().d_model
+        tensor(onto, "project_output_onto")
         if onto.ndim not in (1, 2) or len(onto) != d_model:
             raise InputError(
-                f"Expected project_output_onto [{d_model}] or [{d_model} output], a direction in the stream; got shape "
-                f"{list(onto.shape)}."
+                f"Expected project_output_onto [{d_model}] or [{d_model} output], a direction in the stream; got "
+                f"{shown(onto)}."
             )
         matrix, scale = onto[:, None] if onto.ndim == 1 else onto, None
         for path, norm in reversed(self._norms(layer, False) if apply_ln else []):

@@ -36,8 +36,8 @@ class Stream(ActivationCache):
         """
         if not self.has_batch_dim:
             raise InputError("This cache has no batch axis to choose from: has_batch_dim is False.")
-        if not isinstance(batch_slice, slice):
-            batch_slice = positions_of(batch_slice, self._n_batch())
+        chosen = positions_of(batch_slice, self._n_batch())
+        batch_slice = batch_slice if isinstance(batch_slice, slice) else chosen  # a slice is a view
         cache = self._with(lambda _, x: x[batch_slice])
         for each in (cache, cache.gradients):
             if each is not None and each.tokens is not None:
@@ -45,7 +45,12 @@ class Stream(ActivationCache):
         return cast("S", cache)
 
     def _n_batch(self) -> int:
-        return next(iter(self.store.values())).shape[0]
+        return self._first().shape[0]
+
+    def _first(self) -> Tensor:
+        if not self.store:
+            raise UnknownName("The cache is empty: it was taken with names that select nothing.")
+        return next(iter(self.store.values()))
 
     def _n_tokens(self) -> int | None:
         if self.layout is not None:
@@ -134,8 +139,8 @@ class Stream(ActivationCache):
         cached = self.positions()
         if cached is None or self.layout is None:
             raise NotApplicable(f"The cache has no token layout, so pos_slice={pos_slice!r} means nothing.")
-        tokens = positions_of(self.layout.slice(pos_slice), self.layout.n_tokens)
+        tokens = self.layout.positions(pos_slice)
         columns = [index for index, token in enumerate(cached) if token in tokens]
-        if tokens and not columns:
+        if not columns:
             raise InputError(f"The {pos_slice} tokens are not in the cache, which was taken with pos={self.pos!r}.")
         return columns

@@ -1,4 +1,4 @@
-"""Time a sweep over all (layer, head) of one image against hand-written hooks on timm, and against its limit.
+"""The sweep over all (layer, head) of one image, against hand-written hooks on timm, and against its limit.
 
 All three sides run in turn in one process, with the same weights:
 
@@ -6,31 +6,23 @@ All three sides run in turn in one process, with the same weights:
 - the limit: the block passes that must be made, bare: from the patched layer on, variants batched, with the tokens that
   still matter behind the last attention, and with the class token patched in the patched block too; no hooks;
 - ours: ``prisma_patch.patch_heads``.
-
-    OMP_NUM_THREADS=2 python benchmarks/sweep.py --models vit_base_patch32_224 vit_base_patch16_224
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import timm
 import torch
 from prisma_patch import logit_difference, patch_heads
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from timing import Options, Row, Side, draw, once
 from torch import Tensor
 
 import prisma_core as prisma
 
-console = Console(soft_wrap=True)
+MODELS = ("vit_base_patch32_224", "vit_base_patch16_224")
 METRIC = logit_difference(1, 2)
 BATCH = 64
 
@@ -79,63 +71,42 @@ def limit(model: prisma.HookedViT, streams: list[Tensor], pos: slice) -> None:
         model.unembed(model.blocks[-1](x, leading=1))
 
 
-def measure(name: str, where: str, repeats: int, clock: Callable[[], float]) -> dict[str, Any]:
-    torch.manual_seed(0)
-    upstream = timm.create_model(name).eval()
-    for parameter in upstream.parameters():
-        torch.nn.init.normal_(parameter, std=0.03)
+def measure(name: str, where: str, options: Options) -> Iterator[Row]:
+    upstream = timm.create_model(name).eval().to(options.device)
+    draw(upstream)
     model = prisma.adapt(upstream, copy=False)
-    image, other = torch.randn(2, 1, 3, *model.spec.image_size).unbind(0)
+    torch.manual_seed(0)
+    image, other = torch.randn(2, 1, 3, *model.spec.image_size, device=options.device).unbind(0)
     pos = slice(0, 1) if where == "cls" else slice(None)
     _, cache = model.run_with_cache(image, names="resid_pre")
     streams = [cache["resid_pre", layer] for layer in range(model.spec.n_layers)]
     chosen = "cls" if where == "cls" else None
-    sides: dict[str, Callable[[], Any]] = {
+    sides: dict[str, Side] = {
         "loop": lambda: loop(upstream, image, other, pos),
         "limit": lambda: limit(model, streams, pos),
         "ours": lambda: patch_heads(model, image, other, METRIC, pos=chosen, batch_size=BATCH, progress=False).values,
     }
-    by_hand, effects = sides["loop"](), sides["ours"]()[..., 0]
+    start = once(sides["loop"], options)
+    by_hand, effects = loop(upstream, image, other, pos), sides["ours"]()[..., 0]
+    error = (
+        f"largest difference {((effects - by_hand).abs().max() / by_hand.abs().max()).item():.0e} of the largest effect"
+    )
     sides["limit"]()
     times: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(repeats):
+    for _ in range(max(2, round(options.budget / start))):
         for side in ("ours", "limit", "loop", "limit", "ours"):
-            start = clock()
-            sides[side]()
-            times[side].append(clock() - start)
+            times[side].append(once(sides[side], options))
     seconds = {side: statistics.median(values) for side, values in times.items()}
-    return {
-        "model": name,
-        "tokens": where,
-        **{side: round(value, 3) for side, value in seconds.items()},
-        "loop / ours": round(seconds["loop"] / seconds["ours"], 2),
-        "ours / limit": round(seconds["ours"] / seconds["limit"], 3),
-        "error": f"{((effects - by_hand).abs().max() / by_hand.abs().max()).item():.1e}",
-    }
+    what = f"all heads patched, {'class token' if where == 'cls' else 'all tokens'}"
+    for title, side, note in (
+        ("hooks on timm, a pass for each", "loop", error),
+        ("the passes that must be made", "limit", ""),
+    ):
+        ratio, runs = round(seconds["ours"] / seconds[side], 3), len(times[side])
+        yield Row("sweeps", name, 1, what, title, ratio, round(seconds["ours"], 3), runs, note)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["vit_base_patch32_224", "vit_base_patch16_224"])
-    parser.add_argument("--tokens", nargs="+", choices=["cls", "all"], default=["cls", "all"])
-    parser.add_argument("--repeats", type=int, default=3, help="runs of the loop; twice as many of the other two")
-    parser.add_argument(
-        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: of this process, for machines that are not quiet"
-    )
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    options = parser.parse_args()
-    cases = [(name, where) for name in options.models for where in options.tokens]
-    clock = time.perf_counter if options.clock == "wall" else time.process_time
-    rows = [measure(*case, options.repeats, clock) for case in track(cases, "timing", console=console)]
-    versions = f"torch {torch.__version__}, timm {timm.__version__}"
-    title = f"{torch.get_num_threads()} threads, {versions}; seconds of {options.clock} time"
-    table = Table(*rows[0], title=title)
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    console.print(table)
-    if options.json:
-        options.json.write_text(json.dumps({"conditions": title, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+def rows(options: Options) -> Iterator[Row]:
+    for name in options.models:
+        for where in ("cls", "all"):
+            yield from measure(name, where, options)

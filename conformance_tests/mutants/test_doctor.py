@@ -1,0 +1,161 @@
+"""Mistakes planted in a third-party adapter: the doctor names the fact, the row or the tensor, and the place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from prisma_conformance.doctor.diagnosis import examine
+from prisma_conformance.subject import Subject
+from torch import Tensor
+
+from prisma_core.plugin import NormSpec, PoolSpec, Reader
+
+from .north import CASE, HOOKS, WEIGHTS, NorthAdapter, NorthViT, apart, grid_positions, rms_norm
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A mistake.
+
+    Attributes:
+        name: what is wrong.
+        says: parts of the doctor's answer.
+        fact, functions: as ``NorthAdapter`` takes them.
+        weights, hooks: texts in the tables, and what stands there instead.
+    """
+
+    name: str
+    says: tuple[str, ...]
+    fact: Mapping[str, Callable[[Reader], Any]] = field(default_factory=dict[str, Any])
+    functions: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict[str, Any])
+    weights: Mapping[str, str] = field(default_factory=dict[str, Any])
+    hooks: Mapping[str, str] = field(default_factory=dict[str, Any])
+
+    def subject(self) -> Subject:
+        tables = (_edited(WEIGHTS, self.weights), _edited(HOOKS, self.hooks))
+        return Subject(CASE, NorthAdapter(*tables, self.fact, self.functions), NorthViT(), seed=1)
+
+
+def _edited(table: str, edits: Mapping[str, str]) -> str:
+    marks = {old: f"<{n}>" for n, old in enumerate(edits)}
+    for old, mark in marks.items():
+        assert old in table, old
+        table = table.replace(old, mark)
+    for old, mark in marks.items():
+        table = table.replace(mark, edits[old])
+    return table
+
+
+def _chunks(*order: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.cat([apart(2)(x).chunk(3)[index] for index in order])
+
+
+def _transposed(grid: Tensor) -> Tensor:
+    return grid_positions(grid.transpose(0, 1))
+
+
+LAYER = "layers.{l}"
+PLANTED = [
+    Planted(
+        "final eps constant",
+        ("ln_final.eps=", "upstream's norm.eps, which the adapter does not read"),
+        fact={"ln_final": lambda upstream: NormSpec(kind="rms", eps=1e-6)},
+    ),
+    Planted(
+        "ln2 takes ln1's eps",
+        ("blocks.{l}.ln2.eps=that of each layer", "and the logits", "upstream's layers.{l}.norm2.eps"),
+        fact={"ln2": lambda layer: rms_norm(layer.norm1)},
+    ),
+    Planted(
+        "q and k rows exchanged",
+        ("queries and keys exchanged", "blocks.{l}.attn.qkv"),
+        functions={"apart": _chunks(1, 0, 2)},
+    ),
+    Planted(
+        "qkv not taken apart",
+        ("blocks.{l}.attn.qkv: q, k and v of each head side by side",),
+        weights={" : {apart}": ""},
+    ),
+    Planted(
+        "gate and up exchanged",
+        ("'layers.{l}.ffn.w12.{*} -> [blocks.{l}.mlp.fc_gate.{*}, blocks.{l}.mlp.fc_in.{*}]'", "and the logits"),
+        weights={"fc_gate": "fc_in", "fc_in": "fc_gate"},
+    ),
+    Planted(
+        "positions transposed",
+        ("embed.pos_embed: column by column",),
+        functions={"positions": _transposed},
+    ),
+    Planted(
+        "registers before the class token",
+        ("'[cls, registers] -> embed.prefix'", "and the logits"),
+        weights={"[cls, registers]": "[registers, cls]"},
+    ),
+    Planted("gelu for silu", ("mlp.act='silu' (it is 'gelu')", "blocks.{l}"), fact={"act": lambda ffn: "gelu"}),
+    Planted(
+        "hook rows of queries and keys exchanged",
+        ("layers.{l}.attn.k_norm -> blocks.{l}.attn.hook_q", "'layers.0.attn.q_norm -> blocks.0.attn.hook_q"),
+        hooks={"attn.q_norm": "attn.k_norm", "attn.k_norm": "attn.q_norm"},
+    ),
+    Planted(
+        "layer scale dropped",
+        (
+            "blocks.{l}.attn_scale=True (it is False)",
+            "'layers.{l}.gamma1 -> blocks.{l}.ls1.gamma'",
+            "blocks.{l}.mlp_scale=True (it is False)",
+            "'layers.{l}.gamma2 -> blocks.{l}.ls2.gamma'",
+        ),
+        fact={"attn_scale": lambda layer: False, "mlp_scale": lambda layer: False},
+        weights={
+            f"{LAYER}.gamma1            ->  blocks.{{l}}.ls1.gamma": f"ignore {LAYER}.gamma1 : makes no number",
+            f"{LAYER}.gamma2            ->  blocks.{{l}}.ls2.gamma": f"ignore {LAYER}.gamma2 : makes no number",
+        },
+    ),
+    Planted(
+        "layer scale of the MLP dropped",
+        ("blocks.{l}.mlp_scale=True (it is False)", "'layers.{l}.gamma2 -> blocks.{l}.ls2.gamma'", "and the logits"),
+        fact={"mlp_scale": lambda layer: False},
+        weights={f"{LAYER}.gamma2            ->  blocks.{{l}}.ls2.gamma": f"ignore {LAYER}.gamma2 : makes no number"},
+    ),
+    Planted(
+        "the usual scale of scores",
+        ("blocks.{l}.attn.scale=0.3", "upstream's layers.{l}.attn.logit_scale, which the adapter does not read"),
+        fact={"scale": lambda attn: (attn.qkv.in_features // attn.heads) ** -0.5},
+    ),
+    Planted(
+        "the mean over all tokens",
+        ("pool.with_prefix=False (it is True)", "and the logits"),
+        fact={"pool": lambda upstream: PoolSpec(kind="token_and_avg", with_prefix=True)},
+    ),
+    Planted(
+        "norms of queries and keys exchanged",
+        ("'layers.{l}.attn.q_norm.{*} -> blocks.{l}.attn.q_norm.{*}'", "and the logits"),
+        weights={"attn.q_norm.{*}   ->": "attn.k_norm.{*}   ->", "attn.k_norm.{*}   ->": "attn.q_norm.{*}   ->"},
+    ),
+    Planted(
+        "layer norm for root mean square",
+        ("blocks.0.ln1.bias (no rule)", "kind='rms' in all 5 norms that are 'ln'", "and the logits"),
+        fact={
+            "ln1": lambda layer: NormSpec(eps=layer.norm1.eps),
+            "ln2": lambda layer: NormSpec(eps=layer.norm2.eps),
+            "ln_final": lambda upstream: NormSpec(eps=upstream.norm.eps),
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.name.replace(" ", "-"))
+def test_the_doctor_names_the_mistake_and_the_place(planted: Planted) -> None:
+    answer = examine(planted.subject())
+    assert not answer.healthy
+    for part in planted.says:
+        assert part in str(answer), str(answer)
+
+
+def test_the_doctor_finds_nothing_wrong_with_what_is_right() -> None:
+    answer = examine(Planted("nothing", ()).subject())
+    assert answer.healthy, str(answer)

@@ -1,0 +1,79 @@
+"""Activation checkpointing as libraries switch it on: hooked upstreams have the gradients they have without it."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+import transformers
+
+import prisma_core as prisma
+
+pytestmark = pytest.mark.usefixtures("in_float64")
+
+
+def curved(x, at):
+    return x + x.tanh()
+
+
+def gradients(model, x, names, read=None):
+    """Return the gradients by the input and by every weight, with hooks at names and a cache of others."""
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    with model.hooks(dict.fromkeys(names, curved)), model.caching(read or names):
+        output = model(x)
+    output.square().sum().backward()
+    return [x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def assert_same(ones, others):
+    for one, other in zip(ones, others, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+TIMM = {
+    "samvit_base_patch16": {
+        "img_size": 64,
+        "patch_size": 16,
+        "depth": 2,
+        "embed_dim": 32,
+        "num_heads": 2,
+        "global_attn_indexes": (1,),
+    },
+    "swin_tiny_patch4_window7_224": {"depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16, "img_size": 56},
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm(name):
+    upstream = timm.create_model(name, pretrained=False, num_classes=3, **TIMM[name]).eval()
+    for parameter in upstream.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    plain = prisma.adapt(upstream)
+    upstream.set_grad_checkpointing(True)
+    saving = prisma.adapt(upstream)
+    x = plain.sample_inputs(generator=torch.Generator().manual_seed(1))[0]
+    names = ["*.hook_resid_mid", "*.hook_pattern"]
+    assert_same(gradients(plain, x, names), gradients(saving, x, names))
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["no reentry", "reentry"])
+def test_transformers(reentrant):
+    config = transformers.TimesformerConfig(
+        image_size=16,
+        patch_size=8,
+        num_frames=2,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=20,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    plain = prisma.adapt(transformers.TimesformerModel(config).eval())
+    saving = prisma.adapt(plain.upstream)
+    saving.upstream.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    saving.train()  # else transformers does not checkpoint
+    x = plain.sample_inputs(generator=torch.Generator().manual_seed(1))[0]
+    names = ["*.hook_resid_post", "*.hook_pattern"]
+    assert_same(gradients(plain, x, names), gradients(saving, x, names))

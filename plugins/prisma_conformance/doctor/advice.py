@@ -1,0 +1,60 @@
+"""What other checks find, and what to do about each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+from prisma_conformance.finding import Check
+from prisma_conformance.report.results import CheckResult
+from prisma_conformance.run import run_check
+from prisma_conformance.subject import Subject
+
+TO_DO: Mapping[str, str] = {
+    "parity.logits": "the dtype or the size in the message is what differs",
+    "parity.hooks": "write the rows that are missing in the hook table",
+    "parity.gradients": "upstream detaches something, or a tensor that no row takes matters",
+    "weights.accounted": "map these tensors in the weight table, and the fact that they belong to in spec()",
+    "weights.roundtrip": "rows run backwards too: give the lengths of axes in brackets to WeightMap.parse",
+    "hooks.live": "this is about Prisma's own model, not about the adapter: please report it",
+    "algebra": "two rows of the hook table are exchanged, or read before something is added",
+    "maps.proven": "put the row at the place that its equation says",
+    "spec.audit": "read it in spec() and refuse other values, reader.expect(NAME=VALUE); or, where it makes no number, "
+    "name it in `ignored` with the reason: ignored = {'CLASS.NAME': 'why'}",
+    "preprocess": "compare the fields of Preprocess with upstream's transform: size, crop, interpolation, mean, std",
+    "save.load": "a fact of this model is in no field of its spec: refuse it in spec()",
+    "threads": "something outside of the pass keeps state: the adapter's module, or a function of its tables",
+}
+
+
+def failures(subject: Subject, checks: Iterable[Check]) -> Iterator[str]:
+    """Run checks, and yield what each that fails says, and what to do."""
+    for one in checks:
+        result = run_check(one, subject)
+        if result.skipped is None and not result.passed:
+            yield f"{_said(result, subject)} To do: {TO_DO[one.name]}."
+
+
+def _said(result: CheckResult, subject: Subject) -> str:
+    rows = _rows(result.detail, subject) if result.name.startswith("weights.") else []
+    by = f" Rows: {', '.join(rows)}." if rows else ""
+    return f"{result.name} fails: {result.detail.removesuffix('.')}.{by}"
+
+
+def _rows(detail: str, subject: Subject) -> list[str]:
+    """The rows of the weight table that speak of the tensors in a message."""
+    origin = subject.pair().model.origin
+    words = set(re.findall(r"[\w.]+", detail))
+    if origin is None:
+        return []
+    from prisma_core.maps.table import pattern_of
+
+    return [
+        f"'{rule}'"
+        for rule in origin.map.rows
+        if str(rule) not in detail
+        and any(pattern_of(name).fullmatch(word) for name in (*rule.names, *rule.targets) for word in words)
+    ]
+
+
+__all__ = ["TO_DO", "failures"]

@@ -1,0 +1,97 @@
+"""What the first activation that differs says by itself: a factor, a summand, another order, an ignored tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from prisma_conformance import tolerances
+from prisma_conformance.doctor.numbers import Number
+
+
+def evidence(
+    ours: Tensor, theirs: Tensor, axes: Sequence[str], spare: Mapping[str, Tensor], numbers: Sequence[Number]
+) -> Iterator[str]:
+    """Yield what would turn our activation into upstream's, one sentence each.
+
+    Args:
+        ours, theirs: an activation, and upstream's.
+        axes: the names of their axes.
+        spare: upstream's tensors that the weight table does not take.
+        numbers: of upstream's modules.
+    """
+    if ours.shape != theirs.shape or ours.ndim < 2:
+        return
+    if _close(theirs, torch.zeros_like(theirs)) or not torch.isfinite(ours).all():
+        return
+    operations: tuple[tuple[str, Tensor, Callable[[Tensor, Tensor], Tensor]], ...] = (
+        ("times", theirs / ours, torch.mul),
+        ("plus", theirs - ours, torch.add),
+    )
+    for what, change, operate in operations:
+        factor = change.flatten()[change.flatten().abs().argsort()[change.numel() // 2]]
+        if _close(operate(ours, factor), theirs):
+            value = float(factor)
+            yield f"Upstream's is ours {what} {value:.6g}{_named(value, numbers)}."
+            return
+        for kept in _kept(axes):
+            constant = _median(change, kept)
+            if _close(operate(ours, constant), theirs):
+                of = " and ".join(axes[axis] for axis in kept)
+                missing = "scale" if what == "times" else "summand"
+                source = _equal(constant, spare)
+                yield f"Upstream's is ours {what} a number for each {of}: a {missing} is missing{source}."
+                return
+    yield from _reordered(ours, theirs, axes)
+
+
+def _kept(axes: Sequence[str]) -> list[tuple[int, ...]]:
+    last, second = len(axes) - 1, len(axes) - 2
+    return [(last,), *([(second,), (second, last)] if second > 0 else [])]
+
+
+def _median(x: Tensor, kept: tuple[int, ...]) -> Tensor:
+    for axis in range(x.ndim):
+        if axis not in kept:
+            x = x.median(axis, keepdim=True).values
+    return x
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    unit = max(float(other.abs().max()), 1e-30)
+    return float((one - other).abs().max()) <= 1e3 * tolerances.FLOAT64 * unit
+
+
+def _named(value: float, numbers: Sequence[Number]) -> str:
+    for number in numbers:
+        if number.name and any(abs(one - value) <= 1e-9 * abs(value) for one in number.values.values()):
+            return str(number)
+    return ""
+
+
+def _equal(constant: Tensor, spare: Mapping[str, Tensor]) -> str:
+    values = constant.flatten()
+    for name, tensor in spare.items():
+        if tensor.numel() == values.numel() and _close(tensor.flatten().to(values), values):
+            return f"; it is upstream's {name}, which no row takes"
+    return ""
+
+
+def _reordered(ours: Tensor, theirs: Tensor, axes: Sequence[str]) -> Iterator[str]:
+    """Find an axis along which the two hold the same numbers in another order."""
+    for axis in range(1, ours.ndim):
+        if not _close(ours.sort(axis).values, theirs.sort(axis).values):
+            continue
+        one, other = (x.movedim(axis, 0).flatten(1) for x in (ours, theirs))
+        order = [int((one - row).abs().amax(1).argmin()) for row in other]
+        if sorted(order) == list(range(len(one))):
+            shown = f"{order[:12]}{' ...' if len(order) > 12 else ''}"
+            yield f"Upstream's is ours in another order of {axes[axis]}: {shown}."
+            return
+    if ours.ndim > 2 and _close(ours.flatten().sort().values, theirs.flatten().sort().values):
+        yield "Upstream's holds the same numbers in another order."
+
+
+__all__ = ["evidence"]

@@ -1,0 +1,118 @@
+"""Search for changes of an adapter that make it agree with upstream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from prisma_conformance import tolerances
+from prisma_conformance.doctor.bench import Bench, Trial, attempt
+from prisma_conformance.doctor.change import Change
+from prisma_conformance.doctor.facts import facts
+from prisma_conformance.doctor.families import families
+from prisma_conformance.doctor.pooling import pooling
+from prisma_conformance.doctor.rows import missing, reshaped, rows
+from prisma_conformance.doctor.tensors import tensors
+from prisma_core import Size
+
+DEEPEST = 4  # rows that a change of a fact may ask for
+
+
+class Remedy(NamedTuple):
+    """A change that helps.
+
+    Attributes:
+        change: what was changed.
+        here: the error that it leaves at the first hook point that differed.
+        logits: the error that it leaves in the logits.
+        reaches: the place, among the hook points, of the first that still differs.
+        whole: whether nothing is left to mend.
+    """
+
+    change: Change
+    here: float
+    logits: float
+    reaches: int
+    whole: bool
+
+
+class Search:
+    """Search on one bench, for one difference.
+
+    Args:
+        bench: upstream, and the adapter.
+        trial: the adapter as it is.
+        first: the hook point that differs.
+        size: the size of inputs at which it does, where it does not at the native one.
+        progress: called with each change before it is tried.
+
+    Attributes:
+        tried: how many changes were tried.
+    """
+
+    def __init__(
+        self, bench: Bench, trial: Trial, first: str, size: Size | None, progress: Callable[[str], None] | None
+    ):
+        self.bench = bench
+        self.trial = trial
+        self.first = first
+        self.size = size
+        self.progress = progress
+        self.tried = 0
+        self.end = len(trial.errors) + len(trial.unread) + 100  # behind all hook points, those of other parts too
+
+    def remedies(self) -> list[Remedy]:
+        """Changes that make the difference go away, the best alone.
+
+        Changes are tried until one leaves nothing to mend; else the kinds of changes are, one after the other, until
+        one mends the logits.
+        """
+        helpful: list[Remedy] = []
+        for kind in self._kinds():
+            for remedy in (remedy for change in kind for remedy in self._tried(change)):
+                helpful.append(remedy)
+                if remedy.whole and remedy.reaches == self.end:
+                    return [remedy]
+            if any(remedy.whole for remedy in helpful):
+                helpful = [remedy for remedy in helpful if remedy.whole]
+                break
+        best = max((remedy.reaches for remedy in helpful), default=0)
+        helpful = [remedy for remedy in helpful if remedy.reaches == best]
+        return helpful if any(remedy.whole for remedy in helpful) else helpful[:1]
+
+    def _kinds(self) -> Iterator[Iterator[Change]]:
+        trial, theirs, ours = self.trial, self.bench.shapes, self.trial.shapes
+        yield reshaped(trial.gaps, trial.table, theirs, ours)
+        yield missing(trial.gaps, theirs, ours, trial.spare)
+        yield facts(trial.spec, self.first, self.bench.numbers, trial.spare)
+        yield pooling(trial.spec)
+        yield rows(trial.table, theirs, ours, trial.spare)
+        yield tensors(self.bench.model()[0])
+
+    def _tried(self, change: Change, depth: int = 0) -> Iterator[Remedy]:
+        """Try a change; where it asks for tensors that no row makes, with rows from tensors that none takes."""
+        if self.progress is not None:
+            self.progress(change.says)
+        self.tried += 1
+        if (after := attempt(self.bench, change)) is None:
+            return
+        gaps = [name for name in after.gaps if name not in self.trial.gaps]
+        if not gaps:
+            yield from self._helps(change, after)
+        elif depth < DEEPEST:
+            names = next(iter(families(gaps).values())).values()
+            for row in missing(list(names), self.bench.shapes, after.shapes, after.spare):
+                yield from self._tried(change.then(row), depth + 1)
+
+    def _helps(self, change: Change, after: Trial) -> Iterator[Remedy]:
+        logits, here = after.logits, after.errors.get(self.first, after.logits)
+        if self.size is not None:
+            here = logits = self.bench.logits(self.bench.model(change)[0], self.size)
+        # Where the logits agree from the start, the hook points are what is to be mended.
+        whole = logits <= tolerances.FLOAT64 and not (self.trial.agrees and self.size is None and after.first)
+        if here <= tolerances.FLOAT64 or whole:
+            reaches = self.end if after.first is None else list(after.errors).index(after.first)
+            yield Remedy(change, here, logits, reaches, whole)
+
+
+__all__ = ["Remedy", "Search"]

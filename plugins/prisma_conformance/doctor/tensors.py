@@ -1,0 +1,182 @@
+"""Changes of canonical tensors that stand for changes of the rows that make them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import combinations, permutations
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from prisma_conformance.doctor.change import Change
+from prisma_core import ZooModel, tensors_of
+from prisma_core.plugin import AttentionSpec, TokenLayout
+
+Part = Callable[[Tensor], Tensor]
+
+
+def tensors(model: ZooModel) -> Iterator[Change]:
+    """Yield rearrangements of tensors, and exchanges of tensors of one shape."""
+    names = _families(tensors_of(model))
+    yield from _projections(model, names)
+    yield from _exchanges(model, names)
+    yield from _transposed(model, names)
+    for tower, layout in _layouts(model):
+        yield from _tokens(tower, layout, tensors_of(model))
+    for name in names:
+        if name.endswith("bias"):
+            yield _each(f"no {name}: zeros in its row", names[name], torch.zeros_like)
+        elif name.endswith(("gamma", "scale")):
+            yield _each(f"no {name}: ones in its row", names[name], torch.ones_like)
+        elif name.endswith("rope_sin"):
+            yield _each(f"{name} with its sign changed", names[name], torch.neg)
+
+
+def _families(names: Iterable[str]) -> dict[str, list[str]]:
+    result: dict[str, list[str]] = {}
+    for name in names:
+        result.setdefault(re.sub(r"(?<=blocks\.)\d+(?=\.)", "{l}", name), []).append(name)
+    return result
+
+
+def _each(says: str, names: Iterable[str], change: Part) -> Change:
+    """Change tensors one by one."""
+
+    def edit(model: ZooModel) -> None:
+        now = tensors_of(model)
+        for name in names:
+            now[name].copy_(change(now[name].detach().clone()))
+
+    return Change(says, edit=edit)
+
+
+# -------------------------------------------------------------------- projections of heads
+
+
+def _projections(model: ZooModel, names: Mapping[str, list[str]]) -> Iterator[Change]:
+    """Other orders of queries, keys and values, of heads, and of the channels of a head."""
+    for family, members in names.items():
+        match = re.fullmatch(r"(.*attn(?:\.\d+)?)\.(qkv|out)\.weight", family)
+        spec: Any = model.get_submodule(members[0].rsplit(".", 2)[0]).spec if match else None
+        if not match or not isinstance(spec, AttentionSpec) or spec.n_heads != spec.n_kv_heads:
+            continue
+        sizes = {"h": spec.n_heads, "d": spec.d_head}
+        if match[2] == "out":
+            yield _each(
+                f"{family}: columns in the order (d h), not (h d)", members, _ordered("... (d h) -> ... (h d)", sizes)
+            )
+            continue
+        part = f"{match[1]}.qkv"
+        both = [*members, *names.get(f"{part}.bias", [])]
+        for order in list(permutations(range(3)))[1:]:
+            said = ", ".join(("queries", "keys", "values")[index] for index in order)
+            moved = [("queries", "keys", "values")[i] for i, index in enumerate(order) if i != index]
+            what = f"{moved[0]} and {moved[1]} exchanged" if len(moved) == 2 else f"{said} in this order"
+            yield _each(f"{part}: {what}", both, _chunks(order))
+        for order in ("h t d", "h d t", "t d h", "d t h", "d h t"):
+            what = "q, k and v of each head side by side" if order == "h t d" else "another order of rows"
+            says = f"{part}: {what}, ({order.replace('t', 'three')}), not (three h d)"
+            yield _each(says, both, _ordered(f"({order}) ... -> (t h d) ...", {**sizes, "t": 3}))
+
+
+def _ordered(pattern: str, sizes: Mapping[str, int]) -> Part:
+    return lambda x: rearrange(x, pattern, **sizes)
+
+
+def _chunks(order: tuple[int, ...]) -> Part:
+    return lambda x: torch.cat([x.chunk(3)[index] for index in order])
+
+
+# -------------------------------------------------------------------- exchanges
+
+
+def _exchanges(model: ZooModel, names: Mapping[str, list[str]]) -> Iterator[Change]:
+    """Exchange two tensors of one shape, or two modules whose tensors have the same shapes."""
+    now = tensors_of(model)
+    modules: dict[str, dict[str, list[str]]] = {}
+    for name, members in names.items():
+        part, _, last = name.rpartition(".")
+        modules.setdefault(part, {})[last] = members
+    shapes = {part: {last: now[m[0]].shape for last, m in each.items()} for part, each in modules.items()}
+    for one, other in combinations(modules, 2):
+        alike = shapes[one] == shapes[other] and _count(modules[one]) == _count(modules[other])
+        if alike and ("{l}" in one) == ("{l}" in other):
+            pairs = [*zip(*(_flat(modules[part]) for part in (one, other)), strict=True)]
+            yield _swapped(f"the tensors of {one} and {other} exchanged", pairs)
+            for last in modules[one] if len(modules[one]) > 1 else ():
+                pairs = [*zip(modules[one][last], modules[other][last], strict=True)]
+                yield _swapped(f"{one}.{last} and {other}.{last} exchanged", pairs)
+
+
+def _flat(module: Mapping[str, list[str]]) -> list[str]:
+    return [name for last in sorted(module) for name in module[last]]
+
+
+def _count(module: Mapping[str, list[str]]) -> int:
+    return len(_flat(module))
+
+
+def _swapped(says: str, pairs: list[tuple[str, str]]) -> Change:
+    def edit(model: ZooModel) -> None:
+        now = tensors_of(model)
+        for one, other in pairs:
+            held = now[one].detach().clone()
+            now[one].copy_(now[other])
+            now[other].copy_(held)
+
+    return Change(says, edit=edit)
+
+
+def _transposed(model: ZooModel, names: Mapping[str, list[str]]) -> Iterator[Change]:
+    now = tensors_of(model)
+    for name, members in names.items():
+        shape = now[members[0]].shape
+        if name.endswith("weight") and len(shape) == 2 and shape[0] == shape[1]:
+            yield _each(f"{name} transposed: its row needs ': a b -> b a'", members, lambda x: x.T)
+        elif len(shape) > 3 and shape[-1] == shape[-2]:
+            yield _each(f"{name}: patch kernels transposed", members, lambda x: x.transpose(-1, -2))
+        if len(shape) > 3:
+            yield _each(f"{name}: channels in the other order (bgr)", members, lambda x: x.flip(1))
+
+
+# -------------------------------------------------------------------- tokens
+
+
+def _layouts(model: ZooModel) -> Iterator[tuple[str, TokenLayout]]:
+    for prefix, tower in model.towers().items():
+        if isinstance(layout := getattr(tower.spec, "layout", None), TokenLayout):
+            yield prefix, layout
+
+
+def _tokens(tower: str, layout: TokenLayout, now: Mapping[str, Tensor]) -> Iterator[Change]:
+    n, grid = layout.n_prefix, {"r": layout.rows, "c": layout.columns}
+    prefix, positions = f"{tower}embed.prefix", f"{tower}embed.pos_embed"
+    if prefix in now:
+        for order in list(permutations(range(n)))[1:] if n < 5 else [(*range(s, n), *range(s)) for s in range(1, n)]:
+            yield _each(f"{prefix}: tokens in the order {list(order)}", [prefix], lambda x, o=order: x[list(o)])
+    if positions not in now or now[positions].ndim != 2 or len(now[positions]) != layout.n_tokens:
+        return
+    changes: dict[str, Part] = {
+        "column by column": lambda x: _head(x, n, rearrange(x[n:], "(f c r) d -> (f r c) d", **grid)),
+        "none on prefix tokens": lambda x: torch.cat([torch.zeros_like(x[:n]), x[n:]]),
+        "those of the prefix behind those of the patches": lambda x: x.roll(n, 0),
+        "in the opposite order": lambda x: _head(x, n, x[n:].flip(0)),
+    }
+    for says, change in changes.items():
+        yield _each(f"{positions}: {says}", [positions], change)
+    for shift in range(1, n):
+        yield _each(
+            f"{positions}: those of prefix tokens rotated by {shift}",
+            [positions],
+            lambda x, s=shift: torch.cat([x[:n].roll(s, 0), x[n:]]),
+        )
+
+
+def _head(x: Tensor, n: int, rest: Tensor) -> Tensor:
+    return torch.cat([x[:n], rest])
+
+
+__all__ = ["tensors"]
