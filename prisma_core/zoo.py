@@ -29,7 +29,7 @@ from prisma_core.errors import (
     format_fields,
     returned,
 )
-from prisma_core.errors.arguments import device_of, dtype_of, expect
+from prisma_core.errors.arguments import check_flags, device_of, dtype_of, expect
 from prisma_core.files.checkpoint import check_finite
 from prisma_core.hooks.model import HookedModel
 from prisma_core.host import installed
@@ -160,6 +160,7 @@ def adapt(upstream: nn.Module, *, adapter: Adapter | None = None, copy: bool = T
         PluginError: the adapter failed.
         InputError: it is no model; or the adapter is none, or does not take this type.
     """
+    check_flags(copy=copy)
     model = cast("object", upstream)
     if not isinstance(model, nn.Module):
         raise InputError(f"adapt takes a model, got {type(model).__name__}. prisma.load takes a reference.")
