@@ -19,7 +19,7 @@ from prisma_conformance.report.results import Certificate, CheckResult, DeviceFa
 from prisma_conformance.subject import Subject
 from prisma_conformance.target import Target
 from prisma_core import Size
-from prisma_core.errors.arguments import check_call, device_of, expect, number
+from prisma_core.errors.arguments import check_call, check_flags, device_of, expect, number
 from prisma_core.plugin import Adapter, Case, NotApplicable, installed, qualified_name
 
 SHOWN_PROBLEMS = 6  # in one result; a mistake in a part that all layers share has one a layer
@@ -74,6 +74,7 @@ def check(
         if function is not None:
             check_call(function, 2, name, "a function of two arguments")
     number(seed, "a seed")
+    check_flags(full=full, pretrained=pretrained)
     selected = select(checks)
     device_of(device)
     certificates: list[Certificate] = []
