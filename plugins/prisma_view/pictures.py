@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 from torch import Tensor
 
+from prisma_core.plugin import checked, replacing
 from prisma_view.colours import LESS, MORE, QUIET, REST, SCALE, Colour, blend
 from prisma_view.findings import Report, head_values
 from prisma_view.glyphs import glyph
@@ -26,7 +27,8 @@ WARNING: Colour = (176, 62, 8)
 LEGEND_ROWS, LEGEND_STEP = 3, 38
 
 
-def write_pictures(found: Report, folder: Path, *, trained: bool = True) -> list[Path]:
+@checked
+def write_pictures(found: Report, folder: str | Path, *, trained: bool = True) -> list[Path]:
     """Write ``lens.png``, ``attention.png``, ``attribution.png`` and ``patching.png``, those that apply.
 
     Args:
@@ -41,9 +43,10 @@ def write_pictures(found: Report, folder: Path, *, trained: bool = True) -> list
         drawn["patching"] = patching
     paths: list[Path] = []
     for name, draw in drawn.items():
-        paths.append(folder / f"{name}.png")
+        paths.append(Path(folder) / f"{name}.png")
         sheet = draw(found)
-        (sheet if trained else _under_warning(sheet)).save(paths[-1], optimize=True)
+        with replacing(paths[-1]) as fresh:
+            (sheet if trained else _under_warning(sheet)).save(fresh, optimize=True)
     return paths
 
 
