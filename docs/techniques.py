@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import pictures
+
 ROOT = Path(__file__).parents[1]
 PARTS = ("Equation", "Cost", "Misleads", "Source")
 HEAD = """<!-- Written by `python docs/generate.py` from the docstrings of the techniques' files. -->
@@ -22,6 +24,19 @@ REFERENCES = (
     "prisma_lens", "prisma_patch", "prisma_harvest", "prisma_sae", "prisma_view", "prisma_registers", "prisma_toy",
     "prisma_cite", "prisma_conformance",
 )  # fmt: skip
+
+
+GALLERY = """<!-- Written by `python docs/generate.py`; the pictures by `python docs/pictures.py`. -->
+# Gallery
+
+What each technique draws, on models that come with the package. A picture leads to the code that made it, ten lines or so, which the tests
+run and compare with the picture.
+
+[![The attention viewer: what a patch attends to, what attends to it, and the matrix of the head](images/attention.png)](how-to-attention-viewer.md)
+
+[The attention viewer](how-to-attention-viewer.md) is a page to point at and click through; so are [overviews](how-to-report.md) and
+[galleries of units](how-to-gallery.md).
+"""  # noqa: E501
 
 
 class Technique(NamedTuple):
@@ -62,7 +77,7 @@ def _exported(path: Path) -> list[str]:
 
 def page() -> str:
     """Return the page's text."""
-    rows, sections = [], []
+    rows, sections, drawn = [], [], pictures.names()
     for one in techniques():
         package = one.module.partition(".")[0]
         links = ", ".join(f"[`{name}`][{_home(package, name)}]" for name in one.names)
@@ -71,9 +86,32 @@ def page() -> str:
         sections += [
             f"## {one.module}\n", f"{one.title}. {links}\n", f"```text\n{one.parts['Equation']}\n```\n",
             f"**Cost.** {cost}\n", f"**When it misleads.** {misleads}\n", f"**Source.** {source}\n",
+            *(_example(one.module) if one.module in drawn else []),
         ]  # fmt: skip
     table = ["| technique | functions |", "| --- | --- |", *rows, ""]
     return HEAD + "\n".join([*table, *sections])
+
+
+def _example(name: str) -> list[str]:
+    """Return a technique's picture and the code that draws it, which the tests of pictures run."""
+    _, _, code = pictures.code(name).partition('"""\n\n')
+    said = pictures.caption(name)
+    return [f"![{said}](images/techniques/{name}.png)\n", f"*{said}.*\n", f"```py\n{code.rstrip()}\n```\n"]
+
+
+def gallery() -> str:
+    """Return the page of all pictures, each a link to the code that made it."""
+    titles = {one.module: one.title for one in techniques()}
+    parts = [GALLERY]
+    for name in pictures.names():
+        target = f"techniques.md#{_anchor(name)}"
+        short = titles[name].partition(":")[0]
+        parts += [
+            f"## [{short}]({target})\n",
+            f"[![{pictures.caption(name)}](images/techniques/{name}.png)]({target})\n",
+        ]
+        parts += [f"{pictures.caption(name)}.\n"]
+    return "\n".join(parts)
 
 
 def reference(package: str) -> str:

@@ -22,13 +22,14 @@ from prisma_core.errors import (
     returned,
     suggest,
 )
-from prisma_core.errors.arguments import check_call, number, path_of, several, shown, whole
+from prisma_core.errors.arguments import check_call, device_of, expect, number, path_of, several, shown, whole
 from prisma_core.errors.migration import keyword_names
 from prisma_core.files import hub
 from prisma_core.files.atomic import locked, replacing
 from prisma_core.files.checkpoint import (
     check_axes,
     check_finite,
+    check_merged,
     check_shapes,
     depth_in,
     digest,
@@ -115,7 +116,7 @@ __all__ = [
     "SIZES",
     # files, the hub, and options of sources
     "read_checkpoint", "read_states", "read_objects", "SavedObject",
-    "replacing", "locked", "check_axes", "check_shapes", "check_finite",
+    "replacing", "locked", "check_axes", "check_shapes", "check_finite", "check_merged",
     "depth_in", "digest", "check_layers", "check_claims", "read_outline", "hub", "without_code", "code_in",
     "Options", "read_options", "Whole", "Above", "Heads", "Eps", "Pixels", "check_keywords", "keywords",
     "keyword_names",
@@ -124,7 +125,7 @@ __all__ = [
     "indices", "screen", "Host", "PluginInfo", "installed",
     # arguments of public functions
     "checked", "Count", "Natural", "Part", "Share", "Indices", "shown", "whole", "number", "several", "path_of",
-    "check_call",
+    "check_call", "expect", "device_of",
     # errors
     "PrismaError", "UnknownName", "HookError", "UnsupportedArchitecture", "WeightMapError", "NotApplicable",
     "MissingPart", "LoadError", "InputError", "PluginError", "suggest", "blaming", "returned",

@@ -248,7 +248,9 @@ def generator(name: str) -> Any:
 
 def test_generated_pages_are_up_to_date() -> None:
     torch.set_default_dtype(torch.float32)
-    stale = [path.name for path, text in generator("generate").pages().items() if path.read_text("utf-8") != text]
+    pages = generator("generate").pages()
+    del pages[DOCS / "commands.md"]  # each release of typer writes it in its own way: the test below reads it
+    stale = [path.name for path, text in pages.items() if path.read_text("utf-8") != text]
     assert stale == [], "run python docs/generate.py"
 
 
@@ -312,14 +314,16 @@ def _every_command(command: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield from _every_command(inner, f"{name} {each}")
 
 
-def test_every_command_and_option_is_on_a_page() -> None:
+def test_every_command_and_option_is_on_a_page_with_its_help() -> None:
     text = (DOCS / "commands.md").read_text(encoding="utf-8")
     headings = dict(re.findall(r"^#+ `(prisma[^`]*)`\n(.*?)(?=^#|\Z)", text, re.M | re.S))
     missing = []
     for name, command in _every_command(typer.main.get_command(build(Host())), "prisma"):
         body = text.partition("\n## ")[0] if name == "prisma" else headings.get(name, "")
-        flags = [flag for param in command.params for flag in param.opts if flag.startswith("-")]
-        missing += [f"{name} {flag}" for flag in ["", *flags] if flag not in body or not body]
+        words = [flag for param in command.params for flag in param.opts if flag.startswith("-")]
+        words += [said for param in command.params if (said := getattr(param, "help", None))]
+        shown = " ".join(body.split())
+        missing += [f"{name} {each}" for each in ["", *words] if " ".join(each.split()) not in shown or not body]
     assert missing == []
 
 

@@ -29,14 +29,14 @@ from typing import Any, cast
 import pytest
 import torch
 
-from prisma_conformance.devices import dtypes, usable
+from prisma_conformance.devices import dtypes
 from prisma_conformance.doctor.diagnosis import examine
 from prisma_conformance.finding import Check
 from prisma_conformance.registry import select
 from prisma_conformance.report.results import Certificate, CheckResult, DeviceFailed, write_certificates
 from prisma_conformance.run import certify, run_check
 from prisma_conformance.subject import Subject
-from prisma_core.plugin import Case, InputError, installed
+from prisma_core.plugin import Case, InputError, device_of, installed
 
 PROPERTY = "prisma_certificate"
 COUNTS = "prisma_counts"  # a test's property: JSON of a title and of counts by their names; the summary adds them up
@@ -190,7 +190,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     try:
-        usable(cast("str | None", config.getoption("--conformance-device")))
+        device_of(config.getoption("--conformance-device"))
         _dtypes(config)
     except InputError as error:
         raise pytest.UsageError(str(error)) from error
