@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, LoadError, NotApplicable, TokenLayout
-from prisma_core.plugin import resolve_one
+from prisma_core.plugin import Count, checked, resolve_one
 from prisma_harvest.arrow import record_batches
 from prisma_harvest.folder import Line, read_lines
 from prisma_harvest.manifest import (
@@ -102,6 +102,7 @@ class Harvest:
         names = None if self.layout is None else self.layout.token_names()
         return None if names is None else [names[position] for position in self.positions or ()]
 
+    @checked
     def check_model(self, model: HookedModel) -> None:
         """Refuse another model than the one whose activations these are.
 
@@ -115,6 +116,7 @@ class Harvest:
                 f"{subject} has other weights than {facts.reference or facts.kind}, which {self.path} is of."
             )
 
+    @checked
     def point(self, name: Name) -> Point:
         """Return a hook point by full name, shorthand, or shorthand and layer.
 
@@ -137,6 +139,7 @@ class Harvest:
 
     # ---------------------------------------------------------------- tensors
 
+    @checked
     def example(self, index: int, name: Name) -> Tensor:
         """Return the activation of one example: ``[token d]``, or whatever axes the hook point has.
 
@@ -148,12 +151,16 @@ class Harvest:
         index %= len(self)
         return self.read(name, index, index + 1)[0]
 
+    @checked
     def read(self, name: Name, start: int, stop: int) -> Tensor:
         """Return the activations of consecutive examples: ``[example token d]``.
 
         Raises:
+            InputError: there are no such examples.
             LoadError: a shard is missing or damaged.
         """
+        if not 0 <= start < stop or start >= len(self):
+            raise InputError(f"No examples from {start} to {stop}: they run from 0 to {len(self) - 1}.")
         point = self.point(name)
         parts = [
             self._part(
@@ -174,7 +181,8 @@ class Harvest:
             raise LoadError(f"{shard.path} holds {list(part.shape)} {part.dtype} where its manifest says otherwise.")
         return part
 
-    def batches(self, name: Name, batch: int) -> Iterator[tuple[int, Tensor]]:
+    @checked
+    def batches(self, name: Name, batch: Count) -> Iterator[tuple[int, Tensor]]:
         """Yield the examples in order: the number of the first, and ``[example token d]``."""
         for start in range(0, len(self), batch):
             yield start, self.read(name, start, min(start + batch, len(self)))
@@ -205,6 +213,7 @@ class Harvest:
         part: tuple[int, int] = (0, 1),
         drop_last: bool = False,
     ) -> Iterator[tuple[Tensor, ...]]: ...
+    @checked
     def rows(
         self,
         name: Name | list[Name],
@@ -299,11 +308,13 @@ class Harvest:
 
     # ---------------------------------------------------------------- other forms
 
+    @checked
     def dataset(self, name: Name | list[Name], batch: int, **options: Any) -> RowDataset:
         """Return rows as a torch ``IterableDataset`` that workers and ranks share out (see ``RowDataset``)."""
         return RowDataset(self.rows, name, batch, **options)
 
-    def to_arrow(self, names: Name | list[Name] | None = None, *, batch: int = 64) -> pyarrow.RecordBatchReader:
+    @checked
+    def to_arrow(self, names: Name | list[Name] | None = None, *, batch: Count = 64) -> pyarrow.RecordBatchReader:
         """Return the examples as Arrow, a batch at a time (see ``prisma_harvest.arrow``).
 
         Raises:

@@ -86,11 +86,17 @@ def attend(
         if rows is None:
             x = show(scores, x, dtype)
             whole = x.dtype == dtype and dtype not in HALF
-            x = computed(pattern, softmax, x) if whole else show(pattern, softmax(x), dtype)
+            soft = softmax if bias is not None or scores.edited else _softmax
+            x = computed(pattern, soft, x) if whole else show(pattern, soft(x), dtype)
             return (x @ widened(v)).to(dtype).transpose(1, 2)
         rows.store(scores, x.to(dtype))
         rows.store(pattern, softmax(x).to(dtype))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2)
+
+
+def _softmax(x: Tensor) -> Tensor:
+    """Return the softmax where every query may read a key: without the two passes that look for others."""
+    return x.softmax(-1)
 
 
 class Attention(WeightViews):
