@@ -164,6 +164,16 @@ class WeightMap(Table[Rule]):
         """The reason why an upstream tensor is left out, or None if it is not."""
         return next((why for pattern, why in self.ignored.items() if pattern_of(pattern).fullmatch(name)), None)
 
+    def copied(self, upstream: State, canonical: State) -> dict[str, str]:
+        """The canonical tensors made of upstream's that share no memory with them, each with its rule."""
+        shared = {tensor.untyped_storage().data_ptr() for tensor in upstream.values()}
+        targets = ((name, one) for one in self._choose(upstream, canonical) if one.tensors for name in one.rule.targets)
+        return {
+            name: str(choice.rule)
+            for name, choice in targets
+            if canonical[name].untyped_storage().data_ptr() not in shared
+        }
+
     def function_sources(self, upstream: Iterable[str]) -> set[str]:
         """The upstream tensors that go through a function, which cannot be run backwards."""
         patterns = [pattern_of(name) for rule in self.rows if rule.function is not None for name in rule.names]

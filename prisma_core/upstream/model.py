@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy as copying
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class HookedUpstream(ZooModel):
         self._rows = _bound_rows(table, upstream)
         for row in self._rows:
             _add_point(self, row)
+        _separate(upstream, [row.place.module for row in self._rows])
         attach(upstream, self._rows)
         self.eval()
 
@@ -190,6 +192,22 @@ def copy_module(upstream: nn.Module, *, copy: bool) -> nn.Module:
     """Copy a module's structure, and its tensors too unless ``copy`` is False: then both share them."""
     tensors = [*upstream.parameters(), *upstream.buffers()]
     return copying.deepcopy(upstream, {} if copy else {id(tensor): tensor for tensor in tensors})
+
+
+def _separate(upstream: nn.Module, paths: Iterable[str]) -> None:
+    """Give each of these paths a module of its own where one is used at several; the copies share its tensors."""
+    parts = dict.fromkeys(path[: end.start()] for path in sorted(paths) for end in re.finditer(r"\.|$", path))
+    seen = set[nn.Module]()
+    for path in filter(None, parts):  # from the outside in: what stands below a copy is a copy, too
+        try:
+            module = upstream.get_submodule(path)
+        except AttributeError:  # attach says so
+            continue
+        if module in seen:
+            above, _, name = path.rpartition(".")
+            module = copy_module(module, copy=False)
+            setattr(upstream.get_submodule(above), name, module)
+        seen.add(module)
 
 
 class Part(nn.Module):
