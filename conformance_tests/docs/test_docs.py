@@ -33,10 +33,11 @@ from PIL import Image
 
 import prisma_core as prisma
 from prisma_core import host as plugins
-from prisma_core import spec
+from prisma_core import plugin, spec
 from prisma_core.cli.app import build, main
 from prisma_core.contract import hookspecs
 from prisma_core.host import Host
+from prisma_core.maps.rule import Rule
 from prisma_core.transformer.vit import HookedViT
 
 ROOT = Path(__file__).parents[2]
@@ -252,6 +253,29 @@ def test_generated_pages_are_up_to_date() -> None:
     del pages[DOCS / "commands.md"]  # each release of typer writes it in its own way: the test below reads it
     stale = [path.name for path, text in pages.items() if path.read_text("utf-8") != text]
     assert stale == [], "run python docs/generate.py"
+
+
+def test_every_row_of_the_page_of_tensors_is_a_rule() -> None:
+    page = generator("canonical")
+    rows = re.findall(r"`([^`]*->[^`]*)`", page.ROWS)
+    assert len(rows) > 10
+    for row in rows:
+        Rule.parse(row.replace("\\|", "|").replace("[q.", "[{l}.q.").replace("SOURCE", "source"))
+
+
+def test_every_field_of_a_spec_stands_on_the_page_of_tensors() -> None:
+    page = generator("canonical").page()
+    # Sizes and numbers that every model has, and details of fields that the page names.
+    plain = {"d_model", "image_size", "patch", "layout", "blocks", "embed", "pool", "rows", "columns", "eps", "n_heads"}
+    plain |= {"attn"}
+    details = {"d_head", "d_mlp", "any_length", "stem", "by_token", "pos_grid", "pos_factorized", "order", "n_latents"}
+    details |= {"d_latent", "latent_norm", "latents", "in_float32", "weight_in_float32", "ln1"}
+    kinds = ("ModelSpec", "EmbedSpec", "TokenLayout", "BlockSpec", "AttentionSpec", "MlpSpec", "NormSpec", "PoolSpec")
+    for kind in kinds:
+        fields = {f"{kind}.{name}" for name in set(getattr(plugin, kind).model_fields) - plain - details}
+        fields.discard("ModelSpec.kind")
+        missing = {field for field in fields if f"`{field}=" not in page}
+        assert not missing, missing
 
 
 def test_the_rooms_are_few_and_every_module_is_in_one() -> None:
