@@ -88,24 +88,32 @@ class Origin:
         map: its weight map.
         upstream: upstream's tensors by name; without data where the weight map can make them again.
         persistent: the names in upstream's state dict.
+        tied: names of one and the same upstream tensor.
+        copied: the canonical tensors that share no memory with upstream's, each with the rule that made it.
     """
 
     kind: str
     map: WeightMap = field(repr=False)
     upstream: dict[str, Tensor] = field(repr=False)
     persistent: list[str] = field(repr=False)
+    tied: list[list[str]] = field(repr=False, default_factory=list[list[str]])
+    copied: dict[str, str] = field(repr=False, default_factory=dict[str, str])
 
     @classmethod
-    def of(cls, kind: str, table: WeightMap, tensors: State, persistent: Iterable[str]) -> Origin:
+    def of(cls, kind: str, table: WeightMap, tensors: State, persistent: Iterable[str], canonical: State) -> Origin:
         """Record a model: copies of the tensors that its weight map cannot make again, the shapes of the others."""
         names = list(persistent)
-        copied = {name for name in tensors if table.reason_to_ignore(name) is not None}
-        copied |= table.function_sources(tensors) | (set(tensors) - set(names))
+        kept = {name for name in tensors if table.reason_to_ignore(name) is not None}
+        kept |= table.function_sources(tensors) | (set(tensors) - set(names))
         upstream = {
-            name: tensor.detach().clone() if name in copied else tensor.detach().to("meta")
+            name: tensor.detach().clone() if name in kept else tensor.detach().to("meta")
             for name, tensor in tensors.items()
         }
-        return cls(kind, table, upstream, names)
+        several: dict[int, list[str]] = {}
+        for name in tensors:
+            several.setdefault(id(tensors[name]), []).append(name)
+        tied = [group for group in several.values() if len(group) > 1]
+        return cls(kind, table, upstream, names, tied, table.copied(tensors, canonical))
 
     def export(self, canonical: State) -> dict[str, Tensor]:
         """Make upstream's state dict from the canonical tensors.
@@ -117,6 +125,13 @@ class Origin:
         for name in self.upstream.keys() - set(self.persistent):
             if not torch.equal(state[name], self.upstream[name].to(state[name])):
                 raise WeightMapError(f"What {name} makes was changed, and upstream's state dict does not hold it.")
+        for first, *others in self.tied:
+            for name in others:
+                if not torch.equal(state[first], state[name].to(state[first])):
+                    raise WeightMapError(
+                        f"What {first} and {name} make was changed differently: upstream has one tensor under both "
+                        "names and cannot hold the change. Edit both alike."
+                    )
         return {name: state[name].contiguous() for name in self.persistent}
 
 
@@ -144,10 +159,23 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         if attribute in module._parameters:  # pyright: ignore[reportPrivateUsage]
-            parameter = nn.Parameter(x.detach(), requires_grad=x.requires_grad)
+            trainable = x.requires_grad and not x.is_inference()  # shared with a model of inference mode
+            parameter = nn.Parameter(x.detach(), requires_grad=trainable)
             module._parameters[attribute] = parameter  # pyright: ignore[reportPrivateUsage]
         else:
             module._buffers[attribute] = x.detach()  # pyright: ignore[reportPrivateUsage]
+
+
+_UNSUPPORTED = {  # by torch, in words of its own: what to do
+    "Inference tensors cannot be saved": (
+        "This pass takes gradients, and an input or a weight was made in torch.inference_mode(): it takes none. Make "
+        "it outside of that: x.clone(), or load the model again; or run the pass in torch.no_grad()."
+    ),
+    "forward AD": (
+        "Torch's fused attention has no forward-mode derivatives (jvp, jacfwd). Run this in "
+        "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)."
+    ),
+}
 
 
 class ZooModel(HookedModel):
@@ -171,6 +199,15 @@ class ZooModel(HookedModel):
         self.labels: tuple[str, ...] | None = None
         self.reference: str | None = None
         self.origin: Origin | None = None
+
+    def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*inputs, **kwargs)
+        except RuntimeError as error:
+            for words, advice in _UNSUPPORTED.items():
+                if words in str(error):
+                    raise InputError(advice) from error
+            raise
 
     def towers(self) -> Mapping[str, ZooModel]:
         """Return the transformers this model is made of, by the prefix of their hook points."""
@@ -256,8 +293,12 @@ def may_look(x: Tensor) -> bool:
 
     On a GPU it would stop the queue at every call, and neither ``torch.compile`` nor ``torch.vmap`` can trace it.
     """
-    transformed = cast("Any", torch)._C._functorch.maybe_current_level() is not None
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not in_transform()
+
+
+def in_transform() -> bool:
+    """Return whether a transform of ``torch.func`` is running, such as ``vmap``."""
+    return cast("Any", torch)._C._functorch.maybe_current_level() is not None
 
 
 def layer_index(index: int | None, default: int, n: int) -> int:

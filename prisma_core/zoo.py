@@ -6,8 +6,9 @@ import copy as copying
 import difflib
 import os
 import re
+import warnings
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -30,7 +31,7 @@ from prisma_core.errors import (
     returned,
 )
 from prisma_core.errors.arguments import device_of, dtype_of, expect
-from prisma_core.files.checkpoint import check_finite
+from prisma_core.files.checkpoint import check_finite, check_merged
 from prisma_core.hooks.model import HookedModel
 from prisma_core.host import installed
 from prisma_core.maps.places import HookMap
@@ -40,12 +41,21 @@ from prisma_core.model import Origin, ZooModel, assign, tensors_of
 from prisma_core.saving.folder import load_folder, with_own_stem
 from prisma_core.spec import AnySpec, DualSpec, MapSpec, ModelSpec, TextSpec
 from prisma_core.toolbox.options import check_keywords, keywords
-from prisma_core.toolbox.undeclared import check_undeclared
+from prisma_core.toolbox.tables import check_rows
+from prisma_core.toolbox.undeclared import check_undeclared, unwrapped
 from prisma_core.transformer import HookedDual, HookedText, build
 from prisma_core.transformer.names import optional_hook_names
 from prisma_core.upstream.model import HookedUpstream, copy_module
 
 
+@contextmanager
+def _normal_mode() -> Generator[None]:
+    """Leave ``torch.inference_mode()``: tensors made in it can take no gradients, ever."""
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        yield
+
+
+@_normal_mode()
 def load(
     reference: str | Path,
     *,
@@ -74,12 +84,14 @@ def load(
     place, kind = device_of(device), dtype_of(dtype)
     source, rest = reference_of(reference)
     reference = f"{source}:{rest}"
+    if options.get("pretrained", True):
+        check_merged(Path(rest).expanduser())
     if source == "file":
         check_keywords("file:", options, ())
         model = load_folder(Path(rest))
     else:
         loaded = load_upstream(installed().source(source), rest, **options)
-        model = loaded.model if isinstance(loaded.model, HookedModel) else adapt(loaded.model, copy=False)
+        model = loaded.model if isinstance(loaded.model, HookedModel) else _adapt(loaded.model, None, copy=False)
         if isinstance(model, ZooModel):
             model.preprocess = loaded.preprocess or model.preprocess
             model.labels = loaded.labels or model.labels
@@ -140,9 +152,11 @@ def adapt(upstream: nn.Module, *, adapter: Adapter | None = None, copy: bool = T
     It has the preprocessing and the labels that the library has put on the model (timm, transformers).
 
     Args:
-        upstream: a model of a type some installed plugin adapts. It is never changed.
+        upstream: a model of a type some installed plugin adapts, or one in ``torch.compile`` or ``DataParallel``. It is
+            never changed.
         adapter: one whose ``types`` name the model's, to use instead of the installed one.
-        copy: False shares its weights wherever they need no rearranging.
+        copy: False shares its weights: what trains or edits one model does so with the other. Those that upstream holds
+            in another form are copies; a warning says so, and ``model.origin.copied`` lists them with the reason.
 
     Raises:
         UnsupportedArchitecture: it has something the canonical transformer cannot represent.
@@ -151,9 +165,22 @@ def adapt(upstream: nn.Module, *, adapter: Adapter | None = None, copy: bool = T
         PluginError: the adapter failed.
         InputError: it is no model; or the adapter is none, or does not take this type.
     """
+    model = _adapt(upstream, adapter, copy=copy)
+    if not copy and model.origin is not None and (copied := model.origin.copied):
+        names, n = list(copied), len(tensors_of(model))
+        warnings.warn(
+            f"copy=False: {len(names)} of {n} tensors are copies, which do not follow upstream's, for it holds them in "
+            f"another form: {copied[names[0]]}{', ...' if len(names) > 1 else ''}. model.origin.copied lists them.",
+            stacklevel=2,
+        )
+    return model
+
+
+def _adapt(upstream: nn.Module, adapter: Adapter | None, *, copy: bool) -> ZooModel:
     model = cast("object", upstream)
     if not isinstance(model, nn.Module):
         raise InputError(f"adapt takes a model, got {type(model).__name__}. prisma.load takes a reference.")
+    model = unwrapped(model)
     if adapter is None:
         adapter = installed().adapter(model)
     else:
@@ -183,6 +210,7 @@ def check_adapter(adapter: object, upstream: nn.Module) -> None:
         )
 
 
+@_normal_mode()
 def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> ZooModel:
     """Hook a model with an adapter, whatever its ``types``; see ``adapt``."""
     reader = Reader(upstream)
@@ -190,16 +218,16 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> Z
     if isinstance(spec, MapSpec):
         return HookedUpstream(copy_module(upstream, copy=copy), hooks, spec, partial(output_of, adapter))
     with blaming(adapter):
-        types = [name for each in (adapter, *adapter.parts(reader)) for name in each.types]
-    check_undeclared(
-        reader, [qualified_name(upstream), *types], lambda name: table.reason_to_ignore(name) is not None, stem
-    )
+        adapters = (adapter, *adapter.parts(reader))
+        types = [name for each in adapters for name in each.types]
+        ignored = [name for each in adapters for name in each.ignored]
+    check_undeclared(reader, types, ignored, lambda name: table.reason_to_ignore(name) is not None, stem)
     with torch.device("meta"):
         model = build(spec)
     if stem is not None:
         for tower in with_own_stem(model):
             tower.embed.stem = copying.deepcopy(stem)
-    hooks.check(model.hook_points(), optional_hook_names(model))
+    check_rows(hooks, model.hook_points(), optional_hook_names(model))
     theirs = tensors_of(upstream)
     with torch.enable_grad():  # a tensor made of a trainable one is trainable, whatever mode the caller is in
         tensors = table.forward(theirs, {name: tensor.shape for name, tensor in tensors_of(model).items()})
@@ -211,7 +239,7 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> Z
             tensors[name] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
         places.add(place)
     assign(model, tensors)
-    model.origin = Origin.of(qualified_name(upstream), table, theirs, upstream.state_dict())
+    model.origin = Origin.of(qualified_name(upstream), table, theirs, upstream.state_dict(), tensors)
     return model.eval()
 
 

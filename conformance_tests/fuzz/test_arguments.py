@@ -18,6 +18,7 @@ from windows import Adapter, Upstream
 import prisma_core as prisma
 from prisma_core import HookedDual, HookedText, HookedViT, ModelSpec, PrismaError, Result
 from prisma_core.inputs import Preprocess
+from prisma_core.inputs.video import VideoPreprocess
 from prisma_core.spec import DualSpec, Interpolation, RopeCount, TextSpec
 from prisma_core.transformer.dual import DualCache
 from prisma_core.transformer.factored import FactoredMatrix
@@ -103,7 +104,18 @@ SIZED = {"batch": INT, "size": "None", "generator": "None"}
 CALLS: dict[str, Call] = {
     # models: load, prove, look
     "load": call(prisma.load, f"file:{prisma.save(VIT, FOLDER / 'vit')}", takes={"device": "None", "dtype": "None"}),
-    "adapt": call(prisma.adapt, Upstream(), adapter=Adapter(), takes={"adapter": ""}),
+    "adapt": call(prisma.adapt, Upstream(), adapter=Adapter()),
+    "check": call(
+        prisma.check,
+        Upstream(),
+        adapter=Adapter(),
+        checks="algebra",
+        takes={
+            "seed": f"{INT} -99 10**18",
+            **dict.fromkeys(["checks", "device", "dtypes", "starting", "progress"], "None"),
+            "upstream": "None module",  # read for hooked models alone
+        },
+    ),
     "export": call(prisma.export, MAPPED),
     "save": call(prisma.save, VIT, FOLDER / "saved", takes={"folder": "nonsense"}),
     "outline": call(prisma.outline, f"file:{FOLDER / 'vit'}"),
@@ -233,6 +245,22 @@ CALLS: dict[str, Call] = {
     "@ FactoredMatrix": call(MATRIX.__rmatmul__, torch.zeros(5)),
     "FactoredMatrix *": call(MATRIX.__mul__, 2.0, takes={"factor": "3.5 nan -99 10**18 int64 tensor"}),
     "FactoredMatrix /": call(MATRIX.__truediv__, 2.0, takes={"divisor": "3.5 nan -99 10**18 int64 tensor"}),
+    "FactoredMatrix []": call(MATRIX.__getitem__, 0, takes={"index": "None int64"}, raises=(PrismaError, IndexError)),
+    "Result": call(
+        Result,
+        torch.zeros(2, 3),
+        ("a", "b"),
+        {"a": ("x", "y")},
+        takes={
+            **dict.fromkeys(["technique", "unit", "baseline", "total"], "'' nonsense"),
+            **dict.fromkeys(["labels", "tensors", "facts"], "{}"),
+        },
+    ),
+    "a place of a Result": call(lambda where: RESULT.sel(layer=where), 0, takes={"where": INT}),
+    "places of a Result": call(lambda where: RESULT.sel(layer=[0, where]), 0, takes={"where": INT}),
+    "cache []": call(CACHE.__getitem__, ("z", 0)),
+    "both towers' cache []": call(PAIR.__getitem__, ("vision.z", 0)),
+    "open a video": call(VideoPreprocess(frames=2, each=VIT.preprocess), np.zeros((4, 8, 12, 3), np.uint8)),
     "HookPoint": call(prisma.HookPoint, "batch pos", "x", takes={"equation": "'' nonsense", "axes": "'' nonsense"}),
     "open an image": call(VIT.preprocess, np.zeros((9, 9), np.uint8)),
     "show normalised pixels": call(VIT.preprocess.denormalise, IMAGES[0]),
@@ -243,7 +271,6 @@ EXEMPT = {
     "Result.sel": "its arguments have names of the result's own: the tests of results",
     "Result.plot": "options of the plugin that draws",
     "TokenLayout.model_post_init": "pydantic's",
-    "check": "the kit's own tests",
     "ActivationCache.keys": "",
     **dict.fromkeys(
         [

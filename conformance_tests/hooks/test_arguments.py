@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prisma_core import InputError
+from prisma_core import HookError, InputError, UnknownName
 
 WRONG = {
     "a list of subsets": ({"pos": ["cls"]}, "pos='cls'"),
@@ -14,6 +14,13 @@ WRONG = {
     "a ragged list": ({"pos": [[0], [1, 2]]}, "whole numbers"),
     "a slice backwards": ({"pos": slice(None, None, -1)}, "forward"),
     "heads by name": ({"names": "z", "heads": "x"}, "whole numbers"),
+    "half a slice": ({"pos": slice(0.5, None)}, r"slice of whole numbers, got slice\(0\.5"),
+    "a slice of no steps": ({"heads": slice(0, 2, 0), "names": "z"}, "step cannot be zero"),
+    "some truths and numbers": ({"pos": [True, 2]}, "whole numbers or a mask"),
+    "a table of positions": ({"pos": [[0], [1]]}, "whole numbers or a mask"),
+    "a truth": ({"pos": True}, "whole numbers or a mask, got True"),
+    "a module as hook": ({"hooks": {"z": torch.nn.Identity()}}, r"Identity\(input.*lambda activation, at: module"),
+    "a layer of truth": ({"names": ("z", True)}, r"\('z', True\)|True is no name"),
     "no dtype": ({"dtype": "float17"}, "float17"),
     "a device as dtype": ({"dtype": torch.device("cpu")}, "torch.float16"),
     "a layer as text": ({"start_at_layer": "1"}, "whole number, got '1'"),
@@ -24,7 +31,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("arguments", "words"), WRONG.values(), ids=WRONG)
 def test_wrong_types(vit, image, arguments, words):
-    with pytest.raises(InputError, match=words):
+    with pytest.raises((InputError, HookError, UnknownName), match=words):
         vit.run_with_cache(image, **arguments)
 
 

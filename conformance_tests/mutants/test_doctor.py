@@ -12,9 +12,12 @@ from prisma_conformance.doctor.diagnosis import examine
 from prisma_conformance.subject import Subject
 from torch import Tensor
 
+from prisma_core.host import installed
 from prisma_core.plugin import NormSpec, PoolSpec, Reader
 
+from .maps import MAP_MUTANTS, SWIN, MapMutant
 from .north import CASE, HOOKS, WEIGHTS, NorthAdapter, NorthViT, apart, grid_positions, rms_norm
+from .table import MUTANTS
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,64 @@ def test_the_doctor_names_the_mistake_and_the_place(planted: Planted) -> None:
     assert not answer.healthy
     for part in planted.says:
         assert part in str(answer), str(answer)
+
+
+def test_the_doctor_says_what_to_do_about_the_audit() -> None:
+    attribute = Planted("k_norm's eps is not read", (), fact={"qk_norm": lambda attn: rms_norm(attn.q_norm)})
+    answer = examine(attribute.subject())
+    assert answer.agrees
+    assert not answer.healthy
+    assert "RMSNorm.eps = 0.00" in str(answer)
+    assert "at 'layers.0.attn.k_norm' is neither read nor ignored" in str(answer)
+    assert "To do: read it in spec() and refuse other values, reader.expect(NAME=VALUE)" in str(answer)
+
+
+def test_the_doctor_names_the_row_behind_a_round_trip_that_fails() -> None:
+    (mutant,) = (mutant for mutant in MUTANTS if mutant.name == "a tensor that export forgets")
+    answer = examine(mutant.subject())
+    assert answer.agrees
+    assert "weights.roundtrip fails: export lacks norm.bias. Rows: 'norm.bias | zeros -> ln_final.bias'." in str(answer)
+    assert "To do: rows run backwards too" in str(answer)
+
+
+def _maps() -> list[MapMutant]:
+    return [mutant for mutant in MAP_MUTANTS if mutant.places]
+
+
+# Where several places hold the same tensor, the first of them in upstream's order, modules before functions.
+SAME = {
+    "another stage's downsampling": "stages.2.downsample.1",
+    "the embedding behind its positions": "patch_embed.proj",
+    "a norm's input for the stream": "layers.1.downsample",
+}
+
+
+@pytest.mark.parametrize("mutant", _maps(), ids=lambda mutant: mutant.name.replace(" ", "-"))
+def test_the_doctor_finds_the_place_of_a_row_of_a_hook_map(mutant: MapMutant) -> None:
+    subject = mutant.subject()
+    answer = examine(subject)
+    assert answer.equations
+    adapter = installed().adapter(subject.base)
+    right = {row.hook: row.place for row in adapter.hooks(Reader(subject.base), subject.spec).rows}
+    for hook, _ in mutant.places:
+        place = SAME.get(mutant.name, right[hook])
+        assert f"'{place} -> {hook}" in answer.places[0].partition(" (instead of")[0], str(answer)
+
+
+def test_the_doctor_speaks_about_rows_that_nothing_proves() -> None:
+    (mutant,) = (mutant for mutant in MAP_MUTANTS if mutant.equations)
+    answer = examine(mutant.subject())
+    assert answer.agrees
+    assert not answer.healthy
+    assert "maps.proven fails: 1 hook points could hold anything" in str(answer)
+
+
+@pytest.mark.parametrize("place", ["layers.0.blocks.0.norm_1", "layers.0.blocks.0 @ add#7"])
+def test_the_doctor_names_places_near_one_that_upstream_never_passes(place: str) -> None:
+    hook = "stages.0.blocks.0.ln1.hook_normalized"
+    answer = str(examine(MapMutant("", SWIN, "", ((hook, place),)).subject()))
+    assert f"The row '{place} -> {hook} : batch row column d_model' names a place that upstream never passes." in answer
+    assert "Did you mean layers.0.blocks.0" in answer
 
 
 def test_the_doctor_finds_nothing_wrong_with_what_is_right() -> None:

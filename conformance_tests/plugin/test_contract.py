@@ -33,6 +33,7 @@ class Luci(Adapter):
         return wrong() if callable(wrong) and not isinstance(wrong, type) else wrong
 
     def spec(self, upstream: Reader) -> Any:
+        upstream.classes.update(dict(upstream.module.named_modules()))
         return self._or("spec", upstream.module.spec)
 
     def weights(self, upstream: Reader, spec: Any) -> Any:

@@ -18,7 +18,8 @@ from prisma_lens import Lens
 from prisma_view import glyphs
 from prisma_view.colours import CLASSES, QUIET, REST, assign
 from prisma_view.pack import grouped, pack, pack_patterns
-from prisma_view.pictures import BAND, WARNING, _legend
+from prisma_view.page import class_colours
+from prisma_view.pictures import pictures
 from prisma_view.symbols import FALLBACK, symbol
 
 from prisma_core import InputError, NotApplicable, TokenLayout
@@ -194,6 +195,10 @@ def test_models_that_are_no_classifiers_or_see_no_pictures_are_refused() -> None
         prisma_view.report(blind, picture(1), picture(2))
 
 
+def texts(figure: Any) -> set[str]:
+    return {text.get_text() for text in figure.findobj(lambda each: hasattr(each, "get_text"))}
+
+
 @pytest.mark.parametrize("font", [True, False])
 def test_pictures_are_drawn_with_and_without_an_emoji_font(
     font: bool, found: prisma_view.Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -201,49 +206,65 @@ def test_pictures_are_drawn_with_and_without_an_emoji_font(
     glyphs.glyph.cache_clear()
     if not font:
         monkeypatch.setattr(glyphs, "_font", lambda: None)
+    panel = pictures(found)["lens"].axes[-1]
+    assert bool((np.asarray(panel.images[-1].get_array())[..., 3] > 0).any()) == (font and glyphs._font() is not None)
     for path in prisma_view.write_pictures(found, tmp_path):
         with Image.open(path) as drawn:
             assert len(np.unique(np.asarray(drawn.convert("RGB")).reshape(-1, 3), axis=0)) > 10
     glyphs.glyph.cache_clear()
 
 
-def test_pictures_of_random_weights_say_so(found: prisma_view.Report, tmp_path: Path) -> None:
-    for path in prisma_view.write_pictures(found, tmp_path):
-        with Image.open(path) as plain:
-            before = np.asarray(plain.convert("RGB"))
-        prisma_view.write_pictures(found, tmp_path, trained=False)
-        with Image.open(path) as warned:
-            after = np.asarray(warned.convert("RGB"))
-        np.testing.assert_array_equal(after[BAND:], before)
-        assert (after[:BAND] == WARNING).all(-1).mean() > 0.5
-        prisma_view.write_pictures(found, tmp_path)
+def test_pictures_hold_what_the_report_does(found: prisma_view.Report) -> None:
+    drawn = pictures(found)
+    assert list(drawn) == ["lens", "attention", "attribution", "patching"]
+    assert found.lens is not None
+    classes = found.lens.logits[-1, found.layout.slice("patches")].argmax(-1).view(2, 3)
+    wash = np.asarray(drawn["lens"].axes[-1].images[1].get_array())[..., :3]
+    colours = class_colours(found)
+    np.testing.assert_allclose(255 * wash, [[colours[index] for index in row] for row in classes.tolist()])
+    layers, heads = found.patterns.shape[:2]
+    sheet = np.asarray(drawn["attention"].axes[0].images[0].get_array())
+    assert sheet.shape == (layers * 3, heads * 4)
+    row = found.patterns[1, 1, 0, found.layout.slice("patches")].view(2, 3)
+    np.testing.assert_allclose(sheet[3:5, 4:7], row / row.max(), rtol=1e-5)
+    bars = [bar.get_width() for bar in drawn["attribution"].axes[0].patches]
+    assert bars[-1] == pytest.approx(float(found.logits[found.best]), abs=1e-3)
+    assert sum(bars[:-1]) == pytest.approx(bars[-1], abs=1e-5)
+    assert found.patching is not None
+    change = np.asarray(drawn["patching"].axes[2].images[0].get_array())
+    np.testing.assert_allclose(change, found.patching.change["all"], rtol=1e-5)
+    new = int((found.patching.guess["all"] != found.best).sum())
+    if glyphs._font() is not None:
+        assert len(drawn["patching"].axes[2].artists) == new
 
 
-@pytest.mark.parametrize(("width", "rows"), [(4000, 1), (900, 3), (420, 4)])
-def test_the_legend_names_every_class_of_its_panels(width: int, rows: int) -> None:
-    names = tuple(f"a long name {index}" for index in range(30))
+def test_pictures_of_random_weights_say_so(found: prisma_view.Report) -> None:
+    note = "Random weights: nothing here was learned."
+    assert all(note in texts(figure) for figure in pictures(found, trained=False).values())
+    assert not any(note in texts(figure) for figure in pictures(found).values())
+
+
+@pytest.mark.parametrize(("form", "head"), [("svg", b"<?xml"), ("pdf", b"%PDF"), ("png", b"\x89PNG")])
+def test_pictures_come_in_forms_for_papers(form: Any, head: bytes, found: prisma_view.Report, tmp_path: Path) -> None:
+    paths = prisma_view.write_pictures(found, tmp_path, form=form)
+    assert [path.name for path in paths] == [
+        f"{name}.{form}" for name in ("lens", "attention", "attribution", "patching")
+    ]
+    assert all(path.read_bytes().startswith(head) for path in paths)
+
+
+def test_the_legend_names_every_class_of_its_panels() -> None:
+    names = tuple(f"a $long$ name {index}" for index in range(30))
     logits = torch.eye(30)[None].repeat(2, 1, 1)
-    lens = Lens(logits, ("layer", "pos", "class"), {"layer": ("a", "b")})
     logits[0] = logits[0].flip(0)
-    layout = TokenLayout(rows=5, columns=6)
     made = model(n_classes=30)
     made.labels = names
     found = prisma_view.Report(
-        made,
-        picture(1),
-        picture(2),
-        layout,
-        logits[0, 0],
-        [0],
-        logits[None, None],
-        lens=lens,
-    )
-    colours = {index: CLASSES[index] if index < 9 else REST for index in range(30)}
-    legend = _legend(found, [0, 1], width, colours)
-    words = [entry[1] for row in legend for entry in row]
-    assert len(legend) <= rows
-    named = words[:-1]
-    assert words[-1] == f"{30 - len(named)} other classes"
-    assert set(named) <= set(names[:9])
-    assert len(named) == 9 or width < 4000
-    assert all(entry[0] + 34 < width for row in legend for entry in row)
+        made, picture(1), picture(2), TokenLayout(rows=5, columns=6), logits[0, 0], [0], logits[None],
+        lens=Lens(logits, ("layer", "pos", "class"), {"layer": ("0_pre", "final_post")}),
+    )  # fmt: skip
+    (legend,) = pictures(found)["lens"].legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    own = [index for index, colour in class_colours(found).items() if colour != REST]
+    assert set(shown[:-1]) == {names[index].replace("$", r"\$") for index in own}
+    assert shown[-1] == f"{30 - len(own)} other classes"

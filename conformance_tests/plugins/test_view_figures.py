@@ -57,6 +57,12 @@ def test_the_chart_fits_the_axes(axes: tuple[str, ...], shape: tuple[int, ...], 
     assert chart.values.shape == size
 
 
+@pytest.mark.parametrize("shape", [(1, 4, 1), (3, 1, 1), (1, 1, 1)])
+def test_a_heat_map_that_is_asked_for_may_have_one_row_or_column(shape: tuple[int, ...]) -> None:
+    result = Result(values(*shape), ("layer", "head", "batch"))
+    np.testing.assert_array_equal(result.plot(kind="heat").chart.values[0], result.values[..., 0])
+
+
 def test_each_value_is_drawn_in_its_place() -> None:
     result = Result(values(4, 2, 3), ("head", "batch", "layer"), {"layer": ("a", "b", "c")}, unit="logits")
     figure = result.plot()
@@ -168,17 +174,6 @@ def test_what_cannot_be_drawn_is_said(axes: Any, shape: Any, options: dict[str, 
         Result(torch.zeros(shape), axes).plot(**options)
 
 
-def test_a_still_image_leaves_out_what_its_font_lacks_and_breaks_a_long_unit() -> None:
-    result = Result(values(3, 2), ("layer", "class"), {"layer": ("\U0001f41e ladybird", "a $x$", "été")})
-    result = dataclasses.replace(result, unit="the share of the way from the one image to the other, by a probe")
-    figure = draw_still(result.plot(kind="curves").chart)
-    axis = figure.axes[0]
-    assert [text.get_text() for text in axis.get_xticklabels()] == ["ladybird", r"a \$x\$", "été"]
-    lines = axis.get_ylabel().splitlines()
-    assert " ".join(lines) == result.unit
-    assert max(map(len, lines)) <= 36
-
-
 def test_a_graph_has_the_edges_of_the_circuit(tmp_path: Path) -> None:
     shape = Shape(n_layers=2, n_heads=3, d_model=4, parallel=False, mlps=(0,))
     whole = Circuit(shape, values(*shape.real().shape) * shape.real(), shape.real())
@@ -228,6 +223,17 @@ def test_changes_are_drawn_with_their_intervals() -> None:
     still = draw_still(figure.chart).axes[0]
     assert still.lines[-1].get_xdata()[0] == best - 0.5
     assert "No change." in change_points(0 * x + 1, 0).plot().layout.title.text
+
+
+def test_a_still_image_leaves_out_what_its_font_lacks_and_breaks_a_long_unit() -> None:
+    result = Result(values(3, 2), ("layer", "class"), {"layer": ("\U0001f41e ladybird", "a $x$", "été")})
+    result = dataclasses.replace(result, unit="the share of the way from the one image to the other, by a probe")
+    figure = draw_still(result.plot(kind="curves").chart)
+    axis = figure.axes[0]
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["ladybird", r"a \$x\$", "été"]
+    lines = axis.get_ylabel().splitlines()
+    assert " ".join(lines) == result.unit
+    assert max(map(len, lines)) <= 36
 
 
 def test_panels_that_are_left_out_are_counted() -> None:

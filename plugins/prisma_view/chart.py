@@ -114,7 +114,7 @@ def chart_of(
         raise InputError(f"There is nothing to draw: the values are {list(result.values.shape)}.")
     if kind is not None and kind not in get_args(Kind):
         raise InputError(f"Expected a kind of {', '.join(get_args(Kind))}, got {kind!r}.")
-    table = Table.of(result, layout)
+    table = Table.of(result, layout, kind)
     kind = kind or table.kind()
     if kind == "patches":
         table, prefix = table.on_grid()

@@ -41,11 +41,5 @@ def assign(classes: Sequence[int], look: Callable[[int], Colour | None]) -> dict
     return given
 
 
-def blend(one: Colour, other: Colour, share: float) -> Colour:
-    """Return what lies between two colours."""
-    red, green, blue = (round(a + (b - a) * share) for a, b in zip(one, other, strict=True))
-    return red, green, blue
-
-
 def _far(one: Colour, other: Colour) -> int:
     return sum(weight * (a - b) ** 2 for weight, a, b in zip((2, 4, 3), one, other, strict=True))

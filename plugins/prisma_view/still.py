@@ -44,20 +44,24 @@ def draw(chart: Chart) -> Figure:
     for axis in axes[len(chart.panels) :]:
         axis.remove()
     for panel, axis in enumerate(axes[: len(chart.panels)]):
-        axis.set_title(_plain(chart.panels[panel]), fontsize=9)
-        {"heat": _heat, "patches": _heat, "bars": _bars, "curves": _curves, "graph": _graph}[chart.kind](
-            axis, chart, panel
-        )
+        axis.set_title(plain(chart.panels[panel]), fontsize=9)
+        panel_of(chart, axis, panel)
     if chart.kind in ("heat", "patches"):
-        figure.colorbar(
-            ScalarMappable(Normalize(*chart.limits), _map(chart)),
-            ax=axes[: len(chart.panels)],
-            label=_unit(chart),
-        )
-    figure.suptitle(_plain(chart.title), fontsize=11)
+        scale(chart, figure, axes[: len(chart.panels)])
+    figure.suptitle(plain(chart.title), fontsize=11)
     if chart.notes:
-        figure.supxlabel(_plain("  ".join(chart.notes)), fontsize=7, wrap=True)
+        figure.supxlabel(plain("  ".join(chart.notes)), fontsize=7, wrap=True)
     return figure
+
+
+def panel_of(chart: Chart, axis: Any, panel: int = 0) -> None:
+    """Draw a panel of a chart into matplotlib's axes."""
+    {"heat": _heat, "patches": _heat, "bars": _bars, "curves": _curves, "graph": _graph}[chart.kind](axis, chart, panel)
+
+
+def scale(chart: Chart, figure: Figure, axes: Any) -> None:
+    """Draw the colour bar of a heat map beside its axes."""
+    figure.colorbar(ScalarMappable(Normalize(*chart.limits), _map(chart)), ax=axes, label=_unit(chart))
 
 
 def png(chart: Chart, dpi: int = 80) -> str:
@@ -67,7 +71,7 @@ def png(chart: Chart, dpi: int = 80) -> str:
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Return a label without formulas, and without characters that the font lacks (emoji), which would be boxes."""
     known = "".join(each for each in text if _font().get_char_index(ord(each)))
     return " ".join(known.split()).replace("$", r"\$")
@@ -79,7 +83,7 @@ def _font() -> Any:
 
 
 def _unit(chart: Chart) -> str:
-    return textwrap.fill(_plain(chart.unit), 36)
+    return textwrap.fill(plain(chart.unit), 36)
 
 
 def _map(chart: Chart) -> str:
@@ -99,14 +103,14 @@ def _heat(axis: Any, chart: Chart, panel: int) -> None:
     if bare:
         axis.set_axis_off()
         return
-    axis.set(xlabel=_plain(chart.axes[1]), ylabel=_plain(chart.axes[0]))
+    axis.set(xlabel=plain(chart.axes[1]), ylabel=plain(chart.axes[0]))
     _ticks(axis.xaxis, chart.labels[1])
     _ticks(axis.yaxis, chart.labels[0])
 
 
 def _ticks(axis: Any, names: tuple[str, ...]) -> None:
     at = range(0, len(names), max(1, -(-len(names) // TICKS)))
-    shown = [_plain(names[i]) for i in at]
+    shown = [plain(names[i]) for i in at]
     axis.set_ticks(list(at), shown, fontsize=7)
     if axis.axis_name == "x" and max(map(len, shown)) > 3:
         axis.set_tick_params(rotation=60)
@@ -118,10 +122,10 @@ def _bars(axis: Any, chart: Chart, panel: int) -> None:
     if names[-1] == "sum":
         colours[-1] = np.full(3, 0.45)
     axis.barh(range(len(values)), values, color=colours)
-    axis.set_yticks(range(len(names)), [_plain(name) for name in names], fontsize=7)
+    axis.set_yticks(range(len(names)), [plain(name) for name in names], fontsize=7)
     axis.invert_yaxis()
     axis.axvline(0, color="0.5", linewidth=0.6)
-    axis.set(xlabel=_unit(chart), ylabel=_plain(chart.axes[1]))
+    axis.set(xlabel=_unit(chart), ylabel=plain(chart.axes[1]))
 
 
 def _curves(axis: Any, chart: Chart, panel: int) -> None:
@@ -129,11 +133,11 @@ def _curves(axis: Any, chart: Chart, panel: int) -> None:
     for line, name in enumerate(names):
         colour = np.array(LINES[line % len(LINES)]) / 255
         axis.plot(range(len(points)), chart.values[panel, line], marker=MARKERS[line % len(MARKERS)], markersize=4,
-                  color=colour, label=_plain(name))  # fmt: skip
+                  color=colour, label=plain(name))  # fmt: skip
     if len(names) > 1:
         axis.legend(fontsize=7, frameon=False)
     axis.grid(alpha=0.25)
-    axis.set(xlabel=_plain(chart.axes[1]), ylabel=_unit(chart))
+    axis.set(xlabel=plain(chart.axes[1]), ylabel=_unit(chart))
     _ticks(axis.xaxis, points)
     for low, best, high in chart.spans:
         axis.axvspan(low - 0.5, high - 0.5, color="0.5", alpha=0.25, linewidth=0)
@@ -147,6 +151,6 @@ def _graph(axis: Any, chart: Chart, panel: int) -> None:
         axis.plot([one[0], two[0]], [one[1], two[1]], color=colour, linewidth=edge.width / 2, alpha=0.75, zorder=1)
     for name, (x, y) in shown.nodes.items():
         axis.scatter([x], [y], s=36, color="0.45", zorder=2)
-        axis.annotate(_plain(name), (x, y), (5, 0), textcoords="offset points", fontsize=7, va="center", zorder=3)
+        axis.annotate(plain(name), (x, y), (5, 0), textcoords="offset points", fontsize=7, va="center", zorder=3)
     axis.set_axis_off()
-    axis.set_title(_plain(f"{chart.unit}: orange positive, blue negative"), fontsize=8)
+    axis.set_title(plain(f"{chart.unit}: orange positive, blue negative"), fontsize=8)

@@ -32,7 +32,8 @@ class Table:
     fixed: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def of(cls, result: Result, layout: TokenLayout | None) -> Table:
+    def of(cls, result: Result, layout: TokenLayout | None, kind: Kind | None = None) -> Table:
+        """Return the table of a result; a kind that needs a pair of axes keeps it, of whatever size."""
         values = result.values.double().cpu().numpy()
         labels = {axis: result.names(axis) for axis in result.axes}
         for axis in result.axes:
@@ -40,7 +41,9 @@ class Table:
                 names = layout.token_names()
                 sizes = {layout.n_tokens: names, layout.n_patches: names[layout.n_prefix :]}
                 labels[axis] = tuple(sizes.get(len(labels[axis]), labels[axis]))
-        gone = [axis for axis, size in result.shape.items() if size == 1]
+        pairs = [pair for pair in (GRAPH, *PAIRS) if set(pair) <= set(result.axes)] if kind in ("heat", "graph") else []
+        kept = pairs[0] if pairs else ()
+        gone = [axis for axis, size in result.shape.items() if size == 1 and axis not in kept]
         axes = tuple(axis for axis in result.axes if axis not in gone)
         fixed = tuple((axis, labels[axis][0]) for axis in gone)
         return cls(values.reshape([len(labels[axis]) for axis in axes]), axes, labels, fixed)

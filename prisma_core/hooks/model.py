@@ -13,13 +13,7 @@ from prisma_core.errors import HookError, InputError
 from prisma_core.errors.arguments import check_call, device_of, dtype_of
 from prisma_core.errors.migration import keyword_names, module_getattr, refuse_keywords, takes_any_keyword
 from prisma_core.hooks.cache import ActivationCache
-from prisma_core.hooks.capture import (
-    Countdown,
-    Keep,
-    check_axes,
-    gradients,
-    index_slices,
-)
+from prisma_core.hooks.capture import Countdown, Keep, gradients
 from prisma_core.hooks.point import (
     OPEN_SCOPES,
     Capture,
@@ -33,7 +27,7 @@ from prisma_core.hooks.point import (
 )
 from prisma_core.hooks.query import LayerQuery, Query
 from prisma_core.hooks.sites import HookMapping, Site, by_name, select, splicing_scope, with_splices
-from prisma_core.spec.layout import Index, TokenLayout
+from prisma_core.spec.layout import Index, TokenLayout, check_axes, index_slices
 
 
 class HookedModel(nn.Module):
@@ -282,7 +276,7 @@ class HookedModel(nn.Module):
             if loss is not None:
                 cache.gradients = self._cache(sites, **about)
                 for store, tensors in ((cache.gradients.store, gradients(loss, result, whole)), (cache.store, whole)):
-                    store |= {name: keeps[name].cut(x.detach()) for name, x in tensors.items()}
+                    store.update({name: keeps[name].cut(x.detach()) for name, x in tensors.items()})
         return result, cache.remove_batch_dim() if remove_batch_dim else cache
 
     def _one_pass(
@@ -365,10 +359,8 @@ class HookedModel(nn.Module):
                     "axis of their own. Cache it whole; of frames take cache.frame(...)."
                 )
         check_axes(list(axes.values()), pos, heads)
-        return {
-            name: Keep(cache.store, name, index_slices(axes[name], None if name in whole else pos, heads), **how)
-            for name in axes
-        }
+        cuts = {name: index_slices(axes[name], None if name in whole else pos, heads) for name in axes}
+        return {name: cache.keep_type(cache.store, name, cut, **how) for name, cut in cuts.items()}
 
 
 def _has_subset(site: Site, subset: str) -> bool:

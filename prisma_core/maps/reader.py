@@ -41,8 +41,8 @@ class Reader:
     def __init__(self, module: nn.Module, path: str = "", above: Reader | None = None):
         self.module = module
         self.path = path
-        self.record: set[str] = above.record if above else set()
-        self.classes: set[str] = above.classes if above else set()
+        self.record: set[str] = above.record if above is not None else set()
+        self.classes: set[str] = above.classes if above is not None else set()
 
     def _below(self, name: str) -> str:
         return f"{self.path}.{name}" if self.path else name
@@ -102,14 +102,14 @@ class Reader:
         return self
 
     def __iter__(self) -> Iterator[Reader]:
-        for name, child in self.module.named_children():
-            yield Reader(child, self._below(name), self)
+        children = self.module._modules  # pyright: ignore[reportPrivateUsage]  # named_children leaves repeats out
+        yield from (Reader(child, self._below(name), self) for name, child in children.items() if child is not None)
 
     def __getitem__(self, index: int) -> Reader:
         return list(self)[index]
 
     def __len__(self) -> int:
-        return len(list(self.module.children()))
+        return sum(1 for _ in self)
 
     def unsupported(self, feature: str) -> UnsupportedArchitecture:
         """The error that names this module and a feature that Prisma cannot represent."""

@@ -15,6 +15,9 @@ from prisma_core.errors import InputError, UnknownName, suggest
 from prisma_core.errors.arguments import expect, shown, tensor, whole
 
 Index = int | slice | Sequence[int] | Tensor
+IndexSlice = tuple[int, "slice | list[int]"]  # an axis, and what to keep of it
+
+_POS, _HEADS = ("pos", "query_pos"), ("head",)
 
 
 class TokenLayout(BaseModel):
@@ -192,10 +195,7 @@ def positions_of(index: Index | None, n: int) -> list[int]:
     if index is None:
         return list(places)
     if isinstance(index, slice):
-        try:
-            selected = list(places[index])
-        except TypeError as error:
-            raise InputError(f"Expected a slice of whole numbers, got {index!r}.") from error
+        selected = list(_range(index, n))
         if not selected:
             raise InputError(f"{index!r} selects none of {n} positions.")
         return selected
@@ -203,3 +203,53 @@ def positions_of(index: Index | None, n: int) -> list[int]:
     if any(not -n <= each < n for each in numbers):
         raise InputError(f"No position {numbers}: there are {n}.")
     return [places[each] for each in numbers]
+
+
+def _range(index: slice, n: int) -> range:
+    """Return the places that a slice selects of ``n``.
+
+    Raises:
+        InputError: it is not of whole numbers, or its step is 0.
+    """
+    try:
+        return range(n)[index]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"Expected a slice of whole numbers, got {index!r}: {error}.") from error
+
+
+# ------------------------------------------------------------ parts of activations
+
+
+def index_slices(axes: str, pos: Index | None, heads: Index | None) -> tuple[IndexSlice, ...]:
+    """Return what to keep of which axis of an activation with these axes.
+
+    >>> index_slices("batch head query_pos key_pos", slice(0, 1), [2, 3])
+    ((2, slice(0, 1, None)), (1, [2, 3]))
+    """
+    names = axes.split()
+    slices: list[IndexSlice] = []
+    for index, kinds in ((pos, _POS), (heads, _HEADS)):
+        axis = next((names.index(kind) for kind in kinds if kind in names), None)
+        if isinstance(index, slice) and _range(index, 1).step < 0:
+            raise InputError(f"Expected a slice that goes forward, got {index!r}.")
+        if index is not None and axis is not None:
+            slices.append((axis, index if isinstance(index, slice) else indices(index)))
+    return tuple(slices)
+
+
+def check_axes(axes: Sequence[str], pos: Index | None, heads: Index | None) -> None:
+    """Refuse a choice of positions or heads if no activation has any; those without are kept whole.
+
+    Args:
+        axes: those of each activation.
+
+    Raises:
+        InputError: with the axes there are.
+    """
+    for index, kinds, keyword in ((pos, _POS, "pos"), (heads, _HEADS, "heads")):
+        if index is not None and axes and not any(kind in each.split() for each in axes for kind in kinds):
+            there = " and ".join(f"[{each}]" for each in list(dict.fromkeys(axes))[:3])
+            raise InputError(
+                f"{keyword}= chooses along the axis {' or '.join(map(repr, kinds))}, and nothing asked for has one: "
+                f"it is {there}. Leave {keyword} out, or ask for activations that have it."
+            )

@@ -1,69 +1,125 @@
 """Behaviour of an upstream module that no tensor and no attribute shows: a canonical form would leave it out.
 
-That is forward hooks, pre-hooks, forwards that were replaced on an instance or a class, attention functions of the
-user's, and classes that the adapter does not know. One check for all adapters: none calls it, and none can skip it.
+That is hooks, of a module or global; functions that stand in the place of a library's own, on an instance, a class or
+in a module; attention functions of the user's; tensors of classes of their own; and modules whose class the adapter has
+not recognised. One check for all adapters: none calls it, and none can skip it.
 
 Harmless, and passed: wrappers that change no number (accelerate's that move tensors, ``torch.compile``).
 """
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from prisma_core.errors import UnsupportedArchitecture
 from prisma_core.maps.reader import TORCH, Reader, qualified_name
+from prisma_core.toolbox.replaced import name_of, replaced_on_class, replaced_on_instance, root_of
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-ACCELERATE = ("AlignDevicesHook", "CpuOffload", "SequentialHook")
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 READ_ONLY = ("transformers.utils.output_capturing",)  # modules of hooks that keep what they are shown
 # transformers' hook that asks for gradients by the embeddings, where activations are checkpointed
 ASKS_FOR_GRADIENTS = "enable_input_require_grads.<locals>.make_inputs_require_grads"
 EAGER = (None, "eager")
+# torch's own classes that compute nothing in evaluation, or all that their tensors say
+SAID = {
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+    *(nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict),
+    *(nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear),
+}
+TENSORS = (Tensor, nn.Parameter)
+FAKE = "torch._subclasses."  # tensors without data
+WRAPPERS = {  # where each holds what it wraps
+    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+    "torch.nn.parallel.data_parallel.DataParallel": "module",
+    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+}
 
 
 def check_undeclared(
-    upstream: Reader, packages: Iterable[str], is_ignored: Callable[[str], bool], stem: nn.Module | None = None
+    upstream: Reader,
+    types: Iterable[str],
+    ignored: Iterable[str],
+    is_ignored: Callable[[str], bool],
+    stem: nn.Module | None = None,
 ) -> None:
     """Refuse a module that does more than its tensors and attributes say.
 
     Args:
         upstream: the reader that the adapter has read the module with.
-        packages: qualified names of classes. Of their packages, and of those of classes that the reader recognised, an
-            adapter knows all classes that derive from no other.
+        types: qualified names of the classes that the adapter takes. It knows what stands beside them, and beside the
+            classes that the reader recognised, in the same file: all classes there that derive from no other.
+        ignored: what the adapter ignores with a reason. A qualified name is that of a class which computes nothing.
         is_ignored: whether the adapter left a tensor out, with a reason. Modules of such tensors alone make no number.
         stem: what is copied as it is, so that nothing in it is lost.
 
     Raises:
         UnsupportedArchitecture: it names the module, and what to do.
     """
-    known = (qualified_name(cast("object", upstream.module.get_submodule(path))) for path in upstream.classes)
-    roots = {_root(name) for name in (*packages, *known)} - {"torch"}
+    whole = upstream.module
+    recognised = {whole, *(whole.get_submodule(path) for path in upstream.classes)}
+    files = {name.rpartition(".")[0] for name in (*types, *map(qualified_name, recognised))}
+    packages = {root_of(file) for file in files}
     copied = set[nn.Module]() if stem is None else set(stem.modules())
-    modules = cast("Iterator[tuple[str, nn.Module]]", upstream.module.named_modules(remove_duplicate=False))
-    for path, module in modules:
-        tensors = [f"{path}.{name}" if path else name for name, _ in _tensors(module)]
-        if module in copied or (tensors and all(is_ignored(name) for name in tensors)):
+    unread = _unread(whole, is_ignored)
+    if problem := _globally_hooked():
+        raise UnsupportedArchitecture(qualified_name(whole), problem)
+    seen, problems = set[FunctionType](), dict[type, str]()
+    for path, module in cast("Iterator[tuple[str, nn.Module]]", whole.named_modules(remove_duplicate=False)):
+        if module in copied or any(path == part or path.startswith(f"{part}.") for part in unread):
             continue
+        kind = type(module)
+        if kind not in problems:
+            problems[kind] = replaced_on_class(kind, packages, seen)
+        name = qualified_name(module)
+        known = module in recognised or name in ignored or _is_known(kind, files)
         problem = (
             _hooked(module, path, upstream.record)
-            or _replaced(module, roots)
+            or replaced_on_instance(module)
+            or ("" if known else _unknown(kind))
+            or problems[kind]
             or _foreign_attention(module)
-            or ("" if not path or path in upstream.classes else _unknown(module, roots))
+            or _foreign_tensors(module)
         )
         if problem:
-            kind = qualified_name(module)
-            raise UnsupportedArchitecture(f"{kind} at {path!r}" if path else kind, problem)
+            raise UnsupportedArchitecture(f"{name} at {path!r}" if path else name, problem)
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
+def unwrapped(upstream: nn.Module) -> nn.Module:
+    """The module inside torch's wrappers that change no number: ``torch.compile``, ``DataParallel`` and its kin."""
+    while name := WRAPPERS.get(qualified_name(upstream)):
+        if _hooked(upstream, "", set()) or (name == "module" and replaced_on_instance(upstream)):
+            break  # _orig_mod is called by a forward that torch.compile sets on the instance
+        upstream = upstream.get_submodule(name)
+    return upstream
+
+
+def _unread(whole: nn.Module, is_ignored: Callable[[str], bool]) -> list[str]:
+    """Return the paths of modules all of whose tensors are ignored."""
+    paths: list[str] = []
+    for path, module in cast("Iterator[tuple[str, nn.Module]]", whole.named_modules(remove_duplicate=False)):
+        tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        if path and tensors and all(is_ignored(f"{path}.{name}") for name, _ in tensors):
+            paths.append(path)
+    return paths
+
+
+def _globally_hooked() -> str:
+    for name in HOOKS:
+        for hook in cast("dict[int, object]", getattr(nn.modules.module, f"_global{name}", {})).values():
+            if root_of(getattr(hook, "__module__", None) or "") != "torch":
+                return (
+                    f"a global {_kind(name)} ({name_of(hook)}), which runs in all modules. Remove it (handle.remove())"
+                )
+    return ""
+
+
+def _kind(hooks: str) -> str:
+    return hooks.removeprefix("_").removesuffix("s").replace("_", " ")
 
 
 def _hooked(module: nn.Module, path: str, read: set[str]) -> str:
@@ -71,10 +127,10 @@ def _hooked(module: nn.Module, path: str, read: set[str]) -> str:
         hooks = cast("dict[int, object]", getattr(module, name)).values()
         hooks = [hook for hook in hooks if not _is_harmless(hook)]
         if hooks and (f"{path}.{name}" if path else name) not in read:
-            kind, hook = name.removeprefix("_").removesuffix("s").replace("_", " "), hooks[0]
+            what = "gradients" if "backward" in name else "numbers"
             return (
-                f"a {kind} ({_name(hook)}), which may change its numbers. Remove it before (handle.remove()), and edit "
-                "the hooked model instead: model.hooks({name: function})"
+                f"a {_kind(name)} ({name_of(hooks[0])}), which may change its {what}. Remove it before "
+                "(handle.remove()), and edit the hooked model instead: model.hooks({name: function})"
             )
     return ""
 
@@ -82,42 +138,6 @@ def _hooked(module: nn.Module, path: str, read: set[str]) -> str:
 def _is_harmless(hook: object) -> bool:
     home, name = getattr(hook, "__module__", ""), getattr(hook, "__qualname__", "")
     return home in READ_ONLY or (home.partition(".")[0] == "transformers" and name.endswith(ASKS_FOR_GRADIENTS))
-
-
-def _replaced(module: nn.Module, roots: set[str]) -> str:
-    if "forward" in vars(module):
-        forward = vars(module)["forward"]
-        if _original(forward, module):
-            return ""
-        return (
-            f"a forward of this instance's own ({_name(forward)}) in the place of its class's. Take it off before "
-            "(del module.forward)"
-        )
-    owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
-    if owner is nn.Module:  # a container, which is not called
-        return ""
-    known = {_root(f"{owner.__module__}."), "torch", *roots}
-    forward: object = vars(owner)["forward"]
-    while forward is not None:
-        home = forward.__globals__.get("__name__", "") if isinstance(forward, FunctionType) else None
-        if home is not None and _root(home) not in known:
-            return f"a forward of {home} ({_name(forward)}) in the place of its class's. Put back the library's"
-        forward = getattr(forward, "__wrapped__", None)
-    return ""
-
-
-def _original(forward: Any, module: nn.Module) -> bool:
-    """Whether a forward set on an instance is that of its class in a wrapper that changes no number."""
-    while isinstance(forward, FunctionType) and forward.__globals__.get("__name__", "").startswith("torch._dynamo."):
-        forward = cast("Any", getattr(forward, "_torchdynamo_orig_callable", getattr(forward, "__wrapped__", None)))
-    if isinstance(forward, functools.partial) and forward.func.__module__ == "accelerate.hooks":
-        hooks = getattr(module, "_hf_hook", None)
-        if not {type(hook).__name__ for hook in (hooks, *getattr(hooks, "hooks", ()))} <= set(ACCELERATE):
-            return False
-        forward = getattr(module, "_old_forward", None)
-    if not isinstance(forward, MethodType):
-        return False
-    return forward.__self__ is module and forward.__func__ is getattr(type(module), "forward", None)
 
 
 def _foreign_attention(module: nn.Module) -> str:
@@ -141,23 +161,36 @@ def _runs_its_children(kind: type[nn.Module]) -> bool:
     return issubclass(kind, nn.Sequential) and all(getattr(kind, n) is getattr(nn.Sequential, n) for n in names)
 
 
-def _unknown(module: nn.Module, roots: set[str]) -> str:
-    kind = type(module)
+def _is_known(kind: type[nn.Module], files: set[str]) -> bool:
+    """Whether an adapter knows a class that it has not named: torch's that compute nothing, and those of its files."""
+    if kind.__module__.startswith(TORCH):
+        return kind in SAID
+    return kind.__module__ in files and (_base(kind) is None or _runs_its_children(kind))
+
+
+def _base(kind: type[nn.Module]) -> type | None:
+    """The class that a class derives from and that has a forward of its own."""
+    return next((each for each in kind.__mro__[1:] if each is not nn.Module and "forward" in vars(each)), None)
+
+
+def _unknown(kind: type[nn.Module]) -> str:
+    base = _base(kind)
     full = f"{kind.__module__}.{kind.__qualname__}"
-    base = next((each for each in kind.__mro__[1:] if each is not nn.Module and "forward" in vars(each)), None)
-    of_the_library = _root(full) in roots and (base is None or _runs_its_children(kind))
-    if full.startswith(TORCH) or of_the_library:
-        return ""
-    derived = f" that derives from {base.__module__}.{base.__qualname__}" if base else " of another package"
+    if full.startswith(TORCH):
+        return (
+            "a class that the adapter has not recognised, so it may compute something else. An adapter that knows it "
+            f"says so: reader.expect({kind.__name__!r})"
+        )
+    derived = f" that derives from {base.__module__}.{base.__qualname__}" if base else " of another file"
     return (
         f"a class{derived}, so it may compute something else. An adapter that knows it says so: reader.expect({full!r})"
     )
 
 
-def _root(name: str) -> str:
-    return name.partition(".")[0]
-
-
-def _name(function: object) -> str:
-    home, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    return f"{home}.{name}" if name else type(function).__qualname__
+def _foreign_tensors(module: nn.Module) -> str:
+    """Name a tensor of a class of its own, which may compute something else: quantised, or spread over devices."""
+    tensors = [*module._parameters.items(), *module._buffers.items()]  # pyright: ignore[reportPrivateUsage]
+    for name, tensor in tensors:
+        if tensor is not None and type(tensor) not in TENSORS and not type(tensor).__module__.startswith(FAKE):
+            return f"{name} is a {qualified_name(tensor)}, no plain tensor. Put its plain values in its place before"
+    return ""

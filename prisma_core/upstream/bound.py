@@ -10,6 +10,7 @@ from torch import Tensor
 from prisma_core.errors import PrismaError
 from prisma_core.hooks.point import HookPoint
 from prisma_core.maps.places import Row
+from prisma_core.model import in_transform
 from prisma_core.upstream.observer import Observer
 
 
@@ -47,6 +48,8 @@ class BoundRow(Observer):
 
 def _laid_out_as(y: Tensor, x: Tensor) -> Tensor:
     """Copy y into the memory layout of x, so that kernels add in the same order."""
+    if in_transform():  # sizes and steps are not those in memory
+        return y
     if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
         return y.clone()
     return torch.empty_strided(x.shape, x.stride(), dtype=y.dtype, device=y.device).copy_(y)

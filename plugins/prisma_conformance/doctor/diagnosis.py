@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from math import inf
 
 import torch
@@ -13,7 +14,7 @@ from prisma_conformance.doctor.advice import failures
 from prisma_conformance.doctor.bench import Bench, Trial
 from prisma_conformance.doctor.evidence import evidence
 from prisma_conformance.doctor.families import families
-from prisma_conformance.doctor.maps import examine_map
+from prisma_conformance.doctor.maps import absent_places, examine_map
 from prisma_conformance.doctor.places import fitting
 from prisma_conformance.doctor.result import MOST, Diagnosis, Remedy
 from prisma_conformance.doctor.search import Search
@@ -67,9 +68,9 @@ def diagnose(
 def examine(subject: Subject, progress: Callable[[str], None] | None = None) -> Diagnosis:
     """Diagnose a subject."""
     name = subject.case.name
-    problem = _problem(subject)
     if subject.form == "mapped":
-        return Diagnosis(name=name, agrees=False, problem=problem) if problem else _of_map(subject, progress)
+        return _of_map(subject, progress)
+    problem = _problem(subject)
     try:
         bench = Bench(subject)
         trial = bench.run()
@@ -192,9 +193,20 @@ def _place(bench: Bench, trial: Trial, row: Row) -> Row | None:
 # -------------------------------------------------------------------- hooked upstreams
 
 
+def _unmapped(subject: Subject, problem: str) -> Diagnosis:
+    """Diagnose a hook map with which upstream cannot be hooked, or cannot run."""
+    absent: tuple[str, ...] = ()
+    with suppress(Exception):  # what is wrong may be in the adapter's other answers: the problem says it
+        absent = tuple(absent_places(subject))
+    return Diagnosis(name=subject.case.name, agrees=False, problem=problem, failures=absent[:MOST])
+
+
 def _of_map(subject: Subject, progress: Callable[[str], None] | None) -> Diagnosis:
     name = subject.case.name
-    findings = examine_map(subject, progress)
+    try:
+        findings = examine_map(subject, progress)
+    except Exception as reason:  # noqa: BLE001  # as above
+        return _unmapped(subject, f"{type(reason).__name__}: {reason}")
     if findings is None:
         compared = len(subject.passes().acts)
         return Diagnosis(name=name, agrees=True, compared=compared, failures=_failures(subject))
@@ -204,7 +216,7 @@ def _of_map(subject: Subject, progress: Callable[[str], None] | None) -> Diagnos
         first=findings.point,
         equations=findings.problems,
         rows=tuple(map(str, findings.rows)),
-        remedies=tuple(Remedy(change=f"the row {text}", here=0.0, logits=0.0) for text in findings.changes[:MOST]),
+        places=(findings.change,) if findings.change else (),
         tried=findings.tried,
     )
 

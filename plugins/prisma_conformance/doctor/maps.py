@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +13,11 @@ from torch import Tensor, nn
 from prisma_conformance import tolerances
 from prisma_conformance.checks.equations import Equation, MapEquations
 from prisma_conformance.doctor.places import all_places, readings
+from prisma_conformance.measure import worst
 from prisma_conformance.subject import Subject
-from prisma_core.plugin import HookMap, MapAdapter, PrismaError, Reader, Row
+from prisma_core.maps.places import INSIDE
+from prisma_core.plugin import FUSED, HookMap, MapAdapter, Place, Reader, Row, suggest
+from prisma_core.toolbox.tables import numbered
 
 Acts = Mapping[str, Tensor]
 
@@ -25,14 +29,14 @@ class MapFindings(NamedTuple):
         point: the first hook point of an equation that fails.
         problems: the equations that fail.
         rows: those that feed them.
-        changes: other rows, with which all of these hold.
-        tried: how many places were tried.
+        change: other rows, with which all of these hold; empty if none were found.
+        tried: how many were tried.
     """
 
     point: str
     problems: tuple[str, ...]
     rows: tuple[Row, ...]
-    changes: tuple[str, ...]
+    change: str
     tried: int
 
 
@@ -44,32 +48,44 @@ def examine_map(subject: Subject, progress: Callable[[str], None] | None = None)
         Exception: whatever the adapter raises, or a model that it makes.
     """
     equations = MapEquations(subject)
-    failing = list(_failing(equations))
-    every = [*equations.everywhere, *equations.rows]
-    _, problems = equations.evaluate(every)
+    every = {str(one): one for one in (*equations.everywhere, *equations.rows)}
+    _, problems = equations.evaluate(list(every.values()))
+    failing = _failing(equations, equations.clean.after)
     if not problems and not failing:
         return None
-    said = [*problems, *(text for text, _ in failing if text not in {str(one) for one in every})]
-    points = [point for _, several in failing for point in several]
-    points = points or [one.point for one in every if any(text.startswith(str(one)) for text in problems)]
-    points = list(dict.fromkeys(points))
-    rows = tuple(equations.scope.rows[point] for point in points)
-    changes, tried = _changes(subject, equations, rows, progress)
-    return MapFindings(points[0], tuple(said), rows, changes, tried)
+    wrong = [one for text, one in every.items() if any(problem.startswith(text) for problem in problems)]
+    points = [point for several in failing.values() for point in several]
+    points += [point for one in wrong for point in (one.point, *sorted(one.reads))]
+    rows = tuple(equations.scope.rows[point] for point in dict.fromkeys(points))
+    said = dict.fromkeys([*problems, *(text for text in failing if text not in every)])
+    change, tried = _change(subject, equations, rows, failing, progress)
+    return MapFindings(rows[0].hook, tuple(said), rows, change, tried)
 
 
-def _failing(equations: MapEquations) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Equations that fail on a plain pass, with the hook points in them."""
+def _numbered(subject: Subject) -> HookMap:
+    table = subject.table()
+    return HookMap(tuple(numbered(table, subject.pair().upstream)), table.sizes)
+
+
+def _failing(equations: MapEquations, acts: Acts, among: Collection[str] | None = None) -> dict[str, tuple[str, ...]]:
+    """The equations that fail on activations of a plain pass, each with the hook points in it.
+
+    Args:
+        among: those that are looked at; None for all.
+    """
+    failing: dict[str, tuple[str, ...]] = {}
     for one in (*equations.everywhere, *equations.rows):
-        if equations.reason(str(one)) is None and not _holds(one, equations.clean.after):
-            yield str(one), (one.point, *sorted(one.reads))
-    for text, error in equations.of_adapter(equations.clean.after).items():
+        looked = among is None or str(one) in among
+        if looked and equations.reason(str(one)) is None and not _holds(one, acts):
+            failing[str(one)] = (one.point, *sorted(one.reads))
+    for text, error in equations.of_adapter(acts).items():
         if equations.reason(text) is None and not error <= tolerances.FLOAT64:
-            yield text, tuple(_mentioned(text, equations))
+            failing[text] = tuple(_mentioned(text, equations))
+    return failing
 
 
 def _mentioned(text: str, equations: MapEquations) -> Iterator[str]:
-    """Hook points in the part that an equation of an adapter begins with the name of."""
+    """Hook points of the part whose name an equation of an adapter begins with."""
     part = text.partition(":")[0].partition(" = ")[0].strip()
     part = part.rpartition(".")[0] if part in equations.scope.rows else part
     yield from (point for point in equations.scope.rows if point.rpartition(".")[0] == part)
@@ -82,51 +98,57 @@ def _holds(equation: Equation, acts: Acts) -> bool:
         return False
 
 
-def _changes(
-    subject: Subject, equations: MapEquations, rows: tuple[Row, ...], progress: Callable[[str], None] | None
-) -> tuple[tuple[str, ...], int]:
-    upstream, table = subject.pair().upstream, subject.table()
+def _change(
+    subject: Subject,
+    equations: MapEquations,
+    rows: tuple[Row, ...],
+    failing: Mapping[str, tuple[str, ...]],
+    progress: Callable[[str], None] | None,
+) -> tuple[str, int]:
+    """Find one row at another place, or two that exchange theirs, with which every equation holds."""
+    upstream, table = subject.pair().upstream, _numbered(subject)
     acts = equations.clean.after
     places = all_places(upstream, lambda: subject.forward(upstream, *equations.inputs))
-    before = {text for text, _ in _failing(equations)}
-    mending: list[str] = []
     tried = 0
-    for candidate in (*_moved(rows, table, places, acts), *_exchanged(rows, acts)):
+    for candidate in (*_exchanged(rows, acts), *_moved(rows, table, places, acts)):
         if progress is not None:
             progress(" and ".join(map(str, candidate)))
         tried += 1
         after = {**acts, **{row.hook: tensor for row, tensor in candidate.items()}}
-        if before and not before - _still(equations, after):
-            continue
-        if _mends(subject, table, tuple(candidate)):
-            were = " and ".join(repr(str(row)) for row in rows if row.hook in {one.hook for one in candidate})
-            mending.append(f"{' and '.join(map(repr, map(str, candidate)))} (instead of {were})")
-    return tuple(dict.fromkeys(mending)), tried
+        if failing:
+            helps = _helps(equations, after, failing)
+        else:  # the numbers are right, and only what hangs on them is not: a place that not everything reads
+            helps = all(worst(after[row.hook], acts[row.hook]) <= tolerances.FLOAT64 for row in candidate)
+        if helps and _mends(subject, table, tuple(candidate)):
+            were = " and ".join(f"'{equations.scope.rows[row.hook]}'" for row in candidate)
+            return f"{' and '.join(repr(str(row)) for row in candidate)} (instead of {were})", tried
+    return "", tried
 
 
-def _moved(rows: tuple[Row, ...], table: HookMap, places: Any, acts: Acts) -> Iterator[dict[Row, Tensor]]:
-    """Each row with each other place that holds a tensor of the same shape."""
+def _helps(equations: MapEquations, acts: Acts, failing: Collection[str]) -> bool:
+    """Whether an equation that failed holds for other activations."""
+    try:
+        return bool(set(failing) - set(_failing(equations, acts, failing)))
+    except Exception:  # noqa: BLE001  # equations of adapters do not expect other shapes
+        return False
+
+
+def _moved(
+    rows: tuple[Row, ...], table: HookMap, places: Mapping[Place, Tensor], acts: Acts
+) -> Iterator[dict[Row, Tensor]]:
+    """Each row with each other place, or with another pattern."""
     for row in rows:
-        shape = acts[row.hook].shape
         for other, tensor in readings(row, table, places, len(acts[row.hook])):
-            if other.place != row.place and tensor.shape == shape:
+            if (other.place, other.how) != (row.place, row.how):
                 yield {other: tensor}
 
 
 def _exchanged(rows: tuple[Row, ...], acts: Acts) -> Iterator[dict[Row, Tensor]]:
-    for i, one in enumerate(rows):
-        for other in rows[i + 1 :]:
-            if acts[one.hook].shape == acts[other.hook].shape:
-                yield {
-                    Row(other.place, one.hook, other.how, one.equation): acts[other.hook],
-                    Row(one.place, other.hook, one.how, other.equation): acts[one.hook],
-                }
-
-
-def _still(equations: MapEquations, acts: Acts) -> set[str]:
-    """The equations that fail on changed activations."""
-    texts = {str(one) for one in (*equations.everywhere, *equations.rows) if not _holds(one, acts)}
-    return texts | {text for text, error in equations.of_adapter(acts).items() if not error <= tolerances.FLOAT64}
+    for one, other in combinations(rows, 2):
+        yield {
+            Row(other.place, one.hook, other.how, one.equation): acts[other.hook],
+            Row(one.place, other.hook, one.how, other.equation): acts[one.hook],
+        }
 
 
 def _mends(subject: Subject, table: HookMap, rows: tuple[Row, ...]) -> bool:
@@ -136,9 +158,27 @@ def _mends(subject: Subject, table: HookMap, rows: tuple[Row, ...]) -> bool:
     try:
         equations = MapEquations(subject.variant(Moved(subject.adapter, changed), subject.make))
         _, problems = equations.evaluate([*equations.everywhere, *equations.rows])
-        return not problems and not list(_failing(equations))
-    except (PrismaError, RuntimeError, ValueError, KeyError):
+        return not problems and not _failing(equations, equations.clean.after)
+    except Exception:  # noqa: BLE001  # a place that this model does not have, or has elsewhere
         return False
+
+
+@torch.no_grad()
+def absent_places(subject: Subject) -> Iterator[str]:
+    """Yield the rows of a hook map whose place upstream never passes, with the nearest of its places.
+
+    Raises:
+        Exception: whatever the adapter or upstream raises.
+    """
+    upstream = subject.upstream()
+    bare = subject.make(Moved(subject.adapter, HookMap(())), upstream)
+    inputs = tuple(x.double() if x.is_floating_point() else x for x in bare.sample_inputs(2))
+    places = all_places(upstream, lambda: subject.forward(upstream, *inputs))
+    fused = [place.module for place in places if place.function == FUSED]
+    known = {*map(str, places), *(f"{module} @ {FUSED} : {side}" for module in fused for side in INSIDE)}
+    for row in numbered(subject.adapter.hooks(Reader(upstream), bare.spec), upstream):
+        if str(row.place) not in known:
+            yield f"The row '{row}' names a place that upstream never passes.{suggest(str(row.place), known)}"
 
 
 class Moved(MapAdapter):

@@ -11,9 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from prisma_conformance import tolerances
 from prisma_conformance.measure import worst
-from prisma_core.plugin import FUSED, HookMap, Place, PrismaError, Row
-
-MOST = 100_000_000  # bytes of tensors that are held at a time
+from prisma_core.plugin import HookMap, Place, PrismaError, Row
 
 
 class _Calls(TorchFunctionMode):
@@ -102,4 +100,4 @@ def fitting(row: Row, table: HookMap, activation: Tensor, places: Mapping[Place,
     return None
 
 
-__all__ = ["FUSED", "all_places", "fitting", "readings"]
+__all__ = ["all_places", "fitting", "readings"]

@@ -39,7 +39,8 @@ class Diagnosis(Measured):
         problem: the error that made a comparison impossible, or possible only with ones and zeros in place of tensors.
         rows: where the logits agree and hook points do not, the rows of the hook map that read those; of a hook map
             without a weight map, the rows that feed equations that fail.
-        places: rows that would read these hook points from a place that holds them.
+        places: rows that would read these hook points from a place that holds them; of a hook map without a weight map,
+            the one change that makes all equations hold.
         equations: of a hook map without a weight map, those that fail.
         evidence: what the numbers say by themselves, in sentences.
         failures: other checks that fail, with what to do.
@@ -96,6 +97,10 @@ def _lines(d: Diagnosis) -> list[str]:
     if d.before:
         lines.append(f"Everything up to {d.before} agrees. The logits are off by {d.logits:.1e}.")
     lines += d.evidence
+    if d.equations:
+        if d.places:
+            return [*lines, f"All equations hold with: {d.places[0]}."]
+        return [*lines, *(f"This row feeds them: '{row}'." for row in d.rows[:MOST])]
     if not d.agrees and not d.remedies and not d.places:
         lines += [f"As the logits agree, the suspect is this row of the hook map: '{row}'." for row in d.rows]
         if not d.rows:

@@ -75,7 +75,7 @@ class TorchvisionAdapter(Adapter):
 def _block(layer, d_mlp):
     attn, (_, act, *_) = layer.self_attention, layer.mlp
     n_heads, d_head, width = layer.num_heads, attn.head_dim, attn.embed_dim
-    attn.expect(num_heads=n_heads, kdim=width, vdim=width, batch_first=True)
+    attn.expect("MultiheadAttention", num_heads=n_heads, kdim=width, vdim=width, batch_first=True)
     attn.expect(bias_k=None, bias_v=None, add_zero_attn=False)
     act.expect("GELU", approximate="none")
     attention = AttentionSpec(n_heads=n_heads, n_kv_heads=n_heads, d_head=d_head, scale=d_head**-0.5)

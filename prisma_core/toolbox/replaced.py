@@ -1,0 +1,167 @@
+"""Functions that stand in the place of a library's own, anywhere in the code that the call of a module reaches.
+
+A class says what its modules compute only as long as its functions are its own. Found are methods that were set on an
+instance or a class, and functions that were set in a module of the library: from ``forward`` on, by name, through what
+each function calls, wraps and closes over.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, cast
+
+from torch import nn
+
+from prisma_core.maps.reader import qualified_name
+
+CALLS = ("__call__", "_call_impl", "forward")  # where the call of a module begins
+COMPILED = "_compiled_call_impl"  # set by module.compile()
+ACCELERATE = ("AlignDevicesHook", "CpuOffload", "SequentialHook")  # its hooks that move tensors
+PLAIN = {"torch", *sys.stdlib_module_names}
+
+
+def replaced_on_instance(module: nn.Module) -> str:
+    """Say which method was set on a module itself; empty where none was, or it is the class's in a harmless wrapper."""
+    for name, value in vars(module).items():
+        if name not in (*CALLS, COMPILED) and not _is_method(type(module), name):
+            continue
+        if callable(value) and not _original(value, module, name):
+            return (
+                f"a {name} of this instance's own ({name_of(value)}) in the place of its class's. Take it off before "
+                f"(del module.{name})"
+            )
+    return ""
+
+
+def replaced_on_class(kind: type[nn.Module], packages: set[str], seen: set[FunctionType]) -> str:
+    """Say which function that the call of a class reaches is another package's; empty where none is.
+
+    Args:
+        packages: whose functions belong there, besides the class's own, torch's and Python's.
+        seen: the functions of modules that were followed before; it grows.
+    """
+    known = {*PLAIN, *packages, root_of(kind.__module__)}
+    names = list(CALLS)
+    for name in names:  # it grows meanwhile
+        owner = next((each for each in kind.__mro__ if name in vars(each)), object)
+        functions = list(_functions(vars(owner).get(name)))
+        wrong = [one for one in functions if not _belongs(one, owner.__module__, known)]
+        if not (wrong or root_of(owner.__module__) in PLAIN or any(_is_own(one, owner) for one in functions)):
+            wrong = functions or ([vars(owner)[name]] if name in CALLS else [])
+        if wrong:
+            return f"a {name} that is not its class's own ({name_of(wrong[0])}). Put back the library's"
+        for function in functions:
+            if not isinstance(function, FunctionType) or root_of(_home(function)) not in known - PLAIN:
+                continue
+            for place, called in _reached(function, known - PLAIN, seen):
+                if not _belongs(called, place.rpartition(".")[0], known):
+                    return f"{name_of(called)} in the place of {place}, which it calls. Put back the library's"
+            names += [one for one in _names(function.__code__) if one not in names and _is_method(kind, one)]
+    return ""
+
+
+def root_of(name: str) -> str:
+    """The package that a dotted name begins with."""
+    return name.partition(".")[0]
+
+
+def name_of(function: object) -> str:
+    """A function's qualified name, whatever it says that it wraps; or its type's."""
+    if isinstance(function, FunctionType):
+        return f"{_home(function)}.{function.__code__.co_qualname}"
+    home, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    return f"{home}.{name}" if name else qualified_name(function)
+
+
+def _original(value: Any, module: nn.Module, name: str) -> bool:
+    """Whether a method set on an instance is its class's, in wrappers that change no number."""
+    while isinstance(value, FunctionType) and _home(value).startswith("torch._dynamo."):
+        value = cast("Any", getattr(value, "_torchdynamo_orig_callable", getattr(value, "__wrapped__", None)))
+    if isinstance(value, functools.partial) and value.func.__module__ == "accelerate.hooks":
+        hooks = getattr(module, "_hf_hook", None)
+        if not {type(hook).__name__ for hook in (hooks, *getattr(hooks, "hooks", ()))} <= set(ACCELERATE):
+            return False
+        value = getattr(module, "_old_forward", None)
+    name = "_call_impl" if name == COMPILED else name
+    return isinstance(value, MethodType) and value.__self__ is module and value.__func__ is getattr(type(module), name)
+
+
+def _home(function: FunctionType) -> str:
+    return str(function.__globals__.get("__name__", ""))
+
+
+def _belongs(value: Any, module: str, known: set[str]) -> bool:
+    """Whether a callable comes from a known package, or from one that the module imports by its own text."""
+    home = root_of(_home(value) if isinstance(value, FunctionType) else type(value).__module__)
+    if home in (PLAIN if root_of(module) == "torch" else known):
+        return True
+    try:
+        text = inspect.getsource(sys.modules[module])
+    except (KeyError, OSError, TypeError):
+        return module == "__main__"  # a notebook, whose text is not at hand
+    return re.search(rf"^\s*(from|import) {re.escape(home)}\b", text, re.MULTILINE) is not None
+
+
+def _is_own(function: Any, owner: type) -> bool:
+    name = getattr(function, "__qualname__", "").rpartition(".")[0]
+    return function.__module__ == owner.__module__ and name == owner.__qualname__
+
+
+def _is_method(kind: type, name: str) -> bool:
+    value = inspect.getattr_static(kind, name, None)
+    return not hasattr(nn.Module, name) and next(_functions(value), None) is not None
+
+
+def _functions(value: Any) -> Iterator[Any]:
+    """Yield what stands behind an attribute of a class: functions, what they wrap and what they close over."""
+    rest, seen = [value], list[Any]()
+    while rest:
+        value = rest.pop()
+        if isinstance(value, property):
+            rest.append(value.fget)
+        elif isinstance(value, staticmethod | classmethod):
+            rest.append(cast("Any", value.__func__))
+        elif isinstance(value, functools.partial | functools.partialmethod | functools.cached_property):
+            rest.append(cast("Any", value.func))
+        elif callable(value) and not isinstance(value, type) and not any(value is one for one in seen):
+            seen.append(value)
+            yield value
+            rest.append(getattr(value, "__wrapped__", None))
+            rest += [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if cell != CellType()]
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Yield the names of globals and attributes in a function's code, and in that of functions inside."""
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _names(inner)
+
+
+def _reached(function: FunctionType, into: set[str], seen: set[FunctionType]) -> Iterator[tuple[str, FunctionType]]:
+    """Yield the functions that a function calls by name, with their places; so on in those of the packages ``into``."""
+    rest = [function]
+    while rest:
+        function = rest.pop()
+        if function in seen:
+            continue
+        seen.add(function)
+        names = set(_names(function.__code__))
+        there = function.__globals__
+        places = {f"{_home(function)}.{name}": there[name] for name in names & there.keys()}
+        modules = [value for value in places.values() if isinstance(value, ModuleType)]
+        for module in [one for one in modules if root_of(one.__name__) == "torch"]:
+            inner = [module, *(value for name in names if isinstance(value := vars(module).get(name), ModuleType))]
+            for one in inner:
+                places |= {f"{one.__name__}.{name}": vars(one)[name] for name in names & vars(one).keys()}
+        for place, value in places.items():
+            for called in _functions(value) if isinstance(value, FunctionType) else ():
+                if isinstance(called, FunctionType):
+                    yield place, called
+                    if root_of(_home(called)) in into:
+                        rest.append(called)
