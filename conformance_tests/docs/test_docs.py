@@ -3,7 +3,7 @@
 Every ``python`` block of a page runs, in order, in one namespace, without a network. A block whose first line is
 ``# NAME.py`` is written to that file, which the blocks behind it may import; a ``diff`` block changes such a file; a
 ``toml`` block with entry points is installed. A block whose first line is ``# needs the network`` is skipped, and
-counted so.
+counted so; one whose first line is ``# needs nnsight`` runs where that library is installed.
 
 A ``text`` block right behind a ``python`` or ``bash`` block is what that block prints: ``...`` stands for anything, and
 numbers with an exponent for any such number. Only ``bash`` blocks with such a ``text`` block are run, in this process:
@@ -13,7 +13,9 @@ numbers with an exponent for any such number. Only ``bash`` blocks with such a `
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import itertools
+import linecache
 import os
 import re
 import shlex
@@ -50,6 +52,7 @@ PAGES = [
 ]
 FENCE = re.compile(r"^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 NETWORK = "# needs the network\n"
+NEEDS = re.compile(r"# needs (\w+)\n")
 
 
 class Block(NamedTuple):
@@ -121,6 +124,12 @@ def _installed(text: str, folder: Path) -> None:
     (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
 
 
+def _installed_here(block: Block) -> bool:
+    """Whether the library is there that a block's first line names."""
+    needed = NEEDS.match(block.text)
+    return needed is None or importlib.util.find_spec(needed[1]) is not None
+
+
 class Reading:
     """A reader who does what a page says, in a folder of one's own."""
 
@@ -145,13 +154,16 @@ class Reading:
         elif block.language == "bash" and block.shown is not None:
             for line in block.text.splitlines():
                 self._type(shlex.split(line))
-        elif block.language == "python" and not block.online:
+        elif block.language == "python" and not block.online and _installed_here(block):
             if name := re.match(r"# ([\w/]+\.py)\n", block.text):
                 Path(name[1]).write_text(block.text)
                 self.forget()
             else:
-                code = compile("\n" * block.line + block.text, str(block.page.relative_to(ROOT)), "exec")
-                exec(code, self.namespace)
+                self._execute("\n" * block.line + block.text, str(block.page.relative_to(ROOT)))
+
+    def _execute(self, text: str, name: str) -> None:
+        linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)  # nnsight reads what it runs
+        exec(compile(text, name, "exec"), self.namespace)
 
     def _type(self, words: list[str]) -> None:
         if words[0] == "cd":
