@@ -67,6 +67,7 @@ from prisma_core.spec import (
     TextPoolSpec,
     TextSpec,
 )
+from prisma_core.spec.brief import BriefRepr
 from prisma_core.spec.layout import TokenLayout, positions_of
 from prisma_core.toolbox import screen
 from prisma_core.toolbox.attention import eager_attention, float64_softmax, multihead_attention, switched
@@ -101,7 +102,7 @@ __all__ = [
     # specs
     "ModelSpec", "TokenLayout", "EmbedSpec", "Interpolation", "BlockSpec", "AttentionSpec", "RopeSpec", "RopeGrid",
     "RopeCount", "MlpSpec", "Activation", "NormSpec", "PoolSpec", "TextSpec", "TextPoolSpec", "DualSpec", "MapSpec",
-    "AnySpec", "Facts",
+    "AnySpec", "Facts", "BriefRepr",
     # rows and equations of hook maps
     "FUSED", "score_rows", "products", "same_bias",
     # readers, rows and checks that adapters share; scopes that unfuse upstream's attention

@@ -18,6 +18,7 @@ from prisma_core import (
     InputError,
     NotApplicable,
 )
+from prisma_core.plugin import BriefRepr
 from prisma_lens.metrics import class_of
 
 Target: TypeAlias = Any
@@ -25,8 +26,8 @@ Target: TypeAlias = Any
 TowerName: TypeAlias = Literal["vision", "text"]
 
 
-@dataclass(frozen=True)
-class Readout:
+@dataclass(frozen=True, repr=False)
+class Readout(BriefRepr):
     """Directions in a model's output, and what is added to what lies along them.
 
     Attributes:

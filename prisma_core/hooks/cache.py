@@ -19,6 +19,7 @@ from prisma_core.errors.migration import unknown_attribute
 from prisma_core.files.atomic import replacing
 from prisma_core.files.checkpoint import read_safetensors
 from prisma_core.hooks.query import LayerQuery, resolve_one, short_name
+from prisma_core.spec.brief import aligned, folded, html_table
 from prisma_core.spec.layout import TokenLayout, positions_of
 from prisma_core.spec.views import TokenViews
 
@@ -165,6 +166,17 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
     def __repr__(self) -> str:
         size = sum(tensor.numel() * tensor.element_size() for tensor in self.store.values())
         return f"ActivationCache({len(self)} activations, {size / 2**20:.1f} MiB)"
+
+    def _table(self) -> list[tuple[str, ...]]:
+        """Return the name, shape and dtype of what it holds; of layers that are alike, one row."""
+        shown = ((name, str(list(x.shape)), str(x.dtype).removeprefix("torch.")) for name, x in self.store.items())
+        return folded(shown)
+
+    def __str__(self) -> str:
+        return "\n".join([repr(self), *aligned(self._table())])
+
+    def _repr_html_(self) -> str:
+        return html_table(repr(self), self._table())
 
     # ---------------------------------------------------------------- other devices and shapes
 
