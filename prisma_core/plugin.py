@@ -79,6 +79,7 @@ from prisma_core.spec import (
     TextPoolSpec,
     TextSpec,
 )
+from prisma_core.spec.brief import BriefRepr
 from prisma_core.spec.layout import TokenLayout, indices, positions_of
 from prisma_core.toolbox import screen
 from prisma_core.toolbox.arguments import Count, Indices, Natural, Part, Share, checked
@@ -114,7 +115,7 @@ __all__ = [
     # specs
     "ModelSpec", "TokenLayout", "EmbedSpec", "Interpolation", "BlockSpec", "AttentionSpec", "RopeSpec", "RopeGrid",
     "RopeCount", "MlpSpec", "Activation", "NormSpec", "PoolSpec", "TextSpec", "TextPoolSpec", "DualSpec", "MapSpec",
-    "AnySpec", "Facts",
+    "AnySpec", "Facts", "BriefRepr",
     # rows and equations of hook maps
     "FUSED", "score_rows", "products", "same_bias",
     # readers, rows and checks that adapters share; scopes that unfuse upstream's attention
