@@ -91,7 +91,10 @@ def test_asking_changes_no_number_of_strained_models(
     with torch.set_grad_enabled(gradients):
         plain = model(*arguments)
         assume(bool(plain.isfinite().all()))
-        exact = copy.deepcopy(model).double()(*(x.double() if x.is_floating_point() else x for x in arguments))
+        wide = [x.double() if x.is_floating_point() else x for x in arguments]
+        exact, cache = copy.deepcopy(model).double().run_with_cache(*wide, names="*hook_attn_scores")
+        # Scores that overflow in float32, in which kernels compute them, are noise in the kernel too.
+        assume(all(float(x.masked_fill(x.isinf(), 0).abs().max()) < 1e36 for x in cache.values()))
         names = data.draw(st.none() | hook_names(model))
         hooks = dict.fromkeys(names or [], data.draw(st.sampled_from([lambda x, at: x, lambda x, at: None])))
         output, _ = model.run_with_cache(*arguments, names=names, hooks=data.draw(st.sampled_from([None, hooks])))
