@@ -107,6 +107,7 @@ class Origin:
         names = list(persistent)
         kept = {name for name in tensors if table.reason_to_ignore(name) is not None}
         kept |= table.function_sources(tensors) | (set(tensors) - set(names))
+        kept |= {name for name in tensors if not tensors[name].numel()}
         upstream = {
             name: tensor.detach().clone() if name in kept else tensor.detach().to("meta")
             for name, tensor in tensors.items()

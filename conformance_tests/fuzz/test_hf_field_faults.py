@@ -140,3 +140,18 @@ def test_a_model_without_a_class_token_is_one() -> None:
     (image,) = sample(model)
     assert model.layout.n_prefix == 0
     assert worst(model(image), upstream(image).last_hidden_state) < tolerances.FLOAT64
+
+
+@pytest.mark.parametrize("field", ["num_hidden_layers", "decoder_num_hidden_layers"])
+def test_a_mapped_model_without_blocks_is_unsupported(field: str) -> None:
+    with pytest.raises(UnsupportedArchitecture, match="0 parts: there is no number 0"):
+        adapt(built("hf-ViTMAEForPreTraining", **{field: 0}))
+
+
+def test_a_table_of_no_tokens_is_no_tensor_to_account_for() -> None:
+    upstream = built("dino-dinov2_registers", num_register_tokens=0).double()
+    model = adapt(upstream)
+    (image,) = sample(model)
+    assert model.layout.n_prefix == 1
+    assert worst(model(image), installed().adapter(upstream).call(upstream, image)) < tolerances.FLOAT64
+    upstream.load_state_dict(model.export())

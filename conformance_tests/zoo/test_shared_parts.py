@@ -82,6 +82,42 @@ def test_a_block_used_twice_has_hook_points_of_each_use(copy: bool) -> None:
     assert torch.equal(state["layers.0.fc2.bias"], state["layers.1.fc2.bias"])
 
 
+def wrapped_forward(part: Any) -> None:
+    forward = part.forward
+    part.forward = lambda x: forward(x) / 2
+
+
+def twice_wrapped_forward(part: Any) -> None:
+    wrapped_forward(part)
+    wrapped_forward(part)
+
+
+def hook_that_calls_the_model(part: Any) -> None:
+    part.register_forward_hook(lambda module, args, out: out + part.fc2(part.fc1(args[0])) / 2)
+
+
+@pytest.mark.parametrize("copy", [True, False])
+@pytest.mark.parametrize("change", [wrapped_forward, twice_wrapped_forward, hook_that_calls_the_model])
+def test_functions_set_on_a_module_are_copied_with_it(change: Any, copy: bool) -> None:
+    """Else the copy would run the original's parts, where no hook point is and no edit arrives."""
+    net, x = drawn(), image()
+    plain = net(x)
+    change(net.layers[0])
+    model: Any = prisma.adapt(net, adapter=Everywhere(), copy=copy)
+    before = net(x)
+    assert (before - plain).abs().max() > 1e-3
+    logits, cache = (
+        model.run_with_cache(x, names="blocks.0.*") if change is not hook_that_calls_the_model else (model(x), {})
+    )
+    torch.testing.assert_close(logits, before)
+    assert change is hook_that_calls_the_model or "blocks.0.hook_mlp_out" in cache
+    with torch.no_grad():
+        model.upstream.layers[0].fc2.weight *= 2
+    assert (model(x) - before).abs().max() > 1e-3
+    assert torch.equal(net(x), before) is copy
+    assert copy or torch.equal(model(x), net(x))
+
+
 class Loop(Net):
     """Runs its first block twice, by its own code."""
 

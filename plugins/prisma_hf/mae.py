@@ -81,8 +81,8 @@ class AutoencoderAdapter(MapAdapter):
             {at}decoder.decoder_norm  ->  decoder.hook_ln_final  : {STREAM}  = {at}decoder.decoder_norm({last})
             {at}decoder.decoder_pred  ->  decoder.hook_pixels    : batch pos pixel  = {at}decoder.decoder_pred(ln_final)
         """
-        heads = next(iter(mae.vit.layers)).attention.num_attention_heads
-        decoding = next(iter(mae.decoder.decoder_layers)).attention.num_attention_heads
+        heads = mae.vit.layers[0].attention.num_attention_heads
+        decoding = mae.decoder.decoder_layers[0].attention.num_attention_heads
         return HookMap.parse(rows, head=heads, dechead=decoding)
 
     def reference_places(self, upstream: Reader) -> HookMap:

@@ -106,7 +106,10 @@ class Reader:
         yield from (Reader(child, self._below(name), self) for name, child in children.items() if child is not None)
 
     def __getitem__(self, index: int) -> Reader:
-        return list(self)[index]
+        parts = list(self)
+        if not -len(parts) <= index < len(parts):
+            raise self.unsupported(f"{len(parts)} parts: there is no number {index}")
+        return parts[index]
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

@@ -111,7 +111,8 @@ class WeightMap(Table[Rule]):
         """
         choices = list(self._choose(upstream, shapes))
         used = {name for choice in choices for name in choice.tensors}
-        if unused := [name for name in upstream if name not in used and self.reason_to_ignore(name) is None]:
+        unused = [name for name in upstream if name not in used and self.reason_to_ignore(name) is None]
+        if unused := [name for name in unused if upstream[name].numel()]:  # no tokens: nothing to account for
             raise WeightMapError(
                 f"{len(unused)} upstream tensors are neither mapped nor ignored: {_listed(unused)}. "
                 "Map each in the adapter's weight table, or ignore it there with a reason."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy as copying
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -25,6 +24,7 @@ from prisma_core.spec import MapSpec
 from prisma_core.spec.layout import TokenLayout
 from prisma_core.toolbox.tables import numbered
 from prisma_core.upstream.bound import BoundRow
+from prisma_core.upstream.copies import copy_module
 from prisma_core.upstream.observer import attach, watching
 
 
@@ -186,12 +186,6 @@ class HookedUpstream(ZooModel):
     def export(self) -> dict[str, Tensor]:
         """Return upstream's own state dict with the model's present weights."""
         return {name: tensor.detach().contiguous() for name, tensor in self.upstream.state_dict().items()}
-
-
-def copy_module(upstream: nn.Module, *, copy: bool) -> nn.Module:
-    """Copy a module's structure, and its tensors too unless ``copy`` is False: then both share them."""
-    tensors = [*upstream.parameters(), *upstream.buffers()]
-    return copying.deepcopy(upstream, {} if copy else {id(tensor): tensor for tensor in tensors})
 
 
 def _separate(upstream: nn.Module, paths: Iterable[str]) -> None:
