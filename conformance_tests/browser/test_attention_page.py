@@ -199,14 +199,66 @@ def test_boards_follow_the_window(opened: Chrome) -> None:
     assert width() == wide
 
 
-def test_heads_differ_and_the_tour_leads_to_them(opened: Chrome) -> None:
+def test_heads_are_drawn_and_the_tour_leads_to_them(opened: Chrome, truth: Any) -> None:
     js(opened, "return new Promise((then) => setTimeout(then, 300))")
-    pictures = js(opened, "return [...document.querySelectorAll('#heads canvas')].map((c) => c.toDataURL())")
-    assert len(set(pictures)) == 8
+    drawn = js(
+        opened,
+        """const ink = document.querySelector('#heads .thumbs').getContext('2d');
+        const green = (x, y) => ink.getImageData(x, y, 1, 1).data[1];
+        return [...document.querySelectorAll('#heads button')].map((b) => [0, 1].flatMap((r) => [0, 1, 2].map((k) =>
+          green(b.offsetLeft + b.offsetWidth * (k + .5) / 3, b.offsetTop + b.offsetHeight * (r + .5) / 2))))""",
+    )
+    stops = np.linspace(0, 1, len(SCALE))
+    for number, green in enumerate(drawn):
+        pattern = truth[1][number // 4, number % 4, 0, 3:]
+        expected = np.interp((pattern / pattern.max()).numpy(), stops, [colour[1] for colour in SCALE])
+        np.testing.assert_allclose(green, expected, atol=2)
     name = js(opened, "const b = document.querySelector('#tour button'); b.click(); return b.textContent")
     layer, head = name.split("layer ")[1].split(",")[0].split(" head ")
     js(opened, "return new Promise((then) => setTimeout(then, 100))")
     assert words(opened).startswith(f"Layer {layer}, head {head}.")
+
+
+def test_the_tour_goes_through_heads_by_their_scores(opened: Chrome, image: torch.Tensor) -> None:
+    from prisma_lens import head_scores
+    from selenium.webdriver import Keys
+    from selenium.webdriver.common.by import By
+
+    scores = head_scores(models.build(registers=2), image)
+    name = js(opened, "const b = document.querySelector('#tour button'); b.click(); return b.textContent").split(":")[0]
+    at = scores.names("kind").index(name.replace(" ", "_"))
+    more = (scores.values[at] - scores.tensors["baseline"][at]).flatten()
+    best = [int(each) for each in more.argsort(descending=True) if more[each] > 0.005]
+    ranked = js(opened, "return [...document.querySelectorAll('#ranked button')].map((b) => b.textContent)")
+    assert [each.rpartition(" +")[0] for each in ranked] == [f"layer {i // 4} head {i % 4}" for i in best]
+    pad = opened.find_element(By.CSS_SELECTOR, "#out .pad")
+    for key, place in (("", 0), ("n", 1 % len(best)), ("N", 0), ("N", len(best) - 1)):
+        pad.send_keys(key or Keys.SHIFT)
+        js(opened, "return new Promise((then) => setTimeout(then, 100))")
+        assert words(opened).startswith(f"Layer {best[place] // 4}, head {best[place] % 4}.")
+        pressed = js(
+            opened, "return [...document.querySelectorAll('#ranked [aria-pressed=true]')].map((b) => b.textContent)"
+        )
+        assert pressed == [ranked[place]]
+
+
+def test_keys_cover_the_image_more_and_less(opened: Chrome) -> None:
+    from selenium.webdriver.common.by import By
+
+    def middle() -> list[int]:
+        return js(
+            opened,
+            """const c = document.querySelector('#out canvas');
+            return [...c.getContext('2d').getImageData(c.width / 2 + 9, 9, 1, 1).data]""",
+        )
+
+    before = middle()
+    pad = opened.find_element(By.CSS_SELECTOR, "#out .pad")
+    pad.send_keys("c", "c")
+    assert js(opened, "return document.getElementById('cover').value") == "90"
+    assert middle() != before
+    pad.send_keys("C", "C")
+    assert middle() == before
 
 
 def test_a_video_shows_its_frames(browser: Chrome, folder: Path) -> None:

@@ -8,9 +8,9 @@ from models import build
 
 from prisma_core.hooks.point import HookPoint, Scope, ScopeContext
 from prisma_core.spec import NormSpec
+from prisma_core.toolbox.precision import HALF
 from prisma_core.transformer.attention import attend
 from prisma_core.transformer.norm import Norm
-from prisma_core.transformer.precision import HALF
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST = {torch.float16: 6e4, torch.bfloat16: 1e18, torch.float32: 1e18}

@@ -277,7 +277,7 @@ class HookedModel(nn.Module):
             if loss is not None:
                 cache.gradients = self._cache(sites, **about)
                 for store, tensors in ((cache.gradients.store, gradients(loss, result, whole)), (cache.store, whole)):
-                    store |= {name: keeps[name].cut(x.detach()) for name, x in tensors.items()}
+                    store.update({name: keeps[name].cut(x.detach()) for name, x in tensors.items()})
         return result, cache.remove_batch_dim() if remove_batch_dim else cache
 
     def _one_pass(
@@ -361,10 +361,8 @@ class HookedModel(nn.Module):
                     "axis of their own. Cache it whole; of frames take cache.frame(...)."
                 )
         check_axes(list(axes.values()), pos, heads)
-        return {
-            name: Keep(cache.store, name, index_slices(axes[name], None if name in whole else pos, heads), **how)
-            for name in axes
-        }
+        cuts = {name: index_slices(axes[name], None if name in whole else pos, heads) for name in axes}
+        return {name: cache.keep_type(cache.store, name, cut, **how) for name, cut in cuts.items()}
 
 
 def _has_subset(site: Site, subset: str) -> bool:

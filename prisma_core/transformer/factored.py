@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prisma_core.errors import InputError, MissingPart
 from prisma_core.errors.arguments import expect, number, shown, tensor, whole
-from prisma_core.transformer.precision import widened
+from prisma_core.toolbox.precision import widened
 
 
 class Svd(NamedTuple):

@@ -27,9 +27,9 @@ function ends(values) {
   }
   return [state.scores && low < high ? low : 0, high > -Infinity ? high : 1];
 }
+document.querySelectorAll(".board .ramp i").forEach((bar) => { bar.style.background = ramp; });
 function legend(box, low, high) {
   const ramps = box.closest(".board").querySelector(".ramp");
-  ramps.querySelector("i").style.background = ramp;
   ramps.querySelector("[data-end=low]").textContent = spell(low, state.scores);
   ramps.querySelector("[data-end=high]").textContent = spell(high, state.scores);
   ramps.querySelector(".unit").textContent = state.scores ? "score before the softmax" : "share of attention";
@@ -49,9 +49,9 @@ function paint() {
   }
   $("out-title").textContent = `${place.names[query]} attends to`;
   $("in-title").textContent = `attends to ${place.names[key]}`;
-  for (const [mark, side, at] of [["row", "top", query], ["column", "left", key]]) {
-    $(mark).style[side] = `${(100 * at) / tokens}%`;
-    $(mark).style[side === "top" ? "height" : "width"] = `${100 / tokens}%`;
+  for (const [mark, side, at] of [["row", "height", query], ["column", "width", key]]) {
+    $(mark).style[side] = `${100 / tokens}%`;
+    $(mark).style.transform = `translate${side === "height" ? "Y" : "X"}(${100 * at}%)`;
   }
   if (!pointed) tell(row, column, query, key);
 }
@@ -100,42 +100,55 @@ matrix.onpointermove = (event) => {
 matrix.onpointerleave = leave;
 matrix.onclick = (event) => pick(...cellOf(event));
 
-/* A button with a small canvas for each head. */
-const places = new Map();
+/* A button for each head, over one canvas for all: a canvas each would cost time in every frame. */
+const places = data.layers.map((_, layer) => placeOf(layer));
+const sizeOf = ({ columns, rows, frames }) => [columns * Math.max(frames, 1), rows];
 const buttons = layerHeadTable($("heads"), data.layers.length, total, "heads", (layer, head) => {
   const missing = head >= data.layers[layer].heads;
   return make("button", { type: "button", label: `Layer ${data.layers[layer].label}, head ${head}`, title: `layer ${data.layers[layer].label}, head ${head}`, hidden: missing,
-    onclick: () => show({ layer, head }) }, make("canvas"));
+    style: { "aspect-ratio": sizeOf(places[layer]).join(" / ") }, onclick: () => show({ layer, head }) });
 });
+const thumbs = make("canvas", { className: "thumbs", ariaHidden: "true" });
+$("heads").append(thumbs);
+const thumb = make("canvas");
+function paintThumb(made, layer, head) {
+  const spots = places[layer];
+  const { tokens } = made;
+  const [scores, shares] = [new Float32Array(tokens), new Float32Array(tokens)];
+  store.fill(made, (mapOf(layer) + head) * tokens + Math.min(state.query, tokens - 1), scores, shares);
+  const [width, height] = sizeOf(spots);
+  if (thumb.width !== width || thumb.height !== height) { thumb.width = width; thumb.height = height; }
+  const ink = thumb.getContext("2d");
+  const pixels = ink.createImageData(width, height);
+  const values = state.scores ? scores : shares;
+  const [low, high] = ends(values);
+  for (let token = 0; token < tokens; token++) {
+    const spot = spots.frames ? spots.at(token) : { frame: 0, row: 0, column: token };
+    if (!spot) continue;
+    const colour = values[token] === -Infinity ? [128, 128, 128] : scaleColour((values[token] - low) / (high - low || 1));
+    const at = 4 * (spot.row * width + spot.frame * spots.columns + spot.column);
+    pixels.data[at] = colour[0]; pixels.data[at + 1] = colour[1]; pixels.data[at + 2] = colour[2]; pixels.data[at + 3] = 255;
+  }
+  ink.putImageData(pixels, 0, 0);
+}
 function paintThumbs() {
+  const table = $("heads");
+  const ratio = Math.min(devicePixelRatio, 2);
+  const [width, height] = [Math.round(table.clientWidth * ratio), Math.round(table.clientHeight * ratio)];
+  if (thumbs.width !== width || thumbs.height !== height) { thumbs.width = width; thumbs.height = height; }
+  const ink = thumbs.getContext("2d");
+  ink.clearRect(0, 0, width, height);
+  ink.imageSmoothingEnabled = false;
   buttons.forEach((button, i) => {
     const [layer, head] = [Math.floor(i / total), i % total];
     const made = store.ready(layer);
     button.setAttribute("aria-pressed", layer === state.layer && head === state.head);
     if (!made || button.hidden) return;
-    if (!places.has(layer)) places.set(layer, placeOf(layer));
-    const spots = places.get(layer);
-    const { tokens } = made;
-    const [scores, shares] = [new Float32Array(tokens), new Float32Array(tokens)];
-    store.fill(made, (mapOf(layer) + head) * tokens + Math.min(state.query, tokens - 1), scores, shares);
-    const canvas = button.firstChild;
-    const frames = Math.max(spots.frames, 1);
-    const [width, height] = [spots.columns * frames, spots.rows];
-    if (canvas.width !== width || canvas.height !== height) { canvas.width = width; canvas.height = height; }
-    const ink = canvas.getContext("2d");
-    const pixels = ink.createImageData(width, height);
-    const values = state.scores ? scores : shares;
-    const [low, high] = ends(values);
-    for (let token = 0; token < tokens; token++) {
-      const spot = spots.frames ? spots.at(token) : { frame: 0, row: 0, column: token };
-      if (!spot) continue;
-      const colour = values[token] === -Infinity ? [128, 128, 128] : scaleColour((values[token] - low) / (high - low || 1));
-      const at = 4 * (spot.row * width + spot.frame * spots.columns + spot.column);
-      pixels.data[at] = colour[0]; pixels.data[at + 1] = colour[1]; pixels.data[at + 2] = colour[2]; pixels.data[at + 3] = 255;
-    }
-    ink.putImageData(pixels, 0, 0);
+    paintThumb(made, layer, head);
+    ink.drawImage(thumb, button.offsetLeft * ratio, button.offsetTop * ratio, button.offsetWidth * ratio, button.offsetHeight * ratio);
   });
 }
+new ResizeObserver(() => root.dataset.ready && paintThumbs()).observe($("heads"));
 
 function options(select, names, chosen) {
   select.replaceChildren(...names.map((name, value) => make("option", { value, textContent: name })));
@@ -176,15 +189,37 @@ document.onkeydown = (event) => {
     h: { head: turn(head, 1, data.layers[layer].heads) }, H: { head: turn(head, -1, data.layers[layer].heads) },
     s: { scores: !state.scores } }[event.key];
   if (move) show(move);
+  const step = { n: 1, N: -1 }[event.key];
+  if (step && tour.ranked.length) stop(turn(tour.at, step, tour.ranked.length));
+  const cover = { c: 10, C: -10 }[event.key];
+  if (cover && $("cover")) { $("cover").value = Number($("cover").value) + cover; $("cover").oninput({ target: $("cover") }); }
 };
-$("tour").append(...Object.entries(data.kinds).filter(([, values]) => Math.max(...values.flat()) > 0.005).map(([kind, values]) => {
-  const flat = values.flat();
-  const best = flat.indexOf(Math.max(...flat));
-  const [layer, head] = [Math.floor(best / values[0].length), best % values[0].length];
-  return make("button", { type: "button", className: "chip", textContent: `${kind.replace("_", " ")}: layer ${layer} head ${head}, +${(100 * flat[best]).toFixed(0)} %`,
-    title: `of all heads this one attends most to ${kind.replace("_", " ")}, compared with uniform attention`, onclick: () => show({ layer, head }) });
-}));
-if (!Object.keys(data.kinds).length) $("tour").remove();
+/* The tour: kinds of token, and for the chosen kind the heads that attend to it more than if attention were uniform, the most first. */
+const MOST_RANKED = 12;
+const more = (share) => `+${(100 * share).toFixed(0)} %`;
+const ranking = (values) => values.flatMap((row, layer) => row.map((value, head) => [value, layer, head])).filter(([value, layer, head]) => value > 0.005 && head < data.layers[layer].heads).sort((a, b) => b[0] - a[0]).slice(0, MOST_RANKED);
+const kinds = Object.entries(data.kinds).map(([kind, values]) => [kind.replace("_", " "), ranking(values)]).filter(([, ranked]) => ranked.length);
+const tour = { ranked: [], at: 0 };
+function stop(at) {
+  tour.at = at;
+  const [, layer, head] = tour.ranked[at];
+  [...$("ranked").children].forEach((item, i) => item.firstChild.setAttribute("aria-pressed", i === at));
+  show({ layer, head });
+}
+const chips = kinds.map(([kind, ranked], at) => {
+  const [share, layer, head] = ranked[0];
+  return make("button", { type: "button", className: "chip", pressed: false, textContent: `${kind}: layer ${data.layers[layer].label} head ${head}, ${more(share)}`,
+    title: `of all heads this one attends most to ${kind}, compared with uniform attention`, onclick: () => {
+      chips.forEach((chip, i) => chip.setAttribute("aria-pressed", i === at));
+      tour.ranked = ranked;
+      $("ranked").replaceChildren(...ranked.map(([value, layer, head], place) => make("li", {}, make("button", { type: "button", className: "chip", pressed: false,
+        textContent: `layer ${data.layers[layer].label} head ${head} ${more(value)}`, onclick: () => stop(place) }))));
+      $("ranked").setAttribute("aria-label", `Heads by how much they attend to ${kind}, the most first`);
+      stop(0);
+    } });
+});
+$("tour").append(...chips);
+if (!kinds.length) { $("tour").remove(); $("ranked").remove(); }
 
 await Promise.all(photos.map((photo) => photo.decode()));
 await show({});
