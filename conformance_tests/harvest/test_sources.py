@@ -184,7 +184,7 @@ def test_data_that_cannot_be_harvested(model: HookedViT, photos: Path, tmp_path:
         Pass(model, iter([]), NAME, preprocess=None)
     with pytest.raises(InputError, match=r"different shapes: \[\(3, 6, 6\), \(3, 6, 8\)\]"):
         harvest(model, [*ready, torch.randn(3, 6, 8)], NAME, out=tmp_path / "out", preprocess=None, workers=0)
-    with pytest.raises(InputError, match="got int"):
+    with pytest.raises(InputError, match="got 7"):
         harvest(model, 7, NAME, out=tmp_path / "out")
     (photos / "film.mp4").write_bytes(b"film")
     with pytest.raises(InputError, match="images and videos"):

@@ -135,7 +135,7 @@ def test_what_cannot_be_harvested_is_refused(model: HookedViT, photos: Path, tmp
     out = tmp_path / "out"
     with pytest.raises(UnknownName, match="resid_post"):
         harvest(model, photos, "resid_pots", out=out)
-    with pytest.raises(InputError, match="bfloat16, float16, float32, got 'int8'"):
+    with pytest.raises(InputError, match="'bfloat16', 'float16' or 'float32'; got 'int8'"):
         harvest(model, photos, NAMES, out=out, dtype="int8")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="folder of images"):
         harvest(model, tmp_path / "nowhere", NAMES, out=out)

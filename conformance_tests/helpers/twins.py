@@ -22,13 +22,13 @@ def twin(technique: Callable[..., Any] | ModuleType, right: str, wrong: str) -> 
     module = technique if isinstance(technique, ModuleType) else sys.modules[technique.__module__]
     source = inspect.getsource(module)
     assert source.count(right) == 1, f"{right!r} stands {source.count(right)} times in {module.__name__}: plant it anew"
-    copy = ModuleType(f"{module.__name__}_twin")
+    copy = ModuleType(module.__name__)
     copy.__file__ = module.__file__
     sys.modules[copy.__name__] = copy  # dataclasses look their module up
     try:
         exec(compile(source.replace(right, wrong), str(module.__file__), "exec"), vars(copy))
     finally:
-        del sys.modules[copy.__name__]
+        sys.modules[copy.__name__] = module
     return copy if isinstance(technique, ModuleType) else getattr(copy, technique.__name__)
 
 

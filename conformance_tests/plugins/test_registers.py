@@ -196,7 +196,7 @@ SAID: dict[str, tuple[str, Callable[[HookedViT, Tensor], object]]] = {
     "pairs": (r"such as \[Neuron\(.* got \(0, 1\)", lambda m, x: registers_at_test_time(m, [(0, 1)]).__enter__()),
     "one neuron": ("one by itself", lambda m, x: registers_at_test_time(m, Neuron(0, 1)).__enter__()),
     "half a neuron": ("as whole numbers", lambda m, x: registers_at_test_time(m, [Neuron(0, 0.5)]).__enter__()),
-    "a number in quotes": ("n='4'", lambda m, x: extra_registers(m, "4").__enter__()),
+    "a number in quotes": ("got '4'", lambda m, x: extra_registers(m, "4").__enter__()),
     "values in lists": (r"\[1 12\], got list", lambda m, x: extra_registers(m, 1, values=[[0.0] * 12]).__enter__()),
 }
 
@@ -290,7 +290,7 @@ def test_register_vits_of_the_libraries(plugin: str, name: str) -> None:
 
 @pytest.mark.parametrize("scope", [without_registers, extra_registers, registers_at_test_time])
 def test_a_scope_without_with_says_so(scope: Any) -> None:
-    changed = scope(None, []) if scope is registers_at_test_time else scope(None)
+    changed = scope(vit(), []) if scope is registers_at_test_time else scope(vit())
     for use in (lambda: changed(torch.zeros(1)), lambda: changed.run_with_cache(torch.zeros(1)), lambda: changed.spec):
         with pytest.raises((InputError, AttributeError), match=rf"with {scope.__name__}\(model"):
             use()

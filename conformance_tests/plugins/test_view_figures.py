@@ -163,7 +163,7 @@ def test_figures_are_saved_in_forms_for_papers(name: str, head: bytes, tmp_path:
     ("axes", "shape", "options", "fact"),
     [
         (("layer", "head"), (0, 4), {}, "nothing to draw"),
-        (("layer", "head"), (2, 4), {"kind": "pie"}, "heat, patches"),
+        (("layer", "head"), (2, 4), {"kind": "pie"}, "'heat', 'patches'"),
         (("layer", "head"), (2, 4), {"kind": "patches"}, "layout="),
         (("layer",), (2,), {"kind": "heat"}, "two axes"),
         ((), (), {"kind": "curves"}, "bars"),

@@ -74,7 +74,7 @@ def test_of_a_dual_encoder_the_vision_tower_is_taken() -> None:
 def test_bad_input_names_the_factor() -> None:
     factors = importlib.import_module("prisma_patch.factors")
     images, values = drawn(10)
-    with pytest.raises(InputError, match="'mark' has 9 values for 10"):
+    with pytest.raises(InputError, match=r"'mark' of each of 10 images, .* got a Tensor \[9\]"):
         factors.factors_by_place(planted(), images, {"mark": values["mark"][:9]})
     with pytest.raises(InputError, match="'still' is the same in all 10"):
         factors.factors_by_place(planted(), images, {"still": torch.ones(10)})

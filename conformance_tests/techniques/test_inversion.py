@@ -181,7 +181,7 @@ def test_bad_input_is_said() -> None:
     with pytest.raises(InputError, match="'blue star'"):
         learn_word(model, image, "wug", "a {}", start="blue star", steps=1)
     learned = learn_word(model, image, "wug", "a {}", steps=1)
-    with pytest.raises(InputError, match="two words"):
+    with pytest.raises(InputError, match="at least 2"):
         read_word(model, learned, ["star"])
     with pytest.raises(InputError, match="hook_pooled"):
         read_word(model, learned, ["star", "heart"], at="hook_pooled")

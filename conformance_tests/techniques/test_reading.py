@@ -23,7 +23,7 @@ from prisma_lens import (
 from prisma_lens.heads import key_kinds
 from torch import Tensor
 
-from prisma_core import HookedViT, InputError, NotApplicable, TokenLayout
+from prisma_core import HookedViT, InputError, NotApplicable, TokenLayout, UnknownName
 
 BRIGHT = marked(1.0)
 METRIC = ("a bright mark", "a dark mark")
@@ -211,7 +211,7 @@ def test_a_probe_of_a_dual_encoder_is_one_of_its_vision_tower() -> None:
 def test_saliency_says_what_it_cannot(model: HookedViT) -> None:
     with pytest.raises(NotApplicable, match="earlier layer"):
         grad_cam(model, BRIGHT, METRIC, ("resid_post", -1))
-    with pytest.raises(InputError, match="2 hook points"):
+    with pytest.raises(UnknownName, match="2 hook points"):
         gradient_x_activation(model, BRIGHT, METRIC, "resid_pre")
     with pytest.raises(InputError, match="Expected a baseline"):
         integrated_gradients(model, BRIGHT, METRIC, baseline=torch.zeros(3))

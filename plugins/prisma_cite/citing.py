@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from prisma_core import HookedUpstream, LoadError, PrismaError, UnknownName, outline
-from prisma_core.plugin import installed, qualified_name, suggest
+from prisma_core.plugin import checked, installed, qualified_name, suggest
 
 if TYPE_CHECKING:
     from pybtex.database import Entry
@@ -47,6 +47,7 @@ class Citation:
         return [style.format_entry("", entry).text.render(backend) for entry in self.entries.values()]
 
 
+@checked
 def cite(*names: str) -> dict[str, Citation]:
     """Return the references of techniques, models and data sets, without a network call.
 
@@ -66,6 +67,7 @@ def cite(*names: str) -> dict[str, Citation]:
     return {name: _cited(name, entries, packages) for name in names}
 
 
+@checked
 def bibtex(citations: Mapping[str, Citation]) -> str:
     """Return all entries of some citations as the text of a BibTeX file, each once, without our patterns."""
     from pybtex.database import BibliographyData, Entry

@@ -49,7 +49,7 @@ def check(
     check the reference it was adapted from, such as `timm:vit_base_patch16_224`.
     """
     import prisma_conformance as conformance
-    from prisma_core.errors.arguments import device_of
+    from prisma_core.plugin import device_of
 
     device_of(device)
     notes: list[str] = []
@@ -98,7 +98,7 @@ def check(
 def doctor(reference: REFERENCE, device: DEVICE = None, full: FULL = False, pretrained: PRETRAINED = False) -> None:
     """Find where a model departs from upstream, and why."""
     import prisma_conformance as conformance
-    from prisma_core.errors.arguments import device_of
+    from prisma_core.plugin import device_of
 
     device_of(device)
     with _progress("comparing") as say:

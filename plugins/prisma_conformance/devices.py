@@ -13,8 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from prisma_core.errors.arguments import several
-from prisma_core.plugin import InputError
+from prisma_core.plugin import InputError, several
 
 T = TypeVar("T")
 HALF = (torch.bfloat16, torch.float16)

@@ -36,8 +36,7 @@ from prisma_conformance.registry import select
 from prisma_conformance.report.results import Certificate, CheckResult, DeviceFailed, write_certificates
 from prisma_conformance.run import certify, run_check
 from prisma_conformance.subject import Subject
-from prisma_core.errors.arguments import device_of
-from prisma_core.plugin import Case, InputError, installed
+from prisma_core.plugin import Case, InputError, device_of, installed
 
 PROPERTY = "prisma_certificate"
 COUNTS = "prisma_counts"  # a test's property: JSON of a title and of counts by their names; the summary adds them up

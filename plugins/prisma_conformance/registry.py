@@ -9,8 +9,7 @@ from typing import Final, NoReturn
 from prisma_conformance.checks import algebra, audit, live, maps, parity, proven, running, tensors
 from prisma_conformance.finding import Check
 from prisma_conformance.subject import Subject
-from prisma_core.errors.arguments import expect, several
-from prisma_core.plugin import NotApplicable, UnknownName, suggest
+from prisma_core.plugin import NotApplicable, UnknownName, expect, several, suggest
 
 
 def _skip(reason: str) -> Callable[[Subject], NoReturn]:

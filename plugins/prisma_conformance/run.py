@@ -19,8 +19,18 @@ from prisma_conformance.report.results import Certificate, CheckResult, DeviceFa
 from prisma_conformance.subject import Subject
 from prisma_conformance.target import Target
 from prisma_core import Size
-from prisma_core.errors.arguments import check_call, check_flags, device_of, expect, number
-from prisma_core.plugin import Adapter, Case, NotApplicable, installed, qualified_name
+from prisma_core.plugin import (
+    Adapter,
+    Case,
+    NotApplicable,
+    check_call,
+    check_flags,
+    device_of,
+    expect,
+    installed,
+    number,
+    qualified_name,
+)
 
 SHOWN_PROBLEMS = 6  # in one result; a mistake in a part that all layers share has one a layer
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from prisma_core.plugin import check_call, checked
 from prisma_harvest.manifest import MANIFEST, SHARDS, Manifest, Whole, file_hash
 from prisma_harvest.opening import open_harvest
 
 
+@checked
 def verify(path: str | Path, advance: Callable[[int], None] | None = None) -> list[str]:
     """Return what is wrong with a harvest, a line for each file; nothing where every byte is as it was written.
 
@@ -19,6 +21,8 @@ def verify(path: str | Path, advance: Callable[[int], None] | None = None) -> li
     Raises:
         LoadError: it is no harvest, or not whole.
     """
+    if advance is not None:
+        check_call(advance, 1, "advance=", "advance(examples)")
     folder = open_harvest(path).path
     whole = Whole.read(folder)
     assert whole is not None

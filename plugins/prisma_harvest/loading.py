@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from prisma_core import InputError
-from prisma_core.plugin import open_picture
+from prisma_core.plugin import BriefRepr, check_call, open_picture
 from prisma_harvest.items import UNREADABLE, Item, content_hash, opened
 from prisma_harvest.sources import Data
 
 Prepare = Callable[[Any], Tensor]
 
 
-@dataclass
-class Batch:
+@dataclass(repr=False)
+class Batch(BriefRepr):
     """Some consecutive examples of the data.
 
     Attributes:
@@ -59,7 +59,9 @@ def preparer(model: Any, preprocess: Any) -> Prepare:
     """
     if preprocess is None:
         return _tensor
-    return _ModelPrepare(model.preprocess) if preprocess == "model" else _Prepare(preprocess)
+    if not isinstance(preprocess, str) or preprocess != "model":
+        check_call(preprocess, 1, "preprocess=", "'model', None, or a function of a Pillow image")
+    return _ModelPrepare(model.preprocess) if isinstance(preprocess, str) else _Prepare(preprocess)
 
 
 def _tensor(image: Any) -> Tensor:

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from prisma_core import LoadError, TokenLayout, tensors_of
-from prisma_core.plugin import Facts, LayerQuery, digest
+from prisma_core.plugin import Facts, LayerQuery, checked, digest
 
 SCHEMA = 1
 MANIFEST, WHOLE, EXAMPLES, SKIPPED, SHARDS = (
@@ -215,6 +215,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
+@checked
 def weights_hash(model: nn.Module) -> str:
     """Return the SHA-256 of every parameter and buffer of a model, with names, dtypes and shapes.
 

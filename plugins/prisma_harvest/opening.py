@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prisma_core import InputError, LoadError
+from prisma_core.plugin import checked
 from prisma_harvest.manifest import MANIFEST, SHARDS, Manifest, Whole
 from prisma_harvest.reading import Harvest, Shard
 
 
+@checked
 def open_harvest(path: str | Path) -> Harvest:
     """Open a harvest: its own folder, or the one it was written into if that holds one alone.
 
@@ -35,6 +37,7 @@ def open_harvest(path: str | Path) -> Harvest:
     )
 
 
+@checked
 def cat(*harvests: Harvest) -> Harvest:
     """Return several harvests as one, in this order, without a copy.
 

@@ -6,14 +6,14 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, TokenLayout, UnknownName, tensors_of
-from prisma_core.plugin import Query, positions_of, qualified_name
+from prisma_core.plugin import Count, Query, checked, positions_of, qualified_name, shown
 from prisma_harvest.items import UNREADABLE, Item, opened
 from prisma_harvest.loading import Batch, Plan, preparer
 from prisma_harvest.manifest import DataFacts, Dtype, Manifest, ModelFacts, Point, weights_hash
@@ -21,6 +21,7 @@ from prisma_harvest.sources import Data, open_data
 
 _FEW = 256  # images that are decoded sooner than processes start
 OnError = Literal["stop", "skip"]
+Workers = Annotated[int, Field(ge=0, le=1024)]
 Pos = str | int | slice | Sequence[int] | Tensor | None
 
 
@@ -55,6 +56,7 @@ class Tower:
         return [name.removeprefix(self.prefix) for name in full]
 
 
+@checked
 @dataclass
 class Pass:
     """A model, data, and what to read: one pass, in an order that depends on neither workers nor interruptions.
@@ -82,11 +84,11 @@ class Pass:
     data: Any
     names: Query | None
     pos: Pos = None
-    batch: int = 32
+    batch: Count = 32
     preprocess: Any = "model"
-    limit: int | None = None
+    limit: Count | None = None
     on_error: OnError = "stop"
-    workers: int | None = None
+    workers: Workers | None = None
     data_name: str = ""
     image_column: str | None = None
     label_column: str | None = None
@@ -104,14 +106,12 @@ class Pass:
             InputError: the data, the batch or the tokens cannot be what was meant.
             UnknownName: a name matches no hook point.
         """
-        if self.batch < 1 or (self.limit is not None and self.limit < 1):
-            raise InputError(f"Expected a batch and a limit of at least 1, got {self.batch} and {self.limit}.")
-        if self.on_error not in ("stop", "skip"):
-            raise InputError(f"Expected on_error='stop' or 'skip', got {self.on_error!r}.")
         self.tower = Tower.of(self.model)
         if not self.note and (names := [*self.model.open_hooks(), *self.tower.model.open_hooks()]):
             raise InputError(f"A hook is open at {names[0]}: close it, or say in note= what the harvest is of.")
         self.own_names = self.tower.resolve(self.names)
+        if not self.own_names:
+            raise InputError(f"Expected at least one hook point, got names={shown(self.names)}.")
         self.prepare = preparer(self.model, self.preprocess)
         columns = {"image_column": self.image_column, "label_column": self.label_column}
         self.source = open_data(self.data, limit=self.limit, **columns)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, LoadError, NotApplicable, TokenLayout
-from prisma_core.plugin import resolve_one
+from prisma_core.plugin import Count, checked, resolve_one
 from prisma_harvest.arrow import record_batches
 from prisma_harvest.folder import Line, read_lines
 from prisma_harvest.manifest import (
@@ -26,7 +26,7 @@ from prisma_harvest.manifest import (
     weights_hash,
 )
 from prisma_harvest.runs import Run, ShardReader, buffers
-from prisma_harvest.shuffling import Chunk, buffered, cut, dealt, shuffled
+from prisma_harvest.shuffling import Chunk, buffered, cut, dealt, drawn, shuffled
 from prisma_harvest.splitting import RowDataset
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ class Harvest:
         names = None if self.layout is None else self.layout.token_names()
         return None if names is None else [names[position] for position in self.positions or ()]
 
+    @checked
     def check_model(self, model: HookedModel) -> None:
         """Refuse another model than the one whose activations these are.
 
@@ -115,6 +116,7 @@ class Harvest:
                 f"{subject} has other weights than {facts.reference or facts.kind}, which {self.path} is of."
             )
 
+    @checked
     def point(self, name: Name) -> Point:
         """Return a hook point by full name, shorthand, or shorthand and layer.
 
@@ -137,6 +139,7 @@ class Harvest:
 
     # ---------------------------------------------------------------- tensors
 
+    @checked
     def example(self, index: int, name: Name) -> Tensor:
         """Return the activation of one example: ``[token d]``, or whatever axes the hook point has.
 
@@ -148,12 +151,16 @@ class Harvest:
         index %= len(self)
         return self.read(name, index, index + 1)[0]
 
+    @checked
     def read(self, name: Name, start: int, stop: int) -> Tensor:
         """Return the activations of consecutive examples: ``[example token d]``.
 
         Raises:
+            InputError: there are no such examples.
             LoadError: a shard is missing or damaged.
         """
+        if not 0 <= start < stop or start >= len(self):
+            raise InputError(f"No examples from {start} to {stop}: they run from 0 to {len(self) - 1}.")
         point = self.point(name)
         parts = [
             self._part(
@@ -174,7 +181,8 @@ class Harvest:
             raise LoadError(f"{shard.path} holds {list(part.shape)} {part.dtype} where its manifest says otherwise.")
         return part
 
-    def batches(self, name: Name, batch: int) -> Iterator[tuple[int, Tensor]]:
+    @checked
+    def batches(self, name: Name, batch: Count) -> Iterator[tuple[int, Tensor]]:
         """Yield the examples in order: the number of the first, and ``[example token d]``."""
         for start in range(0, len(self), batch):
             yield start, self.read(name, start, min(start + batch, len(self)))
@@ -205,6 +213,7 @@ class Harvest:
         part: tuple[int, int] = (0, 1),
         drop_last: bool = False,
     ) -> Iterator[tuple[Tensor, ...]]: ...
+    @checked
     def rows(
         self,
         name: Name | list[Name],
@@ -224,7 +233,8 @@ class Harvest:
         Args:
             name: a hook point; a list of them gives tuples of the same tokens' rows.
             batch: rows at once; the last batch may be shorter.
-            shuffle: read runs of 4 MiB in random order into a buffer, and give out its rows in random order.
+            shuffle: read runs of 4 MiB in random order into a buffer, and give out its rows in random order. Rows of
+                one file that all fit in the buffer are read in order, and given out without it.
             buffer: how many rows it holds; memory is that of two of them.
             seed: of the order.
             part: (which, of how many): this share of the examples alone; shares differ by one example at most.
@@ -270,9 +280,23 @@ class Harvest:
             for at in {chunk.shard for chunk in chunks}
         }
         runs = [Run(shards[chunk.shard], chunk.start * per, chunk.stop * per) for chunk in chunks]
-        rows = min(max(1, buffer // batch) * batch, sum(run.stop - run.start for run in runs))
+        n = sum(run.stop - run.start for run in runs)
+        rows = min(max(1, buffer // batch) * batch, n)
+        if rows == n and [shard.n * per for shard in shards.values()] == [n]:
+            return self._shuffled_file(points, chunks, runs, batch, seed)
         first, second = (buffers(points, dtype, rows, per) for _ in range(2))  # pages that nobody fills take no memory
         return shuffled(runs, batch, (first, second), seed)
+
+    def _shuffled_file(
+        self, points: Sequence[Point], chunks: Sequence[Chunk], runs: Sequence[Run], batch: int, seed: int
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Yield all rows of one file in random order, out of its memory map: a buffer would be one more copy."""
+        most = max(run.stop - run.start for run in runs)
+        scratch = buffers(points, self.manifest.dtype, most, _tokens(points[0]))
+        for run in sorted(runs, key=lambda run: run.start):  # in order, so that random reads come from the page cache
+            run.shard.read(run.start, [place[: run.stop - run.start] for place in scratch])
+        whole = self._rows(points, Chunk(chunks[0].shard, 0, max(chunk.stop for chunk in chunks)))
+        yield from drawn(whole, batch, torch.Generator().manual_seed(seed))
 
     def _rows(self, points: Sequence[Point], chunk: Chunk) -> tuple[Tensor, ...]:
         shard = self.shards[chunk.shard]
@@ -284,11 +308,13 @@ class Harvest:
 
     # ---------------------------------------------------------------- other forms
 
+    @checked
     def dataset(self, name: Name | list[Name], batch: int, **options: Any) -> RowDataset:
         """Return rows as a torch ``IterableDataset`` that workers and ranks share out (see ``RowDataset``)."""
         return RowDataset(self.rows, name, batch, **options)
 
-    def to_arrow(self, names: Name | list[Name] | None = None, *, batch: int = 64) -> pyarrow.RecordBatchReader:
+    @checked
+    def to_arrow(self, names: Name | list[Name] | None = None, *, batch: Count = 64) -> pyarrow.RecordBatchReader:
         """Return the examples as Arrow, a batch at a time (see ``prisma_harvest.arrow``).
 
         Raises:

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from prisma_core import InputError
+from prisma_core import InputError, Result
+from prisma_core.plugin import Count, checked, shown
 from prisma_harvest.items import LABELS, UNREADABLE, Item, item_of, safe_hash
 
 FILMS = frozenset(f".{ending}" for ending in ["avi", "m4v", "mkv", "mov", "mp4", "mpeg", "mpg", "ogv", "webm", "wmv"])
@@ -49,8 +50,9 @@ class Data:
         return (item_of(value, self.columns) for value in self.stream or ())
 
 
+@checked
 def open_data(
-    data: Any, *, limit: int | None = None, image_column: str | None = None, label_column: str | None = None
+    data: Any, *, limit: Count | None = None, image_column: str | None = None, label_column: str | None = None
 ) -> Data:
     """Return data of any kind as items.
 
@@ -66,14 +68,17 @@ def open_data(
         InputError: it is none of these, or empty.
     """
     columns = (image_column, label_column)
-    if isinstance(data, str | Path) and Path(data).is_dir() and not list(Path(data).glob("*.tar")):
+    if isinstance(data, str | Path) and str(data) and Path(data).is_dir() and not list(Path(data).glob("*.tar")):
         items = _folder(Path(data), limit)
     elif (paths := _tars(data)) is not None:
         items = _tar(paths, columns, limit)
-    elif isinstance(data, str | Path | Mapping) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
-        text = repr(str(data)) if isinstance(data, str | Path) else type(data).__name__
+    elif (
+        isinstance(data, str | Path | Mapping | Result)
+        or getattr(data, "ndim", 1) == 0
+        or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__"))
+    ):
         raise InputError(
-            f"Expected a folder of images, tar shards, a list, a data set or an iterable as data, got {text}."
+            f"Expected a folder of images, tar shards, a list, a data set or an iterable as data, got {shown(data)}."
         )
     elif hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         items = _indexed(data, columns, limit)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import InputError, Result
+from prisma_core.plugin import Count, checked
 from prisma_harvest.manifest import Point
 from prisma_harvest.passes import Pass
 from prisma_harvest.progress import counting
@@ -39,10 +40,11 @@ LINE = ("source", "path", "label", "sha256")  # what is kept of an example's lin
 SCHEMA = 1  # of what a saved result holds
 
 
+@checked
 def top_examples(
     source: Harvest | Pass,
     name: Name,
-    k: int = 16,
+    k: Count = 16,
     *,
     over: Literal["feature", "head"] = "feature",
     directions: Tensor | None = None,

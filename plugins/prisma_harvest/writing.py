@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from prisma_core import HookedModel, InputError, LoadError
-from prisma_core.plugin import Query
+from prisma_core.plugin import Count, Query, checked
 from prisma_harvest.folder import Writer
 from prisma_harvest.manifest import DTYPES, Dtype, Whole, example_bytes
 from prisma_harvest.opening import open_harvest
@@ -18,6 +18,7 @@ from prisma_harvest.reading import Harvest
 SHARD_BYTES = 128 * 2**20
 
 
+@checked
 def harvest(
     model: HookedModel,
     data: Any,
@@ -26,8 +27,8 @@ def harvest(
     out: str | Path,
     pos: Pos = None,
     dtype: Dtype = "bfloat16",
-    batch: int = 32,
-    shard: int | None = None,
+    batch: Count = 32,
+    shard: Count | None = None,
     progress: bool | None = None,
     ray: str | None = None,
     **options: Any,
@@ -93,7 +94,7 @@ def harvest(
     return open_harvest(writer.folder)
 
 
-def _shard(run: Pass, dtype: Dtype, shard: int | None) -> int:
+def _shard(run: Pass, dtype: Dtype, shard: Count | None) -> int:
     """Return how many images a shard covers: a multiple of the batch."""
     if shard is None:
         return max(1, SHARD_BYTES // max(1, example_bytes(run.points, dtype)) // run.batch) * run.batch

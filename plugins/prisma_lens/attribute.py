@@ -23,8 +23,18 @@ import torch
 from torch import Tensor
 
 from prisma_core import ActivationCache, HookedModel, InputError, NotApplicable, Result, attentions, mlps
+from prisma_core.plugin import checked
 from prisma_lens.covectors import constant, covectors, probe_covectors
-from prisma_lens.readouts import Target, TowerName, cache_of, check_pooled, readout, token_labels, tower_of
+from prisma_lens.readouts import (
+    Target,
+    TowerName,
+    cache_of,
+    check_pooled,
+    readout,
+    refuse_with_probe,
+    token_labels,
+    tower_of,
+)
 
 By: TypeAlias = Literal["layer", "head", "neuron", "source", "head source"]
 _AXES = {
@@ -38,6 +48,7 @@ _START = ("hook_full_embed", "hook_pos_embed", "hook_ln_pre")
 _END = ("ln_final.hook_scale", "ln_pool.hook_scale", "hook_logits")
 
 
+@checked
 @torch.no_grad()
 def attribute(
     model: HookedModel,
@@ -100,11 +111,14 @@ def attribute(
     }
     blocks = own.layers()
     if isinstance(target, Result):
+        refuse_with_probe(against=against, labels=labels)
         paths, fixed, names, end = probe_covectors(cache, target, place)
         blocks = blocks[:end]
         if not blocks and by != "layer":
             raise NotApplicable("This probe reads the stream before the first block: nothing but embeddings is there.")
     else:
+        if place != -1:
+            raise InputError(f"place={place!r} is of a probe, and the target is none: leave it out.")
         reading = readout(model, target, against, tower=tower, labels=labels)
         paths, fixed, names = covectors(cache, reading), constant(cache, reading), reading.labels
     columns = [split[by](cache, blocks, g, keep) for g in paths]
@@ -125,6 +139,7 @@ def attribute(
     )
 
 
+@checked
 def names_for(model: HookedModel, by: By = "layer", tower: TowerName = "vision") -> list[str]:
     """Return the hook points that a cache of a tower must hold for ``attribute``."""
     own = tower_of(model, tower)

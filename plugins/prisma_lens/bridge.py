@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, NotApplicable
-from prisma_core.plugin import LayerQuery
-from prisma_lens.metrics import Inputs, MetricLike, as_inputs, as_metric
+from prisma_core.plugin import LayerQuery, checked
+from prisma_lens.inputs import Inputs, as_inputs, one_point
+from prisma_lens.metrics import MetricLike, as_metric
 
 
+@checked
 def captum_inputs(
     model: HookedModel, images: Tensor | Inputs, metric: MetricLike, at: str | LayerQuery
 ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
@@ -53,10 +55,7 @@ def captum_inputs(
         InputError: ``at`` selects several hook points; or, of the function, activations of another number.
         UnknownName: no such hook point or class.
     """
-    names = model.resolve([at])
-    if len(names) != 1:
-        raise InputError(f"at={at!r} is {len(names)} hook points: name one, such as {names[0]!r}.")
-    name, measure, inputs = names[0], as_metric(model, metric), as_inputs(images)
+    name, measure, inputs = one_point(model, at), as_metric(model, metric), as_inputs(model, images)
     if name.startswith("text."):
         raise NotApplicable(f"captum's copies are of images, and {name} holds texts: take a hook point of vision.")
     with torch.no_grad():

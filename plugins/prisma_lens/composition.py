@@ -19,9 +19,11 @@ from typing import Literal
 import torch
 
 from prisma_core import HookedModel, Result
+from prisma_core.plugin import checked
 from prisma_lens.readouts import TowerName, tower_of
 
 
+@checked
 @torch.no_grad()
 def composition(
     model: HookedModel, mode: Literal["Q", "K", "V"] = "V", *, tower: TowerName = "vision", seed: int = 0

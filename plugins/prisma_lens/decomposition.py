@@ -15,19 +15,22 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prisma_core import HookedDual, HookedModel, InputError, NotApplicable, Result, attentions
+from prisma_core import ActivationCache, HookedDual, HookedModel, InputError, NotApplicable, Result, attentions
+from prisma_core.plugin import checked
 from prisma_lens.attribute import attribute, check_sum_of, head_inputs, names_for
 from prisma_lens.bar import bar
 from prisma_lens.covectors import lengths
+from prisma_lens.inputs import as_batches, as_input
 from prisma_lens.readouts import Target, cache_of, check_pooled, readout, tower_of
 
 
+@checked
 @torch.no_grad()
 def head_outputs(model: HookedModel, images: Iterable[Tensor] | Tensor, *, progress: bool | None = None) -> Result:
     """Return what each head of the vision tower adds to each image's vector: ``[layer head image d_embed]``.
@@ -47,7 +50,7 @@ def head_outputs(model: HookedModel, images: Iterable[Tensor] | Tensor, *, progr
     """
     own, parts, rests = tower_of(model, "vision"), list[Tensor](), list[Tensor]()
     check_pooled(own, "vector of an image")
-    for batch in _batches(images, progress):
+    for batch, _ in bar(as_batches(images), "Images", progress):
         cache = cache_of(model, batch, lambda each: [*names_for(each, "head"), *names_for(each)])
         scale = unit_scale(model, cache)
         layers = list[Tensor]()
@@ -83,10 +86,11 @@ def head_outputs(model: HookedModel, images: Iterable[Tensor] | Tensor, *, progr
     )
 
 
+@checked
 @torch.no_grad()
 def mean_ablation(
     model: HookedModel,
-    data: Iterable[Tensor] | Iterable[tuple[Tensor, Tensor]],
+    data: Iterable[Tensor] | Iterable[tuple[Tensor, Tensor]] | Tensor,
     target: Target,
     *,
     progress: bool | None = None,
@@ -110,8 +114,7 @@ def mean_ablation(
     check_pooled(tower_of(model, "vision"), "answer to an image")
     reading, stacks, truths, given = readout(model, target), list[Tensor](), list[Tensor](), False
     labels: list[str] = []
-    for item in _batches(data, progress):
-        images, truth = item if isinstance(item, tuple | list) else (item, None)
+    for images, truth in bar(as_batches(data), "Images", progress):
         cache = cache_of(model, images, names_for)
         parts, labels = cache.decompose_resid(return_labels=True)
         outputs = torch.cat([cache.project_stack(parts), cache.logit_constant()[None]])  # constants are their own mean
@@ -120,7 +123,10 @@ def mean_ablation(
         if truth is not None:
             truths.append(truth)
     if not stacks or sum(each.shape[1] for each in stacks) < 2 or len(reading.labels) < 2:
-        raise InputError("Expected at least two images, and two texts or classes to tell apart.")
+        raise InputError(
+            f"Expected at least two images, and two texts or classes to tell apart; got "
+            f"{sum(each.shape[1] for each in stacks) or 'no images'}, and {len(reading.labels)}."
+        )
     stack = torch.cat(stacks, 1)  # [component image class]
     intact = stack.sum(0).argmax(-1)  # lengths and biases, the same for all texts, change no answer
     truth = torch.cat(truths).to(intact) if given else intact
@@ -145,6 +151,7 @@ def mean_ablation(
     )
 
 
+@checked
 def segment(model: HookedModel, images: Any, target: Target, *, against: Target | None = None) -> Result:
     """Return a map of each text (or class) over the patches: ``[batch row column class]``, of a video with ``frame``.
 
@@ -159,9 +166,10 @@ def segment(model: HookedModel, images: Any, target: Target, *, against: Target 
     Raises:
         NotApplicable: as ``attribute``; or the model has no grid of patches.
     """
-    found = attribute(model, images, target, against=against, by="source")
-    cache = images if not isinstance(images, Tensor) and hasattr(images, "layout") else None
-    layout = cache.layout if cache is not None else tower_of(model, "vision").layout_for(images)
+    own = tower_of(model, "vision")
+    given = images if isinstance(images, ActivationCache) else as_input(own, images)
+    found = attribute(model, given, target, against=against, by="source")
+    layout = given.layout if isinstance(given, ActivationCache) else own.layout_for(given)
     if layout is None:
         raise NotApplicable("This model has no token layout, so its patches have no places.")
     values = layout.grid(found.values.sum(0), axis=0).movedim(-2, 0)
@@ -174,10 +182,6 @@ def segment(model: HookedModel, images: Any, target: Target, *, against: Target 
         unit="logits",
         total="with what heads bring from other tokens, the part of the logit that heads write",
     )
-
-
-def _batches(data: Any, progress: bool | None) -> Iterator[Any]:
-    yield from bar([data] if isinstance(data, Tensor) else data, "Images", progress)
 
 
 def unit_scale(model: HookedModel, cache: Any) -> Tensor | float:

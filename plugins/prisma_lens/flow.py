@@ -16,23 +16,26 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, PluginError, Result
+from prisma_core.plugin import Share, checked
 from prisma_lens.bar import bar
 from prisma_lens.heads import mixing_steps
 
 _UNIT = 10**6  # scipy's flows are of whole numbers
 
 
+@checked
 def attention_flow(
     model: HookedModel,
-    images: Tensor,
+    images: Any,
     pos: int | str = "cls",
     *,
-    residual: float = 0.5,
+    residual: Share = 0.5,
     heads: Callable[[Tensor], Tensor] | None = None,
     progress: bool | None = None,
 ) -> Result:
@@ -63,8 +66,8 @@ def attention_flow(
     n, depth = len(tokens), len(steps)
     if not 0 <= target < n:
         raise InputError(f"No token {target}: there are {n}.")
-    values = torch.zeros(len(images), n)
-    for at in bar(range(len(images)), "Flows", progress):
+    values = torch.zeros(len(steps[0]), n)
+    for at in bar(range(len(values)), "Flows", progress):
         rows, columns, capacities = [], [], []
         for layer, step in enumerate(steps):
             query, key = (step[at] > 0).nonzero(as_tuple=True)

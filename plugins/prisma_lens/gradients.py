@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, NotApplicable, Result
-from prisma_core.plugin import LayerQuery
-from prisma_lens.metrics import Inputs, MetricLike, as_inputs, as_metric
+from prisma_core.plugin import Count, LayerQuery, checked
+from prisma_lens.inputs import Inputs, as_inputs, one_point
+from prisma_lens.metrics import MetricLike, as_metric
 
 
+@checked
 def gradient_x_activation(
     model: HookedModel, images: Tensor | Inputs, metric: MetricLike, at: str | LayerQuery = "hook_full_embed"
 ) -> Result:
@@ -40,11 +42,12 @@ def gradient_x_activation(
         UnknownName: no such hook point or class.
         InputError: ``at`` selects several.
     """
-    name, measure, inputs = _one(model, at), as_metric(model, metric), as_inputs(images)
+    name, measure, inputs = one_point(model, at), as_metric(model, metric), as_inputs(model, images)
     _, cache = model.run_with_cache(*inputs, names=name, loss=lambda out: measure(out).sum())
     return _saliency(model, name, inputs, (cache[name] * cache.grad[name]).sum(-1), "gradient_x_activation", {})
 
 
+@checked
 def integrated_gradients(
     model: HookedModel,
     images: Tensor | Inputs,
@@ -52,7 +55,7 @@ def integrated_gradients(
     at: str | LayerQuery = "hook_full_embed",
     *,
     baseline: Tensor | Literal["zero", "mean"] = "zero",
-    steps: int = 32,
+    steps: Count = 32,
 ) -> Result:
     """Return integrated gradients at a hook point, summed over its last axis: ``[batch pos]``.
 
@@ -67,7 +70,7 @@ def integrated_gradients(
         UnknownName: no such hook point or class.
         InputError: ``at`` selects several, or the baseline does not fit.
     """
-    name, measure, inputs = _one(model, at), as_metric(model, metric), as_inputs(images)
+    name, measure, inputs = one_point(model, at), as_metric(model, metric), as_inputs(model, images)
     output, cache = model.run_with_cache(*inputs, names=name)
     a = cache[name]
     if isinstance(baseline, Tensor):
@@ -91,6 +94,7 @@ def integrated_gradients(
     return _saliency(model, name, inputs, values, "integrated_gradients", {"steps": steps, "gap": gap}, change)
 
 
+@checked
 def grad_cam(
     model: HookedModel,
     images: Tensor | Inputs,
@@ -103,6 +107,11 @@ def grad_cam(
 
     The grid comes from the model's layout, so prefix tokens, windows and frames need no reshaping by hand.
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> grad_cam(model, torch.zeros(1, 3, 96, 96), "ladybird").shape
+    {'batch': 1, 'row': 12, 'column': 12}
+
     Args:
         model, images, metric: as in ``gradient_x_activation``.
         at: a hook point with tokens or a grid; by default the stream before the last block, since patches behind the
@@ -113,7 +122,7 @@ def grad_cam(
         UnknownName: no such hook point or class.
         NotApplicable: no patch of it has a gradient.
     """
-    name, measure, inputs = _one(model, at), as_metric(model, metric), as_inputs(images)
+    name, measure, inputs = one_point(model, at), as_metric(model, metric), as_inputs(model, images)
     _, cache = model.run_with_cache(*inputs, names=name, loss=lambda out: measure(out).sum())
     axes = model.hook_points()[name].axes.split()
     if {"row", "column"} <= set(axes):
@@ -129,13 +138,6 @@ def grad_cam(
     cam = cam.relu() if relu else cam
     names = ("batch", *(["frame"] if cam.ndim == 4 else []), "row", "column")
     return Result(cam, names, technique="grad_cam", unit="relevance", facts={"at": name})
-
-
-def _one(model: HookedModel, at: str | LayerQuery) -> str:
-    names = model.resolve([at])
-    if len(names) != 1:
-        raise InputError(f"at={at!r} is {len(names)} hook points: name one, such as {names[0]!r}.")
-    return names[0]
 
 
 def _put(value: Tensor) -> Callable[[Tensor, HookContext], Tensor]:

@@ -15,18 +15,20 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from prisma_core import HookedModel, NotApplicable, Result, TokenLayout
-from prisma_core.plugin import layer_of
-from prisma_lens.metrics import vision_of
+from prisma_core import HookedModel, InputError, NotApplicable, Result, TokenLayout
+from prisma_core.plugin import Count, Share, blaming, checked, layer_of, shown
+from prisma_lens.inputs import as_input, vision_of
 
 MODULI = range(2, 9)
 
 
-def head_scores(model: HookedModel, images: Tensor, *, batch_size: int = 16) -> Result:
+@checked
+def head_scores(model: HookedModel, images: Any, *, batch_size: Count = 16) -> Result:
     """Return how much of each head's attention falls on each kind of token: ``[kind layer head]``.
 
     >>> import prisma_core as prisma, torch
@@ -42,7 +44,7 @@ def head_scores(model: HookedModel, images: Tensor, *, batch_size: int = 16) -> 
     Args:
         model: any hooked model with patterns ``[batch head query_pos key_pos]`` over all tokens; of a dual encoder its
             vision tower.
-        images: ``[batch channel height width]``, or videos.
+        images: ``[batch channel height width]``, or videos, or what ``model.preprocess`` reads.
         batch_size: images run at once.
 
     Returns:
@@ -53,6 +55,7 @@ def head_scores(model: HookedModel, images: Tensor, *, batch_size: int = 16) -> 
         NotApplicable: the model has no patterns over all tokens, or no token layout.
     """
     model = vision_of(model)
+    images = as_input(model, images)
     names, layout = pattern_names(model, images)
     kinds = {kind: mask.float() for kind, mask in key_kinds(layout).items()}
     every = [f"modulus {m}" for m in MODULI]
@@ -125,11 +128,12 @@ def _moduli(layout: TokenLayout) -> list[Tensor]:
     return [torch.nn.functional.pad(mask.float(), (layout.n_prefix, 0)) for mask in masks]
 
 
+@checked
 def rollout(
     model: HookedModel,
-    images: Tensor,
+    images: Any,
     *,
-    residual: float = 0.5,
+    residual: Share = 0.5,
     heads: Callable[[Tensor], Tensor] | None = None,
 ) -> Result:
     """Return attention rolled out over all layers: how much each token's stream mixes in each input token.
@@ -172,16 +176,26 @@ def mixing_steps(
         NotApplicable: as ``head_scores``.
     """
     model = vision_of(model)
+    images = as_input(model, images)
     names, layout = pattern_names(model, images)
     with torch.no_grad():
         _, cache = model.run_with_cache(images, names=names, output=False)
     steps = list[Tensor]()
     for name in names:
         pattern = cache[name].float()
-        one = pattern.mean(1) if heads is None else heads(pattern)
+        one = pattern.mean(1) if heads is None else _merged(heads, pattern)
         step = residual * torch.eye(one.shape[-1], device=one.device) + (1 - residual) * one
         steps.append(step / step.sum(-1, keepdim=True))
     return steps, layout
+
+
+def _merged(heads: Callable[[Tensor], Tensor], pattern: Tensor) -> Tensor:
+    with blaming(heads, "heads=", InputError):
+        one = cast(object, heads(pattern))
+    shape = (len(pattern), *pattern.shape[2:])
+    if not isinstance(one, Tensor) or one.shape != shape:
+        raise InputError(f"Expected heads= to return [batch query key], {list(shape)}; it returned {shown(one)}.")
+    return one
 
 
 def pattern_names(model: HookedModel, images: Tensor) -> tuple[list[str], TokenLayout]:

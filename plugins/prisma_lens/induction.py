@@ -16,19 +16,24 @@ Source:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from prisma_core import HookedModel, HookedViT, InputError, NotApplicable, Result, TokenLayout, attentions
+from prisma_core.plugin import Count, checked
 from prisma_lens.attribute import check_sum_of
 from prisma_lens.heads import pattern_names
+from prisma_lens.inputs import as_input
 from prisma_lens.readouts import tower_of
 
 KINDS = {"copy": (0, 0), "right": (0, 1), "left": (0, -1), "above": (-1, 0), "below": (1, 0)}
 
 
+@checked
 @torch.no_grad()
-def induction(model: HookedModel, images: Tensor, *, pairs: int = 4, batch_size: int = 16, seed: int = 0) -> Result:
+def induction(model: HookedModel, images: Any, *, pairs: Count = 4, batch_size: Count = 16, seed: int = 0) -> Result:
     """Return how much more each head attends to a patch's copy, or beside it, than without one: ``[kind layer head]``.
 
     Args:
@@ -50,6 +55,7 @@ def induction(model: HookedModel, images: Tensor, *, pairs: int = 4, batch_size:
     own = tower_of(model, "vision")
     if not isinstance(own, HookedViT) or own.spec.n_frames is not None:
         raise NotApplicable("Copies of patches are made in images: this model reads something else.")
+    images = as_input(own, images)
     names, layout = pattern_names(own, images)
     if not 1 <= 2 * pairs <= layout.n_patches:
         raise InputError(f"{pairs} pairs take {2 * pairs} patches, and the image has {layout.n_patches}.")

@@ -23,7 +23,17 @@ import torch
 from torch import Tensor
 
 from prisma_core import ActivationCache, HookedModel, HookedText, HookedViT, InputError, NotApplicable, Result
-from prisma_lens.readouts import Target, TowerName, cache_of, readout, token_labels, token_outputs, tower_of
+from prisma_core.plugin import Count, checked
+from prisma_lens.readouts import (
+    Target,
+    TowerName,
+    cache_of,
+    readout,
+    refuse_with_probe,
+    token_labels,
+    token_outputs,
+    tower_of,
+)
 from prisma_lens.tuned import TunedLens
 
 LENS_NAMES = ("*.hook_resid_pre", "*.hook_resid_post")
@@ -44,6 +54,7 @@ class Lens(Result):
         return self.names("layer")
 
 
+@checked
 @torch.no_grad()
 def logit_lens(
     model: HookedModel,
@@ -52,10 +63,10 @@ def logit_lens(
     *,
     against: Target | None = None,
     tuned: TunedLens | None = None,
-    topk: int | None = None,
+    topk: Count | None = None,
     tower: TowerName = "vision",
     labels: Sequence[str] | None = None,
-    chunk: int = 4096,
+    chunk: Count = 4096,
 ) -> Lens:
     """Return what is read of every token, of an image or of a text, taken alone: ``[layer batch pos class]``.
 
@@ -86,6 +97,7 @@ def logit_lens(
     """
     own = tower_of(model, tower)
     if isinstance(target, Result):
+        refuse_with_probe(against=against, labels=labels, tuned=tuned)
         cache, stages, read, names = _of_probe(model, given, target, tower)
     else:
         if target is None and own.spec.n_classes is None:
@@ -123,14 +135,18 @@ def logit_lens(
     )
 
 
+@checked
 def token_logits(model: HookedViT | HookedText, stream: Tensor) -> Tensor:
     """Return the logits ``[... class]`` of every token of a residual stream ``[... d_model]``, each taken alone.
 
     Raises:
         NotApplicable: the model has no head, or one head for each of several tokens.
+        InputError: the stream is of another width.
     """
     if model.spec.n_classes is None:
         raise NotApplicable("This model has no classification head, so there are no logits to look through.")
+    if stream.shape[-1:] != (model.spec.d_model,):
+        raise InputError(f"Expected a stream [... {model.spec.d_model}], got {list(stream.shape)}.")
     return token_outputs(model, stream)
 
 
@@ -161,12 +177,12 @@ def _of_probe(
 
 
 def _read(
-    stream: Tensor, read: Callable[[Tensor], Tensor], topk: int | None, chunk: int
+    stream: Tensor, read: Callable[[Tensor], Tensor], topk: Count | None, chunk: int
 ) -> tuple[Tensor, Tensor | None]:
     """Read a stream ``[... d_model]`` some tokens at a time, and keep all readings or the highest."""
     values: list[Tensor] = []
     places: list[Tensor] = []
-    for part in stream.flatten(0, -2).split(max(1, chunk)):
+    for part in stream.flatten(0, -2).split(chunk):
         logits = read(part)
         if topk is not None:
             logits, at = logits.topk(min(topk, logits.shape[-1]))

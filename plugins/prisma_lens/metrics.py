@@ -1,44 +1,42 @@
-"""Inputs and metrics: what a model takes, the tower that sees it, and a number for each image from what it returns."""
+"""Metrics and classes: a number for each image from what a model returns."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from torch import Tensor
 
-from prisma_core import HookedDual, HookedModel, InputError, NotApplicable, UnknownName
-from prisma_core.plugin import suggest
+from prisma_core import HookedModel, InputError, NotApplicable, UnknownName
+from prisma_core.plugin import blaming, checked, shown, suggest, whole
 
-Inputs: TypeAlias = "tuple[Tensor, ...]"
 Metric: TypeAlias = Callable[[Tensor], Tensor]
 Class: TypeAlias = "int | str"
 MetricLike: TypeAlias = "Metric | Class | tuple[Class, Class]"
 
 
-def as_inputs(given: Tensor | Inputs) -> Inputs:
-    """Return a model's inputs as a tuple: images alone, or images and tokens of a dual encoder."""
-    return (given,) if isinstance(given, Tensor) else tuple(given)
-
-
-def vision_of(model: HookedModel) -> HookedModel:
-    """Return the vision tower of a dual encoder, and any other model as it is."""
-    return model.vision if isinstance(model, HookedDual) else model
-
-
+@checked
 def logit(which: int) -> Metric:
     """Return the metric ``logits[which]``: ``[batch class] -> [batch]``."""
-    return lambda logits: logits[:, which]
+    return lambda logits: logits[:, _index(which, logits)]
 
 
+@checked
 def logit_difference(higher: int, lower: int) -> Metric:
     """Return the metric ``logits[higher] - logits[lower]``: ``[batch class] -> [batch]``."""
-    return lambda logits: logits[:, higher] - logits[:, lower]
+    return lambda logits: logits[:, _index(higher, logits)] - logits[:, _index(lower, logits)]
 
 
-def as_metric(model: Any, metric: MetricLike) -> Metric:
-    """Return a metric as a function.
+def _index(which: int, logits: Tensor) -> int:
+    if logits.ndim != 2 or not -logits.shape[1] <= which < logits.shape[1]:
+        raise UnknownName(f"No class {which} in an output {list(logits.shape)}: expected [batch class].")
+    return which
+
+
+@checked
+def as_metric(model: HookedModel, metric: MetricLike) -> Metric:
+    """Return a metric as a function that checks what it returns.
 
     Args:
         model: the model whose labels name the classes.
@@ -47,18 +45,29 @@ def as_metric(model: Any, metric: MetricLike) -> Metric:
 
     Raises:
         UnknownName: no such class; the nearest are suggested.
-        InputError: it is none of these.
+        InputError: it is none of these; or, of the function, it returned no number for each image.
     """
-    if callable(metric):
-        return metric
-    if isinstance(metric, int | str):
-        return logit(class_of(model, metric))
-    if isinstance(metric, tuple) and len(metric) == 2:
+    if isinstance(metric, str) or whole(metric) is not None:
+        return logit(class_of(model, cast(Class, metric)))
+    if isinstance(metric, tuple | list) and len(metric) == 2:
         return logit_difference(*(class_of(model, each) for each in metric))
-    raise InputError(
-        f"Expected a metric: a function of the logits, a class (index or label), or two classes for their difference; "
-        f"got {metric!r:.60}."
-    )
+    if not callable(metric):
+        raise InputError(
+            "Expected a metric: a function of the logits, a class (index or label), or two classes for their "
+            f"difference; got {shown(metric)}."
+        )
+
+    def measure(output: Tensor) -> Tensor:
+        with blaming(metric, "The metric", InputError):
+            values = cast(object, metric(output))
+        if not isinstance(values, Tensor) or not values.ndim or len(values) != len(output):
+            raise InputError(
+                f"Expected a metric that returns a number for each image, [batch ...]: of an output "
+                f"{list(output.shape)} it returned {shown(values)}."
+            )
+        return values
+
+    return measure
 
 
 def class_of(model: Any, given: Class) -> int:
@@ -67,13 +76,16 @@ def class_of(model: Any, given: Class) -> int:
     Raises:
         NotApplicable: the model has no labels.
         UnknownName: no such class.
+        InputError: it is neither an index nor a label.
     """
     labels: tuple[str, ...] = getattr(model, "labels", None) or ()
-    if isinstance(given, int):
+    if (index := whole(given)) is not None:
         n = getattr(getattr(model, "spec", None), "n_classes", None) or len(labels)
-        if n and not -n <= given < n:
-            raise UnknownName(f"No class {given}: they run from 0 to {n - 1}.")
-        return given
+        if n and not -n <= index < n:
+            raise UnknownName(f"No class {index}: they run from 0 to {n - 1}.")
+        return index
+    if not isinstance(given, str):
+        raise InputError(f"Expected a class, as index or label; got {shown(given)}.")
     if not labels:
         raise NotApplicable(f"This model has no labels, so {given!r} means no class: give its index, or a function.")
     alike = [at for at, label in enumerate(labels) if given == label or _words(given) == _words(label)]

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, PluginError, Result
-from prisma_core.plugin import Query, layer_of
-from prisma_lens.metrics import vision_of
+from prisma_core.plugin import Part, Query, blaming, checked, layer_of, shown
+from prisma_lens.inputs import as_batches, as_input, points_of, vision_of
 
 
+@checked
 def probe(
     model: HookedModel,
     data: Iterable[tuple[Tensor, Tensor]],
@@ -32,7 +33,7 @@ def probe(
     *,
     tokens: Literal["cls", "mean", "patches", "registers"] = "mean",
     labels: Sequence[str] | None = None,
-    held_out: float = 0.25,
+    held_out: Part = 0.25,
     control: bool = True,
     seed: int = 0,
     **options: Any,
@@ -66,12 +67,17 @@ def probe(
             "Probes are fitted by scikit-learn, which is not installed: pip install scikit-learn"
         ) from error
     model = vision_of(model)
-    wanted = model.resolve(names)
+    wanted = points_of(model, names)
+    for name in wanted:
+        _check_tokens(model, name)
     rows: dict[str, list[Tensor]] = {name: [] for name in wanted}
     truth: list[Tensor] = []
     examples: list[Tensor] = []
     seen = 0
-    for images, given in data:
+    for images, given in as_batches(data):
+        if given is None:
+            raise InputError("Probes are fitted to labels: expected batches (images, labels).")
+        images = as_input(model, images)
         with torch.no_grad():
             _, cache = model.run_with_cache(images, names=wanted, output=False)
         for name in wanted:
@@ -90,6 +96,8 @@ def probe(
         raise InputError("There are no data: expected batches (images, labels).")
     generator = torch.Generator().manual_seed(seed)
     target, example = torch.cat(truth), torch.cat(examples)
+    if labels is not None and len(labels) <= int(target.max()):
+        raise InputError(f"Expected a label for each class up to {int(target.max())}, got {shown(labels)}.")
     test = torch.isin(example, torch.randperm(seen, generator=generator)[: max(1, round(seen * held_out))])
     shuffled = target[torch.randperm(len(target), generator=generator)]
     tasks = {"probe": target, **({"control": shuffled} if control else {})}
@@ -100,8 +108,9 @@ def probe(
         scaler = StandardScaler().fit(x[~test.numpy()])
         scaled = scaler.transform(x)
         for column, (task, y) in enumerate(tasks.items()):
-            solver = LogisticRegression(**({"max_iter": 500} | options))
-            solver.fit(scaled[~test.numpy()], y[~test].numpy())
+            with blaming(LogisticRegression, "scikit-learn's LogisticRegression", InputError):
+                solver = LogisticRegression(**({"max_iter": 500} | options))
+                solver.fit(scaled[~test.numpy()], y[~test].numpy())
             values[at, column] = float(solver.score(scaled[test.numpy()], y[test].numpy()))
             if task == "probe":
                 weight = torch.from_numpy(solver.coef_ / scaler.scale_).float()
@@ -131,6 +140,12 @@ def probe(
             "chance": float(target.bincount().max() / len(target)),
         },
     )
+
+
+def _check_tokens(model: HookedModel, name: str) -> None:
+    axes = model.hook_points()[name].axes.split()
+    if axes[0] != "batch" or len(axes) < 3:
+        raise InputError(f"Probes read activations [batch pos d]; {name} is [{' '.join(axes)}].")
 
 
 def _read(cache: Any, name: str, tokens: str) -> Tensor:

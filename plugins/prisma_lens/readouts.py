@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from prisma_core import (
     InputError,
     NotApplicable,
 )
+from prisma_core.plugin import BriefRepr, checked, several, shown, whole
+from prisma_lens.inputs import as_input
 from prisma_lens.metrics import class_of
 
 Target: TypeAlias = Any
@@ -25,8 +27,8 @@ Target: TypeAlias = Any
 TowerName: TypeAlias = Literal["vision", "text"]
 
 
-@dataclass(frozen=True)
-class Readout:
+@dataclass(frozen=True, repr=False)
+class Readout(BriefRepr):
     """Directions in a model's output, and what is added to what lies along them.
 
     Attributes:
@@ -48,6 +50,7 @@ class Readout:
         return outputs @ self.vectors.to(outputs).T + self.bias.to(outputs)
 
 
+@checked
 def readout(
     model: HookedModel,
     target: Target,
@@ -91,7 +94,9 @@ def readout(
     if labels is None:
         return one
     if len(labels) != len(one.labels):
-        raise InputError(f"There are {len(one.labels)} directions and {len(labels)} labels.")
+        raise InputError(
+            f"There are {len(one.labels)} directions and {len(labels)} labels, {shown(labels)}: give one for each."
+        )
     return replace(one, labels=tuple(labels))
 
 
@@ -106,13 +111,13 @@ def _one(model: HookedModel, target: Target, tower: TowerName) -> Readout:
         return Readout(rows.to(like), _counted("direction", len(rows)), like.new_zeros(len(rows)))
     if isinstance(model, HookedDual):
         return _pair(model, target, tower)
-    several = target.tolist() if isinstance(target, Tensor) else target
-    several = [several] if isinstance(several, int | str) else list(cast("Sequence[int | str]", several))
+    one = isinstance(target, str) or whole(target) is not None
+    targets = [target] if one else several(target, "classes (indices or labels), or directions [class out]")
     if own.spec.n_classes is None:
         raise NotApplicable(
             "This model has no head, so there are no classes: give directions in its output [class out]."
         )
-    at = [class_of(own, each) % n for each in several]
+    at = [class_of(own, each) % n for each in targets]
     names = own.labels or ()
     labels = tuple(names[each] if names else str(each) for each in at)
     rows = like.new_zeros(len(at), n)
@@ -121,15 +126,15 @@ def _one(model: HookedModel, target: Target, tower: TowerName) -> Readout:
 
 
 def _pair(model: HookedDual, target: Target, tower: TowerName) -> Readout:
-    several = [target] if isinstance(target, str) else target
+    texts = [target] if isinstance(target, str) else target
     if tower == "vision":
-        texts = isinstance(several, list | tuple) and several and all(isinstance(each, str) for each in several)
-        if not texts and not isinstance(several, Tensor):
-            raise InputError(f"A dual encoder has no classes: expected a text, or several, got {target!r:.60}.")
-        embeds = model.encode_text(several, normalize=True)
-        labels = _counted("text", len(embeds)) if isinstance(several, Tensor) else tuple(several)
+        words = isinstance(texts, list | tuple) and texts and all(isinstance(each, str) for each in texts)
+        if not words and not isinstance(texts, Tensor):
+            raise InputError(f"A dual encoder has no classes: expected a text, or texts, got {shown(target)}.")
+        embeds = model.encode_text(texts, normalize=True)
+        labels = _counted("text", len(embeds)) if isinstance(texts, Tensor) else tuple(texts)
     else:
-        embeds = model.encode_image(target, normalize=True)
+        embeds = model.encode_image(as_input(model.vision, target), normalize=True)
         labels = _counted("image", len(embeds))
     bias = model.logit_bias if model.spec.logit_bias else embeds.new_zeros(())
     return Readout(embeds * model.logit_scale.exp(), labels, bias.expand(len(embeds)), unit_length=True)
@@ -178,12 +183,25 @@ def tower_of(model: HookedModel, tower: TowerName) -> HookedViT | HookedText:
         if tower not in ("vision", "text"):
             raise InputError(f"Expected tower='vision' or 'text', got {tower!r}.")
         return model.vision if tower == "vision" else model.text
+    if tower == "text" and isinstance(model, HookedViT):
+        raise InputError("This model has one tower, which sees images: leave tower= out.")
     if not isinstance(model, HookedViT | HookedText):
         raise NotApplicable(
             f"Lenses and attribution need a canonical form, and this model ({type(model).__name__}) has none. Patches, "
             "gradients and attention patterns work on it all the same."
         )
     return model
+
+
+def refuse_with_probe(**options: object) -> None:
+    """Refuse options that a probe, which reads along its own directions, has no use for.
+
+    Raises:
+        InputError: one is given.
+    """
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(f"A probe reads along its own directions: leave {name}= out, got {shown(value)}.")
 
 
 def check_pooled(own: HookedViT | HookedText, what: str) -> None:
@@ -212,22 +230,14 @@ def cache_of(
     """
     own = tower_of(model, tower)
     if not isinstance(given, ActivationCache):
-        inputs = own.tokens(given) if isinstance(own, HookedText) else _images(model, given)
         with torch.no_grad():
-            return own.run_with_cache(inputs, names=names(own), output=False)[1]
+            return own.run_with_cache(as_input(own, given), names=names(own), output=False)[1]
     cache: Any = given.tower(tower) if isinstance(model, HookedDual) and given.model is model else given
     if cache.model is not None and cache.model is not own:
         raise InputError(
             "This cache is of another model: expected one that run_with_cache of this very model returned."
         )
     return cache
-
-
-def _images(model: HookedModel, given: Any) -> Tensor:
-    if isinstance(given, Tensor):
-        return given
-    like = next(model.parameters())
-    return cast(Tensor, cast(Any, model).preprocess(given)).to(like.device, like.dtype)
 
 
 def token_labels(cache: Any, n: int) -> dict[str, tuple[str, ...]]:

@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 
 from prisma_core import HookedModel, Result
+from prisma_core.plugin import checked
 from prisma_lens.heads import pattern_names
-from prisma_lens.metrics import Inputs, MetricLike, as_inputs, as_metric, vision_of
+from prisma_lens.inputs import Inputs, as_inputs, vision_of
+from prisma_lens.metrics import MetricLike, as_metric
 
 
+@checked
 def relevance(model: HookedModel, images: Tensor | Inputs, metric: MetricLike) -> Result:
     """Return the relevance of each token of the input for each token at the end: ``[batch pos source]``.
 
@@ -36,7 +39,7 @@ def relevance(model: HookedModel, images: Tensor | Inputs, metric: MetricLike) -
         NotApplicable: as ``head_scores``.
         UnknownName: no such class.
     """
-    inputs, tower = as_inputs(images), vision_of(model)
+    inputs, tower = as_inputs(model, images), vision_of(model)
     bare, layout = pattern_names(tower, inputs[0])
     names = bare if tower is model else [f"vision.{name}" for name in bare]
     measure = as_metric(model, metric)

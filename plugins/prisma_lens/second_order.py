@@ -21,12 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core import HookedModel, InputError, NotApplicable, Result, attentions, mlps
+from prisma_core.plugin import Indices, checked
 from prisma_lens.attribute import check_sum_of, names_for
 from prisma_lens.covectors import covectors
 from prisma_lens.decomposition import unit_scale
 from prisma_lens.readouts import Target, TowerName, cache_of, check_pooled, readout, tower_of
 
 
+@checked
 @torch.no_grad()
 def second_order(
     model: HookedModel,
@@ -85,8 +87,9 @@ def second_order(
     )
 
 
+@checked
 @torch.no_grad()
-def neuron_outputs(model: HookedModel, images: Any, layer: int, neurons: Sequence[int]) -> Result:
+def neuron_outputs(model: HookedModel, images: Any, layer: int, neurons: Indices) -> Result:
     """Return what neurons add to each image's vector through later attention: ``[neuron image d_embed]``.
 
     ``textspan(result.values[0], clip.encode_text(texts, normalize=True))`` names the first of them.
@@ -138,6 +141,7 @@ def neuron_outputs(model: HookedModel, images: Any, layer: int, neurons: Sequenc
     )
 
 
+@checked
 def second_order_names(model: HookedModel, tower: TowerName = "vision") -> list[str]:
     """Return the hook points that a cache of a tower must hold for ``second_order``."""
     own = tower_of(model, tower)

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from prisma_core import HookedDual, InputError, NotApplicable, Result
+from prisma_core.plugin import Count, Indices, checked
 from prisma_lens.decomposition import head_outputs
 
 
-def textspan(outputs: Tensor, texts: Tensor, k: int = 5) -> tuple[list[int], Tensor]:
+@checked
+def textspan(outputs: Tensor, texts: Tensor, k: Count = 5) -> tuple[list[int], Tensor]:
     """Return which texts span outputs best, in order, and the share of variance that each explains ``[k]``.
 
     >>> along = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
@@ -63,14 +65,15 @@ def textspan(outputs: Tensor, texts: Tensor, k: int = 5) -> tuple[list[int], Ten
     return chosen, torch.stack(shares)
 
 
+@checked
 @torch.no_grad()
 def name_heads(
     model: HookedDual,
     images: Iterable[Tensor] | Tensor | Result,
     texts: Sequence[str],
     *,
-    k: int = 5,
-    layers: Sequence[int] | None = None,
+    k: Count = 5,
+    layers: Indices | None = None,
     seed: int = 0,
 ) -> Result:
     """Return the share of variance of each head's output that each of its texts explains: ``[head rank]``.
@@ -79,7 +82,7 @@ def name_heads(
         model: a dual encoder.
         images: batches of images, more of them than dimensions if they can be had; or the Result of ``head_outputs``.
         texts: the pool of descriptions.
-        k: texts for each head.
+        k: texts for each head; fewer where the pool or the outputs have fewer.
         layers: whose heads; None for all; negative ones count from the end.
         seed: of the random directions.
 
@@ -89,7 +92,7 @@ def name_heads(
 
     Raises:
         NotApplicable: the model has no text tower.
-        InputError: there are no texts, or the outputs do not vary.
+        InputError: there are no texts or no such layer, or the outputs do not vary.
     """
     if not isinstance(model, HookedDual):
         raise NotApplicable("Naming heads takes a text tower: expected a dual encoder.")
@@ -98,7 +101,12 @@ def name_heads(
     found = images if isinstance(images, Result) else head_outputs(model, images)
     pool = model.encode_text(list(texts), normalize=True).cpu().to(found.values)
     noise = torch.randn(pool.shape, generator=torch.Generator().manual_seed(seed), dtype=pool.dtype)
+    if found.axes != ("layer", "head", "image", "d_embed"):
+        raise InputError(f"Expected images, or the Result of head_outputs; got a Result ({' '.join(found.axes)}).")
     n, heads = found.values.shape[:2]
+    k = min(k, *pool.shape)
+    if layers is not None and not all(-n <= each < n for each in layers):
+        raise InputError(f"Expected layers from 0 to {n - 1}, got {list(layers)}.")
     names, rows, random, named = list[str](), list[Tensor](), list[Tensor](), dict[str, list[str]]()
     for layer in range(n) if layers is None else [each % n for each in layers]:
         for head in range(heads):

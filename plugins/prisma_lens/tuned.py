@@ -28,8 +28,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prisma_core import HookedModel, HookedText, HookedViT, InputError, LoadError, NotApplicable, Result
-from prisma_core.plugin import read_checkpoint, replacing
+from prisma_core.plugin import Above, Count, blaming, checked, read_checkpoint, replacing, shown
 from prisma_lens.bar import bar
+from prisma_lens.inputs import as_batches
 from prisma_lens.readouts import Readout, Target, TowerName, cache_of, readout, token_outputs, tower_of
 
 TokenSubset = Literal["all", "cls", "patches", "prefix", "registers"]
@@ -55,6 +56,7 @@ class TunedLens(nn.Module):
             nn.init.zeros_(parameter)
 
     @classmethod
+    @checked
     def of(cls, model: HookedViT | HookedText) -> TunedLens:
         """Return translators of a model that leave its stream as it is."""
         config = {
@@ -71,12 +73,23 @@ class TunedLens(nn.Module):
     def __len__(self) -> int:
         return len(self.layer_translators)
 
+    @checked
     def translate(self, stream: Tensor, layer: int) -> Tensor:
-        """Return the stream before a block as the last layer would write it: ``[... d_model]``."""
+        """Return the stream before a block as the last layer would write it: ``[... d_model]``.
+
+        Raises:
+            InputError: there is no such block, or the stream is of another width.
+        """
+        if not -len(self) <= layer < len(self) or stream.shape[-1:] != (self.config["d_model"],):
+            raise InputError(
+                f"Expected a stream [... {self.config['d_model']}] before one of {len(self)} blocks; got "
+                f"{list(stream.shape)} and layer {layer}."
+            )
         linear = cast(nn.Linear, self.layer_translators[layer])
         bias = None if linear.bias is None else linear.bias.to(stream)
         return stream + nn.functional.linear(stream, linear.weight.to(stream), bias)
 
+    @checked
     def check(self, model: HookedViT | HookedText) -> None:
         """Refuse a model whose head is another one.
 
@@ -96,22 +109,27 @@ class TunedLens(nn.Module):
                 f"({differs}): fit one for this model with fit_tuned_lens."
             )
 
+    @checked
     def save(self, folder: str | Path, *, safetensors: bool = False) -> Path:
         """Write ``config.json`` and ``params.pt``, as tuned-lens reads them.
 
         Args:
             folder: made if it is not there.
             safetensors: write ``params.safetensors`` instead, which ``load`` reads and tuned-lens does not.
+
+        Raises:
+            LoadError: the disk refuses.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self.config, indent=1), encoding="utf-8")
+        with replacing(folder / "config.json") as beside:
+            beside.write_text(json.dumps(self.config, indent=1), encoding="utf-8")
         state = {name: x.detach().cpu().contiguous() for name, x in self.layer_translators.state_dict().items()}
         with replacing(folder / ("params.safetensors" if safetensors else "params.pt")) as beside:
             save_file(state, beside) if safetensors else torch.save(state, beside)
         return folder
 
     @classmethod
+    @checked
     def load(cls, folder: str | Path) -> TunedLens:
         """Read a folder that ``save`` or tuned-lens wrote; nothing in it is run.
 
@@ -137,6 +155,7 @@ class TunedLens(nn.Module):
         return lens
 
 
+@checked
 def unembed_hash(model: HookedViT | HookedText) -> str | None:
     """Return tuned-lens' hash of a head's weights, or None for a model without one.
 
@@ -148,15 +167,16 @@ def unembed_hash(model: HookedViT | HookedText) -> str | None:
     return hashlib.sha256(np.array_str(weight, precision=1).encode()).hexdigest()
 
 
+@checked
 def fit_tuned_lens(
     model: HookedModel,
     train: Iterable[Tensor],
     *,
     target: Target | None = None,
     tokens: TokenSubset = "all",
-    epochs: int = 1,
+    epochs: Count = 1,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
-    lr: float = 1e-3,
+    lr: Above = 1e-3,
     start: TunedLens | None = None,
     tower: TowerName = "vision",
     progress: bool | None = None,
@@ -186,13 +206,14 @@ def fit_tuned_lens(
     if start is not None:
         start.check(own)
         lens.load_state_dict(start.state_dict())
-    solver = optimizer(lens.parameters(), lr=lr, **options)
+    with blaming(optimizer, f"optimizer={shown(optimizer)}", InputError):
+        solver = optimizer(lens.parameters(), lr=lr, **options)
     frozen = {parameter: parameter.requires_grad for parameter in own.parameters()}
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
         for epoch in range(epochs):
-            for batch in bar(train, f"Epoch {epoch + 1} of {epochs}", progress):
+            for batch, _ in bar(as_batches(train), f"Epoch {epoch + 1} of {epochs}", progress):
                 streams, final = _streams(model, own, batch, tokens, tower, read)
                 with torch.enable_grad():
                     loss = torch.stack(
@@ -210,6 +231,7 @@ def fit_tuned_lens(
     return lens.requires_grad_(False).eval()
 
 
+@checked
 @torch.no_grad()
 def lens_kl(
     model: HookedModel,
@@ -234,7 +256,7 @@ def lens_kl(
     if tuned is not None:
         tuned.check(own)
     total, n = torch.zeros(len(own.spec.blocks), 1 if tuned is None else 2, dtype=torch.float64), 0
-    for batch in held_out:
+    for batch, _ in as_batches(held_out):
         streams, final = _streams(model, own, batch, tokens, tower, read)
         for at, x in enumerate(streams):
             for column, each in enumerate([x] if tuned is None else [x, tuned.translate(x, at)]):

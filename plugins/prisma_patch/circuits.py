@@ -22,20 +22,24 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from einops import einsum
 from prisma_lens.metrics import MetricLike, as_metric
+from pydantic import Field
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, Result
+from prisma_core.plugin import Count, Natural, Share, checked
 from prisma_patch.graph import Circuit
 from prisma_patch.sweeps import bar
 from prisma_patch.wiring import Graph
 
 
+@checked
 def edge_scores(
-    model: HookedModel, clean: Tensor, corrupt: Tensor, metric: MetricLike, *, steps: int = 0
+    model: HookedModel, clean: Tensor, corrupt: Tensor, metric: MetricLike, *, steps: Natural = 0
 ) -> tuple[Result, Circuit]:
     """Return the score of every edge ``[source target]``, and the circuit of all edges with these scores.
 
@@ -81,6 +85,7 @@ def edge_scores(
     return result, Circuit(shape, scores.cpu(), shape.real())
 
 
+@checked
 def run_circuit(model: HookedModel, circuit: Circuit, clean: Tensor, corrupt: Tensor) -> Tensor:
     """Return the output of the clean inputs where every edge outside a circuit carries the corrupt run.
 
@@ -98,6 +103,7 @@ def run_circuit(model: HookedModel, circuit: Circuit, clean: Tensor, corrupt: Te
     return graph.run(circuit, clean, graph.outputs(corrupt))
 
 
+@checked
 def circuit_faithfulness(
     model: HookedModel, circuit: Circuit, clean: Tensor, corrupt: Tensor, metric: MetricLike
 ) -> Result:
@@ -135,9 +141,10 @@ def circuit_faithfulness(
     )
 
 
+@checked
 def edge_effects(
     model: HookedModel,
-    edges: Sequence[str],
+    edges: Annotated[Sequence[str], Field(min_length=1)],
     clean: Tensor,
     corrupt: Tensor,
     metric: MetricLike,
@@ -172,14 +179,15 @@ def edge_effects(
     )
 
 
+@checked
 def find_circuit(
     model: HookedModel,
     clean: Tensor,
     corrupt: Tensor,
     metric: MetricLike,
     *,
-    faithfulness: float = 0.9,
-    steps: int = 5,
+    faithfulness: Share = 0.9,
+    steps: Count = 5,
 ) -> Circuit:
     """Return a small circuit that is this faithful: the edges of the largest scores, their number found by halving.
 

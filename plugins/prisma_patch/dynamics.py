@@ -27,12 +27,13 @@ from torch import Tensor
 
 import prisma_core as prisma
 from prisma_core import HookedModel, InputError, LoadError, PluginError, Result
-from prisma_core.plugin import read_checkpoint, replacing
+from prisma_core.plugin import Count, Natural, Part, blaming, checked, read_checkpoint, replacing, shown
 from prisma_patch.sweeps import bar
 
 Checkpoints = Mapping[int, "HookedModel | str | Path"]
 
 
+@checked
 def over_checkpoints(
     checkpoints: Checkpoints,
     metric: Callable[[Any], Tensor | Result | float],
@@ -68,10 +69,15 @@ def over_checkpoints(
         if rows and str(step) in states:
             rows[str(step)] = states[str(step)]
             continue
-        with torch.no_grad():
-            value = metric(_loaded(checkpoints[step]))
+        model = _loaded(checkpoints[step])
+        with torch.no_grad(), blaming(metric, "The metric", InputError):
+            value = metric(model)
         about = value if isinstance(value, Result) else about
-        row = value.values if isinstance(value, Result) else torch.as_tensor(value)
+        row = value.values if isinstance(value, Result) else value
+        if not isinstance(row, Tensor):
+            if not isinstance(row, int | float):
+                raise InputError(f"Expected a metric that returns a number, a tensor or a Result; got {shown(row)}.")
+            row = torch.as_tensor(row)
         row = row.detach().cpu().contiguous()
         if (
             not rows
@@ -97,15 +103,16 @@ def over_checkpoints(
     )
 
 
+@checked
 def change_points(
     series: Result | Tensor,
-    n: int | None = None,
+    n: Natural | None = None,
     *,
-    most: int = 5,
-    min_size: int = 2,
-    level: float = 0.9,
-    significance: float = 0.01,
-    resamples: int = 500,
+    most: Count = 5,
+    min_size: Count = 2,
+    level: Part = 0.9,
+    significance: Part = 0.01,
+    resamples: Count = 500,
     seed: int = 0,
 ) -> Result:
     """Return the change points of a series with their intervals: ``[change bound]``, bounds low, best, high.
@@ -174,6 +181,8 @@ def change_points(
 def _loaded(given: Any) -> Any:
     if isinstance(given, Path):
         return prisma.load(f"file:{given}")
+    if not isinstance(given, str | HookedModel):
+        raise InputError(f"Expected a model, a reference or a folder for each step; got {shown(given)}.")
     return prisma.load(given) if isinstance(given, str) else given
 
 
@@ -203,7 +212,7 @@ def _fitted(x: Tensor, ends: list[int]) -> Tensor:
     return torch.cat(pieces)
 
 
-def _gain(x: Tensor, n: int, min_size: int) -> float:
+def _gain(x: Tensor, n: int, min_size: Count) -> float:
     """Return by what factor one more change lowers the squared error."""
     errors = [float((x - _fitted(x, _fit(x, count, min_size))).square().sum()) for count in (n, n + 1)]
     return errors[0] / max(errors[1], 1e-12 * max(errors[0], 1e-300))

@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from prisma_lens.metrics import vision_of
+from prisma_lens.inputs import as_input, points_of, vision_of
 from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, PluginError, Result
-from prisma_core.plugin import Query, layer_of
+from prisma_core.plugin import Part, Query, checked, layer_of, positions_of, shown
 from prisma_patch.places import Positions, token_positions
 from prisma_patch.sweeps import bar
 
@@ -49,16 +49,17 @@ class Place:
         return place if self.head is None else f"{place}H{self.head}"
 
 
+@checked
 def factors_by_place(
     model: HookedModel,
-    images: Tensor,
+    images: Any,
     factors: Mapping[str, Tensor],
     *,
     at: Query = "z",
     by_head: bool = True,
     pos: Positions = None,
     read_at: str = "hook_pooled",
-    held_out: float = 0.5,
+    held_out: Part = 0.5,
     seed: int = 0,
     progress: bool = False,
 ) -> Result:
@@ -91,14 +92,18 @@ def factors_by_place(
         InputError: factors and images differ in number, or a factor is the same throughout.
         PluginError: scikit-learn is not installed.
     """
-    model, targets = vision_of(model), _targets(images, factors)
-    names, points = model.resolve(at), model.hook_points()
+    model = vision_of(model)
+    images = as_input(model, images)
+    targets = _targets(images, factors)
+    names, points = points_of(model, at), model.hook_points()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     n_held = max(2, round(held_out * len(images)))
     test, train = order[:n_held], order[n_held:]
     with torch.no_grad():
         _, cache = model.run_with_cache(images, names=[*names, read_at], output=False)
     tokens = token_positions(model.layout_for(images), pos)
+    if tokens is not None:
+        tokens = positions_of(tokens, max(cache[name].shape[1] for name in names))
     places = [Place(name, head) for name in names for head in _heads(points[name].axes, cache[name], by_head)]
     readouts = {factor: _Ridge(_flat(cache[read_at]), y, train) for factor, y in targets.items()}
     values = torch.zeros(len(places), len(targets), 2, dtype=torch.double)
@@ -160,9 +165,12 @@ class _Ridge:
 def _targets(images: Tensor, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     targets: dict[str, Tensor] = {}
     for name, given in factors.items():
-        y = given.detach().double().cpu().view(len(given), -1)
-        if len(y) != len(images):
-            raise InputError(f"The factor {name!r} has {len(y)} values for {len(images)} images.")
+        if given.ndim not in (1, 2) or len(given) != len(images):
+            raise InputError(
+                f"Expected the factor {name!r} of each of {len(images)} images, [example] or [example column]; "
+                f"got {shown(given)}."
+            )
+        y = given.detach().double().cpu().reshape(len(given), -1)
         if bool((y.std(0) == 0).any()):
             raise InputError(f"The factor {name!r} is the same in all {len(y)} images: draw images that differ in it.")
         targets[name] = y

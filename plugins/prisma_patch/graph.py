@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import InputError, LoadError, Result
-from prisma_core.plugin import UnknownName, replacing, suggest
+from prisma_core.plugin import Count, UnknownName, checked, replacing, suggest
 
 QKV = ("q", "k", "v")
 
@@ -104,6 +104,7 @@ class Circuit:
         ends = {node.partition("<")[0] for edge in self.edges for node in edge.split("->")}
         return tuple(name for name in (*self.shape.sources, "logits") if name in ends)
 
+    @checked
     def index(self, edge: str) -> tuple[int, int]:
         """Return the source and the target of an edge as indices.
 
@@ -118,7 +119,8 @@ class Circuit:
         every = [f"{source}->{target}" for target in self.shape.targets for source in self._sources_of(target)]
         raise UnknownName(f"No edge {edge!r} among the {len(every)} of this model.{suggest(edge, every)}")
 
-    def top(self, n_edges: int) -> Circuit:
+    @checked
+    def top(self, n_edges: Count) -> Circuit:
         """Return the circuit of the edges with the largest scores by size, pruned of those that lead nowhere."""
         real = self.shape.real()
         if not 1 <= n_edges <= int(real.sum()):
@@ -128,6 +130,7 @@ class Circuit:
         kept[sizes.topk(n_edges).indices] = True
         return replace(self, kept=kept.view(real.shape)).pruned()
 
+    @checked
     def only(self, edges: Sequence[str]) -> Circuit:
         """Return the circuit of these edges."""
         kept = torch.zeros_like(self.kept)
@@ -135,6 +138,7 @@ class Circuit:
             kept[self.index(edge)] = True
         return replace(self, kept=kept)
 
+    @checked
     def without(self, *edges: str) -> Circuit:
         """Return the circuit without these edges."""
         kept = self.kept.clone()
@@ -176,6 +180,7 @@ class Circuit:
     def _repr_html_(self) -> str:
         return self.to_result()._repr_html_()
 
+    @checked
     def save(self, path: str | Path) -> Path:
         """Write the circuit as JSON in EAP-IG's layout; ``Circuit.load`` reads it, and so does EAP-IG's own class."""
         path, inside, shape = Path(path), set(self.nodes), self.shape
@@ -199,6 +204,7 @@ class Circuit:
         return path
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> Circuit:
         """Read a circuit in EAP-IG's JSON layout; scores of neurons, which it may have, are left out.
 

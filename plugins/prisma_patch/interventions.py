@@ -18,11 +18,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from prisma_lens.metrics import as_inputs
+from prisma_lens.inputs import as_inputs, points_of
 from torch import Tensor
 
 from prisma_core import ActivationCache, HookContext, HookedModel, InputError
-from prisma_core.plugin import Query, positions_of
+from prisma_core.plugin import Indices, Query, checked, positions_of
 from prisma_patch.passes import Inputs
 from prisma_patch.places import Positions, token_positions
 
@@ -32,13 +32,14 @@ if TYPE_CHECKING:
 Scope = AbstractContextManager[None]
 
 
+@checked
 def ablate(
     model: HookedModel,
     at: Query,
     *,
     pos: Positions = None,
-    heads: int | Sequence[int] | None = None,
-    neurons: int | Sequence[int] | None = None,
+    heads: int | Indices | None = None,
+    neurons: int | Indices | None = None,
     method: Literal["zero", "mean", "resample"] = "zero",
     reference: Tensor | Inputs | None = None,
 ) -> Scope:
@@ -63,13 +64,13 @@ def ablate(
         UnknownName: no such hook point or subset.
         InputError: an activation has no such axis, or ``reference`` is missing.
     """
-    names = model.resolve(at)
+    names = points_of(model, at)
     values: dict[str, Tensor] = {}
     if method != "zero":
         if reference is None:
             raise InputError(f"method={method!r} needs reference=images, whose activations are put in.")
         with torch.no_grad():
-            _, cache = model.run_with_cache(*as_inputs(reference), names=names, output=False)
+            _, cache = model.run_with_cache(*as_inputs(model, reference), names=names, output=False)
         for name in names:
             x = cache[name]
             axes = model.hook_points()[name].axes.split()
@@ -90,6 +91,7 @@ def ablate(
     return model.hooks(dict.fromkeys(names, edit))
 
 
+@checked
 def steer(
     model: HookedModel,
     at: Query,
@@ -113,7 +115,7 @@ def steer(
         UnknownName: no such hook point or subset.
         InputError: the direction has another width.
     """
-    names, points = model.resolve(at), model.hook_points()
+    names, points = points_of(model, at), model.hook_points()
     tokens = token_positions(model.layout_for(), pos)
     index = {name: _index(name, points[name].axes, tokens, None, None) for name in names}
 
@@ -130,6 +132,7 @@ def steer(
     return model.hooks(dict.fromkeys(names, edit))
 
 
+@checked
 def freeze(model: HookedModel, cache: ActivationCache, names: Query | None = None) -> Scope:
     """Return a scope in which activations are what a cache holds, whatever comes before them.
 
@@ -140,9 +143,12 @@ def freeze(model: HookedModel, cache: ActivationCache, names: Query | None = Non
 
     Raises:
         UnknownName: the cache lacks one.
+        InputError: the cache is another model's, or of inputs of other shapes.
     """
+    if cache.model is not None and cache.model is not model:
+        raise InputError("This cache is of another model: expected one that this very model's run_with_cache returned.")
     chosen = (
-        [name for name in cache if not model.hook_points()[name].derived] if names is None else model.resolve(names)
+        [name for name in cache if not model.hook_points()[name].derived] if names is None else points_of(model, names)
     )
     held = {name: cache[name] for name in chosen}
 
@@ -156,6 +162,7 @@ def freeze(model: HookedModel, cache: ActivationCache, names: Query | None = Non
     return model.hooks(dict.fromkeys(chosen, edit))
 
 
+@checked
 @contextmanager
 def together(*scopes: Scope) -> Generator[None]:
     """Open several interventions at once; the first is the outermost."""

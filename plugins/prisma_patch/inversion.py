@@ -18,29 +18,33 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from prisma_lens.inputs import as_input
+from pydantic import Field
 from torch import Tensor
 
 from prisma_core import HookContext, HookedDual, HookedModel, InputError, NotApplicable, Result
-from prisma_core.plugin import Query, layer_of
+from prisma_core.plugin import Above, Count, Query, checked, layer_of
 from prisma_patch.interventions import Scope
 from prisma_patch.sweeps import bar
 
 TEMPLATE = "a photo of a {}."
 
 
+@checked
 def learn_word(
     model: HookedModel,
-    images: Tensor,
+    images: Any,
     word: str,
     template: str | Sequence[str] = TEMPLATE,
     *,
     against: Sequence[str] = (),
     start: str | None = None,
-    steps: int = 100,
-    lr: float = 0.1,
+    steps: Count = 100,
+    lr: Above = 0.1,
     progress: bool = False,
 ) -> Result:
     """Return the token embedding that makes a word fit a few images: ``[d_model]``.
@@ -73,6 +77,7 @@ def learn_word(
             number than the images.
     """
     own = _dual(model)
+    images = as_input(own.vision, images)
     templates = [template] * len(images) if isinstance(template, str) else list(template)
     distinct = list(dict.fromkeys(templates))
     if len(templates) != len(images) or not all("{}" in each for each in distinct):
@@ -112,6 +117,7 @@ def learn_word(
     )
 
 
+@checked
 def use_word(model: HookedModel, learned: Result) -> Scope:
     """Return a scope in which a learned word means what it was learned for.
 
@@ -126,19 +132,16 @@ def use_word(model: HookedModel, learned: Result) -> Scope:
         InputError: the result is another technique's, or of another width.
     """
     own = _dual(model)
-    if learned.technique != "learn_word" or learned.values.shape != (own.text.W_E.shape[1],):
-        raise InputError(
-            f"Expected the result of learn_word, an embedding [{own.text.W_E.shape[1]}], "
-            f"got {learned.technique or 'a Result'} of {list(learned.values.shape)}."
-        )
+    _check_learned(own, learned)
     return _spoken(own, int(learned.facts["token"]), learned.values)
 
 
+@checked
 @torch.no_grad()
 def read_word(
     model: HookedModel,
     learned: Result,
-    words: Sequence[str],
+    words: Annotated[Sequence[str], Field(min_length=2)],
     *,
     template: str | None = None,
     at: Query = "resid_post",
@@ -163,8 +166,7 @@ def read_word(
         InputError: fewer than two words, one of several tokens, or a hook point without tokens.
     """
     own = _dual(model)
-    if isinstance(words, str) or len(words) < 2:
-        raise InputError(f"Expected two words or more to compare with, got {words!r}.")
+    _check_learned(own, learned)
     sentence = learned.facts["templates"][0] if template is None else template
     text, word = own.text, learned.facts["word"]
     token = int(learned.facts["token"])
@@ -194,6 +196,14 @@ def read_word(
         tensors={"size": torch.stack(sizes), "output": output[:, 0]},
         facts={"word": word, "template": sentence, "at": int((tokens != tokens[0]).any(0).nonzero().min())},
     )
+
+
+def _check_learned(own: HookedDual, learned: Result) -> None:
+    if learned.technique != "learn_word" or learned.values.shape != (own.text.W_E.shape[1],):
+        raise InputError(
+            f"Expected the result of learn_word, an embedding [{own.text.W_E.shape[1]}], "
+            f"got {learned.technique or 'a Result'} of {list(learned.values.shape)}."
+        )
 
 
 def token_of(model: HookedDual, word: str) -> int:

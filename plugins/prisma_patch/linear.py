@@ -17,15 +17,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from prisma_lens.metrics import MetricLike, as_inputs, as_metric
+from prisma_lens.inputs import as_inputs, points_of
+from prisma_lens.metrics import MetricLike, as_metric
 from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, Result
-from prisma_core.plugin import Query, layer_of
+from prisma_core.plugin import Natural, Query, checked, layer_of
 from prisma_patch.passes import Inputs
 from prisma_patch.patching import SHORT
 
 
+@checked
 def attribution_patch(
     model: HookedModel,
     clean: Tensor | Inputs,
@@ -34,7 +36,7 @@ def attribution_patch(
     *,
     at: Query = "z",
     over: str | Sequence[str] = ("layer", "head"),
-    steps: int = 0,
+    steps: Natural = 0,
 ) -> Result:
     """Return the first-order effect of replacing each place by the other run's: ``[*over batch]``.
 
@@ -48,19 +50,19 @@ def attribution_patch(
         UnknownName: a hook point or class that does not exist.
         InputError: the runs do not fit together, or an activation has no such axis.
     """
-    measure, names = as_metric(model, metric), model.resolve(at)
+    measure, names, inputs = as_metric(model, metric), points_of(model, at), as_inputs(model, clean)
     axes = [SHORT.get(name, name) for name in (over.split() if isinstance(over, str) else over)]
     points = model.hook_points()
     with torch.no_grad():
-        _, theirs = model.run_with_cache(*as_inputs(other), names=names, output=False)
-    output, ours = model.run_with_cache(*as_inputs(clean), names=names, loss=lambda out: measure(out).sum())
+        _, theirs = model.run_with_cache(*as_inputs(model, other), names=names, output=False)
+    output, ours = model.run_with_cache(*inputs, names=names, loss=lambda out: measure(out).sum())
     parts: list[Tensor] = []
     for name in names:
         a, b = ours[name], theirs[name]
         if a.shape[1:] != b.shape[1:] or b.shape[0] not in (1, a.shape[0]):
             raise InputError(f"{name} is {list(a.shape)} in the clean run and {list(b.shape)} in the other.")
         difference = b - a
-        gradient = ours.grad[name] if not steps else _integrated(model, as_inputs(clean), measure, name, a, b, steps)
+        gradient = ours.grad[name] if not steps else _integrated(model, inputs, measure, name, a, b, steps)
         names_of_axes = points[name].axes.split()
         swept = [axis for axis in axes if axis != "layer"]
         if lacking := [axis for axis in swept if axis not in names_of_axes]:
@@ -72,7 +74,7 @@ def attribution_patch(
     stacked = torch.stack(parts)
     if "layer" not in axes:
         if len(names) > 1:
-            raise InputError(f"at={at!r} is {len(names)} hook points: put 'layer' into over=, or ask for one.")
+            raise InputError(f"at={at!r} is {len(names)} hook points: put 'layer' into over={over!r}, or ask for one.")
         stacked = stacked[0]
     else:
         stacked = stacked.movedim(0, axes.index("layer"))
@@ -81,7 +83,7 @@ def attribution_patch(
         labels["layer"] = tuple(f"L{layer_of(name)}" for name in names)
     if "head" in axes:
         labels["head"] = tuple(f"H{head}" for head in range(stacked.shape[axes.index("head")]))
-    layout = model.layout_for(*as_inputs(clean))
+    layout = model.layout_for(*as_inputs(model, clean))
     if "pos" in axes and layout is not None and stacked.shape[axes.index("pos")] == layout.n_tokens:
         labels["pos"] = tuple(layout.token_names())
     return Result(

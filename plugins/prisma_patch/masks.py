@@ -13,26 +13,27 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, NotApplicable, TokenLayout
-from prisma_core.plugin import layer_of, positions_of
+from prisma_core.plugin import Indices, Natural, checked, layer_of, positions_of
 from prisma_patch.interventions import Scope
 from prisma_patch.places import Positions, token_positions
 
-Layers = int | Sequence[int] | None
+Layers = int | Indices | None
 
 
+@checked
 def knock_out(
     model: HookedModel,
     queries: Positions = None,
     keys: Positions = None,
     *,
     layers: Layers = None,
-    heads: int | Sequence[int] | None = None,
+    heads: int | Indices | None = None,
 ) -> Scope:
     """Return a scope in which queries do not attend to keys; a query left without any key reads zeros.
 
@@ -57,7 +58,8 @@ def knock_out(
     return _masked(model, hidden, layers, heads)
 
 
-def causal(model: HookedModel, *, layers: Layers = None, heads: int | Sequence[int] | None = None) -> Scope:
+@checked
+def causal(model: HookedModel, *, layers: Layers = None, heads: int | Indices | None = None) -> Scope:
     """Return a scope in which each patch attends to the prefix tokens and to patches not after it.
 
     Prefix tokens (class token, registers) attend to all, so that the model can still answer.
@@ -68,8 +70,9 @@ def causal(model: HookedModel, *, layers: Layers = None, heads: int | Sequence[i
     return _masked(model, lambda q, k: _except_prefix(model, torch.ones(q, k, dtype=torch.bool).triu(1)), layers, heads)
 
 
+@checked
 def local(
-    model: HookedModel, radius: int = 1, *, layers: Layers = None, heads: int | Sequence[int] | None = None
+    model: HookedModel, radius: Natural = 1, *, layers: Layers = None, heads: int | Indices | None = None
 ) -> Scope:
     """Return a scope in which each patch attends to the prefix tokens and to patches at most ``radius`` away.
 
@@ -115,7 +118,7 @@ def _masked(
     model: HookedModel,
     hidden: Callable[[int, int], Tensor],
     layers: Layers,
-    heads: int | Sequence[int] | None,
+    heads: int | Indices | None,
 ) -> Scope:
     """Return a scope in which scores are minus infinity where ``hidden(queries, keys)`` says so."""
     points = model.hook_points()

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from prisma_core import HookContext, HookedDual, HookedModel, HookedViT, InputError
-from prisma_core.plugin import layer_of
+from prisma_core.plugin import BriefRepr, checked, layer_of
 
 Inputs: TypeAlias = "tuple[Tensor, ...]"
 Part: TypeAlias = "tuple[Any, ...]"
 
 
-@dataclass(frozen=True)
-class Variant:
+@dataclass(frozen=True, repr=False)
+class Variant(BriefRepr):
     """One replacement: at a hook point, a part of the activation by the same part of another.
 
     Attributes:
@@ -35,6 +35,7 @@ class Variant:
     part: Part
     source: Tensor | None
 
+    @checked
     def apply(self, rows: Tensor) -> None:
         """Edit one copy of the batch in place.
 
@@ -72,7 +73,7 @@ def passes_of(model: HookedModel, inputs: Inputs) -> Passes:
 
 @dataclass
 class Passes:
-    """Whole passes, each over several copies of the inputs.
+    """Count passes, each over several copies of the inputs.
 
     Attributes:
         inputs: the clean inputs.

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from prisma_lens.metrics import MetricLike, as_inputs, as_metric
+from prisma_lens.inputs import as_inputs, points_of
+from prisma_lens.metrics import MetricLike, as_metric
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, NotApplicable, Result
-from prisma_core.plugin import Query, layer_of
+from prisma_core.plugin import Count, Indices, Query, checked, layer_of
 from prisma_patch.passes import Inputs, Variant, passes_of
 from prisma_patch.places import Places, Positions, Region, block_of, check_reach
 from prisma_patch.sweeps import run
@@ -35,6 +36,7 @@ Other: TypeAlias = "Tensor | tuple[Tensor, ...] | Literal['zero', 'mean', 'resam
 SHORT = {"neuron": "d_mlp", "position": "pos"}
 
 
+@checked
 def activation_patch(
     model: HookedModel,
     clean: Tensor | Inputs,
@@ -44,10 +46,10 @@ def activation_patch(
     at: Query = "z",
     over: str | Sequence[str] = ("layer", "head"),
     pos: Positions = None,
-    heads: int | Sequence[int] | None = None,
+    heads: int | Indices | None = None,
     region: Region = None,
     reference: Tensor | Inputs | None = None,
-    batch_size: int = 64,
+    batch_size: Count = 64,
     progress: bool | None = None,
     resume: str | Path | None = None,
 ) -> Result:
@@ -83,16 +85,16 @@ def activation_patch(
         InputError: the runs do not fit together, or an activation has no such axis.
         NotApplicable: the hook points have parts of different number, or the patch cannot reach the output.
     """
-    inputs = as_inputs(clean)
+    inputs = as_inputs(model, clean)
     measure = as_metric(model, metric)
     axes = [SHORT.get(name, name) for name in (over.split() if isinstance(over, str) else over)]
-    names = model.resolve(at)
+    names = points_of(model, at)
     if "layer" in axes:
         outside, names = names[0], [name for name in names if layer_of(name) is not None]
         if not names:
             raise InputError(f"{outside} is in no layer: leave 'layer' out of over=, and ask for one hook point.")
     if "layer" not in axes and len(names) > 1:
-        raise InputError(f"at={at!r} is {len(names)} hook points: put 'layer' into over=, or ask for one.")
+        raise InputError(f"at={at!r} is {len(names)} hook points: put 'layer' into over={over!r}, or ask for one.")
     layout = model.layout_for(*inputs)
     places = Places(model, names, axes, layout, pos, heads, region)
     check_reach(model, names, places)
@@ -101,7 +103,7 @@ def activation_patch(
         passes = passes_of(model, inputs)
         base = measure(passes.clean())
         shapes: Mapping[str, Tensor] = sources
-        if isinstance(other, str) or layout is None or model.layout_for(*as_inputs(other)) != layout:
+        if isinstance(other, str) or layout is None or model.layout_for(*as_inputs(model, other)) != layout:
             _, shapes = model.run_with_cache(*(each[:1] for each in inputs), names=names, output=False)
     parts = {name: places.parts(name, shapes[name].shape) for name in names}
     counts = {name: [len(rows) for rows in rows_of] for name, rows_of in parts.items()}
@@ -135,6 +137,7 @@ def activation_patch(
     )
 
 
+@checked
 def patch_heads(model: HookedModel, clean: Tensor | Inputs, other: Other, metric: MetricLike, **options: Any) -> Result:
     """Return how far the metric moves when each head's output is replaced: ``[layer head batch]``.
 
@@ -153,7 +156,7 @@ def _sources(
             raise InputError(f"Expected other images, 'zero', 'mean' or 'resample', got {other!r}.")
         if other == "zero":
             return {}
-        sources = as_inputs(reference) if reference is not None else inputs
+        sources = as_inputs(model, reference) if reference is not None else inputs
         with torch.no_grad():
             _, cache = model.run_with_cache(*sources, names=list(names), output=False)
         if other == "mean":
@@ -165,7 +168,7 @@ def _sources(
             )
         rows = [(at + 1) % sources[0].shape[0] for at in range(n)]
         return {name: x[rows] for name, x in cache.items()}
-    theirs = as_inputs(other)
+    theirs = as_inputs(model, other)
     if theirs[0].shape[0] not in (1, inputs[0].shape[0]):
         raise InputError(
             f"{inputs[0].shape[0]} images against {theirs[0].shape[0]}: give as many, or one for all. For their mean "

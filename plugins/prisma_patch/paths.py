@@ -16,17 +16,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from prisma_lens.metrics import MetricLike, as_inputs, as_metric
+from prisma_lens.inputs import as_inputs, points_of
+from prisma_lens.metrics import MetricLike, as_metric
 from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, Result
-from prisma_core.plugin import Query, layer_of, positions_of
+from prisma_core.plugin import Indices, Query, checked, layer_of, positions_of
 from prisma_patch.passes import Inputs
 from prisma_patch.places import Positions, token_positions
 
 FROZEN = ("attn.hook_z", "hook_mlp_out")
 
 
+@checked
 def path_patch(
     model: HookedModel,
     clean: Tensor | Inputs,
@@ -35,8 +37,8 @@ def path_patch(
     sender: Query,
     receivers: Query = "hook_logits",
     *,
-    heads: int | Sequence[int] | None = None,
-    receiver_heads: int | Sequence[int] | None = None,
+    heads: int | Indices | None = None,
+    receiver_heads: int | Indices | None = None,
     pos: Positions = None,
     through: Query | None = None,
 ) -> Result:
@@ -62,9 +64,9 @@ def path_patch(
         UnknownName: a hook point, class or subset that does not exist.
         InputError: the runs do not fit together, or an activation has no heads.
     """
-    measure, ours, theirs = as_metric(model, metric), as_inputs(clean), as_inputs(other)
-    senders, targets = model.resolve(sender), model.resolve(receivers)
-    open_names = set() if through is None else set(model.resolve(through))
+    measure, ours, theirs = as_metric(model, metric), as_inputs(model, clean), as_inputs(model, other)
+    senders, targets = points_of(model, sender), points_of(model, receivers)
+    open_names = set() if through is None else set(points_of(model, through))
     frozen = [name for name in model.hook_points() if name.endswith(FROZEN) and layer_of(name) is not None]
     frozen = [name for name in frozen if name not in (*senders, *open_names, *targets)]
     with torch.no_grad():

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 
 from prisma_core import HookedModel, InputError, NotApplicable, TokenLayout
-from prisma_core.plugin import layer_of, positions_of
+from prisma_core.plugin import indices, layer_of, positions_of
 
 Positions: TypeAlias = "int | slice | Sequence[int] | str | None"
 Region: TypeAlias = "tuple[int | slice, int | slice] | None"
@@ -18,7 +18,7 @@ def token_positions(layout: TokenLayout | None, pos: Positions) -> list[int] | N
     """Return the token positions that are meant, or None for all.
 
     Raises:
-        InputError: a subset is named and the model has no token layout.
+        InputError: there are none, or a subset is named and the model has no token layout.
     """
     if pos is None:
         return None
@@ -33,7 +33,7 @@ def token_positions(layout: TokenLayout | None, pos: Positions) -> list[int] | N
         if layout is None:
             raise InputError("A slice of positions needs the number of tokens, which this model does not know.")
         return layout.positions(pos)
-    return [pos] if isinstance(pos, int) else list(pos)
+    return indices(pos)
 
 
 def check_reach(model: HookedModel, names: Sequence[str], places: Places) -> None:

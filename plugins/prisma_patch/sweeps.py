@@ -12,29 +12,32 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import torch
-from prisma_lens.metrics import Metric
+from prisma_lens.inputs import as_inputs
+from prisma_lens.metrics import Metric, MetricLike, as_metric
+from pydantic import Field
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, LoadError
-from prisma_core.plugin import read_checkpoint
+from prisma_core.plugin import Count, checked, read_checkpoint
 from prisma_patch.passes import Inputs, Passes, Variant, passes_of
 
 Item = TypeVar("Item")
 
 
+@checked
 def sweep(
     model: HookedModel,
     inputs: Inputs,
-    variants: Sequence[Variant],
-    metric: Metric,
+    variants: Annotated[Sequence[Variant], Field(min_length=1)],
+    metric: MetricLike,
     *,
-    batch_size: int = 64,
+    batch_size: Count = 64,
     progress: bool | None = None,
     resume: str | Path | None = None,
 ) -> Tensor:
@@ -44,7 +47,7 @@ def sweep(
         model: the model to run.
         inputs: the clean inputs.
         variants: the replacements, in any order.
-        metric: of the output, ``[batch]`` or ``[batch ...]``.
+        metric: a function of the output, a class, or two (see ``as_metric``).
         batch_size: how many images to run at once.
         progress: show a bar; None shows one on a terminal.
         resume: a ``.safetensors`` file that keeps the effects so far; a sweep that was stopped goes on from it.
@@ -54,8 +57,8 @@ def sweep(
         LoadError: the file to resume from is of another sweep.
     """
     with torch.no_grad():
-        passes = passes_of(model, inputs)
-    return run(passes, variants, metric, batch_size=batch_size, progress=progress, resume=resume)
+        passes = passes_of(model, as_inputs(model, inputs))
+    return run(passes, variants, as_metric(model, metric), batch_size=batch_size, progress=progress, resume=resume)
 
 
 def run(
@@ -63,7 +66,7 @@ def run(
     variants: Sequence[Variant],
     metric: Metric,
     *,
-    batch_size: int = 64,
+    batch_size: Count = 64,
     progress: bool | None = None,
     resume: str | Path | None = None,
 ) -> Tensor:

@@ -16,11 +16,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from prisma_lens.metrics import Class, as_inputs, class_of, logit_difference
+from prisma_lens.inputs import as_inputs, points_of
+from prisma_lens.metrics import Class, class_of, logit_difference
 from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, NotApplicable, Result
-from prisma_core.plugin import Query, layer_of
+from prisma_core.plugin import Query, checked, layer_of
 from prisma_patch.passes import Inputs
 from prisma_patch.patching import activation_patch
 from prisma_patch.places import Positions, token_positions
@@ -46,6 +47,7 @@ class Switch:
     effects: Result
 
 
+@checked
 def switch(
     model: HookedModel,
     clean: Tensor | Inputs,
@@ -72,7 +74,7 @@ def switch(
         UnknownName: no such class.
         NotApplicable: the model's output is no number for each class.
     """
-    ours, others = as_inputs(clean), as_inputs(other)
+    ours, others = as_inputs(model, clean), as_inputs(model, other)
     first, second = class_of(model, a), class_of(model, b)
     metric = logit_difference(second, first)
     with torch.no_grad():
@@ -85,7 +87,7 @@ def switch(
             f"Expected one image that the model takes for {a!r}; it takes it for {_name(model, predicted)!r}."
         )
     effects = activation_patch(model, clean, other, metric, at=at, over="layer head", pos=pos, progress=progress)
-    names = [name for name in model.resolve(at) if layer_of(name) is not None]
+    names = [name for name in points_of(model, at) if layer_of(name) is not None]
     _, theirs = model.run_with_cache(*others, names=names, output=False)
     tokens = token_positions(model.layout_for(*ours), pos)
     n_heads = effects.shape["head"]

@@ -12,9 +12,9 @@ from rich.progress import track
 from torch import Tensor
 
 from prisma_core import HookedDual, HookedViT, InputError, NotApplicable, TokenLayout
-from prisma_core.plugin import positions_of
+from prisma_core.plugin import BriefRepr, Count, checked, positions_of
 
-Tokens: TypeAlias = str | int | Sequence[int] | Tensor
+Tokens: TypeAlias = "str | int | Sequence[int] | Tensor"
 FACTOR = 3.0
 """Default threshold of an outlier, in median norms of its layer's patches."""
 
@@ -36,8 +36,8 @@ class LayerNorms(NamedTuple):
     positions: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class TokenNorms:
+@dataclass(frozen=True, repr=False)
+class TokenNorms(BriefRepr):
     """Norms of the residual stream after every block.
 
     Attributes:
@@ -48,6 +48,7 @@ class TokenNorms:
     norms: Float[Tensor, "layer batch pos"]
     layout: TokenLayout
 
+    @checked
     def outliers(self, *, cutoff: float | None = None, factor: float | None = None) -> Bool[Tensor, "layer batch pos"]:
         """Return which tokens are outliers.
 
@@ -66,11 +67,13 @@ class TokenNorms:
         patches = self.norms[..., self.layout.slice("patches")]
         return self.norms > (FACTOR if factor is None else factor) * patches.flatten(1).median(-1).values[:, None, None]
 
+    @checked
     def first_layer(self, *, cutoff: float | None = None, factor: float | None = None) -> int | None:
         """Return the first layer at which a patch is an outlier, or None."""
         outliers = self.outliers(cutoff=cutoff, factor=factor)[..., self.layout.slice("patches")].flatten(1).any(-1)
         return int(outliers.int().argmax()) if bool(outliers.any()) else None
 
+    @checked
     def by_layer(self, *, cutoff: float | None = None, factor: float | None = None) -> list[LayerNorms]:
         """Return one row a layer."""
         outliers = self.outliers(cutoff=cutoff, factor=factor)
@@ -90,12 +93,13 @@ class TokenNorms:
         return rows
 
 
+@checked
 @torch.no_grad()
 def token_norms(
     model: HookedViT,
     images: Float[Tensor, "batch channel height width"],
     *,
-    batch_size: int = 32,
+    batch_size: Count = 32,
     progress: bool = False,
 ) -> TokenNorms:
     """Return the norm of every token in the residual stream after every block.
@@ -119,6 +123,7 @@ def token_norms(
     return TokenNorms(torch.cat(norms, dim=1), model.layout_for(images))
 
 
+@checked
 @torch.no_grad()
 def attention_to(
     model: HookedViT,
@@ -127,7 +132,7 @@ def attention_to(
     *,
     queries: Tokens = "patches",
     per_image: bool = False,
-    batch_size: int = 8,
+    batch_size: Count = 8,
     progress: bool = False,
 ) -> Float[Tensor, "layer head *batch"]:
     """Return how much of their attention some tokens give to others, for each head: ``[layer head]``, from 0 to 1.
@@ -161,7 +166,7 @@ def attention_to(
 
 def _positions(layout: TokenLayout, tokens: Tokens) -> list[int]:
     if isinstance(tokens, str):
-        positions = positions_of(layout.slice(tokens), layout.n_tokens)
+        positions = list(range(layout.n_tokens)[layout.slice(tokens)])
         if not positions:
             raise NotApplicable(f"This model has no tokens of the kind {tokens!r}.")
         return positions
@@ -224,5 +229,5 @@ def check_vit(model: object) -> None:
     )
 
 
-def _batches(images: Tensor, batch_size: int, progress: bool, what: str) -> Iterator[Tensor]:
+def _batches(images: Tensor, batch_size: Count, progress: bool, what: str) -> Iterator[Tensor]:
     yield from track(images.split(batch_size), what, disable=not progress, transient=True)

@@ -11,13 +11,15 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from operator import index
 from types import TracebackType
-from typing import Any, NoReturn, ParamSpec, cast
+from typing import Annotated, Any, NoReturn, ParamSpec, cast
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from prisma_core import HookedViT, InputError, NotApplicable, assign, tensors_of
+from prisma_core.plugin import checked
 from prisma_registers.moving import Move, MovingViT
 from prisma_registers.norms import check_vit
 from prisma_registers.sinks import Neuron
@@ -27,6 +29,7 @@ _ROWS = {"embed.prefix": 0, "embed.pos_embed": 0, "rope_cos": -3, "rope_sin": -3
 
 
 P = ParamSpec("P")
+Registers = Annotated[int, Field(ge=1, le=1 << 14)]
 
 
 class ModelScope(AbstractContextManager[HookedViT]):
@@ -66,6 +69,7 @@ def _scope(function: Callable[P, Generator[HookedViT]]) -> Callable[P, ModelScop
     return scope
 
 
+@checked
 @_scope
 def without_registers(model: HookedViT) -> Generator[HookedViT]:
     """Yield the model without its register tokens.
@@ -82,9 +86,10 @@ def without_registers(model: HookedViT) -> Generator[HookedViT]:
     yield _resized(model, range(registers.start, registers.stop), None)
 
 
+@checked
 @_scope
 def extra_registers(
-    model: HookedViT, n: int = 1, *, values: Float[Tensor, "register d_model"] | None = None
+    model: HookedViT, n: Registers = 1, *, values: Float[Tensor, "register d_model"] | None = None
 ) -> Generator[HookedViT]:
     """Yield the model with untrained registers added behind its own prefix tokens.
 
@@ -103,8 +108,9 @@ def extra_registers(
     yield _wider(model, n, values)
 
 
+@checked
 @_scope
-def registers_at_test_time(model: HookedViT, neurons: Iterable[Neuron], n: int = 1) -> Generator[HookedViT]:
+def registers_at_test_time(model: HookedViT, neurons: Iterable[Neuron], n: Registers = 1) -> Generator[HookedViT]:
     """Yield the model with untrained registers that take over what the given neurons do at patches.
 
     At each of these neurons an added register gets the activation of largest size of any patch, with its sign, and the
@@ -166,8 +172,6 @@ def _checked(model: HookedViT, neuron: Neuron) -> tuple[int, int]:
 
 def _wider(model: HookedViT, n: int, values: Tensor | None = None, *, moves: Iterable[Move] = ()) -> HookedViT:
     """Return a model with registers added, and with what is to be moved besides what is moved already."""
-    if not isinstance(n, int) or n < 1:
-        raise InputError(f"Expected at least one register to add, as a whole number; got n={n!r}.")
     d_model = model.spec.d_model
     values = torch.zeros(n, d_model) if values is None else values
     if not isinstance(values, Tensor) or values.shape != (n, d_model):

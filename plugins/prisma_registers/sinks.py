@@ -9,7 +9,8 @@ from jaxtyping import Float
 from rich.progress import track
 from torch import Tensor
 
-from prisma_core import HookedViT, NotApplicable
+from prisma_core import HookedViT, InputError, NotApplicable
+from prisma_core.plugin import Count, checked
 from prisma_registers.norms import TokenNorms, check_images, check_vit, token_norms
 
 
@@ -28,16 +29,17 @@ class Neuron(NamedTuple):
     elsewhere: float = 0.0
 
 
+@checked
 @torch.no_grad()
 def register_neurons(
     model: HookedViT,
     images: Float[Tensor, "batch channel height width"],
     *,
-    top: int = 10,
+    top: Count = 10,
     norms: TokenNorms | None = None,
     cutoff: float | None = None,
     factor: float | None = None,
-    batch_size: int = 32,
+    batch_size: Count = 32,
     progress: bool = False,
 ) -> list[Neuron]:
     """Return the neurons that are most active at outlier patches, up to the layer after which patches are outliers.
@@ -62,9 +64,14 @@ def register_neurons(
     check_vit(model)
     check_images(images)
     norms = norms or token_norms(model, images, batch_size=batch_size, progress=progress)
+    if norms.norms.shape[1] != len(images):
+        raise InputError(f"Expected norms of these {len(images)} images, got those of {norms.norms.shape[1]}.")
     first = norms.first_layer(cutoff=cutoff, factor=factor)
     if first is None:
-        raise NotApplicable("No patch is an outlier in these images: there are no register neurons to find.")
+        raise NotApplicable(
+            f"No patch is an outlier in these images (cutoff={cutoff}, factor={factor}): there are no register neurons "
+            "to find."
+        )
     # Outliers stay once they are there: where the norm is largest at the end of the chosen layer is where they are.
     patches = norms.layout.slice("patches")
     outlying = norms.outliers(cutoff=cutoff, factor=factor)[first][:, patches]

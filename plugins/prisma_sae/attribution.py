@@ -20,17 +20,18 @@ import torch
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, Result
-from prisma_core.plugin import LayerQuery
+from prisma_core.plugin import Indices, LayerQuery, checked, positions_of
 from prisma_sae.binding import placed
 from prisma_sae.coder import SparseCoder
 from prisma_sae.splice import FEATURES, splice
 
 
+@checked
 def feature_attribution(
     model: HookedModel,
     images: Tensor,
     coders: Sequence[SparseCoder] | Mapping[str | LayerQuery, SparseCoder],
-    targets: int | Sequence[int],
+    targets: int | Indices,
     *,
     pos: int | None = None,
     force: bool = False,
@@ -61,7 +62,7 @@ def feature_attribution(
         gradients: list[Tensor] = []
         with model.caching([source, target], detach=False) as cache, model.hooks({source: _leaf}):
             model(images)
-        read = cache[target] if pos is None else cache[target][:, [pos]]
+        read = cache[target] if pos is None else cache[target][:, positions_of([pos], cache[target].shape[1])]
         for index in wanted:
             grad = torch.autograd.grad(read[..., index].sum(), cache[source], retain_graph=True, allow_unused=True)[0]
             gradients.append(torch.zeros_like(cache[source]) if grad is None else grad)

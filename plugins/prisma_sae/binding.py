@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 from prisma_core import HookedModel, InputError, TokenLayout, UnknownName, tensors_of
-from prisma_core.plugin import LayerQuery, digest
+from prisma_core.plugin import LayerQuery, digest, several, shown
 from prisma_sae.coder import CoderFacts, SparseCoder, Tokens
 
 Coders: TypeAlias = "SparseCoder | Sequence[SparseCoder] | Mapping[str | LayerQuery, SparseCoder]"
@@ -24,14 +24,21 @@ def placed(model: HookedModel, coders: Coders) -> dict[str, SparseCoder]:
         UnknownName: no such hook point.
     """
     if isinstance(coders, Mapping):
-        pairs = [(_one(model, query), coder) for query, coder in coders.items()]
+        pairs = [(_one(model, query), _coder(coder, "sparse coders by hook point")) for query, coder in coders.items()]
     else:
-        several = [coders] if isinstance(coders, SparseCoder) else list(coders)
-        pairs = [(_own_place(model, coder), coder) for coder in several]
+        expected = "a sparse coder, several, or coders by hook point"
+        each = [coders] if isinstance(coders, SparseCoder) else several(coders, expected)
+        pairs = [(_own_place(model, _coder(coder, expected)), coder) for coder in each]
     by_name = dict(pairs)
     if len(by_name) < len(pairs):
         raise InputError(f"Two coders at {pairs[0][0]}: one place takes one.")
     return by_name
+
+
+def _coder(value: object, expected: str) -> SparseCoder:
+    if not isinstance(value, SparseCoder):
+        raise InputError(f"Expected {expected}, got {shown(value)}.")
+    return value
 
 
 def _own_place(model: HookedModel, coder: SparseCoder) -> str:

@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from prisma_core import InputError, LoadError
-from prisma_core.plugin import Facts, check_shapes
+from prisma_core.plugin import Count, Facts, check_shapes, checked, shown
 from prisma_sae.activations import Activation, Normalize, Statistics, activate, normalized
 
 Kind = Literal["standard", "topk", "batchtopk", "jumprelu", "gated", "transcoder", "matryoshka", "archetypal"]
@@ -131,8 +131,10 @@ class SparseCoder(nn.Module):
                 has a skip connection.
 
         Raises:
-            InputError: ``x`` is needed and was not given.
+            InputError: ``x`` is needed and was not given, or the features are another coder's.
         """
+        if not isinstance(features, Tensor) or features.shape[-1:] != (self.facts.d_sae,):
+            raise InputError(f"Expected features [... {self.facts.d_sae}] of this coder, got {shown(features)}.")
         by_input = self.facts.normalize in ("layer_norm", "constant_norm_rescale") and self.facts.restores
         if x is None and (by_input or self.W_skip is not None):
             why = "has a skip connection" if self.W_skip is not None else f"normalises by {self.facts.normalize}"
@@ -149,7 +151,8 @@ class SparseCoder(nn.Module):
         """Return the reconstruction of activations, or of a transcoder the output that it predicts."""
         return self.decode(self.encode(x), x)
 
-    def first(self, n: int) -> SparseCoder:
+    @checked
+    def first(self, n: Count) -> SparseCoder:
         """Return the coder of the first ``n`` features: of a Matryoshka coder, the one trained on that prefix.
 
         Raises:
@@ -192,8 +195,8 @@ class SparseCoder(nn.Module):
 
     def _read(self, x: Tensor) -> tuple[Tensor, Statistics, Tensor]:
         """Return an input normalised, what undoes that, and the input itself, in the coder's dtype."""
-        if x.shape[-1] != self.facts.d_in:
-            raise InputError(f"Expected activations [... {self.facts.d_in}] for this coder, got {list(x.shape)}.")
+        if not isinstance(x, Tensor) or x.shape[-1:] != (self.facts.d_in,):
+            raise InputError(f"Expected activations [... {self.facts.d_in}] for this coder, got {shown(x)}.")
         x = x.to(self.W_enc.dtype)
         u, statistics = normalized(x, self.facts.normalize, self.input_mean, self.input_scale)
         return u, statistics, x

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import HookedDual, HookedModel, InputError, Result
+from prisma_core.plugin import Count, Share, check_call, checked, shown
 from prisma_sae.binding import check, find, layout_at, placed, token_slice
 from prisma_sae.coder import SparseCoder
 from prisma_sae.splice import splice
@@ -33,6 +34,7 @@ Progress = Callable[[int], None]
 Batches = Iterable["Tensor | tuple[Tensor, Tensor]"]
 
 
+@checked
 @torch.no_grad()
 def evaluate(
     model: HookedModel,
@@ -42,8 +44,8 @@ def evaluate(
     *,
     texts: Tensor | None = None,
     hook: str | None = None,
-    batch: int = 32,
-    dense: float = 0.1,
+    batch: Count = 32,
+    dense: Share = 0.1,
     embeddings: Tensor | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -71,6 +73,10 @@ def evaluate(
     name, coder = next(iter(placed(model, {hook: coder} if hook else coder).items()))
     if not force:
         check(model, coder, name, None)
+    if texts is not None and not isinstance(model, HookedDual):
+        raise InputError(f"texts= are of a pair of towers, and this model is none: leave it out, got {shown(texts)}.")
+    if progress is not None:
+        check_call(progress, 1, "progress=", "progress(images so far)")
     if isinstance(model, HookedDual) and texts is None:
         model, name = model.vision, name.removeprefix("vision.")
     reads = find(model, str(coder.facts.hook)) if coder.is_transcoder else name
@@ -86,13 +92,22 @@ def evaluate(
     return run.result(dense, embeddings)
 
 
+@checked
 def monosemanticity(activations: Tensor, embeddings: Tensor) -> Tensor:
     """Return each feature's monosemanticity ``[feature]``; NaN where fewer than two images have it on.
 
     Args:
         activations: of each image, ``[image feature]``.
         embeddings: of each image, ``[image d]``; of any model.
+
+    Raises:
+        InputError: they do not fit together.
     """
+    if activations.ndim != 2 or embeddings.ndim != 2 or len(activations) != len(embeddings):
+        raise InputError(
+            f"Expected activations [image feature] and embeddings [image d] of the same images, got "
+            f"{shown(activations)} and {shown(embeddings)}."
+        )
     a, e = activations.double(), torch.nn.functional.normalize(embeddings.double(), dim=-1)
     low, high = a.min(0).values, a.max(0).values
     a = (a - low) / (high - low).clamp_min(torch.finfo(a.dtype).tiny)
@@ -215,8 +230,8 @@ class _Run:
         pooled = embeddings if embeddings is not None else torch.cat(self.embeddings) if self.embeddings else None
         activations = torch.cat(self.images)
         if pooled is not None and len(activations) > 1:
-            if len(pooled) != len(activations):
-                raise InputError(f"Expected an embedding for each of {len(activations)} images, got {len(pooled)}.")
+            if pooled.ndim != 2 or len(pooled) != len(activations):
+                raise InputError(f"Expected embeddings [image d] of {len(activations)} images, got {shown(pooled)}.")
             tensors["monosemanticity"] = monosemanticity(activations, pooled)
             measures["monosemanticity"] = float(tensors["monosemanticity"].nanmean())
         return Result(
@@ -244,8 +259,9 @@ def beside(result: Result, figures: Mapping[str, float]) -> list[tuple[str, floa
 
 def _batches(images: Tensor | Batches, labels: Tensor | None, batch: int) -> Iterable[tuple[Tensor, Tensor | None]]:
     if isinstance(images, Tensor):
-        if labels is not None and len(labels) != len(images):
-            raise InputError(f"Expected a label for each of {len(images)} images, got {len(labels)}.")
+        if not images.ndim or (labels is not None and labels.shape != images.shape[:1]):
+            n = len(images) if images.ndim else 0
+            raise InputError(f"Expected a label for each of {n} images, got {shown(labels)}.")
         for start in range(0, len(images), batch):
             part = slice(start, start + batch)
             yield images[part], None if labels is None else labels[part]

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from prisma_core import InputError
+from prisma_core.plugin import Count, Share, checked, shown
 
 
 def precision(activations: Tensor, shares: Tensor) -> Tensor:
@@ -28,13 +29,17 @@ def precision(activations: Tensor, shares: Tensor) -> Tensor:
         activations: ``[token feature]``, none below zero.
         shares: how much of each token shows each class: ``[token class]``.
     """
-    if len(activations) != len(shares):
-        raise InputError(f"Expected shares of each of {len(activations)} tokens, got {len(shares)}.")
+    if activations.ndim != 2 or shares.ndim != 2 or len(activations) != len(shares):
+        raise InputError(
+            f"Expected activations [token feature] and shares [token class] of the same tokens, got "
+            f"{shown(activations)} and {shown(shares)}."
+        )
     return (activations.T.double() @ shares.double()) / activations.sum(0).double()[:, None]
 
 
+@checked
 def name_features(
-    activations: Tensor, shares: Tensor, labels: Sequence[str], *, threshold: float = 0.7, least: int = 10
+    activations: Tensor, shares: Tensor, labels: Sequence[str], *, threshold: Share = 0.7, least: Count = 10
 ) -> dict[int, str]:
     """Return the names of features whose activation is on one class.
 
@@ -48,9 +53,9 @@ def name_features(
     Raises:
         InputError: activations, shares and labels do not fit.
     """
-    if shares.shape[-1] != len(labels):
-        raise InputError(f"Expected a label for each of {shares.shape[-1]} classes, got {len(labels)}.")
     best, which = precision(activations, shares).max(-1)
+    if shares.shape[-1] != len(labels):
+        raise InputError(f"Expected a label for each of {shares.shape[-1]} classes, got {shown(labels)}.")
     often = (activations > 0).sum(0) >= least
     named = (often & (best >= threshold)).nonzero().flatten().tolist()
     return {index: labels[int(which[index])] for index in named}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prisma_core import LoadError, UnknownName
-from prisma_core.plugin import Facts, hub, suggest
+from prisma_core.plugin import Facts, checked, hub, suggest
 from prisma_sae.coder import Kind, SparseCoder, Tokens
 from prisma_sae.formats import read
 
@@ -103,6 +103,7 @@ def entry(name: str) -> Entry:
     return catalogue()[names.index(name)]
 
 
+@checked
 def load(name: str, *, file: str | None = None, path: str | Path | None = None, **options: Any) -> SparseCoder:
     """Return a coder of the catalogue, downloaded if need be, bound to its model, place and tokens.
 
@@ -137,6 +138,7 @@ def load(name: str, *, file: str | None = None, path: str | Path | None = None, 
     )
 
 
+@checked
 def open_coder(name: str, *, file: str | None = None) -> SparseCoder:
     """Return a coder as commands name it: a file or folder where there is one, else one of the catalogue.
 

@@ -7,20 +7,21 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from prisma_core import HookedModel, InputError
-from prisma_core.plugin import LayerQuery
+from prisma_core import HookedModel
+from prisma_core.plugin import Count, LayerQuery, check_call, checked, resolve_one
 from prisma_sae.binding import token_slice
 from prisma_sae.coder import Tokens
 
 
+@checked
 def activation_rows(
     model: HookedModel,
     images: Callable[[int], Tensor | None],
     hook: str | LayerQuery,
     *,
     tokens: Tokens | None = None,
-    batch: int = 1024,
-    buffer: int = 16384,
+    batch: Count = 1024,
+    buffer: Count = 16384,
     seed: int = 0,
 ) -> Iterator[Tensor]:
     """Yield batches of rows ``[batch d]`` of a hook point, drawn at random from a buffer, as long as there are images.
@@ -38,9 +39,8 @@ def activation_rows(
         UnknownName: no such hook point.
         InputError: it selects several, or has no such tokens.
     """
-    names = model.resolve([hook])
-    if len(names) != 1:
-        raise InputError(f"{hook!r} is {len(names)} hook points: name one, such as {names[0]!r}.")
+    check_call(images, 1, "images=", "images(pass) -> a tensor, or None at the end")
+    names = [resolve_one(hook, list(model.hook_points()))]
     places, axes = token_slice(model, names[0], tokens), model.hook_points()[names[0]].axes.split()
     lead = axes.index("pos") + 1 if "pos" in axes else len(axes) - 1
     generator, held = torch.Generator().manual_seed(seed), list[Tensor]()

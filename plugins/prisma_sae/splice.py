@@ -21,13 +21,14 @@ from threading import get_ident
 from torch import Tensor
 
 from prisma_core import HookedModel, HookError, HookPoint, InputError
-from prisma_core.plugin import Splice
+from prisma_core.plugin import Splice, checked
 from prisma_sae.binding import Coders, check, find, placed, token_slice
 from prisma_sae.coder import SparseCoder, Tokens
 
 INPUT, FEATURES, RECON, ERROR = "sae.hook_input", "sae.hook_features", "sae.hook_recon", "sae.hook_error"
 
 
+@checked
 def splice(
     model: HookedModel,
     coders: Coders,

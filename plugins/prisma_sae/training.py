@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from prisma_core import InputError, PluginError
-from prisma_core.plugin import Facts
+from prisma_core.plugin import Count, Facts, check_call, checked
 from prisma_sae.checkpoint import Checkpoint
 from prisma_sae.coder import CoderFacts, SparseCoder
 from prisma_sae.formats import overcomplete as reader
@@ -60,11 +60,12 @@ class TrainConfig(Facts):
     seed: int = 0
 
 
+@checked
 def train(
     rows: Iterable[Tensor],
     config: TrainConfig | Mapping[str, TrainConfig],
     *,
-    steps: int,
+    steps: Count,
     about: Mapping[str, Any] | None = None,
     progress: Callable[[int, Mapping[str, float]], None] | None = None,
     resume: str | Path | None = None,
@@ -101,6 +102,8 @@ def train(
     while sum(map(len, first)) < needed and len(first) < steps:
         first.append(next(batches))
     runs = {name: _Run(each, torch.cat(first), steps) for name, each in configs.items()}
+    if progress is not None:
+        check_call(progress, 2, "progress=", "progress(step, losses)")
     kept = None if resume is None else Checkpoint(Path(resume), configs, steps, first[0])
     done = 0 if kept is None else kept.read(runs)
     for step, batch in enumerate(chain(first, batches), start=1):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prisma_core.plugin import InputError
+from prisma_core.plugin import BriefRepr, Count, InputError, checked
 from prisma_toy.canvas import ground, noisy, paint, uniform
 from prisma_toy.shapes import KINDS, PATTERNS, coverage
 
@@ -41,8 +41,8 @@ _CELLS = torch.tensor([(x, y) for y in (0.18, 0.5, 0.82) for x in (0.11, 0.32)])
 _SLOTS = 2 * MOST
 
 
-@dataclass(frozen=True)
-class Sums:
+@dataclass(frozen=True, repr=False)
+class Sums(BriefRepr):
     """A batch of sums.
 
     Attributes:
@@ -73,7 +73,8 @@ class Sums:
         """Each image as a question, such as "2 apples and 1 plum: how many?"."""
         return tuple(f"{each}: how many?" for each in self.captions)
 
-    def patch_classes(self, rows: int) -> Tensor:
+    @checked
+    def patch_classes(self, rows: Count) -> Tensor:
         """Return the index in ``PATCH_LABELS`` of what covers most of each patch of a grid: ``[batch row column]``."""
         covered = F.adaptive_avg_pool2d(self.visible, (rows, rows))
         of_slot = (1 + self.kinds).repeat_interleave(MOST, 1)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prisma_core.plugin import InputError
+from prisma_core.plugin import BriefRepr, Count, InputError, Share, checked
 from prisma_toy import captions, counting, digits, dsprites, motions, scenes
 from prisma_toy.scenes import SampleScene
 
 
-@dataclass(frozen=True)
-class Sprites:
+@dataclass(frozen=True, repr=False)
+class Sprites(BriefRepr):
     """A batch of sprites.
 
     Attributes:
@@ -25,13 +25,14 @@ class Sprites:
     factors: Tensor
 
 
-def _chances(n: int, seed: int) -> torch.Generator:
+def _chances(n: Count, seed: int) -> torch.Generator:
     if n < 1:
         raise InputError(f"Expected at least one image to draw, got n={n}.")
     return torch.Generator().manual_seed(seed)
 
 
-def draw_scenes(n: int, seed: int = 0, *, size: int = 96, two: float = 0.0) -> scenes.Scenes:
+@checked
+def draw_scenes(n: Count, seed: int = 0, *, size: Count = 96, two: Share = 0.0) -> scenes.Scenes:
     """Draw scenes of coloured shapes with their classes, ``scenes.LABELS``.
 
     Args:
@@ -50,7 +51,8 @@ def draw_scenes(n: int, seed: int = 0, *, size: int = 96, two: float = 0.0) -> s
     return scenes.draw(n, size, _chances(n, seed), two=two)
 
 
-def patch_classes(scene: scenes.Scenes | SampleScene | counting.Sums, rows: int) -> Tensor:
+@checked
+def patch_classes(scene: scenes.Scenes | SampleScene | counting.Sums, rows: Count) -> Tensor:
     """Return what covers most of each patch of a grid: ``[batch row column]``, of one sample scene ``[row column]``.
 
     Args:
@@ -61,7 +63,8 @@ def patch_classes(scene: scenes.Scenes | SampleScene | counting.Sums, rows: int)
     return scene.patch_classes(rows)
 
 
-def draw_captions(n: int, seed: int = 0, *, unseen: bool = False) -> captions.Captioned:
+@checked
+def draw_captions(n: Count, seed: int = 0, *, unseen: bool = False) -> captions.Captioned:
     """Draw scenes of one or two shapes with a caption each.
 
     Args:
@@ -78,7 +81,8 @@ def draw_captions(n: int, seed: int = 0, *, unseen: bool = False) -> captions.Ca
     return captions.draw(n, _chances(n, seed), unseen=unseen)
 
 
-def draw_motions(n: int, seed: int = 0) -> motions.Motions:
+@checked
+def draw_motions(n: Count, seed: int = 0) -> motions.Motions:
     """Draw videos of a moving shape: ``[batch frame 1 32 32]``, with its direction and its way.
 
     Raises:
@@ -87,7 +91,8 @@ def draw_motions(n: int, seed: int = 0) -> motions.Motions:
     return motions.draw(n, _chances(n, seed))
 
 
-def draw_sums(n: int, seed: int = 0, *, split: counting.Split = "all") -> counting.Sums:
+@checked
+def draw_sums(n: Count, seed: int = 0, *, split: counting.Split = "all") -> counting.Sums:
     """Draw images of the counting set ("2 apples and 2 apples: how many?").
 
     Args:
@@ -105,7 +110,8 @@ def draw_sums(n: int, seed: int = 0, *, split: counting.Split = "all") -> counti
     return counting.draw(n, _chances(n, seed), split)
 
 
-def draw_sprites(n: int, seed: int = 0) -> Sprites:
+@checked
+def draw_sprites(n: Count, seed: int = 0) -> Sprites:
     """Draw sprites after the factors of the dSprites data set.
 
     Raises:
@@ -115,7 +121,8 @@ def draw_sprites(n: int, seed: int = 0) -> Sprites:
     return Sprites(dsprites.draw(factors), factors)
 
 
-def draw_digits(n: int, seed: int = 0, *, training: bool = False) -> tuple[Tensor, Tensor]:
+@checked
+def draw_digits(n: Count, seed: int = 0, *, training: bool = False) -> tuple[Tensor, Tensor]:
     """Draw handwritten digits from those that scikit-learn ships: images ``[batch 1 8 8]``, digits ``[batch]``.
 
     Args:

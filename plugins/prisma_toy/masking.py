@@ -7,36 +7,56 @@ from einops import rearrange
 from torch import Tensor
 
 from prisma_core import HookedViT
+from prisma_core.plugin import Count, InputError, Share, checked, shown
 from prisma_toy.model import normalise
 
 GREY = 0.5
 
 
-def draw_hidden(n: int, patches: int, share: float, generator: torch.Generator) -> Tensor:
+@checked
+def draw_hidden(n: Count, patches: Count, share: Share, generator: torch.Generator) -> Tensor:
     """Return which patches of each image are hidden, as many in each: bools ``[batch patch]``."""
     order = torch.rand(n, patches, generator=generator).argsort(1)
     return order < round(share * patches)
 
 
-def hide(image: Tensor, hidden: Tensor, patch: int) -> Tensor:
+@checked
+def hide(image: Tensor, hidden: Tensor, patch: Count) -> Tensor:
     """Return images with their hidden patches grey.
 
     Args:
         image: pixels in 0..1: ``[batch channel height width]``.
         hidden: bools ``[batch patch]``.
         patch: the side of a patch in pixels.
+
+    Raises:
+        InputError: they do not fit together.
     """
+    if (
+        image.ndim != 4
+        or image.shape[2] % patch
+        or image.shape[3] % patch
+        or hidden.shape
+        != (
+            len(image),
+            image.shape[2] // patch * (image.shape[3] // patch),
+        )
+    ):
+        raise InputError(
+            f"Expected images [batch channel height width], patches of {patch} pixels that fill them, and hidden "
+            f"[batch patch]; got {shown(image)} and {shown(hidden)}."
+        )
     rows = image.shape[-2] // patch
     grid = hidden.view(len(hidden), 1, rows, -1)
     return torch.where(grid.repeat_interleave(patch, 2).repeat_interleave(patch, 3), GREY, image)
 
 
-def to_patches(image: Tensor, patch: int) -> Tensor:
+def to_patches(image: Tensor, patch: Count) -> Tensor:
     """Return the pixels of each patch, channel by channel: ``[batch patch pixel]``."""
     return rearrange(image, "b c (row h) (column w) -> b (row column) (c h w)", h=patch, w=patch)
 
 
-def from_patches(patches: Tensor, patch: int, size: int) -> Tensor:
+def from_patches(patches: Tensor, patch: Count, size: int) -> Tensor:
     """Return the images that patches make: ``[batch patch pixel] -> [batch channel height width]``."""
     side = size // patch
     return rearrange(
@@ -44,6 +64,7 @@ def from_patches(patches: Tensor, patch: int, size: int) -> Tensor:
     )
 
 
+@checked
 def reconstruct(model: HookedViT, image: Tensor, hidden: Tensor) -> Tensor:
     """Return images whose hidden patches a masked autoencoder has filled in, pixels in 0..1.
 

@@ -21,6 +21,7 @@ from prisma_core.plugin import (
     TextPoolSpec,
     TextSpec,
     VideoPreprocess,
+    checked,
 )
 
 if TYPE_CHECKING:
@@ -172,6 +173,7 @@ def waves(sides: tuple[int, ...], d_model: int, height: float = 0.5) -> Tensor:
     return height * table[:, :d_model]
 
 
+@checked
 def normalise(image: Tensor) -> Tensor:
     """Return pixels in 0..1 as a toy model takes them, just as its ``preprocess`` would."""
     return image * 2 - 1

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from prisma_core.plugin import BriefRepr, Count, checked
 from prisma_toy.canvas import ground, uniform
 from prisma_toy.shapes import KINDS, PATTERNS, coverage
 
@@ -55,8 +56,8 @@ _SLOTS = 4
 _CLUTTER = 5
 
 
-@dataclass(frozen=True)
-class Scenes:
+@dataclass(frozen=True, repr=False)
+class Scenes(BriefRepr):
     """A batch of scenes.
 
     Attributes:
@@ -78,11 +79,13 @@ class Scenes:
         empty = (total < 1e-6).float()
         return torch.cat([empty, area / total.clamp_min(1e-6) * (1 - empty)], dim=1)
 
-    def patch_classes(self, rows: int) -> Tensor:
+    @checked
+    def patch_classes(self, rows: Count) -> Tensor:
         """Return the class that covers most of each patch of a grid: ``[batch row column]``."""
         return self.share(rows).argmax(1)
 
-    def share(self, rows: int) -> Tensor:
+    @checked
+    def share(self, rows: Count) -> Tensor:
         """Return how much of each cell of a grid shows each class: ``[batch class row column]``."""
         covered = F.adaptive_avg_pool2d(self.visible, (rows, rows))
         n, slots = self.classes.shape
@@ -190,12 +193,14 @@ class SampleScene:
     classes: tuple[int, ...]
     scenes: Scenes
 
-    def patch_classes(self, rows: int) -> Tensor:
+    @checked
+    def patch_classes(self, rows: Count) -> Tensor:
         """Return the class that covers most of each patch of a grid: ``[row column]``."""
         return self.scenes.share(rows)[0].argmax(0)
 
 
-def sample_scene(seed: int = 0, n_shapes: int = 2, size: int = 384) -> SampleScene:
+@checked
+def sample_scene(seed: int = 0, n_shapes: Count = 2, size: Count = 384) -> SampleScene:
     """Return a scene of ``n_shapes`` (at most 4) shapes of different classes, larger than the model's input."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(THINGS), generator=generator)[:n_shapes] + 1

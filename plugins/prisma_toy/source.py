@@ -13,7 +13,7 @@ from torch import Tensor
 
 import prisma_core as prisma
 from prisma_core import InputError, UnknownName, ZooModel
-from prisma_core.plugin import Loaded, ModelInfo, Source, suggest
+from prisma_core.plugin import Loaded, ModelInfo, Source, checked, suggest
 from prisma_toy import checkpoints, fetch
 from prisma_toy.model import draw_weights
 from prisma_toy.scenes import sample_scene
@@ -29,6 +29,7 @@ def bundled() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(WEIGHTS.glob("*/model.safetensors"))}
 
 
+@checked
 def series(name: str) -> dict[int, Path]:
     """Return the folders of the checkpoints that come with a model, by step, the model itself last; none for most.
 
@@ -46,6 +47,7 @@ def series(name: str) -> dict[int, Path]:
     return dict(sorted(steps.items()))
 
 
+@checked
 def training_log(name: str) -> list[dict[str, float]]:
     """Return the log of a bundled model's training, where it comes with one: ``step``, ``loss`` and ``score`` a row.
 

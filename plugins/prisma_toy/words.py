@@ -11,7 +11,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from prisma_core.plugin import InputError
+from prisma_core.plugin import Count, InputError, LoadError, checked, replacing, several
 
 PAD, UNKNOWN, END = "<pad>", "<unknown>", "<end>"
 FILE = "words.json"
@@ -34,7 +34,8 @@ class Words:
     ['a red circle']
     """
 
-    def __init__(self, words: Sequence[str], length: int):
+    @checked
+    def __init__(self, words: Sequence[str], length: Count):
         self.words = tuple(words)
         self.length = length
         self.tokens = (PAD, UNKNOWN, *self.words, END)
@@ -52,6 +53,7 @@ class Words:
             row[: len(ids)] = torch.tensor(ids)
         return rows
 
+    @checked
     def unknown(self, texts: str | Sequence[str]) -> list[str]:
         """Return the words of texts that are not in the vocabulary.
 
@@ -66,6 +68,7 @@ class Words:
     @overload
     def decode(self, tokens: Sequence[int]) -> str: ...
 
+    @checked
     def decode(self, tokens: Tensor | Sequence[int]) -> list[str] | str:
         """Return the texts of tokens ``[text pos]``, or the text of one row of ids, up to ``<end>``.
 
@@ -74,21 +77,35 @@ class Words:
         """
         if isinstance(tokens, Tensor) and tokens.ndim == 2:
             return [self.decode(row.tolist()) for row in tokens]
-        ids = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
+        ids = several(tokens, "tokens [text pos], or a row of them")
         if wrong := [each for each in ids if not 0 <= each < len(self)]:
             raise InputError(f"Expected tokens from 0 to {len(self) - 1}, got {wrong[0]}.")
         until = ids.index(len(self) - 1) if len(self) - 1 in ids else len(ids)
         return " ".join(self.tokens[each] for each in ids[:until] if each)
 
+    @checked
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the vocabulary into a folder."""
+        """Write the vocabulary into a folder, which is made if it is not there.
+
+        Raises:
+            LoadError: the disk refuses.
+        """
         facts = {"words": self.words, "length": self.length}
-        (Path(folder) / FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        with replacing(Path(folder) / FILE) as fresh:
+            fresh.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
+    @checked
     def from_pretrained(cls, folder: str | Path) -> Words:
-        """Return what ``save_pretrained`` wrote."""
-        return cls(**json.loads((Path(folder) / FILE).read_text(encoding="utf-8")))
+        """Return what ``save_pretrained`` wrote.
+
+        Raises:
+            LoadError: it is missing or corrupt.
+        """
+        try:
+            return cls(**json.loads((Path(folder) / FILE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise LoadError(f"{folder} holds no vocabulary: expected {FILE} with words and length.") from error
 
 
 def _words(text: str) -> list[str]:

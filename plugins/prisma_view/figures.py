@@ -7,17 +7,20 @@ import json
 import uuid
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
+from pydantic import Field
 from torch import Tensor
 
 from prisma_core import InputError, Result, TokenLayout
+from prisma_core.plugin import Count, checked, replacing
 from prisma_view import still
 from prisma_view.chart import Chart, Kind, chart_of
 from prisma_view.drawing import draw
 
+Dots = Annotated[int, Field(ge=20, le=2400)]
 STILL = (".png", ".svg", ".pdf")
 
 
@@ -29,7 +32,8 @@ class Figure(go.Figure):
         """What is drawn, before it was given to Plotly."""
         return self._chart
 
-    def save(self, path: str | Path, *, dpi: int = 200) -> Path:
+    @checked
+    def save(self, path: str | Path, *, dpi: Dots = 200) -> Path:
         """Write a page (``.html``) that needs no network, or a still image (``.png``, ``.svg``, ``.pdf``).
 
         Args:
@@ -41,11 +45,11 @@ class Figure(go.Figure):
         path = Path(path)
         if path.suffix not in (".html", *STILL):
             raise InputError(f"Expected a path that ends in .html, {', '.join(STILL)}; got {path}.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".html":
-            path.write_text(_page(self), encoding="utf-8")
-        else:
-            still.draw(self.chart).savefig(path, dpi=dpi)
+        with replacing(path) as fresh:
+            if path.suffix == ".html":
+                fresh.write_text(_page(self), encoding="utf-8")
+            else:
+                still.draw(self.chart).savefig(fresh, dpi=dpi)
         return path
 
     def notebook_html(self) -> str:
@@ -80,13 +84,14 @@ def _embedded() -> bool:
     return came
 
 
+@checked
 def plot(
     result: Result,
     *,
     kind: Kind | None = None,
     layout: TokenLayout | None = None,
     image: Any = None,
-    panels: int = 12,
+    panels: Count = 12,
 ) -> Figure:
     """Return a figure that fits a result: a heat map, patches over an image, bars, or curves.
 
@@ -115,6 +120,7 @@ def plot(
     return figure
 
 
+@checked
 def patches(values: Tensor, layout: TokenLayout, image: Any = None, *, unit: str = "", title: str = "") -> Figure:
     """Return values of patches over an image: ``[... pos]``, of all tokens or of patches alone.
 
@@ -130,6 +136,7 @@ def patches(values: Tensor, layout: TokenLayout, image: Any = None, *, unit: str
     return plot(_tokens(values, layout, unit, title), kind="patches", image=image)
 
 
+@checked
 def attention(
     pattern: Tensor, layout: TokenLayout, image: Any = None, *, query: int | str | None = None, unit: str = ""
 ) -> Figure:

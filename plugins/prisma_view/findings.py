@@ -13,8 +13,8 @@ from prisma_lens import LENS_NAMES, Lens, attribute, logit_lens, names_for
 from prisma_patch import patch_heads
 from torch import Tensor
 
-from prisma_core import HookedViT, InputError, NotApplicable, Result, TokenLayout
-from prisma_core.plugin import layer_of, open_picture
+from prisma_core import HookedViT, InputError, NotApplicable, Result, TokenLayout, UnknownName
+from prisma_core.plugin import BriefRepr, checked, layer_of, open_picture
 from prisma_view.symbols import Symbol, symbol
 
 SHOWN = 8
@@ -24,8 +24,8 @@ FEW_HEADS = 72
 """Up to so many heads, each is also patched at the class token alone; for more, that takes too long."""
 
 
-@dataclass
-class Patching:
+@dataclass(repr=False)
+class Patching(BriefRepr):
     """Effects of swapping heads between two images.
 
     Attributes:
@@ -43,8 +43,8 @@ class Patching:
     guess: dict[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass
-class Report:
+@dataclass(repr=False)
+class Report(BriefRepr):
     """Everything a page shows of one model and one picture. A part that does not apply is None and says why in ``why``.
 
     Attributes:
@@ -57,7 +57,7 @@ class Report:
         layers, heads: attributions to the shown classes, ``[component class]`` and ``[layer head class]``.
     """
 
-    model: HookedViT
+    model: HookedViT = field(repr=False)
     picture: Image
     other: Image
     layout: TokenLayout
@@ -70,8 +70,12 @@ class Report:
     patching: Patching | None = None
     why: dict[str, str] = field(default_factory=dict)
 
+    @checked
     def symbol(self, index: int) -> Symbol:
         """Return how a class is shown."""
+        n = self.logits.shape[-1]
+        if not 0 <= index < n:
+            raise UnknownName(f"No class {index}: they run from 0 to {n - 1}.")
         labels = self.model.labels
         return symbol(labels[index]) if labels else symbol(f"class {index}")
 
@@ -80,6 +84,7 @@ class Report:
         return int(self.logits.argmax())
 
 
+@checked
 def report(model: HookedViT, picture: Any, other: Any, *, progress: bool = False) -> Report:
     """Return everything a page shows.
 

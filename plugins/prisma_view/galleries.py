@@ -13,7 +13,7 @@ from prisma_sae import SparseCoder
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, Result
-from prisma_core.plugin import LayerQuery
+from prisma_core.plugin import Count, LayerQuery, checked
 from prisma_view.gallery_files import unit_page, write
 from prisma_view.gallery_images import lit
 from prisma_view.gallery_units import Units, about
@@ -72,6 +72,7 @@ class Gallery:
         return f'<a href="{escape(self.path.as_posix())}">{escape(repr(self))}</a>'
 
 
+@checked
 def gallery(
     model: HookedModel,
     images: Any,
@@ -82,12 +83,12 @@ def gallery(
     over: Literal["feature", "head"] = "feature",
     directions: Tensor | None = None,
     labels: Sequence[str] | None = None,
-    k: int = 12,
+    k: Count = 12,
     pos: Any = None,
     top: Result | None = None,
     words: Sequence[str] = (),
     title: str = "",
-    batch: int = 32,
+    batch: Count = 32,
     progress: bool | None = None,
     **options: Any,
 ) -> Gallery:

@@ -10,19 +10,21 @@ from typing import Any
 from torch import Tensor
 
 from prisma_core import TokenLayout
+from prisma_core.plugin import checked
 from prisma_view.colours import CLASSES, QUIET, REST, SCALE, Colour, assign
 from prisma_view.findings import Report, head_values
 from prisma_view.glyphs import look
 from prisma_view.images import data_uri
 from prisma_view.pack import grouped, pack, pack_patterns
-from prisma_view.pages import rendered
+from prisma_view.pages import rendered, saved
 from prisma_view.words import component_name, facts, lens_words, patch_words, rest_name, stage_name, token_name, verdict
 
 GUESSES = 3
 """Number of classes shown for a patch."""
 
 
-def write_page(found: Report, path: Path, *, trained: bool = True, command: str = "prisma demo") -> Path:
+@checked
+def write_page(found: Report, path: str | Path, *, trained: bool = True, command: str = "prisma demo") -> Path:
     """Write the page of a report.
 
     Args:
@@ -44,8 +46,7 @@ def write_page(found: Report, path: Path, *, trained: bool = True, command: str 
         patch_words={} if found.patching is None else {w: patch_words(found, w) for w in found.patching.change},
         data=json.dumps(_data(found, colours), separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"),
     )
-    path.write_text(text, encoding="utf-8")
-    return path
+    return saved(path, text)
 
 
 def class_colours(found: Report) -> dict[int, Colour]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import jinja2
 
+from prisma_core.plugin import replacing
+
 
 def rendered(template: str, **values: Any) -> str:
     """Return a template of ``templates/`` filled in: what is no ``safe`` markup is escaped."""
@@ -20,8 +22,8 @@ def rendered(template: str, **values: Any) -> str:
 def saved(path: str | Path, html: str) -> Path:
     """Write a page, and the folders above it, and return its path."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html, encoding="utf-8")
+    with replacing(path) as fresh:
+        fresh.write_text(html, encoding="utf-8")
     return path
 
 

@@ -13,6 +13,7 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.patches import Patch
 
 from prisma_core import Result
+from prisma_core.plugin import checked, replacing
 from prisma_view.chart import chart_of
 from prisma_view.colours import QUIET, REST, Colour
 from prisma_view.findings import Report, head_values
@@ -27,8 +28,9 @@ CELL = 48
 DPI = 160
 
 
+@checked
 def write_pictures(
-    found: Report, folder: Path, *, trained: bool = True, form: Literal["png", "svg", "pdf"] = "png"
+    found: Report, folder: str | Path, *, trained: bool = True, form: Literal["png", "svg", "pdf"] = "png"
 ) -> list[Path]:
     """Write ``lens``, ``attention``, ``attribution`` and ``patching``, those that apply, and return their paths.
 
@@ -38,8 +40,9 @@ def write_pictures(
     """
     paths: list[Path] = []
     for name, figure in pictures(found, trained=trained).items():
-        paths.append(folder / f"{name}.{form}")
-        figure.savefig(paths[-1], dpi=DPI)
+        paths.append(Path(folder) / f"{name}.{form}")
+        with replacing(paths[-1]) as fresh:
+            figure.savefig(fresh, dpi=DPI)
     return paths
 
 

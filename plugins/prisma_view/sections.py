@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs
 from torch import Tensor
 
 from prisma_core import HookedDual, HookedModel, HookedText, InputError, NotApplicable
+from prisma_core.plugin import checked
 from prisma_view import insides, readings, reconstruction
 from prisma_view.figures import figure_json
 from prisma_view.images import data_uri
@@ -63,6 +64,7 @@ class Overview:
         titles = [section.title[0].lower() + section.title[1:] for section in self.sections]
         return f"This model names no classes. Shown here: {', '.join(titles)}."
 
+    @checked
     def save(self, path: str | Path) -> Path:
         """Write the page: one file that needs no network."""
         return saved(path, self.html)
@@ -82,6 +84,7 @@ class Overview:
         return f"Overview({self.title!r}: {', '.join(section.title for section in self.sections)})"
 
 
+@checked
 def overview(
     model: HookedModel, image: Any, words: Sequence[str] = (), *, title: str = "", trained: bool = True
 ) -> Overview:

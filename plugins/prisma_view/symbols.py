@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import emoji
 
+from prisma_core.plugin import checked
+
 FALLBACK = "🔹"
 """Stands for a class no emoji name fits; the class's name is always beside it."""
 
@@ -99,6 +101,7 @@ class Symbol(NamedTuple):
     name: str
 
 
+@checked
 def symbol(label: str) -> Symbol:
     """Return the emoji and the plain name of a label.
 

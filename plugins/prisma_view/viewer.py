@@ -13,7 +13,7 @@ from prisma_lens import head_scores
 from torch import Tensor
 
 from prisma_core import HookedDual, HookedModel, HookedText, InputError, NotApplicable, TokenLayout
-from prisma_core.plugin import open_picture
+from prisma_core.plugin import checked, open_picture
 from prisma_view.colours import SCALE
 from prisma_view.images import as_image, data_uri
 from prisma_view.maps import Map, collect, fitted, store
@@ -38,6 +38,7 @@ class AttentionPage:
     pattern_error: float
     score_error: float
 
+    @checked
     def save(self, path: str | Path) -> Path:
         """Write the page."""
         return saved(path, self.html)
@@ -51,6 +52,7 @@ class AttentionPage:
         )
 
 
+@checked
 def attention_page(
     model: HookedModel,
     image: Any = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from prisma_core.plugin import MapSpec
+from prisma_core.plugin import MapSpec, Share, checked
 from prisma_view.findings import Report
 
 
@@ -37,7 +37,8 @@ def token_name(name: str) -> str:
     return {"cls": "class token", "dist": "distillation token"}[name]
 
 
-def percent(chance: float) -> str:
+@checked
+def percent(chance: Share) -> str:
     """Return a probability in words."""
     return f"{chance:.0%}" if chance >= 0.01 else "less than 1%"
 

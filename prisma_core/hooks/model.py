@@ -27,6 +27,7 @@ from prisma_core.hooks.point import (
 )
 from prisma_core.hooks.query import LayerQuery, Query
 from prisma_core.hooks.sites import HookMapping, Site, by_name, select, splicing_scope, with_splices
+from prisma_core.spec.brief import NameTable
 from prisma_core.spec.layout import Index, TokenLayout, check_axes, index_slices
 
 
@@ -59,7 +60,7 @@ class HookedModel(nn.Module):
 
     def hook_points(self) -> dict[str, HookPoint]:
         """Return every hook point by its full name, in firing order."""
-        return {name: site.point for name, site in self._sites().items()}
+        return NameTable({name: site.point for name, site in self._sites().items()})
 
     def resolve(self, query: Query | None) -> list[str]:
         """Return the full names of the hook points a query selects (see ``prisma_core.hooks.query``)."""

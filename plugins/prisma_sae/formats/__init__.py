@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from prisma_core import InputError, LoadError, UnknownName
-from prisma_core.plugin import keyword_names, suggest
+from prisma_core.plugin import checked, keyword_names, suggest
 from prisma_sae.coder import SparseCoder
 
 # In the order in which a path is shown to them.
@@ -23,6 +23,7 @@ FORMATS = (
 _DAMAGED = (LookupError, AttributeError, TypeError, ValueError, RuntimeError, OverflowError)
 
 
+@checked
 def read(path: str | Path, format: str | None = None, **options: Any) -> SparseCoder:  # noqa: A002
     """Read a sparse coder from a file or folder of any known format.
 

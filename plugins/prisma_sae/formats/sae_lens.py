@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prisma_core import LoadError
-from prisma_core.plugin import read_checkpoint, replacing
+from prisma_core.plugin import checked, read_checkpoint, replacing
 from prisma_sae.coder import CoderFacts, SparseCoder
 from prisma_sae.formats.files import plain, read_json, reference_of
 
@@ -123,6 +123,7 @@ def _with_unit_decoder(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors | changed | {"W_dec": tensors["W_dec"] / norm[:, None]}
 
 
+@checked
 def save(coder: SparseCoder, folder: str | Path) -> Path:
     """Write a coder into a folder that ``read`` reads, and SAELens too where it can compute it.
 
