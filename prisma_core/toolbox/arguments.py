@@ -144,12 +144,13 @@ def _reader(hint: object) -> _Reader | None:
         return None if None in options else _first_of(cast("list[_Reader]", options))
     if origin in _COLLECTIONS:
         return _COLLECTIONS[origin](origin, args)
-    kind = origin or hint
+    kind = cast(Any, origin or hint)
     if not isinstance(kind, type) or kind in (Any, object) or hasattr(kind, "dim_str"):
         return None  # Any, a type variable, the name of an alias; jaxtyping's shapes: who reads a tensor says more
-    if issubclass(kind, HookedModel):
+    if issubclass(cast(type, kind), HookedModel):
         kind = HookedModel  # a function says itself why it does not apply to a model of another kind
-    return _Reader(_words(kind), _READ.get(kind, lambda value: _instance(value, kind)))
+    exact = cast(type, kind)
+    return _Reader(_words(exact), _READ.get(exact, lambda value: _instance(value, exact)))
 
 
 def _words(kind: type) -> str:
@@ -211,7 +212,7 @@ def _float(value: object) -> float:
 def _bool(value: object) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise _Mismatch
-    return bool(value)
+    return bool(cast("bool", value))
 
 
 def _path(value: object) -> Path:
