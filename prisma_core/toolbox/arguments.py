@@ -147,7 +147,7 @@ def _reader(hint: object) -> _Reader | None:
     kind = cast(Any, origin or hint)
     if not isinstance(kind, type) or kind in (Any, object) or hasattr(kind, "dim_str"):
         return None  # Any, a type variable, the name of an alias; jaxtyping's shapes: who reads a tensor says more
-    if issubclass(cast(type, kind), HookedModel):
+    if issubclass(kind, HookedModel):
         kind = HookedModel  # a function says itself why it does not apply to a model of another kind
     exact = cast(type, kind)
     return _Reader(_words(exact), _READ.get(exact, lambda value: _instance(value, exact)))
