@@ -22,6 +22,7 @@ from prisma_core.transformer.vit import HookedViT
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))
 import block  # noqa: E402  # the modules beside this one
+import canonical  # noqa: E402
 import house  # noqa: E402
 import technique_kinds  # noqa: E402
 import techniques  # noqa: E402
@@ -159,6 +160,7 @@ def pages() -> dict[Path, str]:
         FIGURE: house.figure(),
         DOCS / "images" / "block.svg": block.figure(),
         COMMANDS: commands(),
+        DOCS / "plugin" / "tensors.md": canonical.page(),
     }
 
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import pictures
+import figures
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("Equation", "Cost", "Misleads", "Source")
@@ -26,11 +26,11 @@ REFERENCES = (
 )  # fmt: skip
 
 
-GALLERY = """<!-- Written by `python docs/generate.py`; the pictures by `python docs/pictures.py`. -->
+GALLERY = """<!-- Written by `python docs/generate.py`; the figures by `python docs/figures.py`. -->
 # Gallery
 
-What each technique draws, on models that come with the package. A picture leads to the code that made it, ten lines or so, which the tests
-run and compare with the picture.
+What each technique draws, on models that come with the package. A figure leads to the code that made it, ten lines or so, which the tests
+run and compare with the figure.
 
 [![The attention viewer: what a patch attends to, what attends to it, and the matrix of the head](images/attention.png)](how-to-attention-viewer.md)
 
@@ -77,7 +77,7 @@ def _exported(path: Path) -> list[str]:
 
 def page() -> str:
     """Return the page's text."""
-    rows, sections, drawn = [], [], pictures.names()
+    rows, sections, drawn = [], [], figures.names()
     for one in techniques():
         package = one.module.partition(".")[0]
         links = ", ".join(f"[`{name}`][{_home(package, name)}]" for name in one.names)
@@ -93,25 +93,22 @@ def page() -> str:
 
 
 def _example(name: str) -> list[str]:
-    """Return a technique's picture and the code that draws it, which the tests of pictures run."""
-    _, _, code = pictures.code(name).partition('"""\n\n')
-    said = pictures.caption(name)
+    """Return a technique's figure and the code that draws it, which the tests run."""
+    _, _, code = figures.code(name).partition('"""\n\n')
+    said = figures.caption(name)
     return [f"![{said}](images/techniques/{name}.png)\n", f"*{said}.*\n", f"```py\n{code.rstrip()}\n```\n"]
 
 
 def gallery() -> str:
-    """Return the page of all pictures, each a link to the code that made it."""
-    titles = {one.module: one.title for one in techniques()}
-    parts = [GALLERY]
-    for name in pictures.names():
-        target = f"techniques.md#{_anchor(name)}"
-        short = titles[name].partition(":")[0]
-        parts += [
-            f"## [{short}]({target})\n",
-            f"[![{pictures.caption(name)}](images/techniques/{name}.png)]({target})\n",
-        ]
-        parts += [f"{pictures.caption(name)}.\n"]
-    return "\n".join(parts)
+    """Return the page of all figures, each a link to the code that made it."""
+    titles = {one.module: one.title.partition(":")[0] for one in techniques()}
+    cells = []
+    for name in figures.names():
+        target, said = f"techniques.md#{_anchor(name)}", figures.caption(name)
+        cells.append(f"[![{said}](images/techniques/{name}.png)]({target})<br>**[{titles[name]}]({target})**<br>{said}")
+    cells += [""] * (-len(cells) % 2)
+    rows = [f"| {' | '.join(cells[at : at + 2])} |" for at in range(0, len(cells), 2)]
+    return "\n".join([GALLERY, "| | |", "| --- | --- |", *rows, ""])
 
 
 def reference(package: str) -> str:

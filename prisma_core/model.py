@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any, Literal, NoReturn, cast
 
 import torch
@@ -14,6 +15,7 @@ from prisma_core.errors import InputError, LoadError, NotApplicable, UnknownName
 from prisma_core.errors.arguments import LARGEST, expect, number, several, tensor
 from prisma_core.hooks.model import HookedModel
 from prisma_core.maps.weights import State, WeightMap
+from prisma_core.spec.brief import NameTable, html_table
 
 Size = tuple[int, ...]
 
@@ -208,6 +210,19 @@ class ZooModel(HookedModel):
                 if words in str(error):
                     raise InputError(advice) from error
             raise
+
+    def extra_repr(self) -> str:
+        """The first line of the repr: what it was loaded from, and its size."""
+        n = sum(parameter.numel() for parameter in self.parameters())
+        size = f"{n / 1e6:.1f} million" if n >= 1e6 else f"{n / 1e3:.0f} thousand"
+        return ", ".join([*([self.reference] if self.reference else []), f"{size} parameters"])
+
+    def _repr_html_(self) -> str:
+        """The same line, with the parts and the hook points to unfold; everything is text."""
+        points = html_table("Hook points", NameTable(self.hook_points()).rows())
+        parts = f"<details><summary>Parts</summary><pre>{escape(repr(self))}</pre></details>"
+        head = escape(f"{type(self).__name__}: {self.extra_repr()}")
+        return f"<b>{head}</b>{parts}<details><summary>Hook points</summary>{points}</details>"
 
     def towers(self) -> Mapping[str, ZooModel]:
         """Return the transformers this model is made of, by the prefix of their hook points."""

@@ -22,7 +22,17 @@ from prisma_core.errors import (
     returned,
     suggest,
 )
-from prisma_core.errors.arguments import check_call, device_of, expect, number, path_of, several, shown, whole
+from prisma_core.errors.arguments import (
+    check_call,
+    check_flags,
+    device_of,
+    expect,
+    number,
+    path_of,
+    several,
+    shown,
+    whole,
+)
 from prisma_core.errors.migration import keyword_names
 from prisma_core.files import hub
 from prisma_core.files.atomic import locked, replacing
@@ -69,6 +79,7 @@ from prisma_core.spec import (
     TextPoolSpec,
     TextSpec,
 )
+from prisma_core.spec.brief import BriefRepr
 from prisma_core.spec.layout import TokenLayout, indices, positions_of
 from prisma_core.toolbox import screen
 from prisma_core.toolbox.arguments import Count, Indices, Natural, Part, Share, checked
@@ -104,7 +115,7 @@ __all__ = [
     # specs
     "ModelSpec", "TokenLayout", "EmbedSpec", "Interpolation", "BlockSpec", "AttentionSpec", "RopeSpec", "RopeGrid",
     "RopeCount", "MlpSpec", "Activation", "NormSpec", "PoolSpec", "TextSpec", "TextPoolSpec", "DualSpec", "MapSpec",
-    "AnySpec", "Facts",
+    "AnySpec", "Facts", "BriefRepr",
     # rows and equations of hook maps
     "FUSED", "score_rows", "products", "same_bias",
     # readers, rows and checks that adapters share; scopes that unfuse upstream's attention
@@ -125,7 +136,7 @@ __all__ = [
     "indices", "screen", "Host", "PluginInfo", "installed",
     # arguments of public functions
     "checked", "Count", "Natural", "Part", "Share", "Indices", "shown", "whole", "number", "several", "path_of",
-    "check_call", "expect", "device_of",
+    "check_call", "check_flags", "expect", "device_of",
     # errors
     "PrismaError", "UnknownName", "HookError", "UnsupportedArchitecture", "WeightMapError", "NotApplicable",
     "MissingPart", "LoadError", "InputError", "PluginError", "suggest", "blaming", "returned",

@@ -30,7 +30,7 @@ from prisma_core.errors import (
     format_fields,
     returned,
 )
-from prisma_core.errors.arguments import device_of, dtype_of, expect
+from prisma_core.errors.arguments import check_flags, device_of, dtype_of, expect
 from prisma_core.files.checkpoint import check_finite, check_merged
 from prisma_core.hooks.model import HookedModel
 from prisma_core.host import installed
@@ -165,6 +165,7 @@ def adapt(upstream: nn.Module, *, adapter: Adapter | None = None, copy: bool = T
         PluginError: the adapter failed.
         InputError: it is no model; or the adapter is none, or does not take this type.
     """
+    check_flags(copy=copy)
     model = _adapt(upstream, adapter, copy=copy)
     if not copy and model.origin is not None and (copied := model.origin.copied):
         names, n = list(copied), len(tensors_of(model))

@@ -3,7 +3,7 @@
 Every ``python`` block of a page runs, in order, in one namespace, without a network. A block whose first line is
 ``# NAME.py`` is written to that file, which the blocks behind it may import; a ``diff`` block changes such a file; a
 ``toml`` block with entry points is installed. A block whose first line is ``# needs the network`` is skipped, and
-counted so.
+counted so; one whose first line is ``# needs nnsight`` runs where that library is installed.
 
 A ``text`` block right behind a ``python`` or ``bash`` block is what that block prints: ``...`` stands for anything, and
 numbers with an exponent for any such number. Only ``bash`` blocks with such a ``text`` block are run, in this process:
@@ -13,7 +13,9 @@ numbers with an exponent for any such number. Only ``bash`` blocks with such a `
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import itertools
+import linecache
 import os
 import re
 import shlex
@@ -33,10 +35,11 @@ from PIL import Image
 
 import prisma_core as prisma
 from prisma_core import host as plugins
-from prisma_core import spec
+from prisma_core import plugin, spec
 from prisma_core.cli.app import build, main
 from prisma_core.contract import hookspecs
 from prisma_core.host import Host
+from prisma_core.maps.rule import Rule
 from prisma_core.transformer.vit import HookedViT
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +52,7 @@ PAGES = [
 ]
 FENCE = re.compile(r"^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 NETWORK = "# needs the network\n"
+NEEDS = re.compile(r"# needs (\w+)\n")
 
 
 class Block(NamedTuple):
@@ -120,6 +124,12 @@ def _installed(text: str, folder: Path) -> None:
     (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
 
 
+def _installed_here(block: Block) -> bool:
+    """Whether the library is there that a block's first line names."""
+    needed = NEEDS.match(block.text)
+    return needed is None or importlib.util.find_spec(needed[1]) is not None
+
+
 class Reading:
     """A reader who does what a page says, in a folder of one's own."""
 
@@ -144,13 +154,16 @@ class Reading:
         elif block.language == "bash" and block.shown is not None:
             for line in block.text.splitlines():
                 self._type(shlex.split(line))
-        elif block.language == "python" and not block.online:
+        elif block.language == "python" and not block.online and _installed_here(block):
             if name := re.match(r"# ([\w/]+\.py)\n", block.text):
                 Path(name[1]).write_text(block.text)
                 self.forget()
             else:
-                code = compile("\n" * block.line + block.text, str(block.page.relative_to(ROOT)), "exec")
-                exec(code, self.namespace)
+                self._execute("\n" * block.line + block.text, str(block.page.relative_to(ROOT)))
+
+    def _execute(self, text: str, name: str) -> None:
+        linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)  # nnsight reads what it runs
+        exec(compile(text, name, "exec"), self.namespace)
 
     def _type(self, words: list[str]) -> None:
         if words[0] == "cd":
@@ -252,6 +265,29 @@ def test_generated_pages_are_up_to_date() -> None:
     del pages[DOCS / "commands.md"]  # each release of typer writes it in its own way: the test below reads it
     stale = [path.name for path, text in pages.items() if path.read_text("utf-8") != text]
     assert stale == [], "run python docs/generate.py"
+
+
+def test_every_row_of_the_page_of_tensors_is_a_rule() -> None:
+    page = generator("canonical")
+    rows = re.findall(r"`([^`]*->[^`]*)`", page.ROWS)
+    assert len(rows) > 10
+    for row in rows:
+        Rule.parse(row.replace("\\|", "|").replace("[q.", "[{l}.q.").replace("SOURCE", "source"))
+
+
+def test_every_field_of_a_spec_stands_on_the_page_of_tensors() -> None:
+    page = generator("canonical").page()
+    # Sizes and numbers that every model has, and details of fields that the page names.
+    plain = {"d_model", "image_size", "patch", "layout", "blocks", "embed", "pool", "rows", "columns", "eps", "n_heads"}
+    plain |= {"attn"}
+    details = {"d_head", "d_mlp", "any_length", "stem", "by_token", "pos_grid", "pos_factorized", "order", "n_latents"}
+    details |= {"d_latent", "latent_norm", "latents", "in_float32", "weight_in_float32", "ln1"}
+    kinds = ("ModelSpec", "EmbedSpec", "TokenLayout", "BlockSpec", "AttentionSpec", "MlpSpec", "NormSpec", "PoolSpec")
+    for kind in kinds:
+        fields = {f"{kind}.{name}" for name in set(getattr(plugin, kind).model_fields) - plain - details}
+        fields.discard("ModelSpec.kind")
+        missing = {field for field in fields if f"`{field}=" not in page}
+        assert not missing, missing
 
 
 def test_the_rooms_are_few_and_every_module_is_in_one() -> None:

@@ -165,7 +165,10 @@ CALLS: dict[str, Call] = {
         VIT.run_with_hooks, IMAGES, hooks={"z": same}, takes={"hooks": NO_HOOKS, "backward": NO_HOOKS}
     ),
     "HookedModel.run_with_cache": call(
-        VIT.run_with_cache, IMAGES, names="z", takes={**HOW, "names": NAMES, "hooks": NO_HOOKS, "loss": "None"}
+        VIT.run_with_cache,
+        IMAGES[:1],
+        names="z",
+        takes={**HOW, "names": NAMES, "hooks": NO_HOOKS, "loss": "None"},
     ),
     "HookedModel.resolve": call(VIT.resolve, "z", takes={"query": NAMES}),
     "HookedViT.forward": call(
@@ -209,8 +212,8 @@ CALLS: dict[str, Call] = {
     "TokenViews.cls": call(CACHE.cls, "resid_post", 0, takes=VIEW),
     "TokenViews.registers": call(CACHE.registers, "resid_post", 0, takes=VIEW),
     "DualCache.tower": call(PAIR.tower, "vision"),
-    "StreamCache.decompose_resid": call(CACHE.decompose_resid, takes=STREAM),
-    "StreamCache.accumulated_resid": call(CACHE.accumulated_resid, takes=STREAM),
+    "StreamCache.decompose_resid": call(CACHE.decompose_resid, 1, takes=STREAM),
+    "StreamCache.accumulated_resid": call(CACHE.accumulated_resid, 1, takes=STREAM),
     "StreamCache.stack_head_results": call(
         CACHE.stack_head_results, takes={**STREAM, "source": SOME, "project_output_onto": "None"}
     ),
@@ -219,7 +222,10 @@ CALLS: dict[str, Call] = {
     ),
     "Stream.apply_slice_to_batch_dim": call(CACHE.apply_slice_to_batch_dim, [0, 1], takes={"batch_slice": SOME}),
     "LogitAttribution.apply_ln_to_stack": call(
-        CACHE.apply_ln_to_stack, STACK, takes={"layer": SOME, "pos_slice": "None", "batch_slice": "None"}
+        CACHE.apply_ln_to_stack,
+        STACK,
+        1,
+        takes={"layer": SOME, "pos_slice": "None", "batch_slice": "None"},
     ),
     "LogitAttribution.project_stack": call(
         CACHE.project_stack, STACK, takes={"pos_slice": "None", "batch_slice": "None"}

@@ -62,7 +62,8 @@ def projects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     left = shutil.ignore_patterns("build", "*.egg-info", "__pycache__", ".*")
     shutil.copytree(EXAMPLE, folder / "example", ignore=left)
     assert main(["new-plugin", "made_up", "--folder", str(folder / "written")]) == 0
-    return {"example": folder / "example", "written": folder / "written"}
+    assert main(["new-plugin", "made_of_places", "--map", "--folder", str(folder / "mapped")]) == 0
+    return {name: folder / name for name in ("example", "written", "mapped")}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def environment(projects: dict[str, Path], tmp_path_factory: pytest.TempPathFact
     return made
 
 
-@pytest.mark.parametrize("which", ["example", "written"])
+@pytest.mark.parametrize("which", ["example", "written", "mapped"])
 def test_its_own_suite_passes_in_a_fresh_environment(
     which: str, projects: dict[str, Path], environment: Environment
 ) -> None:
@@ -97,6 +98,11 @@ def test_its_commands_in_a_fresh_environment(environment: Environment, tmp_path:
     assert "ready" in rows["made_up"]
     assert "torchvision.models.vision_transformer.VisionTransformer" in told
     assert told.count("passed: ") == 2
+
+
+def test_a_map_that_was_written_proves_every_hook_point(environment: Environment, tmp_path: Path) -> None:
+    code = "from prisma_conformance import check; print(check('made_of_places:tiny', checks='maps.proven'))"
+    assert "32 of 32 hook points proven by equations" in environment.run("-c", code, cwd=tmp_path)
 
 
 def test_the_example_has_about_a_hundred_lines() -> None:

@@ -10,7 +10,7 @@ import prisma_lens
 import pytest
 import torch
 
-EXAMPLES = ("attribute", "bridge", "composition", "heads", "lens", "readouts", "textspan")
+EXAMPLES = ("attribute", "bridge", "composition", "gradients", "heads", "lens", "readouts", "textspan")
 
 
 @pytest.mark.parametrize("name", [each.name for each in pkgutil.iter_modules(prisma_lens.__path__)])

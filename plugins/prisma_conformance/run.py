@@ -24,6 +24,7 @@ from prisma_core.plugin import (
     Case,
     NotApplicable,
     check_call,
+    check_flags,
     device_of,
     expect,
     installed,
@@ -83,6 +84,7 @@ def check(
         if function is not None:
             check_call(function, 2, name, "a function of two arguments")
     number(seed, "a seed")
+    check_flags(full=full, pretrained=pretrained)
     selected = select(checks)
     device_of(device)
     certificates: list[Certificate] = []

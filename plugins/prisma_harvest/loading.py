@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from prisma_core import InputError
-from prisma_core.plugin import check_call, open_picture
+from prisma_core.plugin import BriefRepr, check_call, open_picture
 from prisma_harvest.items import UNREADABLE, Item, content_hash, opened
 from prisma_harvest.sources import Data
 
 Prepare = Callable[[Any], Tensor]
 
 
-@dataclass
-class Batch:
+@dataclass(repr=False)
+class Batch(BriefRepr):
     """Some consecutive examples of the data.
 
     Attributes:

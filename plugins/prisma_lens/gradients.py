@@ -107,6 +107,11 @@ def grad_cam(
 
     The grid comes from the model's layout, so prefix tokens, windows and frames need no reshaping by hand.
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> grad_cam(model, torch.zeros(1, 3, 96, 96), "ladybird").shape
+    {'batch': 1, 'row': 12, 'column': 12}
+
     Args:
         model, images, metric: as in ``gradient_x_activation``.
         at: a hook point with tokens or a grid; by default the stream before the last block, since patches behind the

@@ -18,7 +18,7 @@ from prisma_core import (
     InputError,
     NotApplicable,
 )
-from prisma_core.plugin import checked, several, shown, whole
+from prisma_core.plugin import BriefRepr, checked, several, shown, whole
 from prisma_lens.inputs import as_input
 from prisma_lens.metrics import class_of
 
@@ -27,8 +27,8 @@ Target: TypeAlias = Any
 TowerName: TypeAlias = Literal["vision", "text"]
 
 
-@dataclass(frozen=True)
-class Readout:
+@dataclass(frozen=True, repr=False)
+class Readout(BriefRepr):
     """Directions in a model's output, and what is added to what lies along them.
 
     Attributes:

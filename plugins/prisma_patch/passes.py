@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from prisma_core import HookContext, HookedDual, HookedModel, HookedViT, InputError
-from prisma_core.plugin import checked, layer_of
+from prisma_core.plugin import BriefRepr, checked, layer_of
 
 Inputs: TypeAlias = "tuple[Tensor, ...]"
 Part: TypeAlias = "tuple[Any, ...]"
 
 
-@dataclass(frozen=True)
-class Variant:
+@dataclass(frozen=True, repr=False)
+class Variant(BriefRepr):
     """One replacement: at a hook point, a part of the activation by the same part of another.
 
     Attributes:

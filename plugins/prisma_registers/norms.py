@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import Tensor
 
 from prisma_core import HookedDual, HookedViT, InputError, NotApplicable, TokenLayout
-from prisma_core.plugin import Count, checked, positions_of, shown
+from prisma_core.plugin import BriefRepr, Count, checked, positions_of, shown
 
 Tokens: TypeAlias = "str | int | Sequence[int] | Tensor"
 FACTOR = 3.0
@@ -36,8 +36,8 @@ class LayerNorms(NamedTuple):
     positions: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class TokenNorms:
+@dataclass(frozen=True, repr=False)
+class TokenNorms(BriefRepr):
     """Norms of the residual stream after every block.
 
     Attributes:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prisma_core.plugin import Count, Share, UnknownName, checked, suggest
+from prisma_core.plugin import BriefRepr, Count, Share, UnknownName, checked, suggest
 from prisma_toy.canvas import ground, noisy, paint, uniform
 from prisma_toy.shapes import KINDS, coverage
 from prisma_toy.words import Words
@@ -38,8 +38,8 @@ _AXIS = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])  # of eac
 _SIGN = torch.tensor([-1.0, 1.0, -1.0, 1.0])
 
 
-@dataclass(frozen=True)
-class Captioned:
+@dataclass(frozen=True, repr=False)
+class Captioned(BriefRepr):
     """A batch of scenes with what they show.
 
     Attributes:

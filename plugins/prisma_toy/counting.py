@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prisma_core.plugin import Count, InputError, checked
+from prisma_core.plugin import BriefRepr, Count, InputError, checked
 from prisma_toy.canvas import ground, noisy, paint, uniform
 from prisma_toy.shapes import KINDS, PATTERNS, coverage
 
@@ -41,8 +41,8 @@ _CELLS = torch.tensor([(x, y) for y in (0.18, 0.5, 0.82) for x in (0.11, 0.32)])
 _SLOTS = 2 * MOST
 
 
-@dataclass(frozen=True)
-class Sums:
+@dataclass(frozen=True, repr=False)
+class Sums(BriefRepr):
     """A batch of sums.
 
     Attributes:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prisma_core.plugin import Count, InputError, Share, checked
+from prisma_core.plugin import BriefRepr, Count, InputError, Share, checked
 from prisma_toy import captions, counting, digits, dsprites, motions, scenes
 from prisma_toy.scenes import SampleScene
 
 
-@dataclass(frozen=True)
-class Sprites:
+@dataclass(frozen=True, repr=False)
+class Sprites(BriefRepr):
     """A batch of sprites.
 
     Attributes:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prisma_core.plugin import BriefRepr
 from prisma_toy.canvas import ground, noisy, uniform
 from prisma_toy.shapes import KINDS, coverage
 
@@ -19,8 +20,8 @@ DIRECTIONS = ("right", "down right", "down", "down left", "left", "up left", "up
 LABELS = tuple(f"{arrow} {name}" for arrow, name in zip("➡↘⬇↙⬅↖⬆↗", DIRECTIONS, strict=True))
 
 
-@dataclass(frozen=True)
-class Motions:
+@dataclass(frozen=True, repr=False)
+class Motions(BriefRepr):
     """A batch of videos.
 
     Attributes:

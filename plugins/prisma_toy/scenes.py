@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from prisma_core.plugin import Count, checked
+from prisma_core.plugin import BriefRepr, Count, checked
 from prisma_toy.canvas import ground, uniform
 from prisma_toy.shapes import KINDS, PATTERNS, coverage
 
@@ -56,8 +56,8 @@ _SLOTS = 4
 _CLUTTER = 5
 
 
-@dataclass(frozen=True)
-class Scenes:
+@dataclass(frozen=True, repr=False)
+class Scenes(BriefRepr):
     """A batch of scenes.
 
     Attributes:

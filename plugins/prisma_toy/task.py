@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from prisma_core import ZooModel
+from prisma_core.plugin import BriefRepr
 from prisma_toy.config import Config
 
 
-@dataclass(frozen=True)
-class Batch:
+@dataclass(frozen=True, repr=False)
+class Batch(BriefRepr):
     """Images or videos, and what the objective compares with.
 
     Attributes:

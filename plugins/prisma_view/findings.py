@@ -14,7 +14,7 @@ from prisma_patch import patch_heads
 from torch import Tensor
 
 from prisma_core import HookedViT, InputError, NotApplicable, Result, TokenLayout, UnknownName
-from prisma_core.plugin import checked, layer_of, open_picture
+from prisma_core.plugin import BriefRepr, checked, layer_of, open_picture
 from prisma_view.symbols import Symbol, symbol
 
 SHOWN = 8
@@ -24,8 +24,8 @@ FEW_HEADS = 72
 """Up to so many heads, each is also patched at the class token alone; for more, that takes too long."""
 
 
-@dataclass
-class Patching:
+@dataclass(repr=False)
+class Patching(BriefRepr):
     """Effects of swapping heads between two images.
 
     Attributes:
@@ -43,8 +43,8 @@ class Patching:
     guess: dict[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass
-class Report:
+@dataclass(repr=False)
+class Report(BriefRepr):
     """Everything a page shows of one model and one picture. A part that does not apply is None and says why in ``why``.
 
     Attributes:
@@ -57,7 +57,7 @@ class Report:
         layers, heads: attributions to the shown classes, ``[component class]`` and ``[layer head class]``.
     """
 
-    model: HookedViT
+    model: HookedViT = field(repr=False)
     picture: Image
     other: Image
     layout: TokenLayout

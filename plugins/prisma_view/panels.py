@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from prisma_core import HookedDual, Result, TokenLayout
+from prisma_core.plugin import BriefRepr
 from prisma_view.figures import Figure, plot
 
 SIDE = 288
@@ -31,8 +32,8 @@ class Section:
     images: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass(frozen=True)
-class Subject:
+@dataclass(frozen=True, repr=False)
+class Subject(BriefRepr):
     """A model and the input that it is looked at with.
 
     Attributes:
@@ -41,7 +42,7 @@ class Subject:
         words: texts for a dual encoder to tell apart.
     """
 
-    model: Any
+    model: Any = field(repr=False)
     x: Tensor
     seen: Any
     words: tuple[str, ...] = ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -11,6 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from prisma_core.spec import brief
 from prisma_core.toolbox.screen import out, show, show_json, table
 
 if TYPE_CHECKING:
@@ -97,33 +97,8 @@ def hook_rows(model: HookedModel, pattern: str | None = None) -> list[dict[str, 
 
 def folded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows with those of layers that are alike written once: ``blocks.{0-11}.attn.hook_q``."""
-    groups: dict[str, list[tuple[int, dict[str, Any]]]] = {}
-    for row in rows:
-        match = re.search(r"(?<=blocks\.)\d+(?=\.)", row["name"])
-        alike = json.dumps(
-            [row["name"][: match.start()] + "{}" + row["name"][match.end() :] if match else row["name"]]
-            + [row[key] for key in ("axes", "shape", "equation")]
-        )
-        groups.setdefault(alike, []).append((int(match[0]) if match else -1, row))
-    lines: list[dict[str, Any]] = []
-    for members in groups.values():
-        layers, row = [layer for layer, _ in members], members[0][1]
-        name = row["name"]
-        if len(layers) > 1:
-            name = re.sub(r"(?<=blocks\.)\d+(?=\.)", "{" + _ranges(layers) + "}", name, count=1)
-        lines.append({**row, "name": name})
-    return lines
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Return numbers as ranges: ``0-2,5``."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    told = ((row["name"], json.dumps({key: row[key] for key in row if key != "name"})) for row in rows)
+    return [{"name": name, **json.loads(rest)} for name, rest in brief.folded(told)]
 
 
 def _facts(model: HookedModel) -> dict[str, Any]:
@@ -159,7 +134,7 @@ def _told(name: str, value: Any) -> list[tuple[str, str]]:
         groups.setdefault(json.dumps(block), []).append(layer)
     rows: list[tuple[str, str]] = []
     for text, layers in groups.items():
-        label = f"blocks.{{{_ranges(layers)}}}" if len(layers) > 1 else f"blocks.{layers[0]}"
+        label = f"blocks.{brief.layer_range(layers)}"
         rows += [(f"{label}.{key}", _brief(part)) for key, part in json.loads(text).items()]
     return rows
 

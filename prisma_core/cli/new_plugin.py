@@ -32,6 +32,8 @@ WRITTEN = {
     "prisma_$name/source.py": "source.py",
     "tests/test_conformance.py": "test_conformance.py",
 }
+SAYS = "the facts of a model, the tensors that make each canonical one, the places of its activations"
+MAP_SAYS = "what a model takes, the places of its activations, and the equations that prove them"
 STAND_IN = "prisma_$name/tiny_vit.py"
 
 
@@ -56,6 +58,10 @@ def new_plugin(
             "--type", help="The class to adapt, such as acme.models.ViT; without it a small one to start from."
         ),
     ] = None,
+    as_map: Annotated[
+        bool,
+        typer.Option("--map", help="Hook the class where it stands: for architectures that no spec holds."),
+    ] = False,
 ) -> None:
     """Write a new plugin, ready to install: adapter, source, conformance case and tests.
 
@@ -66,7 +72,7 @@ def new_plugin(
     upstream = None if kind is None else _upstream(kind)
     dashed = name.replace("_", "-")
     folder = folder or Path(f"prisma-{dashed}")
-    _write(folder, _texts(name, dashed, upstream))
+    _write(folder, _texts(name, dashed, upstream, as_map))
     where = shlex.quote(str(folder))
     out().print(f"Wrote {escape(str(folder))}. Go on with:\n", soft_wrap=True)
     steps = (f"cd {where}", 'pip install -e ".[test]"', f"prisma check {name}:tiny", "pytest")
@@ -127,9 +133,9 @@ def _signature(kind: type) -> str:
     return textwrap.fill(text, 110, initial_indent="    # ", subsequent_indent="    #   ", break_long_words=False)
 
 
-def _texts(name: str, dashed: str, upstream: Upstream | None) -> dict[str, str]:
+def _texts(name: str, dashed: str, upstream: Upstream | None, as_map: bool) -> dict[str, str]:
     """Return the text of each file by its path."""
-    written = dict(WRITTEN)
+    written = WRITTEN | ({"prisma_$name/adapter.py": "map_adapter.py"} if as_map else {})
     package = f"prisma_{name}"
     if upstream is None:
         written[STAND_IN] = "tiny_vit.py"
@@ -160,6 +166,7 @@ def _texts(name: str, dashed: str, upstream: Upstream | None) -> dict[str, str]:
         }
     camel = "".join(part.capitalize() for part in name.split("_"))
     facts = {"name": name, "dashed": dashed, "camel": camel, "title": camel, **own}
+    facts["adapter_says"] = MAP_SAYS if as_map else SAYS
     templates = files("prisma_core.cli") / "templates" / "plugin"
     texts = {
         Template(path).substitute(facts): (templates / f"{template}.template").read_text(encoding="utf-8")

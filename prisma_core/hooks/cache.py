@@ -20,6 +20,7 @@ from prisma_core.files.atomic import replacing
 from prisma_core.files.checkpoint import read_safetensors
 from prisma_core.hooks.capture import Keep
 from prisma_core.hooks.query import LayerQuery, resolve_one, short_name
+from prisma_core.spec.brief import aligned, folded, html_table
 from prisma_core.spec.layout import Index, TokenLayout, positions_of
 from prisma_core.spec.views import TokenViews
 
@@ -173,6 +174,17 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
 
     def _tensors(self) -> Iterable[Tensor]:
         return self.store.values()
+
+    def _table(self) -> list[tuple[str, ...]]:
+        """Return the name, shape and dtype of what it holds; of layers that are alike, one row."""
+        shown = ((name, str(list(x.shape)), str(x.dtype).removeprefix("torch.")) for name, x in self.store.items())
+        return folded(shown)
+
+    def __str__(self) -> str:
+        return "\n".join([repr(self), *aligned(self._table())])
+
+    def _repr_html_(self) -> str:
+        return html_table(repr(self), self._table())
 
     # ---------------------------------------------------------------- other devices and shapes
 

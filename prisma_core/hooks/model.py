@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import HookError, InputError
-from prisma_core.errors.arguments import check_call, device_of, dtype_of
+from prisma_core.errors.arguments import check_call, check_flags, device_of, dtype_of
 from prisma_core.errors.migration import keyword_names, module_getattr, refuse_keywords, takes_any_keyword
 from prisma_core.hooks.cache import ActivationCache
 from prisma_core.hooks.capture import Countdown, Keep, gradients
@@ -27,6 +27,7 @@ from prisma_core.hooks.point import (
 )
 from prisma_core.hooks.query import LayerQuery, Query
 from prisma_core.hooks.sites import HookMapping, Site, by_name, select, splicing_scope, with_splices
+from prisma_core.spec.brief import NameTable
 from prisma_core.spec.layout import Index, TokenLayout, check_axes, index_slices
 
 
@@ -59,7 +60,7 @@ class HookedModel(nn.Module):
 
     def hook_points(self) -> dict[str, HookPoint]:
         """Return every hook point by its full name, in firing order."""
-        return {name: site.point for name, site in self._sites().items()}
+        return NameTable({name: site.point for name, site in self._sites().items()})
 
     def resolve(self, query: Query | None) -> list[str]:
         """Return the full names of the hook points a query selects (see ``prisma_core.hooks.query``)."""
@@ -256,6 +257,7 @@ class HookedModel(nn.Module):
             check_call(loss, 1, "The loss", "a function from the output to one number", HookError)
             if not output:
                 raise HookError("A loss needs the output: leave output=True.")
+        check_flags(output=output, remove_batch_dim=remove_batch_dim)
         sites = self._sites()
         scope = self._scope(sites, hooks)
         layout = self.layout_for(*inputs, *kwargs.values())  # how many patches a frame has depends on the input
@@ -341,6 +343,7 @@ class HookedModel(nn.Module):
         self, cache: ActivationCache, sites: Mapping[str, Site], query: Query | None, heads: Index | None, **how: Any
     ) -> dict[str, Keep]:
         """Return the captures that fill a cache, by full name; ``how`` is ``device``, ``dtype`` and ``detach``."""
+        check_flags(detach=how["detach"])
         how["device"], how["dtype"] = device_of(how["device"]), dtype_of(how["dtype"])
         axes = {name: sites[name].point.axes for name in select(sites, query)}
         pos, whole = cache.pos, set[str]()

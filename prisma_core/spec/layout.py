@@ -8,11 +8,12 @@ from typing import Any, Literal, cast
 import torch
 from einops import rearrange
 from jaxtyping import Shaped
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from prisma_core.errors import InputError, UnknownName, suggest
 from prisma_core.errors.arguments import expect, shown, tensor, whole
+from prisma_core.spec.brief import BriefModel
 
 Index = int | slice | Sequence[int] | Tensor
 IndexSlice = tuple[int, "slice | list[int]"]  # an axis, and what to keep of it
@@ -20,7 +21,7 @@ IndexSlice = tuple[int, "slice | list[int]"]  # an axis, and what to keep of it
 _POS, _HEADS = ("pos", "query_pos"), ("head",)
 
 
-class TokenLayout(BaseModel):
+class TokenLayout(BriefModel):
     """The order of the tokens along the ``pos`` axis: class token, distillation token, registers, patches.
 
     Patches run row by row, frame by frame. ``pos`` counts all tokens.

@@ -15,6 +15,12 @@ def widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype in HALF else x
 
 
+def softmax(scores: Tensor) -> Tensor:
+    """Return the softmax over the last axis, and zeros where no key may be read, as fused kernels have it."""
+    hidden = scores.isneginf().all(-1, keepdim=True)
+    return scores.masked_fill(hidden, 0).softmax(-1).masked_fill(hidden, 0)
+
+
 def show(point: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``x`` after a hook point that shows it in the dtype of the model.
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor
 
 from prisma_core.errors import InputError, LoadError, PluginError, PrismaError, UnknownName, suggest
-from prisma_core.errors.arguments import expect, number, path_of, several, tensor, whole
+from prisma_core.errors.arguments import check_flags, expect, number, path_of, several, tensor, whole
 from prisma_core.files.checkpoint import read_safetensors
 
 Self_ = TypeVar("Self_", bound="Result")
@@ -132,6 +132,7 @@ class Result:
         Args:
             by_size: the largest by absolute value; False the largest by value.
         """
+        check_flags(by_size=by_size)
         flat = self.values.flatten().float()
         order = (flat.abs() if by_size else flat).topk(min(number(k, "how many", 1), flat.numel())).indices
         names = [self.names(axis) for axis in self.axes]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prisma_core.errors import InputError
 from prisma_core.hooks.point import HookPoint
 from prisma_core.spec import AttentionSpec, RopeSpec
-from prisma_core.toolbox.precision import HALF, show, widened
+from prisma_core.toolbox.precision import HALF, show, softmax, widened
 from prisma_core.transformer.norm import Norm
 from prisma_core.transformer.recipes import computed
 from prisma_core.transformer.rope import Layout, rotate
@@ -86,14 +86,16 @@ def attend(
         if rows is None:
             x = show(scores, x, dtype)
             whole = x.dtype == dtype and dtype not in HALF
-            x = computed(pattern, _softmax, x) if whole else show(pattern, _softmax(x), dtype)
+            soft = softmax if bias is not None or scores.edited else _softmax
+            x = computed(pattern, soft, x) if whole else show(pattern, soft(x), dtype)
             return (x @ widened(v)).to(dtype).transpose(1, 2)
         rows.store(scores, x.to(dtype))
-        rows.store(pattern, x.softmax(-1).to(dtype))
+        rows.store(pattern, softmax(x).to(dtype))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2)
 
 
 def _softmax(x: Tensor) -> Tensor:
+    """Return the softmax where every query may read a key: without the two passes that look for others."""
     return x.softmax(-1)
 
 

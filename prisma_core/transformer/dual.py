@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError, UnknownName, suggest
-from prisma_core.errors.arguments import expect, several, shown
+from prisma_core.errors.arguments import check_flags, expect, several, shown
 from prisma_core.hooks.point import HookPoint
 from prisma_core.inputs import Picture
 from prisma_core.model import Size, ZooModel, read_sample
@@ -169,6 +169,7 @@ class HookedDual(ZooModel):
             normalize: give unit vectors, as the model compares them. Hooks on ``vision.`` run always, those on
                 ``image_embed``, the unit vectors, only then. The default is open_clip's and transformers'.
         """
+        check_flags(normalize=normalize)
         features = self.vision(self._pictured(image))
         return self.hook_image_embed(F.normalize(features, dim=-1)) if normalize else features
 
@@ -181,6 +182,7 @@ class HookedDual(ZooModel):
             text: a text, several, or tokens.
             normalize: as in ``encode_image``.
         """
+        check_flags(normalize=normalize)
         features = self.text(self.tokens(text))
         return self.hook_text_embed(F.normalize(features, dim=-1)) if normalize else features
 

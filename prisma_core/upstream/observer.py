@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from prisma_core.errors import HookError, PrismaError
 from prisma_core.hooks.recompute import checkpoints, keep
 from prisma_core.maps.places import FUSED, INSIDE, Place
-from prisma_core.toolbox.precision import show, widened
+from prisma_core.toolbox.precision import show, softmax, widened
 
 
 class Observer(ABC):
@@ -237,7 +237,7 @@ def _unfused(
         scores = scores.masked_fill(~attn_mask, -torch.inf)
     elif attn_mask is not None:
         scores = scores + attn_mask
-    return (shown("pattern", shown("scores", scores).softmax(-1)) @ v).to(dtype)
+    return (shown("pattern", softmax(shown("scores", scores))) @ v).to(dtype)
 
 
 __all__ = ["ModuleHooks", "Observer", "attach", "watching"]

@@ -1,6 +1,6 @@
-"""The pictures of techniques: each file of ``examples/`` is run, and the figure that it ends in is drawn.
+"""The figures of techniques: each file of ``examples/`` is run, and the figure that it ends in is drawn.
 
-``python docs/pictures.py`` draws all of them anew, ``python docs/pictures.py prisma_lens.lens`` some.
+``python docs/figures.py`` draws all of them anew, ``python docs/figures.py prisma_lens.lens`` some.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from PIL import Image, ImageChops
 
 DOCS = Path(__file__).parent
 EXAMPLES = DOCS / "examples"
-PICTURES = DOCS / "images" / "techniques"
-LIKE = 2.0  # of 255, the mean over a picture at a quarter of its size: another release of matplotlib moves a label
+FIGURES = DOCS / "images" / "techniques"
+LIKE = 2.0  # of 255, the mean over a image at a quarter of its size: another release of matplotlib moves a label
 
 
 def names() -> list[str]:
@@ -44,7 +44,7 @@ def run(name: str) -> Any:
 
 
 def drawn(chart: Any) -> Image.Image:
-    """Return a chart as a small picture."""
+    """Return a chart as a small image."""
     from prisma_view import still
 
     stream = io.BytesIO()
@@ -53,12 +53,12 @@ def drawn(chart: Any) -> Image.Image:
 
 
 def stored(name: str) -> Image.Image:
-    """Return a technique's picture, as it is in the docs."""
-    return Image.open(PICTURES / f"{name}.png").convert("RGB")
+    """Return a technique's figure, as it is in the docs."""
+    return Image.open(FIGURES / f"{name}.png").convert("RGB")
 
 
 def alike(one: Image.Image, other: Image.Image) -> bool:
-    """Return whether two pictures show the same, to the eye."""
+    """Return whether two images show the same, to the eye."""
     if any(abs(a - b) > 4 for a, b in zip(one.size, other.size, strict=True)):
         return False
     size = (one.width // 4, one.height // 4)
@@ -66,11 +66,11 @@ def alike(one: Image.Image, other: Image.Image) -> bool:
 
 
 def main(chosen: list[str]) -> None:
-    """Draw the pictures of techniques, all of them where none are named."""
-    PICTURES.mkdir(parents=True, exist_ok=True)
+    """Draw the figures of techniques, all of them where none are named."""
+    FIGURES.mkdir(parents=True, exist_ok=True)
     for name in chosen or names():
-        picture = drawn(run(name).chart)
-        picture.quantize(128).save(PICTURES / f"{name}.png", optimize=True)
+        image = drawn(run(name).chart)
+        image.quantize(128).save(FIGURES / f"{name}.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,54 @@
+"""The figures of the docs are what their examples draw, and a changed result is seen."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+DOCS = Path(__file__).parents[2] / "docs"
+NO_FIGURE = {
+    "prisma_sae.naming": "returns names",
+    "prisma_sae.training": "returns coders; evaluate draws how good they are",
+    "prisma_view.gallery_units": "draws pages: how-to-gallery.md",
+}
+
+
+def module(name: str) -> Any:
+    sys.path.insert(0, str(DOCS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(DOCS))
+
+
+figures = module("figures")
+
+
+def test_every_technique_has_a_figure_or_a_reason() -> None:
+    every = {one.module for one in module("techniques").techniques()}
+    assert set(figures.names()) == every - set(NO_FIGURE)
+    assert set(NO_FIGURE) <= every
+    stored = {path.stem: path.stat().st_size for path in figures.FIGURES.glob("*.png")}
+    assert set(stored) == set(figures.names())
+    assert max(stored.values()) < 60_000, "images of the docs are small"
+
+
+@pytest.mark.parametrize("name", figures.names())
+def test_an_example_draws_its_figure(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "prisma_lens.bridge":
+        pytest.importorskip("captum")
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.chdir(tmp_path)
+    chart = figures.run(name).chart
+    stored = figures.stored(name)
+    assert figures.alike(figures.drawn(chart), stored), f"python docs/figures.py {name} draws it anew: look at it"
+    values = np.array(chart.values)
+    moved = dataclasses.replace(chart, values=values[..., ::-1, ::-1].copy())
+    assert not figures.alike(figures.drawn(moved), stored), "a result turned around is not seen in the figure"

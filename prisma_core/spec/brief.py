@@ -1,0 +1,132 @@
+"""Short forms for people: specs without their defaults, dataclasses with shapes for tensors, tables of hook names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from html import escape
+from itertools import groupby
+from textwrap import indent
+from typing import Any, TypeVar, cast
+
+from pydantic import BaseModel
+from torch import Tensor
+
+V = TypeVar("V")
+WIDTH = 100
+_LAYER = re.compile(r"(?<=blocks\.)\d+(?=\.)")
+
+
+class BriefModel(BaseModel):
+    """A pydantic model whose repr leaves out defaults and writes equal neighbours once: ``12 * (BlockSpec(...),)``."""
+
+    def __repr__(self) -> str:
+        given = {
+            name: getattr(self, name)
+            for name, field in type(self).model_fields.items()
+            if field.is_required() or getattr(self, name) != field.get_default(call_default_factory=True)
+        }
+        return _call(type(self).__name__, (f"{name}={_code(value)}" for name, value in given.items()))
+
+    def __str__(self) -> str:
+        return repr(self)
+
+
+class BriefRepr:
+    """Base of dataclasses (with ``repr=False``) that hold tensors: their repr has shapes in the place of numbers.
+
+    >>> import torch
+    >>> from dataclasses import dataclass
+    >>> @dataclass(repr=False)
+    ... class Drawn(BriefRepr):
+    ...     image: torch.Tensor
+    ...     seed: int
+    >>> Drawn(torch.zeros(2, 3), 5)
+    Drawn(image=float32 [2 3], seed=5)
+    """
+
+    def __repr__(self) -> str:
+        shown = (each.name for each in fields(cast(Any, self)) if each.repr)
+        return _call(type(self).__name__, (f"{name}={_shape(getattr(self, name))}" for name in shown))
+
+
+class NameTable(dict[str, V]):
+    """A dictionary by hook name that shows itself as a table, the layers that are alike in one row."""
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return names with their axes; of layers that differ in their number alone, one row."""
+        return folded((name, str(getattr(value, "axes", value))) for name, value in self.items())
+
+    def __repr__(self) -> str:
+        return "\n".join([f"{len(self)} hook points", *aligned(self.rows())])
+
+    def _repr_html_(self) -> str:
+        return html_table(f"{len(self)} hook points", self.rows())
+
+
+def folded(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Return rows that begin with a name, those of layers that are alike written once.
+
+    >>> folded([("blocks.0.hook_z", "4"), ("blocks.1.hook_z", "4"), ("hook_embed", "5")])
+    [('blocks.{0-1}.hook_z', '4'), ('hook_embed', '5')]
+    """
+    layers: dict[tuple[str, ...], list[int]] = {}
+    for name, *rest in rows:
+        match = _LAYER.search(name)
+        key = name if match is None else f"{name[: match.start()]}{{}}{name[match.end() :]}"
+        layers.setdefault((key, *rest), []).extend([] if match is None else [int(match[0])])
+    return [(key.replace("{}", layer_range(of)), *rest) for (key, *rest), of in layers.items()]
+
+
+def aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Return rows as lines, their columns below one another."""
+    table = list(rows)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+
+
+def html_table(title: str, rows: Iterable[tuple[str, ...]]) -> str:
+    """Return rows as an HTML table with a caption; everything in it is text."""
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><caption>{escape(title)}</caption>{body}</table>"
+
+
+def layer_range(numbers: list[int]) -> str:
+    """Return numbers as ranges: ``{0-2,5}``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    if len(numbers) == 1:
+        return str(numbers[0])
+    return "{" + ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) + "}"
+
+
+def _call(name: str, arguments: Iterable[str]) -> str:
+    given = list(arguments)
+    line = f"{name}({', '.join(given)})"
+    if len(line) <= WIDTH and "\n" not in line:
+        return line
+    return f"{name}(\n{indent(''.join(f'{each},' + chr(10) for each in given), '  ')})"
+
+
+def _code(value: object) -> str:
+    """Return a value as code, with equal neighbours of a tuple of specs once."""
+    items = cast("tuple[object, ...]", value) if isinstance(value, tuple) else ()
+    if not items or not isinstance(items[0], BaseModel):
+        return f"{value!r}"
+    runs = [(each, len(list(same))) for each, same in groupby(items)]
+    return " + ".join(f"{n} * ({each!r},)" if n > 1 else f"({each!r},)" for each, n in runs)
+
+
+def _shape(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {str(list(value.shape)).replace(',', '')}"
+    if isinstance(value, Mapping):
+        items = cast("Mapping[object, object]", value).items()
+        return f"{{{', '.join(f'{name!r}: {_shape(each)}' for name, each in items)}}}"
+    parts = cast("list[object]", value) if isinstance(value, list | tuple) else []
+    return f"[{', '.join(map(_shape, parts))}]" if any(isinstance(each, Tensor) for each in parts) else f"{value!r}"
