@@ -27,7 +27,7 @@ from prisma_lens.metrics import MetricLike, as_metric
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, NotApplicable, Result
-from prisma_core.plugin import Count, Indices, Query, checked, layer_of
+from prisma_core.plugin import Count, Indices, Query, checked, layer_of, shown
 from prisma_patch.passes import Inputs, Variant, passes_of
 from prisma_patch.places import Places, Positions, Region, block_of, check_reach
 from prisma_patch.sweeps import run
@@ -168,6 +168,8 @@ def _sources(
             )
         rows = [(at + 1) % sources[0].shape[0] for at in range(n)]
         return {name: x[rows] for name, x in cache.items()}
+    if reference is not None:
+        raise InputError(f"reference= is for other='mean' or 'resample'; got other inputs and {shown(reference)}.")
     theirs = as_inputs(model, other)
     if theirs[0].shape[0] not in (1, inputs[0].shape[0]):
         raise InputError(

@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import Tensor
 
 from prisma_core import HookedDual, HookedViT, InputError, NotApplicable, TokenLayout
-from prisma_core.plugin import BriefRepr, Count, checked, positions_of
+from prisma_core.plugin import BriefRepr, Count, checked, positions_of, shown
 
 Tokens: TypeAlias = "str | int | Sequence[int] | Tensor"
 FACTOR = 3.0
@@ -165,17 +165,19 @@ def attention_to(
 
 
 def _positions(layout: TokenLayout, tokens: Tokens) -> list[int]:
+    if tokens is None:
+        raise InputError("Expected a subset of the tokens such as 'registers', or positions; got None.")
     if isinstance(tokens, str):
         positions = list(range(layout.n_tokens)[layout.slice(tokens)])
         if not positions:
             raise NotApplicable(f"This model has no tokens of the kind {tokens!r}.")
         return positions
-    numbers = [tokens] if isinstance(tokens, int) else tokens if isinstance(tokens, Tensor) else list(tokens)
-    if not isinstance(numbers, Tensor) and any(not isinstance(each, int) or isinstance(each, bool) for each in numbers):
-        raise InputError(f"Expected a subset of the tokens such as 'registers', or positions; got {tokens!r}.")
-    if not (positions := list(dict.fromkeys(positions_of(numbers, layout.n_tokens)))):
-        raise InputError("Expected at least one position to look at, got none.")
-    return positions
+    try:
+        return list(dict.fromkeys(positions_of(tokens, layout.n_tokens)))
+    except InputError as error:
+        raise InputError(
+            f"Expected a subset of the tokens such as 'registers', or positions; got {shown(tokens)}. {error}"
+        ) from error
 
 
 def check_outliers(cutoff: float | None, factor: float | None) -> None:
@@ -206,8 +208,8 @@ def check_images(images: object) -> None:
             f"Expected images as a tensor [batch channel height width], got {type(images).__name__}. "
             "model.preprocess makes one of images and paths."
         )
-    if not len(images):
-        raise InputError("Expected at least one image [batch channel height width], got none.")
+    if not images.ndim or not len(images):
+        raise InputError(f"Expected at least one image [batch channel height width], got {shown(images)}.")
 
 
 def check_vit(model: object) -> None:

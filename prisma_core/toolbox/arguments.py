@@ -144,11 +144,13 @@ def _reader(hint: object) -> _Reader | None:
         return None if None in options else _first_of(cast("list[_Reader]", options))
     if origin in _COLLECTIONS:
         return _COLLECTIONS[origin](origin, args)
-    kind = cast("Any", origin or hint)
+    kind = cast(Any, origin or hint)
     if not isinstance(kind, type) or kind in (Any, object) or hasattr(kind, "dim_str"):
         return None  # Any, a type variable, the name of an alias; jaxtyping's shapes: who reads a tensor says more
-    known: type = HookedModel if issubclass(kind, HookedModel) else kind  # who takes a model says what kind it wants
-    return _Reader(_words(known), _READ.get(known, lambda value: _instance(value, known)))
+    if issubclass(kind, HookedModel):
+        kind = HookedModel  # a function says itself why it does not apply to a model of another kind
+    exact = cast(type, kind)
+    return _Reader(_words(exact), _READ.get(exact, lambda value: _instance(value, exact)))
 
 
 def _words(kind: type) -> str:
