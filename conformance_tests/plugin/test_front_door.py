@@ -24,6 +24,9 @@ KIT = {  # what the conformance kit imports from elsewhere, which no other plugi
     "prisma_core.upstream.observer": "it records upstream's tensors with what hooked upstreams run",
     "prisma_core.zoo": "it calls sources and adapters as load and adapt do, step by step",
     "prisma_core.maps.places": "it leaves out places inside fused kernels, which only a hooked upstream opens",
+    "prisma_core.maps.rule": "its doctor writes other rows of weight tables",
+    "prisma_core.maps.table": "its doctor fills in the marks of rows",
+    "prisma_core.toolbox.tables": "it numbers the rows of hook maps as hooked upstreams do",
 }
 
 
@@ -105,11 +108,12 @@ def test_the_kit_and_its_exceptions() -> None:
     assert set(excused.values()) == set(KIT), "an exception that nothing needs"
 
 
+@pytest.mark.parametrize("as_map", [False, True])
 @pytest.mark.parametrize("upstream", [None, "torch.nn.modules.linear.Linear"])
-def test_the_template(upstream: str | None) -> None:
+def test_the_template(upstream: str | None, as_map: bool) -> None:
     from prisma_core.cli.new_plugin import _upstream
 
-    texts = _texts("acme", "acme", None if upstream is None else _upstream(upstream))
+    texts = _texts("acme", "acme", None if upstream is None else _upstream(upstream), as_map)
     written = {path: text for path, text in texts.items() if path.endswith(".py")}
     assert any("prisma_core.plugin" in text for text in written.values())
     found = [one for path, text in written.items() for one in wrong(text, path)]

@@ -9,6 +9,7 @@ from prisma_conformance.finding import Check
 from prisma_conformance.report.results import CheckResult
 from prisma_conformance.run import run_check
 from prisma_conformance.subject import Subject
+from prisma_core.maps.table import pattern_of
 
 TO_DO: Mapping[str, str] = {
     "parity.logits": "the dtype or the size in the message is what differs",
@@ -47,8 +48,6 @@ def _rows(detail: str, subject: Subject) -> list[str]:
     words = set(re.findall(r"[\w.]+", detail))
     if origin is None:
         return []
-    from prisma_core.maps.table import pattern_of
-
     return [
         f"'{rule}'"
         for rule in origin.map.rows
