@@ -51,7 +51,9 @@ The scores are what goes into the softmax: scaled, with any bias added. The patt
 and `mlp_out` are what is added to the residual stream, after layer scale or a norm behind the branch. Asking for
 scores or patterns, or editing a norm's scale, makes that layer compute step by step instead of in one fused kernel;
 the result then equals the fused one to rounding. Where only some queries' rows are kept (`pos="cls"`), these rows are
-computed beside the fused kernel, and the pass is the plain one to the bit.
+computed beside the fused kernel, and the pass is the plain one to the bit. A full cache of a canonical
+model holds sums of the stream, patterns and outputs of norms as functions of the other activations until they are first
+asked for; `cache.nbytes` says what it takes.
 """
 
 

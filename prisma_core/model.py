@@ -90,24 +90,32 @@ class Origin:
         map: its weight map.
         upstream: upstream's tensors by name; without data where the weight map can make them again.
         persistent: the names in upstream's state dict.
+        tied: names of one and the same upstream tensor.
+        copied: the canonical tensors that share no memory with upstream's, each with the rule that made it.
     """
 
     kind: str
     map: WeightMap = field(repr=False)
     upstream: dict[str, Tensor] = field(repr=False)
     persistent: list[str] = field(repr=False)
+    tied: list[list[str]] = field(repr=False, default_factory=list[list[str]])
+    copied: dict[str, str] = field(repr=False, default_factory=dict[str, str])
 
     @classmethod
-    def of(cls, kind: str, table: WeightMap, tensors: State, persistent: Iterable[str]) -> Origin:
+    def of(cls, kind: str, table: WeightMap, tensors: State, persistent: Iterable[str], canonical: State) -> Origin:
         """Record a model: copies of the tensors that its weight map cannot make again, the shapes of the others."""
         names = list(persistent)
-        copied = {name for name in tensors if table.reason_to_ignore(name) is not None}
-        copied |= table.function_sources(tensors) | (set(tensors) - set(names))
+        kept = {name for name in tensors if table.reason_to_ignore(name) is not None}
+        kept |= table.function_sources(tensors) | (set(tensors) - set(names))
         upstream = {
-            name: tensor.detach().clone() if name in copied else tensor.detach().to("meta")
+            name: tensor.detach().clone() if name in kept else tensor.detach().to("meta")
             for name, tensor in tensors.items()
         }
-        return cls(kind, table, upstream, names)
+        several: dict[int, list[str]] = {}
+        for name in tensors:
+            several.setdefault(id(tensors[name]), []).append(name)
+        tied = [group for group in several.values() if len(group) > 1]
+        return cls(kind, table, upstream, names, tied, table.copied(tensors, canonical))
 
     def export(self, canonical: State) -> dict[str, Tensor]:
         """Make upstream's state dict from the canonical tensors.
@@ -119,6 +127,13 @@ class Origin:
         for name in self.upstream.keys() - set(self.persistent):
             if not torch.equal(state[name], self.upstream[name].to(state[name])):
                 raise WeightMapError(f"What {name} makes was changed, and upstream's state dict does not hold it.")
+        for first, *others in self.tied:
+            for name in others:
+                if not torch.equal(state[first], state[name].to(state[first])):
+                    raise WeightMapError(
+                        f"What {first} and {name} make was changed differently: upstream has one tensor under both "
+                        "names and cannot hold the change. Edit both alike."
+                    )
         return {name: state[name].contiguous() for name in self.persistent}
 
 

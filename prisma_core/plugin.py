@@ -28,6 +28,7 @@ from prisma_core.files.atomic import locked, replacing
 from prisma_core.files.checkpoint import (
     check_axes,
     check_finite,
+    check_merged,
     check_shapes,
     depth_in,
     digest,
@@ -114,7 +115,7 @@ __all__ = [
     "SIZES",
     # files, the hub, and options of sources
     "read_checkpoint", "read_states", "read_objects", "SavedObject",
-    "replacing", "locked", "check_axes", "check_shapes", "check_finite",
+    "replacing", "locked", "check_axes", "check_shapes", "check_finite", "check_merged",
     "depth_in", "digest", "check_layers", "check_claims", "read_outline", "hub", "without_code", "code_in",
     "Options", "read_options", "Whole", "Above", "Heads", "Eps", "Pixels", "check_keywords", "keywords",
     "keyword_names",

@@ -6,6 +6,7 @@ import copy as copying
 import difflib
 import os
 import re
+import warnings
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -29,8 +30,8 @@ from prisma_core.errors import (
     format_fields,
     returned,
 )
-from prisma_core.errors.arguments import device_of, dtype_of, expect
-from prisma_core.files.checkpoint import check_finite
+from prisma_core.errors.arguments import check_flags, device_of, dtype_of, expect
+from prisma_core.files.checkpoint import check_finite, check_merged
 from prisma_core.hooks.model import HookedModel
 from prisma_core.host import installed
 from prisma_core.maps.places import HookMap
@@ -40,6 +41,7 @@ from prisma_core.model import Origin, ZooModel, assign, tensors_of
 from prisma_core.saving.folder import load_folder, with_own_stem
 from prisma_core.spec import AnySpec, DualSpec, MapSpec, ModelSpec, TextSpec
 from prisma_core.toolbox.options import check_keywords, keywords
+from prisma_core.toolbox.tables import check_rows
 from prisma_core.toolbox.undeclared import check_undeclared, unwrapped
 from prisma_core.transformer import HookedDual, HookedText, build
 from prisma_core.transformer.names import optional_hook_names
@@ -82,12 +84,14 @@ def load(
     place, kind = device_of(device), dtype_of(dtype)
     source, rest = reference_of(reference)
     reference = f"{source}:{rest}"
+    if options.get("pretrained", True):
+        check_merged(Path(rest).expanduser())
     if source == "file":
         check_keywords("file:", options, ())
         model = load_folder(Path(rest))
     else:
         loaded = load_upstream(installed().source(source), rest, **options)
-        model = loaded.model if isinstance(loaded.model, HookedModel) else adapt(loaded.model, copy=False)
+        model = loaded.model if isinstance(loaded.model, HookedModel) else _adapt(loaded.model, None, copy=False)
         if isinstance(model, ZooModel):
             model.preprocess = loaded.preprocess or model.preprocess
             model.labels = loaded.labels or model.labels
@@ -151,7 +155,8 @@ def adapt(upstream: nn.Module, *, adapter: Adapter | None = None, copy: bool = T
         upstream: a model of a type some installed plugin adapts, or one in ``torch.compile`` or ``DataParallel``. It is
             never changed.
         adapter: one whose ``types`` name the model's, to use instead of the installed one.
-        copy: False shares its weights wherever they need no rearranging.
+        copy: False shares its weights: what trains or edits one model does so with the other. Those that upstream holds
+            in another form are copies; a warning says so, and ``model.origin.copied`` lists them with the reason.
 
     Raises:
         UnsupportedArchitecture: it has something the canonical transformer cannot represent.
@@ -160,6 +165,19 @@ def adapt(upstream: nn.Module, *, adapter: Adapter | None = None, copy: bool = T
         PluginError: the adapter failed.
         InputError: it is no model; or the adapter is none, or does not take this type.
     """
+    check_flags(copy=copy)
+    model = _adapt(upstream, adapter, copy=copy)
+    if not copy and model.origin is not None and (copied := model.origin.copied):
+        names, n = list(copied), len(tensors_of(model))
+        warnings.warn(
+            f"copy=False: {len(names)} of {n} tensors are copies, which do not follow upstream's, for it holds them in "
+            f"another form: {copied[names[0]]}{', ...' if len(names) > 1 else ''}. model.origin.copied lists them.",
+            stacklevel=2,
+        )
+    return model
+
+
+def _adapt(upstream: nn.Module, adapter: Adapter | None, *, copy: bool) -> ZooModel:
     model = cast("object", upstream)
     if not isinstance(model, nn.Module):
         raise InputError(f"adapt takes a model, got {type(model).__name__}. prisma.load takes a reference.")
@@ -210,7 +228,7 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> Z
     if stem is not None:
         for tower in with_own_stem(model):
             tower.embed.stem = copying.deepcopy(stem)
-    hooks.check(model.hook_points(), optional_hook_names(model))
+    check_rows(hooks, model.hook_points(), optional_hook_names(model))
     theirs = tensors_of(upstream)
     with torch.enable_grad():  # a tensor made of a trainable one is trainable, whatever mode the caller is in
         tensors = table.forward(theirs, {name: tensor.shape for name, tensor in tensors_of(model).items()})
@@ -222,7 +240,7 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> Z
             tensors[name] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
         places.add(place)
     assign(model, tensors)
-    model.origin = Origin.of(qualified_name(upstream), table, theirs, upstream.state_dict())
+    model.origin = Origin.of(qualified_name(upstream), table, theirs, upstream.state_dict(), tensors)
     return model.eval()
 
 

@@ -90,7 +90,7 @@ def test_check_that_fails(with_timm: Run, monkeypatch: pytest.MonkeyPatch) -> No
         (("models", "--source", "tony"), 1, "Did you mean tiny?"),
         (("check", "nothing"), 1, "'nothing' is not a reference"),
         (("check", "tiny:upstream", "--checks", "parity.logit"), 1, "Did you mean parity.logits"),
-        (("check", "tiny:upstream", "--device", "abacus"), 1, "No device 'abacus' here; there is cpu"),
+        (("check", "tiny:upstream", "--device", "abacus"), 1, "got 'abacus'; there is cpu"),
         (("doctor", "tony:one"), 1, "Did you mean tiny?"),
         (("greet", "bug"), 1, "unexpected ZeroDivisionError: oh no"),
     ],

@@ -174,7 +174,7 @@ def test_a_device_that_fails_is_reported_and_ends_no_run() -> None:
 
 
 def test_unknown_devices_and_dtypes_are_named() -> None:
-    with pytest.raises(InputError, match="No device 'abacus' here; there is cpu"):
+    with pytest.raises(InputError, match="got 'abacus'; there is cpu"):
         check("toy:scenes-3l", device="abacus")
     with pytest.raises(InputError, match="float32, bfloat16, float16; got 'int8'"):
         check("toy:scenes-3l", dtypes=["int8"])

@@ -18,6 +18,7 @@ from windows import Adapter, Upstream
 import prisma_core as prisma
 from prisma_core import HookedDual, HookedText, HookedViT, ModelSpec, PrismaError, Result
 from prisma_core.inputs import Preprocess
+from prisma_core.inputs.video import VideoPreprocess
 from prisma_core.spec import DualSpec, Interpolation, RopeCount, TextSpec
 from prisma_core.transformer.dual import DualCache
 from prisma_core.transformer.factored import FactoredMatrix
@@ -103,7 +104,18 @@ SIZED = {"batch": INT, "size": "None", "generator": "None"}
 CALLS: dict[str, Call] = {
     # models: load, prove, look
     "load": call(prisma.load, f"file:{prisma.save(VIT, FOLDER / 'vit')}", takes={"device": "None", "dtype": "None"}),
-    "adapt": call(prisma.adapt, Upstream(), adapter=Adapter(), takes={"adapter": ""}),
+    "adapt": call(prisma.adapt, Upstream(), adapter=Adapter()),
+    "check": call(
+        prisma.check,
+        Upstream(),
+        adapter=Adapter(),
+        checks="algebra",
+        takes={
+            "seed": f"{INT} -99 10**18",
+            **dict.fromkeys(["checks", "device", "dtypes", "starting", "progress"], "None"),
+            "upstream": "None module",  # read for hooked models alone
+        },
+    ),
     "export": call(prisma.export, MAPPED),
     "save": call(prisma.save, VIT, FOLDER / "saved", takes={"folder": "nonsense"}),
     "outline": call(prisma.outline, f"file:{FOLDER / 'vit'}"),
@@ -153,7 +165,10 @@ CALLS: dict[str, Call] = {
         VIT.run_with_hooks, IMAGES, hooks={"z": same}, takes={"hooks": NO_HOOKS, "backward": NO_HOOKS}
     ),
     "HookedModel.run_with_cache": call(
-        VIT.run_with_cache, IMAGES, names="z", takes={**HOW, "names": NAMES, "hooks": NO_HOOKS, "loss": "None"}
+        VIT.run_with_cache,
+        IMAGES[:1],
+        names="z",
+        takes={**HOW, "names": NAMES, "hooks": NO_HOOKS, "loss": "None"},
     ),
     "HookedModel.resolve": call(VIT.resolve, "z", takes={"query": NAMES}),
     "HookedViT.forward": call(
@@ -197,8 +212,8 @@ CALLS: dict[str, Call] = {
     "TokenViews.cls": call(CACHE.cls, "resid_post", 0, takes=VIEW),
     "TokenViews.registers": call(CACHE.registers, "resid_post", 0, takes=VIEW),
     "DualCache.tower": call(PAIR.tower, "vision"),
-    "StreamCache.decompose_resid": call(CACHE.decompose_resid, takes=STREAM),
-    "StreamCache.accumulated_resid": call(CACHE.accumulated_resid, takes=STREAM),
+    "StreamCache.decompose_resid": call(CACHE.decompose_resid, 1, takes=STREAM),
+    "StreamCache.accumulated_resid": call(CACHE.accumulated_resid, 1, takes=STREAM),
     "StreamCache.stack_head_results": call(
         CACHE.stack_head_results, takes={**STREAM, "source": SOME, "project_output_onto": "None"}
     ),
@@ -207,7 +222,10 @@ CALLS: dict[str, Call] = {
     ),
     "Stream.apply_slice_to_batch_dim": call(CACHE.apply_slice_to_batch_dim, [0, 1], takes={"batch_slice": SOME}),
     "LogitAttribution.apply_ln_to_stack": call(
-        CACHE.apply_ln_to_stack, STACK, takes={"layer": SOME, "pos_slice": "None", "batch_slice": "None"}
+        CACHE.apply_ln_to_stack,
+        STACK,
+        1,
+        takes={"layer": SOME, "pos_slice": "None", "batch_slice": "None"},
     ),
     "LogitAttribution.project_stack": call(
         CACHE.project_stack, STACK, takes={"pos_slice": "None", "batch_slice": "None"}
@@ -233,6 +251,22 @@ CALLS: dict[str, Call] = {
     "@ FactoredMatrix": call(MATRIX.__rmatmul__, torch.zeros(5)),
     "FactoredMatrix *": call(MATRIX.__mul__, 2.0, takes={"factor": "3.5 nan -99 10**18 int64 tensor"}),
     "FactoredMatrix /": call(MATRIX.__truediv__, 2.0, takes={"divisor": "3.5 nan -99 10**18 int64 tensor"}),
+    "FactoredMatrix []": call(MATRIX.__getitem__, 0, takes={"index": "None int64"}, raises=(PrismaError, IndexError)),
+    "Result": call(
+        Result,
+        torch.zeros(2, 3),
+        ("a", "b"),
+        {"a": ("x", "y")},
+        takes={
+            **dict.fromkeys(["technique", "unit", "baseline", "total"], "'' nonsense"),
+            **dict.fromkeys(["labels", "tensors", "facts"], "{}"),
+        },
+    ),
+    "a place of a Result": call(lambda where: RESULT.sel(layer=where), 0, takes={"where": INT}),
+    "places of a Result": call(lambda where: RESULT.sel(layer=[0, where]), 0, takes={"where": INT}),
+    "cache []": call(CACHE.__getitem__, ("z", 0)),
+    "both towers' cache []": call(PAIR.__getitem__, ("vision.z", 0)),
+    "open a video": call(VideoPreprocess(frames=2, each=VIT.preprocess), np.zeros((4, 8, 12, 3), np.uint8)),
     "HookPoint": call(prisma.HookPoint, "batch pos", "x", takes={"equation": "'' nonsense", "axes": "'' nonsense"}),
     "open an image": call(VIT.preprocess, np.zeros((9, 9), np.uint8)),
     "show normalised pixels": call(VIT.preprocess.denormalise, IMAGES[0]),
@@ -243,7 +277,6 @@ EXEMPT = {
     "Result.sel": "its arguments have names of the result's own: the tests of results",
     "Result.plot": "options of the plugin that draws",
     "TokenLayout.model_post_init": "pydantic's",
-    "check": "the kit's own tests",
     "ActivationCache.keys": "",
     **dict.fromkeys(
         [

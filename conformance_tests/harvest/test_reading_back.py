@@ -55,6 +55,34 @@ def test_shuffled_rows_are_every_row_once(acts: Harvest, batch: int, buffer: int
     assert not torch.equal(rows, torch.cat(list(acts.rows(RESID, batch, True, buffer, 4))))
 
 
+@pytest.mark.parametrize("batch", [1, 64, 10_000])
+def test_a_file_that_fits_in_the_buffer_is_shuffled_without_one(
+    model: HookedViT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 3 * 10 * 24 * 4)
+    images = torch.randn(20, 3, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    how = {"preprocess": None, "batch": 4, "shard": 20, "dtype": "float32", "workers": 0}
+    acts, held = harvest(model, list(images), [RESID, Z, PATTERN], out=tmp_path, **how), list[int]()
+    allocate = readers.buffers
+    monkeypatch.setattr(readers, "buffers", lambda *how: held.append(how[2]) or allocate(*how))
+    pairs = list(acts.rows([RESID, Z], batch, shuffle=True, seed=3))
+    assert held == [30]  # one run of three examples
+    for at, name in enumerate((RESID, Z)):
+        rows = torch.cat([pair[at] for pair in pairs])
+        whole = acts.read(name, 0, 20).flatten(2).flatten(0, 1)
+        assert multiset(rows) == multiset(whole)
+        assert not torch.equal(rows, whole)
+        assert all(len(pair[at]) == batch for pair in pairs[:-1])
+    first = pairs[0][0].zero_()
+    assert not torch.equal(first, next(iter(acts.rows(RESID, batch, shuffle=True, seed=3))))
+    again = torch.cat(list(acts.rows(RESID, batch, shuffle=True, seed=4)))
+    assert not torch.equal(again, torch.cat(list(acts.rows(RESID, batch, shuffle=True, seed=3))))
+    content = acts.shards[0].path.read_bytes()
+    acts.shards[0].path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(LoadError, match=r"00000\.safetensors"):
+        list(acts.rows(RESID, batch, shuffle=True))
+
+
 def test_a_shuffled_batch_mixes_examples_from_all_over(acts: Harvest) -> None:
     """Labels: the number of the example, told by the row. In order a batch of 40 rows is 4 or 5 examples."""
     example = {tuple(row): at // 10 for at, row in enumerate(torch.cat(list(acts.rows(RESID, 64))).tolist())}

@@ -71,10 +71,14 @@ class Call:
     raises: type[Exception] | tuple[type[Exception], ...] = PrismaError
 
     def names(self) -> list[str]:
-        """Return the arguments there are; flags are left out: Python reads them by their truth."""
+        """Return the arguments there are."""
         parameters = inspect.signature(self.function).parameters.values()
-        named = [each for each in parameters if each.kind is not each.VAR_KEYWORD]
-        return [each.name for each in named if each.annotation not in ("bool", bool)]
+        return [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
+
+    def listed(self, argument: str) -> set[str]:
+        """Return the words of the nonsense that an argument takes; a flag takes True."""
+        flag = inspect.signature(self.function).parameters[argument].annotation in ("bool", bool)
+        return set(self.takes.get(argument, "True" if flag else "").split())
 
     def run(self, **replaced: Any) -> Any:
         """Call with some arguments replaced."""
@@ -113,7 +117,7 @@ def faults(one: Call, argument: str) -> list[str]:
     listed, a listed one that is refused.
     """
     wrong: list[str] = []
-    listed = set(one.takes.get(argument, "").split())
+    listed = one.listed(argument)
     assert listed <= set(NONSENSE), f"no such nonsense: {listed - set(NONSENSE)}"
     for word, make in NONSENSE.items():
         value = make()
@@ -136,10 +140,10 @@ def says(message: str, value: object) -> bool:
     """Return whether a message names a value: as Python writes it, by its type, its parts or its size."""
     if value is None:
         return True
-    forms = [repr(value), str(value) or "empty", type(value).__name__, getattr(value, "__name__", repr(value)), "both"]
+    forms = [repr(value), str(value) or "'.'", type(value).__name__, getattr(value, "__name__", repr(value)), "both"]
     forms += [str(list(value.shape))] if isinstance(value, torch.Tensor) else []
     if isinstance(value, list | dict | set | bytes | np.ndarray):
-        forms += [repr(each) for each in value] if len(value) else ["no ", "empty", "[0]", "at least one"]
+        forms += [repr(each) for each in value] if len(value) else ["no ", "empty", "[0]", " 0 ", "at least one"]
     return any(form in message for form in forms)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from functools import partial
 
 import pytest
@@ -154,6 +155,18 @@ def test_every_pair_of_a_hook_and_a_read(plain, image, reentrant):
             with plain.hooks({edited: lambda x, at: x * 1.5}), plain.caching(read):
                 grads.append(gradient(run, image))
         torch.testing.assert_close(*grads, **EXACT)
+
+
+@REENTRANT
+def test_gradients_taken_in_another_thread(plain, image, reentrant):
+    """As autograd's own threads do on a GPU: they know no scope."""
+    x = image.clone().requires_grad_()
+    with plain.hooks(EDITS):
+        output = checkpoint(plain, x, use_reentrant=reentrant)
+        thread = threading.Thread(target=lambda: output.square().sum().backward())
+        thread.start()
+        thread.join()
+    assert torch.equal(x.grad, gradient(partial(in_a_scope, plain, plain), image))
 
 
 def test_nothing_stays_on(plain, image):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prisma_core import PrismaError, UnknownName
 from prisma_core.maps.places import HookMap, Place, Row
+from prisma_core.toolbox.tables import check_rows, numbered
 
 pytestmark = pytest.mark.usefixtures("in_float64")
 
@@ -202,7 +203,7 @@ def test_two_rows_that_speak_of_one_hook_point():
 
 @pytest.mark.parametrize("back", [False, True])
 def test_einops_that_does_not_fit_names_its_row(back):
-    (row,) = HookMap.parse("a.b @ softmax#1 : in -> hook_x : b (h d) -> b h d", h=3).plain()
+    (row,) = HookMap.parse("a.b @ softmax#1 : in -> hook_x : b (h d) -> b h d", h=3).rows
     with pytest.raises(PrismaError) as caught:
         row.write(torch.zeros(2, 2, 2), {"h": 3}) if back else row.read(torch.zeros(2, 4), {"h": 3})
     assert str(caught.value).startswith("a.b @ softmax#1 : in -> hook_x : b (h d) -> b h d: ")
@@ -228,8 +229,33 @@ LACKING = {"ln_pre.hook_normalized", "blocks.{l}.attn.hook_rot_q"}
 def test_a_hook_point_that_no_model_has(hook, suggested):
     points = [f"blocks.{n}.attn.{name}" for n in (0, 1) for name in ("hook_attn_scores", "hook_q")] + ["hook_logits"]
     sound = "x.{i} -> blocks.{i}.attn.hook_q\nn -> ln_pre.hook_normalized\nr.{i} -> blocks.{i}.attn.hook_rot_q"
-    HookMap.parse(sound).check(points, LACKING)  # of parts that this model lacks
+    check_rows(HookMap.parse(sound), points, LACKING)  # of parts that this model lacks
     with pytest.raises(
         UnknownName, match=rf"'place -> {re.escape(hook)}': .* is no hook point of this model.*{suggested}"
     ):
-        HookMap.parse(f"{sound}\nplace -> {hook}").check(points, LACKING)
+        check_rows(HookMap.parse(f"{sound}\nplace -> {hook}"), points, LACKING)
+
+
+def test_rows_with_marks_are_numbered_by_upstreams_modules():
+    table = HookMap.parse("""
+        stem                        ->  hook_embed
+        stages.{s}.blocks.{l} : in  ->  stages.{s}.blocks.{l}.hook_resid_pre  : a b  = stages.{s}.pool(x)
+        stages.{s}.blocks.{l}       ->  stages.{s}.blocks.{l}.hook_resid_post
+        head                        ->  hook_logits
+    """)
+
+    def stage(depth: int) -> nn.Module:
+        return nn.ModuleDict({"blocks": nn.ModuleList(nn.ReLU() for _ in range(depth))})
+
+    upstream = nn.ModuleDict({"stem": nn.ReLU(), "stages": nn.ModuleList([stage(2), stage(11)]), "head": nn.ReLU()})
+    rows = numbered(table, upstream)
+    order = [*(f"stages.0.blocks.{n}" for n in range(2)), *(f"stages.1.blocks.{n}" for n in range(11))]
+    points = [f"{block}.hook_resid_{side}" for block in order for side in ("pre", "post")]
+    assert [row.hook for row in rows] == ["hook_embed", *points, "hook_logits"]
+    assert rows[3].place == Place("stages.0.blocks.1", side="in")
+    assert rows[5].equation == "stages.1.pool(x)"
+    with pytest.raises(PrismaError, match="leaves numbers open"):
+        numbered(table, nn.ModuleDict({"stem": nn.ReLU(), "head": nn.ReLU()}))
+    twice = table | HookMap.parse("stem -> stages.0.blocks.0.hook_resid_pre")
+    with pytest.raises(PrismaError, match="several rows for stages"):
+        numbered(twice, upstream)

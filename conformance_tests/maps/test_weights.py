@@ -7,6 +7,7 @@ import torch
 from prisma_conformance.gradients import pull_back
 
 from prisma_core import WeightMapError
+from prisma_core.maps.rule import Rule
 from prisma_core.maps.weights import WeightMap
 
 pytestmark = pytest.mark.usefixtures("in_float64")
@@ -66,6 +67,22 @@ def test_both_ways(case):
     # Upstream's shapes are enough to run it backwards: its numbers come from the canonical tensors.
     bare = {name: tensor if name.startswith("t.") else tensor.to("meta") for name, tensor in upstream.items()}
     assert all(torch.equal(tensor, upstream[name]) for name, tensor in table.backward(made, bare).items())
+
+
+def test_a_source_in_a_list_has_a_pattern_of_its_own():
+    row = "[cls : 1 n d -> n d, registers] -> embed.prefix"
+    assert str(Rule.parse(row)) == row
+    table = WeightMap.parse(f"{row}\n[zeros, grid : r c d -> (r c) d] -> pos")
+    upstream = {"cls": torch.randn(1, 1, 4), "registers": torch.randn(2, 4), "grid": torch.randn(2, 3, 4)}
+    canonical = {"embed.prefix": torch.Size((3, 4)), "pos": torch.Size((9, 4))}
+    made = table.forward(upstream, canonical)
+    assert torch.equal(made["embed.prefix"], torch.cat([upstream["cls"][0], upstream["registers"]]))
+    assert torch.equal(made["pos"][3:], upstream["grid"].flatten(0, 1))
+    # r and c of the way back are upstream's own shape: no keyword of parse says them.
+    assert all(torch.equal(tensor, upstream[name]) for name, tensor in table.backward(made, upstream).items())
+    inside = {f"a.{name}": tensor for name, tensor in upstream.items()}
+    there = table.prefixed("a.", "b.").forward(inside, {f"b.{name}": shape for name, shape in canonical.items()})
+    assert torch.equal(there["b.pos"], made["pos"])
 
 
 def test_what_a_rule_makes():
@@ -137,6 +154,8 @@ def test_what_is_not_accounted_for_is_an_error(table, sources, targets, words):
         ("a -> []", "a name is missing"),
         ("[a, ] -> b", "a name is missing"),
         ("[a, b -> c", "is no name of a tensor"),
+        ("[a : n -> n, b] -> c : n -> n", "patterns stand behind single sources or behind all"),
+        ("[a : transposed, b] -> c", "a pattern of a source is 'LEFT -> RIGHT'"),
         ("a b -> c", "'a b' is no name of a tensor"),
         ("a.{l} -> b", r"\{l\} stands in a source but not in b"),
         ("a.{*} -> [b.{*}, c]", r"\{\*\} stands in a source but not in c"),

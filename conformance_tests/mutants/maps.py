@@ -55,7 +55,7 @@ def broken(adapter: Any, mutant: MapMutant) -> MapAdapter:
     places, equations = dict(mutant.places), dict(mutant.equations)
 
     def change(table: HookMap) -> HookMap:
-        rows = {row.hook: row for row in table.plain()}
+        rows = {row.hook: row for row in table.rows}
         lines: list[str] = []
         assert set(places) | set(equations) <= set(rows)
         for hook, row in rows.items():

@@ -17,6 +17,7 @@ from prisma_core.plugin import NormSpec, PoolSpec, Reader
 
 from .maps import MAP_MUTANTS, SWIN, MapMutant
 from .north import CASE, HOOKS, WEIGHTS, NorthAdapter, NorthViT, apart, grid_positions, rms_norm
+from .table import MUTANTS
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,24 @@ def test_the_doctor_names_the_mistake_and_the_place(planted: Planted) -> None:
     assert not answer.healthy
     for part in planted.says:
         assert part in str(answer), str(answer)
+
+
+def test_the_doctor_says_what_to_do_about_the_audit() -> None:
+    attribute = Planted("k_norm's eps is not read", (), fact={"qk_norm": lambda attn: rms_norm(attn.q_norm)})
+    answer = examine(attribute.subject())
+    assert answer.agrees
+    assert not answer.healthy
+    assert "RMSNorm.eps = 0.00" in str(answer)
+    assert "at 'layers.0.attn.k_norm' is neither read nor ignored" in str(answer)
+    assert "To do: read it in spec() and refuse other values, reader.expect(NAME=VALUE)" in str(answer)
+
+
+def test_the_doctor_names_the_row_behind_a_round_trip_that_fails() -> None:
+    (mutant,) = (mutant for mutant in MUTANTS if mutant.name == "a tensor that export forgets")
+    answer = examine(mutant.subject())
+    assert answer.agrees
+    assert "weights.roundtrip fails: export lacks norm.bias. Rows: 'norm.bias | zeros -> ln_final.bias'." in str(answer)
+    assert "To do: rows run backwards too" in str(answer)
 
 
 def _maps() -> list[MapMutant]:

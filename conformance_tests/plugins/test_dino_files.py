@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -314,6 +315,40 @@ def test_another_module_of_the_first_ones_name_is_refused() -> None:
     other = type("VisionTransformer", (MetaViT,), {"__module__": "vision_transformer"})(Architecture(**SMALL))
     with pytest.raises(UnsupportedArchitecture, match=r"interpolate_antialias.*facebookresearch/dino's has not"):
         prisma.adapt(other)
+
+
+FORK = """
+class VisionTransformer(MetaViT):
+    def forward(self, image):
+        p = self.patch_embed(image).flatten(1, 2)
+        x = torch.cat([self.cls_token.expand(len(p), -1, -1), p], 1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x, None)
+        return {output}
+"""
+
+
+@pytest.mark.parametrize(
+    ("output", "fork"), [("self.norm(x)[:, 0]", False), ("self.norm(x)[:, 1:].mean(1)", True), ("x[:, 0]", True)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_fork_of_the_first_one_s_code_is_refused(output: str, fork: bool, dtype: torch.dtype) -> None:
+    module = ModuleType("vision_transformer")
+    vars(module).update(MetaViT=MetaViT, torch=torch)
+    exec(FORK.replace("{output}", output), vars(module))  # the code of a file of this name
+    model = module.VisionTransformer(Architecture(**{**SMALL, "eps": 1e-6})).eval().to(dtype)
+    torch.nn.init.normal_(model.cls_token)
+    for name in ("grid", "interpolate_antialias", "interpolate_offset", "interpolate_in_float32"):
+        delattr(model, name)
+    model.embed_dim = model.num_features = model.norm.normalized_shape[0]
+    model.pos_drop = torch.nn.Identity()
+    if fork:
+        with pytest.raises(UnsupportedArchitecture, match="another output than facebookresearch/dino's: it is a fork"):
+            prisma.adapt(model)
+        return
+    hooked = prisma.adapt(model)
+    image = hooked.sample_inputs(2)[0].to(dtype)
+    torch.testing.assert_close(hooked(image), model(image), rtol=1e-2, atol=1e-2)
 
 
 def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:

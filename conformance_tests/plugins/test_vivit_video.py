@@ -125,7 +125,7 @@ def test_files_that_are_no_videos(film: Callable[..., Path], tmp_path: Path) -> 
     with pytest.raises(InputError, match=r"ffv1\.avi has 20 frames, and 21 are wanted"):
         read_video(film("ffv1.avi"), 21)
     for few in (0, -3):
-        with pytest.raises(InputError, match=f"at least one frame to take, or None for all; got frames={few}"):
+        with pytest.raises(InputError, match=f"frames, how many to take, as a whole number of at least 1, got {few}"):
             read_video(film("ffv1.avi"), few)
 
 

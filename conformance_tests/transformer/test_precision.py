@@ -8,9 +8,9 @@ from models import build
 
 from prisma_core.hooks.point import HookPoint, Scope, ScopeContext
 from prisma_core.spec import NormSpec
+from prisma_core.toolbox.precision import HALF
 from prisma_core.transformer.attention import attend
 from prisma_core.transformer.norm import Norm
-from prisma_core.transformer.precision import HALF
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST = {torch.float16: 6e4, torch.bfloat16: 1e18, torch.float32: 1e18}
@@ -97,6 +97,26 @@ def test_scores_beyond_the_dtype_are_attended_as_by_the_kernel(dtype):
         explicit = attend(q, k, v, 0.35, None, *points)
     torch.testing.assert_close(explicit, fused)
     assert [x.dtype for x in seen] == [dtype, dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_queries_that_may_read_no_key_are_zero_as_in_the_kernel(dtype):
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(2, 5, 3, 8).to(dtype).requires_grad_() for _ in range(3))
+    bias = torch.zeros(1, 1, 5, 5, dtype=dtype)
+    bias[..., 2, :] = -torch.inf
+    bias[..., 3, 1:] = -torch.inf
+    points = HookPoint("", "scores"), HookPoint("", "pattern")
+    fused = attend(q, k, v, 0.35, bias, *points)
+    seen: list[torch.Tensor] = []
+    with reading(seen, *points):
+        explicit = attend(q, k, v, 0.35, bias, *points)
+    assert not fused[:, 2].any()
+    close(explicit, fused, dtype)
+    assert not seen[1][:, :, 2].any()
+    both = [torch.autograd.grad(out.float().square().sum(), (q, k, v)) for out in (fused, explicit)]
+    for grads in zip(*both, strict=True):
+        close(*grads, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

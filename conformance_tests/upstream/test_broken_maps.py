@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("in_float64")
         ("embed -> hook_embed", "must name its axes"),
         ("embed -> hook_embed : batch pos d -> batch (pos d)", "must name its axes"),
         ("embed -> hook_embed : a b c\nhead -> hook_embed : a b", "several rows for hook_embed"),
-        ("blocks.{l} -> blocks.{l}.hook_resid_post : batch pos d_model", "leaves numbers open"),
+        ("layers.{l} -> blocks.{l}.hook_resid_post : batch pos d_model", "leaves numbers open"),
         ("embed : scores -> hook_embed : a b c", "is not a place"),
         ("embed -> upstream.hook_embed : a b c", "is the model's own"),
     ],
@@ -70,7 +70,7 @@ def test_rows_that_do_not_fit_what_passes(upstream, x, rows, words):
     ],
 )
 def test_what_is_written_is_what_was_read(how, shape):
-    (row,) = HookMap.parse(f"place -> hook_x : {how} = an equation").plain()
+    (row,) = HookMap.parse(f"place -> hook_x : {how} = an equation").rows
     sizes, x = {"batch": 2, "unused": 9} | ({"head": 3} if "(head" in how else {}), torch.randn(shape)
     seen = row.read(x, sizes)
     assert seen.ndim == len(row.axes.split())

@@ -182,3 +182,21 @@ def test_a_hook_in_a_compiled_model_is_refused(model, x, monkeypatch):
 def test_unknown_names_are_suggested(model, x):
     with pytest.raises(UnknownName, match=r"hook_resid_mid|resid_mid"):
         model.run_with_cache(x, names="resid_middle")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_half_precision_is_attended_as_by_the_kernel(upstream, x, dtype, grad):
+    """Scores beyond float16, and patterns that differ by less than a rounding of it."""
+    with torch.no_grad():
+        upstream.blocks[0].attn.qkv.weight.mul_(200)
+    model, x = adapt_with(Adapter(), upstream.to(dtype)), x.to(dtype)
+    points = ["blocks.0.attn.hook_attn_scores", "blocks.0.attn.hook_pattern"]
+    with torch.set_grad_enabled(grad):
+        plain = model(x)
+        output, cache = model.run_with_cache(x, names=points)
+        hooked = model.run_with_hooks(x, hooks=dict.fromkeys(points, lambda a, at: a))
+    assert not cache["attn_scores", 0].isfinite().all() or dtype == torch.bfloat16
+    assert {a.dtype for a in cache.values()} == {dtype}
+    for other in (output, hooked):
+        assert (other - plain).abs().max() <= 4 * torch.finfo(dtype).eps * plain.abs().max()

@@ -240,7 +240,7 @@ def test_an_exempt_point_is_counted_apart() -> None:
 def formula() -> Callable[[str, str], Formula]:
     upstream = Upstream().eval()
     table = HookMap.parse(ROWS, head=HEADS)
-    rows = {row.hook: row for row in table.plain()}
+    rows = {row.hook: row for row in table.rows}
     scope = Scope(rows, {"head": HEADS, "batch": 2}, upstream, (torch.randn(2, 5, 3),))
     return lambda point, text: Formula(point, text, scope)
 

@@ -58,12 +58,11 @@ class Wrapper(nn.Module):
 @pytest.mark.parametrize(
     ("wrap", "path"),
     [
-        (nn.DataParallel, "module"),
-        (lambda model: torch.compile(model, backend="eager"), "_orig_mod"),
+        (Wrapper, r"inner\.backbone"),
         (lambda model: Wrapper(nn.DataParallel(model)), r"inner\.backbone\.module"),
     ],
 )
-def test_a_model_in_a_wrapper_is_named(wrap: Any, path: str) -> None:
+def test_a_model_in_a_wrapper_of_the_user_s_is_named(wrap: Any, path: str) -> None:
     with pytest.raises(UnsupportedArchitecture, match=rf"VisionTransformer, which is: pass model\.{path};"):
         prisma.adapt(wrap(vit()))
 

@@ -1,6 +1,6 @@
 """The strongest edges of the circuit that tells two classes apart."""
 
-from prisma_patch import edge_effects, edge_scores
+from prisma_patch import edge_scores
 from prisma_toy import sample_scene
 
 import prisma_core as prisma
@@ -9,6 +9,4 @@ model = prisma.load("toy:scenes-3l")
 image, other = (model.preprocess(sample_scene(seed).image) for seed in (0, 3))
 pair = tuple(model(image)[0].topk(2).indices.tolist())
 _, circuit = edge_scores(model, image, other, pair, steps=3)
-edges = list(circuit.edges[:12])
-effects = edge_effects(model, edges, image, other, pair)  # exact, one by one
-figure = effects.plot(kind="bars")
+figure = circuit.top(16).plot()

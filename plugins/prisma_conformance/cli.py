@@ -49,9 +49,9 @@ def check(
     check the reference it was adapted from, such as `timm:vit_base_patch16_224`.
     """
     import prisma_conformance as conformance
-    from prisma_conformance.devices import usable
+    from prisma_core.errors.arguments import device_of
 
-    usable(device)
+    device_of(device)
     notes: list[str] = []
     with _progress("building the model", lines=True) as say:
 
@@ -98,9 +98,9 @@ def check(
 def doctor(reference: REFERENCE, device: DEVICE = None, full: FULL = False, pretrained: PRETRAINED = False) -> None:
     """Find where a model departs from upstream, and why."""
     import prisma_conformance as conformance
-    from prisma_conformance.devices import usable
+    from prisma_core.errors.arguments import device_of
 
-    usable(device)
+    device_of(device)
     with _progress("comparing") as say:
         diagnosis = conformance.diagnose(
             reference,

@@ -13,25 +13,11 @@ from typing import Any, TypeVar
 
 import torch
 
+from prisma_core.errors.arguments import several
 from prisma_core.plugin import InputError
 
 T = TypeVar("T")
 HALF = (torch.bfloat16, torch.float16)
-
-
-def usable(device: torch.device | str | None) -> None:
-    """Refuse a device that is not there, before any work.
-
-    Raises:
-        InputError: torch cannot put a number on it.
-    """
-    if device is None:
-        return
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:  # torch's ways to say that there is no such device
-        there = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-        raise InputError(f"No device {str(device)!r} here; there is {' and '.join(there)}.") from error
 
 
 def dtypes(given: Iterable[torch.dtype | str] | torch.dtype | str | None) -> tuple[torch.dtype, ...]:
@@ -40,9 +26,12 @@ def dtypes(given: Iterable[torch.dtype | str] | torch.dtype | str | None) -> tup
     Raises:
         InputError: one is no dtype that a model can run in besides float64.
     """
-    several = [given] if isinstance(given, torch.dtype | str) else list(given or ())
+    if given is None:
+        return ()
+    alone = isinstance(given, torch.dtype | str)
+    asked = [given] if alone else several(given, "dtypes to compare in, by name or as torch's")
     known = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, *HALF)}
-    names = [str(one).removeprefix("torch.") for one in several]
+    names = [str(one).removeprefix("torch.") for one in asked]
     for name in names:
         if name not in known:
             raise InputError(f"Expected a dtype to compare in besides float64, {', '.join(known)}; got {name!r}.")
@@ -110,4 +99,4 @@ def _driver() -> list[str]:
     return [f"driver {found[0]}"] if found else []
 
 
-__all__ = ["HALF", "dtypes", "exact", "machine", "usable"]
+__all__ = ["HALF", "dtypes", "exact", "machine"]

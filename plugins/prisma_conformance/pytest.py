@@ -29,13 +29,14 @@ from typing import Any, cast
 import pytest
 import torch
 
-from prisma_conformance.devices import dtypes, usable
+from prisma_conformance.devices import dtypes
 from prisma_conformance.doctor.diagnosis import examine
 from prisma_conformance.finding import Check
 from prisma_conformance.registry import select
 from prisma_conformance.report.results import Certificate, CheckResult, DeviceFailed, write_certificates
 from prisma_conformance.run import certify, run_check
 from prisma_conformance.subject import Subject
+from prisma_core.errors.arguments import device_of
 from prisma_core.plugin import Case, InputError, installed
 
 PROPERTY = "prisma_certificate"
@@ -190,7 +191,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     try:
-        usable(cast("str | None", config.getoption("--conformance-device")))
+        device_of(config.getoption("--conformance-device"))
         _dtypes(config)
     except InputError as error:
         raise pytest.UsageError(str(error)) from error

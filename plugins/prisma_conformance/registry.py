@@ -9,6 +9,7 @@ from typing import Final, NoReturn
 from prisma_conformance.checks import algebra, audit, live, maps, parity, proven, running, tensors
 from prisma_conformance.finding import Check
 from prisma_conformance.subject import Subject
+from prisma_core.errors.arguments import expect, several
 from prisma_core.plugin import NotApplicable, UnknownName, suggest
 
 
@@ -109,11 +110,14 @@ def select(checks: str | Iterable[str] | None = None) -> list[Check]:
 
     Raises:
         UnknownName: a name or glob selects none.
+        InputError: they are no names.
     """
     if checks is None:
         return [check for check in CHECKS.values() if not check.on_request]
     selected: set[str] = set()
-    for query in [checks] if isinstance(checks, str) else checks:
+    expected = "checks by name or glob"
+    for query in [checks] if isinstance(checks, str) else several(checks, expected):
+        expect(query, str, expected)
         names = [
             name
             for name, check in CHECKS.items()

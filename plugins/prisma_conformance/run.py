@@ -19,7 +19,8 @@ from prisma_conformance.report.results import Certificate, CheckResult, DeviceFa
 from prisma_conformance.subject import Subject
 from prisma_conformance.target import Target
 from prisma_core import Size
-from prisma_core.plugin import Adapter, NotApplicable, installed, qualified_name
+from prisma_core.errors.arguments import check_call, check_flags, device_of, expect, number
+from prisma_core.plugin import Adapter, Case, NotApplicable, installed, qualified_name
 
 SHOWN_PROBLEMS = 6  # in one result; a mistake in a part that all layers share has one a layer
 
@@ -65,8 +66,17 @@ def check(
         PrismaError: the adapter given takes no models of this type.
         UnsupportedArchitecture: the model cannot be represented, so there is nothing to check.
     """
+    expect(target, (str, nn.Module, Adapter, Case), "a reference, a model, an adapter or a case")
+    for given, kind, what in ((upstream, nn.Module, "the upstream module"), (adapter, Adapter, "an adapter")):
+        if given is not None:
+            expect(given, kind, what)
+    for name, function in (("starting", starting), ("progress", progress)):
+        if function is not None:
+            check_call(function, 2, name, "a function of two arguments")
+    number(seed, "a seed")
+    check_flags(full=full, pretrained=pretrained)
     selected = select(checks)
-    devices.usable(device)
+    device_of(device)
     certificates: list[Certificate] = []
     for subject in Subject.of(
         target,

@@ -26,7 +26,7 @@ from prisma_harvest.manifest import (
     weights_hash,
 )
 from prisma_harvest.runs import Run, ShardReader, buffers
-from prisma_harvest.shuffling import Chunk, buffered, cut, dealt, shuffled
+from prisma_harvest.shuffling import Chunk, buffered, cut, dealt, drawn, shuffled
 from prisma_harvest.splitting import RowDataset
 
 if TYPE_CHECKING:
@@ -224,7 +224,8 @@ class Harvest:
         Args:
             name: a hook point; a list of them gives tuples of the same tokens' rows.
             batch: rows at once; the last batch may be shorter.
-            shuffle: read runs of 4 MiB in random order into a buffer, and give out its rows in random order.
+            shuffle: read runs of 4 MiB in random order into a buffer, and give out its rows in random order. Rows of
+                one file that all fit in the buffer are read in order, and given out without it.
             buffer: how many rows it holds; memory is that of two of them.
             seed: of the order.
             part: (which, of how many): this share of the examples alone; shares differ by one example at most.
@@ -270,9 +271,23 @@ class Harvest:
             for at in {chunk.shard for chunk in chunks}
         }
         runs = [Run(shards[chunk.shard], chunk.start * per, chunk.stop * per) for chunk in chunks]
-        rows = min(max(1, buffer // batch) * batch, sum(run.stop - run.start for run in runs))
+        n = sum(run.stop - run.start for run in runs)
+        rows = min(max(1, buffer // batch) * batch, n)
+        if rows == n and [shard.n * per for shard in shards.values()] == [n]:
+            return self._shuffled_file(points, chunks, runs, batch, seed)
         first, second = (buffers(points, dtype, rows, per) for _ in range(2))  # pages that nobody fills take no memory
         return shuffled(runs, batch, (first, second), seed)
+
+    def _shuffled_file(
+        self, points: Sequence[Point], chunks: Sequence[Chunk], runs: Sequence[Run], batch: int, seed: int
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Yield all rows of one file in random order, out of its memory map: a buffer would be one more copy."""
+        most = max(run.stop - run.start for run in runs)
+        scratch = buffers(points, self.manifest.dtype, most, _tokens(points[0]))
+        for run in sorted(runs, key=lambda run: run.start):  # in order, so that random reads come from the page cache
+            run.shard.read(run.start, [place[: run.stop - run.start] for place in scratch])
+        whole = self._rows(points, Chunk(chunks[0].shard, 0, max(chunk.stop for chunk in chunks)))
+        yield from drawn(whole, batch, torch.Generator().manual_seed(seed))
 
     def _rows(self, points: Sequence[Point], chunk: Chunk) -> tuple[Tensor, ...]:
         shard = self.shards[chunk.shard]

@@ -78,7 +78,7 @@ def shuffled(runs: Iterable[Run], batch: int, places: tuple[Rows, Rows], seed: i
         rows = next(filled, None)
         while rows is not None:
             following = thread.submit(next, filled, None)
-            yield from _drawn(rows, batch, generator)
+            yield from drawn(rows, batch, generator)
             rows = following.result()
 
 
@@ -98,13 +98,13 @@ def _filled(runs: Iterable[Run], places: Iterator[Rows]) -> Iterator[Rows]:
         yield tuple(place[:n] for place in buffer)
 
 
-def _drawn(places: Rows, batch: int, generator: torch.Generator) -> Iterator[Rows]:
+def drawn(places: Rows, batch: int, generator: torch.Generator) -> Iterator[Rows]:
     """Yield all rows in random order: gathered a block of batches at a time, for small tensors are slow to allocate."""
     order = torch.randperm(len(places[0]), generator=generator)
     size = places[0][:1].nbytes * batch
-    for drawn in order.split(batch * max(1, BLOCK_BYTES // max(1, size))):
-        block = tuple(place.index_select(0, drawn) for place in places)
-        for start in range(0, len(drawn), batch):
+    for part in order.split(batch * max(1, BLOCK_BYTES // max(1, size))):
+        block = tuple(place.index_select(0, part) for place in places)
+        for start in range(0, len(part), batch):
             yield tuple(each[start : start + batch] for each in block)
 
 

@@ -20,6 +20,7 @@ from prisma_core.plugin import (
     Source,
     UnknownName,
     VideoPreprocess,
+    check_merged,
     code_in,
     installed,
     keyword_names,
@@ -84,6 +85,8 @@ class HfSource(Source):
                 f"{suggest(rest, _classes())} `prisma models --source hf` lists the classes."
             )
         folder = where.folder(weights=pretrained)
+        if pretrained:
+            check_merged(folder)
         common = {"local_files_only": True, "trust_remote_code": trust_remote_code}
         try:
             with quiet():

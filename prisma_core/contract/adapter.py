@@ -97,7 +97,8 @@ class MapAdapter(Adapter):
     """Hooks a kind of upstream model that the canonical transformer cannot express.
 
     ``adapt`` returns a ``HookedUpstream``: upstream's own module, copied, with hook points at the places of ``hooks``:
-    a row for each in the order in which they fire, with its axes and without marks. There are no canonical weights::
+    a row for each in the order in which they fire, with its axes; rows with marks stand for all numbers of upstream's
+    modules. There are no canonical weights::
 
         class Windows(MapAdapter):
             types = ("library.models.Windows",)
@@ -106,14 +107,12 @@ class MapAdapter(Adapter):
                 return MapSpec(shape=(3, *upstream.img_size), n_classes=upstream.head.out_features)
 
             def hooks(self, upstream, spec):
-                rows = "embed -> hook_embed : batch pos d_model = embed(input)"
-                for l in range(len(upstream.blocks)):
-                    rows += f'''
-                        blocks.{l} : in           ->  blocks.{l}.hook_resid_pre : batch pos d_model
-                        blocks.{l}.attn @ softmax ->  blocks.{l}.attn.hook_pattern : batch head query_pos key_pos
-                        blocks.{l}                ->  blocks.{l}.hook_resid_post : batch pos d_model = mid + mlp_out
-                    '''
-                return HookMap.parse(rows)
+                return HookMap.parse('''
+                    embed                      ->  hook_embed : batch pos d_model = embed(input)
+                    blocks.{l} : in            ->  blocks.{l}.hook_resid_pre : batch pos d_model
+                    blocks.{l}.attn @ softmax  ->  blocks.{l}.attn.hook_pattern : batch head query_pos key_pos
+                    blocks.{l}                 ->  blocks.{l}.hook_resid_post : batch pos d_model = mid + mlp_out
+                ''')
 
     A change at a place must reach everything after it: a block's input (``blocks.0 : in``) is the stream, while its
     first norm's input is read by that norm alone. Axes folded into one are unfolded by einops, with sizes of ``parse``.

@@ -101,6 +101,16 @@ def sides(value: object, what: str) -> tuple[int, int]:
     return number(pair[0], what, 1, LARGEST), number(pair[1], what, 1, LARGEST)
 
 
+def check_flags(**flags: object) -> None:
+    """Refuse what is no truth value: where an argument before it is missing, another one stands in a flag's place.
+
+    Raises:
+        InputError: with the flag's name.
+    """
+    for name, value in flags.items():
+        expect(value, (bool, np.bool_), f"{name} to be True or False")
+
+
 def several(value: Any, what: str) -> list[Any]:
     """Return the members of a collection in order, or of an array or tensor of one axis; at least one.
 

@@ -24,6 +24,11 @@ _DTYPES = {
     "U32": torch.uint32, "U64": torch.uint64,
 }  # fmt: skip
 _WRAPPERS = ("module.", "_forward_module.", "model.")
+_LORA = re.compile(r"(.*\.)?(lora_\w+|base_layer)\..+|(.*\.)?lora_\w+")
+MERGE = (
+    "which are added to another model's. Merge them first, with peft: "
+    "PeftModel.from_pretrained(base, FOLDER).merge_and_unload().save_pretrained(NEW), and load NEW."
+)
 
 
 def read_checkpoint(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
@@ -58,9 +63,8 @@ def read_states(path: str | Path) -> dict[str, dict[str, Tensor]]:
     path = Path(path)
     if not path.is_file():
         raise LoadError(f"{path} is a folder; expected a file of weights." if path.is_dir() else f"No file at {path}.")
-    if path.suffix == ".safetensors":
-        return {"": _unwrapped(read_safetensors(path))}
-    return {name: _unwrapped(state) for name, state in _states(read_objects(path), path).items()}
+    states = {"": read_safetensors(path)} if path.suffix == ".safetensors" else _states(read_objects(path), path)
+    return {name: _unwrapped(state, path) for name, state in states.items()}
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -98,7 +102,7 @@ def read_outline(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
         raise LoadError(f"No file at {path}.") from error
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         raise LoadError(f"{path} is not a readable safetensors file (truncated or corrupt?): {error}") from error
-    return _unwrapped(made)
+    return _unwrapped(made, path)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -125,8 +129,20 @@ def _states(value: object, path: Path) -> dict[str, dict[str, Tensor]]:
     return states
 
 
-def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def check_merged(folder: Path) -> None:
+    """Refuse a folder that holds LoRA weights, which are not the model's own: libraries read past them without peft.
+
+    Raises:
+        LoadError: it holds an ``adapter_config.json``, as peft writes it.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise LoadError(f"{folder} holds LoRA weights (adapter_config.json), {MERGE}")
+
+
+def _unwrapped(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Return a state dict without what training puts before its names, such as that of a parallel or averaged model."""
+    if lora := next(filter(_LORA.fullmatch, state), None):
+        raise LoadError(f"{path} holds LoRA weights ({lora}), {MERGE}")
     names = {name: name.replace("_orig_mod.", "") for name in state if name != "n_averaged"}
     while wrapper := next((one for one in _WRAPPERS if names and all(x.startswith(one) for x in names.values())), None):
         names = {name: plain.removeprefix(wrapper) for name, plain in names.items()}

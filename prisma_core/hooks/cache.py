@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -18,17 +18,14 @@ from prisma_core.errors.arguments import device_of, dtype_of, path_of, shown
 from prisma_core.errors.migration import unknown_attribute
 from prisma_core.files.atomic import replacing
 from prisma_core.files.checkpoint import read_safetensors
+from prisma_core.hooks.capture import Keep
 from prisma_core.hooks.query import LayerQuery, resolve_one, short_name
 from prisma_core.spec.brief import aligned, folded, html_table
-from prisma_core.spec.layout import TokenLayout, positions_of
+from prisma_core.spec.layout import Index, TokenLayout, positions_of
 from prisma_core.spec.views import TokenViews
-
-if TYPE_CHECKING:
-    from prisma_core.spec.layout import Index
 
 _GRAD, _TOKENS = "grad/", "given/tokens"
 _METADATA = "prisma_cache"
-
 
 # Methods of the residual stream: a cache of one canonical transformer has them.
 STREAM_METHODS = frozenset(
@@ -54,6 +51,7 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
     shorthand, or shorthand with layer and part of the block.
 
     Attributes:
+        keep_type: the class of the captures that fill the store.
         store: the activations themselves.
         axes: the axes of every hook point of the model, cached or not, by full name.
         model: the model that made them, for caches that read its weights.
@@ -68,7 +66,9 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
     (torch.Size([1, 17, 1]), 0, 'blocks.0.ln1.hook_scale')
     """
 
-    store: dict[str, Tensor]
+    keep_type: ClassVar[type[Keep]] = Keep
+
+    store: MutableMapping[str, Tensor]
     axes: dict[str, str] = field(default_factory=dict[str, str], kw_only=True)
     model: nn.Module | None = field(default=None, kw_only=True)
     layout: TokenLayout | None = field(default=None, kw_only=True)
@@ -164,8 +164,16 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
             return False
 
     def __repr__(self) -> str:
-        size = sum(tensor.numel() * tensor.element_size() for tensor in self.store.values())
-        return f"ActivationCache({len(self)} activations, {size / 2**20:.1f} MiB)"
+        return f"ActivationCache({len(self)} activations, {self.nbytes / 2**20:.1f} MiB)"
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the activations take; memory that several share counts once."""
+        storages = [x.untyped_storage() for x in self._tensors()]
+        return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+
+    def _tensors(self) -> Iterable[Tensor]:
+        return self.store.values()
 
     def _table(self) -> list[tuple[str, ...]]:
         """Return the name, shape and dtype of what it holds; of layers that are alike, one row."""
@@ -198,7 +206,7 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
         """
         if not self.has_batch_dim:
             return self
-        return self._with(_alone, has_batch_dim=False)
+        return self._with(alone, has_batch_dim=False)
 
     # ---------------------------------------------------------------- files
 
@@ -212,8 +220,8 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
         path = path_of(path)
         if path.suffix != ".safetensors":
             raise InputError(f"Expected a path that ends in .safetensors, got {path}.")
-        grads = {} if self.gradients is None else self.gradients.store
-        named = self.store | {_GRAD + name: grad for name, grad in grads.items()}
+        grads = dict[str, Tensor]() if self.gradients is None else self.gradients.store
+        named = dict(self.store) | {_GRAD + name: grad for name, grad in grads.items()}
         named |= {} if self.tokens is None else {_TOKENS: self.tokens}
         header = _File(
             names=list(named),
@@ -277,7 +285,8 @@ class _File(BaseModel):
     pos: list[int] | str | None
 
 
-def _alone(name: str, x: Tensor) -> Tensor:
+def alone(name: str, x: Tensor) -> Tensor:
+    """Return the one of a batch of one."""
     if x.shape[0] != 1:
         raise InputError(f"{name} holds a batch of {x.shape[0]}; the batch axis of one alone can go.")
     return x[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prisma_core.errors import HookError, InputError
-from prisma_core.hooks.point import OPEN_SCOPES, Capture, HookPoint, Stop
+from prisma_core.hooks.point import Stop
 from prisma_core.hooks.recompute import has_no_graph, is_second
 from prisma_core.spec.layout import IndexSlice
 
@@ -24,7 +24,7 @@ class Keep:
         slices: what to keep of which axis.
     """
 
-    store: dict[str, Tensor]
+    store: MutableMapping[str, Tensor]
     name: str
     slices: tuple[IndexSlice, ...] = ()
     device: torch.device | str | None = None
@@ -40,7 +40,10 @@ class Keep:
         if self.name in self.store and is_second():
             return
         if self.name in self.store:
-            raise HookError(f"{self.name} fired twice: a cache holds one pass. Open a new scope for the next one.")
+            raise HookError(
+                f"{self.name} fired twice: a cache holds one pass. Open a new scope for the next one; a part that "
+                "upstream's code runs several times in one pass cannot be cached."
+            )
         if not self.detach and has_no_graph():
             raise HookError(f"{self.name} has no graph here; checkpoint with use_reentrant=False.")
         self.store[self.name] = self.cut(x, cut)
@@ -85,42 +88,6 @@ class Countdown:
         self.n -= 1
         if self.n == 0:
             raise Stop
-
-
-class Rows:
-    """Some queries' rows of scores and patterns, which are all that the open scopes keep of them.
-
-    Attributes:
-        axis: that of the queries.
-    """
-
-    axis = 2
-
-    def __init__(self, keep: Keep):
-        self.keep = keep
-
-    @classmethod
-    def asked(cls, *points: HookPoint) -> Rows | None:
-        """Return the rows that the open scopes keep at these hook points; None where a scope wants more than these."""
-        captures = [each for point in points for each in _captures(point) if not isinstance(each, Countdown)]
-        keeps = [each for each in captures if isinstance(each, Keep)]
-        kinds = [dict(each.slices).get(cls.axis) for each in keeps]
-        if len(keeps) < len(captures) or any(point.edited for point in points):
-            return None
-        return cls(keeps[0]) if kinds[0] is not None and all(kind == kinds[0] for kind in kinds) else None
-
-    def of(self, x: Tensor) -> Tensor:
-        """Return the rows of a tensor ``[batch head query_pos ...]``."""
-        return self.keep.along(x, self.axis)
-
-    def store(self, point: HookPoint, x: Tensor) -> None:
-        """Store rows ``[batch head query_pos key_pos]`` for each scope that asks for them at a hook point."""
-        for capture in _captures(point):
-            capture(x, cut=self.axis) if isinstance(capture, Keep) else capture(x)
-
-
-def _captures(point: HookPoint) -> list[Capture]:
-    return [capture for scope in OPEN_SCOPES.get() for capture in scope.captures.get(point, ())]
 
 
 def gradients(loss: Callable[[Any], Tensor], output: object, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:

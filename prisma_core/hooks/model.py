@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import HookError, InputError
-from prisma_core.errors.arguments import check_call, device_of, dtype_of
+from prisma_core.errors.arguments import check_call, check_flags, device_of, dtype_of
 from prisma_core.errors.migration import keyword_names, module_getattr, refuse_keywords, takes_any_keyword
 from prisma_core.hooks.cache import ActivationCache
 from prisma_core.hooks.capture import Countdown, Keep, gradients
@@ -257,6 +257,7 @@ class HookedModel(nn.Module):
             check_call(loss, 1, "The loss", "a function from the output to one number", HookError)
             if not output:
                 raise HookError("A loss needs the output: leave output=True.")
+        check_flags(output=output, remove_batch_dim=remove_batch_dim)
         sites = self._sites()
         scope = self._scope(sites, hooks)
         layout = self.layout_for(*inputs, *kwargs.values())  # how many patches a frame has depends on the input
@@ -277,7 +278,7 @@ class HookedModel(nn.Module):
             if loss is not None:
                 cache.gradients = self._cache(sites, **about)
                 for store, tensors in ((cache.gradients.store, gradients(loss, result, whole)), (cache.store, whole)):
-                    store |= {name: keeps[name].cut(x.detach()) for name, x in tensors.items()}
+                    store.update({name: keeps[name].cut(x.detach()) for name, x in tensors.items()})
         return result, cache.remove_batch_dim() if remove_batch_dim else cache
 
     def _one_pass(
@@ -342,6 +343,7 @@ class HookedModel(nn.Module):
         self, cache: ActivationCache, sites: Mapping[str, Site], query: Query | None, heads: Index | None, **how: Any
     ) -> dict[str, Keep]:
         """Return the captures that fill a cache, by full name; ``how`` is ``device``, ``dtype`` and ``detach``."""
+        check_flags(detach=how["detach"])
         how["device"], how["dtype"] = device_of(how["device"]), dtype_of(how["dtype"])
         axes = {name: sites[name].point.axes for name in select(sites, query)}
         pos, whole = cache.pos, set[str]()
@@ -360,10 +362,8 @@ class HookedModel(nn.Module):
                     "axis of their own. Cache it whole; of frames take cache.frame(...)."
                 )
         check_axes(list(axes.values()), pos, heads)
-        return {
-            name: Keep(cache.store, name, index_slices(axes[name], None if name in whole else pos, heads), **how)
-            for name in axes
-        }
+        cuts = {name: index_slices(axes[name], None if name in whole else pos, heads) for name in axes}
+        return {name: cache.keep_type(cache.store, name, cut, **how) for name, cut in cuts.items()}
 
 
 def _has_subset(site: Site, subset: str) -> bool:

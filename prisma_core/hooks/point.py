@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import HookError
-from prisma_core.errors.arguments import check_call, expect
+from prisma_core.errors.arguments import check_call, check_flags, expect
 from prisma_core.errors.migration import unknown_attribute
 from prisma_core.hooks.query import layer_of
 from prisma_core.hooks.recompute import checkpoints, keep
@@ -68,6 +68,7 @@ class HookPoint:
     def __init__(self, axes: str, equation: str, *, derived: bool = False):
         self.order = next(_ORDER)  # modules make their hook points in the order in which they fire
         self.axes = expect(axes, str, "the names of axes, such as 'batch pos d_model'")
+        check_flags(derived=derived)
         self.derived = derived
         self.equation = expect(equation, str, "an equation in words")
 

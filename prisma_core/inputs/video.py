@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from prisma_core.errors import InputError, PluginError
+from prisma_core.errors.arguments import expect, number
 from prisma_core.inputs import Picture, Preprocess
 from prisma_core.spec import Facts
 
@@ -95,11 +96,10 @@ def read_video(
             frame is wanted.
         PluginError: neither torchcodec nor PyAV is installed.
     """
-    if frames is not None and frames < 1:
-        raise InputError(f"Expected at least one frame to take, or None for all; got frames={frames}.")
-    path = Path(path)
+    frames = None if frames is None else number(frames, "frames, how many to take,", 1)
+    path = Path(expect(path, (str, Path), "the path of a video"))
     if not path.is_file():
-        raise InputError(f"No video at {path}.")
+        raise InputError(f"No video at {str(path)!r}.")
     _check_beginning(path)
     if decoder == "torchcodec" or (decoder is None and _torchcodec() is not None):
         try:

@@ -24,16 +24,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import Tensor
 
-from prisma_core.errors import PrismaError, UnknownName, suggest
+from prisma_core.errors import PrismaError
 from prisma_core.maps.table import MARK, Line, Table, bind, pattern_of
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _HOOK = re.compile(r"(\w|\.|\{\w+\})+")
 _PLACE = re.compile(
     r"(?P<module>[\w.{}]*)(\s*@\s*(?P<function>\w+)(#(?P<call>\d+))?)?(\s*:\s*(?P<side>out\d*|in\d*|scores|pattern))?"
@@ -152,7 +151,7 @@ class Row(Line):
     def bind(self, values: Mapping[str, str]) -> Row:
         """Fill in the marks."""
         place = replace(self.place, module=bind(self.place.module, values))
-        return replace(self, place=place, hook=bind(self.hook, values))
+        return replace(self, place=place, hook=bind(self.hook, values), equation=bind(self.equation, values))
 
     def prefixed(self, upstream: str, canonical: str, retag: Callable[[str], str]) -> Row:
         module = upstream + self.place.module if self.place.module else upstream.rstrip(".")
@@ -198,41 +197,6 @@ class HookMap(Table[Row]):
         ]
         _once(rows)
         return rows
-
-    def check(self, points: Collection[str], optional: Collection[str]) -> None:
-        """Refuse rows of hook points that no model has: nothing would ever read them.
-
-        Args:
-            points: the model's hook points.
-            optional: hook points of parts that it might have, ``{l}`` and the like in the place of numbers.
-
-        Raises:
-            UnknownName: a row is for no hook point; the nearest are suggested.
-        """
-        families = set(map(_family, optional))
-        for row in self.rows:
-            if _family(row.hook) in families or any(map(pattern_of(row.hook).fullmatch, points)):
-                continue
-            known = {_NUMBER.sub("{l}", name) if "{" in row.hook else name for name in points}
-            hint = suggest(row.hook, known)
-            raise UnknownName(f"'{row.place} -> {row.hook}': {row.hook} is no hook point of this model.{hint}")
-
-    def plain(self) -> list[Row]:
-        """Every row of a table without marks, in order.
-
-        Raises:
-            PrismaError: a row has a mark: nothing says which numbers it stands for.
-        """
-        for row in self.rows:
-            if MARK.search(row.place.module + row.hook):
-                raise PrismaError(f"'{row.place} -> {row.hook}' leaves numbers open; write a row for each layer.")
-        _once(self.rows)
-        return list(self.rows)
-
-
-def _family(hook: str) -> str:
-    """A hook point's name without its numbers, marks or not."""
-    return MARK.sub("{}", _NUMBER.sub("{}", hook))
 
 
 def _once(rows: Iterable[Row]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,12 +23,14 @@ class Rule(Line):
 
     Attributes:
         how: an einops pattern for each source, or ``{function}`` of all of them, or of none.
+        patterns: of each source that has one of its own, empty for others; none if no source has.
     """
 
     kind, error = "rule", WeightMapError
     sources: tuple[tuple[str, ...], ...]
     targets: tuple[str, ...]
     how: str = ""
+    patterns: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, line: str) -> Rule:
@@ -37,7 +39,8 @@ class Rule(Line):
         Raises:
             WeightMapError: the line is not a rule.
         """
-        body, _, how = (part.strip() for part in line.partition(" : "))
+        bare, patterns = _own_patterns(line)
+        body, _, how = (part.strip() for part in bare.partition(" : "))
         left, arrow, right = (part.strip() for part in body.partition("->"))
         alone = _FUNCTION.fullmatch(left)  # it makes what upstream keeps in no tensor
         cls.check(
@@ -49,11 +52,13 @@ class Rule(Line):
                 f"{how!r} is neither an einops pattern, 'LEFT -> RIGHT', nor a {{function}}": how
                 and not _FUNCTION.fullmatch(how)
                 and how.count("->") != 1,
+                "patterns stand behind single sources or behind all of them": how and patterns,
+                "a pattern of a source is 'LEFT -> RIGHT'": any(each and each.count("->") != 1 for each in patterns),
                 "a function without sources makes the target as it is: '{function} -> TARGET'": alone and how,
             },
         )
         sources = () if alone else tuple(tuple(map(str.strip, name.split("|"))) for name in _listed(left))
-        rule = cls(sources, tuple(_listed(right)), left if alone else how)
+        rule = cls(sources, tuple(_listed(right)), left if alone else how, patterns)
         names = [*rule.names, *rule.targets]
         cls.check(line, {"a name is missing": not rule.targets or not all(names)})
         cls.check(line, {f"{name!r} is no name of a tensor": not _NAME.fullmatch(name) for name in names})
@@ -82,20 +87,36 @@ class Rule(Line):
     def bind(self, values: Mapping[str, str]) -> Rule:
         """Fill in the marks."""
         sources = tuple(tuple(bind(name, values) for name in options) for options in self.sources)
-        return Rule(sources, tuple(bind(name, values) for name in self.targets), self.how)
+        return Rule(sources, tuple(bind(name, values) for name in self.targets), self.how, self.patterns)
+
+    def part(self, index: int) -> Rule:
+        """The rule with the pattern of one of its sources."""
+        return replace(self, how=self.patterns[index]) if self.patterns else self
 
     def prefixed(self, upstream: str, canonical: str, retag: Callable[[str], str]) -> Rule:
         sources = tuple(
             tuple(name if name in CONSTANTS else upstream + name for name in options) for options in self.sources
         )
         how = retag(self.how) if self.function is None else f"{{{canonical}{self.function}}}"
-        return Rule(sources, tuple(canonical + target for target in self.targets), how)
+        patterns = tuple(map(retag, self.patterns))
+        return Rule(sources, tuple(canonical + target for target in self.targets), how, patterns)
 
     def __str__(self) -> str:
-        left, right = _joined([" | ".join(options) for options in self.sources]), _joined(self.targets)
+        sources, right = [" | ".join(options) for options in self.sources], _joined(self.targets)
+        hows = self.patterns or ("",) * len(sources)
+        left = _joined([f"{one} : {how}" if how else one for one, how in zip(sources, hows, strict=True)])
         if not left and self.function is not None:
             return f"{self.how} -> {right}"
         return f"{left or '[]'} -> {right}" + (f" : {self.how}" if self.how else "")
+
+
+def _own_patterns(line: str) -> tuple[str, tuple[str, ...]]:
+    """Take the patterns out of a list of sources: the line without them, and one for each source; none if none has."""
+    listed, bracket, rest = line.partition("]")
+    if not bracket or not listed.startswith("[") or " : " not in listed:
+        return line, ()
+    items = [[part.strip() for part in item.partition(" : ")] for item in listed[1:].split(",")]
+    return f"[{', '.join(item[0] for item in items)}]{rest}", tuple(item[2] for item in items)
 
 
 def _joined(names: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from operator import index
@@ -105,9 +105,17 @@ class Line(ABC):
         """
         return self._rearrange(tensor, sizes, *self.how.partition("->"))
 
-    def write(self, tensor: Tensor, sizes: Mapping[str, int]) -> Tensor:
-        """Rearrange Prisma's tensor to upstream's: the inverse of ``read``."""
-        return self._rearrange(tensor, sizes, *self.how.partition("->")[::-1])
+    def write(self, tensor: Tensor, sizes: Mapping[str, int], shape: Sequence[int] = ()) -> Tensor:
+        """Rearrange Prisma's tensor to upstream's: the inverse of ``read``.
+
+        Args:
+            shape: upstream's, which tells the lengths of the axes that stand alone on the left of the pattern.
+        """
+        left, arrow, right = self.how.partition("->")
+        axes = re.findall(r"\([^)]*\)|\S+", left)
+        alone = dict(zip(axes, shape, strict=True)) if len(axes) == len(shape) and "..." not in axes else {}
+        lengths = {axis: length for axis, length in alone.items() if axis.isidentifier()}
+        return self._rearrange(tensor, {**sizes, **lengths}, right, arrow, left)
 
     def _rearrange(self, tensor: Tensor, sizes: Mapping[str, int], left: str, arrow: str, right: str) -> Tensor:
         if not arrow:

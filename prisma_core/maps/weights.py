@@ -14,6 +14,7 @@ A table has one rule a line::
 ``{l}`` stands for a number, ``{*}`` for any rest. Several sources are joined along the first axis, several targets
 split it. ``zeros`` and ``ones`` stand for tensors that upstream lacks, after ``|`` for those it may lack. Behind the
 colon stands an einops pattern for each source, or a function of them; a function of nothing makes a computed table.
+A source in a list may have a pattern of its own: ``[cls : 1 n d -> n d, registers] -> embed.prefix``.
 """
 
 from __future__ import annotations
@@ -163,6 +164,16 @@ class WeightMap(Table[Rule]):
         """The reason why an upstream tensor is left out, or None if it is not."""
         return next((why for pattern, why in self.ignored.items() if pattern_of(pattern).fullmatch(name)), None)
 
+    def copied(self, upstream: State, canonical: State) -> dict[str, str]:
+        """The canonical tensors made of upstream's that share no memory with them, each with its rule."""
+        shared = {tensor.untyped_storage().data_ptr() for tensor in upstream.values()}
+        targets = ((name, one) for one in self._choose(upstream, canonical) if one.tensors for name in one.rule.targets)
+        return {
+            name: str(choice.rule)
+            for name, choice in targets
+            if canonical[name].untyped_storage().data_ptr() not in shared
+        }
+
     def function_sources(self, upstream: Iterable[str]) -> set[str]:
         """The upstream tensors that go through a function, which cannot be run backwards."""
         patterns = [pattern_of(name) for rule in self.rows if rule.function is not None for name in rule.names]
@@ -185,7 +196,11 @@ class WeightMap(Table[Rule]):
 
     def _join(self, choice: _Choice, upstream: State, targets: list[torch.Size]) -> Tensor:
         rule, tail = choice.rule, targets[0][1:]
-        parts = {name: rule.read(upstream[name], self.sizes) for name in choice.tensors}
+        parts = {
+            name: rule.part(index).read(upstream[name], self.sizes)
+            for index, name in enumerate(choice.sources)
+            if name not in CONSTANTS
+        }
         rest = sum(map(_rows, targets)) - sum(_rows(part.shape) for part in parts.values())
         if rest < 0 or (len(choice.sources) > 1 and any(part.shape[1:] != tail for part in parts.values())):
             came = {source: list(part.shape) for source, part in parts.items()}
@@ -242,16 +257,18 @@ class WeightMap(Table[Rule]):
         parts = [canonical[name] for name in rule.targets]
         joined = parts[0] if len(parts) == 1 else torch.cat(parts)
         rows = {
-            name: _rows(rule.read(torch.empty(upstream[name].shape, device="meta"), self.sizes).shape)
-            for name in choice.tensors
+            name: _rows(rule.part(index).read(torch.empty(upstream[name].shape, device="meta"), self.sizes).shape)
+            for index, name in enumerate(choice.sources)
+            if name not in CONSTANTS
         }
         rest = joined.shape[0] - sum(rows.values()) if joined.ndim else 0
         lengths = [rows.get(name, rest) for name in choice.sources]
         pieces = torch.split(joined, lengths) if len(lengths) > 1 else [joined]
         state: dict[str, Tensor] = {}
-        for name, piece in zip(choice.sources, pieces, strict=True):
+        for index, (name, piece) in enumerate(zip(choice.sources, pieces, strict=True)):
             if name not in CONSTANTS:
-                state[name] = rule.write(piece, self.sizes).reshape(upstream[name].shape)
+                shape = upstream[name].shape
+                state[name] = rule.part(index).write(piece, self.sizes, shape).reshape(shape)
             elif not torch.equal(piece, CONSTANTS[name](piece.shape, dtype=piece.dtype, device=piece.device)):
                 raise WeightMapError(
                     f"{', '.join(rule.targets)} was changed where upstream has no tensor (it stands for {name})."

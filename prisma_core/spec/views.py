@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ class TokenViews:
     attention), ``pos`` and ``patch`` count one frame's.
     """
 
-    store: dict[str, Tensor]
+    store: MutableMapping[str, Tensor]
     axes: dict[str, str]
     layout: TokenLayout | None
     pos: Index | str | None

@@ -16,7 +16,7 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor
 
 from prisma_core.errors import InputError, LoadError, PluginError, PrismaError, UnknownName, suggest
-from prisma_core.errors.arguments import expect, number, path_of, several, tensor, whole
+from prisma_core.errors.arguments import check_flags, expect, number, path_of, several, tensor, whole
 from prisma_core.files.checkpoint import read_safetensors
 
 Self_ = TypeVar("Self_", bound="Result")
@@ -57,13 +57,19 @@ class Result:
 
     def __post_init__(self) -> None:
         tensor(self.values, "the values of a result")
-        expect(self.axes, tuple, "the names of the axes, a tuple")
+        expect(self.axes, (tuple, list), "the names of the axes, a tuple")
         for name in ("labels", "tensors", "facts"):
             expect(getattr(self, name), Mapping, f"{name} by name")
+        for text in (*self.axes, self.technique, self.unit, self.baseline, self.total):
+            expect(text, str, "axes, technique, unit, baseline and total in words")
         if len(self.axes) != self.values.ndim or len(set(self.axes)) != len(self.axes):
-            raise InputError(f"Expected a name for each axis of {list(self.values.shape)}, got {' '.join(self.axes)}.")
+            names = " ".join(self.axes) or "an empty list"
+            raise InputError(f"Expected a name for each axis of {list(self.values.shape)}, got {names}.")
         for axis, size in zip(self.axes, self.values.shape, strict=True):
-            if axis in self.labels and len(self.labels[axis]) != size:
+            if axis not in self.labels:
+                continue
+            expect(self.labels[axis], (tuple, list), f"labels of {axis!r}, a tuple")
+            if len(self.labels[axis]) != size:
                 raise InputError(f"The axis {axis!r} has {size} places and {len(self.labels[axis])} labels.")
         object.__setattr__(self, "values", self.values.detach())
         object.__setattr__(self, "tensors", {name: tensor.detach() for name, tensor in self.tensors.items()})
@@ -126,6 +132,7 @@ class Result:
         Args:
             by_size: the largest by absolute value; False the largest by value.
         """
+        check_flags(by_size=by_size)
         flat = self.values.flatten().float()
         order = (flat.abs() if by_size else flat).topk(min(number(k, "how many", 1), flat.numel())).indices
         names = [self.names(axis) for axis in self.axes]

@@ -11,12 +11,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError
-from prisma_core.hooks.capture import Rows
 from prisma_core.hooks.point import HookPoint
 from prisma_core.spec import AttentionSpec, RopeSpec
+from prisma_core.toolbox.precision import HALF, show, softmax, widened
 from prisma_core.transformer.norm import Norm
-from prisma_core.transformer.precision import show, widened
+from prisma_core.transformer.recipes import computed
 from prisma_core.transformer.rope import Layout, rotate
+from prisma_core.transformer.rows import Rows
 from prisma_core.transformer.weights import WeightViews
 
 
@@ -83,10 +84,12 @@ def attend(
         if bias is not None:
             x = x + (bias if rows is None else rows.of(bias.expand(-1, -1, q.shape[2], -1)))
         if rows is None:
-            x = show(pattern, show(scores, x, dtype).softmax(-1), dtype)
+            x = show(scores, x, dtype)
+            whole = x.dtype == dtype and dtype not in HALF
+            x = computed(pattern, softmax, x) if whole else show(pattern, softmax(x), dtype)
             return (x @ widened(v)).to(dtype).transpose(1, 2)
         rows.store(scores, x.to(dtype))
-        rows.store(pattern, x.softmax(-1).to(dtype))
+        rows.store(pattern, softmax(x).to(dtype))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2)
 
 

@@ -16,6 +16,7 @@ from prisma_core.spec import BlockSpec, RopeSpec
 from prisma_core.transformer.attention import NO_INPUTS, Attention, HeadInputs, Rope
 from prisma_core.transformer.mlp import MLP
 from prisma_core.transformer.norm import Scale, norm_or_identity
+from prisma_core.transformer.recipes import computed
 
 STREAM = "batch pos d_model"
 
@@ -76,16 +77,16 @@ class Block(nn.Module):
             x, normed = x[:, :leading], normed[:, :leading]
         attn_out = self.hook_attn_out(self.ls1(self.ln1(attn_out) if kind == "res_post" else attn_out))
         if kind == "parallel" and self.spec.mlp is not None:
-            return self.hook_resid_post(x + attn_out + self.hook_mlp_out(self.ls2(self.mlp(normed))))
-        x = x + attn_out
+            mlp_out = self.hook_mlp_out(self.ls2(self.mlp(normed)))
+            return computed(self.hook_resid_post, _sum, x, attn_out, mlp_out)
         if self.spec.mlp is None:
-            return self.hook_resid_post(x)
-        x = self.hook_resid_mid(x)
+            return computed(self.hook_resid_post, _sum, x, attn_out)
+        x = computed(self.hook_resid_mid, _sum, x, attn_out)
         if kind == "post":
             x = self.ln1(x)
         mlp_out = self.mlp(self.ln2(x) if kind == "pre" else x)
         mlp_out = self.hook_mlp_out(self.ls2(self.ln2(mlp_out) if kind == "res_post" else mlp_out))
-        x = self.hook_resid_post(x + mlp_out)
+        x = computed(self.hook_resid_post, _sum, x, mlp_out)
         return self.ln2(x) if kind == "post" else x
 
 
@@ -132,12 +133,18 @@ class SideBySide(nn.Module):
         for norm, attn, scale, heads in zip(self.ln1, self.attn, self.ls1, inputs, strict=True):
             normed = norm(x)
             outs.append(scale(attn(normed, rope, heads.after(norm, x, normed), mask, leading)))
-        x = (x if leading is None else x[:, :leading]) + self.hook_attn_out(torch.stack(outs).sum(0))
+        x, attn_out = x if leading is None else x[:, :leading], self.hook_attn_out(torch.stack(outs).sum(0))
         if self.spec.mlp is None:
-            return self.hook_resid_post(x)
-        x = self.hook_resid_mid(x)
+            return computed(self.hook_resid_post, _sum, x, attn_out)
+        x = computed(self.hook_resid_mid, _sum, x, attn_out)
         outs = [scale(mlp(norm(x))) for norm, mlp, scale in zip(self.ln2, self.mlp, self.ls2, strict=True)]
-        return self.hook_resid_post(x + self.hook_mlp_out(torch.stack(outs).sum(0)))
+        return computed(self.hook_resid_post, _sum, x, self.hook_mlp_out(torch.stack(outs).sum(0)))
+
+
+def _sum(x: Tensor, *added: Tensor) -> Tensor:
+    for each in added:
+        x = x + each
+    return x
 
 
 def make_block(spec: BlockSpec, d_model: int, n_tokens: int, rope: RopeSpec | None) -> Block | SideBySide:

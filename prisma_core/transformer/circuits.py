@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError, MissingPart, NotApplicable
-from prisma_core.errors.arguments import choice, shown, tensor
+from prisma_core.errors.arguments import check_flags, choice, shown, tensor
 from prisma_core.transformer.block import Block, SideBySide, attentions, check_sum, end_of, mlps
 from prisma_core.transformer.factored import FactoredMatrix, composition_scores
 from prisma_core.transformer.weights import Stack, WeightViews
@@ -132,6 +132,7 @@ class Circuits(WeightViews):
             InputError: there is no such layer.
             NotApplicable: a norm stands between a bias and the stream.
         """
+        check_flags(mlp_input=mlp_input, include_mlp_biases=include_mlp_biases)
         blocks = self.layers()
         end = end_of(blocks, layer, mlp_input)
         check_sum(blocks[:end])

@@ -11,19 +11,19 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError, UnknownName, suggest
-from prisma_core.errors.arguments import expect, several, shown
-from prisma_core.hooks.cache import ActivationCache
+from prisma_core.errors.arguments import check_flags, expect, several, shown
 from prisma_core.hooks.point import HookPoint
 from prisma_core.inputs import Picture
 from prisma_core.model import Size, ZooModel, read_sample
 from prisma_core.spec import DualSpec
 from prisma_core.spec.layout import TokenLayout
+from prisma_core.transformer.recipes import RecipeCache
 from prisma_core.transformer.stream import StreamCache
 from prisma_core.transformer.text import HookedText, tokens_of
 from prisma_core.transformer.vit import HookedViT
 
 
-class DualCache(ActivationCache):
+class DualCache(RecipeCache):
     """A cache of a pair of towers."""
 
     def _no_stream(self) -> str:
@@ -48,7 +48,7 @@ class DualCache(ActivationCache):
         if expect(name, str, "the name of a tower") not in names:
             raise UnknownName(f"No tower {name!r}; there are {', '.join(names)}.{suggest(name, names)}")
         tower, prefix = towers[f"{name}."], f"{name}."
-        store = {each.removeprefix(prefix): x for each, x in self.store.items() if each.startswith(prefix)}
+        store: Any = {each.removeprefix(prefix): x for each, x in self._entries.items() if each.startswith(prefix)}
         axes = {each.removeprefix(prefix): x for each, x in self.axes.items() if each.startswith(prefix)}
         source: dict[str, Any] = {"tokens": self.tokens} if tower.layout_for() is None else {"layout": self.layout}
         cache = StreamCache(store, axes=axes, model=tower, has_batch_dim=self.has_batch_dim, pos=self.pos, **source)
@@ -169,6 +169,7 @@ class HookedDual(ZooModel):
             normalize: give unit vectors, as the model compares them. Hooks on ``vision.`` run always, those on
                 ``image_embed``, the unit vectors, only then. The default is open_clip's and transformers'.
         """
+        check_flags(normalize=normalize)
         features = self.vision(self._pictured(image))
         return self.hook_image_embed(F.normalize(features, dim=-1)) if normalize else features
 
@@ -181,6 +182,7 @@ class HookedDual(ZooModel):
             text: a text, several, or tokens.
             normalize: as in ``encode_image``.
         """
+        check_flags(normalize=normalize)
         features = self.text(self.tokens(text))
         return self.hook_text_embed(F.normalize(features, dim=-1)) if normalize else features
 

@@ -17,8 +17,8 @@ from prisma_core.errors.arguments import expect, shown, sides, tensor
 from prisma_core.model import may_look
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec
 from prisma_core.spec.layout import TokenLayout
+from prisma_core.toolbox.precision import joining
 from prisma_core.transformer.norm import norm_or_identity
-from prisma_core.transformer.precision import joining
 
 Grid: TypeAlias = tuple[int, ...]  # rows and columns of patches, before them frames if it is a video
 

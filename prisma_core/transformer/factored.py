@@ -6,13 +6,14 @@ from functools import cached_property
 from numbers import Number
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
 from prisma_core.errors import InputError, MissingPart
-from prisma_core.errors.arguments import expect, number, tensor
-from prisma_core.transformer.precision import widened
+from prisma_core.errors.arguments import expect, number, shown, tensor, whole
+from prisma_core.toolbox.precision import widened
 
 
 class Svd(NamedTuple):
@@ -255,6 +256,8 @@ class FactoredMatrix:
             InputError: rows or columns are indexed by something else than a number, a slice or a list of numbers.
         """
         items = cast("tuple[Any, ...]", index if isinstance(index, tuple) else (index,))
+        if not all(_is_index(each) for each in items):
+            raise InputError(f"{shown(index)} does not index {list(self.shape)}: expected numbers, slices and lists.")
         count = sum(1 for each in items if each is not None and each is not Ellipsis)
         if any(each is Ellipsis for each in items):
             at = next(place for place, each in enumerate(items) if each is Ellipsis)
@@ -279,6 +282,14 @@ class FactoredMatrix:
 
     def __repr__(self) -> str:
         return f"FactoredMatrix({list(self.shape)}, rank <= {self.mdim})"
+
+
+def _is_index(item: object) -> bool:
+    """Return whether torch takes an item of an index for what it is: it would round numbers and count truths."""
+    if item is None or item is Ellipsis or isinstance(item, slice) or whole(item) is not None:
+        return True
+    numbers = torch.as_tensor(item) if isinstance(item, list | Tensor | np.ndarray) else torch.empty(())
+    return numbers.ndim > 0 and not numbers.is_floating_point()
 
 
 def composition_scores(left: FactoredMatrix, right: FactoredMatrix) -> Float[Tensor, "*scores"]:

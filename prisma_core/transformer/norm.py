@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from prisma_core.hooks.point import HookPoint
 from prisma_core.spec import NormSpec
-from prisma_core.transformer.precision import HALF, show, widened
+from prisma_core.toolbox.precision import HALF, show, widened
+from prisma_core.transformer.recipes import computed
 
 
 class Norm(nn.Module):
@@ -39,19 +40,24 @@ class Norm(nn.Module):
         self.hook_normalized = HookPoint(axes, f"({centred}) / scale * {affine}")
 
     def forward(self, x: Float[Tensor, "*outer width"]) -> Float[Tensor, "*outer width"]:
-        if not self.hook_scale.wanted:
-            return self.hook_normalized(self.fused(x))
-        explicit = self.hook_scale.edited or x.requires_grad
-        return self.hook_normalized(self._explicit(x) if explicit else self._read(x))
+        value = None
+        if self.hook_scale.wanted:
+            if self.hook_scale.edited or x.requires_grad:
+                return self._explicit(x)
+            value = self._read(x)
+        return computed(self.hook_normalized, self._fused, x, self.weight, self.bias, value=value)
 
     def fused(self, x: Float[Tensor, "*outer width"]) -> Float[Tensor, "*outer width"]:
         """Return the norm of ``x`` past all hook points."""
+        return self._fused(x, self.weight, self.bias)
+
+    def _fused(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.spec.kind == "ln":
-            return F.layer_norm(*self._operands(x), self.spec.eps).type_as(x)
+            return F.layer_norm(*self._operands(x, weight, bias), self.spec.eps).type_as(x)
         if self.spec.in_float32:
             wide = x.float()
-            return self._weighted(wide * self._inverse(wide), x)
-        return F.rms_norm(x, (self.width,), self.weight, self.spec.eps)
+            return self._weighted(wide * self._inverse(wide), x, weight, bias)
+        return F.rms_norm(x, (self.width,), weight, self.spec.eps)
 
     def linear(self, x: Float[Tensor, " *x width"], scale: Float[Tensor, " *scale 1"]) -> Float[Tensor, " *both width"]:
         """Return the norm of ``x`` with a given scale and no bias, which is linear in ``x``."""
@@ -65,16 +71,18 @@ class Norm(nn.Module):
         """Return a scale as a hook point showed it: in float32, and where a half dtype rounded it to 0, sqrt(eps)."""
         return scale if scale.dtype not in HALF else scale.float().where(scale != 0, self.spec.eps**0.5)
 
-    def _operands(self, x: Tensor) -> tuple[Tensor, list[int], Tensor, Tensor | None]:
+    def _operands(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, list[int], Tensor, Tensor | None]:
         if not self.spec.in_float32:
-            return x, [self.width], self.weight, self.bias
-        return x.float(), [self.width], self.weight.float(), None if self.bias is None else self.bias.float()
+            return x, [self.width], weight, bias
+        return x.float(), [self.width], weight.float(), None if bias is None else bias.float()
 
-    def _weighted(self, scaled: Tensor, x: Tensor) -> Tensor:
+    def _weighted(self, scaled: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self.spec.weight_in_float32:
-            return (scaled.type_as(x) * self.weight).type_as(x)
-        scaled = scaled * self.weight.to(scaled)
-        return (scaled if self.bias is None else scaled + self.bias.to(scaled)).type_as(x)
+            return (scaled.type_as(x) * weight).type_as(x)
+        scaled = scaled * weight.to(scaled)
+        return (scaled if bias is None else scaled + bias.to(scaled)).type_as(x)
 
     def _inverse(self, centred: Tensor) -> Tensor:
         return torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + self.spec.eps)
@@ -86,7 +94,7 @@ class Norm(nn.Module):
 
     def _read(self, x: Tensor) -> Tensor:
         """Show the scale without changing the kernel: no hook can change it, no gradient is asked for."""
-        operand, width, weight, bias = self._operands(x)
+        operand, width, weight, bias = self._operands(x, self.weight, self.bias)
         if self.spec.kind == "ln" and operand.dtype not in HALF:
             normalized, _, inverse = torch.native_layer_norm(operand, width, weight, bias, self.spec.eps)
             self._shown(inverse, x)
@@ -95,10 +103,19 @@ class Norm(nn.Module):
         return self.fused(x)
 
     def _explicit(self, x: Tensor) -> Tensor:
-        wide = x.float() if self.spec.in_float32 else widened(x)
-        centred = self.centred(wide)
+        centred = self.centred(self._wide(x))
         scale = self._shown(self._inverse(centred), x)
-        return self._weighted(centred * scale.reciprocal().type_as(wide), x)
+        value = self._divided(x, scale, self.weight, self.bias, centred)
+        return computed(self.hook_normalized, self._divided, x, scale, self.weight, self.bias, value=value)
+
+    def _divided(
+        self, x: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, centred: Tensor | None = None
+    ) -> Tensor:
+        centred = self.centred(self._wide(x)) if centred is None else centred
+        return self._weighted(centred * scale.reciprocal().type_as(centred), x, weight, bias)
+
+    def _wide(self, x: Tensor) -> Tensor:
+        return x.float() if self.spec.in_float32 else widened(x)
 
 
 def norm_or_identity(spec: NormSpec | None, width: int, axes: str = "batch pos d_model") -> Norm | nn.Identity:

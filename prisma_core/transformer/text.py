@@ -16,10 +16,10 @@ from prisma_core.errors.arguments import shown
 from prisma_core.hooks.point import HookPoint
 from prisma_core.model import Processor, Size, check_place, layer_index, may_look, read_sample
 from prisma_core.spec import TextPoolSpec, TextSpec
+from prisma_core.toolbox.precision import joining
 from prisma_core.transformer.block import STREAM, make_block
 from prisma_core.transformer.mlp import MLP
 from prisma_core.transformer.norm import norm_or_identity
-from prisma_core.transformer.precision import joining
 from prisma_core.transformer.stream import StreamCache
 from prisma_core.transformer.stream.readout import Readout
 from prisma_core.transformer.tower import Tower

@@ -16,12 +16,12 @@ from prisma_core.hooks.point import HookPoint, copy_if_cached
 from prisma_core.model import Size, check_place, layer_index, read_sample
 from prisma_core.spec import ModelSpec, RopeCount
 from prisma_core.spec.layout import TokenLayout
+from prisma_core.toolbox.precision import joining
 from prisma_core.transformer.attention import Rope
 from prisma_core.transformer.block import STREAM, make_block
 from prisma_core.transformer.embed import Embed, Grid, check_image, native_grid, native_shape, patch_grid
 from prisma_core.transformer.norm import norm_or_identity
 from prisma_core.transformer.pool import Pool
-from prisma_core.transformer.precision import joining
 from prisma_core.transformer.rope import count_tables, grid_tables
 from prisma_core.transformer.stream import StreamCache
 from prisma_core.transformer.stream.readout import Readout, latent

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy as copying
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from prisma_core.maps.places import HookMap
 from prisma_core.model import Size, ZooModel, check_place, may_look, read_sample
 from prisma_core.spec import MapSpec
 from prisma_core.spec.layout import TokenLayout
+from prisma_core.toolbox.tables import numbered
 from prisma_core.upstream.bound import BoundRow
 from prisma_core.upstream.observer import attach, watching
 
@@ -47,9 +49,10 @@ class HookedUpstream(ZooModel):
         self.spec: MapSpec = spec
         self.upstream = upstream
         self._output = output
-        self._rows = _bound_rows(table)
+        self._rows = _bound_rows(table, upstream)
         for row in self._rows:
             _add_point(self, row)
+        _separate(upstream, [row.place.module for row in self._rows])
         attach(upstream, self._rows)
         self.eval()
 
@@ -191,6 +194,22 @@ def copy_module(upstream: nn.Module, *, copy: bool) -> nn.Module:
     return copying.deepcopy(upstream, {} if copy else {id(tensor): tensor for tensor in tensors})
 
 
+def _separate(upstream: nn.Module, paths: Iterable[str]) -> None:
+    """Give each of these paths a module of its own where one is used at several; the copies share its tensors."""
+    parts = dict.fromkeys(path[: end.start()] for path in sorted(paths) for end in re.finditer(r"\.|$", path))
+    seen = set[nn.Module]()
+    for path in filter(None, parts):  # from the outside in: what stands below a copy is a copy, too
+        try:
+            module = upstream.get_submodule(path)
+        except AttributeError:  # attach says so
+            continue
+        if module in seen:
+            above, _, name = path.rpartition(".")
+            module = copy_module(module, copy=False)
+            setattr(upstream.get_submodule(above), name, module)
+        seen.add(module)
+
+
 class Part(nn.Module):
     """Container of hook points under the name of a part of the model."""
 
@@ -218,8 +237,8 @@ def _instead(module: nn.Module) -> str:
     )
 
 
-def _bound_rows(table: HookMap) -> list[BoundRow]:
-    rows = table.plain()
+def _bound_rows(table: HookMap, upstream: nn.Module) -> list[BoundRow]:
+    rows = numbered(table, upstream)
     for row in rows:
         if not row.axes or "(" in row.axes:
             raise PrismaError(

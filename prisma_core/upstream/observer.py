@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from prisma_core.errors import HookError, PrismaError
 from prisma_core.hooks.recompute import checkpoints, keep
 from prisma_core.maps.places import FUSED, INSIDE, Place
+from prisma_core.toolbox.precision import show, softmax, widened
 
 
 class Observer(ABC):
@@ -215,15 +216,20 @@ def _unfused(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Compute ``scaled_dot_product_attention`` step by step, its scores and pattern shown to their observers."""
+    """Compute ``scaled_dot_product_attention`` step by step, its scores and pattern shown to their observers.
+
+    Half dtypes are computed in float32, as the kernel does.
+    """
+    dtype = q.dtype
 
     def shown(side: str, x: Tensor) -> Tensor:
-        return run.show(inside[side], x) if side in inside else x
+        return show(partial(run.show, inside[side]), x, dtype) if side in inside else x
 
     if dropout_p:
         raise HookError(f"Attention drops patterns at random here; {FUSED} can be opened in evaluation only.")
     if enable_gqa:
         k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+    q, k, v = widened(q), widened(k), widened(v)
     scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
@@ -231,7 +237,7 @@ def _unfused(
         scores = scores.masked_fill(~attn_mask, -torch.inf)
     elif attn_mask is not None:
         scores = scores + attn_mask
-    return shown("pattern", shown("scores", scores).softmax(-1)) @ v
+    return (shown("pattern", softmax(shown("scores", scores))) @ v).to(dtype)
 
 
 __all__ = ["ModuleHooks", "Observer", "attach", "watching"]

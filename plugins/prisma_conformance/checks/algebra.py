@@ -56,7 +56,7 @@ def _derived_acts(model: ZooModel, inputs: Inputs) -> dict[str, Tensor]:
         return {}
     logits = [name for name in model.hook_points() if name.endswith("hook_logits")]
     _, cache = model.run_with_cache(*(x[:1] for x in inputs), names=[*derived, *logits])
-    return cache.store
+    return dict(cache.store)
 
 
 def _unproven(subject: Subject, claimed: set[str]) -> list[str]:

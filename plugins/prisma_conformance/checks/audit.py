@@ -39,7 +39,7 @@ def audit(subject: Subject) -> Finding:
     for part in subject.adapter.parts(reader):
         ignored |= part.ignored
     apart = _ignored_modules(upstream, subject.adapter.weights(reader, subject.spec))
-    problems: dict[str, None] = {}
+    problems: dict[str, list[str]] = {}  # by class, attribute and value: where
     n_attributes = 0
     for path, module in cast("Iterator[tuple[str, nn.Module]]", upstream.named_modules()):
         if id(module) in opaque or any(path == part or path.startswith(f"{part}.") for part in apart):
@@ -47,12 +47,13 @@ def audit(subject: Subject) -> Finding:
         for name in _attributes(module):
             n_attributes += 1
             if f"{path}.{name}".lstrip(".") not in record and not _excused(module, name, ignored):
-                problems[_say(module, name, f"= {vars(module)[name]!r}")] = None
+                problems.setdefault(_say(module, name, f" = {vars(module)[name]!r}"), []).append(path)
         for name, child in module.named_children():
             read = id(child) in opaque or _visited(f"{path}.{name}".lstrip("."), record)
             if _matters(child) and not read and not _excused(module, name, ignored):
-                problems[_say(module, name, f"({type(child).__name__})")] = None
-    return Finding(problems=tuple(problems), detail=f"{n_attributes} attributes, {len(record)} paths read")
+                problems.setdefault(_say(module, name, f" ({type(child).__name__})"), []).append(path)
+    said = tuple(f"{what}{_at(paths)} is neither read nor ignored with a reason" for what, paths in problems.items())
+    return Finding(problems=said, detail=f"{n_attributes} attributes, {len(record)} paths read")
 
 
 def _ignored_modules(upstream: nn.Module, table: WeightMap) -> list[str]:
@@ -88,7 +89,13 @@ def _excused(module: nn.Module, name: str, ignored: Mapping[str, str]) -> bool:
 
 
 def _say(module: nn.Module, name: str, what: str) -> str:
-    return f"{qualified_name(module)}.{name} {what[:60]} is neither read nor ignored with a reason"
+    return f"{qualified_name(module)}.{name}{what[:60]}"
+
+
+def _at(paths: list[str]) -> str:
+    if paths == [""]:
+        return ""
+    return f" at {paths[0]!r}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
 
 
 __all__ = ["HARMLESS", "audit"]

@@ -18,6 +18,7 @@ from prisma_conformance.measure import worst
 from prisma_conformance.subject import Subject
 from prisma_core import HookContext
 from prisma_core.plugin import MapAdapter, Reader, blaming, returned
+from prisma_core.toolbox.tables import numbered
 
 OUTPUT = "output"  # upstream's, among the activations that went on
 
@@ -98,7 +99,7 @@ class MapEquations:
         upstream, self.model = subject.pair()
         self.inputs, logits, acts = subject.passes()
         table = subject.table()
-        rows = {row.hook: row for row in table.plain()}
+        rows = {row.hook: row for row in numbered(table, upstream)}
         self.scope = Scope(rows, {**table.sizes, "batch": len(self.inputs[0])}, upstream, self.inputs)
         self.clean = Passed(acts, acts | {OUTPUT: logits})
         self.everywhere: list[Equation] = list(self._everywhere())

@@ -17,6 +17,7 @@ from prisma_conformance.measure import worst
 from prisma_conformance.subject import Subject
 from prisma_core.maps.places import INSIDE
 from prisma_core.plugin import FUSED, HookMap, MapAdapter, Place, Reader, Row, suggest
+from prisma_core.toolbox.tables import numbered
 
 Acts = Mapping[str, Tensor]
 
@@ -61,6 +62,11 @@ def examine_map(subject: Subject, progress: Callable[[str], None] | None = None)
     return MapFindings(rows[0].hook, tuple(said), rows, change, tried)
 
 
+def _numbered(subject: Subject) -> HookMap:
+    table = subject.table()
+    return HookMap(tuple(numbered(table, subject.pair().upstream)), table.sizes)
+
+
 def _failing(equations: MapEquations, acts: Acts, among: Collection[str] | None = None) -> dict[str, tuple[str, ...]]:
     """The equations that fail on activations of a plain pass, each with the hook points in it.
 
@@ -100,7 +106,7 @@ def _change(
     progress: Callable[[str], None] | None,
 ) -> tuple[str, int]:
     """Find one row at another place, or two that exchange theirs, with which every equation holds."""
-    upstream, table = subject.pair().upstream, subject.table()
+    upstream, table = subject.pair().upstream, _numbered(subject)
     acts = equations.clean.after
     places = all_places(upstream, lambda: subject.forward(upstream, *equations.inputs))
     tried = 0
@@ -170,7 +176,7 @@ def absent_places(subject: Subject) -> Iterator[str]:
     places = all_places(upstream, lambda: subject.forward(upstream, *inputs))
     fused = [place.module for place in places if place.function == FUSED]
     known = {*map(str, places), *(f"{module} @ {FUSED} : {side}" for module in fused for side in INSIDE)}
-    for row in subject.adapter.hooks(Reader(upstream), bare.spec).rows:
+    for row in numbered(subject.adapter.hooks(Reader(upstream), bare.spec), upstream):
         if str(row.place) not in known:
             yield f"The row '{row}' names a place that upstream never passes.{suggest(str(row.place), known)}"
 

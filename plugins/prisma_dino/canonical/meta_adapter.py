@@ -29,6 +29,7 @@ from prisma_core.plugin import (
 )
 from prisma_dino.canonical import meta_blocks
 from prisma_dino.canonical.dinov2 import around_registers
+from prisma_dino.state import Options, build
 
 OURS = "prisma_dino.meta.MetaViT"
 V1 = "vision_transformer.VisionTransformer"
@@ -80,6 +81,7 @@ class MetaAdapter(Adapter):
             there = {*vars(upstream.module), *dict(upstream.module.named_children())}
             if others := sorted(name for name in there - V1_HAS if not name.startswith("_")):
                 raise upstream.unsupported(f"{', '.join(others)}, which facebookresearch/dino's has not")
+            _compare_with_meta(upstream)
         if upstream.get("chunked_blocks"):
             raise upstream.unsupported("blocks in chunks (build it with block_chunks=0)")
         if upstream.has("cls_norm"):
@@ -149,6 +151,32 @@ class MetaAdapter(Adapter):
 
     def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return _explicit(upstream)
+
+
+def _compare_with_meta(upstream: Reader) -> None:
+    """Compare one forward with that of Meta's model, whose name, attributes and tensors a fork may share.
+
+    Raises:
+        UnsupportedArchitecture: the outputs differ, or the module does not run.
+    """
+    theirs, proj = copy.deepcopy(upstream.module).eval().float(), upstream.patch_embed.proj
+    if proj.weight.is_meta:  # without weights there are no numbers
+        return
+    block = upstream.blocks[0]
+    given = Options(heads=block.attn.num_heads, eps=block.norm1.eps)
+    ours = build(theirs.state_dict(), upstream.path or "the model", given)
+    size = [side * patch for side, patch in zip(_grid(upstream, rotary=False), proj.kernel_size, strict=True)]
+    image = torch.linspace(-1, 1, proj.in_channels * size[0] * size[1]).sin_()
+    image = image.view(1, proj.in_channels, *size).to(proj.weight.device)
+    with torch.no_grad():
+        try:
+            same = torch.allclose(
+                theirs(image), ours(image), rtol=1e-2, atol=1e-2
+            )  # of outputs of size 1, in any dtype
+        except Exception as error:
+            raise upstream.unsupported(f"a forward that fails on an image of {size} ({error})") from error
+    if not same:
+        raise upstream.unsupported("a forward with another output than facebookresearch/dino's: it is a fork")
 
 
 def _grid(upstream: Reader, *, rotary: bool) -> tuple[int, int]:

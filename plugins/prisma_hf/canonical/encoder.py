@@ -105,6 +105,7 @@ class EncoderAdapter(Adapter):
         rows += blocks.rows(layers, f"{at}{names.tower.blocks}", names.tower.block)
         rows += norm_rows(names.ln_pool, "ln_pool") if spec.ln_pool is not None else ""
         if names.head and parts.at(upstream, names.head).is_a("Conv2d"):
+            upstream.decoder[1].expect("PixelShuffle")  # pixels are compared before it (calling.pixels)
             rows += f"""
                 {names.head}.weight        ->  head.weight  : o d 1 1 -> o d
                 {names.head}.bias | zeros  ->  head.bias

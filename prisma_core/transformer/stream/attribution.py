@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prisma_core.errors import InputError
-from prisma_core.errors.arguments import several, shown, tensor, whole
+from prisma_core.errors.arguments import check_flags, several, shown, tensor, whole
 from prisma_core.spec import TextSpec
 from prisma_core.transformer.norm import Norm
 from prisma_core.transformer.stream.readout import Readout
@@ -63,6 +63,7 @@ class LogitAttribution(Stream):
         if batch_slice is not None:
             part = self.apply_slice_to_batch_dim(batch_slice)
             return part.apply_ln_to_stack(residual_stack, layer, mlp_input, pos_slice, recompute_ln=recompute_ln)
+        check_flags(mlp_input=mlp_input, recompute_ln=recompute_ln)
         norms = self._norms(layer, mlp_input)
         self._check_stack(residual_stack)
         if not recompute_ln:
@@ -232,6 +233,7 @@ class LogitAttribution(Stream):
         self, stack: Tensor, pos_slice: Index | str | None, per_token: bool
     ) -> list[tuple[Readout, Float[Tensor, "component *read d_pool"]]]:
         """Contributions of each component to the input of each head, after all norms."""
+        check_flags(per_token=per_token)
         tower, reads = self._tower(), self._readouts()
         self._need_scales()
         self._check_stack(stack)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prisma_core.errors import InputError, NotApplicable
-from prisma_core.errors.arguments import choice, number, shown, tensor
+from prisma_core.errors.arguments import check_flags, choice, number, shown, tensor
 from prisma_core.spec.layout import positions_of
 from prisma_core.transformer.block import attentions, end_of, mlps
 from prisma_core.transformer.stream.attribution import LogitAttribution
@@ -92,6 +92,7 @@ class StreamCache(LogitAttribution):
         True
         """
         choice(mode, ("all", "mlp", "attn"), "the mode")
+        check_flags(mlp_input=mlp_input, apply_ln=apply_ln, incl_embeds=incl_embeds, return_labels=return_labels)
         blocks = self._before(layer, mlp_input)
         places: list[tuple[str, str]] = []
         for index, block in enumerate(blocks):
@@ -134,6 +135,7 @@ class StreamCache(LogitAttribution):
         Raises:
             UnknownName: the cache lacks activations; the message says which to ask for.
         """
+        check_flags(incl_mid=incl_mid, apply_ln=apply_ln, mlp_input=mlp_input, return_labels=return_labels)
         blocks = self._tower().layers()
         end = end_of(blocks, layer, mlp_input)
         places: list[tuple[str, str]] = []
@@ -177,6 +179,7 @@ class StreamCache(LogitAttribution):
             NotApplicable: a norm stands between the heads and the stream, which is more than their sum then.
             InputError: there is no head before the layer, or the direction is of another width.
         """
+        check_flags(return_labels=return_labels, incl_remainder=incl_remainder, apply_ln=apply_ln)
         read = self._reading(layer, apply_ln, pos_slice, project_output_onto)
         branches = [(f"blocks.{i}", one) for i, block in enumerate(self._before(layer)) for one in attentions(block)]
         if source is None:
@@ -225,6 +228,7 @@ class StreamCache(LogitAttribution):
         >>> cache.stack_neuron_results(pos_slice="cls", apply_ln=True, project_output_onto=cat).shape
         torch.Size([36864, 1, 1])
         """
+        check_flags(return_labels=return_labels, incl_remainder=incl_remainder, apply_ln=apply_ln)
         read = self._reading(layer, apply_ln, pos_slice, project_output_onto)
         branches = [(i, block.spec, one) for i, block in enumerate(self._before(layer)) for one in mlps(block)]
         self._need([f"blocks.{index}.{branch.name}.hook_post" for index, _, branch in branches])

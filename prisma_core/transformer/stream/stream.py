@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from prisma_core.errors import InputError, NotApplicable, UnknownName
-from prisma_core.hooks.cache import ActivationCache
 from prisma_core.hooks.query import layer_of
 from prisma_core.spec import ModelSpec, TextSpec
 from prisma_core.spec.layout import positions_of
 from prisma_core.transformer.block import check_sum, end_of
 from prisma_core.transformer.norm import Norm
+from prisma_core.transformer.recipes import RecipeCache
 from prisma_core.transformer.tower import Tower
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound="Stream")
 
 
-class Stream(ActivationCache):
+class Stream(RecipeCache):
     """The residual stream of one transformer, of images or of texts, in a cache."""
 
     def apply_slice_to_batch_dim(self: S, batch_slice: Index) -> S:

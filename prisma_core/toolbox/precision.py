@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-
-from prisma_core.hooks.point import HookPoint
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -15,7 +15,13 @@ def widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype in HALF else x
 
 
-def show(point: HookPoint, x: Tensor, dtype: torch.dtype) -> Tensor:
+def softmax(scores: Tensor) -> Tensor:
+    """Return the softmax over the last axis, and zeros where no key may be read, as fused kernels have it."""
+    hidden = scores.isneginf().all(-1, keepdim=True)
+    return scores.masked_fill(hidden, 0).softmax(-1).masked_fill(hidden, 0)
+
+
+def show(point: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``x`` after a hook point that shows it in the dtype of the model.
 
     Numbers that hooks leave as they are keep their precision; those that hooks change are taken as given. Gradients
