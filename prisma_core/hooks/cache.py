@@ -176,9 +176,8 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
         return self.store.values()
 
     def _table(self) -> list[tuple[str, ...]]:
-        """Return the name, shape and dtype of what it holds; of layers that are alike, one row."""
-        shown = ((name, str(list(x.shape)), str(x.dtype).removeprefix("torch.")) for name, x in self.store.items())
-        return folded(shown)
+        """Return names with their axes, and make no activation for it; of layers that are alike, one row."""
+        return folded((name, self.axes.get(name, "")) for name in self.store)
 
     def __str__(self) -> str:
         return "\n".join([repr(self), *aligned(self._table())])
