@@ -40,8 +40,9 @@ def as_metric(model: HookedModel, metric: MetricLike) -> Metric:
 
     Args:
         model: the model whose labels name the classes.
-        metric: a function of the model's output with a number for each image ``[batch]`` or several ``[batch ...]``; or
-            a class, as index or label, for its logit; or two classes, for the difference of their logits.
+        metric: a function of the model's output with a number for each image ``[batch]`` or several ``[batch ...]``
+            (of one image, the number alone will do); or a class, as index or label, for its logit; or two classes, for
+            the difference of their logits.
 
     Raises:
         UnknownName: no such class; the nearest are suggested.
@@ -60,6 +61,8 @@ def as_metric(model: HookedModel, metric: MetricLike) -> Metric:
     def measure(output: Tensor) -> Tensor:
         with blaming(metric, "The metric", InputError):
             values = cast(object, metric(output))
+        if isinstance(values, Tensor) and not values.ndim and len(output) == 1:
+            values = values[None]  # of one image, the number alone
         if not isinstance(values, Tensor) or not values.ndim or len(values) != len(output):
             raise InputError(
                 f"Expected a metric that returns a number for each image, [batch ...]: of an output "
