@@ -12,6 +12,7 @@ A test module lists its calls by name, and gives each argument of each a test of
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,6 +49,12 @@ NONSENSE: dict[str, Callable[[], Any]] = {
     "lambda": lambda: lambda one, two, three: None,
 }
 ANYTHING = " ".join(NONSENSE)  # an argument that is kept or passed on, whatever it is
+
+# What arguments of a name take, whichever function has them; with their annotations, numpy's numbers and None.
+ANY_TEXT = "'' nonsense"
+TAKES = {"seed": "-99 10**18", "lr": "3.5 tensor 10**18", "folder": "nonsense", "path": "nonsense", "title": ANY_TEXT}
+NUMBER = re.compile(r"\b(int|Count|Natural|Indices|Above|Registers)\b")
+NUMBERS = ("pos", "queries", "keys")
 
 
 @dataclass(frozen=True)
@@ -134,6 +141,24 @@ def faults(one: Call, argument: str) -> list[str]:
             if word not in listed:
                 wrong.append(f"{argument}={word} is taken in silence: {str(result)[:80]}")
     return wrong
+
+
+def with_plain(one: Call, argument: str) -> Call:
+    """Add what an argument of this name, annotation and default takes everywhere."""
+    if argument in one.takes:
+        return one
+    parameter = inspect.signature(one.function).parameters[argument]
+    words = TAKES.get(argument, "")
+    words += " None" if parameter.default is None else ""
+    words += " int64" if NUMBER.search(str(parameter.annotation)) or argument in NUMBERS else ""
+    words += " True" if "bool" in str(parameter.annotation) else ""
+    return replace(one, takes={**one.takes, argument: words})
+
+
+def all_faults(one: Call) -> dict[str, list[str]]:
+    """Return what is wrong with the answers to nonsense, by argument; plain values are taken (see ``with_plain``)."""
+    wrong = {argument: faults(with_plain(one, argument), argument) for argument in one.names()}
+    return {argument: each for argument, each in wrong.items() if each}
 
 
 def says(message: str, value: object) -> bool:

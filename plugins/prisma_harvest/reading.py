@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, LoadError, NotApplicable, TokenLayout
-from prisma_core.plugin import Count, checked, resolve_one
+from prisma_core.plugin import Count, checked, resolve_one, several
 from prisma_harvest.arrow import record_batches
 from prisma_harvest.folder import Line, read_lines
 from prisma_harvest.manifest import (
@@ -126,6 +126,11 @@ class Harvest:
         full = resolve_one(name, self.names)
         return next(point for point in self.points if point.name == full)
 
+    def _points(self, names: Name | list[Name]) -> list[Point]:
+        """Return the hook points of a name or of a list of at least one."""
+        each = several(names, "a hook point or a list of them") if isinstance(names, list) else [names]
+        return [self.point(name) for name in each]
+
     # ---------------------------------------------------------------- lines
 
     def examples(self) -> Iterator[Line]:
@@ -217,9 +222,9 @@ class Harvest:
     def rows(
         self,
         name: Name | list[Name],
-        batch: int,
+        batch: Count,
         shuffle: bool = False,
-        buffer: int = 2**16,
+        buffer: Count = 2**16,
         seed: int = 0,
         *,
         part: tuple[int, int] = (0, 1),
@@ -247,10 +252,7 @@ class Harvest:
         >>> for rows in open_harvest("harvests").rows(("resid_post", 5), 4096, shuffle=True):
         ...     loss = coder(rows)
         """
-        several = isinstance(name, list)
-        points = [self.point(each) for each in name] if several else [self.point(name)]  # type: ignore[arg-type]
-        if batch < 1 or buffer < 1:
-            raise InputError(f"Expected a batch and a buffer of at least one row, got {batch} and {buffer}.")
+        points = self._points(name)
         if not 0 <= part[0] < part[1]:
             raise InputError(f"Expected part=(which, of how many), got {part}.")
         tokens = {_tokens(point) for point in points}
@@ -261,7 +263,8 @@ class Harvest:
             made = self._shuffled(points, chunks, batch, buffer, seed + part[0])
         else:
             made = buffered((self._rows(points, chunk) for chunk in chunks), batch)
-        return (group if several else group[0] for group in made if not drop_last or len(group[0]) == batch)
+        alone = not isinstance(name, list)
+        return (group[0] if alone else group for group in made if not drop_last or len(group[0]) == batch)
 
     def _chunks(self, points: Sequence[Point], shuffle: bool, seed: int, part: tuple[int, int]) -> list[Chunk]:
         size = max(1, CHUNK_BYTES // max(1, example_bytes(points[:1], self.manifest.dtype)))
@@ -309,8 +312,9 @@ class Harvest:
     # ---------------------------------------------------------------- other forms
 
     @checked
-    def dataset(self, name: Name | list[Name], batch: int, **options: Any) -> RowDataset:
+    def dataset(self, name: Name | list[Name], batch: Count, **options: Any) -> RowDataset:
         """Return rows as a torch ``IterableDataset`` that workers and ranks share out (see ``RowDataset``)."""
+        self._points(name)  # its errors now, none of a worker's later
         return RowDataset(self.rows, name, batch, **options)
 
     @checked
@@ -321,8 +325,7 @@ class Harvest:
             PluginError: pyarrow is not installed.
             UnknownName: no such hook point.
         """
-        queries = self.names if names is None else names if isinstance(names, list) else [names]
-        points = [self.point(name) for name in queries]
+        points = list(self.points) if names is None else self._points(names)
         return record_batches(points, self.manifest.dtype, self.examples(), self.read, batch)
 
 

@@ -20,7 +20,7 @@ def placed(model: HookedModel, coders: Coders) -> dict[str, SparseCoder]:
         coders: by hook point; or one or several that know their own.
 
     Raises:
-        InputError: a coder does not know its place, or two have the same.
+        InputError: there is no coder, one does not know its place, or two have the same.
         UnknownName: no such hook point.
     """
     if isinstance(coders, Mapping):
@@ -29,6 +29,8 @@ def placed(model: HookedModel, coders: Coders) -> dict[str, SparseCoder]:
         expected = "a sparse coder, several, or coders by hook point"
         each = [coders] if isinstance(coders, SparseCoder) else several(coders, expected)
         pairs = [(_own_place(model, _coder(coder, expected)), coder) for coder in each]
+    if not pairs:
+        raise InputError(f"Expected at least one sparse coder, got {shown(coders)}.")
     by_name = dict(pairs)
     if len(by_name) < len(pairs):
         raise InputError(f"Two coders at {pairs[0][0]}: one place takes one.")

@@ -157,7 +157,9 @@ def attention(
     if pattern.ndim < 2 or tuple(pattern.shape[-2:]) != (n, n):
         raise InputError(f"Expected a pattern [... {n} {n}] over all tokens of the layout, got {list(pattern.shape)}.")
     names = layout.token_names()
-    index = Result(pattern[..., 0].reshape(-1, n)[0], ("token",), {"token": tuple(names)}).index("token", query or 0)
+    index = Result(pattern[..., 0].reshape(-1, n)[0], ("token",), {"token": tuple(names)}).index(
+        "token", 0 if query is None else query
+    )
     title = f"attention of {names[index]}"
     return patches(pattern.select(-2, index), layout, image, unit=unit or "share of attention", title=title)
 

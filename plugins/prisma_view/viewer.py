@@ -89,7 +89,7 @@ def attention_page(
         InputError: no image and no text, an unreadable image, or a model without preprocessing.
     """
     if (image is None) == (text is None):
-        raise InputError("Expected an image or text=, one of them.")
+        raise InputError(f"Expected an image or text=, one of them; got {'neither' if image is None else 'both'}.")
     reference = getattr(model, "reference", None)
     if isinstance(model, HookedDual):
         model = model.text if text is not None else model.vision

@@ -40,7 +40,7 @@ def read(path: str | Path, format: str | None = None, **options: Any) -> SparseC
     path = Path(path).expanduser()
     if not path.exists():
         raise LoadError(f"No file or folder at {path}.")
-    module = _named(format) if format else _recognised(path)
+    module = _recognised(path) if format is None else _named(format)
     accepted = keyword_names(module.read)[1:]
     if unknown := [name for name in options if name not in accepted]:
         raise InputError(f"The reader of {module.NAME} has no option {unknown[0]!r}; it takes {', '.join(accepted)}.")
