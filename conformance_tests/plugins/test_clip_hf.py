@@ -1,4 +1,4 @@
-"""CLIP models in transformers' form, TinyCLIP's among them: from a folder, with their own tokenizer and pictures."""
+"""CLIP models in transformers' form, TinyCLIP's among them: from a folder, with their own tokenizer and images."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def test_zero_shot_from_a_folder(folder: Path) -> None:
     assert tokens.tolist() == [[0, 3, 6, 7, 3, 4, 10, 5], [0, 3, 6, 7, 3, 9, 10, 5]]
     assert model.tokens("a dog").tolist() == [[0, 3, 8, 5, 1, 1, 1, 1]], "filled up to the longest text"
     assert model.tokens("a " * 20).shape == (1, 8), "cut to it"
-    picture = Image.effect_noise((40, 30), 90).convert("RGB")
+    image = Image.effect_noise((40, 30), 90).convert("RGB")
     assert model.preprocess is not None
-    pixels = model.preprocess(picture)
+    pixels = model.preprocess(image)
     theirs: Any = transformers.CLIPModel.from_pretrained(folder)
     upstream = theirs(input_ids=tokens, pixel_values=pixels).logits_per_image.softmax(-1)
-    assert torch.allclose(model.classify(picture, ["cat", "zebra"]), upstream, atol=1e-6)
+    assert torch.allclose(model.classify(image, ["cat", "zebra"]), upstream, atol=1e-6)
 
 
 @torch.no_grad()
@@ -77,8 +77,8 @@ def test_a_saved_model_keeps_its_tokenizer(architecture: str, folder: Path, tmp_
         again: Any = prisma.load(f"file:{one}")
         assert torch.equal(again.tokens(texts), model.tokens(texts))
         if isinstance(model, HookedDual):
-            picture = Image.effect_noise((40, 30), 90).convert("RGB")
-            assert torch.allclose(again.classify(picture, ["cat", "dog"]), model.classify(picture, ["cat", "dog"]))
+            image = Image.effect_noise((40, 30), 90).convert("RGB")
+            assert torch.allclose(again.classify(image, ["cat", "dog"]), model.classify(image, ["cat", "dog"]))
 
 
 @torch.no_grad()
