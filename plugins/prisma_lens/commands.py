@@ -144,11 +144,11 @@ def heads(
     pretrained: TRAINED = True,
 ) -> None:
     """Show which heads attend to corners, edges, rows, columns, neighbours, the class token, registers."""
-    from prisma_core import HookedDual
     from prisma_lens.heads import head_scores
+    from prisma_lens.inputs import vision_of
 
     model, images = _opened(reference, image, pretrained, out)
-    found = head_scores(model.vision if isinstance(model, HookedDual) else model, images)
+    found = head_scores(vision_of(model), images)
     _saved(found, out)
     baseline = found.tensors["baseline"].tolist()
     kinds = [
