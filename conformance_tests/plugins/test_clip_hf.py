@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -128,6 +130,16 @@ def by_weights(rows: Any, shapes: Any, length: int) -> Any:
     return (torch.stack(resized) @ rows.flatten(0, 1).float()).to(rows.dtype)
 
 
+def at_home(function: Any, owner: type, name: str) -> Any:
+    """Return a function as a method of a library's own, as another release of it would have."""
+    own = FunctionType(function.__code__, vars(sys.modules[owner.__module__]), name)
+    own.__kwdefaults__, own.__qualname__ = function.__kwdefaults__, f"{owner.__qualname__}.{name}"
+    return own
+
+
+RESIZE = "resize_positional_embeddings"
+
+
 def siglip2() -> Any:
     return randomise(tower("Siglip2", "Vision", VISION | {"num_patches": 25}), torch.Generator().manual_seed(0)).eval()
 
@@ -138,7 +150,7 @@ def test_positions_are_resized_to_the_bit_as_upstream_resizes_them(way: Any, mon
     upstream = siglip2()
     embeddings = upstream.embeddings
     if way is not None:
-        monkeypatch.setattr(type(embeddings), "resize_positional_embeddings", staticmethod(way))
+        monkeypatch.setattr(type(embeddings), RESIZE, staticmethod(at_home(way, type(embeddings), RESIZE)))
     model: Any = prisma.adapt(upstream)
     table = embeddings.position_embedding.weight.view(5, 5, -1)
     for size in ((3, 8), (9, 2), (6, 6), (5, 4)):
@@ -151,7 +163,7 @@ def test_positions_are_resized_to_the_bit_as_upstream_resizes_them(way: Any, mon
 @pytest.mark.parametrize("how", [{"antialias": False}, {"mode": "bicubic"}, {"align_corners": True}], ids=str)
 def test_positions_resized_otherwise_are_unsupported(how: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     upstream = siglip2()
-    other = staticmethod(partial(by_torch, **how))
-    monkeypatch.setattr(type(upstream.embeddings), "resize_positional_embeddings", other)
+    other = partial(at_home(by_torch, type(upstream.embeddings), RESIZE), **how)
+    monkeypatch.setattr(type(upstream.embeddings), RESIZE, staticmethod(other))
     with pytest.raises(prisma.UnsupportedArchitecture, match="positions resized otherwise than bilinear"):
         prisma.adapt(upstream)
