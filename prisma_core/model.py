@@ -112,10 +112,10 @@ class Origin:
             name: tensor.detach().clone() if name in kept else tensor.detach().to("meta")
             for name, tensor in tensors.items()
         }
-        several: dict[int, list[str]] = {}
+        by_tensor: dict[int, list[str]] = {}
         for name in tensors:
-            several.setdefault(id(tensors[name]), []).append(name)
-        tied = [group for group in several.values() if len(group) > 1]
+            by_tensor.setdefault(id(tensors[name]), []).append(name)
+        tied = [group for group in by_tensor.values() if len(group) > 1]
         return cls(kind, table, upstream, names, tied, table.copied(tensors, canonical))
 
     def export(self, canonical: State) -> dict[str, Tensor]:

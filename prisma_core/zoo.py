@@ -45,7 +45,8 @@ from prisma_core.toolbox.tables import check_rows
 from prisma_core.toolbox.undeclared import check_undeclared, unwrapped
 from prisma_core.transformer import HookedDual, HookedText, build
 from prisma_core.transformer.names import optional_hook_names
-from prisma_core.upstream.model import HookedUpstream, copy_module
+from prisma_core.upstream.copies import copy_module
+from prisma_core.upstream.model import HookedUpstream
 
 
 @contextmanager
@@ -101,7 +102,7 @@ def load(
             model.tokenizer = loaded.tokenizer or model.tokenizer
     try:
         return model.to(device=place, dtype=kind)
-    except (RuntimeError, AssertionError, TypeError) as error:  # torch's ways to say that there is no such device
+    except (RuntimeError, TypeError) as error:  # too little memory, or a dtype that the device does not have
         raise LoadError(f"{reference} cannot be put on device={device}, dtype={dtype}: {error}") from error
 
 

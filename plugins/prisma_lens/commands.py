@@ -144,11 +144,11 @@ def heads(
     pretrained: TRAINED = True,
 ) -> None:
     """Show which heads attend to corners, edges, rows, columns, neighbours, the class token, registers."""
-    from prisma_core import HookedDual
     from prisma_lens.heads import head_scores
+    from prisma_lens.inputs import vision_of
 
     model, images = _opened(reference, image, pretrained, out)
-    found = head_scores(model.vision if isinstance(model, HookedDual) else model, images)
+    found = head_scores(vision_of(model), images)
     _saved(found, out)
     baseline = found.tensors["baseline"].tolist()
     kinds = [
@@ -175,12 +175,12 @@ def heads(
 def _opened(reference: str, images: list[Path] | None, pretrained: bool, out: Path | None) -> tuple[Any, Tensor]:
     """Return a model and its images; what cannot be read or written is told before anything is loaded."""
     import prisma_core as prisma
-    from prisma_core.plugin import open_picture
+    from prisma_core.plugin import open_image
 
     if out is not None and out.suffix != ".safetensors":
         raise InputError(f"Expected --out FILE.safetensors, got {out}.")
     for path in images or []:
-        open_picture(path)
+        open_image(path)
     model: Any = prisma.load(reference, **({} if pretrained else {"pretrained": False}))
     if not model.preprocess:
         raise InputError("This model does not know how to read images: set model.preprocess, and call prisma_lens.")

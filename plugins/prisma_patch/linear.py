@@ -83,7 +83,7 @@ def attribution_patch(
         labels["layer"] = tuple(f"L{layer_of(name)}" for name in names)
     if "head" in axes:
         labels["head"] = tuple(f"H{head}" for head in range(stacked.shape[axes.index("head")]))
-    layout = model.layout_for(*as_inputs(model, clean))
+    layout = model.layout_for(*inputs)
     if "pos" in axes and layout is not None and stacked.shape[axes.index("pos")] == layout.n_tokens:
         labels["pos"] = tuple(layout.token_names())
     return Result(

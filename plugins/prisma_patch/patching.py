@@ -85,7 +85,7 @@ def activation_patch(
         InputError: the runs do not fit together, or an activation has no such axis.
         NotApplicable: the hook points have parts of different number, or the patch cannot reach the output.
     """
-    inputs = as_inputs(model, clean)
+    inputs, others = as_inputs(model, clean), other if isinstance(other, str) else as_inputs(model, other)
     measure = as_metric(model, metric)
     axes = [SHORT.get(name, name) for name in (over.split() if isinstance(over, str) else over)]
     names = points_of(model, at)
@@ -98,12 +98,12 @@ def activation_patch(
     layout = model.layout_for(*inputs)
     places = Places(model, names, axes, layout, pos, heads, region)
     check_reach(model, names, places)
-    sources = _sources(model, inputs, other, reference, names)
+    sources = _sources(model, inputs, others, reference, names)
     with torch.no_grad():
         passes = passes_of(model, inputs)
         base = measure(passes.clean())
         shapes: Mapping[str, Tensor] = sources
-        if isinstance(other, str) or layout is None or model.layout_for(*as_inputs(model, other)) != layout:
+        if isinstance(others, str) or layout is None or model.layout_for(*others) != layout:
             _, shapes = model.run_with_cache(*(each[:1] for each in inputs), names=names, output=False)
     parts = {name: places.parts(name, shapes[name].shape) for name in names}
     counts = {name: [len(rows) for rows in rows_of] for name, rows_of in parts.items()}
@@ -148,7 +148,7 @@ def patch_heads(model: HookedModel, clean: Tensor | Inputs, other: Other, metric
 
 
 def _sources(
-    model: HookedModel, inputs: Inputs, other: Other, reference: Tensor | Inputs | None, names: Sequence[str]
+    model: HookedModel, inputs: Inputs, other: str | Inputs, reference: Tensor | Inputs | None, names: Sequence[str]
 ) -> dict[str, Tensor]:
     """Return the activations to put in, by name; none for zeros."""
     if isinstance(other, str):
@@ -170,14 +170,13 @@ def _sources(
         return {name: x[rows] for name, x in cache.items()}
     if reference is not None:
         raise InputError(f"reference= is for other='mean' or 'resample'; got other inputs and {shown(reference)}.")
-    theirs = as_inputs(model, other)
-    if theirs[0].shape[0] not in (1, inputs[0].shape[0]):
+    if other[0].shape[0] not in (1, inputs[0].shape[0]):
         raise InputError(
-            f"{inputs[0].shape[0]} images against {theirs[0].shape[0]}: give as many, or one for all. For their mean "
+            f"{inputs[0].shape[0]} images against {other[0].shape[0]}: give as many, or one for all. For their mean "
             "give other='mean', reference=images."
         )
     with torch.no_grad():
-        _, cache = model.run_with_cache(*theirs, names=list(names), output=False)
+        _, cache = model.run_with_cache(*other, names=list(names), output=False)
     return dict(cache)
 
 

@@ -25,10 +25,7 @@ def token_positions(layout: TokenLayout | None, pos: Positions) -> list[int] | N
     if isinstance(pos, str):
         if layout is None:
             raise InputError(f"This model has no token layout, so pos={pos!r} means nothing; give positions.")
-        positions = layout.positions(pos)
-        if not positions:
-            raise InputError(f"This model has no {pos} tokens; its tokens are {layout!r}.")
-        return positions
+        return layout.positions(pos)
     if isinstance(pos, slice):
         if layout is None:
             raise InputError("A slice of positions needs the number of tokens, which this model does not know.")

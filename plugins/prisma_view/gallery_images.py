@@ -14,9 +14,10 @@ from prisma_harvest.items import opened
 from prisma_harvest.progress import counting
 from prisma_harvest.scoring import Units as SearchUnits
 from prisma_harvest.scoring import has_tokens
+from prisma_lens.inputs import vision_of
 from torch import Tensor
 
-from prisma_core import HookedDual, InputError, Result, TokenLayout
+from prisma_core import InputError, Result, TokenLayout
 from prisma_view.viewer import frames_of, prepare
 
 if TYPE_CHECKING:
@@ -178,11 +179,9 @@ class _Thumbs:
     def _read(self, layout: TokenLayout | None) -> list[Image.Image]:
         assert self.run.source.get is not None
         image = opened(self.run.source.get(self.source).image)
-        model = self.run.model
-        tower: Any = model.vision if isinstance(model, HookedDual) else model
         if isinstance(image, Tensor) and self.run.preprocess is None:
             image = image[None]
-        return frames_of(prepare(tower, image)[1], layout)
+        return frames_of(prepare(vision_of(self.run.model), image)[1], layout)
 
 
 def _fitted(size: tuple[int, int]) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from PIL import Image
+from prisma_lens.inputs import vision_of
 from torch import Tensor
 
 from prisma_core import HookedDual, Result, TokenLayout
@@ -50,7 +51,7 @@ class Subject(BriefRepr):
     @property
     def tower(self) -> Any:
         """The part of the model that sees the input."""
-        return self.model.vision if isinstance(self.model, HookedDual) else self.model
+        return vision_of(self.model)
 
     @cached_property
     def layout(self) -> TokenLayout | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plotly.offline import get_plotlyjs
+from prisma_lens.inputs import vision_of
 from torch import Tensor
 
 from prisma_core import HookedDual, HookedModel, HookedText, InputError, NotApplicable
@@ -115,7 +116,7 @@ def overview(
             else "no words: it reads no texts"
         )
         raise InputError(f"{type(model).__name__} takes {expected}.")
-    x, seen = prepare(model.vision if isinstance(model, HookedDual) else model, image)
+    x, seen = prepare(vision_of(model), image)
     subject = Subject(model, x, seen, tuple(words))
     sections, why = [], {}
     for name, part in PARTS.items():

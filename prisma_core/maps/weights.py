@@ -45,6 +45,12 @@ class _Choice:
     def tensors(self) -> tuple[str, ...]:
         return tuple(name for name in self.sources if name not in CONSTANTS)
 
+    @property
+    def rules(self) -> dict[str, Rule]:
+        """By tensor, the rule with that source's pattern."""
+        named = enumerate(self.sources)
+        return {name: self.rule.part(index) for index, name in named if name not in CONSTANTS}
+
 
 @dataclass(frozen=True)
 class WeightMap(Table[Rule]):
@@ -197,11 +203,7 @@ class WeightMap(Table[Rule]):
 
     def _join(self, choice: _Choice, upstream: State, targets: list[torch.Size]) -> Tensor:
         rule, tail = choice.rule, targets[0][1:]
-        parts = {
-            name: rule.part(index).read(upstream[name], self.sizes)
-            for index, name in enumerate(choice.sources)
-            if name not in CONSTANTS
-        }
+        parts = {name: one.read(upstream[name], self.sizes) for name, one in choice.rules.items()}
         rest = sum(map(_rows, targets)) - sum(_rows(part.shape) for part in parts.values())
         if rest < 0 or (len(choice.sources) > 1 and any(part.shape[1:] != tail for part in parts.values())):
             came = {source: list(part.shape) for source, part in parts.items()}
@@ -257,19 +259,19 @@ class WeightMap(Table[Rule]):
             return {name: upstream[name] for name in choice.tensors}
         parts = [canonical[name] for name in rule.targets]
         joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+        rules = choice.rules
         rows = {
-            name: _rows(rule.part(index).read(torch.empty(upstream[name].shape, device="meta"), self.sizes).shape)
-            for index, name in enumerate(choice.sources)
-            if name not in CONSTANTS
+            name: _rows(one.read(torch.empty(upstream[name].shape, device="meta"), self.sizes).shape)
+            for name, one in rules.items()
         }
         rest = joined.shape[0] - sum(rows.values()) if joined.ndim else 0
         lengths = [rows.get(name, rest) for name in choice.sources]
         pieces = torch.split(joined, lengths) if len(lengths) > 1 else [joined]
         state: dict[str, Tensor] = {}
-        for index, (name, piece) in enumerate(zip(choice.sources, pieces, strict=True)):
-            if name not in CONSTANTS:
+        for name, piece in zip(choice.sources, pieces, strict=True):
+            if name in rules:
                 shape = upstream[name].shape
-                state[name] = rule.part(index).write(piece, self.sizes, shape).reshape(shape)
+                state[name] = rules[name].write(piece, self.sizes, shape).reshape(shape)
             elif not torch.equal(piece, CONSTANTS[name](piece.shape, dtype=piece.dtype, device=piece.device)):
                 raise WeightMapError(
                     f"{', '.join(rule.targets)} was changed where upstream has no tensor (it stands for {name})."

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+from prisma_core.toolbox.undeclared import HOOKS
 
 
 def copy_module(upstream: nn.Module, *, copy: bool) -> nn.Module:

@@ -259,4 +259,4 @@ def _batch(inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     return next((x.shape[0] for x in (*inputs, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), 1)
 
 
-__all__ = ["HookedUpstream", "copy_module"]
+__all__ = ["HookedUpstream"]
