@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 import prisma_core as prisma
-from prisma_core import HookedViT, InputError
+from prisma_core import HookedViT, InputError, LoadError
 from prisma_core.plugin import VideoPreprocess, installed, open_image
 from prisma_view import lazy
 
@@ -111,15 +111,16 @@ def overview(
         words: texts for a dual encoder, with commas between them.
 
     Raises:
-        InputError: an unreadable image, no words for a dual encoder, or a path that cannot be written.
+        InputError: an unreadable image, or no words for a dual encoder.
+        LoadError: a path that cannot be written.
     """
     texts = [each.strip() for each in (words or "").split(",") if each.strip()]
     with console.status("Looking"):
         page = lazy.overview(model, given_or_sample(model, reference, image), texts, title=reference, trained=trained)
     try:
         page.save(out)
-    except OSError as error:
-        raise InputError(f"Cannot write {out}: {error.strerror}. Give another place with --out.") from error
+    except LoadError as error:
+        raise LoadError(f"{error} Give another place with --out.") from error
     for name, reason in page.why.items():
         console.print(f"Without {name.lower()}: {reason}", soft_wrap=True, markup=False)
     Console(highlight=False).print(f"page  {out}", soft_wrap=True, markup=False)

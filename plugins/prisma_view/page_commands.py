@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 import prisma_core as prisma
-from prisma_core import InputError
+from prisma_core import InputError, LoadError
 from prisma_view import lazy
 from prisma_view.command import given_or_sample, overview, wants_browser
 
@@ -45,8 +45,8 @@ def attention(
         )  # fmt: skip
     try:
         path = page.save(out)
-    except OSError as error:
-        raise InputError(f"Cannot write {out}: {error.strerror}. Give another file with --out.") from error
+    except LoadError as error:
+        raise LoadError(f"{error} Give another file with --out.") from error
     Console(highlight=False).print(
         f"page  {path}  ({len(page.html) / 1e6:.1f} MB; shares within {page.pattern_error:.1g} of the model's)",
         soft_wrap=True, markup=False,
