@@ -20,9 +20,10 @@ import torch
 from arguments import Call, all_faults, call
 from models import build
 from PIL import Image
-from prisma_toy.masking import draw_hidden, hide
+from prisma_toy.masking import draw_hidden, hide, reconstruct
 
-from prisma_core import HookedViT, Result
+import prisma_core as prisma
+from prisma_core import HookedViT, InputError, NotApplicable, Result
 from prisma_core.plugin import Preprocess
 
 PRE = ("resid_pre", 0)
@@ -126,6 +127,9 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     "toy: series": lambda at: call(toy.series, "mae-scenes"),
     "toy: training_log": lambda at: call(toy.training_log, "mae-scenes"),
     "toy: draw_hidden": lambda at: call(draw_hidden, 1, 9, 0.5, torch.Generator()),
+    "toy: reconstruct": lambda at: call(
+        reconstruct, prisma.load("toy:mae-scenes"), drawn(1, 3, 48, 48), torch.ones(1, 64).bool()
+    ),
     "toy: hide": lambda at: call(hide, drawn(1, 3, 9, 9), torch.ones(1, 9).bool(), 3),
 }
 
@@ -141,3 +145,11 @@ def test_nonsense(name: str, place: Path, tmp_path: Path, monkeypatch: pytest.Mo
     one = CALLS[name](place)
     one.run()
     assert not all_faults(one)
+
+
+def test_reconstructions_need_images_and_bools_that_fit_the_model() -> None:
+    for image, hidden in ((drawn(1, 3, 54, 54), None), (drawn(1, 3, 48, 48), drawn(1, 64)), (drawn(3, 48, 48), None)):
+        with pytest.raises(InputError, match="got"):
+            toy.reconstructions(image, hidden)
+    with pytest.raises(NotApplicable, match="makes no pixels"):
+        reconstruct(model(), drawn(1, 3, 8, 12), torch.ones(1, 6).bool())

@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from prisma_core import HookedViT
+from prisma_core import HookedViT, NotApplicable
 from prisma_core.plugin import Count, InputError, Share, checked, shown
 from prisma_toy.model import normalise
 
@@ -34,17 +34,13 @@ def hide(image: Tensor, hidden: Tensor, patch: Count) -> Tensor:
     """
     if (
         image.ndim != 4
-        or image.shape[2] % patch
-        or image.shape[3] % patch
-        or hidden.shape
-        != (
-            len(image),
-            image.shape[2] // patch * (image.shape[3] // patch),
-        )
+        or any(side % patch for side in image.shape[2:])
+        or hidden.shape != (len(image), image.shape[2] * image.shape[3] // patch**2)
+        or hidden.dtype != torch.bool
     ):
         raise InputError(
             f"Expected images [batch channel height width], patches of {patch} pixels that fill them, and hidden "
-            f"[batch patch]; got {shown(image)} and {shown(hidden)}."
+            f"[batch patch] of torch.bool; got {shown(image)} and {shown(hidden)}."
         )
     rows = image.shape[-2] // patch
     grid = hidden.view(len(hidden), 1, rows, -1)
@@ -72,7 +68,13 @@ def reconstruct(model: HookedViT, image: Tensor, hidden: Tensor) -> Tensor:
         model: such as ``toy:mae-scenes``.
         image: pixels in 0..1: ``[batch channel height width]``.
         hidden: bools ``[batch patch]``; what they hide is not seen.
+
+    Raises:
+        NotApplicable: the model makes no pixels of patches.
+        InputError: images and hidden patches do not fit together, or not the model.
     """
+    if model.spec.pool.kind != "patches":
+        raise NotApplicable(f"{model.reference or type(model).__name__} makes no pixels, as toy:mae-scenes does.")
     patch, size = model.spec.embed.patch[0], model.spec.image_size[0]
     with torch.no_grad():
         made = from_patches(model(normalise(hide(image, hidden, patch))), patch, size)
