@@ -19,7 +19,7 @@ from PIL import Image, ImageChops
 DOCS = Path(__file__).parent
 EXAMPLES = DOCS / "examples"
 FIGURES = DOCS / "images" / "techniques"
-LIKE = 2.0  # of 255, the mean over a image at a quarter of its size: another release of matplotlib moves a label
+LIKE = 2.0  # of 255, the mean over an image at a quarter of its size: another release of matplotlib moves a label
 
 
 def names() -> list[str]:

@@ -4,7 +4,7 @@ Files behind this module may move; these names stay. Models and what one does wi
 """
 
 from prisma_core.contract.adapter import Adapter, MapAdapter, Refusal
-from prisma_core.contract.case import Case, Pictures
+from prisma_core.contract.case import Case, Images
 from prisma_core.contract.hookspecs import hookimpl
 from prisma_core.contract.source import Loaded, ModelInfo, Reference, Source
 from prisma_core.errors import (
@@ -54,7 +54,7 @@ from prisma_core.hooks.point import Hook, Splice
 from prisma_core.hooks.query import LayerQuery, Query, layer_of, resolve_one, short_name
 from prisma_core.hooks.sites import HookMapping
 from prisma_core.host import Host, PluginInfo, installed
-from prisma_core.inputs import SIZES, Picture, PicturePreprocess, Preprocess, open_picture, probe, restored
+from prisma_core.inputs import SIZES, ImageLike, ImagePreprocess, Preprocess, open_image, probe, restored
 from prisma_core.inputs.video import VideoPreprocess, read_video
 from prisma_core.maps.places import FUSED, HookMap, Place, Row
 from prisma_core.maps.reader import Reader, qualified_name
@@ -111,7 +111,7 @@ from prisma_core.toolbox.rows import (
 __all__ = [
     # a plugin: its hooks, its adapters and their tables, its sources, its cases
     "hookimpl", "Adapter", "Reader", "qualified_name", "WeightMap", "HookMap", "Place", "Row", "MapAdapter", "Refusal",
-    "Source", "Loaded", "ModelInfo", "Reference", "Case", "Pictures",
+    "Source", "Loaded", "ModelInfo", "Reference", "Case", "Images",
     # specs
     "ModelSpec", "TokenLayout", "EmbedSpec", "Interpolation", "BlockSpec", "AttentionSpec", "RopeSpec", "RopeGrid",
     "RopeCount", "MlpSpec", "Activation", "NormSpec", "PoolSpec", "TextSpec", "TextPoolSpec", "DualSpec", "MapSpec",
@@ -123,7 +123,7 @@ __all__ = [
     "same_for_all", "per_block_table", "masks_as_built", "ends_with_last_stage", "eager_attention",
     "multihead_attention", "switched", "float64_softmax",
     # inputs
-    "Preprocess", "PicturePreprocess", "VideoPreprocess", "Picture", "open_picture", "read_video", "restored", "probe",
+    "Preprocess", "ImagePreprocess", "VideoPreprocess", "ImageLike", "open_image", "read_video", "restored", "probe",
     "SIZES",
     # files, the hub, and options of sources
     "read_checkpoint", "read_states", "read_objects", "SavedObject",

@@ -16,7 +16,7 @@ from PIL import EpsImagePlugin, Image
 from pydantic import ValidationError
 
 from prisma_core import InputError
-from prisma_core.inputs import Preprocess, open_picture
+from prisma_core.inputs import Preprocess, open_image
 from prisma_core.inputs.opening import FORMATS
 
 
@@ -41,7 +41,7 @@ def test_postscript_under_any_name(name: str, tmp_path: Path, mark: Path) -> Non
         with pytest.raises(InputError, match=rf"{name} is no image that Pillow may read: expected PNG, JPEG.*as PNG"):
             Preprocess(size=(8, 8))(given)
     with Image.open(path) as opened, pytest.raises(InputError, match="a file of EPS, which is not decoded here"):
-        open_picture(opened)
+        open_image(opened)
     assert not mark.exists()
 
 
@@ -54,10 +54,10 @@ def test_formats_that_are_read() -> None:
 def test_images_of_every_day_are_read_under_any_name(form: str, tmp_path: Path) -> None:
     image = Image.effect_mandelbrot((16, 16), (-2, -1.5, 1, 1.5), 50).convert("RGB")
     image.save(tmp_path / "image.any", format=form)
-    opened = open_picture(tmp_path / "image.any")
+    opened = open_image(tmp_path / "image.any")
     assert (opened.size, opened.mode) == ((16, 16), "RGB")
     with Image.open(tmp_path / "image.any") as again:
-        assert opened.tobytes() == again.convert("RGB").tobytes() == open_picture(again).tobytes()
+        assert opened.tobytes() == again.convert("RGB").tobytes() == open_image(again).tobytes()
 
 
 def png(width: int, height: int) -> bytes:
@@ -74,7 +74,7 @@ def png(width: int, height: int) -> bytes:
 def test_an_image_that_claims_to_be_large(size: tuple[int, int], tmp_path: Path) -> None:
     (tmp_path / "large.png").write_bytes(png(*size))
     with pytest.raises(InputError, match=r"large\.png is no"):
-        open_picture(tmp_path / "large.png")
+        open_image(tmp_path / "large.png")
 
 
 @pytest.mark.parametrize("given", [torch.zeros(1, 20000, 3), Image.new("RGB", (20000, 1))])

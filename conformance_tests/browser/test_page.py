@@ -43,8 +43,8 @@ def found() -> Report:
     from prisma_view import report
 
     blocks = (np.random.default_rng(seed).choice([0, 255], (ROWS, COLUMNS, 3)).astype(np.uint8) for seed in (1, 2))
-    picture, other = (each.repeat(20, axis=0).repeat(20, axis=1) for each in blocks)
-    return report(model(), picture, other)
+    image, other = (each.repeat(20, axis=0).repeat(20, axis=1) for each in blocks)
+    return report(model(), image, other)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ def model() -> HookedViT:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> str:
+def image(tmp_path: Path) -> str:
     path = tmp_path / "scene.png"
     sample_scene(seed=4).image.save(path)
     return str(path)
@@ -46,9 +46,9 @@ def told(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
     return run
 
 
-def test_lens_says_what_each_layer_reads(model: HookedViT, picture: str, told: Any) -> None:
-    found = told("lens", TOY, "--image", picture, "--top", "2")
-    lens = logit_lens(model, model.preprocess([picture]))
+def test_lens_says_what_each_layer_reads(model: HookedViT, image: str, told: Any) -> None:
+    found = told("lens", TOY, "--image", image, "--top", "2")
+    lens = logit_lens(model, model.preprocess([image]))
     assert [row["layer"] for row in found["layers"]] == list(lens.names("layer"))
     best = lens.sel(layer="final_post", pos="cls", batch=0).top(2, by_size=False)
     assert found["layers"][-1]["cls"] == {place[0]: pytest.approx(value, abs=1e-3) for place, value in best}
@@ -57,18 +57,18 @@ def test_lens_says_what_each_layer_reads(model: HookedViT, picture: str, told: A
     assert next(iter(shares)) == model.labels[common]  # type: ignore[index]
 
 
-def test_lens_of_one_class_says_which_patches_read_it(model: HookedViT, picture: str, told: Any) -> None:
-    found = told("lens", TOY, "--image", picture, "--of", "ladybird", "--against", "5")
-    lens = logit_lens(model, model.preprocess([picture]), "ladybird", against=5)
+def test_lens_of_one_class_says_which_patches_read_it(model: HookedViT, image: str, told: Any) -> None:
+    found = told("lens", TOY, "--image", image, "--of", "ladybird", "--against", "5")
+    lens = logit_lens(model, model.preprocess([image]), "ladybird", against=5)
     patches = lens.values[-1, 0, 1:, 0]
     name = lens.names("pos")[1 + int(patches.argmax())]
     assert found["layers"][-1]["patches"][name] == pytest.approx(patches.max().item(), abs=1e-3)
 
 
 @pytest.mark.parametrize("by", ["layer", "head", "neuron", "head source"])
-def test_attribute_says_what_the_function_returns(model: HookedViT, picture: str, told: Any, by: str) -> None:
-    found = told("attribute", TOY, "--image", picture, "--of", "ladybird", "--against", "bee", "--by", by, "--top", "4")
-    result = attribute(model, model.preprocess([picture]), "ladybird", against="bee", by=by).sel(batch=0)
+def test_attribute_says_what_the_function_returns(model: HookedViT, image: str, told: Any, by: str) -> None:
+    found = told("attribute", TOY, "--image", image, "--of", "ladybird", "--against", "bee", "--by", by, "--top", "4")
+    result = attribute(model, model.preprocess([image]), "ladybird", against="bee", by=by).sel(batch=0)
     for row, (place, value) in zip(found["top"], result.top(4), strict=True):
         *names, shown = row.values()
         assert (tuple(names), shown) == (place, pytest.approx(value, abs=1e-4))
@@ -82,11 +82,11 @@ def test_without_a_class_the_highest_logit_is_explained(model: HookedViT, told: 
 
 
 def test_heads_are_those_of_the_function_and_the_result_is_kept(
-    model: HookedViT, picture: str, told: Any, tmp_path: Path
+    model: HookedViT, image: str, told: Any, tmp_path: Path
 ) -> None:
     kept = tmp_path / "heads.safetensors"
-    found = told("heads", TOY, "--image", picture, "--image", picture, "--top", "1", "--out", str(kept))
-    scores = head_scores(model, model.preprocess([picture, picture]))
+    found = told("heads", TOY, "--image", image, "--image", image, "--top", "1", "--out", str(kept))
+    scores = head_scores(model, model.preprocess([image, image]))
     assert found["images"] == 2
     for row in found["kinds"]:
         ((place, value),) = scores.sel(kind=row["kind"]).top(1, by_size=False)

@@ -87,7 +87,7 @@ ALL = [block for page in PAGES for block in blocks(page)]
 
 @pytest.fixture
 def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to work in, with two pictures, no network and a host of its own."""
+    """An empty folder to work in, with two images, no network and a host of its own."""
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("a block of the docs called the network; mark it, or make it local")

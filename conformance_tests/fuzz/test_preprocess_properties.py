@@ -19,7 +19,7 @@ MODES = st.sampled_from(["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"])
 
 
 @st.composite
-def pictures(draw: st.DrawFn) -> Image.Image:
+def images(draw: st.DrawFn) -> Image.Image:
     height, width, mode = draw(SIDES), draw(SIDES), draw(MODES)
     pixels = np.random.default_rng(draw(SEEDS)).integers(0, 256, (height, width, 4), dtype=np.uint8)
     if mode == "I;16":
@@ -46,26 +46,26 @@ def preprocesses(draw: st.DrawFn) -> Preprocess:
     )
 
 
-@given(pictures(), preprocesses())
-def test_any_image_gives_finite_pixels_of_one_size_however_it_comes(picture: Image.Image, prepare: Preprocess) -> None:
-    pixels = prepare(picture)
+@given(images(), preprocesses())
+def test_any_image_gives_finite_pixels_of_one_size_however_it_comes(image: Image.Image, prepare: Preprocess) -> None:
+    pixels = prepare(image)
     assert pixels.shape == (1, 3, *prepare.size)
     assert bool(pixels.isfinite().all())
     assert bool((prepare.denormalise(pixels) >= -1e-6).all())
     assert bool((prepare.denormalise(pixels) <= 1 + 1e-6).all())
     with TemporaryDirectory() as folder:
         path = Path(folder) / "image.png"
-        ways: list[object] = [picture.copy(), [picture, picture]]
-        if picture.mode in ("RGB", "RGBA", "L", "I;16"):
-            ways.append(np.asarray(picture))
-        if picture.mode != "CMYK":
-            picture.save(path)
+        ways: list[object] = [image.copy(), [image, image]]
+        if image.mode in ("RGB", "RGBA", "L", "I;16"):
+            ways.append(np.asarray(image))
+        if image.mode != "CMYK":
+            image.save(path)
             ways += [path, str(path)]
         for way in ways:
             assert all(torch.equal(one, pixels[0]) for one in prepare(way))
     assert Preprocess.model_validate_json(prepare.model_dump_json()) == prepare
 
 
-@given(st.lists(pictures(), min_size=1, max_size=3), preprocesses())
+@given(st.lists(images(), min_size=1, max_size=3), preprocesses())
 def test_a_list_of_images_is_each_of_them(several: list[Image.Image], prepare: Preprocess) -> None:
     assert torch.equal(prepare(several), torch.cat([prepare(one) for one in several]))

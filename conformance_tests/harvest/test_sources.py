@@ -80,15 +80,15 @@ def test_lists_data_sets_and_streams(model: HookedViT, photos: Path, tmp_path: P
 
 def test_a_set_of_datasets(model: HookedViT, photos: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    data = datasets.Dataset.from_dict({"picture": [str(path) for path in images(photos)], "label": list(range(26))})
-    data = data.cast_column("picture", datasets.Image())
-    with pytest.raises(InputError, match=r"picture.*image_column="):
+    data = datasets.Dataset.from_dict({"photo": [str(path) for path in images(photos)], "label": list(range(26))})
+    data = data.cast_column("photo", datasets.Image())
+    with pytest.raises(InputError, match=r"photo.*image_column="):
         read(model, data, tmp_path / "out")
-    values, labels, _ = read(model, data, tmp_path / "out", image_column="picture", workers=0)
+    values, labels, _ = read(model, data, tmp_path / "out", image_column="photo", workers=0)
     assert torch.equal(values, expected(model, photos))
     assert labels == list(range(26))
     stream = data.to_iterable_dataset(num_shards=1)
-    values, _, _ = read(model, stream, tmp_path / "stream", image_column="picture", workers=0)
+    values, _, _ = read(model, stream, tmp_path / "stream", image_column="photo", workers=0)
     assert torch.equal(values, expected(model, photos))
 
 

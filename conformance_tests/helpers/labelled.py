@@ -38,7 +38,7 @@ def two_heads() -> HookedViT:
     return model(n_heads_out=2, layout=TokenLayout(cls=1, distillation=1, rows=2, columns=3))
 
 
-def picture(seed: int) -> Image.Image:
+def image_of(seed: int) -> Image.Image:
     blocks = np.random.default_rng(seed).choice([0, 255], (2, 3, 3)).astype(np.uint8)
     return Image.fromarray(blocks.repeat(20, axis=0).repeat(20, axis=1))
 
@@ -50,4 +50,4 @@ def data_of(page: Path) -> dict[str, Any]:
     return json.loads(found[1])
 
 
-# -------------------------------------------------------------------- page and pictures
+# -------------------------------------------------------------------- page and images

@@ -332,15 +332,15 @@ def test_a_scope_does_not_guess_the_size_of_an_image_it_has_not_seen(make):
     model = make(interpolation=True)
     rows, columns = model.layout.rows, model.layout.columns
     height, width = model.spec.embed.patch
-    picture = torch.randn(1, model.spec.embed.in_channels, columns * height, rows * width)
+    image = torch.randn(1, model.spec.embed.in_channels, columns * height, rows * width)
     assert rows != columns
     with model.caching("resid_post") as cache:
-        model(picture)
+        model(image)
     with pytest.raises(NotApplicable, match="layout"):
         cache.patches("resid_post", 0)
-    cache.layout = model.layout_for(picture)
+    cache.layout = model.layout_for(image)
     assert cache.patches("resid_post", 0).shape[1:3] == (columns, rows)
-    _, cache = model.run_with_cache(image=picture, names="resid_post")
+    _, cache = model.run_with_cache(image=image, names="resid_post")
     assert cache.patches("resid_post", 0).shape[1:3] == (columns, rows)
 
 

@@ -1,4 +1,4 @@
-"""A stranger's way from pictures to tensors: what it gets for free, and how it goes with a saved model."""
+"""A stranger's way from images to tensors: what it gets for free, and how it goes with a saved model."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from prisma_core import InputError, hookimpl
 from prisma_core import host as hosting
 from prisma_core.contract.source import Loaded, ModelInfo, Source
 from prisma_core.host import Host
-from prisma_core.inputs import PicturePreprocess, Preprocess, restored, tried
+from prisma_core.inputs import ImagePreprocess, Preprocess, restored, tried
 from prisma_core.saving.processors import ProcessorFolder
 from prisma_core.spec import ModelSpec, NormSpec
 from prisma_core.transformer import HookedViT
 
 
-class Halved(PicturePreprocess):
+class Halved(ImagePreprocess):
     """Every other pixel, blue first, less a number."""
 
     channels = 3
@@ -70,7 +70,7 @@ def only(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Return a function that makes these sources the only ones installed."""
 
     def install(*sources: Source) -> None:
-        module = types.ModuleType("plugin_for_tests_of_pictures")
+        module = types.ModuleType("plugin_for_tests_of_images")
         module.prisma_sources = hookimpl(lambda: list(sources))  # type: ignore[attr-defined]
         module.prisma_sources.__name__ = "prisma_sources"  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -86,12 +86,12 @@ def model() -> HookedViT:
     return randomise(HookedViT(spec), torch.Generator().manual_seed(0)).eval()  # type: ignore[return-value]
 
 
-def picture(width: int, height: int) -> Image.Image:
+def image_of(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3)).astype("uint8"))
 
 
 def test_images_of_any_kind_and_lists_of_them(tmp_path: Path) -> None:
-    ours, image = Halved(0.25), picture(12, 16)
+    ours, image = Halved(0.25), image_of(12, 16)
     image.save(tmp_path / "a.png")
     made = ours(tmp_path / "a.png")
     assert made.shape == (1, 3, 8, 6)
@@ -99,7 +99,7 @@ def test_images_of_any_kind_and_lists_of_them(tmp_path: Path) -> None:
     assert torch.equal(ours([image, str(tmp_path / "a.png")]), made.repeat(2, 1, 1, 1))
     assert torch.allclose(ours.denormalise(made)[0, 0] * 255, torch.tensor(np.asarray(image)[::2, ::2, 0]).float())
     with pytest.raises(InputError, match=r"height x width: 8 x 6, 3 x 4.*one by one"):
-        ours([image, picture(8, 6)])
+        ours([image, image_of(8, 6)])
     with pytest.raises(InputError, match="at least one"):
         ours([])
     with pytest.raises(InputError, match="No image at"):
@@ -122,7 +122,7 @@ def test_a_strangers_form_goes_with_a_saved_model(model: HookedViT, only: Callab
     model.preprocess = Halved(0.25)
     back: Any = prisma.load(f"file:{prisma.save(model, tmp_path)}")
     assert isinstance(vars(back)["preprocess"], ProcessorFolder)
-    image = picture(16, 16)
+    image = image_of(16, 16)
     assert torch.equal(back(back.preprocess(image)), model(model.preprocess(image)))
     assert back.preprocess.seen(image).size == (8, 8)
     model.preprocess = Preprocess(size=(8, 8), order="bgr")
@@ -136,4 +136,4 @@ def test_what_no_source_saves_is_said_to_be_lost(model: HookedViT, only: Callabl
     with pytest.warns(UserWarning, match=r"The preprocess is not saved with the model: no source.*Halved"):
         prisma.save(model, tmp_path)
     with pytest.raises(InputError, match=r"was not saved with this model.*Set model\.preprocess"):
-        prisma.load(f"file:{tmp_path}").preprocess(picture(16, 16))
+        prisma.load(f"file:{tmp_path}").preprocess(image_of(16, 16))

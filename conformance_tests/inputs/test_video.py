@@ -28,7 +28,7 @@ def embedding(**facts: object) -> EmbedSpec:
 
 @pytest.fixture
 def film(make: Make) -> Make:
-    """Build a model of videos out of the one of pictures that has these facts, every parameter random."""
+    """Build a model of videos out of the one of images that has these facts, every parameter random."""
 
     def built(
         *, rope: RopeSpec | None = None, cls: int = 1, embed: EmbedSpec | None = None, **facts: object

@@ -13,7 +13,7 @@ from typing import Any
 import timm
 import torch
 from einops import rearrange
-from prisma_conformance import Case, Pictures
+from prisma_conformance import Case, Images
 from prisma_conformance.subject import Subject
 from torch import Tensor, nn
 
@@ -70,14 +70,14 @@ def _pooled() -> nn.Module:
     )  # fmt: skip
 
 
-def _pictures(model: nn.Module) -> Pictures:
+def _images(model: nn.Module) -> Images:
     config = {"input_size": (3, 40, 56), "crop_pct": 0.9, "interpolation": "bicubic", "mean": (0.4, 0.5, 0.6)}
     ours = Preprocess(size=(40, 56), crop=0.9, interpolation="bicubic", mean=(0.4, 0.5, 0.6), std=(0.3, 0.2, 0.1))
-    return Pictures(ours, timm.data.create_transform(**config, std=(0.3, 0.2, 0.1)))
+    return Images(ours, timm.data.create_transform(**config, std=(0.3, 0.2, 0.1)))
 
 
 CASES = {
-    "plain": Case("plain", _plain, pictures=_pictures),
+    "plain": Case("plain", _plain, images=_images),
     "averaged": Case("averaged", _averaged),
     "rotary": Case("rotary", _rotary),
     "pooled": Case("pooled", _pooled),
@@ -106,7 +106,7 @@ class Mutant:
         spec, table, hooks: the mistake in the adapter's facts, weight map or hook map.
         make: the mistake in how the hooked model comes out.
         reads: a mistake in what the adapter reads.
-        pictures: a mistake in the preprocessing.
+        images: a mistake in the preprocessing.
         remedy: what the parity doctor must say would help.
     """
 
@@ -120,14 +120,14 @@ class Mutant:
     edit: Callable[[HookedViT], object] = lambda model: None
     before: Callable[[nn.Module], object] = lambda upstream: None
     reads: Callable[[Reader], object] = lambda reader: None
-    pictures: Callable[[nn.Module], Pictures] | None = None
+    images: Callable[[nn.Module], Images] | None = None
     remedy: str | None = None
 
     def subject(self) -> Subject:
         upstream, adapter = built(self.case)
         case = CASES[self.case]
-        if self.pictures is not None:
-            case = replace(case, pictures=self.pictures)
+        if self.images is not None:
+            case = replace(case, images=self.images)
         return Subject(case, Broken(adapter, self), upstream, make=self.make, seed=1)
 
     def make(self, adapter: Adapter, upstream: nn.Module) -> HookedViT:

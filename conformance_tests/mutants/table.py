@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from prisma_conformance import Pictures
+from prisma_conformance import Images
 from torch import nn
 
 from prisma_core import HookedViT, ModelSpec
@@ -69,14 +69,14 @@ def _forget(model: HookedViT) -> None:
     model.origin.upstream["norm.bias"] = model.ln_final.bias.detach().clone()
 
 
-def _pictures(**update: object):
-    def pictures(model: nn.Module) -> Pictures:
-        right = CASES["plain"].pictures
+def _images(**update: object):
+    def images(model: nn.Module) -> Images:
+        right = CASES["plain"].images
         assert right is not None
         ours, reference = right(model)
-        return Pictures(ours.model_copy(update=update), reference)
+        return Images(ours.model_copy(update=update), reference)
 
-    return pictures
+    return images
 
 
 def _act(model: HookedViT) -> None:
@@ -363,10 +363,10 @@ MUTANTS = [
         "is neither read nor ignored with a reason",
         reads=lambda r: r.record.discard("blocks.1.norm2.eps"),
     ),
-    Mutant("another crop", "preprocess", "differs by", pictures=_pictures(crop=1.0)),
-    Mutant("another filter", "preprocess", "differs by", pictures=_pictures(interpolation="bilinear")),
-    Mutant("another mean", "preprocess", "differs by", pictures=_pictures(mean=(0.5, 0.5, 0.5))),
-    Mutant("blue first", "preprocess", "differs by", pictures=_pictures(order="bgr")),
+    Mutant("another crop", "preprocess", "differs by", images=_images(crop=1.0)),
+    Mutant("another filter", "preprocess", "differs by", images=_images(interpolation="bilinear")),
+    Mutant("another mean", "preprocess", "differs by", images=_images(mean=(0.5, 0.5, 0.5))),
+    Mutant("blue first", "preprocess", "differs by", images=_images(order="bgr")),
     Mutant("a fact that the spec does not hold", "save.load", "the logits come back changed", edit=_act),
     Mutant(
         "state kept on a hook point",

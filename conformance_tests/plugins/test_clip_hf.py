@@ -1,10 +1,12 @@
-"""CLIP models in transformers' form, TinyCLIP's among them: from a folder, with their own tokenizer and pictures."""
+"""CLIP models in transformers' form, TinyCLIP's among them: from a folder, with their own tokenizer and images."""
 
 from __future__ import annotations
 
+import sys
 import warnings
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -55,12 +57,12 @@ def test_zero_shot_from_a_folder(folder: Path) -> None:
     assert tokens.tolist() == [[0, 3, 6, 7, 3, 4, 10, 5], [0, 3, 6, 7, 3, 9, 10, 5]]
     assert model.tokens("a dog").tolist() == [[0, 3, 8, 5, 1, 1, 1, 1]], "filled up to the longest text"
     assert model.tokens("a " * 20).shape == (1, 8), "cut to it"
-    picture = Image.effect_noise((40, 30), 90).convert("RGB")
+    image = Image.effect_noise((40, 30), 90).convert("RGB")
     assert model.preprocess is not None
-    pixels = model.preprocess(picture)
+    pixels = model.preprocess(image)
     theirs: Any = transformers.CLIPModel.from_pretrained(folder)
     upstream = theirs(input_ids=tokens, pixel_values=pixels).logits_per_image.softmax(-1)
-    assert torch.allclose(model.classify(picture, ["cat", "zebra"]), upstream, atol=1e-6)
+    assert torch.allclose(model.classify(image, ["cat", "zebra"]), upstream, atol=1e-6)
 
 
 @torch.no_grad()
@@ -77,8 +79,8 @@ def test_a_saved_model_keeps_its_tokenizer(architecture: str, folder: Path, tmp_
         again: Any = prisma.load(f"file:{one}")
         assert torch.equal(again.tokens(texts), model.tokens(texts))
         if isinstance(model, HookedDual):
-            picture = Image.effect_noise((40, 30), 90).convert("RGB")
-            assert torch.allclose(again.classify(picture, ["cat", "dog"]), model.classify(picture, ["cat", "dog"]))
+            image = Image.effect_noise((40, 30), 90).convert("RGB")
+            assert torch.allclose(again.classify(image, ["cat", "dog"]), model.classify(image, ["cat", "dog"]))
 
 
 @torch.no_grad()
@@ -128,6 +130,16 @@ def by_weights(rows: Any, shapes: Any, length: int) -> Any:
     return (torch.stack(resized) @ rows.flatten(0, 1).float()).to(rows.dtype)
 
 
+def at_home(function: Any, owner: type, name: str) -> Any:
+    """Return a function as a method of a library's own, as another release of it would have."""
+    own = FunctionType(function.__code__, vars(sys.modules[owner.__module__]), name)
+    own.__kwdefaults__, own.__qualname__ = function.__kwdefaults__, f"{owner.__qualname__}.{name}"
+    return own
+
+
+RESIZE = "resize_positional_embeddings"
+
+
 def siglip2() -> Any:
     return randomise(tower("Siglip2", "Vision", VISION | {"num_patches": 25}), torch.Generator().manual_seed(0)).eval()
 
@@ -138,7 +150,7 @@ def test_positions_are_resized_to_the_bit_as_upstream_resizes_them(way: Any, mon
     upstream = siglip2()
     embeddings = upstream.embeddings
     if way is not None:
-        monkeypatch.setattr(type(embeddings), "resize_positional_embeddings", staticmethod(way))
+        monkeypatch.setattr(type(embeddings), RESIZE, staticmethod(at_home(way, type(embeddings), RESIZE)))
     model: Any = prisma.adapt(upstream)
     table = embeddings.position_embedding.weight.view(5, 5, -1)
     for size in ((3, 8), (9, 2), (6, 6), (5, 4)):
@@ -151,7 +163,7 @@ def test_positions_are_resized_to_the_bit_as_upstream_resizes_them(way: Any, mon
 @pytest.mark.parametrize("how", [{"antialias": False}, {"mode": "bicubic"}, {"align_corners": True}], ids=str)
 def test_positions_resized_otherwise_are_unsupported(how: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     upstream = siglip2()
-    other = staticmethod(partial(by_torch, **how))
-    monkeypatch.setattr(type(upstream.embeddings), "resize_positional_embeddings", other)
+    other = partial(at_home(by_torch, type(upstream.embeddings), RESIZE), **how)
+    monkeypatch.setattr(type(upstream.embeddings), RESIZE, staticmethod(other))
     with pytest.raises(prisma.UnsupportedArchitecture, match="positions resized otherwise than bilinear"):
         prisma.adapt(upstream)

@@ -303,7 +303,7 @@ def test_one_tensor_under_two_names_is_refused() -> None:
         tinyclip.unwrapped({"module.logit_scale": torch.ones(()), "_logit_scale.logit_scale": torch.zeros(())})
 
 
-# -------------------------------------------------------------------- texts and pictures
+# -------------------------------------------------------------------- texts and images
 
 
 @torch.no_grad()
@@ -312,13 +312,13 @@ def test_text_in_image_in_chances_out(no_network: None) -> None:
     model = prisma.load(f"open_clip:{NAME}", pretrained=False, **{**SMALL, "text_cfg": text})
     assert isinstance(model, HookedDual)
     assert torch.equal(model.tokens(["a cat", "two dogs"]), open_clip.get_tokenizer(NAME)(["a cat", "two dogs"]))
-    picture = Image.new("RGB", (40, 30), (200, 30, 90))
-    chances = model.classify(picture, ["cat", "dog", "red square"])
+    image = Image.new("RGB", (40, 30), (200, 30, 90))
+    chances = model.classify(image, ["cat", "dog", "red square"])
     assert chances.shape == (1, 3)
     assert torch.allclose(chances.sum(), torch.ones(()))
-    assert torch.allclose(model.encode_image(picture, normalize=True).norm(), torch.ones(()))
+    assert torch.allclose(model.encode_image(image, normalize=True).norm(), torch.ones(()))
     assert model.encode_text("a cat").shape == (1, 12)
-    pixels: Tensor = model.vision.preprocess(picture)
+    pixels: Tensor = model.vision.preprocess(image)
     assert model.vision(pixels).shape == (1, 12)
     assert model.text(model.text.tokens("a cat")).shape == (1, 12)
 
@@ -342,9 +342,9 @@ def test_images_are_prepared_as_open_clip_does(size: tuple[int, int], resize: st
     cfg = {"size": size, "resize_mode": resize, "interpolation": interpolation, "mean": (0.4, 0.5, 0.6)}
     config = {**vars(PreprocessCfg()), **cfg, "std": (0.2, 0.3, 0.4)}
     noise = torch.randint(256, (50, 70, 3), generator=torch.Generator().manual_seed(0)).byte()
-    picture = Image.fromarray(noise.numpy())
-    theirs = image_transform_v2(PreprocessCfg(**config), is_train=False)(picture)
-    assert torch.allclose(preprocess(config)(picture)[0], theirs, atol=1e-5)
+    image = Image.fromarray(noise.numpy())
+    theirs = image_transform_v2(PreprocessCfg(**config), is_train=False)(image)
+    assert torch.allclose(preprocess(config)(image)[0], theirs, atol=1e-5)
 
 
 def test_every_model_is_listed_without_a_network(no_network: None) -> None:

@@ -1,4 +1,4 @@
-"""``prisma demo``: a page and pictures of a model, and what it says where there are none."""
+"""``prisma demo``: a page and images of a model, and what it says where there are none."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import prisma_view
 import pytest
 import typer
-from labelled import data_of, model, picture, two_heads
+from labelled import data_of, image_of, model, two_heads
 
 import prisma_core as prisma
 from prisma_core import HookedViT, PluginError, TokenLayout
@@ -30,10 +30,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("pictures")
-    picture(1).convert("P").save(folder / "one.gif")
-    picture(2).convert("RGBA").save(folder / "two.png")
+def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("images")
+    image_of(1).convert("P").save(folder / "one.gif")
+    image_of(2).convert("RGBA").save(folder / "two.png")
     return folder / "one.gif", folder / "two.png"
 
 
@@ -44,15 +44,15 @@ def files(folder: Path) -> set[str]:
 ALL = {"index.html", "lens.png", "attention.png", "attribution.png", "patching.png"}
 
 
-def options_of(saved: str, pictures: tuple[Path, Path], out: Path) -> list[str]:
-    return ["--model", saved, "--image", str(pictures[0]), "--other", str(pictures[1]), "--out", str(out)]
+def options_of(saved: str, images: tuple[Path, Path], out: Path) -> list[str]:
+    return ["--model", saved, "--image", str(images[0]), "--other", str(images[1]), "--out", str(out)]
 
 
-def test_demo_of_a_users_own_pictures(
-    saved: str, pictures: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_demo_of_a_users_own_images(
+    saved: str, images: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "folder"
-    assert main(["demo", "--no-open", *options_of(saved, pictures, out)]) == 0
+    assert main(["demo", "--no-open", *options_of(saved, images, out)]) == 0
     assert files(out) == ALL
     told = capsys.readouterr().out
     assert str(out / "index.html") in told
@@ -67,9 +67,9 @@ def test_demo_without_options_needs_nothing(tmp_path: Path, monkeypatch: pytest.
     assert data["patching"]["kept"] != data["patching"]["put"]
 
 
-def test_demo_of_a_timm_model(pictures: tuple[Path, Path], tmp_path: Path) -> None:
+def test_demo_of_a_timm_model(images: tuple[Path, Path], tmp_path: Path) -> None:
     pytest.importorskip("timm", reason="needs timm: pip install 'prisma-interp[timm]'")
-    given = options_of("timm:test_vit", pictures, tmp_path)
+    given = options_of("timm:test_vit", images, tmp_path)
     assert main(["demo", "--no-pretrained", "--no-open", *given]) == 0
     assert files(tmp_path) == ALL
     assert "untrained weights" in (tmp_path / "index.html").read_text(encoding="utf-8")
@@ -78,7 +78,7 @@ def test_demo_of_a_timm_model(pictures: tuple[Path, Path], tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--image", "nowhere.png"], "at nowhere.png"),
+        (["--image", "nowhere.png"], "nowhere.png"),
         (["--other", "text.png"], "text.png"),
         (["--model", "toy:nothing"], "nothing"),
         (["--model", "nonsense"], "not a reference"),
@@ -89,14 +89,14 @@ def test_demo_says_what_is_wrong_in_one_line(
     options: list[str],
     says: str,
     saved: str,
-    pictures: tuple[Path, Path],
+    images: tuple[Path, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: Any,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.png").write_text("no picture")
-    assert main(["demo", "--no-open", *options_of(saved, pictures, tmp_path / "out"), *options]) == 1
+    (tmp_path / "text.png").write_text("no image")
+    assert main(["demo", "--no-open", *options_of(saved, images, tmp_path / "out"), *options]) == 1
     told = capfd.readouterr()
     assert says in told.err
     assert len([line for line in told.err.splitlines() if line.strip()]) == 1
@@ -104,11 +104,11 @@ def test_demo_says_what_is_wrong_in_one_line(
 
 
 def test_the_page_opens_only_where_someone_looks(
-    saved: str, pictures: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved: str, images: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", opened.append)
-    given = options_of(saved, pictures, tmp_path)
+    given = options_of(saved, images, tmp_path)
     assert main(["demo", *given]) == 0
     assert opened == []
     assert main(["demo", *given, "--open"]) == 0
@@ -131,25 +131,25 @@ def test_the_command_joins_any_typer_application() -> None:
 
 
 @pytest.mark.parametrize("option", ["--image", "--other"])
-def test_a_picture_that_is_missing_leaves_no_folder(option: str, saved: str, tmp_path: Path) -> None:
+def test_an_image_that_is_missing_leaves_no_folder(option: str, saved: str, tmp_path: Path) -> None:
     assert main(["demo", "--model", saved, option, str(tmp_path / "missing.png"), "--out", str(tmp_path / "out")]) == 1
     assert not (tmp_path / "out").exists()
 
 
 def test_random_weights_are_told_in_the_terminal(
-    pictures: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    images: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = ["--image", str(pictures[0]), "--other", str(pictures[1]), "--out", str(tmp_path), "--no-open"]
+    names = ["--image", str(images[0]), "--other", str(images[1]), "--out", str(tmp_path), "--no-open"]
     assert main(["demo", "--model", "toy:dsprites-attn-1l", "--no-pretrained", *names]) == 0
     assert "Random weights: toy:dsprites-attn-1l was not trained" in " ".join(capsys.readouterr().err.split())
     assert "untrained weights" in (tmp_path / "index.html").read_text(encoding="utf-8")
 
 
 def test_what_the_page_lacks_is_told_in_the_terminal(
-    pictures: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    images: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept = prisma.save(two_heads(), tmp_path / "model")
-    assert main(["demo", "--no-open", *options_of(f"file:{kept}", pictures, tmp_path / "out")]) == 0
+    assert main(["demo", "--no-open", *options_of(f"file:{kept}", images, tmp_path / "out")]) == 0
     assert files(tmp_path / "out") == ALL - {"lens.png"}
     told = capsys.readouterr().err
     assert "Without lens.png: This model reads 2 tokens" in told
@@ -172,21 +172,21 @@ def films() -> HookedViT:
     [(towers, "takes words to tell apart"), (films, "Leave it out")],
 )
 def test_what_only_another_kind_takes_is_refused(
-    made: Any, says: str, pictures: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: Any, says: str, images: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept = prisma.save(made(), tmp_path / "model")
-    given = ["--model", f"file:{kept}", "--image", str(pictures[0]), "--out", str(tmp_path / "out")]
-    other = ["--other", str(pictures[1])] if made is films else []
+    given = ["--model", f"file:{kept}", "--image", str(images[0]), "--out", str(tmp_path / "out")]
+    other = ["--other", str(images[1])] if made is films else []
     assert main(["demo", "--no-open", *given, *other]) == 1
     assert says in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
 
 
 def test_models_without_canonical_form_have_the_page_of_their_insides(
-    pictures: tuple[Path, Path], tmp_path: Path
+    images: tuple[Path, Path], tmp_path: Path
 ) -> None:
     pytest.importorskip("timm", reason="needs timm: pip install 'prisma-interp[timm]'")
-    given = ["--model", "timm:test_convnext", "--image", str(pictures[0]), "--out", str(tmp_path / "out")]
+    given = ["--model", "timm:test_convnext", "--image", str(images[0]), "--out", str(tmp_path / "out")]
     assert main(["demo", "--no-pretrained", "--no-open", *given]) == 0
     assert "untrained weights" in (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
 
@@ -194,6 +194,6 @@ def test_models_without_canonical_form_have_the_page_of_their_insides(
 def test_a_vision_tower_by_itself_has_a_report() -> None:
     dual = towers()
     dual.preprocess = Preprocess(size=(16, 24))
-    found = prisma_view.report(dual.vision, picture(1), picture(2))
+    found = prisma_view.report(dual.vision, image_of(1), image_of(2))
     assert found.lens is not None
     assert found.heads is not None

@@ -134,10 +134,10 @@ def test_the_native_size_is_in_the_file_or_224(tmp_path: Path) -> None:
 
 def test_preprocessing_is_metas(tmp_path: Path) -> None:
     model = prisma.load(written(drawn(), tmp_path), heads=3)
-    picture = torch.rand(300, 400, 3).numpy()
+    image = torch.rand(300, 400, 3).numpy()
     assert model.preprocess is not None
-    assert model.preprocess(picture).shape == (1, 3, 224, 224)
-    assert model(model.preprocess(picture)).shape == (1, 24)
+    assert model.preprocess(image).shape == (1, 3, 224, 224)
+    assert model(model.preprocess(image)).shape == (1, 24)
     other = prisma.load(written(drawn(), tmp_path), heads=3, mean=(0.43, 0.41, 0.3), std=(0.2, 0.16, 0.14)).preprocess
     assert (other.mean, other.std) == ((0.43, 0.41, 0.3), (0.2, 0.16, 0.14))
 

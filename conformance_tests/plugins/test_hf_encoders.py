@@ -12,7 +12,7 @@ from prisma_core import UnsupportedArchitecture, adapt
 
 transformers = pytest.importorskip("transformers", reason="transformers is missing: pip install 'prisma-interp[hf]'")
 
-from prisma_hf.canonical.calling import main_output, pictures_apart  # noqa: E402
+from prisma_hf.canonical.calling import images_apart, main_output  # noqa: E402
 from prisma_hf.canonical.parts import explicit_attention  # noqa: E402
 from prisma_hf.cases import autoencoder, built  # noqa: E402
 
@@ -82,7 +82,7 @@ def test_images_of_a_packed_sequence_do_not_see_each_other() -> None:
     together, alone = upstream(image).last_hidden_state, model(image[1:2])
     assert together.shape == (1, 3 * 10, 32)
     assert torch.allclose(together[:, 10:20], alone, rtol=0, atol=1e-10)
-    with explicit_attention(upstream), pictures_apart(upstream.transformer):
+    with explicit_attention(upstream), images_apart(upstream.transformer):
         assert torch.allclose(upstream(image).last_hidden_state, model(image), rtol=0, atol=1e-10)
     assert upstream(image).last_hidden_state.shape == together.shape
 

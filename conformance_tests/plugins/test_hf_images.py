@@ -21,7 +21,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is missi
 pytest.importorskip("torchvision", reason="torchvision is missing: pip install 'prisma-interp[hf]'")
 
 from PIL import Image  # noqa: E402
-from prisma_hf.pictures import as_data, preprocess, reference  # noqa: E402
+from prisma_hf.images import as_data, preprocess, reference  # noqa: E402
 from prisma_hf.processors import CONFIG, Processed  # noqa: E402
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -34,7 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "EfficientNet": {"size": {"height": 30, "width": 50}, "rescale_factor": 1 / 127.5, "rescale_offset": True},
     "MobileViT": {"size": {"shortest_edge": 37}, "crop_size": {"height": 32, "width": 32}},
 }
-# What data does not say, by what their pictures become.
+# What data does not say, by what their images become.
 CALLED: dict[str, dict[str, Any]] = {
     "Owlv2": {"size": {"height": 36, "width": 36}},
     "Perceiver": {"size": {"height": 36, "width": 36}, "crop_size": {"height": 50, "width": 50}},
@@ -62,9 +62,9 @@ def test_a_processor_is_repeated_to_the_byte(name: str, backend: str) -> None:
     assert isinstance(ours, Preprocess)
     assert ours.resampling == ("pillow" if backend else "torch")
     for width, height in ((61, 43), (29, 31), (33, 90)):
-        picture = noise(width, height)
-        assert torch.allclose(ours(picture)[0], reference(processor)(picture), rtol=0, atol=1e-5)
-        assert ours.denormalise(ours(picture)).sub(ours.model_copy(update=PLAIN)(picture)).abs().max() < 1e-5
+        image = noise(width, height)
+        assert torch.allclose(ours(image)[0], reference(processor)(image), rtol=0, atol=1e-5)
+        assert ours.denormalise(ours(image)).sub(ours.model_copy(update=PLAIN)(image)).abs().max() < 1e-5
 
 
 PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "order": "rgb"}
@@ -78,12 +78,12 @@ def test_what_is_more_than_data_is_left_to_the_processor(name: str, tmp_path: Pa
     ours.save_pretrained(tmp_path)
     again = Processed.from_pretrained(tmp_path)
     for width, height in ((61, 43), (33, 90)):
-        picture = noise(width, height)
-        pixels = ours(picture)
-        assert torch.equal(again(picture), pixels)
-        theirs = reference(processor)(picture)
+        image = noise(width, height)
+        pixels = ours(image)
+        assert torch.equal(again(image), pixels)
+        theirs = reference(processor)(image)
         if name == "Siglip2":  # patches, each in one, and what fills up their number
-            theirs = unpacked(theirs, processor(images=picture, return_tensors="pt")["spatial_shapes"][0])
+            theirs = unpacked(theirs, processor(images=image, return_tensors="pt")["spatial_shapes"][0])
         assert torch.equal(pixels[0], theirs)
 
 
@@ -117,14 +117,14 @@ def test_a_processor_that_scales_before_it_resizes() -> None:
 
 def test_what_is_seen_of_an_image_is_what_the_model_gets() -> None:
     ours = preprocess(made("Owlv2", CALLED["Owlv2"]))
-    picture = Image.new("RGB", (60, 30), (250, 20, 30))
-    seen = ours.seen(picture, side=100)
+    image = Image.new("RGB", (60, 30), (250, 20, 30))
+    seen = ours.seen(image, side=100)
     assert seen.size == (108, 108)
     assert max(abs(a - b) for a, b in zip(seen.getpixel((50, 20)), (250, 20, 30), strict=True)) <= 1
     assert max(seen.getpixel((50, 100))) == 0, "what fills it up to a square"
     turned = Processed(made("MobileViT", SETTINGS["MobileViT"]))
     assert turned.scale.order == "bgr"
-    assert turned.seen(picture).getpixel((16, 16)) == (250, 20, 30)
+    assert turned.seen(image).getpixel((16, 16)) == (250, 20, 30)
 
 
 PACKED = {
@@ -141,10 +141,10 @@ def test_patches_in_any_order_become_the_image_they_were_cut_from(name: str) -> 
     name, _, pil = name.partition("ImageProcessor")
     ours = preprocess(made(name, PACKED[name + (pil and "ImageProcessorPil")], pil))
     assert isinstance(ours, Processed)
-    picture = noise(168, 252)  # of whole patches, so that it is not resized
-    pixels = ours(picture)
+    image = noise(168, 252)  # of whole patches, so that it is not resized
+    pixels = ours(image)
     assert pixels.shape == (1, 3, 252, 168)
-    assert torch.equal((ours.denormalise(pixels)[0] * 255).round(), torch.tensor(np.array(picture)).permute(2, 0, 1))
+    assert torch.equal((ours.denormalise(pixels)[0] * 255).round(), torch.tensor(np.array(image)).permute(2, 0, 1))
     assert ours(noise(200, 90)).shape[2] < ours(noise(200, 90)).shape[3]
 
 
@@ -177,7 +177,7 @@ def test_tiles_are_asked_for() -> None:
     tiles = ours.tiles(noise(60, 60))
     assert tiles.shape == (5, 3, 32, 32)
     whole = preprocess(made("Idefics3", {**small, "do_image_splitting": False}))
-    assert torch.allclose(whole(noise(60, 60))[0], tiles[-1], atol=2e-2), "the last one is all of the picture"
+    assert torch.allclose(whole(noise(60, 60))[0], tiles[-1], atol=2e-2), "the last one is all of the image"
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_what_is_no_image_is_said(name: str, settings: dict[str, Any], told: str
 
 
 def test_settings_of_an_odd_kind_do_not_stop_it() -> None:
-    assert isinstance(preprocess(made("Ovis2", {})), Preprocess), "a grid beside a picture"
+    assert isinstance(preprocess(made("Ovis2", {})), Preprocess), "a grid beside an image"
     for name in ("BridgeTower", "Fuyu", "Idefics"):
         assert isinstance(preprocess(made(name, {})), Preprocess | Processed)
 
@@ -239,9 +239,9 @@ def test_siglip_2_gets_the_image_that_its_patches_were_cut_from(tmp_path: Path) 
     processor.save_pretrained(tmp_path)
     model = prisma.load(f"hf:{tmp_path}")
     for width, height in ((61, 43), (30, 90)):
-        picture = noise(width, height)
-        theirs = upstream.get_image_features(**processor(images=picture, return_tensors="pt"))
-        ours = model.vision(model.vision.preprocess(picture))
+        image = noise(width, height)
+        theirs = upstream.get_image_features(**processor(images=image, return_tensors="pt"))
+        ours = model.vision(model.vision.preprocess(image))
         assert torch.allclose(ours, getattr(theirs, "pooler_output", theirs), rtol=0, atol=2e-6)
 
 

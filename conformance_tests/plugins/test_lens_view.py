@@ -12,14 +12,14 @@ import numpy as np
 import prisma_view
 import pytest
 import torch
-from labelled import data_of, model, picture, two_heads
+from labelled import data_of, image_of, model, two_heads
 from PIL import Image
 from prisma_lens import Lens
 from prisma_view import glyphs
 from prisma_view.colours import CLASSES, QUIET, REST, assign
 from prisma_view.pack import grouped, pack, pack_patterns
 from prisma_view.page import class_colours
-from prisma_view.pictures import pictures
+from prisma_view.report_images import report_images
 from prisma_view.symbols import FALLBACK, symbol
 
 from prisma_core import InputError, NotApplicable, TokenLayout
@@ -123,15 +123,15 @@ def test_grouping_patches_sums_keys_and_averages_queries() -> None:
 
 @pytest.fixture(scope="module")
 def found() -> prisma_view.Report:
-    return prisma_view.report(model(), picture(1), picture(2))
+    return prisma_view.report(model(), image_of(1), image_of(2))
 
 
 def test_the_page_holds_what_the_model_computes(tmp_path: Path) -> None:
     made = model()
-    found = prisma_view.report(made, picture(1), picture(2))
+    found = prisma_view.report(made, image_of(1), image_of(2))
     page = prisma_view.write_page(found, tmp_path / "page.html")
     data = data_of(page)
-    logits = made(made.preprocess(picture(1)))[0].detach()
+    logits = made(made.preprocess(image_of(1)))[0].detach()
     assert data["top"][0][0] == int(logits.argmax())
     assert data["top"][0][1] == pytest.approx(float(logits.max()), abs=1e-3)
     parts = np.array(data["layers"]["values"]).sum(0) + np.array(data["layers"]["constant"])
@@ -159,19 +159,19 @@ def test_the_untrained_note_is_only_where_it_belongs(found: prisma_view.Report, 
 
 
 def test_what_does_not_apply_is_said_on_the_page(tmp_path: Path) -> None:
-    found = prisma_view.report(two_heads(), picture(1), picture(2))
+    found = prisma_view.report(two_heads(), image_of(1), image_of(2))
     assert found.lens is None
     assert found.layers is not None
     text = prisma_view.write_page(found, tmp_path / "page.html").read_text(encoding="utf-8")
     assert "reads 2 tokens with a head each" in text
-    assert [path.name for path in prisma_view.write_pictures(found, tmp_path)] == [
+    assert [path.name for path in prisma_view.write_images(found, tmp_path)] == [
         "attention.png", "attribution.png", "patching.png",
     ]  # fmt: skip
 
 
 def test_attention_that_pools_has_attribution_and_it_sums_to_the_logits() -> None:
     pool = PoolSpec(kind="attention", attn=AttentionSpec(n_heads=2, n_kv_heads=2, d_head=6, scale=0.3))
-    found = prisma_view.report(model(pool=pool, ln_final=None, ln_pool=NormSpec(eps=1e-5)), picture(1), picture(2))
+    found = prisma_view.report(model(pool=pool, ln_final=None, ln_pool=NormSpec(eps=1e-5)), image_of(1), image_of(2))
     assert found.why == {}
     assert found.layers is not None
     total = found.layers.values.sum(0) + found.layers.tensors["constant"][0]
@@ -182,17 +182,17 @@ def test_the_rest_of_an_attribution_is_called_what_it_is(tmp_path: Path) -> None
     attn, norm = AttentionSpec(n_heads=2, n_kv_heads=2, d_head=6, scale=0.3), NormSpec(eps=1e-5)
     for mlp, called in ((None, "biases"), (MlpSpec(d_mlp=8, act="gelu"), "biases, pooling's MLP")):
         pool = PoolSpec(kind="attention", attn=attn, mlp=mlp, norm=norm if mlp else None)
-        found = prisma_view.report(model(pool=pool, ln_final=None, ln_pool=norm), picture(1), picture(2))
+        found = prisma_view.report(model(pool=pool, ln_final=None, ln_pool=norm), image_of(1), image_of(2))
         assert data_of(prisma_view.write_page(found, tmp_path / "page.html"))["layers"]["rest"] == called
 
 
-def test_models_that_are_no_classifiers_or_see_no_pictures_are_refused() -> None:
+def test_models_that_are_no_classifiers_or_see_no_images_are_refused() -> None:
     with pytest.raises(NotApplicable, match="classification head"):
-        prisma_view.report(model(n_classes=None), picture(1), picture(2))
+        prisma_view.report(model(n_classes=None), image_of(1), image_of(2))
     blind = model()
     blind.preprocess = None
     with pytest.raises(InputError, match="preprocess"):
-        prisma_view.report(blind, picture(1), picture(2))
+        prisma_view.report(blind, image_of(1), image_of(2))
 
 
 def texts(figure: Any) -> set[str]:
@@ -200,22 +200,22 @@ def texts(figure: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("font", [True, False])
-def test_pictures_are_drawn_with_and_without_an_emoji_font(
+def test_images_are_drawn_with_and_without_an_emoji_font(
     font: bool, found: prisma_view.Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     glyphs.glyph.cache_clear()
     if not font:
         monkeypatch.setattr(glyphs, "_font", lambda: None)
-    panel = pictures(found)["lens"].axes[-1]
+    panel = report_images(found)["lens"].axes[-1]
     assert bool((np.asarray(panel.images[-1].get_array())[..., 3] > 0).any()) == (font and glyphs._font() is not None)
-    for path in prisma_view.write_pictures(found, tmp_path):
+    for path in prisma_view.write_images(found, tmp_path):
         with Image.open(path) as drawn:
             assert len(np.unique(np.asarray(drawn.convert("RGB")).reshape(-1, 3), axis=0)) > 10
     glyphs.glyph.cache_clear()
 
 
-def test_pictures_hold_what_the_report_does(found: prisma_view.Report) -> None:
-    drawn = pictures(found)
+def test_images_hold_what_the_report_does(found: prisma_view.Report) -> None:
+    drawn = report_images(found)
     assert list(drawn) == ["lens", "attention", "attribution", "patching"]
     assert found.lens is not None
     classes = found.lens.logits[-1, found.layout.slice("patches")].argmax(-1).view(2, 3)
@@ -238,15 +238,15 @@ def test_pictures_hold_what_the_report_does(found: prisma_view.Report) -> None:
         assert len(drawn["patching"].axes[2].artists) == new
 
 
-def test_pictures_of_random_weights_say_so(found: prisma_view.Report) -> None:
+def test_images_of_random_weights_say_so(found: prisma_view.Report) -> None:
     note = "Random weights: nothing here was learned."
-    assert all(note in texts(figure) for figure in pictures(found, trained=False).values())
-    assert not any(note in texts(figure) for figure in pictures(found).values())
+    assert all(note in texts(figure) for figure in report_images(found, trained=False).values())
+    assert not any(note in texts(figure) for figure in report_images(found).values())
 
 
 @pytest.mark.parametrize(("form", "head"), [("svg", b"<?xml"), ("pdf", b"%PDF"), ("png", b"\x89PNG")])
-def test_pictures_come_in_forms_for_papers(form: Any, head: bytes, found: prisma_view.Report, tmp_path: Path) -> None:
-    paths = prisma_view.write_pictures(found, tmp_path, form=form)
+def test_images_come_in_forms_for_papers(form: Any, head: bytes, found: prisma_view.Report, tmp_path: Path) -> None:
+    paths = prisma_view.write_images(found, tmp_path, form=form)
     assert [path.name for path in paths] == [
         f"{name}.{form}" for name in ("lens", "attention", "attribution", "patching")
     ]
@@ -260,10 +260,10 @@ def test_the_legend_names_every_class_of_its_panels() -> None:
     made = model(n_classes=30)
     made.labels = names
     found = prisma_view.Report(
-        made, picture(1), picture(2), TokenLayout(rows=5, columns=6), logits[0, 0], [0], logits[None],
+        made, image_of(1), image_of(2), TokenLayout(rows=5, columns=6), logits[0, 0], [0], logits[None],
         lens=Lens(logits, ("layer", "pos", "class"), {"layer": ("0_pre", "final_post")}),
     )  # fmt: skip
-    (legend,) = pictures(found)["lens"].legends
+    (legend,) = report_images(found)["lens"].legends
     shown = [text.get_text() for text in legend.get_texts()]
     own = [index for index, colour in class_colours(found).items() if colour != REST]
     assert set(shown[:-1]) == {names[index].replace("$", r"\$") for index in own}

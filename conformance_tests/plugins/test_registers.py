@@ -209,7 +209,7 @@ def test_what_makes_no_sense_is_refused_in_words(what: str) -> None:
 
 
 def test_the_command_shows_outlier_patches_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     Image.new("RGB", (40, 30), "teal").save(path)
     assert main(["registers", "toy:scenes-3l", str(path), "--cutoff", "1e-3"]) == 0  # every token is one
     first = " ".join(capsys.readouterr().out.partition("\n")[2].split())
@@ -221,11 +221,11 @@ def test_the_command_shows_outlier_patches_first(tmp_path: Path, capsys: pytest.
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     Image.new("RGB", (40, 30), "teal").save(path)
     assert main(["registers", "toy:scenes-3l", str(path)]) == 0
     said = capsys.readouterr().out
-    assert "1 picture, 0 registers" in said
+    assert "1 image, 0 registers" in said
     assert [line.split()[0] for line in said.splitlines() if line.strip()[:1].isdigit()][:3] == ["0", "1", "2"]
     assert main(["registers", "toy:scenes-3l", str(tmp_path / "missing.png")]) == 1
     assert "missing.png" in capsys.readouterr().err

@@ -155,14 +155,14 @@ def test_sprites_follow_each_factor():
             factors[list(dsprites.FACTORS).index(name)] = value
         return dsprites.draw(factors[None])[0, 0]
 
-    picture = of()
-    assert set(picture.unique().tolist()) == {0.0, 1.0}
+    image = of()
+    assert set(image.unique().tolist()) == {0.0, 1.0}
     assert of(scale=5).sum() > of(scale=2).sum() > of(scale=0).sum()
     ticks = torch.arange(64.0)
-    assert (of(x=30).sum(0) * ticks).sum() / of(x=30).sum() > 30 > (picture.sum(0) * ticks).sum() / picture.sum()
+    assert (of(x=30).sum(0) * ticks).sum() / of(x=30).sum() > 30 > (image.sum(0) * ticks).sum() / image.sum()
     assert (of(y=0).sum(1) * ticks).sum() / of(y=0).sum() < 25
     for name in ("shape", "orientation"):
-        assert not torch.equal(picture, of(**{name: 0}))
+        assert not torch.equal(image, of(**{name: 0}))
     corners = torch.tensor([[0, 5, 5, x, y] for x in (0, 31) for y in (0, 31)])
     assert not dsprites.draw(corners)[..., [0, -1], :].any(), "no sprite is cut off"
 

@@ -103,7 +103,7 @@ def older_by_hand(state: dict[str, Tensor], image: Tensor, heads: int) -> Tensor
     return functional.linear(x[:, 0], state["head.weight"], state["head.bias"])
 
 
-def pictures(channels: int, side: int) -> Tensor:
+def images(channels: int, side: int) -> Tensor:
     return torch.randn(2, channels, side, side, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
@@ -113,7 +113,7 @@ def test_a_file_computes_the_published_formula(mlp: bool, token: bool, tmp_path:
     state = tensors(mlp=mlp, token=token)
     model = prisma.load(f"toy:{written(tmp_path / 'model_120.pth', state)}")
     assert isinstance(model, HookedViT)
-    image = pictures(2, 12)
+    image = images(2, 12)
     assert torch.allclose(model(image), by_hand(state, image, token=token), rtol=0, atol=1e-12)
     spec = model.spec
     assert (spec.image_size, spec.embed.patch, spec.d_model, spec.n_classes) == ((12, 12), (4, 4), 12, 7)
@@ -129,7 +129,7 @@ def test_a_file_computes_the_published_formula(mlp: bool, token: bool, tmp_path:
 
 def test_options_say_what_the_tensors_do_not(tmp_path: Path) -> None:
     state = tensors()
-    path, image = written(tmp_path / "model.pth", state), pictures(2, 12)
+    path, image = written(tmp_path / "model.pth", state), images(2, 12)
     relu = prisma.load(f"toy:{path}", act="relu", mean=(0.1, 0.2), std=(0.5, 0.6))
     assert isinstance(relu, HookedViT)
     assert torch.allclose(relu(image), by_hand(state, image, act=functional.relu), rtol=0, atol=1e-12)
@@ -147,7 +147,7 @@ def test_options_say_what_the_tensors_do_not(tmp_path: Path) -> None:
 
 
 def test_a_head_that_is_a_linear_layer(tmp_path: Path) -> None:
-    state, image = tensors(), pictures(2, 12)
+    state, image = tensors(), images(2, 12)
     earlier = {**state, "head.weight": state["head.W_H"].T.contiguous(), "head.bias": state["head.b_H"]}
     del earlier["head.W_H"], earlier["head.b_H"]
     model = prisma.load(f"toy:{written(tmp_path / 'model.pth', earlier)}")
@@ -157,7 +157,7 @@ def test_a_head_that_is_a_linear_layer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mlp", [True, False])
 def test_a_file_from_before_the_models_were_hooked(mlp: bool, tmp_path: Path) -> None:
     state = older(mlp=mlp)
-    path, image = written(tmp_path / "model_1.pth", state), pictures(1, 24)
+    path, image = written(tmp_path / "model_1.pth", state), images(1, 24)
     for heads in (3, 2):
         model = prisma.load(f"toy:{path}", heads=heads)
         assert torch.allclose(model(image), older_by_hand(state, image, heads), rtol=0, atol=1e-12)
@@ -225,7 +225,7 @@ def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
 
 
 def test_the_last_checkpoint_of_a_repository_or_the_one_that_is_named(loopback: Hub) -> None:
-    folder, image = loopback.repository("Somebody/ImageNet-tiny-AttentionOnly"), pictures(2, 12)
+    folder, image = loopback.repository("Somebody/ImageNet-tiny-AttentionOnly"), images(2, 12)
     state = {name: tensors(mlp=False)[name] for name in shapes(mlp=False)}
     for number in (0, 90, 1000):
         written(folder / f"model_{number}.pth", {**state, "head.b_H": torch.full((7,), float(number)).double()})
@@ -278,7 +278,7 @@ def test_without_the_hub_the_last_checkpoint_in_the_cache_is_taken_and_said(
 ) -> None:
     from huggingface_hub import constants
 
-    folder, image = loopback.repository("Somebody/Kept"), pictures(2, 12)
+    folder, image = loopback.repository("Somebody/Kept"), images(2, 12)
     for number in (5, 30, 200):
         state = {**tensors(), "head.b_H": torch.full((7,), float(number)).double()}
         written(folder / f"model_{number}.pth", state)

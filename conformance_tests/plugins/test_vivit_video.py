@@ -150,15 +150,15 @@ def test_every_form_of_a_video_gives_the_same_tensor(film: Callable[..., Path], 
     made = preprocess(path)
     assert made.shape == (1, 5, 3, 16, 16)
     assert torch.equal(made[0], EACH(list(frames[[0, 4, 8, 12, 16]])))
-    pictures = [Image.fromarray(frame) for frame in frames]
-    pictures[0].save(tmp_path / "first.png")
-    files = [str(tmp_path / "first.png"), *pictures[1:]]
-    for form in (str(path), frames, torch.from_numpy(frames), list(frames), pictures, files, frames / 255):
+    images = [Image.fromarray(frame) for frame in frames]
+    images[0].save(tmp_path / "first.png")
+    files = [str(tmp_path / "first.png"), *images[1:]]
+    for form in (str(path), frames, torch.from_numpy(frames), list(frames), images, files, frames / 255):
         assert torch.equal(preprocess(form), made)
-    assert torch.equal(preprocess([frames, pictures]), made.repeat(2, 1, 1, 1, 1))
-    for forms in ([path, str(path)], [path, frames], (pictures, str(path))):
+    assert torch.equal(preprocess([frames, images]), made.repeat(2, 1, 1, 1, 1))
+    for forms in ([path, str(path)], [path, frames], (images, str(path))):
         assert torch.equal(preprocess(forms), made.repeat(2, 1, 1, 1, 1))
-    still = [str(tmp_path / "first.png")] * 5  # pictures' files are frames
+    still = [str(tmp_path / "first.png")] * 5  # images' files are frames
     assert torch.equal(preprocess(still), EACH(frames[0])[None].repeat(1, 5, 1, 1, 1))
     assert torch.allclose(preprocess.denormalise(made)[0], EACH.denormalise(made[0]))
 

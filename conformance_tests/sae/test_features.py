@@ -50,7 +50,7 @@ def test_a_probe_reads_features(scenes: Any) -> None:
     """What is planted into one feature is read from features, and from the stream behind the decoder."""
     model, coder, images = scenes
     labels = torch.arange(6) % 2
-    pictures = images.repeat(8, 1, 1, 1)
+    repeated = images.repeat(8, 1, 1, 1)
     truth = labels.repeat(8)
 
     def plant(x: Tensor, at: Any) -> Tensor:
@@ -59,7 +59,7 @@ def test_a_probe_reads_features(scenes: Any) -> None:
         return y
 
     with splice(model, coder), model.hooks({FEATURES: plant}):
-        read = probe(model, [(pictures, truth)], FEATURES, tokens="mean", control=False)
+        read = probe(model, [(repeated, truth)], FEATURES, tokens="mean", control=False)
     assert read.values[0, 0] == 1
     weights = read.tensors[f"{FEATURES}/weight"][0]
     assert weights.shape == (coder.facts.d_sae,)

@@ -228,8 +228,8 @@ def test_each_token_has_its_share_of_a_mean(make, image):
 
 
 def test_a_larger_image_pools_its_own_patches(make):
-    picture = torch.randn(1, 3, 16, 24)
-    logits, cache = make(pool="avg", interpolation=True).run_with_cache(picture)
+    image = torch.randn(1, 3, 16, 24)
+    logits, cache = make(pool="avg", interpolation=True).run_with_cache(image)
     total = cache.logit_attrs(cache.decompose_resid(), 3).sum(0) + cache.logit_constant(3)
     torch.testing.assert_close(total, logits[:, 3], **EXACT)
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("in_float64")
 
 
 class Painter(nn.Module):
-    """Takes pictures of one size."""
+    """Takes images of one size."""
 
     def __init__(self) -> None:
         super().__init__()

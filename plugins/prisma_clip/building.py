@@ -204,7 +204,7 @@ def preprocess(config: dict[str, Any]) -> Preprocess:
 def _preprocess(config: dict[str, Any]) -> Preprocess:
     size = config["size"]
     height, width = (size, size) if isinstance(size, int) else size
-    # Pictures that are cut to something other than a square are resized by another function, always bicubic.
+    # Images that are cut to something other than a square are resized by another function, always bicubic.
     always = config["resize_mode"] == "shortest" and height != width
     return Preprocess(
         size=(height, width),

@@ -16,7 +16,7 @@ import torch
 from prisma_conformance import CHECKS
 from torch import nn
 
-from prisma_core.plugin import Case, MapAdapter, Pictures, UnsupportedArchitecture, installed
+from prisma_core.plugin import Case, Images, MapAdapter, UnsupportedArchitecture, installed
 
 HEADS, WIDTH, GRID = 3, 16, (2, 3)  # heads, the width of one, rows and columns of patches
 EMBED = HEADS * WIDTH  # timm's towers without a projection embed by their own width
@@ -64,7 +64,7 @@ def lone_towers() -> Iterator[Case]:
     for name in open_clip.list_models():
         config = config_of(name)
         if "hf_model_name" in config["text_cfg"] and _sees(config["vision_cfg"]):
-            tower = Case(f"{name}/visual", build=partial(small_vision, name), pictures=pictures)
+            tower = Case(f"{name}/visual", build=partial(small_vision, name), images=images)
             kind = _kind({**config, "text_cfg": {}})
             yield replace(tower, skips=ALIKE) if kind in seen else tower
             seen.add(kind)
@@ -82,7 +82,7 @@ def case(name: str) -> Case | None:
     config = config_of(name)
     if "hf_model_name" in config["text_cfg"] or not _sees(config["vision_cfg"]):
         return None
-    return Case(name, build=partial(small, name), pictures=pictures)
+    return Case(name, build=partial(small, name), images=images)
 
 
 def config_of(name: str) -> dict[str, Any]:
@@ -136,14 +136,14 @@ def _timm_taken(example: str) -> bool:
         return False
 
 
-def pictures(model: Any) -> Pictures:
+def images(model: Any) -> Images:
     """Return our preprocessing for a model, and open_clip's."""
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     from prisma_clip.building import preprocess
 
     config = getattr(model, "visual", model).preprocess_cfg
-    return Pictures(preprocess(config), image_transform_v2(PreprocessCfg(**config), is_train=False))
+    return Images(preprocess(config), image_transform_v2(PreprocessCfg(**config), is_train=False))
 
 
 # -------------------------------------------------------------------- small models

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from prisma_conformance.randomise import randomise
-from prisma_core.plugin import Case, Pictures
+from prisma_core.plugin import Case, Images
 
 if TYPE_CHECKING:
     from prisma_conformance.doctor.diagnosis import Diagnosis, diagnose
@@ -58,7 +58,7 @@ __all__ = [
     "check",
     "diagnose",
     "Case",
-    "Pictures",
+    "Images",
     "Report",
     "Certificate",
     "CheckResult",

@@ -76,7 +76,7 @@ _CHECKS = (
     ),
     Check(
         "preprocess",
-        "the same picture gives the same tensor as upstream's own transform",
+        "the same image gives the same tensor as upstream's own transform",
         canonical=running.preprocess,
         hooked=running.preprocess,
     ),

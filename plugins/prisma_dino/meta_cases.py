@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from prisma_core.plugin import Case, Pictures
+from prisma_core.plugin import Case, Images
 from prisma_dino.meta import Architecture, MaskedLinear, MetaViT, RopePositions
 from prisma_dino.source import MEAN, STD, preprocess
 
@@ -37,7 +37,7 @@ def meta_cases() -> Iterator[Case]:
         "meta_v3_7b": {**THIRD, "mlp": "split", "masked_bias": False, "qkv_bias": False, "local_norm": True},
     }
     for name, options in every.items():
-        yield Case(name, build=partial(build, Architecture(**{**SMALL, **options})), pictures=pictures)
+        yield Case(name, build=partial(build, Architecture(**{**SMALL, **options})), images=images)
 
 
 def build(arch: Architecture) -> nn.Module:
@@ -51,7 +51,7 @@ def build(arch: Architecture) -> nn.Module:
     return model
 
 
-def pictures(model: nn.Module) -> Pictures:
+def images(model: nn.Module) -> Images:
     """Return our preprocessing, and the one that Meta's evaluations are written with."""
     from torchvision import transforms
 
@@ -63,4 +63,4 @@ def pictures(model: nn.Module) -> Pictures:
             transforms.Normalize(MEAN, STD),
         ]
     )
-    return Pictures(preprocess(cast(MetaViT, model)), theirs)
+    return Images(preprocess(cast(MetaViT, model)), theirs)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from prisma_core import InputError
-from prisma_core.plugin import BriefRepr, check_call, open_picture
+from prisma_core.plugin import BriefRepr, check_call, open_image
 from prisma_harvest.items import UNREADABLE, Item, content_hash, opened
 from prisma_harvest.sources import Data
 
@@ -88,7 +88,7 @@ class _Prepare:
     function: Prepare
 
     def __call__(self, image: Any) -> Tensor:
-        return self.function(image if isinstance(image, list) else open_picture(image))
+        return self.function(image if isinstance(image, list) else open_image(image))
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from prisma_core.plugin import Case, Pictures
+from prisma_core.plugin import Case, Images
 from prisma_hf.canonical.classes import MODELS
+from prisma_hf.images import images
 from prisma_hf.mae import InOrder
-from prisma_hf.pictures import pictures
 
 SMALL: dict[str, Any] = {
     "hidden_size": 24,
@@ -38,11 +38,11 @@ PROCESSORS = {
 }
 
 
-def processed(name: str, upstream: nn.Module) -> Pictures:
+def processed(name: str, upstream: nn.Module) -> Images:
     """Return our preprocessing and that of one of transformers' image processors, as it comes."""
     import transformers
 
-    return pictures(getattr(transformers, name)())
+    return images(getattr(transformers, name)())
 
 
 def built(name: str, *, whole: str = "", at: str = "", **given: Any) -> nn.Module:
@@ -73,7 +73,7 @@ def case(name: str, variant: str = "", **given: Any) -> Case:
     return Case(
         title,
         partial(built, name, **given),
-        pictures=partial(processed, processor) if processor else None,
+        images=partial(processed, processor) if processor else None,
     )
 
 

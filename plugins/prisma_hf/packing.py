@@ -33,7 +33,7 @@ class Packing(NamedTuple):
     merge: int
     frames: int
 
-    def picture(self, made: Mapping[str, Any], channels: int) -> Tensor | None:
+    def image(self, made: Mapping[str, Any], channels: int) -> Tensor | None:
         """Return the image ``[channel height width]`` that patches were cut from, or None if they do not fit."""
         grid, pixels = grid_of(made), torch.as_tensor(made["pixel_values"]).float()
         if grid is None:
@@ -61,11 +61,11 @@ def packing(call: Callable[[Image], Mapping[str, Any]], processor: Any, channels
     """Return how a processor's patches lie, or None if no order makes the image of them that was given."""
     first = call(_waves(200, 150))
     for candidate in _candidates(processor):
-        seen = candidate.picture(first, channels)
+        seen = candidate.image(first, channels)
         if seen is None:
             continue
         waves = _waves(seen.shape[-1], seen.shape[-2])  # of the very size, so that it is not resized
-        again = candidate.picture(call(waves), channels)
+        again = candidate.image(call(waves), channels)
         if again is not None and _alike(again, waves):
             return candidate
     return None
@@ -87,9 +87,9 @@ def _waves(width: int, height: int) -> Image:
     return images.fromarray((127.5 + 127.5 * waves).astype("uint8"))
 
 
-def _alike(pixels: Tensor, picture: Image) -> bool:
+def _alike(pixels: Tensor, image: Image) -> bool:
     import numpy as np
 
-    pixels_of_image = torch.from_numpy(np.asarray(picture.resize((pixels.shape[-1], pixels.shape[-2]))).copy())
+    pixels_of_image = torch.from_numpy(np.asarray(image.resize((pixels.shape[-1], pixels.shape[-2]))).copy())
     pairs = zip(pixels.flatten(1), pixels_of_image.permute(2, 0, 1).float().flatten(1), strict=True)
     return all(float(torch.corrcoef(torch.stack(pair))[0, 1]) > ALIKE for pair in pairs)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from prisma_core.plugin import InputError, LoadError, Picture, PicturePreprocess, open_picture, restored
+from prisma_core.plugin import ImageLike, ImagePreprocess, InputError, LoadError, open_image, restored
 from prisma_hf.making import brief
 from prisma_hf.packing import Packing, grid_of, packing
 
@@ -30,7 +30,7 @@ class Scale(NamedTuple):
     order: Literal["rgb", "bgr"]
 
 
-class Processed(PicturePreprocess):
+class Processed(ImagePreprocess):
     """Calls an image processor of transformers.
 
     Attributes:
@@ -48,13 +48,13 @@ class Processed(PicturePreprocess):
         means = getattr(self.processor, "image_mean", None)
         return 1 if isinstance(means, list | tuple) and len(means) == 1 else 3
 
-    def tiles(self, picture: Picture) -> Tensor:
+    def tiles(self, image: ImageLike) -> Tensor:
         """Return all that upstream makes of one image ``[tile channel height width]``: its tiles, one a row.
 
         Raises:
             InputError: it is no image, or the processor makes something else than images of it.
         """
-        made = self._call(open_picture(picture, channels=self.channels))
+        made = self._call(open_image(image, channels=self.channels))
         if grid_of(made) is not None:
             return self._unpacked(made)[None]
         try:
@@ -161,10 +161,10 @@ class Processed(PicturePreprocess):
         return packing(self._call, self.processor, self.channels)
 
     def _unpacked(self, made: dict[str, Any]) -> Tensor:
-        picture = self._packing and self._packing.picture(made, self.channels)
-        if picture is None:
+        image = self._packing and self._packing.image(made, self.channels)
+        if image is None:
             raise self._other("packs patches in an order in which they make no image")
-        return picture
+        return image
 
     @property
     def _name(self) -> str:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from prisma_core.plugin import (
     Case,
+    ImagePreprocess,
     Loaded,
     LoadError,
     ModelInfo,
-    PicturePreprocess,
     Source,
     UnknownName,
     VideoPreprocess,
@@ -144,7 +144,7 @@ def _read(
     options: dict[str, Any],
 ) -> Loaded:
     """Return what ``load`` returns, of a folder."""
-    from prisma_hf.pictures import found
+    from prisma_hf.images import found
 
     trusted = common["trust_remote_code"]
     with nullcontext(folder) if trusted else without_code(folder) as files:
@@ -294,7 +294,7 @@ def _part(model: nn.Module, part: str | None, what: str) -> nn.Module:
     return modules[part].eval()
 
 
-def _loaded(model: nn.Module, config: Any, preprocess: PicturePreprocess | VideoPreprocess | None) -> Loaded:
+def _loaded(model: nn.Module, config: Any, preprocess: ImagePreprocess | VideoPreprocess | None) -> Loaded:
     labels = getattr(config, "id2label", None) or {}
     names = tuple(str(labels[index]) for index in range(len(labels)) if index in labels)
     known = len(names) == len(labels) and any(not name.startswith("LABEL_") for name in names)

@@ -175,12 +175,12 @@ def heads(
 def _opened(reference: str, images: list[Path] | None, pretrained: bool, out: Path | None) -> tuple[Any, Tensor]:
     """Return a model and its images; what cannot be read or written is told before anything is loaded."""
     import prisma_core as prisma
-    from prisma_core.plugin import open_picture
+    from prisma_core.plugin import open_image
 
     if out is not None and out.suffix != ".safetensors":
         raise InputError(f"Expected --out FILE.safetensors, got {out}.")
     for path in images or []:
-        open_picture(path)
+        open_image(path)
     model: Any = prisma.load(reference, **({} if pretrained else {"pretrained": False}))
     if not model.preprocess:
         raise InputError("This model does not know how to read images: set model.preprocess, and call prisma_lens.")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import prisma_core as prisma
 from prisma_core import HookedDual, InputError, Result
-from prisma_core.plugin import open_picture, screen
+from prisma_core.plugin import open_image, screen
 
 WIDEST = 16  # columns of a table
 
@@ -54,7 +54,7 @@ def patch(
     from prisma_patch.patching import activation_patch
 
     for path in (clean, corrupt):  # what cannot be read is told before anything is loaded
-        open_picture(path)
+        open_image(path)
     for path in (out, resume):
         if path is not None and path.suffix != ".safetensors":
             raise InputError(f"Expected a file that ends in .safetensors, got {path}.")

@@ -17,7 +17,7 @@ from prisma_registers.norms import LayerNorms, attention_to, check_outliers, tok
 
 def registers(
     reference: Annotated[str, typer.Argument(help="What to look into; `prisma models` lists what there is.")],
-    images: Annotated[list[Path], typer.Argument(help="Pictures to look at, or videos for a model of those.")],
+    images: Annotated[list[Path], typer.Argument(help="Images to look at, or videos for a model of those.")],
     cutoff: Annotated[
         float | None,
         typer.Option(help="The norm above which a token is an outlier.", show_default="3 times the median"),
@@ -50,9 +50,9 @@ def registers(
     out.print(_table(norms.by_layer(cutoff=cutoff), norms.layout, shares, keys))
     first = norms.first_layer(cutoff=cutoff)
     text = "no patch is an outlier" if first is None else f"patches are outliers from layer {first} on"
-    kind = "picture" if model.spec.n_frames is None else "video"
-    pictures = f"1 {kind}" if len(batch) == 1 else f"{len(batch)} {kind}s"
-    out.print(f"{pictures}, {norms.layout.registers} registers: {text}.")
+    kind = "image" if model.spec.n_frames is None else "video"
+    count = f"1 {kind}" if len(batch) == 1 else f"{len(batch)} {kind}s"
+    out.print(f"{count}, {norms.layout.registers} registers: {text}.")
     if not pretrained:
         out.print("These weights are random: the norms say nothing about a trained model.", style="yellow")
 

@@ -13,8 +13,8 @@ from torch import nn
 from prisma_core.plugin import (
     Adapter,
     Case,
+    Images,
     InputError,
-    Pictures,
     Reader,
     Refusal,
     UnsupportedArchitecture,
@@ -59,10 +59,10 @@ def case(name: str, adapters: Mapping[str, Adapter]) -> Case | None:
         adapter = adapters.get(f"{kind.__module__}.{kind.__qualname__}")
         if isinstance(adapter, FamilyMap) and kind.__module__ == home:  # all of such a family have the same parts
             build = partial(timm.create_model, name, pretrained=False, **adapter.small)
-            return Case(name, build=build, full=partial(full, name), pictures=pictures)
+            return Case(name, build=build, full=partial(full, name), images=images)
     if not _taken(_outline(name), adapters):
         return None
-    return Case(name, build=partial(small, name), full=partial(full, name), pictures=pictures)
+    return Case(name, build=partial(small, name), full=partial(full, name), images=images)
 
 
 def _classes(module: str) -> Iterator[type]:
@@ -143,9 +143,9 @@ def _positions(model: nn.Module) -> dict[str, Any]:
     return {"pos_embed_grid_size": grid, "pretrained_cfg_overlay": {"input_size": (3, *_image_size(model))}}
 
 
-def pictures(model: nn.Module) -> Pictures:
+def images(model: nn.Module) -> Images:
     """Return our preprocessing for a model, and timm's."""
     from timm.data import create_transform, resolve_model_data_config
 
     config = resolve_model_data_config(model)
-    return Pictures(preprocess(config), create_transform(**config))
+    return Images(preprocess(config), create_transform(**config))

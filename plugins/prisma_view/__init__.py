@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from prisma_view.findings import Report, report
     from prisma_view.galleries import Gallery, gallery
     from prisma_view.page import write_page
-    from prisma_view.pictures import write_pictures
+    from prisma_view.report_images import write_images
     from prisma_view.sections import Overview, overview
     from prisma_view.symbols import symbol
     from prisma_view.viewer import AttentionPage, attention_page
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # fmt: off
 __all__ = [
     "plot", "patches", "attention", "Figure", "attention_page", "AttentionPage", "overview", "Overview",
-    "gallery", "Gallery", "report", "write_page", "write_pictures", "Report", "symbol", "percent", "prisma_commands",
+    "gallery", "Gallery", "report", "write_page", "write_images", "Report", "symbol", "percent", "prisma_commands",
 ]
 # fmt: on
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import prisma_core as prisma
 from prisma_core import HookedViT, InputError
-from prisma_core.plugin import VideoPreprocess, installed, open_picture
+from prisma_core.plugin import VideoPreprocess, installed, open_image
 from prisma_view import lazy
 
 DEFAULT = "toy:scenes-3l"
@@ -28,11 +28,11 @@ PARTS = {
 def demo(
     image: Annotated[
         Path | None,
-        typer.Option(help="A picture of any format and size.", show_default="one the model was made for"),
+        typer.Option(help="An image of any format and size.", show_default="one the model was made for"),
     ] = None,
     other: Annotated[
         Path | None,
-        typer.Option(help="A second picture, whose heads are put into the first.", show_default="another sample"),
+        typer.Option(help="A second image, whose heads are put into the first.", show_default="another sample"),
     ] = None,
     words: Annotated[str | None, typer.Option(help="Texts for a dual encoder, such as 'a cat, a dog'.")] = None,
     model: Annotated[str, typer.Option(help="What to look into; `prisma models` lists what there is.")] = DEFAULT,
@@ -49,12 +49,12 @@ def demo(
 
     Models that are no classifiers of images get the page of `prisma report`.
 
-    Without options it shows the small model that comes with Prisma, on a picture drawn for it; nothing is downloaded.
+    Without options it shows the small model that comes with Prisma, on an image drawn for it; nothing is downloaded.
     """
     console = Console(stderr=True, highlight=False)
     for path in (image, other):  # what is not there is told before anything is loaded or written
         if path is not None and not path.is_file():
-            open_picture(path)
+            open_image(path)
     with console.status(f"Loading {model}"):
         loaded = prisma.load(model, **({} if pretrained else {"pretrained": False}))
     if not pretrained:
@@ -69,24 +69,24 @@ def demo(
     if words is not None:
         raise InputError(f"{model} has classes of its own: --words is for dual encoders.")
     shown: HookedViT = loaded
-    first, second = _pictures(shown, model, image, other)
+    first, second = _images(shown, model, image, other)
     for given in (first, second):
-        open_picture(given, channels=shown.spec.n_channels)
+        open_image(given, channels=shown.spec.n_channels)
     _made(out)
     with console.status("Looking"):
         found = lazy.report(shown, first, second, progress=console.is_terminal)
     with console.status("Drawing"):
         page = lazy.write_page(found, out / "index.html", trained=pretrained, command=_command())
-        pictures = lazy.write_pictures(found, out, trained=pretrained)
+        images = lazy.write_images(found, out, trained=pretrained)
     for part, reason in found.why.items():
-        if part == "heads" and "layers" in found.why:  # the whole picture is missing, which was said
+        if part == "heads" and "layers" in found.why:  # the whole figure is missing, which was said
             continue
         console.print(f"Without {PARTS[part]}: {reason}", soft_wrap=True, markup=False)
     best = found.symbol(found.best)
     Console(highlight=False).print(
         f"{best.emoji} {model} sees: {best.name} ({lazy.percent(float(found.logits.softmax(-1)[found.best]))})",
         f"page      {page}",
-        f"pictures  {', '.join(str(path) for path in pictures)}",
+        f"images    {', '.join(str(path) for path in images)}",
         sep="\n",
         soft_wrap=True,
         markup=False,
@@ -141,8 +141,8 @@ def given_or_sample(model: Any, reference: str, image: Path | None) -> Any:
     return drawn
 
 
-def _pictures(model: HookedViT, reference: str, image: Path | None, other: Path | None) -> tuple[Any, Any]:
-    """Return the two pictures: the user's, or samples, the second one of another class than the first."""
+def _images(model: HookedViT, reference: str, image: Path | None, other: Path | None) -> tuple[Any, Any]:
+    """Return the two images: the user's, or samples, the second one of another class than the first."""
     first: Any = image if image is not None else sample(reference, 0)
     if other is not None:
         return first, other
@@ -154,10 +154,10 @@ def _pictures(model: HookedViT, reference: str, image: Path | None, other: Path 
     return first, second
 
 
-def _guess(model: HookedViT, picture: Any) -> int:
+def _guess(model: HookedViT, image: Any) -> int:
     if not model.preprocess:
-        raise InputError("This model does not know how to read pictures: set model.preprocess.")
-    return int(model(model.preprocess(picture)).argmax())
+        raise InputError("This model does not know how to read images: set model.preprocess.")
+    return int(model(model.preprocess(image)).argmax())
 
 
 def sample(reference: str, seed: int) -> Any:
@@ -169,7 +169,7 @@ def sample(reference: str, seed: int) -> Any:
         sample = source.sample(rest if source in own else "", seed)
         if sample is not None:
             return sample
-    raise InputError("No installed plugin offers a sample picture: give two, with --image FILE and --other FILE.")
+    raise InputError("No installed plugin offers a sample image: give two, with --image FILE and --other FILE.")
 
 
 def _made(folder: Path) -> None:

@@ -14,7 +14,7 @@ from prisma_patch import patch_heads
 from torch import Tensor
 
 from prisma_core import HookedViT, InputError, NotApplicable, Result, TokenLayout, UnknownName
-from prisma_core.plugin import BriefRepr, checked, layer_of, open_picture
+from prisma_core.plugin import BriefRepr, checked, layer_of, open_image
 from prisma_view.symbols import Symbol, symbol
 
 SHOWN = 8
@@ -29,8 +29,8 @@ class Patching(BriefRepr):
     """Effects of swapping heads between two images.
 
     Attributes:
-        kept, put: the classes whose logit difference is watched: the first picture's and the second's best guess.
-        before, other: that difference on the first and the second picture.
+        kept, put: the classes whose logit difference is watched: the first image's and the second's best guess.
+        before, other: that difference on the first and the second image.
         change: what it does to the difference ``[layer head]``, by where heads are replaced: ``all`` tokens, ``cls``.
         guess: the best guess after it, ``[layer head]``.
     """
@@ -45,20 +45,20 @@ class Patching(BriefRepr):
 
 @dataclass(repr=False)
 class Report(BriefRepr):
-    """Everything a page shows of one model and one picture. A part that does not apply is None and says why in ``why``.
+    """Everything a page shows of one model and one image. A part that does not apply is None and says why in ``why``.
 
     Attributes:
-        picture, other: what the model sees of the two pictures, at more pixels than it gets.
+        image, other: what the model sees of the two images, at more pixels than it gets.
         layout: where the patches are.
         logits: ``[class]``.
         shown: the classes that can be picked, best guesses first.
-        lens: of one picture: ``[stage pos class]``.
+        lens: of one image: ``[stage pos class]``.
         patterns: ``[layer head query_pos key_pos]``.
         layers, heads: attributions to the shown classes, ``[component class]`` and ``[layer head class]``.
     """
 
     model: HookedViT = field(repr=False)
-    picture: Image
+    image: Image
     other: Image
     layout: TokenLayout
     logits: Tensor
@@ -85,33 +85,33 @@ class Report(BriefRepr):
 
 
 @checked
-def report(model: HookedViT, picture: Any, other: Any, *, progress: bool = False) -> Report:
+def report(model: HookedViT, image: Any, other: Any, *, progress: bool = False) -> Report:
     """Return everything a page shows.
 
     Args:
         model: a classifier with its preprocessing.
-        picture: what ``model.preprocess`` takes: a path, a Pillow image or an array.
-        other: a second picture, whose heads' outputs are put into the run on the first.
+        image: what ``model.preprocess`` takes: a path, a Pillow image or an array.
+        other: a second image, whose heads' outputs are put into the run on the first.
         progress: show a bar while heads are patched.
 
     Raises:
-        InputError: a picture that is none, or a model that does not know how to read pictures.
+        InputError: an image that is none, or a model that does not know how to read images.
         NotApplicable: the model is no image classifier.
     """
     if model.spec.n_classes is None:
         raise NotApplicable("This model has no classification head; the page is about what a classifier sees.")
     if not model.preprocess:
-        raise InputError("This model does not know how to read pictures: set model.preprocess.")
-    pictures = [open_picture(each, channels=model.spec.embed.in_channels) for each in (picture, other)]
-    inputs = [_like(model, model.preprocess(each)) for each in pictures]
+        raise InputError("This model does not know how to read images: set model.preprocess.")
+    images = [open_image(each, channels=model.spec.embed.in_channels) for each in (image, other)]
+    inputs = [_like(model, model.preprocess(each)) for each in images]
     patterns = [name for name in model.resolve("hook_pattern") if layer_of(name) is not None]
     with torch.no_grad():
         names = {*model.resolve(LENS_NAMES), *patterns, *names_for(model), *names_for(model, "head")}
         logits, cache = model.run_with_cache(inputs[0], names=names)
         if cache.layout is None or cache.layout.frames > 1:
-            raise NotApplicable("The page shows pictures; this model reads films.")
+            raise NotApplicable("The page shows images; this model reads films.")
         found = Report(
-            model, *(_seen(model, each) for each in pictures), cache.layout, logits[0], [],
+            model, *(_seen(model, each) for each in images), cache.layout, logits[0], [],
             _by_layer([cache[name][0] for name in patterns], patterns),
         )  # fmt: skip
         lens = _try(found, "lens", lambda: logit_lens(model, cache))
@@ -134,10 +134,10 @@ def _like(model: HookedViT, image: Tensor) -> Tensor:
     return image.to(device=parameter.device, dtype=parameter.dtype)
 
 
-def _seen(model: HookedViT, picture: Image) -> Image:
-    """Return the part of a picture that the model sees, at no fewer than 448 pixels a side."""
+def _seen(model: HookedViT, image: Image) -> Image:
+    """Return the part of an image that the model sees, at no fewer than 448 pixels a side."""
     assert model.preprocess
-    return model.preprocess.seen(picture, 448).convert("RGB")
+    return model.preprocess.seen(image, 448).convert("RGB")
 
 
 def _by_layer(patterns: list[Tensor], names: list[str]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Emoji as pictures, drawn with the system's own emoji font."""
+"""Emoji as images, drawn with the system's own emoji font."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _font() -> ImageFont.FreeTypeFont | None:
 
 @functools.lru_cache(maxsize=512)
 def glyph(emoji: str, size: int) -> Image.Image | None:
-    """Return an emoji as a square picture with alpha, or None where there is no emoji font."""
+    """Return an emoji as a square image with alpha, or None where there is no emoji font."""
     font = _font()
     if font is None:
         return None

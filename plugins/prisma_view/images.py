@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from prisma_core import InputError
-from prisma_core.plugin import open_picture
+from prisma_core.plugin import open_image
 
 
 def as_image(image: Any) -> Image.Image:
@@ -25,7 +25,7 @@ def as_image(image: Any) -> Image.Image:
         InputError: it is none of these.
     """
     if not isinstance(image, Tensor):
-        return open_picture(image).convert("RGB")
+        return open_image(image).convert("RGB")
     pixels = image.detach().float().cpu()
     pixels = pixels[0] if pixels.ndim == 4 and len(pixels) == 1 else pixels
     if pixels.ndim != 3 or pixels.shape[0] not in (1, 3):

@@ -24,7 +24,7 @@ _HOMES = {
     "report": "findings",
     "Report": "findings",
     "write_page": "page",
-    "write_pictures": "pictures",
+    "write_images": "report_images",
     "symbol": "symbols",
     "percent": "words",
 }

@@ -13,7 +13,7 @@ from prisma_lens import head_scores
 from torch import Tensor
 
 from prisma_core import HookedDual, HookedModel, HookedText, InputError, NotApplicable, TokenLayout
-from prisma_core.plugin import checked, open_picture
+from prisma_core.plugin import checked, open_image
 from prisma_view.colours import SCALE
 from prisma_view.images import as_image, data_uri
 from prisma_view.maps import Map, collect, fitted, store
@@ -157,7 +157,7 @@ def prepare(model: Any, image: Any) -> tuple[Tensor, Any]:
     if x.ndim == 5:
         seen: Any = preprocess.denormalise(x[:1]).clamp(0, 1)
     else:
-        seen = preprocess.seen(open_picture(image, channels=x.shape[1]), SEEN).convert("RGB")
+        seen = preprocess.seen(open_image(image, channels=x.shape[1]), SEEN).convert("RGB")
     return x[:1].to(parameter.device, parameter.dtype), seen
 
 

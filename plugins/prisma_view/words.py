@@ -44,7 +44,7 @@ def percent(chance: Share) -> str:
 
 
 def verdict(found: Report) -> str:
-    """Say what the model sees in the picture, and how sure it is."""
+    """Say what the model sees in the image, and how sure it is."""
     best = found.best
     chance = float(found.logits.softmax(-1)[best])
     runner = int(found.logits.topk(2).indices[1])
@@ -88,7 +88,7 @@ def patch_words(found: Report, where: str) -> str:
     )
     others = {0: "No single head", 1: "One head"}.get(turned, f"{turned} heads")
     return (
-        f"Head {head} of block {layer} has the most effect: with its output taken from the second picture, the lead of "
+        f"Head {head} of block {layer} has the most effect: with its output taken from the second image, the lead of "
         f"“{kept.name}” over “{put.name}” goes from {before:+.1f} to {after:+.1f}, {result}. "
         f"{others} of {guess.numel()} can change the answer alone."
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from prisma_core.plugin import Case, Pictures
+from prisma_core.plugin import Case, Images
 from prisma_vivit.hooked.vjepa2_maps import Predictor
 from prisma_vivit.processing import preprocess_of
 
@@ -106,7 +106,7 @@ def _case(kind: str, what: str = "", processor: str | None = None, **facts: Any)
     return Case(
         name,
         build=partial(small, kind, **facts),
-        pictures=partial(_pictures, processor) if processor else None,
+        images=partial(_images, processor) if processor else None,
     )
 
 
@@ -114,7 +114,7 @@ def _predictor() -> nn.Module:
     return Predictor(small("VJEPA2Model", **VJEPA2))
 
 
-def _pictures(name: str, upstream: nn.Module) -> Pictures:
+def _images(name: str, upstream: nn.Module) -> Images:
     """Return our preprocessing of one frame, and a processor's of transformers."""
     theirs = processor(name)
 
@@ -122,7 +122,7 @@ def _pictures(name: str, upstream: nn.Module) -> Pictures:
         made = theirs([np.asarray(frame)] * 2, return_tensors="pt")
         return made.get("pixel_values", made.get("pixel_values_videos"))[0, 0]
 
-    return Pictures(preprocess_of(theirs, 2).each, reference)
+    return Images(preprocess_of(theirs, 2).each, reference)
 
 
 def processor(name: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from prisma_core.errors import PrismaError, UnsupportedArchitecture
-from prisma_core.inputs import PicturePreprocess
+from prisma_core.inputs import ImagePreprocess
 from prisma_core.inputs.video import VideoPreprocess
 from prisma_core.maps.places import HookMap
 from prisma_core.maps.reader import Reader, qualified_name
@@ -54,7 +54,7 @@ class Adapter(ABC):
         """Upstream's own stem, for a spec whose stem is opaque. It is copied before use."""
         return None
 
-    def preprocess(self, upstream: Reader, processor: Any) -> PicturePreprocess | VideoPreprocess | None:
+    def preprocess(self, upstream: Reader, processor: Any) -> ImagePreprocess | VideoPreprocess | None:
         """The preprocessing of images or videos by a processor of upstream's library, where the source cannot tell.
 
         Raises:

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from prisma_core.inputs import PicturePreprocess
+from prisma_core.inputs import ImagePreprocess
 
 
-class Pictures(NamedTuple):
+class Images(NamedTuple):
     """Two ways from a Pillow image to a model's input: ours, and upstream's own ``[channel height width]``."""
 
-    preprocess: PicturePreprocess
+    preprocess: ImagePreprocess
     reference: Callable[[Any], Tensor]
 
 
@@ -27,7 +27,7 @@ class Case:
         build: returns the upstream model, small, at upstream's own initialisation; the kit draws the weights.
         full: the same at its real size, where that differs; used by ``full=True``.
         forward: how upstream is called and its main output read, where that is not ``upstream(*inputs)``.
-        pictures: returns our and upstream's preprocessing, given the upstream model.
+        images: returns our and upstream's preprocessing, given the upstream model.
         skips: names of checks that cannot hold here, each with the reason.
     """
 
@@ -35,5 +35,5 @@ class Case:
     build: Callable[[], nn.Module]
     full: Callable[[], nn.Module] | None = None
     forward: Callable[..., Tensor] | None = None
-    pictures: Callable[[nn.Module], Pictures] | None = None
+    images: Callable[[nn.Module], Images] | None = None
     skips: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)

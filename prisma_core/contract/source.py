@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from prisma_core.errors import LoadError
-from prisma_core.inputs import PicturePreprocess
+from prisma_core.inputs import ImagePreprocess
 from prisma_core.inputs.video import VideoPreprocess
 from prisma_core.maps.reader import qualified_name
 
@@ -47,7 +47,7 @@ class Loaded:
     """
 
     model: nn.Module
-    preprocess: PicturePreprocess | VideoPreprocess | None = None
+    preprocess: ImagePreprocess | VideoPreprocess | None = None
     labels: tuple[str, ...] | None = None
     tokenizer: Callable[[Sequence[str]], Tensor] | None = None
 

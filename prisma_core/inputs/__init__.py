@@ -1,18 +1,18 @@
 """From images to the tensor a model takes."""
 
 from prisma_core.inputs.facts import Mean, Preprocess, Std
-from prisma_core.inputs.forms import PicturePreprocess, restored
-from prisma_core.inputs.opening import Picture, open_picture
+from prisma_core.inputs.forms import ImagePreprocess, restored
+from prisma_core.inputs.opening import ImageLike, open_image
 from prisma_core.inputs.probes import SIZES, probe, tried
 
 __all__ = [
     "SIZES",
     "Mean",
-    "Picture",
-    "PicturePreprocess",
+    "ImageLike",
+    "ImagePreprocess",
     "Preprocess",
     "Std",
-    "open_picture",
+    "open_image",
     "probe",
     "restored",
     "tried",

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from prisma_core.errors import InputError
-from prisma_core.inputs.forms import PicturePreprocess, restored
+from prisma_core.inputs.forms import ImagePreprocess, restored
 from prisma_core.spec import Facts
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ Mean = Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], Field
 Std = Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(min_length=1)]
 
 
-class Preprocess(Facts, PicturePreprocess):
+class Preprocess(Facts, ImagePreprocess):
     """Resize, crop, scale to 0..1, normalise.
 
     Attributes:

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from prisma_core.errors import InputError
 from prisma_core.errors.arguments import shown, tensor
-from prisma_core.inputs.opening import Picture, open_picture
+from prisma_core.inputs.opening import ImageLike, open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-class PicturePreprocess(ABC):
+class ImagePreprocess(ABC):
     """From images to ``[batch channel height width]``. ``Preprocess`` is the form that is data.
 
     A plugin may have another, which calls its library's own code; ``Source.keep`` and ``Source.kept`` then save it with
@@ -41,25 +41,25 @@ class PicturePreprocess(ABC):
     def denormalise(self, pixels: Tensor) -> Tensor:
         """Return normalised pixels ``[... channel height width]`` in 0..1 again, red first."""
 
-    def __call__(self, picture: Picture | Sequence[Picture]) -> Tensor:
+    def __call__(self, image: ImageLike | Sequence[ImageLike]) -> Tensor:
         """Return ``[batch channel height width]`` of one image or a list of them.
 
         Args:
-            picture: a path, a Pillow image, or an array or tensor ``[height width]``, ``[height width channel]`` or,
+            image: a path, a Pillow image, or an array or tensor ``[height width]``, ``[height width channel]`` or,
                 where only that makes sense of the sizes, ``[channel height width]`` (bytes, 16 bits, or floats in
                 0..1); or several of those, in a list or along a first axis.
 
         Raises:
             InputError: it is no image, holds values that are not numbers, or several come out in different sizes.
         """
-        if getattr(picture, "ndim", 0) == 4:
-            picture = list(cast("Sequence[Picture]", picture))
-        if not isinstance(picture, list | tuple):
-            return self.prepared(open_picture(picture, channels=self.channels))[None]
-        pictures = cast("Sequence[Picture]", picture)
-        if not pictures:
+        if getattr(image, "ndim", 0) == 4:
+            image = list(cast("Sequence[ImageLike]", image))
+        if not isinstance(image, list | tuple):
+            return self.prepared(open_image(image, channels=self.channels))[None]
+        images = cast("Sequence[ImageLike]", image)
+        if not images:
             raise InputError("Expected at least one image, got an empty list.")
-        made = [self(one) for one in pictures]
+        made = [self(one) for one in images]
         if len({one.shape for one in made}) > 1:
             sizes = ", ".join(" x ".join(map(str, one.shape[-2:])) for one in made[:5])
             raise InputError(

@@ -1,4 +1,4 @@
-"""Pictures of any kind, opened."""
+"""Images of any kind, opened."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from prisma_core.errors.arguments import shown
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Picture: TypeAlias = "str | Path | Image | Tensor | Any"
+ImageLike: TypeAlias = "str | Path | Image | Tensor | Any"
 # What Pillow decodes by itself. It would hand PostScript to Ghostscript, a program that runs what the file says.
 _FORMATS = "PNG JPEG MPO WEBP GIF BMP DIB PPM TIFF AVIF HEIF JXL JPEG2000 ICO QOI SGI TGA"
 FORMATS = tuple(_FORMATS.split())
 _CHANNELS = (1, 3, 4)
 
 
-def open_picture(picture: Picture, channels: int = 3) -> Image:
+def open_image(image: ImageLike, channels: int = 3) -> Image:
     """Return any image as a Pillow image with the given number of channels (1 or 3).
 
     However it is given, it is turned as its EXIF data say, and transparency lies on white.
@@ -30,16 +30,16 @@ def open_picture(picture: Picture, channels: int = 3) -> Image:
     """
     from PIL import Image as images
 
-    if isinstance(picture, str | Path):
-        image = _read(picture)
-    elif isinstance(picture, images.Image):
-        form = getattr(picture, "format", None)
-        if form not in (None, *FORMATS) and getattr(picture, "tile", None):  # opened, and not decoded yet
+    if isinstance(image, str | Path):
+        opened = _read(image)
+    elif isinstance(image, images.Image):
+        form = getattr(image, "format", None)
+        if form not in (None, *FORMATS) and getattr(image, "tile", None):  # opened, and not decoded yet
             raise InputError(f"This image is a file of {form}, which is not decoded here: {_EXPECTED}")
-        image = picture
+        opened = image
     else:
-        image = _from_array(picture)
-    return _flattened(image).convert("L" if channels == 1 else "RGB")
+        opened = _from_array(image)
+    return _flattened(opened).convert("L" if channels == 1 else "RGB")
 
 
 _EXPECTED = f"expected {', '.join(FORMATS[:6])} or another format that runs no program. Save it as PNG."
@@ -89,15 +89,15 @@ def _flattened(image: Image) -> Image:
     return image
 
 
-def _from_array(picture: Any) -> Image:
+def _from_array(pixels: Any) -> Image:
     import numpy as np
     from PIL import Image as images
 
-    if isinstance(picture, Tensor):
-        picture = picture.detach().cpu().numpy()
-    if not isinstance(picture, np.ndarray):
-        raise InputError(f"Expected a path, a Pillow image, an array or a tensor, got {shown(picture)}.")
-    array = cast("np.ndarray[Any, np.dtype[Any]]", picture)
+    if isinstance(pixels, Tensor):
+        pixels = pixels.detach().cpu().numpy()
+    if not isinstance(pixels, np.ndarray):
+        raise InputError(f"Expected a path, a Pillow image, an array or a tensor, got {shown(pixels)}.")
+    array = cast("np.ndarray[Any, np.dtype[Any]]", pixels)
     if array.ndim == 3 and array.shape[0] in _CHANNELS and array.shape[2] not in _CHANNELS:
         array = array.transpose(1, 2, 0)
     if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[2] not in _CHANNELS):

@@ -1,4 +1,4 @@
-"""Pictures that tell one preprocessing from another."""
+"""Images that tell one preprocessing from another."""
 
 from __future__ import annotations
 

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from prisma_core.errors import InputError, PluginError
 from prisma_core.errors.arguments import expect, number
-from prisma_core.inputs import Picture, Preprocess
+from prisma_core.inputs import ImageLike, Preprocess
 from prisma_core.spec import Facts
 
 Decoder: TypeAlias = Literal["torchcodec", "av"]
-Video: TypeAlias = "str | Path | Tensor | Sequence[Picture] | Any"
+Video: TypeAlias = "str | Path | Tensor | Sequence[ImageLike] | Any"
 _ENDINGS = """
     3g2 3gp asf avi divx f4v flv m2ts m4v mjpeg mkv mov mp4 mpe mpeg mpg mts ogm ogv qt ts vob webm wmv
 """
@@ -69,9 +69,9 @@ class VideoPreprocess(Facts):
             frames: Any = read_video(video, self.frames)
         else:
             frames = [video[index] for index in evenly(_length(video), self.frames, "The video")]
-        return self.each([self._picture(frame) for frame in frames])[None]
+        return self.each([self._image(frame) for frame in frames])[None]
 
-    def _picture(self, frame: Any) -> Picture:
+    def _image(self, frame: Any) -> ImageLike:
         return frame.numpy() if isinstance(frame, Tensor) else frame
 
     def denormalise(self, pixels: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prisma_core.errors import InputError, UnknownName, suggest
 from prisma_core.errors.arguments import check_flags, expect, several, shown
 from prisma_core.hooks.point import HookPoint
-from prisma_core.inputs import Picture
+from prisma_core.inputs import ImageLike
 from prisma_core.model import Size, ZooModel, read_sample
 from prisma_core.spec import DualSpec
 from prisma_core.spec.layout import TokenLayout
@@ -160,7 +160,7 @@ class HookedDual(ZooModel):
         return self.hook_logits(logits)
 
     def encode_image(
-        self, image: Tensor | Picture | Sequence[Picture], *, normalize: bool = False
+        self, image: Tensor | ImageLike | Sequence[ImageLike], *, normalize: bool = False
     ) -> Float[Tensor, "batch d_embed"]:
         """Return the vectors ``[batch d_embed]`` of images, or of the tensor the model takes.
 
@@ -170,7 +170,7 @@ class HookedDual(ZooModel):
                 ``image_embed``, the unit vectors, only then. The default is open_clip's and transformers'.
         """
         check_flags(normalize=normalize)
-        features = self.vision(self._pictured(image))
+        features = self.vision(self._pixels(image))
         return self.hook_image_embed(F.normalize(features, dim=-1)) if normalize else features
 
     def encode_text(
@@ -188,7 +188,7 @@ class HookedDual(ZooModel):
 
     def classify(
         self,
-        image: Tensor | Picture | Sequence[Picture],
+        image: Tensor | ImageLike | Sequence[ImageLike],
         labels: str | Sequence[str],
         *,
         template: str = "a photo of a {}.",
@@ -214,7 +214,7 @@ class HookedDual(ZooModel):
         for name in names:
             expect(name, str, expected)
         tokens = self.tokens([template.replace("{}", name) for name in names])
-        return self(self._pictured(image), tokens).softmax(-1)
+        return self(self._pixels(image), tokens).softmax(-1)
 
     def tokens(self, text: Tensor | str | Sequence[str]) -> Int[Tensor, "text pos"]:
         """Return tokens ``[text pos]`` of texts, on the model's device; tokens come back as they are.
@@ -224,7 +224,7 @@ class HookedDual(ZooModel):
         """
         return tokens_of(self.text, text, self.reference)
 
-    def _pictured(self, image: Any) -> Tensor:
+    def _pixels(self, image: Any) -> Tensor:
         if isinstance(image, Tensor) and image.ndim >= 4:
             return image
         like = self.vision.embed.first_weight

@@ -77,7 +77,7 @@ def packed(upstream: Any, image: Tensor) -> Tensor:
 
 
 @contextmanager
-def pictures_apart(sequence: nn.Module) -> Iterator[None]:
+def images_apart(sequence: nn.Module) -> Iterator[None]:
     """Give a module the images that are packed into one sequence as a batch, for the time of the scope."""
 
     def unpack(_: nn.Module, args: tuple[Tensor], given: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]]:

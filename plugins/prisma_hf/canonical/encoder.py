@@ -173,9 +173,7 @@ def _opened(upstream: nn.Module, names: ModelNames) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(parts.explicit_attention(upstream))
         if names.tower.packed:
-            stack.enter_context(
-                calling.pictures_apart(upstream.get_submodule(_prefixed(names.at) + names.tower.packed))
-            )
+            stack.enter_context(calling.images_apart(upstream.get_submodule(_prefixed(names.at) + names.tower.packed)))
         if names.tower.listed:
             stack.enter_context(lists.together())
         yield

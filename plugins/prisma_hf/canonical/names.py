@@ -127,7 +127,7 @@ class TowerNames:
     pos_and_first: bool = False
     looked_up: bool = False
     rope: str = ""
-    rope_of: Literal["positions", "picture"] = "positions"
+    rope_of: Literal["positions", "image"] = "positions"
     rope_cls: str = ""
     rope_sizes: Literal["", "index", "radians"] = ""
     rope_apart: bool = False

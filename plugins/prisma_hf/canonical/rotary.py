@@ -26,7 +26,7 @@ def spec(tower: Reader, names: TowerNames) -> RopeSpec | None:
 
 def _grid(tower: Reader, turning: Reader, names: TowerNames) -> RopeGrid | None:
     patch = tuple(parts.at(tower, names.proj).kernel_size)
-    if names.rope_of == "picture" and patch != _pair(turning.config.patch_size):
+    if names.rope_of == "image" and patch != _pair(turning.config.patch_size):
         raise turning.unsupported(f"rotary positions for patches of {turning.config.patch_size}, not {patch}")
     waves = _waves(turning.inv_freq)
     if names.rope_sizes == "radians":
@@ -61,8 +61,8 @@ def rows(
     grid = torch.stack([row.flatten(), column.flatten()], dim=-1)
 
     def patches(frequencies: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        picture = like.new_zeros(1, 1, *size)
-        arguments = (picture,) if names.rope_of == "picture" else (like, grid.to(like.device))
+        image = like.new_zeros(1, 1, *size)
+        arguments = (image,) if names.rope_of == "image" else (like, grid.to(like.device))
         cos, sin = functional_call(turning, {"inv_freq": frequencies}, arguments)
         return cos.to(like.dtype), sin.to(like.dtype)
 

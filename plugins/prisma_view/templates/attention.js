@@ -15,7 +15,7 @@
   const pick = (query) => { state.query = query; paintThumbs(); paint(); };
   const weightTo = (token) => { const { most, weights } = from(state.layer, state.head, state.query); return most * weights[token]; };
   const grid = patchGrid($("attention-grid"), layout, {
-    label: "Patches of the picture; choose the one that reads",
+    label: "Patches of the image; choose the one that reads",
     onPick: pick,
     onHover: (token, event) => showTip(`${tokenName(layout, token)}: ${percent(weightTo(token))}`, event),
     onLeave: hideTip,

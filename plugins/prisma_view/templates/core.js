@@ -64,7 +64,7 @@ function tokenName(layout, token) {
   return `patch in row ${Math.floor(patch / layout.columns) + 1}, column ${(patch % layout.columns) + 1}`;
 }
 
-/* A grid of patches over the picture: one button a patch, arrow keys move between them. */
+/* A grid of patches over the image: one button a patch, arrow keys move between them. */
 function patchGrid(box, layout, { label, onPick, onHover, onLeave }) {
   const { rows, columns, prefix } = layout;
   const first = prefix.length;

@@ -70,8 +70,8 @@ if (data.patching) {
     return cell;
   });
   const lead = (value) => (value < 0 ? `${called(put)} leads ${called(kept)} by ${plain(-value)}` : `${called(kept)} leads ${called(put)} by ${plain(value)}`);
-  $("kept").textContent = `First picture: ${lead(before)}`;
-  $("put").textContent = `Second picture: ${lead(other)}`;
+  $("kept").textContent = `First image: ${lead(before)}`;
+  $("put").textContent = `Second image: ${lead(other)}`;
 
   function tell(layer, head) {
     const value = change[where][layer][head];

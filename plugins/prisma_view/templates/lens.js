@@ -39,7 +39,7 @@ if (data.lens) {
   };
 
   const grid = patchGrid($("lens-grid"), layout, {
-    label: "Patches of the picture and what each one says",
+    label: "Patches of the image and what each one says",
     onPick: (token) => { state.token = token; details(); },
     onHover: (token, event) => { showTip(say(state.stage, token), event); if (state.token !== token) { state.token = token; details(); } },
     onLeave: hideTip,
@@ -109,9 +109,9 @@ if (data.lens) {
     }));
   }
 
-  const picture = new Image();
-  picture.src = getComputedStyle(root).getPropertyValue("--picture").match(/url\("?([^")]+)"?\)/)[1];
-  await picture.decode();
+  const image = new Image();
+  image.src = getComputedStyle(root).getPropertyValue("--image").match(/url\("?([^")]+)"?\)/)[1];
+  await image.decode();
   const [across, down] = $("lens-grid").style.aspectRatio.split("/").map(Number);
   const strip = stages.map((label, stage) => {
     const canvas = make("canvas", { width: 360, height: Math.round((360 * down) / across) });
@@ -126,7 +126,7 @@ if (data.lens) {
       const width = canvas.width / layout.columns;
       const height = canvas.height / layout.rows;
       ink.globalAlpha = 1;
-      ink.drawImage(picture, 0, 0, canvas.width, canvas.height);
+      ink.drawImage(image, 0, 0, canvas.width, canvas.height);
       ink.textAlign = "center";
       ink.textBaseline = "middle";
       ink.font = `${Math.min(width, height) * 0.66}px "Apple Color Emoji", "Segoe UI Emoji", "Noto Color Emoji", sans-serif`;

@@ -8,11 +8,11 @@ from prisma_core.plugin import (
     Case,
     EmbedSpec,
     HookMap,
+    Images,
     Loaded,
     MlpSpec,
     ModelInfo,
     NormSpec,
-    Pictures,
     PoolSpec,
     Preprocess,
     Source,
@@ -89,13 +89,13 @@ class TorchvisionSource(Source):
     def load(self, rest, *, pretrained=True):
         from torchvision.models import get_model
 
-        tag, pictures = _find(rest)
+        tag, images = _find(rest)
         given = {"num_classes": len(tag.meta["categories"]), "image_size": tag.meta["min_size"][0]}
         try:
             model = get_model(rest.partition(".")[0], weights=tag if pretrained else None, **given)
         except (OSError, RuntimeError) as error:
             raise LoadError(f"The weights of torchvision:{rest} cannot be had from {tag.url}: {error}") from error
-        return Loaded(model.eval(), pictures.preprocess, tuple(tag.meta["categories"]))
+        return Loaded(model.eval(), images.preprocess, tuple(tag.meta["categories"]))
 
     def models(self):
         from torchvision.models import get_model_weights, list_models
@@ -107,8 +107,8 @@ class TorchvisionSource(Source):
         from torchvision.models import VisionTransformer
 
         shape = {"image_size": 24, "patch_size": 8, "num_layers": 2, "num_heads": 3, "hidden_dim": 18, "mlp_dim": 28}
-        pictures = _find(rest)[1]
-        return Case(rest, lambda: VisionTransformer(**shape, num_classes=7), pictures=lambda upstream: pictures)
+        images = _find(rest)[1]
+        return Case(rest, lambda: VisionTransformer(**shape, num_classes=7), images=lambda upstream: images)
 
 
 def _find(rest):
@@ -122,7 +122,7 @@ def _find(rest):
     own = tag.transforms()
     size, mode = own.crop_size[0], own.interpolation.value
     fit = Preprocess(size=(size, size), crop=size / own.resize_size[0], interpolation=mode, mean=own.mean, std=own.std)
-    return tag, Pictures(fit, own)
+    return tag, Images(fit, own)
 
 
 prisma_sources = hookimpl(lambda: [TorchvisionSource()])

@@ -5,4 +5,4 @@ source = TorchvisionSource()
 every = [source.case(info.reference.partition(":")[2]) for info in source.models()]
 
 test_conformance = suite("torchvision")
-test_pictures = suite("torchvision", checks="preprocess", cases=every)
+test_images = suite("torchvision", checks="preprocess", cases=every)

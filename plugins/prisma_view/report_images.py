@@ -29,7 +29,7 @@ DPI = 160
 
 
 @checked
-def write_pictures(
+def write_images(
     found: Report, folder: str | Path, *, trained: bool = True, form: Literal["png", "svg", "pdf"] = "png"
 ) -> list[Path]:
     """Write ``lens``, ``attention``, ``attribution`` and ``patching``, those that apply, and return their paths.
@@ -39,14 +39,14 @@ def write_pictures(
         form: of the files.
     """
     paths: list[Path] = []
-    for name, figure in pictures(found, trained=trained).items():
+    for name, figure in report_images(found, trained=trained).items():
         paths.append(Path(folder) / f"{name}.{form}")
         with replacing(paths[-1]) as fresh:
             figure.savefig(fresh, dpi=DPI)
     return paths
 
 
-def pictures(found: Report, *, trained: bool = True) -> dict[str, Figure]:
+def report_images(found: Report, *, trained: bool = True) -> dict[str, Figure]:
     """Return the panels of a report that apply, by name, as matplotlib figures."""
     drawn: dict[str, Callable[[Report], Figure]] = {
         **({"lens": lens} if found.lens is not None else {}),
@@ -71,7 +71,7 @@ def lens(found: Report) -> Figure:
     figure, axes = _figure("What each patch says, layer by layer", 1, len(stages) + 1, (2.4 * (len(stages) + 1), 3.6))
     seen: Counter[int] = Counter()
     for axis, stage in zip(axes, [None, *stages], strict=True):
-        axis.imshow(np.asarray(found.picture))
+        axis.imshow(np.asarray(found.image))
         axis.set_title("the image" if stage is None else stage_name(found.lens.stages[stage]), fontsize=9)
         if stage is not None:
             seen.update(_lens_panel(found, axis, stage, colours))
@@ -91,7 +91,7 @@ def _lens_panel(found: Report, axis: Any, stage: int, colours: dict[int, Colour]
     logits = found.lens.logits[stage, layout.slice("patches")].float()
     classes = logits.argmax(-1).view(layout.rows, layout.columns).tolist()
     chances = logits.softmax(-1).amax(-1).view(layout.rows, layout.columns).tolist()
-    over = (-0.5, found.picture.width - 0.5, found.picture.height - 0.5, -0.5)
+    over = (-0.5, found.image.width - 0.5, found.image.height - 0.5, -0.5)
     wash = [[(*_share(colours[index]), 0.42 if colours[index] == QUIET else 0.66) for index in row] for row in classes]
     emoji = np.zeros((layout.rows * CELL, layout.columns * CELL, 4))
     size = round(0.66 * CELL)
@@ -159,8 +159,8 @@ def patching(found: Report) -> Figure:
     kept, put = found.symbol(found.patching.kept), found.symbol(found.patching.put)
     words = f"One head from another image: what it does to the lead of {kept.name} over {put.name}"
     figure, axes = _figure(f"{words}, {found.patching.before:+.1f}", 1, 3, (9.5, 3.4))
-    for axis, image, name in zip(axes, (found.picture, found.other), ("first", "second"), strict=False):
-        axis.imshow(np.asarray(image))
+    for axis, panel, name in zip(axes, (found.image, found.other), ("first", "second"), strict=False):
+        axis.imshow(np.asarray(panel))
         axis.set_title(name, fontsize=9)
     _heads(figure, axes[2], Result(change, ("layer", "head"), unit="change of the lead"))
     for layer, line in enumerate(found.patching.guess[where].tolist()):

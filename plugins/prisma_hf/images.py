@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from prisma_core.plugin import (
     SIZES,
+    ImagePreprocess,
+    Images,
     InputError,
-    PicturePreprocess,
-    Pictures,
     Preprocess,
     PrismaError,
     Reader,
@@ -33,7 +33,7 @@ FILTERS: dict[int, Literal["nearest", "lanczos", "bilinear", "bicubic"]] = {
 }
 
 
-def found(folder: Path, model: nn.Module, common: dict[str, Any]) -> PicturePreprocess | VideoPreprocess | None:
+def found(folder: Path, model: nn.Module, common: dict[str, Any]) -> ImagePreprocess | VideoPreprocess | None:
     """Return what the processor that lies beside a model does, or None if there is none.
 
     What a model of videos makes of it, its adapter says; None as well if the adapter cannot.
@@ -57,7 +57,7 @@ def _read(kind: Any, folder: Path, common: dict[str, Any]) -> Any:
         return None  # no file of one, or its library is not installed: the model is there all the same
 
 
-def preprocess(processor: Any) -> PicturePreprocess:
+def preprocess(processor: Any) -> ImagePreprocess:
     """Return what a processor does to an image: as data where that says it all, else by calling the processor."""
     return as_data(processor) or Processed(processor)
 
@@ -71,11 +71,11 @@ def as_data(processor: Any) -> Preprocess | None:
     called = Processed(processor)
     try:
         candidates = list(_candidates(processor, called))
-        theirs = [called(picture)[0] for picture in probes if candidates]
+        theirs = [called(image)[0] for image in probes if candidates]
     except (InputError, TypeError, ValueError, AttributeError):  # it makes no image, or its settings are none we know
         return None
     for ours in candidates:
-        if all(_agree(ours(picture)[0], made) for picture, made in zip(probes, theirs, strict=True)):
+        if all(_agree(ours(image)[0], made) for image, made in zip(probes, theirs, strict=True)):
             return ours
     return None
 
@@ -154,15 +154,15 @@ def _crop(size: tuple[int, int], scaled: tuple[int, int]) -> float | None:
     return next(fits, None)
 
 
-def pictures(processor: Any) -> Pictures:
+def images(processor: Any) -> Images:
     """Return our preprocessing and upstream's own, for the check that compares them."""
-    return Pictures(preprocess(processor), reference(processor))
+    return Images(preprocess(processor), reference(processor))
 
 
 def reference(processor: Any) -> Callable[[Any], Tensor]:
     """Return a function from a Pillow image to what upstream makes of it ``[channel height width]``."""
 
-    def made(picture: Any) -> Tensor:
-        return torch.as_tensor(processor(images=picture, return_tensors="pt")["pixel_values"][0])
+    def made(image: Any) -> Tensor:
+        return torch.as_tensor(processor(images=image, return_tensors="pt")["pixel_values"][0])
 
     return made
