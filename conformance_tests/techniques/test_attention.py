@@ -13,7 +13,7 @@ from prisma_lens import attention_flow, captum_inputs, composition, induction, i
 from torch import Tensor
 from twins import rejects
 
-from prisma_core import HookedViT, InputError, ModelSpec, NotApplicable
+from prisma_core import HookedViT, InputError, ModelSpec, NotApplicable, UnknownName
 
 BRIGHT = marked(1.0)
 METRIC = ("a bright mark", "a dark mark")
@@ -203,5 +203,5 @@ def test_the_bridge_says_what_it_cannot_take(model: HookedViT) -> None:
     forward, activation = captum_inputs(model, torch.cat([BRIGHT, BRIGHT]), METRIC, ("z", 1))
     with pytest.raises(InputError, match="batch of 2, got 3"):
         forward(torch.cat([activation, activation[:1]]))
-    with pytest.raises(InputError, match="2 hook points"):
+    with pytest.raises(UnknownName, match="2 hook points"):
         captum_inputs(model, BRIGHT, METRIC, "z")

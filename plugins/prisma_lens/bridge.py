@@ -52,8 +52,8 @@ def captum_inputs(
 
     Raises:
         NotApplicable: the hook point is of texts, which are not copied.
-        InputError: ``at`` selects several hook points; or, of the function, activations of another number.
-        UnknownName: no such hook point or class.
+        InputError: of the function, activations of another number.
+        UnknownName: no such class or hook point, or several hook points.
     """
     name, measure, inputs = one_point(model, at), as_metric(model, metric), as_inputs(model, images)
     if name.startswith("text."):

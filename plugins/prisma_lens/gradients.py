@@ -39,8 +39,8 @@ def gradient_x_activation(
         at: a hook point.
 
     Raises:
-        UnknownName: no such hook point or class.
-        InputError: ``at`` selects several.
+        UnknownName: no such class or hook point, or several hook points.
+        InputError: the images or the metric do not fit the model.
     """
     name, measure, inputs = one_point(model, at), as_metric(model, metric), as_inputs(model, images)
     _, cache = model.run_with_cache(*inputs, names=name, loss=lambda out: measure(out).sum())
@@ -67,8 +67,8 @@ def integrated_gradients(
         steps: points on the line.
 
     Raises:
-        UnknownName: no such hook point or class.
-        InputError: ``at`` selects several, or the baseline does not fit.
+        UnknownName: no such class or hook point, or several hook points.
+        InputError: the baseline does not fit.
     """
     name, measure, inputs = one_point(model, at), as_metric(model, metric), as_inputs(model, images)
     output, cache = model.run_with_cache(*inputs, names=name)
@@ -119,7 +119,7 @@ def grad_cam(
         relu: keep what speaks for the class alone.
 
     Raises:
-        UnknownName: no such hook point or class.
+        UnknownName: no such class or hook point, or several hook points.
         NotApplicable: no patch of it has a gradient.
     """
     name, measure, inputs = one_point(model, at), as_metric(model, metric), as_inputs(model, images)

@@ -25,6 +25,7 @@ from prisma_core import HookContext, HookedModel, InputError, Result
 from prisma_core.plugin import Natural, Query, checked, layer_of
 from prisma_patch.passes import Inputs
 from prisma_patch.patching import SHORT
+from prisma_patch.places import check_layers_swept
 
 
 @checked
@@ -52,6 +53,7 @@ def attribution_patch(
     """
     measure, names, inputs = as_metric(model, metric), points_of(model, at), as_inputs(model, clean)
     axes = [SHORT.get(name, name) for name in (over.split() if isinstance(over, str) else over)]
+    check_layers_swept(at, names, axes, over)
     points = model.hook_points()
     with torch.no_grad():
         _, theirs = model.run_with_cache(*as_inputs(model, other), names=names, output=False)
@@ -72,12 +74,7 @@ def attribution_patch(
         there = [axis for axis in names_of_axes if axis in (*swept, "batch")]
         parts.append(effect.permute(*(there.index(axis) for axis in (*swept, "batch"))))
     stacked = torch.stack(parts)
-    if "layer" not in axes:
-        if len(names) > 1:
-            raise InputError(f"at={at!r} is {len(names)} hook points: put 'layer' into over={over!r}, or ask for one.")
-        stacked = stacked[0]
-    else:
-        stacked = stacked.movedim(0, axes.index("layer"))
+    stacked = stacked[0] if "layer" not in axes else stacked.movedim(0, axes.index("layer"))
     labels: dict[str, tuple[str, ...]] = {}
     if "layer" in axes:
         labels["layer"] = tuple(f"L{layer_of(name)}" for name in names)

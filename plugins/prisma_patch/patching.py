@@ -29,7 +29,7 @@ from torch import Tensor
 from prisma_core import HookedModel, InputError, NotApplicable, Result
 from prisma_core.plugin import Count, Indices, Query, checked, layer_of, shown
 from prisma_patch.passes import Inputs, Variant, passes_of
-from prisma_patch.places import Places, Positions, Region, block_of, check_reach
+from prisma_patch.places import Places, Positions, Region, block_of, check_layers_swept, check_reach
 from prisma_patch.sweeps import run
 
 Other: TypeAlias = "Tensor | tuple[Tensor, ...] | Literal['zero', 'mean', 'resample']"
@@ -93,8 +93,7 @@ def activation_patch(
         outside, names = names[0], [name for name in names if layer_of(name) is not None]
         if not names:
             raise InputError(f"{outside} is in no layer: leave 'layer' out of over=, and ask for one hook point.")
-    if "layer" not in axes and len(names) > 1:
-        raise InputError(f"at={at!r} is {len(names)} hook points: put 'layer' into over={over!r}, or ask for one.")
+    check_layers_swept(at, names, axes, over)
     layout = model.layout_for(*inputs)
     places = Places(model, names, axes, layout, pos, heads, region)
     check_reach(model, names, places)

@@ -33,6 +33,16 @@ def token_positions(layout: TokenLayout | None, pos: Positions) -> list[int] | N
     return indices(pos)
 
 
+def check_layers_swept(at: object, names: Sequence[str], axes: Sequence[str], over: object) -> None:
+    """Refuse several hook points where layers are not swept.
+
+    Raises:
+        InputError: with ``at`` and ``over`` as the user gave them.
+    """
+    if "layer" not in axes and len(names) > 1:
+        raise InputError(f"at={at!r} is {len(names)} hook points: put 'layer' into over={over!r}, or ask for one.")
+
+
 def check_reach(model: HookedModel, names: Sequence[str], places: Places) -> None:
     """Refuse a patch that cannot move the output: behind the last attention, at tokens that nothing reads.
 

@@ -36,8 +36,8 @@ def activation_rows(
         seed: of the order.
 
     Raises:
-        UnknownName: no such hook point.
-        InputError: it selects several, or has no such tokens.
+        UnknownName: no such hook point, or several.
+        InputError: it has no such tokens.
     """
     check_call(images, 1, "images=", "images(pass) -> a tensor, or None at the end")
     names = [resolve_one(hook, list(model.hook_points()))]

@@ -1,6 +1,6 @@
-"""Readers of arguments: one rule each for numbers, layers, devices, paths and tensors, and the words for what is none.
+"""Readers of arguments: one rule each for numbers, flags, devices, dtypes, paths and tensors, with one clear error.
 
-They stand where a user's value comes in; behind them it is what its type says.
+They read the values that users give; the code after them relies on the types.
 """
 
 from __future__ import annotations

@@ -43,13 +43,13 @@ class _Function:
 
 def checkpoints() -> tuple[FrameType, ...]:
     """Return the running calls of ``torch.utils.checkpoint``, innermost first; none in a compiled model."""
-    found: list[FrameType] = []
+    calls: list[FrameType] = []
     frame = None if torch.compiler.is_compiling() else currentframe()
     while frame is not None:
         if frame.f_globals is _TORCHS:
-            found.append(frame)
+            calls.append(frame)
         frame = frame.f_back
-    return tuple(found)
+    return tuple(calls)
 
 
 def keep(calls: tuple[FrameType, ...], key: object, began: tuple[FrameType, ...], again: Callable[[], Enter]) -> None:

@@ -179,8 +179,7 @@ class HookedText(Tower):
 
     def unembed(self, x: Float[Tensor, "batch pos d_model"], tokens: Int[Tensor, "batch pos"]) -> Tensor:
         """Return the output for a residual stream ``[batch pos d_model]``: final norm, pooling, projection."""
-        if not isinstance(cast("object", x), Tensor) or x.shape[-1:] != (self.spec.d_model,):
-            raise InputError(f"Expected a residual stream [batch pos {self.spec.d_model}], got {shown(x)}.")
+        self._check_stream(x)
         if not isinstance(cast("object", tokens), Tensor) or tokens.ndim != 2:
             self._check(tokens)
         if self.spec.ln_final is not None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from prisma_core.errors import NotApplicable, UnknownName, suggest
-from prisma_core.errors.arguments import number
+from prisma_core.errors import InputError, NotApplicable, UnknownName, suggest
+from prisma_core.errors.arguments import number, shown
 from prisma_core.model import ZooModel
 from prisma_core.transformer.circuits import Circuits
 from prisma_core.transformer.stream.readout import Readout
@@ -29,6 +30,10 @@ class Tower(Circuits, ZooModel):
         """The dtype of the blocks' matrices; None where they have none."""
         matrices = (each for each in self.blocks.parameters() if each.ndim > 1 and each.is_floating_point())
         return next((each.dtype for each in matrices), None)
+
+    def _check_stream(self, x: Tensor) -> None:
+        if not isinstance(cast("object", x), Tensor) or x.shape[-1:] != (self.spec.d_model,):
+            raise InputError(f"Expected a residual stream [batch pos {self.spec.d_model}], got {shown(x)}.")
 
     def readout_names(self) -> list[str]:
         """Return the hook points whose activations ``readouts`` needs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -226,8 +226,7 @@ class HookedViT(Tower):
 
     def unembed(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, " batch *out"]:
         """Return the logits of a residual stream ``[batch pos d_model]``: final norm, pooling, head."""
-        if not isinstance(cast("object", x), Tensor) or x.shape[-1:] != (self.spec.d_model,):
-            raise InputError(f"Expected a residual stream [batch pos {self.spec.d_model}], got {shown(x)}.")
+        self._check_stream(x)
         if self.spec.ln_final is not None:
             x = self.hook_ln_final(self.ln_final(x))
         pooled = self.ln_pool(self.hook_pooled(self.pool(x, self.spec.layout.n_prefix)))

@@ -185,13 +185,16 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         run = self.run
         kwargs = cast("dict[str, Any]", kwargs or {})
+        if run.paused or not (run.frames or run.again):
+            return func(*args, **kwargs)
         name = getattr(func, "__name__", "").strip("_")
-        if run.again and not run.paused and not run.frames and name in (one.place.function for one in run.active):
-            raise HookError(
-                f"Upstream checkpoints a function that calls {name}, in which there are hook points, and no module: "
-                "which call it is cannot be known when it runs again. Switch checkpointing off for this pass."
-            )
-        if run.paused or not run.frames:
+        if not run.frames:
+            if name in (one.place.function for one in run.active):
+                raise HookError(
+                    f"Upstream checkpoints a function that calls {name}, in which there are hook points, and no "
+                    "module: which call it is cannot be known when it runs again. Switch checkpointing off for this "
+                    "pass."
+                )
             return func(*args, **kwargs)
         observers = [one for one in run.frames[-1].next(name) if one in run.active]
         if not observers:

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from prisma_conformance.doctor.change import Change
+from prisma_conformance.doctor.families import families
 from prisma_core import ZooModel, tensors_of
 from prisma_core.plugin import AttentionSpec, TokenLayout
 
@@ -20,7 +21,7 @@ Part = Callable[[Tensor], Tensor]
 
 def tensors(model: ZooModel) -> Iterator[Change]:
     """Yield rearrangements of tensors, and exchanges of tensors of one shape."""
-    names = _families(tensors_of(model))
+    names = {name: list(members.values()) for name, members in families(tensors_of(model)).items()}
     yield from _projections(model, names)
     yield from _exchanges(model, names)
     yield from _transposed(model, names)
@@ -33,13 +34,6 @@ def tensors(model: ZooModel) -> Iterator[Change]:
             yield _each(f"no {name}: ones in its row", names[name], torch.ones_like)
         elif name.endswith("rope_sin"):
             yield _each(f"{name} with its sign changed", names[name], torch.neg)
-
-
-def _families(names: Iterable[str]) -> dict[str, list[str]]:
-    result: dict[str, list[str]] = {}
-    for name in names:
-        result.setdefault(re.sub(r"(?<=blocks\.)\d+(?=\.)", "{l}", name), []).append(name)
-    return result
 
 
 def _each(says: str, names: Iterable[str], change: Part) -> Change:
