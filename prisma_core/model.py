@@ -255,6 +255,11 @@ class ZooModel(HookedModel):
     def sizes(self) -> list[Size]:
         """Return the sizes of input to try: the native one first, then others the model admits."""
 
+    @property
+    def input_like(self) -> Tensor:
+        """A tensor in the dtype and on the device that images come in: ``image.to(model.input_like)``."""
+        return next(each for each in self.parameters() if each.is_floating_point())
+
     @abstractmethod
     def sample_inputs(
         self, batch: int = 1, *, size: Size | None = None, generator: torch.Generator | None = None

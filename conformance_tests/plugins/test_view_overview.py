@@ -12,7 +12,7 @@ import prisma_lens
 import prisma_view
 import pytest
 import torch
-from prisma_toy import draw_motions, draw_scenes, reconstructions
+from prisma_toy import draw_motions, draw_scenes, reconstructions, sample_scene
 from prisma_view.insides import principal_colours
 
 import prisma_core as prisma
@@ -204,3 +204,13 @@ def test_a_demo_of_a_dual_encoder_takes_words(tmp_path: Path, capsys: pytest.Cap
     assert main([*given, "--words", "a red circle, a blue star"]) == 0
     assert "a blue star" in (tmp_path / "out" / "index.html").read_text("utf-8")
     assert main([*given, "--words", "a red circle", "--other", "nowhere.png"]) != 0
+
+
+def test_files_are_read_in_the_dtype_that_pixels_meet_first() -> None:
+    model: Any = prisma.load("toy:scenes-3l").to(torch.bfloat16)
+    model.embed.prefix.data = model.embed.prefix.data.float()  # the first parameter is not what pixels meet
+    scene = sample_scene(0).image
+    assert model.input_like.dtype == torch.bfloat16
+    assert prisma_lens.logit_lens(model, scene).values.isfinite().all()
+    assert prisma_view.overview(model, scene).sections
+    assert prisma_view.attention_page(model, scene)

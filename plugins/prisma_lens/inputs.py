@@ -51,8 +51,7 @@ def as_input(model: HookedModel, given: Any) -> Tensor:
         if isinstance(model, HookedText):
             x = model.tokens(given)
         else:
-            like = next(model.parameters())
-            x = cast(Tensor, cast(Any, model).preprocess(given)).to(like.device, like.dtype)
+            x = cast(Tensor, cast(Any, model).preprocess(given)).to(cast(Any, model).input_like)
     if not x.ndim or not len(x):
         raise InputError(f"Expected inputs [batch ...] of at least one image or text, got {shown(x)}.")
     return x

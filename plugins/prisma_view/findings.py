@@ -103,7 +103,7 @@ def report(model: HookedViT, image: Any, other: Any, *, progress: bool = False) 
     if not model.preprocess:
         raise InputError("This model does not know how to read images: set model.preprocess.")
     images = [open_image(each, channels=model.spec.embed.in_channels) for each in (image, other)]
-    inputs = [_like(model, model.preprocess(each)) for each in images]
+    inputs = [model.preprocess(each).to(model.input_like) for each in images]
     patterns = [name for name in model.resolve("hook_pattern") if layer_of(name) is not None]
     with torch.no_grad():
         names = {*model.resolve(LENS_NAMES), *patterns, *names_for(model), *names_for(model, "head")}
@@ -127,11 +127,6 @@ def head_values(found: Report) -> Tensor:
     """Return the heads' attributions ``[layer head class]`` of a report that has them."""
     assert found.heads is not None
     return found.heads.values
-
-
-def _like(model: HookedViT, image: Tensor) -> Tensor:
-    parameter = next(model.parameters())
-    return image.to(device=parameter.device, dtype=parameter.dtype)
 
 
 def _seen(model: HookedViT, image: Image) -> Image:

@@ -204,7 +204,7 @@ def _path(own: HookedViT, images: Tensor) -> Tensor:
     parameter = next(own.parameters())
     basis = torch.eye(own.spec.d_model).to(parameter)
     total = 0.0
-    for image in images.to(parameter).split(1):
+    for image in images.to(own.input_like).split(1):
         _, cache = own.run_with_cache(image, names=[*names_for(own), "hook_logits"])
         n = cache["attn_out", -1].shape[1]
         parts = [cache.project_stack(part[:, None, None].expand(-1, 1, n, -1))[:, 0] for part in basis.split(_BASIS)]

@@ -146,11 +146,10 @@ def prepare(model: Any, image: Any) -> tuple[Tensor, Any]:
         InputError: the model does not know how to read images.
     """
     preprocess = getattr(model, "preprocess", None)
-    parameter = next(model.parameters())
     if isinstance(image, Tensor) and image.ndim >= 4:
         x = image[:1]
         pixels = preprocess.denormalise(x.float().cpu()).clamp(0, 1) if preprocess else x
-        return x.to(parameter.device, parameter.dtype), pixels
+        return x.to(model.input_like), pixels
     if preprocess is None:
         raise InputError("This model does not know how to read images: set model.preprocess, or give a tensor.")
     x = preprocess(image)
@@ -158,7 +157,7 @@ def prepare(model: Any, image: Any) -> tuple[Tensor, Any]:
         seen: Any = preprocess.denormalise(x[:1]).clamp(0, 1)
     else:
         seen = preprocess.seen(open_image(image, channels=x.shape[1]), SEEN).convert("RGB")
-    return x[:1].to(parameter.device, parameter.dtype), seen
+    return x[:1].to(model.input_like), seen
 
 
 def frames_of(seen: Any, layout: TokenLayout | None) -> list[Image]:

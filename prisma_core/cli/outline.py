@@ -54,7 +54,7 @@ def shapes(model: HookedModel, batch: int = 1) -> dict[str, tuple[int, ...]]:
     if not isinstance(model, ZooModel):
         raise InputError(f"{describe(model)} has no spec that says what it takes; run it with a cache.")
     number(batch, "how many images", 1)
-    place = next(model.parameters())
+    place = model.input_like
     with torch.no_grad():
         inputs = [
             x.to(place.device, place.dtype if x.is_floating_point() else None) for x in model.sample_inputs(batch)

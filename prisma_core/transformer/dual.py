@@ -227,5 +227,8 @@ class HookedDual(ZooModel):
     def _pixels(self, image: Any) -> Tensor:
         if isinstance(image, Tensor) and image.ndim >= 4:
             return image
-        like = self.vision.embed.first_weight
-        return self.preprocess(image).to(self.logit_scale if like is None else like)
+        return self.preprocess(image).to(self.input_like)
+
+    @property
+    def input_like(self) -> Tensor:
+        return self.vision.input_like

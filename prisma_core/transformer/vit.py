@@ -266,6 +266,11 @@ class HookedViT(Tower):
         shares = {"token": (first,), "avg": (mean,), "token_and_avg": (first, mean)}[pool.kind]
         return [Readout(heads[0], shares)]
 
+    @property
+    def input_like(self) -> Tensor:
+        first = self.embed.first_weight
+        return super().input_like if first is None else first
+
     def _weight_like(self, stream: Tensor) -> Tensor | None:
         """Return a weight of a stream's dtype; of a model that has none, the first."""
         weights = (each for each in self.parameters() if each.dtype == stream.dtype)
