@@ -117,7 +117,7 @@ def reference_of(text: str | Path) -> Reference:
         InputError: it is no text.
     """
     if isinstance(text, Path):
-        if text.is_file():
+        if os.path.isfile(text):  # unlike Path's, False for a name too long
             raise UnknownName(
                 f"{text} is a file. A folder that prisma.save wrote stands by itself; a file of weights goes with the "
                 f"model it is of, as in timm:vit_base_patch16_224@{text}."

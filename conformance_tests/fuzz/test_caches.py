@@ -14,7 +14,7 @@ from torch import Tensor
 from prisma_core import HookError, InputError
 from prisma_core.hooks.query import layer_of, short_name
 
-from .drawing import Drawn, close, models, same
+from .drawing import ROUNDING, Drawn, close, models, same
 
 DTYPES = st.sampled_from([None, torch.float64, torch.float32, torch.bfloat16])
 POSITIONS, HEADS = ("pos", "query_pos"), ("head",)
@@ -54,7 +54,9 @@ def test_a_cut_cache_is_the_cut_of_a_whole_one(drawn: Drawn, data: st.DataObject
         for index, axes in ((pos, POSITIONS), (heads, HEADS)):
             expected = _cut(expected, whole.axes[name].split(), axes, index)
         expected = expected if dtype is None else expected.to(dtype)
-        assert same(cut[name], expected), name
+        # Where all that is kept of scores and patterns are rows, the pass is the fused one, and rounds otherwise.
+        bound = ROUNDING if dtype is None else 2 * torch.finfo(dtype).eps
+        assert close(cut[name], expected, bound), name
         assert cut[name].dtype == expected.dtype
 
 
@@ -82,10 +84,14 @@ def _cut(x: Tensor, named: list[str], axes: tuple[str, ...], index: Index | None
 def test_a_subset_of_tokens_is_what_the_layout_says(drawn: Drawn, subset: str) -> None:
     _, whole = drawn.model.run_with_cache(*drawn.inputs, names=drawn.names)
     assume(_sizes(drawn, whole, POSITIONS))
-    _, cut = drawn.model.run_with_cache(*drawn.inputs, names=drawn.names, pos=subset)
     layout = drawn.model.layout_for(*drawn.inputs)
+    if not range(layout.n_tokens)[layout.slice(subset)]:
+        with pytest.raises(InputError, match=f"no {subset}"):
+            drawn.model.run_with_cache(*drawn.inputs, names=drawn.names, pos=subset)
+        return
+    _, cut = drawn.model.run_with_cache(*drawn.inputs, names=drawn.names, pos=subset)
     for name in drawn.names:
-        assert same(cut[name], _cut(whole[name], whole.axes[name].split(), POSITIONS, layout.slice(subset)))
+        assert close(cut[name], _cut(whole[name], whole.axes[name].split(), POSITIONS, layout.slice(subset)))
 
 
 @given(models(["vision", "text"]), st.data())

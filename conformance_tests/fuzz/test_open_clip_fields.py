@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from prisma_core.toolbox.attention import float64_softmax
+from prisma_core.toolbox.readers import PartReader
 
 from .open_clip_sweep import Base, Verdict, judged, judged_factory, quiet
 from .open_clip_values import BASES, BERT, CAPTIONS, FACTORY, TEXT, VISION, WHOLE, configured, open_clip
@@ -105,7 +106,8 @@ def test_every_value_is_followed_refused_or_not_built(berts: Path, tmp_path: Pat
 
 @torch.no_grad()
 def test_a_misread_field_is_seen(berts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prisma_core.toolbox.readers.PartReader.activation", lambda self, module: "gelu")
+    read = PartReader.activation
+    monkeypatch.setattr(PartReader, "activation", lambda self, module: read(self, module) and "gelu")
     monkeypatch.setattr("prisma_clip.canonical.native._causal", lambda upstream: True)
     start = Base(CLIP(**configured("native", berts)))
     for part, name, value in (("", "quick_gelu", True), ("text_cfg", "no_causal_mask", True)):

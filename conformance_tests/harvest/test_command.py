@@ -93,7 +93,7 @@ def test_what_is_missing_is_named(changed: list[str], said: str, capsys: pytest.
         ("--data", "samples:none", "samples:N"),
         ("--data", "nowhere", "'nowhere'"),
         ("--names", "resid_pots", "resid_pots"),
-        ("--dtype", "int8", "bfloat16, float16, float32"),
+        ("--dtype", "int8", "'bfloat16', 'float16' or 'float32'"),
         ("--on-error", "ignore", "'ignore'"),
         ("--pos", "clss", "clss"),
     ],

@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from prisma_core.toolbox import undeclared
+
 DEVICE = torch.device("cuda", 0)
 _COPIES = {"aten::_to_copy", "aten::copy_"}
 _INDEXES = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
@@ -144,9 +146,12 @@ def fake_device() -> Iterator[torch.device]:
     initialise, overwrite = torch.cuda._lazy_init, torch.__future__.get_overwrite_module_params_on_conversion()
     torch.cuda._lazy_init = lambda: None
     torch.__future__.set_overwrite_module_params_on_conversion(True)
+    plain = undeclared.TENSORS
+    undeclared.TENSORS = (*plain, DeviceTensor)  # as a real device's are
     try:
         with _Functions(), _Dispatch():
             yield DEVICE
     finally:
+        undeclared.TENSORS = plain
         torch.cuda._lazy_init = initialise
         torch.__future__.set_overwrite_module_params_on_conversion(overwrite)

@@ -317,5 +317,5 @@ def test_transformers_is_quiet_during_a_load_alone(
 
 
 def test_a_reference_that_is_no_text() -> None:
-    with pytest.raises(InputError, match="got NoneType"):
+    with pytest.raises(InputError, match="got None"):
         prisma.load(None)  # type: ignore[arg-type]

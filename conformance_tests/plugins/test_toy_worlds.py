@@ -51,7 +51,7 @@ def test_a_seed_decides_everything_and_none_is_an_error(draw):
     assert torch.equal(pixels(4), pixels(4))
     assert not torch.equal(pixels(4), pixels(5))
     assert torch.equal(before, torch.get_rng_state())
-    with pytest.raises(InputError, match="n=0"):
+    with pytest.raises(InputError, match="n= to be at least 1; got 0"):
         draw(0)
 
 

@@ -341,7 +341,7 @@ def test_patterns_by_time_are_those_of_the_two_attentions() -> None:
     assert torch.equal(cache.cls("resid_post", 1), cache["resid_post", 1][:, 0])
     with pytest.raises(InputError, match="has two frame axes: give axis='query_frame' or axis='key_frame'"):
         cache.frame(1, "time.pattern", 0)
-    with pytest.raises(InputError, match="no key_pos among them"):
+    with pytest.raises(InputError, match="no 'key_pos' among them"):
         cache.frame(1, "time.pattern", 0, axis="key_pos")
     with pytest.raises(UnknownName, match="frames of patches run from 0 to 3"):
         cache.frame(4, "time_out", 0)

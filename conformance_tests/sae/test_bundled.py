@@ -83,7 +83,7 @@ def test_names_need_a_class_a_share_and_enough_tokens() -> None:
     assert name_features(activations, shares, ("a", "b")) == {0: "a"}
     assert name_features(activations, shares, ("a", "b"), threshold=0.55) == {0: "a", 1: "a"}
     assert name_features(activations, shares, ("a", "b"), least=5) == {0: "a", 2: "a"}
-    with pytest.raises(InputError, match="2 classes, got 1"):
+    with pytest.raises(InputError, match="2 classes, got"):
         name_features(activations, shares, ("a",))
-    with pytest.raises(InputError, match="20 tokens, got 3"):
+    with pytest.raises(InputError, match=r"of the same tokens, got a Tensor \[20, 3\]"):
         name_features(activations, shares[:3], ("a", "b"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -135,7 +136,7 @@ def check_merged(folder: Path) -> None:
     Raises:
         LoadError: it holds an ``adapter_config.json``, as peft writes it.
     """
-    if (folder / "adapter_config.json").is_file():
+    if os.path.isfile(folder / "adapter_config.json"):  # unlike Path's, False for a name too long
         raise LoadError(f"{folder} holds LoRA weights (adapter_config.json), {MERGE}")
 
 

@@ -141,5 +141,7 @@ def _kind(owner: Reader) -> tuple[object, ...]:
         return "table", tuple(owner.window_size), owner.prefix_tokens
     if owner.is_a("timm.layers.pos_embed_rel.RelPosMlp"):
         window = tuple(owner.window_size)
+        if not owner.bias_act.is_a("Sigmoid", "Identity"):
+            raise owner.bias_act.unsupported("its activation of biases")
         return "mlp", window, owner.prefix_tokens, owner.mode, owner.bias_gain, owner.num_heads, common.mlp(owner.mlp)
     raise owner.unsupported("its kind of relative position")
