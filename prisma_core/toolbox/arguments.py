@@ -115,7 +115,9 @@ def _expected(error: ValidationError, value: object) -> str:
     faults = [each for each in faults if len(each["loc"]) == len(deepest["loc"])]
     keys = cast("Mapping[object, object]", value) if isinstance(value, Mapping) else ()
     place = "".join(f"[{step!r}]" for step in deepest["loc"] if isinstance(step, int) or step in keys)
-    return f"{place}= to be {' or '.join(dict.fromkeys(map(_phrase, faults)))}; got {shown(deepest['input'])}"
+    # Python keeps one of the unions that are alike, in whichever order it met first: the sentence has one of its own.
+    phrases = sorted({*map(_phrase, faults)}, key=lambda words: (words == "None", words))
+    return f"{place}= to be {' or '.join(phrases)}; got {shown(deepest['input'])}"
 
 
 def _phrase(fault: ErrorDetails) -> str:
