@@ -94,16 +94,17 @@ def rows(options: Options) -> Iterator[Row]:
     if unknown := set(options.models) - set(SIZES):
         raise SystemExit(f"peers: no sizes for {', '.join(sorted(unknown))}; there are {', '.join(SIZES)}")
     with torch.no_grad():
-        for name in options.models:
-            upstream = upstream_model(name)
-            model = prisma.adapt(upstream)
+        # All are adapted first: torchlens puts wrappers in the place of torch's functions, and leaves them there.
+        upstreams = {name: upstream_model(name) for name in options.models}
+        models: dict[str, Any] = {name: prisma.adapt(each) for name, each in upstreams.items()}
+        for name, model in models.items():
             middle = model.spec.n_layers // 2
             for batch in options.batches:
                 image = torch.randn(batch, 3, *model.spec.image_size)
                 mine = prisma_sides(model, image, middle)
                 for library in (nnsight, torchlens, transformer_lens):
                     title = library.__name__.replace("_", "-")
-                    sides: dict[str, Any] = library(copy.deepcopy(upstream), image, middle)
+                    sides: dict[str, Any] = library(copy.deepcopy(upstreams[name]), image, middle)
                     if "residual stream" in sides:
                         check_agreement(mine["residual stream"](), sides["residual stream"](), title)
                     for what, side in sides.items():

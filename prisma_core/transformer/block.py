@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import add
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -80,13 +81,13 @@ class Block(nn.Module):
             mlp_out = self.hook_mlp_out(self.ls2(self.mlp(normed)))
             return computed(self.hook_resid_post, _sum, x, attn_out, mlp_out)
         if self.spec.mlp is None:
-            return computed(self.hook_resid_post, _sum, x, attn_out)
-        x = computed(self.hook_resid_mid, _sum, x, attn_out)
+            return computed(self.hook_resid_post, add, x, attn_out)
+        x = computed(self.hook_resid_mid, add, x, attn_out)
         if kind == "post":
             x = self.ln1(x)
         mlp_out = self.mlp(self.ln2(x) if kind == "pre" else x)
         mlp_out = self.hook_mlp_out(self.ls2(self.ln2(mlp_out) if kind == "res_post" else mlp_out))
-        x = computed(self.hook_resid_post, _sum, x, mlp_out)
+        x = computed(self.hook_resid_post, add, x, mlp_out)
         return self.ln2(x) if kind == "post" else x
 
 
@@ -135,16 +136,14 @@ class SideBySide(nn.Module):
             outs.append(scale(attn(normed, rope, heads.after(norm, x, normed), mask, leading)))
         x, attn_out = x if leading is None else x[:, :leading], self.hook_attn_out(torch.stack(outs).sum(0))
         if self.spec.mlp is None:
-            return computed(self.hook_resid_post, _sum, x, attn_out)
-        x = computed(self.hook_resid_mid, _sum, x, attn_out)
+            return computed(self.hook_resid_post, add, x, attn_out)
+        x = computed(self.hook_resid_mid, add, x, attn_out)
         outs = [scale(mlp(norm(x))) for norm, mlp, scale in zip(self.ln2, self.mlp, self.ls2, strict=True)]
-        return computed(self.hook_resid_post, _sum, x, self.hook_mlp_out(torch.stack(outs).sum(0)))
+        return computed(self.hook_resid_post, add, x, self.hook_mlp_out(torch.stack(outs).sum(0)))
 
 
-def _sum(x: Tensor, *added: Tensor) -> Tensor:
-    for each in added:
-        x = x + each
-    return x
+def _sum(x: Tensor, attn_out: Tensor, mlp_out: Tensor) -> Tensor:
+    return x + attn_out + mlp_out
 
 
 def make_block(spec: BlockSpec, d_model: int, n_tokens: int, rope: RopeSpec | None) -> Block | SideBySide:
