@@ -74,7 +74,7 @@ class HookPoint:
 
     def __call__(self, x: Tensor) -> Tensor:
         scopes = OPEN_SCOPES.get()
-        return _fire(scopes, self, x) if scopes else x
+        return _fire(scopes, self, x) if scopes and self.wanted else x
 
     @property
     def wanted(self) -> bool:
