@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from docs_folder import script
 
-DOCS = Path(__file__).parents[2] / "docs"
 NO_FIGURE = {
     "prisma_sae.naming": "returns names",
     "prisma_sae.training": "returns coders; evaluate draws how good they are",
@@ -20,19 +17,11 @@ NO_FIGURE = {
 }
 
 
-def module(name: str) -> Any:
-    sys.path.insert(0, str(DOCS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(DOCS))
-
-
-figures = module("figures")
+figures = script("figures")
 
 
 def test_every_technique_has_a_figure_or_a_reason() -> None:
-    every = {one.module for one in module("techniques").techniques()}
+    every = {one.module for one in script("techniques").techniques()}
     assert set(figures.names()) == every - set(NO_FIGURE)
     assert set(NO_FIGURE) <= every
     stored = {path.stem: path.stat().st_size for path in figures.FIGURES.glob("*.png")}

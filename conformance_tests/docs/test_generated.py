@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
+from docs_folder import DOCS, script
 
 from prisma_core import plugin
 from prisma_core.maps.rule import Rule
 from prisma_core.transformer.vit import HookedViT
 
 ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
-
-
-def generator(name: str) -> Any:
-    """Return a module of the docs' folder, which is no package."""
-    sys.path.insert(0, str(DOCS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(DOCS))
 
 
 def test_generated_pages_are_up_to_date() -> None:
     torch.set_default_dtype(torch.float32)
-    pages = generator("generate").pages()
+    pages = script("generate").pages()
     del pages[DOCS / "commands.md"]  # each release of typer writes it in its own way: the test below reads it
     stale = [path.name for path, text in pages.items() if path.read_text("utf-8") != text]
     assert stale == [], "run python docs/generate.py"
 
 
 def test_every_row_of_the_page_of_tensors_is_a_rule() -> None:
-    page = generator("canonical")
+    page = script("canonical")
     rows = re.findall(r"`([^`]*->[^`]*)`", page.ROWS)
     assert len(rows) > 10
     for row in rows:
@@ -45,7 +33,7 @@ def test_every_row_of_the_page_of_tensors_is_a_rule() -> None:
 
 
 def test_every_field_of_a_spec_stands_on_the_page_of_tensors() -> None:
-    page = generator("canonical").page()
+    page = script("canonical").page()
     # Sizes and numbers that every model has, and details of fields that the page names.
     plain = {"d_model", "image_size", "patch", "layout", "blocks", "embed", "pool", "rows", "columns", "eps", "n_heads"}
     plain |= {"attn"}
@@ -60,7 +48,7 @@ def test_every_field_of_a_spec_stands_on_the_page_of_tensors() -> None:
 
 
 def test_the_rooms_are_few_and_every_module_is_in_one() -> None:
-    house = generator("house")
+    house = script("house")
     rooms = {room.name: room.lines for room in house.rooms()}
     core = ROOT / "prisma_core"
     modules = [path for path in core.rglob("*.py") if "templates" not in path.parts]
@@ -80,7 +68,7 @@ def test_modules_of_tests_are_short_and_have_names_of_their_own() -> None:
 
 
 def test_the_figure_of_a_block_shows_hook_points() -> None:
-    block, generate = generator("block"), generator("generate")
+    block, generate = script("block"), script("generate")
     with torch.device("meta"):
         model = HookedViT(generate.base())
     points = {name for query in block.names() for name in model.resolve((query, 3))}

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from derivatives import assert_same, curved, gradients
 from torch.utils.checkpoint import checkpoint
 from windows import Adapter
 
@@ -14,25 +15,6 @@ from prisma_core.zoo import adapt_with
 
 pytestmark = pytest.mark.usefixtures("in_float64")
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["no reentry", "reentry"])
-
-
-def curved(x, at):
-    return x + x.tanh()
-
-
-def gradients(model, x, names, read=None):
-    """Return the gradients by the input and by every weight, with hooks at names and a cache of others."""
-    x = x.clone().requires_grad_()
-    model.zero_grad()
-    with model.hooks(dict.fromkeys(names, curved)), model.caching(read or names):
-        output = model(x)
-    output.square().sum().backward()
-    return [x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
-
-
-def assert_same(ones, others):
-    for one, other in zip(ones, others, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
 class Saving(torch.nn.Module):
