@@ -19,7 +19,7 @@ from prisma_core.errors.migration import (
 )
 from prisma_core.hooks.point import HookPoint
 from prisma_core.maps.places import HookMap
-from prisma_core.model import Size, ZooModel, check_place, may_look, read_sample
+from prisma_core.model import Size, ZooModel, check_finite, check_place, read_sample
 from prisma_core.spec import MapSpec
 from prisma_core.spec.layout import TokenLayout
 from prisma_core.toolbox.tables import numbered
@@ -163,8 +163,7 @@ class HookedUpstream(ZooModel):
         if not x.is_floating_point():
             raise InputError(f"Expected floating point numbers, got {x.dtype}. model.preprocess scales pixels.")
         check_place(what, x, next((each for each in self.parameters() if each.is_floating_point()), None))
-        if may_look(x) and not torch.isfinite(x).all():
-            raise InputError(f"The {what} holds {int((~torch.isfinite(x)).sum())} values that are NaN or infinite.")
+        check_finite(what, x)
         return x
 
     def sizes(self) -> list[Size]:
