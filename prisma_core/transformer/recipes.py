@@ -18,7 +18,7 @@ from prisma_core.hooks.cache import ActivationCache, alone
 from prisma_core.hooks.capture import Keep
 from prisma_core.hooks.point import HookPoint
 from prisma_core.spec.layout import IndexSlice
-from prisma_core.transformer.rows import captures
+from prisma_core.toolbox.query_rows import captures
 
 STEPS = 8  # recipes made one from the other, as along the residual stream, before a tensor is stored again
 
