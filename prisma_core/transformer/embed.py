@@ -208,7 +208,7 @@ def check_image(image: Tensor, spec: ModelSpec) -> None:
     a = "an" if what == "image" else "a"
     value = cast("object", image)
     if not isinstance(value, Tensor):
-        raise InputError(f"Expected {a} {what} tensor, got {type(value).__name__}. model.preprocess makes one.")
+        raise InputError(f"Expected {a} {what} tensor, got {shown(value)}. model.preprocess makes one.")
     expected = f"{a} {what} [batch {' '.join(map(str, native))}]"
     if image.ndim != len(native) + 1:
         hint = f" Add a batch axis: {what}[None]." if image.ndim == len(native) else ""
