@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from prisma_core.toolbox.undeclared import HOOKS
+from prisma_core.upstream.undeclared import HOOKS
 
 
 def copy_module(upstream: nn.Module, *, copy: bool) -> nn.Module:
