@@ -76,7 +76,7 @@ class Processor:
 
 NO_PREPROCESS = MissingProcessor(
     "This model came without a preprocess. Set model.preprocess = "
-    "prisma_core.inputs.Preprocess(size=model.spec.image_size, mean=..., std=...), with the mean and deviation it was "
+    "prisma_core.plugin.Preprocess(size=model.spec.image_size, mean=..., std=...), with the mean and deviation it was "
     "trained with; some sources take them when they load: mean=, std=."
 )
 
@@ -186,8 +186,8 @@ class ZooModel(HookedModel):
 
     Attributes:
         spec: the facts.
-        preprocess: from images, or videos, to the tensor the model takes; set by whoever loaded the model. Where
-            nobody did it is false, and using it raises an InputError that says what to set.
+        preprocess: from images, or videos, to the tensor the model takes; set when the model is loaded. Where
+            it is unset it is false, and using it raises an InputError that says what to set.
         labels: names of the classes, if the model has any.
         reference: what it was loaded from.
         origin: what it was adapted from.
@@ -285,6 +285,38 @@ def read_sample(batch: object, size: object, generator: object) -> int:
     if generator is not None:
         expect(generator, torch.Generator, "a torch.Generator")
     return number(batch, "a batch", 1, LARGEST)
+
+
+def input_words(shape: Size) -> tuple[str, str]:
+    """Return the words for an input of a shape in messages: ``image``, and ``an image [batch 3 224 224]``."""
+    what = {3: "image", 4: "video"}.get(len(shape), "input")
+    return what, f"{'a' if what == 'video' else 'an'} {what} [batch {' '.join(map(str, shape))}]"
+
+
+def check_input(value: object, shape: Size) -> Tensor:
+    """Return an input with a batch axis, the channels of a shape, and floating point numbers.
+
+    Args:
+        shape: of one image, video or other input, without the batch.
+
+    Raises:
+        InputError: it is no tensor, or has another number of axes or channels, or whole numbers.
+    """
+    what, expected = input_words(shape)
+    if not isinstance(value, Tensor):
+        hint = "" if what == "input" else " model.preprocess makes one."
+        raise InputError(f"Expected a tensor, {expected}, got {type(value).__name__}.{hint}")
+    if value.ndim != len(shape) + 1:
+        hint = f" Add a batch axis: {what}[None]." if value.ndim == len(shape) else ""
+        raise InputError(f"Expected {expected}, got shape {list(value.shape)}.{hint}")
+    if len(shape) > 2 and value.shape[-3] != shape[-3]:
+        raise InputError(
+            f"Expected {shape[-3]} channels in {expected}, got shape {list(value.shape)}. "
+            "model.preprocess makes the right tensor."
+        )
+    if not value.is_floating_point():
+        raise InputError(f"Expected floating point numbers, got {value.dtype}. model.preprocess scales pixels.")
+    return value
 
 
 def check_place(what: str, x: Tensor, weight: Tensor | None) -> None:

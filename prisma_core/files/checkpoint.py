@@ -1,4 +1,4 @@
-"""Tensors from files, safely: what is truncated, corrupt or wants to run code is refused in words."""
+"""Tensors in files, read safely: files that are truncated or corrupt, or that run code, raise an error."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _mapped(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file where they lie on the disk: numbers that nobody reads are not read."""
+    """Return the tensors of a safetensors file, mapped into memory: only what is used is read from the disk."""
     try:
         return load_file(path)
     except FileNotFoundError as error:

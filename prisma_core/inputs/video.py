@@ -143,7 +143,7 @@ def evenly(n: int, number: int | None, what: str) -> list[int]:
 
 
 def _is_video(video: object) -> bool:
-    """Whether it is a video by itself, not a frame: an image's file is told from a film's by its ending."""
+    """Whether this is a whole video, not a frame; files are recognised by their ending."""
     if isinstance(video, str | Path):
         return Path(video).suffix.lower() in FILMS
     return isinstance(video, list | tuple) or getattr(video, "ndim", 0) == 4

@@ -55,7 +55,7 @@ class HookedText(Tower):
         spec: the facts; weights are whatever the parts initialise themselves with until loaded.
 
     Attributes:
-        tokenizer: from texts to tokens ``[text pos]``; set by whoever loaded the model.
+        tokenizer: from texts to tokens ``[text pos]``; set when the model is loaded.
     """
 
     spec: TextSpec

@@ -62,6 +62,3 @@ def _laid_out_as(y: Tensor, x: Tensor) -> Tensor:
     if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
         return y.clone()
     return torch.empty_strided(x.shape, x.stride(), dtype=y.dtype, device=y.device).copy_(y)
-
-
-__all__ = ["BoundRow"]
