@@ -17,8 +17,8 @@ from torch import Tensor
 from prisma_core import HookContext, HookedDual, HookedModel, HookedViT, InputError
 from prisma_core.plugin import BlockSpec, BriefRepr, checked, layer_of
 
-Inputs: TypeAlias = "tuple[Tensor, ...]"
-Part: TypeAlias = "tuple[Any, ...]"
+Inputs: TypeAlias = tuple[Tensor, ...]
+Part: TypeAlias = tuple[Any, ...]
 
 
 @dataclass(frozen=True, repr=False)
