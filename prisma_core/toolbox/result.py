@@ -17,6 +17,7 @@ from torch import Tensor
 
 from prisma_core.errors import InputError, LoadError, PluginError, PrismaError, UnknownName, suggest
 from prisma_core.errors.arguments import check_flags, expect, number, path_of, several, tensor, whole
+from prisma_core.files.atomic import replacing
 from prisma_core.files.checkpoint import read_safetensors
 
 Self_ = TypeVar("Self_", bound="Result")
@@ -178,18 +179,20 @@ class Result:
 
         Raises:
             InputError: the path does not end in ``.safetensors``.
+            LoadError: the disk is full, read-only, or refuses in another way; what was there stays.
         """
         path = path_of(path)
         if path.suffix != ".safetensors":
             raise InputError(f"Expected a path that ends in .safetensors, got {path}.")
         about = {name: getattr(self, name) for name in ("axes", "labels", "technique", "unit", "baseline", "total")}
         tensors = {"values": self.values} | {f"tensors/{name}": tensor for name, tensor in self.tensors.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
-            path,
-            metadata={_METADATA: json.dumps({**about, "labels": dict(self.labels), "facts": dict(self.facts)})},
-        )
+        text = json.dumps({**about, "labels": dict(self.labels), "facts": dict(self.facts)})
+        with replacing(path) as fresh:
+            save_file(
+                {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
+                fresh,
+                metadata={_METADATA: text},
+            )
         return path
 
     @classmethod
