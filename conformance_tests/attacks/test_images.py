@@ -38,7 +38,7 @@ def test_postscript_under_any_name(name: str, tmp_path: Path, mark: Path) -> Non
     assert mark.exists()  # Pillow by itself
     mark.unlink()
     for given in (path, str(path)):
-        with pytest.raises(InputError, match=rf"{name} is no image that Pillow may read: expected PNG, JPEG.*as PNG"):
+        with pytest.raises(InputError, match=rf"{name}' is no image that Pillow may read: expected PNG, JPEG.*as PNG"):
             Preprocess(size=(8, 8))(given)
     with Image.open(path) as opened, pytest.raises(InputError, match="a file of EPS, which is not decoded here"):
         open_image(opened)
