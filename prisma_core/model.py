@@ -309,6 +309,18 @@ def check_place(what: str, x: Tensor, weight: Tensor | None) -> None:
         )
 
 
+def check_finite(what: str, x: Tensor) -> None:
+    """Refuse an input with values that are not numbers, where a check may look at them.
+
+    Raises:
+        InputError: with how many there are.
+    """
+    if not may_look(x) or x.detach().sum().isfinite():  # one sum tells, unless finite values overflow it
+        return
+    if bad := int((~torch.isfinite(x)).sum()):
+        raise InputError(f"The {what} holds {bad} values that are NaN or infinite.")
+
+
 def may_look(x: Tensor) -> bool:
     """Return whether a check may look at the numbers of an input.
 

@@ -174,21 +174,21 @@ TRUTHS: dict[str, tuple[str, Callable[[ModuleType], None], str, str]] = {
     "ablation of every head": (
         "interventions",
         ablation,
-        "axes, tokens, heads, neurons)",
-        "axes, tokens, None, neurons)",
+        "names, pos, heads, neurons)\n\n",
+        "names, pos, None, neurons)\n\n",
     ),
     "mean of each token by itself": (
         "interventions",
         mean_ablation,
-        'label in ("batch", "pos", ',
-        'label in ("batch", ',
+        'AVERAGED = ("batch", "pos", ',
+        'AVERAGED = ("batch", ',
     ),
     "knock-out behind the softmax alone": ("masks", knocked_out, "**dict.fromkeys(names, scores),", ""),
-    "knock-out, keys and queries swapped": (
+    "knock-out of the keys as queries": (
         "masks",
         knocked_out,
-        "_grid(rows, n_queries, columns",
-        "_grid(columns, n_queries, rows",
+        "_among(layout, queries, n_queries)",
+        "_among(layout, keys, n_queries)",
     ),
     "causal that looks ahead": ("masks", one_way, "dtype=torch.bool).triu(1)", "dtype=torch.bool).tril(-1)"),
     "causal that hides itself": ("masks", one_way, "dtype=torch.bool).triu(1)", "dtype=torch.bool).triu(0)"),

@@ -33,6 +33,22 @@ def token_positions(layout: TokenLayout | None, pos: Positions) -> list[int] | N
     return indices(pos)
 
 
+def tokens_among(layout: TokenLayout | None, pos: Positions, n: int) -> list[int]:
+    """Return which of the ``n`` tokens of a pass are meant, whose images may be of another size than the model's own.
+
+    Raises:
+        InputError: there are none, a subset is named and the model has no token layout, or a frame is and its size is
+            not known.
+    """
+    if not isinstance(pos, str):
+        return positions_of(pos, n)
+    if layout is not None and n != layout.n_tokens:
+        if pos.startswith("frame "):
+            raise InputError(f"This pass has {n} tokens, the model's own size {layout.n_tokens}: give positions.")
+        layout = layout.model_copy(update={"frames": 1, "rows": 1, "columns": n - layout.n_prefix})
+    return positions_of(token_positions(layout, pos), n)
+
+
 def check_layers_swept(at: object, names: Sequence[str], axes: Sequence[str], over: object) -> None:
     """Refuse several hook points where layers are not swept.
 

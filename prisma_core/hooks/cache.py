@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from prisma_core.errors import InputError, LoadError, MissingPart, UnknownName
 from prisma_core.errors.arguments import device_of, dtype_of, path_of, shown
-from prisma_core.errors.migration import unknown_attribute
+from prisma_core.errors.migration import STREAM_METHODS, unknown_attribute
 from prisma_core.files.atomic import replacing
 from prisma_core.files.checkpoint import read_safetensors
 from prisma_core.hooks.capture import Keep
@@ -26,21 +26,6 @@ from prisma_core.spec.views import TokenViews
 
 _GRAD, _TOKENS = "grad/", "given/tokens"
 _METADATA = "prisma_cache"
-
-# Methods of the residual stream: a cache of one canonical transformer has them.
-STREAM_METHODS = frozenset(
-    [
-        "decompose_resid",
-        "accumulated_resid",
-        "stack_head_results",
-        "stack_neuron_results",
-        "apply_ln_to_stack",
-        "project_stack",
-        "logit_attrs",
-        "logit_constant",
-        "directions",
-    ]
-)
 
 
 @dataclass(eq=False, repr=False)

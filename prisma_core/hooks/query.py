@@ -137,6 +137,8 @@ def _shorthand(query: str, names: Sequence[str]) -> list[str]:
 
 def _ends_with(name: str, shorthand: str) -> bool:
     *path, last = shorthand.split(".")
+    if not name.endswith(last):  # most names, at once
+        return False
     parts = name.split(".")
     if last not in (parts[-1], parts[-1].removeprefix("hook_")):
         return False
