@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from prisma_core import ModelSpec, TokenLayout
@@ -35,9 +36,13 @@ class TailViT(nn.Module):
 
 def turning(heads: int, by: int = REGISTERS) -> dict[str, Callable[[Tensor], Tensor]]:
     """Functions that put the last tokens in front: of a stream, of heads side by side or in front, of a pattern."""
+
+    def by_head(x: Tensor) -> Tensor:
+        return rearrange(x.roll(by, 1), "b p (h d) -> b p h d", h=heads)
+
     return {
         "stream": lambda x: x.roll(by, 1),
-        "z": lambda x: x.roll(by, 1).unflatten(-1, (heads, -1)),
+        "z": by_head,
         "heads": lambda x: x.transpose(1, 2).roll(by, 1),
         "pattern": lambda x: x.roll((by, by), (-2, -1)),
     }
