@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from prisma_lens.inputs import as_inputs, points_of
+from prisma_lens.inputs import TOKEN_AXES, as_inputs, points_of
 from torch import Tensor
 
 from prisma_core import ActivationCache, HookContext, HookedModel, InputError
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
 Scope = AbstractContextManager[None]
-AVERAGED = ("batch", "pos", "query_pos", "patch", "window", "row", "column")
 
 
 @checked
@@ -76,7 +75,7 @@ def ablate(
         for name in names:
             x = cache[name]
             axes = cache.axes[name].split()
-            over = [axis for axis, label in enumerate(axes) if label in AVERAGED]
+            over = [axis for axis, label in enumerate(axes) if label in ("batch", *TOKEN_AXES)]
             values[name] = x.mean(over, keepdim=True) if method == "mean" else x.roll(1, 0) if len(x) > 1 else x
     index = _indices(model, names, pos, heads, neurons)
 

@@ -21,7 +21,7 @@ from prisma_view.pages import framed, rendered, saved
 from prisma_view.text import words_in
 from prisma_view.words import token_name
 
-TOUR = ("corner", "edge", "row", "column", "local", "modulus", "self", "cls", "registers", "previous_frame")
+TOUR = ("corner", "edge", "row", "column", "local", "modulus 2", "self", "cls", "registers", "previous_frame")
 SEEN = 448
 
 
