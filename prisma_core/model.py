@@ -6,13 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from html import escape
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError, LoadError, NotApplicable, UnknownName, WeightMapError, suggest
-from prisma_core.errors.arguments import LARGEST, expect, number, several, tensor
+from prisma_core.errors.arguments import LARGEST, expect, number, several, shown, tensor
 from prisma_core.hooks.model import HookedModel
 from prisma_core.maps.weights import State, WeightMap
 from prisma_core.spec.brief import NameTable, html_table
@@ -71,7 +71,31 @@ class Processor:
         return held.get(self.name)
 
     def __set__(self, model: object, value: Any) -> None:
+        if not (value is None or callable(value) or isinstance(value, LazyProcessor)):
+            raise InputError(f"Expected model.{self.name} as a function, or None, got {shown(value)}.")
         vars(model)[self.name] = value
+
+
+class Labels:
+    """A model's attribute for the names of its classes: a text each, or None."""
+
+    @overload
+    def __get__(self, model: None, owner: type) -> Labels: ...
+    @overload
+    def __get__(self, model: object, owner: type) -> tuple[str, ...] | None: ...
+    def __get__(self, model: object, owner: type) -> Labels | tuple[str, ...] | None:
+        return self if model is None else vars(model).get("labels")
+
+    def __set__(self, model: object, value: Iterable[str] | None) -> None:
+        names = None if value is None else tuple(several(value, "labels, a text for each class"))
+        for name in names or ():
+            expect(name, str, "labels, a text for each class")
+        n = getattr(getattr(model, "spec", None), "n_classes", None)
+        if names is not None and n not in (None, len(names)):
+            raise InputError(
+                f"This model has {n} classes and {shown(value)} holds {len(names)} labels: give one for each."
+            )
+        vars(model)["labels"] = names
 
 
 NO_PREPROCESS = MissingProcessor(
@@ -188,20 +212,27 @@ class ZooModel(HookedModel):
         spec: the facts.
         preprocess: from images, or videos, to the tensor the model takes; set when the model is loaded. Where
             it is unset it is false, and using it raises an InputError that says what to set.
-        labels: names of the classes, if the model has any.
+        labels: names of the classes, one each, if the model has any.
         reference: what it was loaded from.
         origin: what it was adapted from.
     """
 
     spec: Any  # each model says which of AnySpec
     preprocess = Processor()
+    labels = Labels()
 
     def __init__(self) -> None:
         super().__init__()
         self.preprocess = NO_PREPROCESS
-        self.labels: tuple[str, ...] | None = None
+        self.labels = None
         self.reference: str | None = None
         self.origin: Origin | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(getattr(type(self), name, None), "__set__"):  # torch would take a preprocess of its own for a part
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         try:
@@ -285,85 +316,6 @@ def read_sample(batch: object, size: object, generator: object) -> int:
     if generator is not None:
         expect(generator, torch.Generator, "a torch.Generator")
     return number(batch, "a batch", 1, LARGEST)
-
-
-def input_words(shape: Size) -> tuple[str, str]:
-    """Return the words for an input of a shape in messages: ``image``, and ``an image [batch 3 224 224]``."""
-    what = {3: "image", 4: "video"}.get(len(shape), "input")
-    return what, f"{'a' if what == 'video' else 'an'} {what} [batch {' '.join(map(str, shape))}]"
-
-
-def check_input(value: object, shape: Size) -> Tensor:
-    """Return an input with a batch axis, the channels of a shape, and floating point numbers.
-
-    Args:
-        shape: of one image, video or other input, without the batch.
-
-    Raises:
-        InputError: it is no tensor, or has another number of axes or channels, or whole numbers.
-    """
-    what, expected = input_words(shape)
-    if not isinstance(value, Tensor):
-        hint = "" if what == "input" else " model.preprocess makes one."
-        raise InputError(f"Expected a tensor, {expected}, got {type(value).__name__}.{hint}")
-    if value.ndim != len(shape) + 1:
-        hint = f" Add a batch axis: {what}[None]." if value.ndim == len(shape) else ""
-        raise InputError(f"Expected {expected}, got shape {list(value.shape)}.{hint}")
-    if len(shape) > 2 and value.shape[-3] != shape[-3]:
-        raise InputError(
-            f"Expected {shape[-3]} channels in {expected}, got shape {list(value.shape)}. "
-            "model.preprocess makes the right tensor."
-        )
-    if not value.is_floating_point():
-        raise InputError(f"Expected floating point numbers, got {value.dtype}. model.preprocess scales pixels.")
-    return value
-
-
-def check_place(what: str, x: Tensor, weight: Tensor | None) -> None:
-    """Refuse an input that is not where the weights are, or not of their dtype.
-
-    Raises:
-        InputError: with both, and what moves it.
-    """
-    if weight is None:
-        return
-    if x.device != weight.device:
-        raise InputError(
-            f"Expected the {what} on {weight.device}, where the model is; it is on {x.device}. "
-            f"Move it: {what}.to({str(weight.device)!r})."
-        )
-    if x.dtype == weight.dtype or not (x.is_floating_point() and weight.is_floating_point()):
-        return
-    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):  # else torch brings the two together
-        raise InputError(
-            f"Expected the {what} in {weight.dtype}, as the model's weights are; it is in {x.dtype}. "
-            f"Convert it: {what}.to({weight.dtype}), or the model: model.to({x.dtype})."
-        )
-
-
-def check_finite(what: str, x: Tensor) -> None:
-    """Refuse an input with values that are not numbers, where a check may look at them.
-
-    Raises:
-        InputError: with how many there are.
-    """
-    if not may_look(x) or x.detach().sum().isfinite():  # one sum tells, unless finite values overflow it
-        return
-    if bad := int((~torch.isfinite(x)).sum()):
-        raise InputError(f"The {what} holds {bad} values that are NaN or infinite.")
-
-
-def may_look(x: Tensor) -> bool:
-    """Return whether a check may look at the numbers of an input.
-
-    On a GPU it would stop the queue at every call, and neither ``torch.compile`` nor ``torch.vmap`` can trace it.
-    """
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not in_transform()
-
-
-def in_transform() -> bool:
-    """Return whether a transform of ``torch.func`` is running, such as ``vmap``."""
-    return cast("Any", torch)._C._functorch.maybe_current_level() is not None
 
 
 def layer_index(index: int | None, default: int, n: int) -> int:

@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from prisma_lens.inputs import as_inputs, points_of
+from prisma_lens.inputs import TOKEN_AXES, as_inputs, points_of
 from torch import Tensor
 
 from prisma_core import ActivationCache, HookContext, HookedModel, InputError
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
 Scope = AbstractContextManager[None]
-AVERAGED = ("batch", "pos", "query_pos", "patch", "window", "row", "column")
 
 
 @checked
@@ -75,8 +74,8 @@ def ablate(
             _, cache = model.run_with_cache(*as_inputs(model, reference), names=names, output=False)
         for name in names:
             x = cache[name]
-            axes = model.hook_points()[name].axes.split()
-            over = [axis for axis, label in enumerate(axes) if label in AVERAGED]
+            axes = cache.axes[name].split()
+            over = [axis for axis, label in enumerate(axes) if label in ("batch", *TOKEN_AXES)]
             values[name] = x.mean(over, keepdim=True) if method == "mean" else x.roll(1, 0) if len(x) > 1 else x
     index = _indices(model, names, pos, heads, neurons)
 
@@ -147,9 +146,8 @@ def freeze(model: HookedModel, cache: ActivationCache, names: Query | None = Non
     """
     if cache.model is not None and cache.model is not model:
         raise InputError("This cache is of another model: expected one that this very model's run_with_cache returned.")
-    chosen = (
-        [name for name in cache if not model.hook_points()[name].derived] if names is None else points_of(model, names)
-    )
+    points = model.hook_points()
+    chosen = [name for name in cache if not points[name].derived] if names is None else points_of(model, names)
     held = {name: cache[name] for name in chosen}
 
     def edit(x: Tensor, at: HookContext) -> Tensor:

@@ -17,8 +17,8 @@ from prisma_core.errors import UnknownName, suggest
 from prisma_core.errors.arguments import check_call, whole
 
 Predicate: TypeAlias = Callable[[str], bool]
-LayerQuery: TypeAlias = "tuple[str, int | None] | tuple[str, int | None, str | None]"
-Query: TypeAlias = "str | LayerQuery | Predicate | Iterable[str | LayerQuery]"
+LayerQuery: TypeAlias = tuple[str, int | None] | tuple[str, int | None, str | None]
+Query: TypeAlias = str | LayerQuery | Predicate | Iterable[str | LayerQuery]
 
 _LAYER = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 _PARTS = {"a": "attn", "attention": "attn", "m": "mlp", "b": "", "block": "", "blocks": ""}  # TransformerLens' letters

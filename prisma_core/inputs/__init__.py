@@ -1,4 +1,4 @@
-"""From images to the tensor a model takes."""
+"""From images to the tensor a model takes, and checks of that tensor."""
 
 from prisma_core.inputs.facts import Mean, Preprocess, Std
 from prisma_core.inputs.forms import ImagePreprocess, restored

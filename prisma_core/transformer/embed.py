@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prisma_core.errors import InputError
 from prisma_core.errors.arguments import expect, shown, sides, tensor
-from prisma_core.model import check_finite, check_input, input_words
+from prisma_core.inputs.checks import check_finite, check_input, input_words
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec
 from prisma_core.spec.layout import TokenLayout
 from prisma_core.toolbox.precision import joining

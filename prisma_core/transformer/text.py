@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from prisma_core.errors import InputError, NotApplicable
 from prisma_core.errors.arguments import shown
 from prisma_core.hooks.point import HookPoint
-from prisma_core.model import Processor, Size, check_place, layer_index, may_look, read_sample
+from prisma_core.inputs.checks import check_place, may_look
+from prisma_core.model import Processor, Size, layer_index, read_sample
 from prisma_core.spec import TextPoolSpec, TextSpec
 from prisma_core.toolbox.precision import joining
 from prisma_core.transformer.block import STREAM, make_block

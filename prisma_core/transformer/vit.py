@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from prisma_core.errors import InputError, MissingPart, NotApplicable
 from prisma_core.errors.arguments import number, several, shown, tensor
 from prisma_core.hooks.point import HookPoint, copy_if_cached
-from prisma_core.model import Size, check_place, layer_index, read_sample
+from prisma_core.inputs.checks import check_place
+from prisma_core.model import Size, layer_index, read_sample
 from prisma_core.spec import ModelSpec, RopeCount
 from prisma_core.spec.layout import TokenLayout
 from prisma_core.toolbox.precision import joining

@@ -19,8 +19,9 @@ from prisma_core.errors.migration import (
     takes_any_keyword,
 )
 from prisma_core.hooks.point import HookPoint
+from prisma_core.inputs.checks import check_finite, check_input, check_place, input_words
 from prisma_core.maps.places import HookMap
-from prisma_core.model import Size, ZooModel, check_finite, check_input, check_place, input_words, read_sample
+from prisma_core.model import Size, ZooModel, read_sample
 from prisma_core.spec import MapSpec
 from prisma_core.spec.brief import NameTable, html_table
 from prisma_core.spec.layout import TokenLayout
@@ -251,7 +252,7 @@ def _bound_rows(table: HookMap, upstream: nn.Module) -> list[BoundRow]:
         if not row.axes or "(" in row.axes:
             raise PrismaError(
                 f"The row of {row.hook} must name its axes, one word each: 'PLACE -> {row.hook} : batch pos d_model', "
-                f"or as the right side of its einops. Got {row.how!r}."
+                f"or as the right side of its einops; functions have no inverse to write by. Got {row.how!r}."
             )
     return [BoundRow(row, table.sizes) for row in rows]
 
