@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +77,15 @@ def test_a_disk_that_refuses_leaves_the_file_that_was_there(
     with pytest.raises(LoadError, match="No space left"):
         result.sel(layer=0).save(path)
     assert path.read_bytes() == before
+
+
+def test_an_xarray_has_the_same_axes_labels_and_words(result: Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xarray", SimpleNamespace(DataArray=lambda values, **rest: (values, rest)))
+    values, rest = result.to_xarray()
+    assert torch.equal(torch.from_numpy(values), result.values)
+    assert rest["dims"] == ("layer", "head", "class")
+    assert rest["coords"] == {"layer": ["L0", "L1"], "class": ["cat", "dog", "emu", "fox"]}
+    assert rest["attrs"] == {"technique": "patch", "unit": "logits", "baseline": "clean", "total": ""}
 
 
 def test_axes_and_labels_must_fit() -> None:
