@@ -33,6 +33,10 @@ _KINDS = {
     "transcoder": "transcoder",
     "jumprelu_transcoder": "transcoder",
     "skip_transcoder": "transcoder",
+    "jumprelu_skip_transcoder": "transcoder",
+    # Of checkpoints: finished ones are saved as jumprelu.
+    "batchtopk": "batchtopk",
+    "matryoshka_batchtopk": "matryoshka",
 }
 
 
@@ -82,8 +86,10 @@ def _from_sae_lens(path: Path, config: dict[str, Any], tensors: dict[str, Tensor
         raise LoadError(f"{path} has scaling factors from fine-tuning: fold them into W_dec with SAELens first.")
     normalize, tensors = _normalization(path, about, tensors)
     transcoder = "transcoder" in architecture
-    if architecture == "topk" and about.get("rescale_acts_by_decoder_norm"):
+    if "topk" in architecture and about.get("rescale_acts_by_decoder_norm"):
         tensors = _with_unit_decoder(tensors)
+    if "topk_threshold" in tensors:  # a number in double precision, as training moves it
+        tensors["threshold"] = tensors.pop("topk_threshold").to(tensors["W_enc"]).expand(len(tensors["b_enc"]))
     # Before version 6 the bias was always taken off unless said otherwise; a transcoder's has another width.
     if not transcoder and about.get("apply_b_dec_to_input", True):
         tensors["b_in"] = tensors["b_dec"]
@@ -95,6 +101,7 @@ def _from_sae_lens(path: Path, config: dict[str, Any], tensors: dict[str, Tensor
         d_out=tensors["W_dec"].shape[1],
         activation=_activation(architecture, activation),
         k=k,
+        groups=tuple(about.get("matryoshka_widths") or ()),
         normalize=normalize,
         restores=not transcoder,  # SAELens' transcoders leave their output normalised
         model=reference_of(about.get("model_name")),
@@ -107,7 +114,7 @@ def _from_sae_lens(path: Path, config: dict[str, Any], tensors: dict[str, Tensor
 
 
 def _activation(architecture: str, activation: str) -> Any:
-    if "jumprelu" in architecture:
+    if "jumprelu" in architecture or "batchtopk" in architecture:
         return "jumprelu"
     return "topk" if architecture == "topk" else activation if architecture == "standard" else "relu"
 
@@ -147,6 +154,8 @@ def save(coder: SparseCoder, folder: str | Path) -> Path:
     config = sae_lens_config(coder)
     # SAELens refuses tensors that it does not know: there the bias of the input is that of the output.
     same = {"b_in": "b_dec"} if config is not None and tensors.pop("b_in", None) is not None else {}
+    if config is not None and "threshold" in tensors:  # there each feature has its own
+        tensors["threshold"] = tensors["threshold"].expand(coder.facts.d_sae).contiguous()
     sha256 = digest(tensors)
     facts = {"schema": 1, "sha256": sha256, "facts": coder.facts.model_dump(mode="json"), "same": same}
     with replacing_both(folder / WEIGHTS, folder / OURS, sha256, folder / CONFIG) as (weights, head):
@@ -172,15 +181,14 @@ def sae_lens_config(coder: SparseCoder) -> dict[str, Any] | None:
         ("topk", False, False): "topk",
         ("jumprelu", False, False): "jumprelu",
         ("relu", False, True): "skip_transcoder" if "W_skip" in tensors else "transcoder",
-        ("jumprelu", False, True): "jumprelu_transcoder",
+        ("jumprelu", False, True): "jumprelu_skip_transcoder" if "W_skip" in tensors else "jumprelu_transcoder",
     }.get((facts.activation, "r_mag" in tensors, transcoder))
     unlike = (
         not same
         or facts.normalize == "standardize"
         or facts.soft_cap is not None
         or "b_dec" not in tensors
-        or ("W_skip" in tensors and architecture != "skip_transcoder")
-        or ("threshold" in tensors and not tensors["threshold"].ndim)
+        or ("W_skip" in tensors and not transcoder)
         or (transcoder and (coder.b_in is not None or (facts.restores and facts.normalize != "none")))
     )
     if architecture is None or unlike:
