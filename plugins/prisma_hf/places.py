@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from prisma_core.plugin import LoadError, hub, read_json
+from prisma_core.plugin import LoadError, check_merged, hub, read_json
 
-CONFIG = "config.json"
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -35,11 +35,13 @@ class Place:
 
         Raises:
             UnknownName: the hub has no such repository.
-            LoadError: the hub cannot be reached, or what came is broken.
+            LoadError: the hub cannot be reached, what came is broken, or it holds LoRA weights alone.
         """
         if self.local:
             return Path(self.name)
-        config = hub.fetch(self.name, [CONFIG], revision=self.revision, reference=str(self))
+        config = hub.fetch(self.name, [CONFIG, ADAPTER], revision=self.revision, reference=str(self))
+        if config.name == ADAPTER:
+            check_merged(config.parent)
         file = hub.cached(self.name, WEIGHTS, revision=self.revision)
         if not weights or (file is not None and _whole(file)):
             return config.parent
