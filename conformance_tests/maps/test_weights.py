@@ -302,3 +302,9 @@ def test_gradients_pulled_back_equal_autograds():
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, leaves[name].grad)
     assert not any(tensor.requires_grad for tensor in upstream.values())
+
+
+def test_a_number_cannot_be_split() -> None:
+    table = WeightMap.parse("alpha -> [a, b]")
+    with pytest.raises(WeightMapError, match=r"alpha -> \[a, b\]: 1 rows cannot be split into \[2, 2\]"):
+        table.forward({"alpha": torch.tensor(0.5)}, shapes(a=(2,), b=(2,)))

@@ -177,8 +177,8 @@ class WeightMap(Table[Rule]):
         sources = (upstream[name] for name in choice.tensors)
         joined = rule.compute(*sources) if rule.call is not None else self._join(choice, upstream, targets)
         lengths = [_rows(shape) for shape in targets]
-        if len(targets) > 1 and joined.shape[0] != sum(lengths):
-            raise WeightMapError(f"{rule}: {joined.shape[0]} rows cannot be split into {lengths}.")
+        if len(targets) > 1 and _rows(joined.shape) != sum(lengths):
+            raise WeightMapError(f"{rule}: {_rows(joined.shape)} rows cannot be split into {lengths}.")
         tensors = dict(zip(rule.targets, torch.split(joined, lengths) if len(targets) > 1 else [joined], strict=True))
         for name, tensor in tensors.items():
             if tensor.shape != shapes[name]:

@@ -128,11 +128,20 @@ def _compared(bench: Bench, trial: Trial, progress: Callable[[str], None] | None
         before=before,
         logits=logits,
         size=size,
-        evidence=() if improvements or size is not None else tuple(_evidence(bench, trial, first)),
+        evidence=() if improvements or size is not None else (*_conflicts(search), *_evidence(bench, trial, first)),
         remedies=tuple(one.remedy for one in improvements[:MOST]),
         tried=search.tried,
         then=then,
     )
+
+
+def _conflicts(search: Search) -> list[str]:
+    """What one field cannot say: a value that mends one hook point and breaks another."""
+    return [
+        f"With {change.says}, it agrees, and {other} does not: one field stands for both. "
+        "Refuse models in which the two differ: reader.expect(NAME=VALUE)."
+        for change, other in search.conflicts[:1]
+    ]
 
 
 def _evidence(bench: Bench, trial: Trial, first: str) -> tuple[str, ...]:
