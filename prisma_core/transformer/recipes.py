@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prisma_core.errors import InputError
 from prisma_core.hooks.cache import ActivationCache, alone
 from prisma_core.hooks.capture import Keep
-from prisma_core.hooks.point import OPEN_SCOPES, HookPoint
+from prisma_core.hooks.point import HookPoint
 from prisma_core.spec.layout import IndexSlice
 from prisma_core.toolbox.query_rows import captures
 
@@ -36,7 +36,7 @@ def computed(
     """
     x = function(*operands) if value is None else value
     y = point(x)
-    if OPEN_SCOPES.get() and y is x and not torch.compiler.is_compiling():  # no hook changed it
+    if y is x and point.wanted and not torch.compiler.is_compiling():  # no hook changed it
         for capture in captures(point):
             if isinstance(capture, RecipeKeep):
                 capture.derive(x, function, operands)
