@@ -10,7 +10,7 @@ import pytest
 import torch
 from coders import D_IN, D_SAE, X, close, drawn, encoded, far, saev, standard, top
 from hostile import RunsCommand
-from prisma_sae import SparseCoder, read, save
+from prisma_sae import CoderFacts, SparseCoder, read, save
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -209,6 +209,28 @@ def test_what_is_no_coder_is_refused_with_the_formats_there_are(tmp_path: Path) 
     with pytest.raises(LoadError):
         read(tmp_path / "sae.pt")
     assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("threshold", "extra threshold"), ("input_mean", "extra input_mean"), ("scale", "extra scale")]
+)
+def test_a_tensor_that_would_be_left_out_is_refused(name: str, words: str) -> None:
+    tensors = standard() | {name: torch.zeros(D_SAE if name == "threshold" else D_IN)}
+    facts = CoderFacts(kind="standard", d_in=D_IN, d_sae=D_SAE, d_out=D_IN)
+    with pytest.raises(LoadError, match=words):
+        SparseCoder(facts, tensors)
+
+
+def test_a_file_with_a_tensor_of_unknown_use_is_refused(tmp_path: Path) -> None:
+    t = standard()
+    held = {"encoder.weight": t["W_enc"].T, "encoder.bias": t["b_enc"], "W_dec": t["W_dec"], "b_dec": t["b_dec"]}
+    (tmp_path / "cfg.json").write_text(json.dumps({"activation": "topk", "k": 3}))
+    save_file({name: tensor.contiguous() for name, tensor in held.items()}, tmp_path / "sae.safetensors")
+    assert read(tmp_path).facts.k == 3
+    held["W_skip"] = torch.ones(D_IN, D_IN)  # and skip_connection is not set
+    save_file({name: tensor.contiguous() for name, tensor in held.items()}, tmp_path / "sae.safetensors")
+    with pytest.raises(LoadError, match="holds W_skip, whose use"):
+        read(tmp_path)
 
 
 def test_a_coder_of_the_wrong_shapes_or_without_k_is_refused(tmp_path: Path) -> None:
