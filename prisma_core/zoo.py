@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy as copying
 import difflib
 import os
 import re
@@ -224,7 +223,7 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> Z
         model = build(spec)
     if stem is not None:
         for tower in with_own_stem(model):
-            tower.embed.stem = copying.deepcopy(stem)
+            tower.embed.stem = copy_module(stem, copy=True)
     check_rows(hooks, model.hook_points(), optional_hook_names(model))
     theirs = tensors_of(upstream)
     with torch.enable_grad():  # a tensor made of a trainable one is trainable, whatever mode the caller is in
