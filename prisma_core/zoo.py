@@ -95,7 +95,7 @@ def load(
         model = loaded.model if isinstance(loaded.model, HookedModel) else _adapt(loaded.model, None, copy=False)
         if isinstance(model, ZooModel):
             model.preprocess = loaded.preprocess or model.preprocess
-            model.labels = loaded.labels or model.labels
+            model.labels = _labels(model, loaded) or model.labels
             model.reference = reference
         check_finite(dict(model.named_parameters()), reference)
         if isinstance(model, HookedDual | HookedText):
@@ -193,8 +193,14 @@ def _adapt(upstream: nn.Module, adapter: Adapter | None, *, copy: bool) -> ZooMo
             description = returned(source.describe, source.describe(model), Loaded)
         if description.preprocess is not None and not hooked.preprocess:
             hooked.preprocess = description.preprocess
-        hooked.labels = hooked.labels or description.labels
+        hooked.labels = hooked.labels or _labels(hooked, description)
     return hooked
+
+
+def _labels(model: ZooModel, loaded: Loaded) -> tuple[str, ...] | None:
+    """Return the class names that a library knows; None for a head of another number of classes: it was replaced."""
+    n = getattr(model.spec, "n_classes", None)
+    return loaded.labels if loaded.labels is None or n in (None, len(loaded.labels)) else None
 
 
 def check_adapter(adapter: object, upstream: nn.Module) -> None:

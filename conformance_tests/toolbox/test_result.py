@@ -61,6 +61,22 @@ def test_a_file_gives_it_back(result: Result, tmp_path: Path) -> None:
         result.save(tmp_path / "result.json")
 
 
+def test_a_disk_that_refuses_leaves_the_file_that_was_there(
+    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = result.save(tmp_path / "result.safetensors")
+    before = path.read_bytes()
+
+    def refuse(tensors: object, place: Path, metadata: object = None) -> None:
+        Path(place).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("prisma_core.files.checkpoint.save_file", refuse)
+    with pytest.raises(LoadError, match="No space left"):
+        result.sel(layer=0).save(path)
+    assert path.read_bytes() == before
+
+
 def test_axes_and_labels_must_fit() -> None:
     with pytest.raises(InputError, match="name for each axis"):
         Result(torch.zeros(2, 3), ("layer",))

@@ -159,8 +159,8 @@ def test_an_opened_kernel_that_nothing_vouches_for_is_caught():
 def test_a_kernel_opened_with_other_numbers_is_caught(monkeypatch):
     real = observer._unfused
 
-    def wrong(run: Any, inside: Any, q: Tensor, *rest: Any, **options: Any) -> Tensor:
-        return real(run, inside, 1.01 * q, *rest, **options)
+    def wrong(run: Any, inside: Any, kernel: Any, q: Tensor, *rest: Any, **options: Any) -> Tensor:
+        return real(run, inside, kernel, 1.01 * q, *rest, **options)
 
     monkeypatch.setattr(observer, "_unfused", wrong)
     assert {"parity.hooks", "hooks.live"} <= failing(Adapter())

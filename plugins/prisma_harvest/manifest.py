@@ -26,7 +26,7 @@ MANIFEST, WHOLE, EXAMPLES, SKIPPED, SHARDS = (
 )
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
 Dtype = Literal["bfloat16", "float16", "float32"]
-Name: TypeAlias = "str | LayerQuery"  # of a hook point: full, shorthand, or shorthand and layer
+Name: TypeAlias = str | LayerQuery  # of a hook point: full, shorthand, or shorthand and layer
 
 
 class Point(Facts):

@@ -12,8 +12,8 @@ from prisma_core import HookedModel, InputError, NotApplicable, UnknownName
 from prisma_core.plugin import blaming, checked, shown, suggest, whole
 
 Metric: TypeAlias = Callable[[Tensor], Tensor]
-Class: TypeAlias = "int | str"
-MetricLike: TypeAlias = "Metric | Class | tuple[Class, Class]"
+Class: TypeAlias = int | str
+MetricLike: TypeAlias = Metric | Class | tuple[Class, Class]
 
 
 @checked

@@ -74,8 +74,7 @@ def ablate(
             _, cache = model.run_with_cache(*as_inputs(model, reference), names=names, output=False)
         for name in names:
             x = cache[name]
-            axes = model.hook_points()[name].axes.split()
-            over = [axis for axis, label in enumerate(axes) if label in ("batch", *TOKEN_AXES)]
+            over = [axis for axis, label in enumerate(cache.axes[name].split()) if label in ("batch", *TOKEN_AXES)]
             values[name] = x.mean(over, keepdim=True) if method == "mean" else x.roll(1, 0) if len(x) > 1 else x
     index = _indices(model, names, pos, heads, neurons)
 
@@ -146,9 +145,8 @@ def freeze(model: HookedModel, cache: ActivationCache, names: Query | None = Non
     """
     if cache.model is not None and cache.model is not model:
         raise InputError("This cache is of another model: expected one that this very model's run_with_cache returned.")
-    chosen = (
-        [name for name in cache if not model.hook_points()[name].derived] if names is None else points_of(model, names)
-    )
+    points = model.hook_points()
+    chosen = [name for name in cache if not points[name].derived] if names is None else points_of(model, names)
     held = {name: cache[name] for name in chosen}
 
     def edit(x: Tensor, at: HookContext) -> Tensor:

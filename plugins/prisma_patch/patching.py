@@ -32,7 +32,7 @@ from prisma_patch.passes import Inputs, Variant, passes_of
 from prisma_patch.places import Places, Positions, Region, block_of, check_layers_swept, check_reach
 from prisma_patch.sweeps import run
 
-Other: TypeAlias = "Tensor | tuple[Tensor, ...] | Literal['zero', 'mean', 'resample']"
+Other: TypeAlias = Tensor | tuple[Tensor, ...] | Literal["zero", "mean", "resample"]
 SHORT = {"neuron": "d_mlp", "position": "pos"}
 
 

@@ -10,8 +10,8 @@ import torch
 from prisma_core import HookedModel, InputError, NotApplicable, TokenLayout
 from prisma_core.plugin import indices, layer_of, positions_of
 
-Positions: TypeAlias = "int | slice | Sequence[int] | str | None"
-Region: TypeAlias = "tuple[int | slice, int | slice] | None"
+Positions: TypeAlias = int | slice | Sequence[int] | str | None
+Region: TypeAlias = tuple[int | slice, int | slice] | None
 
 
 def token_positions(layout: TokenLayout | None, pos: Positions) -> list[int] | None:

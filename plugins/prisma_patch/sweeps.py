@@ -33,7 +33,7 @@ Item = TypeVar("Item")
 @checked
 def sweep(
     model: HookedModel,
-    inputs: Inputs,
+    inputs: Tensor | Inputs,
     variants: Annotated[Sequence[Variant], Field(min_length=1)],
     metric: MetricLike,
     *,

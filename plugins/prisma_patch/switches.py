@@ -21,14 +21,14 @@ from prisma_lens.metrics import Class, class_of, logit_difference
 from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, NotApplicable, Result
-from prisma_core.plugin import Query, checked, layer_of
+from prisma_core.plugin import BriefRepr, Query, checked, layer_of
 from prisma_patch.passes import Inputs, Variant
 from prisma_patch.patching import activation_patch
 from prisma_patch.places import Places, Positions
 
 
-@dataclass(frozen=True)
-class Switch:
+@dataclass(frozen=True, repr=False)
+class Switch(BriefRepr):
     """A set of heads that flips a prediction.
 
     Attributes:

@@ -68,6 +68,21 @@ _ATTRIBUTES = {
     "toggle_autodiff": "open torch.no_grad() around the pass.",
 }
 
+# Methods of the residual stream: a cache of one canonical transformer has them.
+STREAM_METHODS = frozenset(
+    [
+        "decompose_resid",
+        "accumulated_resid",
+        "stack_head_results",
+        "stack_neuron_results",
+        "apply_ln_to_stack",
+        "project_stack",
+        "logit_attrs",
+        "logit_constant",
+        "directions",
+    ]
+)
+
 
 def _answer(answers: Mapping[str, str], name: str) -> str | None:
     return next((answer for names, answer in answers.items() if name in names.split()), None)

@@ -69,10 +69,7 @@ class VideoPreprocess(Facts):
             frames: Any = read_video(video, self.frames)
         else:
             frames = [video[index] for index in evenly(_length(video), self.frames, "The video")]
-        return self.each([self._image(frame) for frame in frames])[None]
-
-    def _image(self, frame: Any) -> ImageLike:
-        return frame.numpy() if isinstance(frame, Tensor) else frame
+        return self.each(frames)[None]
 
     def denormalise(self, pixels: Tensor) -> Tensor:
         """Return normalised pixels ``[... channel height width]`` in 0..1 again."""

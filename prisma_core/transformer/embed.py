@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prisma_core.errors import InputError
 from prisma_core.errors.arguments import expect, shown, sides, tensor
-from prisma_core.model import may_look
+from prisma_core.model import check_finite
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec
 from prisma_core.spec.layout import TokenLayout
 from prisma_core.toolbox.precision import joining
@@ -221,8 +221,7 @@ def check_image(image: Tensor, spec: ModelSpec) -> None:
     if not image.is_floating_point():
         raise InputError(f"Expected floating point pixels, got {image.dtype}. model.preprocess scales them.")
     _check_size(image, spec, expected)
-    if may_look(image) and not torch.isfinite(image).all():
-        raise InputError(f"The {what} holds {int((~torch.isfinite(image)).sum())} values that are NaN or infinite.")
+    check_finite(what, image)
 
 
 def _check_size(image: Tensor, spec: ModelSpec, expected: str) -> None:

@@ -11,6 +11,7 @@ from prisma_core.errors import PrismaError
 from prisma_core.hooks.point import HookPoint
 from prisma_core.maps.places import Row
 from prisma_core.model import in_transform
+from prisma_core.toolbox.query_rows import AXIS, Rows
 from prisma_core.upstream.observer import Observer
 
 
@@ -41,6 +42,14 @@ class BoundRow(Observer):
         if result is activation and not (torch.is_grad_enabled() and activation.requires_grad):
             return x
         return _laid_out_as(self.row.write(result, sizes), x)
+
+    def rows(self) -> Rows | None:
+        upstream = self.row.how.partition("->")[0].split()  # the queries stand last but one, or among others
+        alone = upstream[-2:-1] == [AXIS] and AXIS not in self.sizes
+        return Rows.asked(self.point) if alone else None
+
+    def store(self, rows: Rows, x: Tensor, batch: int) -> None:
+        rows.store(self.point, self.row.read(x, {**self.sizes, "batch": batch}))
 
     def missed(self) -> None:
         raise PrismaError(f"No tensor passes {self.place}; the hook map names it for {self.row.hook}.")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from textwrap import indent
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,9 @@ from prisma_core.errors.migration import (
 )
 from prisma_core.hooks.point import HookPoint
 from prisma_core.maps.places import HookMap
-from prisma_core.model import Size, ZooModel, check_place, may_look, read_sample
+from prisma_core.model import Size, ZooModel, check_finite, check_place, read_sample
 from prisma_core.spec import MapSpec
+from prisma_core.spec.brief import NameTable, html_table
 from prisma_core.spec.layout import TokenLayout
 from prisma_core.toolbox.tables import numbered
 from prisma_core.upstream.bound import BoundRow
@@ -87,6 +89,15 @@ class HookedUpstream(ZooModel):
             )
         with watching(active, _batch(inputs, kwargs)):
             return self._output(self.upstream(*inputs, **kwargs))
+
+    def __repr__(self) -> str:
+        """The size, upstream's class, and which parts have hook points; ``model.upstream`` prints all modules."""
+        lines = [
+            self.extra_repr(),
+            f"upstream: {type(self.upstream).__name__} of {self._expected()}",
+            f"{len(self._rows)} hook points, listed by hook_points(): {', '.join(_parts(self))}",
+        ]
+        return f"{type(self).__name__}(\n{indent(chr(10).join(lines), '  ')}\n)"
 
     def attribute_hint(self, name: str) -> str | None:
         return migration_hint(name) or (None if name.startswith("_") else _instead(self))
@@ -163,8 +174,7 @@ class HookedUpstream(ZooModel):
         if not x.is_floating_point():
             raise InputError(f"Expected floating point numbers, got {x.dtype}. model.preprocess scales pixels.")
         check_place(what, x, next((each for each in self.parameters() if each.is_floating_point()), None))
-        if may_look(x) and not torch.isfinite(x).all():
-            raise InputError(f"The {what} holds {int((~torch.isfinite(x)).sum())} values that are NaN or infinite.")
+        check_finite(what, x)
         return x
 
     def sizes(self) -> list[Size]:
@@ -220,15 +230,36 @@ class Part(nn.Module):
     def attribute_hint(self, name: str) -> str | None:
         return None if name.startswith("_") else _instead(self)
 
+    def __repr__(self) -> str:
+        return repr(self._points())
+
+    def _repr_html_(self) -> str:
+        points = self._points()
+        return html_table(f"{len(points)} hook points", points.rows())
+
+    def _points(self) -> NameTable[HookPoint]:
+        """Return the hook points below this part, by their names within it, in firing order."""
+        points = {
+            f"{path}.{name}" if path else name: point
+            for path, module in cast("Iterator[tuple[str, nn.Module]]", self.named_modules())
+            for name, point in vars(module).items()
+            if isinstance(point, HookPoint)
+        }
+        return NameTable(sorted(points.items(), key=lambda item: item[1].order))
+
 
 def _instead(module: nn.Module) -> str:
     """Say why a model without canonical form lacks an attribute, and where to look."""
-    parts = [part for part, _ in module.named_children() if part != "upstream"]
-    here = [*(part for part, value in vars(module).items() if isinstance(value, HookPoint)), *parts]
     return (
         "a model without canonical form has hook points under such names, and no weights such as W_Q. "
-        f"Here there are {', '.join(here)}; upstream's own module, with its weights, is model.upstream."
+        f"Here there are {', '.join(_parts(module))}; upstream's own module, with its weights, is model.upstream."
     )
+
+
+def _parts(module: nn.Module) -> list[str]:
+    """Return the names of hook points and of parts with hook points that a module has as attributes."""
+    parts = [part for part, _ in module.named_children() if part != "upstream"]
+    return [*(part for part, value in vars(module).items() if isinstance(value, HookPoint)), *parts]
 
 
 def _bound_rows(table: HookMap, upstream: nn.Module) -> list[BoundRow]:

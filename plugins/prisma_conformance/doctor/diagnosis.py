@@ -16,7 +16,7 @@ from prisma_conformance.doctor.evidence import evidence
 from prisma_conformance.doctor.families import families
 from prisma_conformance.doctor.maps import absent_places, examine_map
 from prisma_conformance.doctor.places import fitting
-from prisma_conformance.doctor.result import MOST, Diagnosis, Remedy
+from prisma_conformance.doctor.result import MOST, Diagnosis
 from prisma_conformance.doctor.search import Search
 from prisma_conformance.registry import select
 from prisma_conformance.subject import Subject
@@ -114,10 +114,10 @@ def _compared(bench: Bench, trial: Trial, progress: Callable[[str], None] | None
             return Diagnosis(name=name, agrees=True, logits=logits, compared=len(trial.errors))
         first, before, logits = "hook_pos_embed", "hook_embed", bench.logits(model, size)
     search = Search(bench, trial, first, size, progress)
-    remedies = search.remedies()
+    improvements = search.improvements()
     then = None
-    if remedies and not remedies[0].whole and steps > 1:
-        beyond = bench.on(remedies[0].change)
+    if improvements and not improvements[0].whole and steps > 1:
+        beyond = bench.on(improvements[0].change)
         then = _compared(beyond, beyond.run(), progress, steps - 1)
     return Diagnosis(
         name=name,
@@ -128,8 +128,8 @@ def _compared(bench: Bench, trial: Trial, progress: Callable[[str], None] | None
         before=before,
         logits=logits,
         size=size,
-        evidence=() if remedies or size is not None else tuple(_evidence(bench, trial, first)),
-        remedies=tuple(Remedy(change=r.change.says, here=r.here, logits=r.logits) for r in remedies[:MOST]),
+        evidence=() if improvements or size is not None else tuple(_evidence(bench, trial, first)),
+        remedies=tuple(one.remedy for one in improvements[:MOST]),
         tried=search.tried,
         then=then,
     )
@@ -153,9 +153,9 @@ def _of_rows(bench: Bench, trial: Trial, progress: Callable[[str], None] | None)
     points = [*different, *trial.unread]
     first = points[0]
     search = Search(bench, trial, first, None, progress)
-    remedies = [remedy for remedy in search.remedies() if remedy.whole] if different else []
+    improvements = [one for one in search.improvements() if one.whole] if different else []
     rows = _rows(trial, points)
-    read = [] if remedies else [_place(bench, trial, row) for row in rows]
+    read = [] if improvements else [_place(bench, trial, row) for row in rows]
     known = [(row, place) for row, place in zip(rows, read, strict=False) if place is not None]
     return Diagnosis(
         name=bench.subject.case.name,
@@ -167,7 +167,7 @@ def _of_rows(bench: Bench, trial: Trial, progress: Callable[[str], None] | None)
         compared=len(trial.errors),
         rows=tuple(_said(trial, row) for row in ([row for row, _ in known] or rows)),
         places=tuple(str(place) for _, place in known),
-        remedies=tuple(Remedy(change=r.change.says, here=r.here, logits=r.logits) for r in remedies[:MOST]),
+        remedies=tuple(one.remedy for one in improvements[:MOST]),
         tried=search.tried,
     )
 
@@ -221,4 +221,4 @@ def _of_map(subject: Subject, progress: Callable[[str], None] | None) -> Diagnos
     )
 
 
-__all__ = ["Diagnosis", "Remedy", "diagnose", "examine"]
+__all__ = ["Diagnosis", "diagnose", "examine"]
