@@ -71,6 +71,20 @@ def test_sae_lens_jumprelu_compares_before_the_relu(tmp_path: Path) -> None:
     far(coder.encode(X), (h - t["threshold"]).relu())
 
 
+@pytest.mark.parametrize("rescale", [True, False])
+def test_sae_lens_checkpoints_of_batch_topk_keep_what_is_above_their_threshold(tmp_path: Path, rescale: bool) -> None:
+    t, threshold = standard(), torch.tensor(1.5, dtype=torch.double)
+    how = {"architecture": "matryoshka_batchtopk", "k": 3, "rescale_acts_by_decoder_norm": rescale}
+    coder = sae_lens(tmp_path, t | {"topk_threshold": threshold}, V6 | how | {"matryoshka_widths": [4, D_SAE]})
+    norm = t["W_dec"].norm(dim=-1)
+    h = encoded(t) * (norm if rescale else 1)
+    f = h * (h > threshold)
+    assert not torch.equal(f, top(h, 3).relu())  # as in training, of each row
+    close(coder.encode(X), f)
+    close(coder(X), (f / norm if rescale else f) @ t["W_dec"] + t["b_dec"])
+    assert coder.facts.groups == (4, D_SAE)
+
+
 def test_sae_lens_gated_has_no_b_enc(tmp_path: Path) -> None:
     t = standard() | drawn(1, b_gate=(D_SAE,), r_mag=(D_SAE,), b_mag=(D_SAE,))
     del t["b_enc"]
@@ -80,15 +94,17 @@ def test_sae_lens_gated_has_no_b_enc(tmp_path: Path) -> None:
     close(coder.encode(X), ((u @ t["W_enc"] + t["b_gate"]) > 0) * magnitude)
 
 
-@pytest.mark.parametrize("architecture", ["transcoder", "skip_transcoder", "jumprelu_transcoder"])
+@pytest.mark.parametrize(
+    "architecture", ["transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"]
+)
 def test_sae_lens_transcoders_take_nothing_off_their_input_and_leave_the_output_normalised(
     tmp_path: Path, architecture: str
 ) -> None:
     d_out = D_IN + 2
     t = drawn(0, W_enc=(D_IN, D_SAE), b_enc=(D_SAE,), W_dec=(D_SAE, d_out), b_dec=(d_out,))
-    if architecture == "skip_transcoder":
+    if "skip" in architecture:
         t |= drawn(1, W_skip=(d_out, D_IN))
-    if architecture == "jumprelu_transcoder":
+    if "jumprelu" in architecture:
         t |= {"threshold": torch.full((D_SAE,), 0.7)}
     metadata = METADATA | {"hook_name_out": "blocks.5.hook_mlp_out"}
     how = "none" if "skip" in architecture else "layer_norm"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from prisma_core.plugin import LoadError, hub
+from prisma_core.plugin import LoadError, hub, read_json
 
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -68,8 +67,8 @@ def _whole(main: Path) -> bool:
     if main.suffix != ".json":
         return True
     try:
-        names = set(json.loads(main.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError):
+        names = set(read_json(main)["weight_map"].values())
+    except (LoadError, KeyError, AttributeError, TypeError):
         return False
     return all((main.parent / name).is_file() for name in names)
 

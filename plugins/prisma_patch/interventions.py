@@ -74,7 +74,8 @@ def ablate(
             _, cache = model.run_with_cache(*as_inputs(model, reference), names=names, output=False)
         for name in names:
             x = cache[name]
-            over = [axis for axis, label in enumerate(cache.axes[name].split()) if label in ("batch", *TOKEN_AXES)]
+            axes = cache.axes[name].split()
+            over = [axis for axis, label in enumerate(axes) if label in ("batch", *TOKEN_AXES)]
             values[name] = x.mean(over, keepdim=True) if method == "mean" else x.roll(1, 0) if len(x) > 1 else x
     index = _indices(model, names, pos, heads, neurons)
 

@@ -43,6 +43,19 @@ _NOT_PLAIN = {"sparse": "sparse", "qtensor": "quantised", "nested": "nested", "m
 Known = Callable[[str], bool]
 
 
+def save_objects(value: object, path: Path) -> None:
+    """Write what ``torch.save`` writes.
+
+    Raises:
+        OSError: the disk refuses, of which torch itself raises a RuntimeError.
+    """
+    try:
+        with path.open("wb") as file:
+            torch.save(value, file)
+    except RuntimeError as error:
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from error
+
+
 def read_objects(path: Path, known: Known | None = None, *, start: int = 0, outline: bool = False) -> Any:
     """Return what a file of ``torch.save`` holds, tensors on the CPU.
 

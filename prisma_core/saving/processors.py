@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prisma_core.errors import LoadError, PrismaError, format_error
+from prisma_core.files.atomic import file_digest, place
 from prisma_core.host import installed
 from prisma_core.inputs import tried
 from prisma_core.model import LazyProcessor, MissingProcessor, ZooModel
@@ -59,18 +60,6 @@ class ProcessorFolder(LazyProcessor):
         return folder
 
 
-def beside(home: Path, name: str, sha256: str) -> Path:
-    """Return where a file or folder of a digest waits until it may be moved to ``home / name``."""
-    stem, dot, ending = name.partition(".")
-    return home / f"{stem}-{sha256[:12]}{dot}{ending}"
-
-
-def place(home: Path, name: str, sha256: str | None) -> Path:
-    """Return where a file or folder of a digest is: beside its place until it is moved there, and then there."""
-    waiting = beside(home, name, sha256) if sha256 else home / name
-    return waiting if waiting.exists() else home / name
-
-
 def digest(folder: Path) -> str:
     """Return a SHA-256 of the names and contents of all files in a folder.
 
@@ -82,9 +71,7 @@ def digest(folder: Path) -> str:
         if path.is_symlink():
             raise LoadError(f"{path} is a link, which may lead anywhere: expected files alone.")
         if path.is_file():
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-            total.update(f"{path.relative_to(folder)}\0{content}\0".encode())
+            total.update(f"{path.relative_to(folder)}\0{file_digest(path)}\0".encode())
     return total.hexdigest()
 
 

@@ -268,7 +268,7 @@ def _bound_rows(table: HookMap, upstream: nn.Module) -> list[BoundRow]:
         if not row.axes or "(" in row.axes:
             raise PrismaError(
                 f"The row of {row.hook} must name its axes, one word each: 'PLACE -> {row.hook} : batch pos d_model', "
-                f"or as the right side of its einops. Got {row.how!r}."
+                f"or as the right side of its einops; functions have no inverse to write by. Got {row.how!r}."
             )
     return [BoundRow(row, table.sizes) for row in rows]
 

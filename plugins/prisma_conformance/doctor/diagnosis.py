@@ -167,6 +167,7 @@ def _of_rows(bench: Bench, trial: Trial, progress: Callable[[str], None] | None)
         compared=len(trial.errors),
         rows=tuple(_said(trial, row) for row in ([row for row, _ in known] or rows)),
         places=tuple(str(place) for _, place in known),
+        evidence=() if improvements or known else tuple(_evidence(bench, trial, first)),
         remedies=tuple(one.remedy for one in improvements[:MOST]),
         tried=search.tried,
     )
@@ -181,7 +182,7 @@ def _rows(trial: Trial, points: list[str]) -> list[Row]:
 def _said(trial: Trial, row: Row) -> str:
     """A row as it is written in the table."""
     written = (one for one in trial.hooks.rows if HookMap((one,), trial.hooks.sizes).bound([row.hook]))
-    return next(f"{one.place} -> {one.hook}" for one in written)
+    return next(f"{one.place} -> {one.hook}" + (f" : {one.how}" if one.function else "") for one in written)
 
 
 def _place(bench: Bench, trial: Trial, row: Row) -> Row | None:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from prisma_core import LoadError
-from prisma_core.plugin import read_checkpoint
+from prisma_core.plugin import read_checkpoint, read_json
 from prisma_sae.coder import CoderFacts, SparseCoder
-from prisma_sae.formats.files import plain, read_json, reference_of, renamed
+from prisma_sae.formats.files import plain, reference_of, renamed
 
 NAME = "dictionary_learning"
 _LINEAR = {"encoder.weight.T": "W_enc", "encoder.bias": "b_enc", "decoder.weight.T": "W_dec"}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,23 +12,6 @@ from prisma_core import LoadError
 from prisma_core.plugin import SavedObject
 
 MOST_VALUES = 100_000  # of a configuration; a pickle may hold one list in itself twice, over and over
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        LoadError: there is no such file, or it holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise LoadError(f"No file at {path}: it says what the tensors beside it mean.") from error
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{path} is no readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise LoadError(f"{path} holds a {type(value).__name__}; expected an object.")
-    return value
 
 
 def renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str], where: object) -> dict[str, Tensor]:
