@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import build
-from prisma_lens import grad_cam, gradient_x_activation, integrated_gradients, relevance
+from prisma_lens import grad_cam, gradient_x_activation, integrated_gradients, probe, relevance
 from prisma_patch import attribution_patch
 from torch import Tensor
 from twins import rejects
@@ -51,6 +51,37 @@ def test_baselines_that_do_not_fit_are_said(model: HookedViT, image: Tensor) -> 
     with pytest.raises(InputError, match="no tokens"):
         integrated_gradients(model, image, 3, "hook_pooled", baseline="mean")
     assert integrated_gradients(model, image, 3, "hook_pooled").axes == ("batch",)
+
+
+def test_grad_cam_of_heads_is_summed_over_them(model: HookedViT, image: Tensor) -> None:
+    def truth(study: Any) -> None:
+        _, cache = model.run_with_cache(image, names=("z", 0), loss=lambda out: out[:, 3].sum())
+        z, gradient = (each["z", 0][:, 2:].flatten(2) for each in (cache, cache.grad))
+        by_hand = (z * gradient.mean(1, keepdim=True)).sum(-1).view(3, 2, 3)
+        found = study(model, image, 3, ("z", 0), relu=False)
+        assert found.axes == ("batch", "row", "column")
+        torch.testing.assert_close(found.values, by_hand)
+
+    rejects(truth, grad_cam, "cam.flatten(1 + n_places).sum(-1)", "cam.flatten(1 + n_places)[..., 0]")
+
+
+def test_probes_read_vectors_and_tokens_and_no_heads_by_mistake(model: HookedViT) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 2
+    images = torch.randn(60, 3, 8, 12, generator=generator).double() + 3 * labels[:, None, None, None]
+    found = probe(model, [(images, labels)], ["hook_pooled", ("resid_post", 1)])
+    assert found.sel(task="probe").values.gt(0.8).all()
+    weight, bias = (found.tensors[f"hook_pooled/{part}"].double() for part in ("weight", "bias"))
+    _, cache = model.run_with_cache(images, names="hook_pooled")
+    assert ((cache["hook_pooled"] @ weight.T + bias).flatten().gt(0) == labels).float().mean() > 0.8
+    for name in ("z", "pattern"):
+        with pytest.raises(InputError, match=r"batch .*head"):
+            probe(model, [(images, labels)], name)
+    with pytest.raises(InputError, match="1 images leave none"):
+        probe(model, [(images[:1], labels[:1])])
+    with pytest.raises(InputError, match="whole numbers from 0"):
+        probe(model, [(images, labels - 1)])
 
 
 GRADIENTS: dict[str, Callable[..., Any]] = {

@@ -141,10 +141,11 @@ def grad_cam(
         raise NotApplicable(
             f"No patch of {name} has a gradient: nothing behind it reads the patches. Take an earlier layer."
         )
-    over = list(range(1, x.ndim - 1))
-    cam = (x * grad.mean(over, keepdim=True)).sum(-1)
+    n_places = x.ndim - sum(axis not in ("batch", *TOKEN_AXES) for axis in axes) - 1
+    cam = x * grad.mean(list(range(1, 1 + n_places)), keepdim=True)
+    cam = cam.flatten(1 + n_places).sum(-1)
     cam = cam.relu() if relu else cam
-    names = ("batch", *(["frame"] if cam.ndim == 4 else []), "row", "column")
+    names = ("batch", *(["frame"] if n_places == 3 else []), "row", "column")
     return Result(cam, names, technique="grad_cam", unit="relevance", facts={"at": name})
 
 
