@@ -24,7 +24,13 @@ def held_in(folder: Path) -> dict[str, Tensor] | None:
     if main is None:
         return None
     names = {main.name} if main.suffix != ".json" else _listed(main)
-    return {name: one for file in sorted(names) for name, one in read_outline(folder / file).items()}
+    held: dict[str, Tensor] = {}
+    for file in sorted(names):
+        part = read_outline(folder / file)
+        if twice := sorted(held.keys() & part.keys()):
+            raise LoadError(f"{folder / file} holds {twice[0]}, and another of the files too: which one counts?")
+        held |= part
+    return held
 
 
 def _listed(index: Path) -> set[str]:
@@ -36,7 +42,7 @@ def _listed(index: Path) -> set[str]:
 
 
 def check_configuration(folder: Path, held: dict[str, Tensor] | None, where: object) -> None:
-    """Refuse a configuration of more layers than its weights have: to read it may make a list of them.
+    """Refuse a configuration of quantised weights, or of more layers than there are: it may make a list of them.
 
     Raises:
         LoadError: with the field.
@@ -45,6 +51,9 @@ def check_configuration(folder: Path, held: dict[str, Tensor] | None, where: obj
         config = read_json(folder / CONFIG)
     except LoadError:  # transformers says so itself
         return
+    if held is not None and (quantised := config.get("quantization_config")):
+        how = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise LoadError(f"{where} holds quantised weights ({how}), which Prisma does not read: load the original ones.")
     check_layers(config, held, where)
 
 
