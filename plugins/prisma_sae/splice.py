@@ -97,7 +97,7 @@ class Source:
         self.seen: dict[int, tuple[Tensor, FrameType | None]] = {}
 
     def __call__(self, x: Tensor) -> None:
-        self.seen[get_ident()] = x, _running_pass()
+        self.seen[_thread()] = x, _running_pass()
 
     def take(self) -> Tensor:
         """Return the activation, and forget it.
@@ -105,10 +105,14 @@ class Source:
         Raises:
             HookError: the pass did not go by it.
         """
-        x, run = self.seen.pop(get_ident(), (None, None))
+        x, run = self.seen.pop(_thread(), (None, None))
         if x is None or run is not _running_pass():  # a pass that stopped in between leaves one behind
             raise HookError(f"The transcoder reads {self.name}, which this pass did not go by: start before it.")
         return x
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else get_ident()  # which torch does not compile
 
 
 def _running_pass() -> FrameType | None:
