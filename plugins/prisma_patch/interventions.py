@@ -103,6 +103,16 @@ def steer(
 ) -> Scope:
     """Return a scope that adds a direction to activations, or takes it out.
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> x, direction = torch.zeros(1, 3, 96, 96), torch.ones(128)
+    >>> with torch.no_grad(), steer(model, ("resid_post", 1), direction, 0.5, pos="cls"):
+    ...     _, cache = model.run_with_cache(x)
+    >>> _, before = model.run_with_cache(x)
+    >>> moved = cache["resid_post", 1] - before["resid_post", 1]
+    >>> torch.allclose(moved[:, 0], torch.full((1, 128), 0.5), atol=1e-4), bool((moved[:, 1:].abs() < 1e-4).all())
+    (True, True)
+
     Args:
         model: the model whose passes are changed.
         at: hook points (see ``prisma_core.hooks.query``), such as ``("resid_post", 5)``.

@@ -61,6 +61,14 @@ def switch(
 ) -> Switch:
     """Return the smallest set of heads found whose outputs, taken from ``other``, flip the prediction from a to b.
 
+    >>> import prisma_core as prisma
+    >>> from prisma_toy import sample_scene
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> image, other = (model.preprocess(sample_scene(seed).image) for seed in (0, 3))
+    >>> switched = switch(model, image, other, "🟣 purple circle", "🔴 red circle")
+    >>> switched.heads, switched.flipped
+    (((1, 1),), True)
+
     Args:
         model: a classifier, or a dual encoder whose texts are the classes.
         clean, other: one image each, ``[1 channel height width]``; with the tokens of the texts for a dual encoder.
