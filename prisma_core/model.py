@@ -6,13 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from html import escape
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError, LoadError, NotApplicable, UnknownName, WeightMapError, suggest
-from prisma_core.errors.arguments import LARGEST, expect, number, several, tensor
+from prisma_core.errors.arguments import LARGEST, expect, number, several, shown, tensor
 from prisma_core.hooks.model import HookedModel
 from prisma_core.maps.weights import State, WeightMap
 from prisma_core.spec.brief import NameTable, html_table
@@ -71,12 +71,36 @@ class Processor:
         return held.get(self.name)
 
     def __set__(self, model: object, value: Any) -> None:
+        if not (value is None or callable(value) or isinstance(value, LazyProcessor)):
+            raise InputError(f"Expected model.{self.name} as a function, or None, got {shown(value)}.")
         vars(model)[self.name] = value
+
+
+class Labels:
+    """A model's attribute for the names of its classes: a text each, or None."""
+
+    @overload
+    def __get__(self, model: None, owner: type) -> Labels: ...
+    @overload
+    def __get__(self, model: object, owner: type) -> tuple[str, ...] | None: ...
+    def __get__(self, model: object, owner: type) -> Labels | tuple[str, ...] | None:
+        return self if model is None else vars(model).get("labels")
+
+    def __set__(self, model: object, value: Iterable[str] | None) -> None:
+        names = None if value is None else tuple(several(value, "labels, a text for each class"))
+        for name in names or ():
+            expect(name, str, "labels, a text for each class")
+        n = getattr(getattr(model, "spec", None), "n_classes", None)
+        if names is not None and n not in (None, len(names)):
+            raise InputError(
+                f"This model has {n} classes and {shown(value)} holds {len(names)} labels: give one for each."
+            )
+        vars(model)["labels"] = names
 
 
 NO_PREPROCESS = MissingProcessor(
     "This model came without a preprocess. Set model.preprocess = "
-    "prisma_core.inputs.Preprocess(size=model.spec.image_size, mean=..., std=...), with the mean and deviation it was "
+    "prisma_core.plugin.Preprocess(size=model.spec.image_size, mean=..., std=...), with the mean and deviation it was "
     "trained with; some sources take them when they load: mean=, std=."
 )
 
@@ -186,22 +210,29 @@ class ZooModel(HookedModel):
 
     Attributes:
         spec: the facts.
-        preprocess: from images, or videos, to the tensor the model takes; set by whoever loaded the model. Where
-            nobody did it is false, and using it raises an InputError that says what to set.
-        labels: names of the classes, if the model has any.
+        preprocess: from images, or videos, to the tensor the model takes; set when the model is loaded. Where
+            it is unset it is false, and using it raises an InputError that says what to set.
+        labels: names of the classes, one each, if the model has any.
         reference: what it was loaded from.
         origin: what it was adapted from.
     """
 
     spec: Any  # each model says which of AnySpec
     preprocess = Processor()
+    labels = Labels()
 
     def __init__(self) -> None:
         super().__init__()
         self.preprocess = NO_PREPROCESS
-        self.labels: tuple[str, ...] | None = None
+        self.labels = None
         self.reference: str | None = None
         self.origin: Origin | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(getattr(type(self), name, None), "__set__"):  # torch would take a preprocess of its own for a part
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         try:
@@ -285,41 +316,6 @@ def read_sample(batch: object, size: object, generator: object) -> int:
     if generator is not None:
         expect(generator, torch.Generator, "a torch.Generator")
     return number(batch, "a batch", 1, LARGEST)
-
-
-def check_place(what: str, x: Tensor, weight: Tensor | None) -> None:
-    """Refuse an input that is not where the weights are, or not of their dtype.
-
-    Raises:
-        InputError: with both, and what moves it.
-    """
-    if weight is None:
-        return
-    if x.device != weight.device:
-        raise InputError(
-            f"Expected the {what} on {weight.device}, where the model is; it is on {x.device}. "
-            f"Move it: {what}.to({str(weight.device)!r})."
-        )
-    if x.dtype == weight.dtype or not (x.is_floating_point() and weight.is_floating_point()):
-        return
-    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):  # else torch brings the two together
-        raise InputError(
-            f"Expected the {what} in {weight.dtype}, as the model's weights are; it is in {x.dtype}. "
-            f"Convert it: {what}.to({weight.dtype}), or the model: model.to({x.dtype})."
-        )
-
-
-def may_look(x: Tensor) -> bool:
-    """Return whether a check may look at the numbers of an input.
-
-    On a GPU it would stop the queue at every call, and neither ``torch.compile`` nor ``torch.vmap`` can trace it.
-    """
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not in_transform()
-
-
-def in_transform() -> bool:
-    """Return whether a transform of ``torch.func`` is running, such as ``vmap``."""
-    return cast("Any", torch)._C._functorch.maybe_current_level() is not None
 
 
 def layer_index(index: int | None, default: int, n: int) -> int:

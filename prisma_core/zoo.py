@@ -41,11 +41,11 @@ from prisma_core.saving.folder import load_folder, with_own_stem
 from prisma_core.spec import AnySpec, DualSpec, MapSpec, ModelSpec, TextSpec
 from prisma_core.toolbox.options import check_keywords, keywords
 from prisma_core.toolbox.tables import check_rows
-from prisma_core.toolbox.undeclared import check_undeclared, unwrapped
 from prisma_core.transformer import HookedDual, HookedText, build
 from prisma_core.transformer.names import optional_hook_names
 from prisma_core.upstream.copies import copy_module
 from prisma_core.upstream.model import HookedUpstream
+from prisma_core.upstream.undeclared import check_undeclared, unwrapped
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def load(
         model = loaded.model if isinstance(loaded.model, HookedModel) else _adapt(loaded.model, None, copy=False)
         if isinstance(model, ZooModel):
             model.preprocess = loaded.preprocess or model.preprocess
-            model.labels = loaded.labels or model.labels
+            model.labels = _labels(model, loaded) or model.labels
             model.reference = reference
         check_finite(dict(model.named_parameters()), reference)
         if isinstance(model, HookedDual | HookedText):
@@ -184,31 +184,27 @@ def _adapt(upstream: nn.Module, adapter: Adapter | None, *, copy: bool) -> ZooMo
     model = unwrapped(model)
     if adapter is None:
         adapter = installed().adapter(model)
-    else:
-        check_adapter(adapter, model)
+    elif not isinstance(cast("object", adapter), Adapter):
+        raise InputError(f"adapter= takes an Adapter, such as MyAdapter(); got {describe(adapter)}.")
+    elif (kind := qualified_name(model)) not in adapter.types:
+        raise InputError(
+            f"{type(adapter).__name__} adapts {', '.join(adapter.types) or 'no type'}; this model is a {kind}. Give an "
+            "adapter whose types name it, or none for the installed one."
+        )
     hooked = adapt_with(adapter, model, copy=copy)
     if source := installed().source_of(model):
         with blaming(source):
             description = returned(source.describe, source.describe(model), Loaded)
         if description.preprocess is not None and not hooked.preprocess:
             hooked.preprocess = description.preprocess
-        hooked.labels = hooked.labels or description.labels
+        hooked.labels = hooked.labels or _labels(hooked, description)
     return hooked
 
 
-def check_adapter(adapter: object, upstream: nn.Module) -> None:
-    """Refuse an adapter that does not take a model's type.
-
-    Raises:
-        InputError: it is no adapter, or its ``types`` do not name the type.
-    """
-    if not isinstance(adapter, Adapter):
-        raise InputError(f"adapter= takes an Adapter, such as MyAdapter(); got {describe(adapter)}.")
-    if (kind := qualified_name(upstream)) not in adapter.types:
-        raise InputError(
-            f"{type(adapter).__name__} adapts {', '.join(adapter.types) or 'no type'}; this model is a {kind}. Give an "
-            "adapter whose types name it, or none for the installed one."
-        )
+def _labels(model: ZooModel, loaded: Loaded) -> tuple[str, ...] | None:
+    """Return the class names that a library knows; None for a head of another number of classes: it was replaced."""
+    n = getattr(model.spec, "n_classes", None)
+    return loaded.labels if loaded.labels is None or n in (None, len(loaded.labels)) else None
 
 
 @_normal_mode()

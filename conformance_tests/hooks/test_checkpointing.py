@@ -175,3 +175,15 @@ def test_nothing_stays_on(plain, image):
     output.sum().backward()
     assert plain.open_hooks() == {}
     assert Scope(frozenset()).began == ()
+
+
+@REENTRANT
+def test_rows_of_patterns_alone(plain, image, reentrant):
+    model = build(scale=True, registers=2)
+    checkpointed(reentrant, model.blocks, saving)
+
+    def run(model, x):
+        with model.caching(["pattern", "attn_scores"], pos="cls"):
+            return model(x)
+
+    torch.testing.assert_close(gradient(partial(run, model), image), gradient(partial(run, plain), image), **EXACT)

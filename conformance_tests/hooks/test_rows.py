@@ -8,7 +8,7 @@ from models import EXACT
 from torch.utils.flop_counter import FlopCounterMode
 
 from prisma_core import InputError
-from prisma_core.transformer.rows import Rows
+from prisma_core.toolbox.query_rows import Rows
 
 NAMES = ("attn_scores", "pattern")
 POSITIONS = ["cls", 0, -1, slice(1, 4), [5, -3], torch.tensor([2, 0])]

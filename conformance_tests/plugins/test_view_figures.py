@@ -152,6 +152,11 @@ def test_paper_shows_what_the_screen_shows(
     assert len(np.unique(np.asarray(Image.open(path).convert("L")))) > 5
 
 
+def test_a_figure_prints_what_it_is_and_not_its_data() -> None:
+    figure = prisma_view.plot(Result(torch.rand(2, 3), ("layer", "head"), technique="scores"))
+    assert repr(figure) == "Figure(heat, 1 of 2 by 3: scores)"
+
+
 @pytest.mark.parametrize(("name", "head"), [("a.svg", b"<?xml"), ("a.pdf", b"%PDF"), ("a.png", b"\x89PNG")])
 def test_figures_are_saved_in_forms_for_papers(name: str, head: bytes, tmp_path: Path) -> None:
     assert Result(values(3, 4), ("layer", "head")).plot().save(tmp_path / name).read_bytes().startswith(head)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,38 @@ def test_a_masked_autoencoder_fills_in_by_layer_and_along_training() -> None:
     assert by_layer.chart.values[0, 0, -1] == pytest.approx(along.chart.values[0, 0, -1], rel=1e-4)
     assert by_layer.chart.values[0, 0, -1] < by_layer.chart.values[0, 0, 0]
     assert [words for _, words in page.sections[0].images][::4] == ["what the model sees", "the image"]
+
+
+def test_an_autoencoder_with_a_decoder_of_its_own_fills_in_what_it_hides() -> None:
+    kinds: Any = pytest.importorskip("transformers", reason="needs transformers: pip install 'prisma-interp[hf]'")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 20}
+    decoder = {f"decoder_{name}": size for name, size in (sizes | {"num_hidden_layers": 2}).items()}
+    config = kinds.ViTMAEConfig(image_size=16, patch_size=4, initializer_range=0.3, **sizes, **decoder)
+    torch.manual_seed(0)
+    upstream: Any = kinds.ViTMAEForPreTraining(config).eval()
+    x = torch.rand(1, 3, 16, 16)
+    page = prisma_view.overview(prisma.adapt(upstream), x)
+    assert titles(page)[0] == "Reconstruction by layer"
+    assert "ViTMAEForPreTraining" in page.title
+    (errors,) = page.sections[0].figures
+    assert errors.chart.labels[1] == ("encoder 0", "encoder 1", "encoder 2", "decoder 0", "decoder 1")
+
+    def error(n_encoder: int, n_decoder: int) -> float:
+        """The same without the later layers, by upstream's own modules."""
+        cut = copy.deepcopy(upstream)
+        cut.vit.layers, cut.decoder.decoder_layers = cut.vit.layers[:n_encoder], cut.decoder.decoder_layers[:n_decoder]
+        torch.manual_seed(0)
+        with torch.no_grad():
+            out = cut(x)
+        filled = cut.patchify(cut.unpatchify(out.logits).clamp(0, 1))
+        return float((((filled - cut.patchify(x)) ** 2).mean(-1) * out.mask).sum() / out.mask.sum())
+
+    expected = [error(1, 2), error(2, 2), error(3, 2), error(3, 1), error(3, 2)]
+    np.testing.assert_allclose(errors.chart.values[0, 0], expected, rtol=1e-4)
+    assert len({round(each, 4) for each in expected}) == 4
+    relative = kinds.ViTMAEConfig(image_size=16, patch_size=4, norm_pix_loss=True, **sizes, **decoder)
+    page = prisma_view.overview(prisma.adapt(kinds.ViTMAEForPreTraining(relative)), x)
+    assert "does not make the pixels" in page.why["Reconstruction by layer"]
 
 
 def test_a_video_is_shown_frame_by_frame() -> None:

@@ -120,6 +120,20 @@ def test_tensors_are_shown_by_shape() -> None:
     assert repr(drawn) == "Drawn(image=float32 [2 3], parts={'a': float32 [4]}, several=[int64 [1]], seed=5)"
 
 
+@dataclasses.dataclass(repr=False)
+class Described(BriefRepr):
+    model: Any
+    data: Any
+    effects: Any
+
+
+def test_models_long_lists_and_results_are_shown_in_a_line() -> None:
+    model = prisma.load("toy:scenes-3l")
+    shown = Described(model, list(range(1000)), prisma.Result(torch.zeros(2, 3), ("layer", "head")))
+    expected = ("HookedViT(toy:scenes-3l, 443 thousand parameters)", "list of 1000", "Result(layer 2, head 3) ...")
+    assert [line.split("=", 1)[1] for line in repr(shown).splitlines()[1:-1]] == [f"{each}," for each in expected]
+
+
 def holds_tensors(kind: Any) -> bool:
     shown = [str(each.type) for each in dataclasses.fields(kind) if each.repr]
     return any("Tensor" in each and "Callable" not in each for each in shown)

@@ -199,7 +199,7 @@ CALLS: dict[str, Callable[[], Call]] = {
         takes={"word": "nonsense", "against": "[] array", "start": "None nonsense"},
     ),
     "patch: use_word": lambda: call(patch.use_word, D, word(), then=entered),
-    "patch: read_word": lambda: call(patch.read_word, D, word(), ["word4", "word5"], takes={"at": "[] {} set() array"}),
+    "patch: read_word": lambda: call(patch.read_word, D, word(), ["word4", "word5"], takes={"at": "[] set() array"}),
     "patch: ablate": lambda: call(
         patch.ablate,
         M,

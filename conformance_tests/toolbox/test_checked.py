@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pkgutil
+import re
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from prisma_core import HookedText, HookedViT, InputError
 from prisma_core.plugin import Count, Indices, Part, Share, checked
+from prisma_core.toolbox.arguments import _of_parameter  # pyright: ignore[reportPrivateUsage]
 
 
 @checked
@@ -142,3 +146,30 @@ def test_the_function_shows_through() -> None:
     assert everything.__name__ == "everything"
     with pytest.raises(TypeError, match="unexpected keyword argument 'size'"):
         everything(size=1)  # type: ignore[call-arg]
+
+
+def test_every_argument_is_read_but_those_that_may_be_anything() -> None:
+    """An alias that is a text, or a name that only type checkers import, would pass anything on in silence."""
+    functions: set[Callable[..., Any]] = set()
+    for plugin in ("dino", "harvest", "lens", "patch", "registers", "sae", "toy", "view"):
+        package = importlib.import_module(f"prisma_{plugin}")
+        for each in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            values = [*vars(importlib.import_module(each.name)).values()]
+            values += [
+                getattr(part, "__func__", part)
+                for kind in values
+                if isinstance(kind, type)
+                for part in vars(kind).values()
+            ]
+            functions |= {
+                value for value in values if inspect.isfunction(value) and "readers" in value.__code__.co_freevars
+            }
+    assert len(functions) > 100
+    unread: set[str] = set()
+    for function in functions:
+        scope = inspect.unwrap(function).__globals__
+        for parameter in inspect.signature(function).parameters.values():
+            hint = str(parameter.annotation)
+            if _of_parameter(parameter, scope) is Any and parameter.name not in ("self", "cls"):
+                unread.add(hint)
+    assert {hint for hint in unread if not re.search(r"\bAny\b|\bTarget\b|\bFloat\[", hint)} == set()

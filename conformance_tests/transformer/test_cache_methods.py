@@ -8,8 +8,7 @@ import torch
 from models import EXACT
 
 from prisma_core import ActivationCache, InputError, UnknownName
-from prisma_core.errors.migration import migration_hint
-from prisma_core.hooks.cache import STREAM_METHODS
+from prisma_core.errors.migration import STREAM_METHODS, migration_hint
 from prisma_core.transformer.stream import StreamCache
 
 

@@ -46,6 +46,15 @@ def test_tables_that_cannot_be_used(upstream, rows, words):
         adapt_with(with_rows(lambda _: rows), upstream)
 
 
+def test_a_function_cannot_be_written_through(upstream):
+    class Turned(Adapter):
+        def hooks(self, upstream: Reader, spec: Any) -> HookMap:
+            return HookMap.parse("embed -> hook_embed : {flipped}", {"flipped": lambda x: x.flip(1)})
+
+    with pytest.raises(PrismaError, match=r"functions have no inverse to write by\. Got '\{flipped\}'"):
+        adapt_with(Turned(), upstream)
+
+
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
@@ -159,8 +168,8 @@ def test_an_opened_kernel_that_nothing_vouches_for_is_caught():
 def test_a_kernel_opened_with_other_numbers_is_caught(monkeypatch):
     real = observer._unfused
 
-    def wrong(run: Any, inside: Any, q: Tensor, *rest: Any, **options: Any) -> Tensor:
-        return real(run, inside, 1.01 * q, *rest, **options)
+    def wrong(run: Any, inside: Any, kernel: Any, q: Tensor, *rest: Any, **options: Any) -> Tensor:
+        return real(run, inside, kernel, 1.01 * q, *rest, **options)
 
     monkeypatch.setattr(observer, "_unfused", wrong)
     assert {"parity.hooks", "hooks.live"} <= failing(Adapter())

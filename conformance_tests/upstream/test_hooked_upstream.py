@@ -31,6 +31,19 @@ def test_without_hooks_it_is_upstream_to_the_bit(model, upstream, x):
     assert model.sizes() == [(4,), (9, 4)]
 
 
+def test_its_repr_is_short_and_its_parts_show_their_hook_points(model):
+    lines = repr(model).splitlines()
+    assert len(lines) == 5
+    assert type(model.upstream).__name__ in lines[2]
+    assert f"{len(model.hook_points())} hook points" in lines[3]
+    assert "blocks" in lines[3]
+    part = repr(model.blocks[0].attn)
+    assert "  hook_pattern" in part
+    assert part.splitlines()[0] == f"{len(part.splitlines()) - 1} hook points"
+    assert repr(model.blocks).count("hook_pattern") == 1
+    assert "<td>hook_pattern</td>" in model.blocks[0].attn._repr_html_()
+
+
 def test_adapting_leaves_upstream_alone_and_sharing_shares_weights_only(upstream, x):
     shared = adapt_with(Adapter(), upstream, copy=False)
     assert shared.upstream is not upstream

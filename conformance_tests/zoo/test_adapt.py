@@ -45,8 +45,10 @@ def test_what_transformers_says_about_a_model() -> None:
         "image_size": 32,
     }
     for names in ({}, {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}}):
-        labels = prisma.adapt(tr.ViTForImageClassification(tr.ViTConfig(**sizes, **names))).labels
-        assert labels == (("cat", "dog") if names else None)
+        model = tr.ViTForImageClassification(tr.ViTConfig(**sizes, **names))
+        assert prisma.adapt(model).labels == (("cat", "dog") if names else None)
+        model.classifier = nn.Linear(24, 3)
+        assert prisma.adapt(model).labels is None
 
 
 class Wrapper(nn.Module):
@@ -71,3 +73,10 @@ def test_a_model_in_a_wrapper_of_the_user_s_is_named(wrap: Any, path: str) -> No
 def test_a_name_on_the_hub_without_a_source(name: str) -> None:
     with pytest.raises(UnknownName, match=rf"Did you mean .*hf:{name}"):
         prisma.load(name)
+
+
+def test_a_head_of_another_number_of_classes_has_not_the_librarys_labels() -> None:
+    replaced: Any = vit()
+    assert prisma.adapt(replaced).labels is not None
+    replaced.head = nn.Linear(24, 3)
+    assert prisma.adapt(replaced).labels is None

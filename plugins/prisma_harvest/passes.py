@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, TokenLayout, UnknownName, tensors_of
-from prisma_core.plugin import Count, Query, checked, positions_of, qualified_name, shown
+from prisma_core.plugin import BriefRepr, Count, Query, checked, positions_of, qualified_name, shown
 from prisma_harvest.items import UNREADABLE, Item, opened
 from prisma_harvest.loading import Batch, Plan, preparer
 from prisma_harvest.manifest import DataFacts, Dtype, Manifest, ModelFacts, Point, weights_hash
@@ -57,8 +57,8 @@ class Tower:
 
 
 @checked
-@dataclass
-class Pass:
+@dataclass(repr=False)
+class Pass(BriefRepr):
     """A model, data, and what to read: one pass, in an order that depends on neither workers nor interruptions.
 
     >>> for batch, activations in Pass(model, "photos", ("resid_post", 5), pos="patches").run():

@@ -57,7 +57,11 @@ class AutoencoderAdapter(MapAdapter):
                 layer.attention
             )  # the fused kernel alone obeys it, so an opened one would show another model
         patches = mae.vit.embeddings.patch_embeddings
-        return MapSpec(shape=(patches.num_channels, *patches.image_size))
+        relative = (
+            mae.module.config.norm_pix_loss
+        )  # then pixels are those of each patch less its mean, over its deviation
+        pixels = None if relative else tuple(patches.patch_size)
+        return MapSpec(shape=(patches.num_channels, *patches.image_size), pixels=pixels)
 
     def hooks(self, upstream: Reader, spec: MapSpec) -> HookMap:
         mae, at, fused = _mae(upstream), _at(upstream), _fused(upstream)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prisma_core.plugin import LoadError, check_claims, check_layers, read_outline
+from prisma_core.plugin import LoadError, check_claims, check_layers, read_json, read_outline
 from prisma_hf.making import fresh
 from prisma_hf.places import CONFIG, WEIGHTS
 
@@ -30,9 +29,9 @@ def held_in(folder: Path) -> dict[str, Tensor] | None:
 
 def _listed(index: Path) -> set[str]:
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names = read_json(index)["weight_map"].values()
         return {Path(name).name for name in names}  # they lie beside it
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (KeyError, AttributeError, TypeError) as error:
         raise LoadError(f"{index} is no list of files of weights: {error}") from error
 
 
@@ -43,8 +42,8 @@ def check_configuration(folder: Path, held: dict[str, Tensor] | None, where: obj
         LoadError: with the field.
     """
     try:
-        config: Any = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # transformers says so itself
+        config = read_json(folder / CONFIG)
+    except LoadError:  # transformers says so itself
         return
     check_layers(config, held, where)
 

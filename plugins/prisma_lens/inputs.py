@@ -10,7 +10,9 @@ from torch import Tensor
 from prisma_core import HookedDual, HookedModel, HookedText, InputError, UnknownName
 from prisma_core.plugin import LayerQuery, Query, resolve_one, shown
 
-Inputs: TypeAlias = "tuple[Tensor, ...]"
+Inputs: TypeAlias = tuple[Tensor, ...]
+TOKEN_AXES = ("pos", "query_pos", "patch", "window", "row", "column")
+"""The axes of an activation along which tokens lie."""
 
 
 def vision_of(model: HookedModel) -> HookedModel:

@@ -13,18 +13,19 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from prisma_lens.inputs import as_inputs, points_of
+from prisma_lens.inputs import TOKEN_AXES, as_inputs, points_of
 from torch import Tensor
 
 from prisma_core import ActivationCache, HookContext, HookedModel, InputError
 from prisma_core.plugin import Indices, Query, checked, positions_of
 from prisma_patch.passes import Inputs
-from prisma_patch.places import Positions, token_positions
+from prisma_patch.places import Positions, token_positions, tokens_among
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -73,18 +74,17 @@ def ablate(
             _, cache = model.run_with_cache(*as_inputs(model, reference), names=names, output=False)
         for name in names:
             x = cache[name]
-            axes = model.hook_points()[name].axes.split()
-            over = [axis for axis, label in enumerate(axes) if label in ("batch", "pos", "query_pos")]
+            axes = cache.axes[name].split()
+            over = [axis for axis, label in enumerate(axes) if label in ("batch", *TOKEN_AXES)]
             values[name] = x.mean(over, keepdim=True) if method == "mean" else x.roll(1, 0) if len(x) > 1 else x
-    points = model.hook_points()
-    tokens = token_positions(model.layout_for(), pos)
-    index = {name: _index(name, points[name].axes, tokens, heads, neurons) for name in names}
+    index = _indices(model, names, pos, heads, neurons)
 
     def edit(x: Tensor, at: HookContext) -> Tensor:
         value = values.get(at.name)
-        if value is not None and value.shape[0] not in (1, x.shape[0]):
+        if value is not None and any(n not in (1, size) for n, size in zip(value.shape, x.shape, strict=True)):
             raise InputError(
-                f"{at.name}: {x.shape[0]} inputs against a reference of {value.shape[0]}: give as many, or one."
+                f"{at.name} is {list(x.shape)} in this pass and {list(value.shape)} of the reference: give images of "
+                "the same size, and as many of them or one."
             )
         return _replaced(x, index[at.name], torch.zeros_like(x) if value is None else value.to(x).expand_as(x))
 
@@ -115,9 +115,8 @@ def steer(
         UnknownName: no such hook point or subset.
         InputError: the direction has another width.
     """
-    names, points = points_of(model, at), model.hook_points()
-    tokens = token_positions(model.layout_for(), pos)
-    index = {name: _index(name, points[name].axes, tokens, None, None) for name in names}
+    names = points_of(model, at)
+    index = _indices(model, names, pos)
 
     def edit(x: Tensor, at: HookContext) -> Tensor:
         if direction.ndim != 1 or direction.shape[0] != x.shape[-1]:
@@ -147,9 +146,8 @@ def freeze(model: HookedModel, cache: ActivationCache, names: Query | None = Non
     """
     if cache.model is not None and cache.model is not model:
         raise InputError("This cache is of another model: expected one that this very model's run_with_cache returned.")
-    chosen = (
-        [name for name in cache if not model.hook_points()[name].derived] if names is None else points_of(model, names)
-    )
+    points = model.hook_points()
+    chosen = [name for name in cache if not points[name].derived] if names is None else points_of(model, names)
     held = {name: cache[name] for name in chosen}
 
     def edit(x: Tensor, at: HookContext) -> Tensor:
@@ -175,28 +173,41 @@ def together(*scopes: Scope) -> Generator[None]:
 # -------------------------------------------------------------------- parts
 
 
-def _index(
-    name: str, axes: str, tokens: list[int] | None, heads: Any, neurons: Any
-) -> dict[int, list[int] | int | Sequence[int]]:
-    """Return what is chosen along which axis of an activation."""
-    names = axes.split()
-    index: dict[int, Any] = {}
-    choices = ((tokens, ("pos", "query_pos"), "pos"), (heads, ("head",), "heads"), (neurons, (names[-1],), "neurons"))
-    for choice, kinds, what in choices:
-        if choice is None:
-            continue
-        at = next((names.index(kind) for kind in kinds if kind in names), None)
-        if at is None:
-            raise InputError(f"{name} ({axes}) has no axis for {what}=.")
-        index[at] = choice
-    return index
+Chosen = dict[int, Callable[[int], list[int]]]
+"""By axis, what is chosen of its places: a function of their number."""
 
 
-def _replaced(x: Tensor, indices: dict[int, Any], value: Tensor) -> Tensor:
+def _indices(
+    model: HookedModel, names: list[str], pos: Positions, heads: Any = None, neurons: Any = None
+) -> dict[str, Chosen]:
+    """Return for each hook point what is chosen along which axis of its activation."""
+    layout, points = model.layout_for(), model.hook_points()
+    if isinstance(pos, str):
+        token_positions(layout, pos)  # says now what no pass could find
+    chosen = dict[str, Chosen]()
+    for name in names:
+        axes = points[name].axes.split()
+        choices: list[tuple[Any, tuple[str, ...], str, Callable[[int], list[int]]]] = [
+            (pos, ("pos", "query_pos"), "pos", partial(tokens_among, layout, pos)),
+            (heads, ("head",), "heads", partial(positions_of, heads)),
+            (neurons, (axes[-1],), "neurons", partial(positions_of, neurons)),
+        ]
+        chosen[name] = {}
+        for choice, kinds, what, among in choices:
+            if choice is None:
+                continue
+            axis = next((axes.index(kind) for kind in kinds if kind in axes), None)
+            if axis is None:
+                raise InputError(f"{name} ({' '.join(axes)}) has no axis for {what}=.")
+            chosen[name][axis] = among
+    return chosen
+
+
+def _replaced(x: Tensor, chosen: Chosen, value: Tensor) -> Tensor:
     """Return ``x`` with ``value`` at the chosen places, and everywhere if none are chosen."""
     keep = torch.ones((), dtype=torch.bool, device=x.device)
-    for axis, numbers in indices.items():
+    for axis, among in chosen.items():
         on = torch.zeros(x.shape[axis], dtype=torch.bool, device=x.device)
-        on[positions_of(numbers, x.shape[axis])] = True
+        on[among(x.shape[axis])] = True
         keep = keep & on.view([-1 if each == axis else 1 for each in range(x.ndim)])
     return torch.where(keep, value.expand_as(x), x)

@@ -18,10 +18,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prisma_core import HookContext, HookedModel, NotApplicable, TokenLayout
+from prisma_core import HookContext, HookedModel, InputError, NotApplicable, TokenLayout
 from prisma_core.plugin import Indices, Natural, checked, layer_of, positions_of
 from prisma_patch.interventions import Scope
-from prisma_patch.places import Positions, token_positions
+from prisma_patch.places import Positions, token_positions, tokens_among
 
 Layers = int | Indices | None
 
@@ -48,11 +48,14 @@ def knock_out(
         NotApplicable: the model's attention has no scores over all tokens.
     """
     layout = model.layout_for()
-    rows, columns = token_positions(layout, queries), token_positions(layout, keys)
+    for subset in (queries, keys):
+        if isinstance(subset, str):
+            token_positions(layout, subset)  # says now what no pass could find
 
     def hidden(n_queries: int, n_keys: int) -> Tensor:
         mask = torch.zeros(n_queries, n_keys, dtype=torch.bool)
-        mask[_grid(rows, n_queries, columns, n_keys)] = True
+        rows = torch.tensor(tokens_among(layout, queries, n_queries))
+        mask[rows[:, None], tokens_among(layout, keys, n_keys)] = True
         return mask
 
     return _masked(model, hidden, layers, heads)
@@ -84,6 +87,7 @@ def local(
 
     Raises:
         NotApplicable: the model has no grid of patches.
+        InputError: in a pass of images of another size than the model's own.
     """
     layout = model.layout_for()
     if layout is None:
@@ -95,15 +99,19 @@ def local(
     far = torch.maximum((row[:, None] - row).abs(), (column[:, None] - column).abs()) > radius
     mask = torch.zeros(layout.n_tokens, layout.n_tokens, dtype=torch.bool)
     mask[layout.n_prefix :, layout.n_prefix :] = far
-    return _masked(model, lambda q, k: mask, layers, heads)
+
+    def hidden(n_queries: int, n_keys: int) -> Tensor:
+        if (n_queries, n_keys) != tuple(mask.shape):
+            raise InputError(
+                f"This pass has {n_keys} tokens, and neighbours are those of the model's own image size, "
+                f"{len(mask)} tokens ({layout!r}): give images of that size."
+            )
+        return mask
+
+    return _masked(model, hidden, layers, heads)
 
 
 # -------------------------------------------------------------------- parts
-
-
-def _grid(rows: list[int] | None, n_rows: int, columns: list[int] | None, n_columns: int) -> tuple[Tensor, Tensor]:
-    first = torch.tensor(positions_of(rows, n_rows))[:, None]
-    return first, torch.tensor(positions_of(columns, n_columns))[None, :]
 
 
 def _except_prefix(model: HookedModel, mask: Tensor) -> Tensor:

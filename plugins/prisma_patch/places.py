@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -10,8 +10,8 @@ import torch
 from prisma_core import HookedModel, InputError, NotApplicable, TokenLayout
 from prisma_core.plugin import indices, layer_of, positions_of
 
-Positions: TypeAlias = "int | slice | Sequence[int] | str | None"
-Region: TypeAlias = "tuple[int | slice, int | slice] | None"
+Positions: TypeAlias = int | slice | Sequence[int] | str | None
+Region: TypeAlias = tuple[int | slice, int | slice] | None
 
 
 def token_positions(layout: TokenLayout | None, pos: Positions) -> list[int] | None:
@@ -31,6 +31,22 @@ def token_positions(layout: TokenLayout | None, pos: Positions) -> list[int] | N
             raise InputError("A slice of positions needs the number of tokens, which this model does not know.")
         return layout.positions(pos)
     return indices(pos)
+
+
+def tokens_among(layout: TokenLayout | None, pos: Positions, n: int) -> list[int]:
+    """Return which of the ``n`` tokens of a pass are meant, whose images may be of another size than the model's own.
+
+    Raises:
+        InputError: there are none, a subset is named and the model has no token layout, or a frame is and its size is
+            not known.
+    """
+    if not isinstance(pos, str):
+        return positions_of(pos, n)
+    if layout is not None and n != layout.n_tokens:
+        if pos.startswith("frame "):
+            raise InputError(f"This pass has {n} tokens, the model's own size {layout.n_tokens}: give positions.")
+        layout = layout.model_copy(update={"frames": 1, "rows": 1, "columns": n - layout.n_prefix})
+    return positions_of(token_positions(layout, pos), n)
 
 
 def check_layers_swept(at: object, names: Sequence[str], axes: Sequence[str], over: object) -> None:
@@ -90,7 +106,7 @@ class Places:
         names, text = set(self.axes[name]), " ".join(self.axes[name])
         grid = {"row", "column"} <= names
         for axis in self.swept:
-            if self._own(name, axis) is None:
+            if self.own(name, axis) is None:
                 raise InputError(f"{name} ({text}) has no axis {axis!r} to sweep over.")
         if pos is not None and not {"pos", "query_pos"} & names:
             instead = "give region=(rows, columns) instead" if grid else "leave pos out"
@@ -108,7 +124,7 @@ class Places:
             instead = "give pos= instead" if {"pos", "query_pos"} & names else "leave region out"
             raise InputError(f"{name} ({text}) has no rows and columns to choose from; {instead}.")
 
-    def _own(self, name: str, axis: str) -> str | None:
+    def own(self, name: str, axis: str) -> str | None:
         """The axis of an activation that is meant: the queries' where tokens have two."""
         names = self.axes[name]
         return axis if axis in names else "query_pos" if axis == "pos" and "query_pos" in names else None
@@ -120,12 +136,24 @@ class Places:
     def parts(self, name: str, shape: Sequence[int]) -> list[list[int]]:
         """Return the places along each swept axis of an activation."""
         sizes = dict(zip(self.axes[name], shape, strict=True))
-        axes_swept = [str(self._own(name, axis)) for axis in self.swept]
+        axes_swept = [str(self.own(name, axis)) for axis in self.swept]
         return [self._chosen(name, axis, sizes[axis]) for axis in axes_swept]
+
+    def counts(self, names: Sequence[str], shapes: Mapping[str, torch.Tensor]) -> list[int]:
+        """Return how many places there are along each swept axis, the same for all hook points.
+
+        Raises:
+            NotApplicable: they differ.
+        """
+        every = {name: [len(rows) for rows in self.parts(name, shapes[name].shape)] for name in names}
+        if len({tuple(each) for each in every.values()}) != 1:
+            each = ", ".join(f"{name} has {' x '.join(map(str, count))}" for name, count in every.items())
+            raise NotApplicable(f"The places differ between hook points ({each}), so there is no one sweep over them.")
+        return every[names[0]]
 
     def index(self, name: str, chosen: Sequence[int]) -> tuple[Any, ...]:
         """Return the index into an activation of one variant."""
-        fixed: dict[str, Any] = dict(zip((str(self._own(name, axis)) for axis in self.swept), chosen, strict=True))
+        fixed: dict[str, Any] = dict(zip((str(self.own(name, axis)) for axis in self.swept), chosen, strict=True))
         row, column = self.region or (None, None)
         whole = {"pos": self.tokens, "query_pos": self.tokens, "head": self.heads, "row": row, "column": column}
         index = [fixed.get(axis, whole.get(axis)) for axis in self.axes[name]]
@@ -143,7 +171,7 @@ class Places:
         labels = {"layer": tuple(f"L{block.removeprefix('blocks.')}" if plain else block for block in blocks)}
         for axis, chosen in zip(self.swept, self.parts(first, shapes[first].shape), strict=True):
             tokens = self.layout.token_names() if self.layout is not None else []
-            axis_name = self._own(first, axis)
+            axis_name = self.own(first, axis)
             if (
                 axis_name in ("pos", "query_pos", "key_pos")
                 and len(tokens) == shapes[first].shape[self.axes[first].index(axis_name)]

@@ -21,18 +21,18 @@ from prisma_lens.metrics import Class, class_of, logit_difference
 from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, NotApplicable, Result
-from prisma_core.plugin import Query, checked, layer_of
-from prisma_patch.passes import Inputs
+from prisma_core.plugin import BriefRepr, Query, checked, layer_of
+from prisma_patch.passes import Inputs, Variant
 from prisma_patch.patching import activation_patch
-from prisma_patch.places import Positions, token_positions
+from prisma_patch.places import Places, Positions
 
 
-@dataclass(frozen=True)
-class Switch:
+@dataclass(frozen=True, repr=False)
+class Switch(BriefRepr):
     """A set of heads that flips a prediction.
 
     Attributes:
-        heads: ``(layer, head)`` of each, the strongest first.
+        heads: ``(layer, head)`` of each, the strongest first; heads of attentions side by side follow each other.
         before, after: the predicted class, as label or index.
         margin: ``logit(b) - logit(a)`` after the switch.
         flipped: whether the prediction became ``b``; False where all heads together do not flip it.
@@ -70,7 +70,7 @@ def switch(
         progress: show a bar.
 
     Raises:
-        InputError: ``clean`` is not predicted as ``a``, or the batch is larger than one.
+        InputError: ``clean`` is not predicted as ``a``, the batch is larger than one, or both are one class.
         UnknownName: no such class.
         NotApplicable: the model's output is no number for each class.
     """
@@ -79,6 +79,8 @@ def switch(
     metric = logit_difference(second, first)
     with torch.no_grad():
         output = model(*ours)
+    if first == second:
+        raise InputError(f"{a!r} and {b!r} are one class, so there is nothing to flip.")
     if output.ndim != 2:
         raise NotApplicable(f"This model returns {list(output.shape)}, so no class is predicted that could flip.")
     predicted = int(output[0].argmax())
@@ -89,19 +91,23 @@ def switch(
     effects = activation_patch(model, clean, other, metric, at=at, over="layer head", pos=pos, progress=progress)
     names = [name for name in points_of(model, at) if layer_of(name) is not None]
     _, theirs = model.run_with_cache(*others, names=names, output=False)
-    tokens = token_positions(model.layout_for(*ours), pos)
+    places = Places(model, names, ["layer", "head"], model.layout_for(*ours), pos, None, None)
+    heads = [
+        Variant(name, places.index(name, [head]), theirs[name])
+        for name in names
+        for head in places.parts(name, theirs[name].shape)[0]
+    ]
     n_heads = effects.shape["head"]
     order = effects.values[..., 0].flatten().argsort(descending=True).tolist()
 
     def run(chosen: list[int]) -> Tensor:
         def put(x: Tensor, at: HookContext) -> None:
             for each in chosen:
-                if names[each // n_heads] == at.name:
-                    rows = slice(None) if tokens is None else tokens
-                    x[:, rows, each % n_heads] = theirs[at.name][:, rows, each % n_heads]
+                if heads[each].name == at.name:
+                    heads[each].apply(x)
 
         with torch.no_grad():
-            return model.run_with_hooks(*ours, hooks=dict.fromkeys({names[each // n_heads] for each in chosen}, put))
+            return model.run_with_hooks(*ours, hooks=dict.fromkeys({heads[each].name for each in chosen}, put))
 
     chosen: list[int] = []
     flipped = False

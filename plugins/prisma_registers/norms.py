@@ -14,7 +14,7 @@ from torch import Tensor
 from prisma_core import HookedDual, HookedViT, InputError, NotApplicable, TokenLayout
 from prisma_core.plugin import BriefRepr, Count, checked, positions_of, shown
 
-Tokens: TypeAlias = "str | int | Sequence[int] | Tensor"
+Tokens: TypeAlias = str | int | Sequence[int] | Tensor
 FACTOR = 3.0
 """Default threshold of an outlier, in median norms of its layer's patches."""
 

@@ -9,7 +9,7 @@ from prisma_core import HookedModel, InputError, TokenLayout, UnknownName, tenso
 from prisma_core.plugin import LayerQuery, digest, several, shown
 from prisma_sae.coder import CoderFacts, SparseCoder, Tokens
 
-Coders: TypeAlias = "SparseCoder | Sequence[SparseCoder] | Mapping[str | LayerQuery, SparseCoder]"
+Coders: TypeAlias = SparseCoder | Sequence[SparseCoder] | Mapping[str | LayerQuery, SparseCoder]
 
 
 def placed(model: HookedModel, coders: Coders) -> dict[str, SparseCoder]:

@@ -31,7 +31,7 @@ from prisma_sae.coder import SparseCoder
 from prisma_sae.splice import splice
 
 Progress = Callable[[int], None]
-Batches = Iterable["Tensor | tuple[Tensor, Tensor]"]
+Batches = Iterable[Tensor | tuple[Tensor, Tensor]]
 
 
 @checked

@@ -32,6 +32,10 @@ class Figure(go.Figure):
         """What is drawn, before it was given to Plotly."""
         return self._chart
 
+    def __repr__(self) -> str:
+        panels, rows, columns = self.chart.values.shape
+        return f"Figure({self.chart.kind}, {panels} of {rows} by {columns}: {self.chart.title or self.chart.unit})"
+
     @checked
     def save(self, path: str | Path, *, dpi: Dots = 200) -> Path:
         """Write a page (``.html``) that needs no network, or a still image (``.png``, ``.svg``, ``.pdf``).

@@ -1,12 +1,16 @@
 """Sections of masked autoencoders: what hidden patches are filled in with, by layer and along training.
 
-The head must make the pixels of each patch from the patch's own token, in the order of torch's ``PixelShuffle``:
-channel, row, column. Hidden patches are zero in the input: the mean colour.
+The head of a canonical model must make the pixels of each patch from the patch's own token, in the order of torch's
+``PixelShuffle``: channel, row, column. Hidden patches are zero in its input: the mean colour. A hooked upstream whose
+``spec.pixels`` says that its output is pixels hides patches itself, and its own decoder fills them in.
 """
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +20,7 @@ from torch import Tensor
 
 import prisma_core as prisma
 from prisma_core import HookedViT, NotApplicable, Result
-from prisma_core.plugin import installed
+from prisma_core.plugin import installed, layer_of
 from prisma_view.figures import plot
 from prisma_view.images import data_uri
 from prisma_view.panels import Section, Subject, enlarged, spread
@@ -25,14 +29,17 @@ from prisma_view.words import stage_name
 SHARE = 0.6
 """Share of patches that are hidden."""
 MOST = 6
+FIRST = "blocks.0.hook_resid_post"
 
 
 def by_layer(subject: Subject) -> Section:
-    """Show what the head makes of the stream after each layer.
+    """Show what the head, or the model's own decoder, makes of the stream after each layer.
 
     Raises:
         NotApplicable: the model's head does not make pixels.
     """
+    if getattr(subject.model.spec, "pixels", None) is not None:
+        return _by_decoder(subject)
     hidden = _hidden(subject)
     lens = logit_lens(subject.model, subject.x.masked_fill(hidden, 0)).sel(batch=0)
     made = [_filled(subject, hidden, reading) for reading in lens.values]
@@ -42,6 +49,55 @@ def by_layer(subject: Subject) -> Section:
         "The error is of hidden pixels."
     )
     return _section("Reconstruction by layer", words, subject, hidden, made, names, "layer")
+
+
+def _by_decoder(subject: Subject) -> Section:
+    """Show what upstream's own decoder makes of the stream after each layer, which stands in for the last layer's."""
+    model, points = subject.model, subject.model.hook_points()
+    hidden, made, names = _unseen(subject), [], []
+    for part in (first.removesuffix(FIRST) for first in points if first.endswith(FIRST)):
+        layers = [name for name in points if re.fullmatch(rf"{re.escape(part)}blocks\.\d+\.hook_resid_post", name)]
+        with torch.no_grad(), _same_draw():
+            _, cache = model.run_with_cache(subject.x, names=layers)
+        for name in spread(layers, MOST):
+            with torch.no_grad(), _same_draw(), model.hooks({layers[-1]: _put(cache[name])}):
+                made.append(torch.where(hidden, _joined(subject, model(subject.x)), subject.x))
+            names.append(f"{part.rstrip('.') or 'encoder'} {layer_of(name)}")
+    words = (
+        f"The model hides {hidden.float().mean():.0%} of the image, and its own decoder fills that in: from the "
+        "encoder's stream after each layer, and from its own stream after each layer. The error is of hidden pixels."
+    )
+    return _section("Reconstruction by layer", words, subject, hidden, made, names, "layer")
+
+
+def _put(stream: Tensor) -> Callable[[Tensor, Any], Tensor]:
+    return lambda _, at: stream
+
+
+def _unseen(subject: Subject) -> Tensor:
+    """Return which pixels no output depends on, ``[1 1 height width]``: those of the patches that the model hides."""
+    with torch.enable_grad(), _same_draw():
+        x = subject.x.detach().clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(subject.model(x).float().square().sum(), x)
+    height, width = subject.model.spec.pixels
+    seen = torch.nn.functional.max_pool2d((gradient != 0).any(1, keepdim=True).float(), (height, width))
+    return (seen == 0).repeat_interleave(height, 2).repeat_interleave(width, 3)
+
+
+@contextmanager
+def _same_draw() -> Iterator[None]:
+    """Let a model that hides patches at random hide the same ones each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def _joined(subject: Subject, pixels: Tensor) -> Tensor:
+    """Return pixels of patches ``[1 patch pixel]`` as an image."""
+    height, width = subject.model.spec.pixels
+    return rearrange(
+        pixels, "1 (row column) (h w c) -> 1 c (row h) (column w)", row=subject.x.shape[-2] // height, h=height, w=width
+    )
 
 
 def by_checkpoint(subject: Subject) -> Section:

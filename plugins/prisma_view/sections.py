@@ -126,7 +126,7 @@ def overview(
             why[name] = str(error)
     if not sections:
         raise NotApplicable(f"Nothing of an overview applies to this model. {' '.join(why.values())}")
-    name = title or getattr(model, "reference", None) or type(model).__name__
+    name = title or getattr(model, "reference", None) or type(getattr(model, "upstream", model)).__name__
     wide = subject.layout is not None and subject.layout.frames > 1
     return Overview(name, data_uri(_shown(seen)), tuple(sections), why, trained, tuple(facts(model)), wide)
 

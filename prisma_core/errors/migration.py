@@ -56,9 +56,9 @@ _ATTRIBUTES = {
     "set_use_attn_result": "asking is what switches on: names='attn.hook_result'.",
     "set_use_split_qkv_input set_use_attn_in": "asking is what switches on: names='hook_q_input'.",
     "set_use_hook_mlp_in": "what the MLP reads is ln2.hook_normalized, and the stream before it hook_resid_mid.",
-    "fold_layer_norm": "here it is prisma_core.transformer.rewrites.rewrite(model, fold_layer_norm).",
-    "center_writing_weights": "here it is prisma_core.transformer.rewrites.rewrite(model, center_writing_weights).",
-    "fold_value_biases": "here it is prisma_core.transformer.rewrites.rewrite(model, fold_value_biases).",
+    "fold_layer_norm": "here it is prisma.rewrite(model, prisma.fold_layer_norm).",
+    "center_writing_weights": "here it is prisma.rewrite(model, prisma.center_writing_weights).",
+    "fold_value_biases": "here it is prisma.rewrite(model, prisma.fold_value_biases).",
     "cache_dict": "a cache is a mapping itself: dict(cache).",
     "stack_activation": "here it is torch.stack([cache[name, layer] for layer in range(n)]).",
     "compute_head_results": "asking is what switches on: names='attn.hook_result', or cache.stack_head_results().",
@@ -67,6 +67,21 @@ _ATTRIBUTES = {
     "apply_slice_to_batch_dim": "take what you need of the batch before the pass.",
     "toggle_autodiff": "open torch.no_grad() around the pass.",
 }
+
+# Methods of the residual stream: a cache of one canonical transformer has them.
+STREAM_METHODS = frozenset(
+    [
+        "decompose_resid",
+        "accumulated_resid",
+        "stack_head_results",
+        "stack_neuron_results",
+        "apply_ln_to_stack",
+        "project_stack",
+        "logit_attrs",
+        "logit_constant",
+        "directions",
+    ]
+)
 
 
 def _answer(answers: Mapping[str, str], name: str) -> str | None:

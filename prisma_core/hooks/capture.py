@@ -54,25 +54,25 @@ class Keep:
             x = x.detach()
         whole = x.numel()
         for axis, _ in self.slices:
-            x = x if axis == done else self.along(x, axis)
+            x = x if axis == done else self.along(x, axis, axis)
         if x.numel() < whole:
             x = x.clone()  # a view would keep the whole activation alive
         if self.device is not None or self.dtype is not None:
             x = x.to(device=self.device, dtype=self.dtype)
         return x
 
-    def along(self, x: Tensor, axis: int) -> Tensor:
-        """Return what is kept of a tensor along one axis of the activation."""
+    def along(self, x: Tensor, axis: int, at: int) -> Tensor:
+        """Return what is kept along one axis of the activation, of a tensor that has it at ``at``."""
         index = dict(self.slices)[axis]
-        n = x.shape[axis]
+        n = x.shape[at]
         if isinstance(index, slice):
             if not len(range(*index.indices(n))):
                 raise InputError(f"{index!r} selects nothing on axis {axis} of {self.name}, which has {n} there.")
-            return x[(slice(None),) * axis + (index,)]
+            return x[(slice(None),) * at + (index,)]
         for each in index:
             if not -n <= each < n:
                 raise InputError(f"No index {each} on axis {axis} of {self.name}, which has {n} there.")
-        return x.index_select(axis, torch.tensor([each % n for each in index], dtype=torch.long, device=x.device))
+        return x.index_select(at, torch.tensor([each % n for each in index], dtype=torch.long, device=x.device))
 
     def __repr__(self) -> str:
         return f"Keep({self.name!r})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, cast
 
@@ -29,6 +29,8 @@ from prisma_core.hooks.query import LayerQuery, Query
 from prisma_core.hooks.sites import HookMapping, Site, by_name, select, splicing_scope, with_splices
 from prisma_core.spec.brief import NameTable
 from prisma_core.spec.layout import Index, TokenLayout, check_axes, index_slices
+
+_OF_TORCH = frozenset(vars(nn.Module()))
 
 
 class HookedModel(nn.Module):
@@ -306,14 +308,9 @@ class HookedModel(nn.Module):
 
     def _sites(self) -> dict[str, Site]:
         """Walk the modules, and return every hook point with its owner by full name, in firing order."""
-        owners, sites = dict[str, HookedModel](), dict[str, Site]()
-        for path, module in cast("Iterator[tuple[str, nn.Module]]", self.named_modules()):
-            parent = owners.get(path.rpartition(".")[0], self)
-            owners[path] = module if isinstance(module, HookedModel) else parent
-            for attribute, value in vars(module).items():
-                if isinstance(value, HookPoint):
-                    sites[f"{path}.{attribute}" if path else attribute] = Site(value, owners[path])
-        sites = dict(sorted(sites.items(), key=lambda item: item[1].point.order))
+        found = dict[str, Site]()
+        _walk(self, self, "", found, set())
+        sites = dict(sorted(found.items(), key=lambda item: item[1].point.order))
         spliced = [scope.splices for scope in OPEN_SCOPES.get() if scope.splices]
         return dict(with_splices(sites, spliced)) if spliced else sites
 
@@ -370,3 +367,15 @@ def _has_subset(site: Site, subset: str) -> bool:
     """Return whether a subset of the layout selects among the tokens of a hook point."""
     framed = subset.startswith("frame ") and "frame" in site.point.axes.split()
     return not framed and cast(HookedModel, site.owner).layout_for() is not None
+
+
+def _walk(module: nn.Module, owner: nn.Module, path: str, sites: dict[str, Site], seen: set[nn.Module]) -> None:
+    """Add each hook point below a module by full name; of a module used twice, under its first name."""
+    seen.add(module)
+    for name, value in vars(module).items():
+        if name not in _OF_TORCH and isinstance(value, HookPoint):
+            sites[path + name] = Site(value, owner)
+    children = cast("Mapping[str, nn.Module | None]", vars(module)["_modules"])
+    for name, child in children.items():
+        if child is not None and child not in seen:
+            _walk(child, child if isinstance(child, HookedModel) else owner, f"{path}{name}.", sites, seen)

@@ -74,13 +74,16 @@ class HookPoint:
 
     def __call__(self, x: Tensor) -> Tensor:
         scopes = OPEN_SCOPES.get()
-        return _fire(scopes, self, x) if scopes and self.wanted else x
+        for scope in scopes:  # a loop: each pass comes by all points, and most are asked for by none
+            if self in scope.touched:
+                return _fire(scopes, self, x)
+        return x
 
     @property
     def wanted(self) -> bool:
         """Whether an open scope reads or edits this point."""
         scopes = OPEN_SCOPES.get()
-        return bool(scopes) and (self.edited or any(self in scope.captures for scope in scopes))
+        return bool(scopes) and any(self in scope.touched for scope in scopes)
 
     @property
     def edited(self) -> bool:
@@ -203,6 +206,7 @@ class Scope:
 
     Attributes:
         points: every hook point of the model that the scope is opened on.
+        touched: those at which something runs, while the scope is open.
         backward: gradient hooks; an empty tuple makes the activation part of a graph.
         completed: by model, whether a pass ran to its end while the scope was open.
         expected: what has to be reached, with the model whose completed passes count, or None for surely.
@@ -216,6 +220,7 @@ class Scope:
     captures: dict[HookPoint, tuple[Capture, ...]] = field(default_factory=dict[Any, Any])
     completed: dict[nn.Module, bool] = field(default_factory=dict[Any, Any])
     expected: list[tuple[Expected, nn.Module | None]] = field(default_factory=list[Any])
+    touched: frozenset[HookPoint] = frozenset()
     is_open: bool = False
     began: tuple[FrameType, ...] = ()
 
@@ -234,11 +239,12 @@ class Scope:
     def open(self) -> None:
         """Add the scope to the open ones of this thread or task."""
         self.is_open, self.began = True, checkpoints()
+        self.touched = frozenset((*self.splices, *self.edits, *self.backward, *self.captures))
         OPEN_SCOPES.set((*(scope for scope in OPEN_SCOPES.get() if scope.is_open), self))
 
     def close(self) -> None:
         """Empty the scope, and take it off the open ones of this thread or task."""
-        self.is_open, self.began = False, ()
+        self.is_open, self.touched, self.began = False, frozenset(), ()
         self.splices, self.edits, self.backward, self.captures = {}, {}, {}, {}
         self.completed, self.expected = {}, []
         OPEN_SCOPES.set(tuple(scope for scope in OPEN_SCOPES.get() if scope.is_open))

@@ -17,8 +17,8 @@ from prisma_core.errors import UnknownName, suggest
 from prisma_core.errors.arguments import check_call, whole
 
 Predicate: TypeAlias = Callable[[str], bool]
-LayerQuery: TypeAlias = "tuple[str, int | None] | tuple[str, int | None, str | None]"
-Query: TypeAlias = "str | LayerQuery | Predicate | Iterable[str | LayerQuery]"
+LayerQuery: TypeAlias = tuple[str, int | None] | tuple[str, int | None, str | None]
+Query: TypeAlias = str | LayerQuery | Predicate | Iterable[str | LayerQuery]
 
 _LAYER = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 _PARTS = {"a": "attn", "attention": "attn", "m": "mlp", "b": "", "block": "", "blocks": ""}  # TransformerLens' letters
@@ -137,6 +137,8 @@ def _shorthand(query: str, names: Sequence[str]) -> list[str]:
 
 def _ends_with(name: str, shorthand: str) -> bool:
     *path, last = shorthand.split(".")
+    if not name.endswith(last):  # most names, at once
+        return False
     parts = name.split(".")
     if last not in (parts[-1], parts[-1].removeprefix("hook_")):
         return False

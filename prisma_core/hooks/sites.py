@@ -23,7 +23,7 @@ from prisma_core.hooks.point import (
 )
 from prisma_core.hooks.query import LayerQuery, Query, resolve, resolve_one
 
-HookMapping = Mapping["str | LayerQuery", Hook]
+HookMapping = Mapping[str | LayerQuery, Hook]
 
 
 class Site(NamedTuple):

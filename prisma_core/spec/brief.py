@@ -11,11 +11,12 @@ from textwrap import indent
 from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel
-from torch import Tensor
+from torch import Tensor, nn
 
 V = TypeVar("V")
 WIDTH = 100
-_LAYER = re.compile(r"(?<=blocks\.)\d+(?=\.)")
+_LAYER = re.compile(r"(?:(?<=blocks\.)|^)\d+(?=\.)")
+_MOST_ITEMS = 16
 
 
 class BriefModel(BaseModel):
@@ -34,7 +35,9 @@ class BriefModel(BaseModel):
 
 
 class BriefRepr:
-    """Base of dataclasses (with ``repr=False``) that hold tensors: their repr has shapes in the place of numbers.
+    """Base of dataclasses (with ``repr=False``) that hold tensors, models or results, which their repr shows in a line.
+
+    A tensor is its shape, a model its name and size, a long list its length, another long value its first line.
 
     >>> import torch
     >>> from dataclasses import dataclass
@@ -128,5 +131,12 @@ def _shape(value: object) -> str:
     if isinstance(value, Mapping):
         items = cast("Mapping[object, object]", value).items()
         return f"{{{', '.join(f'{name!r}: {_shape(each)}' for name, each in items)}}}"
+    if isinstance(value, nn.Module):
+        return f"{type(value).__name__}({value.extra_repr()})"
     parts = cast("list[object]", value) if isinstance(value, list | tuple) else []
-    return f"[{', '.join(map(_shape, parts))}]" if any(isinstance(each, Tensor) for each in parts) else f"{value!r}"
+    if len(parts) > _MOST_ITEMS:
+        return f"{type(parts).__name__} of {len(parts)}"
+    if any(isinstance(each, Tensor) for each in parts):
+        return f"[{', '.join(map(_shape, parts))}]"
+    line, *more = f"{value!r}".splitlines() or [""]
+    return f"{line} ..." if more and not isinstance(value, BriefRepr | BriefModel) else f"{value!r}"

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from prisma_core.spec.layout import TokenLayout
-from prisma_core.spec.parts import Facts
+from prisma_core.spec.parts import Facts, Side
 
 
 class MapSpec(Facts):
@@ -20,6 +20,8 @@ class MapSpec(Facts):
             axis ``frame`` counts one frame's tokens. Of an input of another size there are more patches or fewer, as
             large as at the native one. None where ``pos`` counts something else.
         n_classes: the width of its head; None where there is none.
+        pixels: height and width of the patches, where the output is the pixels of each patch, in the values of the
+            input: ``[batch patch pixel]``, patches row by row, a patch's pixels in the order row, column, channel.
     """
 
     kind: Literal["map"] = "map"
@@ -27,3 +29,4 @@ class MapSpec(Facts):
     sizes: tuple[tuple[int, ...], ...] = ()
     layout: TokenLayout | None = None
     n_classes: int | None = Field(default=None, gt=0)
+    pixels: tuple[Side, Side] | None = None

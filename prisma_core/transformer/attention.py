@@ -14,10 +14,10 @@ from prisma_core.errors import InputError
 from prisma_core.hooks.point import HookPoint
 from prisma_core.spec import AttentionSpec, RopeSpec
 from prisma_core.toolbox.precision import HALF, show, softmax, widened
+from prisma_core.toolbox.query_rows import Rows
 from prisma_core.transformer.norm import Norm
 from prisma_core.transformer.recipes import computed
 from prisma_core.transformer.rope import Layout, rotate
-from prisma_core.transformer.rows import Rows
 from prisma_core.transformer.weights import WeightViews
 
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from prisma_core.errors import InputError
 from prisma_core.hooks.cache import ActivationCache, alone
 from prisma_core.hooks.capture import Keep
-from prisma_core.hooks.point import OPEN_SCOPES, HookPoint
+from prisma_core.hooks.point import HookPoint
 from prisma_core.spec.layout import IndexSlice
-from prisma_core.transformer.rows import captures
+from prisma_core.toolbox.query_rows import captures
 
 STEPS = 8  # recipes made one from the other, as along the residual stream, before a tensor is stored again
 
@@ -36,7 +36,7 @@ def computed(
     """
     x = function(*operands) if value is None else value
     y = point(x)
-    if OPEN_SCOPES.get() and y is x and not torch.compiler.is_compiling():  # no hook changed it
+    if y is x and point.wanted and not torch.compiler.is_compiling():  # no hook changed it
         for capture in captures(point):
             if isinstance(capture, RecipeKeep):
                 capture.derive(x, function, operands)

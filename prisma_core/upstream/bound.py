@@ -9,8 +9,9 @@ from torch import Tensor
 
 from prisma_core.errors import PrismaError
 from prisma_core.hooks.point import HookPoint
+from prisma_core.inputs.checks import in_transform
 from prisma_core.maps.places import Row
-from prisma_core.model import in_transform
+from prisma_core.toolbox.query_rows import AXIS, Rows
 from prisma_core.upstream.observer import Observer
 
 
@@ -42,6 +43,14 @@ class BoundRow(Observer):
             return x
         return _laid_out_as(self.row.write(result, sizes), x)
 
+    def rows(self) -> Rows | None:
+        upstream = self.row.how.partition("->")[0].split()  # the queries stand last but one, or among others
+        alone = upstream[-2:-1] == [AXIS] and AXIS not in self.sizes
+        return Rows.asked(self.point) if alone else None
+
+    def store(self, rows: Rows, x: Tensor, batch: int) -> None:
+        rows.store(self.point, self.row.read(x, {**self.sizes, "batch": batch}))
+
     def missed(self) -> None:
         raise PrismaError(f"No tensor passes {self.place}; the hook map names it for {self.row.hook}.")
 
@@ -53,6 +62,3 @@ def _laid_out_as(y: Tensor, x: Tensor) -> Tensor:
     if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
         return y.clone()
     return torch.empty_strided(x.shape, x.stride(), dtype=y.dtype, device=y.device).copy_(y)
-
-
-__all__ = ["BoundRow"]

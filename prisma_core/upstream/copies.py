@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prisma_core.errors import UnsupportedArchitecture
 from prisma_core.maps.reader import qualified_name
-from prisma_core.toolbox.replaced import COMPILED, PLAIN, TREE, home_of, is_original, name_of, names_in, root_of
+from prisma_core.upstream.replaced import COMPILED, PLAIN, TREE, home_of, is_original, name_of, names_in, root_of
 
 NO_PARTS = (str, bytes, int, float, complex, Tensor, type, ModuleType, type(None))
 

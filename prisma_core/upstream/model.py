@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from textwrap import indent
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,11 @@ from prisma_core.errors.migration import (
     takes_any_keyword,
 )
 from prisma_core.hooks.point import HookPoint
+from prisma_core.inputs.checks import check_finite, check_input, check_place, input_words
 from prisma_core.maps.places import HookMap
-from prisma_core.model import Size, ZooModel, check_place, may_look, read_sample
+from prisma_core.model import Size, ZooModel, read_sample
 from prisma_core.spec import MapSpec
+from prisma_core.spec.brief import NameTable, html_table
 from prisma_core.spec.layout import TokenLayout
 from prisma_core.toolbox.tables import numbered
 from prisma_core.upstream.bound import BoundRow
@@ -88,6 +91,15 @@ class HookedUpstream(ZooModel):
         with watching(active, _batch(inputs, kwargs)):
             return self._output(self.upstream(*inputs, **kwargs))
 
+    def __repr__(self) -> str:
+        """The size, upstream's class, and which parts have hook points; ``model.upstream`` prints all modules."""
+        lines = [
+            self.extra_repr(),
+            f"upstream: {type(self.upstream).__name__} of {self._expected()}",
+            f"{len(self._rows)} hook points, listed by hook_points(): {', '.join(_parts(self))}",
+        ]
+        return f"{type(self).__name__}(\n{indent(chr(10).join(lines), '  ')}\n)"
+
     def attribute_hint(self, name: str) -> str | None:
         return migration_hint(name) or (None if name.startswith("_") else _instead(self))
 
@@ -131,11 +143,7 @@ class HookedUpstream(ZooModel):
             refuse_keywords(method.__name__ if method else type(self).__name__, kwargs, [*names, *accepted])
 
     def _expected(self) -> str:
-        what, shape = self._what(), " ".join(map(str, self.spec.shape))
-        return f"{'a' if what == 'video' else 'an'} {what} [batch {shape}]"
-
-    def _what(self) -> str:
-        return {3: "image", 4: "video"}.get(len(self.spec.shape), "input")
+        return input_words(self.spec.shape)[1]
 
     def _shapes(self) -> list[Size]:
         return [self._sized(size) for size in ((), *self.spec.sizes)]
@@ -147,24 +155,10 @@ class HookedUpstream(ZooModel):
         """Return the first input, checked against the spec; None where it was given by a name only upstream knows."""
         if not inputs and kwargs:
             return None
-        what, expected, shape = self._what(), self._expected(), self.spec.shape
-        x: object = inputs[0] if inputs else None
-        if not isinstance(x, Tensor):
-            hint = "" if what == "input" else " model.preprocess makes one."
-            raise InputError(f"Expected a tensor, {expected}, got {type(x).__name__}.{hint}")
-        if x.ndim != len(shape) + 1:
-            hint = f" Add a batch axis: {what}[None]." if x.ndim == len(shape) else ""
-            raise InputError(f"Expected {expected}, got shape {list(x.shape)}.{hint}")
-        if len(shape) > 2 and x.shape[-3] != shape[-3]:
-            raise InputError(
-                f"Expected {shape[-3]} channels in {expected}, got shape {list(x.shape)}. "
-                "model.preprocess makes the right tensor."
-            )
-        if not x.is_floating_point():
-            raise InputError(f"Expected floating point numbers, got {x.dtype}. model.preprocess scales pixels.")
+        what, _ = input_words(self.spec.shape)
+        x = check_input(inputs[0] if inputs else None, self.spec.shape)
         check_place(what, x, next((each for each in self.parameters() if each.is_floating_point()), None))
-        if may_look(x) and not torch.isfinite(x).all():
-            raise InputError(f"The {what} holds {int((~torch.isfinite(x)).sum())} values that are NaN or infinite.")
+        check_finite(what, x)
         return x
 
     def sizes(self) -> list[Size]:
@@ -220,15 +214,36 @@ class Part(nn.Module):
     def attribute_hint(self, name: str) -> str | None:
         return None if name.startswith("_") else _instead(self)
 
+    def __repr__(self) -> str:
+        return repr(self._points())
+
+    def _repr_html_(self) -> str:
+        points = self._points()
+        return html_table(f"{len(points)} hook points", points.rows())
+
+    def _points(self) -> NameTable[HookPoint]:
+        """Return the hook points below this part, by their names within it, in firing order."""
+        points = {
+            f"{path}.{name}" if path else name: point
+            for path, module in cast("Iterator[tuple[str, nn.Module]]", self.named_modules())
+            for name, point in vars(module).items()
+            if isinstance(point, HookPoint)
+        }
+        return NameTable(sorted(points.items(), key=lambda item: item[1].order))
+
 
 def _instead(module: nn.Module) -> str:
     """Say why a model without canonical form lacks an attribute, and where to look."""
-    parts = [part for part, _ in module.named_children() if part != "upstream"]
-    here = [*(part for part, value in vars(module).items() if isinstance(value, HookPoint)), *parts]
     return (
         "a model without canonical form has hook points under such names, and no weights such as W_Q. "
-        f"Here there are {', '.join(here)}; upstream's own module, with its weights, is model.upstream."
+        f"Here there are {', '.join(_parts(module))}; upstream's own module, with its weights, is model.upstream."
     )
+
+
+def _parts(module: nn.Module) -> list[str]:
+    """Return the names of hook points and of parts with hook points that a module has as attributes."""
+    parts = [part for part, _ in module.named_children() if part != "upstream"]
+    return [*(part for part, value in vars(module).items() if isinstance(value, HookPoint)), *parts]
 
 
 def _bound_rows(table: HookMap, upstream: nn.Module) -> list[BoundRow]:
@@ -237,7 +252,7 @@ def _bound_rows(table: HookMap, upstream: nn.Module) -> list[BoundRow]:
         if not row.axes or "(" in row.axes:
             raise PrismaError(
                 f"The row of {row.hook} must name its axes, one word each: 'PLACE -> {row.hook} : batch pos d_model', "
-                f"or as the right side of its einops. Got {row.how!r}."
+                f"or as the right side of its einops; functions have no inverse to write by. Got {row.how!r}."
             )
     return [BoundRow(row, table.sizes) for row in rows]
 
@@ -257,6 +272,3 @@ def _add_point(model: nn.Module, bound: BoundRow) -> None:
 
 def _batch(inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     return next((x.shape[0] for x in (*inputs, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), 1)
-
-
-__all__ = ["HookedUpstream"]

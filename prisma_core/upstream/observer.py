@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -24,6 +24,7 @@ from prisma_core.errors import HookError, PrismaError
 from prisma_core.hooks.recompute import checkpoints, keep
 from prisma_core.maps.places import FUSED, INSIDE, Place
 from prisma_core.toolbox.precision import show, softmax, widened
+from prisma_core.toolbox.query_rows import Rows
 
 
 class Observer(ABC):
@@ -43,6 +44,14 @@ class Observer(ABC):
             x: upstream's own tensor, which upstream may edit in place later.
             batch: how many inputs the pass has.
         """
+
+    def rows(self) -> Rows | None:
+        """Return the queries whose rows of scores or a pattern are all that is read here; None for all rows."""
+        return None
+
+    def store(self, rows: Rows, x: Tensor, batch: int) -> None:
+        """Store the rows, which ``rows`` returned, of scores or a pattern."""
+        raise NotImplementedError
 
     @abstractmethod
     def missed(self) -> None:
@@ -144,10 +153,16 @@ class _Pass:
         return value
 
     def show(self, observer: Observer, x: Tensor) -> Tensor:
+        with self.shown():
+            return observer.passed(x, self.batch)
+
+    @contextmanager
+    def shown(self) -> Generator[None]:
+        """Pause, and have a checkpointed part of the pass observed when it is computed again."""
         keep(checkpoints(), self, self.began, lambda: partial(watching, self.active, self.batch, again=True))
         self.paused = True
         try:
-            return observer.passed(x, self.batch)
+            yield
         finally:
             self.paused = False
 
@@ -201,7 +216,7 @@ class _Functions(TorchFunctionMode):
             return func(*args, **kwargs)
         args = run.observe([one for one in observers if one.place.side.startswith("in")], tuple(args))
         if inside := {one.place.side: one for one in observers if one.place.side in INSIDE}:
-            result = _unfused(run, inside, *args, **kwargs)
+            result = _unfused(run, inside, func, *args, **kwargs)
         else:
             result = func(*args, **kwargs)
         return run.observe([one for one in observers if one.place.side.startswith("out")], result)
@@ -210,9 +225,10 @@ class _Functions(TorchFunctionMode):
 def _unfused(
     run: _Pass,
     inside: Mapping[str, Observer],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    kernel: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
@@ -221,26 +237,29 @@ def _unfused(
 ) -> Tensor:
     """Compute ``scaled_dot_product_attention`` step by step, its scores and pattern shown to their observers.
 
-    Half dtypes are computed in float32, as the kernel does.
+    Where these only keep some queries' rows, the rows are computed beside the kernel. Half dtypes are computed in
+    float32, as the kernel does.
     """
-    dtype = q.dtype
-
-    def shown(side: str, x: Tensor) -> Tensor:
-        return show(partial(run.show, inside[side]), x, dtype) if side in inside else x
-
     if dropout_p:
         raise HookError(f"Attention drops patterns at random here; {FUSED} can be opened in evaluation only.")
+    dtype, rows = query.dtype, Rows.common([one.rows() for one in inside.values()])
+    q, k, v, mask = query, key, value, attn_mask
+    if is_causal:
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    if rows is not None:
+        q, mask = rows.of(q), mask if mask is None or mask.shape[-2] == 1 else rows.of(mask)
     if enable_gqa:
         k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
-    q, k, v = widened(q), widened(k), widened(v)
-    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, -torch.inf)
-    elif attn_mask is not None:
-        scores = scores + attn_mask
-    return (shown("pattern", softmax(shown("scores", scores))) @ v).to(dtype)
-
-
-__all__ = ["ModuleHooks", "Observer", "attach", "watching"]
+    scores = (widened(q) * (q.shape[-1] ** -0.5 if scale is None else scale)) @ widened(k).transpose(-2, -1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if rows is None:
+        shown = {side: partial(show, partial(run.show, one), dtype=dtype) for side, one in inside.items()}
+        scores = shown["scores"](scores) if "scores" in shown else scores
+        pattern = softmax(scores)
+        return ((shown["pattern"](pattern) if "pattern" in shown else pattern) @ widened(v)).to(dtype)
+    for side, made in (("scores", lambda: scores), ("pattern", lambda: softmax(scores))):
+        if side in inside:
+            with run.shown():
+                inside[side].store(rows, made().to(dtype), run.batch)
+    return kernel(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)

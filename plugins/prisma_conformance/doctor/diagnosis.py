@@ -16,7 +16,7 @@ from prisma_conformance.doctor.evidence import evidence
 from prisma_conformance.doctor.families import families
 from prisma_conformance.doctor.maps import absent_places, examine_map
 from prisma_conformance.doctor.places import fitting
-from prisma_conformance.doctor.result import MOST, Diagnosis, Remedy
+from prisma_conformance.doctor.result import MOST, Diagnosis
 from prisma_conformance.doctor.search import Search
 from prisma_conformance.registry import select
 from prisma_conformance.subject import Subject
@@ -114,10 +114,10 @@ def _compared(bench: Bench, trial: Trial, progress: Callable[[str], None] | None
             return Diagnosis(name=name, agrees=True, logits=logits, compared=len(trial.errors))
         first, before, logits = "hook_pos_embed", "hook_embed", bench.logits(model, size)
     search = Search(bench, trial, first, size, progress)
-    remedies = search.remedies()
+    improvements = search.improvements()
     then = None
-    if remedies and not remedies[0].whole and steps > 1:
-        beyond = bench.on(remedies[0].change)
+    if improvements and not improvements[0].whole and steps > 1:
+        beyond = bench.on(improvements[0].change)
         then = _compared(beyond, beyond.run(), progress, steps - 1)
     return Diagnosis(
         name=name,
@@ -128,11 +128,20 @@ def _compared(bench: Bench, trial: Trial, progress: Callable[[str], None] | None
         before=before,
         logits=logits,
         size=size,
-        evidence=() if remedies or size is not None else tuple(_evidence(bench, trial, first)),
-        remedies=tuple(Remedy(change=r.change.says, here=r.here, logits=r.logits) for r in remedies[:MOST]),
+        evidence=() if improvements or size is not None else (*_conflicts(search), *_evidence(bench, trial, first)),
+        remedies=tuple(one.remedy for one in improvements[:MOST]),
         tried=search.tried,
         then=then,
     )
+
+
+def _conflicts(search: Search) -> list[str]:
+    """What one field cannot say: a value that mends one hook point and breaks another."""
+    return [
+        f"With {change.says}, it agrees, and {other} does not: one field stands for both. "
+        "Refuse models in which the two differ: reader.expect(NAME=VALUE)."
+        for change, other in search.conflicts[:1]
+    ]
 
 
 def _evidence(bench: Bench, trial: Trial, first: str) -> tuple[str, ...]:
@@ -153,9 +162,9 @@ def _of_rows(bench: Bench, trial: Trial, progress: Callable[[str], None] | None)
     points = [*different, *trial.unread]
     first = points[0]
     search = Search(bench, trial, first, None, progress)
-    remedies = [remedy for remedy in search.remedies() if remedy.whole] if different else []
+    improvements = [one for one in search.improvements() if one.whole] if different else []
     rows = _rows(trial, points)
-    read = [] if remedies else [_place(bench, trial, row) for row in rows]
+    read = [] if improvements else [_place(bench, trial, row) for row in rows]
     known = [(row, place) for row, place in zip(rows, read, strict=False) if place is not None]
     return Diagnosis(
         name=bench.subject.case.name,
@@ -167,7 +176,8 @@ def _of_rows(bench: Bench, trial: Trial, progress: Callable[[str], None] | None)
         compared=len(trial.errors),
         rows=tuple(_said(trial, row) for row in ([row for row, _ in known] or rows)),
         places=tuple(str(place) for _, place in known),
-        remedies=tuple(Remedy(change=r.change.says, here=r.here, logits=r.logits) for r in remedies[:MOST]),
+        evidence=() if improvements or known else tuple(_evidence(bench, trial, first)),
+        remedies=tuple(one.remedy for one in improvements[:MOST]),
         tried=search.tried,
     )
 
@@ -181,7 +191,7 @@ def _rows(trial: Trial, points: list[str]) -> list[Row]:
 def _said(trial: Trial, row: Row) -> str:
     """A row as it is written in the table."""
     written = (one for one in trial.hooks.rows if HookMap((one,), trial.hooks.sizes).bound([row.hook]))
-    return next(f"{one.place} -> {one.hook}" for one in written)
+    return next(f"{one.place} -> {one.hook}" + (f" : {one.how}" if one.function else "") for one in written)
 
 
 def _place(bench: Bench, trial: Trial, row: Row) -> Row | None:
@@ -221,4 +231,4 @@ def _of_map(subject: Subject, progress: Callable[[str], None] | None) -> Diagnos
     )
 
 
-__all__ = ["Diagnosis", "Remedy", "diagnose", "examine"]
+__all__ = ["Diagnosis", "diagnose", "examine"]

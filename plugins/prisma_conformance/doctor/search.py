@@ -11,6 +11,7 @@ from prisma_conformance.doctor.change import Change
 from prisma_conformance.doctor.facts import facts
 from prisma_conformance.doctor.families import families
 from prisma_conformance.doctor.pooling import pooling
+from prisma_conformance.doctor.result import Remedy
 from prisma_conformance.doctor.rows import missing, reshaped, rows
 from prisma_conformance.doctor.tensors import tensors
 from prisma_core import Size
@@ -18,7 +19,7 @@ from prisma_core import Size
 DEEPEST = 4  # rows that a change of a fact may ask for
 
 
-class Remedy(NamedTuple):
+class Improvement(NamedTuple):
     """A change that helps.
 
     Attributes:
@@ -35,6 +36,11 @@ class Remedy(NamedTuple):
     reaches: int
     whole: bool
 
+    @property
+    def remedy(self) -> Remedy:
+        """It, as a diagnosis reports it."""
+        return Remedy(change=self.change.says, here=self.here, logits=self.logits)
+
 
 class Search:
     """Search on one bench, for one difference.
@@ -48,6 +54,7 @@ class Search:
 
     Attributes:
         tried: how many changes were tried.
+        conflicts: changes that mend the hook point and break one before it, which agreed, each with that one.
     """
 
     def __init__(
@@ -59,26 +66,28 @@ class Search:
         self.size = size
         self.progress = progress
         self.tried = 0
+        self.conflicts: list[tuple[Change, str]] = []
+        self.start = list(trial.errors).index(first) if size is None and first in trial.errors else 0
         self.end = len(trial.errors) + len(trial.unread) + 100  # behind all hook points, those of other parts too
 
-    def remedies(self) -> list[Remedy]:
+    def improvements(self) -> list[Improvement]:
         """Changes that make the difference go away, the best alone.
 
         Changes are tried until one leaves nothing to mend; else the kinds of changes are, one after the other, until
         one mends the logits.
         """
-        helpful: list[Remedy] = []
+        helpful: list[Improvement] = []
         for kind in self._kinds():
-            for remedy in (remedy for change in kind for remedy in self._tried(change)):
-                helpful.append(remedy)
-                if remedy.whole and remedy.reaches == self.end:
-                    return [remedy]
-            if any(remedy.whole for remedy in helpful):
-                helpful = [remedy for remedy in helpful if remedy.whole]
+            for one in (one for change in kind for one in self._tried(change)):
+                helpful.append(one)
+                if one.whole and one.reaches == self.end:
+                    return [one]
+            if any(one.whole for one in helpful):
+                helpful = [one for one in helpful if one.whole]
                 break
-        best = max((remedy.reaches for remedy in helpful), default=0)
-        helpful = [remedy for remedy in helpful if remedy.reaches == best]
-        return helpful if any(remedy.whole for remedy in helpful) else helpful[:1]
+        best = max((one.reaches for one in helpful), default=0)
+        helpful = [one for one in helpful if one.reaches == best]
+        return helpful if any(one.whole for one in helpful) else helpful[:1]
 
     def _kinds(self) -> Iterator[Iterator[Change]]:
         trial, theirs, ours = self.trial, self.bench.shapes, self.trial.shapes
@@ -89,7 +98,7 @@ class Search:
         yield rows(trial.table, theirs, ours, trial.spare)
         yield tensors(self.bench.model()[0])
 
-    def _tried(self, change: Change, depth: int = 0) -> Iterator[Remedy]:
+    def _tried(self, change: Change, depth: int = 0) -> Iterator[Improvement]:
         """Try a change; where it asks for tensors that no row makes, with rows from tensors that none takes."""
         if self.progress is not None:
             self.progress(change.says)
@@ -104,7 +113,7 @@ class Search:
             for row in missing(list(names), self.bench.shapes, after.shapes, after.spare):
                 yield from self._tried(change.then(row), depth + 1)
 
-    def _helps(self, change: Change, after: Trial) -> Iterator[Remedy]:
+    def _helps(self, change: Change, after: Trial) -> Iterator[Improvement]:
         logits, here = after.logits, after.errors.get(self.first, after.logits)
         if self.size is not None:
             here = logits = self.bench.logits(self.bench.model(change)[0], self.size)
@@ -112,7 +121,10 @@ class Search:
         whole = logits <= tolerances.FLOAT64 and not (self.trial.agrees and self.size is None and after.first)
         if here <= tolerances.FLOAT64 or whole:
             reaches = self.end if after.first is None else list(after.errors).index(after.first)
-            yield Remedy(change, here, logits, reaches, whole)
+            if after.first is not None and reaches < self.start and not whole:
+                self.conflicts.append((change, after.first))
+            else:
+                yield Improvement(change, here, logits, reaches, whole)
 
 
-__all__ = ["Remedy", "Search"]
+__all__ = ["Improvement", "Search"]
