@@ -55,6 +55,7 @@ ROWS = """
 | positions of patches alone, as a grid | `[zeros, grid : r c d -> (r c) d] -> embed.pos_embed` |
 | positions of sines and cosines, computed in the forward pass | `{positions} -> embed.pos_embed`, with a function |
 | a norm without weights | `ones -> TARGET.weight`, `zeros -> TARGET.bias` |
+| registers behind the patches | [functions in the hook table](reference.md#tokens-behind-the-patches) |
 
 `(h three d)` needs its lengths: `WeightMap.parse(table, three=3, h=12)`. What neither table has is unsupported in
 canonical form: [hook the model where it stands](../how-to-other-architectures.md#hook-a-model-of-your-own).

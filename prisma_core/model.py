@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from html import escape
-from typing import Any, Literal, NoReturn, cast, overload
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ class Labels:
 
 NO_PREPROCESS = MissingProcessor(
     "This model came without a preprocess. Set model.preprocess = "
-    "prisma_core.inputs.Preprocess(size=model.spec.image_size, mean=..., std=...), with the mean and deviation it was "
+    "prisma_core.plugin.Preprocess(size=model.spec.image_size, mean=..., std=...), with the mean and deviation it was "
     "trained with; some sources take them when they load: mean=, std=."
 )
 
@@ -210,8 +210,8 @@ class ZooModel(HookedModel):
 
     Attributes:
         spec: the facts.
-        preprocess: from images, or videos, to the tensor the model takes; set by whoever loaded the model. Where
-            nobody did it is false, and using it raises an InputError that says what to set.
+        preprocess: from images, or videos, to the tensor the model takes; set when the model is loaded. Where
+            it is unset it is false, and using it raises an InputError that says what to set.
         labels: names of the classes, one each, if the model has any.
         reference: what it was loaded from.
         origin: what it was adapted from.
@@ -316,53 +316,6 @@ def read_sample(batch: object, size: object, generator: object) -> int:
     if generator is not None:
         expect(generator, torch.Generator, "a torch.Generator")
     return number(batch, "a batch", 1, LARGEST)
-
-
-def check_place(what: str, x: Tensor, weight: Tensor | None) -> None:
-    """Refuse an input that is not where the weights are, or not of their dtype.
-
-    Raises:
-        InputError: with both, and what moves it.
-    """
-    if weight is None:
-        return
-    if x.device != weight.device:
-        raise InputError(
-            f"Expected the {what} on {weight.device}, where the model is; it is on {x.device}. "
-            f"Move it: {what}.to({str(weight.device)!r})."
-        )
-    if x.dtype == weight.dtype or not (x.is_floating_point() and weight.is_floating_point()):
-        return
-    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):  # else torch brings the two together
-        raise InputError(
-            f"Expected the {what} in {weight.dtype}, as the model's weights are; it is in {x.dtype}. "
-            f"Convert it: {what}.to({weight.dtype}), or the model: model.to({x.dtype})."
-        )
-
-
-def check_finite(what: str, x: Tensor) -> None:
-    """Refuse an input with values that are not numbers, where a check may look at them.
-
-    Raises:
-        InputError: with how many there are.
-    """
-    if not may_look(x) or x.detach().sum().isfinite():  # one sum tells, unless finite values overflow it
-        return
-    if bad := int((~torch.isfinite(x)).sum()):
-        raise InputError(f"The {what} holds {bad} values that are NaN or infinite.")
-
-
-def may_look(x: Tensor) -> bool:
-    """Return whether a check may look at the numbers of an input.
-
-    On a GPU it would stop the queue at every call, and neither ``torch.compile`` nor ``torch.vmap`` can trace it.
-    """
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not in_transform()
-
-
-def in_transform() -> bool:
-    """Return whether a transform of ``torch.func`` is running, such as ``vmap``."""
-    return cast("Any", torch)._C._functorch.maybe_current_level() is not None
 
 
 def layer_index(index: int | None, default: int, n: int) -> int:

@@ -35,7 +35,7 @@ from prisma_core.errors.arguments import (
 )
 from prisma_core.errors.migration import keyword_names
 from prisma_core.files import hub
-from prisma_core.files.atomic import locked, replacing
+from prisma_core.files.atomic import file_digest, locked, place, replacing, replacing_both, settled, write_text
 from prisma_core.files.checkpoint import (
     check_axes,
     check_finite,
@@ -49,7 +49,8 @@ from prisma_core.files.checkpoint import (
 )
 from prisma_core.files.code import code_in, without_code
 from prisma_core.files.pickles import SavedObject
-from prisma_core.files.unpickled import read_objects
+from prisma_core.files.texts import parse_json, read_json
+from prisma_core.files.unpickled import read_objects, save_objects
 from prisma_core.hooks.point import Hook, Splice
 from prisma_core.hooks.query import LayerQuery, Query, layer_of, resolve_one, short_name
 from prisma_core.hooks.sites import HookMapping
@@ -126,11 +127,11 @@ __all__ = [
     "Preprocess", "ImagePreprocess", "VideoPreprocess", "ImageLike", "open_image", "read_video", "restored", "probe",
     "SIZES",
     # files, the hub, and options of sources
-    "read_checkpoint", "read_states", "read_objects", "SavedObject",
-    "replacing", "locked", "check_axes", "check_shapes", "check_finite", "check_merged",
-    "depth_in", "digest", "check_layers", "check_claims", "read_outline", "hub", "without_code", "code_in",
-    "Options", "read_options", "Whole", "Above", "Heads", "Eps", "Pixels", "check_keywords", "keywords",
-    "keyword_names",
+    "read_checkpoint", "read_states", "read_objects", "save_objects", "SavedObject", "replacing", "replacing_both",
+    "write_text", "settled", "place", "file_digest", "locked", "check_axes", "check_shapes", "check_finite",
+    "check_merged", "depth_in", "digest", "check_layers", "check_claims", "read_outline", "hub", "without_code",
+    "code_in", "read_json", "parse_json", "Options", "read_options", "Whole", "Above", "Heads", "Eps", "Pixels",
+    "check_keywords", "keywords", "keyword_names",
     # techniques and commands
     "Hook", "HookMapping", "Splice", "Query", "LayerQuery", "layer_of", "short_name", "resolve_one", "positions_of",
     "indices", "screen", "Host", "PluginInfo", "installed",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy as copying
 import difflib
 import os
 import re
@@ -42,11 +41,11 @@ from prisma_core.saving.folder import load_folder, with_own_stem
 from prisma_core.spec import AnySpec, DualSpec, MapSpec, ModelSpec, TextSpec
 from prisma_core.toolbox.options import check_keywords, keywords
 from prisma_core.toolbox.tables import check_rows
-from prisma_core.toolbox.undeclared import check_undeclared, unwrapped
 from prisma_core.transformer import HookedDual, HookedText, build
 from prisma_core.transformer.names import optional_hook_names
 from prisma_core.upstream.copies import copy_module
 from prisma_core.upstream.model import HookedUpstream
+from prisma_core.upstream.undeclared import check_undeclared, unwrapped
 
 
 @contextmanager
@@ -185,8 +184,13 @@ def _adapt(upstream: nn.Module, adapter: Adapter | None, *, copy: bool) -> ZooMo
     model = unwrapped(model)
     if adapter is None:
         adapter = installed().adapter(model)
-    else:
-        check_adapter(adapter, model)
+    elif not isinstance(cast("object", adapter), Adapter):
+        raise InputError(f"adapter= takes an Adapter, such as MyAdapter(); got {describe(adapter)}.")
+    elif (kind := qualified_name(model)) not in adapter.types:
+        raise InputError(
+            f"{type(adapter).__name__} adapts {', '.join(adapter.types) or 'no type'}; this model is a {kind}. Give an "
+            "adapter whose types name it, or none for the installed one."
+        )
     hooked = adapt_with(adapter, model, copy=copy)
     if source := installed().source_of(model):
         with blaming(source):
@@ -201,21 +205,6 @@ def _labels(model: ZooModel, loaded: Loaded) -> tuple[str, ...] | None:
     """Return the class names that a library knows; None for a head of another number of classes: it was replaced."""
     n = getattr(model.spec, "n_classes", None)
     return loaded.labels if loaded.labels is None or n in (None, len(loaded.labels)) else None
-
-
-def check_adapter(adapter: object, upstream: nn.Module) -> None:
-    """Refuse an adapter that does not take a model's type.
-
-    Raises:
-        InputError: it is no adapter, or its ``types`` do not name the type.
-    """
-    if not isinstance(adapter, Adapter):
-        raise InputError(f"adapter= takes an Adapter, such as MyAdapter(); got {describe(adapter)}.")
-    if (kind := qualified_name(upstream)) not in adapter.types:
-        raise InputError(
-            f"{type(adapter).__name__} adapts {', '.join(adapter.types) or 'no type'}; this model is a {kind}. Give an "
-            "adapter whose types name it, or none for the installed one."
-        )
 
 
 @_normal_mode()
@@ -234,7 +223,7 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> Z
         model = build(spec)
     if stem is not None:
         for tower in with_own_stem(model):
-            tower.embed.stem = copying.deepcopy(stem)
+            tower.embed.stem = copy_module(stem, copy=True)
     check_rows(hooks, model.hook_points(), optional_hook_names(model))
     theirs = tensors_of(upstream)
     with torch.enable_grad():  # a tensor made of a trainable one is trainable, whatever mode the caller is in

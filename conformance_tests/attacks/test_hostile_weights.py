@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from sources import SOURCES, Written
 from torch import Tensor
 
@@ -127,4 +128,30 @@ def test_weights_listed_elsewhere_are_not_read(tmp_path: Path) -> None:
     index = {"metadata": {}, "weight_map": dict.fromkeys(written.state, "../secret.safetensors")}
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(LoadError, match=r"secret\.safetensors"):
+        written.load()
+
+
+def test_a_tensor_that_two_files_hold_is_refused(tmp_path: Path) -> None:
+    written = SOURCES["hf"](tmp_path)
+    names = sorted(written.state)
+    files = {"model-00001-of-00002.safetensors": names[:5], "model-00002-of-00002.safetensors": names[5:]}
+    index = {"metadata": {}, "weight_map": {name: file for file, held in files.items() for name in held}}
+    for file, held in files.items():
+        save_file({name: written.state[name] for name in held}, tmp_path / file, {"format": "pt"})
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "model.safetensors").unlink()
+    model = written.load()
+    again = {name: written.state[name] for name in names[5:]} | {names[0]: written.state[names[0]] + 1}
+    save_file(again, tmp_path / "model-00002-of-00002.safetensors", {"format": "pt"})
+    with pytest.raises(LoadError, match=f"{names[0]}, and another of the files too"):
+        written.load()
+    assert isinstance(model, prisma.HookedViT)
+
+
+def test_quantised_weights_are_named(tmp_path: Path) -> None:
+    written = SOURCES["hf"](tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LoadError, match=r"quantised weights \(bitsandbytes\)"):
         written.load()

@@ -38,7 +38,7 @@ def test_postscript_under_any_name(name: str, tmp_path: Path, mark: Path) -> Non
     assert mark.exists()  # Pillow by itself
     mark.unlink()
     for given in (path, str(path)):
-        with pytest.raises(InputError, match=rf"{name} is no image that Pillow may read: expected PNG, JPEG.*as PNG"):
+        with pytest.raises(InputError, match=rf"{name}' is no image that Pillow may read: expected PNG, JPEG.*as PNG"):
             Preprocess(size=(8, 8))(given)
     with Image.open(path) as opened, pytest.raises(InputError, match="a file of EPS, which is not decoded here"):
         open_image(opened)
@@ -73,7 +73,7 @@ def png(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("size", [(60000, 60000), (2**31 - 1, 1), (2**31 - 1, 2**31 - 1), (0, 5)])
 def test_an_image_that_claims_to_be_large(size: tuple[int, int], tmp_path: Path) -> None:
     (tmp_path / "large.png").write_bytes(png(*size))
-    with pytest.raises(InputError, match=r"large\.png is no"):
+    with pytest.raises(InputError, match=r"large\.png' is no"):
         open_image(tmp_path / "large.png")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from loopback import Hub
 from safetensors.torch import save_file
 
 import prisma_core as prisma
@@ -36,6 +37,14 @@ def test_beside_the_weights_of_a_model_of_transformers(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=MERGE):
         prisma.load(reference)
     prisma.load(reference, pretrained=False)  # no weights are asked for
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_a_repository_of_the_hub_that_holds_nothing_else(pretrained: bool, loopback: Hub) -> None:
+    pytest.importorskip("transformers")
+    adapter(loopback.repository("someone/lora"))
+    with pytest.raises(LoadError, match=MERGE):
+        prisma.load("hf:someone/lora", pretrained=pretrained)
 
 
 @pytest.mark.parametrize("source", ["hf", "open_clip", "file", "timm"])

@@ -312,6 +312,37 @@ def test_windows_are_chosen(browser: Chrome, folder: Path) -> None:
     assert_quiet(browser, page)
 
 
+def test_frames_are_windows_over_their_own_image(browser: Chrome, folder: Path) -> None:
+    kinds: Any = pytest.importorskip("transformers", reason="needs transformers: pip install 'prisma-interp[hf]'")
+    import prisma_view
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import Select
+
+    import prisma_core as prisma
+
+    sizes = {"image_size": 32, "patch_size": 16, "num_frames": 2, "hidden_size": 16, "num_hidden_layers": 1}
+    config = kinds.TimesformerConfig(**sizes, num_attention_heads=2, intermediate_size=20)
+    video = torch.zeros(1, 2, 3, 32, 32)
+    video[0, 1, :, :16] = 1  # the upper half of the second frame
+    model = prisma.adapt(kinds.TimesformerModel(config).eval())
+    page = prisma_view.attention_page(model, video).save(folder / "frames.html")
+    show(browser, page, 1280, 900)
+    js(browser, "const c = document.getElementById('cover'); c.value = 0; c.dispatchEvent(new Event('input'))")
+    Select(browser.find_element(By.ID, "layer")).select_by_index(0)
+    js(browser, "return new Promise((then) => setTimeout(then, 100))")
+    assert js(browser, "return document.getElementById('window-kind').textContent") == "Patch"
+    assert title(browser, "out") == "frame 1 attends to"
+    assert_quiet(browser, page)
+    Select(browser.find_element(By.ID, "layer")).select_by_index(1)
+    middle = """const c = document.querySelector('#out canvas');
+        return c.getContext('2d').getImageData(c.width * .3, c.height * .3, 1, 1).data[0]"""
+    for frame in (0, 1):
+        Select(browser.find_element(By.ID, "window")).select_by_index(frame)
+        js(browser, "return new Promise((then) => setTimeout(then, 100))")
+        assert f", frame {frame}. class token attends" in words(browser)
+        assert js(browser, middle) == 255 * frame
+
+
 def test_figures_open_without_errors_or_requests(browser: Chrome, folder: Path) -> None:
     import prisma_view
 

@@ -94,6 +94,15 @@ def test_heads_are_those_of_the_function_and_the_result_is_kept(
     torch.testing.assert_close(Result.load(kept).values, scores.values)
 
 
+def test_of_a_model_that_reads_every_token_the_class_they_read_highest_is_explained(told: Any) -> None:
+    found = told("attribute", "toy:mae-scenes", "--by", "head", "--top", "2")
+    model: Any = prisma.load("toy:mae-scenes")
+    image = model.preprocess([installed().sources()["toy"].sample("mae-scenes", 0)])
+    assert found["classes"] == [str(int(model(image).mean((0, 1)).argmax()))]
+    assert [set(row) for row in found["top"]] == [{"layer", "head", "pos", "class", "value"}] * 2
+    assert len(found["constant"]) == len(found["rest"]) == 1
+
+
 @pytest.mark.parametrize("command", ["lens", "attribute", "heads"])
 def test_tables_are_for_people(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, TOY]) == 0

@@ -146,6 +146,7 @@ class Reading:
     def follow(self, block: Block) -> None:
         if block.language == "toml" and "entry-points" in block.text:
             _installed(block.text, self.folder)
+            self.forget()
         elif block.language == "diff":
             self._change(block.text)
         elif block.language == "bash" and block.shown is not None:

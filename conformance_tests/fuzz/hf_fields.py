@@ -109,13 +109,14 @@ def values(kind: Config, name: str, value: Any, code: str) -> Iterator[Any]:
     """Yield other values for a field, the likeliest to be valid first."""
     hint = next((one.type for one in fields(kind) if one.name.removeprefix("_") == name), None)
     seen = [value]
-    for other in _values(name, value, hint, code):
+    for other in others(name, value, hint, code):
         if not any(type(other) is type(one) and other == one for one in seen):
             seen.append(other)
             yield other
 
 
-def _values(name: str, value: Any, hint: Any, code: str) -> Iterator[Any]:
+def others(name: str, value: Any, hint: Any, code: str) -> Iterator[Any]:
+    """Yield values of the kind of a field's own, or of what its type says where it has none."""
     if isinstance(value, bool):
         yield not value
     elif isinstance(value, int):
@@ -146,7 +147,7 @@ ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh", "relu", "silu", "hards
 
 def _inside(value: dict[Any, Any], code: str) -> Iterator[dict[Any, Any]]:
     for key, one in value.items():
-        yield from ({**value, key: other} for other in _values(str(key), one, None, code))
+        yield from ({**value, key: other} for other in others(str(key), one, None, code))
 
 
 def _instead_of_nothing(name: str, hint: Any, code: str) -> Iterator[Any]:

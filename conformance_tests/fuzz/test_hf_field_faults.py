@@ -106,7 +106,11 @@ def test_sizes_on_offer_are_whole_patches_where_the_native_one_is_not() -> None:
     [
         ("hf-Aimv2VisionModel", {"is_native": True}, "positions made for each"),
         ("hf-Idefics2VisionTransformer", {"patch_size": 4}, "by which patches are looked up"),
+        ("hf-Molmo2VisionModel", {"image_size": None}, "height and width"),
         ("dino-dinov3", {"image_size": 40}, "another grid"),
+        ("dino-dinov3_backbone_tokens", {"num_register_tokens": 6}, "registers of another number"),
+        ("vivit-VJEPA2Predictor", {"patch_size": 0}, "patch_size=0, where a whole number"),
+        ("vivit-VJEPA2ForVideoClassification", {"patch_size": [4, 8]}, "where a whole number"),
         ("clip-roberta-ViT-B-32/whole", {"pad_token_id": 3}, "pad_token_id"),
         ("clip-roberta-ViT-B-32/whole", {"is_decoder": True}, "is_decoder"),
     ],
@@ -142,10 +146,36 @@ def test_a_model_without_a_class_token_is_one() -> None:
     assert worst(model(image), upstream(image).last_hidden_state) < tolerances.FLOAT64
 
 
-@pytest.mark.parametrize("field", ["num_hidden_layers", "decoder_num_hidden_layers"])
-def test_a_mapped_model_without_blocks_is_unsupported(field: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("hf-ViTMAEForPreTraining", "num_hidden_layers"),
+        ("hf-ViTMAEForPreTraining", "decoder_num_hidden_layers"),
+        ("vivit-TimesformerModel (joint)", "num_hidden_layers"),
+        ("vivit-VJEPA2Model", "num_hidden_layers"),
+        ("vivit-VJEPA2ForVideoClassification", "num_hidden_layers"),
+    ],
+)
+def test_a_model_without_blocks_is_unsupported(name: str, field: str) -> None:
     with pytest.raises(UnsupportedArchitecture, match="0 parts: there is no number 0"):
-        adapt(built("hf-ViTMAEForPreTraining", **{field: 0}))
+        adapt(built(name, **{field: 0}))
+
+
+def test_heads_are_those_of_the_modules_whatever_a_configuration_says_since() -> None:
+    upstream = built("vivit-TimesformerModel (joint)").double()
+    heads = upstream.encoder.layer[0].attention.attention.num_heads
+    upstream.config.num_attention_heads = 2 * heads
+    model = adapt(upstream)
+    _, cache = model.run_with_cache(*sample(model), names="z")
+    assert cache["z", 0].shape[-2] == heads
+
+
+def test_images_of_parts_of_patches_are_cut_to_whole_ones_where_patches_are_handed_over() -> None:
+    upstream = built("hf-PaddleOCRVisionModel", image_size=25).double()
+    model = adapt(upstream)
+    (image,) = sample(model)
+    assert image.shape[-2:] == (24, 24)
+    assert worst(model(image), installed().adapter(upstream).call(upstream, image)) < tolerances.FLOAT64
 
 
 def test_a_table_of_no_tokens_is_no_tensor_to_account_for() -> None:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from prisma_core.toolbox import undeclared
+from prisma_core.upstream import undeclared
 
 DEVICE = torch.device("cuda", 0)
 _COPIES = {"aten::_to_copy", "aten::copy_"}

@@ -87,7 +87,7 @@ def build(
     for parameter in model.parameters():
         # Without norms nothing bounds the stream, and softmaxes would saturate.
         torch.nn.init.normal_(parameter, std=0.15 if norm is None else 0.5)
-    model.labels = (*LABELS, *map(str, range(n_classes)))[:n_classes] if n_classes else None
+    model.labels = LABELS if n_classes == len(LABELS) else None
     return model.eval()
 
 

@@ -22,7 +22,7 @@ from prisma_core import InputError, hookimpl
 from prisma_core import host as hosting
 from prisma_core.contract.source import Loaded, ModelInfo, Source
 from prisma_core.host import Host
-from prisma_core.inputs import ImagePreprocess, Preprocess, restored, tried
+from prisma_core.inputs import ImagePreprocess, Preprocess, fingerprint, restored
 from prisma_core.saving.processors import ProcessorFolder
 from prisma_core.spec import ModelSpec, NormSpec
 from prisma_core.transformer import HookedViT
@@ -110,10 +110,10 @@ def test_what_is_tried_tells_forms_apart_and_refusals_too() -> None:
     def refuses(image: Image.Image) -> Tensor:
         raise InputError(f"{image.size[0]} is too wide")
 
-    assert not torch.equal(tried(Halved(0.25)), tried(Halved(0.5)))
-    assert torch.equal(tried(refuses), tried(refuses))
+    assert not torch.equal(fingerprint(Halved(0.25)), fingerprint(Halved(0.5)))
+    assert torch.equal(fingerprint(refuses), fingerprint(refuses))
     data = Preprocess(size=(8, 8))
-    assert not torch.equal(tried(data), tried(data.model_copy(update={"order": "bgr"})))
+    assert not torch.equal(fingerprint(data), fingerprint(data.model_copy(update={"order": "bgr"})))
 
 
 @torch.no_grad()

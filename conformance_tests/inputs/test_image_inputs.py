@@ -182,7 +182,7 @@ def test_a_model_without_preprocessing_says_how_to_set_it(make: Callable[..., Ho
     assert not model.preprocess
     for one in (model, copy.deepcopy(model), prisma.load(f"file:{prisma.save(model, tmp_path)}")):
         assert one.preprocess == model.preprocess
-        with pytest.raises(InputError, match=r"model\.preprocess = prisma_core\.inputs\."):
+        with pytest.raises(InputError, match=r"model\.preprocess = prisma_core\.plugin\.Preprocess"):
             one.preprocess("cat.jpg")
         with pytest.raises(AttributeError, match=r"mean.*preprocess"):
             _ = one.preprocess.mean

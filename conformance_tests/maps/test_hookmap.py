@@ -179,8 +179,9 @@ def test_tables():
         ("a -> hook_q: b p d -> b d p", "a second arrow"),
         ("a -> hook_q | zeros", "no name of a hook point"),
         ("a -> blocks.{*}.hook_q", "no name of a hook point"),
-        ("a -> b : {f}", "functions are for weight maps"),
-        ("a -> b : x y -> y x -> x y", "is no einops pattern"),
+        ("a -> b : {f}", r"no function \{f\} was given; none were given\. Pass it: HookMap\.parse\(table, functions="),
+        ("a -> b : x {f}", "neither an einops pattern nor a {function}"),
+        ("a -> b : x y -> y x -> x y", "neither an einops pattern nor a {function}"),
         ("a -> b\nc -> b", "several rows for b: a hook point equals one place"),
     ],
 )
@@ -189,10 +190,37 @@ def test_tables_that_are_none(line, words):
         HookMap.parse(line)
 
 
-@pytest.mark.parametrize("given", [{"functions": {"f": abs}}, {"h": "3"}, {"h": 0}, {"h": True}, {"h": None}])
+@pytest.mark.parametrize("given", [{"h": "3"}, {"h": 0}, {"h": True}, {"h": None}])
 def test_keywords_that_are_no_lengths(given):
     with pytest.raises(PrismaError, match=r"is no length of an axis: HookMap\.parse takes the table"):
         HookMap.parse("a -> b", **given)
+
+
+def test_functions_show_what_no_pattern_can():
+    table = """
+        layers.{l} : in  ->  blocks.{l}.hook_resid_pre : {front}
+        layers.{l}       ->  blocks.{l}.hook_resid_post
+    """
+    table = HookMap.parse(table, {"front": lambda x: x.roll(1, 1)}).prefixed("trunk.", "vision.")
+    row, plain = table.bound(["vision.blocks.3.hook_resid_pre", "vision.blocks.3.hook_resid_post"])
+    assert str(row) == "trunk.layers.3 : in -> vision.blocks.3.hook_resid_pre : {front}"
+    assert not row.axes
+    x = torch.arange(6.0).view(1, 3, 2)
+    assert row.read(x, {}).tolist() == [[[4, 5], [0, 1], [2, 3]]]
+    assert plain.read(x, {}) is x
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda x: x.roll(1, 7), r"a -> b : \{f\}: \{f\} raised IndexError"),
+        (lambda x: [x], r"a -> b : \{f\}: \{f\} returned a list.*; expected Tensor"),
+    ],
+)
+def test_a_function_that_fails_is_named(function, words):
+    (row,) = HookMap.parse("a -> b : {f}", functions={"f": function}).rows
+    with pytest.raises(PrismaError, match=words):
+        row.read(torch.zeros(2, 3), {})
 
 
 def test_two_rows_that_speak_of_one_hook_point():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from prisma_conformance.gradients import pull_back
 
-from prisma_core import WeightMapError
+from prisma_core import PrismaError, WeightMapError
 from prisma_core.maps.rule import Rule
 from prisma_core.maps.weights import WeightMap
 
@@ -193,12 +193,12 @@ def _broken(*given):
     [
         (_broken, r"a -> b : \{f\}: \{f\} raised KeyError: 'table' \(test_weights\.py, line \d+\)"),
         (lambda: 1, r"\{f\} raised TypeError: .*takes 0 positional arguments"),
-        (lambda a: None, r"\{f\} returned NoneType; expected a tensor"),
+        (lambda a: None, r"\{f\} returned None; expected Tensor"),
     ],
 )
 def test_a_function_that_fails_is_named(function, words):
     table = WeightMap.parse("a -> b : {f}", functions={"f": function})
-    with pytest.raises(WeightMapError, match=words):
+    with pytest.raises(PrismaError, match=words):
         table.forward(sized({"a": (2,)}), shapes(b=(2,)))
 
 
@@ -213,8 +213,15 @@ def test_a_function_without_sources_makes_what_upstream_keeps_in_no_tensor():
     assert all(torch.equal(tensor, upstream[name]) for name, tensor in table.backward(made, bare).items())
     grads = {name: torch.ones(shape) for name, shape in wanted.items()}
     assert pull_back(table, upstream, grads)["trunk.a"].tolist() == [1, 1]
-    with pytest.raises(WeightMapError, match=r"vision\.pos was changed, and '\{vision\.fixed\} -> vision\.pos'"):
+    with pytest.raises(WeightMapError, match=r"vision\.pos was changed, and '\{fixed\} -> vision\.pos'"):
         table.backward(made | {"vision.pos": made["vision.pos"] + 1}, bare)
+
+
+def test_joined_tables_keep_their_own_functions():
+    tables = [WeightMap.parse(f"a -> {name} : {{f}}", {"f": f}) for name, f in (("b", torch.neg), ("c", torch.exp))]
+    made = (tables[0] | tables[1]).forward({"a": torch.ones(2)}, shapes(b=(2,), c=(2,)))
+    assert made["b"].tolist() == [-1, -1]
+    assert torch.equal(made["c"], torch.ones(2).exp())
 
 
 def test_functions_run_forwards_and_give_their_sources_back_unchanged():
@@ -295,3 +302,9 @@ def test_gradients_pulled_back_equal_autograds():
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, leaves[name].grad)
     assert not any(tensor.requires_grad for tensor in upstream.values())
+
+
+def test_a_number_cannot_be_split() -> None:
+    table = WeightMap.parse("alpha -> [a, b]")
+    with pytest.raises(WeightMapError, match=r"alpha -> \[a, b\]: 1 rows cannot be split into \[2, 2\]"):
+        table.forward({"alpha": torch.tensor(0.5)}, shapes(a=(2,), b=(2,)))

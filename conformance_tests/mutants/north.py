@@ -198,14 +198,14 @@ class NorthAdapter(Adapter):
             layout=TokenLayout(
                 cls=1, registers=len(upstream.registers), rows=side // upstream.patch, columns=side // upstream.patch
             ),
-            blocks=tuple(self._block(layer, width) for layer in upstream.layers),
+            blocks=tuple(self.block(layer, width) for layer in upstream.layers),
             ln_final=self.fact["ln_final"](upstream),
             pool=self.fact["pool"](upstream),
             d_pool=2 * width,
             n_classes=upstream.head.out_features,
         )
 
-    def _block(self, layer: Reader, width: int) -> BlockSpec:
+    def block(self, layer: Reader, width: int) -> BlockSpec:
         attn, heads, fact = layer.attn, layer.attn.heads, self.fact
         return BlockSpec(
             kind=fact["kind"](layer),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from prisma_conformance import randomise
 from prisma_conformance.doctor.diagnosis import examine
 from prisma_conformance.subject import Subject
 from torch import Tensor
@@ -220,3 +221,16 @@ def test_the_doctor_names_places_near_one_that_upstream_never_passes(place: str)
 def test_the_doctor_finds_nothing_wrong_with_what_is_right() -> None:
     answer = examine(Planted("nothing", ()).subject())
     assert answer.healthy, str(answer)
+
+
+def test_the_doctor_says_where_one_field_would_have_to_hold_two_values() -> None:
+    upstream = randomise(NorthViT(), torch.Generator().manual_seed(1))
+    for layer in upstream.layers:
+        layer.attn.k_norm.eps = 0.05
+    adapter = NorthAdapter(fact={"qk_norm": lambda attn: rms_norm(attn.q_norm)})
+    answer = examine(Subject(CASE, adapter, upstream, draw=False))
+    assert answer.first == "blocks.0.attn.hook_k"
+    assert not answer.remedies
+    assert "attn.qk_norm.eps=0.05" in str(answer)
+    assert "upstream's layers.{l}.attn.k_norm.eps, which the adapter does not read" in str(answer)
+    assert "it agrees, and blocks.0.attn.hook_q does not: one field stands for both." in str(answer)

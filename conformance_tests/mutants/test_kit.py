@@ -24,6 +24,7 @@ from prisma_conformance.pytest import summary
 from prisma_conformance.report.table import supported, write_table
 from prisma_conformance.subject import Subject
 from prisma_conformance.tolerances import FLOAT64
+from torch import nn
 
 import prisma_core as prisma
 from prisma_core import PrismaError, UnknownName
@@ -174,3 +175,14 @@ def test_the_summary_counts_what_ran() -> None:
     assert lines[0] == "1 of 3 zoo architectures passed, with 1 distinct combinations of facts"
     assert lines[1].strip() == "parity.logits: 1 of 2, worst error 1.0e+00 of at most 1e-10"
     assert lines[2].strip() == "preprocess: 0 of 0; 1 skipped: no transform"
+
+
+@pytest.mark.parametrize(
+    "names", [("q_norm", "k_norm"), ("qn", "kn"), ("norm_q", "norm_k"), ("query_norm", "key_norm")]
+)
+def test_norms_of_queries_and_keys_are_drawn_one_eps_by_whatever_name(names: tuple[str, str]) -> None:
+    parts = nn.ModuleDict({name: nn.LayerNorm(4) for name in (*names, "norm1", "norm2")})
+    model = randomise(nn.ModuleDict({"layers": nn.ModuleList([parts])}), torch.Generator().manual_seed(0))
+    q, k, norm1, norm2 = (part.eps for part in model.layers[0].values())
+    assert q == k
+    assert len({q, norm1, norm2}) == 3

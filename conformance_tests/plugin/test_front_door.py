@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from prisma_conformance.new_plugin import _texts, _upstream
 
 import prisma_core
 from prisma_core import plugin
-from prisma_core.cli.new_plugin import _texts
 
 ROOT = Path(__file__).parents[2]
 DOORS = {"prisma_core.plugin": set(plugin.__all__), "prisma_core": set(prisma_core.__all__)}
@@ -111,8 +111,6 @@ def test_the_kit_and_its_exceptions() -> None:
 @pytest.mark.parametrize("as_map", [False, True])
 @pytest.mark.parametrize("upstream", [None, "torch.nn.modules.linear.Linear"])
 def test_the_template(upstream: str | None, as_map: bool) -> None:
-    from prisma_core.cli.new_plugin import _upstream
-
     texts = _texts("acme", "acme", None if upstream is None else _upstream(upstream), as_map)
     written = {path: text for path, text in texts.items() if path.endswith(".py")}
     assert any("prisma_core.plugin" in text for text in written.values())

@@ -132,8 +132,9 @@ def by_weights(rows: Any, shapes: Any, length: int) -> Any:
 
 def at_home(function: Any, owner: type, name: str) -> Any:
     """Return a function as a method of a library's own, as another release of it would have."""
-    own = FunctionType(function.__code__, vars(sys.modules[owner.__module__]), name)
-    own.__kwdefaults__, own.__qualname__ = function.__kwdefaults__, f"{owner.__qualname__}.{name}"
+    there, full = vars(sys.modules[owner.__module__]), f"{owner.__qualname__}.{name}"
+    own = FunctionType(function.__code__.replace(co_filename=there["__file__"], co_qualname=full), there, name)
+    own.__kwdefaults__, own.__qualname__ = function.__kwdefaults__, full
     return own
 
 

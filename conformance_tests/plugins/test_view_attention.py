@@ -90,7 +90,7 @@ def test_fewer_steps_are_a_larger_error_that_is_stated(image: torch.Tensor, monk
 
 def test_there_are_as_many_steps_as_there_is_room_for() -> None:
     pattern = torch.randn(1, 12, 20, 20).softmax(-1)
-    one = stored_maps.Map("blocks.0.attn.hook_pattern", pattern, pattern.log(), False)
+    one = stored_maps.Map("blocks.0.attn.hook_pattern", pattern, pattern.log())
     assert stored_maps.store([one]).steps == 4095
     vit_b16 = 12 * 12 * 197 * 197
     assert next(n for n in stored_maps.STEPS if vit_b16 * np.log2(n + 1) / 6 <= stored_maps.ROOM) == 1023
@@ -98,9 +98,9 @@ def test_there_are_as_many_steps_as_there_is_room_for() -> None:
 
 def test_scores_that_do_not_make_the_pattern_are_not_shown() -> None:
     pattern = torch.randn(3, 9, 9, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    kept = stored_maps._map("x", pattern, pattern.log() + 3, False)
+    kept = stored_maps._map("x", pattern, pattern.log() + 3, within="")
     assert kept.scores is not None
-    other = stored_maps._map("x", pattern, pattern.log() * 1.2, False)
+    other = stored_maps._map("x", pattern, pattern.log() * 1.2, within="")
     assert other.scores is None
     stored = stored_maps.store([other])
     assert stored.layers[0]["scores"] is False
@@ -113,7 +113,7 @@ def test_no_attention_stays_no_attention() -> None:
     masked[4] = False  # a query that attends to nothing
     scores = torch.randn(2, 7, 7).masked_fill(~masked, -torch.inf)
     pattern = scores.softmax(-1).nan_to_num(0)
-    codes, low, step = stored_maps._coded(stored_maps.Map("x", pattern[None], None, False), 255)
+    codes, low, step = stored_maps._coded(stored_maps.Map("x", pattern[None], None), 255)
     assert (codes[0, :, ~masked] == 0).all()
     _, again = stored_maps.decoded(codes, low, step)
     assert np.abs(again[0] - pattern.numpy()).max() < 0.02
@@ -169,6 +169,60 @@ def test_windows_are_shown_as_windows() -> None:
     data, _, patterns = unpack(page.html)
     assert [(layer["windows"], layer["heads"]) for layer in data["layers"]] == [(4, 2), (4, 2), (1, 3)]
     assert "windows" in page.html
+    _, cache = model.run_with_cache(x, names="hook_pattern")
+    for mine, theirs in zip(patterns, cache.values(), strict=True):
+        assert np.abs(mine - theirs[0].detach().numpy()).max() <= page.pattern_error * 1.001 < 1e-2
+
+
+def small(name: str, **options: Any) -> Any:
+    timm = pytest.importorskip("timm", reason="needs timm: pip install 'prisma-interp[timm]'")
+    import prisma_core as prisma
+
+    torch.manual_seed(0)
+    return prisma.adapt(timm.create_model(name, **options).eval())
+
+
+def test_pooled_queries_are_left_out_and_tokens_without_a_place_are_numbered() -> None:
+    options = {"embed_dim": 8, "num_heads": 1, "stages": (1, 2, 1), "q_pool": 1, "mask_unit_size": (4, 4)}
+    model = small("hiera_tiny_224", img_size=(64, 96), mask_unit_attn=(True, False, False), **options)
+    x = torch.randn(1, 3, 64, 96)
+    page = prisma_view.attention_page(model, x)
+    data, _, patterns = unpack(page.html)
+    assert [layer["label"] for layer in data["layers"]] == ["0", "2", "3"]
+    assert [layer["grid"] for layer in data["layers"]] == [None] * 3
+    assert "Left out, for their queries are pooled: 1." in page.html
+    assert "in the model&#39;s own order" in page.html
+    _, cache = model.run_with_cache(x, names="hook_pattern")
+    assert cache["pattern", 1].shape[-1] == 4 * cache["pattern", 1].shape[-2]
+    assert np.abs(patterns[1][0] - cache["pattern", 2][0].detach().numpy()).max() <= page.pattern_error * 1.001 < 1e-2
+    with pytest.raises(NotApplicable, match=r"blocks\.1\.attn\.hook_pattern are pooled"):
+        prisma_view.attention_page(model, x, layers=[1])
+
+
+def test_rows_and_columns_are_those_of_the_stream() -> None:
+    options = {"img_size": (64, 96), "embed_dim": 16, "depth": 2, "num_heads": 2, "window_size": 2}
+    model = small("samvit_base_patch16", global_attn_indexes=(1,), **options)
+    data, *_ = unpack(prisma_view.attention_page(model, torch.randn(1, 3, 64, 96)).html)
+    assert [(each["within"], each["windows"], each["grid"]) for each in data["layers"]] == [
+        ("window", 6, [2, 2]), ("", 0, [4, 6]),
+    ]  # fmt: skip
+    assert stored_maps.window_grid(4, 14, windows=2, tokens=28) == (4, 7)
+    assert stored_maps.window_grid(8, 8, windows=5, tokens=16) is None
+
+
+def test_attention_within_frames_and_along_them_is_shown_as_such() -> None:
+    kinds: Any = pytest.importorskip("transformers", reason="needs transformers: pip install 'prisma-interp[hf]'")
+    import prisma_core as prisma
+
+    sizes = {"image_size": 32, "patch_size": 16, "num_frames": 3, "hidden_size": 16, "num_hidden_layers": 1}
+    config = kinds.TimesformerConfig(**sizes, num_attention_heads=2, intermediate_size=20)
+    model = prisma.adapt(kinds.TimesformerModel(config).eval())
+    x = torch.randn(1, 3, 3, 32, 32)
+    page = prisma_view.attention_page(model, x)
+    data, _, patterns = unpack(page.html)
+    assert [(each["label"], each["within"], each["windows"], each["tokens"]) for each in data["layers"]] == [
+        ("0.time", "patch", 4, 3), ("0.space", "frame", 3, 5),
+    ]  # fmt: skip
     _, cache = model.run_with_cache(x, names="hook_pattern")
     for mine, theirs in zip(patterns, cache.values(), strict=True):
         assert np.abs(mine - theirs[0].detach().numpy()).max() <= page.pattern_error * 1.001 < 1e-2

@@ -152,6 +152,47 @@ def test_paper_shows_what_the_screen_shows(
     assert len(np.unique(np.asarray(Image.open(path).convert("L")))) > 5
 
 
+def test_titles_of_panels_are_as_wide_as_panels_and_begin_with_what_differs() -> None:
+    names = tuple(f"n0{i} goldfinch, Carduelis carduelis, a bird of the family of finches" for i in range(4))
+    axes = ("layer", "class", "row", "column")
+    chart = prisma_view.plot(Result(torch.rand(1, 4, 3, 4), axes, {"class": names}, technique="lens")).chart
+    assert chart.title == "lens, layer 0"
+    chart = prisma_view.plot(Result(torch.rand(2, 4, 3, 4), axes, {"class": names}), panels=4).chart
+    assert chart.title == "values, layer 0"  # of 8 panels, whose others are of layer 1
+    assert chart.panels == tuple(f"class {name}" for name in names)
+    chart = prisma_view.plot(Result(torch.rand(2, 4, 3, 4), axes, {"class": names})).chart
+    lines = chart.titles()
+    assert [each[0] for each in lines] == ["layer 0"] * 4 + ["layer 1"] * 4
+    assert [each[1].split()[1] for each in lines] == [f"n0{i}" for i in range(4)] * 2
+    assert max(len(line) for each in lines for line in each) <= 92 // 3
+    drawn_titles = [each.text for each in prisma_view.plot(Result(torch.rand(2, 4, 3, 4), axes)).layout.annotations]
+    assert drawn_titles[0] == "layer 0<br>class 0"
+
+
+def test_frames_lie_under_the_panels_of_their_frames() -> None:
+    video = torch.zeros(1, 4, 3, 6, 8)
+    video[0, 2, :, :3] = 1  # the upper half of the first of two images that the second frame of patches takes
+    result = Result(torch.rand(2, 25), ("layer", "pos"), {"pos": tuple(VIDEO.token_names())})
+    figure = result.plot(image=video)
+    chart = figure.chart
+    assert chart.panels == ("layer 0 · frame 0", "layer 0 · frame 1", "layer 1 · frame 0", "layer 1 · frame 1")
+    means = [float(np.asarray(chart.under(panel)).mean()) for panel in range(4)]
+    assert means == pytest.approx([0, 127.5, 0, 127.5])
+    sources = [each.source for each in figure.layout.images]
+    assert [sources.index(each) for each in sources] == [0, 1, 0, 1]
+    axes = draw_still(chart).axes[:4]
+    assert [float(axis.images[0].get_array().mean()) for axis in axes] == pytest.approx(means, abs=1)
+
+
+def test_an_image_that_is_not_drawn_is_named_in_the_caption() -> None:
+    square = Result(
+        torch.rand(25, 25), ("pos", "source"), {each: tuple(VIDEO.token_names()) for each in ("pos", "source")}
+    )
+    chart = square.plot(image=torch.rand(3, 6, 8)).chart
+    assert chart.images == ()
+    assert any("image is not drawn" in note and "sel()" in note for note in chart.notes)
+
+
 def test_a_figure_prints_what_it_is_and_not_its_data() -> None:
     figure = prisma_view.plot(Result(torch.rand(2, 3), ("layer", "head"), technique="scores"))
     assert repr(figure) == "Figure(heat, 1 of 2 by 3: scores)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from PIL import Image
 from planted import ANSWER, READS, marked, planted
 from planted_dual import WORDS, planted_dual
 from prisma_harvest import Pass, harvest, top_examples
+from prisma_view.gallery_files import data_folder
 
-from prisma_core import HookedModel, InputError, Result, UnknownName
+from prisma_core import HookedModel, InputError, LoadError, Result, UnknownName
 from prisma_core.cli.app import main
 
 POST, RESID, Z = "blocks.1.mlp.hook_post", "blocks.1.hook_resid_post", "blocks.1.attn.hook_z"
@@ -35,11 +37,11 @@ def script(path: Path) -> Any:
 
 
 def units_of(page: Path) -> list[dict[str, Any]]:
-    return [unit for path in sorted((page.parent / "data").glob("units-*.js")) for unit in script(path)]
+    return [unit for path in sorted(data_folder(page).glob("units-*.js")) for unit in script(path)]
 
 
 def index_of(page: Path) -> dict[str, Any]:
-    return script(page.parent / "data" / "index.js")
+    return script(data_folder(page) / "index.js")
 
 
 def activations(model: HookedModel, name: str) -> torch.Tensor:
@@ -73,7 +75,7 @@ def test_images_patches_and_histograms_are_those_of_the_activations(tmp_path: Pa
 
 def test_small_images_are_the_images(tmp_path: Path) -> None:
     page = prisma_view.gallery(planted(), images(3), Z, over="head", out=tmp_path / "g", k=3, **HOW).path
-    sheet = np.asarray(Image.open(page.parent / "images" / "0000.jpg").convert("L"), dtype=float)
+    sheet = np.asarray(Image.open(data_folder(page) / "0000.jpg").convert("L"), dtype=float)
     assert sheet.shape == (128, 1024)
     for thumb, _, _, _, name, _ in units_of(page)[0]["top"]:
         pixels = images(3)[int(name[3:-4])][0]
@@ -202,7 +204,7 @@ def test_a_video_shows_the_frame_of_the_top_token(tmp_path: Path) -> None:
     for frame in range(8):
         videos[:, frame, :, :, 4 * frame : 4 * frame + 4] += 3
     made = prisma_view.gallery(model, list(videos), ("mlp.hook_post", 0), out=tmp_path / "g", k=2, **HOW)
-    sheet = np.asarray(Image.open(made.path.parent / "images" / "0000.jpg").convert("L"), dtype=float)
+    sheet = np.asarray(Image.open(data_folder(made.path) / "0000.jpg").convert("L"), dtype=float)
     frames = set()
     for unit in units_of(made.path):
         for thumb, _, place, (frame, _, _), _, _ in unit["top"]:
@@ -233,12 +235,30 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize("step", ["open", "replace"])
+def test_a_gallery_that_is_stopped_half_way_leaves_the_old_one(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    made = prisma_view.gallery(planted(), images(), RESID, out=tmp_path / "g", k=2, **HOW)
+    files = {path: path.read_bytes() for path in (tmp_path / "g").rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr(*{"open": (Path, "write_text", full), "replace": (os, "replace", full)}[step])
+        with pytest.raises(LoadError, match="No space left on device"):
+            prisma_view.gallery(planted(), images(9), RESID, out=tmp_path / "g", k=2, **HOW)
+    assert {path: path.read_bytes() for path in (tmp_path / "g").rglob("*") if path.is_file()} == files
+    assert units_of(made.path)
+
+
 def test_a_new_gallery_leaves_nothing_of_the_old_one(tmp_path: Path) -> None:
     many = torch.randn(120, 24, generator=torch.Generator().manual_seed(0))
     prisma_view.gallery(planted(), images(), RESID, directions=many, out=tmp_path / "g", k=2, **HOW)
-    assert len(list((tmp_path / "g" / "data").glob("units-*.js"))) == 3
+    assert len(list((tmp_path / "g").glob("data-*/units-*.js"))) == 3
     made = prisma_view.gallery(planted(), images(), RESID, directions=many[:2], out=tmp_path / "g", k=2, **HOW)
-    assert [path.name for path in sorted((tmp_path / "g" / "data").iterdir())] == ["index.js", "units-0000.js"]
+    assert [path.name for path in sorted((tmp_path / "g").glob("data-*/*.js"))] == ["index.js", "units-0000.js"]
+    assert len(list((tmp_path / "g").iterdir())) == 2
     assert made.units == 2
     assert repr(made).startswith("Gallery(2 units, ")
 
@@ -296,7 +316,7 @@ def test_one_unit_is_a_page_with_its_images_inside(tmp_path: Path) -> None:
         assert [row[1:] for row in unit["top"]] == [row[1:] for row in whole[neuron]["top"]]
         assert unit["effects"] == whole[neuron]["effects"]
         (sheet,) = (Image.open(io.BytesIO(base64.b64decode(each.split(",")[1]))) for each in inside["sheets"])
-        first = Image.open(made.path.parent / "images" / "0000.jpg")
+        first = Image.open(data_folder(made.path) / "0000.jpg")
         thumb = whole[neuron]["top"][0][0]
         theirs = first.crop((128 * (thumb % 8), 128 * (thumb // 8), 128 * (thumb % 8) + 128, 128 * (thumb // 8) + 128))
         ours = np.asarray(sheet.crop((0, 0, 128, 128)), dtype=float)

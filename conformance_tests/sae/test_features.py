@@ -138,6 +138,21 @@ def test_a_splice_in_a_compiled_model(scenes: Any) -> None:
     assert torch.allclose(run(images), clean, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_transcoder_in_a_compiled_model(scenes: Any) -> None:
+    model, coder, images = scenes
+    model.requires_grad_(False)
+    about = {"kind": "transcoder", "hook": "blocks.1.hook_resid_mid", "tokens": None}
+    one = SparseCoder(coder.facts.model_copy(update=about | {"hook_out": "blocks.1.hook_mlp_out"}), coder.tensors())
+    run = torch.compile(model, backend="eager")
+    clean = run(images)
+    with splice(model, one):
+        expected = model(images)
+        assert (expected - clean).abs().max() > 1e-2
+        assert torch.allclose(run(images), expected, atol=1e-4)
+        assert torch.allclose(run(images.flip(0)), expected.flip(0), atol=1e-4)
+
+
 def test_losses_of_a_dual_encoder_have_its_own_scale_and_none() -> None:
     model = prisma.load("toy:clip-scenes")
     texts = model.tokens(["a red circle", "a blue square", "a green triangle"])

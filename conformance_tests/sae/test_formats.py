@@ -10,7 +10,7 @@ import pytest
 import torch
 from coders import D_IN, D_SAE, X, close, drawn, encoded, far, saev, standard, top
 from hostile import RunsCommand
-from prisma_sae import SparseCoder, read, save
+from prisma_sae import CoderFacts, SparseCoder, read, save
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -71,6 +71,20 @@ def test_sae_lens_jumprelu_compares_before_the_relu(tmp_path: Path) -> None:
     far(coder.encode(X), (h - t["threshold"]).relu())
 
 
+@pytest.mark.parametrize("rescale", [True, False])
+def test_sae_lens_checkpoints_of_batch_topk_keep_what_is_above_their_threshold(tmp_path: Path, rescale: bool) -> None:
+    t, threshold = standard(), torch.tensor(1.5, dtype=torch.double)
+    how = {"architecture": "matryoshka_batchtopk", "k": 3, "rescale_acts_by_decoder_norm": rescale}
+    coder = sae_lens(tmp_path, t | {"topk_threshold": threshold}, V6 | how | {"matryoshka_widths": [4, D_SAE]})
+    norm = t["W_dec"].norm(dim=-1)
+    h = encoded(t) * (norm if rescale else 1)
+    f = h * (h > threshold)
+    assert not torch.equal(f, top(h, 3).relu())  # as in training, of each row
+    close(coder.encode(X), f)
+    close(coder(X), (f / norm if rescale else f) @ t["W_dec"] + t["b_dec"])
+    assert coder.facts.groups == (4, D_SAE)
+
+
 def test_sae_lens_gated_has_no_b_enc(tmp_path: Path) -> None:
     t = standard() | drawn(1, b_gate=(D_SAE,), r_mag=(D_SAE,), b_mag=(D_SAE,))
     del t["b_enc"]
@@ -80,15 +94,17 @@ def test_sae_lens_gated_has_no_b_enc(tmp_path: Path) -> None:
     close(coder.encode(X), ((u @ t["W_enc"] + t["b_gate"]) > 0) * magnitude)
 
 
-@pytest.mark.parametrize("architecture", ["transcoder", "skip_transcoder", "jumprelu_transcoder"])
+@pytest.mark.parametrize(
+    "architecture", ["transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"]
+)
 def test_sae_lens_transcoders_take_nothing_off_their_input_and_leave_the_output_normalised(
     tmp_path: Path, architecture: str
 ) -> None:
     d_out = D_IN + 2
     t = drawn(0, W_enc=(D_IN, D_SAE), b_enc=(D_SAE,), W_dec=(D_SAE, d_out), b_dec=(d_out,))
-    if architecture == "skip_transcoder":
+    if "skip" in architecture:
         t |= drawn(1, W_skip=(d_out, D_IN))
-    if architecture == "jumprelu_transcoder":
+    if "jumprelu" in architecture:
         t |= {"threshold": torch.full((D_SAE,), 0.7)}
     metadata = METADATA | {"hook_name_out": "blocks.5.hook_mlp_out"}
     how = "none" if "skip" in architecture else "layer_norm"
@@ -193,6 +209,28 @@ def test_what_is_no_coder_is_refused_with_the_formats_there_are(tmp_path: Path) 
     with pytest.raises(LoadError):
         read(tmp_path / "sae.pt")
     assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("threshold", "extra threshold"), ("input_mean", "extra input_mean"), ("scale", "extra scale")]
+)
+def test_a_tensor_that_would_be_left_out_is_refused(name: str, words: str) -> None:
+    tensors = standard() | {name: torch.zeros(D_SAE if name == "threshold" else D_IN)}
+    facts = CoderFacts(kind="standard", d_in=D_IN, d_sae=D_SAE, d_out=D_IN)
+    with pytest.raises(LoadError, match=words):
+        SparseCoder(facts, tensors)
+
+
+def test_a_file_with_a_tensor_of_unknown_use_is_refused(tmp_path: Path) -> None:
+    t = standard()
+    held = {"encoder.weight": t["W_enc"].T, "encoder.bias": t["b_enc"], "W_dec": t["W_dec"], "b_dec": t["b_dec"]}
+    (tmp_path / "cfg.json").write_text(json.dumps({"activation": "topk", "k": 3}))
+    save_file({name: tensor.contiguous() for name, tensor in held.items()}, tmp_path / "sae.safetensors")
+    assert read(tmp_path).facts.k == 3
+    held["W_skip"] = torch.ones(D_IN, D_IN)  # and skip_connection is not set
+    save_file({name: tensor.contiguous() for name, tensor in held.items()}, tmp_path / "sae.safetensors")
+    with pytest.raises(LoadError, match="holds W_skip, whose use"):
+        read(tmp_path)
 
 
 def test_a_coder_of_the_wrong_shapes_or_without_k_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from prisma_patch import ablate, activation_patch
 from prisma_sae import CoderFacts, SparseCoder, feature_attribution, splice
 from torch import Tensor
 
-from prisma_core import HookedViT, InputError, UnknownName
+from prisma_core import HookedViT, HookError, InputError, UnknownName
 
 HOOK = "blocks.0.hook_resid_post"
 D = 18  # d_model of the small model
@@ -129,6 +129,26 @@ def test_a_transcoder_reads_one_place_and_writes_another(model: HookedViT, image
     with splice(model, one, error_term=True):
         assert torch.equal(model(image), plain)
         assert torch.equal(model.run_with_cache(image, names=writes)[1][writes], clean[writes])
+
+
+@pytest.mark.parametrize("how", ["stopped by a cache", "stopped at a layer", "failed"])
+def test_a_transcoder_takes_nothing_from_a_pass_that_ended_before_it(model: HookedViT, image: Tensor, how: str) -> None:
+    about = facts(kind="transcoder", hook="blocks.0.hook_resid_mid", hook_out="blocks.1.hook_mlp_out")
+    one = SparseCoder(about, {**standard(0, D, 40)}).double()
+    other = image.flip(0)
+    _, cache = model.run_with_cache(other, names=("resid_pre", 1))
+    with splice(model, one):
+        expected = model(other)
+        if how == "stopped by a cache":
+            model.run_with_cache(image, names=("resid_pre", 1), output=False)
+        elif how == "stopped at a layer":
+            model(image, stop_at_layer=1)
+        else:
+            with pytest.raises(ZeroDivisionError):
+                model.run_with_hooks(image, hooks={("resid_pre", 1): lambda x, at: 1 / 0})
+        with pytest.raises(HookError, match=r"reads blocks.0.hook_resid_mid, which this pass did not go by"):
+            model(cache["resid_pre", 1], start_at_layer=1)
+        assert torch.equal(model(other), expected)
 
 
 def test_heads_are_one_vector_to_a_coder_of_z(model: HookedViT, image: Tensor) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from coders import rows
 from prisma_sae import SparseCoder, TrainConfig, read, save, train
+from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -98,6 +99,24 @@ def test_what_is_trained_knows_where_it_belongs_and_sae_lens_can_load_it(tmp_pat
     theirs = read(folder)
     assert torch.equal(theirs(x), coder(x))
     assert theirs.facts.hook == about["hook"]
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "jumprelu", "matryoshka", "archetypal"])
+def test_every_kind_is_saved_as_sae_lens_has_it_too(tmp_path: Path, kind: Any) -> None:
+    x = rows(64)
+    coder = train(
+        (rows(64, seed=seed) for seed in range(20)), TrainConfig(kind=kind, d_sae=16, k=3, points=64), steps=9
+    )
+    folder = save(coder, tmp_path)
+    kept = load_file(folder / "sae_weights.safetensors")
+    threshold = {"threshold"} if kind in ("batchtopk", "jumprelu") else set[str]()
+    assert {name: len(kept[name]) for name in kept.keys() & {"b_enc", "threshold"}} == dict.fromkeys(
+        {"b_enc"} | threshold, 16
+    )
+    assert kept.keys() == {"W_enc", "b_enc", "W_dec", "b_dec"} | threshold  # SAELens refuses others, and one number
+    assert torch.equal(read(folder)(x), coder(x))
+    (folder / "prisma.json").unlink()
+    assert torch.equal(read(folder)(x), coder(x))
 
 
 @pytest.mark.parametrize(

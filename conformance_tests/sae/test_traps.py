@@ -56,6 +56,10 @@ TRAPS = {
         "test_sae_lens_standard_with_and_without_the_bias_on_the_input"
     ],
     "SAELens: topk rescales by decoder norms": ["test_sae_lens_topk_and_its_rescaling_by_decoder_norms"],
+    "SAELens: checkpoints of BatchTopK hold one threshold, finished coders one of each feature": [
+        "test_sae_lens_checkpoints_of_batch_topk_keep_what_is_above_their_threshold",
+        "test_every_kind_is_saved_as_sae_lens_has_it_too",
+    ],
     "SAELens: gated coders have no b_enc": ["test_sae_lens_gated_has_no_b_enc"],
     "SAELens: transcoders take nothing off their input": [
         "test_sae_lens_transcoders_take_nothing_off_their_input_and_leave_the_output_normalised"

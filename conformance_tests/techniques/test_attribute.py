@@ -228,6 +228,13 @@ def test_probes_that_cannot_be_split_are_refused() -> None:
 # -------------------------------------------------------------------- errors, memory
 
 
+@pytest.mark.parametrize("by", BYS)
+def test_nothing_speaks_for_a_class_against_itself(vit: HookedViT, image: Tensor, by: str) -> None:
+    found = attribute(vit, image, [1, 2], against=[1, 3], by=by)
+    assert found.values[..., 0].eq(0).all()
+    torch.testing.assert_close(total(found), vit(image)[:, [1, 2]] - vit(image)[:, [1, 3]], **EXACT)
+
+
 def test_what_does_not_fit_is_said(vit: HookedViT, image: Tensor) -> None:
     _, cache = build(seed=3, scale=True, registers=2).run_with_cache(image)
     with pytest.raises(InputError, match="another model"):

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from models import VARIANTS, build
-from planted import marked, planted
+from planted import READS, marked, planted
+from planted_dual import planted_dual
 from prisma_patch import (
     Circuit,
     circuit_faithfulness,
@@ -218,6 +219,28 @@ def test_files_that_are_no_circuit_are_said(model: HookedViT, tmp_path: Path, ca
     path.write_text(json.dumps(data))
     with pytest.raises(LoadError, match=fact):
         Circuit.load(path)
+
+
+def test_of_a_dual_encoder_a_tower_is_taken() -> None:
+    clip, images = planted_dual(), torch.cat([marked(1.0), marked(-1.0, seed=1)])
+    tokens = clip.tokens(["a bright mark", "a cat"])
+    for given in ((images[:1], tokens), images[:1]):
+        with pytest.raises(NotApplicable, match=r"model\.vision"):
+            edge_scores(clip, given, given, 0)
+        with pytest.raises(NotApplicable, match=r"model\.vision"):
+            circuit_faithfulness(clip, edge_scores(planted(), images, images.flip(0), 1)[1], given, given, 0)
+    words = clip.encode_text(tokens)
+
+    def difference(vectors: Tensor) -> Tensor:
+        return clip.compare(vectors, words)[:, 0]
+
+    scores, whole = edge_scores(clip.vision, images[:1], images[1:], difference, steps=8)
+    (best, *_), _ = scores.top(1)[0]
+    assert best == f"a{READS[0]}.h{READS[1]}"
+    found = circuit_faithfulness(clip.vision, whole, images[:1], images[1:], difference)
+    torch.testing.assert_close(found.values, torch.ones(2).to(found.values))
+    with pytest.raises(InputError, match=r"one number for each image.*\[1, 2\]"):
+        edge_scores(clip.vision, images[:1], images[1:], lambda vectors: clip.compare(vectors, words))
 
 
 def test_bad_input_names_what_there_is(model: HookedViT, pair: tuple[Tensor, Tensor]) -> None:

@@ -89,7 +89,7 @@ def anew(function: Callable[..., Any], at: Path) -> Callable[..., Any]:
 @cache
 def reported() -> view.Report:
     classifier = build(n_classes=3).float()
-    classifier.preprocess = Preprocess(size=(8, 12))
+    classifier.labels, classifier.preprocess = ("cat", "dog", "emu"), Preprocess(size=(8, 12))
     return view.report(classifier, *np.zeros((2, 8, 12, 3), np.uint8))
 
 

@@ -98,6 +98,8 @@ def test_labels_make_it_an_accuracy_and_classifiers_take_it_too() -> None:
     assert mean_ablation(planted_dual(), [(images, 1 - right)], PAIR).facts["intact"] == 0
     found = mean_ablation(planted(), [(images, right)], PAIR)
     assert (found.facts["intact"], found.unit) == (1, "accuracy")
+    with pytest.raises(InputError, match="labels from 0 to 1"):
+        mean_ablation(planted(), [(images, right + 1)], PAIR)
     with pytest.raises(InputError, match="two images"):
         mean_ablation(planted_dual(), images[:1], PAIR)
     with pytest.raises(InputError, match="two texts"):

@@ -19,3 +19,13 @@ def test_the_examples_of_a_file_run(name: str) -> None:
     result = doctest.testmod(importlib.import_module(f"prisma_lens.{name}"))
     assert result.failed == 0
     assert (result.attempted > 0) == (name in EXAMPLES)
+
+
+@pytest.mark.parametrize(
+    "name", ["prisma_patch.interventions", "prisma_patch.masks", "prisma_patch.switches", "prisma_view.figures"]
+)
+def test_the_examples_of_interventions_and_figures_run(name: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0
+    assert result.attempted > 2

@@ -78,5 +78,9 @@ def test_bad_input_names_the_factor() -> None:
         factors.factors_by_place(planted(), images, {"mark": values["mark"][:9]})
     with pytest.raises(InputError, match="'still' is the same in all 10"):
         factors.factors_by_place(planted(), images, {"still": torch.ones(10)})
+    with pytest.raises(InputError, match="leave 1 to fit"):
+        factors.factors_by_place(planted(), images, values, held_out=0.9)
+    with pytest.raises(InputError, match="'rare' is the same in all images that are"):
+        factors.factors_by_place(planted(), images, {"rare": torch.eye(10)[0]})
     with pytest.raises(InputError, match="no factors"):
         factors.factors_by_place(planted(), images, {})

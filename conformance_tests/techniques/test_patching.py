@@ -203,6 +203,20 @@ def test_integrated_effects_sum_to_the_whole_patch(model: HookedViT) -> None:
     assert (first.values.sum(0) - exact.values).abs() > (found.values.sum(0) - exact.values).abs()
 
 
+@pytest.mark.parametrize(("at", "over"), [("z", "layer head"), ("pattern", "head pos"), (("resid_pre", 1), "")])
+def test_the_exact_effects_stand_beside_the_largest(model: HookedViT, at: Any, over: str) -> None:
+    images, at = torch.cat([BRIGHT, DARK]), ("pattern", 1) if at == "pattern" else at
+    found = attribution_patch(model, images, images.flip(0), METRIC, at=at, over=over, exact=3)
+    every = activation_patch(model, images, images.flip(0), METRIC, at=at, over=over)
+    assert (found.axes, found.labels) == (every.axes, every.labels)
+    measured = found.tensors["exact"].isfinite()
+    sizes = found.values.abs().sum(-1).flatten()
+    best = sizes.topk(min(3, len(sizes))).indices.sort().values
+    assert torch.equal(measured.all(-1).flatten().nonzero().flatten(), best)
+    torch.testing.assert_close(found.tensors["exact"][measured], every.values[measured])
+    assert "exact" not in attribution_patch(model, BRIGHT, DARK, METRIC).tensors
+
+
 def test_a_path_goes_from_the_copying_head_to_the_reading_one(model: HookedViT) -> None:
     sender = {"sender": ("z", COPIES[0]), "heads": COPIES[1]}
     alone = activation_patch(model, BRIGHT, DARK, METRIC, at=("z", 0), over="head").sel(head=COPIES[1]).values

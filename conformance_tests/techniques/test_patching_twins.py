@@ -164,12 +164,17 @@ def freezing(module: ModuleType) -> None:
 
 TRUTHS: dict[str, tuple[str, Callable[[ModuleType], None], str, str]] = {
     "attribution, other way round": ("linear", attribution, "difference = b - a", "difference = a - b"),
-    "attribution, without the gradient": ("linear", attribution, "difference * gradient).sum", "difference).sum"),
+    "attribution, without the gradient": (
+        "linear",
+        attribution,
+        "difference * gradient).movedim",
+        "difference).movedim",
+    ),
     "integral that stays at its start": ("linear", integrated_attribution, "mixed = a +", "mixed = a + 0 *"),
     "path with nothing frozen": ("paths", paths, "**dict.fromkeys(frozen, hold)", ""),
     "path into all heads": ("paths", paths, ".to(x), receiver_heads, None)", ".to(x), None, None)"),
     "switch, layer and head swapped": ("switches", the_switch, "(each // n_heads, each %", "(each % n_heads, each //"),
-    "switch of zeros": ("switches", the_switch, "= theirs[at.name]", "= 0 * theirs[at.name]"),
+    "switch of zeros": ("switches", the_switch, "[head]), theirs[name])", "[head]), None)"),
     "ablation that keeps all": ("interventions", ablation, "torch.zeros_like(x)", "x"),
     "ablation of every head": (
         "interventions",
@@ -180,8 +185,8 @@ TRUTHS: dict[str, tuple[str, Callable[[ModuleType], None], str, str]] = {
     "mean of each token by itself": (
         "interventions",
         mean_ablation,
-        'AVERAGED = ("batch", "pos", ',
-        'AVERAGED = ("batch", ',
+        '("batch", *TOKEN_AXES)',
+        '("batch",)',
     ),
     "knock-out behind the softmax alone": ("masks", knocked_out, "**dict.fromkeys(names, scores),", ""),
     "knock-out of the keys as queries": (

@@ -72,9 +72,21 @@ def test_a_head_with_a_modulus(model: HookedViT) -> None:
 
     def truth(study: Any) -> None:
         with model.hooks({("pattern", 1): attend}):
-            assert study(model, BRIGHT).tensors["modulus"][1, 2].item() == 4
+            assert study(model, BRIGHT).sel(layer=1, head=2, kind="modulus 4").values.item() == pytest.approx(1)
 
-    rejects(truth, head_scores, "best + min(MODULI)", "best + 1")
+    rejects(truth, head_scores, "place) % m == 0", "place) % m == 1")
+
+
+def test_a_head_that_attends_to_all_alike_stands_at_every_baseline(model: HookedViT) -> None:
+    def attend(pattern: Tensor, at: object) -> None:
+        pattern[:] = 1 / pattern.shape[-1]
+
+    def truth(study: Any) -> None:
+        with model.hooks({("pattern", 0): attend}):
+            scores = study(model, BRIGHT)
+        torch.testing.assert_close(scores.sel(layer=0, head=0).values, scores.tensors["baseline"], rtol=1e-6, atol=1e-6)
+
+    rejects(truth, head_scores, "masks.mean((1, 2))", "masks.mean((0, 1)).mean(0).expand(len(masks))")
 
 
 def test_a_head_of_earlier_frames() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,6 +61,31 @@ def test_a_file_gives_it_back(result: Result, tmp_path: Path) -> None:
         Result.load(tmp_path / "other.safetensors")
     with pytest.raises(InputError, match=r"\.safetensors"):
         result.save(tmp_path / "result.json")
+
+
+def test_a_disk_that_refuses_leaves_the_file_that_was_there(
+    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = result.save(tmp_path / "result.safetensors")
+    before = path.read_bytes()
+
+    def refuse(tensors: object, place: Path, metadata: object = None) -> None:
+        Path(place).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("prisma_core.files.checkpoint.save_file", refuse)
+    with pytest.raises(LoadError, match="No space left"):
+        result.sel(layer=0).save(path)
+    assert path.read_bytes() == before
+
+
+def test_an_xarray_has_the_same_axes_labels_and_words(result: Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xarray", SimpleNamespace(DataArray=lambda values, **rest: (values, rest)))
+    values, rest = result.to_xarray()
+    assert torch.equal(torch.from_numpy(values), result.values)
+    assert rest["dims"] == ("layer", "head", "class")
+    assert rest["coords"] == {"layer": ["L0", "L1"], "class": ["cat", "dog", "emu", "fox"]}
+    assert rest["attrs"] == {"technique": "patch", "unit": "logits", "baseline": "clean", "total": ""}
 
 
 def test_axes_and_labels_must_fit() -> None:

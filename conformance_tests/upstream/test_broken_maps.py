@@ -46,6 +46,15 @@ def test_tables_that_cannot_be_used(upstream, rows, words):
         adapt_with(with_rows(lambda _: rows), upstream)
 
 
+def test_a_function_cannot_be_written_through(upstream):
+    class Turned(Adapter):
+        def hooks(self, upstream: Reader, spec: Any) -> HookMap:
+            return HookMap.parse("embed -> hook_embed : {flipped}", {"flipped": lambda x: x.flip(1)})
+
+    with pytest.raises(PrismaError, match=r"functions have no inverse to write by\. Got '\{flipped\}'"):
+        adapt_with(Turned(), upstream)
+
+
 @pytest.mark.parametrize(
     ("rows", "words"),
     [

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType, MethodType
 from typing import Any
+from unittest import mock
 
 import pytest
 import third_party
@@ -198,3 +199,50 @@ def test_methods_that_are_the_class_s_own() -> None:
     part.mixed = MethodType(Block.mixed, part)
     part.named = lambda: "no method of the class"
     assert error(net) < 1e-12
+
+
+def code_exchanged(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(nn.GELU.forward, "__code__", (lambda self, x: x * 2).__code__)
+
+
+def source_edited(patch: pytest.MonkeyPatch) -> None:
+    """As notebooks do: the library's text, changed and run in the library's own module."""
+    home = vars(nn.modules.activation)
+    patch.setitem(home, "forward", None)
+    exec("def forward(self, input): return input * 2", home)
+    home["forward"].__qualname__ = "GELU.forward"
+    patch.setattr(nn.GELU, "forward", home["forward"])
+
+
+def forward_of_another_class(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(nn.GELU, "forward", nn.SiLU.forward)
+    patch.setattr(nn.GELU, "inplace", False, raising=False)
+
+
+def mocked(patch: pytest.MonkeyPatch) -> None:
+    double = mock.create_autospec(nn.GELU.forward, side_effect=lambda self, x: x * 2)
+    patch.setattr(nn.GELU, "forward", double)
+
+
+@pytest.mark.parametrize("patched", [code_exchanged, source_edited, forward_of_another_class, mocked])
+def test_other_code_under_a_function_s_own_name(
+    patched: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, before = drawn(), drawn()(image())
+    with monkeypatch.context() as patch:
+        patched(patch)
+        assert (net(image()) - before).abs().max() > 1e-3
+        with pytest.raises(UnsupportedArchitecture, match=r"GELU at 'layers\.0\.act'.*not its class's own"):
+            error(net)
+    assert error(net) < 1e-12
+
+
+@pytest.mark.parametrize(("path", "name"), [("layers.0", "fc1"), ("", "head"), ("layers.0.fc1", "weight")])
+def test_an_attribute_in_the_place_of_a_part(path: str, name: str) -> None:
+    net, before = drawn(), drawn()(image())
+    module = net.get_submodule(path)
+    part = getattr(module, name)
+    vars(module)[name] = part * 2 if isinstance(part, Tensor) else lambda x: part(x) * 2
+    assert (net(image()) - before).abs().max() > 1e-3
+    with pytest.raises(UnsupportedArchitecture, match=rf"del module\.{name}"):
+        error(net)

@@ -25,6 +25,7 @@ from prisma_core.plugin import (
     code_in,
     hub,
     read_checkpoint,
+    read_json,
     without_code,
 )
 
@@ -123,13 +124,8 @@ def create_tinyclip(path: str | Path, options: dict[str, Any], key: str | None =
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise LoadError(f"No file at {path}.") from error
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{path} is not a readable configuration: {error}") from error
-    whole = config if isinstance(config, dict) and "model_cfg" in config else {"model_cfg": config}
+    config = read_json(path)
+    whole = config if "model_cfg" in config else {"model_cfg": config}
     model = whole["model_cfg"]
     if not isinstance(model, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(model):
         raise LoadError(f"{path} is no configuration of open_clip: expected embed_dim, vision_cfg and text_cfg.")

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prisma_core.plugin import LoadError, PluginError, code_in, hub, qualified_name, without_code
+from prisma_core.plugin import LoadError, PluginError, code_in, hub, qualified_name, read_json, without_code
 
 FACTS, FILES = "tokenizer.json", "files"
 SIMPLE, OF_TRANSFORMERS = "open_clip.tokenizer.SimpleTokenizer", "open_clip.tokenizer.HFTokenizer"
@@ -147,7 +147,7 @@ def save(made: Any, folder: Path) -> None:
 
 def load(folder: Path) -> Any:
     """Return the tokenizer that ``save`` wrote."""
-    settings = _mapping(json.loads((folder / FACTS).read_text(encoding="utf-8")), folder)
+    settings = read_json(folder / FACTS)
     kind = settings.pop("kind", None)
     return _simple(settings, folder) if kind == SIMPLE else _of_files(folder / FILES, settings)
 

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from prisma_core.plugin import LoadError, UnknownName, screen
+from prisma_core.plugin import UnknownName, screen, write_text
 
 if TYPE_CHECKING:
     from prisma_conformance import Certificate, Check
@@ -82,7 +82,7 @@ def check(
             rows.add_row(result.name, outcome, _number(result.error), _number(result.bound), why)
         screen.show(rows)
     if json is not None:
-        _write(json, "\n".join(certificate.model_dump_json(indent=1) for certificate in report.certificates) + "\n")
+        write_text(json, "\n".join(certificate.model_dump_json(indent=1) for certificate in report.certificates) + "\n")
     ran = [result for result in report.results if result.skipped is None]
     if not report.passed:
         count = f"{len(report.failures)} of {len(ran)} checks failed" if ran else "no check applies"
@@ -157,13 +157,6 @@ def _progress(beginning: str, *, lines: bool = False) -> Generator[Callable[[str
 
 def _place(certificate: Certificate) -> str:
     return f"{certificate.device} ({escape(certificate.machine)})" if certificate.machine else certificate.device
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise LoadError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def _number(value: float | None) -> str:

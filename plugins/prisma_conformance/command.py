@@ -1,4 +1,4 @@
-"""Entry point of the plugin: ``prisma check``, ``prisma doctor`` and ``prisma classes``."""
+"""Entry point of the plugin: ``prisma check``, ``doctor``, ``classes`` and ``new-plugin``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ if TYPE_CHECKING:
 
 @hookimpl
 def prisma_commands(app: Typer) -> None:
-    """Add ``check``, ``doctor`` and ``classes``."""
-    from prisma_conformance import cli  # not above: every load imports entry points, and only the command needs typer
+    """Add ``check``, ``doctor``, ``classes`` and ``new-plugin``."""
+    # Not above: every load imports entry points, and only the command needs typer.
+    from prisma_conformance import cli
+    from prisma_conformance.new_plugin import new_plugin
 
-    for command in (cli.check, cli.doctor, cli.classes):
+    for command in (cli.check, cli.doctor, cli.classes, new_plugin):
         app.command(rich_help_panel="Commands")(command)

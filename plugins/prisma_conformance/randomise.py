@@ -59,10 +59,11 @@ def _draw_eps(module: nn.Module, generator: torch.Generator) -> None:
         if not isinstance(vars(part).get("eps"), float):
             continue
         # Twins that run side by side in one block share an eps, as upstream's constructors give them one; so do the
-        # norms of queries and keys.
+        # norms of queries and keys, by whatever name: qn and kn, norm_q and norm_k, query_norm and key_norm.
         head, *rest = re.split(r"(?<=\.\d)(?=\.)|(?<=\.\d\d)(?=\.)", name, maxsplit=1)
         place = head + re.sub(r"\.\d+(?=\.|$)", "", rest[0] if rest else "")
-        place = re.sub(r"\b[qk]_norm\b", "qk_norm", place)
+        above, dot, own = place.rpartition(".")
+        place = f"{above}{dot}{own.replace('query', 'key').replace('q', 'k')}"
         if place not in drawn:
             drawn[place] = 10 ** (-4 + 2 * float(torch.rand((), generator=generator)))
         vars(part)["eps"] = drawn[place]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from prisma_core.plugin import check_call, checked
-from prisma_harvest.manifest import MANIFEST, SHARDS, Manifest, Whole, file_hash
+from prisma_core.plugin import check_call, checked, file_digest
+from prisma_harvest.manifest import MANIFEST, SHARDS, Manifest, Whole
 from prisma_harvest.opening import open_harvest
 
 
@@ -27,7 +27,7 @@ def verify(path: str | Path, advance: Callable[[int], None] | None = None) -> li
     whole = Whole.read(folder)
     assert whole is not None
     problems: list[str] = []
-    name = file_hash(folder / MANIFEST)[:16]
+    name = file_digest(folder / MANIFEST)[:16]
     if name != folder.name or Manifest.read(folder).name != name:
         problems.append(f"{MANIFEST}: its hash is {name}, and the folder is called {folder.name}")
     known = {MANIFEST, "whole.json"}
@@ -35,7 +35,7 @@ def verify(path: str | Path, advance: Callable[[int], None] | None = None) -> li
     files |= {lines: (sha256, 0) for lines, sha256 in whole.lines.items()}
     for file, (sha256, examples) in files.items():
         try:
-            if file_hash(folder / file) != sha256:
+            if file_digest(folder / file) != sha256:
                 problems.append(f"{file}: not the bytes that were written")
         except OSError as error:
             problems.append(f"{file}: {error.strerror}")

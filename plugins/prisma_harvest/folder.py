@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prisma_core import InputError, LoadError
-from prisma_core.plugin import locked, replacing
+from prisma_core.plugin import file_digest, locked, replacing
 from prisma_harvest.loading import Batch
 from prisma_harvest.manifest import (
     DTYPES,
@@ -31,7 +31,6 @@ from prisma_harvest.manifest import (
     ShardFile,
     Whole,
     as_json,
-    file_hash,
     shard_name,
 )
 
@@ -155,13 +154,13 @@ class Writer:
         if not sum(counts):
             raise InputError("Not one image could be read: there is nothing to harvest.")
         paths = [self.shard_path(index) for index in range(self.shard)]
-        hashes = [self.hashes.get(index) or file_hash(path) for index, path in enumerate(paths)]
+        hashes = [self.hashes.get(index) or file_digest(path) for index, path in enumerate(paths)]
         rows = zip(paths, hashes, counts, strict=True)
         whole = Whole(
             examples=sum(counts),
             skipped=sum(1 for _ in read_lines(self.folder / SKIPPED)),
             shards={path.name: ShardFile(sha256=sha256, examples=n) for path, sha256, n in rows},
-            lines={name: file_hash(self.folder / name) for name in (EXAMPLES, SKIPPED)},
+            lines={name: file_digest(self.folder / name) for name in (EXAMPLES, SKIPPED)},
         )
         _write(self.folder / WHOLE, [as_json(whole.model_dump(mode="json"))])
         self.tidy()
@@ -204,7 +203,7 @@ class Writer:
         path = self.shard_path(shard)
         with replacing(path) as beside:
             save_file(tensors, beside)
-        self.hashes[shard] = file_hash(path)
+        self.hashes[shard] = file_digest(path)
 
     def _wait(self) -> None:
         if self.pending is not None:

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from prisma_core import InputError
-from prisma_core.plugin import shown
+from prisma_core.plugin import file_digest, shown
 from prisma_harvest.manifest import tensor_bytes
 
 UNREADABLE = (InputError, OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
@@ -99,8 +99,7 @@ def opened(image: Any) -> Any:
 def content_hash(image: Any) -> str:
     """Return the SHA-256 of an image as it came: of a file's bytes, else of its pixels with shape and type."""
     if isinstance(image, str | Path):
-        with open(image, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(Path(image))
     if isinstance(image, Mapping):
         image = image.get("bytes") or b""
     if isinstance(image, bytes):

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from prisma_core import LoadError, TokenLayout, tensors_of
-from prisma_core.plugin import Facts, LayerQuery, checked, digest
+from prisma_core.plugin import Facts, LayerQuery, checked, digest, read_json
 
 SCHEMA = 1
 MANIFEST, WHOLE, EXAMPLES, SKIPPED, SHARDS = (
@@ -132,13 +132,10 @@ class Manifest(Facts):
             LoadError: there is none, it is damaged, or of a newer schema.
         """
         path = folder / MANIFEST
-        try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise LoadError(f"{folder} is no harvest: it has no {MANIFEST}.") from error
-        except (OSError, ValueError) as error:
-            raise LoadError(f"{path} cannot be read: {error}") from error
-        schema = facts.get("schema_version") if isinstance(facts, dict) else None
+        if not path.exists():
+            raise LoadError(f"{folder} is no harvest: it has no {MANIFEST}.")
+        facts = read_json(path)
+        schema = facts.get("schema_version")
         if schema != SCHEMA:
             raise LoadError(f"{path} has schema {schema}, and this Prisma reads {SCHEMA}: update Prisma.")
         try:
@@ -202,12 +199,6 @@ def shard_name(index: int) -> str:
 def as_json(value: Any) -> str:
     """Write JSON in one canonical form."""
     return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
-
-
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from prisma_core.plugin import LoadError, hub
+from prisma_core.plugin import LoadError, check_merged, hub, read_json
 
-CONFIG = "config.json"
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -36,11 +35,13 @@ class Place:
 
         Raises:
             UnknownName: the hub has no such repository.
-            LoadError: the hub cannot be reached, or what came is broken.
+            LoadError: the hub cannot be reached, what came is broken, or it holds LoRA weights alone.
         """
         if self.local:
             return Path(self.name)
-        config = hub.fetch(self.name, [CONFIG], revision=self.revision, reference=str(self))
+        config = hub.fetch(self.name, [CONFIG, ADAPTER], revision=self.revision, reference=str(self))
+        if config.name == ADAPTER:
+            check_merged(config.parent)
         file = hub.cached(self.name, WEIGHTS, revision=self.revision)
         if not weights or (file is not None and _whole(file)):
             return config.parent
@@ -68,8 +69,8 @@ def _whole(main: Path) -> bool:
     if main.suffix != ".json":
         return True
     try:
-        names = set(json.loads(main.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError):
+        names = set(read_json(main)["weight_map"].values())
+    except (LoadError, KeyError, AttributeError, TypeError):
         return False
     return all((main.parent / name).is_file() for name in names)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from prisma_core.plugin import ImageLike, ImagePreprocess, InputError, LoadError, open_image, restored
+from prisma_core.plugin import ImageLike, ImagePreprocess, InputError, LoadError, open_image, read_json, restored
 from prisma_hf.making import brief
 from prisma_hf.packing import Packing, grid_of, packing
 
@@ -107,11 +107,8 @@ class Processed(ImagePreprocess):
         Raises:
             LoadError: it cannot be read.
         """
-        try:
-            settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            name = settings.pop("image_processor_type")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise LoadError(f"{folder / CONFIG} holds no image processor: {error}") from error
+        settings = read_json(folder / CONFIG)
+        name = settings.pop("image_processor_type", None)
         kind = _kind(name)
         if kind is None:
             raise LoadError(

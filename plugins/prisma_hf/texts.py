@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prisma_core.plugin import LoadError, without_code
+from prisma_core.plugin import LoadError, read_json, without_code
 
 FACTS = "positions.json"
 FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
@@ -80,7 +80,7 @@ def tokenizer(folder: Path, config: Any, common: dict[str, Any]) -> Tokenizer | 
 
 def load(folder: Path) -> Tokenizer:
     """Return the tokenizer that ``save_pretrained`` wrote; code that came with it is not run."""
-    positions = json.loads((folder / FACTS).read_text(encoding="utf-8"))["positions"]
+    positions = read_json(folder / FACTS).get("positions")
     if positions is not None and (type(positions) is not int or positions < 1):
         raise LoadError(f"{folder / FACTS} says positions={positions!r}: expected a whole number of tokens, or null.")
     return Tokenizer(folder, positions, {"local_files_only": True, "trust_remote_code": False})

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prisma_core.plugin import LoadError, check_claims, check_layers, read_outline
+from prisma_core.plugin import LoadError, check_claims, check_layers, read_json, read_outline
 from prisma_hf.making import fresh
 from prisma_hf.places import CONFIG, WEIGHTS
 
@@ -25,27 +24,36 @@ def held_in(folder: Path) -> dict[str, Tensor] | None:
     if main is None:
         return None
     names = {main.name} if main.suffix != ".json" else _listed(main)
-    return {name: one for file in sorted(names) for name, one in read_outline(folder / file).items()}
+    held: dict[str, Tensor] = {}
+    for file in sorted(names):
+        part = read_outline(folder / file)
+        if twice := sorted(held.keys() & part.keys()):
+            raise LoadError(f"{folder / file} holds {twice[0]}, and another of the files too: which one counts?")
+        held |= part
+    return held
 
 
 def _listed(index: Path) -> set[str]:
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names = read_json(index)["weight_map"].values()
         return {Path(name).name for name in names}  # they lie beside it
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (KeyError, AttributeError, TypeError) as error:
         raise LoadError(f"{index} is no list of files of weights: {error}") from error
 
 
 def check_configuration(folder: Path, held: dict[str, Tensor] | None, where: object) -> None:
-    """Refuse a configuration of more layers than its weights have: to read it may make a list of them.
+    """Refuse a configuration of quantised weights, or of more layers than there are: it may make a list of them.
 
     Raises:
         LoadError: with the field.
     """
     try:
-        config: Any = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # transformers says so itself
+        config = read_json(folder / CONFIG)
+    except LoadError:  # transformers says so itself
         return
+    if held is not None and (quantised := config.get("quantization_config")):
+        how = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise LoadError(f"{where} holds quantised weights ({how}), which Prisma does not read: load the original ones.")
     check_layers(config, held, where)
 
 

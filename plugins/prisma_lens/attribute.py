@@ -221,7 +221,7 @@ def _sources(cache: Any, blocks: list[Any], g: Tensor, keep: bool, merged: bool 
 def _read(g: Tensor) -> tuple[Tensor, Any]:
     """Return the covector at the tokens that are read alone, and which these are."""
     at = (g != 0).any(-1).any(0).nonzero().flatten()
-    return (g, slice(None)) if len(at) == g.shape[1] else (g[:, at], at)
+    return (g, slice(None)) if len(at) in (0, g.shape[1]) else (g[:, at], at)  # of 0, the reading has no direction
 
 
 def _stack(cache: Any, blocks: list[Any], g: Tensor, mode: str, keep: bool, at: Any = slice(None)) -> Tensor:

@@ -112,7 +112,7 @@ def attribute(
         if isinstance(model, HookedDual):
             raise InputError(f"{reference} is a dual encoder: say what is explained, such as --of 'a photo of a cat'.")
         with torch.no_grad():
-            target = int(model(images).mean(0).argmax())
+            target = int(model(images).flatten(0, -2).mean(0).argmax())  # of all tokens, where each has its own
     found = study(model, images, target, against=None if against is None else _one(against), by=by)  # type: ignore[arg-type]
     _saved(found, out)
     axes, values = list(found.axes), found.values.mean(found.axes.index("batch"))
@@ -121,7 +121,7 @@ def attribute(
         {**dict(zip(axes, place, strict=True)), "value": round(value, 5)}
         for place, value in _mean(found, values, axes).top(top)
     ]
-    totals = {name: [round(each, 5) for each in x.mean(0).tolist()] for name, x in found.tensors.items()}
+    totals = {name: [round(each, 5) for each in x.flatten(0, -2).mean(0).tolist()] for name, x in found.tensors.items()}
     classes = list(found.names("class"))
     if as_json:
         about = {"reference": reference, "images": len(images), "by": by, "classes": classes, "unit": found.unit}

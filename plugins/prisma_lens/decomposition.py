@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import ActivationCache, HookedDual, HookedModel, InputError, NotApplicable, Result, attentions
-from prisma_core.plugin import checked
+from prisma_core.plugin import checked, shown
 from prisma_lens.attribute import attribute, check_sum_of, head_inputs, names_for
 from prisma_lens.bar import bar
 from prisma_lens.covectors import lengths
@@ -108,7 +108,7 @@ def mean_ablation(
         labels, or without them of the intact model's answers. ``facts["intact"]`` is that of the intact model.
 
     Raises:
-        InputError: there are fewer than two images or targets.
+        InputError: there are fewer than two images or targets, or labels that are no place among the targets.
         NotApplicable: the stream or the output is no sum of components.
     """
     check_pooled(tower_of(model, "vision"), "answer to an image")
@@ -130,6 +130,10 @@ def mean_ablation(
     stack = torch.cat(stacks, 1)  # [component image class]
     intact = stack.sum(0).argmax(-1)  # lengths and biases, the same for all texts, change no answer
     truth = torch.cat(truths).to(intact) if given else intact
+    if given and not bool(((truth >= 0) & (truth < len(reading.labels))).all()):
+        raise InputError(
+            f"Expected labels from 0 to {len(reading.labels) - 1}, places among the targets; got {shown(truth)}."
+        )
     mean = stack.mean(1, keepdim=True).expand_as(stack)
     n = len(tower_of(model, "vision").blocks)
     values = torch.full((2, n), float("nan"))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, PluginError, Result
-from prisma_core.plugin import Share, checked
+from prisma_core.plugin import Share, checked, positions_of
 from prisma_lens.bar import bar
 from prisma_lens.heads import mixing_steps
 
@@ -42,13 +42,13 @@ def attention_flow(
     """Return the maximum flow of attention from each token of the input to one at the end: ``[batch source]``.
 
     Args:
-        model, images: as in ``head_scores``.
-        pos: the token at the end: a position, or ``"cls"``.
+        model, images: as in ``rollout``.
+        pos: the token at the end: a position, or its name, such as ``"cls"``.
         residual, heads: as in ``rollout``.
         progress: show a bar; None shows one on a terminal.
 
     Raises:
-        NotApplicable: as ``head_scores``.
+        NotApplicable: as ``rollout``.
         InputError: there is no such token.
         PluginError: scipy is not installed.
     """
@@ -58,14 +58,12 @@ def attention_flow(
         from scipy.sparse.csgraph import maximum_flow
     except ImportError as error:
         raise PluginError("Flows are found by scipy, which is not installed: pip install scipy") from error
-    steps, layout = mixing_steps(model, images, residual, heads)
-    tokens = layout.token_names()
+    steps, names = mixing_steps(model, images, residual, heads)
+    n, depth = steps[0].shape[-1], len(steps)
+    tokens = names or tuple(map(str, range(n)))
     if isinstance(pos, str) and pos not in tokens:
-        raise InputError(f"This model has no token {pos!r}: give a position, such as {tokens[0]!r}.")
-    target = tokens.index(pos) if isinstance(pos, str) else pos
-    n, depth = len(tokens), len(steps)
-    if not 0 <= target < n:
-        raise InputError(f"No token {target}: there are {n}.")
+        raise InputError(f"This model has no token {pos!r}: give a position, or a name such as {tokens[0]!r}.")
+    (target,) = [tokens.index(pos)] if isinstance(pos, str) else positions_of(pos, n)
     values = torch.zeros(len(steps[0]), n)
     for at in bar(range(len(values)), "Flows", progress):
         rows, columns, capacities = [], [], []
@@ -82,7 +80,7 @@ def attention_flow(
     return Result(
         values,
         ("batch", "source"),
-        {"source": tuple(tokens)},
+        {"source": tokens},
         technique="attention_flow",
         unit="capacity",
         facts={"pos": tokens[target], "residual": residual},

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, NotApplicable, Result
 from prisma_core.plugin import Count, LayerQuery, checked
-from prisma_lens.inputs import Inputs, as_inputs, one_point
-from prisma_lens.metrics import MetricLike, as_metric
+from prisma_lens.inputs import TOKEN_AXES, Inputs, as_inputs, one_point
+from prisma_lens.metrics import MetricLike, as_loss, as_metric
 
 
 @checked
@@ -35,15 +35,15 @@ def gradient_x_activation(
     Args:
         model: any hooked model.
         images: what it takes; for a dual encoder images and tokens, ``(images, model.tokens(texts))``.
-        metric: a function of the output, a class, or two (see ``as_metric``).
+        metric: a function of the output, a class, or two (see ``as_metric``); one number for each image.
         at: a hook point.
 
     Raises:
         UnknownName: no such class or hook point, or several hook points.
         InputError: the images or the metric do not fit the model.
     """
-    name, measure, inputs = one_point(model, at), as_metric(model, metric), as_inputs(model, images)
-    _, cache = model.run_with_cache(*inputs, names=name, loss=lambda out: measure(out).sum())
+    name, loss, inputs = one_point(model, at), as_loss(model, metric), as_inputs(model, images)
+    _, cache = model.run_with_cache(*inputs, names=name, loss=loss)
     return _saliency(model, name, inputs, (cache[name] * cache.grad[name]).sum(-1), "gradient_x_activation", {})
 
 
@@ -71,26 +71,34 @@ def integrated_gradients(
         InputError: the baseline does not fit.
     """
     name, measure, inputs = one_point(model, at), as_metric(model, metric), as_inputs(model, images)
+    loss, axes = as_loss(model, metric), model.hook_points()[name].axes.split()
     output, cache = model.run_with_cache(*inputs, names=name)
     a = cache[name]
     if isinstance(baseline, Tensor):
-        if baseline.shape[-a.ndim + 1 :] != a.shape[1:]:
+        if baseline.shape[-a.ndim + 1 :] != a.shape[1:] or (
+            baseline.ndim == a.ndim and len(baseline) not in (1, len(a))
+        ):
             raise InputError(f"Expected a baseline {list(a.shape)}, as {name} is; got {list(baseline.shape)}.")
         b = baseline.to(a).expand_as(a)
+    elif baseline == "zero":
+        b = torch.zeros_like(a)
     else:
-        b = torch.zeros_like(a) if baseline == "zero" else a.mean(1, keepdim=True).expand_as(a)
+        over = [at for at, axis in enumerate(axes) if axis in TOKEN_AXES]
+        if not over:
+            raise InputError(
+                f"{name} ({' '.join(axes)}) has no tokens to take the mean of: give a baseline, or 'zero'."
+            )
+        b = a.mean(over, keepdim=True).expand_as(a)
     total = torch.zeros_like(a)
     for step in range(steps):
         mixed = b + (step + 0.5) / steps * (a - b)
-        _, one = model.run_with_cache(
-            *inputs, names=name, hooks={name: _put(mixed)}, loss=lambda out: measure(out).sum()
-        )
+        _, one = model.run_with_cache(*inputs, names=name, hooks={name: _put(mixed)}, loss=loss)
         total = total + one.grad[name]
     values = ((a - b) * total / steps).sum(-1)
     with torch.no_grad():
         start = measure(model.run_with_hooks(*inputs, hooks={name: _put(b)}))
         change = measure(output) - start
-    gap = (values.flatten(1).sum(1) - change).abs().max().item()
+    gap = (values.reshape(len(values), -1).sum(1) - change).abs().max().item()
     return _saliency(model, name, inputs, values, "integrated_gradients", {"steps": steps, "gap": gap}, change)
 
 
@@ -122,8 +130,8 @@ def grad_cam(
         UnknownName: no such class or hook point, or several hook points.
         NotApplicable: no patch of it has a gradient.
     """
-    name, measure, inputs = one_point(model, at), as_metric(model, metric), as_inputs(model, images)
-    _, cache = model.run_with_cache(*inputs, names=name, loss=lambda out: measure(out).sum())
+    name, loss, inputs = one_point(model, at), as_loss(model, metric), as_inputs(model, images)
+    _, cache = model.run_with_cache(*inputs, names=name, loss=loss)
     axes = model.hook_points()[name].axes.split()
     if {"row", "column"} <= set(axes):
         x, grad = cache[name], cache.grad[name]
@@ -133,10 +141,11 @@ def grad_cam(
         raise NotApplicable(
             f"No patch of {name} has a gradient: nothing behind it reads the patches. Take an earlier layer."
         )
-    over = list(range(1, x.ndim - 1))
-    cam = (x * grad.mean(over, keepdim=True)).sum(-1)
+    n_places = x.ndim - sum(axis not in ("batch", *TOKEN_AXES) for axis in axes) - 1
+    cam = x * grad.mean(list(range(1, 1 + n_places)), keepdim=True)
+    cam = cam.flatten(1 + n_places).sum(-1)
     cam = cam.relu() if relu else cam
-    names = ("batch", *(["frame"] if cam.ndim == 4 else []), "row", "column")
+    names = ("batch", *(["frame"] if n_places == 3 else []), "row", "column")
     return Result(cam, names, technique="grad_cam", unit="relevance", facts={"at": name})
 
 

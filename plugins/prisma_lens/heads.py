@@ -15,6 +15,7 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -34,62 +35,57 @@ def head_scores(model: HookedModel, images: Any, *, batch_size: Count = 16) -> R
     >>> import prisma_core as prisma, torch
     >>> model = prisma.load("toy:scenes-3l")
     >>> head_scores(model, torch.zeros(1, 3, 96, 96)).shape
-    {'kind': 8, 'layer': 3, 'head': 4}
+    {'kind': 14, 'layer': 3, 'head': 4}
 
     Queries are the patches. Kinds: ``self``, ``corner``, ``edge``, ``row`` and ``column`` (others in the query's own),
-    ``local`` (the eight neighbours), ``modulus`` (patches a multiple of m further on, for the best m of 2 to 8),
-    ``cls``, ``registers``, ``previous_frame`` (the same place, one frame earlier). Kinds that the
-    layout lacks are left out.
+    ``local`` (the eight neighbours), ``previous_frame`` (the same place, one frame earlier), ``modulus 2`` to
+    ``modulus 8`` (patches a multiple of that further on or back), ``cls``, ``registers``. Kinds that the layout lacks
+    are left out.
 
     Args:
         model: any hooked model with patterns ``[batch head query_pos key_pos]`` over all tokens; of a dual encoder its
-            vision tower.
+            vision tower. Heads of attentions side by side follow each other.
         images: ``[batch channel height width]``, or videos, or what ``model.preprocess`` reads.
         batch_size: images run at once.
 
     Returns:
         ``values``: shares of attention. ``tensors["baseline"]``: of uniform attention, ``[kind]``.
-        ``tensors["modulus"]``: the best m of each head, ``[layer head]``.
 
     Raises:
         NotApplicable: the model has no patterns over all tokens, or no token layout.
     """
     model = vision_of(model)
     images = as_input(model, images)
-    names, layout = pattern_names(model, images)
-    kinds = {kind: mask.float() for kind, mask in key_kinds(layout).items()}
-    every = [f"modulus {m}" for m in MODULI]
-    masks = torch.stack([*kinds.values(), *_moduli(layout)])  # [kind query key]
+    names, layout = pattern_names(model, images, every=False)
+    if layout is None:
+        raise NotApplicable("This model has no token layout, so its tokens have no places.")
+    kinds = key_kinds(layout)
+    masks = torch.stack(list(kinds.values())).float()  # [kind query key]
     total, n = torch.zeros(len(masks), len(names), 0), 0
     for part in images.split(batch_size):
         with torch.no_grad():
-            _, cache = model.run_with_cache(part, names=names, output=False)
-        patches = [cache[name][:, :, layout.n_prefix :].float() for name in names]
+            _, cache = model.run_with_cache(part, names=list(chain(*names)), output=False)
+        patches = [layer_pattern(cache, each)[:, :, layout.n_prefix :].float() for each in names]
         if len({x.shape[1] for x in patches}) != 1:
             raise NotApplicable("The layers differ in their number of heads, so there is no [layer head] to return.")
         here = masks.to(patches[0].device)
         shares = torch.stack([torch.einsum("bhqk,cqk->ch", x, here) / x.shape[2] for x in patches], 1)
         total = (total.to(shares) if n else torch.zeros_like(shares)) + shares
         n += len(part)
-    values, base = total / n, masks.mean(1).mean(1).to(total)
-    moduli = values[len(kinds) :] - base[len(kinds) :, None, None]
-    best = moduli.argmax(0)
-    chosen = values[len(kinds) :].gather(0, best[None])[0]
-    names_of = [*kinds, "modulus"]
-    baseline = torch.cat([base[: len(kinds)], base[len(kinds) :].mean()[None]])
+    values = total / n
     return Result(
-        torch.cat([values[: len(kinds)], chosen[None]]),
+        values,
         ("kind", "layer", "head"),
         {
-            "kind": tuple(names_of),
-            "layer": tuple(f"L{layer_of(name)}" for name in names),
+            "kind": tuple(kinds),
+            "layer": tuple(map(layer_label, names)),
             "head": tuple(f"H{head}" for head in range(values.shape[-1])),
         },
         technique="head_scores",
         unit="share of attention",
         baseline="uniform attention (tensors['baseline'])",
-        tensors={"baseline": baseline, "modulus": best + min(MODULI)},
-        facts={"images": n, "moduli": every},
+        tensors={"baseline": masks.mean((1, 2)).to(values)},
+        facts={"images": n},
     )
 
 
@@ -114,18 +110,13 @@ def key_kinds(layout: TokenLayout) -> dict[str, Tensor]:
         "column": (column[:, None] == column) & other & same,
         "local": near & same,
         "previous_frame": (cell[:, None] == cell) & (frame[:, None] == frame + 1),
+        **{f"modulus {m}": other & ((place[:, None] - place) % m == 0) for m in MODULI},
     }
     masks = {kind: torch.nn.functional.pad(mask, (prefix, 0)) for kind, mask in patches.items()}
     tokens = torch.arange(layout.n_tokens)
     for kind in ("cls", "registers"):
         masks[kind] = torch.isin(tokens, tokens[layout.slice(kind)]).expand(n, -1)
     return {kind: mask for kind, mask in masks.items() if mask.any()}
-
-
-def _moduli(layout: TokenLayout) -> list[Tensor]:
-    apart = (torch.arange(layout.n_patches)[:, None] - torch.arange(layout.n_patches)).abs()
-    masks = [(apart % m == 0) & (apart > 0) for m in MODULI]
-    return [torch.nn.functional.pad(mask.float(), (layout.n_prefix, 0)) for mask in masks]
 
 
 @checked
@@ -141,22 +132,22 @@ def rollout(
     ``A = product over layers of residual I + (1 - residual) mean over heads of the pattern``: ``[batch pos source]``.
 
     Args:
-        model, images: as in ``head_scores``.
+        model: as in ``head_scores``; or a text tower, whose tokens have no names.
+        images: as in ``head_scores``; of a text tower texts, or tokens of them.
         residual: the share of the residual connection.
         heads: how heads become one, ``[batch head query key] -> [batch query key]``; by default their mean.
 
     Raises:
-        NotApplicable: as ``head_scores``.
+        NotApplicable: the model has no patterns over all tokens.
     """
-    steps, layout = mixing_steps(model, images, residual, heads)
+    steps, tokens = mixing_steps(model, images, residual, heads)
     mixed = steps[0]
     for step in steps[1:]:
         mixed = step @ mixed
-    tokens = tuple(layout.token_names())
     return Result(
         mixed,
         ("batch", "pos", "source"),
-        {"pos": tokens, "source": tokens},
+        {"pos": tokens, "source": tokens} if tokens else {},
         technique="rollout",
         unit="share",
         total="each row sums to 1",
@@ -166,27 +157,27 @@ def rollout(
 
 def mixing_steps(
     model: HookedModel, images: Tensor, residual: float, heads: Callable[[Tensor], Tensor] | None
-) -> tuple[list[Tensor], TokenLayout]:
-    """Return for each layer how it mixes tokens, ``[batch query key]`` with rows that sum to 1, and their layout.
+) -> tuple[list[Tensor], tuple[str, ...]]:
+    """Return for each layer how it mixes tokens, ``[batch query key]`` with rows that sum to 1, and their names.
 
     Args:
         model, images, residual, heads: as in ``rollout``.
 
     Raises:
-        NotApplicable: as ``head_scores``.
+        NotApplicable: the model has no patterns over all tokens.
     """
     model = vision_of(model)
     images = as_input(model, images)
     names, layout = pattern_names(model, images)
     with torch.no_grad():
-        _, cache = model.run_with_cache(images, names=names, output=False)
+        _, cache = model.run_with_cache(images, names=list(chain(*names)), output=False)
     steps = list[Tensor]()
-    for name in names:
-        pattern = cache[name].float()
+    for each in names:
+        pattern = layer_pattern(cache, each).float()
         one = pattern.mean(1) if heads is None else _merged(heads, pattern)
         step = residual * torch.eye(one.shape[-1], device=one.device) + (1 - residual) * one
         steps.append(step / step.sum(-1, keepdim=True))
-    return steps, layout
+    return steps, () if layout is None else tuple(layout.token_names())
 
 
 def _merged(heads: Callable[[Tensor], Tensor], pattern: Tensor) -> Tensor:
@@ -198,18 +189,38 @@ def _merged(heads: Callable[[Tensor], Tensor], pattern: Tensor) -> Tensor:
     return one
 
 
-def pattern_names(model: HookedModel, images: Tensor) -> tuple[list[str], TokenLayout]:
-    """Return the hook points of a model's patterns, in order, and where its tokens are.
+def pattern_names(
+    model: HookedModel, images: Tensor, *, every: bool = True
+) -> tuple[list[list[str]], TokenLayout | None]:
+    """Return the hook points of a model's patterns by layer, one or several side by side, and where its tokens are.
+
+    Args:
+        model, images: as in ``head_scores``.
+        every: refuse a model in which some layers have other patterns, such as those of windows.
 
     Raises:
-        NotApplicable: it has no patterns over all tokens, or no token layout.
+        NotApplicable: it has no patterns over all tokens.
     """
-    layout, points = model.layout_for(images), model.hook_points()
-    names = [name for name in points if name.endswith("attn.hook_pattern") and layer_of(name) is not None]
-    names = [name for name in names if points[name].axes == "batch head query_pos key_pos"]
-    if layout is None or not names:
-        raise NotApplicable(
-            "This needs patterns [batch head query_pos key_pos] over all tokens and a token layout; this model has "
-            f"{'no layout' if layout is None else 'none'}."
-        )
-    return names, layout
+    layers, others = dict[str, list[str]](), list[str]()
+    for name, point in model.hook_points().items():
+        if layer_of(name) is None or not name.endswith("hook_pattern"):
+            continue
+        if point.axes == "batch head query_pos key_pos":
+            layers.setdefault(name.rpartition(".attn")[0], []).append(name)
+        else:
+            others.append(f"{name} is [{point.axes}]")
+    if not layers or (every and others):
+        here = others[0] if others else "this model has none"
+        raise NotApplicable(f"This needs patterns [batch head query_pos key_pos] over all tokens; {here}.")
+    return list(layers.values()), model.layout_for(images)
+
+
+def layer_pattern(cache: Any, names: list[str]) -> Tensor:
+    """Return the patterns of a layer's heads, those of attentions side by side behind each other."""
+    return torch.cat([cache[name] for name in names], 1)
+
+
+def layer_label(names: list[str]) -> str:
+    """Return ``L3`` for a layer of patterns, and the path of a block outside the main stack."""
+    block = names[0].rpartition(".attn")[0]
+    return f"L{layer_of(names[0])}" if block.startswith("blocks.") else block

@@ -16,6 +16,7 @@ Source:
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 from prisma_core import HookedModel, HookedViT, InputError, NotApplicable, Result, TokenLayout, attentions
 from prisma_core.plugin import Count, checked
 from prisma_lens.attribute import check_sum_of
-from prisma_lens.heads import pattern_names
+from prisma_lens.heads import layer_pattern, pattern_names
 from prisma_lens.inputs import as_input
 from prisma_lens.readouts import tower_of
 
@@ -57,6 +58,8 @@ def induction(model: HookedModel, images: Any, *, pairs: Count = 4, batch_size: 
         raise NotApplicable("Copies of patches are made in images: this model reads something else.")
     images = as_input(own, images)
     names, layout = pattern_names(own, images)
+    if layout is None:
+        raise NotApplicable("This model has no token layout, so its patches have no places.")
     if not 1 <= 2 * pairs <= layout.n_patches:
         raise InputError(f"{pairs} pairs take {2 * pairs} patches, and the image has {layout.n_patches}.")
     generator = torch.Generator().manual_seed(seed)
@@ -66,8 +69,8 @@ def induction(model: HookedModel, images: Any, *, pairs: Count = 4, batch_size: 
     for part, where in zip(images.split(batch_size), places.split(batch_size), strict=True):
         repeated = _with_copies(part, where, layout, own.spec.embed.patch)
         for key, batch in (("repeated", repeated), ("control", part)):
-            _, cache = own.run_with_cache(batch, names=names, output=False)
-            totals[key].append(_attention([cache[name] for name in names], where, layout) * len(part))
+            _, cache = own.run_with_cache(batch, names=list(chain(*names)), output=False)
+            totals[key].append(_attention([layer_pattern(cache, each) for each in names], where, layout) * len(part))
         copied.append(_copied(own, repeated, where, layout.n_prefix) * len(part))
     means = {key: torch.stack(each).sum(0) / len(images) for key, each in totals.items()}
     values = means["repeated"] - means["control"]

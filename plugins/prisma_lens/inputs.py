@@ -11,6 +11,8 @@ from prisma_core import HookedDual, HookedModel, HookedText, InputError, Unknown
 from prisma_core.plugin import LayerQuery, Query, resolve_one, shown
 
 Inputs: TypeAlias = tuple[Tensor, ...]
+TOKEN_AXES = ("pos", "query_pos", "patch", "window", "row", "column")
+"""The axes of an activation along which tokens lie."""
 
 
 def vision_of(model: HookedModel) -> HookedModel:

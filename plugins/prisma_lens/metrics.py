@@ -35,7 +35,7 @@ def _index(which: int, logits: Tensor) -> int:
 
 
 @checked
-def as_metric(model: HookedModel, metric: MetricLike) -> Metric:
+def as_metric(model: HookedModel, metric: MetricLike, *, single: bool = False) -> Metric:
     """Return a metric as a function that checks what it returns.
 
     Args:
@@ -43,10 +43,11 @@ def as_metric(model: HookedModel, metric: MetricLike) -> Metric:
         metric: a function of the model's output with a number for each image ``[batch]`` or several ``[batch ...]``
             (of one image, the number alone will do); or a class, as index or label, for its logit; or two classes, for
             the difference of their logits.
+        single: one number for each image alone, as gradients and means need it.
 
     Raises:
         UnknownName: no such class; the nearest are suggested.
-        InputError: it is none of these; or, of the function, it returned no number for each image.
+        InputError: it is none of these; or, of the function, it returned no number for each image, or several.
     """
     if isinstance(metric, str) or whole(metric) is not None:
         return logit(class_of(model, cast(Class, metric)))
@@ -68,9 +69,27 @@ def as_metric(model: HookedModel, metric: MetricLike) -> Metric:
                 f"Expected a metric that returns a number for each image, [batch ...]: of an output "
                 f"{list(output.shape)} it returned {shown(values)}."
             )
+        if single and values.ndim != 1:
+            raise InputError(
+                f"Expected a metric with one number for each image, [batch]: of an output {list(output.shape)} it "
+                f"returned {shown(values)}. Choose one of them, or sum them."
+            )
         return values
 
     return measure
+
+
+def as_loss(model: HookedModel, metric: MetricLike) -> Metric:
+    """Return the sum over images of a metric with one number for each, which gradients are taken of.
+
+    Args:
+        model, metric: as in ``as_metric``.
+
+    Raises:
+        UnknownName, InputError: as ``as_metric``; or the metric has several numbers for an image.
+    """
+    measure = as_metric(model, metric, single=True)
+    return lambda output: measure(output).sum()
 
 
 def class_of(model: Any, given: Class) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from prisma_core import HookedModel, InputError, PluginError, Result
 from prisma_core.plugin import Part, Query, blaming, checked, layer_of, shown
-from prisma_lens.inputs import as_batches, as_input, points_of, vision_of
+from prisma_lens.inputs import TOKEN_AXES, as_batches, as_input, points_of, vision_of
 
 
 @checked
@@ -43,8 +43,8 @@ def probe(
     Args:
         model: any hooked model; of a dual encoder its vision tower.
         data: batches ``(images, labels)``, with labels ``[batch]``, or ``[batch patch]`` for ``tokens="patches"``.
-        names: the hook points (see ``prisma_core.hooks.query``), with axes ``batch pos d``.
-        tokens: what is read: one token, the mean over all, or every patch by itself.
+        names: the hook points (see ``prisma_core.hooks.query``), with axes ``batch pos d``, or ``batch d``: one vector.
+        tokens: what is read: one token, the mean over all (or the one vector), or every patch by itself.
         labels: names of the classes.
         held_out: the share of examples that is measured on and never trained on.
         control: fit shuffled labels too.
@@ -56,7 +56,7 @@ def probe(
         own units: a direction that attribution, lens and steering take.
 
     Raises:
-        InputError: there are no data, or the labels do not fit the tokens.
+        InputError: there are no data or too few, the labels do not fit the tokens, or the activation has heads.
         PluginError: scikit-learn is not installed.
     """
     try:
@@ -96,9 +96,13 @@ def probe(
         raise InputError("There are no data: expected batches (images, labels).")
     generator = torch.Generator().manual_seed(seed)
     target, example = torch.cat(truth), torch.cat(examples)
+    if target.is_floating_point() or bool((target < 0).any()):
+        raise InputError(f"Expected labels as whole numbers from 0, got {shown(target)}.")
     if labels is not None and len(labels) <= int(target.max()):
         raise InputError(f"Expected a label for each class up to {int(target.max())}, got {shown(labels)}.")
     test = torch.isin(example, torch.randperm(seen, generator=generator)[: max(1, round(seen * held_out))])
+    if test.all():
+        raise InputError(f"{seen} images leave none to fit with held_out={held_out}: give more.")
     shuffled = target[torch.randperm(len(target), generator=generator)]
     tasks = {"probe": target, **({"control": shuffled} if control else {})}
     values = torch.zeros(len(wanted), len(tasks))
@@ -143,15 +147,18 @@ def probe(
 
 
 def _check_tokens(model: HookedModel, name: str) -> None:
-    axes = model.hook_points()[name].axes.split()
-    if axes[0] != "batch" or len(axes) < 3:
-        raise InputError(f"Probes read activations [batch pos d]; {name} is [{' '.join(axes)}].")
+    first, *places, last = model.hook_points()[name].axes.split()
+    if first != "batch" or not {*places} <= {*TOKEN_AXES} or last in TOKEN_AXES:
+        raise InputError(
+            f"Probes read activations [batch pos d]; {name} is [{' '.join([first, *places, last])}]. Of heads take "
+            "hook_attn_out, or prisma_patch.factors_by_place, which reads them one by one."
+        )
 
 
 def _read(cache: Any, name: str, tokens: str) -> Tensor:
     if tokens == "mean":
         x = cache[name]
-        return x.flatten(1, -2).mean(1, keepdim=True)
+        return x.flatten(1, -2).mean(1, keepdim=True) if x.ndim > 2 else x[:, None]
     if tokens == "patches":
         return cache.patches(name).flatten(1, -2)
     x = cache.cls(name) if tokens == "cls" else cache.registers(name).mean(1)

@@ -14,45 +14,55 @@ Source:
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 
-from prisma_core import HookedModel, Result
+from prisma_core import HookedDual, HookedModel, Result
 from prisma_core.plugin import checked
-from prisma_lens.heads import pattern_names
-from prisma_lens.inputs import Inputs, as_inputs, vision_of
-from prisma_lens.metrics import MetricLike, as_metric
+from prisma_lens.heads import layer_pattern, pattern_names
+from prisma_lens.inputs import Inputs, as_inputs
+from prisma_lens.metrics import MetricLike, as_loss
+from prisma_lens.readouts import TowerName
 
 
 @checked
-def relevance(model: HookedModel, images: Tensor | Inputs, metric: MetricLike) -> Result:
+def relevance(
+    model: HookedModel, images: Tensor | Inputs, metric: MetricLike, *, tower: TowerName = "vision"
+) -> Result:
     """Return the relevance of each token of the input for each token at the end: ``[batch pos source]``.
 
     ``result.sel(pos="cls")`` is the map of a model that reads its class token.
 
     Args:
-        model: as in ``head_scores``.
+        model: as in ``rollout``.
         images: what it takes; for a dual encoder images and tokens, ``(images, model.tokens(texts))``.
-        metric: a function of the output, a class, or two (see ``as_metric``).
+        metric: a function of the output, a class, or two (see ``as_metric``); one number for each image.
+        tower: of a dual encoder, whose tokens: of ``text`` those of each text, for the sum of the metric over images.
 
     Raises:
-        NotApplicable: as ``head_scores``.
+        NotApplicable: as ``rollout``.
         UnknownName: no such class.
+        InputError: the metric has several numbers for an image.
     """
-    inputs, tower = as_inputs(model, images), vision_of(model)
-    bare, layout = pattern_names(tower, inputs[0])
-    names = bare if tower is model else [f"vision.{name}" for name in bare]
-    measure = as_metric(model, metric)
-    _, cache = model.run_with_cache(*inputs, names=names, loss=lambda out: measure(out).sum())
-    eye = torch.eye(layout.n_tokens, device=inputs[0].device, dtype=cache[names[0]].dtype)
-    total = eye.expand(len(inputs[0]), -1, -1)
-    for name in names:
-        total = total + (cache[name] * cache.grad[name]).relu().mean(1) @ total
-    tokens = tuple(layout.token_names())
+    inputs, measure, own, prefix = as_inputs(model, images), as_loss(model, metric), model, ""
+    given = inputs[0]
+    if isinstance(model, HookedDual):
+        own, given, prefix = getattr(model, tower), inputs[-1 if tower == "text" else 0], f"{tower}."
+    layers, layout = pattern_names(own, given)
+    layers = [[f"{prefix}{name}" for name in names] for names in layers]
+    _, cache = model.run_with_cache(*inputs, names=list(chain(*layers)), loss=measure)
+    supports = [(layer_pattern(cache, names) * layer_pattern(cache.grad, names)).relu().mean(1) for names in layers]
+    eye = torch.eye(supports[0].shape[-1], device=supports[0].device, dtype=supports[0].dtype)
+    total = eye.expand_as(supports[0])
+    for support in supports:
+        total = total + support @ total
+    tokens = () if layout is None else tuple(layout.token_names())
     return Result(
         total - eye,
         ("batch", "pos", "source"),
-        {"pos": tokens, "source": tokens},
+        {"pos": tokens, "source": tokens} if tokens else {},
         technique="relevance",
         unit="relevance",
         baseline="each token's own, 1, left out",

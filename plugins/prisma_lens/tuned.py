@@ -28,13 +28,28 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prisma_core import HookedModel, HookedText, HookedViT, InputError, LoadError, NotApplicable, Result
-from prisma_core.plugin import Above, Count, blaming, checked, read_checkpoint, replacing, shown
+from prisma_core.plugin import (
+    Above,
+    Count,
+    blaming,
+    check_shapes,
+    checked,
+    digest,
+    place,
+    read_checkpoint,
+    read_json,
+    replacing_both,
+    save_objects,
+    settled,
+    shown,
+)
 from prisma_lens.bar import bar
 from prisma_lens.inputs import as_batches
 from prisma_lens.readouts import Readout, Target, TowerName, cache_of, readout, token_outputs, tower_of
 
 TokenSubset = Literal["all", "cls", "patches", "prefix", "registers"]
 _NAMES = ("*.hook_resid_pre", "*.hook_resid_post")
+_CONFIG, _PARAMS, _DIGEST = "config.json", ("params.pt", "params.safetensors"), "sha256"
 
 
 class TunedLens(nn.Module):
@@ -111,7 +126,7 @@ class TunedLens(nn.Module):
 
     @checked
     def save(self, folder: str | Path, *, safetensors: bool = False) -> Path:
-        """Write ``config.json`` and ``params.pt``, as tuned-lens reads them.
+        """Write ``config.json`` and ``params.pt``, as tuned-lens reads them; after a kill the old ones or the new ones.
 
         Args:
             folder: made if it is not there.
@@ -121,11 +136,12 @@ class TunedLens(nn.Module):
             LoadError: the disk refuses.
         """
         folder = Path(folder)
-        with replacing(folder / "config.json") as beside:
-            beside.write_text(json.dumps(self.config, indent=1), encoding="utf-8")
         state = {name: x.detach().cpu().contiguous() for name, x in self.layer_translators.state_dict().items()}
-        with replacing(folder / ("params.safetensors" if safetensors else "params.pt")) as beside:
-            save_file(state, beside) if safetensors else torch.save(state, beside)
+        name, other = reversed(_PARAMS) if safetensors else _PARAMS
+        sha256 = digest(state)
+        with replacing_both(folder / name, folder / _CONFIG, sha256, folder / other) as (params, config):
+            (save_file if safetensors else save_objects)(state, params)
+            config.write_text(json.dumps({**self.config, _DIGEST: {name: sha256}}, indent=1), encoding="utf-8")
         return folder
 
     @classmethod
@@ -136,21 +152,26 @@ class TunedLens(nn.Module):
         Raises:
             LoadError: a file is missing, corrupt, or of another kind of lens.
         """
-        folder = Path(folder)
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            lens = cls(config)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise LoadError(
-                f"{folder} holds no tuned lens: expected config.json with d_model and num_hidden_layers."
-            ) from error
-        file = folder / "params.safetensors"
-        state = read_checkpoint(file if file.is_file() else folder / "params.pt")
-        shapes = {name: tuple(x.shape) for name, x in lens.layer_translators.state_dict().items()}
-        if {name: tuple(x.shape) for name, x in state.items()} != shapes:
-            raise LoadError(
-                f"{folder} does not hold the translators that its config.json describes: {len(shapes)} tensors."
-            )
+        return settled(Path(folder) / _CONFIG, lambda: cls._read(Path(folder)))
+
+    @classmethod
+    def _read(cls, folder: Path) -> TunedLens:
+        config = read_json(folder / _CONFIG)
+        digests = config.pop(_DIGEST, None)
+        width, depth, bias = (config.get(key, True) for key in ("d_model", "num_hidden_layers", "bias"))
+        if type(width) is not int or type(depth) is not int or type(bias) is not bool:
+            raise LoadError(f"{folder} holds no tuned lens: expected {_CONFIG} with d_model and num_hidden_layers.")
+        name = next((name for name in _PARAMS if isinstance(digests, dict) and name in digests), None)
+        file = place(folder, name, digests[name]) if name else folder / _PARAMS[1]
+        state = read_checkpoint(file if name or file.is_file() else folder / _PARAMS[0])
+        if name and digest(state) != digests[name]:
+            raise LoadError(f"{file} holds other weights than {_CONFIG} was written with: save the lens again.")
+        if len(state) != depth * (1 + bias):  # before anything is made of a count
+            raise LoadError(f"{file} holds {len(state)} tensors, and {_CONFIG} describes {depth} translators.")
+        shapes = {f"{layer}.weight": torch.Size((width, width)) for layer in range(depth)}
+        shapes |= {f"{layer}.bias": torch.Size((width,)) for layer in range(depth) if bias}
+        check_shapes(state, shapes, file)
+        lens = cls(config)
         lens.layer_translators.load_state_dict(state)
         return lens
 

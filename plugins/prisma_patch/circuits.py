@@ -26,20 +26,21 @@ from typing import Annotated
 
 import torch
 from einops import einsum
-from prisma_lens.metrics import MetricLike, as_metric
+from prisma_lens.metrics import MetricLike, as_loss, as_metric
 from pydantic import Field
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, Result
 from prisma_core.plugin import Count, Natural, Share, checked
 from prisma_patch.graph import Circuit
+from prisma_patch.passes import Inputs
 from prisma_patch.sweeps import bar
 from prisma_patch.wiring import Graph
 
 
 @checked
 def edge_scores(
-    model: HookedModel, clean: Tensor, corrupt: Tensor, metric: MetricLike, *, steps: Natural = 0
+    model: HookedModel, clean: Tensor | Inputs, corrupt: Tensor | Inputs, metric: MetricLike, *, steps: Natural = 0
 ) -> tuple[Result, Circuit]:
     """Return the score of every edge ``[source target]``, and the circuit of all edges with these scores.
 
@@ -54,7 +55,7 @@ def edge_scores(
     Args:
         model: a vision or text transformer whose heads and MLPs add to one stream.
         clean, corrupt: inputs in pairs, one corrupt for each clean; scores are the mean over pairs.
-        metric: as in ``activation_patch``.
+        metric: as in ``activation_patch``, with one number for each input.
         steps: 0 takes the gradient of the clean run (EAP); more integrate it over that many inputs (EAP-IG).
 
     Raises:
@@ -62,12 +63,12 @@ def edge_scores(
         InputError: the pairs do not fit together.
     """
     graph = Graph.of(model, clean, corrupt)
-    measure, shape = as_metric(model, metric), graph.shape
+    loss, shape = as_loss(model, metric), graph.shape
     change = graph.outputs(corrupt) - graph.outputs(clean)
     scores = torch.zeros(len(shape.sources), len(shape.targets), dtype=change.dtype, device=change.device)
     shares = [(step + 0.5) / steps for step in range(steps)] or [0.0]
     for share in shares:
-        for layer_targets, gradient in graph.gradients(clean, share * change[0], measure).items():
+        for layer_targets, gradient in graph.gradients(clean, share * change[0], loss).items():
             n = shape.before(layer_targets[0])
             columns = [shape.targets.index(target) for target in layer_targets]
             found = einsum(change[:n], gradient, "source batch pos d, batch pos target d -> source target")
@@ -86,7 +87,7 @@ def edge_scores(
 
 
 @checked
-def run_circuit(model: HookedModel, circuit: Circuit, clean: Tensor, corrupt: Tensor) -> Tensor:
+def run_circuit(model: HookedModel, circuit: Circuit, clean: Tensor | Inputs, corrupt: Tensor | Inputs) -> Tensor:
     """Return the output of the clean inputs where every edge outside a circuit carries the corrupt run.
 
     Args:
@@ -105,7 +106,7 @@ def run_circuit(model: HookedModel, circuit: Circuit, clean: Tensor, corrupt: Te
 
 @checked
 def circuit_faithfulness(
-    model: HookedModel, circuit: Circuit, clean: Tensor, corrupt: Tensor, metric: MetricLike
+    model: HookedModel, circuit: Circuit, clean: Tensor | Inputs, corrupt: Tensor | Inputs, metric: MetricLike
 ) -> Result:
     """Return faithfulness and completeness of a circuit, one each: ``[measure]``, 1 being perfect.
 
@@ -117,7 +118,8 @@ def circuit_faithfulness(
         InputError: the metric is the same for clean and corrupt inputs, or the circuit does not fit.
         NotApplicable: as in ``edge_scores``.
     """
-    measure = as_metric(model, metric)
+    measure = as_metric(model, metric, single=True)
+    Graph.of(model, clean, corrupt)
     with torch.no_grad():
         runs = {
             "clean": measure(model(clean)),
@@ -145,8 +147,8 @@ def circuit_faithfulness(
 def edge_effects(
     model: HookedModel,
     edges: Annotated[Sequence[str], Field(min_length=1)],
-    clean: Tensor,
-    corrupt: Tensor,
+    clean: Tensor | Inputs,
+    corrupt: Tensor | Inputs,
     metric: MetricLike,
     *,
     progress: bool = False,
@@ -161,7 +163,7 @@ def edge_effects(
     Raises:
         UnknownName: there is no such edge.
     """
-    graph, measure = Graph.of(model, clean, corrupt), as_metric(model, metric)
+    graph, measure = Graph.of(model, clean, corrupt), as_metric(model, metric, single=True)
     whole = Circuit(graph.shape, torch.zeros(graph.shape.real().shape), graph.shape.real())
     cut = [whole.without(edge) for edge in edges]
     theirs, values = graph.outputs(corrupt), list[Tensor]()
@@ -182,8 +184,8 @@ def edge_effects(
 @checked
 def find_circuit(
     model: HookedModel,
-    clean: Tensor,
-    corrupt: Tensor,
+    clean: Tensor | Inputs,
+    corrupt: Tensor | Inputs,
     metric: MetricLike,
     *,
     faithfulness: Share = 0.9,

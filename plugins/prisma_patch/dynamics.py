@@ -1,9 +1,10 @@
 """Training dynamics: a metric over a series of checkpoints, and the checkpoints at which it changes.
 
 Equation:
-    A series is modelled as constant pieces with noise; the change points are those that minimise the squared error, and
-    their number k, unless it is given, minimises n log(error / n) + 2 k log n (BIC). The interval of a change point
-    holds it in ``level`` of the series that are drawn anew from the fitted pieces with resampled residuals.
+    A series is modelled as constant pieces with noise; the change points are those that minimise the squared error.
+    Their number, unless it is given, grows by one, or by two (a bump), as long as the error falls by a factor that
+    fewer than ``significance`` of the series reach which are drawn anew from the fitted pieces with resampled
+    residuals. The interval of a change point holds it in ``level`` of such series.
 Cost:
     The metric once for each checkpoint; the resampled fits take milliseconds each.
 Misleads:
@@ -126,7 +127,7 @@ def change_points(
         most: the largest number that None takes.
         min_size: the fewest checkpoints between two changes.
         level: the share of resampled series whose change lies in the interval.
-        significance: the share of resampled series in which one change more may lower the error as much by chance.
+        significance: the share of resampled series in which more changes may lower the error as much by chance.
         resamples: how many series are drawn.
         seed: of the draws.
 
@@ -148,11 +149,16 @@ def change_points(
             yield fitted + (x - fitted)[torch.randint(len(x), (len(x),), generator=generator)]
 
     best = n or 0
-    while n is None and best < most and (best + 2) * min_size <= len(x):
-        gains = [_gain(each, best, min_size) for each in resampled(_fit(x, best, min_size))]
-        if _gain(x, best, min_size) <= torch.tensor(gains).quantile(1 - significance):
+    while n is None:
+        further = [best + more for more in (1, 2) if best + more <= most and (best + more + 1) * min_size <= len(x)]
+        drawn = list(resampled(_fit(x, best, min_size)))
+        for more in further:
+            gains = torch.tensor([_gain(each, best, more, min_size) for each in drawn])
+            if _gain(x, best, more, min_size) > gains.quantile(1 - significance / 2):  # two are tried
+                best = more
+                break
+        else:
             break
-        best += 1
     ends = _fit(x, best, min_size)
     drawn = torch.tensor([_fit(each, best, min_size)[:-1] for each in (resampled(ends) if best else [])])
     tail = (1 - level) / 2
@@ -212,7 +218,7 @@ def _fitted(x: Tensor, ends: list[int]) -> Tensor:
     return torch.cat(pieces)
 
 
-def _gain(x: Tensor, n: int, min_size: Count) -> float:
-    """Return by what factor one more change lowers the squared error."""
-    errors = [float((x - _fitted(x, _fit(x, count, min_size))).square().sum()) for count in (n, n + 1)]
+def _gain(x: Tensor, n: int, more: int, min_size: Count) -> float:
+    """Return by what factor the squared error of ``n`` changes is larger than that of ``more``."""
+    errors = [float((x - _fitted(x, _fit(x, count, min_size))).square().sum()) for count in (n, more)]
     return errors[0] / max(errors[1], 1e-12 * max(errors[0], 1e-300))

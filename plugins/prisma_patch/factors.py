@@ -99,6 +99,14 @@ def factors_by_place(
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     n_held = max(2, round(held_out * len(images)))
     test, train = order[:n_held], order[n_held:]
+    if len(train) < 2:
+        raise InputError(f"{len(images)} images leave {len(train)} to fit with held_out={held_out}: give more.")
+    for factor, y in targets.items():
+        if bool((y[train].std(0) == 0).any()) or bool((y[test] == y[test][:1]).all()):
+            raise InputError(
+                f"The factor {factor!r} is the same in all images that are fitted, or in all that are held out: draw "
+                "more images that differ in it."
+            )
     with torch.no_grad():
         _, cache = model.run_with_cache(images, names=[*names, read_at], output=False)
     tokens = token_positions(model.layout_for(images), pos)

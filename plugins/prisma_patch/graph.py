@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import InputError, LoadError, Result
-from prisma_core.plugin import Count, UnknownName, checked, replacing, suggest
+from prisma_core.plugin import Count, UnknownName, checked, read_json, suggest, write_text
 
 QKV = ("q", "k", "v")
 
@@ -199,8 +199,7 @@ class Circuit:
             for column, target in enumerate(shape.targets)
             for row, source in enumerate(self._sources_of(target))
         }
-        with replacing(path) as fresh:
-            fresh.write_text(json.dumps({"cfg": cfg, "nodes": nodes, "edges": edges}), encoding="utf-8")
+        write_text(path, json.dumps({"cfg": cfg, "nodes": nodes, "edges": edges}))
         return path
 
     @classmethod
@@ -213,7 +212,7 @@ class Circuit:
         """
         path = Path(path)
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_json(path)
             cfg, nodes, edges = (data[key] for key in ("cfg", "nodes", "edges"))
             sizes = [int(cfg[key]) for key in ("n_layers", "n_heads", "d_model")]
             mlps = tuple(layer for layer in range(sizes[0]) if f"m{layer}" in nodes)

@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from prisma_lens.inputs import as_inputs, points_of
+from prisma_lens.inputs import TOKEN_AXES, as_inputs, points_of
 from torch import Tensor
 
 from prisma_core import ActivationCache, HookContext, HookedModel, InputError
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
 Scope = AbstractContextManager[None]
-AVERAGED = ("batch", "pos", "query_pos", "patch", "window", "row", "column")
 
 
 @checked
@@ -75,8 +74,8 @@ def ablate(
             _, cache = model.run_with_cache(*as_inputs(model, reference), names=names, output=False)
         for name in names:
             x = cache[name]
-            axes = model.hook_points()[name].axes.split()
-            over = [axis for axis, label in enumerate(axes) if label in AVERAGED]
+            axes = cache.axes[name].split()
+            over = [axis for axis, label in enumerate(axes) if label in ("batch", *TOKEN_AXES)]
             values[name] = x.mean(over, keepdim=True) if method == "mean" else x.roll(1, 0) if len(x) > 1 else x
     index = _indices(model, names, pos, heads, neurons)
 
@@ -103,6 +102,16 @@ def steer(
     project: bool = False,
 ) -> Scope:
     """Return a scope that adds a direction to activations, or takes it out.
+
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> x, direction = torch.zeros(1, 3, 96, 96), torch.ones(128)
+    >>> with torch.no_grad(), steer(model, ("resid_post", 1), direction, 0.5, pos="cls"):
+    ...     _, cache = model.run_with_cache(x)
+    >>> _, before = model.run_with_cache(x)
+    >>> moved = cache["resid_post", 1] - before["resid_post", 1]
+    >>> torch.allclose(moved[:, 0], torch.full((1, 128), 0.5), atol=1e-4), bool((moved[:, 1:].abs() < 1e-4).all())
+    (True, True)
 
     Args:
         model: the model whose passes are changed.
@@ -147,9 +156,8 @@ def freeze(model: HookedModel, cache: ActivationCache, names: Query | None = Non
     """
     if cache.model is not None and cache.model is not model:
         raise InputError("This cache is of another model: expected one that this very model's run_with_cache returned.")
-    chosen = (
-        [name for name in cache if not model.hook_points()[name].derived] if names is None else points_of(model, names)
-    )
+    points = model.hook_points()
+    chosen = [name for name in cache if not points[name].derived] if names is None else points_of(model, names)
     held = {name: cache[name] for name in chosen}
 
     def edit(x: Tensor, at: HookContext) -> Tensor:

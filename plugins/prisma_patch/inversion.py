@@ -172,8 +172,9 @@ def read_word(
     token = int(learned.facts["token"])
     tokens = torch.cat([_texts(own, each, [sentence], token_of(own, each)) for each in words])
     names = ["hook_embed", *(name for name in text.resolve(at) if name != "hook_embed")]
-    if bare := [each for each in names[1:] if not text.hook_points()[each].axes.startswith("batch pos")]:
-        raise InputError(f"{bare[0]} ({text.hook_points()[bare[0]].axes}) has no activation for each token.")
+    points = text.hook_points()
+    if bare := [each for each in names[1:] if not points[each].axes.startswith("batch pos")]:
+        raise InputError(f"{bare[0]} ({points[bare[0]].axes}) has no activation for each token.")
     plain, others = text.run_with_cache(tokens, names=names)
     with use_word(own, learned):
         said, mine = text.run_with_cache(_texts(own, word, [sentence], token), names=names)

@@ -6,7 +6,7 @@ Equation:
 Cost:
     Two passes and one backward pass; ``steps`` times the latter when integrated.
 Misleads:
-    First order: wrong where a softmax saturates or effects are large. ``exact`` runs the largest ones for real.
+    First order: wrong where a softmax saturates or effects are large. ``exact=`` runs the largest ones for real.
 Source:
     Nanda 2023; Syed et al. 2023; Hanna et al. 2024 (integrated gradients).
 """
@@ -14,18 +14,18 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from prisma_lens.inputs import as_inputs, points_of
-from prisma_lens.metrics import MetricLike, as_metric
+from prisma_lens.inputs import as_inputs
+from prisma_lens.metrics import Metric, MetricLike, as_loss, as_metric
 from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, Result
-from prisma_core.plugin import Natural, Query, checked, layer_of
-from prisma_patch.passes import Inputs
-from prisma_patch.patching import SHORT
-from prisma_patch.places import check_layers_swept
+from prisma_core.plugin import Natural, Query, checked
+from prisma_patch.passes import Inputs, passes_of
+from prisma_patch.patching import arranged, sweep_of, variants_of
+from prisma_patch.places import Places
+from prisma_patch.sweeps import run
 
 
 @checked
@@ -38,6 +38,7 @@ def attribution_patch(
     at: Query = "z",
     over: str | Sequence[str] = ("layer", "head"),
     steps: Natural = 0,
+    exact: Natural = 0,
 ) -> Result:
     """Return the first-order effect of replacing each place by the other run's: ``[*over batch]``.
 
@@ -46,57 +47,60 @@ def attribution_patch(
         other: inputs whose activations would be put in, as many as ``clean`` or one for all.
         steps: 0 takes the gradient of the clean run; more integrate it over that many midpoints of the straight line
             between the two activations, each hook point by itself.
+        exact: how many places, those of the largest effects over the batch, are patched for real besides.
+
+    Returns:
+        The effects; with ``exact`` their exact ones in ``tensors["exact"]``, NaN where none was measured.
 
     Raises:
         UnknownName: a hook point or class that does not exist.
         InputError: the runs do not fit together, or an activation has no such axis.
+        NotApplicable: the hook points have parts of different number.
     """
-    measure, names, inputs = as_metric(model, metric), points_of(model, at), as_inputs(model, clean)
-    axes = [SHORT.get(name, name) for name in (over.split() if isinstance(over, str) else over)]
-    check_layers_swept(at, names, axes, over)
-    points = model.hook_points()
+    measure, loss, inputs = as_metric(model, metric), as_loss(model, metric), as_inputs(model, clean)
+    others = as_inputs(model, other)
+    axes, names = sweep_of(model, at, over)
+    places = Places(model, names, axes, model.layout_for(*inputs), None, None, None)
     with torch.no_grad():
-        _, theirs = model.run_with_cache(*as_inputs(model, other), names=names, output=False)
-    output, ours = model.run_with_cache(*inputs, names=names, loss=lambda out: measure(out).sum())
+        _, theirs = model.run_with_cache(*others, names=names, output=False)
+    output, ours = model.run_with_cache(*inputs, names=names, loss=loss)
     parts: list[Tensor] = []
     for name in names:
         a, b = ours[name], theirs[name]
         if a.shape[1:] != b.shape[1:] or b.shape[0] not in (1, a.shape[0]):
             raise InputError(f"{name} is {list(a.shape)} in the clean run and {list(b.shape)} in the other.")
         difference = b - a
-        gradient = ours.grad[name] if not steps else _integrated(model, inputs, measure, name, a, b, steps)
-        names_of_axes = points[name].axes.split()
-        swept = [axis for axis in axes if axis != "layer"]
-        if lacking := [axis for axis in swept if axis not in names_of_axes]:
-            raise InputError(f"{name} ({points[name].axes}) has no axis {lacking[0]!r}.")
-        gone = [at for at, axis in enumerate(names_of_axes) if axis not in (*swept, "batch")]
-        effect = (difference * gradient).sum(gone) if gone else difference * gradient
-        there = [axis for axis in names_of_axes if axis in (*swept, "batch")]
-        parts.append(effect.permute(*(there.index(axis) for axis in (*swept, "batch"))))
-    stacked = torch.stack(parts)
-    stacked = stacked[0] if "layer" not in axes else stacked.movedim(0, axes.index("layer"))
-    labels: dict[str, tuple[str, ...]] = {}
-    if "layer" in axes:
-        labels["layer"] = tuple(f"L{layer_of(name)}" for name in names)
-    if "head" in axes:
-        labels["head"] = tuple(f"H{head}" for head in range(stacked.shape[axes.index("head")]))
-    layout = model.layout_for(*inputs)
-    if "pos" in axes and layout is not None and stacked.shape[axes.index("pos")] == layout.n_tokens:
-        labels["pos"] = tuple(layout.token_names())
+        gradient = ours.grad[name] if not steps else _integrated(model, inputs, loss, name, a, b, steps)
+        axes_of, kept = places.axes[name], [str(places.own(name, axis)) for axis in places.swept]
+        front = [axes_of.index(axis) for axis in (*kept, "batch")]
+        effect = (difference * gradient).movedim(front, list(range(len(front))))
+        effect = effect.reshape(*effect.shape[: len(front)], -1).sum(-1)
+        parts.append(effect.flatten(0, -2) if kept else effect[None])
+    counts = places.counts(names, ours)
+    values = arranged(torch.cat(parts), names, axes, counts, places.swept)
+    tensors = {"clean": measure(output.detach())}
+    if exact:
+        flat = torch.cat(parts).abs().sum(-1)
+        real = torch.full_like(torch.cat(parts), float("nan"))
+        chosen = flat.topk(min(exact, len(flat))).indices
+        variants, passes = variants_of(places, names, ours, theirs), passes_of(model, inputs)
+        real[chosen] = run(passes, [variants[at] for at in chosen.tolist()], measure) - tensors["clean"]
+        tensors["exact"] = arranged(real, names, axes, counts, places.swept)
+    labels = places.labels(names, ours, values.shape[axes.index("head")] if "head" in axes else 0)
     return Result(
-        stacked,
+        values,
         (*axes, "batch"),
-        labels,
+        {axis: labels[axis] for axis in axes if axis in labels},
         technique="attribution_patch",
         unit="change of the metric, to first order",
         baseline="the clean run",
-        tensors={"clean": measure(output.detach())},
+        tensors=tensors,
         facts={"steps": steps},
     )
 
 
 def _integrated(
-    model: HookedModel, inputs: Inputs, measure: Any, name: str, a: Tensor, b: Tensor, steps: int
+    model: HookedModel, inputs: Inputs, loss: Metric, name: str, a: Tensor, b: Tensor, steps: int
 ) -> Tensor:
     total = torch.zeros_like(a)
     for step in range(steps):
@@ -105,6 +109,6 @@ def _integrated(
         def put(x: Tensor, at: HookContext, mixed: Tensor = mixed) -> Tensor:
             return mixed.to(x)
 
-        _, cache = model.run_with_cache(*inputs, names=name, hooks={name: put}, loss=lambda out: measure(out).sum())
+        _, cache = model.run_with_cache(*inputs, names=name, hooks={name: put}, loss=loss)
         total = total + cache.grad[name]
     return total / steps

@@ -37,6 +37,13 @@ def knock_out(
 ) -> Scope:
     """Return a scope in which queries do not attend to keys; a query left without any key reads zeros.
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> with torch.no_grad(), knock_out(model, queries="cls", keys="patches", layers=1):
+    ...     _, cache = model.run_with_cache(torch.zeros(1, 3, 96, 96))
+    >>> cache["pattern", 1][0, 0, 0].sum().item(), cache["pattern", 1][0, 0, 0, 0].item()
+    (1.0, 1.0)
+
     Args:
         model: the model whose passes are changed.
         queries, keys: tokens, as positions or a subset of the layout (``"cls"``, ``"patches"``); None for all.

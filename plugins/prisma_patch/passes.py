@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import HookContext, HookedDual, HookedModel, HookedViT, InputError
-from prisma_core.plugin import BriefRepr, checked, layer_of
+from prisma_core.plugin import BlockSpec, BriefRepr, checked, layer_of
 
 Inputs: TypeAlias = tuple[Tensor, ...]
 Part: TypeAlias = tuple[Any, ...]
@@ -111,6 +111,7 @@ class RestartedPasses(Passes):
         output: of the clean run.
         streams: the clean stream before each block: ``[batch pos d_model]``.
         read: how many leading tokens the output is made of; None where it is all, or where other hooks run too.
+        axes: the axis of the tokens, by hook point; None where it holds other tokens than those that are computed.
         cut: whether a hook point holds the computed tokens alone, by the block's spec and the name within the block.
     """
 
@@ -118,7 +119,8 @@ class RestartedPasses(Passes):
     output: Tensor = field(init=False)
     streams: list[Tensor] = field(init=False)
     read: int | None = field(init=False)
-    cut: dict[tuple[str, str], bool] = field(default_factory=dict[Any, bool])
+    axes: dict[str, int | None] = field(default_factory=dict[str, "int | None"])
+    cut: dict[tuple[BlockSpec, str], bool] = field(default_factory=dict[Any, bool])
 
     def __post_init__(self) -> None:
         self.read = None if self.model.open_hooks() else self.model.leading_read
@@ -162,7 +164,7 @@ class RestartedPasses(Passes):
         """Return whether a variant fits a last block that computes no more tokens than are read."""
         axis = self._token_axis(variant)
         if axis is None:
-            return not self._is_cut(variant.name)
+            return self._axis_of(variant.name) is None
         return variant.part[axis] == slice(None) or self._changed(variant) <= (self.read or 0)
 
     def _shortened(self, variants: Sequence[Variant], leading: int) -> list[Variant]:
@@ -175,31 +177,32 @@ class RestartedPasses(Passes):
 
     def _token_axis(self, variant: Variant) -> int | None:
         """Return the axis of the computed tokens, or None where all are held, or the source has another number."""
-        if not self._is_cut(variant.name):
-            return None
-        axis = _axis(self.model, variant.name)
-        same = variant.source is None or variant.source.shape[axis] == self.streams[0].shape[1]
-        return axis if same else None  # if not, Variant.apply says so
+        axis = self._axis_of(variant.name)
+        if axis is None or variant.source is None or variant.source.shape[axis] == self.streams[0].shape[1]:
+            return axis
+        return None  # Variant.apply says so
 
-    def _is_cut(self, name: str) -> bool:
+    def _axis_of(self, name: str) -> int | None:
+        """Return the axis of the computed tokens, or None where a hook point holds all; looked up once."""
+        if name not in self.axes:
+            axes = self.model.hook_points()[name].axes.split()
+            axis = next((axes.index(axis) for axis in ("pos", "query_pos") if axis in axes), None)
+            self.axes[name] = axis if axis is not None and self._is_cut(name, axis) else None
+        return self.axes[name]
+
+    def _is_cut(self, name: str, axis: int) -> bool:
         layer = self.group(name)
-        key = (repr(self.model.spec.blocks[layer]), name.partition(f".{layer}.")[2])
+        key = (self.model.spec.blocks[layer], name.partition(f".{layer}.")[2])
         if key not in self.cut:
             here = {"start_at_layer": layer, "stop_at_layer": layer + 1, "leading": 1}
             _, cache = self.model.run_with_cache(self.streams[layer][:1], names=[name], output=False, **here)
-            axis = _axis(self.model, name)
-            self.cut[key] = axis is not None and cache[name].shape[axis] == 1
+            self.cut[key] = cache[name].shape[axis] == 1
         return self.cut[key]
 
 
 def copies(x: Tensor, n: int) -> Tensor:
     """Return a batch ``n`` times, one after the other."""
     return x.repeat(n, *[1] * (x.ndim - 1))
-
-
-def _axis(model: HookedModel, name: str) -> Any:
-    axes = model.hook_points()[name].axes.split()
-    return next((axes.index(axis) for axis in ("pos", "query_pos") if axis in axes), None)
 
 
 def _editor(variants: Sequence[Variant], name: str, n: int) -> Callable[[Tensor, HookContext], None]:

@@ -86,14 +86,7 @@ def activation_patch(
         NotApplicable: the hook points have parts of different number, or the patch cannot reach the output.
     """
     inputs, others = as_inputs(model, clean), other if isinstance(other, str) else as_inputs(model, other)
-    measure = as_metric(model, metric)
-    axes = [SHORT.get(name, name) for name in (over.split() if isinstance(over, str) else over)]
-    names = points_of(model, at)
-    if "layer" in axes:
-        outside, names = names[0], [name for name in names if layer_of(name) is not None]
-        if not names:
-            raise InputError(f"{outside} is in no layer: leave 'layer' out of over=, and ask for one hook point.")
-    check_layers_swept(at, names, axes, over)
+    measure, (axes, names) = as_metric(model, metric), sweep_of(model, at, over)
     layout = model.layout_for(*inputs)
     places = Places(model, names, axes, layout, pos, heads, region)
     check_reach(model, names, places)
@@ -104,25 +97,9 @@ def activation_patch(
         shapes: Mapping[str, Tensor] = sources
         if isinstance(others, str) or layout is None or model.layout_for(*others) != layout:
             _, shapes = model.run_with_cache(*(each[:1] for each in inputs), names=names, output=False)
-    parts = {name: places.parts(name, shapes[name].shape) for name in names}
-    counts = {name: [len(rows) for rows in rows_of] for name, rows_of in parts.items()}
-    if len({tuple(each) for each in counts.values()}) != 1:
-        each = ", ".join(f"{name} has {' x '.join(map(str, count))}" for name, count in counts.items())
-        raise NotApplicable(f"The places differ between hook points ({each}), so there is no one sweep over them.")
-    variants = [
-        Variant(name, places.index(name, chosen), sources.get(name))
-        for name in names
-        for chosen in product(*parts[name])
-    ]
+    counts, variants = places.counts(names, shapes), variants_of(places, names, shapes, sources)
     effects = run(passes, variants, measure, batch_size=batch_size, progress=progress, resume=resume)
-    values, blocks = effects - base, list(dict.fromkeys(block_of(name) for name in names))
-    if not axes:
-        values = values[0]
-    elif "layer" in axes:
-        values = _by_layer(values, names, blocks, counts[names[0]], places.swept)
-        values = values.movedim(0, axes.index("layer"))
-    else:
-        values = values.unflatten(0, counts[names[0]])
+    values = arranged(effects - base, names, axes, counts, places.swept)
     labels = places.labels(names, shapes, values.shape[axes.index("head")] if "head" in axes else 0)
     rest = ("batch", *(f"metric{i}" for i in range(values.ndim - len(axes) - 1)))
     return Result(
@@ -134,6 +111,63 @@ def activation_patch(
         baseline=f"the clean run, with {other if isinstance(other, str) else 'the other run'} put in at {_said(at)}",
         tensors={"clean": base},
     )
+
+
+def sweep_of(model: HookedModel, at: Query, over: str | Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the axes of a sweep by their full names, and its hook points: those in layers where layers are swept.
+
+    Raises:
+        UnknownName: no such hook point.
+        InputError: layers and hook points do not fit together.
+    """
+    axes = [SHORT.get(name, name) for name in (over.split() if isinstance(over, str) else over)]
+    names = points_of(model, at)
+    if "layer" in axes:
+        outside, names = names[0], [name for name in names if layer_of(name) is not None]
+        if not names:
+            raise InputError(f"{outside} is in no layer: leave 'layer' out of over=, and ask for one hook point.")
+    check_layers_swept(at, names, axes, over)
+    return axes, names
+
+
+def variants_of(
+    places: Places, names: Sequence[str], shapes: Mapping[str, Tensor], sources: Mapping[str, Tensor]
+) -> list[Variant]:
+    """Return a variant for each place, hook point by hook point.
+
+    Args:
+        places: of the sweep.
+        names: its hook points.
+        shapes: the activations of the clean run, or ones of their shapes.
+        sources: what is put in; zeros where there is none.
+    """
+    return [
+        Variant(name, places.index(name, chosen), sources.get(name))
+        for name in names
+        for chosen in product(*places.parts(name, shapes[name].shape))
+    ]
+
+
+def arranged(
+    values: Tensor, names: Sequence[str], axes: Sequence[str], counts: Sequence[int], within: Sequence[str]
+) -> Tensor:
+    """Return ``[variant ...]``, in the order of ``variants_of``, as ``[*axes ...]``.
+
+    Args:
+        values: one row for each variant.
+        names, axes: hook points and axes of the sweep.
+        counts: how many places there are along each of the axes of an activation.
+        within: these axes.
+
+    Raises:
+        NotApplicable: a layer has several of these hook points and no heads, or layers have different numbers.
+    """
+    if not axes:
+        return values[0]
+    if "layer" not in axes:
+        return values.unflatten(0, counts)
+    blocks = list(dict.fromkeys(block_of(name) for name in names))
+    return _by_layer(values, names, blocks, counts, within).movedim(0, axes.index("layer"))
 
 
 @checked

@@ -25,7 +25,7 @@ from prisma_core.plugin import Indices, Query, checked, layer_of, positions_of
 from prisma_patch.passes import Inputs
 from prisma_patch.places import Positions, token_positions
 
-FROZEN = ("attn.hook_z", "hook_mlp_out")
+FROZEN = ("hook_z", "hook_mlp_out")
 
 
 @checked
@@ -44,8 +44,9 @@ def path_patch(
 ) -> Result:
     """Return how far the metric moves along the paths from a sender to receivers: ``[batch]``.
 
-    Every attention output and MLP behind the sender is frozen at its clean value, except what ``through`` names. With
-    nothing frozen (``through`` all of them) and the output as receiver it is activation patching.
+    Every attention output and MLP is frozen at its clean value, except what ``through`` names: ``facts["frozen"]``
+    lists them, for a hooked upstream may lack hook points. With nothing frozen (``through`` all of them) and the
+    output as receiver it is activation patching.
 
     Args:
         model: the model to run.
@@ -98,7 +99,7 @@ def path_patch(
         unit="change of the metric",
         baseline="the clean run",
         tensors={"clean": base},
-        facts={"sender": senders, "receivers": targets, "through": sorted(open_names)},
+        facts={"sender": senders, "receivers": targets, "through": sorted(open_names), "frozen": frozen},
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -106,7 +106,7 @@ class Places:
         names, text = set(self.axes[name]), " ".join(self.axes[name])
         grid = {"row", "column"} <= names
         for axis in self.swept:
-            if self._own(name, axis) is None:
+            if self.own(name, axis) is None:
                 raise InputError(f"{name} ({text}) has no axis {axis!r} to sweep over.")
         if pos is not None and not {"pos", "query_pos"} & names:
             instead = "give region=(rows, columns) instead" if grid else "leave pos out"
@@ -124,7 +124,7 @@ class Places:
             instead = "give pos= instead" if {"pos", "query_pos"} & names else "leave region out"
             raise InputError(f"{name} ({text}) has no rows and columns to choose from; {instead}.")
 
-    def _own(self, name: str, axis: str) -> str | None:
+    def own(self, name: str, axis: str) -> str | None:
         """The axis of an activation that is meant: the queries' where tokens have two."""
         names = self.axes[name]
         return axis if axis in names else "query_pos" if axis == "pos" and "query_pos" in names else None
@@ -136,12 +136,24 @@ class Places:
     def parts(self, name: str, shape: Sequence[int]) -> list[list[int]]:
         """Return the places along each swept axis of an activation."""
         sizes = dict(zip(self.axes[name], shape, strict=True))
-        axes_swept = [str(self._own(name, axis)) for axis in self.swept]
+        axes_swept = [str(self.own(name, axis)) for axis in self.swept]
         return [self._chosen(name, axis, sizes[axis]) for axis in axes_swept]
+
+    def counts(self, names: Sequence[str], shapes: Mapping[str, torch.Tensor]) -> list[int]:
+        """Return how many places there are along each swept axis, the same for all hook points.
+
+        Raises:
+            NotApplicable: they differ.
+        """
+        every = {name: [len(rows) for rows in self.parts(name, shapes[name].shape)] for name in names}
+        if len({tuple(each) for each in every.values()}) != 1:
+            each = ", ".join(f"{name} has {' x '.join(map(str, count))}" for name, count in every.items())
+            raise NotApplicable(f"The places differ between hook points ({each}), so there is no one sweep over them.")
+        return every[names[0]]
 
     def index(self, name: str, chosen: Sequence[int]) -> tuple[Any, ...]:
         """Return the index into an activation of one variant."""
-        fixed: dict[str, Any] = dict(zip((str(self._own(name, axis)) for axis in self.swept), chosen, strict=True))
+        fixed: dict[str, Any] = dict(zip((str(self.own(name, axis)) for axis in self.swept), chosen, strict=True))
         row, column = self.region or (None, None)
         whole = {"pos": self.tokens, "query_pos": self.tokens, "head": self.heads, "row": row, "column": column}
         index = [fixed.get(axis, whole.get(axis)) for axis in self.axes[name]]
@@ -159,7 +171,7 @@ class Places:
         labels = {"layer": tuple(f"L{block.removeprefix('blocks.')}" if plain else block for block in blocks)}
         for axis, chosen in zip(self.swept, self.parts(first, shapes[first].shape), strict=True):
             tokens = self.layout.token_names() if self.layout is not None else []
-            axis_name = self._own(first, axis)
+            axis_name = self.own(first, axis)
             if (
                 axis_name in ("pos", "query_pos", "key_pos")
                 and len(tokens) == shapes[first].shape[self.axes[first].index(axis_name)]

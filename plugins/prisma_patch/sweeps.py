@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, LoadError
-from prisma_core.plugin import Count, checked, read_checkpoint
+from prisma_core.plugin import Count, checked, read_checkpoint, replacing
 from prisma_patch.passes import Inputs, Passes, Variant, passes_of
 
 Item = TypeVar("Item")
@@ -126,7 +126,5 @@ class _Kept:
         return {int(name.rpartition(".")[2]): tensor for name, tensor in tensors.items()}
 
     def write(self, effects: dict[int, Tensor]) -> None:
-        fresh = self.path.with_name(f".{self.path.name}.new")
-        fresh.parent.mkdir(parents=True, exist_ok=True)
-        save_file({f"{self.mark}.{at}": effect.contiguous().clone() for at, effect in effects.items()}, fresh)
-        fresh.replace(self.path)
+        with replacing(self.path) as fresh:
+            save_file({f"{self.mark}.{at}": effect.contiguous().clone() for at, effect in effects.items()}, fresh)

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, NotApplicable, Result
 from prisma_core.plugin import BriefRepr, Query, checked, layer_of
-from prisma_patch.passes import Inputs
+from prisma_patch.passes import Inputs, Variant
 from prisma_patch.patching import activation_patch
-from prisma_patch.places import Positions, token_positions
+from prisma_patch.places import Places, Positions
 
 
 @dataclass(frozen=True, repr=False)
@@ -32,7 +32,7 @@ class Switch(BriefRepr):
     """A set of heads that flips a prediction.
 
     Attributes:
-        heads: ``(layer, head)`` of each, the strongest first.
+        heads: ``(layer, head)`` of each, the strongest first; heads of attentions side by side follow each other.
         before, after: the predicted class, as label or index.
         margin: ``logit(b) - logit(a)`` after the switch.
         flipped: whether the prediction became ``b``; False where all heads together do not flip it.
@@ -61,6 +61,14 @@ def switch(
 ) -> Switch:
     """Return the smallest set of heads found whose outputs, taken from ``other``, flip the prediction from a to b.
 
+    >>> import prisma_core as prisma
+    >>> from prisma_toy import sample_scene
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> image, other = (model.preprocess(sample_scene(seed).image) for seed in (0, 3))
+    >>> switched = switch(model, image, other, "🟣 purple circle", "🔴 red circle")
+    >>> switched.heads, switched.flipped
+    (((1, 1),), True)
+
     Args:
         model: a classifier, or a dual encoder whose texts are the classes.
         clean, other: one image each, ``[1 channel height width]``; with the tokens of the texts for a dual encoder.
@@ -70,7 +78,7 @@ def switch(
         progress: show a bar.
 
     Raises:
-        InputError: ``clean`` is not predicted as ``a``, or the batch is larger than one.
+        InputError: ``clean`` is not predicted as ``a``, the batch is larger than one, or both are one class.
         UnknownName: no such class.
         NotApplicable: the model's output is no number for each class.
     """
@@ -79,6 +87,8 @@ def switch(
     metric = logit_difference(second, first)
     with torch.no_grad():
         output = model(*ours)
+    if first == second:
+        raise InputError(f"{a!r} and {b!r} are one class, so there is nothing to flip.")
     if output.ndim != 2:
         raise NotApplicable(f"This model returns {list(output.shape)}, so no class is predicted that could flip.")
     predicted = int(output[0].argmax())
@@ -89,19 +99,23 @@ def switch(
     effects = activation_patch(model, clean, other, metric, at=at, over="layer head", pos=pos, progress=progress)
     names = [name for name in points_of(model, at) if layer_of(name) is not None]
     _, theirs = model.run_with_cache(*others, names=names, output=False)
-    tokens = token_positions(model.layout_for(*ours), pos)
+    places = Places(model, names, ["layer", "head"], model.layout_for(*ours), pos, None, None)
+    heads = [
+        Variant(name, places.index(name, [head]), theirs[name])
+        for name in names
+        for head in places.parts(name, theirs[name].shape)[0]
+    ]
     n_heads = effects.shape["head"]
     order = effects.values[..., 0].flatten().argsort(descending=True).tolist()
 
     def run(chosen: list[int]) -> Tensor:
         def put(x: Tensor, at: HookContext) -> None:
             for each in chosen:
-                if names[each // n_heads] == at.name:
-                    rows = slice(None) if tokens is None else tokens
-                    x[:, rows, each % n_heads] = theirs[at.name][:, rows, each % n_heads]
+                if heads[each].name == at.name:
+                    heads[each].apply(x)
 
         with torch.no_grad():
-            return model.run_with_hooks(*ours, hooks=dict.fromkeys({names[each // n_heads] for each in chosen}, put))
+            return model.run_with_hooks(*ours, hooks=dict.fromkeys({heads[each].name for each in chosen}, put))
 
     chosen: list[int] = []
     flipped = False

@@ -12,6 +12,7 @@ from prisma_lens.metrics import Metric
 from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, HookedText, HookedViT, InputError, NotApplicable
+from prisma_core.plugin import shown
 from prisma_patch.graph import QKV, Circuit, Shape
 
 NodeHook = Callable[[Tensor, HookContext], Tensor]
@@ -29,7 +30,7 @@ class Graph:
     shape: Shape
 
     @classmethod
-    def of(cls, model: HookedModel, clean: Tensor, corrupt: Tensor) -> Graph:
+    def of(cls, model: HookedModel, clean: Any, corrupt: Any) -> Graph:
         """Return the graph of a model, once it and the inputs are known to fit.
 
         Raises:
@@ -38,9 +39,11 @@ class Graph:
         """
         if not isinstance(model, HookedViT | HookedText):
             raise NotApplicable(
-                f"{type(model).__name__} is no single transformer in canonical form. Of a dual encoder take a tower: "
-                "model.vision, model.text."
+                f"{type(model).__name__} is no single transformer in canonical form. Of a dual encoder take a tower, "
+                "model.vision or model.text, and a metric of its output."
             )
+        if not isinstance(clean, Tensor) or not isinstance(corrupt, Tensor):
+            raise InputError(f"Expected inputs as tensors, got {shown(clean)} and {shown(corrupt)}.")
         if clean.shape != corrupt.shape:
             raise InputError(
                 f"Expected pairs, one corrupt input for each clean: {clean.shape} against {corrupt.shape}."
@@ -79,13 +82,13 @@ class Graph:
             written += [cache["mlp_out", layer][None]] if layer in self.shape.mlps else []
         return torch.cat(written)
 
-    def gradients(self, clean: Tensor, shift: Tensor, measure: Metric) -> dict[tuple[str, ...], Tensor]:
+    def gradients(self, clean: Tensor, shift: Tensor, loss: Metric) -> dict[tuple[str, ...], Tensor]:
         """Return the gradient of the metric by what targets read, for targets of one layer and kind together.
 
         Args:
             clean: the inputs.
             shift: added to the stream before the first block.
-            measure: the metric.
+            loss: the metric's sum over images.
 
         Returns:
             by the names of the targets: ``[batch pos target d_model]``.
@@ -101,7 +104,7 @@ class Graph:
 
         with torch.enable_grad():
             output = self.model.run_with_hooks(clean, hooks=self._hooks(moved, start, lambda written, at: written))
-            gradients = torch.autograd.grad(measure(output).sum(), list(zeros.values()))
+            gradients = torch.autograd.grad(loss(output), list(zeros.values()))
         return dict(zip(zeros, gradients, strict=True))
 
     @torch.no_grad()

@@ -9,11 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from prisma_core import InputError, LoadError
-from prisma_core.plugin import Facts, digest, read_objects, replacing
+from prisma_core.plugin import Facts, digest, read_objects, replacing, save_objects
 
 SAVE_EVERY = 30.0  # seconds
 
@@ -85,5 +84,5 @@ class Checkpoint:
         states = {name: run.state() for name, run in runs.items()}
         facts = {"mark": self.mark, "first": self.first, "batch": digest({"": batch}), "step": step, "runs": states}
         with replacing(self.path) as beside:
-            torch.save(facts, beside)
+            save_objects(facts, beside)
         self.last = time.monotonic()

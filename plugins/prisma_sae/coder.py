@@ -216,9 +216,11 @@ def _check(facts: CoderFacts, tensors: Mapping[str, Tensor]) -> None:
     shapes = {"W_enc": d_in + d_sae, "W_dec": d_sae + d_out}
     gated = dict.fromkeys(("b_gate", "r_mag", "b_mag"), d_sae)
     shapes |= gated if facts.kind == "gated" or "r_mag" in tensors else {"b_enc": d_sae}
-    optional = {"b_dec": d_out, "b_in": d_in, "W_skip": d_out + d_in, "input_mean": d_in, "input_scale": torch.Size()}
+    optional = {"b_dec": d_out, "b_in": d_in, "W_skip": d_out + d_in}
+    if facts.normalize == "standardize":
+        optional |= {"input_mean": d_in, "input_scale": torch.Size()}
     shapes |= {name: shape for name, shape in optional.items() if name in tensors}
-    if facts.activation in ("jumprelu", "jump-signed") or "threshold" in tensors:
+    if facts.activation in ("jumprelu", "jump-signed"):
         one = "threshold" in tensors and not tensors["threshold"].ndim
         shapes["threshold"] = torch.Size() if one else d_sae
     check_shapes(tensors, shapes, f"This {facts.kind} coder ({facts.layout or 'no file'})")

@@ -16,8 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from inspect import currentframe
 from threading import get_ident
+from types import FrameType
 
+import torch
 from torch import Tensor
 
 from prisma_core import HookedModel, HookError, HookPoint, InputError
@@ -91,10 +94,10 @@ class Source:
 
     def __init__(self, name: str):
         self.name = name
-        self.seen: dict[int, Tensor] = {}
+        self.seen: dict[int, tuple[Tensor, FrameType | None]] = {}
 
     def __call__(self, x: Tensor) -> None:
-        self.seen[get_ident()] = x
+        self.seen[_thread()] = x, _running_pass()
 
     def take(self) -> Tensor:
         """Return the activation, and forget it.
@@ -102,10 +105,22 @@ class Source:
         Raises:
             HookError: the pass did not go by it.
         """
-        x = self.seen.pop(get_ident(), None)
-        if x is None:
+        x, run = self.seen.pop(_thread(), (None, None))
+        if x is None or run is not _running_pass():  # a pass that stopped in between leaves one behind
             raise HookError(f"The transcoder reads {self.name}, which this pass did not go by: start before it.")
         return x
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else get_ident()  # which torch does not compile
+
+
+def _running_pass() -> FrameType | None:
+    """Return the innermost call of a model that runs; None in a compiled one, and where a part is computed again."""
+    frame = None if torch.compiler.is_compiling() else currentframe()
+    while frame is not None and frame.f_code is not HookedModel.__call__.__code__:
+        frame = frame.f_back
+    return frame
 
 
 class CoderSplice:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import prisma_core as prisma
+from prisma_core.plugin import write_text
 from prisma_toy import checkpoints
 from prisma_toy.config import Config
 from prisma_toy.measure import Score, held_out
@@ -44,8 +45,8 @@ def finish(trainer: Trainer, n: int = HELD_OUT, progress: Callable[[int], None] 
     """Write the trained model with its card into the run's folder, and return its score on ``n`` held-out images."""
     score = held_out(trainer.model, trainer.task, n, progress=progress)
     folder = prisma.save(trainer.model, trainer.folder / MODEL)
-    checkpoints.write(folder / checkpoints.CONFIG, trainer.config.model_dump_json(indent=1) + "\n")
-    checkpoints.write(folder / CARD, text(trainer, score))  # last: it says that the run was finished
+    write_text(folder / checkpoints.CONFIG, trainer.config.model_dump_json(indent=1) + "\n")
+    write_text(folder / CARD, text(trainer, score))  # last: it says that the run was finished
     return score
 
 

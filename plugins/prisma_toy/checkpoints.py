@@ -13,19 +13,9 @@ from torch import Tensor
 
 import prisma_core as prisma
 from prisma_core import LoadError, ZooModel
-from prisma_core.plugin import replacing
+from prisma_core.plugin import replacing, write_text
 
 CONFIG, STATE, LOG, CHECKPOINTS = "config.json", "state.safetensors", "log.jsonl", "checkpoints"
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file so that a kill at any moment leaves the old one or the new one, never a part.
-
-    Raises:
-        LoadError: the disk is full or read-only.
-    """
-    with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
 
 
 def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -75,7 +65,7 @@ def log_rows(folder: Path) -> Iterator[dict[str, Any]]:
 def rewind_log(folder: Path, step: int) -> None:
     """Drop the rows after ``step``: the run will write them again."""
     rows = [json.dumps(row) for row in log_rows(folder) if row["step"] <= step]
-    write(folder / LOG, "".join(row + "\n" for row in rows))
+    write_text(folder / LOG, "".join(row + "\n" for row in rows))
 
 
 def due(step: int, steps: int) -> bool:

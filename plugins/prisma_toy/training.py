@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from prisma_core import InputError, LoadError, ZooModel
+from prisma_core.plugin import write_text
 from prisma_toy import checkpoints
 from prisma_toy.config import Config
 from prisma_toy.task import Task
@@ -50,7 +51,7 @@ class Trainer:
             )
         self._build(config, folder)
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoints.write(folder / checkpoints.CONFIG, config.model_dump_json(indent=1) + "\n")
+        write_text(folder / checkpoints.CONFIG, config.model_dump_json(indent=1) + "\n")
         checkpoints.save_model(folder, self.model, 0)
         self._save()
 

@@ -11,7 +11,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from prisma_core.plugin import Count, InputError, LoadError, checked, replacing, several
+from prisma_core.plugin import Count, InputError, LoadError, checked, read_json, several, write_text
 
 PAD, UNKNOWN, END = "<pad>", "<unknown>", "<end>"
 FILE = "words.json"
@@ -92,8 +92,7 @@ class Words:
             LoadError: the disk refuses.
         """
         facts = {"words": self.words, "length": self.length}
-        with replacing(Path(folder) / FILE) as fresh:
-            fresh.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        write_text(Path(folder) / FILE, json.dumps(facts, indent=1) + "\n")
 
     @classmethod
     @checked
@@ -104,8 +103,8 @@ class Words:
             LoadError: it is missing or corrupt.
         """
         try:
-            return cls(**json.loads((Path(folder) / FILE).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            return cls(**read_json(Path(folder) / FILE))
+        except (ValueError, TypeError) as error:
             raise LoadError(f"{folder} holds no vocabulary: expected {FILE} with words and length.") from error
 
 

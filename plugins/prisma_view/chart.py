@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -11,11 +12,13 @@ import numpy as np
 from PIL.Image import Image
 
 from prisma_core import InputError, Result, TokenLayout
-from prisma_view.images import as_image
+from prisma_view.images import as_images
 from prisma_view.table import GRAPH, Kind, Table
 
 MOST_BARS = 40
 MOST_EDGES = 120
+TITLE = 92
+"""How many characters of titles fit side by side."""
 CHANGES = ("change", "bound")
 """Axes of the changes of a series, whose bounds are low, best and high."""
 
@@ -32,7 +35,7 @@ class Chart:
         panels: a title for each.
         unit: what one number is; the title of the colour bar or of the axis of values.
         signed: zero is the middle of the scale.
-        image: what lies under the patches.
+        images: what lies under patches: nothing, one image for all panels, or one for each frame in turn.
         notes: sentences for the caption: baseline, total, what is left out.
         spans: of curves, where something happens along the points: the lower end, the best place and the upper end.
     """
@@ -45,8 +48,24 @@ class Chart:
     title: str
     unit: str
     notes: tuple[str, ...] = ()
-    image: Image | None = None
+    images: tuple[Image, ...] = ()
     spans: tuple[tuple[float, float, float], ...] = ()
+
+    def under(self, panel: int) -> Image | None:
+        """Return the image that lies under the patches of a panel."""
+        return self.images[panel % len(self.images)] if self.images else None
+
+    @property
+    def image(self) -> Image | None:
+        """The image under the patches, of a video the first frame."""
+        return self.under(0)
+
+    def titles(self) -> list[list[str]]:
+        """Return the title of each panel in lines that are no wider than the panels."""
+        width = TITLE // self.grid[1]
+        return [
+            [textwrap.shorten(line, width, placeholder=" …") for line in title.split(" · ")] for title in self.panels
+        ]
 
     @property
     def signed(self) -> bool:
@@ -102,7 +121,7 @@ def chart_of(
     Args:
         kind: ``heat``, ``patches``, ``bars``, ``curves`` or ``graph``; None for the one that fits the axes.
         layout: where the patches are, for a token axis without the layout's names.
-        image: what the model sees, under patches (see ``as_image``).
+        image: what the model sees, under patches (see ``as_image``), or a video ``[1 frame channel height width]``.
         panels: the most panels; the caption states how many there are.
 
     Raises:
@@ -134,14 +153,33 @@ def chart_of(
         notes = (*notes, *more)
     if kind == "graph":
         values, notes = _strongest(values)
-    about = [f"{name} {size}" for name, size in table.fixed]
+    common, shown = _common(titles[:panels])
+    about = [*(f"{name} {size}" for name, size in table.fixed), *common]
+    unseen = ("The image is not drawn: it lies under patches alone. Choose a token with sel().",) * (
+        image is not None and kind != "patches"
+    )
+    frames = len(table.labels.get("frame", ("",)))
     baseline = (f"Against {result.baseline}.",) * bool(result.baseline)
     total = (f"Total: {result.total}.",) * bool(result.total)
     return Chart(
-        kind, values[:panels], (rows, columns), labels, tuple(titles[:panels]),
+        kind, values[:panels], (rows, columns), labels, tuple(shown),
         ", ".join([_spoken(result.technique) or "values", *about]), result.unit or "value",
-        (*baseline, *total, *notes, *left_out), None if image is None else as_image(image),
+        (*baseline, *total, *notes, *unseen, *left_out),
+        as_images(image, frames) if image is not None and kind == "patches" else (),
     )  # fmt: skip
+
+
+def _common(titles: list[str]) -> tuple[list[str], list[str]]:
+    """Return the parts with which all titles of several panels begin, and the titles without them.
+
+    >>> _common(["layer 0 · class cat", "layer 0 · class dog"])
+    (['layer 0'], ['class cat', 'class dog'])
+    """
+    if len(titles) < 2:
+        return [], titles
+    parts = [title.split(" · ") for title in titles]
+    n = next((n for n, each in enumerate(zip(*parts, strict=True)) if len(set(each)) > 1), 0)
+    return parts[0][:n], [" · ".join(each[n:]) for each in parts]
 
 
 def _changes(result: Result) -> Chart:

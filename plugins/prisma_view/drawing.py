@@ -28,13 +28,14 @@ OVER = 0.62
 def draw(chart: Chart, figure: FigureType) -> FigureType:
     """Return a figure with a chart drawn into it."""
     rows, columns = chart.grid
-    titles = [escape(title) for title in chart.panels] if any(chart.panels) else None
+    titles = ["<br>".join(map(escape, lines)) for lines in chart.titles()] if any(chart.panels) else None
     make_subplots(
         rows, columns, subplot_titles=titles, figure=figure, shared_yaxes=chart.kind == "heat",
         horizontal_spacing=0.02 if chart.kind == "patches" else 0.06 / max(1, columns - 1),
         vertical_spacing=_gap(chart) / _height(chart, rows, columns) if rows > 1 else 0,
     )  # fmt: skip
     {"heat": _heat, "patches": _heat, "bars": _bars, "curves": _curves, "graph": _graph}[chart.kind](figure, chart)
+    figure.update_annotations(font_size=12)
     low, high = chart.limits
     caption = "<br>".join(escape(note) for note in chart.notes)
     height = _height(chart, rows, columns)
@@ -43,7 +44,7 @@ def draw(chart: Chart, figure: FigureType) -> FigureType:
         font={"color": INK, "family": "system-ui, sans-serif"},
         paper_bgcolor=CLEAR, plot_bgcolor=CLEAR, height=height,
         modebar={"bgcolor": CLEAR, "color": INK, "activecolor": _rgb(LESS)},
-        margin={"l": 60, "r": 20, "t": 70 + 14 * len(chart.notes) + 20 * bool(titles), "b": 55},
+        margin={"l": 60, "r": 20, "t": 70 + 20 * len(chart.notes) + (6 + 14 * _lines(chart)) * bool(titles), "b": 55},
         coloraxis={
             "colorscale": "RdBu_r" if chart.signed else "Viridis", "cmin": low, "cmax": high,
             "colorbar": {"title": {"text": escape(chart.unit), "side": "right"}, "thickness": 14},
@@ -54,9 +55,20 @@ def draw(chart: Chart, figure: FigureType) -> FigureType:
     return figure
 
 
+def least_width(chart: Chart) -> int:
+    """Return the pixels below which a figure is no narrower, but scrolls: panels side by side need their room."""
+    columns = chart.grid[1]
+    return 170 + 150 * columns if columns > 1 else 0
+
+
 def _gap(chart: Chart) -> int:
     """Return how many pixels lie between rows of panels, for titles and what is below an axis."""
-    return {"patches": 34, "heat": 54}.get(chart.kind, 84)
+    return {"patches": 20, "heat": 40}.get(chart.kind, 70) + 14 * _lines(chart)
+
+
+def _lines(chart: Chart) -> int:
+    """Return of how many lines the titles of panels are."""
+    return max(map(len, chart.titles()))
 
 
 def _height(chart: Chart, rows: int, columns: int) -> int:
@@ -81,10 +93,11 @@ def _heat(figure: go.Figure, chart: Chart) -> None:
     bare = chart.kind == "patches"
     gap = 0 if bare or max(chart.values.shape[1:]) * chart.grid[1] > MOST_GAPS else 1
     for panel, row, column in _cells(chart):
+        image = chart.under(panel)
         figure.add_trace(
             go.Heatmap(
                 z=chart.values[panel], x=None if bare else x, y=None if bare else y, coloraxis="coloraxis",
-                opacity=OVER if chart.image is not None else 1, hoverongaps=False, xgap=gap, ygap=gap,
+                opacity=1 if image is None else OVER, hoverongaps=False, xgap=gap, ygap=gap,
                 name=escape(chart.panels[panel]),
                 hovertemplate=f"{escape(chart.axes[0])} %{{y}}<br>{escape(chart.axes[1])} %{{x}}<br>"
                 f"%{{z:.4g}} {escape(chart.unit)}<extra></extra>",
@@ -92,10 +105,10 @@ def _heat(figure: go.Figure, chart: Chart) -> None:
             row=row, col=column,
         )  # fmt: skip
         if bare:
-            if chart.image is not None:
+            if image is not None:
                 tall, wide = chart.values.shape[1:]
                 figure.add_layout_image(
-                    source=data_uri(chart.image.convert("L")), x=-0.5, y=-0.5, sizex=wide, sizey=tall, sizing="stretch",
+                    source=data_uri(image.convert("L")), x=-0.5, y=-0.5, sizex=wide, sizey=tall, sizing="stretch",
                     layer="below", xanchor="left", yanchor="top", row=row, col=column,
                 )  # fmt: skip
             axis = figure.get_subplot(row, column).xaxis.plotly_name.replace("axis", "")
@@ -109,7 +122,7 @@ def _heat(figure: go.Figure, chart: Chart) -> None:
             if column == 1:
                 figure.update_yaxes(title=escape(chart.axes[0]), row=row, col=column)
     figure.update_yaxes(autorange="reversed")
-    if bare and chart.image is not None:
+    if chart.images:
         figure.update_layout(updatemenus=[_over_image()])
 
 

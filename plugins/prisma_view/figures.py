@@ -18,7 +18,7 @@ from prisma_core import InputError, Result, TokenLayout
 from prisma_core.plugin import Count, checked, replacing
 from prisma_view import still
 from prisma_view.chart import Chart, Kind, chart_of
-from prisma_view.drawing import draw
+from prisma_view.drawing import draw, least_width
 
 Dots = Annotated[int, Field(ge=20, le=2400)]
 STILL = (".png", ".svg", ".pdf")
@@ -66,8 +66,9 @@ class Figure(go.Figure):
         source = still.png(self.chart)
         return (
             f'<figure style="margin:0"><img id="{name}-still" style="max-width:100%" src="{source}" '
-            f'alt="{escape(self.chart.describe())}"><div id="{name}" role="img" '
-            f'aria-label="{escape(self.chart.describe())}"></div>{library}<script>(() => {{'
+            f'alt="{escape(self.chart.describe())}"><div style="overflow-x:auto"><div id="{name}" role="img" '
+            f'style="min-width:{least_width(self.chart)}px" aria-label="{escape(self.chart.describe())}"></div></div>'
+            f"{library}<script>(() => {{"
             f"const data = {figure_json(self)};"
             f'const draw = () => {{ const still = document.getElementById("{name}-still");'
             f'Plotly.newPlot("{name}", data.data, data.layout, {{responsive: true, displaylogo: false}});'
@@ -148,6 +149,12 @@ def attention(
 
     ``attention_page`` shows every layer, head and token at once.
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> _, cache = model.run_with_cache(torch.zeros(1, 3, 96, 96), names=("pattern", -1))
+    >>> attention(cache["pattern", -1][0], model.layout, query="r5c5")
+    Figure(patches, 4 of 12 by 12: attention of r5c5)
+
     Args:
         pattern: attention, or scores; the axes before the last two are panels.
         layout, image: see ``patches``.
@@ -195,8 +202,9 @@ def _page(figure: Figure) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><title>{escape(chart.title)} · Prisma</title>
 <link rel="icon" href="data:,">
-<style>body {{ font-family: system-ui; margin: 1rem; background: Canvas; color: CanvasText; }}</style></head>
-<body><main><div id="figure" role="img" aria-label="{escape(chart.describe())}"></div>
+<style>body {{ font-family: system-ui; margin: 1rem; background: Canvas; color: CanvasText; }}
+.wide {{ overflow-x: auto; }} #figure {{ min-width: {least_width(chart)}px; }}</style></head>
+<body><main><div class="wide"><div id="figure" role="img" aria-label="{escape(chart.describe())}"></div></div>
 <p>{escape(chart.describe())}</p></main>
 <script>{get_plotlyjs()}</script><script>
 const figure = {figure_json(figure)};

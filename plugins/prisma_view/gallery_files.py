@@ -2,16 +2,21 @@
 
 A page opened from disk may load scripts and images that lie beside it, but read no other file: so data are scripts.
 
-    index.html              the page
-    data/index.js           of every unit what the overview sorts and searches
-    data/units-0003.js      all that is shown of units 150 to 199
-    images/0012.jpg         64 small images
+    index.html                        the page
+    data-3f2a9c10/index.js            of every unit what the overview sorts and searches
+    data-3f2a9c10/units-0003.js       all that is shown of units 150 to 199
+    data-3f2a9c10/0012.jpg            64 small images
+
+The page names its folder, and is replaced last: after a kill it shows the old gallery or the new one.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import re
+import secrets
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from prisma_core import InputError, Result
-from prisma_core.plugin import UnknownName
+from prisma_core.plugin import UnknownName, locked, replacing, write_text
 from prisma_view.colours import SCALE
 from prisma_view.gallery_images import Shown
 from prisma_view.gallery_units import About
@@ -38,29 +43,41 @@ def write(out: Path, title: str, kind: str, names: tuple[str, ...], top: Result,
     """Write a gallery, in the place of one that is there, and return the path of its page.
 
     Raises:
-        InputError: the folder holds something else, or cannot be written.
+        InputError: the folder holds something else, or cannot be made.
+        LoadError: the disk is full, read-only, or refuses in another way.
     """
-    page = out / "index.html"
-    data, images = out / "data", out / "images"
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (data / "index.js").is_file()):
+    page, name = out / "index.html", f"data-{secrets.token_hex(4)}"
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not _folders(out)):
         raise InputError(f"{out} holds something else than a gallery: give a new or empty folder with out=.")
     try:
-        for folder, ending in ((data, "*.js"), (images, "*.jpg")):
-            folder.mkdir(parents=True, exist_ok=True)
-            for old in folder.glob(ending):
-                old.unlink()
-        for at, sheet in enumerate(_sheets(shown.thumbs)):
-            sheet.save(images / f"{at:04d}.jpg", quality=_QUALITY, optimize=True)
-        for start in range(0, len(names), CHUNK):
-            units = [_unit(unit, top, shown, facts) for unit in range(start, min(start + CHUNK, len(names)))]
-            at = start // CHUNK
-            (data / f"units-{at:04d}.js").write_text(f"prismaGallery.chunk({at},{_json(units)});\n", encoding="utf-8")
-        index = _index(title, kind, names, top, shown, facts)
-        page.write_text(_page(title), encoding="utf-8")
-        (data / "index.js").write_text(f"prismaGallery.index({_json(index)});\n", encoding="utf-8")
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"Cannot write into {out}: {error.strerror}. Give another folder with out=.") from error
+    with locked(out):
+        old = _folders(out)
+        with replacing(out / name) as data:
+            data.mkdir()
+            for at, sheet in enumerate(_sheets(shown.thumbs)):
+                sheet.save(data / f"{at:04d}.jpg", quality=_QUALITY, optimize=True)
+            for at, start in enumerate(range(0, len(names), CHUNK)):
+                units = [_unit(unit, top, shown, facts) for unit in range(start, min(start + CHUNK, len(names)))]
+                text = f"prismaGallery.chunk({at},{_json(units)});\n"
+                (data / f"units-{at:04d}.js").write_text(text, encoding="utf-8")
+            index = _index(title, kind, names, top, shown, facts)
+            (data / "index.js").write_text(f"prismaGallery.index({_json(index)});\n", encoding="utf-8")
+        write_text(page, _page(title, folder=name))
+        for each in old:
+            shutil.rmtree(each, ignore_errors=True)
     return page
+
+
+def data_folder(page: Path) -> Path:
+    """Return the folder of scripts and sheets that a gallery's page names."""
+    return page.parent / re.findall(r'src="(data-[0-9a-f]{8})/index\.js"', page.read_text(encoding="utf-8"))[-1]
+
+
+def _folders(out: Path) -> list[Path]:
+    return [path.parent for path in out.glob("data-" + "[0-9a-f]" * 8 + "/index.js")]
 
 
 def unit_page(page: Path, unit: int) -> str:
@@ -69,17 +86,18 @@ def unit_page(page: Path, unit: int) -> str:
     Raises:
         UnknownName: the gallery has no such unit.
     """
-    index = _read(page.parent / "data" / "index.js")
+    data = data_folder(page)
+    index = _read(data / "index.js")
     if not 0 <= unit < index["n"]:
         raise UnknownName(f"No {index['kind']} {unit}: they run from 0 to {index['n'] - 1}.")
-    made = _read(page.parent / "data" / f"units-{unit // CHUNK:04d}.js")[unit % CHUNK]
+    made = _read(data / f"units-{unit // CHUNK:04d}.js")[unit % CHUNK]
     made.pop("similar", None)  # of other pages
     wide, tall = index["size"]
     thumbs = []
     for at, row in enumerate(made["top"]):
         place = row[0] % ACROSS**2
         left, top = place % ACROSS * wide, place // ACROSS * tall
-        with Image.open(page.parent / "images" / f"{row[0] // ACROSS**2:04d}.jpg") as sheet:
+        with Image.open(data / f"{row[0] // ACROSS**2:04d}.jpg") as sheet:
             thumbs.append(sheet.crop((left, top, left + wide, top + tall)))
         row[0] = at
     names = [f"{unit} {index['names'][unit]}".strip()]
@@ -89,8 +107,8 @@ def unit_page(page: Path, unit: int) -> str:
         **{name: index[name][unit : unit + 1] for name in ("search", "largest", "mean", "share")},
         "why": {name: reason for name, reason in index["why"].items() if name != "similar units"},
     }  # fmt: skip
-    data = {**one, "units": [made]}
-    return _page(index["title"], _json(data).replace("<", "\\u003c"))
+    inside = _json({**one, "units": [made]}).replace("<", "\\u003c")
+    return _page(index["title"], inside=inside)
 
 
 def _read(script: Path) -> Any:
@@ -99,9 +117,9 @@ def _read(script: Path) -> Any:
     return json.loads(f"[{text[text.index('(') + 1 : text.rindex(')')]}]")[-1]
 
 
-def _page(title: str, inside: str | None = None) -> str:
-    """Return the page of a gallery, or of one unit whose data are ``inside``."""
-    return rendered("gallery.html.j2", title=title, data=json.dumps({"scale": SCALE}), inside=inside)
+def _page(title: str, *, folder: str | None = None, inside: str | None = None) -> str:
+    """Return the page of a gallery whose data lie in a folder, or of one unit whose data are ``inside``."""
+    return rendered("gallery.html.j2", title=title, data=json.dumps({"scale": SCALE}), folder=folder, inside=inside)
 
 
 def _json(value: Any) -> str:

@@ -35,6 +35,17 @@ def as_image(image: Any) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(scaled.permute(1, 2, 0).numpy()))
 
 
+def as_images(image: Any, frames: int) -> tuple[Image.Image, ...]:
+    """Return an image, or of a video ``[1 frame channel height width]`` the first one of each frame of patches.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if not isinstance(image, Tensor) or image.ndim != 5 or len(image) != 1:
+        return (as_image(image),)
+    return tuple(as_image(image[0, frame * image.shape[1] // frames]) for frame in range(frames))
+
+
 def data_uri(image: Image.Image) -> str:
     """Return an image as a data URI."""
     stream = io.BytesIO()

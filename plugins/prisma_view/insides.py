@@ -9,7 +9,7 @@ from prisma_core import HookedModel, NotApplicable, Result
 from prisma_core.plugin import layer_of
 from prisma_view.figures import Figure, plot
 from prisma_view.images import data_uri
-from prisma_view.maps import WINDOWED, pattern_names
+from prisma_view.maps import pattern_names, within
 from prisma_view.panels import Section, Subject, enlarged, spread
 
 STREAM = "batch pos d_model"
@@ -108,13 +108,12 @@ def attention(subject: Subject) -> Section:
     """
     names = spread(pattern_names(subject.tower))
     points, cache = subject.tower.hook_points(), _cached(subject, names)
-    windowed = [points[name].axes == WINDOWED for name in names]
-    figures = [
-        _heads(name, cache[name][0].float().cpu(), one, subject) for name, one in zip(names, windowed, strict=True)
-    ]
+    kinds = [within(points[name].axes) or "" for name in names]
+    figures = [_heads(name, cache[name][0].float().cpu(), one, subject) for name, one in zip(names, kinds, strict=True)]
     shown = "How much the heads of the first, a middle and the last layer attend to each "
-    if any(windowed):
-        words = f"{shown}token of their window: each row a token that attends, the mean over windows."
+    kind = next(filter(None, kinds), "")
+    if kind:
+        words = f"{shown}token of their {kind}: each row a token that attends, the mean over all of them."
     elif subject.layout is None:
         words = f"{shown}token, on average over tokens: each row a head."
     else:
@@ -122,10 +121,10 @@ def attention(subject: Subject) -> Section:
     return Section("Where heads look", words, tuple(figures))
 
 
-def _heads(name: str, pattern: Tensor, windowed: bool, subject: Subject) -> Figure:
+def _heads(name: str, pattern: Tensor, kind: str, subject: Subject) -> Figure:
     """Return the attention that tokens get, on the image where a layout says which token is where."""
     layout, unit, title = subject.layout, "share of attention", _spoken(name)
-    if windowed:
+    if kind:
         mean = Result(pattern.mean(0), ("head", "query_pos", "key_pos"), technique=title, unit=unit)
         return plot(mean, kind="heat", panels=FEW)
     if layout is not None and pattern.shape[-1] == layout.n_tokens:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prisma_core import HookedModel, InputError, NotApplicable, TokenLayout
+from prisma_core import HookedModel, HookPoint, InputError, NotApplicable, TokenLayout
 from prisma_core.plugin import layer_of
 from prisma_view.pack import BUDGET, grouped
 
@@ -26,7 +27,8 @@ STEPS = (4095, 1023, 255)
 ROOM = 10_000_000
 """How many characters all layers may take in the page."""
 SQUARE = "batch head query_pos key_pos"
-WINDOWED = "batch window head query_pos key_pos"
+WITHIN = re.compile(r"batch (\w+) head query_(\w+) key_\2")
+"""Axes of attention within windows, within frames, or of one patch over frames: the second one says which."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,15 @@ class Map:
 
     Attributes:
         scores: None where the pattern is not the softmax of the scores, or patches were taken together.
+        within: what attention is within: a ``window``, a ``frame``, the ``patch`` of all frames; empty if it is global.
+        grid: rows and columns of the tokens, which stand row by row; None where that is not known without a layout.
     """
 
     name: str
     pattern: Tensor
     scores: Tensor | None
-    windowed: bool
+    within: str = ""
+    grid: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,10 @@ class Stored:
 def collect(model: HookedModel, inputs: Sequence[Tensor], layers: Sequence[int] | None) -> list[Map]:
     """Return the attention of every layer, or of some, on the first input of a batch.
 
+    Layers in which other tokens attend than are attended to, as where queries are pooled, are left out.
+
     Raises:
-        NotApplicable: the model has no patterns over its tokens, or over the tokens of windows.
+        NotApplicable: the model has no patterns of tokens among themselves.
         InputError: a layer that does not exist or has no pattern.
     """
     points, names = model.hook_points(), pattern_names(model)
@@ -73,13 +80,24 @@ def collect(model: HookedModel, inputs: Sequence[Tensor], layers: Sequence[int] 
             raise InputError(f"Expected layers of 0 to {len(names) - 1}, got {list(layers)}.")
         names = [names[layer] for layer in layers]
     scores = [name.replace("hook_pattern", "hook_attn_scores") for name in names]
+    streams = [_stream(name, points) for name in names]
     with torch.no_grad():
-        wanted = [*names, *(name for name in scores if name in points)]
+        wanted = [*names, *(name for name in scores if name in points), *filter(None, streams)]
         _, cache = model.run_with_cache(*inputs, names=wanted, output=False)
-    return [
-        _map(name, cache[name][0], cache[other][0] if other in cache else None, points[name].axes == WINDOWED)
-        for name, other in zip(names, scores, strict=True)
+    maps = [
+        _map(
+            name,
+            cache[name][0],
+            cache[other][0] if other in cache else None,
+            within=within(points[name].axes) or "",
+            rows_columns=None if stream is None else cache[stream].shape[1:3],
+        )
+        for name, other, stream in zip(names, scores, streams, strict=True)
+        if cache[name].shape[-1] == cache[name].shape[-2]
     ]
+    if not maps:
+        raise NotApplicable(f"The queries of {', '.join(names)} are pooled: other tokens attend than are attended to.")
+    return maps
 
 
 def pattern_names(model: HookedModel) -> list[str]:
@@ -89,23 +107,55 @@ def pattern_names(model: HookedModel) -> list[str]:
         NotApplicable: the model has none.
     """
     points = model.hook_points()
-    names = [name for name in points if name.endswith("attn.hook_pattern") and layer_of(name) is not None]
-    names = [name for name in names if points[name].axes in (SQUARE, WINDOWED)]
+    names = [name for name in points if name.endswith(".hook_pattern") and layer_of(name) is not None]
+    names = [name for name in names if within(points[name].axes) is not None]
     if not names:
         raise NotApplicable(
-            f"This model has no attention patterns [{SQUARE}] or [{WINDOWED}]. What it does have is in "
-            "model.hook_points(); prisma_view.patches draws any activation on the grid of its patches."
+            f"This model has no attention patterns [{SQUARE}], nor such patterns of windows, frames or patches. What "
+            "it has is in model.hook_points(); prisma_view.patches draws any activation on the grid of its patches."
         )
     return names
 
 
-def _map(name: str, pattern: Tensor, scores: Tensor | None, windowed: bool) -> Map:
+def within(axes: str) -> str | None:
+    """Return what attention with these axes is within, empty if it is global; None if they are no such axes.
+
+    >>> within("batch frame head query_pos key_pos")
+    'frame'
+    """
+    found = WITHIN.fullmatch(axes)
+    return found[1] if found else "" if axes == SQUARE else None
+
+
+def _stream(name: str, points: Mapping[str, HookPoint]) -> str | None:
+    """Return the hook point of what comes to a pattern's block, where it has rows and columns."""
+    stream = re.sub(r"(blocks\.\d+\.).*", r"\1hook_resid_pre", name)
+    return stream if stream in points and points[stream].axes.startswith("batch row column ") else None
+
+
+def _map(
+    name: str, pattern: Tensor, scores: Tensor | None, *, within: str, rows_columns: Sequence[int] | None = None
+) -> Map:
     pattern = pattern.float().cpu()
     same = scores is not None and torch.allclose(scores.float().cpu().softmax(-1), pattern, atol=1e-4)
     scores = scores.float().cpu() if scores is not None and same else None
-    if not windowed:
+    if not within:
         pattern, scores = pattern[None], None if scores is None else scores[None]
-    return Map(name, pattern, scores, windowed)
+    grid = (1, pattern.shape[-1]) if within == "patch" else None
+    if rows_columns is not None:
+        grid = window_grid(*rows_columns, windows=len(pattern), tokens=pattern.shape[-1])
+    return Map(name, pattern, scores, within, grid)
+
+
+def window_grid(rows: int, columns: int, *, windows: int, tokens: int) -> tuple[int, int] | None:
+    """Return the rows and columns of a window: the squarest with which so many windows cover a grid; None if none do.
+
+    >>> window_grid(14, 14, windows=9, tokens=49), window_grid(14, 21, windows=1, tokens=294)
+    ((7, 7), (14, 21))
+    """
+    shapes = [(tall, tokens // tall) for tall in range(1, tokens + 1) if tokens % tall == 0]
+    fitting = [(tall, wide) for tall, wide in shapes if math.ceil(rows / tall) * math.ceil(columns / wide) == windows]
+    return min(fitting, key=lambda shape: abs(shape[0] - shape[1]), default=None)
 
 
 def fitted(maps: list[Map], layout: TokenLayout | None) -> tuple[list[Map], TokenLayout | None, int]:
@@ -121,7 +171,7 @@ def fitted(maps: list[Map], layout: TokenLayout | None) -> tuple[list[Map], Toke
         raise InputError(f"{size:,} weights are more than the {BUDGET:,} that a page holds: choose fewer with layers=.")
     small, coarse, side = grouped(torch.cat([each.pattern[0] for each in maps])[None], layout)
     parts = small[0].split([each.pattern.shape[1] for each in maps])
-    return [Map(one.name, part[None], None, False) for one, part in zip(maps, parts, strict=True)], coarse, side
+    return [Map(one.name, part[None], None) for one, part in zip(maps, parts, strict=True)], coarse, side
 
 
 def store(maps: list[Map]) -> Stored:
@@ -139,8 +189,10 @@ def store(maps: list[Map]) -> Stored:
         stored.layers.append(
             {
                 "data": base64.b64encode(zlib.compress(raw, 6)).decode(),
-                "label": _label(one.name),
-                "windows": windows if one.windowed else 0,
+                "label": label_of(one.name),
+                "windows": windows if one.within else 0,
+                "within": one.within,
+                "grid": one.grid,
                 "heads": heads,
                 "tokens": tokens,
                 "scores": one.scores is not None,
@@ -149,8 +201,9 @@ def store(maps: list[Map]) -> Stored:
     return Stored(stored.layers, steps, float(worst[0]), float(worst[1]))
 
 
-def _label(name: str) -> str:
-    return name.removesuffix(".attn.hook_pattern").removeprefix("blocks.")
+def label_of(name: str) -> str:
+    """Return what the page calls the layer of a pattern."""
+    return name.removesuffix(".hook_pattern").removesuffix(".attn").removeprefix("blocks.")
 
 
 def _values(one: Map) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from prisma_core.plugin import replacing
+from prisma_core.plugin import write_text
 
 
 def rendered(template: str, **values: Any) -> str:
@@ -21,10 +21,7 @@ def rendered(template: str, **values: Any) -> str:
 
 def saved(path: str | Path, html: str) -> Path:
     """Write a page, and the folders above it, and return its path."""
-    path = Path(path)
-    with replacing(path) as fresh:
-        fresh.write_text(html, encoding="utf-8")
-    return path
+    return write_text(Path(path), html)
 
 
 def framed(html: str, title: str, height: int) -> str:

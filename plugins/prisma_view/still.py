@@ -43,8 +43,9 @@ def draw(chart: Chart) -> Figure:
     axes = list(chain.from_iterable(grid))
     for axis in axes[len(chart.panels) :]:
         axis.remove()
+    titles = chart.titles()
     for panel, axis in enumerate(axes[: len(chart.panels)]):
-        axis.set_title(plain(chart.panels[panel]), fontsize=9)
+        axis.set_title("\n".join(plain(line) for line in titles[panel]), fontsize=9)
         panel_of(chart, axis, panel)
     if chart.kind in ("heat", "patches"):
         scale(chart, figure, axes[: len(chart.panels)])
@@ -94,11 +95,12 @@ def _heat(axis: Any, chart: Chart, panel: int) -> None:
     low, high = chart.limits
     tall, wide = chart.values.shape[1:]
     bare, extent = chart.kind == "patches", (-0.5, wide - 0.5, tall - 0.5, -0.5)
-    if bare and chart.image is not None:
-        axis.imshow(np.asarray(chart.image.convert("L")), cmap="gray", extent=extent)
+    image = chart.under(panel)
+    if image is not None:
+        axis.imshow(np.asarray(image.convert("L")), cmap="gray", extent=extent)
     axis.imshow(
         chart.values[panel], cmap=_map(chart), vmin=low, vmax=high, extent=extent, interpolation="nearest",
-        alpha=0.62 if bare and chart.image is not None else 1, aspect="equal" if bare else "auto",
+        alpha=1 if image is None else 0.62, aspect="equal" if bare else "auto",
     )  # fmt: skip
     if bare:
         axis.set_axis_off()

@@ -16,12 +16,12 @@ from prisma_core import HookedDual, HookedModel, HookedText, InputError, NotAppl
 from prisma_core.plugin import checked, open_image, shown
 from prisma_view.colours import SCALE
 from prisma_view.images import as_image, data_uri
-from prisma_view.maps import Map, collect, fitted, store
+from prisma_view.maps import Map, Stored, collect, fitted, label_of, pattern_names, store
 from prisma_view.pages import framed, rendered, saved
 from prisma_view.text import words_in
 from prisma_view.words import token_name
 
-TOUR = ("corner", "edge", "row", "column", "local", "modulus", "self", "cls", "registers", "previous_frame")
+TOUR = ("corner", "edge", "row", "column", "local", "modulus 2", "self", "cls", "registers", "previous_frame")
 SEEN = 448
 
 
@@ -128,7 +128,7 @@ def attention_page(
         words=words,
         frames=[data_uri(frame) for frame in frames],
         packed=[layer["data"] for layer in stored.layers],
-        facts=_facts(maps, layout, side, stored.steps, stored.pattern_error, stored.score_error),
+        facts=[*_facts(maps, layout, side), *_left_out(model, maps, layers), _stored(stored)],
         any_scores=any(layer["scores"] for layer in stored.layers),
         windows=any(layer["windows"] for layer in stored.layers),
         data=json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"),
@@ -177,8 +177,7 @@ def _without_padding(maps: list[Map], n: int) -> list[Map]:
     if any((one.pattern[..., :n, n:] > 1e-6).any() for one in maps):
         return maps
     return [
-        Map(one.name, one.pattern[..., :n, :n], None if one.scores is None else one.scores[..., :n, :n], one.windowed)
-        for one in maps
+        Map(one.name, one.pattern[..., :n, :n], None if one.scores is None else one.scores[..., :n, :n]) for one in maps
     ]
 
 
@@ -219,21 +218,31 @@ def _start(maps: list[Map]) -> list[int]:
     return [len(maps) - 1, int((first**2).sum(-1).argmax())]
 
 
-def _facts(
-    maps: list[Map], layout: TokenLayout | None, side: int, steps: int, pattern_error: float, score_error: float
-) -> list[str]:
-    shapes = {tuple(m.pattern.shape) for m in maps}
+def _facts(maps: list[Map], layout: TokenLayout | None, side: int) -> list[str]:
     heads = sum(m.pattern.shape[1] for m in maps)
-    _, _, tokens, _ = max(shapes, key=lambda shape: shape[2])
-    facts = [f"{len(maps)} layers, {heads} heads, {tokens} tokens{' a window' if maps[0].windowed else ''}."]
+    tokens = sorted({m.pattern.shape[2] for m in maps})
+    facts = [f"{len(maps)} layers, {heads} heads, {' or '.join(map(str, tokens))} tokens."]
     if side > 1:
         facts.append(f"To keep this page light, groups of {side} by {side} patches are taken together.")
-    if layout is not None and layout.frames > 1:
+    if layout is not None and layout.frames > 1 and not all(m.within for m in maps):
         facts.append(f"{layout.frames} frames, from left to right and top to bottom.")
-    exact = f" and scores within {score_error:.1g}" if any(m.scores is not None for m in maps) else ""
-    facts.append(
-        f"Stored in {steps} steps a row: shares are within {pattern_error:.1g}{exact} of what the model computed."
-    )
-    if any(m.windowed for m in maps):
-        facts.append("Attention is within windows, which shifted blocks cut from the rolled image.")
+    if any(m.within == "window" for m in maps):
+        facts.append("Windows are numbered row by row, of the shifted image where a block shifts them.")
+    if layout is None and any(m.grid is None for m in maps):
+        facts.append("Tokens without a row and a column stand in the model's own order, which is not the image's.")
     return facts
+
+
+def _left_out(model: HookedModel, maps: list[Map], layers: Sequence[int] | None) -> list[str]:
+    names, shown = pattern_names(model), {m.name for m in maps}
+    chosen = names if layers is None else [names[layer] for layer in layers]
+    pooled = [label_of(name) for name in chosen if name not in shown]
+    return [f"Left out, for their queries are pooled: {', '.join(pooled)}."] if pooled else []
+
+
+def _stored(stored: Stored) -> str:
+    exact = f" and scores within {stored.score_error:.1g}" if any(layer["scores"] for layer in stored.layers) else ""
+    return (
+        f"Stored in {stored.steps} steps a row: shares are within {stored.pattern_error:.1g}{exact} of what the model "
+        "computed."
+    )

@@ -17,7 +17,6 @@ from rich.text import Text
 
 from prisma_core.cli.info import info
 from prisma_core.cli.models import models, plugins
-from prisma_core.cli.new_plugin import new_plugin
 from prisma_core.errors import PrismaError, format_error
 from prisma_core.host import Host, installed
 from prisma_core.toolbox.screen import note, out
@@ -49,7 +48,7 @@ def build(plugins_of: Host) -> typer.Typer:
     """Return the command with the commands of a host's plugins; a name that is taken stays whose it was."""
     app = _new()
     app.callback()(_options)
-    for command in (models, plugins, info, new_plugin):
+    for command in (models, plugins, info):
         app.command(rich_help_panel="Commands")(command)
     owners = {_name(command): "Prisma" for command in app.registered_commands}
     for theirs, plugin in plugins_of.commands(_new):

@@ -73,7 +73,7 @@ def _stated(model: HookedModel) -> list[tuple[str, str]]:
         (f"{prefix}{label}", text)
         for prefix, part in parts.items()
         for name, value in part.items()
-        for label, text in _told(name, value)
+        for label, text in _rows_of(name, value)
     ]
 
 
@@ -97,8 +97,8 @@ def hook_rows(model: HookedModel, pattern: str | None = None) -> list[dict[str, 
 
 def folded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows with those of layers that are alike written once: ``blocks.{0-11}.attn.hook_q``."""
-    told = ((row["name"], json.dumps({key: row[key] for key in row if key != "name"})) for row in rows)
-    return [{"name": name, **json.loads(rest)} for name, rest in brief.folded(told)]
+    texts = ((row["name"], json.dumps({key: row[key] for key in row if key != "name"})) for row in rows)
+    return [{"name": name, **json.loads(text)} for name, text in brief.folded(texts)]
 
 
 def _facts(model: HookedModel) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def _facts(model: HookedModel) -> dict[str, Any]:
     }
 
 
-def _told(name: str, value: Any) -> list[tuple[str, str]]:
+def _rows_of(name: str, value: Any) -> list[tuple[str, str]]:
     """Return a fact as rows of label and text; blocks that are alike once."""
     if name == "layout":
         return []

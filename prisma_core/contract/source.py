@@ -82,7 +82,7 @@ class Source(ABC):
         library: the package it needs, if any.
         install: the command that installs it.
         unlisted: a regular expression of references, behind the colon, that it takes without listing them, such as
-            names on a hub: whoever forgets the source's name is reminded of it.
+            names on a hub: a reference without its source is answered with this one.
     """
 
     name: ClassVar[str]

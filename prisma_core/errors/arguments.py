@@ -102,7 +102,7 @@ def sides(value: object, what: str) -> tuple[int, int]:
 
 
 def check_flags(**flags: object) -> None:
-    """Refuse what is no truth value: where an argument before it is missing, another one stands in a flag's place.
+    """Check that flags are truth values: where an argument before it is missing, another one stands in a flag's place.
 
     Raises:
         InputError: with the flag's name.
@@ -183,7 +183,7 @@ def device_of(device: object) -> torch.device | None:
 
 
 def check_call(function: object, n: int, what: str, expected: str, error: type[PrismaError] = InputError) -> None:
-    """Refuse what cannot be called with ``n`` arguments by position; of functions written in C only the call tells.
+    """Check that a function takes ``n`` arguments by position; functions written in C pass, as only a call tells.
 
     Args:
         what: the name of the argument.

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError
 
 from prisma_core.errors import LoadError
 
+T = TypeVar("T")
 _PREFIX = ".prisma-"
 
 
@@ -30,6 +33,95 @@ def replacing(path: Path) -> Generator[Path]:
         with staging(path.parent) as beside:
             yield beside / path.name
             move(beside / path.name, path)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file of text, and return its path: after a kill it is the old one or the new one.
+
+    Raises:
+        LoadError: as ``replacing``.
+    """
+    with replacing(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")
+    return path
+
+
+@contextmanager
+def replacing_both(part: Path, head: Path, sha256: str, *stale: Path) -> Generator[tuple[Path, Path]]:
+    """Yield where to write two files that belong together; once the block ends they replace those at their places.
+
+    The text of the head must hold the digest of the part: readers find the part by it (``place``) and compare what
+    they read with it, so a kill at any moment leaves the old pair or the new one.
+
+    Args:
+        part: such as a file of weights.
+        head: a text that says what they are, in the same folder.
+        sha256: of the tensors in the part (``digest``).
+        stale: files that belong to the old pair alone, and are removed with it.
+
+    Raises:
+        LoadError: as ``replacing``.
+    """
+    folder = head.parent
+    with writing(head):
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder.resolve()), staging(folder) as fresh:
+            yield fresh / part.name, fresh / head.name
+            waiting = beside(folder, part.name, sha256)
+            move(fresh / part.name, waiting)
+            move(fresh / head.name, head)
+            with suppress(OSError):  # from here on the new pair is there
+                for old in stale:
+                    old.unlink(missing_ok=True)
+                waiting.replace(part)
+                for left in folder.glob(_waiting(part.name, "[0-9a-f]" * 12)):
+                    left.unlink()
+
+
+def beside(home: Path, name: str, sha256: str) -> Path:
+    """Return where a file or folder of a digest waits until it may be moved to ``home / name``."""
+    return home / _waiting(name, sha256[:12])
+
+
+def _waiting(name: str, mark: str) -> str:
+    stem, dot, ending = name.partition(".")
+    return f"{stem}-{mark}{dot}{ending}"
+
+
+def place(home: Path, name: str, sha256: str | None) -> Path:
+    """Return where a file or folder of a digest is: beside its place until it is moved there, and then there."""
+    waiting = beside(home, name, sha256) if sha256 else home / name
+    return waiting if waiting.exists() else home / name
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def settled(head: Path, read: Callable[[], T]) -> T:
+    """Return what ``read`` returns, which is tried again where another process replaces ``head`` meanwhile.
+
+    Raises:
+        LoadError: twice over a head that stays as it is.
+    """
+    tries = unchanged = 0
+    while True:
+        before = _version(head)
+        try:
+            return read()
+        except LoadError:
+            tries, unchanged = tries + 1, unchanged + int(_version(head) == before)
+            if unchanged == 2 or tries == 100:
+                raise
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    with suppress(OSError, ValueError):
+        facts = path.stat()
+        return facts.st_ino, facts.st_mtime_ns
+    return ()
 
 
 @contextmanager

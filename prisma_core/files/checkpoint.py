@@ -1,4 +1,4 @@
-"""Tensors from files, safely: what is truncated, corrupt or wants to run code is refused in words."""
+"""Tensors in files, read safely: files that are truncated or corrupt, or that run code, raise an error."""
 
 from __future__ import annotations
 
@@ -12,18 +12,14 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open  # pyright: ignore[reportUnknownVariableType]
-from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
+from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
-from prisma_core.errors import LoadError
+from prisma_core.errors import InputError, LoadError
+from prisma_core.errors.arguments import path_of
+from prisma_core.files.atomic import replacing
 from prisma_core.files.unpickled import read_objects
 
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, "U8": torch.uint8,
-    "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "U16": torch.uint16,
-    "U32": torch.uint32, "U64": torch.uint64,
-}  # fmt: skip
 _WRAPPERS = ("module.", "_forward_module.", "model.")
 _LORA = re.compile(r"(.*\.)?(lora_\w+|base_layer)\..+|(.*\.)?lora_\w+")
 MERGE = (
@@ -74,9 +70,14 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     Raises:
         LoadError: the file is missing, truncated or corrupt.
     """
+    # Copied out of the mapped file: there they start at any byte, and kernels round by how memory is aligned.
+    return {name: tensor.clone() for name, tensor in _mapped(path).items()}
+
+
+def _mapped(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, mapped into memory: only what is used is read from the disk."""
     try:
-        # Copied out of the mapped file: there they start at any byte, and kernels round by how memory is aligned.
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+        return load_file(path)
     except FileNotFoundError as error:
         raise LoadError(f"No file at {path}.") from error
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
@@ -90,20 +91,31 @@ def read_outline(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
         LoadError: as ``read_checkpoint``.
     """
     path = Path(path)
+    tensors = _unwrapped(_mapped(path), path) if path.suffix == ".safetensors" else read_checkpoint(path, key)
+    return {name: tensor.to("meta") for name, tensor in tensors.items()}
+
+
+def read_header(path: Path, name: str) -> str | None:
+    """Return a text of a safetensors file's header, which ``write_safetensors`` wrote; None where there is none."""
+    with cast(Any, safe_open(path, "pt")) as file:
+        return cast("dict[str, str]", file.metadata() or {}).get(name)
+
+
+def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> Path:
+    """Write tensors to one safetensors file, with texts by name in its header, and return its path.
+
+    Raises:
+        InputError: the path does not end in ``.safetensors``.
+        LoadError: the disk is full, read-only, or refuses in another way; a file that was there is as it was.
+    """
+    path = path_of(path)
     if path.suffix != ".safetensors":
-        return {name: tensor.to("meta") for name, tensor in read_checkpoint(path, key).items()}
-    try:
-        with cast(Any, safe_open(path, "pt")) as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # no dictionary
-            made = {
-                name: torch.empty(one.get_shape(), dtype=_DTYPES[one.get_dtype()], device="meta")
-                for name, one in slices.items()
-            }
-    except FileNotFoundError as error:
-        raise LoadError(f"No file at {path}.") from error
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
-        raise LoadError(f"{path} is not a readable safetensors file (truncated or corrupt?): {error}") from error
-    return _unwrapped(made, path)
+        raise InputError(f"Expected a path that ends in .safetensors, got {path}.")
+    # A copy of each: several may share storage, which safetensors refuses.
+    copies = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
+    with replacing(path) as beside:
+        save_file(copies, beside, metadata=header)
+    return path
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -73,7 +73,7 @@ def _cleaned(path: Path) -> str | None:
 
 
 def _read(path: Path, hook: Any = None) -> object:
-    """Return what a file of JSON holds, or None where it is broken: transformers says so itself."""
+    """Return the contents of a JSON file; None where it is broken, for which transformers has an error."""
     try:
         text = path.read_text(encoding="utf-8")
         # Most files, a vocabulary among them, name nothing; an escape may hide a name.

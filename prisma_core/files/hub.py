@@ -1,8 +1,7 @@
-"""Files from the hub: from its cache where they lie there, else after one knock on its door; checked when they come.
+"""Download files from the Hugging Face Hub: cache first, one probe of the connection, SHA-256 verification.
 
-The hub's library tries an unreachable host again and again, and takes what came for what was sent. One short probe
-spares the first, a checksum the second. Nothing that other code in this process relies on (environment, timeouts,
-offline mode) is changed.
+The hub's library retries an unreachable host many times, and does not verify the bytes of a download. One short probe
+saves the first, a checksum adds the second. The environment, timeouts and offline mode of the process stay as they are.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def cached(repository: str, names: Sequence[str], *, revision: str | None = None
     for name in names:
         try:
             path = try_to_load_from_cache(repository, name, revision=revision)
-        except errors.HFValidationError:  # no name of a repository: whoever asks the hub is told so
+        except errors.HFValidationError:  # not a repository's name: asking the hub raises the error
             return None
         if isinstance(path, str):
             return Path(path)
@@ -103,7 +102,7 @@ def snapshot(
 
 
 def asking(reference: str, download: Callable[[], Result]) -> Result:
-    """Return what a download of the hub's library returns, its errors told in one line.
+    """Run a download of the hub's library, and turn its errors into ours, of one line.
 
     Raises:
         UnknownName: no such repository or revision.
@@ -122,17 +121,17 @@ def asking(reference: str, download: Callable[[], Result]) -> Result:
             f"{reference}: the hub has no such repository or revision. Check the spelling; `hf auth login` if private."
         ) from error
     except errors.LocalEntryNotFoundError as error:
-        raise LoadError(f"{reference} is not in the cache, and the hub does not send it: {_told(error)}") from error
+        raise LoadError(f"{reference} is not in the cache, and the hub does not send it: {_sentence(error)}") from error
     except errors.EntryNotFoundError:
         raise
     except _broken() as error:
         raise LoadError(
-            f"The download of {reference} broke off: {_told(error)} Try again: it goes on from there."
+            f"The download of {reference} broke off: {_sentence(error)} Try again: it goes on from there."
         ) from error
 
 
 def _broken() -> tuple[type[Exception], ...]:
-    """Return what a connection may fail with half-way: it depends on the hub library's version."""
+    """Return the errors of a broken connection, which depend on the hub library's version."""
     from huggingface_hub import errors
 
     base = cast("type[Exception]", getattr(errors, "HTTPError", OSError))
@@ -164,11 +163,11 @@ def _intact(blob: Path) -> bool | None:
 
 
 def reach(reference: str, *, address: str | None = None, instead: str = INSTEAD) -> None:
-    """Knock once where files are.
+    """Probe a server once, before the hub's library retries.
 
     Args:
         reference: what the user asked for, for messages.
-        address: where; default the hub.
+        address: of the server; default the hub.
         instead: what else one may do.
 
     Raises:
@@ -180,17 +179,17 @@ def reach(reference: str, *, address: str | None = None, instead: str = INSTEAD)
         if constants.HF_HUB_OFFLINE:
             raise LoadError(f"{reference} is on the hub, not in the cache, and HF_HUB_OFFLINE is set. {instead}")
         address = constants.ENDPOINT
-    if problem := _knock(address):
+    if problem := _probe(address):
         raise LoadError(f"{reference} is at {address}, and not in the cache: no answer there ({problem}). {instead}")
 
 
-def _told(error: BaseException) -> str:
+def _sentence(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text if text.endswith(".") else f"{text}."
 
 
-def _knock(address: str) -> str | None:
-    """Return why nothing answers at an address, or None if something does."""
+def _probe(address: str) -> str | None:
+    """Return the reason why no server answers at an address; None if one does."""
     answer: list[str | None] = []
     # Looking up a name has no timeout of its own, so a thread waits for it.
     thread = threading.Thread(target=lambda: answer.append(_ask(address)), daemon=True)

@@ -1,7 +1,7 @@
 """Pickles, read without Python's unpickler: nothing that they name is imported or run.
 
-A small machine follows the instructions that ``pickletools`` reads. It makes numbers, texts and containers; whoever
-calls it says what stands for a name and for a persistent identity. It changes nothing in the process.
+A small machine follows the instructions that ``pickletools`` reads. It makes numbers, texts and containers; the
+caller says what stands for a name and for a persistent identity. It changes nothing in the process.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class SavedObject:
 
 
 class Refused(Exception):
-    """Why a file is not read, in words that follow its path."""
+    """The reason why a file is not read, as a text that follows its path."""
 
 
 def inert(*_: Any) -> Inert:
@@ -86,14 +86,14 @@ def call(make: Any, given: Any) -> Any:
 
 
 def put(target: Any, pairs: Iterable[Any] = ()) -> Any:
-    """Put pairs into a dictionary; keys that are no plain values are left out, for to hash them may take for ever."""
+    """Put pairs into a dictionary; keys other than plain values are left out, since hashing them may never end."""
     if isinstance(target, dict):
         cast("dict[Any, Any]", target).update((key, value) for key, value in pairs if isinstance(key, _KEYS))
     return cast(Any, target)
 
 
 def read_pickle(file: IO[bytes], find: Find, stored: Callable[[Any], Any]) -> Any:
-    """Return what one pickle makes; the file then stands behind it.
+    """Return the object of one pickle; the file then stands behind the pickle.
 
     Args:
         file: at the pickle's first instruction.

@@ -43,8 +43,21 @@ _NOT_PLAIN = {"sparse": "sparse", "qtensor": "quantised", "nested": "nested", "m
 Known = Callable[[str], bool]
 
 
+def save_objects(value: object, path: Path) -> None:
+    """Write what ``torch.save`` writes.
+
+    Raises:
+        OSError: the disk refuses, of which torch itself raises a RuntimeError.
+    """
+    try:
+        with path.open("wb") as file:
+            torch.save(value, file)
+    except RuntimeError as error:
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from error
+
+
 def read_objects(path: Path, known: Known | None = None, *, start: int = 0, outline: bool = False) -> Any:
-    """Return what a file of ``torch.save`` holds, tensors on the CPU.
+    """Read a file of ``torch.save``, tensors on the CPU.
 
     Args:
         path: the file; where classes are known also a plain pickle, gzipped or not.
@@ -140,7 +153,7 @@ class _File:
         return items
 
     def find(self, module: str, name: str) -> Any:
-        """Return what stands for a global: a function, a dtype, or what makes a ``SavedObject`` or an ``Inert``."""
+        """Look up a global: a function, a dtype, or a maker of ``SavedObject`` or ``Inert``."""
         path = f"{module}.{name}"
         made: dict[str, Callable[..., Any]] = {
             "torch._utils._rebuild_tensor": self.tensor,
@@ -152,7 +165,7 @@ class _File:
             "torch.Size": self.size_of,
             "torch.device": _first,
             "collections.OrderedDict": self.dictionary,
-            "collections.defaultdict": _nothing,
+            "collections.defaultdict": _empty,
         }
         if path in made:
             return made[path]
@@ -164,7 +177,7 @@ class _File:
             return maker(path)
         if module.partition(".")[0] in _INERT_MODULES or path in _INERT:
             return inert
-        if module == "torch._utils" and (kinds := [told for part, told in _NOT_PLAIN.items() if part in name]):
+        if module == "torch._utils" and (kinds := [kind for part, kind in _NOT_PLAIN.items() if part in name]):
             raise Refused(f"holds a tensor that is {kinds[0]}: only plain ones are read from files.")
         raise Refused(
             f"is a pickle that wants to run {path[:200]}: refused, only tensors are read from files. "
@@ -228,7 +241,7 @@ class _Stream(_File):
 
 
 class _Plain(_File):
-    """A pickle that torch did not write, in which each storage is a file of torch's by itself."""
+    """A pickle that another library wrote, in which each storage is a file of torch's."""
 
     def read(self) -> object:
         return read_pickle(self.file, self.find, self.stored)
@@ -267,5 +280,5 @@ def _of_type(make: Any, _: Any, given: Any, state: Any) -> Any:
     return call(make, given)
 
 
-def _nothing(*_: Any) -> dict[Any, Any]:
+def _empty(*_: Any) -> dict[Any, Any]:
     return {}

@@ -9,15 +9,12 @@ from typing import Any, ClassVar, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import safe_open  # pyright: ignore[reportUnknownVariableType]
-from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError, LoadError, MissingPart, UnknownName
 from prisma_core.errors.arguments import device_of, dtype_of, path_of, shown
 from prisma_core.errors.migration import STREAM_METHODS, unknown_attribute
-from prisma_core.files.atomic import replacing
-from prisma_core.files.checkpoint import read_safetensors
+from prisma_core.files.checkpoint import read_header, read_safetensors, write_safetensors
 from prisma_core.hooks.capture import Keep
 from prisma_core.hooks.query import LayerQuery, resolve_one, short_name
 from prisma_core.spec.brief import aligned, folded, html_table
@@ -201,9 +198,6 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
             InputError: the path does not end in ``.safetensors``.
             LoadError: the disk is full, read-only, or refuses in another way; a file that was there is as it was.
         """
-        path = path_of(path)
-        if path.suffix != ".safetensors":
-            raise InputError(f"Expected a path that ends in .safetensors, got {path}.")
         grads = dict[str, Tensor]() if self.gradients is None else self.gradients.store
         named = dict(self.store) | {_GRAD + name: grad for name, grad in grads.items()}
         named |= {} if self.tokens is None else {_TOKENS: self.tokens}
@@ -214,11 +208,7 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
             has_batch_dim=self.has_batch_dim,
             pos=self.pos if self.pos is None or isinstance(self.pos, str) else self.positions(),
         )
-        # A copy of each: activations may share storage, which safetensors refuses.
-        tensors = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in named.items()}
-        with replacing(path) as beside:
-            save_file(tensors, beside, metadata={_METADATA: header.model_dump_json()})
-        return path
+        return write_safetensors(path, named, {_METADATA: header.model_dump_json()})
 
     @classmethod
     def load(cls, path: str | Path, model: Any = None) -> ActivationCache:
@@ -235,12 +225,10 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
         if model is not None and not hasattr(model, "cache_type"):
             raise InputError(f"Expected the hooked model that made the cache, got {shown(model)}.")
         tensors = read_safetensors(path)
-        with cast(Any, safe_open(path, "pt")) as file:
-            metadata = cast("dict[str, str] | None", file.metadata()) or {}
-        if _METADATA not in metadata:
+        if (text := read_header(path, _METADATA)) is None:
             raise LoadError(f"{path} holds tensors but no cache: expected a file written by ActivationCache.save.")
         try:
-            header = _File.model_validate_json(metadata[_METADATA])
+            header = _File.model_validate_json(text)
         except ValidationError as error:
             raise LoadError(f"{path} does not describe a cache: {error}") from error
         if set(header.names) != set(tensors):

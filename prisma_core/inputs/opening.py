@@ -58,9 +58,9 @@ def _read(path: str | Path) -> Image:
     except FileNotFoundError as error:
         raise InputError(f"No image at {str(path)!r}.") from error
     except images.UnidentifiedImageError as error:
-        raise InputError(f"{path} is no image that Pillow may read: {_EXPECTED}") from error
+        raise InputError(f"{str(path)!r} is no image that Pillow may read: {_EXPECTED}") from error
     except Exception as error:  # over damaged bytes decoders stumble in any way there is
-        raise InputError(f"{path} is not an image that Pillow can read: {error}") from error
+        raise InputError(f"{str(path)!r} is not an image that Pillow can read: {error}") from error
 
 
 def _flattened(image: Image) -> Image:

@@ -27,8 +27,8 @@ def probe(width: int, height: int, seed: int = 0) -> Image:
     return images.fromarray(np.where((x // 16 + y // 16)[..., None] % 2, waves, noise).astype("uint8"))
 
 
-def tried(preprocess: Callable[[Any], Tensor]) -> Tensor:
-    """Return what becomes of images both ways round, in one row; of one that is refused, the words."""
+def fingerprint(preprocess: Callable[[Any], Tensor]) -> Tensor:
+    """Return the tensors of the probe images in one row, to compare two preprocessings; an error counts as its text."""
     rows: list[Tensor] = []
     for size in SIZES:
         try:

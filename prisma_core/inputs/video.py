@@ -69,10 +69,7 @@ class VideoPreprocess(Facts):
             frames: Any = read_video(video, self.frames)
         else:
             frames = [video[index] for index in evenly(_length(video), self.frames, "The video")]
-        return self.each([self._image(frame) for frame in frames])[None]
-
-    def _image(self, frame: Any) -> ImageLike:
-        return frame.numpy() if isinstance(frame, Tensor) else frame
+        return self.each(frames)[None]
 
     def denormalise(self, pixels: Tensor) -> Tensor:
         """Return normalised pixels ``[... channel height width]`` in 0..1 again."""
@@ -146,7 +143,7 @@ def evenly(n: int, number: int | None, what: str) -> list[int]:
 
 
 def _is_video(video: object) -> bool:
-    """Whether it is a video by itself, not a frame: an image's file is told from a film's by its ending."""
+    """Whether this is a whole video, not a frame; files are recognised by their ending."""
     if isinstance(video, str | Path):
         return Path(video).suffix.lower() in FILMS
     return isinstance(video, list | tuple) or getattr(video, "ndim", 0) == 4

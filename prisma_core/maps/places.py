@@ -25,13 +25,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from torch import Tensor
 
 from prisma_core.errors import PrismaError
-from prisma_core.maps.table import MARK, Line, Table, bind, pattern_of
+from prisma_core.maps.table import FUNCTION, MARK, Function, Line, Table, bind, pattern_of
 
 _HOOK = re.compile(r"(\w|\.|\{\w+\})+")
 _PLACE = re.compile(
@@ -79,11 +79,8 @@ class Place:
         if self.side in INSIDE:
             return None
         value: Any = args if self.side.startswith("in") else result
-        if isinstance(value, tuple):
-            tensors = cast("tuple[Any, ...]", value)
-            value = tensors[self.index] if self.index < len(tensors) else None
-        elif self.index:
-            value = None
+        values = cast("tuple[Any, ...]", value) if isinstance(value, tuple) else (value,)
+        value = values[self.index] if self.index < len(values) else None
         return value if isinstance(value, Tensor) else None
 
     @property
@@ -105,14 +102,16 @@ class Row(Line):
     Attributes:
         place: of upstream's tensor.
         hook: the hook point's name, with marks until the row is bound.
-        how: an einops pattern from upstream's tensor to the activation, or the activation's axes alone.
+        how: an einops pattern from upstream's tensor to the activation, the activation's axes, or a ``{function}``.
         equation: of the activation, for people.
+        call: the function.
     """
 
     place: Place
     hook: str
     how: str = ""
     equation: str = ""
+    call: Function | None = field(default=None, compare=False)
 
     @classmethod
     def parse(cls, line: str) -> Row:
@@ -126,15 +125,14 @@ class Row(Line):
         how, _, equation = (part.strip() for part in after.partition(" = "))
         unbound = ", ".join(f"{{{mark}}}" for mark in sorted(set(MARK.findall(place)) - set(MARK.findall(hook))))
         second = "a second arrow stands before ' : ', where the einops pattern begins. A row has one hook point"
-        maps = "functions are for weight maps; what a hook point shows is rearranged by an einops pattern alone"
+        pattern = FUNCTION.fullmatch(how) or (how.count("->") <= 1 and not any(mark in how for mark in ":|[{"))
         cls.check(
             line,
             {
                 "expected 'PLACE -> HOOK POINT : EINOPS = EQUATION'": not arrow or not hook,
                 second: "->" in hook,
                 f"{hook!r} is no name of a hook point": not _HOOK.fullmatch(hook),
-                maps: "{" in how,
-                f"{how!r} is no einops pattern": any(mark in how for mark in ":|[") or how.count("->") > 1,
+                f"{how!r} is neither an einops pattern nor a {{function}}": not pattern,
                 f"{unbound} stands in the place but not in the hook point": unbound,
             },
         )
@@ -146,7 +144,7 @@ class Row(Line):
     @property
     def axes(self) -> str:
         """The names of the activation's axes; empty where the row does not say."""
-        return self.how.partition("->")[2].strip() or self.how
+        return "" if self.function else self.how.partition("->")[2].strip() or self.how
 
     def bind(self, values: Mapping[str, str]) -> Row:
         """Fill in the marks."""
@@ -154,8 +152,8 @@ class Row(Line):
         return replace(self, place=place, hook=bind(self.hook, values), equation=bind(self.equation, values))
 
     def prefixed(self, upstream: str, canonical: str, retag: Callable[[str], str]) -> Row:
-        module = upstream + self.place.module if self.place.module else upstream.rstrip(".")
-        return replace(self, place=replace(self.place, module=module), hook=canonical + self.hook, how=retag(self.how))
+        place = replace(self.place, module=(upstream + self.place.module).rstrip("."))
+        return replace(self, place=place, hook=canonical + self.hook, how=retag(self.how))
 
     def __str__(self) -> str:
         return f"{self.place} -> {self.hook}" + (f" : {self.how}" if self.how else "")
@@ -166,20 +164,21 @@ class HookMap(Table[Row]):
     """A table from upstream places to hook points (see the module's docstring)."""
 
     @classmethod
-    def parse(cls, table: str, **sizes: int) -> HookMap:
+    def parse(cls, table: str, functions: Mapping[str, Function] | None = None, **sizes: int) -> HookMap:
         """Read a table.
 
         >>> print(HookMap.parse("layers.{l} : in -> blocks.{l}.hook_resid_pre").bound(["blocks.3.hook_resid_pre"])[0])
         layers.3 : in -> blocks.3.hook_resid_pre
 
         Args:
+            functions: what ``{name}`` in a row stands for: a function of upstream's tensor.
             sizes: lengths of axes that einops patterns name.
 
         Raises:
-            PrismaError: a line is not a row.
+            PrismaError: a line is not a row, or names a function that is not given.
         """
-        lines, sizes = Row.lines(table, sizes, "HookMap.parse takes the table")
-        rows = tuple(map(Row.parse, lines))
+        lines, sizes = Row.lines(table, sizes, "HookMap.parse takes the table, functions={...}")
+        rows = tuple(Row.parse(line).resolved(functions, "HookMap") for line in lines)
         _once(rows)
         return cls(rows, sizes)
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from prisma_core.errors import WeightMapError
-from prisma_core.maps.table import MARK, Line, bind
+from prisma_core.maps.table import FUNCTION, MARK, Function, Line, bind
 
 CONSTANTS: dict[str, Callable[..., Tensor]] = {"zeros": torch.zeros, "ones": torch.ones}
-_FUNCTION = re.compile(r"\{\w+\}")
 _NAME = re.compile(rf"(\w|[.-]|{MARK.pattern})+")
 
 
@@ -31,6 +30,7 @@ class Rule(Line):
     targets: tuple[str, ...]
     how: str = ""
     patterns: tuple[str, ...] = ()
+    call: Function | None = field(default=None, compare=False)
 
     @classmethod
     def parse(cls, line: str) -> Rule:
@@ -42,7 +42,7 @@ class Rule(Line):
         bare, patterns = _own_patterns(line)
         body, _, how = (part.strip() for part in bare.partition(" : "))
         left, arrow, right = (part.strip() for part in body.partition("->"))
-        alone = _FUNCTION.fullmatch(left)  # it makes what upstream keeps in no tensor
+        alone = FUNCTION.fullmatch(left)  # it makes what upstream keeps in no tensor
         cls.check(
             line,
             {
@@ -50,7 +50,7 @@ class Rule(Line):
                 "a second arrow stands before ' : ', where the einops pattern begins": "->" in right,
                 "what may be missing stands on the left: 'SOURCE | zeros -> TARGET : HOW'": "|" in right + how,
                 f"{how!r} is neither an einops pattern, 'LEFT -> RIGHT', nor a {{function}}": how
-                and not _FUNCTION.fullmatch(how)
+                and not FUNCTION.fullmatch(how)
                 and how.count("->") != 1,
                 "patterns stand behind single sources or behind all of them": how and patterns,
                 "a pattern of a source is 'LEFT -> RIGHT'": any(each and each.count("->") != 1 for each in patterns),
@@ -79,27 +79,20 @@ class Rule(Line):
         """Every source, alternatives too."""
         return tuple(name for options in self.sources for name in options)
 
-    @property
-    def function(self) -> str | None:
-        """The name of the function that makes the targets, or None."""
-        return self.how.strip("{}") if self.how.startswith("{") else None
-
     def bind(self, values: Mapping[str, str]) -> Rule:
         """Fill in the marks."""
         sources = tuple(tuple(bind(name, values) for name in options) for options in self.sources)
-        return Rule(sources, tuple(bind(name, values) for name in self.targets), self.how, self.patterns)
+        return replace(self, sources=sources, targets=tuple(bind(name, values) for name in self.targets))
 
     def part(self, index: int) -> Rule:
         """The rule with the pattern of one of its sources."""
         return replace(self, how=self.patterns[index]) if self.patterns else self
 
     def prefixed(self, upstream: str, canonical: str, retag: Callable[[str], str]) -> Rule:
-        sources = tuple(
-            tuple(name if name in CONSTANTS else upstream + name for name in options) for options in self.sources
-        )
-        how = retag(self.how) if self.function is None else f"{{{canonical}{self.function}}}"
+        sources = tuple(tuple(name if name in CONSTANTS else upstream + name for name in each) for each in self.sources)
         patterns = tuple(map(retag, self.patterns))
-        return Rule(sources, tuple(canonical + target for target in self.targets), how, patterns)
+        targets = tuple(canonical + target for target in self.targets)
+        return replace(self, sources=sources, targets=targets, how=retag(self.how), patterns=patterns)
 
     def __str__(self) -> str:
         sources, right = [" | ".join(options) for options in self.sources], _joined(self.targets)

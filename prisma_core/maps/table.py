@@ -8,14 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from operator import index
-from typing import Any, ClassVar, Generic, Self, SupportsIndex, TypeVar, cast
+from typing import Any, ClassVar, Generic, Self, SupportsIndex, TypeAlias, TypeVar, cast
 
 from einops import EinopsError, rearrange
 from torch import Tensor
 
-from prisma_core.errors import PrismaError
+from prisma_core.errors import PrismaError, blaming, returned
 
 MARK = re.compile(r"\{([^\W\d]\w*|\*)\}")  # {l} and the like for a number, {*} for any rest
+FUNCTION = re.compile(r"\{\w+\}")  # in the place of an einops pattern
+Function: TypeAlias = Callable[..., Tensor]
 
 
 @lru_cache(maxsize=4096)
@@ -45,11 +47,13 @@ class Line(ABC):
     """One line of a table.
 
     Attributes:
-        how: an einops pattern from upstream's tensor to Prisma's; without ``->`` it stays as it is.
+        how: an einops pattern from upstream's tensor to Prisma's, or a ``{function}``; else it stays as it is.
+        call: the function.
         kind, error: the word for a line in errors, and their class.
     """
 
     how: str
+    call: Function | None
     kind: ClassVar[str] = "row"
     error: ClassVar[type[PrismaError]] = PrismaError
 
@@ -86,6 +90,29 @@ class Line(ABC):
         lengths = {name: index(size) for name, size in sizes.items()}
         return [line.strip() for line in text.splitlines() if line.strip()], lengths
 
+    @property
+    def function(self) -> str | None:
+        """The name of the function in the place of a pattern, or None."""
+        return self.how.strip("{}") if self.how.startswith("{") else None
+
+    def resolved(self, functions: Mapping[str, Function] | None, table: str) -> Self:
+        """The line with the function that it names; a ``PrismaError`` says how to give it to a ``table``."""
+        if (name := self.function) is None:
+            return self
+        if name not in (functions := functions or {}):
+            known = f"there are {', '.join(functions)}" if functions else "none were given"
+            raise self.error(
+                f"{self}: no function {self.how} was given; {known}. "
+                f"Pass it: {table}.parse(table, functions={{{name!r}: {name}}})."
+            )
+        return replace(cast("Any", self), call=functions[name])
+
+    def compute(self, *tensors: Tensor) -> Tensor:
+        """Call the line's function with upstream's tensors; a ``PrismaError`` says where it fails."""
+        assert self.call is not None
+        with blaming(self.call, name := f"{self}: {self.how}", self.error):
+            return returned(name, self.call(*tensors), Tensor)
+
     @abstractmethod
     def target_names(self) -> tuple[str, ...]:
         """The names on Prisma's side, with marks."""
@@ -95,14 +122,16 @@ class Line(ABC):
         """The line in a larger model; ``retag`` renames the axes of an einops pattern that have a size."""
 
     def read(self, tensor: Tensor, sizes: Mapping[str, int]) -> Tensor:
-        """Rearrange upstream's tensor to Prisma's; a view where it can be one.
+        """Turn upstream's tensor into Prisma's; a view where a pattern can make one.
 
         Args:
             sizes: lengths of axes, of more than the pattern names too.
 
         Raises:
-            PrismaError: the pattern does not fit.
+            PrismaError: the pattern does not fit, or the function fails.
         """
+        if self.call is not None:
+            return self.compute(tensor)
         return self._rearrange(tensor, sizes, *self.how.partition("->"))
 
     def write(self, tensor: Tensor, sizes: Mapping[str, int], shape: Sequence[int] = ()) -> Tensor:

@@ -19,19 +19,18 @@ A source in a list may have a pattern of its own: ``[cls : 1 n d -> n d, registe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from prisma_core.errors import WeightMapError, blaming
+from prisma_core.errors import WeightMapError
 from prisma_core.maps.rule import CONSTANTS, Rule
-from prisma_core.maps.table import Table, pattern_of
+from prisma_core.maps.table import Function, Table, pattern_of
 
 State: TypeAlias = Mapping[str, Tensor]
-Function: TypeAlias = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,18 +57,16 @@ class WeightMap(Table[Rule]):
 
     Attributes:
         ignored: upstream's tensors that are left out, as names with marks, each with the reason.
-        functions: what ``{name}`` in a rule stands for: a differentiable function of the rule's sources.
     """
 
     ignored: Mapping[str, str] = field(default_factory=dict[str, str])
-    functions: Mapping[str, Function] = field(default_factory=dict[str, Function])
 
     @classmethod
     def parse(cls, table: str, functions: Mapping[str, Function] | None = None, **sizes: int) -> WeightMap:
         """Read a table.
 
         Args:
-            functions: what ``{name}`` in a rule stands for.
+            functions: what ``{name}`` in a rule stands for: a differentiable function of the rule's sources.
             sizes: lengths of axes that einops patterns name.
 
         Raises:
@@ -85,23 +82,12 @@ class WeightMap(Table[Rule]):
                     raise WeightMapError(f"{line!r}: expected 'ignore KEYS : REASON'.")
                 ignored[name.strip()] = reason.strip()
                 continue
-            rules.append(Rule.parse(line))
-        functions = dict(functions or {})
-        for rule in rules:
-            if (name := rule.function) is not None and name not in functions:
-                known = f"there are {', '.join(functions)}" if functions else "none were given"
-                raise WeightMapError(
-                    f"{rule}: no function {rule.how} was given; {known}. "
-                    f"Pass it: WeightMap.parse(table, functions={{{name!r}: {name}}})."
-                )
-        return cls(tuple(rules), sizes, ignored, functions)
+            rules.append(Rule.parse(line).resolved(functions, "WeightMap"))
+        return cls(tuple(rules), sizes, ignored)
 
     def prefixed(self, upstream: str, canonical: str) -> WeightMap:
-        return replace(
-            super().prefixed(upstream, canonical),
-            ignored={upstream + name: why for name, why in self.ignored.items()},
-            functions={canonical + name: function for name, function in self.functions.items()},
-        )
+        ignored = {upstream + name: why for name, why in self.ignored.items()}
+        return replace(super().prefixed(upstream, canonical), ignored=ignored)
 
     # ---------------------------------------------------------------- forwards
 
@@ -117,8 +103,8 @@ class WeightMap(Table[Rule]):
         """
         choices = list(self._choose(upstream, shapes))
         used = {name for choice in choices for name in choice.tensors}
-        unused = [name for name in upstream if name not in used and self.reason_to_ignore(name) is None]
-        if unused := [name for name in unused if upstream[name].numel()]:  # no tokens: nothing to account for
+        left = [name for name, x in upstream.items() if name not in used and x.numel()]  # empty ones hold nothing
+        if unused := [name for name in left if self.reason_to_ignore(name) is None]:
             raise WeightMapError(
                 f"{len(unused)} upstream tensors are neither mapped nor ignored: {_listed(unused)}. "
                 "Map each in the adapter's weight table, or ignore it there with a reason."
@@ -188,10 +174,11 @@ class WeightMap(Table[Rule]):
 
     def _make(self, choice: _Choice, upstream: State, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
         rule, targets = choice.rule, [shapes[target] for target in choice.rule.targets]
-        joined = self._call(choice, upstream) if rule.function is not None else self._join(choice, upstream, targets)
+        sources = (upstream[name] for name in choice.tensors)
+        joined = rule.compute(*sources) if rule.call is not None else self._join(choice, upstream, targets)
         lengths = [_rows(shape) for shape in targets]
-        if len(targets) > 1 and joined.shape[0] != sum(lengths):
-            raise WeightMapError(f"{rule}: {joined.shape[0]} rows cannot be split into {lengths}.")
+        if len(targets) > 1 and _rows(joined.shape) != sum(lengths):
+            raise WeightMapError(f"{rule}: {_rows(joined.shape)} rows cannot be split into {lengths}.")
         tensors = dict(zip(rule.targets, torch.split(joined, lengths) if len(targets) > 1 else [joined], strict=True))
         for name, tensor in tensors.items():
             if tensor.shape != shapes[name]:
@@ -213,15 +200,6 @@ class WeightMap(Table[Rule]):
             parts[name] = CONSTANTS[name](rest, *tail, dtype=like.dtype, device=like.device)
         pieces = [parts[name] for name in choice.sources]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-    def _call(self, choice: _Choice, upstream: State) -> Tensor:
-        rule = choice.rule
-        function = self.functions[rule.function or ""]
-        with blaming(function, f"{rule}: {rule.how}", WeightMapError):
-            tensor = cast("object", function(*(upstream[name] for name in choice.tensors)))
-        if not isinstance(tensor, Tensor):
-            raise WeightMapError(f"{rule}: {rule.how} returned {type(tensor).__name__}; expected a tensor.")
-        return tensor
 
     # ---------------------------------------------------------------- backwards
 

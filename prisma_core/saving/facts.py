@@ -110,7 +110,7 @@ class SavedFacts(BaseModel):
                 weights=SavedWeights(sha256=sha256),
             )
         except ValidationError as error:
-            raise InputError(f"This model's facts do not go together: {_told(error)}.") from error
+            raise InputError(f"This model's facts do not go together: {_reason(error)}.") from error
 
     def to_json(self) -> str:
         """Return the text of ``spec.json``."""
@@ -127,11 +127,11 @@ def read_facts(text: str, path: Path) -> SavedFacts:
     try:
         return SavedFacts.model_validate_json(text)
     except (ValidationError, ValueError) as error:
-        reason = _told(error) if isinstance(error, ValidationError) else str(error)
+        reason = _reason(error) if isinstance(error, ValidationError) else str(error)
         raise LoadError(f"{path} does not describe a model: {reason}.") from error
 
 
-def _told(error: ValidationError) -> str:
+def _reason(error: ValidationError) -> str:
     """Return the first of what is wrong, in one line."""
     text = format_fields(error)
     return text if len(text) < 300 else f"{text[:300]} ..."

@@ -18,13 +18,12 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 
 from prisma_core.errors import InputError, LoadError, NotApplicable, UnsupportedArchitecture
 from prisma_core.errors.arguments import expect, path_of
-from prisma_core.files.atomic import locked, move, staging, writing
+from prisma_core.files.atomic import beside, locked, move, place, settled, staging, writing
 from prisma_core.files.checkpoint import check_finite, check_shapes, digest, read_outline, read_safetensors
 from prisma_core.maps.reader import qualified_name
 from prisma_core.model import ZooModel, assign, tensors_of
 from prisma_core.saving import processors
 from prisma_core.saving.facts import SavedFacts, SavedProcessor, read_facts
-from prisma_core.saving.processors import beside, place
 from prisma_core.spec import AnySpec, DualSpec
 from prisma_core.transformer import HookedViT, build
 from prisma_core.upstream.model import HookedUpstream
@@ -175,23 +174,7 @@ def load_folder(folder: Path, *, weights: bool = True) -> ZooModel:
     Raises:
         LoadError: a file is missing, truncated, corrupt, or does not fit the others.
     """
-    tries = unchanged = 0
-    while True:
-        before = _version(folder)
-        try:
-            return _loaded(folder, _text(folder), weights)
-        except LoadError:
-            # Another process may save meanwhile. Two failures over a spec that stays as it is are of the folder.
-            tries, unchanged = tries + 1, unchanged + int(_version(folder) == before)
-            if unchanged == 2 or tries == 100:
-                raise
-
-
-def _version(folder: Path) -> tuple[int, ...]:
-    with suppress(OSError, ValueError):
-        facts = (folder / SPEC).stat()
-        return facts.st_ino, facts.st_mtime_ns
-    return ()
+    return settled(folder / SPEC, lambda: _loaded(folder, _text(folder), weights))
 
 
 def _n_blocks(spec: AnySpec) -> int:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from prisma_core.errors import LoadError, PrismaError, format_error
+from prisma_core.files.atomic import file_digest, place
 from prisma_core.host import installed
-from prisma_core.inputs import tried
+from prisma_core.inputs import fingerprint
 from prisma_core.model import LazyProcessor, MissingProcessor, ZooModel
 from prisma_core.saving.facts import SavedProcessor
 from prisma_core.spec import Facts
@@ -23,7 +24,7 @@ from prisma_core.spec import Facts
 # Texts that tell tokenizers apart: case, accents, other scripts, spaces, what is cut and what fills up.
 TEXTS = ("a photo of a cat.", " Zwei  Äpfel, 3 DON'TS & 猫🐈\n</s>", "", "again and again, " * 200)
 # The attributes of models that hold processors, with a function to try one: equal results mean equal processors.
-TRIALS: Mapping[str, Callable[[Any], Tensor]] = {"tokenizer": lambda it: it(list(TEXTS)), "preprocess": tried}
+TRIALS: Mapping[str, Callable[[Any], Tensor]] = {"tokenizer": lambda it: it(list(TEXTS)), "preprocess": fingerprint}
 
 
 @dataclass(frozen=True)
@@ -59,18 +60,6 @@ class ProcessorFolder(LazyProcessor):
         return folder
 
 
-def beside(home: Path, name: str, sha256: str) -> Path:
-    """Return where a file or folder of a digest waits until it may be moved to ``home / name``."""
-    stem, dot, ending = name.partition(".")
-    return home / f"{stem}-{sha256[:12]}{dot}{ending}"
-
-
-def place(home: Path, name: str, sha256: str | None) -> Path:
-    """Return where a file or folder of a digest is: beside its place until it is moved there, and then there."""
-    waiting = beside(home, name, sha256) if sha256 else home / name
-    return waiting if waiting.exists() else home / name
-
-
 def digest(folder: Path) -> str:
     """Return a SHA-256 of the names and contents of all files in a folder.
 
@@ -82,9 +71,7 @@ def digest(folder: Path) -> str:
         if path.is_symlink():
             raise LoadError(f"{path} is a link, which may lead anywhere: expected files alone.")
         if path.is_file():
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-            total.update(f"{path.relative_to(folder)}\0{content}\0".encode())
+            total.update(f"{path.relative_to(folder)}\0{file_digest(path)}\0".encode())
     return total.hexdigest()
 
 
@@ -120,7 +107,7 @@ def read(records: Mapping[Any, SavedProcessor], home: Path) -> dict[str, Process
 
 
 def _processors(model: ZooModel) -> dict[str, Any]:
-    """Return what is to be written: no data, which stands in the JSON, and nothing that was never there."""
+    """Return the processors to write: those that are data stand in the JSON, unset ones are left out."""
     held = [(what, vars(tower).get(what)) for tower in model.towers().values() for what in TRIALS]
     unset = (type(None), Facts)
     return {what: each for what, each in held if not isinstance(each, unset) and getattr(each, "lost", True)}
@@ -153,5 +140,5 @@ def _read(source: str, folder: Path) -> Any:
         return reader.load_processor(folder)
     except PrismaError:
         raise
-    except Exception as problem:  # so that a file that is broken is one error, whoever reads it
+    except Exception as problem:  # a broken file is one error, whichever library reads it
         raise LoadError(f"The source {source!r} cannot read {folder}: {format_error(problem)}.") from problem

@@ -180,7 +180,7 @@ class TextSpec(AllBlocks, Facts):
         n_ctx: the longest text, in tokens.
         causal: a token attends to itself and to those before it alone.
         suffix: a learned token stands behind the text (CoCa's class token).
-        pad_id: a token nobody attends to; None where padding is attended to like any other.
+        pad_id: the padding token, which is masked as a key; None where padding is attended to like any other token.
         pad_lag: how many places too late padding is hidden: CoCa's published weights were trained with a slip of 1.
         pos_by_text: positions count the tokens that are no padding, from row 1 on; padding has row 0.
         ln_pre: a norm of the embeddings.

@@ -1,1 +1,1 @@
-"""Tools that plugins share: of adapters of several libraries, and the result of a technique."""
+"""Tools that plugins and rooms share: readers and rows of adapters, arguments, precision, the result of a technique."""

@@ -60,6 +60,3 @@ def same_bias(at: str, products: Tensor, acts: Mapping[str, Tensor]) -> tuple[st
     """
     bias = acts[f"{at}.hook_attn_scores"] - products
     return f"{at}: scores = q . k * scale + a bias, the same for every input", bias, bias[:1].expand_as(bias)
-
-
-__all__ = ["products", "same_bias", "score_rows"]

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from safetensors import safe_open  # pyright: ignore[reportUnknownVariableType]
-from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from prisma_core.errors import InputError, LoadError, PluginError, PrismaError, UnknownName, suggest
 from prisma_core.errors.arguments import check_flags, expect, number, path_of, several, tensor, whole
-from prisma_core.files.checkpoint import read_safetensors
+from prisma_core.files.checkpoint import read_header, read_safetensors, write_safetensors
 
 Self_ = TypeVar("Self_", bound="Result")
 Label = int | str
@@ -178,19 +176,12 @@ class Result:
 
         Raises:
             InputError: the path does not end in ``.safetensors``.
+            LoadError: the disk is full, read-only, or refuses in another way; a file that was there is as it was.
         """
-        path = path_of(path)
-        if path.suffix != ".safetensors":
-            raise InputError(f"Expected a path that ends in .safetensors, got {path}.")
         about = {name: getattr(self, name) for name in ("axes", "labels", "technique", "unit", "baseline", "total")}
         tensors = {"values": self.values} | {f"tensors/{name}": tensor for name, tensor in self.tensors.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
-            path,
-            metadata={_METADATA: json.dumps({**about, "labels": dict(self.labels), "facts": dict(self.facts)})},
-        )
-        return path
+        header = json.dumps({**about, "labels": dict(self.labels), "facts": dict(self.facts)})
+        return write_safetensors(path, tensors, {_METADATA: header})
 
     @classmethod
     def load(cls: type[Self_], path: str | Path) -> Self_:
@@ -201,10 +192,8 @@ class Result:
         """
         path = path_of(path)
         tensors = read_safetensors(path)
-        with cast(Any, safe_open(path, "pt")) as file:
-            text = cast("dict[str, str]", file.metadata() or {}).get(_METADATA)
         try:
-            about = cast("dict[str, Any]", json.loads(text or ""))
+            about = cast("dict[str, Any]", json.loads(read_header(path, _METADATA) or ""))
             labels = {axis: tuple(names) for axis, names in about.pop("labels").items()}
             more = {name.removeprefix("tensors/"): each for name, each in tensors.items() if name != "values"}
             return cls(tensors["values"], tuple(about.pop("axes")), labels, tensors=more, **about)

@@ -44,7 +44,7 @@ def per_block_table(tables: Sequence[str]) -> str:
 
 
 def masks_as_built(attn: Reader, *, causal: bool = False) -> None:
-    """Refuse attention of transformers' that is told to look elsewhere than its model's own masks let it.
+    """Check that attention of transformers' reads the tokens that its model's own masks allow, and no others.
 
     Its kernels obey ``is_causal``: the attention's own, or one in the configuration, though no class declares it there.
 
@@ -52,7 +52,7 @@ def masks_as_built(attn: Reader, *, causal: bool = False) -> None:
         causal: whether the model masks what comes after a token.
 
     Raises:
-        UnsupportedArchitecture: it is told otherwise.
+        UnsupportedArchitecture: a flag says otherwise.
     """
     flag = getattr(attn.get("config"), "is_causal", None)
     if flag is not None and bool(flag) != causal:

@@ -6,13 +6,13 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # imported by whoever writes: models are loaded without
+if TYPE_CHECKING:  # imported by the functions that write: loading a model needs neither
     from rich.console import Console
     from rich.table import Table
 
 
 def out() -> Console:
-    """The console for answers; wide enough to cut nothing where it is no terminal."""
+    """The console for answers; outside a terminal it is wide enough to cut nothing."""
     from rich.console import Console
 
     return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=240)

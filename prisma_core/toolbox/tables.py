@@ -67,6 +67,3 @@ def check_rows(table: HookMap, points: Collection[str], optional: Collection[str
 def _family(hook: str) -> str:
     """A hook point's name without its numbers, marks or not."""
     return MARK.sub("{}", _NUMBER.sub("{}", hook))
-
-
-__all__ = ["check_rows", "numbered"]

@@ -93,7 +93,7 @@ class Circuits(WeightViews):
         """Return how much each head reads of what each earlier head writes: ``[layer head later_layer later_head]``.
 
         Norms, layer scales, biases and rotations are left out: fold norms and scales before
-        (``prisma_core.transformer.rewrites``). 0 where the second head is not in a later layer.
+        (``prisma.rewrite``). 0 where the second head is not in a later layer.
 
         Args:
             mode: what the later head makes of it: queries, keys or values.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prisma_core.errors import InputError
 from prisma_core.errors.arguments import expect, shown, sides, tensor
-from prisma_core.model import check_finite
+from prisma_core.inputs.checks import check_finite, check_input, input_words
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec
 from prisma_core.spec.layout import TokenLayout
 from prisma_core.toolbox.precision import joining
@@ -199,28 +199,13 @@ def _wide(x: Tensor, how: Interpolation) -> Tensor:
 
 
 def check_image(image: Tensor, spec: ModelSpec) -> None:
-    """Refuse what the embedding cannot take, in words.
+    """Check that the embedding can take an input.
 
     Raises:
         InputError: wrong rank, channels, size, or values that are not numbers.
     """
-    native, what = native_shape(spec), "image" if spec.n_frames is None else "video"
-    a = "an" if what == "image" else "a"
-    value = cast("object", image)
-    if not isinstance(value, Tensor):
-        raise InputError(f"Expected {a} {what} tensor, got {shown(value)}. model.preprocess makes one.")
-    expected = f"{a} {what} [batch {' '.join(map(str, native))}]"
-    if image.ndim != len(native) + 1:
-        hint = f" Add a batch axis: {what}[None]." if image.ndim == len(native) else ""
-        raise InputError(f"Expected {expected}, got shape {list(image.shape)}.{hint}")
-    if image.shape[-3] != spec.embed.in_channels:
-        raise InputError(
-            f"Expected {spec.embed.in_channels} channels in {expected}, got shape {list(image.shape)}. "
-            "model.preprocess makes the right tensor."
-        )
-    if not image.is_floating_point():
-        raise InputError(f"Expected floating point pixels, got {image.dtype}. model.preprocess scales them.")
-    _check_size(image, spec, expected)
+    what, expected = input_words(native := native_shape(spec))
+    _check_size(check_input(image, native), spec, expected)
     check_finite(what, image)
 
 

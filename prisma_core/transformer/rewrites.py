@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -59,29 +58,28 @@ def fold_layer_norm(spec: ModelSpec, state: State) -> dict[str, Tensor]:
         NotApplicable: a block normalises what it adds to the stream (``res_post``): no linear map reads that norm.
     """
     new = _copied(spec, state)
-    for block in _blocks(spec):
-        if block.spec.kind == "res_post" and (block.spec.ln1 or block.spec.ln2):
+    for side in _sides(spec):
+        block, attn, mlp = side.spec, side.at("attn"), side.at("mlp")
+        if block.kind == "res_post" and (block.ln1 or block.ln2):
             raise NotApplicable(
-                f"{block.path} is a res_post block: its norms write to the stream, and no linear map reads them alone."
+                f"{side.path} is a res_post block: its norms write to the stream, and no linear map reads them alone."
             )
-        for side in block.sides():
-            attn, mlp = side.attn, side.mlp
-            readers = [f"{attn}.qkv"]
-            gated = [f"{mlp}.fc_gate"] if block.spec.mlp is not None and block.spec.mlp.gated else []
-            mlp_readers = [f"{mlp}.fc_in", *gated]
-            if block.spec.mlp is not None and block.spec.mlp.pre_norm is not None:
+        readers = [f"{attn}.qkv"]
+        if block.mlp is not None:
+            mlp_readers = [f"{mlp}.fc_in", *([f"{mlp}.fc_gate"] if block.mlp.gated else [])]
+            if block.mlp.pre_norm is not None:
                 _fold(new, f"{mlp}.pre_norm", mlp_readers)
                 mlp_readers = []
-            if block.spec.kind == "parallel" and block.spec.mlp is not None:
+            if block.kind == "parallel":
                 readers = [*readers, *mlp_readers] if mlp_readers else []
-            if block.spec.ln1 is not None:
-                _fold(new, side.ln1, readers)
-            if block.spec.mlp is not None and block.spec.ln2 is not None:
-                _fold(new, side.ln2, mlp_readers)
-            if block.spec.attn.inner_norm is not None:
-                _fold(new, f"{attn}.ln", [f"{attn}.out"])
-            if block.spec.mlp is not None and block.spec.mlp.inner_norm is not None:
+            if block.ln2 is not None:
+                _fold(new, side.at("ln2"), mlp_readers)
+            if block.mlp.inner_norm is not None:
                 _fold(new, f"{mlp}.ln", [f"{mlp}.fc_out"])
+        if block.ln1 is not None:
+            _fold(new, side.at("ln1"), readers)
+        if block.attn.inner_norm is not None:
+            _fold(new, f"{attn}.ln", [f"{attn}.out"])
     for norm, readers in _final_norms(spec):
         _fold(new, norm, readers)
     return new
@@ -94,19 +92,19 @@ def fold_layer_scale(spec: ModelSpec, state: State) -> dict[str, Tensor]:
         NotApplicable: a norm stands between the two (``res_post``).
     """
     new = _copied(spec, state)
-    for block in _blocks(spec):
-        for side in block.sides():
-            for has, norm, out, gamma in (
-                (block.spec.attn_scale, block.spec.ln1, f"{side.attn}.out", f"{side.ls1}.gamma"),
-                (block.spec.mlp_scale and block.spec.mlp, block.spec.ln2, f"{side.mlp}.fc_out", f"{side.ls2}.gamma"),
-            ):
-                if not has:
-                    continue
-                if block.spec.kind == "res_post" and norm is not None:
-                    raise NotApplicable(f"{block.path}: a norm stands between the output projection and layer scale.")
-                new[f"{out}.weight"] = new[gamma][:, None] * new[f"{out}.weight"]
-                new[f"{out}.bias"] = new[gamma] * new[f"{out}.bias"]
-                new[gamma] = torch.ones_like(new[gamma])
+    for side in _sides(spec):
+        block = side.spec
+        for has, norm, out, gamma in (
+            (block.attn_scale, block.ln1, f"{side.at('attn')}.out", f"{side.at('ls1')}.gamma"),
+            (block.mlp_scale and block.mlp, block.ln2, f"{side.at('mlp')}.fc_out", f"{side.at('ls2')}.gamma"),
+        ):
+            if not has:
+                continue
+            if block.kind == "res_post" and norm is not None:
+                raise NotApplicable(f"{side.path}: a norm stands between the output projection and layer scale.")
+            new[f"{out}.weight"] = new[gamma][:, None] * new[f"{out}.weight"]
+            new[f"{out}.bias"] = new[gamma] * new[f"{out}.bias"]
+            new[gamma] = torch.ones_like(new[gamma])
     return new
 
 
@@ -129,10 +127,9 @@ def center_writing_weights(spec: ModelSpec, state: State) -> dict[str, Tensor]:
         projected = spec.embed.stem == "conv" and spec.embed.norm is None
         written += [("embed.proj.weight", 0), ("embed.proj.bias", 0)] if projected else []
         written += [(f"embed.{table}", 1) for table in ("prefix", "pos_embed", "pos_rows", "pos_columns")]
-    for block in _blocks(spec):
-        for side in block.sides():
-            for out in (f"{side.attn}.out", *([f"{side.mlp}.fc_out"] if block.spec.mlp is not None else [])):
-                written += [(f"{out}.weight", 0), (f"{out}.bias", 0)]
+    for side in _sides(spec):
+        for out in (f"{side.at('attn')}.out", f"{side.at('mlp')}.fc_out"):
+            written += [(f"{out}.weight", 0), (f"{out}.bias", 0)]
     for name, axis in written:
         if name in new:
             new[name] = new[name] - new[name].mean(axis, keepdim=True)
@@ -146,9 +143,8 @@ def fold_value_biases(spec: ModelSpec, state: State) -> dict[str, Tensor]:
         NotApplicable: a norm stands before the output projection.
     """
     new = _copied(spec, state)
-    for block in _blocks(spec):
-        for side in block.sides():
-            _fold_value_bias(block.spec.attn, side.attn, new)
+    for side in _sides(spec):
+        _fold_value_bias(side.spec.attn, side.at("attn"), new)
     return new
 
 
@@ -167,42 +163,38 @@ def refactor_factored_attn_matrices(spec: ModelSpec, state: State) -> dict[str, 
     new = _copied(spec, state)
     if spec.rope is not None:
         raise NotApplicable("Rotary positions turn queries and keys: W_Q W_K^T is not all there is to a score.")
-    for block in _blocks(spec):
-        attn = block.spec.attn
+    for side in _sides(spec):
+        attn = side.spec.attn
         if attn.qk_norm is not None:
-            raise NotApplicable(f"{block.path} norms queries and keys: W_Q W_K^T is not all there is to a score.")
+            raise NotApplicable(f"{side.path} norms queries and keys: W_Q W_K^T is not all there is to a score.")
         if attn.n_kv_heads != attn.n_heads:
-            raise NotApplicable(f"{block.path} shares {attn.n_kv_heads} key heads between {attn.n_heads} query heads.")
-        for side in block.sides():
-            _fold_value_bias(attn, side.attn, new)
-            _refactor(attn, side.attn, new)
+            raise NotApplicable(f"{side.path} shares {attn.n_kv_heads} key heads between {attn.n_heads} query heads.")
+        _fold_value_bias(attn, side.at("attn"), new)
+        _refactor(attn, side.at("attn"), new)
     return new
 
 
 # -------------------------------------------------------------------- parts
 
 
-@dataclass(frozen=True)
-class _Side:
-    """Paths of one attention and one MLP with what belongs to them."""
+class _Side(NamedTuple):
+    """One attention and one MLP of a block; ``number`` is theirs, where several stand side by side."""
 
-    attn: str
-    mlp: str
-    ln1: str
-    ln2: str
-    ls1: str
-    ls2: str
-
-
-@dataclass(frozen=True)
-class _Block:
     path: str
     spec: BlockSpec
+    number: str
 
-    def sides(self) -> Iterator[_Side]:
-        for side in range(self.spec.n_parallel):
-            number = f".{side}" if self.spec.n_parallel > 1 else ""
-            yield _Side(*(f"{self.path}.{part}{number}" for part in ("attn", "mlp", "ln1", "ln2", "ls1", "ls2")))
+    def at(self, part: str) -> str:
+        """Return the path of a part that belongs to them, such as ``ln1``."""
+        return f"{self.path}.{part}{self.number}"
+
+
+def _sides(spec: ModelSpec) -> list[_Side]:
+    return [
+        _Side(f"blocks.{index}", block, f".{side}" if block.n_parallel > 1 else "")
+        for index, block in enumerate(spec.blocks)
+        for side in range(block.n_parallel)
+    ]
 
 
 def _copied(spec: ModelSpec, state: State) -> dict[str, Tensor]:
@@ -211,17 +203,13 @@ def _copied(spec: ModelSpec, state: State) -> dict[str, Tensor]:
     Raises:
         InputError: they are not, or not of one model.
     """
-    blocks = _blocks(expect(spec, ModelSpec, "the spec of a vision transformer"))
+    sides = _sides(expect(spec, ModelSpec, "the spec of a vision transformer"))
     expect(state, Mapping, "a state dict, tensors by name")
     copied = dict(state)
-    lacks = [name for block in blocks for side in block.sides() if (name := f"{side.attn}.out.weight") not in copied]
+    lacks = [name for side in sides if (name := f"{side.at('attn')}.out.weight") not in copied]
     if lacks:
         raise InputError(f"Expected the state dict of a model of this spec; {len(copied)} tensors, and no {lacks[0]}.")
     return copied
-
-
-def _blocks(spec: ModelSpec) -> list[_Block]:
-    return [_Block(f"blocks.{index}", block) for index, block in enumerate(spec.blocks)]
 
 
 def _fold(state: dict[str, Tensor], norm: str, readers: list[str]) -> None:
@@ -262,12 +250,12 @@ def _final_norms(spec: ModelSpec) -> list[tuple[str, list[str]]]:
 
 
 def _stream_readers(spec: ModelSpec) -> Iterator[tuple[str, NormSpec | None]]:
-    for block in _blocks(spec):
-        normed = block.spec.kind != "res_post"
-        yield f"{block.path}.attn", block.spec.ln1 if normed else None
-        if block.spec.mlp is not None:
-            norm = block.spec.ln1 if block.spec.kind == "parallel" else block.spec.ln2
-            yield f"{block.path}.mlp", norm if normed else None
+    for index, block in enumerate(spec.blocks):
+        normed = block.kind != "res_post"
+        yield f"blocks.{index}.attn", block.ln1 if normed else None
+        if block.mlp is not None:
+            norm = block.ln1 if block.kind == "parallel" else block.ln2
+            yield f"blocks.{index}.mlp", norm if normed else None
     if spec.ln_final is None and spec.pool.kind == "attention":
         yield "pool", None
     else:

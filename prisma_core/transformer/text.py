@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from prisma_core.errors import InputError, NotApplicable
 from prisma_core.errors.arguments import shown
 from prisma_core.hooks.point import HookPoint
-from prisma_core.model import Processor, Size, check_place, layer_index, may_look, read_sample
+from prisma_core.inputs.checks import check_place, may_look
+from prisma_core.model import Processor, Size, layer_index, read_sample
 from prisma_core.spec import TextPoolSpec, TextSpec
 from prisma_core.toolbox.precision import joining
 from prisma_core.transformer.block import STREAM, make_block
@@ -55,7 +56,7 @@ class HookedText(Tower):
         spec: the facts; weights are whatever the parts initialise themselves with until loaded.
 
     Attributes:
-        tokenizer: from texts to tokens ``[text pos]``; set by whoever loaded the model.
+        tokenizer: from texts to tokens ``[text pos]``; set when the model is loaded.
     """
 
     spec: TextSpec

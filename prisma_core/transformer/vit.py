@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from prisma_core.errors import InputError, MissingPart, NotApplicable
 from prisma_core.errors.arguments import number, several, shown, tensor
 from prisma_core.hooks.point import HookPoint, copy_if_cached
-from prisma_core.model import Size, check_place, layer_index, read_sample
+from prisma_core.inputs.checks import check_place
+from prisma_core.model import Size, layer_index, read_sample
 from prisma_core.spec import ModelSpec, RopeCount
 from prisma_core.spec.layout import TokenLayout
 from prisma_core.toolbox.precision import joining
@@ -161,25 +162,7 @@ class HookedViT(Tower):
             if self.spec.ln_pre is not None:
                 x = self.hook_ln_pre(self.ln_pre(x))
         else:
-            check_place("stream", tensor(image, "a residual stream [batch pos d_model]"), self._weight_like(image))
-            x = copy_if_cached(image)
-            native = native_grid(self.spec)
-            grid = (
-                native if grid is None else tuple(number(n, "a side of the grid", 1) for n in several(grid, "a grid"))
-            )
-            if len(grid) != len(native):
-                raise InputError(f"Expected a grid of {len(native)} sides, such as {native}, got {shown(grid)}.")
-            if x.ndim != 3 or x.shape[-1] != self.spec.d_model:
-                raise InputError(
-                    f"start_at_layer={start_at_layer} needs a residual stream [batch pos {self.spec.d_model}], "
-                    f"got shape {list(x.shape)}."
-                )
-            if self.spec.rope is not None and x.shape[1] != self.spec.layout.n_prefix + math.prod(grid):
-                axes = "(rows, columns)" if self.spec.n_frames is None else "(frames, rows, columns)"
-                raise InputError(
-                    f"start_at_layer={start_at_layer} was given {x.shape[1]} tokens, which are not "
-                    f"{self.spec.layout.n_prefix} and a grid of {'x'.join(map(str, grid))}: give grid={axes}."
-                )
+            x, grid = self._stream(image, start_at_layer, grid)
         if x.shape[1] != self.layout.n_tokens and any(block.attn.bias for block in self.spec.blocks):
             raise InputError(
                 f"Expected {self.layout.n_tokens} tokens, got {x.shape[1]}: the biases of this model's attention "
@@ -190,6 +173,26 @@ class HookedViT(Tower):
             cut = {} if leading is None or index < last - 1 else {"leading": leading}
             x = self.blocks[index](x, self._rope(index, tables), **cut)
         return x if stop_at_layer is not None else self.unembed(x)
+
+    def _stream(self, stream: Tensor, layer: int, grid: Grid | None) -> tuple[Tensor, Grid]:
+        """Return a residual stream to go on from, and the grid of its patches, both checked."""
+        check_place("stream", tensor(stream, "a residual stream [batch pos d_model]"), self._weight_like(stream))
+        native = native_grid(self.spec)
+        grid = native if grid is None else tuple(number(n, "a side of the grid", 1) for n in several(grid, "a grid"))
+        if len(grid) != len(native):
+            raise InputError(f"Expected a grid of {len(native)} sides, such as {native}, got {shown(grid)}.")
+        if stream.ndim != 3 or stream.shape[-1] != self.spec.d_model:
+            raise InputError(
+                f"start_at_layer={layer} needs a residual stream [batch pos {self.spec.d_model}], "
+                f"got shape {list(stream.shape)}."
+            )
+        if self.spec.rope is not None and stream.shape[1] != self.spec.layout.n_prefix + math.prod(grid):
+            axes = "(rows, columns)" if self.spec.n_frames is None else "(frames, rows, columns)"
+            raise InputError(
+                f"start_at_layer={layer} was given {stream.shape[1]} tokens, which are not "
+                f"{self.spec.layout.n_prefix} and a grid of {'x'.join(map(str, grid))}: give grid={axes}."
+            )
+        return copy_if_cached(stream), grid
 
     def _embedded(self, image: Tensor, grid: Grid) -> Tensor:
         dtype = self.block_dtype

@@ -1,1 +1,1 @@
-"""Hooked upstreams: upstream's own module with hook points, for models without a canonical form."""
+"""Upstream's own modules: hooked where they stand, copied, and checked for behaviour that no tensor shows."""

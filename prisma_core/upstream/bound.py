@@ -9,8 +9,8 @@ from torch import Tensor
 
 from prisma_core.errors import PrismaError
 from prisma_core.hooks.point import HookPoint
+from prisma_core.inputs.checks import in_transform
 from prisma_core.maps.places import Row
-from prisma_core.model import in_transform
 from prisma_core.toolbox.query_rows import AXIS, Rows
 from prisma_core.upstream.observer import Observer
 
@@ -62,6 +62,3 @@ def _laid_out_as(y: Tensor, x: Tensor) -> Tensor:
     if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
         return y.clone()
     return torch.empty_strided(x.shape, x.stride(), dtype=y.dtype, device=y.device).copy_(y)
-
-
-__all__ = ["BoundRow"]

@@ -19,8 +19,9 @@ from prisma_core.errors.migration import (
     takes_any_keyword,
 )
 from prisma_core.hooks.point import HookPoint
+from prisma_core.inputs.checks import check_finite, check_input, check_place, input_words
 from prisma_core.maps.places import HookMap
-from prisma_core.model import Size, ZooModel, check_finite, check_place, read_sample
+from prisma_core.model import Size, ZooModel, read_sample
 from prisma_core.spec import MapSpec
 from prisma_core.spec.brief import NameTable, html_table
 from prisma_core.spec.layout import TokenLayout
@@ -142,11 +143,7 @@ class HookedUpstream(ZooModel):
             refuse_keywords(method.__name__ if method else type(self).__name__, kwargs, [*names, *accepted])
 
     def _expected(self) -> str:
-        what, shape = self._what(), " ".join(map(str, self.spec.shape))
-        return f"{'a' if what == 'video' else 'an'} {what} [batch {shape}]"
-
-    def _what(self) -> str:
-        return {3: "image", 4: "video"}.get(len(self.spec.shape), "input")
+        return input_words(self.spec.shape)[1]
 
     def _shapes(self) -> list[Size]:
         return [self._sized(size) for size in ((), *self.spec.sizes)]
@@ -158,21 +155,8 @@ class HookedUpstream(ZooModel):
         """Return the first input, checked against the spec; None where it was given by a name only upstream knows."""
         if not inputs and kwargs:
             return None
-        what, expected, shape = self._what(), self._expected(), self.spec.shape
-        x: object = inputs[0] if inputs else None
-        if not isinstance(x, Tensor):
-            hint = "" if what == "input" else " model.preprocess makes one."
-            raise InputError(f"Expected a tensor, {expected}, got {type(x).__name__}.{hint}")
-        if x.ndim != len(shape) + 1:
-            hint = f" Add a batch axis: {what}[None]." if x.ndim == len(shape) else ""
-            raise InputError(f"Expected {expected}, got shape {list(x.shape)}.{hint}")
-        if len(shape) > 2 and x.shape[-3] != shape[-3]:
-            raise InputError(
-                f"Expected {shape[-3]} channels in {expected}, got shape {list(x.shape)}. "
-                "model.preprocess makes the right tensor."
-            )
-        if not x.is_floating_point():
-            raise InputError(f"Expected floating point numbers, got {x.dtype}. model.preprocess scales pixels.")
+        what, _ = input_words(self.spec.shape)
+        x = check_input(inputs[0] if inputs else None, self.spec.shape)
         check_place(what, x, next((each for each in self.parameters() if each.is_floating_point()), None))
         check_finite(what, x)
         return x
@@ -268,7 +252,7 @@ def _bound_rows(table: HookMap, upstream: nn.Module) -> list[BoundRow]:
         if not row.axes or "(" in row.axes:
             raise PrismaError(
                 f"The row of {row.hook} must name its axes, one word each: 'PLACE -> {row.hook} : batch pos d_model', "
-                f"or as the right side of its einops. Got {row.how!r}."
+                f"or as the right side of its einops; functions have no inverse to write by. Got {row.how!r}."
             )
     return [BoundRow(row, table.sizes) for row in rows]
 
@@ -288,6 +272,3 @@ def _add_point(model: nn.Module, bound: BoundRow) -> None:
 
 def _batch(inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     return next((x.shape[0] for x in (*inputs, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), 1)
-
-
-__all__ = ["HookedUpstream"]

@@ -263,6 +263,3 @@ def _unfused(
             with run.shown():
                 inside[side].store(rows, made().to(dtype), run.batch)
     return kernel(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
-
-
-__all__ = ["ModuleHooks", "Observer", "attach", "watching"]

@@ -133,7 +133,7 @@ class ChineseText(Tower):
 
     def weights(self, upstream: Reader, spec: AnySpec) -> WeightMap:
         pooler = WeightMap.parse("ignore pooler.{*} : makes a second output of the first token")
-        layer = next(iter(upstream.encoder.layer))
+        layer = upstream.encoder.layer[0]
         return _rows(upstream.embeddings, layer, "embeddings", "encoder.layer") | pooler
 
     def hooks(self, upstream: Reader, spec: AnySpec) -> HookMap:
@@ -156,7 +156,7 @@ class AltText(Tower):
 
     def weights(self, upstream: Reader, spec: AnySpec) -> WeightMap:
         ends = WeightMap.parse(linear_rows("transformation", "head") + norm_rows("pre_LN", "ln_final"))
-        layer = next(iter(upstream.roberta.encoder.layers))
+        layer = upstream.roberta.encoder.layers[0]
         return _rows(upstream.roberta.embeddings, layer, "roberta.embeddings", "roberta.encoder.layers") | ends
 
     def hooks(self, upstream: Reader, spec: AnySpec) -> HookMap:
@@ -207,7 +207,7 @@ class OpenClipText(Tower):
             head = linear_rows("proj.0", "head_mlp.fc_in") + linear_rows("proj.2", "head_mlp.fc_out")
         head += "ignore transformer.pooler.{*} : makes a second output of the first token, which is not read\n"
         text = upstream.transformer
-        layer = next(iter(text.encoder.layer))
+        layer = text.encoder.layer[0]
         table = _rows(text.embeddings, layer, "transformer.embeddings", "transformer.encoder.layer")
         return table | WeightMap.parse(head)
 

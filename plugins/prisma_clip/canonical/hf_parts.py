@@ -82,7 +82,7 @@ def block(module: Reader, *, causal: bool) -> BlockSpec:
 def blocks_rows(encoder: Reader) -> str:
     """Return the weight rows of all blocks."""
     at, ours = "encoder.layers.{l}", "blocks.{l}"
-    first = next(iter(encoder.layers))
+    first = encoder.layers[0]
     rows = READ.qkv_rows(first.self_attn, f"{at}.self_attn", f"{ours}.attn.qkv")
     rows += linear_rows(f"{at}.self_attn.out_proj", f"{ours}.attn.out")
     rows += READ.mlp_rows(first.mlp, f"{at}.mlp", f"{ours}.mlp", MLP)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
+from prisma_conformance.doctor.preprocessing import mended
 from prisma_conformance.finding import Check
 from prisma_conformance.report.results import CheckResult
 from prisma_conformance.run import run_check
 from prisma_conformance.subject import Subject
 from prisma_core.maps.table import pattern_of
+from prisma_core.plugin import Preprocess
 
 TO_DO: Mapping[str, str] = {
     "parity.logits": "the dtype or the size in the message is what differs",
@@ -32,8 +34,17 @@ def failures(subject: Subject, checks: Iterable[Check]) -> Iterator[str]:
     for one in checks:
         result = run_check(one, subject)
         if result.skipped is None and not result.passed:
-            to_do = f" To do: {TO_DO[one.name]}." if one.name in TO_DO else ""
+            advice = (one.name == "preprocess" and _preprocess(subject)) or TO_DO.get(one.name)
+            to_do = f" To do: {advice}." if advice else ""
             yield f"{_said(result, subject)}{to_do}"
+
+
+def _preprocess(subject: Subject) -> str | None:
+    """The fields of a ``Preprocess`` that have to be others, where some make it agree."""
+    assert subject.case.images is not None
+    ours, reference = subject.case.images(subject.base)
+    fields = mended(ours, reference) if isinstance(ours, Preprocess) else None
+    return f"it agrees with {fields}" if fields else None
 
 
 def _said(result: CheckResult, subject: Subject) -> str:

@@ -71,7 +71,7 @@ class Altered(Adapter):
 
     def weights(self, upstream: Reader, spec: AnySpec) -> WeightMap:
         table = self.change.table(self.inner.weights(upstream, spec))
-        self.table = Completed(table.rows, table.sizes, table.ignored, table.functions)
+        self.table = Completed(table.rows, table.sizes, table.ignored)
         return self.table
 
     def hooks(self, upstream: Reader, spec: AnySpec) -> HookMap:

@@ -58,7 +58,7 @@ class Completed(WeightMap):
     ) -> dict[str, Tensor]:
         sources = {name: upstream[name] for name in rule.names if name in upstream}
         given = sources or {"": like}  # constants take the dtype of what is there
-        table = WeightMap((rule,), self.sizes, dict.fromkeys(given, "not taken"), self.functions)
+        table = WeightMap((rule,), self.sizes, dict.fromkeys(given, "not taken"))
         tensors = table.forward(given, {target: shapes[target] for target in rule.targets if target in shapes})
         self.used.update(sources)
         return tensors

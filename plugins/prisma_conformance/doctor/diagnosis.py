@@ -128,11 +128,20 @@ def _compared(bench: Bench, trial: Trial, progress: Callable[[str], None] | None
         before=before,
         logits=logits,
         size=size,
-        evidence=() if improvements or size is not None else tuple(_evidence(bench, trial, first)),
+        evidence=() if improvements or size is not None else (*_conflicts(search), *_evidence(bench, trial, first)),
         remedies=tuple(one.remedy for one in improvements[:MOST]),
         tried=search.tried,
         then=then,
     )
+
+
+def _conflicts(search: Search) -> list[str]:
+    """What one field cannot say: a value that mends one hook point and breaks another."""
+    return [
+        f"With {change.says}, it agrees, and {other} does not: one field stands for both. "
+        "Refuse models in which the two differ: reader.expect(NAME=VALUE)."
+        for change, other in search.conflicts[:1]
+    ]
 
 
 def _evidence(bench: Bench, trial: Trial, first: str) -> tuple[str, ...]:
@@ -167,6 +176,7 @@ def _of_rows(bench: Bench, trial: Trial, progress: Callable[[str], None] | None)
         compared=len(trial.errors),
         rows=tuple(_said(trial, row) for row in ([row for row, _ in known] or rows)),
         places=tuple(str(place) for _, place in known),
+        evidence=() if improvements or known else tuple(_evidence(bench, trial, first)),
         remedies=tuple(one.remedy for one in improvements[:MOST]),
         tried=search.tried,
     )
@@ -181,7 +191,7 @@ def _rows(trial: Trial, points: list[str]) -> list[Row]:
 def _said(trial: Trial, row: Row) -> str:
     """A row as it is written in the table."""
     written = (one for one in trial.hooks.rows if HookMap((one,), trial.hooks.sizes).bound([row.hook]))
-    return next(f"{one.place} -> {one.hook}" for one in written)
+    return next(f"{one.place} -> {one.hook}" + (f" : {one.how}" if one.function else "") for one in written)
 
 
 def _place(bench: Bench, trial: Trial, row: Row) -> Row | None:

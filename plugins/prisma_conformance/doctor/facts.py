@@ -90,7 +90,7 @@ def replaced(facts: Any, path: Path, value: Any) -> Any:
 def _of_field(spec: AnySpec, members: list[Field], everywhere: bool, numbers: Sequence[Number]) -> Iterator[Change]:
     one = members[0]
     name = one.family if everywhere else ".".join(map(str, one.path))
-    for value in _choices(one.kind, one.value):
+    for value in choices(one.kind, one.value):
         yield Change(f"{name}={value!r} (it is {one.value!r})", _setting(members, lambda field, v=value: v))
     if isinstance(one.value, float):
         for number in (*numbers, *_usual(spec, one)):
@@ -132,14 +132,14 @@ def _setting(members: list[Field], value: Callable[[Field], Any]) -> Callable[[A
     return change
 
 
-def _choices(kind: Any, value: Any) -> Iterator[Any]:
+def choices(kind: Any, value: Any) -> Iterator[Any]:
     """The other values of a field that has a few, and None where it may be."""
     if get_origin(kind) in (Union, UnionType):
         for each in get_args(kind):
             if each is type(None) and isinstance(value, NormSpec):
                 yield None
             elif each is not type(None):
-                yield from _choices(each, value)
+                yield from choices(each, value)
     elif get_origin(kind) is Literal:
         yield from (each for each in get_args(kind) if each != value)
     elif kind is bool:
@@ -202,4 +202,4 @@ def _heads(spec: AnySpec) -> Iterator[Change]:
             yield Change(change, _setting(attns, lambda field, u=update: field.value.model_copy(update=u)))
 
 
-__all__ = ["Field", "facts", "fields", "replaced"]
+__all__ = ["Field", "choices", "facts", "fields", "replaced"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -146,8 +147,8 @@ def _moved(
 def _exchanged(rows: tuple[Row, ...], acts: Acts) -> Iterator[dict[Row, Tensor]]:
     for one, other in combinations(rows, 2):
         yield {
-            Row(other.place, one.hook, other.how, one.equation): acts[other.hook],
-            Row(one.place, other.hook, one.how, other.equation): acts[one.hook],
+            replace(one, place=other.place, how=other.how): acts[other.hook],
+            replace(other, place=one.place, how=one.how): acts[one.hook],
         }
 
 

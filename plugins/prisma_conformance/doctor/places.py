@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -80,12 +81,13 @@ def all_places(upstream: nn.Module, run: Callable[[], object]) -> dict[Place, Te
 
 
 def readings(row: Row, table: HookMap, places: Mapping[Place, Tensor], batch: int) -> Iterator[tuple[Row, Tensor]]:
-    """Yield the row with each other place, read by one of the einops patterns of the table."""
-    hows = list(dict.fromkeys([row.how, *(one.how for one in table.rows if one.axes == row.axes or not row.axes), ""]))
+    """Yield the row with each other place, read by one of the patterns or functions of the table."""
+    alike = [row, *(one for one in table.rows if one.axes == row.axes or not row.axes), replace(row, how="", call=None)]
+    hows = list(dict.fromkeys((one.how, one.call) for one in alike))
     sizes = {**table.sizes, "batch": batch}
     for place, tensor in places.items():
-        for how in hows:
-            other = Row(place, row.hook, how, row.equation)
+        for how, call in hows:
+            other = replace(row, place=place, how=how, call=call)
             try:
                 yield other, other.read(tensor, sizes)
             except PrismaError:

@@ -54,6 +54,7 @@ class Search:
 
     Attributes:
         tried: how many changes were tried.
+        conflicts: changes that mend the hook point and break one before it, which agreed, each with that one.
     """
 
     def __init__(
@@ -65,6 +66,8 @@ class Search:
         self.size = size
         self.progress = progress
         self.tried = 0
+        self.conflicts: list[tuple[Change, str]] = []
+        self.start = list(trial.errors).index(first) if size is None and first in trial.errors else 0
         self.end = len(trial.errors) + len(trial.unread) + 100  # behind all hook points, those of other parts too
 
     def improvements(self) -> list[Improvement]:
@@ -118,7 +121,10 @@ class Search:
         whole = logits <= tolerances.FLOAT64 and not (self.trial.agrees and self.size is None and after.first)
         if here <= tolerances.FLOAT64 or whole:
             reaches = self.end if after.first is None else list(after.errors).index(after.first)
-            yield Improvement(change, here, logits, reaches, whole)
+            if after.first is not None and reaches < self.start and not whole:
+                self.conflicts.append((change, after.first))
+            else:
+                yield Improvement(change, here, logits, reaches, whole)
 
 
 __all__ = ["Improvement", "Search"]

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import ConfigDict
 
-from prisma_core.plugin import Facts, LoadError, PrismaError
+from prisma_core.plugin import Facts, LoadError, PrismaError, write_text
 
 
 class CheckFailed(PrismaError):
@@ -195,12 +195,13 @@ class Report(Measured):
 
 
 def write_certificates(certificates: Iterable[Certificate], path: str | Path) -> Path:
-    """Write certificates, one line of JSON each, sorted by name."""
+    """Write certificates, one line of JSON each, sorted by name.
+
+    Raises:
+        LoadError: the disk is full, read-only, or refuses in another way.
+    """
     lines = [certificate.compact() for certificate in sorted(certificates, key=lambda c: c.name)]
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    return write_text(Path(path), "\n".join(lines) + "\n")
 
 
 def read_certificates(path: str | Path) -> list[Certificate]:

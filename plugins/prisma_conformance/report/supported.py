@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from prisma_conformance.report.results import Certificate
-from prisma_core.plugin import Facts, LoadError
+from prisma_core.plugin import Facts, LoadError, write_text
 
 if TYPE_CHECKING:
     from prisma_core.plugin import Host
@@ -85,9 +85,8 @@ def write_supported(certificates: Iterable[Certificate], package: str) -> Path:
     rows = [row for row in summarise(certificates) if row.upstream in theirs]
     if not rows:
         raise LoadError(f"None of the certificates is of one of the {len(theirs)} classes that {package} adapts.")
-    path = Path(str(files(package))) / NAME
-    path.write_text("[\n" + ",\n".join(row.model_dump_json() for row in rows) + "\n]\n", encoding="utf-8")
-    return path
+    text = "[\n" + ",\n".join(row.model_dump_json() for row in rows) + "\n]\n"
+    return write_text(Path(str(files(package))) / NAME, text)
 
 
 def read_supported(plugins: Host) -> dict[str, Supported]:

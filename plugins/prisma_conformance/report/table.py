@@ -11,7 +11,7 @@ from prisma_conformance import tolerances
 from prisma_conformance.registry import CHECKS
 from prisma_conformance.report.results import Certificate, Precision, read_certificates
 from prisma_conformance.report.supported import counted, summarise, write_supported
-from prisma_core.plugin import LoadError, PrismaError
+from prisma_core.plugin import LoadError, PrismaError, write_text
 
 NAME = "supported.md"
 
@@ -27,7 +27,7 @@ def write_table(folder: str | Path, *packages: str) -> Path:
     if not certificates:
         raise LoadError(f"{folder} holds no certificates (*.jsonl): write them with pytest --certificates {folder}.")
     path = folder / NAME
-    path.write_text(supported(certificates), encoding="utf-8")
+    write_text(path, supported(certificates))
     for package in packages:
         write_supported(certificates, package)
     return path

@@ -57,9 +57,12 @@ class Dinov3Adapter(Adapter):
         size = _pair(rope.config.image_size)
         if (size[0] // sides[0], size[1] // sides[1]) != (rope.num_patches_h, rope.num_patches_w):
             raise rope.unsupported(f"config.image_size={size!r}, which has another grid than it was built for")
+        registers = upstream.embeddings.register_tokens.shape[1]
+        if upstream.is_a(BACKBONE) and upstream.config.num_register_tokens != registers:
+            raise upstream.unsupported("registers of another number than the config's")  # upstream cuts by the config's
         layout = TokenLayout(
             cls=1,
-            registers=upstream.embeddings.register_tokens.shape[1],
+            registers=registers,
             rows=rope.num_patches_h,
             columns=rope.num_patches_w,
         )

@@ -109,7 +109,7 @@ def _scaled(module: Reader, path: str) -> bool:
 
 def rows(layers: Reader, at: str, names: BlockNames) -> str:
     """Return the weight rows of all blocks."""
-    first = next(iter(layers))
+    first = layers[0]
     theirs, ours = f"{at}.{{l}}", "blocks.{l}"
     if names.mha:
         rows = f"""
@@ -137,7 +137,7 @@ def hooks(layers: Reader, at: str, names: BlockNames, *, rope: bool = False) -> 
         rope: queries and keys are turned.
     """
     theirs, ours = f"{at}.{{l}}", "blocks.{l}"
-    first = next(iter(layers))
+    first = layers[0]
     mlp = _mlp_names(first, names)
     scaled = _scaled(first, names.ls1)
     attn_out = names.attn_out if scaled and names.attn_out else names.addend or names.out

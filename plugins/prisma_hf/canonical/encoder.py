@@ -241,9 +241,13 @@ def _image_size(tower: Reader, names: TowerNames) -> tuple[int, int]:
         down, across = _patch(tower, names)
         return side * down, side * across
     size = parts.at(tower, names.image)
-    if not isinstance(size, int) and len(size) != 2:
-        raise tower.unsupported(f"an image of {len(size)} sides (image_size={size!r})")
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    sides = (size, size) if isinstance(size, int) else size
+    if not isinstance(sides, tuple | list) or len(sides) != 2:
+        raise tower.unsupported(f"an image of sides other than height and width (image_size={size!r})")
+    if not names.listed:
+        return sides[0], sides[1]
+    down, across = _patch(tower, names)  # upstream is handed whole patches
+    return sides[0] // down * down, sides[1] // across * across
 
 
 def _layout(tower: Reader, names: TowerNames) -> TokenLayout:

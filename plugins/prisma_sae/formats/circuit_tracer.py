@@ -97,11 +97,10 @@ def _cross(file: Path, own: int, to: int) -> dict[str, Tensor]:
     names = {f"W_enc_{own}.T": "W_enc", f"b_enc_{own}": "b_enc"}
     if f"threshold_{own}" in held:
         names[f"threshold_{own}"] = "threshold"
-    tensors = renamed(held, names, file) | {"W_dec": written[:, to - own].contiguous()}
-    if to == own:  # one bias a layer: that of the layer written to
-        return tensors | renamed(held, {f"b_dec_{own}": "b_dec"}, file)
-    other = file.with_name(f"W_enc_{to}.safetensors")
-    return tensors | renamed(read_checkpoint(other), {f"b_dec_{to}": "b_dec"}, other)
+    tensors = renamed(held, names, file, unread=[f"b_dec_{own}"]) | {"W_dec": written[:, to - own].contiguous()}
+    other = file.with_name(f"W_enc_{to}.safetensors")  # one bias a layer: that of the layer written to
+    biases = held if to == own else read_checkpoint(other)
+    return tensors | renamed(biases, {f"b_dec_{to}": "b_dec"}, other, unread=biases)
 
 
 def _config(folder: Path) -> dict[str, str]:

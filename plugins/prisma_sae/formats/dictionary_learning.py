@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from prisma_core import LoadError
-from prisma_core.plugin import read_checkpoint
+from prisma_core.plugin import read_checkpoint, read_json
 from prisma_sae.coder import CoderFacts, SparseCoder
-from prisma_sae.formats.files import plain, read_json, reference_of, renamed
+from prisma_sae.formats.files import plain, reference_of, renamed
 
 NAME = "dictionary_learning"
 _LINEAR = {"encoder.weight.T": "W_enc", "encoder.bias": "b_enc", "decoder.weight.T": "W_dec"}
+_OF_TRAINING = ("k", "threshold", "group_sizes")
 _DIRECT = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
 _CLASSES: dict[str, tuple[str, dict[str, str]]] = {
     "AutoEncoder": ("standard", {**_LINEAR, "bias": "b_dec"}),
@@ -69,7 +70,7 @@ def read(path: Path, *, use_threshold: bool = False, hook: str | None = None) ->
     if name not in _CLASSES:
         raise LoadError(f"{path} holds a {name}; expected one of {', '.join(_CLASSES)}.")
     kind, names = _CLASSES[name]
-    tensors = renamed(held, names, path)
+    tensors = renamed(held, names, path, unread=_OF_TRAINING)
     if name not in ("AutoEncoderNew", "JumpReluAutoEncoder"):
         tensors["b_in"] = tensors["b_dec"]
     if use_threshold and kind == "topk":

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,32 +14,22 @@ from prisma_core.plugin import SavedObject
 MOST_VALUES = 100_000  # of a configuration; a pickle may hold one list in itself twice, over and over
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        LoadError: there is no such file, or it holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise LoadError(f"No file at {path}: it says what the tensors beside it mean.") from error
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{path} is no readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise LoadError(f"{path} holds a {type(value).__name__}; expected an object.")
-    return value
-
-
-def renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str], where: object) -> dict[str, Tensor]:
+def renamed(
+    tensors: Mapping[str, Tensor], names: Mapping[str, str], where: object, *, unread: Collection[str] = ()
+) -> dict[str, Tensor]:
     """Return tensors under other names, contiguous; ``.T`` behind a name transposes.
 
+    Args:
+        unread: names of others that a file may hold, which these need not.
+
     Raises:
-        LoadError: one is missing.
+        LoadError: one is missing, or there is another, which would be part of what a coder computes.
     """
     if missing := [name for name in names if name.removesuffix(".T") not in tensors]:
         held = ", ".join(sorted(tensors)[:12])
         raise LoadError(f"{where} lacks {', '.join(missing)}; it holds {held}.")
+    if unknown := sorted(set(tensors) - {name.removesuffix(".T") for name in names} - set(unread)):
+        raise LoadError(f"{where} holds {unknown[0]}, whose use this reader does not know: it would be left out.")
     return {
         new: (tensors[old.removesuffix(".T")].T if old.endswith(".T") else tensors[old]).detach().contiguous()
         for old, new in names.items()

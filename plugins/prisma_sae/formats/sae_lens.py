@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prisma_core import LoadError
-from prisma_core.plugin import checked, read_checkpoint, replacing
+from prisma_core.plugin import checked, digest, place, read_checkpoint, read_json, replacing_both, settled, write_text
 from prisma_sae.coder import CoderFacts, SparseCoder
-from prisma_sae.formats.files import plain, read_json, reference_of
+from prisma_sae.formats.files import plain, reference_of
 
 NAME = "SAELens"
 CONFIG, WEIGHTS, OURS, SCALER = "cfg.json", "sae_weights.safetensors", "prisma.json", "activation_scaler.json"
@@ -33,11 +33,15 @@ _KINDS = {
     "transcoder": "transcoder",
     "jumprelu_transcoder": "transcoder",
     "skip_transcoder": "transcoder",
+    "jumprelu_skip_transcoder": "transcoder",
+    # Of checkpoints: finished ones are saved as jumprelu.
+    "batchtopk": "batchtopk",
+    "matryoshka_batchtopk": "matryoshka",
 }
 
 
 def recognises(path: Path) -> bool:
-    return path.is_dir() and (path / WEIGHTS).is_file()
+    return path.is_dir() and any((path / name).is_file() for name in (WEIGHTS, OURS))
 
 
 def read(path: Path) -> SparseCoder:
@@ -46,15 +50,25 @@ def read(path: Path) -> SparseCoder:
     Raises:
         LoadError: a file is missing or damaged, or says what has no meaning here.
     """
-    tensors = read_checkpoint(path / WEIGHTS)
     if (path / OURS).is_file():
-        ours = read_json(path / OURS)
-        try:
-            tensors |= {name: tensors[other] for name, other in ours["same"].items()}
-            return SparseCoder(CoderFacts.model_validate(ours["facts"]), tensors)
-        except (KeyError, ValueError) as error:
-            raise LoadError(f"{path / OURS} does not describe a sparse coder: {error}") from error
-    return _from_sae_lens(path, read_json(path / CONFIG), tensors)
+        return settled(path / OURS, lambda: _own(path))
+    return _from_sae_lens(path, read_json(path / CONFIG), read_checkpoint(path / WEIGHTS))
+
+
+def _own(path: Path) -> SparseCoder:
+    ours = read_json(path / OURS)
+    weights = place(path, WEIGHTS, ours.get("sha256"))
+    tensors = read_checkpoint(weights)
+    if ours.get("sha256") not in (None, digest(tensors)):
+        raise LoadError(
+            f"{weights} holds other weights than {OURS} was written with. If another library wrote them since, remove "
+            f"{OURS}; else save the coder again."
+        )
+    try:
+        tensors |= {name: tensors[other] for name, other in ours["same"].items()}
+        return SparseCoder(CoderFacts.model_validate(ours["facts"]), tensors)
+    except (KeyError, ValueError) as error:
+        raise LoadError(f"{path / OURS} does not describe a sparse coder: {error}") from error
 
 
 def _from_sae_lens(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> SparseCoder:
@@ -72,8 +86,10 @@ def _from_sae_lens(path: Path, config: dict[str, Any], tensors: dict[str, Tensor
         raise LoadError(f"{path} has scaling factors from fine-tuning: fold them into W_dec with SAELens first.")
     normalize, tensors = _normalization(path, about, tensors)
     transcoder = "transcoder" in architecture
-    if architecture == "topk" and about.get("rescale_acts_by_decoder_norm"):
+    if "topk" in architecture and about.get("rescale_acts_by_decoder_norm"):
         tensors = _with_unit_decoder(tensors)
+    if "topk_threshold" in tensors:  # a number in double precision, as training moves it
+        tensors["threshold"] = tensors.pop("topk_threshold").to(tensors["W_enc"]).expand(len(tensors["b_enc"]))
     # Before version 6 the bias was always taken off unless said otherwise; a transcoder's has another width.
     if not transcoder and about.get("apply_b_dec_to_input", True):
         tensors["b_in"] = tensors["b_dec"]
@@ -85,6 +101,7 @@ def _from_sae_lens(path: Path, config: dict[str, Any], tensors: dict[str, Tensor
         d_out=tensors["W_dec"].shape[1],
         activation=_activation(architecture, activation),
         k=k,
+        groups=tuple(about.get("matryoshka_widths") or ()),
         normalize=normalize,
         restores=not transcoder,  # SAELens' transcoders leave their output normalised
         model=reference_of(about.get("model_name")),
@@ -97,7 +114,7 @@ def _from_sae_lens(path: Path, config: dict[str, Any], tensors: dict[str, Tensor
 
 
 def _activation(architecture: str, activation: str) -> Any:
-    if "jumprelu" in architecture:
+    if "jumprelu" in architecture or "batchtopk" in architecture:
         return "jumprelu"
     return "topk" if architecture == "topk" else activation if architecture == "standard" else "relu"
 
@@ -127,6 +144,8 @@ def _with_unit_decoder(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def save(coder: SparseCoder, folder: str | Path) -> Path:
     """Write a coder into a folder that ``read`` reads, and SAELens too where it can compute it.
 
+    After a kill it is the old coder or the new one; without ``cfg.json`` to SAELens, which has no digests.
+
     Raises:
         LoadError: the disk is full, read-only, or refuses in another way.
     """
@@ -135,16 +154,20 @@ def save(coder: SparseCoder, folder: str | Path) -> Path:
     config = sae_lens_config(coder)
     # SAELens refuses tensors that it does not know: there the bias of the input is that of the output.
     same = {"b_in": "b_dec"} if config is not None and tensors.pop("b_in", None) is not None else {}
-    with replacing(folder / WEIGHTS) as beside:
-        save_file(tensors, beside)
-    texts = {OURS: {"schema": 1, "facts": coder.facts.model_dump(mode="json"), "same": same}, CONFIG: config}
-    for name, value in texts.items():
-        if value is None:
-            (folder / name).unlink(missing_ok=True)
-            continue
-        with replacing(folder / name) as beside:
-            beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if config is not None and "threshold" in tensors:  # there each feature has its own
+        tensors["threshold"] = tensors["threshold"].expand(coder.facts.d_sae).contiguous()
+    sha256 = digest(tensors)
+    facts = {"schema": 1, "sha256": sha256, "facts": coder.facts.model_dump(mode="json"), "same": same}
+    with replacing_both(folder / WEIGHTS, folder / OURS, sha256, folder / CONFIG) as (weights, head):
+        save_file(tensors, weights)
+        head.write_text(_text(facts), encoding="utf-8")
+    if config is not None:
+        write_text(folder / CONFIG, _text(config))
     return folder
+
+
+def _text(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def sae_lens_config(coder: SparseCoder) -> dict[str, Any] | None:
@@ -158,15 +181,14 @@ def sae_lens_config(coder: SparseCoder) -> dict[str, Any] | None:
         ("topk", False, False): "topk",
         ("jumprelu", False, False): "jumprelu",
         ("relu", False, True): "skip_transcoder" if "W_skip" in tensors else "transcoder",
-        ("jumprelu", False, True): "jumprelu_transcoder",
+        ("jumprelu", False, True): "jumprelu_skip_transcoder" if "W_skip" in tensors else "jumprelu_transcoder",
     }.get((facts.activation, "r_mag" in tensors, transcoder))
     unlike = (
         not same
         or facts.normalize == "standardize"
         or facts.soft_cap is not None
         or "b_dec" not in tensors
-        or ("W_skip" in tensors and architecture != "skip_transcoder")
-        or ("threshold" in tensors and not tensors["threshold"].ndim)
+        or ("W_skip" in tensors and not transcoder)
         or (transcoder and (coder.b_in is not None or (facts.restores and facts.normalize != "none")))
     )
     if architecture is None or unlike:

@@ -9,7 +9,6 @@ Source:
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import LoadError
-from prisma_core.plugin import read_objects
+from prisma_core.plugin import parse_json, read_objects
 from prisma_sae.coder import CoderFacts, SparseCoder, Tokens
 from prisma_sae.formats.files import plain
 
@@ -93,12 +92,9 @@ def read(
 def _parts(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with file.open("rb") as opened:
         line = opened.readline(LONGEST_LINE)
-    try:
-        header = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise LoadError(f"{file} is no file of saev's: it begins with no line of JSON ({error}).") from error
+    header = parse_json(line, f"The first line of {file}")
     tensors = read_objects(file, start=len(line))
-    if not isinstance(header, dict) or not isinstance(tensors, dict):
+    if not isinstance(tensors, dict):
         raise LoadError(f"{file} is no file of saev's: expected a line with a JSON object, then tensors by name.")
     names = ("W_enc", "b_enc", "W_dec", "b_dec", "activation.threshold")
     return header, {name: tensors[name].detach() for name in names if name in tensors}

@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from prisma_core import LoadError
-from prisma_core.plugin import read_checkpoint
+from prisma_core.plugin import read_checkpoint, read_json
 from prisma_sae.coder import CoderFacts, SparseCoder
-from prisma_sae.formats.files import plain, read_json, renamed
+from prisma_sae.formats.files import plain, renamed
 
 NAME = "sparsify"
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"

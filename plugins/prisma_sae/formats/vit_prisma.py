@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from prisma_core import LoadError
-from prisma_core.plugin import SavedObject, read_objects
+from prisma_core.plugin import SavedObject, read_json, read_objects
 from prisma_sae.coder import CoderFacts, SparseCoder
-from prisma_sae.formats.files import plain, read_json, reference_of
+from prisma_sae.formats.files import plain, reference_of
 from prisma_sae.pickled import outline
 
 NAME = "ViT-Prisma"

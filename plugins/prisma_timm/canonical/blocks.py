@@ -141,7 +141,7 @@ def block_rows(module: Reader) -> str:
             norm_rows(f"{attn}.norm", f"{at}.ln1.{{i}}")
             + attention_rows(f"{attn}.attn", f"{at}.attn.{{i}}")
             + norm_rows(f"{ffn}.norm", f"{at}.ln2.{{i}}")
-            + mlp_rows(next(iter(module.ffns)).mlp, f"{ffn}.mlp", f"{at}.mlp.{{i}}")
+            + mlp_rows(module.ffns[0].mlp, f"{ffn}.mlp", f"{at}.mlp.{{i}}")
             + f"""
                 {attn}.ls.gamma  ->  {at}.ls1.{{i}}.gamma
                 {ffn}.ls.gamma   ->  {at}.ls2.{{i}}.gamma
@@ -186,7 +186,7 @@ def block_hooks(module: Reader) -> str:
         return (
             stream
             + attention_hooks(f"{attn}.attn", f"{at}.attn.{{i}}")
-            + mlp_hooks(next(iter(module.ffns)).mlp, f"{ffn}.mlp", f"{at}.mlp.{{i}}")
+            + mlp_hooks(module.ffns[0].mlp, f"{ffn}.mlp", f"{at}.mlp.{{i}}")
             + f"""
                 {attn}.norm         ->  {at}.ln1.{{i}}.hook_normalized
                 {at} @ sum          ->  {at}.hook_attn_out

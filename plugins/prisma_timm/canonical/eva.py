@@ -77,10 +77,10 @@ def _attention(attn: Reader, n_prefix: int) -> AttentionSpec:
 
 def turning(blocks: Reader) -> Literal["interleaved", "half"]:
     """Return which channels the blocks' attentions turn together."""
-    kinds = {bool(one.attn.rotate_half) for one in blocks}
-    if len(kinds) > 1:
+    half = bool(blocks[0].attn.rotate_half)
+    if any(bool(one.attn.rotate_half) != half for one in blocks):
         raise blocks.unsupported("blocks that turn different channels")
-    return "half" if kinds.pop() else "interleaved"
+    return "half" if half else "interleaved"
 
 
 def block_rows(module: Reader, source: str, target: str) -> str:

@@ -43,7 +43,7 @@ class SamAdapter(mapping.FamilyMap):
         for layer, block in enumerate(upstream.blocks):
             rows += _block(f"blocks.{layer}", block)
         rows += f"neck  ->  hook_neck  : {MAPS}  = neck(blocks.{len(upstream.blocks) - 1}.resid_post)\n"
-        heads = next(iter(upstream.blocks)).attn.num_heads
+        heads = upstream.blocks[0].attn.num_heads
         return HookMap.parse(rows + mapping.head_rows(upstream.head, "neck"), head=heads)
 
     def reference_places(self, upstream: Reader) -> HookMap:
@@ -52,7 +52,7 @@ class SamAdapter(mapping.FamilyMap):
             for layer, block in enumerate(upstream.blocks)
             if block.attn.fused_attn
         ]
-        return HookMap.parse("\n".join(rows), head=next(iter(upstream.blocks)).attn.num_heads)
+        return HookMap.parse("\n".join(rows), head=upstream.blocks[0].attn.num_heads)
 
     def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return common.explicit_attention(upstream)

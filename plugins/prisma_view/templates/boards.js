@@ -1,11 +1,13 @@
-/* Where tokens stand: words, or an image of patches with the other tokens beside it; windows stand by themselves. */
+/* Where tokens stand: words, or an image of patches with the other tokens beside it; windows stand by themselves, and
+   tokens whose place is not known are numbered. */
 function placeOf(layer) {
-  const { windows, tokens } = data.layers[layer];
+  const { within, grid, tokens } = data.layers[layer];
   if (data.words.length) return { names: data.words, loose: data.words.map((_, token) => token), frames: 0, rows: 1, columns: tokens, at: () => null };
-  const side = Math.sqrt(tokens);
-  const place = windows || !data.place
-    ? { prefix: [], frames: 1, rows: Number.isInteger(side) ? side : 1, columns: Number.isInteger(side) ? side : tokens, first: "frame" }
-    : data.place;
+  const inImage = data.place && (!within || within === "frame") ? { ...data.place, frames: within ? 1 : data.place.frames } : null;
+  const known = inImage && tokens === inImage.prefix.length + inImage.frames * inImage.rows * inImage.columns;
+  const side = Math.ceil(Math.sqrt(tokens));
+  const [high, wide] = grid ?? [Math.ceil(tokens / side), side];
+  const place = known ? inImage : { prefix: [], frames: 1, rows: high, columns: wide, first: "frame" };
   const { prefix, frames, rows, columns, first } = place;
   const start = prefix.length;
   const area = rows * columns;
@@ -19,9 +21,10 @@ function placeOf(layer) {
   const names = Array.from({ length: tokens }, (_, index) => {
     const spot = at(index);
     if (!spot) return prefix[index];
-    return `${frames > 1 ? `frame ${spot.frame + 1}, ` : ""}${windows ? "place" : "patch"} in row ${spot.row + 1}, column ${spot.column + 1}`;
+    if (!known && (!grid || within === "patch")) return `${within === "patch" ? "frame" : "token"} ${index + 1}`;
+    return `${frames > 1 ? `frame ${spot.frame + 1}, ` : ""}${within === "window" ? "place" : "patch"} in row ${spot.row + 1}, column ${spot.column + 1}`;
   });
-  return { names, loose: prefix.map((_, index) => index), frames, rows, columns, at, token, windowed: Boolean(windows) };
+  return { names, loose: prefix.map((_, index) => index), frames, rows, columns, at, token, count: tokens, apart: !known && (within !== "" || !grid), photo: 0 };
 }
 
 const photos = [...document.querySelectorAll(".frame-source")];
@@ -51,7 +54,7 @@ function board(box, { onPoint, onLeave, onPick, label }) {
     place = next;
     pad.hidden = !place.frames;
     across = Math.ceil(Math.sqrt(place.frames)) || 1;
-    ratio = photos.length && !place.windowed ? photos[0].naturalHeight / photos[0].naturalWidth : place.rows / place.columns;
+    ratio = photos.length && !place.apart ? photos[0].naturalHeight / photos[0].naturalWidth : place.rows / place.columns;
     loose.className = `loose ${place.frames ? "" : "text"}`;
     chips = place.loose.map((token) => make("button", { type: "button", className: "token", onclick: () => onPick(token) }, make("span", { textContent: place.names[token] }), make("small")));
     chips.forEach((chip, i) => {
@@ -74,14 +77,14 @@ function board(box, { onPoint, onLeave, onPick, label }) {
   const ground = make("canvas");
   let drawn = "";
   function lie(wide, tall, coloured) {
-    const wanted = [canvas.width, canvas.height, coloured, place.windowed].join();
+    const wanted = [canvas.width, canvas.height, coloured, place.apart, place.photo].join();
     if (drawn === wanted) return;
     drawn = wanted;
     ground.width = canvas.width;
     ground.height = canvas.height;
     const ink = ground.getContext("2d");
     for (let frame = 0; frame < place.frames; frame++) {
-      const photo = place.windowed ? null : photos[Math.min(frame, photos.length - 1)];
+      const photo = place.apart ? null : photos[Math.min(frame + place.photo, photos.length - 1)];
       if (photo) ink.drawImage(coloured ? photo : grey(photo), ...corner(frame, wide, tall), wide, tall);
       else { ink.fillStyle = "#808080"; ink.fillRect(...corner(frame, wide, tall), wide, tall); }
     }
@@ -101,7 +104,7 @@ function board(box, { onPoint, onLeave, onPick, label }) {
       const [left, top] = corner(spot.frame, place.columns, place.rows);
       const at = 4 * ((top + spot.row) * width + left + spot.column);
       pixels.data[at] = red; pixels.data[at + 1] = green; pixels.data[at + 2] = blue;
-      pixels.data[at + 3] = 255 * (none ? 0.6 : place.windowed ? 1 : cover);
+      pixels.data[at + 3] = 255 * (none ? 0.6 : place.apart ? 1 : cover);
     }
     ink.putImageData(pixels, 0, 0);
   }
@@ -144,7 +147,8 @@ function board(box, { onPoint, onLeave, onPick, label }) {
     const [x, y] = [((event.clientX - left) / width) * across, ((event.clientY - top) / height) * down];
     const frame = Math.floor(y) * across + Math.floor(x);
     if (x < 0 || y < 0 || x >= across || y >= down || frame >= place.frames) return null;
-    return place.token({ frame, row: Math.min(place.rows - 1, Math.floor((y % 1) * place.rows)), column: Math.min(place.columns - 1, Math.floor((x % 1) * place.columns)) });
+    const token = place.token({ frame, row: Math.min(place.rows - 1, Math.floor((y % 1) * place.rows)), column: Math.min(place.columns - 1, Math.floor((x % 1) * place.columns)) });
+    return token < place.count ? token : null;
   }
   pad.onpointermove = (event) => { const token = under(event); if (event.pointerType === "mouse" && token !== null) onPoint(token, event); };
   pad.onpointerleave = onLeave;
@@ -160,7 +164,8 @@ function board(box, { onPoint, onLeave, onPick, label }) {
       if (frame >= 0 && frame < place.frames) onPick(place.token({ frame, row: (row + place.rows) % place.rows, column: (column + place.columns) % place.columns }));
       return;
     }
-    onPick(place.token({ frame: spot.frame, row, column }));
+    const next = place.token({ frame: spot.frame, row, column });
+    if (next < place.count) onPick(next);
   };
   new ResizeObserver(() => last && paint(...last)).observe(pad);
   return { lay, paint };

@@ -1,11 +1,11 @@
 const PAGE = 24;
-let index = null, order = [], page = 0, current = null;
+let index = null, home = "", order = [], page = 0, current = null;
 const chunks = new Map(), arrived = new Map();
 const short = (x) => (Math.abs(x) >= 1000 || (x && Math.abs(x) < 0.01) ? x.toExponential(1) : Number(x.toPrecision(3)).toString()).replaceAll("-", "−");
 const share = (x) => (x > 0 && x < 0.0001 ? "<0.01 %" : `${Number((100 * x).toPrecision(2))} %`);
 const title = (unit) => (index.sheets ? index.names[unit] : index.names[unit] ? `${unit} ${index.names[unit]}` : String(unit));
 /* The images of a page of one unit are inside it. */
-const sheetOf = (at) => index.sheets?.[at] ?? `images/${String(at).padStart(4, "0")}.jpg`;
+const sheetOf = (at) => index.sheets?.[at] ?? `${home}${String(at).padStart(4, "0")}.jpg`;
 
 /* The data of a unit, from the script that holds it. */
 function load(unit) {
@@ -14,7 +14,7 @@ function load(unit) {
     chunks.set(at, new Promise((resolve, reject) => {
       arrived.set(at, resolve);
       if (index.sheets) return; /* the page hands them over itself */
-      document.head.append(make("script", { src: `data/units-${String(at).padStart(4, "0")}.js`, onerror: () => { chunks.delete(at); reject(new Error(`data/units-${at} is missing`)); } }));
+      document.head.append(make("script", { src: `${home}units-${String(at).padStart(4, "0")}.js`, onerror: () => { chunks.delete(at); reject(new Error(`${home}units-${at} is missing: was the gallery written anew? Load the page again.`)); } }));
     }));
   }
   return chunks.get(at).then((units) => units[unit - at * index.chunk]);
@@ -168,6 +168,6 @@ document.onkeydown = (event) => {
   if (next !== undefined) location.hash = next;
 };
 return {
-  index: (made) => { index = made; sort(); route(); root.dataset.ready = "yes"; },
+  index: (made) => { index = made; home = (document.currentScript.getAttribute("src") ?? "").replace("index.js", ""); sort(); route(); root.dataset.ready = "yes"; },
   chunk: (at, units) => arrived.get(at)?.(units),
 };

@@ -58,7 +58,8 @@ function paint() {
 function tell(row, column, query, key) {
   const best = (values) => Array.from(values, (value, token) => [value, token]).filter(([value]) => value > -Infinity).sort((a, b) => b[0] - a[0]).slice(0, 3)
     .map(([value, token]) => `${place.names[token]} (${spell(value, state.scores)})`).join("; ");
-  const where = data.layers[state.layer].windows ? `, window ${state.window}` : "";
+  const { within } = data.layers[state.layer];
+  const where = within ? `, ${within} ${state.window}` : "";
   $("words").textContent = `Layer ${data.layers[state.layer].label}, head ${state.head}${where}. ${place.names[query]} attends most to ${best(row)}. ${place.names[key]} gets most from ${best(column)}.`;
 }
 
@@ -156,7 +157,7 @@ function options(select, names, chosen) {
 }
 async function show(change) {
   Object.assign(state, change);
-  const { heads, windows, tokens, scores } = data.layers[state.layer];
+  const { heads, windows, within, tokens, scores } = data.layers[state.layer];
   state.head = Math.min(state.head, heads - 1);
   state.window = Math.min(state.window, Math.max(windows, 1) - 1);
   state.scores &&= scores;
@@ -164,13 +165,14 @@ async function show(change) {
   const made = await store.load(state.layer);
   if (asked !== JSON.stringify([state.layer, state.head, state.window])) return;
   place = placeOf(state.layer);
+  if (within === "frame") place.photo = state.window;
   [state.query, state.key] = [Math.min(state.query, tokens - 1), Math.min(state.key, tokens - 1)];
   shown = store.head(made, mapOf(state.layer) + state.head);
   out.lay(place);
   into.lay(place);
   options($("layer"), data.layers.map((layer) => layer.label), state.layer);
   options($("head"), Array.from({ length: heads }, (_, head) => head), state.head);
-  if ($("window")) { $("window-label").hidden = !windows; options($("window"), Array.from({ length: windows }, (_, at) => `${at} of ${windows}`), state.window); }
+  if ($("window")) { $("window-label").hidden = !windows; $("window-kind").textContent = within && within[0].toUpperCase() + within.slice(1); options($("window"), Array.from({ length: windows }, (_, at) => `${at} of ${windows}`), state.window); }
   document.querySelectorAll("[name=what]").forEach((radio) => { radio.disabled = !scores; radio.checked = (radio.value === "scores") === state.scores; });
   paintMatrix();
   paint();

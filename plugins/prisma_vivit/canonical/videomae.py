@@ -54,7 +54,7 @@ class VideoMAEAdapter(VideoAdapter):
         base = upstream.videomae if at else upstream
         positions = base.embeddings.position_embeddings
         like = parts.dtype_of(upstream)
-        first = next(iter(base.encoder.layer))
+        first = base.encoder.layer[0]
         layer = f"{at}encoder.layer.{{l}}"
 
         def fixed() -> Tensor:  # of no tensor that upstream saves: "zeros" in its row only holds the place

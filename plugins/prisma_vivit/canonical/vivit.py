@@ -50,7 +50,7 @@ class VivitAdapter(VideoAdapter):
     def weights(self, upstream: Reader, spec: ModelSpec) -> WeightMap:
         at = "vivit." if upstream.is_a(CLASSIFIER) else ""
         base = upstream.vivit if at else upstream
-        first = next(iter(base.layers))
+        first = base.layers[0]
         layer = f"{at}layers.{{l}}"
         return WeightMap.parse(
             f"""

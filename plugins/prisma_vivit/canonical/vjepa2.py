@@ -68,7 +68,7 @@ class VJEPA2Adapter(VideoAdapter):
             embed=embed,
             layout=layout,
             blocks=tuple(block(layer) for layer in encoder.layer),
-            rope=_rope([layer.attention for layer in encoder.layer]),
+            rope=_rope(encoder.layer),
             ln_final=parts.norm(encoder.layernorm),
             pool=PoolSpec(kind="none"),
             d_pool=proj.out_channels,
@@ -83,7 +83,7 @@ class VJEPA2Adapter(VideoAdapter):
             d_head = spec.blocks[0].attn.d_head
             return torch.cat(count_tables(rope, "interleaved", layout.n_patches, 0, d_head, like))
 
-        first = next(iter(upstream.encoder.layer))
+        first = upstream.encoder.layer[0]
         layer = "encoder.layer.{l}"
         return WeightMap.parse(
             f"""
@@ -146,12 +146,13 @@ def block(layer: Reader) -> BlockSpec:
     )
 
 
-def _rope(attentions: list[Reader]) -> RopeSpec:
+def _rope(layers: Reader) -> RopeSpec:
+    first, attentions = layers[0].attention, [layer.attention for layer in layers]
     facts = {(attn.d_dim, attn.h_dim, attn.w_dim, attn.grid_size) for attn in attentions}
     (frame, row, column, side), *others = facts
     if others or len({frame, row, column}) != 1 or not frame:
-        raise attentions[0].unsupported("rotary positions that turn different numbers of channels, or none")
-    if attentions[0].attention_head_size % 2:
-        raise attentions[0].unsupported("rotary positions in heads of an odd number of channels")
+        raise first.unsupported("rotary positions that turn different numbers of channels, or none")
+    if first.attention_head_size % 2:
+        raise first.unsupported("rotary positions in heads of an odd number of channels")
     grid = RopeCount(pairs=frame // 2, theta=THETA, tiled=True, rows=side, columns=side)
     return RopeSpec(layout="interleaved", grid=grid)

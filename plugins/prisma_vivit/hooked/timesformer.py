@@ -56,8 +56,8 @@ class TimesformerAdapter(MapAdapter):
                 classifier : in  ->  hook_pooled  : {how(lead, "d_model")}  = first(ln_final)
                 classifier       ->  hook_logits  : {batch} class  = classifier(pooled)
             """
-        config = base.module.config
-        return HookMap.parse(rows, head=config.num_attention_heads, frame=config.num_frames)
+        heads = base.encoder.layer[0].attention.attention.num_heads
+        return HookMap.parse(rows, head=heads, frame=base.module.config.num_frames)
 
     def preprocess(self, upstream: Reader, processor: Any) -> VideoPreprocess:
         return preprocess_of(processor, self.spec(upstream).shape[0])

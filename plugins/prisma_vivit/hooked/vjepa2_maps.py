@@ -71,8 +71,7 @@ class VJEPA2PredictorAdapter(MapAdapter):
     types = (PREDICTOR, "prisma_vivit.hooked.vjepa2_maps.Predictor")
 
     def spec(self, upstream: Reader) -> MapSpec:
-        config = _predictor(upstream).module.config
-        layout = _layout(config)
+        layout = _layout(_predictor(upstream))
         shape = (layout.n_tokens, _predictor(upstream).embeddings.predictor_embeddings.in_features)
         return MapSpec(shape=shape, layout=layout)
 
@@ -118,11 +117,12 @@ class VJEPA2ClassifierAdapter(MapAdapter):
 
     def spec(self, upstream: Reader) -> MapSpec:
         config, proj = upstream.module.config, upstream.vjepa2.encoder.embeddings.patch_embeddings.proj
+        layout = _layout(upstream)
         frames, side, patch = config.frames_per_clip, config.crop_size, config.patch_size
         return MapSpec(
             shape=(frames, proj.in_channels, side, side),
             sizes=((frames, proj.in_channels, side + patch, side + 2 * patch), (frames, proj.in_channels, side, patch)),
-            layout=_layout(config),
+            layout=layout,
             n_classes=parts.classes(upstream.classifier),
         )
 
@@ -166,7 +166,11 @@ class VJEPA2ClassifierAdapter(MapAdapter):
         yield from rotary_equations(upstream.vjepa2.encoder.layer, acts, twice=False)
 
 
-def _layout(config: Any) -> TokenLayout:
+def _layout(upstream: Reader) -> TokenLayout:
+    config = upstream.module.config
+    names = ("frames_per_clip", "tubelet_size", "crop_size", "patch_size")
+    if wrong := [f"{name}={size!r}" for name in names if type(size := getattr(config, name)) is not int or size < 1]:
+        raise upstream.unsupported(f"a config with {', '.join(wrong)}, where a whole number above 0 is expected")
     side = config.crop_size // config.patch_size
     return TokenLayout(frames=config.frames_per_clip // config.tubelet_size, rows=side, columns=side)
 
@@ -176,7 +180,7 @@ def _predictor(upstream: Reader) -> Reader:
 
 
 def _heads(holder: Reader) -> int:
-    return next(iter(holder.layer)).attention.num_attention_heads
+    return holder.layer[0].attention.num_attention_heads
 
 
 def _fused(holder: Reader) -> bool:

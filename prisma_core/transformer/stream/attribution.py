@@ -269,7 +269,7 @@ class LogitAttribution(Stream):
         return share[..., tokens].to(stack)
 
     def _check_stack(self, stack: Tensor) -> None:
-        """Refuse what is no stack of this cache's images, or texts.
+        """Check that a tensor is a stack of this cache's images, or texts.
 
         Raises:
             InputError: with the shape expected.

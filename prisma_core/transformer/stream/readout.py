@@ -65,5 +65,5 @@ class Readout:
 
 
 def latent(x: Tensor, how: str) -> Tensor:
-    """Return what is read of the queries that pool, on the last axis but one."""
+    """Return the first pooling query, or the mean of all, along the last axis but one."""
     return x.select(-2, 0) if how == "first" else x.mean(-2)

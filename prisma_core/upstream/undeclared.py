@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from prisma_core.errors import UnsupportedArchitecture
 from prisma_core.maps.reader import TORCH, Reader, qualified_name
-from prisma_core.toolbox.replaced import name_of, replaced_on_class, replaced_on_instance, root_of
+from prisma_core.upstream.replaced import name_of, replaced_on_class, replaced_on_instance, root_of
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 READ_ONLY = ("transformers.utils.output_capturing",)  # modules of hooks that keep what they are shown

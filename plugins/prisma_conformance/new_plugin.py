@@ -18,8 +18,7 @@ from typing import Annotated, NamedTuple, cast
 import typer
 from rich.markup import escape
 
-from prisma_core.errors import InputError, LoadError
-from prisma_core.toolbox.screen import out
+from prisma_core.plugin import InputError, LoadError, PrismaError, UnknownName, installed, screen
 
 # Which template makes which file; the folder is the package's.
 WRITTEN = {
@@ -74,14 +73,12 @@ def new_plugin(
     folder = folder or Path(f"prisma-{dashed}")
     _write(folder, _texts(name, dashed, upstream, as_map))
     where = shlex.quote(str(folder))
-    out().print(f"Wrote {escape(str(folder))}. Go on with:\n", soft_wrap=True)
+    screen.out().print(f"Wrote {escape(str(folder))}. Go on with:\n", soft_wrap=True)
     steps = (f"cd {where}", 'pip install -e ".[test]"', f"prisma check {name}:tiny", "pytest")
-    out().print("\n".join(f"  {escape(step)}" for step in steps), soft_wrap=True)
+    screen.out().print("\n".join(f"  {escape(step)}" for step in steps), soft_wrap=True)
 
 
 def _check_name(name: str) -> None:
-    from prisma_core.host import RESERVED, installed
-
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         proper = re.sub(r"\W+", "_", name.lower()).strip("_0123456789")
         usable = proper if proper and not keyword.iskeyword(proper) else "my_vit"
@@ -91,10 +88,20 @@ def _check_name(name: str) -> None:
         raise InputError(
             f"There is a plugin {name!r} already: {info.module} of {info.distribution}. Choose another name."
         )
-    if name in installed().sources() or name in RESERVED:
+    if _is_source(name):
         raise InputError(f"There is a source {name!r} already. Choose another name.")
     if importlib.util.find_spec(f"prisma_{name}") is not None:
         raise InputError(f"There is a package prisma_{name} already. Choose another name.")
+
+
+def _is_source(name: str) -> bool:
+    try:
+        installed().source(name)
+    except UnknownName:
+        return False
+    except PrismaError:  # its library is missing, several plugins claim it, or it is Prisma's own
+        return True
+    return True
 
 
 def _upstream(kind: str) -> Upstream:
@@ -104,8 +111,6 @@ def _upstream(kind: str) -> Upstream:
         InputError: it cannot be imported, is no module, or has an adapter.
     """
     from torch import nn
-
-    from prisma_core.host import installed
 
     path, _, attribute = kind.rpartition(".")
     try:
@@ -167,7 +172,7 @@ def _texts(name: str, dashed: str, upstream: Upstream | None, as_map: bool) -> d
     camel = "".join(part.capitalize() for part in name.split("_"))
     facts = {"name": name, "dashed": dashed, "camel": camel, "title": camel, **own}
     facts["adapter_says"] = MAP_SAYS if as_map else SAYS
-    templates = files("prisma_core.cli") / "templates" / "plugin"
+    templates = files("prisma_conformance") / "templates" / "plugin"
     texts = {
         Template(path).substitute(facts): (templates / f"{template}.template").read_text(encoding="utf-8")
         for path, template in written.items()

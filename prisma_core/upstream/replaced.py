@@ -22,15 +22,18 @@ from prisma_core.maps.reader import qualified_name
 CALLS = ("__call__", "_call_impl", "forward")  # where the call of a module begins
 COMPILED = "_compiled_call_impl"  # set by module.compile()
 ACCELERATE = ("AlignDevicesHook", "CpuOffload", "SequentialHook")  # its hooks that move tensors
+TREE = ("_modules", "_parameters", "_buffers")
 PLAIN = {"torch", *sys.stdlib_module_names}
 
 
 def replaced_on_instance(module: nn.Module) -> str:
     """Say which method was set on a module itself; empty where none was, or it is the class's in a harmless wrapper."""
     for name, value in vars(module).items():
+        if any(name in vars(module)[inside] for inside in TREE):
+            return f"an attribute {name} in the place of its part of that name. Take it off before (del module.{name})"
         if name not in (*CALLS, COMPILED) and not _is_method(type(module), name):
             continue
-        if callable(value) and not _original(value, module, name):
+        if callable(value) and not is_original(value, module, name):
             return (
                 f"a {name} of this instance's own ({name_of(value)}) in the place of its class's. Take it off before "
                 f"(del module.{name})"
@@ -51,17 +54,18 @@ def replaced_on_class(kind: type[nn.Module], packages: set[str], seen: set[Funct
         owner = next((each for each in kind.__mro__ if name in vars(each)), object)
         functions = list(_functions(vars(owner).get(name)))
         wrong = [one for one in functions if not _belongs(one, owner.__module__, known)]
-        if not (wrong or root_of(owner.__module__) in PLAIN or any(_is_own(one, owner) for one in functions)):
+        library = owner is not nn.Module and root_of(owner.__module__) not in PLAIN - {"torch"}
+        if library and not (wrong or any(_is_own(one, owner) for one in functions)):
             wrong = functions or ([vars(owner)[name]] if name in CALLS else [])
         if wrong:
             return f"a {name} that is not its class's own ({name_of(wrong[0])}). Put back the library's"
         for function in functions:
-            if not isinstance(function, FunctionType) or root_of(_home(function)) not in known - PLAIN:
+            if not isinstance(function, FunctionType) or root_of(home_of(function)) not in known - PLAIN:
                 continue
             for place, called in _reached(function, known - PLAIN, seen):
                 if not _belongs(called, place.rpartition(".")[0], known):
                     return f"{name_of(called)} in the place of {place}, which it calls. Put back the library's"
-            names += [one for one in _names(function.__code__) if one not in names and _is_method(kind, one)]
+            names += [one for one in names_in(function.__code__) if one not in names and _is_method(kind, one)]
     return ""
 
 
@@ -73,14 +77,28 @@ def root_of(name: str) -> str:
 def name_of(function: object) -> str:
     """A function's qualified name, whatever it says that it wraps; or its type's."""
     if isinstance(function, FunctionType):
-        return f"{_home(function)}.{function.__code__.co_qualname}"
+        return f"{home_of(function)}.{function.__code__.co_qualname}"
     home, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     return f"{home}.{name}" if name else qualified_name(function)
 
 
-def _original(value: Any, module: nn.Module, name: str) -> bool:
+def home_of(function: FunctionType) -> str:
+    """The module that a function is of; where its code is not that module's, the file of the code."""
+    there, file = function.__globals__, function.__code__.co_filename
+    return str(there.get("__name__", "")) if there.get("__file__", file) == file else file
+
+
+def names_in(code: CodeType) -> Iterator[str]:
+    """Yield the names of globals and attributes in a function's code, and in that of functions inside."""
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from names_in(inner)
+
+
+def is_original(value: Any, module: nn.Module, name: str) -> bool:
     """Whether a method set on an instance is its class's, in wrappers that change no number."""
-    while isinstance(value, FunctionType) and _home(value).startswith("torch._dynamo."):
+    while isinstance(value, FunctionType) and home_of(value).startswith("torch._dynamo."):
         value = cast("Any", getattr(value, "_torchdynamo_orig_callable", getattr(value, "__wrapped__", None)))
     if isinstance(value, functools.partial) and value.func.__module__ == "accelerate.hooks":
         hooks = getattr(module, "_hf_hook", None)
@@ -91,13 +109,9 @@ def _original(value: Any, module: nn.Module, name: str) -> bool:
     return isinstance(value, MethodType) and value.__self__ is module and value.__func__ is getattr(type(module), name)
 
 
-def _home(function: FunctionType) -> str:
-    return str(function.__globals__.get("__name__", ""))
-
-
 def _belongs(value: Any, module: str, known: set[str]) -> bool:
     """Whether a callable comes from a known package, or from one that the module imports by its own text."""
-    home = root_of(_home(value) if isinstance(value, FunctionType) else type(value).__module__)
+    home = root_of(home_of(value) if isinstance(value, FunctionType) else type(value).__module__)
     if home in (PLAIN if root_of(module) == "torch" else known):
         return True
     try:
@@ -108,8 +122,7 @@ def _belongs(value: Any, module: str, known: set[str]) -> bool:
 
 
 def _is_own(function: Any, owner: type) -> bool:
-    name = getattr(function, "__qualname__", "").rpartition(".")[0]
-    return function.__module__ == owner.__module__ and name == owner.__qualname__
+    return name_of(function).rpartition(".")[0] == f"{owner.__module__}.{owner.__qualname__}"
 
 
 def _is_method(kind: type, name: str) -> bool:
@@ -135,14 +148,6 @@ def _functions(value: Any) -> Iterator[Any]:
             rest += [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if cell != CellType()]
 
 
-def _names(code: CodeType) -> Iterator[str]:
-    """Yield the names of globals and attributes in a function's code, and in that of functions inside."""
-    yield from code.co_names
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            yield from _names(inner)
-
-
 def _reached(function: FunctionType, into: set[str], seen: set[FunctionType]) -> Iterator[tuple[str, FunctionType]]:
     """Yield the functions that a function calls by name, with their places; so on in those of the packages ``into``."""
     rest = [function]
@@ -151,9 +156,9 @@ def _reached(function: FunctionType, into: set[str], seen: set[FunctionType]) ->
         if function in seen:
             continue
         seen.add(function)
-        names = set(_names(function.__code__))
+        names = set(names_in(function.__code__))
         there = function.__globals__
-        places = {f"{_home(function)}.{name}": there[name] for name in names & there.keys()}
+        places = {f"{home_of(function)}.{name}": there[name] for name in names & there.keys()}
         modules = [value for value in places.values() if isinstance(value, ModuleType)]
         for module in [one for one in modules if root_of(one.__name__) == "torch"]:
             inner = [module, *(value for name in names if isinstance(value := vars(module).get(name), ModuleType))]
@@ -163,5 +168,5 @@ def _reached(function: FunctionType, into: set[str], seen: set[FunctionType]) ->
             for called in _functions(value) if isinstance(value, FunctionType) else ():
                 if isinstance(called, FunctionType):
                     yield place, called
-                    if root_of(_home(called)) in into:
+                    if root_of(home_of(called)) in into:
                         rest.append(called)

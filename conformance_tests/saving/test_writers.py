@@ -1,0 +1,304 @@
+"""Every function that writes leaves the old files or the new ones, whatever stops it, and says what the disk said."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import prisma_sae
+import pytest
+import torch
+from coders import D_IN, D_SAE, standard
+from models import build
+from prisma_lens import TunedLens
+from prisma_sae import CoderFacts, SparseCoder
+
+import prisma_core as prisma
+from prisma_core import ActivationCache, LoadError, Result
+from prisma_core.plugin import write_text
+
+# -------------------------------------------------------------------- one mechanism
+
+# Calls that write, and where one may stand outside of a block that replaces: what is written there is new or temporary.
+WRITES = {"write_text", "write_bytes", "save_file", "savefig", "write_html", "write_image", "save_objects"}
+ELSEWHERE = {
+    "plugins/prisma_conformance/new_plugin.py": "a new folder, or none",
+    "prisma_core/files/unpickled.py": "save_objects itself",
+    "plugins/prisma_clip/texts.py": "a processor's folder, which save made",
+    "plugins/prisma_hf/processors.py": "a processor's folder, which save made",
+    "plugins/prisma_hf/texts.py": "a processor's folder, which save made",
+    "plugins/prisma_view/still.py": "a stream in memory",
+}
+SAFE = {"replacing", "replacing_both", "staging", "TemporaryDirectory"}
+
+
+def name_of(call: ast.Call) -> str:
+    return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+
+
+def writes(tree: ast.AST, safe: bool = False) -> Iterator[tuple[int, str]]:
+    """Yield the line and name of each call that writes where nothing replaces."""
+    for node in ast.iter_child_nodes(tree):
+        inside = safe or (
+            isinstance(node, ast.With)
+            and any(isinstance(one.context_expr, ast.Call) and name_of(one.context_expr) in SAFE for one in node.items)
+        )
+        if isinstance(node, ast.Call) and not inside:
+            name, given = name_of(node), [getattr(one, "value", None) for one in node.args]
+            module = getattr(getattr(node.func, "value", None), "id", "")
+            own = isinstance(node.func, ast.Name) and name == "write_text"
+            if (name in WRITES and not own) or (name == "save" and module == "torch"):
+                yield node.lineno, name
+            if name == "open" and any(isinstance(mode, str) and set(mode) & set("wx") for mode in given[:2]):
+                yield node.lineno, name
+        yield from writes(node, inside)
+
+
+def test_nothing_is_written_in_place() -> None:
+    root = Path(prisma.__file__).parents[1]
+    files = [*root.glob("prisma_core/**/*.py"), *root.glob("plugins/**/*.py")]
+    found = {
+        str(path.relative_to(root)): list(writes(ast.parse(path.read_text(encoding="utf-8"))))
+        for path in files
+        if "templates" not in path.parts
+    }
+    assert {name: calls for name, calls in found.items() if calls and name not in ELSEWHERE} == {}
+    assert {name for name in ELSEWHERE if not found[name]} == set()  # none is left over
+
+
+def test_a_write_in_place_is_seen() -> None:
+    code = "with replacing(p) as q:\n q.write_text(x)\np.write_text(x)\ntorch.save(x, p)\nopen(p, 'w')\n"
+    code += "write_text(p, x)"
+    assert list(writes(ast.parse(code))) == [(3, "write_text"), (4, "save"), (5, "open")]
+
+
+# -------------------------------------------------------------------- files that may be stopped
+
+
+class Writer(NamedTuple):
+    """A function that writes something of a seed to a path, and one that says of which seed it is."""
+
+    write: Callable[[int, Path], object]
+    read: Callable[[Path], int]
+
+
+def result(seed: int) -> Result:
+    return Result(torch.full((400,), float(seed)), ("unit",), technique="t", unit="u")
+
+
+def cache(seed: int) -> ActivationCache:
+    model = build(seed=0)
+    return model.run_with_cache(torch.full((1, 3, *model.spec.image_size), float(seed)), names="z")[1]
+
+
+def seed_of_result(folder: Path) -> int:
+    return int(Result.load(folder / "x.safetensors").values[0])
+
+
+def seed_of_text(folder: Path) -> int:
+    (seed,) = set((folder / "x.txt").read_text())
+    return int(seed)
+
+
+def seed_of_cache(folder: Path) -> int:
+    z = ActivationCache.load(folder / "x.safetensors", build(seed=0))["z", 0]
+    return next(seed for seed in (0, 1) if torch.equal(z, cache(seed)["z", 0]))
+
+
+def lens(seed: int) -> TunedLens:
+    made = TunedLens({"d_model": 24, "num_hidden_layers": 2, "bias": True, "unembed_hash": str(seed)})
+    torch.nn.init.constant_(made.layer_translators[1].bias, seed)
+    return made
+
+
+def seed_of_lens(folder: Path) -> int:
+    made = TunedLens.load(folder)
+    seeds = {int(made.config["unembed_hash"]), int(made.layer_translators[1].bias[0])}
+    assert len(seeds) == 1, "a mixture"
+    return seeds.pop()
+
+
+def sparse_coder(seed: int) -> SparseCoder:
+    facts = CoderFacts(kind="standard", d_in=D_IN, d_sae=D_SAE, d_out=D_IN, more={"seed": seed})
+    return SparseCoder(facts, {**standard(), "b_enc": torch.full((D_SAE,), float(seed))})
+
+
+def seed_of_coder(folder: Path) -> int:
+    made = prisma_sae.read(folder)
+    seeds = {made.facts.more["seed"], int(made.b_enc[0])}
+    assert len(seeds) == 1, "a mixture"
+    return seeds.pop()
+
+
+WRITERS: dict[str, Writer] = {
+    "a result": Writer(lambda seed, at: result(seed).save(at / "x.safetensors"), seed_of_result),
+    "a cache": Writer(lambda seed, at: cache(seed).save(at / "x.safetensors"), seed_of_cache),
+    "a tuned lens": Writer(lambda seed, at: lens(seed).save(at), seed_of_lens),
+    "a lens in another form": Writer(lambda seed, at: lens(seed).save(at, safetensors=bool(seed)), seed_of_lens),
+    "a sparse coder": Writer(lambda seed, at: prisma_sae.save(sparse_coder(seed), at), seed_of_coder),
+    "a text": Writer(lambda seed, at: write_text(at / "x.txt", str(seed) * 9000), seed_of_text),
+}
+
+
+@pytest.fixture(params=WRITERS)
+def writer(request: pytest.FixtureRequest, in_float64: None) -> Writer:
+    return WRITERS[request.param]
+
+
+STEPS = ("replace", "fsync", "mkdir", "unlink")
+
+
+def stopped_at(n: int, patch: pytest.MonkeyPatch, stop: Callable[[], None]) -> None:
+    """Stop whatever writes at its n-th step on the disk."""
+    calls = 0
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == n:
+                stop()
+            return function(*given, **options)
+
+        return call
+
+    for name in STEPS:
+        patch.setattr(os, name, counted(getattr(os, name)))
+
+
+def full() -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_an_error_at_any_step(writer: Writer, tmp_path: Path) -> None:
+    for n in range(1, 40):
+        writer.write(0, tmp_path)
+        with pytest.MonkeyPatch.context() as patch:
+            stopped_at(n, patch, full)
+            try:
+                writer.write(1, tmp_path)
+                saved = True
+            except LoadError as error:
+                saved = "No space left on device" not in str(error)
+        assert writer.read(tmp_path) in ((1,) if saved else (0, 1))
+    assert n > 1
+    assert saved  # there are no more steps
+    writer.write(0, tmp_path)
+    assert writer.read(tmp_path) == 0
+    assert len(list(tmp_path.iterdir())) <= 3  # nothing is left over
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork and no kill -9")
+
+
+def child(work: Callable[[], object]) -> int:
+    """Return the number of a process that does some work and ends."""
+    if pid := os.fork():
+        return pid
+    try:
+        work()
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_kill_at_any_step(writer: Writer, tmp_path: Path) -> None:
+    def killed(n: int) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            stopped_at(n, patch, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            writer.write(1, tmp_path)
+
+    for n in range(1, 40):
+        writer.write(0, tmp_path)
+        status = os.waitpid(child(partial(killed, n)), 0)[1]
+        assert writer.read(tmp_path) in ((0, 1) if os.WIFSIGNALED(status) else (1,))
+        if not os.WIFSIGNALED(status):
+            break
+    assert 1 < n < 39
+    writer.write(0, tmp_path)
+    assert writer.read(tmp_path) == 0
+    assert len(list(tmp_path.iterdir())) <= 3  # what the killed left is removed
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_readers_beside_two_writers(writer: Writer, tmp_path: Path) -> None:
+    writer.write(0, tmp_path)
+
+    def work(*seeds: int) -> None:
+        for seed in seeds * 15:
+            writer.write(seed, tmp_path)
+
+    pids = [child(partial(work, *seeds)) for seeds in ((0, 1), (1, 0))]
+    assert {writer.read(tmp_path) for _ in range(40)} <= {0, 1}
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
+    assert writer.read(tmp_path) in (0, 1)
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_disk_that_takes_no_more(writer: Writer, tmp_path: Path) -> None:
+    """As far as a limit on the length of files goes: what is longer cannot be written."""
+    import resource
+
+    writer.write(0, tmp_path)
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+        with pytest.raises(LoadError, match="cannot be written"):
+            writer.write(1, tmp_path)
+
+    assert os.waitpid(child(limited), 0)[1] == 0
+    assert writer.read(tmp_path) == 0
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_folder_that_may_not_be_written(writer: Writer) -> None:
+    home = Path(tempfile.mkdtemp())  # where whoever is not root may look too
+    home.chmod(0o755)
+    writer.write(0, home)
+    home.chmod(0o555)
+
+    def unprivileged() -> None:
+        if os.geteuid() == 0:
+            os.setgid(65534)
+            os.setuid(65534)
+        with pytest.raises(LoadError, match="cannot be written: Permission denied"):
+            writer.write(1, home)
+
+    try:
+        assert os.waitpid(child(unprivileged), 0)[1] == 0
+        assert writer.read(home) == 0
+    finally:
+        home.chmod(0o755)
+        shutil.rmtree(home)
+
+
+# -------------------------------------------------------------------- pairs that do not belong together
+
+
+def test_weights_of_another_coder_or_lens_are_refused(tmp_path: Path) -> None:
+    for kind, part in (("a sparse coder", "sae_weights.safetensors"), ("a tuned lens", "params.pt")):
+        for seed in (0, 1):
+            WRITERS[kind].write(seed, tmp_path / f"{kind}{seed}")
+        shutil.copy(tmp_path / f"{kind}1" / part, tmp_path / f"{kind}0" / part)
+        with pytest.raises(LoadError, match="holds other weights than"):
+            WRITERS[kind].read(tmp_path / f"{kind}0")
+
+
+def test_a_lens_saved_over_another_form_is_the_one_that_is_read(tmp_path: Path) -> None:
+    lens(1).save(tmp_path, safetensors=True)
+    lens(0).save(tmp_path)
+    assert seed_of_lens(tmp_path) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "params.pt"}

@@ -1,0 +1,39 @@
+"""JSON in files, read with one error for all that can be wrong with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from prisma_core.errors import LoadError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a file of JSON.
+
+    Raises:
+        LoadError: there is no such file, or it holds no JSON, JSON nested too deeply, or no object.
+    """
+    try:
+        return parse_json(path.read_text(encoding="utf-8"), path)
+    except FileNotFoundError as error:
+        raise LoadError(f"No file at {path}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise LoadError(f"{path} is no readable JSON: {reason}.") from error
+
+
+def parse_json(text: str | bytes, where: object) -> dict[str, Any]:
+    """Return the object that a text of JSON holds.
+
+    Raises:
+        LoadError: it holds something else.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise LoadError(f"{where} is no readable JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise LoadError(f"{where} holds a {type(value).__name__}; expected a JSON object.")
+    return value  # pyright: ignore[reportUnknownVariableType]

@@ -1,0 +1,90 @@
+"""Checks of the tensors that a model is given: axes, channels, dtype, device, and values that are numbers."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from prisma_core.errors import InputError
+from prisma_core.errors.arguments import shown
+
+
+def input_words(shape: tuple[int, ...]) -> tuple[str, str]:
+    """Return the words for an input of a shape in messages: ``image``, and ``an image [batch 3 224 224]``."""
+    what = {3: "image", 4: "video"}.get(len(shape), "input")
+    return what, f"{'a' if what == 'video' else 'an'} {what} [batch {' '.join(map(str, shape))}]"
+
+
+def check_input(value: object, shape: tuple[int, ...]) -> Tensor:
+    """Return an input with a batch axis, the channels of a shape, and floating point numbers.
+
+    Args:
+        shape: of one image, video or other input, without the batch.
+
+    Raises:
+        InputError: it is no tensor, or has another number of axes or channels, or whole numbers.
+    """
+    what, expected = input_words(shape)
+    if not isinstance(value, Tensor):
+        hint = "" if what == "input" else " model.preprocess makes one."
+        raise InputError(f"Expected a tensor, {expected}, got {shown(value)}.{hint}")
+    if value.ndim != len(shape) + 1:
+        hint = f" Add a batch axis: {what}[None]." if value.ndim == len(shape) else ""
+        raise InputError(f"Expected {expected}, got shape {list(value.shape)}.{hint}")
+    if len(shape) > 2 and value.shape[-3] != shape[-3]:
+        raise InputError(
+            f"Expected {shape[-3]} channels in {expected}, got shape {list(value.shape)}. "
+            "model.preprocess makes the right tensor."
+        )
+    if not value.is_floating_point():
+        raise InputError(f"Expected floating point numbers, got {value.dtype}. model.preprocess scales pixels.")
+    return value
+
+
+def check_place(what: str, x: Tensor, weight: Tensor | None) -> None:
+    """Refuse an input that is not where the weights are, or not of their dtype.
+
+    Raises:
+        InputError: with both, and what moves it.
+    """
+    if weight is None:
+        return
+    if x.device != weight.device:
+        raise InputError(
+            f"Expected the {what} on {weight.device}, where the model is; it is on {x.device}. "
+            f"Move it: {what}.to({str(weight.device)!r})."
+        )
+    if x.dtype == weight.dtype or not (x.is_floating_point() and weight.is_floating_point()):
+        return
+    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):  # else torch brings the two together
+        raise InputError(
+            f"Expected the {what} in {weight.dtype}, as the model's weights are; it is in {x.dtype}. "
+            f"Convert it: {what}.to({weight.dtype}), or the model: model.to({x.dtype})."
+        )
+
+
+def check_finite(what: str, x: Tensor) -> None:
+    """Refuse an input with values that are not numbers, where a check may look at them.
+
+    Raises:
+        InputError: with how many there are.
+    """
+    if not may_look(x) or x.detach().sum().isfinite():  # one sum tells, unless finite values overflow it
+        return
+    if bad := int((~torch.isfinite(x)).sum()):
+        raise InputError(f"The {what} holds {bad} values that are NaN or infinite.")
+
+
+def may_look(x: Tensor) -> bool:
+    """Return whether a check may look at the numbers of an input.
+
+    On a GPU it would stop the queue at every call, and neither ``torch.compile`` nor ``torch.vmap`` can trace it.
+    """
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not in_transform()
+
+
+def in_transform() -> bool:
+    """Return whether a transform of ``torch.func`` is running, such as ``vmap``."""
+    return cast("Any", torch)._C._functorch.maybe_current_level() is not None
