@@ -217,6 +217,38 @@ def test_a_replaced_submodule_of_a_compiled_model(model, image):
     assert (wanted - model(image)).abs().max() > 1e-6
 
 
+def breaking(x, at):
+    torch._dynamo.graph_break()  # as printing, .item() or numpy do: what follows is compiled in parts, block by block
+    return x / 2
+
+
+def looking(x, at):
+    return x * 2 if x.sum().item() > 0 else x / 2
+
+
+@pytest.mark.parametrize(
+    "hooks",
+    [
+        {("resid_post", 0): breaking},
+        {("pattern", 0): looking},
+        {("resid_pre", 1): breaking, ("z", 2): halve},
+        {"z": looking, ("mlp_out", 1): breaking},
+        {"ln1.scale": breaking, ("resid_mid", -1): silence},
+    ],
+)
+def test_hooks_that_cannot_be_traced_run_at_their_own_points(make, image, hooks):
+    model = make(layers=3).requires_grad_(False)
+    run = torch.compile(model, backend="eager")
+    wanted, eager = model.run_with_cache(image, names=["resid_pre", "z"], hooks=hooks)
+    with model.hooks(hooks):
+        torch.testing.assert_close(run(image), wanted, **CLOSE)
+    with model.hooks(hooks), model.caching(["resid_pre", "z"]) as cache:
+        torch.testing.assert_close(run(image), wanted, **CLOSE)
+    for name in eager:
+        torch.testing.assert_close(cache[name], eager[name], **CLOSE)
+    torch.testing.assert_close(run(image), model(image), **CLOSE)
+
+
 def test_inductor(model, image):
     """The default backend, once."""
     model, image = model.float(), image.float()

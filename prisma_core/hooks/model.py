@@ -79,13 +79,13 @@ class HookedModel(nn.Module):
         {'blocks.0.attn.hook_z': [<function halve at 0x...>]}
         """
         scopes, hooks = OPEN_SCOPES.get(), dict[str, list[Callable[..., object]]]()
-        for name, point in self.hook_points().items():
+        for name, key in ((name, point.key) for name, point in self.hook_points().items()):
             placed: list[Callable[..., object]] = [
-                scope.splices[point].splice for scope in scopes if point in scope.splices
+                scope.splices[key].splice for scope in scopes if key in scope.splices
             ]
-            placed += [hook.hook for scope in scopes for hook in scope.edits.get(point, ())]
-            placed += [hook.hook for scope in scopes for hook in scope.backward.get(point, ())]
-            captures = [capture for scope in scopes for capture in scope.captures.get(point, ())]
+            placed += [hook.hook for scope in scopes for hook in scope.edits.get(key, ())]
+            placed += [hook.hook for scope in scopes for hook in scope.backward.get(key, ())]
+            captures = [capture for scope in scopes for capture in scope.captures.get(key, ())]
             if placed or captures:
                 hooks[name] = [*placed, *captures]
         return hooks
@@ -175,7 +175,7 @@ class HookedModel(nn.Module):
         scope, cache = self._scope(sites), self._cache(sites, layout=self.fixed_layout, pos=pos)
         keeps = self._keeps(cache, sites, names, heads=heads, device=device, dtype=dtype, detach=detach)
         for name, keep in keeps.items():
-            scope.captures[sites[name].point] = (keep,)
+            scope.captures[sites[name].point.key] = (keep,)
             if names is not None:  # None means whatever the pass goes by
                 scope.expect(keep, sites[name].owner)
         return ScopeContext(scope, cache)
@@ -268,11 +268,11 @@ class HookedModel(nn.Module):
         keeps = self._keeps(cache, sites, names, heads=heads, device=device, dtype=dtype, detach=detach)
         stop = Countdown(len(keeps))
         for name, keep in keeps.items():
-            point = sites[name].point
+            key = sites[name].point.key
             if loss is not None:  # gradients are by what flows through the model: cuts and casts come after them
-                scope.backward[point] = ()
+                scope.backward[key] = ()
                 keep = Keep(whole, name, detach=False)
-            scope.captures[point] = (keep,) if output else (keep, stop)
+            scope.captures[key] = (keep,) if output else (keep, stop)
             if names is not None:
                 scope.expect(keep, None)
         with nullcontext() if loss is None else torch.enable_grad():
@@ -328,7 +328,7 @@ class HookedModel(nn.Module):
             for name, hook in by_name(sites, mapping):
                 point, owner = sites[name]
                 placed = PlacedHook(HookContext(name, point.axes), hook, scope.points)
-                places[point] = (*places.get(point, ()), placed)
+                places[point.key] = (*places.get(point.key, ()), placed)
                 scope.expect(placed, None if surely else owner)
         return scope
 

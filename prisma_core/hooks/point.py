@@ -63,10 +63,11 @@ class HookPoint:
         equation: what the activation is, in the field's symbols.
     """
 
-    __slots__ = ("axes", "derived", "equation", "order")
+    __slots__ = ("axes", "derived", "equation", "key", "order")
 
     def __init__(self, axes: str, equation: str, *, derived: bool = False):
         self.order = next(_ORDER)  # modules make their hook points in the order in which they fire
+        self.key = str(self.order)  # in scopes: torch.compile guards on which text it is, and not on which object
         self.axes = expect(axes, str, "the names of axes, such as 'batch pos d_model'")
         check_flags(derived=derived)
         self.derived = derived
@@ -74,22 +75,24 @@ class HookPoint:
 
     def __call__(self, x: Tensor) -> Tensor:
         scopes = OPEN_SCOPES.get()
-        for scope in scopes:  # a loop: each pass comes by all points, and most are asked for by none
-            if self in scope.touched:
-                return _fire(scopes, self, x)
-        return x
+        return _fire(scopes, self, x) if scopes and self.wanted else x
 
     @property
     def wanted(self) -> bool:
         """Whether an open scope reads or edits this point."""
         scopes = OPEN_SCOPES.get()
-        return bool(scopes) and any(self in scope.touched for scope in scopes)
+        return bool(scopes) and any(self.key in scope.touched for scope in scopes)
 
     @property
     def edited(self) -> bool:
         """Whether an open scope may change the activation, or ask for its gradient."""
         scopes = OPEN_SCOPES.get()
-        return any(self in scope.edits or self in scope.backward or self in scope.splices for scope in scopes)
+        return any(self.key in each for scope in scopes for each in (scope.edits, scope.backward, scope.splices))
+
+    def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
+        """Take the state of another, as a copy: in the same order, and no scope of the other runs here."""
+        for name, value in {**state[1], "key": str(next(_ORDER))}.items():
+            setattr(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
         raise unknown_attribute(self, name)
@@ -200,7 +203,7 @@ class PlacedSplice(Placed):
 
 @dataclass(eq=False)
 class Scope:
-    """Hooks and captures by hook point: splices run first, then edits, then gradient hooks, then captures.
+    """Hooks and captures by the key of a hook point: splices run first, then edits, then gradient hooks, then captures.
 
     Closing a scope empties it, so it has no effect in any thread or task that still refers to it.
 
@@ -214,13 +217,13 @@ class Scope:
     """
 
     points: frozenset[HookPoint]
-    splices: dict[HookPoint, PlacedSplice] = field(default_factory=dict[Any, Any])
-    edits: dict[HookPoint, tuple[PlacedHook, ...]] = field(default_factory=dict[Any, Any])
-    backward: dict[HookPoint, tuple[PlacedHook, ...]] = field(default_factory=dict[Any, Any])
-    captures: dict[HookPoint, tuple[Capture, ...]] = field(default_factory=dict[Any, Any])
+    splices: dict[str, PlacedSplice] = field(default_factory=dict[Any, Any])
+    edits: dict[str, tuple[PlacedHook, ...]] = field(default_factory=dict[Any, Any])
+    backward: dict[str, tuple[PlacedHook, ...]] = field(default_factory=dict[Any, Any])
+    captures: dict[str, tuple[Capture, ...]] = field(default_factory=dict[Any, Any])
     completed: dict[nn.Module, bool] = field(default_factory=dict[Any, Any])
     expected: list[tuple[Expected, nn.Module | None]] = field(default_factory=list[Any])
-    touched: frozenset[HookPoint] = frozenset()
+    touched: frozenset[str] = frozenset()
     is_open: bool = False
     began: tuple[FrameType, ...] = ()
 
@@ -299,22 +302,22 @@ def _fire(scopes: tuple[Scope, ...], point: HookPoint, x: Tensor) -> Tensor:
     if calls := checkpoints():
         for scope in scopes:
             keep(calls, scope, scope.began, scope.again)
-    edited = captured = differentiated = False
+    key, edited, captured, differentiated = point.key, False, False, False
     for scope in scopes:
-        if (splice := scope.splices.get(point)) is not None:
+        if (splice := scope.splices.get(key)) is not None:
             x = splice(x)
             edited = True
-        for hook in scope.edits.get(point, ()):
+        for hook in scope.edits.get(key, ()):
             x = _hooked(hook, x, "activation")
             edited = True
         captured = captured or bool(scope.captures)
-        differentiated = differentiated or point in scope.backward
+        differentiated = differentiated or key in scope.backward
     if edited and captured:
         x = x.clone()  # a hook may hold on to its argument or its result, and a cache must not change
     if differentiated:
-        x = _with_gradient_hooks(x, [hook for scope in scopes for hook in scope.backward.get(point, ())], point)
+        x = _with_gradient_hooks(x, [hook for scope in scopes for hook in scope.backward.get(key, ())], point)
     for scope in scopes:
-        for capture in scope.captures.get(point, ()):
+        for capture in scope.captures.get(key, ()):
             capture(x)  # not a copy: nothing below edits in place
     return x
 

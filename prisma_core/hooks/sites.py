@@ -61,12 +61,12 @@ class PlacedRead(Placed):
 
 
 def with_splices(
-    sites: Mapping[str, Site], splices: Sequence[Mapping[HookPoint, PlacedSplice]]
+    sites: Mapping[str, Site], splices: Sequence[Mapping[str, PlacedSplice]]
 ) -> Iterator[tuple[str, Site]]:
     """Yield hook points with those of open splices, which fire before the one that the splice is at."""
     for name, site in sites.items():
-        for by_point in splices:
-            if (placed := by_point.get(site.point)) is not None:
+        for by_key in splices:
+            if (placed := by_key.get(site.point.key)) is not None:
                 for sub, point in placed.splice.points.items():
                     yield f"{name}.{sub}", Site(point, site.owner)
         yield name, site
@@ -89,10 +89,10 @@ def splicing_scope(
         expect(getattr(splice, "points", None), Mapping, f"hook points by name in .points of {splice!r}", HookError)
         name = resolve_one(query, list(sites))
         taken = [sub for sub in splice.points if f"{name}.{sub}" in sites]
-        if taken or sites[name].point in scope.splices:
+        if taken or sites[name].point.key in scope.splices:
             raise HookError(f"{name} is spliced already{f', and has {taken[0]}' if taken else ''}: leave that scope.")
         placed = PlacedSplice(HookContext(name, sites[name].point.axes), splice)
-        scope.splices[sites[name].point] = placed
+        scope.splices[sites[name].point.key] = placed
         scope.points |= frozenset(splice.points.values())
         scope.expect(placed, sites[name].owner)
     for query, read in reads.items():
@@ -100,6 +100,6 @@ def splicing_scope(
         name = resolve_one(query, list(sites))
         point, owner = sites[name]
         reader = PlacedRead(HookContext(name, point.axes), read)
-        scope.captures[point] = (*scope.captures.get(point, ()), reader)
+        scope.captures[point.key] = (*scope.captures.get(point.key, ()), reader)
         scope.expect(reader, owner)
     return scope

@@ -65,4 +65,4 @@ def axis_of(point: HookPoint) -> int:
 
 def captures(point: HookPoint) -> list[Capture]:
     """Return what the open scopes read a hook point with."""
-    return [capture for scope in OPEN_SCOPES.get() for capture in scope.captures.get(point, ())]
+    return [capture for scope in OPEN_SCOPES.get() for capture in scope.captures.get(point.key, ())]
