@@ -168,7 +168,7 @@ def says(message: str, value: object) -> bool:
     forms = [repr(value), str(value) or "'.'", type(value).__name__, getattr(value, "__name__", repr(value)), "both"]
     forms += [str(list(value.shape))] if isinstance(value, torch.Tensor) else []
     if isinstance(value, list | dict | set | bytes | np.ndarray):
-        forms += [repr(each) for each in value] if len(value) else ["no ", "empty", "[0]", " 0 ", "at least one"]
+        forms += [repr(each) for each in value] if len(value) else ["no ", "empty", "()", "[0]", " 0 ", "at least one"]
     return any(form in message for form in forms)
 
 

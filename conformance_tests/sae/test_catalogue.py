@@ -175,3 +175,10 @@ def test_train_writes_a_coder_that_eval_takes(tmp_path: Path, capsys: pytest.Cap
     assert "l0" in json.loads(capsys.readouterr().out)
     assert main(["sae", "train", "toy:scenes-3l", *options, "--tokens", "odd"]) == 1
     assert "'odd'" in capsys.readouterr().err
+
+
+def test_a_folder_without_images_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = ["--hook", "blocks.0.hook_resid_post", "--out", str(tmp_path / "new")]
+    assert main(["sae", "train", "toy:scenes-3l", str(tmp_path), *place]) == 1
+    assert f"Error: There are no images in {tmp_path}." in capsys.readouterr().err.replace("\n", "")
+    assert not (tmp_path / "new").exists()

@@ -6,11 +6,12 @@ As ``test_technique_arguments.py`` does it for reading and intervening.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import prisma_dino as dino
 import prisma_harvest as harvests
 import prisma_sae as sae
 import prisma_toy as toy
@@ -75,6 +76,33 @@ def fresh(folder: Path) -> Path:
     return folder / f"new{len(list(folder.iterdir()))}"
 
 
+def anew(function: Callable[..., Any], at: Path) -> Callable[..., Any]:
+    """Return a function that writes to a place of its own in each call, where no other place is asked for."""
+
+    @wraps(function)
+    def run(*arguments: Any, out: Any, **options: Any) -> Any:
+        return function(*arguments, out=fresh(at) if isinstance(out, Path) and out == at else out, **options)
+
+    return run
+
+
+@cache
+def reported() -> view.Report:
+    classifier = build(n_classes=3).float()
+    classifier.labels, classifier.preprocess = ("cat", "dog", "emu"), Preprocess(size=(8, 12))
+    return view.report(classifier, *np.zeros((2, 8, 12, 3), np.uint8))
+
+
+def passed(at: Path) -> harvests.Pass:
+    harvest(at)
+    return harvests.Pass(model(), at / "photos", PRE, batch=2)
+
+
+def saved(at: Path, **tensors: torch.Tensor) -> Path:
+    torch.save(tensors, path := at / f"{len(list(at.iterdir()))}.pth")
+    return path
+
+
 CALLS: dict[str, Callable[[Path], Call]] = {
     # prisma_harvest
     "harvest: point": lambda at: call(harvest(at).point, PRE),
@@ -87,6 +115,22 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     "harvest: verify": lambda at: call(harvests.verify, harvest(at).path, takes={"path": "", "advance": "None"}),
     "harvest: open_harvest": lambda at: call(harvests.open_harvest, harvest(at).path, takes={"path": ""}),
     "harvest: cat": lambda at: call(harvests.cat, harvest(at)),
+    "harvest: harvest": lambda at: call(
+        anew(harvests.harvest, at), model(), passed(at).data, PRE, out=at, progress=False, takes={"out": "nonsense"}
+    ),
+    "harvest: Pass.run": lambda at: call(passed(at).run, 0, takes={"start": "int64"}, then=list),
+    "harvest: Pass.batches": lambda at: call(passed(at).batches, 0, 1, takes={"start": "int64"}, then=list),
+    "harvest: Pass.activations": lambda at: call(
+        passed(at).activations, passed(at).batches(), takes={"batches": ""}, then=list
+    ),
+    "harvest: Pass.manifest": lambda at: call(passed(at).manifest, "float32", 4),
+    "harvest: open_data": lambda at: call(
+        harvests.open_data,
+        passed(at).data,
+        takes={"data": "[1,2.5] b'x'", "image_column": f"None {TEXT}", "label_column": f"None {TEXT}"},
+    ),
+    "harvest: top_examples": lambda at: call(harvests.top_examples, harvest(at), PRE, 2, progress=False),
+    "harvest: Harvest.to_arrow": lambda at: call(harvest(at).to_arrow, PRE, then=lambda batches: batches.read_all()),
     "harvest: weights_hash": lambda at: call(harvests.weights_hash, model(), takes={"model": "module"}),
     # prisma_sae
     "sae: monosemanticity": lambda at: call(sae.monosemanticity, drawn(6, 7).relu(), drawn(6, 5)),
@@ -99,7 +143,61 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     "sae: splice": lambda at: call(sae.splice, model(), coder(), takes={"tokens": "None"}, then=entered),
     "sae: read": lambda at: call(sae.read, sae.save(coder(), fresh(at)), takes={"path": ""}),
     "sae: SparseCoder.first": lambda at: call(coder().first, 3),
+    "sae: train": lambda at: call(
+        sae.train,
+        [drawn(8, 4)] * 2,
+        sae.TrainConfig(d_sae=6, k=2),
+        steps=2,
+        takes={"about": "None {}", "progress": "None", "steps": ""},
+    ),
+    "sae: evaluate": lambda at: call(
+        sae.evaluate, model(), coder(), drawn(2, 3, 8, 12), takes={"hook": "None ''", "progress": "None"}
+    ),
+    "sae: activation_rows": lambda at: call(
+        sae.activation_rows,
+        model(),
+        lambda number: None if number else drawn(2, 3, 8, 12),
+        PRE,
+        batch=4,
+        buffer=8,
+        takes={"images": "", "seed": SEED},
+        then=list,
+    ),
+    "sae: load": lambda at: call(sae.load, "scenes-3l", takes={"path": "None"}),
+    "sae: open_coder": lambda at: call(sae.open_coder, "scenes-3l"),
+    "sae: save": lambda at: call(sae.save, coder(), fresh(at)),
+    "sae: SparseCoder.encode": lambda at: call(coder().encode, drawn(2, model().spec.d_model)),
+    "sae: SparseCoder.decode": lambda at: call(coder().decode, drawn(2, 7)),
+    "sae: SparseCoder.forward": lambda at: call(coder().forward, drawn(2, model().spec.d_model)),
+    # prisma_dino
+    "dino: last_layers": lambda at: call(dino.last_layers, model(), drawn(1, 3, 8, 12), takes={"n": ""}),
+    "dino: linear_input": lambda at: call(dino.linear_input, model(), drawn(1, 3, 8, 12), takes={"n": ""}),
+    "dino: load_linear_head": lambda at: call(
+        dino.load_linear_head, saved(at, weight=drawn(3, 4), bias=drawn(3)), takes={"path": ""}
+    ),
     # prisma_view
+    "view: gallery": lambda at: call(
+        anew(view.gallery, at),
+        model(),
+        passed(at).data,
+        PRE,
+        out=at,
+        k=2,
+        progress=False,
+        takes={"out": "nonsense", "name": "", "words": "[] array"},
+    ),
+    "view: report": lambda at: call(view.report, reported().model, *np.zeros((2, 8, 12, 3), np.uint8)),
+    "view: overview": lambda at: call(
+        view.overview, reported().model, np.zeros((8, 12, 3), np.uint8), takes={"words": "[] array"}
+    ),
+    "view: write_page": lambda at: call(
+        view.write_page, reported(), fresh(at), takes={"command": TEXT, "path": "nonsense"}
+    ),
+    "view: write_images": lambda at: call(view.write_images, reported(), fresh(at)),
+    "view: Report.symbol": lambda at: call(reported().symbol, 0, takes={"index": ""}),
+    "view: Overview.save": lambda at: call(
+        view.overview(reported().model, np.zeros((8, 12, 3), np.uint8)).save, fresh(at)
+    ),
     "view: plot": lambda at: call(view.plot, result()),
     "view: patches": lambda at: call(
         view.patches,
@@ -126,6 +224,22 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     "toy: draw_digits": lambda at: call(toy.draw_digits, 1, 0, takes={"seed": SEED}),
     "toy: series": lambda at: call(toy.series, "mae-scenes"),
     "toy: training_log": lambda at: call(toy.training_log, "mae-scenes"),
+    "toy: normalise": lambda at: call(toy.normalise, drawn(1, 3, 8, 8), takes={"image": "tensor"}),
+    "toy: patch_classes": lambda at: call(toy.patch_classes, toy.draw_scenes(1, size=48), 4),
+    "toy: Scenes.patch_classes": lambda at: call(toy.draw_scenes(1, size=48).patch_classes, 4),
+    "toy: Scenes.share": lambda at: call(toy.draw_scenes(1, size=48).share, 4),
+    "toy: Sums.patch_classes": lambda at: call(toy.draw_sums(1).patch_classes, 4),
+    "toy: SampleScene.patch_classes": lambda at: call(toy.sample_scene(0, 2, 48).patch_classes, 4),
+    "toy: Captioned.patch_things": lambda at: call(toy.draw_captions(1).patch_things, 8),
+    "toy: Words": lambda at: call(toy.Words, ["a", "b"], 3, takes={"words": "[] array"}),
+    "toy: Words.__call__": lambda at: call(
+        toy.Words(["a", "b"], 3).__call__, "a b", takes={"texts": "'' nonsense [] array"}
+    ),
+    "toy: Words.decode": lambda at: call(toy.Words(["a", "b"], 3).decode, torch.tensor([0, 1]), takes={"tokens": ""}),
+    "toy: Words.unknown": lambda at: call(
+        toy.Words(["a", "b"], 3).unknown, "a c", takes={"texts": "'' nonsense [] array"}
+    ),
+    "toy: Words.save_pretrained": lambda at: call(toy.Words(["a", "b"], 3).save_pretrained, fresh(at)),
     "toy: draw_hidden": lambda at: call(draw_hidden, 1, 9, 0.5, torch.Generator()),
     "toy: reconstruct": lambda at: call(
         reconstruct, prisma.load("toy:mae-scenes"), drawn(1, 3, 48, 48), torch.ones(1, 64).bool()

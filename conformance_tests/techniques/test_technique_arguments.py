@@ -173,6 +173,15 @@ CALLS: dict[str, Callable[[], Call]] = {
     ),
     # prisma_patch
     "patch: patch_heads": lambda: call(patch.patch_heads, M, X, Y, "cat"),
+    "patch: activation_patch": lambda: call(
+        patch.activation_patch, M, X, Y, "cat", at=("z", 0), over="head", takes={"over": "'' [] array", "heads": "None"}
+    ),
+    "patch: path_patch": lambda: call(
+        patch.path_patch, M, X, Y, "cat", ("z", 0), ("q", 1), takes={"receiver_heads": "None", "heads": "None"}
+    ),
+    "patch: factors_by_place": lambda: call(
+        patch.factors_by_place, M, MANY, {"class": CLASSES}, at=("z", 0), by_head=False
+    ),
     "patch: attribution_patch": lambda: call(patch.attribution_patch, M, X, Y, "cat", steps=1),
     "patch: switch": lambda: call(patch.switch, M, X[:1], Y[:1], int(M(X[:1]).argmax()), 1 - int(M(X[:1]).argmax())),
     "patch: edge_scores": lambda: call(patch.edge_scores, M, X, Y, "cat", steps=1),

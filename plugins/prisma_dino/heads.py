@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prisma_core import HookedViT
-from prisma_core.plugin import InputError, LoadError
+from prisma_core.plugin import Count, Indices, InputError, LoadError, checked
 from prisma_dino import state
 
 
-def last_layers(model: HookedViT, image: Tensor, n: int | Sequence[int] = 1, *, norm: bool = True) -> list[Tensor]:
+@checked
+def last_layers(model: HookedViT, image: Tensor, n: Count | Indices = 1, *, norm: bool = True) -> list[Tensor]:
     """Return all tokens behind the last blocks, in the order of the blocks: a list of ``[batch pos d_model]``.
 
     ``model.layout_for(image)`` says which token is which. Gradients flow.
@@ -44,17 +45,18 @@ def last_layers(model: HookedViT, image: Tensor, n: int | Sequence[int] = 1, *, 
     return [model.ln_final(tokens) for tokens in found] if norm else found
 
 
-def _layers(n: object, depth: int) -> list[int]:
-    layers = list(range(depth - n, depth)) if isinstance(n, int) else n
-    if not isinstance(layers, Sequence) or not all(isinstance(layer, int) for layer in layers):
-        raise InputError(f"Expected n= to be how many of the last blocks, or a list of their numbers; got {n!r}.")
+def _layers(n: int | Sequence[int], depth: int) -> list[int]:
+    layers = range(depth - n, depth) if isinstance(n, int) else n
     lowest = 0 if isinstance(n, int) else -depth
-    if not layers or not all(lowest <= layer < depth for layer in layers):
+    if not all(lowest <= layer < depth for layer in layers):
         raise InputError(f"No layers n={n!r}: this model has {depth} blocks.")
     return [layer % depth for layer in layers]
 
 
-def linear_input(model: HookedViT, image: Tensor, n: int = 1, *, avg: bool = True, interleaved: bool = False) -> Tensor:
+@checked
+def linear_input(
+    model: HookedViT, image: Tensor, n: Count = 1, *, avg: bool = True, interleaved: bool = False
+) -> Tensor:
     """Return what Meta's linear classifiers read: class tokens of the last ``n`` blocks, normed, one after the other.
 
     Args:
@@ -77,6 +79,7 @@ def linear_input(model: HookedViT, image: Tensor, n: int = 1, *, avg: bool = Tru
     return torch.stack(tokens, dim=-1).flatten(1) if interleaved else torch.cat(tokens, dim=-1)
 
 
+@checked
 def load_linear_head(path: str | Path) -> nn.Linear:
     """Return the linear classifier in one of Meta's files, for ``linear_input``.
 
@@ -118,6 +121,7 @@ class DinoHead(nn.Module):
         return F.normalize(x, dim=-1, eps=eps) @ self.prototypes.T
 
 
+@checked
 def load_head(path: str | Path, key: str | None = None, *, name: str | None = None) -> DinoHead:
     """Return the projection head in a checkpoint of DINO's training, for a model's pooled output.
 

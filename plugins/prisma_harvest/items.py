@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from prisma_core import InputError
-from prisma_core.plugin import file_digest
+from prisma_core.plugin import file_digest, shown
 from prisma_harvest.manifest import tensor_bytes
 
 UNREADABLE = (InputError, OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
@@ -108,6 +108,8 @@ def content_hash(image: Any) -> str:
         return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
     if isinstance(image, list):
         return hashlib.sha256("".join(map(content_hash, image)).encode()).hexdigest()
+    if isinstance(image, Tensor) and image.is_meta:
+        raise InputError(f"Expected pixels, got {shown(image)} on meta, without data.")
     if not isinstance(image, Tensor):
         array = np.asarray(image)
         return hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).hexdigest()

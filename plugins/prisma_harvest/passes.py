@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, TokenLayout, UnknownName, tensors_of
-from prisma_core.plugin import BriefRepr, Count, Query, checked, positions_of, qualified_name, shown
+from prisma_core.plugin import BriefRepr, Count, Natural, Query, checked, expect, positions_of, qualified_name, shown
 from prisma_harvest.items import UNREADABLE, Item, opened
 from prisma_harvest.loading import Batch, Plan, preparer
 from prisma_harvest.manifest import DataFacts, Dtype, Manifest, ModelFacts, Point, weights_hash
@@ -122,7 +122,8 @@ class Pass(BriefRepr):
 
     # ---------------------------------------------------------------- the pass
 
-    def run(self, start: int = 0) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+    @checked
+    def run(self, start: Natural = 0) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
         """Yield each batch with its activations by full name, as the model computed them, where it computed them.
 
         Args:
@@ -133,7 +134,8 @@ class Pass(BriefRepr):
         """
         return self.activations(self.batches(start))
 
-    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+    @checked
+    def batches(self, start: Natural = 0, stop: Natural | None = None) -> Iterator[Batch]:
         """Return the decoded batches from one number to before another; workers start at once."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         few = self.source.n is not None and self.source.n < _FEW
@@ -141,9 +143,11 @@ class Pass(BriefRepr):
         plan = Plan(self.batch, start, stop, workers, pin=self.device.type == "cuda")
         return plan.batches(self.source, self.prepare)
 
+    @checked
     def activations(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
         """Run decoded batches (see ``run``)."""
         for batch in batches:
+            expect(batch, Batch, "batches, as Pass.batches() returns")
             if batch.problem:
                 raise InputError(f"{batch.problem} Cut them to one size, or give them apart.")
             if batch.skipped and self.on_error == "stop":
@@ -199,7 +203,8 @@ class Pass(BriefRepr):
 
     # ---------------------------------------------------------------- what it depends on
 
-    def manifest(self, dtype: Dtype, shard: int) -> Manifest:
+    @checked
+    def manifest(self, dtype: Dtype, shard: Count) -> Manifest:
         """Return the manifest of a harvest of this pass."""
         spec = getattr(self.tower.model, "spec", None)
         behaviour = getattr(self.tower.model, "unsaved_behaviour", lambda: None)()

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from prisma_core import InputError, tensors_of
-from prisma_core.plugin import digest
+from prisma_core.plugin import check_call, digest
 from prisma_harvest.manifest import Point, tensor_bytes
 
 Encode: TypeAlias = Callable[[Tensor], Tensor]
@@ -97,6 +97,7 @@ class Units:
 
     def _encoded(self, name: str, width: int) -> int:
         assert self.encode is not None
+        check_call(self.encode, 1, "encode=", "encode(rows) -> scores")
         with torch.no_grad():
             scores = self.encode(torch.zeros(2, width))
         if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != 2:

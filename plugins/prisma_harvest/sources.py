@@ -16,7 +16,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from prisma_core import InputError, Result
-from prisma_core.plugin import Count, checked, shown
+from prisma_core.plugin import Count, checked, path_of, shown
 from prisma_harvest.items import LABELS, UNREADABLE, Item, item_of, safe_hash
 
 FILMS = frozenset(f".{ending}" for ending in ["avi", "m4v", "mkv", "mov", "mp4", "mpeg", "mpg", "ogv", "webm", "wmv"])
@@ -68,7 +68,9 @@ def open_data(
         InputError: it is none of these, or empty.
     """
     columns = (image_column, label_column)
-    if isinstance(data, str | Path) and str(data) and Path(data).is_dir() and not list(Path(data).glob("*.tar")):
+    if isinstance(data, str | Path):
+        path_of(data, "a folder of images or tar shards as data")
+    if isinstance(data, str | Path) and Path(data).is_dir() and not list(Path(data).glob("*.tar")):
         items = _folder(Path(data), limit)
     elif (paths := _tars(data)) is not None:
         items = _tar(paths, columns, limit)

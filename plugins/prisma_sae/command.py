@@ -191,8 +191,13 @@ def _bar(what: str) -> Any:
 
 
 def _files(images: list[Path]) -> list[Path]:
-    files = [path for each in images for path in (sorted(each.rglob("*")) if each.is_dir() else [each])]
-    return [path for path in files if not path.is_dir()]
+    from prisma_core import InputError
+
+    paths = [path for each in images for path in (sorted(each.rglob("*")) if each.is_dir() else [each])]
+    files = [path for path in paths if not path.is_dir()]
+    if images and not files:
+        raise InputError(f"There are no images in {', '.join(map(str, images))}.")
+    return files
 
 
 def _sample(reference: str, seed: int) -> Any:

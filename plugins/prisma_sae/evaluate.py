@@ -259,9 +259,10 @@ def beside(result: Result, figures: Mapping[str, float]) -> list[tuple[str, floa
 
 def _batches(images: Tensor | Batches, labels: Tensor | None, batch: int) -> Iterable[tuple[Tensor, Tensor | None]]:
     if isinstance(images, Tensor):
-        if not images.ndim or (labels is not None and labels.shape != images.shape[:1]):
-            n = len(images) if images.ndim else 0
-            raise InputError(f"Expected a label for each of {n} images, got {shown(labels)}.")
+        if not images.ndim:
+            raise InputError(f"Expected images, batch first, got {shown(images)}.")
+        if labels is not None and labels.shape != images.shape[:1]:
+            raise InputError(f"Expected a label for each of {len(images)} images, got {shown(labels)}.")
         for start in range(0, len(images), batch):
             part = slice(start, start + batch)
             yield images[part], None if labels is None else labels[part]

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from prisma_core import LoadError, UnknownName
+from prisma_core import InputError, LoadError, UnknownName
 from prisma_core.plugin import Facts, checked, hub, suggest
 from prisma_sae.coder import Kind, SparseCoder, Tokens
 from prisma_sae.formats import read
@@ -119,8 +119,11 @@ def load(name: str, *, file: str | None = None, path: str | Path | None = None, 
     Raises:
         UnknownName: no such name.
         LoadError: the file cannot be fetched or read, or is not what the catalogue says it is.
+        InputError: ``file`` of a coder that comes with this package, or beside ``path``.
     """
     line = entry(name)
+    if file is not None and (path is not None or not line.repository):
+        raise InputError(f"file= chooses a file of a repository on the hub; leave it out here, got {file!r}.")
     place = Path(path) if path is not None else _fetched(line, file)
     asked = {"hook": line.hook} if line.format in ("vit_prisma", "saev", "overcomplete") else {}
     coder = read(place, line.format, **{**asked, **options})

@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from prisma_core import InputError, PluginError
-from prisma_core.plugin import Count, Facts, check_call, checked
+from prisma_core.plugin import Count, Facts, check_call, checked, shown
 from prisma_sae.checkpoint import Checkpoint
 from prisma_sae.coder import CoderFacts, SparseCoder
 from prisma_sae.formats import overcomplete as reader
@@ -127,7 +127,7 @@ def _batches(rows: Iterable[Tensor], steps: int) -> Iterator[Tensor]:
         if batch is None:
             raise InputError(f"The rows ended after {step} batches of {steps}: give steps={step}, or go round them.")
         if not isinstance(batch, Tensor) or batch.ndim != 2 or not batch.is_floating_point():
-            came = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+            came = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else shown(batch)
             raise InputError(f"Expected batches of rows [row d] of floating point numbers, got {came}.")
         if width not in (None, batch.shape[1]):
             raise InputError(f"The first batch has rows of {width} numbers, batch {step} of {batch.shape[1]}.")

@@ -48,6 +48,8 @@ def reconstructions(
     if not steps or not isinstance(last, HookedViT) or last.spec.pool.kind != "patches":
         raise NotApplicable(f"toy:{name} is no masked autoencoder with checkpoints, such as toy:mae-scenes.")
     patch, n = last.spec.embed.patch[0], last.layout.n_patches
+    if image.ndim != 4:
+        raise InputError(f"Expected images [batch channel height width], got {list(image.shape)}.")
     if hidden is None:
         hidden = draw_hidden(len(image), n, share, torch.Generator().manual_seed(seed))
     if hidden.shape != (len(image), n):

@@ -44,6 +44,7 @@ class Words:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @checked
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         """Return tokens ``[text pos]``; words that are not in the vocabulary become ``<unknown>``."""
         split = [_words(text) for text in ([texts] if isinstance(texts, str) else texts)]

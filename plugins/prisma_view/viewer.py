@@ -15,7 +15,7 @@ from prisma_lens.heads import layer_label
 from torch import Tensor
 
 from prisma_core import HookedDual, HookedModel, HookedText, InputError, NotApplicable, TokenLayout
-from prisma_core.plugin import checked, open_image
+from prisma_core.plugin import checked, open_image, shown
 from prisma_view.colours import SCALE
 from prisma_view.images import as_image, data_uri
 from prisma_view.maps import Map, Stored, collect, fitted, label_of, pattern_names, store
@@ -148,6 +148,8 @@ def prepare(model: Any, image: Any) -> tuple[Tensor, Any]:
         InputError: the model does not know how to read images.
     """
     preprocess = getattr(model, "preprocess", None)
+    if isinstance(image, Tensor) and image.is_meta:
+        raise InputError(f"Expected an image, got {shown(image)} on meta, without data.")
     if isinstance(image, Tensor) and image.ndim >= 4:
         x = image[:1]
         pixels = preprocess.denormalise(x.float().cpu()).clamp(0, 1) if preprocess else x

@@ -8,17 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from prisma_core.plugin import LoadError, Preprocess, VideoPreprocess
+from prisma_core.plugin import Count, LoadError, Preprocess, VideoPreprocess, check_call, checked
 
 FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
-def preprocess_of(processor: Any, frames: int) -> VideoPreprocess:
+@checked
+def preprocess_of(processor: Any, frames: Count) -> VideoPreprocess:
     """Return what a processor of transformers does to each frame, for a model that takes so many frames.
 
     Raises:
         LoadError: it does something we cannot repeat, such as leaving videos at a size of their own.
     """
+    check_call(processor, 1, "processor=", "a processor of transformers", LoadError)
     crop, size = (_sides(getattr(processor, name, None)) for name in ("crop_size", "size"))
     if not getattr(processor, "do_center_crop", False):
         crop = {}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from prisma_core.errors import InputError
+from prisma_core.errors.arguments import shown
 
 
 def input_words(shape: tuple[int, ...]) -> tuple[str, str]:
@@ -28,7 +29,7 @@ def check_input(value: object, shape: tuple[int, ...]) -> Tensor:
     what, expected = input_words(shape)
     if not isinstance(value, Tensor):
         hint = "" if what == "input" else " model.preprocess makes one."
-        raise InputError(f"Expected a tensor, {expected}, got {type(value).__name__}.{hint}")
+        raise InputError(f"Expected a tensor, {expected}, got {shown(value)}.{hint}")
     if value.ndim != len(shape) + 1:
         hint = f" Add a batch axis: {what}[None]." if value.ndim == len(shape) else ""
         raise InputError(f"Expected {expected}, got shape {list(value.shape)}.{hint}")

@@ -94,7 +94,10 @@ def _from_array(pixels: Any) -> Image:
     from PIL import Image as images
 
     if isinstance(pixels, Tensor):
-        pixels = pixels.detach().cpu().numpy()
+        try:
+            pixels = (pixels.float() if pixels.is_floating_point() else pixels).detach().cpu().numpy()
+        except (RuntimeError, TypeError) as error:  # without data, sparse, quantised
+            raise InputError(f"Expected a tensor of pixels, got {shown(pixels)} on {pixels.device}: {error}") from error
     if not isinstance(pixels, np.ndarray):
         raise InputError(f"Expected a path, a Pillow image, an array or a tensor, got {shown(pixels)}.")
     array = cast("np.ndarray[Any, np.dtype[Any]]", pixels)

@@ -176,7 +176,9 @@ def _compare_with_meta(upstream: Reader) -> None:
         except Exception as error:
             raise upstream.unsupported(f"a forward that fails on an image of {size} ({error})") from error
     if not same:
-        raise upstream.unsupported("a forward with another output than facebookresearch/dino's: it is a fork")
+        raise upstream.unsupported(
+            "a forward with another output than facebookresearch/dino's: it is a fork, or a hook changes its numbers"
+        )
 
 
 def _grid(upstream: Reader, *, rotary: bool) -> tuple[int, int]:

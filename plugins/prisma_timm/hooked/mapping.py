@@ -34,6 +34,8 @@ def mlp_rows(block: Reader, source: str, target: str, x: str, *, how: str = "bat
         x: its input, as a formula names it.
         how: axes of its inner activations.
     """
+    if not block.mlp.has("fc1"):
+        raise block.mlp.unsupported("its kind of MLP")
     inner = "grn" if block.mlp.has("grn") else None if block.mlp.norm.is_a("Identity") else "norm"
     post = "post" if inner is None else "mid"
     rows = f"""
