@@ -50,6 +50,12 @@ class Kind:
         """The option of techniques that read either tower of a dual encoder."""
         return {"tower": "text"} if isinstance(self.model, HookedText) else {}
 
+    @property
+    def token(self) -> dict[str, int]:
+        """The option of techniques that read one token of a model that gives out every one."""
+        pool = getattr(getattr(self.model, "spec", None), "pool", None)
+        return {"pos": -1} if pool is not None and pool.kind in ("none", "patches") else {}
+
     def at(self, name: str, layer: int | str = "*") -> str:
         return f"{self.prefix}blocks.{layer}.{name}"
 

@@ -14,6 +14,7 @@ import numpy as np
 import prisma_view
 import pytest
 import torch
+from prisma_lens import head_scores
 from prisma_view import maps as stored_maps
 
 from prisma_core import HookedModel, InputError, NotApplicable, TokenLayout
@@ -153,6 +154,25 @@ def test_some_layers_only(image: torch.Tensor) -> None:
     data, _, patterns = unpack(prisma_view.attention_page(model, image, layers=[0, -1]).html)
     assert [layer["label"] for layer in data["layers"]] == ["0", "2"]
     assert np.abs(patterns[1][0] - recorded(model, image)[1][2]).max() < 2e-3
+    with pytest.raises(InputError, match="0 to 2"):
+        prisma_view.attention_page(model, image, layers=[3])
+
+
+def test_attentions_side_by_side_are_one_layer_with_all_their_heads(image: torch.Tensor) -> None:
+    model = models.build(n_parallel=2, layers=3)
+    page = prisma_view.attention_page(model, image)
+    data, _, patterns = unpack(page.html)
+    assert [(layer["label"], layer["heads"]) for layer in data["layers"]] == [("0", 8), ("1", 8), ("2", 8)]
+    _, cache = model.run_with_cache(image, names="pattern")
+    for layer, stored in enumerate(patterns):
+        sides = [cache[f"blocks.{layer}.attn.{side}.hook_pattern"][0].detach().numpy() for side in range(2)]
+        assert np.abs(stored[0] - np.concatenate(sides)).max() < 2e-3
+    scores = head_scores(model, image)
+    more = scores.sel(kind="self").values - scores.tensors["baseline"][scores.names("kind").index("self")]
+    assert np.abs(np.array(data["kinds"]["self"]) - more.numpy()).max() < 1e-4
+    data, _, patterns = unpack(prisma_view.attention_page(model, image, layers=[-1]).html)
+    assert [layer["label"] for layer in data["layers"]] == ["2"]
+    assert np.abs(np.array(data["kinds"]["self"]) - more[-1].numpy()).max() < 1e-4
     with pytest.raises(InputError, match="0 to 2"):
         prisma_view.attention_page(model, image, layers=[3])
 

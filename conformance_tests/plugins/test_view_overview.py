@@ -199,7 +199,8 @@ def test_attention_within_windows_is_the_mean_over_windows() -> None:
     x = torch.randn(1, 3, 56, 56)
     page = prisma_view.overview(model, x)
     section = next(each for each in page.sections if each.title == "Where heads look")
-    assert "the mean over windows" in section.words
+    assert "token of their window" in section.words
+    assert "the mean over all of them" in section.words
     _, cache = model.run_with_cache(x, names="hook_pattern")
     first = next(iter(cache.values()))
     np.testing.assert_allclose(section.figures[0].chart.values, first[0].detach().mean(0), rtol=1e-5)

@@ -11,7 +11,7 @@ import torch
 from models import VARIANTS, build
 from planted import ANSWER, CLS, READS, RELAY, marked, planted
 from planted_dual import WORDS, planted_dual
-from prisma_lens import attribute, names_for, probe
+from prisma_lens import attribute, names_for, probe, second_order
 from torch import Tensor
 from twins import rejects
 
@@ -63,8 +63,56 @@ def test_a_model_that_reads_every_token_keeps_them_apart(in_float64: None, image
     found = attribute(model, image, [1, 4])
     assert found.axes == ("component", "batch", "pos", "class")
     torch.testing.assert_close(found.values.sum(0) + found.tensors["constant"], model(image)[..., [1, 4]], **EXACT)
-    with pytest.raises(NotApplicable, match="every token by itself"):
+    with pytest.raises(NotApplicable, match=r"every token by itself.*pos="):
         attribute(model, image, 1, by="source")
+
+
+def test_a_model_that_gives_out_patches_has_terms_of_patches_alone(in_float64: None, image: Tensor) -> None:
+    model = build(pool="patches", ln_pool=True, registers=1)
+    terms = attribute(model, image, [1, 4], by="head")
+    assert terms.names("pos")[:2] == ("r0c0", "r0c1")
+    summed = terms.values.sum((0, 1)) + terms.tensors["rest"] + terms.tensors["constant"]
+    torch.testing.assert_close(summed, model(image)[..., [1, 4]], **EXACT)
+
+
+@pytest.mark.parametrize("by", BYS)
+@pytest.mark.parametrize(("pool", "pos", "at"), [("none", "cls", 0), ("none", 3, 3), ("patches", 3, 1)])
+def test_one_token_is_chosen_of_a_model_that_gives_out_every_one(
+    in_float64: None, image: Tensor, pool: str, pos: int | str, at: int, by: str
+) -> None:
+    def truth(study: Any) -> None:
+        model = build(pool=pool, ln_pool=True, registers=1)
+        terms = study(model, image, [1, 4], by=by, pos=pos)
+        torch.testing.assert_close(total(terms), model(image)[:, at, [1, 4]], **EXACT)
+
+    rejects(truth, attribute, "token, names = token_read(own, cache, pos)", "token, names = 2")
+
+
+def test_a_token_that_cannot_be_read_is_said(vit: HookedViT, image: Tensor) -> None:
+    with pytest.raises(InputError, match=r"one vector.*leave pos='cls' out"):
+        attribute(vit, image, 1, pos="cls")
+    with pytest.raises(InputError, match="from 2 on; got 'cls'"):
+        attribute(build(pool="patches", registers=1), image, 1, pos="cls")
+    with pytest.raises(InputError, match="one token"):
+        attribute(build(pool="none"), image, 1, pos="patches")
+    with pytest.raises(InputError, match="No position"):
+        attribute(build(pool="none"), image, 1, pos=40)
+
+
+@pytest.mark.parametrize("facts", [{"mlp": None, "ln2": None}, {"n_parallel": 2}])
+@pytest.mark.parametrize("changed", [0, 1])
+def test_layers_that_differ_in_their_number_of_parts_are_no_table(
+    in_float64: None, image: Tensor, facts: dict[str, Any], changed: int
+) -> None:
+    spec = build().spec
+    blocks = list(spec.blocks)
+    blocks[changed] = blocks[changed].model_copy(update=facts)
+    model = HookedViT(spec.model_copy(update={"blocks": tuple(blocks)})).eval()
+    assert attribute(model, image, 1).values.isfinite().all()
+    with pytest.raises(NotApplicable, match="differ in their number of neurons"):
+        attribute(model, image, 1, by="neuron")
+    with pytest.raises(NotApplicable, match=r"differ in their number of neurons|has no MLP"):
+        second_order(model, image, 1)
 
 
 @pytest.mark.parametrize("by", ["layer", "head", "neuron"])

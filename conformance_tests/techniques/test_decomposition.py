@@ -273,6 +273,20 @@ def test_a_planted_neuron_speaks_through_the_head_that_reads_it() -> None:
     rejects(truth, neuron_outputs, "[0] / unit_scale(model, cache)", "[0]")
 
 
+@pytest.mark.parametrize(("pool", "pos"), [("none", -1), ("patches", 3)])
+def test_one_token_is_chosen_of_a_model_that_gives_out_every_one(images: Tensor, pool: str, pos: int) -> None:
+    model = build(pool=pool, ln_pool=True).double()
+    at = pos if pool == "none" else pos - 1  # behind the class token
+    vectors = model(images)[:, at]
+    parts = head_outputs(model, images, pos=pos)
+    torch.testing.assert_close(parts.values.sum((0, 1)) + parts.tensors["rest"], vectors, **EXACT)
+    effects = second_order(model, images, [0, 1], pos=pos).values[0, 2]
+    torch.testing.assert_close(effects, neuron_outputs(model, images, 0, [2], pos=pos).values[0, :, :2], **EXACT)
+    whole = mean_ablation(model, [(images, vectors[:, :2].argmax(-1))], [0, 1], pos=pos)
+    assert whole.facts["intact"] == 1
+    assert segment(model, images, 0, pos=pos).values.isfinite().all()
+
+
 def test_what_second_order_does_not_fit_is_said(images: Tensor) -> None:
     with pytest.raises(NotApplicable, match="no neurons"):
         second_order(random_dual(mlp=False), images, "a cat")

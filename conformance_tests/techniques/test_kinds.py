@@ -16,11 +16,11 @@ import torch
 from prisma_core import NotApplicable, Result
 
 DOCS = Path(__file__).parents[2] / "docs"
-# Left out: parts of others, metrics, types, and what needs tensors or a series of numbers rather than a model.
+# Left out: parts of others, metrics, types, and what needs tensors, a harvest or numbers rather than a model.
 BESIDE = {"patch_heads", "Switch", "find_circuit", "Circuit", "circuit_faithfulness", "edge_effects", "change_points"}
 BESIDE |= {"together", "logit", "logit_difference", "as_metric", "Metric", "sweep", "Variant", "prisma_commands"}
 BESIDE |= {"token_logits", "Lens", "LENS_NAMES", "readout", "Readout", "TunedLens", "unembed_hash", "names_for"}
-BESIDE |= {"textspan", "second_order_names"}
+BESIDE |= {"textspan", "second_order_names", "probe_harvest"}
 
 
 @pytest.fixture(scope="module")

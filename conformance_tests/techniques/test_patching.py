@@ -144,6 +144,18 @@ def test_the_mean_is_asked_for_by_name(model: HookedViT) -> None:
     torch.testing.assert_close(mean.sel(layer=1, head=2).values, by_hand)
 
 
+@pytest.mark.parametrize("other", ["mean", "resample"])
+def test_one_image_does_not_get_its_own_activations_back(model: HookedViT, other: Any) -> None:
+    with pytest.raises(InputError, match=f"{other}.*two or more, or reference="):
+        patch_heads(model, BRIGHT, other, METRIC)
+    dark = patch_heads(model, BRIGHT, other, METRIC, reference=DARK)
+    torch.testing.assert_close(dark.values, patch_heads(model, BRIGHT, DARK, METRIC).values)
+    with ablate(model, ("z", READS[0]), method="resample", reference=DARK):
+        one = model(BRIGHT)
+    hooks = {("z", READS[0]): lambda z, at: model.run_with_cache(DARK, names=at.name)[1][at.name]}
+    torch.testing.assert_close(one, model.run_with_hooks(BRIGHT, hooks=hooks))
+
+
 def test_a_patch_that_cannot_reach_the_output_is_said(model: HookedViT) -> None:
     with pytest.raises(NotApplicable, match="class token alone"):
         activation_patch(model, BRIGHT, DARK, METRIC, at=("resid_post", 1), over="pos", pos="patches")

@@ -48,7 +48,7 @@ def test_the_mean_is_over_tokens_whatever_stands_between(model: HookedViT, image
 def test_baselines_that_do_not_fit_are_said(model: HookedViT, image: Tensor) -> None:
     with pytest.raises(InputError, match=r"\[3, 8, 18\]"):
         integrated_gradients(model, image, 3, baseline=torch.zeros(2, 8, 18))
-    with pytest.raises(InputError, match="no tokens"):
+    with pytest.raises(InputError, match="no two tokens"):
         integrated_gradients(model, image, 3, "hook_pooled", baseline="mean")
     assert integrated_gradients(model, image, 3, "hook_pooled").axes == ("batch",)
 

@@ -142,19 +142,28 @@ CALLS: dict[str, Callable[[], Call]] = {
     "lens: fit_tuned_lens": lambda: call(lens.fit_tuned_lens, M, [X], start=tuned()),
     "lens: lens_kl": lambda: call(lens.lens_kl, M, [X], tuned()),
     "lens: unembed_hash": lambda: call(lens.unembed_hash, M),
-    "lens: attribute": lambda: call(lens.attribute, M, X, "cat", against="dog", takes={"place": ""}),
-    "lens: attribute of a probe": lambda: call(lens.attribute, M, X, probed(), takes={"place": ""}),
+    "lens: attribute": lambda: call(lens.attribute, M, X, "cat", against="dog", takes={"place": "", "pos": "None"}),
+    "lens: attribute of a probe": lambda: call(lens.attribute, M, X, probed(), takes={"place": "", "pos": "None"}),
     "lens: names_for": lambda: call(lens.names_for, M, "head"),
-    "lens: head_outputs": lambda: call(lens.head_outputs, D, X),
-    "lens: mean_ablation": lambda: call(lens.mean_ablation, M, [(X, torch.tensor([0, 1]))], [0, 1]),
+    "lens: head_outputs": lambda: call(lens.head_outputs, D, X, takes={"pos": "None"}),
+    "lens: mean_ablation": lambda: call(
+        lens.mean_ablation, M, [(X, torch.tensor([0, 1]))], [0, 1], takes={"pos": "None"}
+    ),
     "lens: segment": lambda: call(
-        lens.segment, D, X, "word3", against="word4", takes={"target": "'' nonsense", "against": "None '' nonsense"}
+        lens.segment,
+        D,
+        X,
+        "word3",
+        against="word4",
+        takes={"target": "'' nonsense", "against": "None '' nonsense", "pos": "None"},
     ),
     "lens: textspan": lambda: call(lens.textspan, torch.randn(9, 5), torch.randn(7, 5), 2),
     "lens: name_heads": lambda: call(lens.name_heads, D, X, ["word3", "word4"], k=1, takes={"layers": "None"}),
-    "lens: second_order": lambda: call(lens.second_order, M, X, "cat", against="dog"),
+    "lens: second_order": lambda: call(lens.second_order, M, X, "cat", against="dog", takes={"pos": "None"}),
     "lens: second_order_names": lambda: call(lens.second_order_names, M),
-    "lens: neuron_outputs": lambda: call(lens.neuron_outputs, M, X, 0, [0], takes={"layer": "", "neurons": ""}),
+    "lens: neuron_outputs": lambda: call(
+        lens.neuron_outputs, M, X, 0, [0], takes={"layer": "", "neurons": "", "pos": "None"}
+    ),
     "lens: head_scores": lambda: call(lens.head_scores, M, X),
     "lens: rollout": lambda: call(lens.rollout, M, X),
     "lens: attention_flow": lambda: call(lens.attention_flow, M, X, 0),
@@ -166,6 +175,9 @@ CALLS: dict[str, Callable[[], Call]] = {
     "lens: integrated_gradients": lambda: call(lens.integrated_gradients, M, X, "cat", PRE, steps=2),
     "lens: grad_cam": lambda: call(lens.grad_cam, M, X, "cat", PRE, relu=False),
     "lens: probe": lambda: call(lens.probe, M, [(MANY, CLASSES)], PRE, labels=["a", "b"], max_iter=3),
+    "lens: probe_harvest": lambda: call(
+        lens.probe_harvest, acts(), torch.arange(5) % 2, PRE, labels=["a", "b"], epochs=1, batch=2
+    ),
     "lens: as_metric": lambda: call(lens.as_metric, M, ("cat", "dog"), takes={"metric": "module lambda"}),
     "lens: logit": lambda: call(lens.logit, 1, takes={"which": "-99 10**18 int64"}),
     "lens: logit_difference": lambda: call(

@@ -15,7 +15,7 @@ from prisma_lens.heads import head_scores, rollout
 from prisma_lens.induction import induction
 from prisma_lens.lens import LENS_NAMES, Lens, logit_lens, token_logits
 from prisma_lens.metrics import Metric, as_metric, logit, logit_difference
-from prisma_lens.probes import probe
+from prisma_lens.probes import probe, probe_harvest
 from prisma_lens.readouts import Readout, readout
 from prisma_lens.relevance import relevance
 from prisma_lens.second_order import neuron_outputs, second_order, second_order_names
@@ -54,6 +54,7 @@ __all__ = [
     "integrated_gradients",
     "grad_cam",
     "probe",
+    "probe_harvest",
     "as_metric",
     "logit",
     "logit_difference",

@@ -30,9 +30,12 @@ from prisma_lens.readouts import (
     TowerName,
     cache_of,
     check_pooled,
+    first_given_out,
+    gives_every_token,
     readout,
     refuse_with_probe,
     token_labels,
+    token_read,
     tower_of,
 )
 
@@ -61,6 +64,7 @@ def attribute(
     tower: TowerName = "vision",
     labels: Sequence[str] | None = None,
     place: str | int = -1,
+    pos: int | str | None = None,
 ) -> Result:
     """Return what each component adds to a reading of the output: ``[*by batch class]``.
 
@@ -82,6 +86,8 @@ def attribute(
         tower: of a dual encoder, whose components.
         labels: names of the directions.
         place: which of a probe's places, as label or number.
+        pos: of a model that gives out every token, the one whose output is read, as position or as a subset of the
+            layout such as ``"cls"``; None for all of them, with an axis ``pos``. Sources need one.
 
     Returns:
         The values, and in ``tensors`` the ``constant`` that no component adds and, but for ``layer``, the ``rest``:
@@ -98,9 +104,9 @@ def attribute(
     cache = cache_of(model, given, lambda each: names_for(each, by), tower)
     if not cache.has_batch_dim:
         raise InputError("This cache has no batch axis: take it with run_with_cache(...), remove_batch_dim=False.")
-    whole = getattr(own.spec.pool, "kind", "") in ("none", "patches")
-    if sources:
-        check_pooled(own, "token that heads write to")
+    whole = pos is None and gives_every_token(own) and not isinstance(target, Result)
+    if pos is not None or (sources and whole):
+        check_pooled(own, "token that heads write to", pos)
     keep = (per_token or whole) and not sources
     split: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
         "layer": _layers,
@@ -111,7 +117,7 @@ def attribute(
     }
     blocks = own.layers()
     if isinstance(target, Result):
-        refuse_with_probe(against=against, labels=labels)
+        refuse_with_probe(against=against, labels=labels, pos=pos)
         paths, fixed, names, end = probe_covectors(cache, target, place)
         blocks = blocks[:end]
         if not blocks and by != "layer":
@@ -120,17 +126,21 @@ def attribute(
         if place != -1:
             raise InputError(f"place={place!r} is of a probe, and the target is none: leave it out.")
         reading = readout(model, target, against, tower=tower, labels=labels)
-        paths, fixed, names = covectors(cache, reading), constant(cache, reading), reading.labels
+        token, names = token_read(own, cache, pos), reading.labels
+        paths, fixed = covectors(cache, reading, token), constant(cache, reading, token)
     columns = [split[by](cache, blocks, g, keep) for g in paths]
     values, rest = (
         each[0][..., None] if len(each) == 1 else torch.stack(each, -1) for each in zip(*columns, strict=True)
     )
     axes = (*_AXES[by], "batch", *(["pos"] if keep else []), "class")
+    tokens = _tokens(cache, axes, values.shape)
+    if whole and keep and (first := first_given_out(own)):
+        values, rest, tokens = values[..., first:, :], rest[..., first:, :], {k: v[first:] for k, v in tokens.items()}
     tensors = {"constant": fixed, **({} if by == "layer" else {"rest": rest})}
     return Result(
         values,
         axes,
-        {**_labels(cache, blocks, by, values.shape), **_tokens(cache, axes, values.shape), "class": tuple(names)},
+        {**_labels(cache, blocks, by, values.shape), **tokens, "class": tuple(names)},
         technique="attribute",
         unit="logits",
         total="the logit, with tensors['constant']" + ("" if by == "layer" else " and tensors['rest']"),
@@ -172,7 +182,7 @@ def _layers(cache: Any, blocks: list[Any], g: Tensor, keep: bool) -> tuple[Tenso
 
 def _heads(cache: Any, blocks: list[Any], g: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     g, at = _read(g)
-    rest, rows = _stack(cache, blocks, g, "mlp", keep, at).sum(0), _Table(blocks, "heads")
+    rest, rows = _stack(cache, blocks, g, "mlp", keep, at).sum(0), _Table(blocks, attentions, "heads")
     for layer, block in enumerate(blocks):
         check_sum_of(layer, block, "ln1", "heads", "attn_out")
         for branch in attentions(block):
@@ -185,7 +195,7 @@ def _heads(cache: Any, blocks: list[Any], g: Tensor, keep: bool) -> tuple[Tensor
 
 def _neurons(cache: Any, blocks: list[Any], g: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     g, at = _read(g)
-    rest, rows = _stack(cache, blocks, g, "attn", keep, at).sum(0), _Table(blocks, "neurons")
+    rest, rows = _stack(cache, blocks, g, "attn", keep, at).sum(0), _Table(blocks, mlps, "neurons")
     for layer, block in enumerate(blocks):
         check_sum_of(layer, block, "ln2", "neurons", "mlp_out")
         for branch in mlps(block):
@@ -199,7 +209,7 @@ def _neurons(cache: Any, blocks: list[Any], g: Tensor, keep: bool) -> tuple[Tens
 
 def _sources(cache: Any, blocks: list[Any], g: Tensor, keep: bool, merged: bool = False) -> tuple[Tensor, Tensor]:
     g, at = _read(g)
-    rest, rows = _stack(cache, blocks, g, "mlp", False, at).sum(0), _Table(blocks, "heads")
+    rest, rows = _stack(cache, blocks, g, "mlp", False, at).sum(0), _Table(blocks, attentions, "heads")
     for layer, block in enumerate(blocks):
         check_sum_of(layer, block, "ln1", "heads", "attn_out")
         for branch in attentions(block):
@@ -247,15 +257,15 @@ def _spread(added: Tensor, at: Any, cache: Any, keep: bool) -> Tensor:
 class _Table:
     """Rows of all layers, each written to its place as it comes: of neurons they are large."""
 
-    def __init__(self, blocks: list[Any], what: str):
-        self.blocks, self.what, self.n = blocks, what, 0
+    def __init__(self, blocks: list[Any], branches: Callable[[Any], list[Any]], what: str):
+        self.sides, self.layers, self.what, self.n = {len(branches(block)) for block in blocks}, len(blocks), what, 0
         self.rows: Tensor | None = None
 
     def append(self, row: Tensor) -> None:
         """Add what the parts of the next branch add: ``[part ...]``."""
         if self.rows is None:
-            self.rows = row.new_empty(len(self.blocks) * self.blocks[0].spec.n_parallel, *row.shape)
-        if row.shape != self.rows.shape[1:]:
+            self.rows = row.new_empty(self.layers * max(self.sides), *row.shape)
+        if len(self.sides) > 1 or row.shape != self.rows.shape[1:]:
             raise NotApplicable(f"The layers differ in their number of {self.what}, so there is no one table of them.")
         self.rows[self.n] = row
         self.n += 1
@@ -264,7 +274,7 @@ class _Table:
         """Return all rows: ``[layer part ...]``."""
         if self.rows is None:
             raise NotApplicable("This model has no MLPs, so it has no neurons.")
-        return self.rows.unflatten(0, (len(self.blocks), -1)).flatten(1, 2)
+        return self.rows.unflatten(0, (self.layers, -1)).flatten(1, 2)
 
 
 def head_inputs(cache: Any, layer: int, branch: Any) -> Tensor:

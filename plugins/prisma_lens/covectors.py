@@ -10,10 +10,10 @@ from torch import Tensor
 
 from prisma_core import InputError, NotApplicable, Result
 from prisma_core.plugin import layer_of
-from prisma_lens.readouts import Readout
+from prisma_lens.readouts import Readout, at_token
 
 
-def covectors(cache: Any, reading: Readout) -> Iterator[Tensor]:
+def covectors(cache: Any, reading: Readout, token: int | None = None) -> Iterator[Tensor]:
     """Yield for each direction of a readout what the stream at its end is multiplied with: ``[batch pos d_model]``.
 
     Scales of norms, the pattern of attention that pools and the output's length are frozen as they were in the pass.
@@ -23,6 +23,7 @@ def covectors(cache: Any, reading: Readout) -> Iterator[Tensor]:
     Args:
         cache: of one tower, with the scales of its last norms.
         reading: what is read.
+        token: of a model that gives out every token, the one whose output is read; None for all.
 
     Raises:
         NotApplicable: the stream or the output is no sum of components.
@@ -31,7 +32,7 @@ def covectors(cache: Any, reading: Readout) -> Iterator[Tensor]:
     stream = cache["attn_out", -1]
     with torch.enable_grad():
         x = torch.zeros_like(stream, requires_grad=True)
-        outputs = cache.project_stack(x[None])[0]
+        outputs = at_token(cache.project_stack(x[None])[0], token)
         if reading.unit_length:
             outputs = outputs / lengths(cache)[..., None]
         along = (outputs @ reading.vectors.to(outputs).T).flatten(0, -2).sum(0)
@@ -40,9 +41,9 @@ def covectors(cache: Any, reading: Readout) -> Iterator[Tensor]:
         yield torch.autograd.grad(one, x, retain_graph=True)[0]
 
 
-def constant(cache: Any, reading: Readout) -> Tensor:
+def constant(cache: Any, reading: Readout, token: int | None = None) -> Tensor:
     """Return the part of a reading that no component of the stream adds, with the readout's bias: ``[batch class]``."""
-    outputs = cache.logit_constant()
+    outputs = at_token(cache.logit_constant(), token)
     if reading.unit_length:
         outputs = outputs / lengths(cache)[..., None]
     return outputs @ reading.vectors.to(outputs).T + reading.bias.to(outputs)

@@ -27,18 +27,25 @@ from prisma_lens.attribute import attribute, check_sum_of, head_inputs, names_fo
 from prisma_lens.bar import bar
 from prisma_lens.covectors import lengths
 from prisma_lens.inputs import as_batches, as_input
-from prisma_lens.readouts import Target, cache_of, check_pooled, readout, tower_of
+from prisma_lens.readouts import Target, at_token, cache_of, check_pooled, readout, token_read, tower_of
 
 
 @checked
 @torch.no_grad()
-def head_outputs(model: HookedModel, images: Iterable[Tensor] | Tensor, *, progress: bool | None = None) -> Result:
+def head_outputs(
+    model: HookedModel,
+    images: Iterable[Tensor] | Tensor,
+    *,
+    progress: bool | None = None,
+    pos: int | str | None = None,
+) -> Result:
     """Return what each head of the vision tower adds to each image's vector: ``[layer head image d_embed]``.
 
     Args:
         model: a dual encoder, or a vision tower with an output.
         images: batches of images, or one.
         progress: show a bar; None shows one on a terminal.
+        pos: the token whose output is read, of a model that gives out every token.
 
     Returns:
         The values, of vectors of unit length for a dual encoder; ``tensors["rest"]``: what embeddings, MLPs, biases
@@ -49,10 +56,10 @@ def head_outputs(model: HookedModel, images: Iterable[Tensor] | Tensor, *, progr
         InputError: there are no images.
     """
     own, parts, rests = tower_of(model, "vision"), list[Tensor](), list[Tensor]()
-    check_pooled(own, "vector of an image")
+    check_pooled(own, "vector of an image", pos)
     for batch, _ in bar(as_batches(images), "Images", progress):
         cache = cache_of(model, batch, lambda each: [*names_for(each, "head"), *names_for(each)])
-        scale = unit_scale(model, cache)
+        scale, token = unit_scale(model, cache), token_read(own, cache, pos)
         layers = list[Tensor]()
         for layer, block in enumerate(own.layers()):
             check_sum_of(layer, block, "ln1", "heads", "attn_out")
@@ -60,13 +67,13 @@ def head_outputs(model: HookedModel, images: Iterable[Tensor] | Tensor, *, progr
                 torch.einsum("bphe,hed->hbpd", head_inputs(cache, layer, each), each.scaled(each.module.W_O))
                 for each in attentions(block)
             ]
-            layers.append(cache.project_stack(torch.cat(heads)) / scale)
+            layers.append(at_token(cache.project_stack(torch.cat(heads)), token) / scale)
         if len({len(each) for each in layers}) != 1:
             raise NotApplicable("The layers differ in their number of heads, so there is no [layer head] to return.")
         others = cache.project_stack(cache.decompose_resid(mode="mlp")).sum(0)
         biases = torch.stack([each.scaled(each.module.b_O) for b in own.layers() for each in attentions(b)]).sum(0)
         shape = (1, *cache["attn_out", -1].shape)
-        others = others + cache.project_stack(biases.expand(shape))[0] + cache.logit_constant()
+        others = at_token(others + cache.project_stack(biases.expand(shape))[0] + cache.logit_constant(), token)
         parts.append(torch.stack(layers).cpu())
         rests.append((others / scale).cpu())
     if not parts:
@@ -94,6 +101,7 @@ def mean_ablation(
     target: Target,
     *,
     progress: bool | None = None,
+    pos: int | str | None = None,
 ) -> Result:
     """Return how well images are classified when the parts of layers are replaced by their means: ``[kind layer]``.
 
@@ -102,6 +110,7 @@ def mean_ablation(
         data: batches of images, or of images and the index of the right text (or class) for each ``[batch]``.
         target: the texts, or classes, that are told apart (see ``readout``).
         progress: show a bar; None shows one on a terminal.
+        pos: the token whose output is read, of a model that gives out every token.
 
     Returns:
         The accuracy with the attentions (``attn``) or MLPs (``mlp``) of all layers up to each ablated: of the given
@@ -111,13 +120,16 @@ def mean_ablation(
         InputError: there are fewer than two images or targets, or labels that are no place among the targets.
         NotApplicable: the stream or the output is no sum of components.
     """
-    check_pooled(tower_of(model, "vision"), "answer to an image")
+    own = tower_of(model, "vision")
+    check_pooled(own, "answer to an image", pos)
     reading, stacks, truths, given = readout(model, target), list[Tensor](), list[Tensor](), False
     labels: list[str] = []
     for images, truth in bar(as_batches(data), "Images", progress):
         cache = cache_of(model, images, names_for)
         parts, labels = cache.decompose_resid(return_labels=True)
-        outputs = torch.cat([cache.project_stack(parts), cache.logit_constant()[None]])  # constants are their own mean
+        outputs, fixed = cache.project_stack(parts), cache.logit_constant()[None]  # constants are their own mean
+        token = token_read(own, cache, pos)
+        outputs = torch.cat([at_token(outputs, token), at_token(fixed, token).expand(1, len(images), -1)])
         stacks.append(outputs @ reading.vectors.to(outputs).T)
         given = truth is not None
         if truth is not None:
@@ -135,7 +147,7 @@ def mean_ablation(
             f"Expected labels from 0 to {len(reading.labels) - 1}, places among the targets; got {shown(truth)}."
         )
     mean = stack.mean(1, keepdim=True).expand_as(stack)
-    n = len(tower_of(model, "vision").blocks)
+    n = len(own.blocks)
     values = torch.full((2, n), float("nan"))
     for row, kind in enumerate(("attn", "mlp")):
         ablated = torch.zeros(len(stack), dtype=torch.bool, device=stack.device)
@@ -156,13 +168,20 @@ def mean_ablation(
 
 
 @checked
-def segment(model: HookedModel, images: Any, target: Target, *, against: Target | None = None) -> Result:
+def segment(
+    model: HookedModel,
+    images: Any,
+    target: Target,
+    *,
+    against: Target | None = None,
+    pos: int | str | None = None,
+) -> Result:
     """Return a map of each text (or class) over the patches: ``[batch row column class]``, of a video with ``frame``.
 
     Args:
         model: a dual encoder, or a classifier.
         images: images, or a cache with ``names_for(model, "source")``.
-        target, against: texts or classes, as in ``attribute``.
+        target, against, pos: texts or classes, and the token that is read, as in ``attribute``.
 
     Returns:
         What all heads bring from each patch along each text. ``values.argmax(-1)`` is the text of each patch.
@@ -172,7 +191,7 @@ def segment(model: HookedModel, images: Any, target: Target, *, against: Target 
     """
     own = tower_of(model, "vision")
     given = images if isinstance(images, ActivationCache) else as_input(own, images)
-    found = attribute(model, given, target, against=against, by="source")
+    found = attribute(model, given, target, against=against, by="source", pos=pos)
     layout = given.layout if isinstance(given, ActivationCache) else own.layout_for(given)
     if layout is None:
         raise NotApplicable("This model has no token layout, so its patches have no places.")

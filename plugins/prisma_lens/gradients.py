@@ -84,9 +84,10 @@ def integrated_gradients(
         b = torch.zeros_like(a)
     else:
         over = [at for at, axis in enumerate(axes) if axis in TOKEN_AXES]
-        if not over:
+        if all(a.shape[at] == 1 for at in over):
             raise InputError(
-                f"{name} ({' '.join(axes)}) has no tokens to take the mean of: give a baseline, or 'zero'."
+                f"{name} ({' '.join(axes)}, {list(a.shape)}) has no two tokens to take the mean of: give a baseline, "
+                "or 'zero'."
             )
         b = a.mean(over, keepdim=True).expand_as(a)
     total = torch.zeros_like(a)

@@ -14,6 +14,7 @@ Source:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import chain
 from typing import Any, cast
@@ -26,6 +27,8 @@ from prisma_core.plugin import Count, Share, blaming, checked, layer_of, shown
 from prisma_lens.inputs import as_input, vision_of
 
 MODULI = range(2, 9)
+SIDE = re.compile(r"\.\d+\.hook_pattern$")
+"""The end of a pattern's name where several attentions stand side by side in a layer."""
 
 
 @checked
@@ -201,18 +204,22 @@ def pattern_names(
     Raises:
         NotApplicable: it has no patterns over all tokens.
     """
-    layers, others = dict[str, list[str]](), list[str]()
-    for name, point in model.hook_points().items():
-        if layer_of(name) is None or not name.endswith("hook_pattern"):
-            continue
-        if point.axes == "batch head query_pos key_pos":
-            layers.setdefault(name.rpartition(".attn")[0], []).append(name)
-        else:
-            others.append(f"{name} is [{point.axes}]")
+    points, axes = model.hook_points(), "batch head query_pos key_pos"
+    layers = patterns_by_layer(model, lambda each: each == axes)
+    others = [name for names in patterns_by_layer(model, lambda each: each != axes) for name in names]
     if not layers or (every and others):
-        here = others[0] if others else "this model has none"
-        raise NotApplicable(f"This needs patterns [batch head query_pos key_pos] over all tokens; {here}.")
-    return list(layers.values()), model.layout_for(images)
+        here = f"{others[0]} is [{points[others[0]].axes}]" if others else "this model has none"
+        raise NotApplicable(f"This needs patterns [{axes}] over all tokens; {here}.")
+    return layers, model.layout_for(images)
+
+
+def patterns_by_layer(model: HookedModel, fitting: Callable[[str], bool]) -> list[list[str]]:
+    """Return the hook points of a model's patterns whose axes fit, by layer, one or several side by side."""
+    layers = dict[str, list[str]]()
+    for name, point in model.hook_points().items():
+        if layer_of(name) is not None and name.endswith("hook_pattern") and fitting(point.axes):
+            layers.setdefault(SIDE.sub("", name), []).append(name)
+    return list(layers.values())
 
 
 def layer_pattern(cache: Any, names: list[str]) -> Tensor:

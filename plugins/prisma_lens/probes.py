@@ -2,9 +2,11 @@
 
 Equation:
     argmax_c (w_c . (a - mean) / std + b_c), fitted by scikit-learn's logistic regression on a training split; accuracy
-    on a held-out split. Control: the same probe for labels that are shuffled.
+    on a held-out split. Control: the same probe for labels that are shuffled. Over a harvest the loss is the same, and
+    the fit by stochastic gradients, a batch at a time.
 Cost:
-    One pass over the data; one fit for each hook point and its control.
+    One pass over the data; one fit for each hook point and its control. ``probe`` holds what is read of all data in
+    memory, ``probe_harvest`` a batch.
 Misleads:
     What a probe can read, the model need not use: steer along the direction, or ablate it. Accuracy far above the
     control is what counts, not accuracy.
@@ -14,14 +16,14 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, PluginError, Result
-from prisma_core.plugin import Part, Query, blaming, checked, layer_of, shown
+from prisma_core.plugin import Count, LayerQuery, Part, Query, blaming, checked, layer_of, several, shown
 from prisma_lens.inputs import TOKEN_AXES, as_batches, as_input, points_of, vision_of
 
 
@@ -59,13 +61,7 @@ def probe(
         InputError: there are no data or too few, the labels do not fit the tokens, or the activation has heads.
         PluginError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.preprocessing import StandardScaler
-    except ImportError as error:
-        raise PluginError(
-            "Probes are fitted by scikit-learn, which is not installed: pip install scikit-learn"
-        ) from error
+    LogisticRegression, StandardScaler = _solver("LogisticRegression")
     model = vision_of(model)
     wanted = points_of(model, names)
     for name in wanted:
@@ -94,17 +90,8 @@ def probe(
         seen += len(images)
     if not truth:
         raise InputError("There are no data: expected batches (images, labels).")
-    generator = torch.Generator().manual_seed(seed)
     target, example = torch.cat(truth), torch.cat(examples)
-    if target.is_floating_point() or bool((target < 0).any()):
-        raise InputError(f"Expected labels as whole numbers from 0, got {shown(target)}.")
-    if labels is not None and len(labels) <= int(target.max()):
-        raise InputError(f"Expected a label for each class up to {int(target.max())}, got {shown(labels)}.")
-    test = torch.isin(example, torch.randperm(seen, generator=generator)[: max(1, round(seen * held_out))])
-    if test.all():
-        raise InputError(f"{seen} images leave none to fit with held_out={held_out}: give more.")
-    shuffled = target[torch.randperm(len(target), generator=generator)]
-    tasks = {"probe": target, **({"control": shuffled} if control else {})}
+    test, tasks = _split(target, example, labels, held_out, control, seed)
     values = torch.zeros(len(wanted), len(tasks))
     tensors: dict[str, Tensor] = {}
     for at, name in enumerate(wanted):
@@ -117,11 +104,154 @@ def probe(
                 solver.fit(scaled[~test.numpy()], y[~test].numpy())
             values[at, column] = float(solver.score(scaled[test.numpy()], y[test].numpy()))
             if task == "probe":
-                weight = torch.from_numpy(solver.coef_ / scaler.scale_).float()
-                tensors[f"{name}/weight"] = weight
-                tensors[f"{name}/bias"] = (
-                    torch.from_numpy(solver.intercept_).float() - weight @ torch.from_numpy(scaler.mean_).float()
-                )
+                tensors |= _direction(name, solver, scaler)
+    return _result(wanted, values, tensors, tasks, test, {"tokens": tokens, "labels": list(labels or ())})
+
+
+@checked
+def probe_harvest(
+    acts: Any,
+    given: Tensor,
+    names: str | LayerQuery | list[str | LayerQuery] | None = None,
+    *,
+    tokens: Literal["cls", "mean", "patches", "registers"] = "mean",
+    labels: Sequence[str] | None = None,
+    held_out: Part = 0.25,
+    control: bool = True,
+    epochs: Count = 5,
+    batch: Count = 256,
+    seed: int = 0,
+    **options: Any,
+) -> Result:
+    """Return what ``probe`` does of activations on disk, which need not fit in memory: ``[place task]``.
+
+    Args:
+        acts: a harvest, as ``prisma_harvest.open_harvest`` returns it.
+        given: the labels ``[example]``, or ``[example patch]`` for ``tokens="patches"``.
+        names: one of the harvest's hook points, or a list of them; None for all.
+        tokens, labels, held_out, control, seed: as in ``probe``.
+        epochs: how often all examples are read to fit. One more reading takes means and scales, one measures.
+        batch: examples at once: eight runs of neighbours from anywhere, so that the order on disk does not matter.
+        options: of scikit-learn's ``SGDClassifier``.
+
+    Raises:
+        InputError: it is no harvest, labels do not fit it, it lacks the tokens, or an activation has heads.
+        PluginError: scikit-learn is not installed.
+    """
+    from prisma_harvest import Harvest
+
+    SGDClassifier, StandardScaler = _solver("SGDClassifier")
+    if not isinstance(acts, Harvest):
+        raise InputError(f"Expected a harvest, as prisma_harvest.open_harvest returns it; got {shown(acts)}.")
+    chosen = names if isinstance(names, list) else acts.names if names is None else [names]
+    wanted = [acts.point(name).name for name in several(chosen, "a hook point of the harvest or a list of them")]
+    run, n = max(1, batch // 8), len(acts)
+    per = {name: _rows(acts, name, tokens, 0, 1).shape[1] for name in wanted}
+    fit = (n, *set(per.values())) if tokens == "patches" else (n,)
+    if tuple(given.shape) != fit:
+        raise InputError(f"tokens={tokens!r} needs labels {list(fit)}, one for each thing read; got {shown(given)}.")
+    target, example = given.flatten().cpu(), torch.arange(n).repeat_interleave(given[0].numel())
+    test, tasks = _split(target, example, labels, held_out, control, seed)
+    test, truths = test.view(n, -1), {task: y.view(n, -1) for task, y in tasks.items()}
+    generator, classes = torch.Generator().manual_seed(seed), target.unique().numpy()
+    tensors, values = dict[str, Tensor](), torch.zeros(len(wanted), len(tasks))
+
+    def read(name: str, held: bool) -> Iterator[tuple[Any, dict[str, Any]]]:
+        starts = (torch.randperm(-(-n // run), generator=generator) * run).tolist()
+        for group in (starts[at : at + 8] for at in range(0, len(starts), 8)):
+            at = torch.cat([torch.arange(start, min(start + run, n)) for start in group])
+            x = torch.cat([_rows(acts, name, tokens, start, min(start + run, n)) for start in group])
+            ours = test[at] == held
+            if ours.any():
+                yield x[ours].numpy(), {task: y[at][ours].numpy() for task, y in truths.items()}
+
+    for place, name in enumerate(wanted):
+        scaler = StandardScaler()
+        for x, _ in read(name, held=False):
+            scaler.partial_fit(x)
+        with blaming(SGDClassifier, "scikit-learn's SGDClassifier", InputError):
+            solvers = {task: SGDClassifier(**{"loss": "log_loss", "average": True} | options) for task in tasks}
+            for _ in range(epochs):
+                for x, ys in read(name, held=False):
+                    for task, y in ys.items():
+                        solvers[task].partial_fit(scaler.transform(x), y, classes=classes)
+        for x, ys in read(name, held=True):
+            right = [float((solvers[task].predict(scaler.transform(x)) == y).sum()) for task, y in ys.items()]
+            values[place] += torch.tensor(right) / int(test.sum())
+        tensors |= _direction(name, solvers["probe"], scaler)
+    return _result(wanted, values, tensors, tasks, test, {"tokens": tokens, "labels": list(labels or ())})
+
+
+def _rows(acts: Any, name: str, tokens: str, start: int, stop: int) -> Tensor:
+    """Return what is read of examples of a harvest: ``[example thing d]``."""
+    first, *rest = acts.point(name).axes.split()
+    x = acts.read(name, start, stop).float()
+    if not rest:
+        return x[:, None]
+    if first not in ("pos", "patch") or len(rest) > 1:
+        raise InputError(f"Probes read activations [pos d]; {name} is [{acts.point(name).axes}].")
+    if tokens == "mean":
+        return x.mean(1, keepdim=True)
+    if acts.layout is None:
+        raise InputError(f"This harvest has no token layout, so tokens={tokens!r} means nothing: take 'mean'.")
+    subset = set(acts.layout.positions(tokens))
+    there = [at for at, position in enumerate(acts.positions) if position in subset]
+    if not there:
+        raise InputError(f"This harvest holds no {tokens}: it is of {', '.join(acts.tokens[:3])} and so on.")
+    return x[:, there] if tokens == "patches" else x[:, there].mean(1, keepdim=True)
+
+
+def _solver(name: str) -> tuple[Any, Any]:
+    """Return a class of scikit-learn's linear models, and its scaler.
+
+    Raises:
+        PluginError: it is not installed.
+    """
+    try:
+        from sklearn import linear_model
+        from sklearn.preprocessing import StandardScaler
+    except ImportError as error:
+        raise PluginError(
+            "Probes are fitted by scikit-learn, which is not installed: pip install scikit-learn"
+        ) from error
+    return getattr(linear_model, name), StandardScaler
+
+
+def _split(
+    target: Tensor, example: Tensor, labels: Sequence[str] | None, held_out: float, control: bool, seed: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return which things are held out, all of an example together, and the labels of each task.
+
+    Raises:
+        InputError: labels are no classes, or no example is left to fit.
+    """
+    generator, seen = torch.Generator().manual_seed(seed), int(example[-1]) + 1
+    if target.is_floating_point() or bool((target < 0).any()):
+        raise InputError(f"Expected labels as whole numbers from 0, got {shown(target)}.")
+    if labels is not None and len(labels) <= int(target.max()):
+        raise InputError(f"Expected a label for each class up to {int(target.max())}, got {shown(labels)}.")
+    test = torch.isin(example, torch.randperm(seen, generator=generator)[: max(1, round(seen * held_out))])
+    if test.all():
+        raise InputError(f"{seen} images leave none to fit with held_out={held_out}: give more.")
+    shuffled = target[torch.randperm(len(target), generator=generator)]
+    return test, {"probe": target, **({"control": shuffled} if control else {})}
+
+
+def _direction(name: str, solver: Any, scaler: Any) -> dict[str, Tensor]:
+    """Return what a fitted probe reads along, in the activation's own units."""
+    weight = torch.from_numpy(solver.coef_ / scaler.scale_).float()
+    bias = torch.from_numpy(solver.intercept_).float() - weight @ torch.from_numpy(scaler.mean_).float()
+    return {f"{name}/weight": weight, f"{name}/bias": bias}
+
+
+def _result(
+    wanted: list[str],
+    values: Tensor,
+    tensors: dict[str, Tensor],
+    tasks: dict[str, Tensor],
+    test: Tensor,
+    facts: dict[str, Any],
+) -> Result:
     layers = [layer_of(name) for name in wanted]
     by_layer = None not in layers and len(set(layers)) == len(layers)
     return Result(
@@ -136,12 +266,11 @@ def probe(
         baseline="the control: the same probe for shuffled labels",
         tensors=tensors,
         facts={
-            "tokens": tokens,
+            **facts,
             "train": int((~test).sum()),
             "held_out": int(test.sum()),
-            "labels": list(labels or ()),
             "names": wanted,
-            "chance": float(target.bincount().max() / len(target)),
+            "chance": float(tasks["probe"].bincount().max() / len(tasks["probe"])),
         },
     )
 

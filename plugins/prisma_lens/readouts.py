@@ -18,7 +18,7 @@ from prisma_core import (
     InputError,
     NotApplicable,
 )
-from prisma_core.plugin import BriefRepr, checked, several, shown, whole
+from prisma_core.plugin import BriefRepr, checked, positions_of, several, shown, whole
 from prisma_lens.inputs import as_input
 from prisma_lens.metrics import class_of
 
@@ -204,14 +204,58 @@ def refuse_with_probe(**options: object) -> None:
             raise InputError(f"A probe reads along its own directions: leave {name}= out, got {shown(value)}.")
 
 
-def check_pooled(own: HookedViT | HookedText, what: str) -> None:
-    """Refuse a model that gives out every token.
+def gives_every_token(own: HookedViT | HookedText) -> bool:
+    """Return whether a model's output has an axis of tokens."""
+    return own.spec.pool.kind in ("none", "patches")
+
+
+def first_given_out(own: HookedViT | HookedText) -> int:
+    """Return the position of the first token that a model which gives out every token, or every patch, gives out."""
+    return own.spec.layout.n_prefix if isinstance(own, HookedViT) and own.spec.pool.kind == "patches" else 0
+
+
+def check_pooled(own: HookedViT | HookedText, what: str, pos: int | str | None) -> None:
+    """Refuse a model that gives out every token where none is chosen, and a choice where there is none.
 
     Raises:
         NotApplicable: with what there is no one of.
+        InputError: the model pools its tokens, and one is chosen.
     """
-    if own.spec.pool.kind in ("none", "patches"):
-        raise NotApplicable(f"This model reads every token by itself, so there is no one {what}.")
+    if pos is None and gives_every_token(own):
+        raise NotApplicable(
+            f"This model reads every token by itself, so there is no one {what}: give pos=, the token whose output is "
+            "read."
+        )
+    if pos is not None and not gives_every_token(own):
+        raise InputError(f"This model gives out one vector, not one for each token: leave pos={pos!r} out.")
+
+
+def token_read(own: HookedViT | HookedText, cache: Any, pos: int | str | None) -> int | None:
+    """Return the place in the output of the token that is read, None if none is chosen.
+
+    Args:
+        own: the tower.
+        cache: of it.
+        pos: a position in the stream, or a subset of the layout that has one token.
+
+    Raises:
+        InputError: there is no such token, there are several, or the model does not give it out.
+        UnknownName: there is no such subset.
+    """
+    if pos is None:
+        return None
+    if isinstance(pos, str) and cache.layout is None:
+        raise InputError(f"This model has no token layout, so pos={pos!r} means nothing; give a position.")
+    places = positions_of(cache.layout.slice(pos) if isinstance(pos, str) else pos, cache["attn_out", -1].shape[1])
+    first = first_given_out(own)
+    if len(places) != 1 or places[0] < first:
+        raise InputError(f"Expected pos= one token that the model gives out, from {first} on; got {pos!r}, {places}.")
+    return places[0] - first
+
+
+def at_token(outputs: Tensor, token: int | None) -> Tensor:
+    """Return the outputs ``[... token out]`` of one token, all if it is None; one that is the same for all is kept."""
+    return outputs if token is None else outputs[..., token if outputs.shape[-2] > 1 else 0, :]
 
 
 def cache_of(

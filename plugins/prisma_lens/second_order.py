@@ -25,7 +25,7 @@ from prisma_core.plugin import Indices, checked
 from prisma_lens.attribute import check_sum_of, names_for
 from prisma_lens.covectors import covectors
 from prisma_lens.decomposition import unit_scale
-from prisma_lens.readouts import Target, TowerName, cache_of, check_pooled, readout, tower_of
+from prisma_lens.readouts import Target, TowerName, at_token, cache_of, check_pooled, readout, token_read, tower_of
 
 
 @checked
@@ -38,6 +38,7 @@ def second_order(
     against: Target | None = None,
     tower: TowerName = "vision",
     labels: Sequence[str] | None = None,
+    pos: int | str | None = None,
 ) -> Result:
     """Return what each neuron adds to a reading through later attention: ``[layer neuron batch class]``.
 
@@ -45,13 +46,14 @@ def second_order(
         model: a dual encoder, a classifier, or a tower.
         given: images, or a cache of them that holds ``second_order_names(model)``.
         target, against, tower, labels: as in ``attribute``.
+        pos: the token whose output is read, of a model that gives out every token.
 
     Raises:
         NotApplicable: a norm stands between heads or neurons and the stream, or the model has no MLPs.
         UnknownName, InputError: as in ``attribute``.
     """
     own = tower_of(model, tower)
-    check_pooled(own, "reading that neurons add to")
+    check_pooled(own, "reading that neurons add to", pos)
     reading = readout(model, target, against, tower=tower, labels=labels)
     cache = cache_of(model, given, second_order_names, tower)
     for layer, block in enumerate(own.layers()):
@@ -60,7 +62,7 @@ def second_order(
         if not mlps(block):
             raise NotApplicable(f"Layer {layer} has no MLP, so it has no neurons.")
     columns = list[Tensor]()
-    for g in covectors(cache, reading):
+    for g in covectors(cache, reading, token_read(own, cache, pos)):
         through, rows = torch.zeros_like(g), list[Tensor]()
         for layer in reversed(range(len(own.blocks))):
             block = own.layers()[layer]
@@ -70,6 +72,8 @@ def second_order(
             ]
             rows.append(torch.cat(added))
             through = through + _back(cache, layer, block, g)
+        if len({len(row) for row in rows}) != 1:
+            raise NotApplicable("The layers differ in their number of neurons, so there is no one table of them.")
         columns.append(torch.stack(rows[::-1]))
     values = torch.stack(columns, -1)
     return Result(
@@ -89,7 +93,9 @@ def second_order(
 
 @checked
 @torch.no_grad()
-def neuron_outputs(model: HookedModel, images: Any, layer: int, neurons: Indices) -> Result:
+def neuron_outputs(
+    model: HookedModel, images: Any, layer: int, neurons: Indices, *, pos: int | str | None = None
+) -> Result:
     """Return what neurons add to each image's vector through later attention: ``[neuron image d_embed]``.
 
     ``textspan(result.values[0], clip.encode_text(texts, normalize=True))`` names the first of them.
@@ -99,13 +105,14 @@ def neuron_outputs(model: HookedModel, images: Any, layer: int, neurons: Indices
         images: images, or a cache that holds ``second_order_names(model)``.
         layer: of the neurons; negative ones count from the end.
         neurons: which.
+        pos: as in ``second_order``.
 
     Raises:
         InputError: there is no such layer or neuron.
         NotApplicable: as ``second_order``.
     """
     own = tower_of(model, "vision")
-    check_pooled(own, "vector that neurons add to")
+    check_pooled(own, "vector that neurons add to", pos)
     n = len(own.blocks)
     if not -n <= layer < n:
         raise InputError(f"No layer {layer}: there are {n}.")
@@ -117,7 +124,7 @@ def neuron_outputs(model: HookedModel, images: Any, layer: int, neurons: Indices
     post = cache[f"blocks.{layer}.{branches[0].name}.hook_post"]
     if not all(0 <= each < post.shape[-1] for each in neurons):
         raise InputError(f"Expected neurons from 0 to {post.shape[-1] - 1}, got {list(neurons)}.")
-    vectors = _out(branches[0], post)
+    vectors, token = _out(branches[0], post), token_read(own, cache, pos)
     outputs = list[Tensor]()
     for neuron in neurons:
         x = post[..., neuron, None] * vectors[neuron]
@@ -130,7 +137,7 @@ def neuron_outputs(model: HookedModel, images: Any, layer: int, neurons: Indices
                 v = torch.einsum("bpd,hde->bphe", y, _values(branch, y))
                 z = torch.einsum("bhqk,bkhe->bqhe", cache[f"blocks.{later}.{branch.name}.hook_pattern"], v)
                 total += torch.einsum("bqhe,hed->bqd", z, branch.scaled(branch.module.W_O).to(z))
-        outputs.append(cache.project_stack(total[None])[0] / unit_scale(model, cache))
+        outputs.append(at_token(cache.project_stack(total[None])[0], token) / unit_scale(model, cache))
     return Result(
         torch.stack(outputs),
         ("neuron", "image", "d_embed"),

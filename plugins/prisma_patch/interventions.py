@@ -59,7 +59,8 @@ def ablate(
         heads, neurons: heads, or places on the last axis, to ablate; None for all.
         method: ``zero``; ``mean`` over the batch and the tokens of ``reference``, each head and feature by itself;
             ``resample``: activations of ``reference``, in another order than its own.
-        reference: inputs for ``mean`` and ``resample``; for ``resample`` as many as a pass has, or one.
+        reference: inputs for ``mean`` and ``resample``; for ``resample`` as many as a pass has, or one that every input
+            gets the activations of: another than those of the pass, which are else left as they are.
 
     Raises:
         UnknownName: no such hook point or subset.

@@ -75,7 +75,7 @@ def activation_patch(
             all. Of patterns and scores they are the queries'.
         heads: heads to replace or to sweep over; None for all.
         region: rows and columns to replace, each one or a slice, where the stream has axes ``row column``.
-        reference: inputs of the mean; by default ``clean``.
+        reference: inputs of ``"mean"`` and ``"resample"``; by default ``clean``, of two or more.
         batch_size: how many images to run at once.
         progress: show a bar; None shows one for long sweeps on a terminal.
         resume: a file that keeps the effects so far; a sweep that was stopped goes on from it.
@@ -189,16 +189,17 @@ def _sources(
             raise InputError(f"Expected other images, 'zero', 'mean' or 'resample', got {other!r}.")
         if other == "zero":
             return {}
+        n = inputs[0].shape[0]
+        if reference is None and n < 2:
+            raise InputError(
+                f"other={other!r} takes the activations of the batch, and one image would get its own back: give two "
+                "or more, or reference=images."
+            )
         sources = as_inputs(model, reference) if reference is not None else inputs
         with torch.no_grad():
             _, cache = model.run_with_cache(*sources, names=list(names), output=False)
         if other == "mean":
             return {name: x.mean(0, keepdim=True) for name, x in cache.items()}
-        n = inputs[0].shape[0]
-        if reference is None and n < 2:
-            raise InputError(
-                "Resampling takes activations of other images of the batch: give two or more, or reference=."
-            )
         rows = [(at + 1) % sources[0].shape[0] for at in range(n)]
         return {name: x[rows] for name, x in cache.items()}
     if reference is not None:

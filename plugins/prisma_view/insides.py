@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
+from prisma_lens.heads import SIDE, layer_pattern
 from torch import Tensor
 
 from prisma_core import HookedModel, NotApplicable, Result
@@ -107,9 +110,12 @@ def attention(subject: Subject) -> Section:
         NotApplicable: the model has no attention patterns over tokens.
     """
     names = spread(pattern_names(subject.tower))
-    points, cache = subject.tower.hook_points(), _cached(subject, names)
-    kinds = [within(points[name].axes) or "" for name in names]
-    figures = [_heads(name, cache[name][0].float().cpu(), one, subject) for name, one in zip(names, kinds, strict=True)]
+    points, cache = subject.tower.hook_points(), _cached(subject, list(chain(*names)))
+    kinds = [within(points[sides[0]].axes) or "" for sides in names]
+    figures = [
+        _heads(sides[0], layer_pattern(cache, sides)[0].float().cpu(), one, subject)
+        for sides, one in zip(names, kinds, strict=True)
+    ]
     shown = "How much the heads of the first, a middle and the last layer attend to each "
     kind = next(filter(None, kinds), "")
     if kind:
@@ -141,5 +147,5 @@ def _cached(subject: Subject, names: list[str]) -> dict[str, Tensor]:
 def _spoken(name: str) -> str:
     """Return where a hook point is, in words."""
     layer = layer_of(name)
-    path = name.rpartition(".")[0].removesuffix(".attn")
+    path = SIDE.sub(".hook_pattern", name).rpartition(".")[0].removesuffix(".attn")
     return f"layer {layer}" if layer is not None and path == f"blocks.{layer}" else path

@@ -13,14 +13,15 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
+from prisma_lens.heads import SIDE, layer_pattern, patterns_by_layer
 from torch import Tensor
 
 from prisma_core import HookedModel, HookPoint, InputError, NotApplicable, TokenLayout
-from prisma_core.plugin import layer_of
 from prisma_view.pack import BUDGET, grouped
 
 STEPS = (4095, 1023, 255)
@@ -34,6 +35,8 @@ WITHIN = re.compile(r"batch (\w+) head query_(\w+) key_\2")
 @dataclass(frozen=True)
 class Map:
     """The attention of a layer: scores and patterns ``[window head query_pos key_pos]``, one window where it is global.
+
+    Heads of attentions side by side follow each other.
 
     Attributes:
         scores: None where the pattern is not the softmax of the scores, or patches were taken together.
@@ -79,42 +82,41 @@ def collect(model: HookedModel, inputs: Sequence[Tensor], layers: Sequence[int] 
         if wrong or not layers:
             raise InputError(f"Expected layers of 0 to {len(names) - 1}, got {list(layers)}.")
         names = [names[layer] for layer in layers]
-    scores = [name.replace("hook_pattern", "hook_attn_scores") for name in names]
-    streams = [_stream(name, points) for name in names]
+    scores = [[name.replace("hook_pattern", "hook_attn_scores") for name in sides] for sides in names]
+    streams = [_stream(sides[0], points) for sides in names]
     with torch.no_grad():
-        wanted = [*names, *(name for name in scores if name in points), *filter(None, streams)]
+        wanted = [*chain(*names), *(name for name in chain(*scores) if name in points), *filter(None, streams)]
         _, cache = model.run_with_cache(*inputs, names=wanted, output=False)
     maps = [
         _map(
-            name,
-            cache[name][0],
-            cache[other][0] if other in cache else None,
-            within=within(points[name].axes) or "",
+            sides[0],
+            layer_pattern(cache, sides)[0],
+            layer_pattern(cache, others)[0] if all(other in cache for other in others) else None,
+            within=within(points[sides[0]].axes) or "",
             rows_columns=None if stream is None else cache[stream].shape[1:3],
         )
-        for name, other, stream in zip(names, scores, streams, strict=True)
-        if cache[name].shape[-1] == cache[name].shape[-2]
+        for sides, others, stream in zip(names, scores, streams, strict=True)
+        if cache[sides[0]].shape[-1] == cache[sides[0]].shape[-2]
     ]
     if not maps:
-        raise NotApplicable(f"The queries of {', '.join(names)} are pooled: other tokens attend than are attended to.")
+        pooled = ", ".join(chain(*names))
+        raise NotApplicable(f"The queries of {pooled} are pooled: other tokens attend than are attended to.")
     return maps
 
 
-def pattern_names(model: HookedModel) -> list[str]:
-    """Return the hook points of patterns over all tokens, or over those of windows, by layer.
+def pattern_names(model: HookedModel) -> list[list[str]]:
+    """Return the hook points of patterns over all tokens, or over those of windows, by layer, some side by side.
 
     Raises:
         NotApplicable: the model has none.
     """
-    points = model.hook_points()
-    names = [name for name in points if name.endswith(".hook_pattern") and layer_of(name) is not None]
-    names = [name for name in names if within(points[name].axes) is not None]
-    if not names:
+    layers = patterns_by_layer(model, lambda axes: within(axes) is not None)
+    if not layers:
         raise NotApplicable(
             f"This model has no attention patterns [{SQUARE}], nor such patterns of windows, frames or patches. What "
             "it has is in model.hook_points(); prisma_view.patches draws any activation on the grid of its patches."
         )
-    return names
+    return layers
 
 
 def within(axes: str) -> str | None:
@@ -203,7 +205,7 @@ def store(maps: list[Map]) -> Stored:
 
 def label_of(name: str) -> str:
     """Return what the page calls the layer of a pattern."""
-    return name.removesuffix(".hook_pattern").removesuffix(".attn").removeprefix("blocks.")
+    return SIDE.sub("", name).removesuffix(".hook_pattern").removesuffix(".attn").removeprefix("blocks.")
 
 
 def _values(one: Map) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from einops import rearrange
@@ -21,6 +21,7 @@ SIDE = 288
 """Pixels of the longer side of an image that is drawn from one value for each patch, at least."""
 STAGES = 3
 """Layers that are shown of a deep model: the first, the last, and those between them."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Subject(BriefRepr):
         return plot(result, kind="patches", image=self.still)
 
 
-def spread(items: Sequence[str], n: int = STAGES) -> list[str]:
+def spread(items: Sequence[T], n: int = STAGES) -> list[T]:
     """Return up to ``n`` items at even distances, the first and the last among them.
 
     >>> spread("abcdefg", 3)

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL.Image import Image
 from prisma_lens import head_scores
+from prisma_lens.heads import layer_label
 from torch import Tensor
 
 from prisma_core import HookedDual, HookedModel, HookedText, InputError, NotApplicable, TokenLayout
@@ -106,7 +108,7 @@ def attention_page(
     else:
         inputs, seen = prepare(model, image)
         maps, layout = collect(model, [inputs], layers), model.layout_for(inputs)
-    kinds = _kinds(model, inputs, layout, layers)
+    kinds = _kinds(model, inputs, layout, maps)
     maps, layout, side = fitted(maps, layout)
     stored = store(maps)
     frames = [] if words else frames_of(seen, layout)
@@ -195,19 +197,24 @@ def _place(layout: TokenLayout | None) -> dict[str, Any] | None:
 
 
 def _kinds(
-    model: HookedModel, inputs: Tensor, layout: TokenLayout | None, layers: Sequence[int] | None
+    model: HookedModel, inputs: Tensor, layout: TokenLayout | None, maps: list[Map]
 ) -> dict[str, list[list[float]]]:
-    """Return for each kind of token how much more of each head's attention falls on it than if it were uniform."""
-    if layout is None or layers is not None:
+    """Return for each kind of token how much more of each head's attention falls on it than if it were uniform.
+
+    Rows are the maps'; of a map that has no scores, as within windows, none falls on any.
+    """
+    if layout is None:
         return {}
     try:
         scores = head_scores(model, inputs)
     except NotApplicable:
         return {}
     more = scores.values - scores.tensors["baseline"][:, None, None].to(scores.values)
-    names = scores.names("kind")
+    names, scored = scores.names("kind"), scores.names("layer")
+    labels = [layer_label([one.name]) for one in maps]
+    rows = [more[:, scored.index(label)] if label in scored else torch.zeros_like(more[:, 0]) for label in labels]
     return {
-        kind: [[round(x, 4) for x in row] for row in more[names.index(kind)].tolist()] for kind in TOUR if kind in names
+        kind: [[round(x, 4) for x in row[names.index(kind)].tolist()] for row in rows] for kind in TOUR if kind in names
     }
 
 
@@ -236,7 +243,7 @@ def _facts(maps: list[Map], layout: TokenLayout | None, side: int) -> list[str]:
 def _left_out(model: HookedModel, maps: list[Map], layers: Sequence[int] | None) -> list[str]:
     names, shown = pattern_names(model), {m.name for m in maps}
     chosen = names if layers is None else [names[layer] for layer in layers]
-    pooled = [label_of(name) for name in chosen if name not in shown]
+    pooled = [label_of(sides[0]) for sides in chosen if sides[0] not in shown]
     return [f"Left out, for their queries are pooled: {', '.join(pooled)}."] if pooled else []
 
 
