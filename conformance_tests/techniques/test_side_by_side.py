@@ -9,12 +9,12 @@ import torch
 from models import build
 from planted_dual import planted_dual
 from prisma_lens import attention_flow, head_scores, induction, relevance, rollout
-from prisma_lens.heads import key_kinds
+from prisma_lens.heads import key_kinds, patterns_by_layer
 from prisma_patch import activation_patch, attribution_patch, path_patch, switch
 from torch import Tensor
 from twins import rejects
 
-from prisma_core import HookedText, HookedViT, InputError, NotApplicable
+from prisma_core import HookedText, HookedViT, HookPoint, InputError, NotApplicable
 from prisma_core.plugin import TextSpec
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -41,6 +41,18 @@ def test_heads_of_both_attentions_are_scored(model: HookedViT, image: Tensor) ->
             )
 
     rejects(truth, head_scores, "cache[name] for name in names", "cache[name] for name in names[:1] * 2")
+
+
+def test_patterns_stand_side_by_side_only_where_attentions_do() -> None:
+    class Named:
+        def hook_points(self) -> dict[str, HookPoint]:
+            names = ("blocks.0.hook_pattern", "blocks.1.hook_pattern", "blocks.2.attn.0", "blocks.2.attn.1")
+            full = (name if name.endswith("pattern") else f"{name}.hook_pattern" for name in names)
+            return {name: HookPoint("batch head query_pos key_pos", "softmax(scores)") for name in full}
+
+    named: Any = Named()
+    layers = patterns_by_layer(named, lambda axes: axes.startswith("batch head"))
+    assert [len(each) for each in layers] == [1, 1, 2]
 
 
 def test_rollout_and_relevance_take_all_heads_of_a_layer(model: HookedViT, image: Tensor) -> None:

@@ -27,7 +27,7 @@ from prisma_core.plugin import Count, Share, blaming, checked, layer_of, shown
 from prisma_lens.inputs import as_input, vision_of
 
 MODULI = range(2, 9)
-SIDE = re.compile(r"\.\d+\.hook_pattern$")
+SIDE = re.compile(r"(?<=\.attn)\.\d+\.hook_pattern$")
 """The end of a pattern's name where several attentions stand side by side in a layer."""
 
 
