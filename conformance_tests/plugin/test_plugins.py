@@ -225,15 +225,17 @@ def test_a_source_may_hand_over_a_hooked_model(
     import prisma_core as prisma
     from prisma_core import host as plugins
 
+    names = tuple(f"class {index}" for index in range(vit.spec.n_classes or 0))
+
     class Ready(source_of("ready")):  # type: ignore[misc]
         def load(self, rest: str, **options: Any) -> Loaded:
-            return Loaded(vit, labels=("a", "b"))
+            return Loaded(vit, labels=names)
 
     host = Host([found("ready", prisma_sources=lambda: [Ready()])])
     monkeypatch.setattr(plugins, "_host", host)
     model = prisma.load("ready:any")
     assert model is vit
-    assert vit.labels == ("a", "b")
+    assert vit.labels == names
     assert vit.reference == "ready:any"
     assert torch.isfinite(model(image)).all()
 

@@ -214,7 +214,7 @@ def test_a_configuration_and_a_file(upstream: Any, tmp_path: Path, no_network: N
     with pytest.raises(LoadError, match="expected embed_dim, vision_cfg and text_cfg"):
         prisma.load(f"open_clip:{config}@{weights}")
     config.write_text("{")
-    with pytest.raises(LoadError, match="not a readable configuration"):
+    with pytest.raises(LoadError, match="no readable JSON"):
         prisma.load(f"open_clip:{config}@{weights}")
 
 

@@ -286,7 +286,8 @@ def test_code_that_came_with_a_processor_is_not_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"), [("{", "holds no image processor"), ("{}", "image_processor_type"), ('"x"', "no image processor")]
+    ("text", "told"),
+    [("{", "no readable JSON"), ("{}", "image_processor_type"), ('"x"', "holds a str; expected a JSON object")],
 )
 def test_a_broken_file_is_told_of(text: str, told: str, tmp_path: Path) -> None:
     (tmp_path / CONFIG).write_text(text)

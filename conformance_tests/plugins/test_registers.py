@@ -192,7 +192,7 @@ SAID: dict[str, tuple[str, Callable[[HookedViT, Tensor], object]]] = {
     "paths for attention": ("got list", lambda m, x: attention_to(m, ["cat.jpg"], "cls")),
     "no such position": ("No position", lambda m, x: attention_to(m, x, [3, 40])),
     "no position": ("at least one position", lambda m, x: attention_to(m, x, [])),
-    "positions by name": ("or positions; got", lambda m, x: attention_to(m, x, ["cls", "patches"])),
+    "positions by name": (r"keys\[0\]= .*; got 'cls'", lambda m, x: attention_to(m, x, ["cls", "patches"])),
     "pairs": (r"such as \[Neuron\(.* got \(0, 1\)", lambda m, x: registers_at_test_time(m, [(0, 1)]).__enter__()),
     "one neuron": ("one by itself", lambda m, x: registers_at_test_time(m, Neuron(0, 1)).__enter__()),
     "half a neuron": ("as whole numbers", lambda m, x: registers_at_test_time(m, [Neuron(0, 0.5)]).__enter__()),

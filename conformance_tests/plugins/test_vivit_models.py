@@ -183,14 +183,16 @@ def test_frames_backwards_are_caught() -> None:
     adapter = copy.copy(installed().adapter(case.build()))
     right = adapter.weights
 
+    def flip(x: torch.Tensor) -> torch.Tensor:
+        return x.flip(2) if x.ndim == 5 else x
+
     def weights(upstream: Any, spec: Any) -> WeightMap:
         table = right(upstream, spec)
         rules = [
-            dataclasses.replace(rule, how="{flip}") if rule.targets == ("embed.proj.{*}",) else rule
+            dataclasses.replace(rule, how="{flip}", call=flip) if rule.targets == ("embed.proj.{*}",) else rule
             for rule in table.rows
         ]
-        flip = {"flip": lambda x: x.flip(2) if x.ndim == 5 else x}
-        return dataclasses.replace(table, rows=tuple(rules), functions=flip)
+        return dataclasses.replace(table, rows=tuple(rules))
 
     adapter.weights = weights  # type: ignore[method-assign]
     (certificate,) = check(case, adapter=adapter, checks="parity.logits").certificates

@@ -126,7 +126,7 @@ def test_every_kind_is_saved_as_sae_lens_has_it_too(tmp_path: Path, kind: Any) -
         ([rows(8), rows(8, 5)], "6 numbers, batch 1 of 5"),
         ([rows(8), rows(8) / 0], "NaN or infinite"),
         ([torch.ones(8, 6, dtype=torch.long)], "int64"),
-        (["rows"], "str"),
+        (["rows"], "got 'rows'"),
     ],
 )
 def test_rows_that_cannot_be_trained_on_are_one_error(batches: list[Any], words: str) -> None:

@@ -19,8 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import prisma_core as prisma
 from prisma_core import ActivationCache, HookedViT, LoadError
-from prisma_core.files import atomic
-from prisma_core.hooks import cache as caches
+from prisma_core.files import atomic, checkpoint
 from prisma_core.saving import folder as saving
 from prisma_core.saving.folder import SPEC, WEIGHTS
 
@@ -215,7 +214,7 @@ def test_a_full_disk_leaves_the_old_model(
     _, cache = new.run_with_cache(*new.sample_inputs())
     with monkeypatch.context() as patch:
         patch.setattr(saving, "save_file", broken)
-        patch.setattr(caches, "save_file", broken)
+        patch.setattr(checkpoint, "save_file", broken)
         with pytest.raises(LoadError, match=r"cannot be written: .*No space left on device"):
             prisma.save(new, tmp_path)
         with pytest.raises(LoadError, match=r"cannot be written: .*No space left on device"):

@@ -31,7 +31,7 @@ def close(found, expected, dtype):
 
 def reading(rows, *points):
     """Append to ``rows`` what the hook points show."""
-    return ScopeContext(Scope(frozenset(points), captures=dict.fromkeys(points, (rows.append,))), None)
+    return ScopeContext(Scope(frozenset(points), captures={point.key: (rows.append,) for point in points}), None)
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])

@@ -109,6 +109,8 @@ class Processed(ImagePreprocess):
         """
         settings = read_json(folder / CONFIG)
         name = settings.pop("image_processor_type", None)
+        if name is None:
+            raise LoadError(f"{folder / CONFIG} names no image_processor_type, as transformers' own files do.")
         kind = _kind(name)
         if kind is None:
             raise LoadError(

@@ -31,7 +31,7 @@ from prisma_core import HookedModel, InputError, LoadError, PluginError, Result
 from prisma_core.plugin import Count, Natural, Part, blaming, checked, read_checkpoint, replacing, shown
 from prisma_patch.sweeps import bar
 
-Checkpoints = Mapping[int, HookedModel | str | Path]
+Checkpoints = Mapping[int, Any]  # a model, a reference as text, or a folder as a Path: texts stay texts
 
 
 @checked

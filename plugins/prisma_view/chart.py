@@ -158,14 +158,14 @@ def chart_of(
     unseen = ("The image is not drawn: it lies under patches alone. Choose a token with sel().",) * (
         image is not None and kind != "patches"
     )
-    frames = len(table.labels.get("frame", ("",)))
+    images = () if image is None else as_images(image, len(table.labels.get("frame", ("",))))
     baseline = (f"Against {result.baseline}.",) * bool(result.baseline)
     total = (f"Total: {result.total}.",) * bool(result.total)
     return Chart(
         kind, values[:panels], (rows, columns), labels, tuple(shown),
         ", ".join([_spoken(result.technique) or "values", *about]), result.unit or "value",
         (*baseline, *total, *notes, *unseen, *left_out),
-        as_images(image, frames) if image is not None and kind == "patches" else (),
+        images if kind == "patches" else (),
     )  # fmt: skip
 
 
