@@ -79,13 +79,13 @@ class HookedModel(nn.Module):
         {'blocks.0.attn.hook_z': [<function halve at 0x...>]}
         """
         scopes, hooks = OPEN_SCOPES.get(), dict[str, list[Callable[..., object]]]()
-        for name, key in ((name, point.key) for name, point in self.hook_points().items()):
+        for name, point in self.hook_points().items():
             placed: list[Callable[..., object]] = [
-                scope.splices[key].splice for scope in scopes if key in scope.splices
+                scope.splices[point.key].splice for scope in scopes if point.key in scope.splices
             ]
-            placed += [hook.hook for scope in scopes for hook in scope.edits.get(key, ())]
-            placed += [hook.hook for scope in scopes for hook in scope.backward.get(key, ())]
-            captures = [capture for scope in scopes for capture in scope.captures.get(key, ())]
+            placed += [hook.hook for scope in scopes for hook in scope.edits.get(point.key, ())]
+            placed += [hook.hook for scope in scopes for hook in scope.backward.get(point.key, ())]
+            captures = [capture for scope in scopes for capture in scope.captures.get(point.key, ())]
             if placed or captures:
                 hooks[name] = [*placed, *captures]
         return hooks
@@ -308,9 +308,7 @@ class HookedModel(nn.Module):
 
     def _sites(self) -> dict[str, Site]:
         """Walk the modules, and return every hook point with its owner by full name, in firing order."""
-        found = dict[str, Site]()
-        _walk(self, self, "", found, set())
-        sites = dict(sorted(found.items(), key=lambda item: item[1].point.order))
+        sites = sites_below(self)
         spliced = [scope.splices for scope in OPEN_SCOPES.get() if scope.splices]
         return dict(with_splices(sites, spliced)) if spliced else sites
 
@@ -369,13 +367,19 @@ def _has_subset(site: Site, subset: str) -> bool:
     return not framed and cast(HookedModel, site.owner).layout_for() is not None
 
 
+def sites_below(module: nn.Module) -> dict[str, Site]:
+    """Return every hook point of a module and its parts, by name within it, in firing order."""
+    found = dict[str, Site]()
+    _walk(module, module, "", found, set())
+    return dict(sorted(found.items(), key=lambda item: item[1].point.order))
+
+
 def _walk(module: nn.Module, owner: nn.Module, path: str, sites: dict[str, Site], seen: set[nn.Module]) -> None:
     """Add each hook point below a module by full name; of a module used twice, under its first name."""
     seen.add(module)
     for name, value in vars(module).items():
         if name not in _OF_TORCH and isinstance(value, HookPoint):
             sites[path + name] = Site(value, owner)
-    children = cast("Mapping[str, nn.Module | None]", vars(module)["_modules"])
-    for name, child in children.items():
+    for name, child in cast("Mapping[str, nn.Module | None]", vars(module)["_modules"]).items():
         if child is not None and child not in seen:
             _walk(child, child if isinstance(child, HookedModel) else owner, f"{path}{name}.", sites, seen)

@@ -298,10 +298,15 @@ class ScopeContext(AbstractContextManager[Value]):
             self.scope.close()
 
 
-def _fire(scopes: tuple[Scope, ...], point: HookPoint, x: Tensor) -> Tensor:
+def keep_scopes(scopes: Sequence[Scope]) -> None:
+    """Have what is being checkpointed, if anything is, computed again in these scopes."""
     if calls := checkpoints():
         for scope in scopes:
             keep(calls, scope, scope.began, scope.again)
+
+
+def _fire(scopes: tuple[Scope, ...], point: HookPoint, x: Tensor) -> Tensor:
+    keep_scopes(scopes)
     key, edited, captured, differentiated = point.key, False, False, False
     for scope in scopes:
         if (splice := scope.splices.get(key)) is not None:

@@ -65,7 +65,7 @@ def check_place(what: str, x: Tensor, weight: Tensor | None) -> None:
         )
 
 
-def check_finite(what: str, x: Tensor) -> None:
+def check_numbers(what: str, x: Tensor) -> None:
     """Refuse an input with values that are not numbers, where a check may look at them.
 
     Raises:

@@ -8,8 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prisma_core.hooks.capture import Countdown, Keep
-from prisma_core.hooks.point import OPEN_SCOPES, Capture, HookPoint
-from prisma_core.hooks.recompute import checkpoints, keep
+from prisma_core.hooks.point import OPEN_SCOPES, Capture, HookPoint, keep_scopes
 
 AXIS = "query_pos"
 
@@ -50,9 +49,7 @@ class Rows:
 
     def store(self, point: HookPoint, x: Float[Tensor, "*batch row key_pos"]) -> None:
         """Store rows for each scope that asks for them at a hook point."""
-        if calls := checkpoints():
-            for scope in OPEN_SCOPES.get():
-                keep(calls, scope, scope.began, scope.again)
+        keep_scopes(OPEN_SCOPES.get())
         for capture in captures(point):
             capture(x, cut=axis_of(point)) if isinstance(capture, Keep) else capture(x)
 

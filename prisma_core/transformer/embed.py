@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prisma_core.errors import InputError
 from prisma_core.errors.arguments import expect, shown, sides, tensor
-from prisma_core.inputs.checks import check_finite, check_input, input_words
+from prisma_core.inputs.checks import check_input, check_numbers, input_words
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec
 from prisma_core.spec.layout import TokenLayout
 from prisma_core.toolbox.precision import joining
@@ -206,7 +206,7 @@ def check_image(image: Tensor, spec: ModelSpec) -> None:
     """
     what, expected = input_words(native := native_shape(spec))
     _check_size(check_input(image, native), spec, expected)
-    check_finite(what, image)
+    check_numbers(what, image)
 
 
 def _check_size(image: Tensor, spec: ModelSpec, expected: str) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from textwrap import indent
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from prisma_core.errors.migration import (
     refuse_keywords,
     takes_any_keyword,
 )
+from prisma_core.hooks.model import sites_below
 from prisma_core.hooks.point import HookPoint
-from prisma_core.inputs.checks import check_finite, check_input, check_place, input_words
+from prisma_core.inputs.checks import check_input, check_numbers, check_place, input_words
 from prisma_core.maps.places import HookMap
 from prisma_core.model import Size, ZooModel, read_sample
 from prisma_core.spec import MapSpec
@@ -158,7 +159,7 @@ class HookedUpstream(ZooModel):
         what, _ = input_words(self.spec.shape)
         x = check_input(inputs[0] if inputs else None, self.spec.shape)
         check_place(what, x, next((each for each in self.parameters() if each.is_floating_point()), None))
-        check_finite(what, x)
+        check_numbers(what, x)
         return x
 
     def sizes(self) -> list[Size]:
@@ -223,13 +224,7 @@ class Part(nn.Module):
 
     def _points(self) -> NameTable[HookPoint]:
         """Return the hook points below this part, by their names within it, in firing order."""
-        points = {
-            f"{path}.{name}" if path else name: point
-            for path, module in cast("Iterator[tuple[str, nn.Module]]", self.named_modules())
-            for name, point in vars(module).items()
-            if isinstance(point, HookPoint)
-        }
-        return NameTable(sorted(points.items(), key=lambda item: item[1].order))
+        return NameTable({name: site.point for name, site in sites_below(self).items()})
 
 
 def _instead(module: nn.Module) -> str:
