@@ -174,7 +174,7 @@ TRUTHS: dict[str, tuple[str, Callable[[ModuleType], None], str, str]] = {
     "path with nothing frozen": ("paths", paths, "**dict.fromkeys(frozen, hold)", ""),
     "path into all heads": ("paths", paths, ".to(x), receiver_heads, None)", ".to(x), None, None)"),
     "switch, layer and head swapped": ("switches", the_switch, "(each // n_heads, each %", "(each % n_heads, each //"),
-    "switch of zeros": ("switches", the_switch, "[head]), theirs[name])", "[head]), None)"),
+    "switch of zeros": ("switches", the_switch, "(places, names, theirs, theirs)", "(places, names, theirs, {})"),
     "ablation that keeps all": ("interventions", ablation, "torch.zeros_like(x)", "x"),
     "ablation of every head": (
         "interventions",

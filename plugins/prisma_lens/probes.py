@@ -61,7 +61,7 @@ def probe(
         InputError: there are no data or too few, the labels do not fit the tokens, or the activation has heads.
         PluginError: scikit-learn is not installed.
     """
-    LogisticRegression, StandardScaler = _solver("LogisticRegression")
+    LogisticRegression, StandardScaler = linear_solver("LogisticRegression")
     model = vision_of(model)
     wanted = points_of(model, names)
     for name in wanted:
@@ -140,7 +140,7 @@ def probe_harvest(
     """
     from prisma_harvest import Harvest
 
-    SGDClassifier, StandardScaler = _solver("SGDClassifier")
+    SGDClassifier, StandardScaler = linear_solver("SGDClassifier")
     if not isinstance(acts, Harvest):
         raise InputError(f"Expected a harvest, as prisma_harvest.open_harvest returns it; got {shown(acts)}.")
     chosen = names if isinstance(names, list) else acts.names if names is None else [names]
@@ -201,7 +201,7 @@ def _rows(acts: Any, name: str, tokens: str, start: int, stop: int) -> Tensor:
     return x[:, there] if tokens == "patches" else x[:, there].mean(1, keepdim=True)
 
 
-def _solver(name: str) -> tuple[Any, Any]:
+def linear_solver(name: str) -> tuple[Any, Any]:
     """Return a class of scikit-learn's linear models, and its scaler.
 
     Raises:

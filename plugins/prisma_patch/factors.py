@@ -25,9 +25,10 @@ from typing import Any
 
 import torch
 from prisma_lens.inputs import as_input, points_of, vision_of
+from prisma_lens.probes import linear_solver
 from torch import Tensor
 
-from prisma_core import HookContext, HookedModel, InputError, PluginError, Result
+from prisma_core import HookContext, HookedModel, InputError, Result
 from prisma_core.plugin import Part, Query, checked, layer_of, positions_of, shown
 from prisma_patch.places import Positions, token_positions
 from prisma_patch.sweeps import bar
@@ -151,14 +152,9 @@ class _Ridge:
     """A ridge regression from features ``[example feature]`` to a factor ``[example column]``, all of unit variance."""
 
     def __init__(self, x: Tensor, y: Tensor, train: Tensor):
-        try:
-            from sklearn.linear_model import RidgeCV
-            from sklearn.pipeline import make_pipeline
-            from sklearn.preprocessing import StandardScaler
-        except ImportError as error:
-            raise PluginError(
-                "Probes are fitted by scikit-learn, which is not installed: pip install scikit-learn"
-            ) from error
+        RidgeCV, StandardScaler = linear_solver("RidgeCV")
+        from sklearn.pipeline import make_pipeline
+
         strengths = [10.0**power for power in range(-4, 5)]
         self.solver: Any = make_pipeline(StandardScaler(), RidgeCV(strengths))
         self.solver.fit(x[train].numpy(), y[train].numpy())

@@ -76,13 +76,12 @@ def attribution_patch(
         effect = (difference * gradient).movedim(front, list(range(len(front))))
         effect = effect.reshape(*effect.shape[: len(front)], -1).sum(-1)
         parts.append(effect.flatten(0, -2) if kept else effect[None])
-    counts = places.counts(names, ours)
-    values = arranged(torch.cat(parts), names, axes, counts, places.swept)
+    counts, rows = places.counts(names, ours), torch.cat(parts)
+    values = arranged(rows, names, axes, counts, places.swept)
     tensors = {"clean": measure(output.detach())}
     if exact:
-        flat = torch.cat(parts).abs().sum(-1)
-        real = torch.full_like(torch.cat(parts), float("nan"))
-        chosen = flat.topk(min(exact, len(flat))).indices
+        real = torch.full_like(rows, float("nan"))
+        chosen = rows.abs().sum(-1).topk(min(exact, len(rows))).indices
         variants, passes = variants_of(places, names, ours, theirs), passes_of(model, inputs)
         real[chosen] = run(passes, [variants[at] for at in chosen.tolist()], measure) - tensors["clean"]
         tensors["exact"] = arranged(real, names, axes, counts, places.swept)

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, NotApplicable, Result
 from prisma_core.plugin import BriefRepr, Query, checked, layer_of
-from prisma_patch.passes import Inputs, Variant
-from prisma_patch.patching import activation_patch
+from prisma_patch.passes import Inputs
+from prisma_patch.patching import activation_patch, variants_of
 from prisma_patch.places import Places, Positions
 
 
@@ -100,11 +100,7 @@ def switch(
     names = [name for name in points_of(model, at) if layer_of(name) is not None]
     _, theirs = model.run_with_cache(*others, names=names, output=False)
     places = Places(model, names, ["layer", "head"], model.layout_for(*ours), pos, None, None)
-    heads = [
-        Variant(name, places.index(name, [head]), theirs[name])
-        for name in names
-        for head in places.parts(name, theirs[name].shape)[0]
-    ]
+    heads = variants_of(places, names, theirs, theirs)
     n_heads = effects.shape["head"]
     order = effects.values[..., 0].flatten().argsort(descending=True).tolist()
 
