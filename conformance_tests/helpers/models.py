@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from prisma_core import HookedViT, ModelSpec
+from prisma_core import HookedModel, HookedViT, ModelSpec
 from prisma_core.spec import (
     AttentionSpec,
     Interpolation,
@@ -151,3 +153,10 @@ def variant(request: pytest.FixtureRequest, in_float64: None) -> HookedViT:
 @pytest.fixture
 def image() -> torch.Tensor:
     return torch.randn(3, 3, 8, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def flops(model: HookedModel, x: Tensor, **how: Any) -> int:
+    """Return the operations of a plain pass, or of one that is cached ``how``."""
+    with FlopCounterMode(display=False) as counter:
+        model.run_with_cache(x, **how) if how else model(x)
+    return counter.get_total_flops()

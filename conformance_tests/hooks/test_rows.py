@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import EXACT
-from torch.utils.flop_counter import FlopCounterMode
+from models import EXACT, flops
 
 from prisma_core import InputError
 from prisma_core.toolbox.query_rows import Rows
@@ -20,12 +19,6 @@ def rows_and_whole(model, image, pos, **how):
     _, whole = model.run_with_cache(image, names=NAMES)
     places = rows.positions()
     return output, rows, {name: x if "pool" in name else x[:, :, places] for name, x in whole.items()}
-
-
-def flops(model, image, **how):
-    with FlopCounterMode(display=False) as counter:
-        model.run_with_cache(image, **how) if how else model(image)
-    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("pos", POSITIONS, ids=str)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from models import EXACT
+from models import EXACT, flops
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 from windows import HEADS, WIDTH, WINDOW, Adapter, Upstream
 
 from prisma_core.maps.places import FUSED, HookMap
@@ -20,12 +19,6 @@ from prisma_core.zoo import adapt_with
 pytestmark = pytest.mark.usefixtures("in_float64")
 NAMES = ("attn_scores", "pattern")
 ROWS = [0, -1, slice(1, 3), [2, 0]]
-
-
-def flops(model, x, **how):
-    with FlopCounterMode(display=False) as counter:
-        model.run_with_cache(x, **how) if how else model(x)
-    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("pos", ROWS, ids=str)
