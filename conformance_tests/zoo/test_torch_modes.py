@@ -155,3 +155,54 @@ def test_what_is_made_in_inference_mode_takes_gradients_outside():
             gradient(model, bad)
     with torch.no_grad():
         assert adapted(image).isfinite().all()
+
+
+def asked(cache):
+    """Every way to ask a cache for what is in it."""
+    return {
+        "an item": lambda: cache["blocks.0.hook_resid_post"],
+        "values": lambda: list(cache.values()),
+        "dict": lambda: dict(cache),
+        "to": lambda: cache.to(dtype=torch.float32),
+        "save": lambda: cache.save("cache.safetensors"),
+    }
+
+
+@pytest.mark.parametrize("how", ["inside", "around"])
+def test_what_was_cached_inside_vmap_and_kept_is_refused_in_words(pair, how):
+    _, model, x = pair
+    kept = []
+
+    def run(one):
+        logits, cache = model.run_with_cache(one[None])
+        assert repr(cache)
+        kept.append(cache)
+        return logits[0], dict(cache)
+
+    if how == "inside":
+        _, inside = torch.vmap(run)(x)
+        _, cache = model.run_with_cache(x)
+        for name in cache:  # what is returned is all inputs'
+            torch.testing.assert_close(inside[name][:, 0], cache[name], **CLOSE)
+    else:
+        with model.caching() as cache:
+            torch.vmap(lambda one: model(one[None])[0])(x)
+        kept.append(cache)
+    assert repr(kept[0])
+    for ask in asked(kept[0]).values():
+        with pytest.raises(InputError, match=r"torch\.vmap"):
+            ask()
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp"])
+def test_a_cache_around_a_transform_is_that_of_a_plain_pass(pair, transform):
+    _, model, x = pair
+    _, expected = model.run_with_cache(x)
+    with model.caching() as cache:
+        if transform == "grad":
+            torch.func.grad(lambda x: model(x)[0, 0])(x)
+        else:
+            torch.func.jvp(model, (x,), (x,))
+    for name in expected:
+        assert not cache[name].requires_grad
+        torch.testing.assert_close(cache[name], expected[name], **CLOSE)
