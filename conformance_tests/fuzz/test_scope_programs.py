@@ -168,7 +168,7 @@ class World:
         if how == "forget":  # nobody holds it any more
             scope.scope = None
         elif fails:
-            with pytest.raises(HookError, match=missed[0]):
+            with pytest.raises(HookError, match="|".join(missed)):
                 self.left(scope, None)
         else:
             self.left(scope, ValueError() if how == "error" else None)
