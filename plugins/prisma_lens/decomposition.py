@@ -130,7 +130,7 @@ def mean_ablation(
         outputs, fixed = cache.project_stack(parts), cache.logit_constant()[None]  # constants are their own mean
         token = token_read(own, cache, pos)
         outputs = torch.cat([at_token(outputs, token), at_token(fixed, token).expand(1, len(images), -1)])
-        # Parts of vectors of unit length, as the equation has it: a long vector's parts must not weigh more in the mean.
+        # Parts of vectors of unit length, as the equation has it: a long vector's must not weigh more in the mean.
         stacks.append(outputs / unit_scale(model, cache) @ reading.vectors.to(outputs).T)
         given = truth is not None
         if truth is not None:

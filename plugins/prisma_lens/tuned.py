@@ -249,8 +249,8 @@ def fit_tuned_lens(
                 raise InputError(
                     "There are no batches: expected images [batch channel height width], one batch after another."
                     if epoch == 0
-                    else f"There are no batches in epoch {epoch + 1} of {epochs}: a generator can be gone through once; "
-                    "give a list of batches, or a DataLoader."
+                    else f"No batches are left for epoch {epoch + 1} of {epochs}, for a generator can be gone through "
+                    "once: give a list of batches, or a DataLoader."
                 )
     finally:
         for parameter, required in frozen.items():
