@@ -23,7 +23,7 @@ Make = Callable[..., HookedViT]
 
 
 def embedding(**facts: object) -> EmbedSpec:
-    return EmbedSpec.model_validate({"patch": PATCH, "tubelet": TUBE, "in_channels": 2, **facts})
+    return EmbedSpec(**{"patch": PATCH, "tubelet": TUBE, "in_channels": 2, **facts})
 
 
 @pytest.fixture

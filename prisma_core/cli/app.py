@@ -13,6 +13,7 @@ from contextlib import suppress
 from importlib.metadata import version
 from typing import Annotated, Any, get_type_hints
 
+import torch
 import typer
 from rich.errors import MarkupError
 from rich.text import Text
@@ -128,6 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             place = f"{error.filename}: " if error.filename else ""
             return _failed(f"{place}{error.strerror or error}.", debug)
         except Exception as error:  # noqa: BLE001  # the outermost place: a bug must not greet the user with a traceback
+            if isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc_cpu" in str(error):
+                return _failed("there is not enough memory for this: try smaller numbers, or fewer at once.", debug)
             text = f"{type(error).__name__}: {error}"
             return _failed(f"unexpected {text} (this is a bug; --debug shows where)", debug)
         finally:

@@ -149,7 +149,7 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
     """
     with writing(path):
         if path.exists() and not (path.is_dir() if folder else path.is_file()):
-            raise OSError(errno.EEXIST, f"there is no {'folder' if folder else 'file'} but something else")
+            raise OSError(errno.EEXIST, f"what is there is no {'folder' if folder else 'file'}")
         home = path if folder else path.parent
         while not os.path.lexists(home):
             home = home.parent

@@ -94,7 +94,7 @@ class ModelSpec(AllBlocks, Facts):
             "d_pool": d_model,
             "n_classes": 10,
         }
-        return cls.model_validate(plain | whole)
+        return cls(**plain | whole)
 
     @model_validator(mode="after")
     def _two_heads(self) -> ModelSpec:
@@ -245,7 +245,7 @@ class TextSpec(AllBlocks, Facts):
         }
         if isinstance(kind := whole["pool"], str):
             whole["pool"] = {"kind": kind}
-        return cls.model_validate(whole)
+        return cls(**whole)
 
     @model_validator(mode="after")
     def _positions(self) -> TextSpec:
