@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prisma_core.plugin import InputError, LoadError, PluginError, installed
+from prisma_core.plugin import InputError, LoadError, PluginError, blaming, installed
 
 
 def read_name(text: str) -> Any:
@@ -39,9 +39,13 @@ def read_source(text: str, reference: str) -> Any:
         return Samples(source, name, int(rest))
     if colon and kind == "hf":
         name, _, split = rest.partition(":")
-        return _datasets().load_dataset(name, split=split or "train")
+        if not name:
+            raise InputError(f"Expected hf:NAME or hf:NAME:SPLIT, got {text!r}.")
+        with blaming(_datasets, "The library datasets", LoadError):
+            return _datasets().load_dataset(name, split=split or "train")
     if (Path(text) / "dataset_info.json").is_file() and (Path(text) / "state.json").is_file():
-        return _datasets().load_from_disk(text)
+        with blaming(_datasets, "The library datasets", LoadError):
+            return _datasets().load_from_disk(text)
     return text
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from prisma_core import UnknownName
 from prisma_core.plugin import screen
 
 sae = typer.Typer(help="Sparse coders: list, load, measure, train.", no_args_is_help=True, add_completion=False)
@@ -24,6 +25,8 @@ def listed(
 
     everything = catalogue()
     chosen = [each for each in everything if any((word or "") in part for part in (each.name, each.model, each.hook))]
+    if not chosen:
+        raise UnknownName(f"No coder matches {word!r}. `prisma sae list` lists all {len(everything)}.")
     if json:
         screen.show_json([each.model_dump() for each in chosen])
         return
@@ -45,6 +48,7 @@ def loaded(
     from prisma_sae.formats.sae_lens import save
     from prisma_sae.published import open_coder
 
+    screen.check_output(out, folder=True)
     coder = open_coder(name, file=file)
     facts = coder.facts.model_dump(mode="json", exclude={"more", "labels"})
     if json:
@@ -67,8 +71,8 @@ def evaluated(
     images: Images = None,
     model: Annotated[str | None, typer.Option(help="The model.", show_default="the one it was trained on")] = None,
     hook: Annotated[str | None, typer.Option(help="The hook point.", show_default="the coder's own")] = None,
-    n: Annotated[int, typer.Option("-n", help="How many samples, where no images are given.")] = 32,
-    batch: Annotated[int, typer.Option(help="Images of a pass.")] = 16,
+    n: Annotated[int, typer.Option("-n", min=1, help="How many samples, where no images are given.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Images of a pass.")] = 16,
     force: Annotated[bool, typer.Option("--force", help="Measure it where it was not trained.")] = False,
     json: Json = False,
 ) -> None:
@@ -131,6 +135,8 @@ def trained(
     from prisma_sae.training import TrainConfig, library, train
 
     library()  # before anything long
+    screen.check_output(out, folder=True)
+    screen.check_output(resume, ".pt")
     if tokens not in (None, "all", "cls", "patches"):
         raise InputError(f"Expected tokens all, cls or patches, got {tokens!r}.")
     subject = _model(model)
@@ -178,7 +184,6 @@ def _model(reference: str) -> Any:
 
 def _bar(what: str) -> Any:
     from rich import progress
-    from rich.console import Console
 
     columns = (
         progress.TextColumn("[bold]{task.description}"),
@@ -187,7 +192,8 @@ def _bar(what: str) -> Any:
         progress.TimeElapsedColumn(),
         progress.TimeRemainingColumn(),
     )
-    return progress.Progress(*columns, console=Console(stderr=True), transient=True)
+    console = screen.console(stderr=True)
+    return progress.Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
 
 
 def _files(images: list[Path]) -> list[Path]:
@@ -217,8 +223,7 @@ def _batches(model: Any, reference: str, images: list[Path] | None, n: int, batc
     import torch
 
     if not images:
-        seeds = range(n)
-        parts = [seeds[start : start + batch] for start in range(0, n, batch)]
+        parts = (range(start, min(start + batch, n)) for start in range(0, n, batch))
         return (model.preprocess([_sample(reference, seed) for seed in part]) for part in parts), n
     files = _files(images)
     labels: tuple[str, ...] = getattr(model, "labels", None) or ()
