@@ -103,7 +103,7 @@ class Cascade(nn.Module):
 GRID = "batch d_model row column -> batch row column d_model"
 INNER = "batch d_mlp row column -> batch row column d_mlp"
 KEYS = "batch head key_pos d_head -> batch key_pos head d_head"
-SQUARE = "batch head query_pos key_pos"
+SQUARE, HEADS = "batch head query_pos key_pos", "batch pos (head d) -> batch pos head d"
 CONV, ATTN, AT = "conv_stage.{l}", "attn_stage.{l}", "stages.1.blocks.{l}"
 FUSED = f"{ATTN}.attn @ scaled_dot_product_attention"
 ROWS = f"""
@@ -120,13 +120,13 @@ ROWS = f"""
     @ cat               ->  hook_full_embed            : batch pos d_model
     {ATTN} : in         ->  {AT}.hook_resid_pre        : batch pos d_model
     {ATTN}.norm1        ->  {AT}.ln1.hook_normalized   : batch pos d_model  = {ATTN}.norm1(resid_pre)
-    {ATTN}.attn.q       ->  {AT}.attn.hook_q           : batch pos (head d) -> batch pos head d  = {ATTN}.attn.q(ln1.normalized)
+    {ATTN}.attn.q       ->  {AT}.attn.hook_q           : {HEADS}  = {ATTN}.attn.q(ln1.normalized)
     {ATTN}.attn.kv : in ->  {AT}.attn.hook_reduced     : batch key_pos d_model
     {FUSED} : in1       ->  {AT}.attn.hook_k           : {KEYS}
     {FUSED} : in2       ->  {AT}.attn.hook_v           : {KEYS}
     {FUSED} : scores    ->  {AT}.attn.hook_attn_scores : {SQUARE}  = q . k * {{scale}}
     {FUSED} : pattern   ->  {AT}.attn.hook_pattern     : {SQUARE}
-    {ATTN}.attn.proj : in -> {AT}.attn.hook_z          : batch pos (head d) -> batch pos head d
+    {ATTN}.attn.proj : in -> {AT}.attn.hook_z          : {HEADS}
     {ATTN}.ls1          ->  {AT}.hook_attn_out         : batch pos d_model  = {ATTN}.ls1({ATTN}.attn.proj(attn.z))
     {ATTN} @ add        ->  {AT}.hook_resid_mid        : batch pos d_model
     {ATTN}.norm2        ->  {AT}.ln2.hook_normalized   : batch pos d_model  = {ATTN}.norm2(resid_mid)

@@ -108,7 +108,7 @@ def hooks(subject: Subject) -> Finding:
 def _required(subject: Subject, name: str) -> bool:
     """Whether a canonical model's hook map must have a row for a hook point.
 
-    Of a hooked upstream each has a row. Upstream shows all but the inside of a fused kernel, which ``maps.proven`` proves.
+    Of a hooked upstream each has a row. What upstream does not show is inside fused kernels; ``maps.proven`` proves it.
     """
     canonical = ("hook_resid_pre", "hook_resid_post", "hook_logits")
     return subject.form == "canonical" and name.rsplit(".", 1)[-1] in canonical

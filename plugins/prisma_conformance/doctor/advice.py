@@ -30,8 +30,8 @@ TO_DO: dict[str, str] = {
 
 # The same of models without a canonical form, where another thing is at fault.
 TO_DO_OF_MAPS: dict[str, str] = {
-    "hooks.live": "a row's place is one that not everything behind it reads, or is passed twice, or rows stand in another "
-    "order than that in which they fire",
+    "hooks.live": "a row's place is one that not everything behind it reads, or is passed twice, or rows are not in "
+    "the order in which they fire",
     "weights.accounted": "the adapter changes upstream's tensors, in spec(), hooks() or unfused_attention()",
     "maps.proven": "write a formula behind '=' in the rows that are named, or their sides in equations()",
     "threads": "unfused_attention() changes something that other threads see",
