@@ -34,7 +34,7 @@ def test_a_harvest_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureF
     acts = open_harvest(printed.out.strip())
     assert "6 examples" in printed.err
     assert acts.names == ["blocks.1.hook_resid_post", "blocks.2.mlp.hook_post"]
-    assert acts.tokens == ["cls", "r0c4"]
+    assert acts.tokens_of(acts.names[0]) == ["cls", "r0c4"]
     model = prisma.load("toy:scenes-3l")
     assert acts.manifest.model.reference == "toy:scenes-3l"
     images = model.preprocess([installed().source("toy").sample("scenes-3l", seed) for seed in range(4)])

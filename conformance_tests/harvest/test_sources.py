@@ -165,7 +165,7 @@ def test_videos(make: Callable[..., HookedViT], tmp_path: Path) -> None:
     pixels = torch.cat([model.preprocess(path) for path in paths])
     parts = [model.run_with_cache(part, names=[NAME], pos="frame 1")[1][NAME] for part in pixels.split(2)]
     assert torch.equal(acts.read(NAME, 0, 3), torch.cat(parts).float())
-    assert acts.tokens == ["f1r0c0", "f1r0c1", "f1r1c0", "f1r1c1"]
+    assert acts.tokens_of(acts.names[0]) == ["f1r0c0", "f1r0c1", "f1r1c0", "f1r1c1"]
 
 
 def test_data_that_cannot_be_harvested(model: HookedViT, photos: Path, tmp_path: Path) -> None:

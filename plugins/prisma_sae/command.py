@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -217,9 +219,8 @@ def _batches(model: Any, reference: str, images: list[Path] | None, n: int, batc
     import torch
 
     if not images:
-        seeds = range(n)
-        parts = [seeds[start : start + batch] for start in range(0, n, batch)]
-        return (model.preprocess([_sample(reference, seed) for seed in part]) for part in parts), n
+        parts = [range(n)[start : start + batch] for start in range(0, n, batch)]
+        return _Again(lambda: (model.preprocess([_sample(reference, seed) for seed in part]) for part in parts)), n
     files = _files(images)
     labels: tuple[str, ...] = getattr(model, "labels", None) or ()
     classes = [labels.index(path.parent.name) if path.parent.name in labels else -1 for path in files]
@@ -230,7 +231,17 @@ def _batches(model: Any, reference: str, images: list[Path] | None, n: int, batc
             inputs = model.preprocess(files[start : start + batch])
             yield (inputs, torch.tensor(classes[start : start + batch])) if known else inputs
 
-    return made(), len(files)
+    return _Again(made), len(files)
+
+
+@dataclass
+class _Again:
+    """What a function makes each time that it is read."""
+
+    make: Callable[[], Iterator[Any]]
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.make()
 
 
 def _harvest(path: Path, model: Any, tokens: str | None) -> Any:
