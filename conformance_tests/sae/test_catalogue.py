@@ -182,3 +182,24 @@ def test_a_folder_without_images_is_one_line(tmp_path: Path, capsys: pytest.Capt
     assert main(["sae", "train", "toy:scenes-3l", str(tmp_path), *place]) == 1
     assert f"Error: There are no images in {tmp_path}." in capsys.readouterr().err.replace("\n", "")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["eval", "scenes-3l", "--batch", "0"], "--batch"),
+        (["eval", "scenes-3l", "-n", "0"], "-n"),
+        (["train", "toy:scenes-3l", "--hook", "hook_embed", "--steps", "0"], "--steps"),
+        (["train", "toy:scenes-3l", "--hook", "hook_embed", "--kind", "odd"], "kind: Input should be 'topk'"),
+        (
+            ["train", "toy:scenes-3l", "--hook", "hook_embed", "--lr", "-1"],
+            "lr: Input should be greater than 0, not -1",
+        ),
+    ],
+)
+def test_options_that_no_command_can_follow(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sae", *words]) != 0
+    error = " ".join(capsys.readouterr().err.split())
+    assert said in error
+    assert "bug" not in error
+    assert "pydantic" not in error

@@ -186,11 +186,11 @@ def test_what_would_be_left_out_is_refused() -> None:
         evaluate(model, coder(), [(images[:2], labels[:2]), images[2:]])
     with pytest.raises(InputError, match=r"1 images, got .*\[4, 3\]"):
         evaluate(model, coder(), images[:1], embeddings=torch.ones(4, 3))
-    with pytest.raises(InputError, match="embeddings.*NaN"):
+    with pytest.raises(InputError, match=r"embeddings.*NaN"):
         evaluate(model, coder(), images, embeddings=torch.full((5, 3), torch.nan))
     damaged = coder()
     damaged.W_dec[3, 0] = torch.nan
-    with pytest.raises(InputError, match="NaN or infinite.*damaged"):
+    with pytest.raises(InputError, match=r"NaN or infinite.*damaged"):
         evaluate(model, damaged, images)
     with splice(model, coder()), pytest.raises(InputError, match="same images"):
         monosemanticity(torch.ones(0, 2), torch.ones(0, 2))

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from prisma_core import LoadError, TokenLayout, tensors_of
-from prisma_core.plugin import Facts, LayerQuery, checked, digest, read_json
+from prisma_core.plugin import Facts, LayerQuery, checked, digest, format_fields, read_json
 
 SCHEMA = 1
 MANIFEST, WHOLE, EXAMPLES, SKIPPED, SHARDS = (
@@ -161,18 +161,20 @@ class Manifest(Facts):
         facts = read_json(path)
         schema = facts.get("schema_version")
         if schema != SCHEMA:
-            raise LoadError(f"{path} has schema {schema}, and this Prisma reads {SCHEMA}: update Prisma.")
+            newer = isinstance(schema, int) and schema > SCHEMA
+            what = "update Prisma" if newer else "it is none that Prisma wrote; harvest again"
+            raise LoadError(f"{path} has schema {schema}, and this Prisma reads {SCHEMA}: {what}.")
         try:
             return cls.model_validate(facts)
         except ValidationError as error:
-            raise LoadError(f"{path} is no manifest of a harvest: {error}") from error
+            raise LoadError(f"{path} is no manifest of a harvest: {format_fields(error)}.") from error
 
 
 class ShardFile(Facts):
     """A file of shards: SHA-256, and how many examples it holds."""
 
     sha256: str
-    examples: int
+    examples: int = Field(ge=0)
 
 
 class Whole(Facts):
@@ -190,6 +192,12 @@ class Whole(Facts):
     shards: dict[str, ShardFile]
     lines: dict[str, str]
 
+    @model_validator(mode="after")
+    def _adds_up(self) -> Whole:
+        if (n := sum(each.examples for each in self.shards.values())) != self.examples:
+            raise ValueError(f"{self.examples} examples in all, and {n} in its shards")
+        return self
+
     @classmethod
     def read(cls, folder: Path) -> Whole | None:
         """Read a folder's record, or return None where the harvest is not whole.
@@ -202,7 +210,9 @@ class Whole(Facts):
             return None
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except (OSError, ValidationError, UnicodeDecodeError) as error:
+        except ValidationError as error:
+            raise LoadError(f"{path} is damaged: {format_fields(error)}.") from error
+        except (OSError, UnicodeDecodeError) as error:
             raise LoadError(f"{path} is damaged: {error}") from error
 
 

@@ -186,11 +186,13 @@ class Harvest:
     def _part(self, shard: Shard, start: int, stop: int, point: Point) -> Tensor:
         try:
             with safe_open(shard.path, "pt") as file:
-                part: Tensor = file.get_slice(point.name)[start:stop]
+                whole = file.get_slice(point.name)
+                part: Tensor = whole[start:stop]
         except (OSError, SafetensorError) as error:
             raise LoadError(f"{shard.path} cannot be read: {error}. `prisma harvest verify` tells what is.") from error
-        if part.shape != (stop - start, *point.shape) or part.dtype != DTYPES[self.manifest.dtype]:
-            raise LoadError(f"{shard.path} holds {list(part.shape)} {part.dtype} where its manifest says otherwise.")
+        if whole.get_shape() != [shard.n, *point.shape] or part.dtype != DTYPES[self.manifest.dtype]:
+            held = f"{whole.get_shape()} {part.dtype}"
+            raise LoadError(f"{shard.path} holds {held} where its manifest, or the record of it, says otherwise.")
         return part
 
     @checked

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
-from prisma_core.plugin import screen
+from prisma_core.plugin import format_fields, screen
 
 sae = typer.Typer(help="Sparse coders: list, load, measure, train.", no_args_is_help=True, add_completion=False)
 Json = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
@@ -69,8 +70,8 @@ def evaluated(
     images: Images = None,
     model: Annotated[str | None, typer.Option(help="The model.", show_default="the one it was trained on")] = None,
     hook: Annotated[str | None, typer.Option(help="The hook point.", show_default="the coder's own")] = None,
-    n: Annotated[int, typer.Option("-n", help="How many samples, where no images are given.")] = 32,
-    batch: Annotated[int, typer.Option(help="Images of a pass.")] = 16,
+    n: Annotated[int, typer.Option("-n", min=1, help="How many samples, where no images are given.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Images of a pass.")] = 16,
     force: Annotated[bool, typer.Option("--force", help="Measure it where it was not trained.")] = False,
     json: Json = False,
 ) -> None:
@@ -109,13 +110,13 @@ def trained(
     out: Annotated[Path, typer.Option(help="Folder of the coder.")] = Path("coder"),
     harvest: Annotated[Path | None, typer.Option(help="A harvest to read rows from, instead of images.")] = None,
     kind: Annotated[str, typer.Option(help="topk, batchtopk, jumprelu, matryoshka or archetypal.")] = "topk",
-    d_sae: Annotated[int | None, typer.Option(help="Features.", show_default="8 times the width")] = None,
-    k: Annotated[int, typer.Option(help="Features on at once.")] = 16,
+    d_sae: Annotated[int | None, typer.Option(min=1, help="Features.", show_default="8 times the width")] = None,
+    k: Annotated[int, typer.Option(min=1, help="Features on at once.")] = 16,
     tokens: Annotated[
         str | None, typer.Option(help="all, cls or patches.", show_default="all, or those of the harvest")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Batches to train on.")] = 1000,
-    batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 1024,
+    steps: Annotated[int, typer.Option(min=1, help="Batches to train on.")] = 1000,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 1024,
     lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 1e-3,
     seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
     resume: Annotated[
@@ -142,8 +143,8 @@ def trained(
     first = next(rows)
     try:
         config = TrainConfig(kind=kind, d_sae=d_sae or 8 * first.shape[1], k=k, lr=lr, seed=seed)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise InputError(f"These options do not fit: {error}") from error
+    except ValidationError as error:
+        raise InputError(f"These options do not fit: {format_fields(error)}.") from error
     place = subject.resolve([hook])[0]
     about = {"model": model, "weights": model_digest(subject), "hook": place, "tokens": tokens}
     CoderFacts.model_validate({"kind": "topk", "d_in": 1, "d_sae": 1, "d_out": 1, **about})

@@ -2,12 +2,12 @@
 
 Equation:
     Explained variance: 1 - mean_p(|x - y|^2 / |x - mean x|^2), the mean of ratios that is published, with the mean of
-    all tokens; and 1 - sum |x - y|^2 / sum |x - mean x|^2, the ratio of means. Loss recovered: (zero - spliced) / (zero -
-    clean), of cross-entropies. Monosemanticity of a feature: the mean cosine of pairs of images, weighted by the
-    product of its activations on them, each scaled to 0..1.
+    all tokens; and 1 - sum |x - y|^2 / sum |x - mean x|^2, the ratio of means. Loss recovered: (zero - spliced) /
+    (zero - clean), of cross-entropies. Monosemanticity of a feature: the mean cosine of pairs of images, weighted by
+    the product of its activations on them, each scaled to 0..1.
 Cost:
-    A pass to the coder's place for the mean, one with the coder, and for the loss two more. Memory for the activations of one batch, and images x features for
-    the monosemanticity.
+    A pass to the coder's place for the mean, one with the coder, and for the loss two more. Memory for the activations
+    of one batch, and images x features for the monosemanticity.
 Misleads:
     The mean of ratios is far below the ratio of means where few tokens have most of the variance; published ones took
     the mean of each batch, which is near that of all tokens where batches are large. Published losses of
