@@ -59,6 +59,7 @@ def loaded(
                 several = isinstance(value, dict)
                 table.add_row(key, ", ".join(f"{k} {v:g}" for k, v in value.items()) if several else str(value))
         screen.show(table)
+    _note(coder)
     if out is not None:
         folder = save(coder, out)
         screen.note("Written", f"to {folder}; read({str(folder)!r}) reads it.", style="green")
@@ -100,6 +101,7 @@ def evaluated(
         table.add_row(measure, f"{here:.4g}", "" if figure is None else f"{figure:.4g}")
     screen.show(table)
     screen.note("Note", f"{result.facts['images']} images, {result.facts['tokens']} tokens.", style="dim")
+    _note(coder)
 
 
 @sae.command("train")
@@ -160,6 +162,11 @@ def trained(
 
 
 # -------------------------------------------------------------------- parts
+
+
+def _note(coder: Any) -> None:
+    if note := coder.facts.more.get("note"):
+        screen.note("Note", note, style="dim")
 
 
 def _reference(model: str | None) -> str:
