@@ -16,7 +16,7 @@ def open_harvest(path: str | Path) -> Harvest:
     """Open a harvest: its own folder, or the one it was written into if that holds one alone.
 
     >>> acts = open_harvest("harvests")
-    >>> acts.example(0, ("resid_post", 5)).shape, acts.tokens[0]
+    >>> acts.example(0, ("resid_post", 5)).shape, acts.tokens_of(("resid_post", 5))[0]
     (torch.Size([197, 768]), 'cls')
 
     Raises:
