@@ -174,6 +174,12 @@ def mixing_steps(
     names, layout = pattern_names(model, images)
     with torch.no_grad():
         _, cache = model.run_with_cache(images, names=list(chain(*names)), output=False)
+    sizes = {layer_label(each): tuple(cache[each[0]].shape[-2:]) for each in names}
+    if len(set(sizes.values())) > 1:
+        raise NotApplicable(
+            f"The layers differ in their tokens ({sizes}), so their patterns have no product. prisma_view.attention_page "
+            "shows each layer's."
+        )
     steps = list[Tensor]()
     for each in names:
         pattern = layer_pattern(cache, each).float()

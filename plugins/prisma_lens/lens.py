@@ -101,7 +101,10 @@ def logit_lens(
         cache, stages, read, names = _of_probe(model, given, target, tower)
     else:
         if target is None and own.spec.n_classes is None:
-            raise NotApplicable("This model has no classification head, so there are no logits to look through.")
+            raise NotApplicable(
+                "This model has no classification head, so there are no logits to look through: give target=, directions "
+                f"in its output [class {own.spec.d_model}] or the Result of probe."
+            )
         cache = cache_of(model, given, lambda each: each.resolve(LENS_NAMES), tower)
         reading = None if target is None else readout(model, target, against, tower=tower, labels=labels)
         names = (own.labels or ()) if reading is None else reading.labels

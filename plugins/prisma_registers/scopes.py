@@ -47,6 +47,9 @@ class ModelScope(AbstractContextManager[HookedViT]):
     ) -> bool | None:
         return self._scope.__exit__(kind, error, where)
 
+    def __repr__(self) -> str:
+        return f"<scope of {self._name}: with {self._name}(model, ...) as changed: ...>"
+
     def __call__(self, *inputs: Any, **kwargs: Any) -> NoReturn:
         raise InputError(
             f"{self._name} is a scope, not a model. Enter it: with {self._name}(model, ...) as changed: ..."
