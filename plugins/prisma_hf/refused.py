@@ -32,9 +32,7 @@ FEATURES = {
         "rf_detr.modeling_rf_detr.RfDetrDinov2Backbone",
         "sam3.modeling_sam3.Sam3ViTModel",
     ),
-    "sandwich norms": (
-        "gemma4.modeling_gemma4.Gemma4VisionModel",
-    ),
+    "sandwich norms": ("gemma4.modeling_gemma4.Gemma4VisionModel",),
     "a projector behind the encoder": (
         "glm4v_moe.modeling_glm4v_moe.Glm4vMoeVisionModel",
         "glm4v.modeling_glm4v.Glm4vVisionModel",
@@ -51,12 +49,8 @@ FEATURES = {
         "seggpt.modeling_seggpt.SegGptModel",
         "vitdet.modeling_vitdet.VitDetModel",
     ),
-    "tokens grouped between blocks": (
-        "groupvit.modeling_groupvit.GroupViTVisionModel",
-    ),
-    "packed patches with positions of frames as well": (
-        "kimi_k25.modeling_kimi_k25.Kimi_K25VisionModel",
-    ),
+    "tokens grouped between blocks": ("groupvit.modeling_groupvit.GroupViTVisionModel",),
+    "packed patches with positions of frames as well": ("kimi_k25.modeling_kimi_k25.Kimi_K25VisionModel",),
     "packed patches that bring their row and column along": (
         "kosmos2_5.modeling_kosmos2_5.Kosmos2_5VisionModel",
         "pix2struct.modeling_pix2struct.Pix2StructVisionModel",
@@ -65,29 +59,17 @@ FEATURES = {
         "llama4.modeling_llama4.Llama4VisionModel",
         "yolos.modeling_yolos.YolosModel",
     ),
-    "heads that read characters": (
-        "mgp_str.modeling_mgp_str.MgpstrForSceneTextRecognition",
-    ),
+    "heads that read characters": ("mgp_str.modeling_mgp_str.MgpstrForSceneTextRecognition",),
     "tokens merged between blocks": (
         "minicpm_ocr.modeling_minicpm_ocr.MiniCPMOcrVisionModel",
         "minicpmv4_6.modeling_minicpmv4_6.MiniCPMV4_6VisionModel",
         "minicpmv4_7.modeling_minicpmv4_7.MiniCPMV4_7VisionModel",
     ),
-    "packed patches turned by frame as well": (
-        "minimax_m3_vl.modeling_minimax_m3_vl.MiniMaxM3VLVisionModel",
-    ),
-    "gated residuals and tiles": (
-        "mllama.modeling_mllama.MllamaVisionModel",
-    ),
-    "a visual vocabulary as head": (
-        "ovis2.modeling_ovis2.Ovis2VisionModel",
-    ),
-    "pixels normed in float32 inside and positions resampled for each image": (
-        "radio.modeling_radio.RadioModel",
-    ),
-    "tokens passed between frames": (
-        "x_clip.modeling_x_clip.XCLIPVisionModel",
-    ),
+    "packed patches turned by frame as well": ("minimax_m3_vl.modeling_minimax_m3_vl.MiniMaxM3VLVisionModel",),
+    "gated residuals and tiles": ("mllama.modeling_mllama.MllamaVisionModel",),
+    "a visual vocabulary as head": ("ovis2.modeling_ovis2.Ovis2VisionModel",),
+    "pixels normed in float32 inside and positions resampled for each image": ("radio.modeling_radio.RadioModel",),
+    "tokens passed between frames": ("x_clip.modeling_x_clip.XCLIPVisionModel",),
 }
 INSTEAD = {  # families that timm has as well, where they are hooked upstreams: feature, reference, classes
     ("relative positions that depend on the query", "timm:samvit_base_patch16"): (

@@ -285,7 +285,7 @@ class ScopeContext(AbstractContextManager[Value]):
             )
 
     def __repr__(self) -> str:
-        """Whether it is open, and at which hook points something runs in it: ``<scope, open: blocks.0.attn.hook_z>``."""
+        """Its state, and the hook points at which something runs in it: ``<scope, open: blocks.0.attn.hook_z>``."""
         names = list(dict.fromkeys(item.name for item, _ in self.scope.expected))
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         state = "open" if self.scope.is_open else "closed" if self.entered else "not entered yet"
