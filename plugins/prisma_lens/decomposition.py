@@ -41,6 +41,11 @@ def head_outputs(
 ) -> Result:
     """Return what each head of the vision tower adds to each image's vector: ``[layer head image d_embed]``.
 
+    >>> import prisma_core as prisma, torch
+    >>> clip = prisma.load("toy:clip-scenes")
+    >>> head_outputs(clip, torch.rand(2, 3, 64, 64), progress=False).shape
+    {'layer': 3, 'head': 4, 'image': 2, 'd_embed': 96}
+
     Args:
         model: a dual encoder, or a vision tower with an output.
         images: batches of images, or one.
@@ -104,6 +109,11 @@ def mean_ablation(
     pos: int | str | None = None,
 ) -> Result:
     """Return how well images are classified when the parts of layers are replaced by their means: ``[kind layer]``.
+
+    >>> import prisma_core as prisma, torch
+    >>> clip = prisma.load("toy:clip-scenes")
+    >>> mean_ablation(clip, torch.rand(4, 3, 64, 64), ["a red circle", "a blue star"], progress=False).shape
+    {'kind': 2, 'layer': 3}
 
     Args:
         model: a dual encoder, or a classifier.
@@ -178,6 +188,11 @@ def segment(
     pos: int | str | None = None,
 ) -> Result:
     """Return a map of each text (or class) over the patches: ``[batch row column class]``, of a video with ``frame``.
+
+    >>> import prisma_core as prisma, torch
+    >>> clip = prisma.load("toy:clip-scenes")
+    >>> segment(clip, torch.rand(1, 3, 64, 64), ["a red circle", "a blue star"]).shape
+    {'batch': 1, 'row': 8, 'column': 8, 'class': 2}
 
     Args:
         model: a dual encoder, or a classifier.

@@ -32,6 +32,11 @@ def gradient_x_activation(
 ) -> Result:
     """Return the gradient times the activation at a hook point, summed over its last axis: ``[batch pos]``.
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> gradient_x_activation(model, torch.zeros(1, 3, 96, 96), "ladybird").shape
+    {'batch': 1, 'pos': 145}
+
     Args:
         model: any hooked model.
         images: what it takes; for a dual encoder images and tokens, ``(images, model.tokens(texts))``.
@@ -61,6 +66,11 @@ def integrated_gradients(
     """Return integrated gradients at a hook point, summed over its last axis: ``[batch pos]``.
 
     They sum to ``metric(a) - metric(baseline)`` up to the error of the midpoint rule, which ``facts["gap"]`` states.
+
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> integrated_gradients(model, torch.zeros(1, 3, 96, 96), ("ladybird", 3), steps=4).shape
+    {'batch': 1, 'pos': 145}
 
     Args:
         model, images, metric, at: as in ``gradient_x_activation``.

@@ -37,6 +37,11 @@ KINDS = {"copy": (0, 0), "right": (0, 1), "left": (0, -1), "above": (-1, 0), "be
 def induction(model: HookedModel, images: Any, *, pairs: Count = 4, batch_size: Count = 16, seed: int = 0) -> Result:
     """Return how much more each head attends to a patch's copy, or beside it, than without one: ``[kind layer head]``.
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> induction(model, torch.rand(2, 3, 96, 96)).shape
+    {'kind': 5, 'layer': 3, 'head': 4}
+
     Args:
         model: a canonical vision transformer of images, or a dual encoder.
         images: ``[batch channel height width]``; varied ones, whose patches differ.

@@ -181,6 +181,10 @@ def unembed_hash(model: HookedViT | HookedText) -> str | None:
     """Return tuned-lens' hash of a head's weights, or None for a model without one.
 
     It is of the weights as numpy prints them with one decimal: of large heads the corners alone.
+
+    >>> import prisma_core as prisma
+    >>> len(unembed_hash(prisma.load("toy:scenes-3l")))
+    64
     """
     if model.spec.n_classes is None or not hasattr(model, "head"):
         return None
@@ -204,6 +208,12 @@ def fit_tuned_lens(
     **options: Any,
 ) -> TunedLens:
     """Fit a tuned lens on batches of images (or tokens of texts, for a text tower).
+
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> lens = fit_tuned_lens(model, [torch.rand(4, 3, 96, 96)], progress=False)
+    >>> len(lens)
+    3
 
     Args:
         model: as in ``logit_lens``; it stays as it is.
@@ -270,6 +280,11 @@ def lens_kl(
     tower: TowerName = "vision",
 ) -> Result:
     """Return how far each layer's reading is from the last one's, plain and tuned: ``[layer lens]``, in nats.
+
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> lens_kl(model, [torch.rand(4, 3, 96, 96)]).shape
+    {'layer': 3, 'lens': 1}
 
     Args:
         model, target, tokens, tower: as in ``fit_tuned_lens``.

@@ -43,6 +43,12 @@ def attribution_patch(
 ) -> Result:
     """Return the first-order effect of replacing each place by the other run's: ``[*over batch]``.
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> clean, other = torch.rand(2, 1, 3, 96, 96)
+    >>> attribution_patch(model, clean, other, "ladybird").shape
+    {'layer': 3, 'head': 4, 'batch': 1}
+
     Args:
         model, clean, metric, at, over: as in ``activation_patch``.
         other: inputs whose activations would be put in, as many as ``clean`` or one for all.

@@ -48,6 +48,12 @@ def path_patch(
     lists them, for a hooked upstream may lack hook points. With nothing frozen (``through`` all of them) and the
     output as receiver it is activation patching.
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> clean, other = torch.rand(2, 1, 3, 96, 96)
+    >>> path_patch(model, clean, other, "ladybird", ("z", 0), heads=1).shape
+    {'batch': 1}
+
     Args:
         model: the model to run.
         clean: the inputs whose run is edited.
