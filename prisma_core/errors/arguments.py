@@ -164,10 +164,15 @@ def path_of(value: Any, what: str = "a path") -> Path:
     """Return a path.
 
     Raises:
-        InputError: it is neither a text nor a path, or empty.
+        InputError: it is neither a text nor a path, empty, or longer than the disk takes.
     """
     if isinstance(value, str | Path) and str(value):
-        return Path(value)
+        path = Path(value)
+        try:
+            path.exists()
+        except OSError as error:
+            raise InputError(f"{what} cannot be {shown(str(value))}: {error.strerror}.") from error
+        return path
     raise InputError(f"Expected {what}, such as 'results/cat', got {shown(value)}.")
 
 

@@ -103,12 +103,7 @@ class HookPoint:
 
 @dataclass(eq=False)
 class Placed:
-    """Something at a hook point that some pass has to reach.
-
-    Attributes:
-        at: the place, for hooks and for messages.
-        reached: whether a pass has gone by.
-    """
+    """Something at a hook point that some pass has to reach; ``at`` is the place, for hooks and for messages."""
 
     at: HookContext
     reached: bool = field(default=False, init=False)
@@ -120,11 +115,7 @@ class Placed:
 
 @dataclass(eq=False)
 class PlacedHook(Placed):
-    """A hook at a hook point.
-
-    Attributes:
-        points: the hook points of the model that the scope was opened on.
-    """
+    """A hook at a hook point, and the ``points`` of the model that its scope was opened on."""
 
     hook: Hook
     points: frozenset[HookPoint]
@@ -292,6 +283,13 @@ class ScopeContext(AbstractContextManager[Value]):
                 f"{f', nor were {len(unreached) - 1} others' if len(unreached) > 1 else ''}. "
                 "Ask only for hook points the pass goes through."
             )
+
+    def __repr__(self) -> str:
+        """Its state, and the hook points at which something runs in it: ``<scope, open: blocks.0.attn.hook_z>``."""
+        names = list(dict.fromkeys(item.name for item, _ in self.scope.expected))
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        state = "open" if self.scope.is_open else "closed" if self.entered else "not entered yet"
+        return f"<scope, {state}{': ' if names else ''}{', '.join(names[:3])}{more}>"
 
     def __del__(self) -> None:
         if self.scope.is_open:  # entered by hand, and forgotten
