@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, reject
 from hypothesis import strategies as st
 from prisma_conformance.measure import typical
 from prisma_conformance.recording import Recorder
@@ -49,15 +49,19 @@ def test_no_activation_errs_more_than_upstreams(name: str, seed: int, dtype: tor
     (subject,) = Subject.of(CASES[name], seed=seed)
     strain(subject.base, float(torch.finfo(dtype).max) ** size if size < 1 else size)
     upstream, inputs = subject.upstream(dtype), subject.inputs(2, dtype=dtype)
-    theirs = recorded(subject, upstream, inputs)
+    try:
+        theirs = recorded(subject, upstream, inputs)
+    except NotImplementedError:  # torch has no such kernel for the dtype
+        reject()
     assume(bool(theirs["output"].isfinite().all()))
     wide = tuple(x.double() if x.is_floating_point() else x for x in inputs)
     exact = recorded(subject, subject.upstream(dtype).double(), wide)
     model = subject.make(subject.adapter, upstream)
     output, cache = model.run_with_cache(*inputs)
-    for point, truth in exact.items():
+    for point in exact:
         ours = output if point == "output" else cache[point]
-        assert ours.isfinite().all() or not theirs[point].isfinite().all(), point
-        bound = typical(theirs[point], truth)
-        error = typical(ours, truth)
+        # Upstream may have all images of a batch in one sequence, one after the other.
+        truth, upstreams = (each[point].reshape(ours.shape) for each in (exact, theirs))
+        assert ours.isfinite().all() or not upstreams.isfinite().all(), point
+        bound, error = typical(upstreams, truth), typical(ours, truth)
         assert error <= SHOWN_ERROR_FACTOR * bound + 8 * torch.finfo(dtype).eps, (point, error, bound)
