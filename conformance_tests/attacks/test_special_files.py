@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import prisma_core as prisma
 from prisma_core import ActivationCache, HookedViT, LoadError, PrismaError
@@ -62,7 +63,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
 @pytest.mark.parametrize("name", READERS)
 def test_what_is_read_is_a_file(kind: str, name: str, tmp_path: Path) -> None:
     MAKERS[kind](tmp_path / name)
-    with pytest.raises(PrismaError, match=r"\w+"):
+    with pytest.raises(PrismaError, match=r"regular file|folder|[Nn]o file|link|config|holds|read"):
         READERS[name](tmp_path / name)
 
 
@@ -75,6 +76,6 @@ def test_a_saved_folder_holds_files(kind: str, name: str, vit: HookedViT, tmp_pa
         MAKERS[kind](path)
     with pytest.raises(LoadError, match=name.partition(".")[0]):
         prisma.load(f"file:{folder}")
-    if name == "spec.json" and kind in DEVICES:
-        with pytest.raises(LoadError, match="no regular file"):
-            prisma.save(vit, folder)
+    if name == "spec.json" and kind in DEVICES:  # saving reads what is there, and replaces it
+        prisma.save(vit, folder)
+        assert torch.equal(prisma.load(f"file:{folder}").blocks[0].attn.W_Q, vit.blocks[0].attn.W_Q)
