@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prisma_core.errors import InputError
 from prisma_core.errors.arguments import shown
+from prisma_core.files.texts import check_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,6 +52,7 @@ def _read(path: str | Path) -> Image:
 
     images.init()
     try:
+        check_regular(Path(path))
         with images.open(path, formats=[form for form in FORMATS if form in images.OPEN]) as opened:
             image = ImageOps.exif_transpose(opened)
             image.load()
