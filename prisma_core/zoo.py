@@ -227,7 +227,7 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> Z
         for name in tensors_of(upstream)
         if table.reason_to_ignore(name) is not None and not any(pattern.fullmatch(name) for pattern in mapped)
     }
-    check_undeclared(reader, types, ignored, unread, stem)
+    check_undeclared(reader, spec, types, ignored, unread, stem)
     with torch.device("meta"):
         model = build(spec)
     if stem is not None:
