@@ -111,6 +111,30 @@ def check_at_hand(upstream: nn.Module) -> None:
             )
 
 
+def check_counted(upstream: nn.Module, paths: Iterable[str], types: Iterable[str]) -> None:
+    """Refuse other code than its class's in a module whose calls of functions are counted.
+
+    Args:
+        paths: of the modules in which hook points stand at functions.
+        types: qualified names of the classes that the adapter takes.
+
+    Raises:
+        UnsupportedArchitecture: a hook point may stand at another function.
+    """
+    packages, seen, problems = {root_of(name) for name in types}, set[FunctionType](), dict[type, str]()
+    for path in sorted(paths):
+        module = upstream.get_submodule(path)
+        kind, base = type(module), _base(type(module))
+        if kind not in problems:
+            foreign = base is not None and root_of(kind.__module__) not in packages | {root_of(base.__module__)}
+            problems[kind] = _unknown(kind) if foreign else replaced_on_class(kind, packages, seen)
+        if problem := replaced_on_instance(module) or problems[kind]:
+            raise UnsupportedArchitecture(
+                f"{qualified_name(module)} at {path!r}" if path else qualified_name(module),
+                f"{problem}. Hook points stand at functions that it calls, by number, and would be at others",
+            )
+
+
 def unwrapped(upstream: nn.Module) -> nn.Module:
     """The module inside torch's wrappers that change no number: ``torch.compile``, ``DataParallel`` and its kin."""
     while name := WRAPPERS.get(qualified_name(upstream)):
