@@ -273,7 +273,11 @@ CALLS: dict[str, Callable[[], Call]] = {
         registers.register_neurons, *registered(), cutoff=0.1, takes={"cutoff": "int64 3.5 tensor"}
     ),
     "patch: Variant": lambda: call(
-        patch.Variant, Z, (slice(None), 0), None, takes={"name": TEXT, "part": "[] [1,2.5] array", "source": "None tensor"}
+        patch.Variant,
+        Z,
+        (slice(None), 0),
+        None,
+        takes={"name": TEXT, "part": "[] [1,2.5] array", "source": "None tensor"},
     ),
     # prisma_cite
     "citing: cite": lambda: call(citing.cite, "textspan"),
