@@ -12,7 +12,7 @@ from prisma_harvest.manifest import DTYPES, Dtype, Whole, example_bytes
 from prisma_harvest.opening import open_harvest
 from prisma_harvest.passes import Pass, Pos
 from prisma_harvest.progress import counting
-from prisma_harvest.rays import on_ray
+from prisma_harvest.rays import connected, on_ray
 from prisma_harvest.reading import Harvest
 
 SHARD_BYTES = 128 * 2**20
@@ -79,9 +79,10 @@ def harvest(
             writer.tidy()
         return open_harvest(writer.folder)
     if ray is not None:
+        cluster = connected(run, ray)
         with writer.alone():
             writer.prepare()
-            on_ray(run, writer, ray, progress)
+            on_ray(cluster, run, writer, progress)
             writer.finish()
         return open_harvest(writer.folder)
     start = writer.done()

@@ -124,7 +124,7 @@ def trained(
     steps: Annotated[int, typer.Option(min=1, help="Batches to train on.")] = 1000,
     batch: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 1024,
     lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 1e-3,
-    seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Of weights and order.")] = 0,
     resume: Annotated[
         Path | None, typer.Option(help="A .pt file that keeps the training so far; go on from it.")
     ] = None,

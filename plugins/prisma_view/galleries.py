@@ -57,6 +57,7 @@ class Gallery:
         """The size of the whole folder."""
         return sum(file.stat().st_size for file in self.path.parent.rglob("*") if file.is_file())
 
+    @checked
     def unit(self, number: int) -> UnitPage:
         """Return one unit: its top images with their patches lit, scores, effects and words. A notebook shows it.
 

@@ -71,7 +71,7 @@ class ModuleHooks:
                 self.calls.setdefault((one.place.function, one.place.call), []).append(one)
 
     def place(self, module: nn.Module, *, functions: bool) -> list[RemovableHandle]:
-        """Register the hooks. What further hooks compute is no function that the module, or the one around it, calls."""
+        """Register the hooks. What further hooks compute is no function that the module, or its parent, calls."""
         handles: list[RemovableHandle] = []
         self.hooked = functions and bool(module._forward_pre_hooks or module._forward_hooks)  # pyright: ignore[reportPrivateUsage]
         if self.hooked:
