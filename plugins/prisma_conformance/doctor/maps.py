@@ -75,10 +75,13 @@ def _failing(equations: MapEquations, acts: Acts, among: Collection[str] | None 
         among: those that are looked at; None for all.
     """
     failing: dict[str, tuple[str, ...]] = {}
-    for one in (*equations.everywhere, *equations.rows):
-        looked = among is None or str(one) in among
-        if looked and equations.reason(str(one)) is None and not _holds(one, acts):
-            failing[str(one)] = (one.point, *sorted(one.reads))
+    formulas = {str(one): one for one in (*equations.everywhere, *equations.rows)}
+    for text, one in formulas.items():
+        looked = among is None or text in among
+        if looked and equations.reason(text) is None and not _holds(one, acts):
+            failing[text] = (one.point, *sorted(one.reads))
+    if among is not None and formulas.keys() >= set(among):
+        return failing  # an adapter evaluates all of its equations or none
     for text, error in equations.of_adapter(acts).items():
         if equations.reason(text) is None and not error <= tolerances.FLOAT64:
             failing[text] = tuple(_mentioned(text, equations))
