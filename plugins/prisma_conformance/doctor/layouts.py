@@ -33,7 +33,7 @@ def layouts(spec: AnySpec, tokens: int | None) -> Iterator[Change]:
         name, n = next(iter(choices.items()), ("registers", total))
         update = {name: n} if choices else {"cls": 0, "distillation": 0, name: n}
         says = f"{total} tokens before the patches, not {layout.n_prefix}: {said or f'layout.registers={n} alone'}"
-        yield Change(says, lambda s, u=update: replaced(s, ("layout",), s.layout.model_copy(update=u)))
+        yield Change(says, lambda s, u=update: replaced(s, {("layout",): s.layout.model_copy(update=u)}))
 
 
 __all__ = ["layouts"]

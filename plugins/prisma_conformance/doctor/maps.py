@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import combinations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prisma_conformance import tolerances
-from prisma_conformance.checks.equations import Equation, MapEquations
+from prisma_conformance.checks.equations import UNEVALUATED, Equation, MapEquations
 from prisma_conformance.doctor.places import all_places, readings
 from prisma_conformance.measure import worst
 from prisma_conformance.subject import Subject
@@ -59,8 +60,18 @@ def examine_map(subject: Subject, progress: Callable[[str], None] | None = None)
     points += [point for one in wrong for point in (one.point, *sorted(one.reads))]
     rows = tuple(equations.scope.rows[point] for point in dict.fromkeys(points))
     said = dict.fromkeys([*problems, *(text for text in failing if text not in every)])
+    if all(UNEVALUATED in problem for problem in problems) and failing.keys() <= every.keys():  # no place mends that
+        return MapFindings(rows[0].hook, _one_each(said), rows, "", 0)
     change, tried = _change(subject, equations, rows, failing, progress)
-    return MapFindings(rows[0].hook, tuple(said), rows, change, tried)
+    return MapFindings(rows[0].hook, _one_each(said), rows, change, tried)
+
+
+def _one_each(problems: Iterable[str]) -> tuple[str, ...]:
+    """The first of problems that differ in numbers alone, with how many more there are."""
+    alike: dict[str, list[str]] = {}
+    for problem in problems:
+        alike.setdefault(re.sub(r"[\d.e+-]+", "#", problem), []).append(problem)
+    return tuple(first + (f" (and {len(more)} more like it)" if more else "") for first, *more in alike.values())
 
 
 def _numbered(subject: Subject) -> HookMap:
