@@ -19,6 +19,7 @@ from prisma_core.errors import (
     UnsupportedArchitecture,
     WeightMapError,
     blaming,
+    format_fields,
     returned,
     suggest,
 )
@@ -140,5 +141,5 @@ __all__ = [
     "check_call", "check_flags", "expect", "device_of",
     # errors
     "PrismaError", "UnknownName", "HookError", "UnsupportedArchitecture", "WeightMapError", "NotApplicable",
-    "MissingPart", "LoadError", "InputError", "PluginError", "suggest", "blaming", "returned",
+    "MissingPart", "LoadError", "InputError", "PluginError", "suggest", "blaming", "returned", "format_fields",
 ]
