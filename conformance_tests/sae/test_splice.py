@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from prisma_conformance.checks.live import live
 from prisma_patch import ablate, activation_patch
 from prisma_sae import CoderFacts, SparseCoder, feature_attribution, splice
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from prisma_core import HookedViT, HookError, InputError, UnknownName
 
@@ -149,6 +151,29 @@ def test_a_transcoder_takes_nothing_from_a_pass_that_ended_before_it(model: Hook
         with pytest.raises(HookError, match=r"reads blocks.0.hook_resid_mid, which this pass did not go by"):
             model(cache["resid_pre", 1], start_at_layer=1)
         assert torch.equal(model(other), expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_transcoder_across_what_is_checkpointed(
+    model: HookedViT, image: Tensor, reentrant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = facts(kind="transcoder", hook="blocks.0.ln2.hook_normalized", hook_out="blocks.1.hook_mlp_out")
+    one = SparseCoder(about, standard(0, D, 40)).double()
+
+    def gradient(run: Any) -> Tensor:
+        x = image.clone().requires_grad_()
+        with splice(model, one):
+            run(x).square().sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    expected = gradient(model)
+    torch.testing.assert_close(gradient(lambda x: checkpoint(model, x, use_reentrant=reentrant)), expected)
+    for block in model.blocks:
+        again = partial(checkpoint, block.forward, use_reentrant=reentrant)
+        monkeypatch.setattr(block, "forward", again)
+    with pytest.raises(HookError, match=r"blocks\.0\.ln2.*checkpoint the model as a whole"):
+        gradient(model)
 
 
 def test_heads_are_one_vector_to_a_coder_of_z(model: HookedViT, image: Tensor) -> None:
