@@ -303,6 +303,10 @@ def test_attribution_between_features_is_the_derivative_through_the_model(model:
             torch.testing.assert_close(effects.values[place, i], slope, rtol=1e-4, atol=1e-7)
     with pytest.raises(InputError, match="0 to 39"):
         feature_attribution(model, image, coders, 40)
+    pooled = coder(1, hook="hook_pooled")
+    assert feature_attribution(model, image, [coders[HOOK], pooled], [3]).shape["target"] == 1
+    with pytest.raises(InputError, match=r"hook_pooled\.sae\.hook_features has no tokens"):
+        feature_attribution(model, image, [coders[HOOK], pooled], [0], pos=0)
     with pytest.raises(InputError, match="two coders"):
         feature_attribution(model, image, [coder()], 0)
 
