@@ -19,6 +19,16 @@ from prisma_harvest.reading import Harvest
 def verify(path: str | Path, advance: Callable[[int], None] | None = None) -> list[str]:
     """Return what is wrong with a harvest, a line for each file; nothing where every byte is as it was written.
 
+    >>> from prisma_harvest import harvest
+    >>> import tempfile
+    >>> import prisma_core as prisma
+    >>> from prisma_toy import sample_scene
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> data = [sample_scene(seed).image for seed in range(16)]
+    >>> acts = harvest(model, data, ("resid_post", 1), out=tempfile.mkdtemp())
+    >>> verify(acts.path)
+    []
+
     Args:
         path: as ``open_harvest`` takes it.
         advance: called with the number of examples behind each shard.

@@ -245,5 +245,11 @@ def weights_hash(model: nn.Module) -> str:
     """Return the SHA-256 of every parameter and buffer of a model, with names, dtypes and shapes.
 
     The same weights give the same hash on every device; another dtype is another model. Sparse coders bind with it too.
+
+    >>> import torch
+    >>> layer = torch.nn.Linear(2, 2)
+    >>> same, other = layer, torch.nn.Linear(2, 2)
+    >>> weights_hash(layer) == weights_hash(same), weights_hash(layer) == weights_hash(other)
+    (True, False)
     """
     return digest(tensors_of(model))

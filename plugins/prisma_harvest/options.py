@@ -41,6 +41,8 @@ def read_source(text: str, reference: str) -> Any:
         return Samples(source, name, int(rest))
     if colon and kind == "hf":
         name, _, split = rest.partition(":")
+        if not name:
+            raise InputError(f"Expected hf:NAME or hf:NAME:SPLIT, got {text!r}.")
         return _loaded(_datasets().load_dataset, name, split=split or "train")
     if (Path(text) / "dataset_info.json").is_file() and (Path(text) / "state.json").is_file():
         return _loaded(_datasets().load_from_disk, text)

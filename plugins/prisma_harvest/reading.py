@@ -258,8 +258,15 @@ class Harvest:
             UnknownName: no such hook point.
             NotApplicable: its second axis is no token, as of a pattern; or two differ in tokens.
 
-        >>> for rows in open_harvest("harvests").rows(("resid_post", 5), 4096, shuffle=True):
-        ...     loss = coder(rows)
+        >>> import tempfile
+        >>> import prisma_core as prisma
+        >>> from prisma_toy import sample_scene
+        >>> model = prisma.load("toy:scenes-3l")
+        >>> data = [(sample_scene(seed).image, f"scene {seed}") for seed in range(16)]
+        >>> from prisma_harvest import harvest
+        >>> acts = harvest(model, data, ("resid_post", 1), out=tempfile.mkdtemp())
+        >>> [rows.shape for rows in acts.rows(("resid_post", 1), 2000, shuffle=True)]
+        [torch.Size([2000, 128]), torch.Size([320, 128])]
         """
         points = self._points(name)
         if not 0 <= part[0] < part[1]:

@@ -56,9 +56,13 @@ def top_examples(
 ) -> Result:
     """Return the k largest scores of each unit, with the images and tokens they are at: ``[unit rank]``.
 
-    >>> best = top_examples(open_harvest("harvests"), ("mlp.hook_post", 5), k=9)
-    >>> best.values[17], best.tensors["example"][17], best.facts["examples"]["204"]["path"]
-    (tensor([9.1, 8.7, ...]), tensor([204, 3, ...]), 'cats/31.jpg')
+    >>> import prisma_core as prisma
+    >>> from prisma_toy import sample_scene
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> data = [(sample_scene(seed).image, f"scene {seed}") for seed in range(16)]
+    >>> best = top_examples(Pass(model, data, ("mlp.hook_post", 2)), ("mlp.hook_post", 2), k=4)
+    >>> best.shape, best.tensors["example"].shape, best.facts["examples"]["0"]["label"]
+    ({'feature': 256, 'rank': 4}, torch.Size([256, 4]), 'scene 0')
 
     Args:
         source: a harvest, or ``Pass(model, data, names)``, which runs the model and keeps nothing else.

@@ -39,9 +39,14 @@ def harvest(
     The same call after whatever stopped it (a kill, a full disk) goes on where it was, with the same bytes in the end;
     once the folder is whole it is returned as it is.
 
-    >>> acts = harvest(model, "photos", ("resid_post", 5), pos="patches", out="harvests")
-    >>> next(acts.rows("blocks.5.hook_resid_post", 4096, shuffle=True)).shape
-    torch.Size([4096, 768])
+    >>> import tempfile
+    >>> import prisma_core as prisma
+    >>> from prisma_toy import sample_scene
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> data = [(sample_scene(seed).image, f"scene {seed}") for seed in range(16)]
+    >>> acts = harvest(model, data, ("resid_post", 1), pos="patches", out=tempfile.mkdtemp())
+    >>> next(acts.rows(("resid_post", 1), 1024, shuffle=True)).shape
+    torch.Size([1024, 128])
 
     Args:
         model: any hooked model of images or videos. Of a pair of towers the vision tower runs.

@@ -42,6 +42,12 @@ def probe(
 ) -> Result:
     """Return the held-out accuracy of a linear probe and of its control at each hook point: ``[place task]``.
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> data = [(torch.rand(32, 3, 96, 96), torch.arange(32) % 2)]
+    >>> probe(model, data, names="resid_post", tokens="mean").shape
+    {'place': 3, 'task': 2}
+
     Args:
         model: any hooked model; of a dual encoder its vision tower.
         data: batches ``(images, labels)``, with labels ``[batch]``, or ``[batch patch]`` for ``tokens="patches"``.
@@ -124,6 +130,16 @@ def probe_harvest(
     **options: Any,
 ) -> Result:
     """Return what ``probe`` does of activations on disk, which need not fit in memory: ``[place task]``.
+
+    >>> from prisma_harvest import harvest
+    >>> import tempfile, torch
+    >>> import prisma_core as prisma
+    >>> from prisma_toy import sample_scene
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> data = [sample_scene(seed).image for seed in range(16)]
+    >>> acts = harvest(model, data, ("resid_post", 1), out=tempfile.mkdtemp())
+    >>> probe_harvest(acts, torch.arange(16) % 2, tokens="mean").shape
+    {'place': 1, 'task': 2}
 
     Args:
         acts: a harvest, as ``prisma_harvest.open_harvest`` returns it.

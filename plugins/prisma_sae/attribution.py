@@ -38,6 +38,13 @@ def feature_attribution(
 ) -> Result:
     """Return the effects of the first coder's features on features of the second: ``[target source batch]``.
 
+    >>> import prisma_core as prisma, torch
+    >>> from prisma_sae import load
+    >>> model, coder = prisma.load("toy:scenes-3l"), load("scenes-3l")
+    >>> coders = {("resid_post", 0): coder, ("resid_post", 1): coder}
+    >>> feature_attribution(model, torch.rand(1, 3, 96, 96), coders, [3], force=True).shape
+    {'target': 1, 'source': 256, 'batch': 1}
+
     Args:
         model: any hooked model.
         images: what it takes.

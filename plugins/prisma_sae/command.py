@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from prisma_core import UnknownName
 from prisma_core.plugin import format_fields, screen
 
 sae = typer.Typer(help="Sparse coders: list, load, measure, train.", no_args_is_help=True, add_completion=False)
@@ -27,6 +28,8 @@ def listed(
 
     everything = catalogue()
     chosen = [each for each in everything if any((word or "") in part for part in (each.name, each.model, each.hook))]
+    if not chosen:
+        raise UnknownName(f"No coder matches {word!r}. `prisma sae list` lists all {len(everything)}.")
     if json:
         screen.show_json([each.model_dump() for each in chosen])
         return
@@ -48,6 +51,7 @@ def loaded(
     from prisma_sae.formats.sae_lens import save
     from prisma_sae.published import open_coder
 
+    screen.check_output(out, folder=True)
     coder = open_coder(name, file=file)
     facts = coder.facts.model_dump(mode="json", exclude={"more", "labels"})
     if json:
@@ -135,6 +139,8 @@ def trained(
     from prisma_sae.training import TrainConfig, library, train
 
     library()  # before anything long
+    screen.check_output(out, folder=True)
+    screen.check_output(resume, ".pt")
     if tokens not in (None, "all", "cls", "patches"):
         raise InputError(f"Expected tokens all, cls or patches, got {tokens!r}.")
     subject = _model(model)
@@ -186,7 +192,6 @@ def _model(reference: str) -> Any:
 
 def _bar(what: str) -> Any:
     from rich import progress
-    from rich.console import Console
 
     columns = (
         progress.TextColumn("[bold]{task.description}"),
@@ -195,7 +200,8 @@ def _bar(what: str) -> Any:
         progress.TimeElapsedColumn(),
         progress.TimeRemainingColumn(),
     )
-    return progress.Progress(*columns, console=Console(stderr=True), transient=True)
+    console = screen.console(stderr=True)
+    return progress.Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
 
 
 def _files(images: list[Path]) -> list[Path]:

@@ -55,6 +55,12 @@ def evaluate(
 
     ``tensors`` hold each feature's ``frequency`` over tokens and its ``monosemanticity``.
 
+    >>> import prisma_core as prisma, torch
+    >>> from prisma_sae import load
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> evaluate(model, load("scenes-3l"), torch.rand(2, 3, 96, 96)).names("measure")
+    ('l0', 'explained_variance', 'explained_variance_total', 'cosine', 'dead', 'dense', 'monosemanticity')
+
     Args:
         model: the model that it was trained on.
         coder: the coder.
@@ -112,6 +118,10 @@ def evaluate(
 @checked
 def monosemanticity(activations: Tensor, embeddings: Tensor) -> Tensor:
     """Return each feature's monosemanticity ``[feature]``; NaN where fewer than two images have it on.
+
+    >>> import torch
+    >>> monosemanticity(torch.tensor([[1.0], [1.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    tensor([nan])
 
     Args:
         activations: of each image, ``[image feature]``.

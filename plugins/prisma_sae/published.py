@@ -148,6 +148,9 @@ def load(name: str, *, file: str | None = None, path: str | Path | None = None, 
 def open_coder(name: str, *, file: str | None = None) -> SparseCoder:
     """Return a coder as commands name it: a file or folder where there is one, else one of the catalogue.
 
+    >>> open_coder("scenes-3l").facts.hook
+    'blocks.1.hook_resid_post'
+
     Args:
         name: a path, or a name in the catalogue.
         file: which of several files of its repository; the name is then of the catalogue.

@@ -129,6 +129,12 @@ def plot(
 def patches(values: Tensor, layout: TokenLayout, image: Any = None, *, unit: str = "", title: str = "") -> Figure:
     """Return values of patches over an image: ``[... pos]``, of all tokens or of patches alone.
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> _, cache = model.run_with_cache(torch.zeros(1, 3, 96, 96), names=("resid_post", -1))
+    >>> patches(cache["resid_post", -1][0].norm(dim=-1), model.layout, unit="norm")
+    Figure(patches, 1 of 12 by 12: values)
+
     Args:
         values: the last axis is tokens; those before it are panels.
         layout: ``model.layout``. Frames of a video are panels; the class token and registers stand in the caption.

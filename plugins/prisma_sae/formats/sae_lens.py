@@ -159,6 +159,11 @@ def save(coder: SparseCoder, folder: str | Path) -> Path:
 
     After a kill it is the old coder or the new one; without ``cfg.json`` to SAELens, which has no digests.
 
+    >>> import tempfile
+    >>> from prisma_sae import load
+    >>> save(load("scenes-3l"), tempfile.mkdtemp() + "/coder").name
+    'coder'
+
     Raises:
         LoadError: the disk is full, read-only, or refuses in another way.
     """
