@@ -135,7 +135,6 @@ def trained(
     """
     from prisma_core import InputError
     from prisma_sae.binding import model_digest
-    from prisma_sae.coder import CoderFacts
     from prisma_sae.formats.sae_lens import save
     from prisma_sae.training import TrainConfig, library, train
 
@@ -155,7 +154,6 @@ def trained(
         raise InputError(f"These options do not fit: {format_fields(error)}.") from error
     place = subject.resolve([hook])[0]
     about = {"model": model, "weights": model_digest(subject), "hook": place, "tokens": tokens}
-    CoderFacts.model_validate({"kind": "topk", "d_in": 1, "d_sae": 1, "d_out": 1, **about})
     with _bar("training") as bar:
         line = bar.add_task(kind, total=steps)
 
