@@ -100,7 +100,7 @@ class Chart:
         if self.kind == "graph":
             size = f"{int((~np.isnan(self.values)).sum())} edges"
         place = ("->" if self.kind == "graph" else " ").join(
-            x for x in (self.panels[panel], self.labels[0][row], self.labels[1][column]) if x
+            cut(x, NAME) for x in (self.panels[panel], self.labels[0][row], self.labels[1][column]) if x
         )
         return (
             f"{self.title or self.kind}: {size}. Largest: {place}, {self.values[panel, row, column]:.3g} {self.unit}."
