@@ -198,10 +198,6 @@ _UNSUPPORTED = {  # by torch, in words of its own: what to do
         "This pass takes gradients, and an input or a weight was made in torch.inference_mode(): it takes none. Make "
         "it outside of that: x.clone(), or load the model again; or run the pass in torch.no_grad()."
     ),
-    "forward AD": (
-        "Torch's fused attention has no forward-mode derivatives (jvp, jacfwd). Run this in "
-        "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)."
-    ),
 }
 
 

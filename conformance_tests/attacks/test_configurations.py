@@ -171,7 +171,7 @@ def test_a_saved_image_processor_is_one(name: Any, tmp_path: Path) -> None:
     """``transformers.pipeline(model=..., trust_remote_code=True)`` is one line of JSON away, where names are called."""
     settings = {"image_processor_type": name, "model": "./evil", "trust_remote_code": True}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    with pytest.raises(LoadError, match=r"no image processor"):
+    with pytest.raises(LoadError, match=r"no image.processor"):
         HfSource().load_processor(tmp_path)
 
 

@@ -248,6 +248,8 @@ def test_what_cannot_be_attached_at_all_is_refused(model: HookedViT, image: Tens
         model(image)
     with pytest.raises(InputError, match="kindd"):
         coder().with_facts(kindd="topk")
+    with pytest.raises(InputError, match=r"coder on meta: coder\.to\('cpu'\)"), splice(model, coder().to("meta")):
+        model(image)
 
 
 # -------------------------------------------------------------------- attribution

@@ -22,7 +22,7 @@ def open_harvest(path: str | Path) -> Harvest:
     >>> data = [(sample_scene(seed).image, f"scene {seed}") for seed in range(16)]
     >>> from prisma_harvest import harvest
     >>> acts = open_harvest(harvest(model, data, ("resid_post", 1), out=tempfile.mkdtemp()).path)
-    >>> acts.example(0, ("resid_post", 1)).shape, acts.tokens[1]
+    >>> acts.example(0, ("resid_post", 1)).shape, acts.tokens_of(("resid_post", 1))[1]
     (torch.Size([145, 128]), 'r0c0')
 
     Raises:

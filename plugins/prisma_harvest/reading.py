@@ -88,19 +88,26 @@ class Harvest:
 
     @property
     def layout(self) -> TokenLayout | None:
-        """The token layout of the model; ``positions`` says which of its tokens are here."""
+        """The token layout of the model; ``positions_of`` says which of its tokens are at a hook point."""
         return self.manifest.layout
 
-    @property
-    def positions(self) -> list[int] | None:
-        """The positions of the tokens that are here, or None where the model has no layout."""
-        return self.manifest.positions
+    @checked
+    def positions_of(self, name: Name) -> list[int] | None:
+        """Return the positions of a hook point's tokens; None where it has no tokens, or the model no layout of them.
 
-    @property
-    def tokens(self) -> list[str] | None:
-        """The names of the tokens that are here: ``cls``, ``r3c5``."""
-        names = None if self.layout is None else self.layout.token_names()
-        return None if names is None else [names[position] for position in self.positions or ()]
+        Raises:
+            UnknownName: no such hook point.
+        """
+        return self.manifest.positions(self.point(name))
+
+    @checked
+    def tokens_of(self, name: Name) -> list[str] | None:
+        """Return the names of a hook point's tokens: ``cls``, ``r3c5``; None where they have none.
+
+        Raises:
+            UnknownName: no such hook point.
+        """
+        return self.manifest.tokens(self.point(name))
 
     @checked
     def check_model(self, model: HookedModel) -> None:
@@ -179,11 +186,13 @@ class Harvest:
     def _part(self, shard: Shard, start: int, stop: int, point: Point) -> Tensor:
         try:
             with safe_open(shard.path, "pt") as file:
-                part: Tensor = file.get_slice(point.name)[start:stop]
+                whole = file.get_slice(point.name)
+                part: Tensor = whole[start:stop]
         except (OSError, SafetensorError) as error:
             raise LoadError(f"{shard.path} cannot be read: {error}. `prisma harvest verify` tells what is.") from error
-        if part.shape != (stop - start, *point.shape) or part.dtype != DTYPES[self.manifest.dtype]:
-            raise LoadError(f"{shard.path} holds {list(part.shape)} {part.dtype} where its manifest says otherwise.")
+        if whole.get_shape() != [shard.n, *point.shape] or part.dtype != DTYPES[self.manifest.dtype]:
+            held = f"{whole.get_shape()} {part.dtype}"
+            raise LoadError(f"{shard.path} holds {held} where its manifest, or the record of it, says otherwise.")
         return part
 
     @checked
@@ -312,7 +321,7 @@ class Harvest:
         shard = self.shards[chunk.shard]
         parts = (self._part(shard, chunk.start, chunk.stop, point) for point in points)
         return tuple(
-            x.flatten(0, 1).flatten(1) if point.axes.startswith(("pos", "patch")) else x.flatten(1)
+            x.flatten(0, 1).flatten(1) if point.has_tokens else x.flatten(1)
             for x, point in zip(parts, points, strict=True)
         )
 
@@ -342,8 +351,7 @@ def _tokens(point: Point) -> int:
     Raises:
         NotApplicable: its first axis is neither a token nor a feature.
     """
-    first = point.axes.split()[0]
-    if first in ("pos", "patch"):
+    if point.has_tokens:
         return point.shape[0]
     if len(point.shape) > 1:
         raise NotApplicable(

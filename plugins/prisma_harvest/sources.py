@@ -75,6 +75,8 @@ def open_data(
     if isinstance(data, str | Path):
         path_of(data, "a folder of images or tar shards as data")
     if isinstance(data, str | Path) and Path(data).is_dir() and not list(Path(data).glob("*.tar")):
+        if given := [column for column in columns if column is not None]:
+            raise InputError(f"{data} is a folder, whose images have no columns: leave out {given[0]!r}.")
         items = _folder(Path(data), limit)
     elif (paths := _tars(data)) is not None:
         items = _tar(paths, columns, limit)

@@ -181,7 +181,7 @@ class _Search:
         shown = set(top["example"].unique().tolist())
         if isinstance(source, Harvest):
             self.lines = {line["example"]: line for line in source.examples() if line["example"] in shown}
-        unit, about = self.units.axis, _about(source)
+        unit, about = self.units.axis, _about(source, self.point)
         total = self.state["histogram"].sum(1).clamp_min(1)
         return Result(
             top.pop("values"),
@@ -209,11 +209,9 @@ class _Search:
         )
 
 
-def _about(source: Harvest | Pass) -> dict[str, Any]:
+def _about(source: Harvest | Pass, point: Point) -> dict[str, Any]:
     """Return what a reader needs to know of the images and tokens."""
     manifest = source.manifest if isinstance(source, Harvest) else source.manifest("float32", 1)
-    layout, positions = manifest.layout, manifest.positions
-    names = None if layout is None else layout.token_names()
     folder = isinstance(source, Pass) and source.source.kind == "folder"
     return {
         "model": manifest.model.model_dump(mode="json", include={"reference", "weights", "tower"}),
@@ -221,9 +219,9 @@ def _about(source: Harvest | Pass) -> dict[str, Any]:
             **manifest.data.model_dump(mode="json", include={"kind", "name", "fingerprint"}),
             "root": str(Path(source.data).absolute()) if folder else None,  # type: ignore[union-attr]
         },
-        "layout": None if layout is None else layout.model_dump(mode="json"),
-        "positions": positions,
-        "tokens": None if names is None or positions is None else [names[position] for position in positions],
+        "layout": None if manifest.layout is None else manifest.layout.model_dump(mode="json"),
+        "positions": manifest.positions(point),
+        "tokens": manifest.tokens(point),
     }
 
 

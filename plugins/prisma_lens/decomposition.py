@@ -140,7 +140,8 @@ def mean_ablation(
         outputs, fixed = cache.project_stack(parts), cache.logit_constant()[None]  # constants are their own mean
         token = token_read(own, cache, pos)
         outputs = torch.cat([at_token(outputs, token), at_token(fixed, token).expand(1, len(images), -1)])
-        stacks.append(outputs @ reading.vectors.to(outputs).T)
+        # Parts of vectors of unit length, as the equation has it: a long vector's must not weigh more in the mean.
+        stacks.append(outputs / unit_scale(model, cache) @ reading.vectors.to(outputs).T)
         given = truth is not None
         if truth is not None:
             truths.append(truth)
@@ -150,7 +151,7 @@ def mean_ablation(
             f"{sum(each.shape[1] for each in stacks) or 'no images'}, and {len(reading.labels)}."
         )
     stack = torch.cat(stacks, 1)  # [component image class]
-    intact = stack.sum(0).argmax(-1)  # lengths and biases, the same for all texts, change no answer
+    intact = stack.sum(0).argmax(-1)  # biases, the same for all texts, change no answer
     truth = torch.cat(truths).to(intact) if given else intact
     if given and not bool(((truth >= 0) & (truth < len(reading.labels))).all()):
         raise InputError(

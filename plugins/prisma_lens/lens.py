@@ -93,9 +93,11 @@ def logit_lens(
     Raises:
         NotApplicable: the model has no head, one head for each of several tokens, or blocks that norm the stream.
         UnknownName: the cache lacks a stream, or there is no such class.
-        InputError: the cache is another model's, or the target does not fit.
+        InputError: the cache is another model's, or the target does not fit or is missing.
     """
     own = tower_of(model, tower)
+    if target is None and (against is not None or labels is not None):
+        raise InputError("Expected a target beside against= and labels=: what is subtracted from, what has the names.")
     if isinstance(target, Result):
         refuse_with_probe(against=against, labels=labels, tuned=tuned)
         cache, stages, read, names = _of_probe(model, given, target, tower)

@@ -229,11 +229,11 @@ def fit_tuned_lens(
         options: of the optimizer.
 
     Raises:
-        InputError: there are no batches.
+        InputError: there are no batches, or none are left in a later epoch.
         NotApplicable: as in ``logit_lens``; or the model is a dual encoder, and there is no target.
     """
     own, read = tower_of(model, tower), _logits(model, target, tower)
-    lens, seen = TunedLens.of(own), 0
+    lens = TunedLens.of(own)
     if start is not None:
         start.check(own)
         lens.load_state_dict(start.state_dict())
@@ -244,6 +244,7 @@ def fit_tuned_lens(
         parameter.requires_grad_(False)
     try:
         for epoch in range(epochs):
+            seen = 0
             for batch, _ in bar(as_batches(train), f"Epoch {epoch + 1} of {epochs}", progress):
                 streams, final = _streams(model, own, batch, tokens, tower, read)
                 with torch.enable_grad():
@@ -254,11 +255,16 @@ def fit_tuned_lens(
                     loss.backward()
                 solver.step()
                 seen += 1
+            if not seen:
+                raise InputError(
+                    "There are no batches: expected images [batch channel height width], one batch after another."
+                    if epoch == 0
+                    else f"No batches are left for epoch {epoch + 1} of {epochs}, for a generator can be gone through "
+                    "once: give a list of batches, or a DataLoader."
+                )
     finally:
         for parameter, required in frozen.items():
             parameter.requires_grad_(required)
-    if not seen:
-        raise InputError("There are no batches: expected images [batch channel height width], one batch after another.")
     return lens.requires_grad_(False).eval()
 
 

@@ -49,7 +49,7 @@ class TrainConfig(Facts):
     """
 
     kind: Method = "topk"
-    d_sae: int = Field(gt=0)
+    d_sae: int = Field(gt=0, le=1 << 24)
     k: int = Field(default=16, gt=0)
     lr: float = Field(default=1e-3, gt=0)
     warmup: float = Field(default=0.05, ge=0, lt=1)
@@ -57,7 +57,7 @@ class TrainConfig(Facts):
     groups: tuple[int, ...] = ()
     points: int = Field(default=1024, gt=0)
     delta: float = Field(default=1.0, ge=0)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
 
 
 @checked

@@ -56,9 +56,9 @@ def train(
     The run can be killed at any moment: --resume goes on from the last saved state and ends with the very weights
     that an unbroken run ends with. Checkpoints, dense early, are folders that prisma.load("file:...") reads.
     """
-    from rich.console import Console
+    from prisma_core.plugin import screen
 
-    console = Console()
+    console = screen.console()
     if list_data:
         _list(console)
         return
@@ -106,7 +106,7 @@ def _run(console: Any, given: dict[str, Any], out: Path, resume: bool) -> None:
     steps = trainer.config.steps
     if (figure := measured(trainer)) is not None:
         console.print(f"The run in {out} is finished: all {steps} steps, held-out {figure}.", soft_wrap=True)
-        console.print(f'Load it with prisma.load("file:{out / MODEL}").', highlight=False, soft_wrap=True)
+        console.print(f'Load it with prisma.load("file:{out / MODEL}").', soft_wrap=True)
         return
     if trainer.step:
         console.print(f"Going on after step {trainer.step} of {steps} in {out}.")
@@ -133,4 +133,4 @@ def _run(console: Any, given: dict[str, Any], out: Path, resume: bool) -> None:
         line = bar.add_task("measuring", total=HELD_OUT, so_far="on held-out images")
         final = finish(trainer, progress=lambda seen: bar.update(line, completed=seen))
     console.print(f"Held-out {trainer.task.objective.measure}: {final}.", soft_wrap=True)
-    console.print(f'Load it with prisma.load("file:{out / MODEL}").', highlight=False, soft_wrap=True)
+    console.print(f'Load it with prisma.load("file:{out / MODEL}").', soft_wrap=True)

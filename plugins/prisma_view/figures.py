@@ -214,7 +214,8 @@ def _page(figure: Figure) -> str:
 <meta name="color-scheme" content="light dark"><title>{escape(chart.title)} · Prisma</title>
 <link rel="icon" href="data:,">
 <style>body {{ font-family: system-ui; margin: 1rem; background: Canvas; color: CanvasText; }}
-p {{ overflow-wrap: anywhere; }} .wide {{ overflow-x: auto; }} #figure {{ min-width: {figure.least_width}px; }}</style></head>
+p {{ overflow-wrap: anywhere; }} .wide {{ overflow-x: auto; }}
+#figure {{ min-width: {figure.least_width}px; }}</style></head>
 <body><main><div class="wide"><div id="figure" role="img" aria-label="{escape(chart.describe())}"></div></div>
 <p>{escape(chart.describe())}</p></main>
 <script>{get_plotlyjs()}</script><script>

@@ -39,7 +39,15 @@ class UnsupportedArchitecture(PrismaError):
     def __init__(self, module: str, feature: str):
         self.module = module
         self.feature = feature
-        super().__init__(f"{module} is not supported: {feature}. Nothing was made, so no number is wrong.")
+        advice = next((f". {way}" for package, way in WAYS_OUT.items() if module.startswith(package)), "")
+        super().__init__(f"{module} is not supported: {feature}{advice}. Nothing was made, so no number is wrong.")
+
+
+WAYS_OUT = {  # by where the classes are from that stand in the place of a library's own
+    "peft.": "Merge what peft has added into the weights before: upstream = peft_model.merge_and_unload()",
+    "torch._dynamo.": "Put what torch.compile wraps in its place before: wrapper._orig_mod",
+    "torch.nn.parallel.": "Put what it wraps in its place before: wrapper.module",
+}
 
 
 class WeightMapError(PrismaError):
@@ -63,6 +71,17 @@ class LoadError(PrismaError):
 
 class InputError(PrismaError):
     """An image or tensor that the model cannot take."""
+
+
+class SpecError(InputError, ValueError):
+    """Facts that make no spec: fields that are missing, unknown or out of range, or that contradict each other.
+
+    Args:
+        problem: what pydantic found; it is the error's ``__cause__`` too.
+    """
+
+    def __init__(self, problem: ValidationError):
+        super().__init__(f"{problem.title} cannot be made: {format_fields(problem)}.")
 
 
 class PluginError(PrismaError):
@@ -104,9 +123,9 @@ def blaming(code: object, name: str = "", error: type[PrismaError] = PluginError
     """
     try:
         yield
-    except _PASS:
-        raise
     except Exception as problem:
+        if isinstance(problem, _PASS) and not isinstance(problem, SpecError):
+            raise
         line = _line(problem, getattr(code, "__module__", "") or "")
         raise error(f"{name or _raiser(code, problem)} raised {format_error(problem)}{line}.") from problem
 

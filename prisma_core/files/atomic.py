@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -138,6 +139,21 @@ def writing(place: Path) -> Generator[None]:
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).rstrip(".")
         raise LoadError(f"{place} cannot be written: {reason}. What was there before is as it was.") from error
+
+
+def check_writable(path: Path, *, folder: bool = False) -> None:
+    """Check that a file, or a folder, can be written at a place. Nothing is left behind.
+
+    Raises:
+        LoadError: the disk refuses, or something else is there: a folder, a file, a device.
+    """
+    with writing(path):
+        if path.exists() and not (path.is_dir() if folder else path.is_file()):
+            raise OSError(errno.EEXIST, f"what is there is no {'folder' if folder else 'file'}")
+        home = path if folder else path.parent
+        while not os.path.lexists(home):
+            home = home.parent
+        Path(tempfile.mkdtemp(prefix=_PREFIX, dir=home)).rmdir()
 
 
 @contextmanager

@@ -119,9 +119,15 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], header: d
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return a SHA-256 of tensors: of their names, dtypes, shapes and bytes, wherever they lie."""
+    """Return a SHA-256 of tensors: of their names, dtypes, shapes and bytes, wherever they lie.
+
+    Raises:
+        InputError: one is on the meta device.
+    """
 
     def one(name: str) -> bytes:
+        if tensors[name].is_meta:
+            raise InputError(f"{name} is on the meta device, where tensors hold no numbers: load it on another one.")
         tensor = tensors[name].detach().cpu().contiguous()
         facts = f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode()
         return facts + hashlib.sha256(cast(Any, tensor.flatten().view(torch.uint8).numpy())).digest()

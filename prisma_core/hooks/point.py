@@ -329,16 +329,16 @@ def _hooked(hook: PlacedHook, x: Tensor, what: str) -> Tensor:
     """Return what a hook makes of a copy of its own: edits in place reach nothing else."""
     copy = x.clone()
     value = cast(object, hook(copy))
-    return copy if value is None else checked(value, x, hook.at, "hook", what)
+    return checked(copy if value is None else value, x, hook.at, "hook", what)
 
 
 def checked(value: object, x: Tensor, at: HookContext, who: str, what: str) -> Tensor:
     """Return what a hook or splice made of ``x``, if it fits in its place."""
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or value.is_nested or value.layout != x.layout:
+        kind = "a nested or sparse tensor" if isinstance(value, Tensor) else type(value).__name__
         none = f", or None to go on with the {what} it was given" if who == "hook" else ""
         raise HookError(
-            f"The {who} at {at.name} returned {type(value).__name__}; expected a tensor of shape {list(x.shape)} "
-            f"({at.axes}){none}."
+            f"The {who} at {at.name} returned {kind}; expected a tensor of shape {list(x.shape)} ({at.axes}){none}."
         )
     if value.shape != x.shape or value.dtype != x.dtype or value.device != x.device:
         raise HookError(

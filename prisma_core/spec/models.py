@@ -67,7 +67,7 @@ class ModelSpec(AllBlocks, Facts):
 
         Raises:
             InputError: there is no such fact.
-            ValidationError: the facts contradict each other.
+            SpecError: the facts contradict each other.
 
         >>> spec = ModelSpec.plain(d_model=12, heads=2, patch=4, image=(8, 12), registers=2, gated=True, pool="avg")
         >>> spec.layout.n_tokens, spec.blocks[0].attn.d_head, spec.n_classes
@@ -94,7 +94,7 @@ class ModelSpec(AllBlocks, Facts):
             "d_pool": d_model,
             "n_classes": 10,
         }
-        return cls.model_validate(plain | whole)
+        return cls(**plain | whole)
 
     @model_validator(mode="after")
     def _two_heads(self) -> ModelSpec:
@@ -228,7 +228,7 @@ class TextSpec(AllBlocks, Facts):
 
         Raises:
             InputError: there is no such fact.
-            ValidationError: the facts contradict each other.
+            SpecError: the facts contradict each other.
 
         >>> spec = TextSpec.plain(heads=3, n_ctx=16, pool="last")
         >>> spec.n_tokens, spec.blocks[0].attn.d_head
@@ -245,7 +245,7 @@ class TextSpec(AllBlocks, Facts):
         }
         if isinstance(kind := whole["pool"], str):
             whole["pool"] = {"kind": kind}
-        return cls.model_validate(whole)
+        return cls(**whole)
 
     @model_validator(mode="after")
     def _positions(self) -> TextSpec:

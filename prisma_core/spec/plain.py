@@ -48,4 +48,4 @@ def plain_block(
     block = {"attn": attn, "mlp": mlp, "ln1": norm, "ln2": norm, **facts[BlockSpec]}
     if (block["mlp"] is None or block.get("kind") == "parallel") and "ln2" not in facts[BlockSpec]:
         block["ln2"] = None
-    return BlockSpec.model_validate(block)
+    return BlockSpec(**block)

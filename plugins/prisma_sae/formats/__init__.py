@@ -41,7 +41,8 @@ def read(path: str | Path, format: str | None = None, **options: Any) -> SparseC
     Raises:
         UnknownName: no such format.
         InputError: the reader has no such option.
-        LoadError: no format recognises the path, the file wants to run code, or it cannot be read.
+        LoadError: no format recognises the path, the file wants to run code, it cannot be read, or holds numbers that
+            are NaN or infinite.
     """
     path = Path(path).expanduser()
     if not path.exists():
