@@ -298,7 +298,7 @@ class ScopeContext(AbstractContextManager[Value]):
 
 def keep_scopes(scopes: Sequence[Scope]) -> None:
     """Have what is being checkpointed, if anything is, computed again in these scopes."""
-    if calls := checkpoints():
+    if scopes and (calls := checkpoints()):
         for scope in scopes:
             keep(calls, scope, scope.began, scope.again)
 
