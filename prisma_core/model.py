@@ -213,6 +213,8 @@ def _in_scopes(x: Tensor) -> Tensor:
 
 
 _in_scopes.register_fake(torch.empty_like)
+
+
 def _gradient(ctx: Any, grad: Tensor) -> Tensor:
     return grad
 
@@ -255,9 +257,9 @@ class ZooModel(HookedModel):
             super().__setattr__(name, value)
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
-        compiling = torch.compiler.is_compiling()
-        if not compiling:  # compiled hook points do not look for checkpoints
-            keep_scopes(OPEN_SCOPES.get())
+        compiling, scopes = torch.compiler.is_compiling(), OPEN_SCOPES.get()
+        if scopes and not compiling:  # compiled hook points do not look for checkpoints
+            keep_scopes(scopes)
         try:
             output = super().__call__(*inputs, **kwargs)
         except RuntimeError as error:
@@ -265,7 +267,7 @@ class ZooModel(HookedModel):
                 if words in str(error):
                     raise InputError(advice) from error
             raise
-        hooked = compiling and OPEN_SCOPES.get() and isinstance(output, Tensor)
+        hooked = compiling and scopes and isinstance(output, Tensor)
         return _in_scopes(output) if hooked else output
 
     def extra_repr(self) -> str:

@@ -167,7 +167,7 @@ def test_a_scope_is_no_decorator(vit, image):
     """A forgotten ``with`` is an error, not a function."""
     scope = vit.hooks({"z": lambda x, at: None})
     assert isinstance(scope, ScopeContext)
-    with pytest.raises(TypeError, match="not callable"):
+    with pytest.raises(prisma_core.HookError, match="no model"):
         scope(image)
 
 

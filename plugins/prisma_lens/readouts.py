@@ -90,8 +90,8 @@ def readout(
                 )
             names = less.labels if len(less.labels) == len(one.labels) else less.labels * len(one.labels)
             pairs = tuple(f"{more} - {minus}" for more, minus in zip(one.labels, names, strict=True))
-            if not (one.vectors != less.vectors).any(-1).all():
-                raise InputError(f"Expected another target to subtract, got the same one: {', '.join(pairs)} is 0.")
+            if not (one.vectors != less.vectors).any():
+                raise InputError(f"Expected another target to subtract, got the same: {', '.join(pairs)} is 0.")
             one = replace(one, vectors=one.vectors - less.vectors, bias=one.bias - less.bias, labels=pairs)
     if labels is None:
         return one

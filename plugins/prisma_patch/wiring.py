@@ -48,6 +48,11 @@ class Graph:
             raise InputError(
                 f"Expected pairs, one corrupt input for each clean: {clean.shape} against {corrupt.shape}."
             )
+        if isinstance(model, HookedText) and not _alike(model, clean, corrupt):
+            raise InputError(
+                "Expected pairs of texts of the same length: here they end at other tokens, so what is masked or read "
+                "at the end differs, which no edge carries."
+            )
         blocks = model.spec.blocks
         attn = blocks[0].attn
         for layer, block in enumerate(blocks):
@@ -195,3 +200,10 @@ class Graph:
     def _scaled(self, layer: int, result: Tensor) -> Tensor:
         scale = self.model.blocks[layer].ls1
         return result * scale.gamma.to(result) if hasattr(scale, "gamma") else result
+
+
+def _alike(model: HookedText, clean: Tensor, corrupt: Tensor) -> bool:
+    """Return whether two batches of texts have their padding, and what is pooled, at the same tokens."""
+    pad = model.spec.pad_id
+    padded = pad is None or torch.equal(clean == pad, corrupt == pad)
+    return padded and torch.equal(model.shares(clean), model.shares(corrupt))

@@ -55,14 +55,11 @@ class _WithGraph(torch.autograd.Function):
     """The identity on what the kernel made, past whose backward goes whatever gradient carries a graph."""
 
     @staticmethod
-    def forward(z: Tensor, *of: Any) -> Tensor:
-        return z.view_as(z)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:5])
-        ctx.scale = inputs[5]
+    def forward(ctx: Any, z: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        ctx.save_for_backward(q, k, v, bias)
+        ctx.scale = scale
         ctx.set_materialize_grads(False)
+        return z.view_as(z)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
