@@ -18,6 +18,7 @@ from prisma_core.contract.adapter import Adapter, Refusal
 from prisma_core.contract.case import Case
 from prisma_core.contract.source import ModelInfo, Source
 from prisma_core.errors import (
+    WAYS_OUT,
     InputError,
     PluginError,
     UnknownName,
@@ -232,7 +233,9 @@ class Host:
         if (adapter := _only(self._adapters.get(kind, []), f"adapt {kind}")) is not None:
             return adapter
         if kind in self._refusals:
-            raise self._refusals[kind].error(cast("nn.Module", upstream))
+            refusal = self._refusals[kind]
+            feature = f"{refusal.feature}{self._within(upstream)}"
+            raise replace(refusal, feature=feature).error(cast("nn.Module", upstream))
         raise UnsupportedArchitecture(
             kind,
             f"no installed plugin adapts this type{self._alike(type(upstream))}{self._within(upstream)}; a hook map of "
@@ -243,6 +246,8 @@ class Host:
     def _within(self, upstream: object) -> str:
         """Name the outermost part of a model whose type is adapted: what a wrapper wraps, or a backbone."""
         modules: Any = getattr(upstream, "named_modules", list)
+        if qualified_name(upstream).startswith(tuple(WAYS_OUT)):
+            return ""
         for path, part in cast("Iterable[tuple[str, object]]", modules()):
             if path and (kind := qualified_name(part)) in self._adapters:
                 return f". Its {path!r} is a {kind}, which is: pass model.{path}"

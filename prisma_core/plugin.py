@@ -19,6 +19,7 @@ from prisma_core.errors import (
     UnsupportedArchitecture,
     WeightMapError,
     blaming,
+    format_fields,
     returned,
     suggest,
 )
@@ -86,7 +87,7 @@ from prisma_core.toolbox import screen
 from prisma_core.toolbox.arguments import Count, Indices, Natural, Part, Share, checked
 from prisma_core.toolbox.attention import eager_attention, float64_softmax, multihead_attention, switched
 from prisma_core.toolbox.claims import check_claims, check_layers
-from prisma_core.toolbox.maps import products, same_bias, score_rows
+from prisma_core.toolbox.maps import argument, products, same_bias, score_rows
 from prisma_core.toolbox.options import (
     Above,
     Eps,
@@ -118,7 +119,7 @@ __all__ = [
     "RopeCount", "MlpSpec", "Activation", "NormSpec", "PoolSpec", "TextSpec", "TextPoolSpec", "DualSpec", "MapSpec",
     "AnySpec", "Facts", "BriefRepr",
     # rows and equations of hook maps
-    "FUSED", "score_rows", "products", "same_bias",
+    "FUSED", "score_rows", "argument", "products", "same_bias",
     # readers, rows and checks that adapters share; scopes that unfuse upstream's attention
     "PartReader", "NormClass", "MlpNames", "TRANSFORMERS", "at", "plain_patches", "norm_rows", "linear_rows",
     "same_for_all", "per_block_table", "masks_as_built", "ends_with_last_stage", "eager_attention",
@@ -140,5 +141,5 @@ __all__ = [
     "check_call", "check_flags", "expect", "device_of",
     # errors
     "PrismaError", "UnknownName", "HookError", "UnsupportedArchitecture", "WeightMapError", "NotApplicable",
-    "MissingPart", "LoadError", "InputError", "PluginError", "suggest", "blaming", "returned",
+    "MissingPart", "LoadError", "InputError", "PluginError", "suggest", "blaming", "returned", "format_fields",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import traceback
 import warnings
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -36,6 +37,7 @@ from prisma_core.hooks.model import HookedModel
 from prisma_core.host import installed
 from prisma_core.maps.places import HookMap
 from prisma_core.maps.reader import Reader, qualified_name
+from prisma_core.maps.table import pattern_of
 from prisma_core.maps.weights import WeightMap
 from prisma_core.model import Origin, ZooModel, assign, tensors_of
 from prisma_core.saving.folder import load_folder, with_own_stem
@@ -46,7 +48,7 @@ from prisma_core.transformer import HookedDual, HookedText, build
 from prisma_core.transformer.names import optional_hook_names
 from prisma_core.upstream.copies import copy_module
 from prisma_core.upstream.model import HookedUpstream
-from prisma_core.upstream.undeclared import check_undeclared, unwrapped
+from prisma_core.upstream.undeclared import check_at_hand, check_counted, check_undeclared, unwrapped
 
 
 @contextmanager
@@ -211,15 +213,24 @@ def _labels(model: ZooModel, loaded: Loaded) -> tuple[str, ...] | None:
 @_normal_mode()
 def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> ZooModel:
     """Hook a model with an adapter, whatever its ``types``; see ``adapt``."""
+    check_at_hand(upstream)
     reader = Reader(upstream)
     spec, hooks, table, stem = read_adapter(adapter, reader)
     if isinstance(spec, MapSpec):
-        return HookedUpstream(copy_module(upstream, copy=copy), hooks, spec, partial(output_of, adapter))
+        hooked = HookedUpstream(copy_module(upstream, copy=copy), hooks, spec, partial(output_of, adapter))
+        check_counted(upstream, hooked.counted, adapter.types)
+        return hooked
     with blaming(adapter):
         adapters = (adapter, *adapter.parts(reader))
         types = [name for each in adapters for name in each.types]
         ignored = [name for each in adapters for name in each.ignored]
-    check_undeclared(reader, types, ignored, lambda name: table.reason_to_ignore(name) is not None, stem)
+    mapped = [pattern_of(name) for row in table.rows for name in row.names]
+    unread = {
+        name
+        for name in tensors_of(upstream)
+        if table.reason_to_ignore(name) is not None and not any(pattern.fullmatch(name) for pattern in mapped)
+    }
+    check_undeclared(reader, spec, types, ignored, unread, stem)
     with torch.device("meta"):
         model = build(spec)
     if stem is not None:
@@ -295,7 +306,7 @@ def read_adapter(adapter: Adapter, upstream: Reader) -> Reading:
         PluginError: the adapter failed.
     """
     spec = spec_of(adapter, upstream)
-    with blaming(adapter):
+    with _reading(adapter):
         if isinstance(spec, MapSpec):
             return Reading(spec, returned(adapter.hooks, adapter.hooks(upstream, cast("Any", spec)), HookMap))
         stem = returned(adapter.stem, adapter.stem(upstream, spec), (nn.Module, type(None)))
@@ -313,7 +324,7 @@ def spec_of(adapter: Adapter, upstream: Reader) -> AnySpec | MapSpec:
     """
     kinds = (MapSpec,) if isinstance(adapter, MapAdapter) else (ModelSpec, TextSpec, DualSpec)
     try:
-        with blaming(adapter):
+        with _reading(adapter):
             return returned(adapter.spec, adapter.spec(upstream), kinds)
     except PluginError as error:
         problem = error.__cause__.__cause__ if isinstance(error.__cause__, SpecError) else error.__cause__
@@ -321,7 +332,28 @@ def spec_of(adapter: Adapter, upstream: Reader) -> AnySpec | MapSpec:
         if not isinstance(problem, ValidationError) or any(one["type"] in names for one in problem.errors()):
             raise
         kind = qualified_name(upstream.module)
-        raise UnsupportedArchitecture(kind, f"facts that no spec can hold ({format_fields(problem)})") from problem
+        facts = f"facts that no spec can hold ({format_fields(problem)}){_place(problem)}"
+        raise UnsupportedArchitecture(kind, facts) from problem
+
+
+@contextmanager
+def _reading(adapter: Adapter) -> Generator[None]:
+    """``blaming``, with the module that the adapter read when it failed."""
+    try:
+        with blaming(adapter):
+            yield
+    except PluginError as error:
+        problem = error.__cause__
+        if problem is None or not (place := _place(problem)):
+            raise
+        raise PluginError(f"{str(error).rstrip('.')}{place}.") from problem
+
+
+def _place(problem: BaseException) -> str:
+    """Say which module the code that raised an error had as a reader."""
+    frames = traceback.walk_tb(problem.__traceback__)
+    readers = [one for frame, _ in frames for one in frame.f_locals.values() if isinstance(one, Reader) and one.path]
+    return f". It was reading {readers[-1].path!r}" if readers else ""
 
 
 def output_of(adapter: Adapter, result: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ def read_source(text: str, reference: str) -> Any:
 
     Raises:
         InputError: it is none.
+        LoadError: the library datasets cannot load it.
         PluginError: the library datasets is needed and not installed.
     """
     kind, colon, rest = text.partition(":")
@@ -41,12 +43,15 @@ def read_source(text: str, reference: str) -> Any:
         name, _, split = rest.partition(":")
         if not name:
             raise InputError(f"Expected hf:NAME or hf:NAME:SPLIT, got {text!r}.")
-        with blaming(_datasets, "The library datasets", LoadError):
-            return _datasets().load_dataset(name, split=split or "train")
+        return _loaded(_datasets().load_dataset, name, split=split or "train")
     if (Path(text) / "dataset_info.json").is_file() and (Path(text) / "state.json").is_file():
-        with blaming(_datasets, "The library datasets", LoadError):
-            return _datasets().load_from_disk(text)
+        return _loaded(_datasets().load_from_disk, text)
     return text
+
+
+def _loaded(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    with blaming(function, "The library datasets", LoadError):
+        return function(*arguments, **options)
 
 
 def _datasets() -> Any:

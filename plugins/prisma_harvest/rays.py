@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import socket
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -64,8 +65,9 @@ def connected(run: Pass, address: str) -> Any:
         raise PluginError(f"This needs Ray ({error}): pip install 'prisma-interp[scale]'") from error
     if not ray.is_initialized():
         try:
+            _reach(address)
             ray.init(address=None if address == "local" else address, include_dashboard=False, log_to_driver=False)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise PluginError(f"No Ray cluster at {address!r}: {error}") from error
     return ray
 
@@ -93,6 +95,17 @@ def on_ray(ray: Any, run: Pass, writer: Writer, progress: bool | None) -> None:
     with counting("Harvesting", n, n - _images(run, writer, todo), progress) as advance:
         for row in shards.iter_rows():
             advance(int(row["images"]))
+
+
+def _reach(address: str) -> None:
+    """Look whether anybody listens at ``host:port``: Ray itself tries for many minutes.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _images(run: Pass, writer: Writer, shards: list[int]) -> int:

@@ -56,6 +56,10 @@ def open_data(
 ) -> Data:
     """Return data of any kind as items.
 
+    >>> import torch
+    >>> open_data([(torch.rand(3, 96, 96), "noise")]).n
+    1
+
     Args:
         data: a folder of images or of videos (the folders in it are labels), tar shards of WebDataset (a path, a glob,
             ``shards-{000..009}.tar``, or a list), a list of images or of ``(image, label)``, a torch ``Dataset`` or a

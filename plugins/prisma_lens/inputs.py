@@ -88,9 +88,12 @@ def points_of(model: HookedModel, at: Query | None) -> list[str]:
 
 
 def one_point(model: HookedModel, at: str | LayerQuery) -> str:
-    """Return the full name of the one hook point that is meant.
+    """Return the full name of the one hook point that is meant by a function's ``at=``.
 
     Raises:
         UnknownName: there is none, or there are several; with a name for one of them.
     """
-    return resolve_one(at, list(model.hook_points()))
+    try:
+        return resolve_one(at, list(model.hook_points()))
+    except UnknownName as error:
+        raise UnknownName(f"{error} The argument at= says which hook point is meant.") from None

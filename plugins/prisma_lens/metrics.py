@@ -18,13 +18,22 @@ MetricLike: TypeAlias = Metric | Class | tuple[Class, Class]
 
 @checked
 def logit(which: int) -> Metric:
-    """Return the metric ``logits[which]``: ``[batch class] -> [batch]``; classes count from 0."""
+    """Return the metric ``logits[which]``: ``[batch class] -> [batch]``; classes count from 0.
+
+    >>> import torch
+    >>> logit(2)(torch.tensor([[0.0, 1.0, 5.0]]))
+    tensor([5.])
+    """
     return lambda logits: logits[:, _index(which, logits)]
 
 
 @checked
 def logit_difference(higher: int, lower: int) -> Metric:
     """Return the metric ``logits[higher] - logits[lower]``: ``[batch class] -> [batch]``.
+
+    >>> import torch
+    >>> logit_difference(2, 1)(torch.tensor([[0.0, 1.0, 5.0]]))
+    tensor([4.])
 
     Raises:
         InputError: they are one class, whose difference from itself is 0 for every image.
@@ -43,6 +52,11 @@ def _index(which: int, logits: Tensor) -> int:
 @checked
 def as_metric(model: HookedModel, metric: MetricLike, *, single: bool = False) -> Metric:
     """Return a metric as a function that checks what it returns.
+
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> as_metric(model, ("ladybird", 3))(torch.eye(12)[:1])
+    tensor([0.])
 
     Args:
         model: the model whose labels name the classes.

@@ -117,7 +117,8 @@ def _one(model: HookedModel, target: Target, tower: TowerName) -> Readout:
     targets = [target] if one else several(target, "classes (indices or labels), or directions [class out]")
     if own.spec.n_classes is None:
         raise NotApplicable(
-            "This model has no head, so there are no classes: give directions in its output [class out]."
+            f"This model has no head, so there are no classes: give target= as directions in its output, floating "
+            f"point numbers [class {n}], such as the weights of a classifier of yours."
         )
     at = [class_of(own, each) for each in targets]
     names = own.labels or ()

@@ -143,6 +143,13 @@ def steer(
 def freeze(model: HookedModel, cache: ActivationCache, names: Query | None = None) -> Scope:
     """Return a scope in which activations are what a cache holds, whatever comes before them.
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> logits, cache = model.run_with_cache(torch.zeros(1, 3, 96, 96))
+    >>> with freeze(model, cache, "attn_out"):
+    ...     model(torch.zeros(1, 3, 96, 96)).allclose(logits, atol=1e-4)
+    True
+
     Args:
         model: the model whose passes are changed.
         cache: of the same inputs.
@@ -189,7 +196,15 @@ class Together(AbstractContextManager[None]):
 
 @checked
 def together(*scopes: Scope) -> Scope:
-    """Open several interventions at once; the first is the outermost."""
+    """Open several interventions at once; the first is the outermost.
+
+    >>> from prisma_patch import causal
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> with together(ablate(model, ("z", 0), heads=1), causal(model, layers=2)):
+    ...     model(torch.zeros(1, 3, 96, 96)).shape
+    torch.Size([1, 12])
+    """
     return Together(scopes)
 
 

@@ -20,11 +20,11 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from prisma_core import InputError, LoadError
-from prisma_core.plugin import Count, Facts, check_shapes, checked, shown
+from prisma_core.plugin import Count, Facts, check_shapes, checked, format_fields, shown
 from prisma_sae.activations import Activation, Normalize, Statistics, activate, normalized
 
 Kind = Literal["standard", "topk", "batchtopk", "jumprelu", "gated", "transcoder", "matryoshka", "archetypal"]
@@ -178,8 +178,8 @@ class SparseCoder(nn.Module):
         """
         try:
             facts = CoderFacts.model_validate({**self.facts.model_dump(), **changes})
-        except ValueError as error:
-            raise InputError(f"These facts do not fit a sparse coder: {error}") from error
+        except ValidationError as error:
+            raise InputError(f"These facts do not fit a sparse coder: {format_fields(error)}.") from error
         return SparseCoder(facts, self.tensors())
 
     def features(self, u: Tensor) -> Tensor:
@@ -201,6 +201,11 @@ class SparseCoder(nn.Module):
     def _fitting(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor) or x.shape[-1:] != (self.facts.d_in,):
             raise InputError(f"Expected activations [... {self.facts.d_in}] for this coder, got {shown(x)}.")
+        if x.device != self.W_enc.device:
+            raise InputError(
+                f"The activations are on {x.device}, and this coder on {self.W_enc.device}: "
+                f"coder.to({str(x.device)!r})."
+            )
         return x
 
     def _read(self, x: Tensor) -> tuple[Tensor, Statistics, Tensor]:

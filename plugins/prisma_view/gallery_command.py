@@ -89,6 +89,9 @@ def gallery(
     if data is None:
         raise InputError("The images are not kept: give them with --data, in the same order.")
     loaded = prisma.load(reference, **({} if pretrained else {"pretrained": False}))
+    point = None if top is None else loaded.hook_points().get(query)
+    if point is not None and "pos" not in point.axes.split():
+        places = None  # its tokens are those of its place, whatever was asked for
     images, sparse = read_source(data, reference), None if coder is None else open_coder(coder)
     if harvest is not None:
         top, query = _search(harvest, loaded, query, sparse, heads, k)

@@ -39,7 +39,15 @@ class UnsupportedArchitecture(PrismaError):
     def __init__(self, module: str, feature: str):
         self.module = module
         self.feature = feature
-        super().__init__(f"{module} is not supported: {feature}. Nothing was made, so no number is wrong.")
+        advice = next((f". {way}" for package, way in WAYS_OUT.items() if module.startswith(package)), "")
+        super().__init__(f"{module} is not supported: {feature}{advice}. Nothing was made, so no number is wrong.")
+
+
+WAYS_OUT = {  # by where the classes are from that stand in the place of a library's own
+    "peft.": "Merge what peft has added into the weights before: upstream = peft_model.merge_and_unload()",
+    "torch._dynamo.": "Put what torch.compile wraps in its place before: wrapper._orig_mod",
+    "torch.nn.parallel.": "Put what it wraps in its place before: wrapper.module",
+}
 
 
 class WeightMapError(PrismaError):

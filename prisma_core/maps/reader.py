@@ -51,7 +51,7 @@ class Reader:
         if name.startswith("__"):
             raise AttributeError(name)
         if not hasattr(self.module, name):
-            raise UnsupportedArchitecture(qualified_name(self.module), f"no attribute {name!r} (another version?)")
+            raise self.unsupported(f"no attribute {name!r} (another version?)")
         self.record.add(self._below(name))
         value = getattr(self.module, name)
         return Reader(value, self._below(name), self) if isinstance(value, nn.Module) else value

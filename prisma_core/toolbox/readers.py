@@ -14,8 +14,11 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal, NamedTuple, cast
 
+import torch
+
 from prisma_core.maps.reader import Reader
 from prisma_core.spec import Activation, MlpSpec, NormSpec
+from prisma_core.toolbox.activations import computes
 from prisma_core.toolbox.rows import linear_rows, norm_rows
 
 
@@ -102,10 +105,11 @@ class PartReader:
 
     def activation(self, module: Reader) -> Activation:
         """Return the name of an activation function."""
+        name = module.of_class(self.activations) or module.of_class(ACTIVATIONS)
         if module.is_a("GELU"):
-            return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-        if (name := module.of_class(self.activations) or module.of_class(ACTIVATIONS)) is None:
-            raise module.unsupported("its activation function")
+            name = "gelu_tanh" if module.approximate == "tanh" else "gelu"
+        if name is None or not computes(module.module, name):
+            raise module.unsupported("its activation function" if name is None else f"a function that is not {name}")
         return name
 
     def linear(self, module: Reader) -> Reader:
@@ -119,6 +123,13 @@ class PartReader:
         if not module.is_a("Embedding") or module.max_norm is not None:
             raise module.unsupported("a table that is no plain embedding")
         return module
+
+    def positions(self, module: Reader, name: str) -> Reader:
+        """Return a table of positions, at a path from the module, which are looked up in order: ``position_ids``."""
+        ids = module.get("position_ids")
+        if ids is not None and not torch.equal(ids.flatten(), torch.arange(ids.numel(), device=ids.device)):
+            raise module.unsupported("position_ids that do not count from 0")
+        return self.embedding(at(module, name))
 
     def multihead(self, module: Reader) -> Reader:
         """Return torch's own attention as it is."""

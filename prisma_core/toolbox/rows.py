@@ -31,8 +31,8 @@ def same_for_all(upstream: Reader, tables: Sequence[str]) -> str:
     """
     if not tables:
         raise upstream.unsupported("no blocks")
-    if len(set(tables)) != 1:
-        raise upstream.unsupported("blocks built of different modules")
+    if (other := next((i for i, table in enumerate(tables) if table != tables[0]), None)) is not None:
+        raise upstream.unsupported(f"blocks built of different modules: block {other} is not as block 0")
     return tables[0]
 
 

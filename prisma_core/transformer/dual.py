@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prisma_core.errors import InputError, UnknownName, suggest
 from prisma_core.errors.arguments import check_flags, expect, several, shown
+from prisma_core.errors.migration import migration_hint
 from prisma_core.hooks.point import HookPoint
 from prisma_core.inputs import ImageLike
 from prisma_core.model import Size, ZooModel, read_sample
@@ -109,6 +110,12 @@ class HookedDual(ZooModel):
 
     def tokens_in(self, *inputs: Any, **kwargs: Any) -> Tensor | None:
         return inputs[1] if len(inputs) > 1 else kwargs.get("tokens")
+
+    def attribute_hint(self, name: str) -> str | None:
+        towers = [f"model.{tower}{name}" for tower, model in self.towers().items() if hasattr(model, name)]
+        if name.startswith("_") or not towers:
+            return migration_hint(name)
+        return f"this is a pair of towers, and each has its own: {' or '.join(towers)}."
 
     def towers(self) -> Mapping[str, ZooModel]:
         return {"vision.": self.vision, "text.": self.text}

@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from prisma_core.hooks.point import HookPoint
-from prisma_core.spec import Activation, MlpSpec
+from prisma_core.spec import MlpSpec
+from prisma_core.toolbox.activations import ACTIVATIONS
 from prisma_core.transformer.norm import norm_or_identity
 from prisma_core.transformer.weights import WeightViews
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-def _quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": _gelu_tanh,
-    "quick_gelu": _quick_gelu,
-    "silu": F.silu,
-    "relu": F.relu,
-}
 
 
 class MLP(WeightViews):

@@ -49,7 +49,8 @@ def replaced_on_class(kind: type[nn.Module], packages: set[str], seen: set[Funct
         seen: the functions of modules that were followed before; it grows.
     """
     known = {*PLAIN, *packages, root_of(kind.__module__)}
-    names = list(CALLS)
+    own = (name for name, value in vars(kind).items() if isinstance(value, FunctionType) and name[:2] != "__")
+    names = list(dict.fromkeys((*CALLS, *own)))  # some are called from outside: encode_image
     for name in names:  # it grows meanwhile
         owner = next((each for each in kind.__mro__ if name in vars(each)), object)
         functions = list(_functions(vars(owner).get(name)))
@@ -78,6 +79,8 @@ def name_of(function: object) -> str:
     """A function's qualified name, whatever it says that it wraps; or its type's."""
     if isinstance(function, FunctionType):
         return f"{home_of(function)}.{function.__code__.co_qualname}"
+    if isinstance(function, functools.partial):
+        return name_of(cast("object", function.func))
     home, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     return f"{home}.{name}" if name else qualified_name(function)
 

@@ -10,7 +10,7 @@ Harmless, and passed: wrappers that change no number (accelerate's that move ten
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from types import FunctionType
 from typing import Any, cast
 
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from prisma_core.errors import UnsupportedArchitecture
 from prisma_core.maps.reader import TORCH, Reader, qualified_name
+from prisma_core.spec import AnySpec
 from prisma_core.upstream.replaced import name_of, replaced_on_class, replaced_on_instance, root_of
+from prisma_core.upstream.sizes import other_size, sizes_of
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 READ_ONLY = ("transformers.utils.output_capturing",)  # modules of hooks that keep what they are shown
@@ -42,19 +44,21 @@ WRAPPERS = {  # where each holds what it wraps
 
 def check_undeclared(
     upstream: Reader,
+    spec: AnySpec,
     types: Iterable[str],
     ignored: Iterable[str],
-    is_ignored: Callable[[str], bool],
+    left_out: Collection[str],
     stem: nn.Module | None = None,
 ) -> None:
     """Refuse a module that does more than its tensors and attributes say.
 
     Args:
         upstream: the reader that the adapter has read the module with.
+        spec: what the adapter has read.
         types: qualified names of the classes that the adapter takes. It knows what stands beside them, and beside the
             classes that the reader recognised, in the same file: all classes there that derive from no other.
         ignored: what the adapter ignores with a reason. A qualified name is that of a class which computes nothing.
-        is_ignored: whether the adapter left a tensor out, with a reason. Modules of such tensors alone make no number.
+        left_out: tensors that the adapter ignores, with a reason. Modules of such tensors alone make no number.
         stem: what is copied as it is, so that nothing in it is lost.
 
     Raises:
@@ -65,7 +69,8 @@ def check_undeclared(
     files = {name.rpartition(".")[0] for name in (*types, *map(qualified_name, recognised))}
     packages = {root_of(file) for file in files}
     copied = set[nn.Module]() if stem is None else set(stem.modules())
-    unread = _unread(whole, is_ignored)
+    unread = _unread(whole, left_out)
+    sizes = sizes_of(spec)
     if problem := _globally_hooked():
         raise UnsupportedArchitecture(qualified_name(whole), problem)
     seen, problems = set[FunctionType](), dict[type, str]()
@@ -82,11 +87,52 @@ def check_undeclared(
             or replaced_on_instance(module)
             or ("" if known else _unknown(kind))
             or problems[kind]
+            or other_size(module, sizes)
             or _foreign_attention(module)
             or _foreign_tensors(module)
         )
         if problem:
             raise UnsupportedArchitecture(f"{name} at {path!r}" if path else name, problem)
+
+
+def check_at_hand(upstream: nn.Module) -> None:
+    """Refuse a model whose weights accelerate brings for a pass alone: there are none to map or to copy.
+
+    Raises:
+        UnsupportedArchitecture: a module has none.
+    """
+    for path, module in upstream.named_modules():
+        outer: Any = getattr(module, "_hf_hook", None)
+        if any(getattr(hook, "offload", False) for hook in (outer, *getattr(outer, "hooks", ()))):
+            raise UnsupportedArchitecture(
+                f"{qualified_name(module)} at {path!r}" if path else qualified_name(module),
+                "weights that accelerate has put elsewhere until a pass needs them. Put them back before: "
+                "accelerate.hooks.remove_hook_from_submodules(upstream)",
+            )
+
+
+def check_counted(upstream: nn.Module, paths: Iterable[str], types: Iterable[str]) -> None:
+    """Refuse other code than its class's in a module whose calls of functions are counted.
+
+    Args:
+        paths: of the modules in which hook points stand at functions.
+        types: qualified names of the classes that the adapter takes.
+
+    Raises:
+        UnsupportedArchitecture: a hook point may stand at another function.
+    """
+    packages, seen, problems = {root_of(name) for name in types}, set[FunctionType](), dict[type, str]()
+    for path in sorted(paths):
+        module = upstream.get_submodule(path)
+        kind, base = type(module), _base(type(module))
+        if kind not in problems:
+            foreign = base is not None and root_of(kind.__module__) not in packages | {root_of(base.__module__)}
+            problems[kind] = _unknown(kind) if foreign else replaced_on_class(kind, packages, seen)
+        if problem := replaced_on_instance(module) or problems[kind]:
+            raise UnsupportedArchitecture(
+                f"{qualified_name(module)} at {path!r}" if path else qualified_name(module),
+                f"{problem}. Hook points stand at functions that it calls, by number, and would be at others",
+            )
 
 
 def unwrapped(upstream: nn.Module) -> nn.Module:
@@ -98,12 +144,12 @@ def unwrapped(upstream: nn.Module) -> nn.Module:
     return upstream
 
 
-def _unread(whole: nn.Module, is_ignored: Callable[[str], bool]) -> list[str]:
+def _unread(whole: nn.Module, left_out: Collection[str]) -> list[str]:
     """Return the paths of modules all of whose tensors are ignored."""
     paths: list[str] = []
     for path, module in cast("Iterator[tuple[str, nn.Module]]", whole.named_modules(remove_duplicate=False)):
         tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-        if path and tensors and all(is_ignored(f"{path}.{name}") for name, _ in tensors):
+        if path and tensors and all(f"{path}.{name}" in left_out for name, _ in tensors):
             paths.append(path)
     return paths
 
@@ -188,7 +234,9 @@ def _unknown(kind: type[nn.Module]) -> str:
 
 
 def _foreign_tensors(module: nn.Module) -> str:
-    """Name a tensor of a class of its own, which may compute something else: quantised, or spread over devices."""
+    """Name a tensor of a class of its own, which may compute something else, or one that a pass changes."""
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return f"max_norm={module.max_norm!r}: a pass changes its weight. Take it off after one (max_norm = None)"
     tensors = [*module._parameters.items(), *module._buffers.items()]  # pyright: ignore[reportPrivateUsage]
     for name, tensor in tensors:
         if tensor is not None and type(tensor) not in TENSORS and not type(tensor).__module__.startswith(FAKE):

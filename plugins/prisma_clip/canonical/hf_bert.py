@@ -64,12 +64,16 @@ def block(module: Reader) -> BlockSpec:
 
 
 def _embedded(embed: Reader, layers: list[Reader]) -> dict[str, object]:
-    words, rows = READ.embedding(embed.word_embeddings), READ.embedding(embed.position_embeddings).num_embeddings
+    words, rows = READ.embedding(embed.word_embeddings), READ.positions(embed, "position_embeddings").num_embeddings
     READ.embedding(embed.token_type_embeddings)
+    if embed.has("token_type_ids") and embed.token_type_ids.any():
+        raise embed.unsupported("token_type_ids other than 0")
     pad = words.padding_idx
     if pad is None:
         raise words.unsupported("no token for padding")
     by_text = _counts_text(embed)
+    if by_text:
+        embed.expect(padding_idx=pad)
     return {
         "d_model": words.embedding_dim,
         "n_vocab": words.num_embeddings,

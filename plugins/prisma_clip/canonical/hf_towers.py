@@ -44,7 +44,7 @@ class ClipVision(Tower):
     def spec(self, upstream: Reader) -> ModelSpec:
         embed = upstream.embeddings
         side = embed.image_size // embed.patch_embedding.kernel_size[0]
-        width = READ.embedding(embed.position_embedding).embedding_dim
+        width = READ.positions(embed, "position_embedding").embedding_dim
         if side * side != embed.num_patches:
             raise embed.unsupported(f"{embed.num_patches} patches of an image that is not square")
         return ModelSpec(
@@ -98,7 +98,7 @@ class SiglipVision(Tower):
     def spec(self, upstream: Reader) -> ModelSpec:
         embed = upstream.embeddings
         spec, side = _flat_patches(embed) if upstream.is_a(SIGLIP2) else _square_patches(embed)
-        width = READ.embedding(embed.position_embedding).embedding_dim
+        width = READ.positions(embed, "position_embedding").embedding_dim
         has_head = upstream.has("head")
         return ModelSpec(
             d_model=width,
@@ -256,9 +256,8 @@ class SiglipText(Tower):
 
 
 def _text(upstream: Reader, pool: TextPoolSpec, *, causal: bool, n_classes: int | None) -> TextSpec:
-    tokens, positions = (
-        READ.embedding(table) for table in (upstream.embeddings.token_embedding, upstream.embeddings.position_embedding)
-    )
+    tokens = READ.embedding(upstream.embeddings.token_embedding)
+    positions = READ.positions(upstream.embeddings, "position_embedding")
     return TextSpec(
         d_model=tokens.embedding_dim,
         n_vocab=tokens.num_embeddings,

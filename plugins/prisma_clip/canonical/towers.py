@@ -155,6 +155,9 @@ class DualAdapter(Adapter):
     ignored: ClassVar[Mapping[str, str]] = IGNORED
 
     def spec(self, upstream: Reader) -> DualSpec:
+        if upstream.is_a(COCA):
+            upstream.visual.expect(output_tokens=True)
+            upstream.text.expect(output_tokens=True)
         vision = tower(upstream.visual).spec(upstream.visual)
         text = self._text(upstream)
         assert isinstance(vision, ModelSpec)

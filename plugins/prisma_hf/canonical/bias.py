@@ -17,15 +17,13 @@ TABLE = "relative_position_bias_table"
 
 def shared(tower: Reader, names: TowerNames) -> bool:
     """Return whether there is a table that all blocks share."""
-    return bool(names.bias) and parts.find(tower, names.bias) is not None
+    return bool(names.bias) and _found(tower, names.bias) is not None
 
 
 def tables(tower: Reader, at: str, names: TowerNames) -> dict[str, Reader]:
     """Return the modules that make the bias, by the paths of their tables: a block's own, and the shared one."""
     by_path: dict[str, Reader] = {}
-    parts_with_bias = [
-        parts.find(block, names.block.bias) for block in parts.at(tower, names.blocks) if names.block.bias
-    ]
+    parts_with_bias = [_found(block, names.block.bias) for block in parts.at(tower, names.blocks) if names.block.bias]
     for module in parts_with_bias:
         if module is not None:
             _look(module)
@@ -35,6 +33,14 @@ def tables(tower: Reader, at: str, names: TowerNames) -> dict[str, Reader]:
         _look(module)
         by_path[f"{at}{names.bias}.{TABLE}"] = module
     return by_path
+
+
+def _found(reader: Reader, path: str) -> Reader | None:
+    """Return the module that makes a bias, which a flag beside it switches on."""
+    owner, module = parts.at(reader, path.rpartition(".")[0]), parts.find(reader, path)
+    if bool(owner.get("has_relative_position_bias", module is not None)) != (module is not None):
+        raise owner.unsupported(f"has_relative_position_bias={owner.has_relative_position_bias!r}, unlike its modules")
+    return module
 
 
 def _look(module: Reader) -> None:

@@ -51,7 +51,6 @@ class EncoderAdapter(Adapter):
         if names.head_dist:
             parts.linear(parts.at(upstream, names.head_dist))
         ln_pool = parts.at(upstream, names.ln_pool) if names.ln_pool else None
-        ln_pool = None if ln_pool is None else parts.norm(ln_pool)
         return ModelSpec(
             d_model=width,
             image_size=_image_size(tower, names.tower),
@@ -64,8 +63,8 @@ class EncoderAdapter(Adapter):
             rope=rotary.spec(tower, names.tower),
             ln_pre=parts.norm(parts.at(tower, names.tower.ln_pre)) if names.tower.ln_pre else None,
             ln_final=parts.norm(parts.at(tower, ln_final)) if ln_final else None,
-            pool=_pool(names, normed=ln_pool is not None),
-            ln_pool=ln_pool,
+            pool=_pool(names, averaged=ln_pool is not None),
+            ln_pool=None if ln_pool is None else parts.norm(ln_pool),
             d_pool=width,
             n_classes=classes,
             n_heads_out=2 if names.head_dist else 1,
@@ -299,8 +298,8 @@ def _classes(upstream: Reader, names: ModelNames) -> int | None:
     return parts.READ.classes(head)
 
 
-def _pool(names: ModelNames, *, normed: bool) -> PoolSpec:
-    if names.ln_pool and not normed:
+def _pool(names: ModelNames, *, averaged: bool) -> PoolSpec:
+    if names.ln_pool and not averaged:
         return PoolSpec(kind="token")
     if names.pool == "avg_all":
         return PoolSpec(kind="avg", with_prefix=True)

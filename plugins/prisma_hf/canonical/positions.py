@@ -26,11 +26,8 @@ def table(tower: Reader, names: TowerNames) -> Reader | Tensor | None:
         return None
     part = parts.at(tower, names.pos)
     if isinstance(part, Reader):
-        parts.READ.embedding(part)
-    above, _, _ = names.pos.rpartition(".")
-    ids = parts.at(tower, above).get("position_ids") if isinstance(part, Reader) else None
-    if ids is not None and not torch.equal(ids.flatten(), torch.arange(ids.numel(), device=ids.device)):
-        raise tower.unsupported("positions that are not counted from the first patch on")
+        above, _, name = names.pos.rpartition(".")
+        parts.READ.positions(parts.at(tower, above), name)
     return part
 
 
