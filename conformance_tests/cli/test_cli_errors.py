@@ -155,3 +155,15 @@ def test_a_plugin_whose_commands_fail_to_join(run: Run, monkeypatch: pytest.Monk
     ran = run("greet", "you", more=(entry(monkeypatch, "grumpy", prisma_commands=fails),))
     assert (ran.status, ran.out) == (0, "hello you\n")
     assert "prisma_commands: RuntimeError: no commands today" in ran.err[0]
+
+
+@pytest.mark.parametrize("nonsense", [None, [None], ["greet"], 3])
+def test_a_plugin_that_leaves_nonsense_among_the_commands(
+    run: Run, monkeypatch: pytest.MonkeyPatch, nonsense: Any
+) -> None:
+    def breaks(app: typer.Typer) -> None:
+        app.registered_commands = nonsense
+
+    ran = run("greet", "you", more=(entry(monkeypatch, "vandal", prisma_commands=breaks),))
+    assert (ran.status, ran.out) == (0, "hello you\n")
+    assert "vandal (unknown distribution): its commands cannot be read: " in ran.err[0]

@@ -146,3 +146,12 @@ def test_an_adapter_of_another_type_is_refused() -> None:
 
     with pytest.raises(InputError, match=r"NetworkAdapter adapts .*\.Network; this model is a .*Heir"):
         prisma.adapt(Heir(), adapter=NetworkAdapter())
+
+
+def test_code_that_leaves_the_process_is_an_error_that_names_it() -> None:
+    with pytest.raises(PluginError, match="raised SystemExit: 3"), blaming(leaves, "acme.load"):
+        leaves()
+
+
+def leaves() -> None:
+    raise SystemExit(3)

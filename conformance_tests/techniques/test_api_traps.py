@@ -84,7 +84,7 @@ RUNNING: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", RUNNING)
 def test_what_runs_the_model_itself_takes_no_cache(name: str) -> None:
     given = model().run_with_cache(X)[1]
-    with pytest.raises(InputError, match=r"images.*got ActivationCache"):
+    with pytest.raises(InputError, match="got ActivationCache"):
         RUNNING[name](given)
 
 

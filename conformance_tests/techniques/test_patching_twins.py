@@ -213,8 +213,8 @@ TRUTHS: dict[str, tuple[str, Callable[[ModuleType], None], str, str]] = {
     "two scopes, of which the first is opened": (
         "interventions",
         both,
-        "for scope in scopes:",
-        "for scope in scopes[:1]:",
+        "for scope in self.scopes:",
+        "for scope in self.scopes[:1]:",
     ),
     "steering the other way": ("interventions", steering, "moved = x + scale * d", "moved = x - scale * d"),
     "projection on a direction that is no unit": ("interventions", projection, "unit = d / d.norm()", "unit = d"),

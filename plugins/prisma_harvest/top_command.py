@@ -158,14 +158,14 @@ def _opened(
     from prisma_harvest.options import read_name, read_pos, read_source
     from prisma_harvest.passes import Pass
 
-    how = {} if pretrained else {"pretrained": False}
+    how: dict[str, Any] = {} if pretrained else {"pretrained": False}
     if not Path(source).is_dir():
         if data is None:
             raise InputError(f"{source} is no folder of a harvest; of a model, say its images: --data.")
         if model is not None:
             raise InputError(f"{source} is not a harvest, so it is the model itself: leave out --model.")
         loaded = prisma.load(source, device=device, **how)
-        options = {"batch": 32, **of_pass, "pos": read_pos(of_pass.get("pos"))}
+        options: dict[str, Any] = {"batch": 32, **of_pass, "pos": read_pos(of_pass.get("pos"))}
         return Pass(loaded, read_source(data, source), [read_name(name)], **options), loaded
     idle = {"data": data, **of_pass} | ({} if needs_model else {"model": model, "device": device})
     if given := [f"--{option.replace('_', '-')}" for option, value in idle.items() if value is not None]:

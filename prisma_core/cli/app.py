@@ -56,17 +56,25 @@ def build(plugins_of: Host) -> typer.Typer:
     owners = {_name(command): "Prisma" for command in app.registered_commands}
     for theirs, plugin in plugins_of.commands(_new):
         for kind in ("registered_commands", "registered_groups"):
-            for command in getattr(theirs, kind):
-                name = _name(command)
-                if name in owners:
-                    plugins_of.broke(plugin, f"the command {name!r} is taken by {owners[name]}")
-                    continue
-                if problem := _broken_help(command):
-                    plugins_of.broke(plugin, f"the help of its command {name!r} cannot be shown: {problem}")
-                    continue
-                owners[name] = f"the plugin {plugin!r}"
-                getattr(app, kind).append(command)
+            try:
+                for command in getattr(theirs, kind):
+                    if problem := _problem(command, owners):
+                        plugins_of.broke(plugin, problem)
+                        continue
+                    owners[_name(command)] = f"the plugin {plugin!r}"
+                    getattr(app, kind).append(command)
+            except Exception as problem:  # noqa: BLE001  # of any kind: what it left in typer's lists is no command
+                plugins_of.broke(plugin, f"its commands cannot be read: {format_error(problem)}")
     return app
+
+
+def _problem(command: typer.models.CommandInfo | typer.models.TyperInfo, owners: dict[str, str]) -> str | None:
+    """Say why a command cannot join those that there are; None if it can."""
+    name = _name(command)
+    if name in owners:
+        return f"the command {name!r} is taken by {owners[name]}"
+    problem = _broken_help(command)
+    return problem and f"the help of its command {name!r} cannot be shown: {problem}"
 
 
 def _broken_help(command: typer.models.CommandInfo | typer.models.TyperInfo) -> str | None:

@@ -123,7 +123,7 @@ def blaming(code: object, name: str = "", error: type[PrismaError] = PluginError
     """
     try:
         yield
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:  # code that leaves the process would take the user's session with it
         if isinstance(problem, _PASS) and not isinstance(problem, SpecError):
             raise
         line = _line(problem, getattr(code, "__module__", "") or "")
@@ -176,7 +176,7 @@ def _class_of(code: object) -> str:
     return f"{type(code).__module__}.{type(code).__qualname__}"
 
 
-def _raiser(code: object, problem: Exception) -> str:
+def _raiser(code: object, problem: BaseException) -> str:
     """Name the object's class, with the outermost of its methods that an error passed."""
     for frame, _ in traceback.walk_tb(problem.__traceback__):
         first, method = frame.f_code.co_varnames[:1], frame.f_code.co_name
@@ -185,7 +185,7 @@ def _raiser(code: object, problem: Exception) -> str:
     return _class_of(code)
 
 
-def _line(problem: Exception, module: str) -> str:
+def _line(problem: BaseException, module: str) -> str:
     """Name the innermost line of a package's own code that an error passed; nothing where there is none."""
     package = module.partition(".")[0]
     lines = [
