@@ -20,6 +20,7 @@ from prisma_core.errors import (
     NotApplicable,
     PluginError,
     PrismaError,
+    SpecError,
     UnknownName,
     UnsupportedArchitecture,
     WeightMapError,
@@ -67,7 +68,7 @@ __all__ = [
     "ActivationCache", "ModelSpec", "TokenLayout", "Result", "HookPoint", "HookContext", "hookimpl",
     # errors
     "PrismaError", "UnknownName", "HookError", "UnsupportedArchitecture", "WeightMapError", "NotApplicable",
-    "MissingPart", "LoadError", "InputError", "PluginError",
+    "MissingPart", "LoadError", "InputError", "SpecError", "PluginError",
     # weights: equivalent ones, and tools for techniques
     "rewrite", "fold_layer_norm", "fold_layer_scale", "center_writing_weights", "fold_value_biases",
     "refactor_factored_attn_matrices", "tensors_of", "assign", "resize_positions", "count_tables", "Size",

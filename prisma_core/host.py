@@ -233,7 +233,9 @@ class Host:
         if (adapter := _only(self._adapters.get(kind, []), f"adapt {kind}")) is not None:
             return adapter
         if kind in self._refusals:
-            raise self._refusals[kind].error(cast("nn.Module", upstream))
+            refusal = self._refusals[kind]
+            feature = f"{refusal.feature}{self._within(upstream)}"
+            raise replace(refusal, feature=feature).error(cast("nn.Module", upstream))
         raise UnsupportedArchitecture(
             kind,
             f"no installed plugin adapts this type{self._alike(type(upstream))}{self._within(upstream)}; a hook map of "

@@ -19,6 +19,7 @@ from prisma_core.errors import (
     UnsupportedArchitecture,
     WeightMapError,
     blaming,
+    format_fields,
     returned,
     suggest,
 )
@@ -35,7 +36,7 @@ from prisma_core.errors.arguments import (
 )
 from prisma_core.errors.migration import keyword_names
 from prisma_core.files import hub
-from prisma_core.files.atomic import file_digest, locked, place, replacing, replacing_both, settled, write_text
+from prisma_core.files.atomic import file_digest, holding, locked, place, replacing, replacing_both, settled, write_text
 from prisma_core.files.checkpoint import (
     check_axes,
     check_finite,
@@ -86,7 +87,7 @@ from prisma_core.toolbox import screen
 from prisma_core.toolbox.arguments import Count, Indices, Natural, Part, Share, checked
 from prisma_core.toolbox.attention import eager_attention, float64_softmax, multihead_attention, switched
 from prisma_core.toolbox.claims import check_claims, check_layers
-from prisma_core.toolbox.maps import products, same_bias, score_rows
+from prisma_core.toolbox.maps import argument, products, same_bias, score_rows
 from prisma_core.toolbox.options import (
     Above,
     Eps,
@@ -118,7 +119,7 @@ __all__ = [
     "RopeCount", "MlpSpec", "Activation", "NormSpec", "PoolSpec", "TextSpec", "TextPoolSpec", "DualSpec", "MapSpec",
     "AnySpec", "Facts", "BriefRepr",
     # rows and equations of hook maps
-    "FUSED", "score_rows", "products", "same_bias",
+    "FUSED", "score_rows", "argument", "products", "same_bias",
     # readers, rows and checks that adapters share; scopes that unfuse upstream's attention
     "PartReader", "NormClass", "MlpNames", "TRANSFORMERS", "at", "plain_patches", "norm_rows", "linear_rows",
     "same_for_all", "per_block_table", "masks_as_built", "ends_with_last_stage", "eager_attention",
@@ -128,7 +129,7 @@ __all__ = [
     "SIZES",
     # files, the hub, and options of sources
     "read_checkpoint", "read_states", "read_objects", "save_objects", "SavedObject", "replacing", "replacing_both",
-    "write_text", "settled", "place", "file_digest", "locked", "check_axes", "check_shapes", "check_finite",
+    "write_text", "settled", "place", "file_digest", "locked", "holding", "check_axes", "check_shapes", "check_finite",
     "check_merged", "depth_in", "digest", "check_layers", "check_claims", "read_outline", "hub", "without_code",
     "code_in", "read_json", "parse_json", "Options", "read_options", "Whole", "Above", "Heads", "Eps", "Pixels",
     "check_keywords", "keywords", "keyword_names",
@@ -140,5 +141,5 @@ __all__ = [
     "check_call", "check_flags", "expect", "device_of",
     # errors
     "PrismaError", "UnknownName", "HookError", "UnsupportedArchitecture", "WeightMapError", "NotApplicable",
-    "MissingPart", "LoadError", "InputError", "PluginError", "suggest", "blaming", "returned",
+    "MissingPart", "LoadError", "InputError", "PluginError", "suggest", "blaming", "returned", "format_fields",
 ]

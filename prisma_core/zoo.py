@@ -23,6 +23,7 @@ from prisma_core.errors import (
     InputError,
     LoadError,
     PluginError,
+    SpecError,
     UnknownName,
     UnsupportedArchitecture,
     blaming,
@@ -326,7 +327,7 @@ def spec_of(adapter: Adapter, upstream: Reader) -> AnySpec | MapSpec:
         with _reading(adapter):
             return returned(adapter.spec, adapter.spec(upstream), kinds)
     except PluginError as error:
-        problem = error.__cause__
+        problem = error.__cause__.__cause__ if isinstance(error.__cause__, SpecError) else error.__cause__
         names = ("missing", "extra_forbidden")  # of fields: the adapter's mistake; values are the model's
         if not isinstance(problem, ValidationError) or any(one["type"] in names for one in problem.errors()):
             raise

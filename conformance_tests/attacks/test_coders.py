@@ -16,6 +16,7 @@ import torch
 from coders import class_of, standard
 from hostile import RunsCommand, pickled, state_of, truncate
 from prisma_sae import read
+from safetensors.torch import save_file
 
 from prisma_core import LoadError
 from prisma_core.plugin import SavedObject, read_objects
@@ -260,3 +261,15 @@ def test_a_line_that_is_no_object(head: bytes, tmp_path: Path) -> None:
     (tmp_path / "sae.pt").write_bytes(head)
     with pytest.raises(LoadError, match=r"sae\.pt"):
         read(tmp_path / "sae.pt", "saev")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec", "threshold"])
+def test_numbers_that_are_none(name: str, value: float, tmp_path: Path) -> None:
+    tensors = standard() | {"threshold": torch.full_like(standard()["b_enc"], 0.5)}
+    tensors[name].view(-1)[3] = value
+    config = {"architecture": "jumprelu", "d_in": 6, "d_sae": 20, "metadata": {}}
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "sae_weights.safetensors")
+    with pytest.raises(LoadError, match=rf"NaN or infinite, in {name}"):
+        read(tmp_path)

@@ -106,9 +106,9 @@ def test_bad_input_is_one_line_and_never_a_traceback(
     assert "Traceback" not in ran.out
 
 
-def test_an_interrupt_is_quiet(run: Run) -> None:
+def test_an_interrupt_is_one_word(run: Run) -> None:
     ran = run("greet", "stop")
-    assert (ran.status, ran.err) == (130, [])
+    assert (ran.status, ran.err) == (130, ["Error: interrupted."])
 
 
 @pytest.mark.parametrize("arguments", [("--debug", "info", "nothing"), ("info", "nothing", "--debug")])

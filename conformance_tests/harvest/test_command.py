@@ -34,7 +34,7 @@ def test_a_harvest_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureF
     acts = open_harvest(printed.out.strip())
     assert "6 examples" in printed.err
     assert acts.names == ["blocks.1.hook_resid_post", "blocks.2.mlp.hook_post"]
-    assert acts.tokens == ["cls", "r0c4"]
+    assert acts.tokens_of(acts.names[0]) == ["cls", "r0c4"]
     model = prisma.load("toy:scenes-3l")
     assert acts.manifest.model.reference == "toy:scenes-3l"
     images = model.preprocess([installed().source("toy").sample("scenes-3l", seed) for seed in range(4)])
@@ -85,6 +85,15 @@ def test_a_folder_with_an_image_that_cannot_be_read(tmp_path: Path, capsys: pyte
 def test_what_is_missing_is_named(changed: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(changed) != 0
     assert said in " ".join(capsys.readouterr().err.split()).replace("FOLDER", "folder")
+
+
+def test_a_set_that_datasets_does_not_find(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What that library raises is one line, and not an error of Prisma's code."""
+    pytest.importorskip("datasets")
+    assert main(words(tmp_path, "--data", "hf:no-such-set-anywhere")) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "library datasets raised" in said
+    assert "this is a bug" not in said
 
 
 @pytest.mark.parametrize(

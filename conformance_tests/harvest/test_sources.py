@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -165,7 +166,7 @@ def test_videos(make: Callable[..., HookedViT], tmp_path: Path) -> None:
     pixels = torch.cat([model.preprocess(path) for path in paths])
     parts = [model.run_with_cache(part, names=[NAME], pos="frame 1")[1][NAME] for part in pixels.split(2)]
     assert torch.equal(acts.read(NAME, 0, 3), torch.cat(parts).float())
-    assert acts.tokens == ["f1r0c0", "f1r0c1", "f1r1c0", "f1r1c1"]
+    assert acts.tokens_of(acts.names[0]) == ["f1r0c0", "f1r0c1", "f1r1c0", "f1r1c1"]
 
 
 def test_data_that_cannot_be_harvested(model: HookedViT, photos: Path, tmp_path: Path) -> None:
@@ -197,3 +198,18 @@ def test_a_limit_takes_the_first(model: HookedViT, photos: Path, tmp_path: Path)
         values, *_ = read(model, data, tmp_path / str(at), limit=9)
         assert torch.equal(values[:8], truth[:8])
         assert len(values) == 9
+
+
+def test_labels_are_what_json_holds_whatever_numbers_they_are(model: HookedViT, tmp_path: Path) -> None:
+    """Numbers of numpy and torch in lists; NaN, with which tables mark a missing label, in a stream that is resumed."""
+    images = torch.randn(6, 3, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = [[np.int64(1), torch.tensor(2)], (np.float32(0.5), "x"), float("nan"), np.float64("nan"), math.inf, True]
+    how: dict[str, Any] = {"preprocess": None, "batch": 2, "workers": 0, "out": tmp_path}
+
+    def stream() -> Any:
+        return ((image, label) for image, label in zip(images, labels, strict=True))
+
+    acts = harvest(model, stream(), ("resid_post", 0), **how)
+    assert [line["label"] for line in acts.examples()] == [[1, 2], [0.5, "x"], None, None, "inf", True]
+    assert "NaN" not in (acts.path / "examples.jsonl").read_text(encoding="utf-8")
+    assert harvest(model, stream(), ("resid_post", 0), **how).path == acts.path

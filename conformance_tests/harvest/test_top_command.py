@@ -76,12 +76,12 @@ def test_neurons_of_a_harvest(acts: Any, photos: Path, tmp_path: Path, capsys: p
     assert best["sha256"] == hashlib.sha256(content).hexdigest()
     value = acts.example(best["example"], PLACE)[best["place"], 17]
     assert best["score"] == pytest.approx(float(value))
-    assert best["token"] == acts.tokens[best["place"]]
+    assert best["token"] == acts.tokens_of(acts.names[0])[best["place"]]
     saved = Result.load(out)
     assert torch.equal(saved.values, result.values)
     assert saved.facts["schema_version"] == 1
     assert saved.facts["layout"] == acts.layout.model_dump(mode="json")
-    assert saved.facts["positions"] == acts.positions
+    assert saved.facts["positions"] == acts.positions_of(acts.names[0])
     assert set(saved.facts["examples"]["0"]) == {"source", "path", "label", "sha256"}
 
 

@@ -56,8 +56,8 @@ def test_lines_and_manifest_say_what_there_is(model: HookedViT, photos: Path, tm
     assert [point["shape"] for point in facts["points"]] == [[1, 24], [1, 3, 8], [1, 5]]
     assert facts["points"][1]["axes"] == "pos head d_head"
     assert (facts["pos"], facts["layout"]["rows"], facts["preprocess"]["size"]) == ("cls", 3, [6, 6])
-    assert acts.tokens == ["cls"]
-    assert acts.positions == [0]
+    assert acts.tokens_of(acts.names[0]) == ["cls"]
+    assert acts.positions_of(acts.names[0]) == [0]
 
 
 def test_the_name_is_the_hash_of_the_manifest_file(model: HookedViT, photos: Path, tmp_path: Path) -> None:

@@ -16,6 +16,10 @@ def zero(x, at):
     x.zero_()
 
 
+def set_to(x, other):
+    x.data = other
+
+
 # -------------------------------------------------------------------- every hook point is live
 
 
@@ -173,6 +177,12 @@ def test_what_a_hook_is_told(vit, image):
         (lambda x: 3, r"returned int; expected a tensor of shape \[3, 9, 18\]"),
         (lambda x: (x,), "returned tuple"),
         (lambda x: x.numpy(force=True), "returned ndarray"),
+        (lambda x: x.to_sparse(), "returned a nested or sparse tensor; expected"),
+        (lambda x: torch.nested.nested_tensor(list(x), layout=torch.strided), "returned a nested or sparse tensor"),
+        # what a hook makes of its argument, and returns nothing
+        (lambda x: set_to(x, x.swapaxes(0, 1)), r"returned \[9, 3, 18\]"),
+        (lambda x: set_to(x, x[:, :1]), r"returned \[3, 1, 18\]"),
+        (lambda x: set_to(x, x.float()), r"torch.float32 on cpu; expected"),
     ],
 )
 def test_an_unusable_return_is_an_error_that_names_the_point(vit, image, value, words):

@@ -12,8 +12,9 @@ from prisma_core.host import installed
 from prisma_core.maps.places import HookMap
 from prisma_core.maps.reader import Reader
 
-SWIN, HIERA, CONVNEXT, SAM = (
+SWIN, SWIN_V2, HIERA, CONVNEXT, SAM = (
     "swin_tiny_patch4_window7_224",
+    "swinv2_tiny_window8_256",
     "hiera_tiny_224",
     "convnext_tiny",
     "samvit_base_patch16",
@@ -174,6 +175,18 @@ MAP_MUTANTS = [
         "hook_resid_mid = resid_pre + attn_out, with every hook point edited: off by",
         _moved("stages.1.blocks.0.hook_resid_pre", "layers.1.blocks.0.norm1 : in"),
         check="algebra",
+    ),
+    MapMutant(
+        "normed queries for queries, where scores are cosines",
+        SWIN_V2,
+        "stages.0.blocks.1.attn: q, k, v = qkv(windows of resid_pre): off by",
+        _moved("stages.0.blocks.1.attn.hook_q", "layers.0.blocks.1.attn @ normalize"),
+    ),
+    MapMutant(
+        "two summands exchanged",
+        HIERA,
+        "blocks.1.hook_attn_out = ls1(attn.proj(attn.z)): off by",
+        (("blocks.1.hook_attn_out", "blocks.1 @ add : in"), ("blocks.1.hook_shortcut", "blocks.1.drop_path1")),
     ),
     MapMutant(
         "an embedding that nothing proves",

@@ -110,7 +110,7 @@ def test_facts_that_no_spec_holds_and_facts_that_there_are_not(upstream: HookedV
     assert len(str(caught.value)) < 300
     with pytest.raises(UnsupportedArchitecture, match=r"n_classes: Input should be greater than 0, not -1"):
         adapt_with(Luci(spec=lambda: type(upstream.spec)(**{**facts, "n_classes": -1})), upstream)
-    with pytest.raises(PluginError, match=r"Luci\.spec raised a ValidationError of EmbedSpec: patsh: Extra"):
+    with pytest.raises(PluginError, match=r"Luci\.spec raised SpecError: EmbedSpec cannot be made: patsh: Extra"):
         adapt_with(Luci(spec=lambda: EmbedSpec(patch=(2, 2), patsh=2)), upstream)  # type: ignore[call-arg]
 
 

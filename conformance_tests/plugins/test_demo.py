@@ -82,7 +82,7 @@ def test_demo_of_a_timm_model(images: tuple[Path, Path], tmp_path: Path) -> None
         (["--other", "text.png"], "text.png"),
         (["--model", "toy:nothing"], "nothing"),
         (["--model", "nonsense"], "not a reference"),
-        (["--out", "text.png"], "Cannot write into text.png"),
+        (["--out", "text.png"], "text.png cannot be written"),
     ],
 )
 def test_demo_says_what_is_wrong_in_one_line(
@@ -152,7 +152,7 @@ def test_what_the_page_lacks_is_told_in_the_terminal(
     assert main(["demo", "--no-open", *options_of(f"file:{kept}", images, tmp_path / "out")]) == 0
     assert files(tmp_path / "out") == ALL - {"lens.png"}
     told = capsys.readouterr().err
-    assert "Without lens.png: This model reads 2 tokens" in told
+    assert "Without: lens.png: This model reads 2 tokens" in told
     assert told.count("Without") == 1
 
 

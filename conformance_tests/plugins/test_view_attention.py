@@ -297,6 +297,6 @@ def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert str(out) in capsys.readouterr().out
     data, *_ = unpack(out.read_text("utf-8"))
     assert [layer["label"] for layer in data["layers"]] == ["0", "2"]
-    for wrong, fact in ((["--layers", "x"], "0,5,11"), (["--image", "no.png"], "no.png"), (["--out", "."], "--out")):
+    for wrong, fact in ((["--layers", "x"], "0,5,11"), (["--image", "no.png"], "no.png"), (["--out", "."], ".html")):
         assert main(["attention", "toy:scenes-3l", "--no-open", *wrong]) != 0
         assert fact in capsys.readouterr().err

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from coders import D_IN, D_SAE, class_of, standard
+from PIL import Image
 from prisma_sae import catalogue, load, published, read, save
 from prisma_sae.formats import FORMATS
 from prisma_sae.published import Entry, entry
 
 from prisma_core import LoadError, UnknownName
 from prisma_core.cli.app import main
+from prisma_core.plugin import Preprocess
 
 
 def test_the_82_coders_of_vit_prisma_are_there_with_their_figures() -> None:
@@ -125,6 +129,30 @@ def test_activations_of_dinov2_cannot_be_left_as_they_are(tmp_path: Path, monkey
     assert coder.facts.normalize == "standardize"
 
 
+def test_images_of_coders_of_dino_were_cut_and_not_squashed() -> None:
+    """ViT-Prisma's own transform, beside what the note of the catalogue makes of a processor that squashes."""
+    transforms = pytest.importorskip("torchvision.transforms", reason="torchvision is not installed: pip install timm")
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    bicubic = transforms.InterpolationMode.BICUBIC
+    theirs = transforms.Compose(
+        [
+            transforms.Resize(size=224, interpolation=bicubic, max_size=None, antialias=True),
+            transforms.CenterCrop(size=(224, 224)),
+            transforms.ToTensor(),
+            transforms.Normalize(mean=mean, std=std),
+        ]
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 71, 3)).astype(np.uint8)
+    image = Image.fromarray(pixels).resize((500, 300))
+    model = SimpleNamespace(preprocess=Preprocess(size=(224, 224), resize="squash", mean=mean, std=std))
+    squashed = model.preprocess(image)[0]
+    notes = {each.note for each in catalogue() if each.model == "hf:facebook/dino-vitb16"}
+    assert len(notes) == 1
+    exec(notes.pop().partition("preprocess does not: ")[2], {"model": model})
+    torch.testing.assert_close(model.preprocess(image)[0], theirs(image), rtol=0, atol=1e-5)
+    assert (squashed - theirs(image)).abs().mean() > 0.1
+
+
 # -------------------------------------------------------------------- commands
 
 
@@ -182,3 +210,24 @@ def test_a_folder_without_images_is_one_line(tmp_path: Path, capsys: pytest.Capt
     assert main(["sae", "train", "toy:scenes-3l", str(tmp_path), *place]) == 1
     assert f"Error: There are no images in {tmp_path}." in capsys.readouterr().err.replace("\n", "")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["eval", "scenes-3l", "--batch", "0"], "--batch"),
+        (["eval", "scenes-3l", "-n", "0"], "-n"),
+        (["train", "toy:scenes-3l", "--hook", "hook_embed", "--steps", "0"], "--steps"),
+        (["train", "toy:scenes-3l", "--hook", "hook_embed", "--kind", "odd"], "kind: Input should be 'topk'"),
+        (
+            ["train", "toy:scenes-3l", "--hook", "hook_embed", "--lr", "-1"],
+            "lr: Input should be greater than 0, not -1",
+        ),
+    ],
+)
+def test_options_that_no_command_can_follow(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sae", *words]) != 0
+    error = " ".join(capsys.readouterr().err.split())
+    assert said in error
+    assert "bug" not in error
+    assert "pydantic" not in error

@@ -73,14 +73,6 @@ def test_measures_are_what_they_are_by_hand(model: HookedViT, images: Tensor) ->
     torch.testing.assert_close(result.tensors["frequency"], frequency.float())
 
 
-def test_batches_do_not_change_what_is_no_ratio_of_a_batch(model: HookedViT, images: Tensor) -> None:
-    whole = evaluate(model, coder(), images, LABELS)
-    parts = evaluate(model, coder(), [(images[:2], LABELS[:2]), (images[2:], LABELS[2:])])
-    for name in whole.names("measure"):
-        if name != "explained_variance":  # as published: by the mean of each batch
-            assert value(parts, name) == pytest.approx(value(whole, name), rel=1e-9), name
-
-
 def test_a_perfect_coder_recovers_all_and_one_of_zeros_nothing(model: HookedViT, images: Tensor) -> None:
     result = evaluate(model, perfect(), images, LABELS)
     for name in ("explained_variance", "explained_variance_total", "cosine", "loss_recovered"):

@@ -37,6 +37,10 @@ TRAPS = {
         "test_the_normalised_input_of_an_mlp_is_behind_weight_and_bias"
     ],
     "ViT-Prisma: model names are of another library": ["test_a_standard_coder_computes_what_vit_prisma_computes"],
+    "ViT-Prisma: CLIP's places are the vision tower's in a pair": ["test_measures_of_a_dual_encoder"],
+    "ViT-Prisma: images were resized by their shorter side and cut, whatever the model's processor does": [
+        "test_images_of_coders_of_dino_were_cut_and_not_squashed"
+    ],
     "ViT-Prisma: layer_norm's deviation is by n - 1, and undone without its eps": [
         "test_a_standard_coder_computes_what_vit_prisma_computes"
     ],
@@ -59,6 +63,9 @@ TRAPS = {
     "SAELens: checkpoints of BatchTopK hold one threshold, finished coders one of each feature": [
         "test_sae_lens_checkpoints_of_batch_topk_keep_what_is_above_their_threshold",
         "test_every_kind_is_saved_as_sae_lens_has_it_too",
+    ],
+    "SAELens: jumprelu compares with its threshold before the relu": [
+        "test_sae_lens_jumprelu_compares_before_the_relu"
     ],
     "SAELens: gated coders have no b_enc": ["test_sae_lens_gated_has_no_b_enc"],
     "SAELens: transcoders take nothing off their input": [

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from prisma_core import InputError, ModelSpec, TokenLayout, UnknownName
+from prisma_core import InputError, ModelSpec, SpecError, TokenLayout, UnknownName
 
 LAYOUT = TokenLayout(cls=1, distillation=1, registers=2, rows=2, columns=3)
 VIDEO = TokenLayout(cls=1, frames=2, rows=2, columns=3)
@@ -71,7 +71,7 @@ def test_a_grid_of_something_else_is_an_error():
 
 @pytest.mark.parametrize("wrong", [{"rows": 0, "columns": 2}, {"rows": 2, "columns": 2, "row": 1}, {"rows": 2}])
 def test_a_layout_that_is_none(wrong):
-    with pytest.raises(ValidationError):
+    with pytest.raises(SpecError):
         TokenLayout(**wrong)
 
 

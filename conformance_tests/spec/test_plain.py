@@ -6,9 +6,8 @@ import doctest
 
 import pytest
 import torch
-from pydantic import ValidationError
 
-from prisma_core import HookedViT, InputError, ModelSpec
+from prisma_core import HookedViT, InputError, ModelSpec, SpecError
 from prisma_core.spec import NormSpec, PoolSpec, RopeSpec, TextPoolSpec, TextSpec, models
 from prisma_core.transformer import HookedText
 
@@ -79,5 +78,5 @@ def test_a_fact_nobody_has_is_an_error_with_the_nearest(name, near):
 
 
 def test_facts_that_contradict_each_other():
-    with pytest.raises(ValidationError, match="two heads"):
+    with pytest.raises(SpecError, match="two heads"):
         ModelSpec.plain(pool="avg", distillation=1, n_heads_out=2)

@@ -169,6 +169,23 @@ def test_what_is_copied_is_the_share_of_the_source() -> None:
     assert abs(copied[0, 0]) < 0.05  # the head that shifts writes elsewhere
 
 
+def test_how_many_images_run_at_once_changes_no_score(vit: HookedViT) -> None:
+    images = torch.randn(7, 3, 8, 12, dtype=torch.float64)
+
+    whole = induction(vit, images, pairs=1)
+    for size in (1, 3):
+        parts = induction(vit, images, pairs=1, batch_size=size)
+        torch.testing.assert_close(parts.values, whole.values, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(parts.tensors["copied"], whole.tensors["copied"], rtol=1e-9, atol=1e-9)
+
+
+def test_a_kind_that_no_pair_has_is_no_number() -> None:
+    model = HookedViT(ModelSpec.plain(patch=2, image=(2, 12))).eval()
+    found = induction(model, torch.randn(3, 3, 2, 12), pairs=2).values
+    assert found[3:].isnan().all()
+    assert found[:3].isfinite().all()
+
+
 def test_a_random_model_has_no_induction(vit: HookedViT) -> None:
     found = induction(vit, torch.randn(8, 3, 8, 12, dtype=torch.float64), pairs=2)
     assert found.shape == {"kind": 5, "layer": 2, "head": 4}

@@ -106,6 +106,24 @@ def test_labels_make_it_an_accuracy_and_classifiers_take_it_too() -> None:
         mean_ablation(planted_dual(), images, PAIR[:1])
 
 
+def test_the_means_are_of_parts_of_vectors_of_unit_length() -> None:
+    clip, texts = random_dual(norm=None, ln_final=False), list(WORDS)
+    sizes = torch.logspace(-1, 1, 12, dtype=torch.float64)[:, None, None, None]
+    drawn = sizes * torch.randn(12, 3, 8, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    _, cache = clip.vision.run_with_cache(drawn)
+    parts, labels = cache.decompose_resid(return_labels=True)
+    parts = cache.project_stack(parts) / clip.vision(drawn).norm(dim=-1)[:, None]
+    ablated = torch.tensor([label.endswith("attn_out") for label in labels])[:, None, None]
+    lost = (parts - parts.mean(1, keepdim=True)).where(ablated, 0).sum(0)
+    answers = (clip.encode_image(drawn, normalize=True) - lost) @ clip.encode_text(texts, normalize=True).T
+    share = (answers.argmax(-1) == clip(drawn, clip.tokens(texts)).argmax(-1)).float().mean()
+
+    def truth(study: Any) -> None:
+        assert study(clip, drawn, texts).sel(kind="attn").values[-1] == share
+
+    rejects(truth, mean_ablation, "outputs / unit_scale(model, cache) @", "outputs @")
+
+
 # -------------------------------------------------------------------- maps
 
 

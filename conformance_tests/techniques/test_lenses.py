@@ -124,6 +124,13 @@ def lens(model: HookedViT) -> TunedLens:
     return fit_tuned_lens(model, batches(8, 0), tokens="cls", epochs=40, lr=0.03)
 
 
+def test_data_that_are_used_up_are_said(model: HookedViT) -> None:
+    with pytest.raises(InputError, match="epoch 2 of 2"):
+        fit_tuned_lens(model, iter(batches(2, 0)), epochs=2)
+    with pytest.raises(InputError, match="no batches"):
+        fit_tuned_lens(model, [])
+
+
 def test_the_tuned_lens_learns_the_planted_translation_and_nothing_where_there_is_nothing(model: HookedViT) -> None:
     held_out = batches(3, 1000)
 

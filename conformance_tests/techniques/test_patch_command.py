@@ -61,7 +61,7 @@ def test_the_table_is_layer_by_head_and_lists_what_does_not_fit(
 
 BAD = {
     "class": (["--metric", "purpel circle"], "purple circle"),
-    "file": (["--out", "effects.csv"], r".safetensors, got effects.csv"),
+    "file": (["--out", "effects.csv"], ".safetensors, got 'effects.csv'"),
     "text": (["--text", "a cat"], "--text"),
     "axis": (["--over", "layer neuron"], "d_mlp"),
 }

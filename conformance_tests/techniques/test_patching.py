@@ -239,6 +239,12 @@ def test_a_path_goes_from_the_copying_head_to_the_reading_one(model: HookedViT) 
         assert off.abs().item() < 0.1 * alone.abs().item()
 
 
+@pytest.mark.parametrize("receivers", [("q_input", 0), ("q_input", 1), ("pattern", 1), "hook_full_embed"])
+def test_a_path_backwards_is_said(model: HookedViT, receivers: Any) -> None:
+    with pytest.raises(NotApplicable, match="No path leads"):
+        path_patch(model, BRIGHT, DARK, METRIC, ("z", 1), receivers)
+
+
 def test_path_patching_with_nothing_frozen_is_activation_patching(model: HookedViT) -> None:
     everything = ["*attn.hook_z", "*hook_mlp_out"]
     found = path_patch(model, BRIGHT, DARK, METRIC, ("z", 0), heads=1, through=everything)

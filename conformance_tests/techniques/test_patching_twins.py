@@ -163,14 +163,19 @@ def freezing(module: ModuleType) -> None:
 
 
 TRUTHS: dict[str, tuple[str, Callable[[ModuleType], None], str, str]] = {
-    "attribution, other way round": ("linear", attribution, "difference = b - a", "difference = a - b"),
+    "attribution, other way round": ("linear", attribution, "weighted(b - a, gradient)", "weighted(a - b, gradient)"),
     "attribution, without the gradient": (
         "linear",
         attribution,
-        "difference * gradient).movedim",
-        "difference).movedim",
+        "weighted(b - a, gradient).movedim",
+        "(b - a).movedim",
     ),
-    "integral that stays at its start": ("linear", integrated_attribution, "mixed = a +", "mixed = a + 0 *"),
+    "integral that stays at its start": (
+        "linear",
+        integrated_attribution,
+        "mixed = between(a, b,",
+        "mixed = between(a, a,",
+    ),
     "path with nothing frozen": ("paths", paths, "**dict.fromkeys(frozen, hold)", ""),
     "path into all heads": ("paths", paths, ".to(x), receiver_heads, None)", ".to(x), None, None)"),
     "switch, layer and head swapped": ("switches", the_switch, "(each // n_heads, each %", "(each % n_heads, each //"),

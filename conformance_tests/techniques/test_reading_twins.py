@@ -113,14 +113,14 @@ def test_gradient_x_activation_is_exact_where_the_output_is_linear(model: Hooked
         assert found.values[0].argmax().item() == 0
         assert study(model, BRIGHT, METRIC, ("resid_pre", 1)).values[0].argmax().item() == RELAY
 
-    rejects(truth, gradient_x_activation, "(cache[name] * cache.grad[name])", "(cache[name].abs() * cache.grad[name])")
+    rejects(truth, gradient_x_activation, "weighted(cache[name], ", "weighted(cache[name].abs(), ")
 
 
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("values = ((a - b) * total / steps)", "values = (a * total / steps)"),
-        ("mixed = b + (step + 0.5) / steps * (a - b)", "mixed = b"),
+        ("weighted(a - b, ", "weighted(a, "),
+        ("mixed = between(b, a, ", "mixed = between(b, b, "),
     ],
 )
 def test_integrated_gradients_sum_to_the_change(model: HookedViT, right: str, wrong: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from models import EXACT
 from pydantic import ValidationError
 
-from prisma_core import HookedViT, InputError, ModelSpec
+from prisma_core import HookedViT, InputError, ModelSpec, SpecError
 from prisma_core.spec import Interpolation, NormSpec, RopeSpec, TextSpec
 from prisma_core.transformer import HookedText
 
@@ -61,7 +61,7 @@ def test_rotary_tables_fit_every_head():
     per_head = RopeSpec(layout="half", per_head=True)
     ModelSpec.plain(heads=2, rope=per_head)
     ModelSpec.plain(heads=2, n_kv_heads=1, rope=RopeSpec(layout="half"))
-    with pytest.raises(ValidationError, match="per_head"):
+    with pytest.raises(SpecError, match="per_head"):
         ModelSpec.plain(heads=2, n_kv_heads=1, rope=per_head)
     plain, wide = ModelSpec.plain(heads=2), ModelSpec.plain(heads=2, d_head=4)
     mixed = {**plain.model_dump(), "blocks": [plain.blocks[0].model_dump(), wide.blocks[0].model_dump()]}

@@ -13,6 +13,7 @@ from windows import Adapter, Upstream
 
 import prisma_core as prisma
 from prisma_core import InputError
+from prisma_core.toolbox.derivatives import fused_attention
 from prisma_core.zoo import adapt_with
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
@@ -60,35 +61,76 @@ REVERSE = {
     "vmap of grad": lambda f, x: torch.vmap(torch.func.grad(lambda one: f(one[None])[0, 0]))(x),
     "inference mode": in_inference_mode,
 }
-FORWARD = {
+SECOND = {
+    "hvp": lambda f, x: torch.autograd.functional.hvp(lambda x: f(x)[0, 0], x, torch.ones_like(x))[1],
+    "second derivatives": second,
+}
+BEYOND = {  # what fused kernels lack
+    "hessian": lambda f, x: torch.func.hessian(lambda size: f(size * x)[0, 0])(torch.tensor(1.0)),
+    "jacrev of grad": lambda f, x: torch.func.jacrev(
+        torch.func.grad(lambda size: f(size * x)[0, 0]),
+    )(torch.tensor(1.0)),
     "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
     "jacfwd": lambda f, x: torch.func.jacfwd(lambda size: f(size * x))(torch.tensor(1.0)),
     "forward mode": forward_mode,
 }
-FUSED_LACKS = FORWARD | {"second derivatives": second}
 
 
 def edited(model, x):
     return model.run_with_hooks(x, hooks={"*.hook_resid_mid": lambda a, at: a + a.tanh()})
 
 
-@pytest.mark.parametrize("kind", REVERSE | FUSED_LACKS)
+@pytest.mark.parametrize("kind", REVERSE | SECOND | BEYOND)
 def test_as_upstream(pair, kind):
     upstream, model, x = pair
-    take = (REVERSE | FUSED_LACKS)[kind]
-    with sdpa_kernel(SDPBackend.MATH) if kind in FUSED_LACKS else contextlib.nullcontext():
-        torch.testing.assert_close(take(model, x), take(upstream, x), **CLOSE)
-        hooked = take(lambda x: edited(model, x), x)
-        again = take(lambda x: model.run_with_cache(x, hooks={"*.hook_resid_mid": lambda a, at: a + a.tanh()})[0], x)
+    take = (REVERSE | SECOND | BEYOND)[kind]
+    with contextlib.nullcontext() if kind in REVERSE else sdpa_kernel(SDPBackend.MATH):
+        expected = take(upstream, x)
+    torch.testing.assert_close(take(model, x), expected, **CLOSE)
+    hooked = take(lambda x: edited(model, x), x)
+    again = take(lambda x: model.run_with_cache(x, hooks={"*.hook_resid_mid": lambda a, at: a + a.tanh()})[0], x)
     torch.testing.assert_close(hooked, again, **CLOSE)
-    assert not torch.allclose(hooked, take(upstream, x) if kind in REVERSE else hooked * 0)
+    assert not torch.allclose(hooked, expected)
 
 
-@pytest.mark.parametrize("kind", FORWARD)
-def test_forward_mode_through_the_fused_kernel_says_what_to_do(kind):
-    model = prisma.adapt(vit())
+HIERA = {"embed_dim": 16, "num_heads": 1, "stages": (1, 1, 1, 1), "img_size": 64, "num_classes": 5}
+
+
+@pytest.mark.parametrize("kind", SECOND | BEYOND)
+def test_derivatives_through_upstreams_own_fused_kernel(kind):
+    model = prisma.adapt(timm.create_model("hiera_tiny_224", pretrained=False, **HIERA).eval())
+    x, take = torch.randn(1, 3, 64, 64), (SECOND | BEYOND)[kind]
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = take(model, x)
+    if kind in BEYOND:
+        torch.testing.assert_close(take(model, x), expected, **CLOSE)
+        return
     with pytest.raises(InputError, match=r"sdpa_kernel\(torch\.nn\.attention\.SDPBackend\.MATH\)"):
-        FORWARD[kind](model, torch.randn(2, 3, 32, 32))
+        take(model, x)
+    x.requires_grad_()
+    (first,) = torch.autograd.grad(model(x)[0, 0], x, create_graph=True)  # the first alone is no error
+    assert torch.equal(first, torch.autograd.grad(model(x)[0, 0], x)[0])
+
+
+@pytest.mark.parametrize("bias", [None, "given", "trained"])
+def test_derivatives_of_the_fused_kernel_of_every_order(bias):
+    inputs = [torch.randn(2, 2, 3, 4, requires_grad=True) for _ in range(3)]
+    if bias is not None:
+        inputs.append(torch.randn(1, 2, 3, 3, requires_grad=bias == "trained"))
+
+    def attention(*inputs):
+        return fused_attention(*inputs[:3], inputs[3] if bias else None, 0.3)
+
+    assert torch.autograd.gradcheck(attention, inputs)
+    assert torch.autograd.gradgradcheck(attention, inputs)
+    grads = []
+    for context in (contextlib.nullcontext(), sdpa_kernel(SDPBackend.MATH)):
+        with context:
+            last = attention(*inputs).pow(3).sum()
+            for _ in range(3):
+                last = torch.autograd.grad(last, inputs[0], create_graph=True)[0].square().sum()
+        grads.append(last)
+    torch.testing.assert_close(*grads, rtol=1e-8, atol=0)
 
 
 def gradient(model, x):
@@ -113,3 +155,54 @@ def test_what_is_made_in_inference_mode_takes_gradients_outside():
             gradient(model, bad)
     with torch.no_grad():
         assert adapted(image).isfinite().all()
+
+
+def asked(cache):
+    """Every way to ask a cache for what is in it."""
+    return {
+        "an item": lambda: cache["blocks.0.hook_resid_post"],
+        "values": lambda: list(cache.values()),
+        "dict": lambda: dict(cache),
+        "to": lambda: cache.to(dtype=torch.float32),
+        "save": lambda: cache.save("cache.safetensors"),
+    }
+
+
+@pytest.mark.parametrize("how", ["inside", "around"])
+def test_what_was_cached_inside_vmap_and_kept_is_refused_in_words(pair, how):
+    _, model, x = pair
+    kept = []
+
+    def run(one):
+        logits, cache = model.run_with_cache(one[None])
+        assert repr(cache)
+        kept.append(cache)
+        return logits[0], dict(cache)
+
+    if how == "inside":
+        _, inside = torch.vmap(run)(x)
+        _, cache = model.run_with_cache(x)
+        for name in cache:  # what is returned is all inputs'
+            torch.testing.assert_close(inside[name][:, 0], cache[name], **CLOSE)
+    else:
+        with model.caching() as cache:
+            torch.vmap(lambda one: model(one[None])[0])(x)
+        kept.append(cache)
+    assert repr(kept[0])
+    for ask in asked(kept[0]).values():
+        with pytest.raises(InputError, match=r"torch\.vmap"):
+            ask()
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp"])
+def test_a_cache_around_a_transform_is_that_of_a_plain_pass(pair, transform):
+    _, model, x = pair
+    _, expected = model.run_with_cache(x)
+    with model.caching() as cache:
+        if transform == "grad":
+            torch.func.grad(lambda x: model(x)[0, 0])(x)
+        else:
+            torch.func.jvp(model, (x,), (x,))
+    for name in expected:
+        assert not cache[name].requires_grad
+        torch.testing.assert_close(cache[name], expected[name], **CLOSE)

@@ -31,9 +31,9 @@ def cite(
     if as_json:
         screen.show_json({each.name: dict(zip(each.entries, each.text(), strict=True)) for each in cited.values()})
     elif as_bibtex:
-        screen.out().print(bibtex(cited), markup=False, soft_wrap=True, end="")
+        screen.out().print(bibtex(cited), soft_wrap=True, end="")
     else:
         for each in cited.values():
-            screen.out().print(f"{each.name}:", style="bold", markup=False)
+            screen.out().print(f"{each.name}:", style="bold")
             for line in each.text():
-                screen.out().print(f"  {line}", markup=False, soft_wrap=True)
+                screen.out().print(f"  {line}", soft_wrap=True)

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from prisma_core.plugin import UnknownName, screen, write_text
 
@@ -52,6 +51,7 @@ def check(
     from prisma_core.plugin import device_of
 
     device_of(device)
+    screen.check_output(json, ".json")
     notes: list[str] = []
     with _progress("building the model", lines=True) as say:
 
@@ -72,13 +72,16 @@ def check(
         )
     for certificate in report.certificates:
         screen.out().print(
-            f"[bold]{escape(certificate.name)}[/]: {certificate.upstream} of {certificate.library} "
-            f"{certificate.version}, on {_place(certificate)}, weights {certificate.weights}"
+            Text(certificate.name, "bold"),
+            f": {certificate.upstream} of {certificate.library} "
+            f"{certificate.version}, on {_place(certificate)}, weights {certificate.weights}",
+            sep="",
         )
         rows = screen.table("check", "outcome", "error", "at most", "")
         for result in certificate.results:
-            outcome = "skipped" if result.skipped else "[green]passed[/]" if result.passed else "[bold red]FAILED[/]"
-            why = escape(result.skipped or result.detail)
+            passed = ("passed", "green") if result.passed else ("FAILED", "bold red")
+            outcome = Text(*("skipped", "") if result.skipped else passed)
+            why = result.skipped or result.detail
             rows.add_row(result.name, outcome, _number(result.error), _number(result.bound), why)
         screen.show(rows)
     if json is not None:
@@ -109,7 +112,7 @@ def doctor(reference: REFERENCE, device: DEVICE = None, full: FULL = False, pret
             pretrained=pretrained,
             progress=lambda change: say(f"trying: {change}"),
         )
-    screen.out().print(escape(str(diagnosis)), soft_wrap=True)
+    screen.out().print(str(diagnosis), soft_wrap=True)
     if not diagnosis.healthy:
         raise typer.Exit(1)
 
@@ -149,14 +152,14 @@ def classes(
 def _progress(beginning: str, *, lines: bool = False) -> Generator[Callable[[str], None]]:
     """Show the running step on stderr: in place on a screen; elsewhere a line each, or nothing."""
     if sys.stderr.isatty():
-        with Console(stderr=True).status(beginning) as status:
-            yield status.update
+        with screen.console(stderr=True).status(Text(beginning)) as status:
+            yield lambda step: status.update(Text(step))
     else:
         yield (lambda step: screen.note("running", step)) if lines else (lambda step: None)
 
 
 def _place(certificate: Certificate) -> str:
-    return f"{certificate.device} ({escape(certificate.machine)})" if certificate.machine else certificate.device
+    return f"{certificate.device} ({certificate.machine})" if certificate.machine else certificate.device
 
 
 def _number(value: float | None) -> str:

@@ -16,9 +16,8 @@ from string import Template
 from typing import Annotated, NamedTuple, cast
 
 import typer
-from rich.markup import escape
 
-from prisma_core.plugin import InputError, LoadError, PrismaError, UnknownName, installed, screen
+from prisma_core.plugin import InputError, PrismaError, UnknownName, installed, replacing, screen
 
 # Which template makes which file; the folder is the package's.
 WRITTEN = {
@@ -71,11 +70,12 @@ def new_plugin(
     upstream = None if kind is None else _upstream(kind)
     dashed = name.replace("_", "-")
     folder = folder or Path(f"prisma-{dashed}")
+    screen.check_output(folder, folder=True)
     _write(folder, _texts(name, dashed, upstream, as_map))
     where = shlex.quote(str(folder))
-    screen.out().print(f"Wrote {escape(str(folder))}. Go on with:\n", soft_wrap=True)
+    screen.out().print(f"Wrote {folder}. Go on with:\n", soft_wrap=True)
     steps = (f"cd {where}", 'pip install -e ".[test]"', f"prisma check {name}:tiny", "pytest")
-    screen.out().print("\n".join(f"  {escape(step)}" for step in steps), soft_wrap=True)
+    screen.out().print("\n".join(f"  {step}" for step in steps), soft_wrap=True)
 
 
 def _check_name(name: str) -> None:
@@ -115,7 +115,7 @@ def _upstream(kind: str) -> Upstream:
     path, _, attribute = kind.rpartition(".")
     try:
         found = cast("object", getattr(importlib.import_module(path), attribute))
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise InputError(f"{kind!r} cannot be imported ({error}). Expected package.module.Class.") from error
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise InputError(f"{kind} is no class of torch modules. Expected one that derives from torch.nn.Module.")
@@ -189,9 +189,7 @@ def _write(folder: Path, texts: dict[str, str]) -> None:
     """
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise InputError(f"There is something at {folder} already; nothing was written. --folder takes another place.")
-    try:
+    with replacing(folder) as fresh:
         for path, text in texts.items():
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise LoadError(f"{error.filename or folder} cannot be written: {error.strerror}.") from error
+            (fresh / path).parent.mkdir(parents=True, exist_ok=True)
+            (fresh / path).write_text(text, encoding="utf-8")

@@ -16,7 +16,19 @@ from prisma_conformance.randomise import randomise
 from prisma_conformance.target import Target, resolve
 from prisma_core import HookedViT, Size, ZooModel
 from prisma_core.maps.places import INSIDE
-from prisma_core.plugin import Adapter, AnySpec, Case, HookMap, MapAdapter, Reader, Row, blaming, returned
+from prisma_core.plugin import (
+    Adapter,
+    AnySpec,
+    Case,
+    HookMap,
+    InputError,
+    MapAdapter,
+    Reader,
+    Row,
+    blaming,
+    device_of,
+    returned,
+)
 from prisma_core.zoo import adapt_with, read_adapter, unfused
 
 Make = Callable[[Adapter, nn.Module], ZooModel]
@@ -89,7 +101,9 @@ class Subject:
         self.make = make
         self.drawn = draw
         self.seed = seed
-        self.device = torch.device(device or "cpu")
+        self.device = device_of(device) or torch.device("cpu")
+        if self.device.type == "meta":
+            raise InputError("Expected a device with numbers, got 'meta': there is nothing to compare on it.")
         self.second_device = torch.device("cuda") if device is None and torch.cuda.is_available() else None
         self.dtypes = tuple(dtypes)
         self.reference = reference

@@ -17,9 +17,11 @@ GRADIENT: Final = 1e-9
 
 # Where bits may differ (another order of summation, another kernel), each side errs against float64 on the very numbers
 # that the dtype holds. We may err as upstream does, by the root of the mean square over eight inputs, on any device and
-# in any dtype. The two are drawn alike, and among all architectures differ by less than a half.
+# in any dtype. The two are drawn alike, and among all architectures differ by less than a half. Of a few numbers that
+# may be chance (a model of five classes: 0.84 to 1.07 over eight inputs, 0.94 to 1.00 over 64), so what errs by more is
+# measured over more inputs before it is called a mistake.
 OWN_ERROR_FACTOR: Final = 1.5
-OWN_ERROR_INPUTS: Final = 8
+OWN_ERROR_INPUTS: Final = (8, 64)
 
 # While scores and patterns are shown, they are rounded to the dtype, which fused kernels do not do.
 SHOWN_ERROR_FACTOR: Final = 2.5

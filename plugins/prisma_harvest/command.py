@@ -73,6 +73,7 @@ def write(
     lacking = [option for option, given in (("--data", data), ("--names", names), ("--out", out)) if not given]
     if lacking:
         raise InputError(f"A harvest needs {', '.join(lacking)}: `prisma harvest write --help` says what they are.")
+    screen.check_output(out, folder=True)
     import prisma_core as prisma
     from prisma_harvest.writing import harvest
 

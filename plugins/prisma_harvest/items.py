@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -78,10 +79,14 @@ def _decoded(key: str, value: Any) -> Any:
 
 
 def plain(label: Any) -> Any:
-    """Return a label as JSON has it."""
+    """Return a label as JSON has it; NaN, with which tables mark that there is none, as None."""
     if isinstance(label, Tensor | np.ndarray | np.generic):
-        return label.tolist()
-    return label if isinstance(label, str | int | float | list | None) else str(label)
+        label = label.tolist()
+    if isinstance(label, list | tuple):
+        return [plain(each) for each in label]
+    if isinstance(label, float) and not math.isfinite(label):
+        return None if math.isnan(label) else str(label)
+    return label if isinstance(label, str | int | float | None) else str(label)
 
 
 def opened(image: Any) -> Any:

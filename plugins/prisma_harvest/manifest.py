@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from prisma_core import LoadError, TokenLayout, tensors_of
-from prisma_core.plugin import Facts, LayerQuery, checked, digest, read_json
+from prisma_core.plugin import Facts, LayerQuery, checked, digest, format_fields, path_of, read_json
 
 SCHEMA = 1
 MANIFEST, WHOLE, EXAMPLES, SKIPPED, SHARDS = (
@@ -26,6 +26,7 @@ MANIFEST, WHOLE, EXAMPLES, SKIPPED, SHARDS = (
 )
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
 Dtype = Literal["bfloat16", "float16", "float32"]
+_SUBSETS = {"pos": None, "patch": "patches", "cls": "cls"}  # of the layout, by axis
 Name: TypeAlias = str | LayerQuery  # of a hook point: full, shorthand, or shorthand and layer
 
 
@@ -40,6 +41,21 @@ class Point(Facts):
     name: str
     axes: str
     shape: tuple[int, ...]
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the first axis is of tokens: all that were read, or of a part of the model the patches or the class
+        token alone."""
+        return self.axes.split()[0] in _SUBSETS
+
+
+def token_positions(layout: TokenLayout | None, pos: Any, point: Point) -> list[int] | None:
+    """Return the positions of a hook point's tokens (see ``Manifest.positions``)."""
+    if layout is None or not point.has_tokens:
+        return None
+    axis = point.axes.split()[0]
+    places = layout.positions(pos if axis == "pos" else _SUBSETS[axis])
+    return places if len(places) == point.shape[0] else None  # an image of another size, or a frame's patches
 
 
 class ModelFacts(Facts):
@@ -119,10 +135,18 @@ class Manifest(Facts):
         """The folder's name: the first 16 digits of the SHA-256 of ``text()``."""
         return hashlib.sha256(self.text().encode()).hexdigest()[:16]
 
-    @property
-    def positions(self) -> list[int] | None:
-        """The positions of the tokens that were read, or None where the model has no layout."""
-        return None if self.layout is None else self.layout.positions(self.pos)
+    def positions(self, point: Point) -> list[int] | None:
+        """Return the positions of a hook point's tokens; None where it has no tokens, or the model no layout of them.
+
+        ``pos`` cuts the axis of that name alone: what has the patches alone, such as the embedding or the features of a
+        coder of patches, has all of them.
+        """
+        return token_positions(self.layout, self.pos, point)
+
+    def tokens(self, point: Point) -> list[str] | None:
+        """Return the names of a hook point's tokens, such as ``r3c5``; None where they have none."""
+        names, places = None if self.layout is None else self.layout.token_names(), self.positions(point)
+        return None if names is None or places is None else [names[place] for place in places]
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -131,24 +155,26 @@ class Manifest(Facts):
         Raises:
             LoadError: there is none, it is damaged, or of a newer schema.
         """
-        path = folder / MANIFEST
+        path = path_of(folder, "the folder of a harvest") / MANIFEST
         if not path.exists():
             raise LoadError(f"{folder} is no harvest: it has no {MANIFEST}.")
         facts = read_json(path)
         schema = facts.get("schema_version")
         if schema != SCHEMA:
-            raise LoadError(f"{path} has schema {schema}, and this Prisma reads {SCHEMA}: update Prisma.")
+            newer = isinstance(schema, int) and schema > SCHEMA
+            what = "update Prisma" if newer else "it is none that Prisma wrote; harvest again"
+            raise LoadError(f"{path} has schema {schema}, and this Prisma reads {SCHEMA}: {what}.")
         try:
             return cls.model_validate(facts)
         except ValidationError as error:
-            raise LoadError(f"{path} is no manifest of a harvest: {error}") from error
+            raise LoadError(f"{path} is no manifest of a harvest: {format_fields(error)}.") from error
 
 
 class ShardFile(Facts):
     """A file of shards: SHA-256, and how many examples it holds."""
 
     sha256: str
-    examples: int
+    examples: int = Field(ge=0)
 
 
 class Whole(Facts):
@@ -166,6 +192,12 @@ class Whole(Facts):
     shards: dict[str, ShardFile]
     lines: dict[str, str]
 
+    @model_validator(mode="after")
+    def _adds_up(self) -> Whole:
+        if (n := sum(each.examples for each in self.shards.values())) != self.examples:
+            raise ValueError(f"{self.examples} examples in all, and {n} in its shards")
+        return self
+
     @classmethod
     def read(cls, folder: Path) -> Whole | None:
         """Read a folder's record, or return None where the harvest is not whole.
@@ -178,7 +210,9 @@ class Whole(Facts):
             return None
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except (OSError, ValidationError, UnicodeDecodeError) as error:
+        except ValidationError as error:
+            raise LoadError(f"{path} is damaged: {format_fields(error)}.") from error
+        except (OSError, UnicodeDecodeError) as error:
             raise LoadError(f"{path} is damaged: {error}") from error
 
 
@@ -211,5 +245,11 @@ def weights_hash(model: nn.Module) -> str:
     """Return the SHA-256 of every parameter and buffer of a model, with names, dtypes and shapes.
 
     The same weights give the same hash on every device; another dtype is another model. Sparse coders bind with it too.
+
+    >>> import torch
+    >>> layer = torch.nn.Linear(2, 2)
+    >>> same, other = layer, torch.nn.Linear(2, 2)
+    >>> weights_hash(layer) == weights_hash(same), weights_hash(layer) == weights_hash(other)
+    (True, False)
     """
     return digest(tensors_of(model))

@@ -15,9 +15,15 @@ from prisma_harvest.reading import Harvest, Shard
 def open_harvest(path: str | Path) -> Harvest:
     """Open a harvest: its own folder, or the one it was written into if that holds one alone.
 
-    >>> acts = open_harvest("harvests")
-    >>> acts.example(0, ("resid_post", 5)).shape, acts.tokens[0]
-    (torch.Size([197, 768]), 'cls')
+    >>> import tempfile
+    >>> import prisma_core as prisma
+    >>> from prisma_toy import sample_scene
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> data = [(sample_scene(seed).image, f"scene {seed}") for seed in range(16)]
+    >>> from prisma_harvest import harvest
+    >>> acts = open_harvest(harvest(model, data, ("resid_post", 1), out=tempfile.mkdtemp()).path)
+    >>> acts.example(0, ("resid_post", 1)).shape, acts.tokens_of(("resid_post", 1))[1]
+    (torch.Size([145, 128]), 'r0c0')
 
     Raises:
         LoadError: there is none or several, it is not whole, or a file is damaged.
@@ -40,6 +46,16 @@ def open_harvest(path: str | Path) -> Harvest:
 @checked
 def cat(*harvests: Harvest) -> Harvest:
     """Return several harvests as one, in this order, without a copy.
+
+    >>> from prisma_harvest import harvest
+    >>> import tempfile
+    >>> import prisma_core as prisma
+    >>> from prisma_toy import sample_scene
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> data = [sample_scene(seed).image for seed in range(16)]
+    >>> acts = harvest(model, data, ("resid_post", 1), out=tempfile.mkdtemp())
+    >>> len(cat(acts, acts))
+    32
 
     Raises:
         InputError: none is given, or they differ in model, hook points, tokens, dtype or preprocessing.

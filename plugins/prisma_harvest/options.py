@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prisma_core.plugin import InputError, LoadError, PluginError, installed
+from prisma_core.plugin import InputError, LoadError, PluginError, blaming, installed
 
 
 def read_name(text: str) -> Any:
@@ -29,6 +30,7 @@ def read_source(text: str, reference: str) -> Any:
 
     Raises:
         InputError: it is none.
+        LoadError: the library datasets cannot load it.
         PluginError: the library datasets is needed and not installed.
     """
     kind, colon, rest = text.partition(":")
@@ -39,10 +41,17 @@ def read_source(text: str, reference: str) -> Any:
         return Samples(source, name, int(rest))
     if colon and kind == "hf":
         name, _, split = rest.partition(":")
-        return _datasets().load_dataset(name, split=split or "train")
+        if not name:
+            raise InputError(f"Expected hf:NAME or hf:NAME:SPLIT, got {text!r}.")
+        return _loaded(_datasets().load_dataset, name, split=split or "train")
     if (Path(text) / "dataset_info.json").is_file() and (Path(text) / "state.json").is_file():
-        return _datasets().load_from_disk(text)
+        return _loaded(_datasets().load_from_disk, text)
     return text
+
+
+def _loaded(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    with blaming(function, "The library datasets", LoadError):
+        return function(*arguments, **options)
 
 
 def _datasets() -> Any:

@@ -61,9 +61,13 @@ class Tower:
 class Pass(BriefRepr):
     """A model, data, and what to read: one pass, in an order that depends on neither workers nor interruptions.
 
-    >>> for batch, activations in Pass(model, "photos", ("resid_post", 5), pos="patches").run():
-    ...     activations["blocks.5.hook_resid_post"].shape, batch.lines[0]["path"]
-    (torch.Size([32, 196, 768]), 'cats/1.jpg')
+    >>> import prisma_core as prisma
+    >>> from prisma_toy import sample_scene
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> data = [(sample_scene(seed).image, f"scene {seed}") for seed in range(4)]
+    >>> for batch, activations in Pass(model, data, ("resid_post", 1), pos="patches").run():
+    ...     activations["blocks.1.hook_resid_post"].shape, batch.lines[0]["label"]
+    (torch.Size([4, 144, 128]), 'scene 0')
 
     Attributes:
         model: any hooked model of images or videos. Of a pair of towers the vision tower runs.

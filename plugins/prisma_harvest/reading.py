@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, LoadError, NotApplicable, TokenLayout
-from prisma_core.plugin import Count, checked, resolve_one, several
+from prisma_core.plugin import Count, check_keywords, checked, keyword_names, resolve_one, several
 from prisma_harvest.arrow import record_batches
 from prisma_harvest.folder import Line, read_lines
 from prisma_harvest.manifest import (
@@ -88,19 +88,26 @@ class Harvest:
 
     @property
     def layout(self) -> TokenLayout | None:
-        """The token layout of the model; ``positions`` says which of its tokens are here."""
+        """The token layout of the model; ``positions_of`` says which of its tokens are at a hook point."""
         return self.manifest.layout
 
-    @property
-    def positions(self) -> list[int] | None:
-        """The positions of the tokens that are here, or None where the model has no layout."""
-        return self.manifest.positions
+    @checked
+    def positions_of(self, name: Name) -> list[int] | None:
+        """Return the positions of a hook point's tokens; None where it has no tokens, or the model no layout of them.
 
-    @property
-    def tokens(self) -> list[str] | None:
-        """The names of the tokens that are here: ``cls``, ``r3c5``."""
-        names = None if self.layout is None else self.layout.token_names()
-        return None if names is None else [names[position] for position in self.positions or ()]
+        Raises:
+            UnknownName: no such hook point.
+        """
+        return self.manifest.positions(self.point(name))
+
+    @checked
+    def tokens_of(self, name: Name) -> list[str] | None:
+        """Return the names of a hook point's tokens: ``cls``, ``r3c5``; None where they have none.
+
+        Raises:
+            UnknownName: no such hook point.
+        """
+        return self.manifest.tokens(self.point(name))
 
     @checked
     def check_model(self, model: HookedModel) -> None:
@@ -179,11 +186,13 @@ class Harvest:
     def _part(self, shard: Shard, start: int, stop: int, point: Point) -> Tensor:
         try:
             with safe_open(shard.path, "pt") as file:
-                part: Tensor = file.get_slice(point.name)[start:stop]
+                whole = file.get_slice(point.name)
+                part: Tensor = whole[start:stop]
         except (OSError, SafetensorError) as error:
             raise LoadError(f"{shard.path} cannot be read: {error}. `prisma harvest verify` tells what is.") from error
-        if part.shape != (stop - start, *point.shape) or part.dtype != DTYPES[self.manifest.dtype]:
-            raise LoadError(f"{shard.path} holds {list(part.shape)} {part.dtype} where its manifest says otherwise.")
+        if whole.get_shape() != [shard.n, *point.shape] or part.dtype != DTYPES[self.manifest.dtype]:
+            held = f"{whole.get_shape()} {part.dtype}"
+            raise LoadError(f"{shard.path} holds {held} where its manifest, or the record of it, says otherwise.")
         return part
 
     @checked
@@ -249,8 +258,15 @@ class Harvest:
             UnknownName: no such hook point.
             NotApplicable: its second axis is no token, as of a pattern; or two differ in tokens.
 
-        >>> for rows in open_harvest("harvests").rows(("resid_post", 5), 4096, shuffle=True):
-        ...     loss = coder(rows)
+        >>> import tempfile
+        >>> import prisma_core as prisma
+        >>> from prisma_toy import sample_scene
+        >>> model = prisma.load("toy:scenes-3l")
+        >>> data = [(sample_scene(seed).image, f"scene {seed}") for seed in range(16)]
+        >>> from prisma_harvest import harvest
+        >>> acts = harvest(model, data, ("resid_post", 1), out=tempfile.mkdtemp())
+        >>> [rows.shape for rows in acts.rows(("resid_post", 1), 2000, shuffle=True)]
+        [torch.Size([2000, 128]), torch.Size([320, 128])]
         """
         points = self._points(name)
         if not 0 <= part[0] < part[1]:
@@ -305,7 +321,7 @@ class Harvest:
         shard = self.shards[chunk.shard]
         parts = (self._part(shard, chunk.start, chunk.stop, point) for point in points)
         return tuple(
-            x.flatten(0, 1).flatten(1) if point.axes.startswith(("pos", "patch")) else x.flatten(1)
+            x.flatten(0, 1).flatten(1) if point.has_tokens else x.flatten(1)
             for x, point in zip(parts, points, strict=True)
         )
 
@@ -314,6 +330,7 @@ class Harvest:
     @checked
     def dataset(self, name: Name | list[Name], batch: Count, **options: Any) -> RowDataset:
         """Return rows as a torch ``IterableDataset`` that workers and ranks share out (see ``RowDataset``)."""
+        check_keywords("Harvest.dataset", options, keyword_names(RowDataset))
         self._points(name)  # its errors now, none of a worker's later
         return RowDataset(self.rows, name, batch, **options)
 
@@ -335,8 +352,7 @@ def _tokens(point: Point) -> int:
     Raises:
         NotApplicable: its first axis is neither a token nor a feature.
     """
-    first = point.axes.split()[0]
-    if first in ("pos", "patch"):
+    if point.has_tokens:
         return point.shape[0]
     if len(point.shape) > 1:
         raise NotApplicable(

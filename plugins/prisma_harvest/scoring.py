@@ -33,10 +33,6 @@ def largest(values: Tensor, k: int) -> Tensor:
     return _LOW - (keys.topk(min(k, values.shape[1]), 1).values & _LOW)
 
 
-def has_tokens(point: Point) -> bool:
-    return point.axes.split()[0] in ("pos", "patch")
-
-
 @dataclass(frozen=True)
 class Units:
     """How activations become scores.
@@ -59,7 +55,7 @@ class Units:
     def scores(self, x: Tensor, point: Point) -> Tensor:
         """Return the scores of activations as float32: ``[example token unit]``."""
         x = x.detach().cpu().float()
-        x = x if has_tokens(point) else x[:, None]
+        x = x if point.has_tokens else x[:, None]
         if self.encode is not None:
             rows = x.flatten(2)
             with torch.no_grad():
@@ -75,9 +71,9 @@ class Units:
             InputError: the hook point or the directions do not fit.
         """
         axes = point.axes.split()
-        if not has_tokens(point) and len(axes) > 1:
+        if not point.has_tokens and len(axes) > 1:
             raise InputError(f"{point.name} is [{point.axes}], without tokens: expected a place such as mlp.hook_post.")
-        width = torch.Size(point.shape[1:] if has_tokens(point) else point.shape).numel()
+        width = torch.Size(point.shape[1:] if point.has_tokens else point.shape).numel()
         if self.over not in ("feature", "head"):
             raise InputError(f"Expected over='feature' or 'head', got {self.over!r}.")
         if (self.directions is not None) + (self.encode is not None) + (self.over == "head") > 1:

@@ -56,6 +56,10 @@ def open_data(
 ) -> Data:
     """Return data of any kind as items.
 
+    >>> import torch
+    >>> open_data([(torch.rand(3, 96, 96), "noise")]).n
+    1
+
     Args:
         data: a folder of images or of videos (the folders in it are labels), tar shards of WebDataset (a path, a glob,
             ``shards-{000..009}.tar``, or a list), a list of images or of ``(image, label)``, a torch ``Dataset`` or a
@@ -71,6 +75,8 @@ def open_data(
     if isinstance(data, str | Path):
         path_of(data, "a folder of images or tar shards as data")
     if isinstance(data, str | Path) and Path(data).is_dir() and not list(Path(data).glob("*.tar")):
+        if given := [column for column in columns if column is not None]:
+            raise InputError(f"{data} is a folder, whose images have no columns: leave out {given[0]!r}.")
         items = _folder(Path(data), limit)
     elif (paths := _tars(data)) is not None:
         items = _tar(paths, columns, limit)

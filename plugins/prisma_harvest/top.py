@@ -56,9 +56,13 @@ def top_examples(
 ) -> Result:
     """Return the k largest scores of each unit, with the images and tokens they are at: ``[unit rank]``.
 
-    >>> best = top_examples(open_harvest("harvests"), ("mlp.hook_post", 5), k=9)
-    >>> best.values[17], best.tensors["example"][17], best.facts["examples"]["204"]["path"]
-    (tensor([9.1, 8.7, ...]), tensor([204, 3, ...]), 'cats/31.jpg')
+    >>> import prisma_core as prisma
+    >>> from prisma_toy import sample_scene
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> data = [(sample_scene(seed).image, f"scene {seed}") for seed in range(16)]
+    >>> best = top_examples(Pass(model, data, ("mlp.hook_post", 2)), ("mlp.hook_post", 2), k=4)
+    >>> best.shape, best.tensors["example"].shape, best.facts["examples"]["0"]["label"]
+    ({'feature': 256, 'rank': 4}, torch.Size([256, 4]), 'scene 0')
 
     Args:
         source: a harvest, or ``Pass(model, data, names)``, which runs the model and keeps nothing else.
@@ -146,7 +150,7 @@ class _Search:
         if not torch.isfinite(scores).all():
             raise InputError(f"{self.point.name} is not finite for images {first} to {first + len(scores) - 1}.")
         _, tokens, units = scores.shape
-        flat = scores.flatten(0, 1)
+        flat = scores.flatten(0, 1).contiguous()
         bins = torch.bucketize(flat, EDGES) + torch.arange(units) * (len(EDGES) + 1)
         counts = torch.bincount(bins.flatten(), minlength=self.state["histogram"].numel())
         self.state["histogram"] += counts.view_as(self.state["histogram"])
@@ -177,7 +181,7 @@ class _Search:
         shown = set(top["example"].unique().tolist())
         if isinstance(source, Harvest):
             self.lines = {line["example"]: line for line in source.examples() if line["example"] in shown}
-        unit, about = self.units.axis, _about(source)
+        unit, about = self.units.axis, _about(source, self.point)
         total = self.state["histogram"].sum(1).clamp_min(1)
         return Result(
             top.pop("values"),
@@ -205,11 +209,9 @@ class _Search:
         )
 
 
-def _about(source: Harvest | Pass) -> dict[str, Any]:
+def _about(source: Harvest | Pass, point: Point) -> dict[str, Any]:
     """Return what a reader needs to know of the images and tokens."""
     manifest = source.manifest if isinstance(source, Harvest) else source.manifest("float32", 1)
-    layout, positions = manifest.layout, manifest.positions
-    names = None if layout is None else layout.token_names()
     folder = isinstance(source, Pass) and source.source.kind == "folder"
     return {
         "model": manifest.model.model_dump(mode="json", include={"reference", "weights", "tower"}),
@@ -217,9 +219,9 @@ def _about(source: Harvest | Pass) -> dict[str, Any]:
             **manifest.data.model_dump(mode="json", include={"kind", "name", "fingerprint"}),
             "root": str(Path(source.data).absolute()) if folder else None,  # type: ignore[union-attr]
         },
-        "layout": None if layout is None else layout.model_dump(mode="json"),
-        "positions": positions,
-        "tokens": None if names is None or positions is None else [names[position] for position in positions],
+        "layout": None if manifest.layout is None else manifest.layout.model_dump(mode="json"),
+        "positions": manifest.positions(point),
+        "tokens": manifest.tokens(point),
     }
 
 

@@ -34,12 +34,15 @@ def top(
     show: Annotated[int, typer.Option(min=1, help="Without --unit: how many units to show, highest first.")] = 10,
     data: Annotated[str | None, typer.Option(help="Of a pass: its images, as in `prisma harvest write`.")] = None,
     pos: Annotated[str | None, typer.Option(help="Of a pass: the tokens.", show_default="all")] = None,
-    batch: Annotated[int, typer.Option(help="Of a pass: images at once.")] = 32,
+    batch: Annotated[int | None, typer.Option(help="Of a pass: images at once.", show_default="32")] = None,
     limit: Annotated[int | None, typer.Option(help="Of a pass: take only so many images.")] = None,
     workers: Annotated[
         int | None, typer.Option(help="Of a pass: processes that decode.", show_default="by cores")
     ] = None,
-    on_error: Annotated[str, typer.Option(help="Of a pass: stop at an image that cannot be read, or skip.")] = "stop",
+    on_error: Annotated[
+        str | None,
+        typer.Option(help="Of a pass: stop at an image that cannot be read, or skip.", show_default="stop"),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Of a harvest, for --text: its model.", show_default="by its manifest")
     ] = None,
@@ -63,13 +66,12 @@ def top(
     from prisma_harvest.top import top_examples
 
     for path in (out, resume):
-        if path is not None and path.suffix != ".safetensors":
-            raise InputError(f"Expected a file that ends in .safetensors, got {path}.")
+        screen.check_output(path, ".safetensors")
     if sum(each is not None for each in (probe, directions, text or None, coder)) > 1:
         raise InputError("Expected one of --probe, --directions, --text and --coder.")
-    opened, loaded = _opened(
-        source, data, name, pos, batch, limit, workers, on_error, model, device, pretrained, needs_model=bool(text)
-    )
+    of_pass = {"pos": pos, "batch": batch, "limit": limit, "workers": workers, "on_error": on_error}
+    given = {option: value for option, value in of_pass.items() if value is not None}
+    opened, loaded = _opened(source, data, name, given, model, device, pretrained, needs_model=bool(text))
     query = read_name(name)
     units: dict[str, Any] = {}
     if probe is not None:
@@ -143,11 +145,7 @@ def _opened(
     source: str,
     data: str | None,
     name: str,
-    pos: str | None,
-    batch: int,
-    limit: int | None,
-    workers: int | None,
-    on_error: str,
+    of_pass: dict[str, Any],
     model: str | None,
     device: str | None,
     pretrained: bool,
@@ -164,12 +162,16 @@ def _opened(
     if not Path(source).is_dir():
         if data is None:
             raise InputError(f"{source} is no folder of a harvest; of a model, say its images: --data.")
+        if model is not None:
+            raise InputError(f"{source} is not a harvest, so it is the model itself: leave out --model.")
         loaded = prisma.load(source, device=device, **how)
-        options: dict[str, Any] = {"batch": batch, "limit": limit, "workers": workers, "on_error": on_error}
-        return Pass(loaded, read_source(data, source), [read_name(name)], pos=read_pos(pos), **options), loaded
-    if data is not None or pos is not None or limit is not None:
+        options = {"batch": 32, **of_pass, "pos": read_pos(of_pass.get("pos"))}
+        return Pass(loaded, read_source(data, source), [read_name(name)], **options), loaded
+    idle = {"data": data, **of_pass} | ({} if needs_model else {"model": model, "device": device})
+    if given := [f"--{option.replace('_', '-')}" for option, value in idle.items() if value is not None]:
         raise InputError(
-            f"{source} is a harvest, whose images and tokens are fixed: --data, --pos and --limit are of a pass."
+            f"{source} is a harvest, whose images and tokens are fixed, and a model is run for --text alone: leave out "
+            f"{', '.join(given)}."
         )
     acts = open_harvest(source)
     if not needs_model:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from prisma_core import HookedModel, InputError, LoadError
-from prisma_core.plugin import Count, Query, checked
+from prisma_core.plugin import Count, Query, check_keywords, checked, keyword_names
 from prisma_harvest.folder import Writer
 from prisma_harvest.manifest import DTYPES, Dtype, Whole, example_bytes
 from prisma_harvest.opening import open_harvest
 from prisma_harvest.passes import Pass, Pos
 from prisma_harvest.progress import counting
-from prisma_harvest.rays import on_ray
+from prisma_harvest.rays import connected, on_ray
 from prisma_harvest.reading import Harvest
 
 SHARD_BYTES = 128 * 2**20
@@ -39,9 +39,14 @@ def harvest(
     The same call after whatever stopped it (a kill, a full disk) goes on where it was, with the same bytes in the end;
     once the folder is whole it is returned as it is.
 
-    >>> acts = harvest(model, "photos", ("resid_post", 5), pos="patches", out="harvests")
-    >>> next(acts.rows("blocks.5.hook_resid_post", 4096, shuffle=True)).shape
-    torch.Size([4096, 768])
+    >>> import tempfile
+    >>> import prisma_core as prisma
+    >>> from prisma_toy import sample_scene
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> data = [(sample_scene(seed).image, f"scene {seed}") for seed in range(16)]
+    >>> acts = harvest(model, data, ("resid_post", 1), pos="patches", out=tempfile.mkdtemp())
+    >>> next(acts.rows(("resid_post", 1), 1024, shuffle=True)).shape
+    torch.Size([1024, 128])
 
     Args:
         model: any hooked model of images or videos. Of a pair of towers the vision tower runs.
@@ -59,12 +64,14 @@ def harvest(
             ``label_column``, ``note``.
 
     Raises:
-        InputError: the data cannot be read, a value is too large for float16, or a stream is given to a cluster.
+        InputError: the data cannot be read, a value is too large for float16, a stream is given to a cluster, or there
+            is no such option.
         UnknownName: a name matches no hook point.
         LoadError: another process writes the same harvest, or the disk is full or refuses.
     """
     if dtype not in DTYPES:
         raise InputError(f"Expected dtype as one of {', '.join(DTYPES)}, got {dtype!r}.")
+    check_keywords("harvest", options, keyword_names(Pass))
     run = Pass(model, data, names, pos=pos, batch=batch, **options)
     manifest = run.manifest(dtype, _shard(run, dtype, shard))
     stream = run.source.n is None
@@ -74,9 +81,10 @@ def harvest(
             writer.tidy()
         return open_harvest(writer.folder)
     if ray is not None:
+        cluster = connected(run, ray)
         with writer.alone():
             writer.prepare()
-            on_ray(run, writer, ray, progress)
+            on_ray(cluster, run, writer, progress)
             writer.finish()
         return open_harvest(writer.folder)
     start = writer.done()

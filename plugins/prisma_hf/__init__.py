@@ -6,9 +6,10 @@ import importlib.util
 from collections.abc import Sequence
 
 from prisma_core import hookimpl
-from prisma_core.plugin import Adapter, Case, Source
+from prisma_core.plugin import Adapter, Case, Refusal, Source
 from prisma_hf.canonical.encoder import EncoderAdapter
 from prisma_hf.mae import AutoencoderAdapter
+from prisma_hf.refused import refusals
 from prisma_hf.source import HfSource
 
 
@@ -18,8 +19,8 @@ def prisma_sources() -> Sequence[Source]:
 
 
 @hookimpl
-def prisma_adapters() -> Sequence[Adapter]:
-    return [EncoderAdapter(), AutoencoderAdapter()]
+def prisma_adapters() -> Sequence[Adapter | Refusal]:
+    return [EncoderAdapter(), AutoencoderAdapter(), *refusals()]
 
 
 @hookimpl

@@ -151,7 +151,12 @@ def attribute(
 
 @checked
 def names_for(model: HookedModel, by: By = "layer", tower: TowerName = "vision") -> list[str]:
-    """Return the hook points that a cache of a tower must hold for ``attribute``."""
+    """Return the hook points that a cache of a tower must hold for ``attribute``.
+
+    >>> import prisma_core as prisma
+    >>> [name for name in names_for(prisma.load("toy:scenes-3l"), "head") if name.endswith("z")]
+    ['blocks.0.attn.hook_z', 'blocks.1.attn.hook_z', 'blocks.2.attn.hook_z']
+    """
     own = tower_of(model, tower)
     wanted = [*_START, *_END, *own.readout_names()]
     wanted += [f"blocks.{layer}.hook_attn_out" for layer in ([len(own.blocks) - 1] if by != "neuron" else [])]

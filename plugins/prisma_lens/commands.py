@@ -51,6 +51,8 @@ def lens(
     """Show what the model reads of its tokens after every layer: the logit lens."""
     from prisma_lens.lens import logit_lens
 
+    if against is not None and of is None:
+        raise InputError(f"--against {against} is subtracted from what --of names: give both.")
     model, images = _opened(reference, image, pretrained, out)
     found = logit_lens(model, images, _target(model, of), against=None if against is None else _one(against))
     _saved(found, out)
@@ -177,8 +179,7 @@ def _opened(reference: str, images: list[Path] | None, pretrained: bool, out: Pa
     import prisma_core as prisma
     from prisma_core.plugin import open_image
 
-    if out is not None and out.suffix != ".safetensors":
-        raise InputError(f"Expected --out FILE.safetensors, got {out}.")
+    screen.check_output(out, ".safetensors")
     for path in images or []:
         open_image(path)
     model: Any = prisma.load(reference, **({} if pretrained else {"pretrained": False}))

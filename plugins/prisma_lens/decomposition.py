@@ -41,6 +41,11 @@ def head_outputs(
 ) -> Result:
     """Return what each head of the vision tower adds to each image's vector: ``[layer head image d_embed]``.
 
+    >>> import prisma_core as prisma, torch
+    >>> clip = prisma.load("toy:clip-scenes")
+    >>> head_outputs(clip, torch.rand(2, 3, 64, 64), progress=False).shape
+    {'layer': 3, 'head': 4, 'image': 2, 'd_embed': 96}
+
     Args:
         model: a dual encoder, or a vision tower with an output.
         images: batches of images, or one.
@@ -105,6 +110,11 @@ def mean_ablation(
 ) -> Result:
     """Return how well images are classified when the parts of layers are replaced by their means: ``[kind layer]``.
 
+    >>> import prisma_core as prisma, torch
+    >>> clip = prisma.load("toy:clip-scenes")
+    >>> mean_ablation(clip, torch.rand(4, 3, 64, 64), ["a red circle", "a blue star"], progress=False).shape
+    {'kind': 2, 'layer': 3}
+
     Args:
         model: a dual encoder, or a classifier.
         data: batches of images, or of images and the index of the right text (or class) for each ``[batch]``.
@@ -130,7 +140,8 @@ def mean_ablation(
         outputs, fixed = cache.project_stack(parts), cache.logit_constant()[None]  # constants are their own mean
         token = token_read(own, cache, pos)
         outputs = torch.cat([at_token(outputs, token), at_token(fixed, token).expand(1, len(images), -1)])
-        stacks.append(outputs @ reading.vectors.to(outputs).T)
+        # Parts of vectors of unit length, as the equation has it: a long vector's must not weigh more in the mean.
+        stacks.append(outputs / unit_scale(model, cache) @ reading.vectors.to(outputs).T)
         given = truth is not None
         if truth is not None:
             truths.append(truth)
@@ -140,7 +151,7 @@ def mean_ablation(
             f"{sum(each.shape[1] for each in stacks) or 'no images'}, and {len(reading.labels)}."
         )
     stack = torch.cat(stacks, 1)  # [component image class]
-    intact = stack.sum(0).argmax(-1)  # lengths and biases, the same for all texts, change no answer
+    intact = stack.sum(0).argmax(-1)  # biases, the same for all texts, change no answer
     truth = torch.cat(truths).to(intact) if given else intact
     if given and not bool(((truth >= 0) & (truth < len(reading.labels))).all()):
         raise InputError(
@@ -177,6 +188,11 @@ def segment(
     pos: int | str | None = None,
 ) -> Result:
     """Return a map of each text (or class) over the patches: ``[batch row column class]``, of a video with ``frame``.
+
+    >>> import prisma_core as prisma, torch
+    >>> clip = prisma.load("toy:clip-scenes")
+    >>> segment(clip, torch.rand(1, 3, 64, 64), ["a red circle", "a blue star"]).shape
+    {'batch': 1, 'row': 8, 'column': 8, 'class': 2}
 
     Args:
         model: a dual encoder, or a classifier.

@@ -41,6 +41,11 @@ def attention_flow(
 ) -> Result:
     """Return the maximum flow of attention from each token of the input to one at the end: ``[batch source]``.
 
+    >>> import prisma_core as prisma
+    >>> model = prisma.load("toy:dsprites-attn-1l")
+    >>> attention_flow(model, *model.sample_inputs(), progress=False).shape
+    {'batch': 1, 'source': 65}
+
     Args:
         model, images: as in ``rollout``.
         pos: the token at the end: a position, or its name, such as ``"cls"``.

@@ -32,6 +32,11 @@ def gradient_x_activation(
 ) -> Result:
     """Return the gradient times the activation at a hook point, summed over its last axis: ``[batch pos]``.
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> gradient_x_activation(model, torch.zeros(1, 3, 96, 96), "ladybird").shape
+    {'batch': 1, 'pos': 145}
+
     Args:
         model: any hooked model.
         images: what it takes; for a dual encoder images and tokens, ``(images, model.tokens(texts))``.
@@ -44,7 +49,8 @@ def gradient_x_activation(
     """
     name, loss, inputs = one_point(model, at), as_loss(model, metric), as_inputs(model, images)
     _, cache = model.run_with_cache(*inputs, names=name, loss=loss)
-    return _saliency(model, name, inputs, (cache[name] * cache.grad[name]).sum(-1), "gradient_x_activation", {})
+    values = weighted(cache[name], cache.grad[name]).sum(-1)
+    return _saliency(model, name, inputs, values, "gradient_x_activation", {})
 
 
 @checked
@@ -60,6 +66,11 @@ def integrated_gradients(
     """Return integrated gradients at a hook point, summed over its last axis: ``[batch pos]``.
 
     They sum to ``metric(a) - metric(baseline)`` up to the error of the midpoint rule, which ``facts["gap"]`` states.
+
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> integrated_gradients(model, torch.zeros(1, 3, 96, 96), ("ladybird", 3), steps=4).shape
+    {'batch': 1, 'pos': 145}
 
     Args:
         model, images, metric, at: as in ``gradient_x_activation``.
@@ -92,10 +103,10 @@ def integrated_gradients(
         b = a.mean(over, keepdim=True).expand_as(a)
     total = torch.zeros_like(a)
     for step in range(steps):
-        mixed = b + (step + 0.5) / steps * (a - b)
+        mixed = between(b, a, (step + 0.5) / steps)
         _, one = model.run_with_cache(*inputs, names=name, hooks={name: _put(mixed)}, loss=loss)
         total = total + one.grad[name]
-    values = ((a - b) * total / steps).sum(-1)
+    values = weighted(a - b, total / steps).sum(-1)
     with torch.no_grad():
         start = measure(model.run_with_hooks(*inputs, hooks={name: _put(b)}))
         change = measure(output) - start
@@ -148,6 +159,16 @@ def grad_cam(
     cam = cam.relu() if relu else cam
     names = ("batch", *(["frame"] if n_places == 3 else []), "row", "column")
     return Result(cam, names, technique="grad_cam", unit="relevance", facts={"at": name})
+
+
+def weighted(x: Tensor, gradient: Tensor) -> Tensor:
+    """Return ``x * gradient``, 0 where the gradient is 0: scores of keys that are masked are infinite."""
+    return torch.where(gradient == 0, 0, x * gradient)
+
+
+def between(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """Return the point that lies this share of the way from ``a`` to ``b``, which may be infinite where they agree."""
+    return torch.where(a == b, a, a + share * (b - a))
 
 
 def _put(value: Tensor) -> Callable[[Tensor, HookContext], Tensor]:

@@ -134,6 +134,11 @@ def rollout(
 
     ``A = product over layers of residual I + (1 - residual) mean over heads of the pattern``: ``[batch pos source]``.
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> rollout(model, torch.zeros(1, 3, 96, 96)).sel(pos="cls").shape
+    {'batch': 1, 'source': 145}
+
     Args:
         model: as in ``head_scores``; or a text tower, whose tokens have no names.
         images: as in ``head_scores``; of a text tower texts, or tokens of them.
@@ -174,6 +179,12 @@ def mixing_steps(
     names, layout = pattern_names(model, images)
     with torch.no_grad():
         _, cache = model.run_with_cache(images, names=list(chain(*names)), output=False)
+    sizes = {layer_label(each): tuple(cache[each[0]].shape[-2:]) for each in names}
+    if len(set(sizes.values())) > 1:
+        raise NotApplicable(
+            f"The layers differ in their tokens ({sizes}), so their patterns have no product. "
+            "prisma_view.attention_page shows each layer's."
+        )
     steps = list[Tensor]()
     for each in names:
         pattern = layer_pattern(cache, each).float()

@@ -37,6 +37,11 @@ KINDS = {"copy": (0, 0), "right": (0, 1), "left": (0, -1), "above": (-1, 0), "be
 def induction(model: HookedModel, images: Any, *, pairs: Count = 4, batch_size: Count = 16, seed: int = 0) -> Result:
     """Return how much more each head attends to a patch's copy, or beside it, than without one: ``[kind layer head]``.
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> induction(model, torch.rand(2, 3, 96, 96)).shape
+    {'kind': 5, 'layer': 3, 'head': 4}
+
     Args:
         model: a canonical vision transformer of images, or a dual encoder.
         images: ``[batch channel height width]``; varied ones, whose patches differ.
@@ -45,7 +50,8 @@ def induction(model: HookedModel, images: Any, *, pairs: Count = 4, batch_size: 
         seed: of the places.
 
     Returns:
-        The differences; ``tensors["repeated"]`` and ``tensors["control"]`` are what they are differences of, and
+        The differences, NaN of a kind that no pair has (in one row of patches, none is above another);
+        ``tensors["repeated"]`` and ``tensors["control"]`` are what they are differences of, and
         ``tensors["copied"]`` ``[layer head]`` how much of the copy's stream, its mean over tokens taken out, a head
         writes into the patch that looks at it: 1 is all of it.
 
@@ -65,14 +71,18 @@ def induction(model: HookedModel, images: Any, *, pairs: Count = 4, batch_size: 
     generator = torch.Generator().manual_seed(seed)
     places = torch.stack([torch.randperm(layout.n_patches, generator=generator)[: 2 * pairs] for _ in images])
     totals = {"repeated": list[Tensor](), "control": list[Tensor]()}
-    copied = list[Tensor]()
+    counts, copied = list[Tensor](), list[Tensor]()
     for part, where in zip(images.split(batch_size), places.split(batch_size), strict=True):
         repeated = _with_copies(part, where, layout, own.spec.embed.patch)
+        keys, inside = _keys(where.to(part.device), layout)
+        counts.append(inside.sum((1, 2)))
         for key, batch in (("repeated", repeated), ("control", part)):
             _, cache = own.run_with_cache(batch, names=list(chain(*names)), output=False)
-            totals[key].append(_attention([layer_pattern(cache, each) for each in names], where, layout) * len(part))
+            patterns = [layer_pattern(cache, each) for each in names]
+            totals[key].append(_attention(patterns, where.to(part.device), keys, inside, layout.n_prefix))
         copied.append(_copied(own, repeated, where, layout.n_prefix) * len(part))
-    means = {key: torch.stack(each).sum(0) / len(images) for key, each in totals.items()}
+    n = torch.stack(counts).sum(0)[:, None, None]
+    means = {key: torch.stack(each).sum(0) / n for key, each in totals.items()}
     values = means["repeated"] - means["control"]
     return Result(
         values,
@@ -107,18 +117,23 @@ def _both_ways(where: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([first, second], 1), torch.cat([second, first], 1)
 
 
-def _attention(patterns: list[Tensor], where: Tensor, layout: TokenLayout) -> Tensor:
-    """Return the mean attention of each kind over pairs that have such a neighbour: ``[kind layer head]``."""
-    queries, copies = (each.to(patterns[0].device) for each in _both_ways(where))
-    image = torch.arange(len(where), device=queries.device)[:, None]
-    kinds = list[Tensor]()
-    for down, across in KINDS.values():
-        row, column = copies // layout.columns + down, copies % layout.columns + across
-        inside = (row >= 0) & (row < layout.rows) & (column >= 0) & (column < layout.columns)
-        keys = (row * layout.columns + column).where(inside, 0)
-        seen = torch.stack([x[image, :, layout.n_prefix + queries, layout.n_prefix + keys] for x in patterns])
-        kinds.append((seen * inside[..., None]).sum((1, 2)) / inside.sum().clamp_min(1))
-    return torch.stack(kinds)
+def _keys(where: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+    """Return the patches that each kind looks at, and which of them there are: ``[kind image pair]``."""
+    _, copies = _both_ways(where)
+    steps = torch.tensor(list(KINDS.values()), device=where.device)[:, :, None, None]
+    row, column = copies // layout.columns + steps[:, 0], copies % layout.columns + steps[:, 1]
+    inside = (row >= 0) & (row < layout.rows) & (column >= 0) & (column < layout.columns)
+    return (row * layout.columns + column).where(inside, 0), inside
+
+
+def _attention(patterns: list[Tensor], where: Tensor, keys: Tensor, inside: Tensor, n_prefix: int) -> Tensor:
+    """Return the attention of each kind, summed over pairs that have such a neighbour: ``[kind layer head]``."""
+    queries, _ = _both_ways(where)
+    image, sums = torch.arange(len(where), device=where.device)[:, None], list[Tensor]()
+    for at, here in zip(keys, inside, strict=True):
+        seen = torch.stack([x[image, :, n_prefix + queries, n_prefix + at] for x in patterns])
+        sums.append((seen * here[..., None]).sum((1, 2)))
+    return torch.stack(sums)
 
 
 def _copied(own: HookedViT, images: Tensor, where: Tensor, n_prefix: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias, cast
 
 from torch import Tensor
 
-from prisma_core import HookedDual, HookedModel, HookedText, InputError, UnknownName
+from prisma_core import ActivationCache, HookedDual, HookedModel, HookedText, InputError, UnknownName
 from prisma_core.plugin import LayerQuery, Query, resolve_one, shown
 
 Inputs: TypeAlias = tuple[Tensor, ...]
@@ -49,6 +49,8 @@ def as_input(model: HookedModel, given: Any) -> Tensor:
         InputError: it is nothing that the model takes, or there is none of it.
     """
     x = given
+    if isinstance(given, ActivationCache):
+        raise InputError(f"Expected images or texts, which this runs itself, got {given!r}.")
     if not isinstance(given, Tensor):
         if isinstance(model, HookedText):
             x = model.tokens(given)
@@ -86,9 +88,12 @@ def points_of(model: HookedModel, at: Query | None) -> list[str]:
 
 
 def one_point(model: HookedModel, at: str | LayerQuery) -> str:
-    """Return the full name of the one hook point that is meant.
+    """Return the full name of the one hook point that is meant by a function's ``at=``.
 
     Raises:
         UnknownName: there is none, or there are several; with a name for one of them.
     """
-    return resolve_one(at, list(model.hook_points()))
+    try:
+        return resolve_one(at, list(model.hook_points()))
+    except UnknownName as error:
+        raise UnknownName(f"{error} The argument at= says which hook point is meant.") from None

@@ -93,15 +93,20 @@ def logit_lens(
     Raises:
         NotApplicable: the model has no head, one head for each of several tokens, or blocks that norm the stream.
         UnknownName: the cache lacks a stream, or there is no such class.
-        InputError: the cache is another model's, or the target does not fit.
+        InputError: the cache is another model's, or the target does not fit or is missing.
     """
     own = tower_of(model, tower)
+    if target is None and (against is not None or labels is not None):
+        raise InputError("Expected a target beside against= and labels=: what is subtracted from, what has the names.")
     if isinstance(target, Result):
         refuse_with_probe(against=against, labels=labels, tuned=tuned)
         cache, stages, read, names = _of_probe(model, given, target, tower)
     else:
         if target is None and own.spec.n_classes is None:
-            raise NotApplicable("This model has no classification head, so there are no logits to look through.")
+            raise NotApplicable(
+                "This model has no classification head, so there are no logits to look through: give target=, "
+                f"directions in its output [class {own.spec.d_model}] or the Result of probe."
+            )
         cache = cache_of(model, given, lambda each: each.resolve(LENS_NAMES), tower)
         reading = None if target is None else readout(model, target, against, tower=tower, labels=labels)
         names = (own.labels or ()) if reading is None else reading.labels
@@ -138,6 +143,12 @@ def logit_lens(
 @checked
 def token_logits(model: HookedViT | HookedText, stream: Tensor) -> Tensor:
     """Return the logits ``[... class]`` of every token of a residual stream ``[... d_model]``, each taken alone.
+
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> _, cache = model.run_with_cache(torch.zeros(1, 3, 96, 96), names=("resid_post", -1))
+    >>> token_logits(model, cache["resid_post", -1]).shape
+    torch.Size([1, 145, 12])
 
     Raises:
         NotApplicable: the model has no head, or one head for each of several tokens.

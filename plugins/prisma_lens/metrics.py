@@ -18,18 +18,33 @@ MetricLike: TypeAlias = Metric | Class | tuple[Class, Class]
 
 @checked
 def logit(which: int) -> Metric:
-    """Return the metric ``logits[which]``: ``[batch class] -> [batch]``."""
+    """Return the metric ``logits[which]``: ``[batch class] -> [batch]``; classes count from 0.
+
+    >>> import torch
+    >>> logit(2)(torch.tensor([[0.0, 1.0, 5.0]]))
+    tensor([5.])
+    """
     return lambda logits: logits[:, _index(which, logits)]
 
 
 @checked
 def logit_difference(higher: int, lower: int) -> Metric:
-    """Return the metric ``logits[higher] - logits[lower]``: ``[batch class] -> [batch]``."""
+    """Return the metric ``logits[higher] - logits[lower]``: ``[batch class] -> [batch]``.
+
+    >>> import torch
+    >>> logit_difference(2, 1)(torch.tensor([[0.0, 1.0, 5.0]]))
+    tensor([4.])
+
+    Raises:
+        InputError: they are one class, whose difference from itself is 0 for every image.
+    """
+    if higher == lower:
+        raise InputError(f"Expected two classes, got {higher} twice: the difference is 0 whatever the image shows.")
     return lambda logits: logits[:, _index(higher, logits)] - logits[:, _index(lower, logits)]
 
 
 def _index(which: int, logits: Tensor) -> int:
-    if logits.ndim != 2 or not -logits.shape[1] <= which < logits.shape[1]:
+    if logits.ndim != 2 or not 0 <= which < logits.shape[1]:
         raise UnknownName(f"No class {which} in an output {list(logits.shape)}: expected [batch class].")
     return which
 
@@ -37,6 +52,11 @@ def _index(which: int, logits: Tensor) -> int:
 @checked
 def as_metric(model: HookedModel, metric: MetricLike, *, single: bool = False) -> Metric:
     """Return a metric as a function that checks what it returns.
+
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> as_metric(model, ("ladybird", 3))(torch.eye(12)[:1])
+    tensor([0.])
 
     Args:
         model: the model whose labels name the classes.
@@ -103,8 +123,8 @@ def class_of(model: Any, given: Class) -> int:
     labels: tuple[str, ...] = getattr(model, "labels", None) or ()
     if (index := whole(given)) is not None:
         n = getattr(getattr(model, "spec", None), "n_classes", None) or len(labels)
-        if n and not -n <= index < n:
-            raise UnknownName(f"No class {index}: they run from 0 to {n - 1}.")
+        if index < 0 or (n and index >= n):
+            raise UnknownName(f"No class {index}: they run from 0{f' to {n - 1}' if n else ''}.")
         return index
     if not isinstance(given, str):
         raise InputError(f"Expected a class, as index or label; got {shown(given)}.")

@@ -42,6 +42,12 @@ def probe(
 ) -> Result:
     """Return the held-out accuracy of a linear probe and of its control at each hook point: ``[place task]``.
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> data = [(torch.rand(32, 3, 96, 96), torch.arange(32) % 2)]
+    >>> probe(model, data, names="resid_post", tokens="mean").shape
+    {'place': 3, 'task': 2}
+
     Args:
         model: any hooked model; of a dual encoder its vision tower.
         data: batches ``(images, labels)``, with labels ``[batch]``, or ``[batch patch]`` for ``tokens="patches"``.
@@ -125,6 +131,16 @@ def probe_harvest(
 ) -> Result:
     """Return what ``probe`` does of activations on disk, which need not fit in memory: ``[place task]``.
 
+    >>> from prisma_harvest import harvest
+    >>> import tempfile, torch
+    >>> import prisma_core as prisma
+    >>> from prisma_toy import sample_scene
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> data = [sample_scene(seed).image for seed in range(16)]
+    >>> acts = harvest(model, data, ("resid_post", 1), out=tempfile.mkdtemp())
+    >>> probe_harvest(acts, torch.arange(16) % 2, tokens="mean").shape
+    {'place': 1, 'task': 2}
+
     Args:
         acts: a harvest, as ``prisma_harvest.open_harvest`` returns it.
         given: the labels ``[example]``, or ``[example patch]`` for ``tokens="patches"``.
@@ -184,20 +200,21 @@ def probe_harvest(
 
 def _rows(acts: Any, name: str, tokens: str, start: int, stop: int) -> Tensor:
     """Return what is read of examples of a harvest: ``[example thing d]``."""
-    first, *rest = acts.point(name).axes.split()
+    point = acts.point(name)
+    _, *rest = point.axes.split()
     x = acts.read(name, start, stop).float()
     if not rest:
         return x[:, None]
-    if first not in ("pos", "patch") or len(rest) > 1:
-        raise InputError(f"Probes read activations [pos d]; {name} is [{acts.point(name).axes}].")
+    if not point.has_tokens or len(rest) > 1:
+        raise InputError(f"Probes read activations [pos d]; {name} is [{point.axes}].")
     if tokens == "mean":
         return x.mean(1, keepdim=True)
     if acts.layout is None:
         raise InputError(f"This harvest has no token layout, so tokens={tokens!r} means nothing: take 'mean'.")
     subset = set(acts.layout.positions(tokens))
-    there = [at for at, position in enumerate(acts.positions) if position in subset]
+    there = [at for at, position in enumerate(acts.positions_of(name)) if position in subset]
     if not there:
-        raise InputError(f"This harvest holds no {tokens}: it is of {', '.join(acts.tokens[:3])} and so on.")
+        raise InputError(f"This harvest holds no {tokens}: it is of {', '.join(acts.tokens_of(name)[:3])} and so on.")
     return x[:, there] if tokens == "patches" else x[:, there].mean(1, keepdim=True)
 
 

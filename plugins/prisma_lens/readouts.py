@@ -90,6 +90,8 @@ def readout(
                 )
             names = less.labels if len(less.labels) == len(one.labels) else less.labels * len(one.labels)
             pairs = tuple(f"{more} - {minus}" for more, minus in zip(one.labels, names, strict=True))
+            if not (one.vectors != less.vectors).any(-1).all():
+                raise InputError(f"Expected another target to subtract, got the same one: {', '.join(pairs)} is 0.")
             one = replace(one, vectors=one.vectors - less.vectors, bias=one.bias - less.bias, labels=pairs)
     if labels is None:
         return one
@@ -115,9 +117,10 @@ def _one(model: HookedModel, target: Target, tower: TowerName) -> Readout:
     targets = [target] if one else several(target, "classes (indices or labels), or directions [class out]")
     if own.spec.n_classes is None:
         raise NotApplicable(
-            "This model has no head, so there are no classes: give directions in its output [class out]."
+            f"This model has no head, so there are no classes: give target= as directions in its output, floating "
+            f"point numbers [class {n}], such as the weights of a classifier of yours."
         )
-    at = [class_of(own, each) % n for each in targets]
+    at = [class_of(own, each) for each in targets]
     names = own.labels or ()
     labels = tuple(names[each] if names else str(each) for each in at)
     rows = like.new_zeros(len(at), n)

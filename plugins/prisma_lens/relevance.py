@@ -35,6 +35,11 @@ def relevance(
 
     ``result.sel(pos="cls")`` is the map of a model that reads its class token.
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> relevance(model, torch.zeros(1, 3, 96, 96), "ladybird").sel(pos="cls").shape
+    {'batch': 1, 'source': 145}
+
     Args:
         model: as in ``rollout``.
         images: what it takes; for a dual encoder images and tokens, ``(images, model.tokens(texts))``.

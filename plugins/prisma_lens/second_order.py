@@ -42,6 +42,11 @@ def second_order(
 ) -> Result:
     """Return what each neuron adds to a reading through later attention: ``[layer neuron batch class]``.
 
+    >>> import prisma_core as prisma, torch
+    >>> clip = prisma.load("toy:clip-scenes")
+    >>> second_order(clip, torch.rand(1, 3, 64, 64), "a red circle").shape
+    {'layer': 3, 'neuron': 192, 'batch': 1, 'class': 1}
+
     Args:
         model: a dual encoder, a classifier, or a tower.
         given: images, or a cache of them that holds ``second_order_names(model)``.
@@ -100,6 +105,11 @@ def neuron_outputs(
 
     ``textspan(result.values[0], clip.encode_text(texts, normalize=True))`` names the first of them.
 
+    >>> import prisma_core as prisma, torch
+    >>> clip = prisma.load("toy:clip-scenes")
+    >>> neuron_outputs(clip, torch.rand(2, 3, 64, 64), 0, [3, 7]).shape
+    {'neuron': 2, 'image': 2, 'd_embed': 96}
+
     Args:
         model: a dual encoder, or a vision tower.
         images: images, or a cache that holds ``second_order_names(model)``.
@@ -150,7 +160,12 @@ def neuron_outputs(
 
 @checked
 def second_order_names(model: HookedModel, tower: TowerName = "vision") -> list[str]:
-    """Return the hook points that a cache of a tower must hold for ``second_order``."""
+    """Return the hook points that a cache of a tower must hold for ``second_order``.
+
+    >>> import prisma_core as prisma
+    >>> len(second_order_names(prisma.load("toy:clip-scenes")))
+    16
+    """
     own = tower_of(model, tower)
     wanted = [*names_for(own, "neuron")]
     for layer, block in enumerate(own.layers()):

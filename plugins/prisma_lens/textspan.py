@@ -78,6 +78,11 @@ def name_heads(
 ) -> Result:
     """Return the share of variance of each head's output that each of its texts explains: ``[head rank]``.
 
+    >>> import prisma_core as prisma, torch
+    >>> clip = prisma.load("toy:clip-scenes")
+    >>> name_heads(clip, torch.rand(8, 3, 64, 64), ["a red circle", "a blue star"], k=2).shape
+    {'head': 12, 'rank': 2}
+
     Args:
         model: a dual encoder.
         images: batches of images, more of them than dimensions if they can be had; or the Result of ``head_outputs``.

@@ -181,6 +181,10 @@ def unembed_hash(model: HookedViT | HookedText) -> str | None:
     """Return tuned-lens' hash of a head's weights, or None for a model without one.
 
     It is of the weights as numpy prints them with one decimal: of large heads the corners alone.
+
+    >>> import prisma_core as prisma
+    >>> len(unembed_hash(prisma.load("toy:scenes-3l")))
+    64
     """
     if model.spec.n_classes is None or not hasattr(model, "head"):
         return None
@@ -205,6 +209,12 @@ def fit_tuned_lens(
 ) -> TunedLens:
     """Fit a tuned lens on batches of images (or tokens of texts, for a text tower).
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> lens = fit_tuned_lens(model, [torch.rand(4, 3, 96, 96)], progress=False)
+    >>> len(lens)
+    3
+
     Args:
         model: as in ``logit_lens``; it stays as it is.
         train: batches; a list or a loader that can be gone through ``epochs`` times.
@@ -219,11 +229,11 @@ def fit_tuned_lens(
         options: of the optimizer.
 
     Raises:
-        InputError: there are no batches.
+        InputError: there are no batches, or none are left in a later epoch.
         NotApplicable: as in ``logit_lens``; or the model is a dual encoder, and there is no target.
     """
     own, read = tower_of(model, tower), _logits(model, target, tower)
-    lens, seen = TunedLens.of(own), 0
+    lens = TunedLens.of(own)
     if start is not None:
         start.check(own)
         lens.load_state_dict(start.state_dict())
@@ -234,6 +244,7 @@ def fit_tuned_lens(
         parameter.requires_grad_(False)
     try:
         for epoch in range(epochs):
+            seen = 0
             for batch, _ in bar(as_batches(train), f"Epoch {epoch + 1} of {epochs}", progress):
                 streams, final = _streams(model, own, batch, tokens, tower, read)
                 with torch.enable_grad():
@@ -244,11 +255,16 @@ def fit_tuned_lens(
                     loss.backward()
                 solver.step()
                 seen += 1
+            if not seen:
+                raise InputError(
+                    "There are no batches: expected images [batch channel height width], one batch after another."
+                    if epoch == 0
+                    else f"No batches are left for epoch {epoch + 1} of {epochs}, for a generator can be gone through "
+                    "once: give a list of batches, or a DataLoader."
+                )
     finally:
         for parameter, required in frozen.items():
             parameter.requires_grad_(required)
-    if not seen:
-        raise InputError("There are no batches: expected images [batch channel height width], one batch after another.")
     return lens.requires_grad_(False).eval()
 
 
@@ -264,6 +280,11 @@ def lens_kl(
     tower: TowerName = "vision",
 ) -> Result:
     """Return how far each layer's reading is from the last one's, plain and tuned: ``[layer lens]``, in nats.
+
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> lens_kl(model, [torch.rand(4, 3, 96, 96)]).shape
+    {'layer': 3, 'lens': 1}
 
     Args:
         model, target, tokens, tower: as in ``fit_tuned_lens``.

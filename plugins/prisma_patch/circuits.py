@@ -90,6 +90,13 @@ def edge_scores(
 def run_circuit(model: HookedModel, circuit: Circuit, clean: Tensor | Inputs, corrupt: Tensor | Inputs) -> Tensor:
     """Return the output of the clean inputs where every edge outside a circuit carries the corrupt run.
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> clean, other = torch.rand(2, 1, 3, 96, 96)
+    >>> circuit = find_circuit(model, clean, other, "ladybird", faithfulness=0.5, steps=1)
+    >>> run_circuit(model, circuit, clean, other).shape
+    torch.Size([1, 12])
+
     Args:
         model, clean, corrupt: as in ``edge_scores``.
         circuit: its edges carry what the pass itself makes.
@@ -109,6 +116,13 @@ def circuit_faithfulness(
     model: HookedModel, circuit: Circuit, clean: Tensor | Inputs, corrupt: Tensor | Inputs, metric: MetricLike
 ) -> Result:
     """Return faithfulness and completeness of a circuit, one each: ``[measure]``, 1 being perfect.
+
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> clean, other = torch.rand(2, 1, 3, 96, 96)
+    >>> circuit = find_circuit(model, clean, other, "ladybird", faithfulness=0.5, steps=1)
+    >>> circuit_faithfulness(model, circuit, clean, other, "ladybird").names("measure")
+    ('faithfulness', 'completeness')
 
     Args:
         model, circuit, clean, corrupt: as in ``run_circuit``.
@@ -155,6 +169,13 @@ def edge_effects(
 ) -> Result:
     """Return the exact change of the metric when one edge carries the corrupt run: ``[edge]``, the mean over pairs.
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> clean, other = torch.rand(2, 1, 3, 96, 96)
+    >>> circuit = find_circuit(model, clean, other, "ladybird", faithfulness=0.5, steps=1)
+    >>> edge_effects(model, circuit.edges[:2], clean, other, "ladybird").shape
+    {'edge': 2}
+
     Args:
         model, clean, corrupt, metric: as in ``edge_scores``.
         edges: names, such as those of ``circuit.edges``.
@@ -192,6 +213,12 @@ def find_circuit(
     steps: Count = 5,
 ) -> Circuit:
     """Return a small circuit that is this faithful: the edges of the largest scores, their number found by halving.
+
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> clean, other = torch.rand(2, 1, 3, 96, 96)
+    >>> len(find_circuit(model, clean, other, "ladybird", faithfulness=0.5, steps=1).edges) > 0
+    True
 
     Args:
         model, clean, corrupt, metric, steps: as in ``edge_scores``.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 import prisma_core as prisma
@@ -39,8 +40,8 @@ def patch(
     pos: Annotated[
         str | None, typer.Option(help="Tokens to replace: cls, patches, registers, or numbers.", show_default="all")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images to run at once.")] = 64,
-    top: Annotated[int, typer.Option(help="How many of the largest effects to list.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images to run at once.")] = 64,
+    top: Annotated[int, typer.Option(min=1, help="How many of the largest effects to list.")] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also save the result here, as .safetensors.")] = None,
     resume: Annotated[
@@ -56,10 +57,8 @@ def patch(
     for path in (clean, corrupt):  # what cannot be read is told before anything is loaded
         open_image(path)
     for path in (out, resume):
-        if path is not None and path.suffix != ".safetensors":
-            raise InputError(f"Expected a file that ends in .safetensors, got {path}.")
-    status = Console(stderr=True, highlight=False)
-    with status.status(f"Loading {reference}"):
+        screen.check_output(path, ".safetensors")
+    with screen.working(f"Loading {reference}"):
         model = prisma.load(reference, **({} if pretrained else {"pretrained": False}))
     ours, theirs = _inputs(model, reference, clean, text), _inputs(model, reference, corrupt, text)
     with torch.no_grad():
@@ -75,7 +74,7 @@ def patch(
         over=over,
         pos=_positions(pos),
         batch_size=batch_size,
-        progress=status.is_terminal or None,
+        progress=sys.stderr.isatty() or None,
         resume=resume,
     ).sel(batch=0)
     saved = None if out is None else effects.save(out)
@@ -94,7 +93,7 @@ def patch(
     )
     screen.show(_table(effects, top))
     if saved is not None:
-        console.print(f"Saved to {saved}: prisma.Result.load reads it.", soft_wrap=True, markup=False)
+        console.print(f"Saved to {saved}: prisma.Result.load reads it.", soft_wrap=True)
     if not pretrained:
         console.print("These weights are random: the effects say nothing about a trained model.", style="yellow")
 
@@ -148,7 +147,7 @@ def _table(effects: Result, top: int) -> Table:
         table = screen.table(" ".join(effects.axes), *columns, title=effects.unit)
         largest = effects.values.abs().max()
         for name, row in zip(rows, effects.values, strict=True):
-            table.add_row(name, *(f"[bold]{x:+.3f}[/]" if abs(x) > largest / 2 else f"{x:+.3f}" for x in row.tolist()))
+            table.add_row(name, *(Text(f"{x:+.3f}", "bold" if abs(x) > largest / 2 else "") for x in row.tolist()))
         return table
     table = screen.table(*effects.axes, effects.unit)
     for place, value in effects.top(top):

@@ -121,6 +121,10 @@ def change_points(
     A change is the index of the first checkpoint of the new piece; ``labels`` name its step. ``plot()`` draws the
     series (``tensors["series"]``) with the fitted pieces, changes and intervals.
 
+    >>> import torch
+    >>> change_points(torch.tensor([0.0] * 10 + [1.0] * 10), 1).sel(bound="best").values
+    tensor([10.], dtype=torch.float64)
+
     Args:
         series: one number for each checkpoint: a result ``[checkpoint]`` or a tensor.
         n: how many changes; None takes as many as stand out of the noise, 0 among others.

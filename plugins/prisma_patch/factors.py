@@ -3,8 +3,9 @@
 Equation:
     probe[p, f] = R^2, on held-out images, of a ridge regression from the activation at p to factor f.
     intervention[p, f] = sum_i (r_f(a_i; p <- b_i) - r_f(a_i)) d_i / sum_i d_i^2, d_i = r_f(b_i) - r_f(a_i), for pairs
-    (a_i, b_i) of held-out images that differ in every factor: the share of the way from a's value to b's that the
-    readout r_f goes when the place alone is taken from b. r_f is the ridge regression at ``read_at``, fitted once.
+    (a_i, b_i) of held-out images drawn at random: the share of the way from a's value to b's that the readout r_f goes
+    when the place alone is taken from b; pairs that are alike in a factor weigh next to nothing in it. r_f is the ridge
+    regression at ``read_at``, fitted once.
 Cost:
     One pass over the images, and one over the held-out ones for each place; a fit for each place and factor.
 Misleads:

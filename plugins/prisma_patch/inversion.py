@@ -52,7 +52,7 @@ def learn_word(
     >>> import prisma_core as prisma
     >>> from prisma_toy import draw_captions, normalise
     >>> model = prisma.load("toy:clip-scenes")
-    >>> images = normalise(draw_captions(4, seed=0, shapes=(1,)).image)
+    >>> images = normalise(draw_captions(4, seed=0).image)
     >>> learned = learn_word(model, images, "wug", "a {}", steps=5)
     >>> learned.axes, learned.facts["word"], learned.tensors["loss"].shape
     (('d_model',), 'wug', torch.Size([5]))
@@ -123,6 +123,15 @@ def use_word(model: HookedModel, learned: Result) -> Scope:
 
     All that reads texts runs inside it: ``classify``, ``encode_text``, ``attribute``, ``activation_patch``.
 
+    >>> import prisma_core as prisma
+    >>> from prisma_toy import draw_captions, normalise
+    >>> clip = prisma.load("toy:clip-scenes")
+    >>> images = normalise(draw_captions(4, seed=0).image)
+    >>> learned = learn_word(clip, images, "wug", "a {}", steps=5)
+    >>> with use_word(clip, learned):
+    ...     clip.encode_text(["a wug"]).shape
+    torch.Size([1, 96])
+
     Args:
         model: the model that it was learned with, or one with the same tokenizer and width.
         learned: the result of ``learn_word``.
@@ -149,6 +158,14 @@ def read_word(
     """Return how like some words a learned one is inside the text tower: cosines ``[layer word pos]``.
 
     What all the words share is taken out first. Tokens in front of the word know nothing of it: 0.
+
+    >>> import prisma_core as prisma
+    >>> from prisma_toy import draw_captions, normalise
+    >>> clip = prisma.load("toy:clip-scenes")
+    >>> images = normalise(draw_captions(4, seed=0).image)
+    >>> learned = learn_word(clip, images, "wug", "a {}", steps=5)
+    >>> read_word(clip, learned, ["circle", "star"]).axes
+    ('layer', 'word', 'pos')
 
     Args:
         model: as in ``use_word``.

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from prisma_lens.gradients import between, weighted
 from prisma_lens.inputs import as_inputs
 from prisma_lens.metrics import Metric, MetricLike, as_loss, as_metric
 from torch import Tensor
@@ -41,6 +42,12 @@ def attribution_patch(
     exact: Natural = 0,
 ) -> Result:
     """Return the first-order effect of replacing each place by the other run's: ``[*over batch]``.
+
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> clean, other = torch.rand(2, 1, 3, 96, 96)
+    >>> attribution_patch(model, clean, other, "ladybird").shape
+    {'layer': 3, 'head': 4, 'batch': 1}
 
     Args:
         model, clean, metric, at, over: as in ``activation_patch``.
@@ -69,11 +76,10 @@ def attribution_patch(
         a, b = ours[name], theirs[name]
         if a.shape[1:] != b.shape[1:] or b.shape[0] not in (1, a.shape[0]):
             raise InputError(f"{name} is {list(a.shape)} in the clean run and {list(b.shape)} in the other.")
-        difference = b - a
         gradient = ours.grad[name] if not steps else _integrated(model, inputs, loss, name, a, b, steps)
         axes_of, kept = places.axes[name], [str(places.own(name, axis)) for axis in places.swept]
         front = [axes_of.index(axis) for axis in (*kept, "batch")]
-        effect = (difference * gradient).movedim(front, list(range(len(front))))
+        effect = weighted(b - a, gradient).movedim(front, list(range(len(front))))
         effect = effect.reshape(*effect.shape[: len(front)], -1).sum(-1)
         parts.append(effect.flatten(0, -2) if kept else effect[None])
     counts, rows = places.counts(names, ours), torch.cat(parts)
@@ -103,7 +109,7 @@ def _integrated(
 ) -> Tensor:
     total = torch.zeros_like(a)
     for step in range(steps):
-        mixed = a + (step + 0.5) / steps * (b - a)
+        mixed = between(a, b, (step + 0.5) / steps)
 
         def put(x: Tensor, at: HookContext, mixed: Tensor = mixed) -> Tensor:
             return mixed.to(x)

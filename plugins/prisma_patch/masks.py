@@ -74,6 +74,12 @@ def causal(model: HookedModel, *, layers: Layers = None, heads: int | Indices | 
 
     Prefix tokens (class token, registers) attend to all, so that the model can still answer.
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> with causal(model, layers=0):
+    ...     model(torch.zeros(1, 3, 96, 96)).shape
+    torch.Size([1, 12])
+
     Args:
         model, layers, heads: as in ``knock_out``.
     """
@@ -87,6 +93,12 @@ def local(
     """Return a scope in which each patch attends to the prefix tokens and to patches at most ``radius`` away.
 
     The distance is the larger of rows and columns (a square neighbourhood), and frames are not compared.
+
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> with local(model, radius=2):
+    ...     model(torch.zeros(1, 3, 96, 96)).shape
+    torch.Size([1, 12])
 
     Args:
         radius: in patches.

@@ -174,6 +174,12 @@ def arranged(
 def patch_heads(model: HookedModel, clean: Tensor | Inputs, other: Other, metric: MetricLike, **options: Any) -> Result:
     """Return how far the metric moves when each head's output is replaced: ``[layer head batch]``.
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> clean, other = torch.rand(2, 1, 3, 96, 96)
+    >>> patch_heads(model, clean, other, "ladybird").shape
+    {'layer': 3, 'head': 4, 'batch': 1}
+
     Args:
         model, clean, other, metric, options: as in ``activation_patch``.
     """

@@ -20,7 +20,7 @@ from prisma_lens.inputs import as_inputs, points_of
 from prisma_lens.metrics import MetricLike, as_metric
 from torch import Tensor
 
-from prisma_core import HookContext, HookedModel, InputError, Result
+from prisma_core import HookContext, HookedModel, InputError, NotApplicable, Result
 from prisma_core.plugin import Indices, Query, checked, layer_of, positions_of
 from prisma_patch.passes import Inputs
 from prisma_patch.places import Positions, token_positions
@@ -48,6 +48,12 @@ def path_patch(
     lists them, for a hooked upstream may lack hook points. With nothing frozen (``through`` all of them) and the
     output as receiver it is activation patching.
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> clean, other = torch.rand(2, 1, 3, 96, 96)
+    >>> path_patch(model, clean, other, "ladybird", ("z", 0), heads=1).shape
+    {'batch': 1}
+
     Args:
         model: the model to run.
         clean: the inputs whose run is edited.
@@ -64,15 +70,27 @@ def path_patch(
     Raises:
         UnknownName: a hook point, class or subset that does not exist.
         InputError: the runs do not fit together, or an activation has no heads.
+        NotApplicable: all receivers are computed before the senders.
     """
     measure, ours, theirs = as_metric(model, metric), as_inputs(model, clean), as_inputs(model, other)
     senders, targets = points_of(model, sender), points_of(model, receivers)
     open_names = set() if through is None else set(points_of(model, through))
     frozen = [name for name in model.hook_points() if name.endswith(FROZEN) and layer_of(name) is not None]
     frozen = [name for name in frozen if name not in (*senders, *open_names, *targets)]
+    order = list[str]()
+
+    def note(x: Tensor, at: HookContext) -> None:
+        order.append(at.name)
+
     with torch.no_grad():
-        output, held = model.run_with_cache(*ours, names=[*frozen, *senders, *targets])
+        noted = dict.fromkeys([*senders, *targets], note)
+        output, held = model.run_with_cache(*ours, names=[*frozen, *senders, *targets], hooks=noted)
         _, cache = model.run_with_cache(*theirs, names=senders, output=False)
+    if max(map(order.index, targets)) < min(map(order.index, senders)):
+        raise NotApplicable(
+            f"No path leads from {senders[0]} to {targets[0]}, which is computed before it: give receivers behind the "
+            "sender."
+        )
     base = measure(output)
     tokens = token_positions(model.layout_for(*ours), pos)
 

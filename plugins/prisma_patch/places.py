@@ -148,7 +148,10 @@ class Places:
         every = {name: [len(rows) for rows in self.parts(name, shapes[name].shape)] for name in names}
         if len({tuple(each) for each in every.values()}) != 1:
             each = ", ".join(f"{name} has {' x '.join(map(str, count))}" for name, count in every.items())
-            raise NotApplicable(f"The places differ between hook points ({each}), so there is no one sweep over them.")
+            raise NotApplicable(
+                f"The places differ between hook points ({each}), so there is no one sweep over them: "
+                f"give at= those that agree, such as at={names[0]!r}."
+            )
         return every[names[0]]
 
     def index(self, name: str, chosen: Sequence[int]) -> tuple[Any, ...]:

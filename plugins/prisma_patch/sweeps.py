@@ -43,6 +43,14 @@ def sweep(
 ) -> Tensor:
     """Return the metric under each variant: ``[variant batch ...]``.
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> clean, other = torch.rand(2, 1, 3, 96, 96)
+    >>> z = model.run_with_cache(other)[1]["z", 0]
+    >>> heads = [Variant("blocks.0.attn.hook_z", (slice(None), slice(None), head), z) for head in range(4)]
+    >>> sweep(model, clean, heads, "ladybird").shape
+    torch.Size([4, 1])
+
     Args:
         model: the model to run.
         inputs: the clean inputs.

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 import prisma_core as prisma
 from prisma_core import HookedDual, HookedViT, InputError
+from prisma_core.plugin import screen
 from prisma_registers.norms import LayerNorms, attention_to, check_outliers, token_norms
 
 
@@ -28,12 +29,11 @@ def registers(
 ) -> None:
     """Show which tokens are high-norm outliers, layer by layer, and which heads attend to registers."""
     check_outliers(cutoff, None)
-    status = Console(stderr=True, highlight=False)
-    with status.status(f"Loading {reference}"):
+    with screen.working(f"Loading {reference}"):
         loaded = prisma.load(reference, **({} if pretrained else {"pretrained": False}))
     model = loaded.vision if isinstance(loaded, HookedDual) else loaded
     if isinstance(loaded, HookedDual):
-        status.print(f"{reference} is a pair of towers: this looks at its vision tower.", soft_wrap=True)
+        screen.note("Note", f"{reference} is a pair of towers: this looks at its vision tower.", "dim")
     if not isinstance(model, HookedViT):
         raise InputError(
             f"{reference} is no vision transformer in canonical form, so it has no registers and no stream of tokens "
@@ -43,10 +43,10 @@ def registers(
     if not preprocess:
         raise InputError("This model does not know how to read images.")
     batch = preprocess(images)
-    norms = token_norms(model, batch, progress=status.is_terminal)
+    norms = token_norms(model, batch, progress=sys.stderr.isatty())
     keys = next((kind for kind in ("registers", "cls") if _any(norms.layout, kind)), None)
-    shares = attention_to(model, batch, keys, progress=status.is_terminal) if keys else None
-    out = Console(highlight=False)
+    shares = attention_to(model, batch, keys, progress=sys.stderr.isatty()) if keys else None
+    out = screen.console()
     out.print(_table(norms.by_layer(cutoff=cutoff), norms.layout, shares, keys))
     first = norms.first_layer(cutoff=cutoff)
     text = "no patch is an outlier" if first is None else f"patches are outliers from layer {first} on"

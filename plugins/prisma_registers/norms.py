@@ -104,6 +104,11 @@ def token_norms(
 ) -> TokenNorms:
     """Return the norm of every token in the residual stream after every block.
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-reg")
+    >>> token_norms(model, torch.rand(2, 3, 96, 96)).by_layer()[-1].layer
+    2
+
     Args:
         model: any hooked vision transformer.
         images: ``[batch channel height width]``.
@@ -136,6 +141,11 @@ def attention_to(
     progress: bool = False,
 ) -> Float[Tensor, "layer head *batch"]:
     """Return how much of their attention some tokens give to others, for each head: ``[layer head]``, from 0 to 1.
+
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-reg")
+    >>> attention_to(model, torch.rand(2, 3, 96, 96), "registers").shape
+    torch.Size([3, 4])
 
     Args:
         model: any hooked vision transformer whose layers have as many heads.

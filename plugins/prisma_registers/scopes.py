@@ -47,6 +47,9 @@ class ModelScope(AbstractContextManager[HookedViT]):
     ) -> bool | None:
         return self._scope.__exit__(kind, error, where)
 
+    def __repr__(self) -> str:
+        return f"<scope of {self._name}: with {self._name}(model, ...) as changed: ...>"
+
     def __call__(self, *inputs: Any, **kwargs: Any) -> NoReturn:
         raise InputError(
             f"{self._name} is a scope, not a model. Enter it: with {self._name}(model, ...) as changed: ..."
@@ -74,6 +77,12 @@ def _scope(function: Callable[P, Generator[HookedViT]]) -> Callable[P, ModelScop
 def without_registers(model: HookedViT) -> Generator[HookedViT]:
     """Yield the model without its register tokens.
 
+    >>> import prisma_core as prisma
+    >>> model = prisma.load("toy:scenes-reg")
+    >>> with without_registers(model) as bare:
+    ...     model.layout.n_tokens - bare.layout.n_tokens
+    4
+
     Raises:
         NotApplicable: it has none, its pooling reads them, or neurons' activations are moved into them.
     """
@@ -95,6 +104,12 @@ def extra_registers(
 
     Added tokens have no position: their embedding is what enters the stream.
 
+    >>> import prisma_core as prisma
+    >>> model = prisma.load("toy:scenes-cls")
+    >>> with extra_registers(model, 2) as more:
+    ...     more.layout.n_tokens - model.layout.n_tokens
+    2
+
     Args:
         model: any hooked vision transformer.
         n: how many.
@@ -115,6 +130,12 @@ def registers_at_test_time(model: HookedViT, neurons: Iterable[Neuron], n: Regis
 
     At each of these neurons an added register gets the activation of largest size of any patch, with its sign, and the
     patches get zero. Of scopes inside one another all moves hold, the outer ones first.
+
+    >>> import prisma_core as prisma
+    >>> model = prisma.load("toy:scenes-cls")
+    >>> with registers_at_test_time(model, [Neuron(layer=0, index=5)]) as more:
+    ...     more.layout.n_tokens - model.layout.n_tokens
+    1
 
     Args:
         model: any hooked vision transformer.

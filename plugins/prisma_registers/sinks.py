@@ -44,6 +44,11 @@ def register_neurons(
 ) -> list[Neuron]:
     """Return the neurons that are most active at outlier patches, up to the layer after which patches are outliers.
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-reg")
+    >>> [neuron.layer for neuron in register_neurons(model, torch.rand(4, 3, 96, 96), top=2, factor=1.01)]
+    [0, 0]
+
     Args:
         model: any hooked vision transformer with an MLP in its layers.
         images: ``[batch channel height width]``; a few dozen are enough.

@@ -20,11 +20,11 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from prisma_core import InputError, LoadError
-from prisma_core.plugin import Count, Facts, check_shapes, checked, shown
+from prisma_core.plugin import Count, Facts, check_shapes, checked, format_fields, shown
 from prisma_sae.activations import Activation, Normalize, Statistics, activate, normalized
 
 Kind = Literal["standard", "topk", "batchtopk", "jumprelu", "gated", "transcoder", "matryoshka", "archetypal"]
@@ -101,6 +101,7 @@ class SparseCoder(nn.Module):
         LoadError: a tensor is missing, unknown or misshapen, or an activation lacks its ``k`` or threshold.
     """
 
+    @checked
     def __init__(self, facts: CoderFacts, tensors: Mapping[str, Tensor]):
         super().__init__()
         self.facts = facts
@@ -177,13 +178,17 @@ class SparseCoder(nn.Module):
         """
         try:
             facts = CoderFacts.model_validate({**self.facts.model_dump(), **changes})
-        except ValueError as error:
-            raise InputError(f"These facts do not fit a sparse coder: {error}") from error
+        except ValidationError as error:
+            raise InputError(f"These facts do not fit a sparse coder: {format_fields(error)}.") from error
         return SparseCoder(facts, self.tensors())
 
     def features(self, u: Tensor) -> Tensor:
-        """Return the features of inputs that are normalised and cast."""
-        facts = self.facts
+        """Return the features of inputs that are normalised and cast.
+
+        Raises:
+            InputError: they are of another width.
+        """
+        facts, u = self.facts, self._fitting(u)
         u = u if self.b_in is None else u - self.b_in
         if self.r_mag is not None:
             open_gates = (u @ self.W_enc + self.b_gate) > 0
@@ -193,11 +198,19 @@ class SparseCoder(nn.Module):
             f = activate(u @ self.W_enc + self.b_enc, facts.activation, facts.k, self.threshold)
         return f if facts.soft_cap is None else facts.soft_cap * torch.tanh(f / facts.soft_cap)
 
-    def _read(self, x: Tensor) -> tuple[Tensor, Statistics, Tensor]:
-        """Return an input normalised, what undoes that, and the input itself, in the coder's dtype."""
+    def _fitting(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor) or x.shape[-1:] != (self.facts.d_in,):
             raise InputError(f"Expected activations [... {self.facts.d_in}] for this coder, got {shown(x)}.")
-        x = x.to(self.W_enc.dtype)
+        if x.device != self.W_enc.device:
+            raise InputError(
+                f"The activations are on {x.device}, and this coder on {self.W_enc.device}: "
+                f"coder.to({str(x.device)!r})."
+            )
+        return x
+
+    def _read(self, x: Tensor) -> tuple[Tensor, Statistics, Tensor]:
+        """Return an input normalised, what undoes that, and the input itself, in the coder's dtype."""
+        x = self._fitting(x).to(self.W_enc.dtype)
         u, statistics = normalized(x, self.facts.normalize, self.input_mean, self.input_scale)
         return u, statistics, x
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
-from prisma_core.plugin import screen
+from prisma_core import UnknownName
+from prisma_core.plugin import format_fields, screen
 
 sae = typer.Typer(help="Sparse coders: list, load, measure, train.", no_args_is_help=True, add_completion=False)
 Json = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
@@ -24,6 +28,8 @@ def listed(
 
     everything = catalogue()
     chosen = [each for each in everything if any((word or "") in part for part in (each.name, each.model, each.hook))]
+    if not chosen:
+        raise UnknownName(f"No coder matches {word!r}. `prisma sae list` lists all {len(everything)}.")
     if json:
         screen.show_json([each.model_dump() for each in chosen])
         return
@@ -45,6 +51,7 @@ def loaded(
     from prisma_sae.formats.sae_lens import save
     from prisma_sae.published import open_coder
 
+    screen.check_output(out, folder=True)
     coder = open_coder(name, file=file)
     facts = coder.facts.model_dump(mode="json", exclude={"more", "labels"})
     if json:
@@ -56,6 +63,7 @@ def loaded(
                 several = isinstance(value, dict)
                 table.add_row(key, ", ".join(f"{k} {v:g}" for k, v in value.items()) if several else str(value))
         screen.show(table)
+    _note(coder)
     if out is not None:
         folder = save(coder, out)
         screen.note("Written", f"to {folder}; read({str(folder)!r}) reads it.", style="green")
@@ -67,8 +75,8 @@ def evaluated(
     images: Images = None,
     model: Annotated[str | None, typer.Option(help="The model.", show_default="the one it was trained on")] = None,
     hook: Annotated[str | None, typer.Option(help="The hook point.", show_default="the coder's own")] = None,
-    n: Annotated[int, typer.Option("-n", help="How many samples, where no images are given.")] = 32,
-    batch: Annotated[int, typer.Option(help="Images of a pass.")] = 16,
+    n: Annotated[int, typer.Option("-n", min=1, help="How many samples, where no images are given.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Images of a pass.")] = 16,
     force: Annotated[bool, typer.Option("--force", help="Measure it where it was not trained.")] = False,
     json: Json = False,
 ) -> None:
@@ -97,6 +105,7 @@ def evaluated(
         table.add_row(measure, f"{here:.4g}", "" if figure is None else f"{figure:.4g}")
     screen.show(table)
     screen.note("Note", f"{result.facts['images']} images, {result.facts['tokens']} tokens.", style="dim")
+    _note(coder)
 
 
 @sae.command("train")
@@ -107,15 +116,15 @@ def trained(
     out: Annotated[Path, typer.Option(help="Folder of the coder.")] = Path("coder"),
     harvest: Annotated[Path | None, typer.Option(help="A harvest to read rows from, instead of images.")] = None,
     kind: Annotated[str, typer.Option(help="topk, batchtopk, jumprelu, matryoshka or archetypal.")] = "topk",
-    d_sae: Annotated[int | None, typer.Option(help="Features.", show_default="8 times the width")] = None,
-    k: Annotated[int, typer.Option(help="Features on at once.")] = 16,
+    d_sae: Annotated[int | None, typer.Option(min=1, help="Features.", show_default="8 times the width")] = None,
+    k: Annotated[int, typer.Option(min=1, help="Features on at once.")] = 16,
     tokens: Annotated[
         str | None, typer.Option(help="all, cls or patches.", show_default="all, or those of the harvest")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Batches to train on.")] = 1000,
-    batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 1024,
+    steps: Annotated[int, typer.Option(min=1, help="Batches to train on.")] = 1000,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 1024,
     lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 1e-3,
-    seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Of weights and order.")] = 0,
     resume: Annotated[
         Path | None, typer.Option(help="A .pt file that keeps the training so far; go on from it.")
     ] = None,
@@ -126,11 +135,12 @@ def trained(
     """
     from prisma_core import InputError
     from prisma_sae.binding import model_digest
-    from prisma_sae.coder import CoderFacts
     from prisma_sae.formats.sae_lens import save
     from prisma_sae.training import TrainConfig, library, train
 
     library()  # before anything long
+    screen.check_output(out, folder=True)
+    screen.check_output(resume, ".pt")
     if tokens not in (None, "all", "cls", "patches"):
         raise InputError(f"Expected tokens all, cls or patches, got {tokens!r}.")
     subject = _model(model)
@@ -140,11 +150,10 @@ def trained(
     first = next(rows)
     try:
         config = TrainConfig(kind=kind, d_sae=d_sae or 8 * first.shape[1], k=k, lr=lr, seed=seed)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise InputError(f"These options do not fit: {error}") from error
+    except ValidationError as error:
+        raise InputError(f"These options do not fit: {format_fields(error)}.") from error
     place = subject.resolve([hook])[0]
     about = {"model": model, "weights": model_digest(subject), "hook": place, "tokens": tokens}
-    CoderFacts.model_validate({"kind": "topk", "d_in": 1, "d_sae": 1, "d_out": 1, **about})
     with _bar("training") as bar:
         line = bar.add_task(kind, total=steps)
 
@@ -157,6 +166,11 @@ def trained(
 
 
 # -------------------------------------------------------------------- parts
+
+
+def _note(coder: Any) -> None:
+    if note := coder.facts.more.get("note"):
+        screen.note("Note", note, style="dim")
 
 
 def _reference(model: str | None) -> str:
@@ -178,7 +192,6 @@ def _model(reference: str) -> Any:
 
 def _bar(what: str) -> Any:
     from rich import progress
-    from rich.console import Console
 
     columns = (
         progress.TextColumn("[bold]{task.description}"),
@@ -187,7 +200,8 @@ def _bar(what: str) -> Any:
         progress.TimeElapsedColumn(),
         progress.TimeRemainingColumn(),
     )
-    return progress.Progress(*columns, console=Console(stderr=True), transient=True)
+    console = screen.console(stderr=True)
+    return progress.Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
 
 
 def _files(images: list[Path]) -> list[Path]:
@@ -217,9 +231,8 @@ def _batches(model: Any, reference: str, images: list[Path] | None, n: int, batc
     import torch
 
     if not images:
-        seeds = range(n)
-        parts = [seeds[start : start + batch] for start in range(0, n, batch)]
-        return (model.preprocess([_sample(reference, seed) for seed in part]) for part in parts), n
+        parts = [range(n)[start : start + batch] for start in range(0, n, batch)]
+        return _Again(lambda: (model.preprocess([_sample(reference, seed) for seed in part]) for part in parts)), n
     files = _files(images)
     labels: tuple[str, ...] = getattr(model, "labels", None) or ()
     classes = [labels.index(path.parent.name) if path.parent.name in labels else -1 for path in files]
@@ -230,7 +243,17 @@ def _batches(model: Any, reference: str, images: list[Path] | None, n: int, batc
             inputs = model.preprocess(files[start : start + batch])
             yield (inputs, torch.tensor(classes[start : start + batch])) if known else inputs
 
-    return made(), len(files)
+    return _Again(made), len(files)
+
+
+@dataclass
+class _Again:
+    """What a function makes each time that it is read."""
+
+    make: Callable[[], Iterator[Any]]
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.make()
 
 
 def _harvest(path: Path, model: Any, tokens: str | None) -> Any:

@@ -1,15 +1,16 @@
 """Measures of a coder in its model: sparsity, reconstruction, dead and dense features, loss recovered, monosemanticity.
 
 Equation:
-    Explained variance: 1 - mean_p(|x - y|^2 / |x - mean x|^2), the mean of ratios that is published, with each batch's
-    mean; and 1 - sum |x - y|^2 / sum |x - mean x|^2, the ratio of means. Loss recovered: (zero - spliced) / (zero -
-    clean), of cross-entropies. Monosemanticity of a feature: the mean cosine of pairs of images, weighted by the
-    product of its activations on them, each scaled to 0..1.
+    Explained variance: 1 - mean_p(|x - y|^2 / |x - mean x|^2), the mean of ratios that is published, with the mean of
+    all tokens; and 1 - sum |x - y|^2 / sum |x - mean x|^2, the ratio of means. Loss recovered: (zero - spliced) /
+    (zero - clean), of cross-entropies. Monosemanticity of a feature: the mean cosine of pairs of images, weighted by
+    the product of its activations on them, each scaled to 0..1.
 Cost:
-    A pass with the coder, and for the loss two more. Memory for the activations of one batch, and images x features for
-    the monosemanticity.
+    A pass to the coder's place for the mean, one with the coder, and for the loss two more. Memory for the activations
+    of one batch, and images x features for the monosemanticity.
 Misleads:
-    The mean of ratios is far below the ratio of means where few tokens have most of the variance. Published losses of
+    The mean of ratios is far below the ratio of means where few tokens have most of the variance; published ones took
+    the mean of each batch, which is near that of all tokens where batches are large. Published losses of
     CLIP's coders lack the logit scale, which makes all of them look alike: ``loss recovered`` has it, ``loss recovered,
     no scale`` has not. L0 depends on the tokens.
 Source:
@@ -18,7 +19,7 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -54,11 +55,18 @@ def evaluate(
 
     ``tensors`` hold each feature's ``frequency`` over tokens and its ``monosemanticity``.
 
+    >>> import prisma_core as prisma, torch
+    >>> from prisma_sae import load
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> evaluate(model, load("scenes-3l"), torch.rand(2, 3, 96, 96)).names("measure")
+    ('l0', 'explained_variance', 'explained_variance_total', 'cosine', 'dead', 'dense', 'monosemanticity')
+
     Args:
         model: the model that it was trained on.
         coder: the coder.
-        images: what the model takes; or batches of it, with labels or without.
-        labels: the class of each image, for the loss.
+        images: what the model takes; or batches of it, alone or each with its labels. They are read twice: an iterator,
+            which can be read once, is kept in memory.
+        labels: the class of each image, for the loss; batches have theirs.
         texts: of a pair of towers, the tokens of the classes' prompts ``[class pos]``, for the loss.
         hook: where the coder belongs, if it does not say so.
         batch: images of a pass.
@@ -68,7 +76,8 @@ def evaluate(
         progress: called with the number of images after each batch.
 
     Raises:
-        InputError: the coder does not belong here, there is no image, or labels or texts do not fit.
+        InputError: the coder does not belong here, there is no image, labels or texts do not fit, or what the coder
+            makes is not finite.
     """
     name, coder = next(iter(placed(model, {hook: coder} if hook else coder).items()))
     if not force:
@@ -77,24 +86,42 @@ def evaluate(
         raise InputError(f"texts= are of a pair of towers, and this model is none: leave it out, got {shown(texts)}.")
     if progress is not None:
         check_call(progress, 1, "progress=", "progress(images so far)")
-    if isinstance(model, HookedDual) and texts is None:
-        model, name = model.vision, name.removeprefix("vision.")
+    without_loss = False
     reads = find(model, str(coder.facts.hook)) if coder.is_transcoder else name
+    if isinstance(model, HookedDual):
+        if name.startswith("text."):
+            place = name.removeprefix("text.")
+            raise InputError(
+                f"{name} is of texts, and these are images: evaluate(model.text, coder.with_facts(hook={place!r}), "
+                "tokens) measures it on texts."
+            )
+        if texts is None:
+            model, name, reads = model.vision, name.removeprefix("vision."), reads.removeprefix("vision.")
+            without_loss = True
     run = _Run(model, coder, name, reads, texts, embeddings is None)
+    images = list(images) if not isinstance(images, Tensor) and iter(images) is images else images
+    for inputs, targets in _batches(images, labels, batch):
+        if targets is not None and without_loss:
+            raise InputError("The loss of a pair of towers needs texts= too, the tokens of the classes' prompts.")
+        run.average(inputs, targets)
+    if not run.sums.rows:
+        raise InputError("There is no image to measure the coder on.")
     seen = 0
     for inputs, targets in _batches(images, labels, batch):
         run.add(inputs, targets)
         seen += len(inputs)
         if progress is not None:
             progress(seen)
-    if not seen:
-        raise InputError("There is no image to measure the coder on.")
     return run.result(dense, embeddings)
 
 
 @checked
 def monosemanticity(activations: Tensor, embeddings: Tensor) -> Tensor:
     """Return each feature's monosemanticity ``[feature]``; NaN where fewer than two images have it on.
+
+    >>> import torch
+    >>> monosemanticity(torch.tensor([[1.0], [1.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    tensor([nan])
 
     Args:
         activations: of each image, ``[image feature]``.
@@ -103,18 +130,22 @@ def monosemanticity(activations: Tensor, embeddings: Tensor) -> Tensor:
     Raises:
         InputError: they do not fit together.
     """
-    if activations.ndim != 2 or embeddings.ndim != 2 or len(activations) != len(embeddings):
+    if activations.ndim != 2 or embeddings.ndim != 2 or not 0 < len(activations) == len(embeddings):
         raise InputError(
             f"Expected activations [image feature] and embeddings [image d] of the same images, got "
             f"{shown(activations)} and {shown(embeddings)}."
         )
+    for name, each in (("activations", activations), ("embeddings", embeddings)):
+        if not bool(torch.isfinite(each).all()):
+            raise InputError(f"Expected numbers as {name}, got some that are NaN or infinite.")
     a, e = activations.double(), torch.nn.functional.normalize(embeddings.double(), dim=-1)
     low, high = a.min(0).values, a.max(0).values
     a = (a - low) / (high - low).clamp_min(torch.finfo(a.dtype).tiny)
-    squares = a.square().sum(0)
-    pairs = a.sum(0).square() - squares  # the sum over n != m of a_n a_m
-    alike = (a.T @ e).square().sum(-1) - squares  # the same, each times the cosine
-    return torch.where(pairs > 1e-12, alike / pairs, torch.nan).to(activations.dtype)
+    squares = a.square().T
+    pairs = a.sum(0).square() - squares.sum(-1)  # the sum over n != m of a_n a_m
+    alike = (a.T @ e).square().sum(-1) - squares @ e.square().sum(-1)  # the same, each times the cosine
+    score = torch.where(pairs > 1e-12, alike / pairs, torch.nan)
+    return score.to(activations.dtype) if activations.is_floating_point() else score.float()
 
 
 @dataclass
@@ -122,12 +153,13 @@ class _Sums:
     """Sums over rows, from which the measures follow."""
 
     rows: int = 0
+    total: Tensor | float = 0.0
     l0: float = 0.0
     ratios: float = 0.0
     residual: float = 0.0
+    spread: float = 0.0
+    size: float = 0.0
     cosine: float = 0.0
-    first: Tensor | float = 0.0
-    second: float = 0.0
     on: Tensor | float = 0.0
     cls_l0: float = 0.0
     cls_rows: int = 0
@@ -146,13 +178,26 @@ class _Run:
         self.embed = "*hook_image_embed" if isinstance(model, HookedDual) else "*hook_pooled"
         self.embeds = embed and bool([each for each in model.hook_points() if each.endswith(self.embed[1:])])
         self.sums = _Sums()
+        self.labelled: bool | None = None
         self.images: list[Tensor] = []
         self.embeddings: list[Tensor] = []
+
+    def average(self, inputs: Tensor, labels: Tensor | None) -> None:
+        """Take a batch into the mean of the activation."""
+        if (labels is not None) != (self.labelled if self.labelled is not None else labels is not None):
+            raise InputError("Some batches have labels and others have none: give all of them labels, or none.")
+        self.labelled = labels is not None
+        _, cache = self.model.run_with_cache(*self._arguments(inputs), names=self.name, output=False)
+        x = self._tokens(cache[self.name]).flatten(0, -2).double()
+        self.sums.rows, self.sums.total = self.sums.rows + len(x), self.sums.total + x.sum(0)
+
+    def _arguments(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        return (inputs,) if self.texts is None else (inputs, self.texts)
 
     def add(self, inputs: Tensor, labels: Tensor | None) -> None:
         """Measure a batch."""
         names = [self.name, self.reads, *([self.embed] if self.embeds else [])]
-        arguments = (inputs,) if self.texts is None else (inputs, self.texts)
+        arguments = self._arguments(inputs)
         output, cache = self.model.run_with_cache(*arguments, names=names)
         target, source = self._tokens(cache[self.name]), self._tokens(cache[self.reads])
         features = self.coder.encode(source)
@@ -178,12 +223,13 @@ class _Run:
 
     def _rows(self, x: Tensor, y: Tensor) -> None:
         x, y, sums = x.double(), y.double(), self.sums
-        residual = (x - y).square().sum(-1)
-        sums.rows += len(x)
-        sums.ratios += float((residual / (x - x.mean(0)).square().sum(-1)).sum())
+        if not bool(torch.isfinite(y).all()):
+            raise InputError(f"What this coder makes of {self.name} is NaN or infinite: it has a damaged tensor.")
+        residual, spread = (x - y).square().sum(-1), (x - sums.total / sums.rows).square().sum(-1)
+        sums.ratios += float((residual / spread).sum())
         sums.residual += float(residual.sum())
+        sums.spread, sums.size = sums.spread + float(spread.sum()), sums.size + float(x.square().sum())
         sums.cosine += float(torch.cosine_similarity(x, y, dim=-1).sum())
-        sums.first, sums.second = sums.first + x.sum(0), sums.second + float(x.square().sum())
 
     def _loss(self, arguments: tuple[Tensor, ...], labels: Tensor, clean: Tensor) -> None:
         with splice(self.model, {self.name: self.coder}, force=True):
@@ -191,10 +237,11 @@ class _Run:
         zero = self.model.run_with_hooks(*arguments, hooks={self.name: self._zero})
         scale = getattr(self.model, "logit_scale", None)
         for kind, logits in (("clean", clean), ("spliced", spliced), ("zero", zero)):
-            if logits.ndim != 2 or len(logits) != len(labels) or int(labels.max()) >= logits.shape[1]:
+            fits = logits.ndim == 2 and len(logits) == len(labels)
+            if not fits or int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
                 raise InputError(
-                    f"Expected a class below {logits.shape[-1]} for each of {len(logits)} images, got labels "
-                    f"{list(labels.shape)} up to {int(labels.max())}; a pair of towers needs texts= too."
+                    f"Expected a class from 0, below {logits.shape[-1]}, for each of {len(logits)} images, got labels "
+                    f"{list(labels.shape)} from {int(labels.min())} up to {int(labels.max())}."
                 )
             plain = logits if scale is None else logits / scale.exp()
             for suffix, each in (("", logits), (", no scale", plain)):
@@ -209,13 +256,13 @@ class _Run:
     def result(self, dense: float, embeddings: Tensor | None) -> Result:
         """Return the measures of all batches."""
         sums, n = self.sums, self.sums.rows
-        total = sums.second - float(torch.as_tensor(sums.first).square().sum()) / n
+        varies = sums.spread > 1e-24 * sums.size  # else there is one token, or all are alike
         frequency = torch.as_tensor(sums.on) / n
         measures = {
             "l0": sums.l0 / n,
             **({"l0_cls": sums.cls_l0 / sums.cls_rows} if sums.cls_rows else {}),
-            "explained_variance": 1 - sums.ratios / n,
-            "explained_variance_total": 1 - sums.residual / total,
+            "explained_variance": 1 - sums.ratios / n if varies else float("nan"),
+            "explained_variance_total": 1 - sums.residual / sums.spread if varies else float("nan"),
             "cosine": sums.cosine / n,
             "dead": float((frequency == 0).double().mean()),
             "dense": float((frequency >= dense).double().mean()),
@@ -229,9 +276,9 @@ class _Run:
         tensors = {"frequency": frequency.float()}
         pooled = embeddings if embeddings is not None else torch.cat(self.embeddings) if self.embeddings else None
         activations = torch.cat(self.images)
+        if pooled is not None and (pooled.ndim != 2 or len(pooled) != len(activations)):
+            raise InputError(f"Expected embeddings [image d] of {len(activations)} images, got {shown(pooled)}.")
         if pooled is not None and len(activations) > 1:
-            if pooled.ndim != 2 or len(pooled) != len(activations):
-                raise InputError(f"Expected embeddings [image d] of {len(activations)} images, got {shown(pooled)}.")
             tensors["monosemanticity"] = monosemanticity(activations, pooled)
             measures["monosemanticity"] = float(tensors["monosemanticity"].nanmean())
         return Result(
@@ -257,15 +304,21 @@ def beside(result: Result, figures: Mapping[str, float]) -> list[tuple[str, floa
     return [(name, float(value), figures.get(name)) for name, value in zip(names, result.values.tolist(), strict=True)]
 
 
-def _batches(images: Tensor | Batches, labels: Tensor | None, batch: int) -> Iterable[tuple[Tensor, Tensor | None]]:
+def _batches(images: Tensor | Batches, labels: Tensor | None, batch: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     if isinstance(images, Tensor):
         if not images.ndim:
             raise InputError(f"Expected images, batch first, got {shown(images)}.")
         if labels is not None and labels.shape != images.shape[:1]:
             raise InputError(f"Expected a label for each of {len(images)} images, got {shown(labels)}.")
-        for start in range(0, len(images), batch):
-            part = slice(start, start + batch)
-            yield images[part], None if labels is None else labels[part]
-        return
+        parts = (slice(start, start + batch) for start in range(0, len(images), batch))
+        images = [images[part] if labels is None else (images[part], labels[part]) for part in parts]
+    elif labels is not None:
+        raise InputError("labels= go with a tensor of images; batches have theirs: [(images, labels), ...].")
     for each in images:
-        yield each if isinstance(each, tuple) else (each, None)
+        pair = tuple(each) if isinstance(each, tuple | list) else (each, None)
+        if len(pair) != 2 or not (pair[1] is None or (isinstance(pair[1], Tensor) and pair[1].ndim == 1)):
+            raise InputError(f"Expected batches of images, or (images, labels [image]), got {shown(each)}.")
+        if pair[1] is not None and (pair[1].is_floating_point() or pair[1].dtype == torch.bool):
+            raise InputError(f"Expected labels as numbers of classes, whole ones, got {shown(pair[1])}.")
+        if not isinstance(pair[0], Tensor) or len(pair[0]):
+            yield pair

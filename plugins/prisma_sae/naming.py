@@ -43,6 +43,11 @@ def name_features(
 ) -> dict[int, str]:
     """Return the names of features whose activation is on one class.
 
+    >>> import torch
+    >>> names = name_features(torch.ones(20, 1), torch.tensor([[1.0, 0.0]] * 20), ["star", "circle"])
+    >>> names
+    {0: 'star'}
+
     Args:
         activations: ``[token feature]``.
         shares: how much of each token shows each class: ``[token class]``.

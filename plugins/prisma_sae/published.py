@@ -107,6 +107,8 @@ def entry(name: str) -> Entry:
 def load(name: str, *, file: str | None = None, path: str | Path | None = None, **options: Any) -> SparseCoder:
     """Return a coder of the catalogue, downloaded if need be, bound to its model, place and tokens.
 
+    What else one has to know of it, such as how its images were resized, is in ``facts.more["note"]``.
+
     >>> load("scenes-3l").facts.hook
     'blocks.1.hook_resid_post'
 
@@ -138,12 +140,16 @@ def load(name: str, *, file: str | None = None, path: str | Path | None = None, 
         tokens=line.tokens or coder.facts.tokens,
         kind=line.kind,
         figures={**coder.facts.figures, **line.figures},
+        more={**coder.facts.more, **({"note": line.note} if line.note else {})},
     )
 
 
 @checked
 def open_coder(name: str, *, file: str | None = None) -> SparseCoder:
     """Return a coder as commands name it: a file or folder where there is one, else one of the catalogue.
+
+    >>> open_coder("scenes-3l").facts.hook
+    'blocks.1.hook_resid_post'
 
     Args:
         name: a path, or a name in the catalogue.

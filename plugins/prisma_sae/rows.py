@@ -26,6 +26,12 @@ def activation_rows(
 ) -> Iterator[Tensor]:
     """Yield batches of rows ``[batch d]`` of a hook point, drawn at random from a buffer, as long as there are images.
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> images = [torch.rand(4, 3, 96, 96), None]
+    >>> next(activation_rows(model, lambda i: images[i], ("resid_post", 1), batch=64)).shape
+    torch.Size([64, 128])
+
     Args:
         model: the model.
         images: what it takes in pass ``i``, or None where there is no more.

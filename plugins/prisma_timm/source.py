@@ -109,7 +109,13 @@ def _fill(model: nn.Module, checkpoint: str, key: str | None) -> None:
         LoadError: the file cannot be read safely, or does not fit.
     """
     tensors = read_checkpoint(checkpoint, key)
-    check_shapes(tensors, model.state_dict(), checkpoint)
+    check_shapes(
+        tensors,
+        model.state_dict(),
+        checkpoint,
+        "The model is built with timm's defaults and the options given: add those of your training, such as "
+        "num_classes=, img_size= or depth=.",
+    )
     model.load_state_dict(tensors)
 
 

@@ -36,6 +36,6 @@ class Config(BaseModel):
     lr: float = Field(default=2e-3, gt=0)
     weight_decay: float = Field(default=0.03, ge=0)
     patch_loss: float = Field(default=1.0, ge=0)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     threads: int = Field(default=1, ge=1, le=1024)
     bf16: bool = False

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 import prisma_core as prisma
-from prisma_core import HookedViT, InputError, LoadError
-from prisma_core.plugin import VideoPreprocess, installed, open_image
+from prisma_core import HookedViT, InputError
+from prisma_core.plugin import VideoPreprocess, installed, open_image, screen
 from prisma_view import lazy
 
 DEFAULT = "toy:scenes-3l"
@@ -51,18 +50,18 @@ def demo(
 
     Without options it shows the small model that comes with Prisma, on an image drawn for it; nothing is downloaded.
     """
-    console = Console(stderr=True, highlight=False)
+    screen.check_output(out, folder=True)
     for path in (image, other):  # what is not there is told before anything is loaded or written
         if path is not None and not path.is_file():
             open_image(path)
-    with console.status(f"Loading {model}"):
+    with screen.working(f"Loading {model}"):
         loaded = prisma.load(model, **({} if pretrained else {"pretrained": False}))
     if not pretrained:
-        console.print(f"[bold yellow]Random weights:[/] {model} was not trained, so nothing it says was learned.")
+        screen.note("Random weights", f"{model} was not trained, so nothing it says was learned.", "yellow")
     if not _names_classes_of_images(loaded):
         if other is not None:
             raise InputError(f"{model} is no classifier of images, and --other is for their heads. Leave it out.")
-        page = overview(loaded, model, image, words, out / "index.html", trained=pretrained, console=console)
+        page = overview(loaded, model, image, words, out / "index.html", trained=pretrained)
         if wants_browser(show):
             webbrowser.open(page.resolve().as_uri())
         return
@@ -72,24 +71,23 @@ def demo(
     first, second = _images(shown, model, image, other)
     for given in (first, second):
         open_image(given, channels=shown.spec.n_channels)
-    _made(out)
-    with console.status("Looking"):
-        found = lazy.report(shown, first, second, progress=console.is_terminal)
-    with console.status("Drawing"):
+    out.mkdir(parents=True, exist_ok=True)
+    with screen.working("Looking"):
+        found = lazy.report(shown, first, second, progress=sys.stderr.isatty())
+    with screen.working("Drawing"):
         page = lazy.write_page(found, out / "index.html", trained=pretrained, command=_command())
         images = lazy.write_images(found, out, trained=pretrained)
     for part, reason in found.why.items():
         if part == "heads" and "layers" in found.why:  # the whole figure is missing, which was said
             continue
-        console.print(f"Without {PARTS[part]}: {reason}", soft_wrap=True, markup=False)
+        screen.note("Without", f"{PARTS[part]}: {reason}", "dim")
     best = found.symbol(found.best)
-    Console(highlight=False).print(
+    screen.console().print(
         f"{best.emoji} {model} sees: {best.name} ({lazy.percent(float(found.logits.softmax(-1)[found.best]))})",
         f"page      {page}",
         f"images    {', '.join(str(path) for path in images)}",
         sep="\n",
         soft_wrap=True,
-        markup=False,
     )
     if wants_browser(show):
         webbrowser.open(page.resolve().as_uri())
@@ -102,9 +100,7 @@ def _names_classes_of_images(model: Any) -> bool:
     return model.spec.n_classes is not None and model.spec.pool.kind not in ("none", "patches")
 
 
-def overview(
-    model: Any, reference: str, image: Path | None, words: str | None, out: Path, *, trained: bool, console: Console
-) -> Path:
+def overview(model: Any, reference: str, image: Path | None, words: str | None, out: Path, *, trained: bool) -> Path:
     """Write the overview of any model, say what it lacks, and return its path.
 
     Args:
@@ -115,15 +111,12 @@ def overview(
         LoadError: a path that cannot be written.
     """
     texts = [each.strip() for each in (words or "").split(",") if each.strip()]
-    with console.status("Looking"):
+    with screen.working("Looking"):
         page = lazy.overview(model, given_or_sample(model, reference, image), texts, title=reference, trained=trained)
-    try:
-        page.save(out)
-    except LoadError as error:
-        raise LoadError(f"{error} Give another place with --out.") from error
+    page.save(out)
     for name, reason in page.why.items():
-        console.print(f"Without {name.lower()}: {reason}", soft_wrap=True, markup=False)
-    Console(highlight=False).print(f"page  {out}", soft_wrap=True, markup=False)
+        screen.note("Without", f"{name.lower()}: {reason}", "dim")
+    screen.console().print(f"page  {out}", soft_wrap=True)
     return out
 
 
@@ -171,13 +164,6 @@ def sample(reference: str, seed: int) -> Any:
         if sample is not None:
             return sample
     raise InputError("No installed plugin offers a sample image: give two, with --image FILE and --other FILE.")
-
-
-def _made(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"Cannot write into {folder}: {error.strerror}. Give another folder with --out.") from error
 
 
 def _command() -> str:

@@ -88,6 +88,14 @@ class Report(BriefRepr):
 def report(model: HookedViT, image: Any, other: Any, *, progress: bool = False) -> Report:
     """Return everything a page shows.
 
+    >>> import tempfile
+    >>> import prisma_core as prisma
+    >>> from prisma_toy import sample_scene
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> found = report(model, sample_scene(0).image, sample_scene(3).image)
+    >>> found.logits.shape
+    torch.Size([12])
+
     Args:
         model: a classifier with its preprocessing.
         image: what ``model.preprocess`` takes: a path, a Pillow image or an array.

@@ -57,6 +57,7 @@ def gallery(
 
     from prisma_view.galleries import gallery as write
 
+    screen.check_output(out, folder=True)
     query: Any = None if name is None else read_name(name)
     places: Any = read_pos(pos)
     top, harvest = None, None
@@ -80,12 +81,17 @@ def gallery(
         harvest = open_harvest(source)
         reference, places = model or harvest.manifest.model.reference, harvest.manifest.pos
     else:
+        if model is not None:
+            raise InputError(f"{source} is no harvest and no file, so it is the model itself: leave out --model.")
         reference = source
     if reference is None:
         raise InputError(f"{source} does not say which model it is of: give --model REFERENCE.")
     if data is None:
         raise InputError("The images are not kept: give them with --data, in the same order.")
     loaded = prisma.load(reference, **({} if pretrained else {"pretrained": False}))
+    point = None if top is None else loaded.hook_points().get(query)
+    if point is not None and "pos" not in point.axes.split():
+        places = None  # its tokens are those of its place, whatever was asked for
     images, sparse = read_source(data, reference), None if coder is None else open_coder(coder)
     if harvest is not None:
         top, query = _search(harvest, loaded, query, sparse, heads, k)
@@ -97,7 +103,7 @@ def gallery(
     for part, reason in written.why.items():
         screen.note("Without", f"{part}: {reason}", "dim")
     screen.note("gallery", f"{written.units} units, {written.bytes / 1e6:.1f} MB.", "green")
-    screen.out().print(str(written.path), soft_wrap=True, markup=False)
+    screen.out().print(str(written.path), soft_wrap=True)
     if wants_browser(show):
         webbrowser.open(written.path.resolve().as_uri())
 

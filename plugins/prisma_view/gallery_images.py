@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from prisma_harvest import Pass
 from prisma_harvest.items import opened
+from prisma_harvest.manifest import token_positions
 from prisma_harvest.progress import counting
 from prisma_harvest.scoring import Units as SearchUnits
-from prisma_harvest.scoring import has_tokens
 from prisma_lens.inputs import vision_of
 from torch import Tensor
 
@@ -74,12 +74,9 @@ class _Grid:
     shape: tuple[int, int]
 
     @classmethod
-    def of(cls, layout: TokenLayout | None, pos: Any, n: int) -> _Grid:
-        if layout is None:
-            return cls(np.full((n, 3), -1), [f"token {at}" for at in range(n)], (0, 0))
-        chosen = layout.positions(pos)
-        if len(chosen) != n:  # an axis that is not that of the tokens
-            return cls(np.full((n, 3), -1), [""] * n, (0, 0))
+    def of(cls, layout: TokenLayout | None, chosen: list[int] | None, n: int) -> _Grid:
+        if layout is None or chosen is None:  # an axis that is not that of the tokens
+            return cls(np.full((n, 3), -1), [f"token {at}" if layout is None else "" for at in range(n)], (0, 0))
         grid = layout.grid(torch.arange(layout.n_tokens), axis=0).reshape(layout.frames, layout.rows, layout.columns)
         every = np.full((layout.n_tokens, 3), -1)
         every[grid.flatten().numpy()] = np.indices(grid.shape).reshape(3, -1).T
@@ -106,11 +103,12 @@ def lit(run: Pass, units: Units, top: Result, progress: bool | None) -> Shown:
         raise InputError(f"top= names image {max(sources)}, and there are {run.source.n}: these are other images.")
     again = Pass(
         run.model, _Chosen(run.source.get, sources), [units.name], pos=units.pos, batch=run.batch,
-        preprocess=run.preprocess, workers=run.workers,
+        preprocess=run.preprocess, workers=run.workers, note=run.note,
     )  # fmt: skip
     point, shape = again.points[0], tuple(examples.shape)
     searched = SearchUnits(**units.search())
-    grid = _Grid.of(again.layout, again.pos, point.shape[0] if has_tokens(point) else 1)
+    chosen = token_positions(again.layout, again.pos, point)
+    grid = _Grid.of(again.layout, chosen, point.shape[0] if point.has_tokens else 1)
     largest = top.values.amax(1).clamp_min(1e-12)
     shown = Shown(
         [], np.full(shape, -1), np.full((*shape, 3), -1), np.zeros((*shape, *grid.shape), np.uint8), grid.names,
@@ -123,7 +121,7 @@ def lit(run: Pass, units: Units, top: Result, progress: bool | None) -> Shown:
                 shown.pixels = batch.pixels[:16].clone()
             for x in activations[units.name]:
                 scores = searched.scores(x[None], point)[0]
-                x = x if has_tokens(point) else x[None]
+                x = x if point.has_tokens else x[None]
                 thumbs = _Thumbs(run, sources[at], shown.thumbs)
                 if scores.shape[1] != shape[0]:
                     raise InputError(

@@ -149,6 +149,8 @@ def about(model: HookedModel, run: Pass, units: Units, images: Tensor, mean: Ten
             facts.why["nearest words"] = "none were given"
     elif own.spec.n_classes is None:
         facts.why["effects on classes"] = "the model has no classes"
+    elif outputs.ndim != 2:
+        facts.why["effects on classes"] = "the model has an output for every token"
     else:
         names = own.labels or [f"class {at}" for at in range(own.spec.n_classes)]
         n = min(EFFECTS, (len(names) + 1) // 2)

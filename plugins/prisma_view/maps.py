@@ -152,7 +152,7 @@ def _map(
 def window_grid(rows: int, columns: int, *, windows: int, tokens: int) -> tuple[int, int] | None:
     """Return the rows and columns of a window: the squarest with which so many windows cover a grid; None if none do.
 
-    >>> window_grid(14, 14, windows=9, tokens=49), window_grid(14, 21, windows=1, tokens=294)
+    >>> window_grid(14, 14, windows=4, tokens=49), window_grid(14, 21, windows=1, tokens=294)
     ((7, 7), (14, 21))
     """
     shapes = [(tall, tokens // tall) for tall in range(1, tokens + 1) if tokens % tall == 0]

@@ -27,6 +27,15 @@ GUESSES = 3
 def write_page(found: Report, path: str | Path, *, trained: bool = True, command: str = "prisma demo") -> Path:
     """Write the page of a report.
 
+    >>> from prisma_view import report
+    >>> import tempfile
+    >>> import prisma_core as prisma
+    >>> from prisma_toy import sample_scene
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> found = report(model, sample_scene(0).image, sample_scene(3).image)
+    >>> write_page(found, tempfile.mkdtemp() + "/page.html").name
+    'page.html'
+
     Args:
         trained: False says on the page that the weights are random.
         command: what made the page, for its last line.

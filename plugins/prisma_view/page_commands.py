@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 import prisma_core as prisma
-from prisma_core import InputError, LoadError
+from prisma_core import InputError
+from prisma_core.plugin import screen
 from prisma_view import lazy
 from prisma_view.command import given_or_sample, overview, wants_browser
 
@@ -32,24 +32,21 @@ def attention(
     ] = None,
 ) -> None:
     """Write a page with the attention of every layer, head and token on an image, a video or a text."""
-    console = Console(stderr=True, highlight=False)
     if image is not None and text is not None:
         raise InputError("Expected --image or --text, not both: a page shows one tower.")
+    screen.check_output(out, ".html")
     wanted = None if layers is None else _numbers(layers)
-    with console.status(f"Loading {reference}"):
+    with screen.working(f"Loading {reference}"):
         model = prisma.load(reference, **({} if pretrained else {"pretrained": False}))
-    with console.status("Looking"):
+    with screen.working("Looking"):
         given = None if text is not None else given_or_sample(model, reference, image)
         page = lazy.attention_page(
             model, given, text=text, layers=wanted, title=reference, trained=pretrained
         )  # fmt: skip
-    try:
-        path = page.save(out)
-    except LoadError as error:
-        raise LoadError(f"{error} Give another file with --out.") from error
-    Console(highlight=False).print(
+    path = page.save(out)
+    screen.console().print(
         f"page  {path}  ({len(page.html) / 1e6:.1f} MB; shares within {page.pattern_error:.1g} of the model's)",
-        soft_wrap=True, markup=False,
+        soft_wrap=True,
     )  # fmt: skip
     if wants_browser(show):
         webbrowser.open(path.resolve().as_uri())
@@ -65,12 +62,18 @@ def report(
     pretrained: Annotated[
         bool, typer.Option("--pretrained/--no-pretrained", help="Load trained weights, or random ones (no download).")
     ] = True,
+    show: Annotated[
+        bool | None,
+        typer.Option("--open/--no-open", help="Open the page in a browser.", show_default="where there is a screen"),
+    ] = None,
 ) -> None:
     """Write an overview of any model on an image or video: what it names, fills in, attends to and tells apart."""
-    console = Console(stderr=True, highlight=False)
-    with console.status(f"Loading {reference}"):
+    screen.check_output(out, ".html")
+    with screen.working(f"Loading {reference}"):
         model = prisma.load(reference, **({} if pretrained else {"pretrained": False}))
-    overview(model, reference, image, words, out, trained=pretrained, console=console)
+    page = overview(model, reference, image, words, out, trained=pretrained)
+    if wants_browser(show):
+        webbrowser.open(page.resolve().as_uri())
 
 
 def _numbers(layers: str) -> list[int]:

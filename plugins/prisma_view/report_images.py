@@ -34,6 +34,15 @@ def write_images(
 ) -> list[Path]:
     """Write ``lens``, ``attention``, ``attribution`` and ``patching``, those that apply, and return their paths.
 
+    >>> from prisma_view import report
+    >>> import tempfile
+    >>> import prisma_core as prisma
+    >>> from prisma_toy import sample_scene
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> found = report(model, sample_scene(0).image, sample_scene(3).image)
+    >>> [path.name for path in write_images(found, tempfile.mkdtemp(), form="svg")]
+    ['lens.svg', 'attention.svg', 'attribution.svg', 'patching.svg']
+
     Args:
         trained: False states on each that the weights are random.
         form: of the files.

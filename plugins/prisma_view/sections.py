@@ -96,6 +96,11 @@ def overview(
     source has some. All with patches or feature maps: their first three principal components by layer, where heads
     look, and the size of feature maps.
 
+    >>> import prisma_core as prisma, torch
+    >>> model = prisma.load("toy:scenes-3l")
+    >>> overview(model, torch.zeros(1, 3, 96, 96)).sections[0].title
+    'Best guesses'
+
     Args:
         model: any hooked model that sees images.
         image: what ``model.preprocess`` takes, or its result.

@@ -39,7 +39,11 @@ def token_name(name: str) -> str:
 
 @checked
 def percent(chance: Share) -> str:
-    """Return a probability in words."""
+    """Return a probability in words.
+
+    >>> percent(0.25)
+    '25%'
+    """
     return f"{chance:.0%}" if chance >= 0.01 else "less than 1%"
 
 

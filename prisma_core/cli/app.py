@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Annotated, Any, get_type_hints
 
+import torch
 import typer
 from rich.errors import MarkupError
 from rich.text import Text
@@ -99,6 +102,8 @@ def _name(command: typer.models.CommandInfo | typer.models.TyperInfo) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, 1 for an error, 2 for a command line that makes no sense.
 
+    130 where it was interrupted.
+
     Args:
         arguments: the command line behind ``prisma``; None takes the process's own.
     """
@@ -114,9 +119,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(words or ["--help"])
         except PrismaError as error:
             return _failed(str(error), debug)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, typer.Abort):
             return _failed("interrupted.", debug, 130)
+        except BrokenPipeError:  # the reader of the answer has seen enough, such as ``| head -1``
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it on leaving
+            return 1  # as rich does
+        except OSError as error:  # the disk, the network: no bug of ours
+            place = f"{error.filename}: " if error.filename else ""
+            return _failed(f"{place}{error.strerror or error}.", debug)
         except Exception as error:  # noqa: BLE001  # the outermost place: a bug must not greet the user with a traceback
+            if isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc_cpu" in str(error):
+                return _failed("there is not enough memory for this: try smaller numbers, or fewer at once.", debug)
             text = f"{type(error).__name__}: {error}"
             return _failed(f"unexpected {text} (this is a bug; --debug shows where)", debug)
         finally:
@@ -124,20 +138,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    if "" in arguments:
+        at = arguments.index("")
+        before = f"behind {arguments[at - 1]} " if at else ""
+        note("Error", f"Empty argument {before}(a variable of the shell that is not set?). Leave it out, or fill it.")
+        return 2
     app = build(installed())
     for plugin in installed().infos.values():
         if plugin.error:
             note("plugin left out", f"{plugin.name} ({plugin.distribution}): {plugin.error}", "yellow")
     try:
-        status = typer.main.get_command(app).main(args=arguments, prog_name="prisma", standalone_mode=False)
+        command = typer.main.get_command(app)
+        with command.make_context("prisma", arguments) as context:  # main() has answers of its own to signals
+            command.invoke(context)
+        sys.stdout.flush()
+    except typer.Exit as leaving:
+        return leaving.exit_code
     except _ClickException as error:
         message = str(error.format_message()).rstrip(".")
         which = getattr(getattr(error, "ctx", None), "command_path", "prisma")
         note("Error", f"{message}{'' if message.endswith('?') else '.'} `{which} --help` lists what there is.")
         return 2
-    except typer.Abort:
-        return 130
-    return status if isinstance(status, int) else 0
+    return 0
 
 
 def _failed(message: str, debug: bool, status: int = 1) -> int:

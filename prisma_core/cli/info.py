@@ -7,8 +7,8 @@ import sys
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from prisma_core.spec import brief
 from prisma_core.toolbox.screen import out, show, show_json, table
@@ -37,10 +37,10 @@ def info(
         return
     if pattern is None:
         facts = _facts(model)
-        grid = table("fact", "value", title=f"[bold]{escape(reference)}[/]")
+        grid = table("fact", "value", title=Text(reference, style="bold"))
         grid.add_row("parameters", f"{facts['parameters']:,}")
         for label, text in _stated(model):
-            grid.add_row(label, escape(text))
+            grid.add_row(label, text)
         if facts["tokens"]:
             grid.add_row("tokens", f"{facts['tokens']['total']}: {facts['tokens']['order']}")
         show(grid)
@@ -54,8 +54,8 @@ def _points(rows: list[dict[str, Any]], *, narrow: bool) -> Table:
     for row in rows:
         equation = row["equation"] + ("  (only when asked for by name)" if row["derived"] else "")
         shape = " ".join(map(str, row["shape"]))
-        cells = [row["axes"], shape, escape(equation)]
-        grid.add_row(row["name"], *([f"{cells[0]} [dim]({shape})[/]\n[dim]{cells[2]}[/]"] if narrow else cells))
+        below = Text.assemble(f"{row['axes']} ", (f"({shape})", "dim"), "\n", (equation, "dim"))
+        grid.add_row(row["name"], *([below] if narrow else [row["axes"], shape, equation]))
     return grid
 
 

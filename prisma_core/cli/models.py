@@ -7,10 +7,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from prisma_core.errors import PluginError, UnknownName, suggest
-from prisma_core.toolbox.screen import note, show, show_json, table
+from prisma_core.toolbox.screen import note, show, show_json, table, working
 
 if TYPE_CHECKING:
     from prisma_core.contract.source import ModelInfo
@@ -29,8 +29,6 @@ def models(
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
 ) -> None:
     """List and search models that can be loaded, or their classes."""
-    from rich.console import Console
-
     from prisma_core.host import installed
 
     if classes:
@@ -42,7 +40,7 @@ def models(
     matches = [info for info in infos if _matches(info, search or [], family, pretrained)]
     if not matches and infos:
         _nothing(infos, search or [], family)
-    with Console(stderr=True).status("looking which of them an adapter takes"):
+    with working("looking which of them an adapter takes"):
         loads = _loads(matches)
     listing = [info for info in matches if everything or loads[info.reference] is not False]
     absent = installed().missing()
@@ -95,7 +93,7 @@ def _show(infos: list[ModelInfo], loads: dict[str, bool | None], everything: boo
         weights = "trained" if info.pretrained else ""
         word = {True: "yes", False: "no adapter", None: ""}[loads[info.reference]]
         cells = (info.reference, info.family, weights, *([word] if everything else []), info.note)
-        grid.add_row(*(escape(text) for text in cells))
+        grid.add_row(*cells)
     show(grid)
 
 
@@ -137,9 +135,9 @@ def plugins(as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")]
     infos = installed().plugins()
     grid = table("plugin", "module", "distribution", "state")
     for info in infos:
-        state = "ready" if info.missing is None else escape(f"needs {info.missing}")
+        state = Text("ready" if info.missing is None else f"needs {info.missing}")
         if info.error:
-            state = f"[red]broken:[/] {escape(info.error)}"
+            state = Text.assemble(("broken:", "red"), f" {info.error}")
         grid.add_row(info.name, info.module, info.distribution, state)
     if as_json:
         show_json([asdict(info) for info in infos])

@@ -73,6 +73,17 @@ class InputError(PrismaError):
     """An image or tensor that the model cannot take."""
 
 
+class SpecError(InputError, ValueError):
+    """Facts that make no spec: fields that are missing, unknown or out of range, or that contradict each other.
+
+    Args:
+        problem: what pydantic found; it is the error's ``__cause__`` too.
+    """
+
+    def __init__(self, problem: ValidationError):
+        super().__init__(f"{problem.title} cannot be made: {format_fields(problem)}.")
+
+
 class PluginError(PrismaError):
     """A plugin that failed to import or breaks the contract."""
 
@@ -112,9 +123,9 @@ def blaming(code: object, name: str = "", error: type[PrismaError] = PluginError
     """
     try:
         yield
-    except _PASS:
-        raise
     except Exception as problem:
+        if isinstance(problem, _PASS) and not isinstance(problem, SpecError):
+            raise
         line = _line(problem, getattr(code, "__module__", "") or "")
         raise error(f"{name or _raiser(code, problem)} raised {format_error(problem)}{line}.") from problem
 

@@ -58,6 +58,25 @@ def tensor(value: object, what: str) -> Tensor:
     return expect(value, Tensor, f"{what}, a tensor")
 
 
+def alive(x: Tensor) -> Tensor:
+    """Return a tensor, unless it is of a ``torch.vmap`` that has ended."""
+    functorch = cast(Any, torch)._C._functorch
+    if unwrapped(x) is not x and functorch.maybe_get_level(x) > (functorch.maybe_current_level() or 0):
+        raise InputError(
+            "This activation was made inside torch.vmap, which has ended: it belongs to one input there. Return it "
+            "from the function, as in torch.vmap(lambda image: dict(model.run_with_cache(image[None])[1]))(images)."
+        )
+    return x
+
+
+def unwrapped(x: Tensor) -> Tensor:
+    """Return the tensor within those that transforms of ``torch.func`` put around it."""
+    functorch = cast(Any, torch)._C._functorch
+    while not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(x):
+        x = functorch.get_unwrapped(x)
+    return x
+
+
 def whole(value: object) -> int | None:
     """Return a whole number of Python's, numpy's or a tensor's as an int; None for anything else, truth values too.
 
@@ -145,10 +164,15 @@ def path_of(value: Any, what: str = "a path") -> Path:
     """Return a path.
 
     Raises:
-        InputError: it is neither a text nor a path, or empty.
+        InputError: it is neither a text nor a path, empty, or longer than the disk takes.
     """
     if isinstance(value, str | Path) and str(value):
-        return Path(value)
+        path = Path(value)
+        try:
+            path.exists()
+        except OSError as error:
+            raise InputError(f"{what} cannot be {shown(str(value))}: {error.strerror}.") from error
+        return path
     raise InputError(f"Expected {what}, such as 'results/cat', got {shown(value)}.")
 
 

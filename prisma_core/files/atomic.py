@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -140,6 +142,21 @@ def writing(place: Path) -> Generator[None]:
         raise LoadError(f"{place} cannot be written: {reason}. What was there before is as it was.") from error
 
 
+def check_writable(path: Path, *, folder: bool = False) -> None:
+    """Check that a file, or a folder, can be written at a place. Nothing is left behind.
+
+    Raises:
+        LoadError: the disk refuses, or something else is there: a folder, a file, a device.
+    """
+    with writing(path):
+        if path.exists() and not (path.is_dir() if folder else path.is_file()):
+            raise OSError(errno.EEXIST, f"what is there is no {'folder' if folder else 'file'}")
+        home = path if folder else path.parent
+        while not os.path.lexists(home):
+            home = home.parent
+        Path(tempfile.mkdtemp(prefix=_PREFIX, dir=home)).rmdir()
+
+
 @contextmanager
 def staging(folder: Path) -> Generator[Path]:
     """Yield a new folder inside ``folder``, on the same disk, and remove it afterwards.
@@ -184,6 +201,22 @@ def locked(folder: Path, *, wait: bool = True) -> Generator[bool]:
         yield held
     finally:
         os.close(handle)
+
+
+@contextmanager
+def holding(folder: Path) -> Generator[None]:
+    """Hold a folder as its only writer.
+
+    Raises:
+        LoadError: another process holds it.
+    """
+    with locked(folder, wait=False) as held:
+        if not held and find_spec("fcntl") is not None:
+            raise LoadError(
+                f"{folder} is being written by another process (or its disk has no locks). Wait for it, or choose "
+                "another folder."
+            )
+        yield
 
 
 def move(source: Path, target: Path) -> None:

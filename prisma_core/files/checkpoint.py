@@ -18,6 +18,7 @@ from torch import Tensor
 from prisma_core.errors import InputError, LoadError
 from prisma_core.errors.arguments import path_of
 from prisma_core.files.atomic import replacing
+from prisma_core.files.texts import check_regular
 from prisma_core.files.unpickled import read_objects
 
 _WRAPPERS = ("module.", "_forward_module.", "model.")
@@ -58,6 +59,7 @@ def read_states(path: str | Path) -> dict[str, dict[str, Tensor]]:
         LoadError: as ``read_checkpoint``.
     """
     path = Path(path)
+    check_regular(path)
     if not path.is_file():
         raise LoadError(f"{path} is a folder; expected a file of weights." if path.is_dir() else f"No file at {path}.")
     states = {"": read_safetensors(path)} if path.suffix == ".safetensors" else _states(read_objects(path), path)
@@ -77,6 +79,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def _mapped(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, mapped into memory: only what is used is read from the disk."""
     try:
+        check_regular(path)
         return load_file(path)
     except FileNotFoundError as error:
         raise LoadError(f"No file at {path}.") from error
@@ -119,9 +122,15 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], header: d
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return a SHA-256 of tensors: of their names, dtypes, shapes and bytes, wherever they lie."""
+    """Return a SHA-256 of tensors: of their names, dtypes, shapes and bytes, wherever they lie.
+
+    Raises:
+        InputError: one is on the meta device.
+    """
 
     def one(name: str) -> bytes:
+        if tensors[name].is_meta:
+            raise InputError(f"{name} is on the meta device, where tensors hold no numbers: load it on another one.")
         tensor = tensors[name].detach().cpu().contiguous()
         facts = f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode()
         return facts + hashlib.sha256(cast(Any, tensor.flatten().view(torch.uint8).numpy())).digest()

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError, LoadError, MissingPart, UnknownName
-from prisma_core.errors.arguments import device_of, dtype_of, path_of, shown
+from prisma_core.errors.arguments import alive, device_of, dtype_of, path_of, shown, unwrapped
 from prisma_core.errors.migration import STREAM_METHODS, unknown_attribute
 from prisma_core.files.checkpoint import read_header, read_safetensors, write_safetensors
 from prisma_core.hooks.capture import Keep
@@ -113,7 +113,7 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
         Raises:
             UnknownName: the query names no hook point, several, or one that was not cached.
         """
-        return self.store[self.full_name(query)]
+        return alive(self.store[self.full_name(query)])
 
     def full_name(self, query: str | LayerQuery) -> str:
         """Return the full name of the cached activation that a query means.
@@ -151,7 +151,7 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
     @property
     def nbytes(self) -> int:
         """The bytes that the activations take; memory that several share counts once."""
-        storages = [x.untyped_storage() for x in self._tensors()]
+        storages = [unwrapped(x).untyped_storage() for x in self._tensors()]
         return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
 
     def _tensors(self) -> Iterable[Tensor]:
@@ -171,7 +171,7 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
 
     def _with(self, change: Callable[[str, Tensor], Tensor], **fields: Any) -> ActivationCache:
         gradients = None if self.gradients is None else self.gradients._with(change, **fields)
-        store = {name: change(name, tensor) for name, tensor in self.store.items()}
+        store = {name: change(name, tensor) for name, tensor in self.items()}
         return replace(self, store=store, gradients=gradients, **fields)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> ActivationCache:
@@ -199,7 +199,7 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
             LoadError: the disk is full, read-only, or refuses in another way; a file that was there is as it was.
         """
         grads = dict[str, Tensor]() if self.gradients is None else self.gradients.store
-        named = dict(self.store) | {_GRAD + name: grad for name, grad in grads.items()}
+        named = dict(self) | {_GRAD + name: grad for name, grad in grads.items()}
         named |= {} if self.tokens is None else {_TOKENS: self.tokens}
         header = _File(
             names=list(named),

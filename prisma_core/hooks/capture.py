@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prisma_core.errors import HookError, InputError
+from prisma_core.errors.arguments import unwrapped
 from prisma_core.hooks.point import Stop
 from prisma_core.hooks.recompute import has_no_graph, is_second
 from prisma_core.spec.layout import IndexSlice
@@ -50,8 +51,7 @@ class Keep:
 
     def cut(self, x: Tensor, done: int | None = None) -> Tensor:
         """Return what is kept of an activation, one axis of which may have been cut already."""
-        if self.detach and x.requires_grad:
-            x = x.detach()
+        x = x.detach() if self.detach and unwrapped(x).requires_grad else x
         whole = x.numel()
         for axis, _ in self.slices:
             x = x if axis == done else self.along(x, axis, axis)

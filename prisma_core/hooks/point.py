@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FrameType
-from typing import Any, Protocol, TypeAlias, TypeVar, cast
+from typing import Any, NoReturn, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -103,12 +103,7 @@ class HookPoint:
 
 @dataclass(eq=False)
 class Placed:
-    """Something at a hook point that some pass has to reach.
-
-    Attributes:
-        at: the place, for hooks and for messages.
-        reached: whether a pass has gone by.
-    """
+    """Something at a hook point that some pass has to reach; ``at`` is the place, for hooks and for messages."""
 
     at: HookContext
     reached: bool = field(default=False, init=False)
@@ -120,11 +115,7 @@ class Placed:
 
 @dataclass(eq=False)
 class PlacedHook(Placed):
-    """A hook at a hook point.
-
-    Attributes:
-        points: the hook points of the model that the scope was opened on.
-    """
+    """A hook at a hook point, and the ``points`` of the model that its scope was opened on."""
 
     hook: Hook
     points: frozenset[HookPoint]
@@ -270,10 +261,10 @@ class ScopeContext(AbstractContextManager[Value]):
     """
 
     def __init__(self, scope: Scope, value: Value, kwargs: Mapping[str, object] | None = None):
-        self.scope = scope
-        self.value = value
-        self.kwargs = kwargs or {}
-        self.entered = False
+        self.scope, self.value, self.kwargs, self.entered = scope, value, kwargs or {}, False
+
+    def __call__(self, *inputs: object) -> NoReturn:
+        raise HookError("A scope is no model: enter it, as in `with model.hooks(...):`, and call the model inside.")
 
     def __enter__(self) -> Value:
         if self.entered:
@@ -293,6 +284,13 @@ class ScopeContext(AbstractContextManager[Value]):
                 "Ask only for hook points the pass goes through."
             )
 
+    def __repr__(self) -> str:
+        """Its state, and the hook points at which something runs in it: ``<scope, open: blocks.0.attn.hook_z>``."""
+        names = list(dict.fromkeys(item.name for item, _ in self.scope.expected))
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        state = "open" if self.scope.is_open else "closed" if self.entered else "not entered yet"
+        return f"<scope, {state}{': ' if names else ''}{', '.join(names[:3])}{more}>"
+
     def __del__(self) -> None:
         if self.scope.is_open:  # entered by hand, and forgotten
             self.scope.close()
@@ -300,7 +298,7 @@ class ScopeContext(AbstractContextManager[Value]):
 
 def keep_scopes(scopes: Sequence[Scope]) -> None:
     """Have what is being checkpointed, if anything is, computed again in these scopes."""
-    if calls := checkpoints():
+    if scopes and (calls := checkpoints()):
         for scope in scopes:
             keep(calls, scope, scope.began, scope.again)
 
@@ -331,16 +329,16 @@ def _hooked(hook: PlacedHook, x: Tensor, what: str) -> Tensor:
     """Return what a hook makes of a copy of its own: edits in place reach nothing else."""
     copy = x.clone()
     value = cast(object, hook(copy))
-    return copy if value is None else checked(value, x, hook.at, "hook", what)
+    return checked(copy if value is None else value, x, hook.at, "hook", what)
 
 
 def checked(value: object, x: Tensor, at: HookContext, who: str, what: str) -> Tensor:
     """Return what a hook or splice made of ``x``, if it fits in its place."""
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or value.is_nested or value.layout != x.layout:
+        kind = "a nested or sparse tensor" if isinstance(value, Tensor) else type(value).__name__
         none = f", or None to go on with the {what} it was given" if who == "hook" else ""
         raise HookError(
-            f"The {who} at {at.name} returned {type(value).__name__}; expected a tensor of shape {list(x.shape)} "
-            f"({at.axes}){none}."
+            f"The {who} at {at.name} returned {kind}; expected a tensor of shape {list(x.shape)} ({at.axes}){none}."
         )
     if value.shape != x.shape or value.dtype != x.dtype or value.device != x.device:
         raise HookError(

@@ -106,7 +106,7 @@ def _one_of(query: str | LayerQuery, selected: Sequence[str], names: Sequence[st
         for tower in ("", name[: match.start()]):
             shorthand = f"{tower}.{short}" if tower else short
             for key in ((shorthand, layer), (shorthand, layer, part)):
-                if resolve(key, names) in ([each] for each in selected):
+                if _shorthand(shorthand, names) and resolve(key, names) in ([each] for each in selected):
                     text = not _is_layer_query(query)
                     kinds = {"tower": tower, "layer": text, "part": len(key) > (2 if text else len(query))}
                     return f"Name a {' and a '.join(kind for kind in kinds if kinds[kind])}, as in {key!r}."

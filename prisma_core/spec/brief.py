@@ -10,8 +10,10 @@ from itertools import groupby
 from textwrap import indent
 from typing import Any, TypeVar, cast
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
+
+from prisma_core.errors import SpecError
 
 V = TypeVar("V")
 WIDTH = 100
@@ -20,7 +22,20 @@ _MOST_ITEMS = 16
 
 
 class BriefModel(BaseModel):
-    """A pydantic model whose repr leaves out defaults and writes equal neighbours once: ``12 * (BlockSpec(...),)``."""
+    """A pydantic model whose repr leaves out defaults and writes equal neighbours once: ``12 * (BlockSpec(...),)``.
+
+    Raises:
+        SpecError: values of wrong types, out of range, or that contradict each other.
+    """
+
+    def __init__(self, **facts: Any):
+        try:
+            super().__init__(**facts)
+        except ValidationError as error:
+            raise SpecError(error) from error
+
+    # pydantic calls an ``__init__`` of one's own for models within models too, and would lose the path to the field
+    setattr(__init__, "__pydantic_base_init__", True)  # noqa: B010
 
     def __repr__(self) -> str:
         given = {

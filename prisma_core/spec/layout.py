@@ -35,9 +35,9 @@ class TokenLayout(BriefModel):
     cls: int = Field(default=0, ge=0)
     distillation: int = Field(default=0, ge=0)
     registers: int = Field(default=0, ge=0)
-    frames: int = 1
-    rows: int
-    columns: int
+    frames: int = Field(default=1, ge=1)
+    rows: int = Field(ge=1)
+    columns: int = Field(ge=1)
     order: Literal["frame row column", "row column frame"] = "frame row column"
 
     @property

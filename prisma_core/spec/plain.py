@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from prisma_core.errors import InputError, suggest
-from prisma_core.errors.arguments import LARGEST, number
+from prisma_core.errors.arguments import LARGEST, expect, number
 from prisma_core.spec.parts import AttentionSpec, BlockSpec, MlpSpec, NormSpec
 
 LN = NormSpec(eps=1e-6)
@@ -40,12 +40,13 @@ def plain_block(
     d_model: int, heads: int, norm: NormSpec | None, facts: Mapping[type[BaseModel], Mapping[str, Any]]
 ) -> BlockSpec:
     """Return a pre-norm block whose heads share ``d_model`` and whose GELU MLP is four times as wide."""
+    expect(norm, (NormSpec, type(None)), "norm as a NormSpec or None")
     given = facts[AttentionSpec].get("d_head")
     number(heads, "how many heads", 1, number(d_model, "d_model", 1, LARGEST) if given is None else LARGEST)
     d_head = given or d_model // heads
     attn = {"n_heads": heads, "n_kv_heads": heads, "d_head": d_head, "scale": d_head**-0.5, **facts[AttentionSpec]}
     mlp = {"d_mlp": 4 * d_model, "act": "gelu", **facts[MlpSpec]}
-    block = {"attn": attn, "mlp": mlp, "ln1": norm, "ln2": norm, **facts[BlockSpec]}
+    block: dict[str, Any] = {"attn": attn, "mlp": mlp, "ln1": norm, "ln2": norm, **facts[BlockSpec]}
     if (block["mlp"] is None or block.get("kind") == "parallel") and "ln2" not in facts[BlockSpec]:
         block["ln2"] = None
-    return BlockSpec.model_validate(block)
+    return BlockSpec(**block)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prisma_core.errors import InputError, NotApplicable
-from prisma_core.errors.arguments import expect, number
+from prisma_core.errors.arguments import alive, expect, number
 from prisma_core.spec.layout import Index, TokenLayout
 
 _TOKENS = ("pos", "patch", "query_pos", "key_pos")
@@ -128,7 +128,7 @@ class TokenViews:
         axis = _chosen(name, axes, _TOKENS, axis)
         framed = bool(set(axes) & set(_FRAMES))
         layout = layout.one_frame() if framed else layout
-        x = self.store[name]
+        x = alive(self.store[name])
         index = axes.index(axis) - len(axes) + x.ndim
         kept = _kept(self.pos, axis, layout, framed=framed)
         if x.shape[index] != len(kept):

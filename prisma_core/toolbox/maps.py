@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prisma_core.maps.places import FUSED
 
@@ -46,6 +46,23 @@ def score_rows(
 def products(q: Tensor, k: Tensor) -> Tensor:
     """Dot products of queries and keys ``[... pos head d_head]``: ``[... head query_pos key_pos]``."""
     return torch.einsum("...qhd,...khd->...hqk", q, k)
+
+
+def argument(module: nn.Module, path: str, *inputs: Tensor) -> Tensor:
+    """Run a module of upstream's, and return what a submodule takes in: the windows that attention in one reads.
+
+    Args:
+        module: such as a block.
+        path: of the submodule, below the module.
+        inputs: of the module, as upstream has them.
+    """
+    taken: list[Tensor] = []
+    hook = module.get_submodule(path).register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0].clone()))
+    try:
+        module(*inputs)
+    finally:
+        hook.remove()
+    return taken[0]
 
 
 def same_bias(at: str, products: Tensor, acts: Mapping[str, Tensor]) -> tuple[str, Tensor, Tensor]:

@@ -3,19 +3,89 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from prisma_core.errors import InputError
+from prisma_core.files.atomic import check_writable
 
 if TYPE_CHECKING:  # imported by the functions that write: loading a model needs neither
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def console(**options: Any) -> Console:
+    """A console that writes texts as they are: names, labels and paths in them are no markup, and steer no terminal.
+
+    What has a style is a ``rich.text.Text``, or is printed with ``style=``.
+
+    Args:
+        options: of ``rich.console.Console``, such as ``stderr=True``.
+    """
+    from rich.console import Console
+
+    class Literal(Console):
+        def render_str(self, text: str, **how: Any) -> Text:
+            return super().render_str(printable(text), **how)
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would end the process
+
+    return Literal(highlight=False, markup=False, emoji=False, **options)
+
+
+def printable(text: str) -> str:
+    r"""Write control characters as escapes: of a terminal they set the title, the colours, the clipboard.
+
+    >>> printable("a\tcat\x1b[2J")
+    'a\tcat\\x1b[2J'
+    """
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def out() -> Console:
     """The console for answers; outside a terminal it is wide enough to cut nothing."""
-    from rich.console import Console
+    return console() if sys.stdout.isatty() else console(width=240)
 
-    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=240)
+
+@contextmanager
+def working(what: str) -> Generator[None]:
+    """Say on a terminal what is going on, as long as the block runs.
+
+    >>> with working("Loading toy:scenes-3l"):
+    ...     pass
+    """
+    from rich.text import Text
+
+    with console(stderr=True).status(Text(what)):
+        yield
+
+
+def check_output(path: Path | None, ending: str = "", *, folder: bool = False) -> None:
+    """Check where a command will write, before it works: what it found would be lost where nothing can be written.
+
+    Args:
+        path: of the file or folder; None for none.
+        ending: of the file's name, such as ``.html``; '' for any.
+        folder: whether it is a folder.
+
+    Raises:
+        InputError: the name ends in another way.
+        LoadError: the disk refuses, or there is a folder in the place of a file, or the other way round.
+    """
+    if path is None:
+        return
+    if path.suffix != ending and ending:
+        raise InputError(f"Expected a file that ends in {ending}, got {str(path)!r}.")
+    check_writable(path, folder=folder)
 
 
 def note(kind: str, message: str, style: str = "red") -> None:
@@ -23,27 +93,24 @@ def note(kind: str, message: str, style: str = "red") -> None:
 
     >>> note("Error", "No model matches.")
     """
-    from rich.console import Console
     from rich.text import Text
 
-    line = Text.assemble((f"{kind}: ", f"bold {style}"), " ".join(message.split()))
-    Console(stderr=True, highlight=False).print(line, soft_wrap=True)
+    line = Text.assemble((f"{printable(kind)}: ", f"bold {style}"), printable(" ".join(message.split())))
+    console(stderr=True).print(line, soft_wrap=True)
 
 
 def show(rows: Table) -> None:
     """Write a table on stdout: fitted to a terminal, else with lines as long as they have to be."""
-    from rich.console import Console
-
     if sys.stdout.isatty():
         out().print(rows)
         return
-    console = Console(highlight=False, width=10_000)
-    with console.capture() as captured:
-        console.print(rows)
+    wide = console(width=10_000)
+    with wide.capture() as captured:
+        wide.print(rows)
     sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
 
-def table(*columns: str, title: str | None = None) -> Table:
+def table(*columns: str, title: str | Text | None = None) -> Table:
     """An empty table that does not wrap its first column."""
     from rich.table import Table
 
@@ -54,5 +121,13 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 
 def show_json(value: Any) -> None:
-    """Write JSON, and nothing else, on stdout."""
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Write JSON, and nothing else, on stdout; of numbers, NaN and the infinite ones are null, for JSON has none."""
+    sys.stdout.write(json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in cast("dict[str, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in cast("list[Any]", value)]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

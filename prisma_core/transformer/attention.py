@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prisma_core.errors import InputError
 from prisma_core.hooks.point import HookPoint
 from prisma_core.spec import AttentionSpec, RopeSpec
+from prisma_core.toolbox.derivatives import fused_attention
 from prisma_core.toolbox.precision import HALF, show, softmax, widened
 from prisma_core.toolbox.query_rows import Rows
 from prisma_core.transformer.norm import Norm
@@ -91,7 +92,7 @@ def attend(
             return (x @ widened(v)).to(dtype).transpose(1, 2)
         rows.store(scores, x.to(dtype))
         rows.store(pattern, softmax(x).to(dtype))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2)
+    return fused_attention(q, k, v, bias, scale).transpose(1, 2)
 
 
 def _softmax(x: Tensor) -> Tensor:

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from prisma_core.errors import InputError, UnknownName, suggest
 from prisma_core.errors.arguments import check_flags, expect, several, shown
+from prisma_core.errors.migration import migration_hint
 from prisma_core.hooks.point import HookPoint
 from prisma_core.inputs import ImageLike
 from prisma_core.model import Size, ZooModel, read_sample
 from prisma_core.spec import DualSpec
 from prisma_core.spec.layout import TokenLayout
+from prisma_core.toolbox.arguments import checked
 from prisma_core.transformer.recipes import RecipeCache
 from prisma_core.transformer.stream import StreamCache
 from prisma_core.transformer.text import HookedText, tokens_of
@@ -72,6 +74,7 @@ class HookedDual(ZooModel):
     spec: DualSpec
     cache_type = DualCache
 
+    @checked
     def __init__(self, spec: DualSpec, stem: nn.Module | None = None):
         super().__init__()
         self.spec = spec
@@ -107,6 +110,12 @@ class HookedDual(ZooModel):
 
     def tokens_in(self, *inputs: Any, **kwargs: Any) -> Tensor | None:
         return inputs[1] if len(inputs) > 1 else kwargs.get("tokens")
+
+    def attribute_hint(self, name: str) -> str | None:
+        towers = [f"model.{tower}{name}" for tower, model in self.towers().items() if hasattr(model, name)]
+        if name.startswith("_") or not towers:
+            return migration_hint(name)
+        return f"this is a pair of towers, and each has its own: {' or '.join(towers)}."
 
     def towers(self) -> Mapping[str, ZooModel]:
         return {"vision.": self.vision, "text.": self.text}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError
+from prisma_core.errors.arguments import alive, unwrapped
 from prisma_core.hooks.cache import ActivationCache, alone
 from prisma_core.hooks.capture import Keep
 from prisma_core.hooks.point import HookPoint
@@ -64,7 +65,8 @@ class Recipe:
         steps = 1 + max((each.steps for each in operands if isinstance(each, Recipe)), default=0)
         weights = sum(each.numel() for each in operands if isinstance(each, nn.Parameter))
         tensors = [x, *(each for each in operands if isinstance(each, Tensor))]
-        uncounted = any(each.is_inference() for each in tensors)  # their edits in place are not counted
+        # Edits in place of what is made in inference mode are not counted; a transform of torch.func ends.
+        uncounted = any(each.is_inference() or unwrapped(each) is not each for each in tensors)
         if weights >= x.numel() or steps > STEPS or uncounted or _autocast(x.device.type):
             return None
         copies = tuple(each.detach().clone() if isinstance(each, nn.Parameter) else each for each in operands)
@@ -119,9 +121,9 @@ class Store(UserDict[str, Tensor]):
         try:
             if isinstance(entry, Recipe):
                 entry = self.data[name] = entry.make()  # kept from now on, so that edits in place are not lost
-            return cast(Tensor, entry)
         except InputError as error:
             raise InputError(f"{name} is gone: {error}. Edit a clone() of what a cache returns.") from None
+        return alive(cast(Tensor, entry))
 
     def entry_of(self, x: object, slices: tuple[IndexSlice, ...]) -> object | None:
         """Return what is held of a tensor of the pass; None if it is not here with these slices."""

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from prisma_core.errors import InputError, NotApplicable
 from prisma_core.errors.arguments import shown
+from prisma_core.errors.migration import migration_hint
 from prisma_core.hooks.point import HookPoint
 from prisma_core.inputs.checks import check_place, may_look
-from prisma_core.model import Processor, Size, layer_index, read_sample
+from prisma_core.model import MissingProcessor, Processor, Size, layer_index, read_sample
 from prisma_core.spec import TextPoolSpec, TextSpec
+from prisma_core.toolbox.arguments import checked
 from prisma_core.toolbox.precision import joining
 from prisma_core.transformer.block import STREAM, make_block
 from prisma_core.transformer.mlp import MLP
@@ -49,6 +51,9 @@ class TokenEmbed(nn.Module):
         return self.W_E[tokens]
 
 
+NO_IMAGES = MissingProcessor("This model reads texts, not images: model.tokens(texts) makes its input.")
+
+
 class HookedText(Tower):
     """A text transformer whose every inside can be read and replaced.
 
@@ -63,9 +68,11 @@ class HookedText(Tower):
     cache_type = StreamCache
     tokenizer = Processor()
 
+    @checked
     def __init__(self, spec: TextSpec):
         super().__init__()
         self.spec = spec
+        self.preprocess = NO_IMAGES
         self.tokenizer = None
         self.embed = TokenEmbed(spec)
         self.hook_embed = HookPoint("batch token d_model" if spec.suffix else STREAM, "W_E[token]")
@@ -89,6 +96,11 @@ class HookedText(Tower):
         read = "ln_pool(pooled)" if spec.ln_pool else "pooled"
         axes = pooled if spec.n_classes is None else pooled.replace("d_model", "class")
         self.hook_logits = HookPoint(axes, f"head({read})" if spec.n_classes is not None else read)
+
+    def attribute_hint(self, name: str) -> str | None:
+        if name == "layout":
+            return "texts have no rows and columns of patches; positions of tokens are numbers."
+        return migration_hint(name)
 
     def sizes(self) -> list[Size]:
         return [(self.spec.n_ctx,), (max(min(2, self.spec.n_ctx), self.spec.n_ctx - 2),)]

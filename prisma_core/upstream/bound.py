@@ -56,9 +56,7 @@ class BoundRow(Observer):
 
 
 def _laid_out_as(y: Tensor, x: Tensor) -> Tensor:
-    """Copy y into the memory layout of x, so that kernels add in the same order."""
-    if in_transform():  # sizes and steps are not those in memory
-        return y
-    if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
-        return y.clone()
+    """Return a copy of y, which may be cached, in the memory layout of x, so that kernels add in the same order."""
+    if in_transform() or any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
+        return y.clone()  # of what a transform holds, sizes and steps are not those in memory
     return torch.empty_strided(x.shape, x.stride(), dtype=y.dtype, device=y.device).copy_(y)

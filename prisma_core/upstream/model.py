@@ -27,6 +27,7 @@ from prisma_core.model import Size, ZooModel, read_sample
 from prisma_core.spec import MapSpec
 from prisma_core.spec.brief import NameTable, html_table
 from prisma_core.spec.layout import TokenLayout
+from prisma_core.toolbox.derivatives import explain_second, kernels
 from prisma_core.toolbox.tables import numbered
 from prisma_core.upstream.bound import BoundRow
 from prisma_core.upstream.copies import copy_module
@@ -85,13 +86,20 @@ class HookedUpstream(ZooModel):
     def _run(self, *inputs: Any, **kwargs: Any) -> Tensor:
         active = [bound for bound in self._rows if bound.point.wanted]
         if not active:
-            return self._output(self.upstream(*inputs, **kwargs))
+            with kernels():
+                return self._read(self.upstream(*inputs, **kwargs))
         if torch.compiler.is_compiling():
             raise HookError(
                 f"Hooks at {active[0].row.hook} cannot run in a compiled model of this kind; run it eagerly."
             )
-        with watching(active, _batch(inputs, kwargs)):
-            return self._output(self.upstream(*inputs, **kwargs))
+        with kernels(), watching(active, _batch(inputs, kwargs)):
+            return self._read(self.upstream(*inputs, **kwargs))
+
+    def _read(self, result: Any) -> Tensor:
+        """Return the main output of upstream's result."""
+        output = self._output(result)
+        explain_second(output)
+        return output
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HookedUpstream:
         """Copy the model with the functions that were set on upstream's modules."""

@@ -66,16 +66,15 @@ class ModuleHooks:
         self.before = [one for one in modules if one.place.side.startswith("in")]
         self.after = [one for one in modules if one.place.side.startswith("out")]
         self.calls: dict[tuple[str, int], list[Observer]] = {}
-        self.hooked = False
         for one in observers:
             if one.place.function is not None:
                 self.calls.setdefault((one.place.function, one.place.call), []).append(one)
 
     def place(self, module: nn.Module, *, functions: bool) -> list[RemovableHandle]:
-        """Register the hooks. Functions that other hooks call are not counted, here or in the module around."""
+        """Register the hooks. What further hooks compute is no function that the module, or its parent, calls."""
         handles: list[RemovableHandle] = []
-        other = (*vars(module)["_forward_pre_hooks"], *vars(module)["_forward_hooks"])
-        self.hooked = functions and bool(other)
+        parts = vars(module)
+        self.hooked = functions and bool(parts["_forward_pre_hooks"] or parts["_forward_hooks"])
         if self.hooked:
             handles.append(module.register_forward_pre_hook(self.arrive, prepend=True))
             handles.append(module.register_forward_hook(self.finish, prepend=True))

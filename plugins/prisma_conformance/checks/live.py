@@ -13,7 +13,7 @@ from prisma_conformance import tolerances
 from prisma_conformance.finding import Finding
 from prisma_conformance.measure import worst
 from prisma_conformance.subject import Inputs, Subject, differentiable
-from prisma_core import HookContext, ZooModel
+from prisma_core import HookContext, HookedUpstream, ZooModel
 from prisma_core.plugin import HookError
 
 Hook = Callable[[Tensor, HookContext], "Tensor | None"]
@@ -55,7 +55,8 @@ def _fires_once(model: ZooModel, inputs: Inputs, names: list[str]) -> list[str]:
     order = [name for name in model.hook_points() if name in set(names)]
     if not problems and fired != order:
         where = next(index for index, (a, b) in enumerate(zip(fired, order, strict=True)) if a != b)
-        problems.append(f"{fired[where]} fires where hook_points() says {order[where]}")
+        row = ": its row belongs before that one's" if isinstance(model, HookedUpstream) else ""
+        problems.append(f"{fired[where]} fires where hook_points() says {order[where]}{row}")
     return problems
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 from prisma_conformance.doctor.preprocessing import mended
 from prisma_conformance.finding import Check
@@ -13,7 +13,7 @@ from prisma_conformance.subject import Subject
 from prisma_core.maps.table import pattern_of
 from prisma_core.plugin import Preprocess
 
-TO_DO: Mapping[str, str] = {
+TO_DO: dict[str, str] = {
     "parity.logits": "the dtype or the size in the message is what differs",
     "parity.hooks": "write the rows that are missing in the hook table",
     "parity.gradients": "upstream detaches something, or a tensor that no row takes matters",
@@ -28,15 +28,24 @@ TO_DO: Mapping[str, str] = {
     "threads": "something outside of the pass keeps state: the adapter's module, or a function of its tables",
 }
 
+# The same of models without a canonical form, where another thing is at fault.
+TO_DO_OF_MAPS: dict[str, str] = {
+    "hooks.live": "a row's place is one that not everything behind it reads, or is passed twice, or rows are not in "
+    "the order in which they fire",
+    "weights.accounted": "the adapter changes upstream's tensors, in spec(), hooks() or unfused_attention()",
+    "maps.proven": "write a formula behind '=' in the rows that are named, or their sides in equations()",
+    "threads": "unfused_attention() changes something that other threads see",
+}
+
 
 def failures(subject: Subject, checks: Iterable[Check]) -> Iterator[str]:
     """Run checks, and yield what each that fails says, and what to do."""
     for one in checks:
         result = run_check(one, subject)
         if result.skipped is None and not result.passed:
-            advice = (one.name == "preprocess" and _preprocess(subject)) or TO_DO.get(one.name)
-            to_do = f" To do: {advice}." if advice else ""
-            yield f"{_said(result, subject)}{to_do}"
+            to_do = TO_DO | (TO_DO_OF_MAPS if subject.form == "mapped" else {})
+            advice = (one.name == "preprocess" and _preprocess(subject)) or to_do.get(one.name)
+            yield f"{_said(result, subject)}{f' To do: {advice}.' if advice else ''}"
 
 
 def _preprocess(subject: Subject) -> str | None:

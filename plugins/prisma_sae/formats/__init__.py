@@ -27,6 +27,12 @@ _DAMAGED = (LookupError, AttributeError, TypeError, ValueError, RuntimeError, Ov
 def read(path: str | Path, format: str | None = None, **options: Any) -> SparseCoder:  # noqa: A002
     """Read a sparse coder from a file or folder of any known format.
 
+    >>> import tempfile
+    >>> from prisma_sae import load, save
+    >>> path = save(load("scenes-3l"), tempfile.mkdtemp() + "/coder")
+    >>> read(path).facts.hook
+    'blocks.1.hook_resid_post'
+
     Args:
         path: the file, or the folder that holds it.
         format: one of ``FORMATS``; default the one that recognises the path.
@@ -35,7 +41,8 @@ def read(path: str | Path, format: str | None = None, **options: Any) -> SparseC
     Raises:
         UnknownName: no such format.
         InputError: the reader has no such option.
-        LoadError: no format recognises the path, the file wants to run code, or it cannot be read.
+        LoadError: no format recognises the path, the file wants to run code, it cannot be read, or holds numbers that
+            are NaN or infinite.
     """
     path = Path(path).expanduser()
     if not path.exists():

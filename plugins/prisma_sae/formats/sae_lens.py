@@ -14,11 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from prisma_core import LoadError
-from prisma_core.plugin import checked, digest, place, read_checkpoint, read_json, replacing_both, settled, write_text
+from prisma_core.plugin import (
+    checked,
+    digest,
+    format_fields,
+    place,
+    read_checkpoint,
+    read_json,
+    replacing_both,
+    settled,
+    write_text,
+)
 from prisma_sae.coder import CoderFacts, SparseCoder
 from prisma_sae.formats.files import plain, reference_of
 
@@ -67,6 +78,8 @@ def _own(path: Path) -> SparseCoder:
     try:
         tensors |= {name: tensors[other] for name, other in ours["same"].items()}
         return SparseCoder(CoderFacts.model_validate(ours["facts"]), tensors)
+    except ValidationError as error:
+        raise LoadError(f"{path / OURS} does not describe a sparse coder: {format_fields(error)}.") from error
     except (KeyError, ValueError) as error:
         raise LoadError(f"{path / OURS} does not describe a sparse coder: {error}") from error
 
@@ -145,6 +158,11 @@ def save(coder: SparseCoder, folder: str | Path) -> Path:
     """Write a coder into a folder that ``read`` reads, and SAELens too where it can compute it.
 
     After a kill it is the old coder or the new one; without ``cfg.json`` to SAELens, which has no digests.
+
+    >>> import tempfile
+    >>> from prisma_sae import load
+    >>> save(load("scenes-3l"), tempfile.mkdtemp() + "/coder").name
+    'coder'
 
     Raises:
         LoadError: the disk is full, read-only, or refuses in another way.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
-from torch import nn
+from einops import rearrange
+from torch import Tensor, nn
 
 from prisma_core.plugin import FUSED, HookMap, MapSpec, Reader, score_rows
 from prisma_timm.canonical import common
@@ -57,6 +58,14 @@ class HieraAdapter(mapping.FamilyMap):
             if block.attn.fused_attn
         ]
         return HookMap.parse("\n".join(rows))
+
+    def equations(self, upstream: Reader, acts: Mapping[str, Tensor]) -> Iterator[mapping.Equation]:
+        # Where queries are pooled, resid_mid is a sum of two parts of which nothing else reads either.
+        for layer, block in enumerate(upstream.blocks):
+            z = acts[f"blocks.{layer}.attn.hook_z"]
+            tokens = rearrange(z, "b w p h d -> b (p w) (h d)" if z.ndim == 5 else "b p h d -> b p (h d)")
+            out = block.ls1.module(block.attn.proj.module(tokens))
+            yield f"blocks.{layer}.hook_attn_out = ls1(attn.proj(attn.z))", acts[f"blocks.{layer}.hook_attn_out"], out
 
     def unfused_attention(self, upstream: nn.Module) -> AbstractContextManager[None]:
         return common.explicit_attention(upstream)

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from prisma_core.plugin import FUSED, HookMap, MapSpec, Reader, products, same_bias, score_rows
+from prisma_core.plugin import FUSED, HookMap, MapSpec, Reader, argument, products, same_bias, score_rows
 from prisma_timm.canonical import common
 from prisma_timm.hooked import mapping
 
@@ -100,12 +101,22 @@ class SwinAdapter(mapping.FamilyMap):
         for s, _, stage in self.stages(upstream):
             for layer, block in enumerate(stage.blocks):
                 at = f"{s}.blocks.{layer}.attn"
-                q, k = acts[f"{at}.hook_q"], acts[f"{at}.hook_k"]
+                q, k, v = (acts[f"{at}.hook_{name}"] for name in "qkv")
                 yield same_bias(at, self.products(q, k, block.attn), acts)
+                # Cosines do not change where queries and keys are normed first, so scores do not prove these.
+                windows = argument(block.module, "attn", acts[f"{s}.blocks.{layer}.hook_resid_pre"])
+                parts = rearrange(_projected(block.attn, windows), "n p (t h d) -> t n p h d", t=3, h=q.shape[-2])
+                yield f"{at}: q, k, v = qkv(windows of resid_pre)", torch.stack([q, k, v]).flatten(1, 2), parts
 
     def products(self, q: Tensor, k: Tensor, attn: Reader) -> Tensor:
         """Scaled products of queries and keys ``[... pos head d_head]``."""
         return products(q, k) * attn.scale
+
+
+def _projected(attn: Reader, x: Tensor) -> Tensor:
+    if attn.qkv.bias is None and attn.get("q_bias") is not None:
+        return F.linear(x, attn.qkv.weight, torch.cat([attn.q_bias, attn.k_bias, attn.v_bias]))
+    return F.linear(x, attn.qkv.weight, attn.qkv.bias)
 
 
 def _fused(attn: Reader) -> bool:
