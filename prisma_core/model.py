@@ -213,6 +213,8 @@ def _in_scopes(x: Tensor) -> Tensor:
 
 
 _in_scopes.register_fake(torch.empty_like)
+
+
 def _gradient(ctx: Any, grad: Tensor) -> Tensor:
     return grad
 

@@ -148,7 +148,8 @@ def test_other_code_where_calls_are_counted_is_refused() -> None:
     with pytest.raises(UnsupportedArchitecture, match=r"'layers\.0\.norm1'.*by number"):
         prisma.adapt(net, adapter=Counting())
     del norm.forward
-    norm.__class__ = type("Acme", (nn.LayerNorm,), {"__module__": "acme", "forward": lambda self, x: forward(x) * 2})
+    twice = {"__module__": "acme", "forward": lambda self, x: nn.LayerNorm.forward(self, x) * 2}
+    norm.__class__ = type("Acme", (nn.LayerNorm,), twice)
     with pytest.raises(UnsupportedArchitecture, match=r"acme\.Acme at 'layers\.0\.norm1'.*by number"):
         prisma.adapt(net, adapter=Counting())
 
