@@ -32,6 +32,8 @@ class Outcome(NamedTuple):
 def places(move: Move) -> Iterator[str]:
     """Yield what a sentence may call the place of a move."""
     yield move.path
+    if move.kind == "subclass":
+        yield move.path.rpartition(".")[0] or move.path  # a class of blocks is known by its parts
     numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", f".{move.path}")
     yield from (f"block {number}" for number in numbers)
     if move.kind == "class":  # the first module of that class

@@ -273,6 +273,9 @@ def _embed(tower: Reader, names: TowerNames, layout: TokenLayout) -> EmbedSpec:
     proj, patch = parts.at(tower, names.proj), _patch(tower, names)
     if names.listed == "frames":
         plain_patches(proj, "Conv3d")
+        above = parts.at(tower, names.proj.rpartition(".")[0])
+        if above.get("temporal_patch_size", proj.kernel_size[0]) != proj.kernel_size[0]:
+            raise above.unsupported(f"temporal_patch_size={above.temporal_patch_size!r}, unlike its projection's")
     elif not names.stem and not names.flat:
         plain_patches(proj)
     return EmbedSpec(

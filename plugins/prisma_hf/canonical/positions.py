@@ -27,7 +27,10 @@ def table(tower: Reader, names: TowerNames) -> Reader | Tensor | None:
     part = parts.at(tower, names.pos)
     if isinstance(part, Reader):
         above, _, name = names.pos.rpartition(".")
-        parts.READ.positions(parts.at(tower, above), name)
+        owner = parts.at(tower, above)
+        rows = parts.READ.positions(owner, name).num_embeddings
+        if (side := owner.get("num_grid_per_side")) is not None and side**2 != rows:
+            raise owner.unsupported(f"num_grid_per_side={side!r} of {rows} positions")
     return part
 
 

@@ -1,0 +1,174 @@
+"""What the sweep of upstream's states found (``fuzz/test_states.py``), each by itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from third_party import Block, Mapped, Plain, drawn, image
+from torch import Tensor, nn
+
+import prisma_core as prisma
+from prisma_core import UnsupportedArchitecture
+from prisma_core.plugin import HookMap, Reader, installed
+
+
+def case(plugin: str, name: str) -> Any:
+    pytest.importorskip({"hf": "transformers", "clip": "open_clip"}[plugin])
+    return next(one for one, _ in installed().cases({plugin}) if one.name == name).build().eval()
+
+
+def reversed_ids(model: Any) -> None:
+    model.embeddings.position_ids.copy_(model.embeddings.position_ids.flip(-1))
+
+
+def another_function(model: Any) -> None:
+    model.encoder.layers[-1].mlp.activation_fn.act = torch.relu
+
+
+def flag_of_a_bias(model: Any) -> None:
+    model.data2vec_vision.encoder.layer[-1].attention.attention.has_relative_position_bias ^= True
+
+
+def hook_where_one_pattern_ignores(model: Any) -> None:
+    model.data2vec_vision.pooler.register_forward_hook(lambda module, args, result: result * 2)
+
+
+def heads(model: Any) -> None:
+    model.layers[-1].attention.head_dim //= 2
+
+
+def padding(model: Any) -> None:
+    model.roberta.embeddings.padding_idx = 0
+
+
+def tokens_beside_features(model: Any) -> None:
+    model.visual.output_tokens = False
+
+
+@pytest.mark.parametrize(
+    ("plugin", "name", "change", "words"),
+    [
+        ("clip", "hf/CLIPVisionModel", reversed_ids, "'embeddings'.*position_ids"),
+        ("clip", "hf/SiglipVisionModel", another_function, "activation_fn'.*not gelu_tanh"),
+        ("hf", "Data2VecVisionForImageClassification", flag_of_a_bias, "attention'.*has_relative_position_bias=False"),
+        ("hf", "Data2VecVisionForImageClassification", hook_where_one_pattern_ignores, "pooler'.*forward hook"),
+        ("hf", "ViTModel", heads, r"attention'.*head_dim=\d+"),
+        ("clip", "hf/AltCLIPTextModel", padding, "embeddings'.*padding_idx=0"),
+        ("clip", "coca_base", tokens_beside_features, "'visual'.*output_tokens=False"),
+    ],
+)
+@torch.no_grad()
+def test_states_that_no_tensor_shows(plugin: str, name: str, change: Callable[[Any], None], words: str) -> None:
+    model = case(plugin, name)
+    prisma.adapt(model)
+    change(model)
+    with pytest.raises(UnsupportedArchitecture, match=words):
+        prisma.adapt(model)
+
+
+def test_a_failure_of_an_adapter_names_what_it_read() -> None:
+    model = case("clip", "ViT-B-16")
+    model.visual.pool_type = "argmax"
+    with pytest.raises(prisma.PrismaError, match=r"KeyError: 'argmax'.*It was reading 'visual'"):
+        prisma.adapt(model)
+
+
+def test_a_method_of_a_class_that_is_called_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = case("clip", "coca_base")
+    encode = type(model).encode_image
+    monkeypatch.setattr(type(model), "encode_image", lambda self, *args, **how: encode(self, *args, **how) * 2)
+    with pytest.raises(UnsupportedArchitecture, match="encode_image that is not its class's own"):
+        prisma.adapt(model)
+
+
+@pytest.mark.parametrize("package", ["peft.tuners.lora", "torch._dynamo.eval_frame", "torch.nn.parallel"])
+def test_what_stands_in_the_place_of_a_part_has_a_way_out(package: str) -> None:
+    net = drawn()
+    net.norm.__class__ = type("Wrapped", (nn.LayerNorm,), {"__module__": package})
+    with pytest.raises(UnsupportedArchitecture, match=r"merge_and_unload\(\)|wrapper\._orig_mod|wrapper\.module"):
+        prisma.adapt(net, adapter=Plain())
+
+
+@pytest.mark.parametrize("adapter", [Plain(), Mapped()])
+def test_weights_that_are_put_elsewhere_until_a_pass(adapter: Any) -> None:
+    net: Any = drawn()
+    net.head._hf_hook = type("AlignDevicesHook", (), {"offload": True})()
+    with pytest.raises(UnsupportedArchitecture, match=r"'head'.*remove_hook_from_submodules"):
+        prisma.adapt(net, adapter=adapter)
+
+
+# -------------------------------------------------------------------- models hooked as they are
+
+
+class Counting(Mapped):
+    """Its hook points stand at calls of functions."""
+
+    def hooks(self, upstream: Reader, spec: Any) -> HookMap:
+        return HookMap.parse("layers.0.norm1 @ layer_norm : in -> blocks.0.hook_in : batch pos d_model")
+
+
+class Sums(Mapped):
+    def hooks(self, upstream: Reader, spec: Any) -> HookMap:
+        return HookMap.parse("layers.0 @ flip -> blocks.0.hook_flipped : batch pos d_model")
+
+
+def flips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give blocks a call of torch's that can be counted."""
+    mixed = Block.mixed
+    code = compile("def mixed(self, x): return self.fc2(self.act(self.fc1(x.flip(-1))))", Block.__module__, "exec")
+    home = dict(vars(__import__(Block.__module__)))
+    exec(code, home)
+    home["mixed"].__qualname__ = mixed.__qualname__
+    monkeypatch.setattr(Block, "mixed", home["mixed"])
+
+
+@torch.no_grad()
+def test_functions_that_a_hook_calls_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    flips(monkeypatch)
+    net, inputs = drawn(), list[Tensor]()
+    net.layers[0].fc1.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    net.layers[0].attn.register_forward_pre_hook(lambda module, args: (args[0].flip(0).flip(1),))
+    monkeypatch.setattr("prisma_core.zoo.check_counted", lambda *args: None)  # the class was changed here
+    model = prisma.adapt(net, adapter=Sums())
+    logits, cache = model.run_with_cache(image())
+    assert torch.equal(cache["blocks.0.hook_flipped"], inputs[-1])
+    assert torch.equal(logits, net(image()))
+
+
+def test_other_code_where_calls_are_counted_is_refused() -> None:
+    net: Any = drawn()
+    prisma.adapt(net, adapter=Counting())
+    norm = net.layers[0].norm1
+    forward = norm.forward
+    norm.forward = lambda x: forward(nn.functional.layer_norm(x, x.shape[-1:]))
+    with pytest.raises(UnsupportedArchitecture, match=r"'layers\.0\.norm1'.*by number"):
+        prisma.adapt(net, adapter=Counting())
+    del norm.forward
+    twice = {"__module__": "acme", "forward": lambda self, x: nn.LayerNorm.forward(self, x) * 2}
+    norm.__class__ = type("Acme", (nn.LayerNorm,), twice)
+    with pytest.raises(UnsupportedArchitecture, match=r"acme\.Acme at 'layers\.0\.norm1'.*by number"):
+        prisma.adapt(net, adapter=Counting())
+
+
+@torch.no_grad()
+def test_a_copy_of_a_hooked_model_has_its_own_functions() -> None:
+    net: Any = drawn()
+    attn = net.layers[1]
+    forward = attn.forward
+    attn.forward = lambda x: forward(x) * 2 + 1
+    net.norm.register_forward_hook(lambda module, args, result: result * 2 if module is net.norm else result * 0)
+    model = prisma.adapt(net, adapter=Mapped())
+    x, copied = image(), copy.deepcopy(model)
+    assert torch.equal(copied(x), model(x))
+    before = model(x)
+    for weight in copied.parameters():
+        weight.mul_(1.5)
+    assert torch.equal(model(x), before)
+    assert not torch.equal(copied(x), before)
+    for weight in model.parameters():
+        weight.mul_(1.5)
+    assert torch.equal(copied(x), model(x))
