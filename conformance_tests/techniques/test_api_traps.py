@@ -103,10 +103,10 @@ def test_classes_count_from_zero(index: int) -> None:
 def test_a_class_is_not_subtracted_from_itself() -> None:
     for call in (
         lambda: lens.attribute(model(), X, 1, against=1),
-        lambda: lens.logit_lens(model(), X, [0, 1], against=1),
+        lambda: lens.logit_lens(model(), X, [0, 1], against=[0, 1]),
         lambda: patch.patch_heads(model(), X[:1], X[1:], (2, 2)),
     ):
-        with pytest.raises(InputError, match=r"the same one|twice"):
+        with pytest.raises(InputError, match=r"the same|twice"):
             call()
 
 

@@ -128,7 +128,9 @@ def run_registered(scope: Any) -> Any:
 # Calls that work, made when they are tried, with what each argument takes beside: by the nonsense's name.
 CALLS: dict[str, Callable[[], Call]] = {
     # prisma_lens
-    "lens: logit_lens": lambda: call(lens.logit_lens, M, X, [0, 1], against=1, tuned=tuned(), topk=1),
+    "lens: logit_lens": lambda: call(
+        lens.logit_lens, M, X, [0, 1], against=1, tuned=tuned(), topk=1, takes={"target": ""}
+    ),
     "lens: logit_lens of a probe": lambda: call(lens.logit_lens, M, X, probed()),
     "lens: token_logits": lambda: call(lens.token_logits, M, torch.randn(1, N, WIDTH)),
     "lens: readout": lambda: call(lens.readout, M, "cat", "dog", labels=["a"]),

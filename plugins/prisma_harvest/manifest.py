@@ -135,6 +135,7 @@ class Manifest(Facts):
         """The folder's name: the first 16 digits of the SHA-256 of ``text()``."""
         return hashlib.sha256(self.text().encode()).hexdigest()[:16]
 
+    @checked
     def positions(self, point: Point) -> list[int] | None:
         """Return the positions of a hook point's tokens; None where it has no tokens, or the model no layout of them.
 
@@ -143,6 +144,7 @@ class Manifest(Facts):
         """
         return token_positions(self.layout, self.pos, point)
 
+    @checked
     def tokens(self, point: Point) -> list[str] | None:
         """Return the names of a hook point's tokens, such as ``r3c5``; None where they have none."""
         names, places = None if self.layout is None else self.layout.token_names(), self.positions(point)
