@@ -218,7 +218,7 @@ PLANTED = [
     ),
     Planted(
         "the stream's row behind the norm",
-        ("layers.{l} -> blocks.{l}.hook_resid_post",),
+        ("'layers.0 -> blocks.0.hook_resid_post'",),
         hooks={f"{AT}                            ->": f"{AT}.before_mlp : in                       ->"},
     ),
 ]
