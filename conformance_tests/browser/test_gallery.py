@@ -111,7 +111,8 @@ def test_units_are_found_and_sorted(opened: Chrome) -> None:
     assert cards(opened)[0] == "77 unit <i>77</i>"
     find(opened, "")
     js(opened, "const o = document.getElementById('order'); o.value = 'strong'; o.dispatchEvent(new Event('change'))")
-    values = js(opened, "return [...document.querySelectorAll('.unit-card small')].map((e) => Number(e.textContent))")
+    largest = js(opened, "return [...document.querySelectorAll('.unit-card small')].map((e) => e.textContent)")
+    values = [0.0 if each == "never above 0" else float(each.removeprefix("max ")) for each in largest]
     assert values == sorted(values, reverse=True)
     assert cards(opened)[0] != "0"
 

@@ -38,6 +38,18 @@ def dual() -> tuple[Any, Any]:
 FIGURES = {classifier: (5, 2), autoencoder: (4, 5 + 8 + 2), video: (5, 2), dual: (6, 3)}
 
 
+OVERLAPS = """const found = [];
+for (const figure of document.querySelectorAll('.js-plotly-plot')) {
+  const titles = [...figure.querySelectorAll('.annotation-text')];
+  for (const one of titles) for (const two of titles) {
+    const [a, b] = [one, two].map((e) => e.getBoundingClientRect());
+    if (a.left < b.left && a.right > b.left && Math.abs(a.top - b.top) < 4) found.push(one.textContent);
+  }
+}
+return found"""
+"""Titles of panels that lie over the one beside them."""
+
+
 @pytest.fixture(scope="module", params=FIGURES, ids=lambda made: made.__name__)
 def page(request: pytest.FixtureRequest, folder: Path) -> tuple[Path, tuple[int, int]]:
     import prisma_view
@@ -56,14 +68,17 @@ def test_every_figure_is_drawn_and_fits(browser: Chrome, page: Any, width: int, 
     path, drawn = page
     show(browser, path, width, 844)
     js(browser, "document.documentElement.dataset.theme = arguments[0]", theme)
-    figures = js(browser, "return document.querySelectorAll('.figure.js-plotly-plot .main-svg').length > 0")
+    figures = js(browser, "return document.querySelectorAll('.figure > .js-plotly-plot .main-svg').length > 0")
     assert figures
-    count = js(browser, "return ['.figure.js-plotly-plot', '.row img'].map((s) => document.querySelectorAll(s).length)")
+    count = js(
+        browser, "return ['.figure > .js-plotly-plot', '.row img'].map((s) => document.querySelectorAll(s).length)"
+    )
     assert tuple(count) == drawn
     assert js(browser, "return document.querySelector('h1').textContent") == "<b>mine</b>"
     assert js(browser, "return document.querySelectorAll('main b, main i').length") == len(
         js(browser, "return [...document.querySelectorAll('.left-out b')].map((e) => e.textContent)")
     )
+    assert js(browser, OVERLAPS) == []
     assert_no_sideways(browser)
     assert_named(browser)
     assert_quiet(browser, path)

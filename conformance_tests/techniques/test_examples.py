@@ -7,6 +7,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ def modules() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("name", modules())
-def test_the_examples_of_a_file_run(name: str) -> None:
+def test_the_examples_of_a_file_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # some write files
     torch.set_default_dtype(torch.float32)
     result = doctest.testmod(importlib.import_module(name))
     assert result.failed == 0

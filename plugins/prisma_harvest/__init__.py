@@ -1,10 +1,12 @@
 """Activations at scale: harvests to disk, back from it, and top examples.
 
+```python
 acts = harvest(model, "photos", ("resid_post", 5), pos="patches", out="harvests")   # resumable, one pass
 acts = open_harvest("harvests")
 for rows in acts.rows(("resid_post", 5), 4096, shuffle=True): ...                   # [4096 d]
 acts.example(3, ("resid_post", 5)), acts.tokens_of(("resid_post", 5)), list(acts.examples())
 top_examples(acts, ("resid_post", 5), k=9, directions=probe)                        # [direction rank]
+```
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """Reading: lenses, attribution, CLIP's decomposition, heads, saliency and probes, as functions of a model and images.
 
+```python
 logit_lens(model, image)                                       # [layer batch pos class]
 attribute(model, image, "cat", against="dog", by="head")       # [layer head batch class]
 segment(clip, image, ["a photo of a cat", "a photo of a dog"]) # [batch row column class]
+```
 """
 
 from prisma_lens.attribute import attribute, names_for

@@ -1,8 +1,10 @@
 """Interventions: patching, circuits, ablation, steering, knock-out, as plain functions over a hooked model.
 
+```python
 activation_patch(model, image, other, ("cat", "dog"), at="z", over="layer head")   # Result [layer head batch]
 with ablate(model, ("z", 1), heads=1, method="mean", reference=images): model(image)
 with knock_out(model, queries="cls", keys="patches", layers=5): model(image)
+```
 """
 
 from __future__ import annotations

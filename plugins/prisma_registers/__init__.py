@@ -1,5 +1,6 @@
 """Register tokens: which tokens hold outlier norms, who attends to registers, and models with more or fewer of them.
 
+```python
 norms = token_norms(model, images)                       # [layer batch pos]
 norms.outliers().any(-1)                                 # which images have outlier tokens, layer by layer
 attention_to(model, images, "registers")                 # [layer head]
@@ -8,6 +9,7 @@ with without_registers(model) as bare: ...               # the same weights, no 
 with extra_registers(model, 4) as wider: ...             # the same weights, four tokens more
 neurons = register_neurons(model, images)
 with registers_at_test_time(model, neurons) as cleaned: ... # outliers move into an added token
+```
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """Sparse coders: read what is published, splice them into models, measure, train, attribute.
 
+```python
 coder = load("scenes-3l")                                 # of the catalogue; read(path) takes any known format
 with splice(model, coder):                                # features are hook points of the model
     logits, cache = model.run_with_cache(image, names="sae.features")
+```
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """Figures of results and tensors, the attention viewer, and the page of a classifier.
 
+```python
 plot(result)                                    # a figure that fits; result.plot() is the same
 patches(values, model.layout, image)            # any tensor [... pos] over the image
 attention(pattern, model.layout, image)         # what a token attends to, for each head
 attention_page(model, "cat.jpg").save("cat.html")  # every layer, head and token
 gallery(model, "photos", ("mlp.hook_post", 5), out="gallery")  # top images of every unit
 write_page(report(model, "cat.jpg", "dog.jpg"), Path("demo.html"))
+```
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -19,6 +18,8 @@ MOST_BARS = 40
 MOST_EDGES = 120
 TITLE = 92
 """How many characters of titles fit side by side."""
+NAME = 48
+"""How many characters of a name stand at an axis."""
 CHANGES = ("change", "bound")
 """Axes of the changes of a series, whose bounds are low, best and high."""
 
@@ -63,9 +64,7 @@ class Chart:
     def titles(self) -> list[list[str]]:
         """Return the title of each panel in lines that are no wider than the panels."""
         width = TITLE // self.grid[1]
-        return [
-            [textwrap.shorten(line, width, placeholder=" …") for line in title.split(" · ")] for title in self.panels
-        ]
+        return [[cut(line, width) for line in title.split(" · ")] for title in self.panels]
 
     @property
     def signed(self) -> bool:
@@ -101,7 +100,7 @@ class Chart:
         if self.kind == "graph":
             size = f"{int((~np.isnan(self.values)).sum())} edges"
         place = ("->" if self.kind == "graph" else " ").join(
-            x for x in (self.panels[panel], self.labels[0][row], self.labels[1][column]) if x
+            cut(x, NAME) for x in (self.panels[panel], self.labels[0][row], self.labels[1][column]) if x
         )
         return (
             f"{self.title or self.kind}: {size}. Largest: {place}, {self.values[panel, row, column]:.3g} {self.unit}."
@@ -146,6 +145,7 @@ def chart_of(
     else:
         rows, columns, notes = *table.pair(kind), ()
     values, titles = table.panelled(rows, columns)
+    values, missing = _finite(values)
     left_out = (f"{panels} of {len(titles)} panels are drawn: choose others with sel().",) * (len(titles) > panels)
     labels = (table.labels.get(rows, ("",)), table.labels[columns])
     if kind == "bars":
@@ -154,7 +154,7 @@ def chart_of(
     if kind == "graph":
         values, notes = _strongest(values)
     common, shown = _common(titles[:panels])
-    about = [*(f"{name} {size}" for name, size in table.fixed), *common]
+    about = [cut(each, TITLE) for each in (*(f"{name} {size}" for name, size in table.fixed), *common)]
     unseen = ("The image is not drawn: it lies under patches alone. Choose a token with sel().",) * (
         image is not None and kind != "patches"
     )
@@ -162,11 +162,38 @@ def chart_of(
     baseline = (f"Against {result.baseline}.",) * bool(result.baseline)
     total = (f"Total: {result.total}.",) * bool(result.total)
     return Chart(
-        kind, values[:panels], (rows, columns), labels, tuple(shown),
+        kind, values[:panels], (rows, columns), (_distinct(labels[0]), _distinct(labels[1])), tuple(shown),
         ", ".join([_spoken(result.technique) or "values", *about]), result.unit or "value",
-        (*baseline, *total, *notes, *unseen, *left_out),
+        (*baseline, *total, *notes, *missing * (kind != "graph"), *unseen, *left_out),
         images if kind == "patches" else (),
     )  # fmt: skip
+
+
+def cut(text: str, width: int) -> str:
+    """Return a text in one line of so many characters at most.
+
+    >>> cut("yellow  star", 8)
+    'yellow …'
+    """
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def _distinct(names: Sequence[str]) -> tuple[str, ...]:
+    """Return short names for an axis, no two of them the same, which would be one place: spaces without width part."""
+    seen, distinct = dict[str, int](), list[str]()
+    for name in names:
+        short = cut(name, NAME)
+        seen[short] = seen.get(short, -1) + 1
+        distinct.append(short + "\u200b" * seen[short])
+    return tuple(distinct)
+
+
+def _finite(values: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return values with NaN for those that cannot be drawn, and a note of how many there are."""
+    finite = np.isfinite(values)
+    n = int((~finite).sum())
+    return np.where(finite, values, np.nan), (f"{n} of {values.size} values are not finite, and not drawn.",) * (n > 0)
 
 
 def _common(titles: list[str]) -> tuple[list[str], list[str]]:
@@ -215,11 +242,11 @@ def _largest(values: np.ndarray, labels: Any) -> tuple[np.ndarray, Any, tuple[st
     if len(names) <= MOST_BARS:
         return values, labels, ()
     last = [len(names) - 1] if names[-1] == "sum" else []
-    size = np.abs(values).max((0, 1))
+    size = np.nan_to_num(np.abs(values)).max((0, 1))
     size[last] = np.inf
     chosen = np.sort(np.argsort(-size, kind="stable")[:MOST_BARS])
     others = np.setdiff1d(np.arange(len(names)), chosen)
-    rest = values[..., others].sum(-1, keepdims=True)
+    rest = np.nansum(values[..., others], -1, keepdims=True)
     kept = [index for index in chosen if index not in last]
     values = np.concatenate([values[..., kept], rest, values[..., last]], -1)
     drawn = (*(names[i] for i in kept), f"{len(others)} others", *(names[i] for i in last))

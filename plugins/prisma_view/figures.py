@@ -56,6 +56,11 @@ class Figure(go.Figure):
                 still.draw(self.chart).savefig(fresh, dpi=dpi)
         return path
 
+    @property
+    def least_width(self) -> int:
+        """The pixels below which the figure is no narrower, but scrolls."""
+        return least_width(self.chart)
+
     def notebook_html(self) -> str:
         """Return the figure as a part of a page: a still image, which Plotly replaces where scripts may run.
 
@@ -67,7 +72,7 @@ class Figure(go.Figure):
         return (
             f'<figure style="margin:0"><img id="{name}-still" style="max-width:100%" src="{source}" '
             f'alt="{escape(self.chart.describe())}"><div style="overflow-x:auto"><div id="{name}" role="img" '
-            f'style="min-width:{least_width(self.chart)}px" aria-label="{escape(self.chart.describe())}"></div></div>'
+            f'style="min-width:{self.least_width}px" aria-label="{escape(self.chart.describe())}"></div></div>'
             f"{library}<script>(() => {{"
             f"const data = {figure_json(self)};"
             f'const draw = () => {{ const still = document.getElementById("{name}-still");'
@@ -209,7 +214,8 @@ def _page(figure: Figure) -> str:
 <meta name="color-scheme" content="light dark"><title>{escape(chart.title)} · Prisma</title>
 <link rel="icon" href="data:,">
 <style>body {{ font-family: system-ui; margin: 1rem; background: Canvas; color: CanvasText; }}
-.wide {{ overflow-x: auto; }} #figure {{ min-width: {least_width(chart)}px; }}</style></head>
+p {{ overflow-wrap: anywhere; }} .wide {{ overflow-x: auto; }}
+#figure {{ min-width: {figure.least_width}px; }}</style></head>
 <body><main><div class="wide"><div id="figure" role="img" aria-label="{escape(chart.describe())}"></div></div>
 <p>{escape(chart.describe())}</p></main>
 <script>{get_plotlyjs()}</script><script>

@@ -62,12 +62,18 @@ def report(
     pretrained: Annotated[
         bool, typer.Option("--pretrained/--no-pretrained", help="Load trained weights, or random ones (no download).")
     ] = True,
+    show: Annotated[
+        bool | None,
+        typer.Option("--open/--no-open", help="Open the page in a browser.", show_default="where there is a screen"),
+    ] = None,
 ) -> None:
     """Write an overview of any model on an image or video: what it names, fills in, attends to and tells apart."""
     screen.check_output(out, ".html")
     with screen.working(f"Loading {reference}"):
         model = prisma.load(reference, **({} if pretrained else {"pretrained": False}))
-    overview(model, reference, image, words, out, trained=pretrained)
+    page = overview(model, reference, image, words, out, trained=pretrained)
+    if wants_browser(show):
+        webbrowser.open(page.resolve().as_uri())
 
 
 def _numbers(layers: str) -> list[int]:

@@ -37,7 +37,9 @@ def draw(chart: Chart) -> Figure:
         size = (max(5, 3.4 * columns), 0.9 + 2.6 * rows)
     else:
         side = 5.2 if len(chart.panels) == 1 else 9 / columns
-        size = (1.4 + columns * side, 0.9 + rows * (min(max(side * tall / wide, 0.9), 1.3 * side) + 0.35))
+        longest = 0 if chart.kind == "patches" else max(map(len, chart.labels[1]))
+        room = 0.05 * max(0, longest - 16)  # for names that stand upright below an axis
+        size = (1.4 + columns * side, 0.9 + room + rows * (min(max(side * tall / wide, 0.9), 1.3 * side) + 0.35))
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     axes = list(chain.from_iterable(grid))

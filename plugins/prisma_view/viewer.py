@@ -130,7 +130,7 @@ def attention_page(
         words=words,
         frames=[data_uri(frame) for frame in frames],
         packed=[layer["data"] for layer in stored.layers],
-        facts=[*_facts(maps, layout, side), *_left_out(model, maps, layers), _stored(stored)],
+        facts=[*_facts(maps, layout, side, texts=text is not None), *_left_out(model, maps, layers), _stored(stored)],
         any_scores=any(layer["scores"] for layer in stored.layers),
         windows=any(layer["windows"] for layer in stored.layers),
         data=json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"),
@@ -225,7 +225,7 @@ def _start(maps: list[Map]) -> list[int]:
     return [len(maps) - 1, int((first**2).sum(-1).argmax())]
 
 
-def _facts(maps: list[Map], layout: TokenLayout | None, side: int) -> list[str]:
+def _facts(maps: list[Map], layout: TokenLayout | None, side: int, *, texts: bool) -> list[str]:
     heads = sum(m.pattern.shape[1] for m in maps)
     tokens = sorted({m.pattern.shape[2] for m in maps})
     facts = [f"{len(maps)} layers, {heads} heads, {' or '.join(map(str, tokens))} tokens."]
@@ -235,7 +235,9 @@ def _facts(maps: list[Map], layout: TokenLayout | None, side: int) -> list[str]:
         facts.append(f"{layout.frames} frames, from left to right and top to bottom.")
     if any(m.within == "window" for m in maps):
         facts.append("Windows are numbered row by row, of the shifted image where a block shifts them.")
-    if layout is None and any(m.grid is None for m in maps):
+    if texts and any((m.pattern == 0).any() for m in maps):
+        facts.append("Grey tokens are masked: a token does not attend to those behind it, nor to padding.")
+    if not texts and layout is None and any(m.grid is None for m in maps):
         facts.append("Tokens without a row and a column stand in the model's own order, which is not the image's.")
     return facts
 

@@ -147,8 +147,11 @@ class Result:
             PluginError: pandas is not installed.
         """
         pandas = _library("pandas")
+        values = self.values.detach().flatten().float().cpu().numpy()
+        if not self.axes:
+            return pandas.DataFrame({"value": values})
         index = pandas.MultiIndex.from_product([self.names(axis) for axis in self.axes], names=list(self.axes))
-        return pandas.DataFrame({"value": self.values.flatten().float().cpu().numpy()}, index=index).reset_index()
+        return pandas.DataFrame({"value": values}, index=index).reset_index()
 
     def to_xarray(self) -> Any:
         """Return an xarray array with the same axes and labels.

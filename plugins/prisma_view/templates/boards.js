@@ -40,7 +40,7 @@ function grey(photo) {
   }
   return greys.get(photo);
 }
-const spell = (value, scores) => (scores ? plain(value, 2) : value > 0 && value < 0.001 ? "<0.1 %" : `${(100 * value).toFixed(1)} %`);
+const spell = (value, scores) => (value === -Infinity ? "masked" : scores ? plain(value, 2) : value > 0 && value < 0.001 ? "<0.1 %" : `${(100 * value).toFixed(1)} %`);
 
 /* A board shows a value for each token. It calls onPoint(token, event) while pointed at, onLeave, and onPick(token). */
 function board(box, { onPoint, onLeave, onPick, label }) {
@@ -131,11 +131,11 @@ function board(box, { onPoint, onLeave, onPick, label }) {
     }
     chips.forEach((chip, i) => {
       const token = place.loose[i];
-      const share = values[token] === -Infinity ? 0 : (values[token] - low) / (high - low || 1);
-      const colour = scaleColour(share);
+      const none = values[token] === -Infinity;
+      const colour = none ? [128, 128, 128] : scaleColour((values[token] - low) / (high - low || 1));
       chip.style.background = rgb(colour);
       chip.style.color = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2] > 140 ? "#000" : "#fff";
-      chip.lastChild.textContent = values[token] === -Infinity ? "–" : spell(values[token], scores);
+      chip.lastChild.textContent = none ? "–" : spell(values[token], scores);
       chip.classList.toggle("chosen", token === chosen);
       chip.setAttribute("aria-pressed", token === chosen);
     });

@@ -112,15 +112,15 @@ function tokenChips(box, layout, onPick) {
 }
 
 /* A table of layers by heads with a column of labels before and a row of labels above. */
-function layerHeadTable(box, layers, heads, kind, cell) {
+function layerHeadTable(box, layers, heads, kind, cell, labels = []) {
   box.classList.add(kind);
-  box.style.gridTemplateColumns = `1.9rem repeat(${heads}, minmax(0, ${layers > 6 ? "4.6rem" : "8rem"}))`;
+  box.style.gridTemplateColumns = `minmax(1.9rem, max-content) repeat(${heads}, minmax(0, ${layers > 6 ? "4.6rem" : "8rem"}))`;
   box.style.setProperty("--heads", heads);
   box.append(make("span", { className: "corner", textContent: "block ↓", ariaHidden: "true" }));
   for (let head = 0; head < heads; head++) box.append(make("span", { className: "label", textContent: head, title: `head ${head}`, ariaHidden: "true" }));
   const cells = [];
   for (let layer = 0; layer < layers; layer++) {
-    box.append(make("span", { className: "label", textContent: layer, ariaHidden: "true" }));
+    box.append(make("span", { className: "label", textContent: labels[layer] ?? layer, title: `block ${labels[layer] ?? layer}`, ariaHidden: "true" }));
     for (let head = 0; head < heads; head++) cells.push(cell(layer, head));
     box.append(...cells.slice(-heads));
   }

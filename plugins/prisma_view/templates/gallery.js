@@ -71,7 +71,7 @@ function overview() {
     const four = make("div", { className: "four" });
     load(unit).then(({ top }) => four.replaceChildren(...top.slice(0, 4).map((each) => tile(each))), (error) => { four.textContent = error.message; });
     return make("a", { className: "unit-card", href: `#${unit}`, label: `${index.kind} ${title(unit)}, largest ${short(index.largest[unit])}, positive on ${share(index.share[unit])} of tokens` },
-      make("h2", {}, make("span", { textContent: title(unit) }), make("small", { textContent: short(index.largest[unit]) })), four,
+      make("h2", {}, make("span", { textContent: title(unit) }), make("small", { textContent: index.largest[unit] > 0 ? `max ${short(index.largest[unit])}` : "never above 0" })), four,
       make("p", { textContent: index.search[unit], title: index.search[unit] }));
   }));
   $("page").textContent = `${page + 1} of ${pages}`;

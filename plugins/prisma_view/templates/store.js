@@ -28,7 +28,7 @@ const store = (() => {
   /* The layer if it is unpacked already. */
   const ready = (layer) => { const made = unpacked.get(layer); return made && !(made instanceof Promise) ? made : null; };
 
-  /* Fill a row of scores, minus infinity where there is no attention, and of shares: their softmax. */
+  /* Fill a row of scores and of shares, their softmax; both are minus infinity where there is no attention. */
   function fill({ tokens, low, step, fine, coarse }, row, scores, shares, at = 0) {
     let most = -Infinity;
     for (let key = 0; key < tokens; key++) {
@@ -39,7 +39,7 @@ const store = (() => {
     }
     let sum = 0;
     for (let key = 0; key < tokens; key++) sum += shares[at + key] = most > -Infinity ? Math.exp(scores[at + key] - most) : 0;
-    for (let key = 0; sum && key < tokens; key++) shares[at + key] /= sum;
+    for (let key = 0; key < tokens; key++) shares[at + key] = scores[at + key] > -Infinity ? shares[at + key] / sum : -Infinity;
   }
   /* All rows of a head. */
   function head(made, map) {

@@ -85,7 +85,8 @@ function paintMatrix() {
   }
   ink.putImageData(pixels, 0, 0);
   matrix.setAttribute("aria-label", `Attention of ${tokens} tokens to ${tokens} tokens, layer ${data.layers[state.layer].label}, head ${state.head}`);
-  $("matrix-note").textContent = state.scores ? `Scores from ${plain(low, 2)} (dark) to ${plain(high, 2)} (light).` : "Each row is brightest at its own largest share.";
+  const range = `Tokens from ${place.names[0]} to ${place.names[tokens - 1]}.`;
+  $("matrix-note").textContent = `${range} ${state.scores ? `Scores from ${plain(low, 2)} (dark) to ${plain(high, 2)} (light).` : "Each row is brightest at its own largest share."}`;
 }
 const cellOf = (event) => {
   const { tokens } = data.layers[state.layer];
@@ -108,7 +109,7 @@ const buttons = layerHeadTable($("heads"), data.layers.length, total, "heads", (
   const missing = head >= data.layers[layer].heads;
   return make("button", { type: "button", label: `Layer ${data.layers[layer].label}, head ${head}`, title: `layer ${data.layers[layer].label}, head ${head}`, hidden: missing,
     style: { "aspect-ratio": sizeOf(places[layer]).join(" / ") }, onclick: () => show({ layer, head }) });
-});
+}, data.layers.map(({ label }) => label.replace(/^(stages\.)?(.*?)blocks\./, "$2")));
 const thumbs = make("canvas", { className: "thumbs", ariaHidden: "true" });
 $("heads").append(thumbs);
 const thumb = make("canvas");
