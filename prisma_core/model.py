@@ -213,8 +213,16 @@ def _in_scopes(x: Tensor) -> Tensor:
 
 
 _in_scopes.register_fake(torch.empty_like)
-_in_scopes.register_autograd(lambda ctx, grad: grad)
-_in_scopes.register_vmap(lambda info, dims, x: (_in_scopes(x), dims[0]))
+def _gradient(ctx: Any, grad: Tensor) -> Tensor:
+    return grad
+
+
+def _batched(info: Any, dims: tuple[int | None, ...], x: Tensor) -> tuple[Any, int | None]:
+    return _in_scopes(x), dims[0]
+
+
+_in_scopes.register_autograd(_gradient)
+_in_scopes.register_vmap(_batched)
 
 
 class ZooModel(HookedModel):

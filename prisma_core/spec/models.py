@@ -78,13 +78,13 @@ class ModelSpec(AllBlocks, Facts):
         hidden = [(cls, "kind"), (EmbedSpec, "norm"), *((PoolSpec, name) for name in ("kind", "attn", "mlp", "norm"))]
         by_part = facts_by_part(facts, kinds, hidden)
         block = plain_block(d_model, heads, norm, by_part)
-        whole = {"pool": "token", **by_part.pop(cls)}
+        whole: dict[str, Any] = {"pool": "token", **by_part.pop(cls)}
         if isinstance(kind := whole["pool"], str):
             attn = block.attn if kind == "attention" else None
             whole["pool"] = {"kind": kind, "attn": attn, **by_part[PoolSpec]}
             whole = {"d_pool": 2 * d_model if kind == "token_and_avg" else d_model, **whole}
         grid = {"rows": image[0] // patch[0], "columns": image[1] // patch[1]}
-        plain = {
+        plain: dict[str, Any] = {
             "d_model": d_model,
             "image_size": image,
             "embed": {"patch": patch, **by_part[EmbedSpec]},
@@ -237,7 +237,7 @@ class TextSpec(AllBlocks, Facts):
         by_part = facts_by_part(facts, (cls, *PARTS), [(cls, "kind")])
         block = plain_block(d_model, heads, norm, by_part)
         plain = {"n_vocab": 20, "n_ctx": 8, "causal": True, "ln_final": norm, "pool": "argmax", "n_classes": d_model}
-        whole = {
+        whole: dict[str, Any] = {
             **plain,
             "d_model": d_model,
             "blocks": (block,) * number(layers, "layers", 0, 1 << 12),

@@ -46,7 +46,7 @@ def plain_block(
     d_head = given or d_model // heads
     attn = {"n_heads": heads, "n_kv_heads": heads, "d_head": d_head, "scale": d_head**-0.5, **facts[AttentionSpec]}
     mlp = {"d_mlp": 4 * d_model, "act": "gelu", **facts[MlpSpec]}
-    block = {"attn": attn, "mlp": mlp, "ln1": norm, "ln2": norm, **facts[BlockSpec]}
+    block: dict[str, Any] = {"attn": attn, "mlp": mlp, "ln1": norm, "ln2": norm, **facts[BlockSpec]}
     if (block["mlp"] is None or block.get("kind") == "parallel") and "ln2" not in facts[BlockSpec]:
         block["ln2"] = None
     return BlockSpec(**block)

@@ -28,7 +28,7 @@ def kernels() -> AbstractContextManager[object]:
     It can tell forward mode, and derivatives of derivatives in ``torch.func``.
     """
     functorch = cast("Any", torch)._C._functorch
-    levels = [] if torch.compiler.is_compiling() else functorch.get_interpreter_stack() or []
+    levels: list[Any] = [] if torch.compiler.is_compiling() else functorch.get_interpreter_stack() or []
     nested = sum(level.key() == functorch.TransformType.Grad for level in levels) > 1
     forward = cast("Any", forward_ad)._current_level >= 0
     return cast("AbstractContextManager[object]", sdpa_kernel(SDPBackend.MATH)) if nested or forward else nullcontext()

