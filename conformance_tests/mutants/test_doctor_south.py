@@ -190,10 +190,10 @@ PLANTED = [
     ),
     Planted(
         "twice as many heads",
-        ("n_heads=3",),
+        ("at 'layers.0.attention' is not supported: heads=3",),
         fact={"heads": lambda layer: 6, "scale": lambda layer: 0.5, "rope": lambda upstream: None},
     ),
-    Planted("one head", ("n_heads=3",), fact={"heads": lambda layer: 1}),
+    Planted("one head", ("at 'layers.0.attention' is not supported: heads=3",), fact={"heads": lambda layer: 1}),
     Planted(
         "no rope",
         ("rotation.angles",),
@@ -218,7 +218,7 @@ PLANTED = [
     ),
     Planted(
         "the stream's row behind the norm",
-        ("layers.{l} -> blocks.{l}.hook_resid_post",),
+        ("'layers.0 -> blocks.0.hook_resid_post'",),
         hooks={f"{AT}                            ->": f"{AT}.before_mlp : in                       ->"},
     ),
 ]

@@ -185,6 +185,13 @@ class MapEquations:
             errors[text] = max(errors.get(text, 0.0), worst(left, right))
         return errors
 
+    def defines(self, point: str) -> bool:
+        """Whether an equation says what a hook point is: a formula of its own, or one of the adapter's."""
+        x = self.clean.after[point]
+        noisy = self.of_adapter({**self.clean.after, point: x + noise(x, self.subject.generator(9))})
+        named = any(one.point == point and isinstance(one, Formula) for one in (*self.rows, *self.everywhere))
+        return named or any(not error <= tolerances.FLOAT64 for error in noisy.values())
+
     def prover(self, point: str) -> str | None:
         """Find an equation that fails once noise is added to a hook point, its own first; None if there is none."""
         x = self.clean.after[point]

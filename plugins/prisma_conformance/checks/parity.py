@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prisma_conformance import tolerances
+from prisma_conformance.checks.equations import MapEquations
 from prisma_conformance.devices import HALF
 from prisma_conformance.finding import Finding
 from prisma_conformance.gradients import pull_back
@@ -103,6 +104,7 @@ def hooks(subject: Subject) -> Finding:
     # Points that upstream cannot show (a norm's scale inside its kernel) are proven by algebra from those it can.
     uncovered = [name for name in points if name not in comparison.errors]
     problems += [f"{name} is not in the hook map" for name in uncovered if _required(subject, name)]
+    problems += _undefined(subject, [name for name in uncovered if name not in comparison.unread])
     detail = f"{len(comparison.errors)} of {len(points)} hook points compared"
     if uncovered:
         detail += f"; upstream shows no place for {', '.join(sorted({_family(name) for name in uncovered}))}"
@@ -117,6 +119,15 @@ def _required(subject: Subject, name: str) -> bool:
     """
     canonical = ("hook_resid_pre", "hook_resid_post", "hook_logits")
     return subject.form == "canonical" and name.rsplit(".", 1)[-1] in canonical
+
+
+def _undefined(subject: Subject, names: Sequence[str]) -> list[str]:
+    """Problems of points inside a fused kernel of a hooked upstream: compared with nothing, and no equation's."""
+    if subject.form != "mapped" or not names:
+        return []
+    equations = MapEquations(subject)
+    ways = "name upstream's step-by-step place in reference_places(), or write its formula, such as '= q . k * 0.5'"
+    return [f"{name} is compared with nothing: {ways}" for name in names if not equations.defines(name)]
 
 
 def _family(name: str) -> str:

@@ -185,9 +185,12 @@ def _of_rows(bench: Bench, trial: Trial, progress: Callable[[str], None] | None)
     points = [*different, *trial.unread]
     first = points[0]
     search = Search(bench, trial, first, None, progress)
-    improvements = [one for one in search.improvements() if one.whole] if different else []
     rows = _rows(trial, points)
-    read = [] if improvements else [_place(bench, trial, row) for row in rows]
+    read = [_place(bench, trial, row) for row in rows]
+    # What upstream shows at other places is right, or a tensor is exchanged with another: no fact makes that.
+    weights_alone = bool(read) and None not in read
+    improvements = [one for one in search.improvements(weights_alone) if one.whole] if different else []
+    read = [] if improvements else read
     known = [(row, place) for row, place in zip(rows, read, strict=False) if place is not None]
     return Diagnosis(
         name=bench.subject.case.name,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from prisma_conformance import tolerances
@@ -40,7 +41,8 @@ def rotary(spec: Any, first: str, ours: Mapping[str, Tensor], theirs: Mapping[st
 
 def _pairs(x: Tensor, layout: str) -> Tensor:
     """Channels that turn together ``[batch pos head pair 2]``."""
-    return x.unflatten(-1, (-1, 2)) if layout == "interleaved" else x.unflatten(-1, (2, -1)).transpose(-1, -2)
+    pattern = "... (pair two) -> ... pair two" if layout == "interleaved" else "... (two pair) -> ... pair two"
+    return rearrange(x, pattern, two=2)
 
 
 def _angles(before: Tensor, after: Tensor) -> Tensor:
@@ -83,12 +85,12 @@ def _said(angle: Tensor, ours: Tensor, layout: TokenLayout) -> str:
     if _close((ours * ratio).cos(), angle.cos()) and _close((ours * ratio).sin(), angle.sin()):
         if _close(ratio, -torch.ones_like(ratio)):
             return "the opposite ones, which is rope_sin with its sign changed"
-        return f"angles of each pair times {_short(ratio.tolist())}: another base or unit of positions"
+        return f"angles of each pair times {_short(ratio)}: another base or unit of positions"
     steps = {"row": layout.columns if layout.rows > 1 else 0, "column": 1 if layout.columns > 1 else 0}
     said: list[str] = []
     for axis, step in steps.items():
-        new, old = ((x[n + step] - x[n]).tolist() if step else [] for x in (angle, ours))
-        if new and not _close(torch.tensor(new), torch.tensor(old)):
+        new, old = (x[n + step] - x[n] for x in (angle, ours)) if step else (ours[0] * 0, ours[0] * 0)
+        if not _close(new, old):
             said.append(f"each {axis} turns pairs by {_short(new)} (it is {_short(old)})")
     return f"{'; '.join(said) or 'another origin'}: another base or unit of positions"
 
@@ -103,8 +105,8 @@ def _close(one: Tensor, other: Tensor) -> bool:
     return float((one - other).abs().amax()) <= 1e-9 if one.numel() else True
 
 
-def _short(values: list[float]) -> str:
-    return f"[{', '.join(f'{value:.4g}' for value in values)}]"
+def _short(values: Tensor) -> str:
+    return f"[{', '.join(f'{float(value):.4g}' for value in values)}]"
 
 
 __all__ = ["rotary"]

@@ -72,14 +72,17 @@ class Search:
         self.start = list(trial.errors).index(first) if size is None and first in trial.errors else 0
         self.end = len(trial.errors) + len(trial.unread) + 100  # behind all hook points, those of other parts too
 
-    def improvements(self) -> list[Improvement]:
+    def improvements(self, weights_alone: bool = False) -> list[Improvement]:
         """Changes that make the difference go away, the best alone.
 
         Changes are tried until one leaves nothing to mend; else the kinds of changes are, one after the other, until
         one mends the logits.
+
+        Args:
+            weights_alone: try changes of the weight table and of tensors, and none of facts.
         """
         helpful: list[Improvement] = []
-        for kind in self._kinds():
+        for kind in self._of_weights() if weights_alone else self._kinds():
             for one in (one for change in kind for one in self._tried(change)):
                 helpful.append(one)
                 if one.whole and one.reaches == self.end:
@@ -101,7 +104,10 @@ class Search:
         yield facts(trial.spec, self.first, self.bench.numbers, trial.spare)
         yield pooling(trial.spec)
         yield rotary(trial.spec, self.first, trial.ours, trial.theirs)
-        yield rows(trial.table, theirs, ours, trial.spare)
+        yield from self._of_weights()
+
+    def _of_weights(self) -> Iterator[Iterator[Change]]:
+        yield rows(self.trial.table, self.bench.shapes, self.trial.shapes, self.trial.spare)
         yield tensors(self.bench.model()[0])
 
     def _tried(self, change: Change, depth: int = 0) -> Iterator[Improvement]:
