@@ -35,7 +35,9 @@ FIELDS = """
 ## Your model has ...
 
 Each row differs from the plain model in the fields named; `{l}` stands for a layer, `{n}` for a branch,
-`{*}` for weight and bias. A tensor in brackets is the plain model's and is not there.
+`{*}` for weight and bias. A tensor in brackets is the plain model's and is not there. Behind single tensors stands
+their shape: `rope_cos` and `rope_sin` are `[pos head d_head]`, with one head where all turn alike, and cosine 1 and
+sine 0 for prefix tokens; both channels of a pair have the same.
 
 | your model has | field | tensors |
 | --- | --- | --- |
@@ -127,7 +129,7 @@ def page() -> str:
     lines.append(FIELDS.rstrip("\n"))
     for words, spec in models().items():
         now = shapes(spec)
-        new = [f"`{name}`" for name in folded(name for name in now if name not in known)]
+        new = [f"`{name}`{_shape(now.get(name))}" for name in folded(name for name in now if name not in known)]
         gone = [f"(`{name}`)" for name in folded(name for name in known if name not in now)]
         fields = ", ".join(f"`{field}`" for field in dict.fromkeys(differences(plain, spec)))
         lines.append(f"| {words} | {fields} | {', '.join([*new, *gone])} |")
@@ -139,6 +141,10 @@ def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = build(spec)
     return {re.sub(r"^blocks\.\d+", "blocks.{l}", name): tuple(x.shape) for name, x in tensors_of(model).items()}
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "" if shape is None else f" [{' '.join(map(str, shape))}]"
 
 
 def folded(names: Iterable[str]) -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from prisma_core.errors import InputError, LoadError, NotApplicable, UnknownName, WeightMapError, suggest
 from prisma_core.errors.arguments import LARGEST, expect, number, several, shown, tensor
 from prisma_core.hooks.model import HookedModel
+from prisma_core.hooks.point import OPEN_SCOPES, keep_scopes
 from prisma_core.maps.weights import State, WeightMap
 from prisma_core.spec.brief import NameTable, html_table
 
@@ -201,6 +202,21 @@ _UNSUPPORTED = {  # by torch, in words of its own: what to do
 }
 
 
+@torch.library.custom_op("prisma::in_scopes", mutates_args=(), schema="(Tensor x) -> Tensor")
+def _in_scopes(x: Tensor) -> Tensor:
+    """Have what is being checkpointed around a compiled model computed again in the open scopes; return a copy.
+
+    ``torch.compile`` cannot trace the search for checkpoints; an operator of its own runs in the pass.
+    """
+    keep_scopes(OPEN_SCOPES.get())
+    return x.clone()
+
+
+_in_scopes.register_fake(torch.empty_like)
+_in_scopes.register_autograd(lambda ctx, grad: grad)
+_in_scopes.register_vmap(lambda info, dims, x: (_in_scopes(x), dims[0]))
+
+
 class ZooModel(HookedModel):
     """A model in canonical form, described by its spec.
 
@@ -231,13 +247,18 @@ class ZooModel(HookedModel):
             super().__setattr__(name, value)
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
+        compiling = torch.compiler.is_compiling()
+        if not compiling:  # compiled hook points do not look for checkpoints
+            keep_scopes(OPEN_SCOPES.get())
         try:
-            return super().__call__(*inputs, **kwargs)
+            output = super().__call__(*inputs, **kwargs)
         except RuntimeError as error:
             for words, advice in _UNSUPPORTED.items():
                 if words in str(error):
                     raise InputError(advice) from error
             raise
+        hooked = compiling and OPEN_SCOPES.get() and isinstance(output, Tensor)
+        return _in_scopes(output) if hooked else output
 
     def extra_repr(self) -> str:
         """The first line of the repr: what it was loaded from, and its size."""

@@ -36,7 +36,7 @@ from prisma_core.errors.arguments import (
 )
 from prisma_core.errors.migration import keyword_names
 from prisma_core.files import hub
-from prisma_core.files.atomic import file_digest, locked, place, replacing, replacing_both, settled, write_text
+from prisma_core.files.atomic import file_digest, holding, locked, place, replacing, replacing_both, settled, write_text
 from prisma_core.files.checkpoint import (
     check_axes,
     check_finite,
@@ -129,7 +129,7 @@ __all__ = [
     "SIZES",
     # files, the hub, and options of sources
     "read_checkpoint", "read_states", "read_objects", "save_objects", "SavedObject", "replacing", "replacing_both",
-    "write_text", "settled", "place", "file_digest", "locked", "check_axes", "check_shapes", "check_finite",
+    "write_text", "settled", "place", "file_digest", "locked", "holding", "check_axes", "check_shapes", "check_finite",
     "check_merged", "depth_in", "digest", "check_layers", "check_claims", "read_outline", "hub", "without_code",
     "code_in", "read_json", "parse_json", "Options", "read_options", "Whole", "Above", "Heads", "Eps", "Pixels",
     "check_keywords", "keywords", "keyword_names",

@@ -48,7 +48,7 @@ from prisma_core.transformer import HookedDual, HookedText, build
 from prisma_core.transformer.names import optional_hook_names
 from prisma_core.upstream.copies import copy_module
 from prisma_core.upstream.model import HookedUpstream
-from prisma_core.upstream.undeclared import check_at_hand, check_undeclared, unwrapped
+from prisma_core.upstream.undeclared import check_at_hand, check_counted, check_undeclared, unwrapped
 
 
 @contextmanager
@@ -217,7 +217,9 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> Z
     reader = Reader(upstream)
     spec, hooks, table, stem = read_adapter(adapter, reader)
     if isinstance(spec, MapSpec):
-        return HookedUpstream(copy_module(upstream, copy=copy), hooks, spec, partial(output_of, adapter))
+        hooked = HookedUpstream(copy_module(upstream, copy=copy), hooks, spec, partial(output_of, adapter))
+        check_counted(upstream, hooked.counted, adapter.types)
+        return hooked
     with blaming(adapter):
         adapters = (adapter, *adapter.parts(reader))
         types = [name for each in adapters for name in each.types]
@@ -228,7 +230,7 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> Z
         for name in tensors_of(upstream)
         if table.reason_to_ignore(name) is not None and not any(pattern.fullmatch(name) for pattern in mapped)
     }
-    check_undeclared(reader, types, ignored, unread, stem)
+    check_undeclared(reader, spec, types, ignored, unread, stem)
     with torch.device("meta"):
         model = build(spec)
     if stem is not None:

@@ -80,7 +80,10 @@ def test_a_tokenizers_settings_do_not_trust_code(tmp_path: Path, mark: Path, ask
     assert asked == []
 
 
-def test_a_tokenizer_of_the_hub_brings_no_code(tmp_path: Path, mark: Path, asked: list[str], loopback: Hub) -> None:
+def test_a_tokenizer_of_the_hub_brings_no_code(
+    tmp_path: Path, mark: Path, asked: list[str], loopback: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # "../../etc" is a folder where the checkout lies two folders deep
     files = with_own_code(loopback.repository("someone/words"), mark, "tokenizer_config.json", **WORDS)
     Words(models.WordLevel({"?": 0, "<end>": 1}, unk_token="?")).save(str(files / "tokenizer.json"))
     model: Any = prisma.load(clip(tmp_path, hf_tokenizer_name="someone/words"), pretrained=False)

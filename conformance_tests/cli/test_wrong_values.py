@@ -80,7 +80,10 @@ FOLDERS = ("text.txt", "text.txt/x", "x" * 300, "/proc/nowhere")
 TEXTS = ("[/x]nonsense", "-99", "x" * 300)
 WRITTEN = {"out", "folder", "json", "resume"}
 # What else an option takes, by command and option.
-TAKES: dict[str, tuple[str, ...]] = {}
+TAKES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(["patch --pos", "harvest top --pos", "harvest write --pos"], ("-99",)),  # of 145
+    "harvest write --data-name": TEXTS,
+}
 
 
 def callbacks(app: typer.Typer, before: str = "") -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -103,6 +106,9 @@ def options(command: str) -> Iterator[tuple[str, tuple[str, ...]]]:
         text = str(kind)
         about = next((one for one in about if hasattr(one, "param_decls")), None)
         if about is None or "bool" in text:
+            continue
+        if name == "ray":  # each tries to reach a cluster, for half a minute
+            yield "--ray", TEXTS[:1]
             continue
         place += (is_argument := type(about).__name__ == "ArgumentInfo")
         option = str(place) if is_argument else (about.param_decls or [f"--{name.replace('_', '-')}"])[0]

@@ -177,8 +177,9 @@ def _with_subclass(module: nn.Module, made: Callable[[], Any]) -> Iterator[None]
 
 
 def methods_of(kind: type) -> list[str]:
-    """The further methods of a class and its bases that are the library's own."""
+    """The further methods that compute: of a class's own file, and of its bases that have a forward."""
     bases = [one for one in kind.__mro__ if one.__module__.partition(".")[0] not in (*ROOTS, "builtins", "abc")]
+    bases = [one for one in bases if one.__module__ == kind.__module__ or "forward" in vars(one)]
     names = {name: None for one in bases for name, value in vars(one).items() if isinstance(value, FunctionType)}
     return [name for name in names if name not in SHARED and name != "forward" and not name.startswith("__")]
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from arguments import ANYTHING, Call, call, cases, faults, public_callables
-from pydantic import ValidationError
 from torch import Tensor
 from windows import Adapter, Upstream
 
@@ -145,7 +144,6 @@ CALLS: dict[str, Call] = {
     "mlps": call(prisma.mlps, VIT.blocks[0]),
     "ModelSpec.plain": call(
         ModelSpec.plain,
-        raises=(PrismaError, ValidationError),
         patch=1,
         takes={"d_model": INT, "layers": INT, "heads": INT, "patch": INT, "image": INT, "norm": "None"},
     ),
@@ -202,6 +200,9 @@ CALLS: dict[str, Call] = {
     "HookedUpstream.sample_inputs": call(MAPPED.sample_inputs, takes={**SIZED, "size": "None"}),
     "Circuits.all_composition_scores": call(VIT.all_composition_scores, "K", takes={"rotation": "None"}),
     "Circuits.accumulated_bias": call(VIT.accumulated_bias, 1, takes={"layer": SOME}),
+    "HookedViT": call(HookedViT, VISION, takes={"stem": "None module"}),
+    "HookedText": call(HookedText, TEXT),
+    "HookedDual": call(HookedDual, DualSpec(vision=VISION, text=TEXT), takes={"stem": "None module"}),
     # caches
     "ActivationCache.full_name": call(CACHE.full_name, ("z", 0)),
     "ActivationCache.to": call(CACHE.to, "cpu", takes={"device": "None", "dtype": "None"}),

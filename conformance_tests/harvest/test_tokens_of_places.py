@@ -16,6 +16,7 @@ from prisma_view import gallery
 from torch import Tensor
 
 import prisma_core as prisma
+from prisma_core import InputError
 from prisma_core.cli.app import main
 
 EMBED, RESID = "hook_embed", "blocks.1.hook_resid_post"
@@ -81,3 +82,23 @@ def test_a_search_of_patches_that_was_done_becomes_a_gallery(scenes: Any, tmp_pa
     top.save(tmp_path / "top.safetensors")
     out = ["--out", str(tmp_path / "pages"), "--no-open"]
     assert main(["gallery", str(tmp_path / "top.safetensors"), "--data", "samples:6", *out]) == 0
+
+
+def test_a_coder_of_patches_stands_where_there_are_patches_alone(scenes: Any) -> None:
+    model, coder, images = scenes
+    with splice(model, coder.with_facts(hook=EMBED), force=True):
+        _, cache = model.run_with_cache(images, names=["sae.input", "sae.features"])
+    _, clean = model.run_with_cache(images, names=EMBED)
+    assert torch.equal(cache[f"{EMBED}.sae.hook_input"], clean[EMBED])
+    assert cache[f"{EMBED}.sae.hook_features"].shape == (6, 144, 256)
+
+
+def test_options_that_there_are_not_are_told_with_the_nearest(scenes: Any, tmp_path: Path) -> None:
+    model, _, images = scenes
+    with pytest.raises(InputError, match=r"harvest takes no 'on_eror'.*on_error"):
+        harvest(model, list(images), EMBED, out=tmp_path, on_eror="skip")
+    with pytest.raises(InputError, match=r"gallery takes no 'limt'.*limit"):
+        gallery(model, list(images), EMBED, out=tmp_path / "pages", limt=3)
+    with pytest.raises(InputError, match=r"dataset takes no 'shufle'.*shuffle"):
+        harvest(model, list(images), EMBED, out=tmp_path, **HOW).dataset(EMBED, 4, shufle=True)
+    assert not (tmp_path / "pages").exists()

@@ -166,6 +166,7 @@ def says(message: str, value: object) -> bool:
     if value is None:
         return True
     forms = [repr(value), str(value) or "'.'", type(value).__name__, getattr(value, "__name__", repr(value)), "both"]
+    forms += [str(float(value))] if type(value) is int else []
     forms += [str(list(value.shape))] if isinstance(value, torch.Tensor) else []
     if isinstance(value, list | dict | set | bytes | np.ndarray):
         forms += [repr(each) for each in value] if len(value) else ["no ", "empty", "()", "[0]", " 0 ", "at least one"]
@@ -189,6 +190,28 @@ def public_callables(module: ModuleType, kinds: Iterable[type] = ()) -> dict[str
                 functions.append(function)
     named = [each for each in functions if inspect.isfunction(each) and not hasattr(each, "__isabstractmethod__")]
     return {each.__qualname__: each for each in named if each.__module__.startswith("prisma_")}
+
+
+def uncalled(modules: Iterable[ModuleType], calls: Iterable[Call], exempt: Mapping[str, str]) -> list[str]:
+    """Return the public functions, methods and classes of packages that no call tries and no reason exempts.
+
+    Of classes it is what makes one: exceptions aside, and pydantic's, whose fields ``test_spec_errors.py`` tries.
+    A name that is exempt and called, or no public one, comes back as well.
+    """
+    called = {inspect.unwrap(getattr(each.function, "__func__", each.function)) for each in calls}
+    missing: dict[str, bool] = {}
+    for module in modules:
+        package = module.__name__
+        for name, function in public_callables(module).items():
+            if function.__module__.startswith(package):
+                missing[f"{package}.{name}"] = inspect.unwrap(function) not in called
+        for name in module.__all__:
+            kind = getattr(module, name)
+            made = inspect.isclass(kind) and not issubclass(kind, Exception) and not hasattr(kind, "model_fields")
+            if made and kind.__module__.startswith(package):
+                missing[f"{package}.{name}"] = kind not in called
+    wrong = [name for name, lacks in missing.items() if lacks != (name in exempt)]
+    return wrong + [name for name in exempt if name not in missing]
 
 
 def _parameters(function: object) -> list[str]:

@@ -187,3 +187,40 @@ def test_rows_of_patterns_alone(plain, image, reentrant):
             return model(x)
 
     torch.testing.assert_close(gradient(partial(run, model), image), gradient(partial(run, plain), image), **EXACT)
+
+
+@pytest.fixture
+def compiling():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def whole(model):
+    return torch.compile(model, backend="aot_eager", fullgraph=True)
+
+
+def by_itself(model):
+    model.compile(backend="aot_eager", fullgraph=True)
+    return model
+
+
+@REENTRANT
+@pytest.mark.usefixtures("compiling")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("compiled", [whole, by_itself])
+def test_a_compiled_model(image, reentrant, compiled, in_float64):
+    plain, model = (build(layers=1, scale=True) for _ in range(2))
+    edits = {("pattern", 0): lambda x, at: x.tanh()}
+    run = partial(checkpoint, compiled(model), use_reentrant=reentrant)
+
+    def scoped(model, run, x):
+        with model.hooks(edits):
+            return run(x)
+
+    expected = gradient(partial(scoped, plain, plain), image)
+    torch.testing.assert_close(gradient(partial(scoped, model, run), image), expected, **EXACT)
+    torch.testing.assert_close(gradient(run, image), gradient(plain, image), **EXACT)
+    output = run(image.clone().requires_grad_())
+    with model.hooks(edits), pytest.raises(HookError, match="runs again for gradients"):
+        output.sum().backward()

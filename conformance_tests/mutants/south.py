@@ -206,6 +206,7 @@ class SouthAdapter(Adapter):
 
     def spec(self, upstream: Reader) -> ModelSpec:
         fact, patch = self.fact, upstream.patch
+        upstream.rotation.expect(f"{__name__}.Rotation")
         return ModelSpec(
             d_model=upstream.stem.out_features,
             image_size=(upstream.rows * patch, upstream.columns * patch),

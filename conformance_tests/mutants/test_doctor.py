@@ -40,11 +40,11 @@ class Planted:
     hooks: Mapping[str, str] = field(default_factory=dict[str, Any])
 
     def subject(self) -> Subject:
-        tables = (_edited(WEIGHTS, self.weights), _edited(HOOKS, self.hooks))
+        tables = (edited(WEIGHTS, self.weights), edited(HOOKS, self.hooks))
         return Subject(CASE, NorthAdapter(*tables, self.fact, self.functions), NorthViT(), seed=1)
 
 
-def _edited(table: str, edits: Mapping[str, str]) -> str:
+def edited(table: str, edits: Mapping[str, str]) -> str:
     marks = {old: f"<{n}>" for n, old in enumerate(edits)}
     for old, mark in marks.items():
         assert old in table, old

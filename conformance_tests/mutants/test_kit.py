@@ -172,7 +172,7 @@ def test_the_summary_counts_what_ran() -> None:
         ),
     ]
     lines = summary("zoo", 3, certificates)
-    assert lines[0] == "1 of 3 zoo architectures passed, with 1 distinct combinations of facts"
+    assert lines[0] == "1 of 2 zoo architectures passed, with 1 distinct combinations of facts; 1 more was not selected"
     assert lines[1].strip() == "parity.logits: 1 of 2, worst error 1.0e+00 of at most 1e-10"
     assert lines[2].strip() == "preprocess: 0 of 0; 1 skipped: no transform"
 

@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 
 import prisma_core as prisma
 from prisma_core import InputError, LoadError, UnknownName
+from prisma_core.cli.app import main
+from prisma_core.plugin import holding
 
 SMALL: dict[str, Any] = {
     "data": "circle-position", "layers": 2, "d_model": 16, "heads": 2, "steps": 24, "batch": 4, "seed": 5,
@@ -103,7 +105,10 @@ def run(moment):
         if count == int(number):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    os.replace = replacing
+    if when == "time":
+        signal.setitimer(signal.ITIMER_REAL, int(number) / 1000)  # SIGALRM ends a process at once
+    else:
+        os.replace = replacing
     for _ in start(given, folder / moment, False).run(save_every=0):
         pass
 
@@ -113,9 +118,10 @@ for moment in moments:  # nothing has run yet, so forks are clean, and torch is 
         run(moment)
         os._exit(1)
     _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, moment
+    assert moment.startswith("time") or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL), moment
 """
-MOMENTS = ["before-1", "before-2", "before-3", "after-3", "before-6", "after-11", "before-20"]
+TIMES = [f"time-{1 << at}" for at in range(10)]  # in milliseconds, wherever the run is then
+MOMENTS = ["before-1", "before-2", "before-3", "after-3", "before-6", "after-11", "before-20", *TIMES]
 
 
 @pytest.fixture(scope="module")
@@ -133,12 +139,13 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_kill_9_in_the_middle_of_writing_loses_nothing(unbroken: Trainer, killed: Path, moment: str):
     folder = killed / moment
-    assert files(folder) != files(unbroken.folder)
-    if moment == "before-1":  # not even the configuration was there yet
-        with pytest.raises(LoadError, match="no run to resume"):
+    assert moment in TIMES or files(folder) != files(unbroken.folder)
+    begun = (folder / checkpoints.CONFIG).is_file()
+    if not begun:
+        assert moment in ("before-1", *TIMES)
+        with pytest.raises(LoadError, match="start one without --resume"):
             start({}, folder, resume=True)
-        return
-    resumed = start({}, folder, resume=True)
+    resumed = start({} if begun else SMALL, folder, resume=begun)
     for _ in resumed.run():
         pass
     assert files(folder) == files(unbroken.folder)
@@ -312,3 +319,24 @@ def test_threads_are_part_of_the_run_not_of_the_machine(unbroken: Trainer, tmp_p
         assert torch.get_num_threads() == unbroken.config.threads
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_run_has_one_writer(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "run"
+    train(folder, steps=1)
+    before = files(folder)
+    with holding(folder):
+        assert main(["train", "--out", str(folder), "--resume"]) == 1
+    assert "another process" in capsys.readouterr().err
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe", b"[]", b'{"loss": 1.0}', b'{"step": "x"}', b"3"])
+def test_a_log_with_a_line_that_is_none_is_cut_there(tmp_path: Path, line: bytes):
+    folder = tmp_path / "run"
+    train(folder, steps=1)
+    log = folder / checkpoints.LOG
+    log.write_bytes(log.read_bytes() + line + b"\n")
+    assert [row["step"] for row in checkpoints.log_rows(folder)] == [1]
+    start({}, folder, resume=True)
+    assert [json.loads(each)["step"] for each in log.read_text().splitlines()] == [1]

@@ -133,6 +133,23 @@ def test_measures_of_a_dual_encoder(tokens: str) -> None:
     assert expected["loss_recovered"] != pytest.approx(expected["loss_recovered_no_scale"], abs=1e-3)
 
 
+def test_a_pair_of_towers_is_measured_on_images_and_has_no_loss_without_texts() -> None:
+    model = prisma.load("toy:clip-scenes")
+    texts = model.tokens(["a red circle", "a blue square", "a green triangle"])
+    images = model.preprocess([sample_scene(seed).image for seed in range(3)])
+    place = {"hook": "blocks.1.ln2.hook_normalized", "hook_out": "blocks.1.hook_mlp_out"}
+    short = coder(d=96, **place)
+    full = coder(d=96, **{key: f"vision.{hook}" for key, hook in place.items()})
+    assert measured(evaluate(model, full, images)) == pytest.approx(measured(evaluate(model, short, images)))
+    with pytest.raises(InputError, match="texts= too"):  # not numbers of the embedding as if they were classes
+        evaluate(model, full, images, torch.tensor([0, 1, 2]))
+    words = coder(d=96, hook="text.blocks.0.hook_resid_post")
+    with pytest.raises(InputError, match=r"evaluate\(model\.text"):
+        evaluate(model, words, images, torch.tensor([0, 1, 2]), texts=texts)
+    alone = evaluate(model.text, words.with_facts(hook="blocks.0.hook_resid_post"), texts)
+    assert alone.facts["tokens"] == texts.numel()
+
+
 def test_batches_come_in_any_form_that_gives_pairs() -> None:
     model = build(registers=1).double()
     images = model.sample_inputs(IMAGES, generator=torch.Generator().manual_seed(0))[0].double()

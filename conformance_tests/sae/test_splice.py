@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from prisma_conformance.checks.live import live
 from prisma_patch import ablate, activation_patch
 from prisma_sae import CoderFacts, SparseCoder, feature_attribution, splice
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from prisma_core import HookedViT, HookError, InputError, UnknownName
 
@@ -151,6 +153,29 @@ def test_a_transcoder_takes_nothing_from_a_pass_that_ended_before_it(model: Hook
         assert torch.equal(model(other), expected)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_transcoder_across_what_is_checkpointed(
+    model: HookedViT, image: Tensor, reentrant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = facts(kind="transcoder", hook="blocks.0.ln2.hook_normalized", hook_out="blocks.1.hook_mlp_out")
+    one = SparseCoder(about, standard(0, D, 40)).double()
+
+    def gradient(run: Any) -> Tensor:
+        x = image.clone().requires_grad_()
+        with splice(model, one):
+            run(x).square().sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    expected = gradient(model)
+    torch.testing.assert_close(gradient(lambda x: checkpoint(model, x, use_reentrant=reentrant)), expected)
+    for block in model.blocks:
+        again = partial(checkpoint, block.forward, use_reentrant=reentrant)
+        monkeypatch.setattr(block, "forward", again)
+    with pytest.raises(HookError, match=r"blocks\.0\.ln2.*checkpoint the model as a whole"):
+        gradient(model)
+
+
 def test_heads_are_one_vector_to_a_coder_of_z(model: HookedViT, image: Tensor) -> None:
     n = model.spec.blocks[0].attn.n_heads * model.spec.blocks[0].attn.d_head
     one = perfect(n, hook="blocks.0.attn.hook_z")
@@ -278,6 +303,10 @@ def test_attribution_between_features_is_the_derivative_through_the_model(model:
             torch.testing.assert_close(effects.values[place, i], slope, rtol=1e-4, atol=1e-7)
     with pytest.raises(InputError, match="0 to 39"):
         feature_attribution(model, image, coders, 40)
+    pooled = coder(1, hook="hook_pooled")
+    assert feature_attribution(model, image, [coders[HOOK], pooled], [3]).shape["target"] == 1
+    with pytest.raises(InputError, match=r"hook_pooled\.sae\.hook_features has no tokens"):
+        feature_attribution(model, image, [coders[HOOK], pooled], [0], pos=0)
     with pytest.raises(InputError, match="two coders"):
         feature_attribution(model, image, [coder()], 0)
 

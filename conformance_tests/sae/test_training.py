@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from coders import rows
-from prisma_sae import SparseCoder, TrainConfig, read, save, train
+from prisma_sae import SparseCoder, TrainConfig, read, save, train, training
 from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -127,6 +128,9 @@ def test_every_kind_is_saved_as_sae_lens_has_it_too(tmp_path: Path, kind: Any) -
         ([rows(8), rows(8) / 0], "NaN or infinite"),
         ([torch.ones(8, 6, dtype=torch.long)], "int64"),
         (["rows"], "got 'rows'"),
+        ([rows(8)[:0]], "Batch 0 holds no rows"),
+        ([rows(8), rows(8)[:0]], "Batch 1 holds no rows"),
+        ([rows(8) * 1e30] * 4, "too large for float32"),
     ],
 )
 def test_rows_that_cannot_be_trained_on_are_one_error(batches: list[Any], words: str) -> None:
@@ -134,8 +138,37 @@ def test_rows_that_cannot_be_trained_on_are_one_error(batches: list[Any], words:
         train(batches, TrainConfig(d_sae=8, k=2), steps=4)
 
 
+def test_a_training_that_diverges_ends_where_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = {"good": TrainConfig(d_sae=8, k=2), "bad": TrainConfig(d_sae=8, k=2, lr=0.5)}
+    step, taken = training._Run.step, list[float]()
+
+    def diverging(run: Any, batch: torch.Tensor) -> float:
+        taken.append(run.config.lr)
+        return math.nan if taken.count(0.5) == 3 else step(run, batch)
+
+    monkeypatch.setattr(training._Run, "step", diverging)
+    with pytest.raises(InputError, match=r"loss of 'bad' is nan at step 3: give a lower lr="):
+        train([rows(8)] * 9, configs, steps=9)
+    assert len(taken) == 6
+
+
 def test_options_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InputError, match="d_sae=8"):
         train([rows(8)], TrainConfig(d_sae=8, k=9), steps=1)
     with pytest.raises(InputError, match="step"):
         train([rows(8)], TrainConfig(d_sae=8, k=2), steps=0)
+    nested = TrainConfig(kind="matryoshka", d_sae=8, k=2, groups=(2, 8))
+    assert train([rows(8)], nested, steps=1).facts.groups == (2, 8)
+    for change in ({"groups": (4, 2, 8)}, {"groups": (2, 4)}, {"kind": "topk"}):
+        with pytest.raises(InputError, match="d_sae=8"):
+            train([rows(8)], nested.model_copy(update=change), steps=1)
+
+
+def test_facts_that_no_coder_has_are_refused_before_anything_is_read() -> None:
+    def never() -> Any:
+        raise AssertionError
+        yield
+
+    for about, words in (({"layer": 3}, "layer"), ({"hook": 3}, "hook.*not 3"), ({"tokens": "some"}, "tokens")):
+        with pytest.raises(InputError, match=words):
+            train(never(), TrainConfig(d_sae=8, k=2), steps=1, about=about)

@@ -18,7 +18,7 @@ import prisma_toy as toy
 import prisma_view as view
 import pytest
 import torch
-from arguments import Call, all_faults, call
+from arguments import Call, all_faults, call, uncalled
 from models import build
 from PIL import Image
 from prisma_toy.masking import draw_hidden, hide, reconstruct
@@ -103,6 +103,17 @@ def saved(at: Path, **tensors: torch.Tensor) -> Path:
     return path
 
 
+def vocabulary(at: Path) -> Path:
+    """Return a folder with a vocabulary."""
+    toy.Words(["a", "b"], 3).save_pretrained(folder := fresh(at))
+    return folder
+
+
+@cache
+def shown_units(at: Path) -> view.Gallery:
+    return view.gallery(model(), passed(at).data, PRE, out=fresh(at), k=2, progress=False)
+
+
 CALLS: dict[str, Callable[[Path], Call]] = {
     # prisma_harvest
     "harvest: point": lambda at: call(harvest(at).point, PRE),
@@ -169,6 +180,25 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     "sae: SparseCoder.encode": lambda at: call(coder().encode, drawn(2, model().spec.d_model)),
     "sae: SparseCoder.decode": lambda at: call(coder().decode, drawn(2, 7)),
     "sae: SparseCoder.forward": lambda at: call(coder().forward, drawn(2, model().spec.d_model)),
+    "sae: SparseCoder": lambda at: call(
+        sae.SparseCoder, coder().facts, {name: x.detach() for name, x in coder().state_dict().items()}
+    ),
+    "sae: SparseCoder.features": lambda at: call(coder().features, drawn(2, model().spec.d_model)),
+    "sae: SparseCoder.with_facts": lambda at: call(coder().with_facts),
+    "harvest: Pass": lambda at: call(
+        harvests.Pass,
+        model(),
+        passed(at).data,
+        PRE,
+        takes={"names": "None", "note": TEXT, "data_name": TEXT, "workers": "None int64"},
+    ),
+    "harvest: Manifest.read": lambda at: call(harvests.Manifest.read, harvest(at).path, takes={"folder": ""}),
+    "view: AttentionPage.save": lambda at: call(
+        view.attention_page(model(), drawn(1, 3, 8, 12), layers=[0]).save, fresh(at)
+    ),
+    "toy: reconstructions": lambda at: call(toy.reconstructions, drawn(1, 3, 48, 48)),
+    "toy: Words.from_pretrained": lambda at: call(toy.Words.from_pretrained, vocabulary(at), takes={"folder": ""}),
+    "view: Gallery.unit": lambda at: call(shown_units(at).unit, 0),
     # prisma_dino
     "dino: last_layers": lambda at: call(dino.last_layers, model(), drawn(1, 3, 8, 12), takes={"n": ""}),
     "dino: linear_input": lambda at: call(dino.linear_input, model(), drawn(1, 3, 8, 12), takes={"n": ""}),
@@ -246,6 +276,31 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     ),
     "toy: hide": lambda at: call(hide, drawn(1, 3, 9, 9), torch.ones(1, 9).bool(), 3),
 }
+
+
+# Why something public is not called with nonsense.
+EXEMPT = {
+    **dict.fromkeys(
+        [
+            "prisma_harvest.Harvest",
+            *(f"prisma_view.{name}" for name in ("Figure", "AttentionPage", "Overview", "Gallery", "Report")),
+            *(f"prisma_toy.{name}" for name in ("SampleScene", "Scenes", "Captioned", "Motions", "Sums", "Sprites")),
+        ],
+        "made by the function that returns it",
+    ),
+    **dict.fromkeys(
+        [
+            f"prisma_toy.ToySource{name}"
+            for name in ("", ".checkpoints", ".load", ".load_processor", ".sample", ".save_processor")
+        ],
+        "called by the core: the tests of references",
+    ),
+    "prisma_view.prisma_commands": "called by the host",
+}
+
+
+def test_every_public_function_is_called(place: Path) -> None:
+    assert not uncalled([harvests, sae, view, toy], (make(place) for make in CALLS.values()), EXEMPT)
 
 
 @pytest.fixture(scope="module")

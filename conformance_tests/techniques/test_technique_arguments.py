@@ -26,7 +26,7 @@ import prisma_toy as toy
 import prisma_view as view
 import pytest
 import torch
-from arguments import Call, all_faults, call
+from arguments import Call, all_faults, call, uncalled
 from models import build
 from PIL import Image
 
@@ -46,6 +46,7 @@ Z, PRE, POST = "blocks.0.attn.hook_z", ("resid_pre", 0), "blocks.0.hook_resid_po
 MANY, CLASSES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 2
 N = M.layout.n_tokens
 FRESH = itertools.count()
+TEXT = "'' nonsense"
 
 
 def entered(scope: Any) -> Any:
@@ -268,10 +269,45 @@ CALLS: dict[str, Callable[[], Call]] = {
     "registers: registers_at_test_time": lambda: call(
         registers.registers_at_test_time, registered()[0], [registers.Neuron(0, 1)], then=run_registered
     ),
+    "registers: register_neurons": lambda: call(
+        registers.register_neurons, *registered(), cutoff=0.1, takes={"cutoff": "int64 3.5 tensor"}
+    ),
+    "patch: Variant": lambda: call(
+        patch.Variant,
+        Z,
+        (slice(None), 0),
+        None,
+        takes={"name": TEXT, "part": "[] [1,2.5] array", "source": "None tensor"},
+    ),
     # prisma_cite
     "citing: cite": lambda: call(citing.cite, "textspan"),
     "citing: bibtex": lambda: call(citing.bibtex, citing.cite("textspan"), takes={"citations": "{}"}),
 }
+
+
+# Why something public is not called with nonsense.
+EXEMPT = {
+    **dict.fromkeys(
+        [
+            "prisma_lens.Lens",
+            "prisma_lens.Readout",
+            "prisma_lens.TunedLens",
+            "prisma_patch.Switch",
+            "prisma_patch.Circuit",
+            "prisma_registers.TokenNorms",
+            "prisma_registers.LayerNorms",
+            "prisma_cite.Citation",
+        ],
+        "made by the function that returns it",
+    ),
+    "prisma_registers.Neuron": "a plain record, which what takes it checks",
+    "prisma_patch.Circuit.plot": "options of the plugin that draws",
+    "prisma_patch.prisma_commands": "called by the host",
+}
+
+
+def test_every_public_function_is_called() -> None:
+    assert not uncalled([lens, patch, registers, citing], (make() for make in CALLS.values()), EXEMPT)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -75,7 +75,6 @@ def suite(
     def test_conformance(
         case: Case | None,
         one: Check | None,
-        record_property: Callable[[str, object], None],
         request: pytest.FixtureRequest,
         tmp_path_factory: pytest.TempPathFactory,
     ) -> None:
@@ -85,7 +84,7 @@ def suite(
         once_only = one.name in rare and not request.config.getoption("--certificates")
         folder = _shared(tmp_path_factory) if once_only else None
         place = cast("str | None", request.config.getoption("--conformance-device")), _dtypes(request.config)
-        _check(plugin, len(all_cases), _subject(case, *place), one, record_property, folder)
+        _check(plugin, len(all_cases), _subject(case, *place), one, request.node.user_properties, folder)
 
     return test_conformance
 
@@ -117,7 +116,7 @@ def _check(
     of: int,
     subject: Subject,
     one: Check,
-    record_property: Callable[[str, object], None],
+    properties: list[tuple[str, object]],
     folder: Path | None = None,
 ) -> None:
     with _one_thread():
@@ -126,7 +125,10 @@ def _check(
         else:
             result = _run(one, subject)
         certificate = certify(subject, [result.model_copy(update={"detail": ""})])
-        record_property(PROPERTY, json.dumps([plugin, of, certificate.model_dump(mode="json", exclude_defaults=True)]))
+        dumped = json.dumps([plugin, of, certificate.model_dump(mode="json", exclude_defaults=True)])
+        # Not record_property: it warns in the family of JUnit files that pytest writes, and a warning may be an error.
+        properties += [(PROPERTY, dumped), ("device", certificate.device)]
+        properties += [(n, x) for n, x in (("error", result.error), ("bound", result.bound)) if x is not None]
         if result.skipped is not None:
             pytest.skip(result.skipped)
         if not result.passed:
@@ -260,9 +262,11 @@ def summary(plugin: str, of: int, certificates: Sequence[Certificate]) -> list[s
     for certificate in certificates:
         for result in certificate.results:
             by_check[result.name].append(result)
-    passed = sum(certificate.passed for certificate in certificates)
+    passed, unchecked = sum(certificate.passed for certificate in certificates), of - len(certificates)
     combinations = len({certificate.facts for certificate in certificates})
-    lines = [f"{passed} of {of} {plugin} architectures passed, with {combinations} distinct combinations of facts"]
+    more = f"; {unchecked} more {'was' if unchecked == 1 else 'were'} not selected" if unchecked else ""
+    facts = f"with {combinations} distinct combinations of facts{more}"
+    lines = [f"{passed} of {len(certificates)} {plugin} architectures passed, {facts}"]
     for name, results in sorted(by_check.items()):
         ran = [result for result in results if result.skipped is None]
         # Bounds may differ between architectures (see tolerances): the worst is the one nearest to its own.

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prisma_core import InputError, LoadError
-from prisma_core.plugin import file_digest, locked, replacing
+from prisma_core.plugin import file_digest, holding, replacing
 from prisma_harvest.loading import Batch
 from prisma_harvest.manifest import (
     DTYPES,
@@ -74,12 +73,7 @@ class Writer:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LoadError(f"{self.folder} cannot be made: {error.strerror}.") from error
-        with locked(self.folder, wait=False) as held:
-            if not held and find_spec("fcntl") is not None:
-                raise LoadError(
-                    f"{self.folder} is being written by another process (or its disk has no locks). Wait for it, or "
-                    "choose another folder."
-                )
+        with holding(self.folder):
             yield
 
     def done(self) -> int:

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from prisma_core import LoadError, TokenLayout, tensors_of
-from prisma_core.plugin import Facts, LayerQuery, checked, digest, format_fields, read_json
+from prisma_core.plugin import Facts, LayerQuery, checked, digest, format_fields, path_of, read_json
 
 SCHEMA = 1
 MANIFEST, WHOLE, EXAMPLES, SKIPPED, SHARDS = (
@@ -155,7 +155,7 @@ class Manifest(Facts):
         Raises:
             LoadError: there is none, it is damaged, or of a newer schema.
         """
-        path = folder / MANIFEST
+        path = path_of(folder, "the folder of a harvest") / MANIFEST
         if not path.exists():
             raise LoadError(f"{folder} is no harvest: it has no {MANIFEST}.")
         facts = read_json(path)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import socket
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -48,8 +49,8 @@ class ShardWorker:
         return images
 
 
-def on_ray(run: Pass, writer: Writer, address: str, progress: bool | None) -> None:
-    """Write the shards that are not there yet; the lock of the folder stays with the caller.
+def connected(run: Pass, address: str) -> Any:
+    """Return Ray, connected to a cluster.
 
     Raises:
         PluginError: Ray is not installed, or the cluster cannot be reached.
@@ -59,15 +60,22 @@ def on_ray(run: Pass, writer: Writer, address: str, progress: bool | None) -> No
         raise InputError("Workers of a cluster share images out by number: give a folder, a list or a data set.")
     try:
         ray = importlib.import_module("ray")
-        data = importlib.import_module("ray.data")
+        importlib.import_module("ray.data")
     except ImportError as error:
         raise PluginError(f"This needs Ray ({error}): pip install 'prisma-interp[scale]'") from error
     if not ray.is_initialized():
         try:
+            _reach(address)
             ray.init(address=None if address == "local" else address, include_dashboard=False, log_to_driver=False)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise PluginError(f"No Ray cluster at {address!r}: {error}") from error
-    total = -(-run.source.n // writer.manifest.shard)
+    return ray
+
+
+def on_ray(ray: Any, run: Pass, writer: Writer, progress: bool | None) -> None:
+    """Write the shards that are not there yet; the lock of the folder stays with the caller."""
+    n = cast(int, run.source.n)
+    total = -(-n // writer.manifest.shard)
     todo = [shard for shard in range(total) if not writer.shard_path(shard).is_file()]
     writer.shard = total
     if not todo:
@@ -75,18 +83,29 @@ def on_ray(run: Pass, writer: Writer, address: str, progress: bool | None) -> No
     gpu = run.device.type == "cuda"
     resources: dict[str, Any] = {"num_gpus": 1} if gpu else {"num_cpus": 1}
     places = int(ray.cluster_resources().get("GPU" if gpu else "CPU", 1))
-    data.DataContext.get_current().enable_progress_bars = False
+    ray.data.DataContext.get_current().enable_progress_bars = False
     run.data = None  # it is open: the source has it
-    shards = data.from_items([{"shard": shard} for shard in todo], override_num_blocks=len(todo)).map_batches(
+    shards = ray.data.from_items([{"shard": shard} for shard in todo], override_num_blocks=len(todo)).map_batches(
         ShardWorker,
         fn_constructor_args=(run, writer.folder.resolve(), writer.manifest, run.device.type),
         batch_size=1,
         concurrency=max(1, min(places, len(todo))),
         **resources,
     )
-    with counting("Harvesting", run.source.n, run.source.n - _images(run, writer, todo), progress) as advance:
+    with counting("Harvesting", n, n - _images(run, writer, todo), progress) as advance:
         for row in shards.iter_rows():
             advance(int(row["images"]))
+
+
+def _reach(address: str) -> None:
+    """Look whether anybody listens at ``host:port``: Ray itself tries for many minutes.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _images(run: Pass, writer: Writer, shards: list[int]) -> int:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, LoadError, NotApplicable, TokenLayout
-from prisma_core.plugin import Count, checked, resolve_one, several
+from prisma_core.plugin import Count, check_keywords, checked, keyword_names, resolve_one, several
 from prisma_harvest.arrow import record_batches
 from prisma_harvest.folder import Line, read_lines
 from prisma_harvest.manifest import (
@@ -330,6 +330,7 @@ class Harvest:
     @checked
     def dataset(self, name: Name | list[Name], batch: Count, **options: Any) -> RowDataset:
         """Return rows as a torch ``IterableDataset`` that workers and ranks share out (see ``RowDataset``)."""
+        check_keywords("Harvest.dataset", options, keyword_names(RowDataset))
         self._points(name)  # its errors now, none of a worker's later
         return RowDataset(self.rows, name, batch, **options)
 

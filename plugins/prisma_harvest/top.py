@@ -150,7 +150,7 @@ class _Search:
         if not torch.isfinite(scores).all():
             raise InputError(f"{self.point.name} is not finite for images {first} to {first + len(scores) - 1}.")
         _, tokens, units = scores.shape
-        flat = scores.flatten(0, 1)
+        flat = scores.flatten(0, 1).contiguous()
         bins = torch.bucketize(flat, EDGES) + torch.arange(units) * (len(EDGES) + 1)
         counts = torch.bincount(bins.flatten(), minlength=self.state["histogram"].numel())
         self.state["histogram"] += counts.view_as(self.state["histogram"])

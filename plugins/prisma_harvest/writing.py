@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from prisma_core import HookedModel, InputError, LoadError
-from prisma_core.plugin import Count, Query, checked
+from prisma_core.plugin import Count, Query, check_keywords, checked, keyword_names
 from prisma_harvest.folder import Writer
 from prisma_harvest.manifest import DTYPES, Dtype, Whole, example_bytes
 from prisma_harvest.opening import open_harvest
 from prisma_harvest.passes import Pass, Pos
 from prisma_harvest.progress import counting
-from prisma_harvest.rays import on_ray
+from prisma_harvest.rays import connected, on_ray
 from prisma_harvest.reading import Harvest
 
 SHARD_BYTES = 128 * 2**20
@@ -64,12 +64,14 @@ def harvest(
             ``label_column``, ``note``.
 
     Raises:
-        InputError: the data cannot be read, a value is too large for float16, or a stream is given to a cluster.
+        InputError: the data cannot be read, a value is too large for float16, a stream is given to a cluster, or there
+            is no such option.
         UnknownName: a name matches no hook point.
         LoadError: another process writes the same harvest, or the disk is full or refuses.
     """
     if dtype not in DTYPES:
         raise InputError(f"Expected dtype as one of {', '.join(DTYPES)}, got {dtype!r}.")
+    check_keywords("harvest", options, keyword_names(Pass))
     run = Pass(model, data, names, pos=pos, batch=batch, **options)
     manifest = run.manifest(dtype, _shard(run, dtype, shard))
     stream = run.source.n is None
@@ -79,9 +81,10 @@ def harvest(
             writer.tidy()
         return open_harvest(writer.folder)
     if ray is not None:
+        cluster = connected(run, ray)
         with writer.alone():
             writer.prepare()
-            on_ray(run, writer, ray, progress)
+            on_ray(cluster, run, writer, progress)
             writer.finish()
         return open_harvest(writer.folder)
     start = writer.done()

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias, cast
 
 from torch import Tensor
 
-from prisma_core import HookedDual, HookedModel, HookedText, InputError, UnknownName
+from prisma_core import ActivationCache, HookedDual, HookedModel, HookedText, InputError, UnknownName
 from prisma_core.plugin import LayerQuery, Query, resolve_one, shown
 
 Inputs: TypeAlias = tuple[Tensor, ...]
@@ -49,6 +49,8 @@ def as_input(model: HookedModel, given: Any) -> Tensor:
         InputError: it is nothing that the model takes, or there is none of it.
     """
     x = given
+    if isinstance(given, ActivationCache):
+        raise InputError(f"Expected images or texts, which this runs itself, got {given!r}.")
     if not isinstance(given, Tensor):
         if isinstance(model, HookedText):
             x = model.tokens(given)

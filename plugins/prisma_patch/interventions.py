@@ -14,9 +14,9 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from prisma_lens.inputs import TOKEN_AXES, as_inputs, points_of
@@ -26,9 +26,6 @@ from prisma_core import ActivationCache, HookContext, HookedModel, InputError
 from prisma_core.plugin import Indices, Query, checked, positions_of
 from prisma_patch.passes import Inputs
 from prisma_patch.places import Positions, token_positions, tokens_among
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
 
 Scope = AbstractContextManager[None]
 
@@ -178,9 +175,27 @@ def freeze(model: HookedModel, cache: ActivationCache, names: Query | None = Non
     return model.hooks(dict.fromkeys(chosen, edit))
 
 
+class Together(AbstractContextManager[None]):
+    """Several interventions as one scope."""
+
+    def __init__(self, scopes: tuple[Scope, ...]):
+        self.scopes, self.stack = scopes, ExitStack()
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:  # closed again where one of them cannot be opened
+            for scope in self.scopes:
+                stack.enter_context(scope)
+            self.stack = stack.pop_all()
+
+    def __exit__(self, *error: Any) -> None:
+        self.stack.__exit__(*error)
+
+    def __call__(self, *inputs: object) -> NoReturn:
+        raise InputError("together(...) is a scope, no model: enter it with `with`, and call the model inside.")
+
+
 @checked
-@contextmanager
-def together(*scopes: Scope) -> Generator[None]:
+def together(*scopes: Scope) -> Scope:
     """Open several interventions at once; the first is the outermost.
 
     >>> from prisma_patch import causal
@@ -190,10 +205,7 @@ def together(*scopes: Scope) -> Generator[None]:
     ...     model(torch.zeros(1, 3, 96, 96)).shape
     torch.Size([1, 12])
     """
-    with ExitStack() as stack:
-        for scope in scopes:
-            stack.enter_context(scope)
-        yield
+    return Together(scopes)
 
 
 # -------------------------------------------------------------------- parts

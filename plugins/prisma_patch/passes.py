@@ -21,6 +21,7 @@ Inputs: TypeAlias = tuple[Tensor, ...]
 Part: TypeAlias = tuple[Any, ...]
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class Variant(BriefRepr):
     """One replacement: at a hook point, a part of the activation by the same part of another.

@@ -50,11 +50,11 @@ def feature_attribution(
         images: what it takes.
         coders: two, by hook point or knowing their place; the one that fires first is the source.
         targets: features of the later one.
-        pos: the token at which the targets are read; default the sum over all.
+        pos: the token at which the targets are read, counted among those of the later coder; default the sum over all.
         force: attach coders where they were not trained.
 
     Raises:
-        InputError: there are not two coders, or no such feature.
+        InputError: there are not two coders, or no such feature or token.
     """
     by_name = placed(model, coders)
     order = [name for name in model.hook_points() if name in by_name]
@@ -69,7 +69,7 @@ def feature_attribution(
         gradients: list[Tensor] = []
         with model.caching([source, target], detach=False) as cache, model.hooks({source: _leaf}):
             model(images)
-        read = cache[target] if pos is None else cache[target][:, positions_of([pos], cache[target].shape[1])]
+        read = cache[target] if pos is None else _at(cache[target], pos, target)
         for index in wanted:
             grad = torch.autograd.grad(read[..., index].sum(), cache[source], retain_graph=True, allow_unused=True)[0]
             gradients.append(torch.zeros_like(cache[source]) if grad is None else grad)
@@ -89,6 +89,12 @@ def feature_attribution(
         baseline="the source feature at zero, to first order",
         facts={"source": source, "target": target, "pos": pos},
     )
+
+
+def _at(features: Tensor, pos: int, name: str) -> Tensor:
+    if features.ndim < 3:
+        raise InputError(f"{name} has no tokens to choose from; leave pos out.")
+    return features[:, positions_of([pos], features.shape[1])]
 
 
 def _label(names: Mapping[int, str], index: int) -> str:

@@ -101,6 +101,7 @@ class SparseCoder(nn.Module):
         LoadError: a tensor is missing, unknown or misshapen, or an activation lacks its ``k`` or threshold.
     """
 
+    @checked
     def __init__(self, facts: CoderFacts, tensors: Mapping[str, Tensor]):
         super().__init__()
         self.facts = facts
@@ -182,8 +183,12 @@ class SparseCoder(nn.Module):
         return SparseCoder(facts, self.tensors())
 
     def features(self, u: Tensor) -> Tensor:
-        """Return the features of inputs that are normalised and cast."""
-        facts = self.facts
+        """Return the features of inputs that are normalised and cast.
+
+        Raises:
+            InputError: they are of another width.
+        """
+        facts, u = self.facts, self._fitting(u)
         u = u if self.b_in is None else u - self.b_in
         if self.r_mag is not None:
             open_gates = (u @ self.W_enc + self.b_gate) > 0
@@ -193,8 +198,7 @@ class SparseCoder(nn.Module):
             f = activate(u @ self.W_enc + self.b_enc, facts.activation, facts.k, self.threshold)
         return f if facts.soft_cap is None else facts.soft_cap * torch.tanh(f / facts.soft_cap)
 
-    def _read(self, x: Tensor) -> tuple[Tensor, Statistics, Tensor]:
-        """Return an input normalised, what undoes that, and the input itself, in the coder's dtype."""
+    def _fitting(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor) or x.shape[-1:] != (self.facts.d_in,):
             raise InputError(f"Expected activations [... {self.facts.d_in}] for this coder, got {shown(x)}.")
         if x.device != self.W_enc.device:
@@ -202,7 +206,11 @@ class SparseCoder(nn.Module):
                 f"The activations are on {x.device}, and this coder on {self.W_enc.device}: "
                 f"coder.to({str(x.device)!r})."
             )
-        x = x.to(self.W_enc.dtype)
+        return x
+
+    def _read(self, x: Tensor) -> tuple[Tensor, Statistics, Tensor]:
+        """Return an input normalised, what undoes that, and the input itself, in the coder's dtype."""
+        x = self._fitting(x).to(self.W_enc.dtype)
         u, statistics = normalized(x, self.facts.normalize, self.input_mean, self.input_scale)
         return u, statistics, x
 

@@ -124,7 +124,7 @@ def trained(
     steps: Annotated[int, typer.Option(min=1, help="Batches to train on.")] = 1000,
     batch: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 1024,
     lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 1e-3,
-    seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Of weights and order.")] = 0,
     resume: Annotated[
         Path | None, typer.Option(help="A .pt file that keeps the training so far; go on from it.")
     ] = None,
@@ -135,7 +135,6 @@ def trained(
     """
     from prisma_core import InputError
     from prisma_sae.binding import model_digest
-    from prisma_sae.coder import CoderFacts
     from prisma_sae.formats.sae_lens import save
     from prisma_sae.training import TrainConfig, library, train
 
@@ -155,7 +154,6 @@ def trained(
         raise InputError(f"These options do not fit: {format_fields(error)}.") from error
     place = subject.resolve([hook])[0]
     about = {"model": model, "weights": model_digest(subject), "hook": place, "tokens": tokens}
-    CoderFacts.model_validate({"kind": "topk", "d_in": 1, "d_sae": 1, "d_out": 1, **about})
     with _bar("training") as bar:
         line = bar.add_task(kind, total=steps)
 

@@ -86,12 +86,23 @@ def evaluate(
         raise InputError(f"texts= are of a pair of towers, and this model is none: leave it out, got {shown(texts)}.")
     if progress is not None:
         check_call(progress, 1, "progress=", "progress(images so far)")
-    if isinstance(model, HookedDual) and texts is None:
-        model, name = model.vision, name.removeprefix("vision.")
+    without_loss = False
     reads = find(model, str(coder.facts.hook)) if coder.is_transcoder else name
+    if isinstance(model, HookedDual):
+        if name.startswith("text."):
+            place = name.removeprefix("text.")
+            raise InputError(
+                f"{name} is of texts, and these are images: evaluate(model.text, coder.with_facts(hook={place!r}), "
+                "tokens) measures it on texts."
+            )
+        if texts is None:
+            model, name, reads = model.vision, name.removeprefix("vision."), reads.removeprefix("vision.")
+            without_loss = True
     run = _Run(model, coder, name, reads, texts, embeddings is None)
     images = list(images) if not isinstance(images, Tensor) and iter(images) is images else images
     for inputs, targets in _batches(images, labels, batch):
+        if targets is not None and without_loss:
+            raise InputError("The loss of a pair of towers needs texts= too, the tokens of the classes' prompts.")
         run.average(inputs, targets)
     if not run.sums.rows:
         raise InputError("There is no image to measure the coder on.")
@@ -230,8 +241,7 @@ class _Run:
             if not fits or int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
                 raise InputError(
                     f"Expected a class from 0, below {logits.shape[-1]}, for each of {len(logits)} images, got labels "
-                    f"{list(labels.shape)} from {int(labels.min())} up to {int(labels.max())}; a pair of towers needs "
-                    "texts= too."
+                    f"{list(labels.shape)} from {int(labels.min())} up to {int(labels.max())}."
                 )
             plain = logits if scale is None else logits / scale.exp()
             for suffix, each in (("", logits), (", no scale", plain)):

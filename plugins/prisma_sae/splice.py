@@ -107,7 +107,10 @@ class Source:
         """
         x, run = self.seen.pop(_thread(), (None, None))
         if x is None or run is not _running_pass():  # a pass that stopped in between leaves one behind
-            raise HookError(f"The transcoder reads {self.name}, which this pass did not go by: start before it.")
+            raise HookError(
+                f"The transcoder reads {self.name}, which this pass did not go by: start before it. If blocks are "
+                "checkpointed one by one, checkpoint the model as a whole: what is computed again is one block."
+            )
         return x
 
 

@@ -14,6 +14,7 @@ Source:
 from __future__ import annotations
 
 import importlib
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
@@ -21,11 +22,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from prisma_core import InputError, PluginError
-from prisma_core.plugin import Count, Facts, check_call, checked, shown
+from prisma_core.plugin import Count, Facts, check_call, checked, format_fields, shown
 from prisma_sae.checkpoint import Checkpoint
 from prisma_sae.coder import CoderFacts, SparseCoder
 from prisma_sae.formats import overcomplete as reader
@@ -89,13 +90,15 @@ def train(
         A coder, or coders by name.
 
     Raises:
-        InputError: there are fewer batches than steps, or they are not ``[row d]`` of finite numbers.
+        InputError: there are fewer batches than steps, they are not ``[row d]`` of finite numbers, ``about`` is of no
+            coder, or a loss is not finite.
         LoadError: the file to resume from is damaged, or of another training or other rows.
         PluginError: overcomplete is not installed.
     """
     configs = {"": config} if isinstance(config, TrainConfig) else dict(config)
     if steps < 1 or not configs:
         raise InputError(f"Expected at least one step and one coder, got {steps} and {len(configs)}.")
+    about = _about(about or {})
     batches = _batches(rows, steps)
     first = [next(batches)]
     needed = max([each.points for each in configs.values() if each.kind == "archetypal"], default=0)
@@ -112,12 +115,24 @@ def train(
                 kept.compare(batch)
             continue
         losses = {name: run.step(batch) for name, run in runs.items()}
+        if lost := [name for name, loss in losses.items() if not math.isfinite(loss)]:
+            which = f" of {lost[0]!r}" if lost[0] else ""
+            raise InputError(f"The loss{which} is {losses[lost[0]]} at step {step}: give a lower lr=.")
         if kept is not None:
             kept.write(runs, step, batch)
         if progress is not None:
             progress(step, losses)
-    coders = {name: run.coder(about or {}) for name, run in runs.items()}
+    coders = {name: run.coder(about) for name, run in runs.items()}
     return coders[""] if isinstance(config, TrainConfig) else coders
+
+
+def _about(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return facts that a coder can have, before anything long."""
+    try:
+        CoderFacts.model_validate({"kind": "topk", "d_in": 1, "d_sae": 1, "d_out": 1, **about})
+    except ValidationError as error:
+        raise InputError(f"about= does not fit a sparse coder: {format_fields(error)}.") from error
+    return about
 
 
 def _batches(rows: Iterable[Tensor], steps: int) -> Iterator[Tensor]:
@@ -132,8 +147,9 @@ def _batches(rows: Iterable[Tensor], steps: int) -> Iterator[Tensor]:
         if width not in (None, batch.shape[1]):
             raise InputError(f"The first batch has rows of {width} numbers, batch {step} of {batch.shape[1]}.")
         width = batch.shape[1]
-        if not bool(torch.isfinite(batch).all()):
-            raise InputError(f"Batch {step} holds numbers that are NaN or infinite.")
+        if not len(batch) or not bool(torch.isfinite(batch).all()):
+            what = "numbers that are NaN or infinite" if len(batch) else "no rows"
+            raise InputError(f"Batch {step} holds {what}.")
         yield batch.detach().float()
 
 
@@ -158,6 +174,8 @@ class _Run:
         self.config = config
         self.mean = sample.mean(0)
         self.scale = ((sample - self.mean).norm(dim=-1).mean() / sample.shape[1] ** 0.5).clamp_min(1e-12)
+        if not bool(self.scale.isfinite()):
+            raise InputError("The rows are too large for float32: their squares are infinite.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = _model(config, (sample - self.mean) / self.scale)
@@ -238,6 +256,12 @@ def _model(config: TrainConfig, sample: Tensor) -> Any:
     sae, d = library(), sample.shape[1]
     if config.k > config.d_sae or any(not 0 < n <= config.d_sae for n in config.groups):
         raise InputError(f"Expected k and groups of at most d_sae={config.d_sae}, got {config.k} and {config.groups}.")
+    groups = config.groups
+    if groups and (config.kind != "matryoshka" or sorted(set(groups)) != list(groups) or groups[-1] != config.d_sae):
+        raise InputError(
+            f"groups= are of a matryoshka coder, each longer than the one before, the last all d_sae={config.d_sae} "
+            f"features; got {groups} for a {config.kind} one."
+        )
     common: dict[str, Any] = {"device": str(sample.device)}
     if config.kind == "archetypal":
         points = sample[: config.points]

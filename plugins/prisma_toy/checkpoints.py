@@ -51,14 +51,15 @@ def save_model(folder: Path, model: ZooModel, step: int) -> Path:
 
 
 def log_rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a run's log; a last line cut short by a kill is left out."""
+    """Yield the rows of a run's log, up to a line that was cut short by a kill or is none of a log."""
     path = folder / LOG
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            yield json.loads(line)
-        except ValueError:
+            row = json.loads(line)
+            yield {**row, "step": int(row["step"]), "loss": float(row["loss"]), "score": float(row["score"])}
+        except (ValueError, KeyError, TypeError):
             return
 
 
@@ -83,9 +84,7 @@ def due(step: int, steps: int) -> bool:
 
 def recent(folder: Path, rows: int = 5) -> tuple[float | None, float | None]:
     """Return the mean loss and score of the last rows of a run's log, or None twice where there are none."""
-    log = folder / LOG
-    lines = log.read_text(encoding="utf-8").splitlines()[-rows:] if log.is_file() else []
-    found = [json.loads(line) for line in lines]
+    found = list(log_rows(folder))[-rows:]
     if not found:
         return None, None
     return sum(row["loss"] for row in found) / len(found), sum(row["score"] for row in found) / len(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,39 +99,46 @@ def _list(console: Any) -> None:
 def _run(console: Any, given: dict[str, Any], out: Path, resume: bool) -> None:
     from rich import progress
 
+    from prisma_core.plugin import holding, screen
     from prisma_toy.card import HELD_OUT, MODEL, finish, measured
     from prisma_toy.checkpoints import recent
     from prisma_toy.training import start
 
-    trainer = start(given, out, resume)
-    steps = trainer.config.steps
-    if (figure := measured(trainer)) is not None:
-        console.print(f"The run in {out} is finished: all {steps} steps, held-out {figure}.", soft_wrap=True)
-        console.print(f'Load it with prisma.load("file:{out / MODEL}").', soft_wrap=True)
-        return
-    if trainer.step:
-        console.print(f"Going on after step {trainer.step} of {steps} in {out}.")
-    columns = (
-        progress.TextColumn("[bold]{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("{task.fields[so_far]}"),
-        progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    loss, score = recent(trainer.folder)  # of a run that goes on, what its log says
-    try:
+    screen.check_output(out, folder=True)
+    with ExitStack() as held:
+        if resume and out.is_dir():
+            held.enter_context(holding(out))
+        trainer = start(given, out, resume)
+        if not resume:
+            held.enter_context(holding(out))
+        steps = trainer.config.steps
+        if (figure := measured(trainer)) is not None:
+            console.print(f"The run in {out} is finished: all {steps} steps, held-out {figure}.", soft_wrap=True)
+            console.print(f'Load it with prisma.load("file:{out / MODEL}").', soft_wrap=True)
+            return
+        if trainer.step:
+            console.print(f"Going on after step {trainer.step} of {steps} in {out}.")
+        columns = (
+            progress.TextColumn("[bold]{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[so_far]}"),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+        )
+        loss, score = recent(trainer.folder)  # of a run that goes on, what its log says
+        try:
+            with progress.Progress(*columns, console=console) as bar:
+                line = bar.add_task(trainer.task.name, total=steps, completed=trainer.step, so_far="")
+                for done in trainer.run():
+                    loss = done.loss if loss is None else 0.95 * loss + 0.05 * done.loss
+                    score = done.score if score is None else 0.95 * score + 0.05 * done.score
+                    bar.update(line, completed=done.step, so_far=f"loss {loss:.3f}  right {score:.0%}")
+        except KeyboardInterrupt:
+            console.print(f"Stopped. `prisma train --out {out} --resume` goes on as if nothing had happened.")
+            raise typer.Exit(130) from None
         with progress.Progress(*columns, console=console) as bar:
-            line = bar.add_task(trainer.task.name, total=steps, completed=trainer.step, so_far="")
-            for done in trainer.run():
-                loss = done.loss if loss is None else 0.95 * loss + 0.05 * done.loss
-                score = done.score if score is None else 0.95 * score + 0.05 * done.score
-                bar.update(line, completed=done.step, so_far=f"loss {loss:.3f}  right {score:.0%}")
-    except KeyboardInterrupt:
-        console.print(f"Stopped. `prisma train --out {out} --resume` goes on as if nothing had happened.")
-        raise typer.Exit(130) from None
-    with progress.Progress(*columns, console=console) as bar:
-        line = bar.add_task("measuring", total=HELD_OUT, so_far="on held-out images")
-        final = finish(trainer, progress=lambda seen: bar.update(line, completed=seen))
-    console.print(f"Held-out {trainer.task.objective.measure}: {final}.", soft_wrap=True)
-    console.print(f'Load it with prisma.load("file:{out / MODEL}").', soft_wrap=True)
+            line = bar.add_task("measuring", total=HELD_OUT, so_far="on held-out images")
+            final = finish(trainer, progress=lambda seen: bar.update(line, completed=seen))
+        console.print(f"Held-out {trainer.task.objective.measure}: {final}.", soft_wrap=True)
+        console.print(f'Load it with prisma.load("file:{out / MODEL}").', soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from prisma_core import InputError, LoadError, ZooModel
-from prisma_core.plugin import write_text
+from prisma_core.plugin import holding, write_text
 from prisma_toy import checkpoints
 from prisma_toy.config import Config
 from prisma_toy.task import Task
@@ -45,15 +46,16 @@ class Trainer:
     """
 
     def __init__(self, config: Config, folder: Path):
-        if folder.exists() and any(folder.iterdir()):
-            raise InputError(
-                f"{folder} is not empty. Choose another folder with --out, or go on with a run in it with --resume."
-            )
         self._build(config, folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / checkpoints.CONFIG, config.model_dump_json(indent=1) + "\n")
-        checkpoints.save_model(folder, self.model, 0)
-        self._save()
+        with holding(folder):
+            if any(not path.name.startswith(".prisma-") for path in folder.iterdir()):  # those are of killed runs
+                raise InputError(
+                    f"{folder} is not empty. Choose another folder with --out, or go on with a run in it with --resume."
+                )
+            write_text(folder / checkpoints.CONFIG, config.model_dump_json(indent=1) + "\n")
+            checkpoints.save_model(folder, self.model, 0)
+            self._save()
 
     @classmethod
     def resume(cls, folder: Path) -> Trainer:
@@ -66,7 +68,9 @@ class Trainer:
         try:
             config = Config.model_validate_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise LoadError(f"{folder} holds no {checkpoints.CONFIG}, so there is no run to resume.") from error
+            raise LoadError(
+                f"{folder} holds no {checkpoints.CONFIG}, so there is no run to resume: start one without --resume."
+            ) from error
         except (ValidationError, ValueError, OSError) as error:
             raise LoadError(f"{path} does not describe a run: {error}") from error
         self = cls.__new__(cls)
@@ -140,6 +144,7 @@ class Trainer:
                 if keep:
                     checkpoints.save_model(self.folder, self.model, self.step)
                 if keep or time.monotonic() - saved >= save_every:
+                    os.fsync(log.fileno())  # no row of a saved step is lost in a power cut
                     self._save()
                     saved = time.monotonic()
                 yield progress

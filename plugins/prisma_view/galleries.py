@@ -13,7 +13,7 @@ from prisma_sae import SparseCoder
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, Result
-from prisma_core.plugin import Count, LayerQuery, checked
+from prisma_core.plugin import Count, LayerQuery, check_keywords, checked, keyword_names
 from prisma_view.gallery_files import unit_page, write
 from prisma_view.gallery_images import lit
 from prisma_view.gallery_units import Units, about
@@ -57,6 +57,7 @@ class Gallery:
         """The size of the whole folder."""
         return sum(file.stat().st_size for file in self.path.parent.rglob("*") if file.is_file())
 
+    @checked
     def unit(self, number: int) -> UnitPage:
         """Return one unit: its top images with their patches lit, scores, effects and words. A notebook shows it.
 
@@ -125,6 +126,7 @@ def gallery(
         UnknownName: the name is none or several hook points.
     """
     units = Units.of(model, name, coder, over, directions, pos)
+    check_keywords("gallery", options, keyword_names(Pass))
     run = Pass(model, images, [units.name], pos=units.pos, batch=batch, **options)
     if run.source.get is None:
         raise InputError("A stream cannot be read again for its top images: give a list, a folder or a data set.")

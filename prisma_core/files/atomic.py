@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -200,6 +201,22 @@ def locked(folder: Path, *, wait: bool = True) -> Generator[bool]:
         yield held
     finally:
         os.close(handle)
+
+
+@contextmanager
+def holding(folder: Path) -> Generator[None]:
+    """Hold a folder as its only writer.
+
+    Raises:
+        LoadError: another process holds it.
+    """
+    with locked(folder, wait=False) as held:
+        if not held and find_spec("fcntl") is not None:
+            raise LoadError(
+                f"{folder} is being written by another process (or its disk has no locks). Wait for it, or choose "
+                "another folder."
+            )
+        yield
 
 
 def move(source: Path, target: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from prisma_core.errors import InputError, LoadError
 from prisma_core.errors.arguments import path_of
 from prisma_core.files.atomic import replacing
+from prisma_core.files.texts import check_regular
 from prisma_core.files.unpickled import read_objects
 
 _WRAPPERS = ("module.", "_forward_module.", "model.")
@@ -58,6 +59,7 @@ def read_states(path: str | Path) -> dict[str, dict[str, Tensor]]:
         LoadError: as ``read_checkpoint``.
     """
     path = Path(path)
+    check_regular(path)
     if not path.is_file():
         raise LoadError(f"{path} is a folder; expected a file of weights." if path.is_dir() else f"No file at {path}.")
     states = {"": read_safetensors(path)} if path.suffix == ".safetensors" else _states(read_objects(path), path)
@@ -77,6 +79,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def _mapped(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, mapped into memory: only what is used is read from the disk."""
     try:
+        check_regular(path)
         return load_file(path)
     except FileNotFoundError as error:
         raise LoadError(f"No file at {path}.") from error

@@ -1,4 +1,4 @@
-"""JSON in files, read with one error for all that can be wrong with it."""
+"""Texts and JSON in files, read with one error for all that can be wrong with them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,27 @@ from typing import Any
 from prisma_core.errors import LoadError
 
 
+def check_regular(path: Path) -> None:
+    """Refuse a pipe, a socket or a device in the place of a file: reading it might never end.
+
+    Raises:
+        LoadError: it is one.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise LoadError(f"{path} is no regular file, but a pipe, a socket or a device: expected a file on a disk.")
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        LoadError: it is no regular file.
+        OSError, UnicodeDecodeError: as ``Path.read_text``.
+    """
+    check_regular(path)
+    return path.read_text(encoding="utf-8")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a file of JSON.
 
@@ -16,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
         LoadError: there is no such file, or it holds no JSON, JSON nested too deeply, or no object.
     """
     try:
-        return parse_json(path.read_text(encoding="utf-8"), path)
+        return parse_json(read_text(path), path)
     except FileNotFoundError as error:
         raise LoadError(f"No file at {path}.") from error
     except (OSError, UnicodeDecodeError) as error:

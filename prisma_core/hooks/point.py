@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FrameType
-from typing import Any, Protocol, TypeAlias, TypeVar, cast
+from typing import Any, NoReturn, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -261,10 +261,10 @@ class ScopeContext(AbstractContextManager[Value]):
     """
 
     def __init__(self, scope: Scope, value: Value, kwargs: Mapping[str, object] | None = None):
-        self.scope = scope
-        self.value = value
-        self.kwargs = kwargs or {}
-        self.entered = False
+        self.scope, self.value, self.kwargs, self.entered = scope, value, kwargs or {}, False
+
+    def __call__(self, *inputs: object) -> NoReturn:
+        raise HookError("A scope is no model: enter it, as in `with model.hooks(...):`, and call the model inside.")
 
     def __enter__(self) -> Value:
         if self.entered:
@@ -298,7 +298,7 @@ class ScopeContext(AbstractContextManager[Value]):
 
 def keep_scopes(scopes: Sequence[Scope]) -> None:
     """Have what is being checkpointed, if anything is, computed again in these scopes."""
-    if calls := checkpoints():
+    if scopes and (calls := checkpoints()):
         for scope in scopes:
             keep(calls, scope, scope.began, scope.again)
 

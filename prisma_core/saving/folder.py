@@ -20,6 +20,7 @@ from prisma_core.errors import InputError, LoadError, NotApplicable, Unsupported
 from prisma_core.errors.arguments import expect, path_of
 from prisma_core.files.atomic import beside, locked, move, place, settled, staging, writing
 from prisma_core.files.checkpoint import check_finite, check_shapes, digest, read_outline, read_safetensors
+from prisma_core.files.texts import read_text
 from prisma_core.maps.reader import qualified_name
 from prisma_core.model import ZooModel, assign, tensors_of
 from prisma_core.saving import processors
@@ -158,7 +159,7 @@ def _sweep(folder: Path, home: Path, used: set[Path]) -> None:
 
 def _text(folder: Path) -> str:
     try:
-        return (folder / SPEC).read_text(encoding="utf-8")
+        return read_text(folder / SPEC)
     except FileNotFoundError:
         inner = sorted(folder.glob(f"*/{SPEC}"), key=lambda path: path.parent.name != "model")  # a run of training
         hint = f" Did you mean file:{inner[0].parent}?" if inner else ""

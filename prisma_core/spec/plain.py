@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from prisma_core.errors import InputError, suggest
-from prisma_core.errors.arguments import LARGEST, number
+from prisma_core.errors.arguments import LARGEST, expect, number
 from prisma_core.spec.parts import AttentionSpec, BlockSpec, MlpSpec, NormSpec
 
 LN = NormSpec(eps=1e-6)
@@ -40,6 +40,7 @@ def plain_block(
     d_model: int, heads: int, norm: NormSpec | None, facts: Mapping[type[BaseModel], Mapping[str, Any]]
 ) -> BlockSpec:
     """Return a pre-norm block whose heads share ``d_model`` and whose GELU MLP is four times as wide."""
+    expect(norm, (NormSpec, type(None)), "norm as a NormSpec or None")
     given = facts[AttentionSpec].get("d_head")
     number(heads, "how many heads", 1, number(d_model, "d_model", 1, LARGEST) if given is None else LARGEST)
     d_head = given or d_model // heads

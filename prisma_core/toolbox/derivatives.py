@@ -22,7 +22,7 @@ ADVICE = (
 )
 
 
-def kernels() -> AbstractContextManager[None]:
+def kernels() -> AbstractContextManager[object]:
     """Return a context in which attention has the derivatives that are being taken, where the forward pass can tell.
 
     It can tell forward mode, and derivatives of derivatives in ``torch.func``.
@@ -31,7 +31,7 @@ def kernels() -> AbstractContextManager[None]:
     levels = [] if torch.compiler.is_compiling() else functorch.get_interpreter_stack() or []
     nested = sum(level.key() == functorch.TransformType.Grad for level in levels) > 1
     forward = cast("Any", forward_ad)._current_level >= 0
-    return sdpa_kernel(SDPBackend.MATH) if nested or forward else nullcontext()
+    return cast("AbstractContextManager[object]", sdpa_kernel(SDPBackend.MATH)) if nested or forward else nullcontext()
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -65,7 +65,8 @@ class _WithGraph(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
         if grad is None or not torch.is_grad_enabled():
             return grad, None, None, None, None, None
         q, k, v, bias = ctx.saved_tensors
@@ -76,8 +77,8 @@ class _WithGraph(torch.autograd.Function):
         return None, *(None if x is None else next(grads) for x in needed), None
 
     @staticmethod
-    def jvp(ctx: Any, z: Tensor, *of: Any) -> Tensor:
-        return z.view_as(z)
+    def jvp(ctx: Any, *grad_inputs: Any) -> Tensor:
+        return grad_inputs[0].view_as(grad_inputs[0])
 
 
 def explain_second(output: Tensor) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from prisma_core.errors import InputError
 from prisma_core.files.atomic import check_writable
@@ -34,6 +35,9 @@ def console(**options: Any) -> Console:
     class Literal(Console):
         def render_str(self, text: str, **how: Any) -> Text:
             return super().render_str(printable(text), **how)
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would end the process
 
     return Literal(highlight=False, markup=False, emoji=False, **options)
 
@@ -91,7 +95,7 @@ def note(kind: str, message: str, style: str = "red") -> None:
     """
     from rich.text import Text
 
-    line = Text.assemble((f"{kind}: ", f"bold {style}"), printable(" ".join(message.split())))
+    line = Text.assemble((f"{printable(kind)}: ", f"bold {style}"), printable(" ".join(message.split())))
     console(stderr=True).print(line, soft_wrap=True)
 
 
@@ -117,5 +121,13 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 
 def show_json(value: Any) -> None:
-    """Write JSON, and nothing else, on stdout."""
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Write JSON, and nothing else, on stdout; of numbers, NaN and the infinite ones are null, for JSON has none."""
+    sys.stdout.write(json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in cast("dict[str, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in cast("list[Any]", value)]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

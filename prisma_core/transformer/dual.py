@@ -18,6 +18,7 @@ from prisma_core.inputs import ImageLike
 from prisma_core.model import Size, ZooModel, read_sample
 from prisma_core.spec import DualSpec
 from prisma_core.spec.layout import TokenLayout
+from prisma_core.toolbox.arguments import checked
 from prisma_core.transformer.recipes import RecipeCache
 from prisma_core.transformer.stream import StreamCache
 from prisma_core.transformer.text import HookedText, tokens_of
@@ -73,6 +74,7 @@ class HookedDual(ZooModel):
     spec: DualSpec
     cache_type = DualCache
 
+    @checked
     def __init__(self, spec: DualSpec, stem: nn.Module | None = None):
         super().__init__()
         self.spec = spec

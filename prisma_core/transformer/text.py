@@ -18,6 +18,7 @@ from prisma_core.hooks.point import HookPoint
 from prisma_core.inputs.checks import check_place, may_look
 from prisma_core.model import MissingProcessor, Processor, Size, layer_index, read_sample
 from prisma_core.spec import TextPoolSpec, TextSpec
+from prisma_core.toolbox.arguments import checked
 from prisma_core.toolbox.precision import joining
 from prisma_core.transformer.block import STREAM, make_block
 from prisma_core.transformer.mlp import MLP
@@ -67,6 +68,7 @@ class HookedText(Tower):
     cache_type = StreamCache
     tokenizer = Processor()
 
+    @checked
     def __init__(self, spec: TextSpec):
         super().__init__()
         self.spec = spec

@@ -17,6 +17,7 @@ from prisma_core.inputs.checks import check_place
 from prisma_core.model import Size, layer_index, read_sample
 from prisma_core.spec import ModelSpec, RopeCount
 from prisma_core.spec.layout import TokenLayout
+from prisma_core.toolbox.arguments import checked
 from prisma_core.toolbox.precision import joining
 from prisma_core.transformer.attention import Rope
 from prisma_core.transformer.block import STREAM, make_block
@@ -40,6 +41,7 @@ class HookedViT(Tower):
     spec: ModelSpec
     cache_type = StreamCache
 
+    @checked
     def __init__(self, spec: ModelSpec, stem: nn.Module | None = None):
         super().__init__()
         self.spec = spec

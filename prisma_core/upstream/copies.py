@@ -18,18 +18,22 @@ from prisma_core.upstream.replaced import COMPILED, PLAIN, TREE, home_of, is_ori
 NO_PARTS = (str, bytes, int, float, complex, Tensor, type, ModuleType, type(None))
 
 
-def copy_module(upstream: nn.Module, *, copy: bool) -> nn.Module:
+def copy_module(upstream: nn.Module, *, copy: bool, memo: dict[int, Any] | None = None) -> nn.Module:
     """Copy a module's structure, and its tensors too unless ``copy`` is False: then both share them.
 
     A function that was set on one of its modules and holds another is that of the copy, where it calls the copy's:
     ``attn.forward = lambda x: forward(x) / 2``, with ``forward = attn.forward`` from before.
+
+    Args:
+        memo: what ``copy.deepcopy`` has copied so far; it grows.
 
     Raises:
         UnsupportedArchitecture: a function reaches a module by a global name, or is set on a class and holds one. The
             copy would run what it was copied from.
     """
     tensors = () if copy else (*upstream.parameters(), *upstream.buffers())
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+    memo = {} if memo is None else memo
+    memo |= {id(tensor): tensor for tensor in tensors}
     graph = _Graph(upstream)
     pairs = [(function, _unfilled(function, graph)) for function in graph.functions()]
     memo |= {id(function): rebound for function, rebound in pairs}

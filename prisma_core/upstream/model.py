@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy as copying
 import re
 from collections.abc import Callable, Iterable, Mapping
 from textwrap import indent
@@ -100,6 +101,14 @@ class HookedUpstream(ZooModel):
         explain_second(output)
         return output
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> HookedUpstream:
+        """Copy the model with the functions that were set on upstream's modules."""
+        memo[id(self.upstream)] = copy_module(self.upstream, copy=True, memo=memo)
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copying.deepcopy(self.__getstate__(), memo))
+        return copied
+
     def __repr__(self) -> str:
         """The size, upstream's class, and which parts have hook points; ``model.upstream`` prints all modules."""
         lines = [
@@ -111,6 +120,11 @@ class HookedUpstream(ZooModel):
 
     def attribute_hint(self, name: str) -> str | None:
         return migration_hint(name) or (None if name.startswith("_") else _instead(self))
+
+    @property
+    def counted(self) -> set[str]:
+        """The modules in which hook points stand at functions, by the number of their call."""
+        return {row.place.module for row in self._rows if row.place.function}
 
     @property
     def layout(self) -> TokenLayout | None:

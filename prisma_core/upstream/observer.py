@@ -70,6 +70,21 @@ class ModuleHooks:
             if one.place.function is not None:
                 self.calls.setdefault((one.place.function, one.place.call), []).append(one)
 
+    def place(self, module: nn.Module, *, functions: bool) -> list[RemovableHandle]:
+        """Register the hooks. What further hooks compute is no function that the module, or its parent, calls."""
+        handles: list[RemovableHandle] = []
+        self.hooked = functions and bool(module._forward_pre_hooks or module._forward_hooks)  # pyright: ignore[reportPrivateUsage]
+        if self.hooked:
+            handles.append(module.register_forward_pre_hook(self.arrive, prepend=True))
+            handles.append(module.register_forward_hook(self.finish, prepend=True))
+        handles.append(module.register_forward_pre_hook(self.enter))
+        handles.append(module.register_forward_hook(self.leave))
+        return handles
+
+    def arrive(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if (run := _PASS.get()) is not None and run.functions and not run.paused:
+            run.frames.append(_Frame({}))
+
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         run = _PASS.get()
         if run is None or run.paused:
@@ -77,8 +92,14 @@ class ModuleHooks:
         if self.before:
             args = run.observe(self.before, args)
         if run.functions:
+            if self.hooked:
+                run.frames.pop()
             run.frames.append(_Frame(self.calls))
         return args
+
+    def finish(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        if (run := _PASS.get()) is not None and run.functions and not run.paused:
+            run.frames[-1] = _Frame({})
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
         run = _PASS.get()
@@ -106,9 +127,7 @@ def attach(upstream: nn.Module, observers: Iterable[Observer]) -> list[Removable
     handles: list[RemovableHandle] = []
     for name, module in modules.items():
         if functions or name in by_module:
-            hooks = ModuleHooks(by_module.get(name, []))
-            handles.append(module.register_forward_pre_hook(hooks.enter))
-            handles.append(module.register_forward_hook(hooks.leave))
+            handles += ModuleHooks(by_module.get(name, [])).place(module, functions=functions)
     return handles
 
 

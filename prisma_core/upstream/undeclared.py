@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from prisma_core.errors import UnsupportedArchitecture
 from prisma_core.maps.reader import TORCH, Reader, qualified_name
+from prisma_core.spec import AnySpec
 from prisma_core.upstream.replaced import name_of, replaced_on_class, replaced_on_instance, root_of
+from prisma_core.upstream.sizes import other_size, sizes_of
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 READ_ONLY = ("transformers.utils.output_capturing",)  # modules of hooks that keep what they are shown
@@ -42,6 +44,7 @@ WRAPPERS = {  # where each holds what it wraps
 
 def check_undeclared(
     upstream: Reader,
+    spec: AnySpec,
     types: Iterable[str],
     ignored: Iterable[str],
     left_out: Collection[str],
@@ -51,6 +54,7 @@ def check_undeclared(
 
     Args:
         upstream: the reader that the adapter has read the module with.
+        spec: what the adapter has read.
         types: qualified names of the classes that the adapter takes. It knows what stands beside them, and beside the
             classes that the reader recognised, in the same file: all classes there that derive from no other.
         ignored: what the adapter ignores with a reason. A qualified name is that of a class which computes nothing.
@@ -66,6 +70,7 @@ def check_undeclared(
     packages = {root_of(file) for file in files}
     copied = set[nn.Module]() if stem is None else set(stem.modules())
     unread = _unread(whole, left_out)
+    sizes = sizes_of(spec)
     if problem := _globally_hooked():
         raise UnsupportedArchitecture(qualified_name(whole), problem)
     seen, problems = set[FunctionType](), dict[type, str]()
@@ -82,6 +87,7 @@ def check_undeclared(
             or replaced_on_instance(module)
             or ("" if known else _unknown(kind))
             or problems[kind]
+            or other_size(module, sizes)
             or _foreign_attention(module)
             or _foreign_tensors(module)
         )
@@ -102,6 +108,30 @@ def check_at_hand(upstream: nn.Module) -> None:
                 f"{qualified_name(module)} at {path!r}" if path else qualified_name(module),
                 "weights that accelerate has put elsewhere until a pass needs them. Put them back before: "
                 "accelerate.hooks.remove_hook_from_submodules(upstream)",
+            )
+
+
+def check_counted(upstream: nn.Module, paths: Iterable[str], types: Iterable[str]) -> None:
+    """Refuse other code than its class's in a module whose calls of functions are counted.
+
+    Args:
+        paths: of the modules in which hook points stand at functions.
+        types: qualified names of the classes that the adapter takes.
+
+    Raises:
+        UnsupportedArchitecture: a hook point may stand at another function.
+    """
+    packages, seen, problems = {root_of(name) for name in types}, set[FunctionType](), dict[type, str]()
+    for path in sorted(paths):
+        module = upstream.get_submodule(path)
+        kind, base = type(module), _base(type(module))
+        if kind not in problems:
+            foreign = base is not None and root_of(kind.__module__) not in packages | {root_of(base.__module__)}
+            problems[kind] = _unknown(kind) if foreign else replaced_on_class(kind, packages, seen)
+        if problem := replaced_on_instance(module) or problems[kind]:
+            raise UnsupportedArchitecture(
+                f"{qualified_name(module)} at {path!r}" if path else qualified_name(module),
+                f"{problem}. Hook points stand at functions that it calls, by number, and would be at others",
             )
 
 

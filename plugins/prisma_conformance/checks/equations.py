@@ -20,6 +20,7 @@ from prisma_core import HookContext
 from prisma_core.plugin import MapAdapter, PrismaError, Reader, blaming, returned
 from prisma_core.toolbox.tables import numbered
 
+UNEVALUATED = " cannot be evaluated"
 OUTPUT = "output"  # upstream's, among the activations that went on
 
 # For each hook point the formulas that may hold of it. The first whose names are all in the same part does.
@@ -165,7 +166,7 @@ class MapEquations:
                     error = equation.error(*passed)
                 except Exception as problem:  # noqa: BLE001  # upstream's modules refuse shapes in their own ways
                     kind = "" if isinstance(problem, PrismaError) else f"{type(problem).__name__}: "
-                    problems.append(f"{equation} cannot be evaluated: {kind}{problem}")
+                    problems.append(f"{equation}{UNEVALUATED}: {kind}{problem}")
                     break
                 errors[str(equation)] = max(error, errors.get(str(equation), 0.0))
                 if not error <= tolerances.FLOAT64:
@@ -214,4 +215,4 @@ def _normalised(pattern: Tensor) -> tuple[Tensor, Tensor]:
     return pattern, pattern / pattern.sum(-1, keepdim=True)
 
 
-__all__ = ["Equation", "MapEquations", "Passed", "noise"]
+__all__ = ["UNEVALUATED", "Equation", "MapEquations", "Passed", "noise"]

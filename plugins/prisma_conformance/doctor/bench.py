@@ -63,6 +63,13 @@ class Trial(NamedTuple):
         return names[index - 1] if index else None
 
     @property
+    def tokens(self) -> tuple[int, int] | None:
+        """The number of our tokens in the stream, and of upstream's; None where upstream does not show it."""
+        streams = (name for name in self.theirs if name.endswith("blocks.0.hook_resid_pre") and "text." not in name)
+        shapes = ((self.ours[name].shape, self.theirs[name].shape) for name in streams)
+        return next(((ours[1], theirs[1]) for ours, theirs in shapes if len(ours) == len(theirs) == 3), None)
+
+    @property
     def agrees(self) -> bool:
         """Whether the logits do."""
         return self.logits <= tolerances.FLOAT64

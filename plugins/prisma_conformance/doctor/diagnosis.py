@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from math import inf
 
@@ -11,17 +11,20 @@ from torch import nn
 
 from prisma_conformance import tolerances
 from prisma_conformance.doctor.advice import failures
-from prisma_conformance.doctor.bench import Bench, Trial
+from prisma_conformance.doctor.bench import Bench, Trial, attempt
 from prisma_conformance.doctor.evidence import evidence
 from prisma_conformance.doctor.families import families
 from prisma_conformance.doctor.maps import absent_places, examine_map
 from prisma_conformance.doctor.places import fitting
 from prisma_conformance.doctor.result import MOST, Diagnosis
 from prisma_conformance.doctor.search import Search
+from prisma_conformance.doctor.tensors import feeding
 from prisma_conformance.registry import select
 from prisma_conformance.subject import Subject
 from prisma_conformance.target import Target
 from prisma_core import tensors_of
+from prisma_core.maps.rule import Rule
+from prisma_core.maps.table import pattern_of
 from prisma_core.plugin import Adapter, HookMap, Row
 
 STEPS = 4  # mistakes that are looked for one behind the other
@@ -128,7 +131,9 @@ def _compared(bench: Bench, trial: Trial, progress: Callable[[str], None] | None
         before=before,
         logits=logits,
         size=size,
-        evidence=() if improvements or size is not None else (*_conflicts(search), *_evidence(bench, trial, first)),
+        evidence=()
+        if improvements or size is not None
+        else (*_conflicts(search), *_evidence(bench, trial, first), *_feeding(bench, trial, first)),
         remedies=tuple(one.remedy for one in improvements[:MOST]),
         tried=search.tried,
         then=then,
@@ -151,6 +156,24 @@ def _evidence(bench: Bench, trial: Trial, first: str) -> tuple[str, ...]:
     if first not in trial.theirs:
         return ()
     return tuple(evidence(trial.ours[first], trial.theirs[first], axes, spare, bench.numbers))
+
+
+def _feeding(bench: Bench, trial: Trial, first: str) -> Iterator[str]:
+    """The rows whose tensors make the first hook point that differs, and none before it."""
+    before = list(trial.errors)[: list(trial.errors).index(first)] if first in trial.errors else []
+    rows: dict[str, None] = {}
+    for names, change in feeding(bench.model()[0]):
+        after = attempt(bench, change)
+        if after is None or first not in after.ours or torch.equal(after.ours[first], trial.ours[first]):
+            continue
+        if all(torch.equal(after.ours[name], trial.ours[name]) for name in before):
+            rows |= {str(rule): None for rule in trial.table.rows if _makes(rule, names)}
+    if rows:
+        yield f"Rows whose tensors act here first: {', '.join(repr(row) for row in rows)}."
+
+
+def _makes(rule: Rule, names: Sequence[str]) -> bool:
+    return any(pattern_of(target).fullmatch(name) for target in rule.targets for name in names)
 
 
 # -------------------------------------------------------------------- hook tables

@@ -22,6 +22,8 @@ def evidence(
         spare: upstream's tensors that the weight table does not take.
         numbers: of upstream's modules.
     """
+    if ours.shape != theirs.shape:
+        yield f"Upstream's has the shape {list(theirs.shape)}, ours {list(ours.shape)}: {' '.join(axes)}."
     if ours.shape != theirs.shape or ours.ndim < 2:
         return
     if _close(theirs, torch.zeros_like(theirs)) or not torch.isfinite(ours).all():

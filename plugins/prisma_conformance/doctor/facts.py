@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, cast, get_args, get_origin
 
@@ -73,18 +73,25 @@ def fields(facts: BaseModel, path: Path = ()) -> Iterator[Field]:
             yield from fields(value, (*path, name))
 
 
-def replaced(facts: Any, path: Path, value: Any) -> Any:
-    """Copy a spec with another value at a path, and validate it.
+def replaced(facts: Any, values: Mapping[Path, Any]) -> Any:
+    """Copy a spec with other values at paths, and validate it with all of them.
 
     Raises:
         ValueError: the facts contradict each other.
     """
-    name, *rest = path
-    if isinstance(name, int):
-        return (*facts[:name], replaced(facts[name], tuple(rest), value) if rest else value, *facts[name + 1 :])
-    inner = replaced(getattr(facts, name), tuple(rest), value) if rest else value
+    below: dict[str | int, dict[Path, Any]] = {}
+    for (name, *rest), value in values.items():
+        below.setdefault(name, {})[tuple(rest)] = value
+
+    def new(old: Any, inner: dict[Path, Any]) -> Any:
+        return inner[()] if () in inner else replaced(old, inner)
+
+    if isinstance(facts, tuple):
+        several = cast("tuple[Any, ...]", facts)
+        return tuple(new(old, below[index]) if index in below else old for index, old in enumerate(several))
     kind = cast("type[BaseModel]", type(facts))
-    return kind.model_validate({**dict(facts), name: inner})
+    update = {str(name): new(getattr(facts, str(name)), inner) for name, inner in below.items()}
+    return kind.model_validate({**dict(facts), **update})
 
 
 def _of_field(spec: AnySpec, members: list[Field], everywhere: bool, numbers: Sequence[Number]) -> Iterator[Change]:
@@ -121,15 +128,14 @@ def _left_out(
             change = f"{name}=NormSpec(kind={kind!r}, eps=...) (it is None){number}"
             norms = {path: NormSpec(kind=kind, eps=value or 1.0) for path, value in values.items()}
             yield Change(change, _setting(members, lambda field, norms=norms: norms[field.path]))
+            if one.path[-1] == "ln2":  # blocks whose branches are side by side have none
+                in_turn: dict[Path, Any] = {(*path[:-1], "kind"): "pre" for path in norms}
+                says = f"{name.removesuffix('ln2')}kind='pre', and {change}"
+                yield Change(says, lambda spec, values={**norms, **in_turn}: replaced(spec, values))
 
 
 def _setting(members: list[Field], value: Callable[[Field], Any]) -> Callable[[AnySpec], AnySpec]:
-    def change(spec: AnySpec) -> AnySpec:
-        for field in members:
-            spec = replaced(spec, field.path, value(field))
-        return spec
-
-    return change
+    return lambda spec: replaced(spec, {field.path: value(field) for field in members})
 
 
 def choices(kind: Any, value: Any) -> Iterator[Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import combinations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prisma_conformance import tolerances
-from prisma_conformance.checks.equations import Equation, MapEquations
+from prisma_conformance.checks.equations import UNEVALUATED, Equation, MapEquations
 from prisma_conformance.doctor.places import all_places, readings
 from prisma_conformance.measure import worst
 from prisma_conformance.subject import Subject
@@ -59,8 +60,18 @@ def examine_map(subject: Subject, progress: Callable[[str], None] | None = None)
     points += [point for one in wrong for point in (one.point, *sorted(one.reads))]
     rows = tuple(equations.scope.rows[point] for point in dict.fromkeys(points))
     said = dict.fromkeys([*problems, *(text for text in failing if text not in every)])
+    if all(UNEVALUATED in problem for problem in problems) and failing.keys() <= every.keys():  # no place mends that
+        return MapFindings(rows[0].hook, _one_each(said), rows, "", 0)
     change, tried = _change(subject, equations, rows, failing, progress)
-    return MapFindings(rows[0].hook, tuple(said), rows, change, tried)
+    return MapFindings(rows[0].hook, _one_each(said), rows, change, tried)
+
+
+def _one_each(problems: Iterable[str]) -> tuple[str, ...]:
+    """The first of problems that differ in numbers alone, with how many more there are."""
+    alike: dict[str, list[str]] = {}
+    for problem in problems:
+        alike.setdefault(re.sub(r"[\d.e+-]+", "#", problem), []).append(problem)
+    return tuple(first + (f" (and {len(more)} more like it)" if more else "") for first, *more in alike.values())
 
 
 def _numbered(subject: Subject) -> HookMap:
@@ -75,10 +86,13 @@ def _failing(equations: MapEquations, acts: Acts, among: Collection[str] | None 
         among: those that are looked at; None for all.
     """
     failing: dict[str, tuple[str, ...]] = {}
-    for one in (*equations.everywhere, *equations.rows):
-        looked = among is None or str(one) in among
-        if looked and equations.reason(str(one)) is None and not _holds(one, acts):
-            failing[str(one)] = (one.point, *sorted(one.reads))
+    formulas = {str(one): one for one in (*equations.everywhere, *equations.rows)}
+    for text, one in formulas.items():
+        looked = among is None or text in among
+        if looked and equations.reason(text) is None and not _holds(one, acts):
+            failing[text] = (one.point, *sorted(one.reads))
+    if among is not None and formulas.keys() >= set(among):
+        return failing  # an adapter evaluates all of its equations or none
     for text, error in equations.of_adapter(acts).items():
         if equations.reason(text) is None and not error <= tolerances.FLOAT64:
             failing[text] = tuple(_mentioned(text, equations))

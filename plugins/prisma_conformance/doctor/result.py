@@ -89,11 +89,12 @@ def _lines(d: Diagnosis) -> list[str]:
         lines += d.equations[:MOST]
     elif d.agrees:
         lines.append(f"{d.name}: the logits and {d.compared} activations agree with upstream.")
-    elif d.error == inf:
+    elif d.error == inf and d.rows:
         lines.append(f"{d.name}: upstream shows nothing to compare with at {d.first}.")
     elif d.first is not None:
         at = f" at image size {'x'.join(map(str, d.size))}" if d.size else ""
-        lines.append(f"{d.name}: parts from upstream at {d.first}{at}, by {d.error:.1e} standard deviations.")
+        by = "" if d.error == inf else f", by {d.error:.1e} standard deviations"
+        lines.append(f"{d.name}: parts from upstream at {d.first}{at}{by}.")
     if d.before:
         lines.append(f"Everything up to {d.before} agrees. The logits are off by {d.logits:.1e}.")
     lines += d.evidence

@@ -59,6 +59,44 @@ def reshaped(names: Collection[str], table: WeightMap, upstream: Shapes, canonic
                     yield _row(f"{source} -> {target}", how)
 
 
+def extended(
+    names: Collection[str], table: WeightMap, upstream: Shapes, canonical: Shapes, others: Collection[str]
+) -> Iterator[Change]:
+    """Yield the rows of these canonical tensors with one more source, where that makes their size.
+
+    Args:
+        others: the sources: upstream's tensors, and ``zeros``.
+    """
+    sizes = {family: {upstream[one].numel() for one in members.values() if one in upstream}
+             for family, members in families(others).items()}  # fmt: skip
+    for target, targets in families(names).items():
+        name = next(iter(targets.values()))
+        matches = ((rule, m) for rule in table.rows for t in rule.targets if (m := pattern_of(t).fullmatch(name)))
+        for rule, match in matches:
+            sources = [one for one in rule.bind(match.groupdict()).names if one in upstream]
+            lack = canonical[name].numel() - sum(upstream[one].numel() for one in sources)
+            if rule.function is not None or rule.patterns or len(rule.targets) > 1 or not sources or lack <= 0:
+                continue
+            now = [" | ".join(options).replace("{*}", match.groupdict().get("rest", "")) for options in rule.sources]
+            how = rule.how or _without_ones(upstream[sources[0]])
+            for other, size in sizes.items():
+                if other not in now and (size <= {lack}) and set(MARK.findall(other)) <= set(MARK.findall(target)):
+                    yield from (_joined(several, how, target) for several in ([*now, other], [other, *now]))
+
+
+def _joined(sources: list[str], how: str, target: str) -> Change:
+    """The row that joins sources, each by a pattern; what is made needs none."""
+    shown = [f"{one} : {how}" if how and one not in CONSTANTS else one for one in sources]
+    return _row(f"[{', '.join(shown)}] -> {target}", "")
+
+
+def _without_ones(shape: torch.Size) -> str:
+    """The pattern that leaves out axes of length one; none if there are none."""
+    axes = ["1" if size == 1 else axis for axis, size in zip("abcdef", shape, strict=False)]
+    long = [axis for axis in axes if axis != "1"]
+    return f"{' '.join(axes)} -> {' '.join(long)}" if len(long) < len(axes) else ""
+
+
 def patterns(source: torch.Size, target: torch.Size) -> list[str]:
     """The einops patterns that turn one shape into another by axes taken away, added or in another order."""
     axes = "abcdef"[: len(source)]

@@ -10,9 +10,11 @@ from prisma_conformance.doctor.bench import Bench, Trial, attempt
 from prisma_conformance.doctor.change import Change
 from prisma_conformance.doctor.facts import facts
 from prisma_conformance.doctor.families import families
+from prisma_conformance.doctor.layouts import layouts
 from prisma_conformance.doctor.pooling import pooling
 from prisma_conformance.doctor.result import Remedy
-from prisma_conformance.doctor.rows import missing, reshaped, rows
+from prisma_conformance.doctor.rotary import rotary
+from prisma_conformance.doctor.rows import extended, missing, reshaped, rows
 from prisma_conformance.doctor.tensors import tensors
 from prisma_core import Size
 
@@ -92,9 +94,13 @@ class Search:
     def _kinds(self) -> Iterator[Iterator[Change]]:
         trial, theirs, ours = self.trial, self.bench.shapes, self.trial.shapes
         yield reshaped(trial.gaps, trial.table, theirs, ours)
+        yield extended(trial.gaps, trial.table, theirs, ours, (*trial.spare, "zeros"))
         yield missing(trial.gaps, theirs, ours, trial.spare)
+        if trial.tokens is None or trial.tokens[0] != trial.tokens[1]:
+            yield layouts(trial.spec, trial.tokens and trial.tokens[1])
         yield facts(trial.spec, self.first, self.bench.numbers, trial.spare)
         yield pooling(trial.spec)
+        yield rotary(trial.spec, self.first, trial.ours, trial.theirs)
         yield rows(trial.table, theirs, ours, trial.spare)
         yield tensors(self.bench.model()[0])
 
@@ -110,7 +116,11 @@ class Search:
             yield from self._helps(change, after)
         elif depth < DEEPEST:
             names = next(iter(families(gaps).values())).values()
-            for row in missing(list(names), self.bench.shapes, after.shapes, after.spare):
+            shapes, spare = self.bench.shapes, after.spare
+            for row in (
+                *missing(list(names), shapes, after.shapes, spare),
+                *extended(list(names), after.table, shapes, after.shapes, [x for x in spare if x in self.trial.spare]),
+            ):
                 yield from self._tried(change.then(row), depth + 1)
 
     def _helps(self, change: Change, after: Trial) -> Iterator[Improvement]:

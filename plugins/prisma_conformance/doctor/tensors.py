@@ -134,6 +134,25 @@ def _transposed(model: ZooModel, names: Mapping[str, list[str]]) -> Iterator[Cha
             yield _each(f"{name}: patch kernels transposed", members, lambda x: x.transpose(-1, -2))
         if len(shape) > 3:
             yield _each(f"{name}: channels in the other order (bgr)", members, lambda x: x.flip(1))
+            yield from _pixels(name, members, tuple(shape[1:]))
+
+
+def _pixels(name: str, members: list[str], shape: tuple[int, ...]) -> Iterator[Change]:
+    """Kernels ``[d c p q]``, or of videos ``[d c t p q]``, whose pixels were read in another order."""
+    axes = ("c", *"tpq"[3 - len(shape[1:]) :])
+    sizes = dict(zip(axes, shape, strict=True))
+    now = " ".join(axes)
+    for order in list(permutations(axes))[1:]:
+        pattern = f"d ({' '.join(order)}) -> d {now}"
+        says = f"{name}: pixels of a patch in the order ({' '.join(order)}), not ({now})"
+        yield _each(says, members, lambda x, pattern=pattern: rearrange(x.flatten(1), pattern, **sizes))
+
+
+def feeding(model: ZooModel) -> Iterator[tuple[list[str], Change]]:
+    """Yield the tensors of each family with a change that whatever they make shows."""
+    for members in families(tensors_of(model)).values():
+        names = list(members.values())
+        yield names, _each("", names, lambda x: x * 1.5 + 0.25 if x.is_floating_point() else x)
 
 
 # -------------------------------------------------------------------- tokens
@@ -173,4 +192,4 @@ def _head(x: Tensor, n: int, rest: Tensor) -> Tensor:
     return torch.cat([x[:n], rest])
 
 
-__all__ = ["tensors"]
+__all__ = ["feeding", "tensors"]

@@ -1,0 +1,116 @@
+"""Calls that look right and are not: a scope in a model's place, a cache in that of images, one class twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import prisma_lens as lens
+import prisma_patch as patch
+import prisma_registers as registers
+import prisma_sae as sae
+import pytest
+import torch
+from models import build
+
+from prisma_core import HookedViT, InputError, PrismaError, UnknownName
+from prisma_core.plugin import Preprocess
+
+X = torch.randn(2, 3, 8, 12, generator=torch.Generator().manual_seed(0))
+
+
+@cache
+def model() -> HookedViT:
+    made = build(registers=2, n_classes=5).float()
+    made.preprocess = Preprocess(size=(8, 12))
+    return made
+
+
+def coder() -> sae.SparseCoder:
+    d = model().spec.d_model
+    shapes = {"W_enc": (d, 7), "b_enc": (7,), "W_dec": (7, d), "b_dec": (d,)}
+    facts = sae.CoderFacts(kind="standard", d_in=d, d_sae=7, d_out=d, hook="blocks.0.hook_resid_pre")
+    return sae.SparseCoder(facts, {name: torch.zeros(shape) for name, shape in shapes.items()})
+
+
+SCOPES: dict[str, Callable[[], Any]] = {
+    "hooks": lambda: model().hooks({"z": lambda x, at: None}),
+    "caching": lambda: model().caching("z"),
+    "splice": lambda: sae.splice(model(), coder()),
+    "without_registers": lambda: registers.without_registers(model()),
+    "extra_registers": lambda: registers.extra_registers(model(), 1),
+    "registers_at_test_time": lambda: registers.registers_at_test_time(model(), [registers.Neuron(0, 1)]),
+    "ablate": lambda: patch.ablate(model(), "z"),
+    "knock_out": lambda: patch.knock_out(model(), 0, [1]),
+    "causal": lambda: patch.causal(model()),
+    "steer": lambda: patch.steer(model(), ("resid_post", 0), torch.ones(model().spec.d_model)),
+    "freeze": lambda: patch.freeze(model(), model().run_with_cache(X, names="z")[1]),
+    "together": lambda: patch.together(patch.causal(model()), patch.ablate(model(), ("z", 1))),
+}
+
+
+@pytest.mark.parametrize("name", SCOPES)
+def test_a_scope_that_nobody_entered_is_no_model_and_no_decorator(name: str) -> None:
+    scope = SCOPES[name]()
+    for given in (X, lambda: None):
+        with pytest.raises(PrismaError, match=r"[Ee]nter it.*with"):
+            scope(given)
+    assert not model().open_hooks()
+    with scope:
+        pass
+    assert not model().open_hooks()
+
+
+def test_several_scopes_are_closed_again_where_one_cannot_be_opened() -> None:
+    used = patch.causal(model())
+    with used:
+        pass
+    with pytest.raises(PrismaError, match="entered before"), patch.together(patch.ablate(model(), "z"), used):
+        pass
+    assert not model().open_hooks()
+
+
+RUNNING: dict[str, Callable[[Any], Any]] = {
+    "head_scores": lambda given: lens.head_scores(model(), given),
+    "rollout": lambda given: lens.rollout(model(), given),
+    "attention_flow": lambda given: lens.attention_flow(model(), given, 0),
+    "induction": lambda given: lens.induction(model(), given),
+    "activation_patch": lambda given: patch.activation_patch(model(), given, X, 0),
+    "path_patch": lambda given: patch.path_patch(model(), X, given, 0, ("z", 0), ("q", 1)),
+}
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_what_runs_the_model_itself_takes_no_cache(name: str) -> None:
+    given = model().run_with_cache(X)[1]
+    with pytest.raises(InputError, match=r"images.*got ActivationCache"):
+        RUNNING[name](given)
+
+
+@pytest.mark.parametrize("index", [-1, -99, 5])
+def test_classes_count_from_zero(index: int) -> None:
+    for call in (
+        lambda: lens.attribute(model(), X, index),
+        lambda: lens.logit_lens(model(), X, index),
+        lambda: patch.patch_heads(model(), X[:1], X[1:], index),
+        lambda: lens.logit(index)(model()(X)),
+    ):
+        with pytest.raises(UnknownName, match=f"No class {index}"):
+            call()
+
+
+def test_a_class_is_not_subtracted_from_itself() -> None:
+    for call in (
+        lambda: lens.attribute(model(), X, 1, against=1),
+        lambda: lens.logit_lens(model(), X, [0, 1], against=1),
+        lambda: patch.patch_heads(model(), X[:1], X[1:], (2, 2)),
+    ):
+        with pytest.raises(InputError, match=r"the same one|twice"):
+            call()
+
+
+def test_what_is_subtracted_needs_what_it_is_subtracted_from() -> None:
+    for options in ({"against": 1}, {"labels": ["a"]}):
+        with pytest.raises(InputError, match="Expected a target"):
+            lens.logit_lens(model(), X, **options)  # type: ignore[arg-type]
