@@ -88,7 +88,8 @@ def kinds() -> dict[str, Kind]:
     """Return a model of each kind, the same at each call."""
     torch.manual_seed(0)
     images, videos = torch.randn(2, 2, 3, 8, 8), torch.randn(2, 2, 4, 3, 8, 8)
-    texts, features = torch.randint(1, 20, (2, 2, 5)), torch.randn(2, 2, 6, 5)
+    texts, features = torch.randint(1, 19, (2, 2, 5)), torch.randn(2, 2, 6, 5)
+    texts[..., -1] = 19  # the token that ends a text, which is the one that is read
     frames = {
         "embed": EmbedSpec(patch=(4, 4), tubelet=2),
         "layout": TokenLayout(cls=1, frames=2, rows=2, columns=2),
