@@ -51,8 +51,8 @@ IGNORED = {
     "TextTransformer.use_pad_mask": "read where there is no class token, which needs a mask anyway",
     "TextTransformer.correct_cls_mask": "read where there is a class token",
     "Embedding.padding_idx": "which row is not trained",
-    "Embedding.max_norm": "would be applied to the weights in training",
-    "Embedding.norm_type": "would be applied to the weights in training",
+    "Embedding.max_norm": "the core refuses a model that sets it, whose passes change the weights",
+    "Embedding.norm_type": "the core refuses a model that sets it, whose passes change the weights",
     "LayerNorm*.normalized_shape": "the shape of the weights",
     "LayerNorm*.elementwise_affine": "missing weights are ones, missing biases zeros",
 }

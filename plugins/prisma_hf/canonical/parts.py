@@ -82,7 +82,7 @@ IGNORED = {
     "*Pooler.layernorm": "of what stands beside the main output",
     "*.deepstack_visual_indexes": "which streams the language model reads besides",
     "Embedding.padding_idx": "of training",
-    "Embedding.max_norm": "upstream sets none",
+    "Embedding.max_norm": "the core refuses a model that sets it, whose passes change the weights",
     "Embedding.norm_type": "upstream sets no norm",
     "Sapiens2RopePositionEmbedding.base": "what the frequencies were made from; they are read",
     "Sapiens2RopePositionEmbedding.num_patches_*": "the image's size by that of a patch",
