@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,41 +15,14 @@ from prisma_core.host import installed
 from prisma_core.plugin import NormSpec, PoolSpec, Reader
 
 from .maps import MAP_MUTANTS, SWIN, MapMutant
+from .mistakes import Planted, edited
 from .north import CASE, HOOKS, WEIGHTS, NorthAdapter, NorthViT, apart, grid_positions, rms_norm
 from .table import MUTANTS
 
 
-@dataclass(frozen=True)
-class Planted:
-    """A mistake.
-
-    Attributes:
-        name: what is wrong.
-        says: parts of the doctor's answer.
-        fact, functions: as ``NorthAdapter`` takes them.
-        weights, hooks: texts in the tables, and what stands there instead.
-    """
-
-    name: str
-    says: tuple[str, ...]
-    fact: Mapping[str, Callable[[Reader], Any]] = field(default_factory=dict[str, Any])
-    functions: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict[str, Any])
-    weights: Mapping[str, str] = field(default_factory=dict[str, Any])
-    hooks: Mapping[str, str] = field(default_factory=dict[str, Any])
-
-    def subject(self) -> Subject:
-        tables = (edited(WEIGHTS, self.weights), edited(HOOKS, self.hooks))
-        return Subject(CASE, NorthAdapter(*tables, self.fact, self.functions), NorthViT(), seed=1)
-
-
-def edited(table: str, edits: Mapping[str, str]) -> str:
-    marks = {old: f"<{n}>" for n, old in enumerate(edits)}
-    for old, mark in marks.items():
-        assert old in table, old
-        table = table.replace(old, mark)
-    for old, mark in marks.items():
-        table = table.replace(mark, edits[old])
-    return table
+def subject_of(mistake: Planted) -> Subject:
+    tables = (edited(WEIGHTS, mistake.weights), edited(HOOKS, mistake.hooks))
+    return Subject(CASE, NorthAdapter(*tables, mistake.fact, mistake.functions), NorthViT(), seed=1)
 
 
 def _chunks(*order: int) -> Callable[[Tensor], Tensor]:
@@ -154,7 +125,7 @@ PLANTED = [
 
 @pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.name.replace(" ", "-"))
 def test_the_doctor_names_the_mistake_and_the_place(planted: Planted) -> None:
-    answer = examine(planted.subject())
+    answer = examine(subject_of(planted))
     assert not answer.healthy
     for part in planted.says:
         assert part in str(answer), str(answer)
@@ -162,7 +133,7 @@ def test_the_doctor_names_the_mistake_and_the_place(planted: Planted) -> None:
 
 def test_the_doctor_says_what_to_do_about_the_audit() -> None:
     attribute = Planted("k_norm's eps is not read", (), fact={"qk_norm": lambda attn: rms_norm(attn.q_norm)})
-    answer = examine(attribute.subject())
+    answer = examine(subject_of(attribute))
     assert answer.agrees
     assert not answer.healthy
     assert "RMSNorm.eps = 0.00" in str(answer)
@@ -219,7 +190,7 @@ def test_the_doctor_names_places_near_one_that_upstream_never_passes(place: str)
 
 
 def test_the_doctor_finds_nothing_wrong_with_what_is_right() -> None:
-    answer = examine(Planted("nothing", ()).subject())
+    answer = examine(subject_of(Planted("nothing", ())))
     assert answer.healthy, str(answer)
 
 

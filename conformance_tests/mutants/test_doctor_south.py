@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,31 +16,13 @@ from conformance_tests.helpers import cascade
 from prisma_core import TokenLayout
 from prisma_core.plugin import NormSpec, PoolSpec, Reader, RopeSpec
 
+from .mistakes import Planted, edited
 from .south import AT, CASE, HOOKS, PREFIX, WEIGHTS, SouthAdapter, SouthViT, kernel, norm, table
-from .test_doctor import edited
 
 
-@dataclass(frozen=True)
-class Planted:
-    """A mistake.
-
-    Attributes:
-        name: what is wrong.
-        says: parts of the doctor's answer.
-        fact, functions: as ``SouthAdapter`` takes them.
-        weights, hooks: texts in the tables, and what stands there instead.
-    """
-
-    name: str
-    says: tuple[str, ...]
-    fact: Mapping[str, Callable[[Reader], Any]] = field(default_factory=dict[str, Any])
-    functions: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict[str, Any])
-    weights: Mapping[str, str] = field(default_factory=dict[str, Any])
-    hooks: Mapping[str, str] = field(default_factory=dict[str, Any])
-
-    def subject(self) -> Subject:
-        tables = (edited(WEIGHTS, self.weights), edited(HOOKS, self.hooks))
-        return Subject(CASE, SouthAdapter(*tables, self.fact, self.functions), SouthViT(), seed=1)
+def subject_of(mistake: Planted) -> Subject:
+    tables = (edited(WEIGHTS, mistake.weights), edited(HOOKS, mistake.hooks))
+    return Subject(CASE, SouthAdapter(*tables, mistake.fact, mistake.functions), SouthViT(), seed=1)
 
 
 def _layout(**changed: int) -> Callable[[Reader], TokenLayout]:
@@ -226,14 +206,14 @@ PLANTED = [
 
 @pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.name.replace(" ", "-"))
 def test_the_doctor_names_the_mistake_and_the_place(planted: Planted) -> None:
-    answer = examine(planted.subject())
+    answer = examine(subject_of(planted))
     assert not answer.healthy
     for part in planted.says:
         assert part in str(answer), str(answer)
 
 
 def test_the_doctor_finds_nothing_wrong_with_what_is_right() -> None:
-    answer = examine(Planted("nothing", ()).subject())
+    answer = examine(subject_of(Planted("nothing", ())))
     assert answer.healthy, str(answer)
 
 

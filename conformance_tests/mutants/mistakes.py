@@ -1,0 +1,41 @@
+"""Mistakes planted in the adapter of a third party: edits of its facts, functions and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from prisma_core.plugin import Reader
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A mistake.
+
+    Attributes:
+        name: what is wrong.
+        says: parts of the doctor's answer.
+        fact, functions: as the adapter takes them.
+        weights, hooks: texts in the tables, and what stands there instead.
+    """
+
+    name: str
+    says: tuple[str, ...]
+    fact: Mapping[str, Callable[[Reader], Any]] = field(default_factory=dict[str, Any])
+    functions: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict[str, Any])
+    weights: Mapping[str, str] = field(default_factory=dict[str, Any])
+    hooks: Mapping[str, str] = field(default_factory=dict[str, Any])
+
+
+def edited(table: str, edits: Mapping[str, str]) -> str:
+    """Return a table with texts replaced, all at once."""
+    marks = {old: f"<{n}>" for n, old in enumerate(edits)}
+    for old, mark in marks.items():
+        assert old in table, old
+        table = table.replace(old, mark)
+    for old, mark in marks.items():
+        table = table.replace(mark, edits[old])
+    return table
