@@ -31,7 +31,7 @@ SAPIENS = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads_per
         ("DPTModel", {"is_hybrid": True, "image_size": 32, "patch_size": 16}, "patch_embeddings"),
         ("BridgeTowerVisionModel", {"hidden_size": 128, "stop_gradient": True}, "without their gradient"),
         ("Molmo2VisionModel", {"head_dim": 8, "num_position_embeddings": 10, "image_size": [24, 24]}, "10 positions"),
-        ("Qwen3_5VisionModel", {"num_position_embeddings": 10}, "10 positions for 9 tokens"),
+        ("Qwen3_5VisionModel", {"num_position_embeddings": 10}, "10 positions"),
         ("Qwen3VLVisionModel", {"deepstack_visual_indexes": [0], "hidden_act": "tanh"}, "activation"),
         ("Sapiens2Model", {**SAPIENS, "query_bias": False, "value_bias": False}, "biases of keys alone"),
         ("PixtralVisionModel", {"hidden_size": 32, "num_attention_heads": 2, "hidden_act": "tanh"}, "activation"),

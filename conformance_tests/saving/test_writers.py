@@ -29,7 +29,6 @@ from prisma_core.plugin import write_text
 # Calls that write, and where one may stand outside of a block that replaces: what is written there is new or temporary.
 WRITES = {"write_text", "write_bytes", "save_file", "savefig", "write_html", "write_image", "save_objects"}
 ELSEWHERE = {
-    "plugins/prisma_conformance/new_plugin.py": "a new folder, or none",
     "prisma_core/files/unpickled.py": "save_objects itself",
     "plugins/prisma_clip/texts.py": "a processor's folder, which save made",
     "plugins/prisma_hf/processors.py": "a processor's folder, which save made",

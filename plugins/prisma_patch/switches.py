@@ -84,11 +84,11 @@ def switch(
     """
     ours, others = as_inputs(model, clean), as_inputs(model, other)
     first, second = class_of(model, a), class_of(model, b)
+    if first == second:
+        raise InputError(f"{a!r} and {b!r} are one class, so there is nothing to flip.")
     metric = logit_difference(second, first)
     with torch.no_grad():
         output = model(*ours)
-    if first == second:
-        raise InputError(f"{a!r} and {b!r} are one class, so there is nothing to flip.")
     if output.ndim != 2:
         raise NotApplicable(f"This model returns {list(output.shape)}, so no class is predicted that could flip.")
     predicted = int(output[0].argmax())
