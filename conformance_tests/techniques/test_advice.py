@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -51,6 +52,14 @@ def test_layers_with_other_tokens_have_no_rollout() -> None:
     model = prisma.adapt(transformers.ViTMAEForPreTraining(config))
     with pytest.raises(prisma.NotApplicable, match=r"differ in their tokens.*decoder"):
         rollout(model, torch.rand(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(("tower", "other"), [("vision", "texts"), ("text", "images")])
+def test_a_pair_of_towers_is_read_along_what_the_other_reads(tower: Literal["vision", "text"], other: str) -> None:
+    clip = prisma.load("toy:clip-scenes")
+    given = torch.rand(1, 3, 64, 64) if tower == "vision" else ["a red circle"]
+    with pytest.raises(prisma.NotApplicable, match=f"target=, {other}"):
+        logit_lens(clip, given, tower=tower)
 
 
 def test_a_model_without_classes_is_read_along_a_target() -> None:

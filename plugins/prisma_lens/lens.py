@@ -102,6 +102,9 @@ def logit_lens(
         refuse_with_probe(against=against, labels=labels, tuned=tuned)
         cache, stages, read, names = _of_probe(model, given, target, tower)
     else:
+        if target is None and model is not own:
+            other = "texts" if tower == "vision" else "images"
+            raise NotApplicable(f"A dual encoder has no classes to look for: give target=, {other} or directions.")
         if target is None and own.spec.n_classes is None:
             raise NotApplicable(
                 "This model has no classification head, so there are no logits to look through: give target=, "
