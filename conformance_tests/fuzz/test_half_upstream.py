@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import assume, given, reject
 from hypothesis import strategies as st
@@ -14,6 +15,8 @@ from prisma_conformance.subject import Subject
 from prisma_conformance.tolerances import SHOWN_ERROR_FACTOR
 from torch import Tensor
 
+from prisma_core import HookContext
+from prisma_core.hooks.point import Hook
 from prisma_core.host import installed
 
 CASES = {case.name: case for case, _ in installed().cases({"timm", "hf", "open_clip", "dino", "vivit"})}
@@ -43,11 +46,9 @@ def recorded(subject: Subject, upstream: Any, inputs: tuple[Tensor, ...]) -> dic
     return {**tensors, "output": output}
 
 
-@given(st.sampled_from(sorted(CASES)), SEEDS, DTYPES, SIZES)
 @torch.no_grad()
-def test_no_activation_errs_more_than_upstreams(name: str, seed: int, dtype: torch.dtype, size: float) -> None:
-    (subject,) = Subject.of(CASES[name], seed=seed)
-    strain(subject.base, float(torch.finfo(dtype).max) ** size if size < 1 else size)
+def judge(subject: Subject, dtype: torch.dtype, hooks: Any = None) -> None:
+    """Assert that no activation errs more than upstream's, where upstream runs and its output is finite."""
     upstream, inputs = subject.upstream(dtype), subject.inputs(2, dtype=dtype)
     try:
         theirs = recorded(subject, upstream, inputs)
@@ -57,7 +58,7 @@ def test_no_activation_errs_more_than_upstreams(name: str, seed: int, dtype: tor
     wide = tuple(x.double() if x.is_floating_point() else x for x in inputs)
     exact = recorded(subject, subject.upstream(dtype).double(), wide)
     model = subject.make(subject.adapter, upstream)
-    output, cache = model.run_with_cache(*inputs)
+    output, cache = model.run_with_cache(*inputs, hooks=hooks)
     for point in exact:
         ours = output if point == "output" else cache[point]
         # Upstream may have all images of a batch in one sequence, one after the other.
@@ -65,3 +66,29 @@ def test_no_activation_errs_more_than_upstreams(name: str, seed: int, dtype: tor
         assert ours.isfinite().all() or not upstreams.isfinite().all(), point
         bound, error = typical(upstreams, truth), typical(ours, truth)
         assert error <= SHOWN_ERROR_FACTOR * bound + 8 * torch.finfo(dtype).eps, (point, error, bound)
+
+
+@given(st.sampled_from(sorted(CASES)), SEEDS, DTYPES, SIZES)
+def test_no_activation_errs_more_than_upstreams(name: str, seed: int, dtype: torch.dtype, size: float) -> None:
+    (subject,) = Subject.of(CASES[name], seed=seed)
+    strain(subject.base, float(torch.finfo(dtype).max) ** size if size < 1 else size)
+    judge(subject, dtype)
+
+
+def overflowing(x: Tensor, at: HookContext) -> Tensor:
+    """Norm with a variance in the dtype of what is normed, of a stream with channels of 300."""
+    return 300 * x / (300 * x).square().mean(-1, keepdim=True).sqrt()
+
+
+def coarse(x: Tensor, at: HookContext) -> Tensor:
+    """Round to the four bits of float8; bfloat16's eight would be within the eight roundings that are allowed."""
+    return x.to(torch.float8_e4m3fn).to(x)
+
+
+@pytest.mark.parametrize("wrong", [overflowing, coarse])
+def test_a_norm_that_rounds_otherwise_is_seen(wrong: Hook) -> None:
+    (subject,) = Subject.of(CASES["vit_base_patch16_rope_224"], seed=0)
+    strain(subject.base, 300.0)
+    judge(subject, torch.float16)
+    with pytest.raises(AssertionError, match=r"blocks\.0\.ln1\.hook_normalized"):
+        judge(subject, torch.float16, {"blocks.0.ln1.hook_normalized": wrong})

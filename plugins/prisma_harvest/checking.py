@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from prisma_core import LoadError
 from prisma_core.plugin import check_call, checked, file_digest
 from prisma_harvest.folder import read_lines
-from prisma_harvest.manifest import EXAMPLES, MANIFEST, SHARDS, SKIPPED, WHOLE, Manifest, Whole, as_json
+from prisma_harvest.manifest import EXAMPLES, MANIFEST, SHARDS, SKIPPED, WHOLE, Whole, as_json
 from prisma_harvest.opening import open_harvest
 from prisma_harvest.reading import Harvest
 
@@ -44,7 +44,7 @@ def verify(path: str | Path, advance: Callable[[int], None] | None = None) -> li
     assert whole is not None
     problems: list[str] = []
     name = file_digest(folder / MANIFEST)[:16]
-    if name != folder.name or Manifest.read(folder).name != name:
+    if name != folder.name or acts.manifest.name != name:
         problems.append(f"{MANIFEST}: its hash is {name}, and the folder is called {folder.name}")
     known = {MANIFEST, WHOLE}
     problems += _record(acts, whole)
