@@ -57,7 +57,7 @@ IGNORED = {
     "*.name_or_path": "where it was loaded from",
     "Embedding.padding_idx": "which row is not trained",
     "Embedding.max_norm": "the core refuses a model that sets it, whose passes change the weights",
-    "Embedding.norm_type": "the core refuses a model that sets it, whose passes change the weights",
+    "Embedding.norm_type": "of max_norm, which the core refuses where it is set",
     "MultiheadAttention.dropout": "does nothing in evaluation",
     "MultiheadAttention.embed_dim": "the shape of the weights",
     "MultiheadAttention.[kv]dim": "the shape of the weights",

@@ -52,7 +52,7 @@ IGNORED = {
     "TextTransformer.correct_cls_mask": "read where there is a class token",
     "Embedding.padding_idx": "which row is not trained",
     "Embedding.max_norm": "the core refuses a model that sets it, whose passes change the weights",
-    "Embedding.norm_type": "the core refuses a model that sets it, whose passes change the weights",
+    "Embedding.norm_type": "of max_norm, which the core refuses where it is set",
     "LayerNorm*.normalized_shape": "the shape of the weights",
     "LayerNorm*.elementwise_affine": "missing weights are ones, missing biases zeros",
 }
