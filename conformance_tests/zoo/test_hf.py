@@ -39,9 +39,7 @@ def test_every_plain_class_has_a_case() -> None:
 
 @pytest.mark.parametrize("path", FOREIGN)
 def test_classes_with_another_form_inside_are_taken_by_no_adapter(path: str) -> None:
-    with pytest.raises(
-        UnsupportedArchitecture, match=r"no installed plugin adapts|timm's model of this"
-    ):
+    with pytest.raises(UnsupportedArchitecture, match=r"no installed plugin adapts|timm's model of this"):
         adapt(named(path))
 
 
