@@ -100,6 +100,7 @@ def read_outline(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
 
 def read_header(path: Path, name: str) -> str | None:
     """Return a text of a safetensors file's header, which ``write_safetensors`` wrote; None where there is none."""
+    check_regular(path)
     with cast(Any, safe_open(path, "pt")) as file:
         return cast("dict[str, str]", file.metadata() or {}).get(name)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prisma_core.errors import InputError, LoadError, PluginError, PrismaError, UnknownName, suggest
-from prisma_core.errors.arguments import check_flags, expect, number, path_of, several, tensor, whole
+from prisma_core.errors.arguments import check_flags, expect, number, path_of, several, shown, tensor, whole
 from prisma_core.files.checkpoint import read_header, read_safetensors, write_safetensors
 
 Self_ = TypeVar("Self_", bound="Result")
@@ -61,12 +61,13 @@ class Result:
         for text in (*self.axes, self.technique, self.unit, self.baseline, self.total):
             expect(text, str, "axes, technique, unit, baseline and total in words")
         if len(self.axes) != self.values.ndim or len(set(self.axes)) != len(self.axes):
-            names = " ".join(self.axes) or "an empty list"
-            raise InputError(f"Expected a name for each axis of {list(self.values.shape)}, got {names}.")
+            raise InputError(f"Expected a name for each axis of {list(self.values.shape)}, got {shown(self.axes)}.")
         for axis, size in zip(self.axes, self.values.shape, strict=True):
             if axis not in self.labels:
                 continue
             expect(self.labels[axis], (tuple, list), f"labels of {axis!r}, a tuple")
+            for label in self.labels[axis]:
+                expect(label, str, f"labels of {axis!r} in words")
             if len(self.labels[axis]) != size:
                 raise InputError(f"The axis {axis!r} has {size} places and {len(self.labels[axis])} labels.")
         object.__setattr__(self, "values", self.values.detach())

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, ValidationError
 
-from prisma_core.plugin import Facts, LoadError, PrismaError, write_text
+from prisma_core.plugin import Facts, LoadError, PrismaError, format_fields, path_of, read_text, write_text
 
 
 class CheckFailed(PrismaError):
@@ -211,9 +211,9 @@ def read_certificates(path: str | Path) -> list[Certificate]:
         LoadError: a line is not a certificate.
     """
     certificates: list[Certificate] = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path_of(path)).splitlines(), 1):
         try:
             certificates.append(Certificate.model_validate_json(line))
-        except ValueError as error:
-            raise LoadError(f"{path}, line {number}, is not a certificate: {error}") from error
+        except ValidationError as error:
+            raise LoadError(f"{path}, line {number}, is not a certificate: {format_fields(error)}.") from error
     return certificates
