@@ -118,16 +118,15 @@ def reference_of(text: str | Path) -> Reference:
         UnknownName: it has no source; references that it may mean are suggested.
         InputError: it is no text.
     """
-    if isinstance(text, Path):
-        if os.path.isfile(text):  # unlike Path's, False for a name too long
-            raise UnknownName(
-                f"{text} is a file. A folder that prisma.save wrote stands by itself; a file of weights goes with the "
-                f"model it is of, as in timm:vit_base_patch16_224@{text}."
-            )
-        return Reference("file", str(text))
     what = "a reference such as 'timm:vit_base_patch16_224', or a path (prisma.adapt takes a model)"
-    value = expect(text, str, what)
+    value = f"file:{text}" if isinstance(text, Path) else expect(text, str, what)
     name, colon, rest = value.partition(":")
+    file = rest if name == "file" else value
+    if os.path.isfile(file):  # unlike Path's, False for a name too long
+        raise UnknownName(
+            f"{file} is a file. A folder that prisma.save wrote stands by itself; a file of weights goes with the "
+            f"model it is of, as in timm:vit_base_patch16_224@{file}."
+        )
     if colon and name and rest:
         return Reference(name, rest)
     near = [f"file:{value}"] if os.path.isdir(value) else [] if colon else _near(value)

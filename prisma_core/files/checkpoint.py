@@ -22,6 +22,7 @@ from prisma_core.files.texts import check_regular
 from prisma_core.files.unpickled import read_objects
 
 _WRAPPERS = ("module.", "_forward_module.", "model.")
+_INSIDE = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")  # torch's, anywhere
 _LORA = re.compile(r"(.*\.)?(lora_\w+|base_layer)\..+|(.*\.)?lora_\w+")
 MERGE = (
     "which are added to another model's. Merge them first, with peft: "
@@ -60,10 +61,51 @@ def read_states(path: str | Path) -> dict[str, dict[str, Tensor]]:
     """
     path = Path(path)
     check_regular(path)
-    if not path.is_file():
-        raise LoadError(f"{path} is a folder; expected a file of weights." if path.is_dir() else f"No file at {path}.")
+    if not os.path.isfile(path):  # unlike Path's, False for a name too long
+        folder = f"{path} is a folder; expected a file of weights.{_inside(path)}"
+        raise LoadError(folder if os.path.isdir(path) else f"No file at {path}.")
+    check_beginning(path)
     states = {"": read_safetensors(path)} if path.suffix == ".safetensors" else _states(read_objects(path), path)
     return {name: _unwrapped(state, path) for name, state in states.items()}
+
+
+# What stands in the place of weights, by how it begins, and what to do.
+_BEGINNINGS = {
+    b"version https://git-lfs": "a pointer of Git LFS, and not the file: run `git lfs pull` there",
+    b"<": "a page of the web, and not the file: download it again",
+    b"GGUF": "a file of GGUF, which holds other numbers: take the weights it was made of",
+    b"\x89HDF": "a file of HDF5: load it with the library that wrote it, and save model.state_dict()",
+    b"\x93NUMPY": "a file of numpy: give tensors by name, as safetensors",
+}
+_WHOLE = {  # files of a folder, and how to come to one file of weights
+    ".metadata": "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {0} weights.pt writes one.",
+    "latest": "Of DeepSpeed take {0}/global_step.../mp_rank_00_model_states.pt; of its stage 3 (ZeRO), what "
+    "zero_to_fp32.py there writes.",
+    "model.safetensors": "Give {0}/model.safetensors.",
+    "pytorch_model.bin": "Give {0}/pytorch_model.bin.",
+    "model.safetensors.index.json": "The weights are in several files: read each with safetensors.torch.load_file, and "
+    "save them in one.",
+    "pytorch_model.bin.index.json": "The weights are in several files: read each, and save them in one.",
+}
+
+
+def _inside(folder: Path) -> str:
+    return next((f" {how.format(folder)}" for name, how in _WHOLE.items() if (folder / name).is_file()), "")
+
+
+def check_beginning(path: Path) -> None:
+    """Refuse a file that is known to hold something else than weights, or weights under another name.
+
+    Raises:
+        LoadError: with what it is.
+    """
+    with path.open("rb") as file:
+        head = file.read(32)
+    if what := next((what for start, what in _BEGINNINGS.items() if head.startswith(start)), None):
+        raise LoadError(f"{path} is {what}.")
+    kind = ".safetensors" if head[8:10] == b'{"' else ".pt" if head[:2] == b"PK" else path.suffix
+    if kind != path.suffix and ".safetensors" in (kind, path.suffix):
+        raise LoadError(f"{path} holds what a {kind} file holds: call it {path.with_suffix(kind).name}.")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -166,7 +208,7 @@ def _unwrapped(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Return a state dict without what training puts before its names, such as that of a parallel or averaged model."""
     if lora := next(filter(_LORA.fullmatch, state), None):
         raise LoadError(f"{path} holds LoRA weights ({lora}), {MERGE}")
-    names = {name: name.replace("_orig_mod.", "") for name in state if name != "n_averaged"}
+    names = {name: _INSIDE.sub("", name) for name in state if name != "n_averaged"}
     while wrapper := next((one for one in _WRAPPERS if names and all(x.startswith(one) for x in names.values())), None):
         names = {name: plain.removeprefix(wrapper) for name, plain in names.items()}
     if len(set(names.values())) < len(names) or list(names) == list(names.values()):
@@ -231,6 +273,7 @@ def check_shapes(
         if name in tensors and tensors[name].shape != shape
     ]
     if problems:
+        then = _behind(tensors, expected) or then
         raise LoadError(f"{where} does not fit the model: {_listed(problems)}.{then and f' {then}'}")
     kinds = {name: _kind(one) if isinstance(one, Tensor) else "real" for name, one in expected.items()}
     came = {name: _kind(tensors[name]) for name in kinds}
@@ -238,6 +281,17 @@ def check_shapes(
     if others:
         raise LoadError(f"{where} holds numbers of another kind: {_listed(others)}.{then and f' {then}'}")
     check_finite(tensors, where)
+
+
+def _behind(tensors: Iterable[str], expected: Iterable[str]) -> str:
+    """Return what to do where most of the expected names stand behind one prefix, such as a framework puts there."""
+    names, wanted = set(tensors), list(expected)
+    prefixes = {name.removesuffix(one) for one in wanted[:1] for name in names if name.endswith(f".{one}")}
+    prefix = next((each for each in prefixes if 2 * sum(each + one in names for one in wanted) > len(wanted)), None)
+    if prefix is None:
+        return ""
+    state = f"{{n[{len(prefix)}:]: x for n, x in state.items() if n.startswith({prefix!r})}}"
+    return f"The model's names stand behind {prefix!r} there: save {state}."
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: object) -> None:

@@ -183,7 +183,8 @@ class _File:
             raise Refused(f"holds a tensor that is {kinds[0]}: only plain ones are read from files.")
         raise Refused(
             f"is a pickle that wants to run {path[:200]}: refused, only tensors are read from files. "
-            "Save model.state_dict() again where you trust the file, best as safetensors."
+            "Where you trust the file, torch.load(FILE, weights_only=False) reads it: save the state dict in it again, "
+            "best as safetensors."
         )
 
 
