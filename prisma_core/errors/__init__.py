@@ -98,7 +98,8 @@ def suggest(name: str, options: Iterable[str], n: int = 3) -> str:
     """
     names = list(options) if isinstance(cast("object", name), str) and len(name) < 2 * _LONGEST else []
     # Completions come first: by likeness alone a short beginning is far from every long name.
-    completions = sorted((option for option in names if name and option.startswith(name)), key=len)
+    lower = name.strip(" /:").lower() if names else ""
+    completions = sorted((option for option in names if lower and option.lower().startswith(lower)), key=len)
     near = list(dict.fromkeys(completions + difflib.get_close_matches(name, names, n=n, cutoff=0.5)))[:n]
     return f" Did you mean {' or '.join(near)}?" if near else ""
 

@@ -59,7 +59,7 @@ def read_states(path: str | Path) -> dict[str, dict[str, Tensor]]:
     Raises:
         LoadError: as ``read_checkpoint``.
     """
-    path = Path(path)
+    path = path_of(path)
     check_regular(path)
     if not os.path.isfile(path):  # unlike Path's, False for a name too long
         folder = f"{path} is a folder; expected a file of weights.{_inside(path)}"
