@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, ValidationError
 
-from prisma_core.plugin import Facts, LoadError, PrismaError, format_fields, path_of, read_text, write_text
+from prisma_core.plugin import Facts, LoadError, PrismaError, checked, format_fields, path_of, read_text, write_text
 
 
 class CheckFailed(PrismaError):
@@ -194,6 +194,7 @@ class Report(Measured):
         return "\n".join(lines)
 
 
+@checked
 def write_certificates(certificates: Iterable[Certificate], path: str | Path) -> Path:
     """Write certificates, one line of JSON each, sorted by name.
 
@@ -201,7 +202,7 @@ def write_certificates(certificates: Iterable[Certificate], path: str | Path) ->
         LoadError: the disk is full, read-only, or refuses in another way.
     """
     lines = [certificate.compact() for certificate in sorted(certificates, key=lambda c: c.name)]
-    return write_text(Path(path), "\n".join(lines) + "\n")
+    return write_text(path_of(path), "\n".join(lines) + "\n")
 
 
 def read_certificates(path: str | Path) -> list[Certificate]:
