@@ -31,7 +31,7 @@ def check_input(value: object, shape: tuple[int, ...]) -> Tensor:
         hint = "" if what == "input" else " model.preprocess makes one."
         raise InputError(f"Expected a tensor, {expected}, got {shown(value)}.{hint}")
     if value.is_nested or value.layout != torch.strided:
-        kind = "a nested" if value.is_nested else "a sparse"
+        kind, way = ("a nested", "torch.stack(list(x))") if value.is_nested else ("a sparse", "x.to_dense()")
         raise InputError(
             f"Expected a dense tensor, {expected}, got {kind} one ({value.layout}): see to_dense and stack."
         )
