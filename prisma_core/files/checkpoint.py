@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open  # pyright: ignore[reportUnknownVariableType]
-from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from prisma_core.errors import InputError, LoadError
@@ -64,7 +64,7 @@ def read_states(path: str | Path) -> dict[str, dict[str, Tensor]]:
     if not os.path.isfile(path):  # unlike Path's, False for a name too long
         folder = f"{path} is a folder; expected a file of weights.{_inside(path)}"
         raise LoadError(folder if os.path.isdir(path) else f"No file at {path}.")
-    check_beginning(path)
+    _check_beginning(path)
     states = {"": read_safetensors(path)} if path.suffix == ".safetensors" else _states(read_objects(path), path)
     return {name: _unwrapped(state, path) for name, state in states.items()}
 
@@ -93,12 +93,13 @@ def _inside(folder: Path) -> str:
     return next((f" {how.format(folder)}" for name, how in _WHOLE.items() if (folder / name).is_file()), "")
 
 
-def check_beginning(path: Path) -> None:
+def _check_beginning(path: Path) -> None:
     """Refuse a file that is known to hold something else than weights, or weights under another name.
 
     Raises:
         LoadError: with what it is.
     """
+    check_regular(path)
     with path.open("rb") as file:
         head = file.read(32)
     if what := next((what for start, what in _BEGINNINGS.items() if head.startswith(start)), None):
@@ -115,14 +116,27 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         LoadError: the file is missing, truncated or corrupt.
     """
     # Copied out of the mapped file: there they start at any byte, and kernels round by how memory is aligned.
-    return {name: tensor.clone() for name, tensor in _mapped(path).items()}
+    return {name: tensor.clone() for name, tensor in _mapped(path)[0].items()}
 
 
-def _mapped(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, mapped into memory: only what is used is read from the disk."""
+def read_with_header(path: Path, name: str) -> tuple[dict[str, Tensor], str | None]:
+    """Return the tensors of a file that ``write_safetensors`` wrote, and a text of its header, None where it has none.
+
+    Both are of one file, even where another process replaces it meanwhile.
+
+    Raises:
+        LoadError: the file is missing, truncated or corrupt.
+    """
+    tensors, header = _mapped(path)
+    return {key: tensor.clone() for key, tensor in tensors.items()}, header.get(name)
+
+
+def _mapped(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file, mapped into memory (what is used is read), and its header's texts."""
     try:
         check_regular(path)
-        return load_file(path)
+        with cast(Any, safe_open(path, "pt")) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except FileNotFoundError as error:
         raise LoadError(f"No file at {path}.") from error
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
@@ -136,15 +150,8 @@ def read_outline(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
         LoadError: as ``read_checkpoint``.
     """
     path = Path(path)
-    tensors = _unwrapped(_mapped(path), path) if path.suffix == ".safetensors" else read_checkpoint(path, key)
+    tensors = _unwrapped(_mapped(path)[0], path) if path.suffix == ".safetensors" else read_checkpoint(path, key)
     return {name: tensor.to("meta") for name, tensor in tensors.items()}
-
-
-def read_header(path: Path, name: str) -> str | None:
-    """Return a text of a safetensors file's header, which ``write_safetensors`` wrote; None where there is none."""
-    check_regular(path)
-    with cast(Any, safe_open(path, "pt")) as file:
-        return cast("dict[str, str]", file.metadata() or {}).get(name)
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> Path:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prisma_core.errors import InputError, LoadError, MissingPart, UnknownName, format_fields
 from prisma_core.errors.arguments import alive, device_of, dtype_of, path_of, shown, unwrapped
 from prisma_core.errors.migration import STREAM_METHODS, unknown_attribute
-from prisma_core.files.checkpoint import read_header, read_safetensors, write_safetensors
+from prisma_core.files.checkpoint import read_with_header, write_safetensors
 from prisma_core.hooks.capture import Keep
 from prisma_core.hooks.query import LayerQuery, resolve_one, short_name
 from prisma_core.spec.brief import aligned, folded, html_table
@@ -224,8 +224,8 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
         path = path_of(path)
         if model is not None and not hasattr(model, "cache_type"):
             raise InputError(f"Expected the hooked model that made the cache, got {shown(model)}.")
-        tensors = read_safetensors(path)
-        if (text := read_header(path, _METADATA)) is None:
+        tensors, text = read_with_header(path, _METADATA)
+        if text is None:
             raise LoadError(f"{path} holds tensors but no cache: expected a file written by ActivationCache.save.")
         try:
             header = _File.model_validate_json(text)

@@ -160,7 +160,8 @@ def _sweep(folder: Path, home: Path, used: set[Path]) -> None:
 
 def _text(folder: Path) -> str:
     if not os.path.lexists(folder / SPEC):
-        inner = sorted(folder.glob(f"*/{SPEC}"), key=lambda path: path.parent.name != "model")  # a run of training
+        found = folder.glob(f"*/{SPEC}") if os.path.isdir(folder) else ()  # unlike Path's, False for a name too long
+        inner = sorted(found, key=lambda path: path.parent.name != "model")  # a run of training
         hint = f" Did you mean file:{inner[0].parent}?" if inner else ""
         raise LoadError(f"{folder} holds no {SPEC}: expected a folder written by prisma.save.{hint}")
     return read_text(folder / SPEC)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prisma_core.errors import InputError, LoadError, PluginError, PrismaError, UnknownName, suggest
 from prisma_core.errors.arguments import check_flags, expect, number, path_of, several, shown, tensor, whole
-from prisma_core.files.checkpoint import read_header, read_safetensors, write_safetensors
+from prisma_core.files.checkpoint import read_with_header, write_safetensors
 
 Self_ = TypeVar("Self_", bound="Result")
 Label = int | str
@@ -195,9 +195,9 @@ class Result:
             LoadError: the file is truncated, corrupt, or no result.
         """
         path = path_of(path)
-        tensors = read_safetensors(path)
+        tensors, header = read_with_header(path, _METADATA)
         try:
-            about = cast("dict[str, Any]", json.loads(read_header(path, _METADATA) or ""))
+            about = cast("dict[str, Any]", json.loads(header or ""))
             labels = {axis: tuple(names) for axis, names in about.pop("labels").items()}
             more = {name.removeprefix("tensors/"): each for name, each in tensors.items() if name != "values"}
             return cls(tensors["values"], tuple(about.pop("axes")), labels, tensors=more, **about)
