@@ -8,7 +8,7 @@ from dataclasses import fields
 from html import escape
 from itertools import groupby
 from textwrap import indent
-from typing import Any, Self, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
@@ -47,15 +47,6 @@ class BriefModel(BaseModel):
             raise InputError(
                 f"A {kind} does not change: make another with model_copy(update={{{name!r}: ...}})."
             ) from error
-
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Return a copy, with other facts where ``update`` has some, which are checked like those of a new one.
-
-        Raises:
-            SpecError: they make no such thing.
-        """
-        copy = super().model_copy(deep=deep)
-        return copy if not update else type(self)(**{**dict(copy), **update})
 
     def __repr__(self) -> str:
         given = {
