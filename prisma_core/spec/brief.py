@@ -44,9 +44,8 @@ class BriefModel(BaseModel):
             super().__setattr__(name, value)
         except ValidationError as error:
             kind = type(self).__name__
-            raise InputError(
-                f"A {kind} does not change: make another with model_copy(update={{{name!r}: ...}})."
-            ) from error
+            another = f"{kind}(**{{**dict(it), {name!r}: ...}})"
+            raise InputError(f"A {kind} does not change: make another, {another}.") from error
 
     def __repr__(self) -> str:
         given = {
