@@ -12,13 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import HookError, InputError, PrismaError
-from prisma_core.errors.migration import (
-    keyword_names,
-    migration_hint,
-    module_getattr,
-    refuse_keywords,
-    takes_any_keyword,
-)
+from prisma_core.errors.migration import keyword_names, migration_hint, module_getattr
 from prisma_core.hooks.model import sites_below
 from prisma_core.hooks.point import HookPoint
 from prisma_core.inputs.checks import check_input, check_numbers, check_place, input_words
@@ -153,17 +147,17 @@ class HookedUpstream(ZooModel):
         sizes = {name: x.shape[axis] // (shape[axis] // n) for name, (axis, n) in grid.items()}
         return layout.model_copy(update=sizes)
 
-    def _refuse_keywords(self, kwargs: Mapping[str, Any], method: Callable[..., Any] | None = None) -> None:
-        accepted = keyword_names(self.upstream.forward)
+    def _refuse_keywords(
+        self, kwargs: Mapping[str, Any], method: Callable[..., Any] | None = None, forward: Any = None
+    ) -> None:
+        forward = self.upstream.forward
         for name in ("start_at_layer", "stop_at_layer"):
-            if name in kwargs and name not in accepted:
+            if name in kwargs and name not in keyword_names(forward):
                 raise InputError(
                     f"A model without canonical form runs upstream's code from end to end, so it takes no {name!r}. "
                     "Hooks and caches reach every place inside: run_with_hooks, run_with_cache."
                 )
-        if not takes_any_keyword(self.upstream.forward):
-            names = keyword_names(method) if method else []
-            refuse_keywords(method.__name__ if method else type(self).__name__, kwargs, [*names, *accepted])
+        super()._refuse_keywords(kwargs, method, forward)
 
     def _expected(self) -> str:
         return input_words(self.spec.shape)[1]
