@@ -8,7 +8,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -365,16 +365,3 @@ def output_of(adapter: Adapter, result: Any) -> Tensor:
     with blaming(adapter):
         output = adapter.output(result)
     return returned(adapter.output, output, Tensor)
-
-
-@contextmanager
-def unfused(adapter: Adapter, upstream: nn.Module) -> Generator[None]:
-    """Enter an adapter's scope of unfused attention.
-
-    Raises:
-        PluginError: the adapter failed.
-    """
-    with ExitStack() as stack:
-        with blaming(adapter):
-            stack.enter_context(adapter.unfused_attention(upstream))
-        yield

@@ -69,19 +69,11 @@ _ATTRIBUTES = {
 }
 
 # Methods of the residual stream: a cache of one canonical transformer has them.
-STREAM_METHODS = frozenset(
-    [
-        "decompose_resid",
-        "accumulated_resid",
-        "stack_head_results",
-        "stack_neuron_results",
-        "apply_ln_to_stack",
-        "project_stack",
-        "logit_attrs",
-        "logit_constant",
-        "directions",
-    ]
-)
+_STREAM_METHODS = """
+    decompose_resid accumulated_resid stack_head_results stack_neuron_results apply_ln_to_stack project_stack
+    logit_attrs logit_constant directions
+"""
+STREAM_METHODS = frozenset(_STREAM_METHODS.split())
 
 
 def _answer(answers: Mapping[str, str], name: str) -> str | None:

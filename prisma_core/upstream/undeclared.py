@@ -16,7 +16,6 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from prisma_core.errors import UnsupportedArchitecture
 from prisma_core.maps.reader import TORCH, Reader, qualified_name
 from prisma_core.spec import AnySpec
 from prisma_core.upstream.replaced import name_of, replaced_on_class, replaced_on_instance, root_of
@@ -72,7 +71,7 @@ def check_undeclared(
     unread = _unread(whole, left_out)
     sizes = sizes_of(spec)
     if problem := _globally_hooked():
-        raise UnsupportedArchitecture(qualified_name(whole), problem)
+        raise upstream.unsupported(problem)
     seen, problems = set[FunctionType](), dict[type, str]()
     for path, module in cast("Iterator[tuple[str, nn.Module]]", whole.named_modules(remove_duplicate=False)):
         if module in copied or any(path == part or path.startswith(f"{part}.") for part in unread):
@@ -80,8 +79,7 @@ def check_undeclared(
         kind = type(module)
         if kind not in problems:
             problems[kind] = replaced_on_class(kind, packages, seen)
-        name = qualified_name(module)
-        known = module in recognised or name in ignored or _is_known(kind, files)
+        known = module in recognised or qualified_name(module) in ignored or _is_known(kind, files)
         problem = (
             _hooked(module, path, upstream.record)
             or replaced_on_instance(module)
@@ -92,7 +90,7 @@ def check_undeclared(
             or _foreign_tensors(module)
         )
         if problem:
-            raise UnsupportedArchitecture(f"{name} at {path!r}" if path else name, problem)
+            raise Reader(module, path).unsupported(problem)
 
 
 def check_at_hand(upstream: nn.Module) -> None:
@@ -104,10 +102,9 @@ def check_at_hand(upstream: nn.Module) -> None:
     for path, module in cast("Iterator[tuple[str, nn.Module]]", upstream.named_modules()):
         outer: Any = getattr(module, "_hf_hook", None)
         if any(getattr(hook, "offload", False) for hook in (outer, *getattr(outer, "hooks", ()))):
-            raise UnsupportedArchitecture(
-                f"{qualified_name(module)} at {path!r}" if path else qualified_name(module),
+            raise Reader(module, path).unsupported(
                 "weights that accelerate has put elsewhere until a pass needs them. Put them back before: "
-                "accelerate.hooks.remove_hook_from_submodules(upstream)",
+                "accelerate.hooks.remove_hook_from_submodules(upstream)"
             )
 
 
@@ -129,9 +126,8 @@ def check_counted(upstream: nn.Module, paths: Iterable[str], types: Iterable[str
             foreign = base is not None and root_of(kind.__module__) not in packages | {root_of(base.__module__)}
             problems[kind] = _unknown(kind) if foreign else replaced_on_class(kind, packages, seen)
         if problem := replaced_on_instance(module) or problems[kind]:
-            raise UnsupportedArchitecture(
-                f"{qualified_name(module)} at {path!r}" if path else qualified_name(module),
-                f"{problem}. Hook points stand at functions that it calls, by number, and would be at others",
+            raise Reader(module, path).unsupported(
+                f"{problem}. Hook points stand at functions that it calls, by number, and would be at others"
             )
 
 
