@@ -357,11 +357,7 @@ def _place(problem: BaseException) -> str:
 
 
 def output_of(adapter: Adapter, result: Any) -> Tensor:
-    """Ask an adapter for the main output.
-
-    Raises:
-        PluginError: the adapter failed.
-    """
+    """Ask an adapter for the main output; a ``PluginError`` where it fails."""
     with blaming(adapter):
         output = adapter.output(result)
     return returned(adapter.output, output, Tensor)

@@ -143,11 +143,7 @@ class PlacedHook(Placed):
 
 
 def check_hook(query: object, hook: object) -> None:
-    """Refuse an object that cannot be called as ``hook(activation, at)``.
-
-    Raises:
-        HookError: with the hook's own signature.
-    """
+    """Refuse an object that cannot be called as ``hook(activation, at)``: a ``HookError`` with its own signature."""
     expected = "hook(activation, at), both by position"
     if isinstance(hook, nn.Module):
         expected += " (a module of one argument goes in as lambda activation, at: module(activation))"

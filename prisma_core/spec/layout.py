@@ -142,11 +142,7 @@ class TokenLayout(BriefModel):
 
 
 def axis_of(axis: int, x: Tensor) -> int:
-    """Return an axis of a tensor, counted from 0; negative ones count from the end.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Return an axis of a tensor, counted from 0: negative ones count from the end, others are an ``InputError``."""
     number = whole(axis)
     if number is None or not -x.ndim <= number < x.ndim:
         raise InputError(f"Expected the number of an axis of {list(x.shape)}, got {shown(axis)}.")
@@ -203,11 +199,7 @@ def positions_of(index: Index | None, n: int) -> list[int]:
 
 
 def _range(index: slice, n: int) -> range:
-    """Return the places that a slice selects of ``n``.
-
-    Raises:
-        InputError: it is not of whole numbers, or its step is 0.
-    """
+    """Return the places that a slice of whole numbers selects of ``n``."""
     try:
         return range(n)[index]
     except (TypeError, ValueError) as error:

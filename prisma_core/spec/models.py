@@ -325,9 +325,5 @@ _ADAPTER: TypeAdapter[AnySpec] = TypeAdapter(Annotated[AnySpec, Field(discrimina
 
 
 def read_spec(facts: dict[str, Any]) -> AnySpec:
-    """Return the spec that ``model_dump`` made these facts of.
-
-    Raises:
-        ValidationError: they are no spec.
-    """
+    """Return the spec that ``model_dump`` made these facts of; a ``ValidationError`` where they are none."""
     return _ADAPTER.validate_python({"kind": "vision", **facts})

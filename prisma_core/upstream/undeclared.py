@@ -99,11 +99,7 @@ def check_undeclared(
 
 
 def check_at_hand(upstream: nn.Module) -> None:
-    """Refuse a model whose weights accelerate brings for a pass alone: there are none to map or to copy.
-
-    Raises:
-        UnsupportedArchitecture: a module has none.
-    """
+    """Refuse a model whose weights accelerate brings for a pass alone: there are none to map or to copy."""
     for path, module in cast("Iterator[tuple[str, nn.Module]]", upstream.named_modules()):
         outer: Any = getattr(module, "_hf_hook", None)
         if any(getattr(hook, "offload", False) for hook in (outer, *getattr(outer, "hooks", ()))):
