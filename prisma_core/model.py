@@ -50,11 +50,7 @@ class LazyProcessor(ABC):
 
     @abstractmethod
     def make(self) -> Any:
-        """Return the object itself.
-
-        Raises:
-            PrismaError: it cannot be made.
-        """
+        """Return the object itself; a ``PrismaError`` says why it cannot be made."""
 
 
 class Processor:
@@ -332,11 +328,7 @@ class ZooModel(HookedModel):
 
 
 def read_sample(batch: object, size: object, generator: object) -> int:
-    """Return the batch that ``sample_inputs`` was given, once all of its arguments are known to be of their kind.
-
-    Raises:
-        InputError: one is not.
-    """
+    """Return the batch that ``sample_inputs`` was given, once all of its arguments are of their kind."""
     if size is not None:
         for side in several(size, "a size, as model.sizes() lists them"):
             number(side, "a side of a size", 1, LARGEST)
@@ -346,11 +338,7 @@ def read_sample(batch: object, size: object, generator: object) -> int:
 
 
 def layer_index(index: int | None, default: int, n: int) -> int:
-    """Return which layer an index means; negative ones count from the end, and ``n`` is past the last.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Return which of ``n`` layers an index means: negative ones count from the end, ``n`` is past the last."""
     if index is None:
         return default
     layer = number(index, "a layer")

@@ -34,7 +34,7 @@ from prisma_core.errors.arguments import (
     shown,
     whole,
 )
-from prisma_core.errors.migration import keyword_names
+from prisma_core.errors.migration import check_keywords, keyword_names, keywords
 from prisma_core.files import hub
 from prisma_core.files.atomic import file_digest, holding, locked, place, replacing, replacing_both, settled, write_text
 from prisma_core.files.checkpoint import (
@@ -87,26 +87,19 @@ from prisma_core.toolbox import screen
 from prisma_core.toolbox.arguments import Count, Indices, Natural, Part, Share, checked
 from prisma_core.toolbox.attention import eager_attention, float64_softmax, multihead_attention, switched
 from prisma_core.toolbox.claims import check_claims, check_layers
-from prisma_core.toolbox.maps import argument, products, same_bias, score_rows
-from prisma_core.toolbox.options import (
-    Above,
-    Eps,
-    Heads,
-    Options,
-    Pixels,
-    Whole,
-    check_keywords,
-    keywords,
-    read_options,
-)
+from prisma_core.toolbox.options import Above, Eps, Heads, Options, Pixels, Whole, read_options
 from prisma_core.toolbox.readers import TRANSFORMERS, MlpNames, NormClass, PartReader, at, plain_patches
 from prisma_core.toolbox.rows import (
+    argument,
     ends_with_last_stage,
     linear_rows,
     masks_as_built,
     norm_rows,
     per_block_table,
+    products,
+    same_bias,
     same_for_all,
+    score_rows,
 )
 
 # fmt: off

@@ -8,7 +8,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -32,6 +32,7 @@ from prisma_core.errors import (
     returned,
 )
 from prisma_core.errors.arguments import check_flags, device_of, dtype_of, expect
+from prisma_core.errors.migration import check_keywords, keywords
 from prisma_core.files.checkpoint import check_finite, check_merged
 from prisma_core.hooks.model import HookedModel
 from prisma_core.host import installed
@@ -42,7 +43,6 @@ from prisma_core.maps.weights import WeightMap
 from prisma_core.model import Origin, ZooModel, assign, tensors_of
 from prisma_core.saving.folder import load_folder, with_own_stem
 from prisma_core.spec import AnySpec, DualSpec, MapSpec, ModelSpec, TextSpec
-from prisma_core.toolbox.options import check_keywords, keywords
 from prisma_core.toolbox.tables import check_rows
 from prisma_core.transformer import HookedDual, HookedText, build
 from prisma_core.transformer.names import optional_hook_names
@@ -357,24 +357,7 @@ def _place(problem: BaseException) -> str:
 
 
 def output_of(adapter: Adapter, result: Any) -> Tensor:
-    """Ask an adapter for the main output.
-
-    Raises:
-        PluginError: the adapter failed.
-    """
+    """Ask an adapter for the main output; a ``PluginError`` where it fails."""
     with blaming(adapter):
         output = adapter.output(result)
     return returned(adapter.output, output, Tensor)
-
-
-@contextmanager
-def unfused(adapter: Adapter, upstream: nn.Module) -> Generator[None]:
-    """Enter an adapter's scope of unfused attention.
-
-    Raises:
-        PluginError: the adapter failed.
-    """
-    with ExitStack() as stack:
-        with blaming(adapter):
-            stack.enter_context(adapter.unfused_attention(upstream))
-        yield

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Literal, NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ from prisma_core.plugin import (
     device_of,
     returned,
 )
-from prisma_core.zoo import adapt_with, read_adapter, unfused
+from prisma_core.zoo import adapt_with, read_adapter
 
 Make = Callable[[Adapter, nn.Module], ZooModel]
 Inputs = tuple[Tensor, ...]
@@ -317,3 +317,16 @@ def reader_of(subject: Subject) -> tuple[Reader, nn.Module]:
 
 
 __all__ = ["Inputs", "Make", "Pair", "Passes", "Reference", "Subject", "differentiable", "opaque_stems", "reader_of"]
+
+
+@contextmanager
+def unfused(adapter: Adapter, upstream: nn.Module) -> Generator[None]:
+    """Enter an adapter's scope of unfused attention.
+
+    Raises:
+        PluginError: the adapter failed.
+    """
+    with ExitStack() as stack:
+        with blaming(adapter):
+            stack.enter_context(adapter.unfused_attention(upstream))
+        yield

@@ -10,11 +10,7 @@ from prisma_core.errors import LoadError
 
 
 def check_regular(path: Path) -> None:
-    """Refuse a pipe, a socket or a device in the place of a file: reading it might never end.
-
-    Raises:
-        LoadError: it is one.
-    """
+    """Refuse a pipe, a socket or a device in the place of a file (``LoadError``): reading it might never end."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise LoadError(f"{path} is no regular file, but a pipe, a socket or a device: expected a file on a disk.")
 

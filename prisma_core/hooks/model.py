@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prisma_core.errors import HookError, InputError
 from prisma_core.errors.arguments import check_call, check_flags, device_of, dtype_of
-from prisma_core.errors.migration import keyword_names, module_getattr, refuse_keywords, takes_any_keyword
+from prisma_core.errors.migration import check_keywords, keyword_names, keywords, module_getattr
 from prisma_core.hooks.cache import ActivationCache
 from prisma_core.hooks.capture import Countdown, Keep, gradients
 from prisma_core.hooks.point import (
@@ -129,7 +129,7 @@ class HookedModel(nn.Module):
         ...     logits = model(image)
         """
         if unknown:
-            refuse_keywords("hooks", unknown, keyword_names(self.hooks))
+            check_keywords("hooks", unknown, keyword_names(self.hooks))
         return ScopeContext(self._scope(self._sites(), hooks, backward), None)
 
     def caching(
@@ -170,7 +170,7 @@ class HookedModel(nn.Module):
         torch.Size([1, 1, 16])
         """
         if unknown:
-            refuse_keywords("caching", unknown, keyword_names(self.caching))
+            check_keywords("caching", unknown, keyword_names(self.caching))
         sites = self._sites()
         scope, cache = self._scope(sites), self._cache(sites, layout=self.fixed_layout, pos=pos)
         keeps = self._keeps(cache, sites, names, heads=heads, device=device, dtype=dtype, detach=detach)
@@ -298,11 +298,13 @@ class HookedModel(nn.Module):
             self._refuse_keywords(kwargs, method)
             raise
 
-    def _refuse_keywords(self, kwargs: Mapping[str, Any], method: Callable[..., Any] | None = None) -> None:
+    def _refuse_keywords(
+        self, kwargs: Mapping[str, Any], method: Callable[..., Any] | None = None, forward: Any = None
+    ) -> None:
         """Refuse a keyword that the forward pass does not take; ``method`` is what was called with it, if any."""
-        if not takes_any_keyword(self.forward):
-            accepted = [*(keyword_names(method) if method else []), *keyword_names(self.forward)]
-            refuse_keywords(method.__name__ if method else type(self).__name__, kwargs, accepted)
+        if (names := keywords(forward or self.forward)) is not None:
+            names = [*(keyword_names(method) if method else []), *names]
+            check_keywords(method.__name__ if method else type(self).__name__, kwargs, names)
 
     # ---------------------------------------------------------------- the parts of a scope
 

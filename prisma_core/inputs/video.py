@@ -109,11 +109,7 @@ def read_video(
 
 
 def _check_beginning(path: Path) -> None:
-    """Refuse files that a decoder may take for a list of other files, or of addresses.
-
-    Raises:
-        InputError: it does not begin like a video.
-    """
+    """Refuse files that a decoder may take for a list of other files, or of addresses: they begin like no video."""
     with path.open("rb") as file:
         head = file.read(1 << 20)
     text = head.partition(b"\0")[0].lower()

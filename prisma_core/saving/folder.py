@@ -98,11 +98,7 @@ def _check_savable(model: ZooModel) -> None:
 
 
 def _make(folder: Path) -> None:
-    """Make the folder, and refuse what stands where something is to be written.
-
-    Raises:
-        LoadError: with what it is.
-    """
+    """Make the folder, and refuse what stands where something is to be written: a ``LoadError`` says what it is."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

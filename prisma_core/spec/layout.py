@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from einops import rearrange
@@ -140,17 +140,9 @@ class TokenLayout(BriefModel):
             return names + [f"f{frame}{place}" for place in places for frame in range(self.frames)]
         return names + [f"f{frame}{place}" for frame in range(self.frames) for place in places]
 
-    def model_post_init(self, context: Any) -> None:
-        if self.rows < 1 or self.columns < 1 or self.frames < 1:
-            raise ValueError("a layout has at least one patch")
-
 
 def axis_of(axis: int, x: Tensor) -> int:
-    """Return an axis of a tensor, counted from 0; negative ones count from the end.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Return an axis of a tensor, counted from 0: negative ones count from the end, others are an ``InputError``."""
     number = whole(axis)
     if number is None or not -x.ndim <= number < x.ndim:
         raise InputError(f"Expected the number of an axis of {list(x.shape)}, got {shown(axis)}.")
@@ -207,11 +199,7 @@ def positions_of(index: Index | None, n: int) -> list[int]:
 
 
 def _range(index: slice, n: int) -> range:
-    """Return the places that a slice selects of ``n``.
-
-    Raises:
-        InputError: it is not of whole numbers, or its step is 0.
-    """
+    """Return the places that a slice of whole numbers selects of ``n``."""
     try:
         return range(n)[index]
     except (TypeError, ValueError) as error:

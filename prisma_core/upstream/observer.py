@@ -112,11 +112,7 @@ class ModuleHooks:
 
 
 def attach(upstream: nn.Module, observers: Iterable[Observer]) -> list[RemovableHandle]:
-    """Register torch hooks for observers; return the handles that remove them.
-
-    Raises:
-        PrismaError: upstream has no module of that name.
-    """
+    """Register torch hooks for observers, and return the handles that remove them."""
     by_module: dict[str, list[Observer]] = {}
     for one in observers:
         by_module.setdefault(one.place.module, []).append(one)

@@ -269,11 +269,7 @@ class LogitAttribution(Stream):
         return share[..., tokens].to(stack)
 
     def _check_stack(self, stack: Tensor) -> None:
-        """Check that a tensor is a stack of this cache's images, or texts.
-
-        Raises:
-            InputError: with the shape expected.
-        """
+        """Refuse what is no stack of this cache's images, or texts (``InputError``)."""
         width, batch = self._spec().d_model, self._n_batch() if self.has_batch_dim else None
         axes = f"component {'pos' if batch is None else f'batch={batch} pos'} d_model={width}"
         x = tensor(stack, f"a stack [{axes}]")
