@@ -147,8 +147,14 @@ class Origin:
         """Make upstream's state dict from the canonical tensors.
 
         Raises:
-            WeightMapError: they were changed where upstream's state dict has nothing to hold the change.
+            WeightMapError: they were changed where upstream's state dict has nothing to hold the change, or it has
+                more than parameters and buffers.
         """
+        if unknown := [name for name in self.persistent if name not in self.upstream]:
+            raise WeightMapError(
+                f"Upstream's state dict has {unknown[0]!r}, which is none of its parameters and buffers: it renames "
+                "them or holds more, by code of its own. Take off its state dict hooks, and adapt it again."
+            )
         state = self.map.backward(canonical, self.upstream)
         for name in self.upstream.keys() - set(self.persistent):
             if not torch.equal(state[name], self.upstream[name].to(state[name])):

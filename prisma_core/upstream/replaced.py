@@ -29,7 +29,7 @@ PLAIN = {"torch", *sys.stdlib_module_names}
 def replaced_on_instance(module: nn.Module) -> str:
     """Say which method was set on a module itself; empty where none was, or it is the class's in a harmless wrapper."""
     for name, value in vars(module).items():
-        if any(name in vars(module)[inside] for inside in TREE):
+        if any(name in vars(module).get(inside, ()) for inside in TREE):
             return f"an attribute {name} in the place of its part of that name. Take it off before (del module.{name})"
         if name not in (*CALLS, COMPILED) and not _is_method(type(module), name):
             continue

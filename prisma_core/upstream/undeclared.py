@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Iterator
 from types import FunctionType
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import UnsupportedArchitecture
@@ -92,23 +93,26 @@ def check_undeclared(
             or _foreign_tensors(module)
         )
         if problem:
-            raise UnsupportedArchitecture(f"{name} at {path!r}" if path else name, problem)
+            raise Reader(module, path).unsupported(problem)
 
 
 def check_at_hand(upstream: nn.Module) -> None:
-    """Refuse a model whose weights accelerate brings for a pass alone: there are none to map or to copy.
+    """Refuse a model some of whose weights are not there: accelerate brings them for a pass, or they are on ``meta``.
 
     Raises:
         UnsupportedArchitecture: a module has none.
     """
+    outline = all(parameter.is_meta for parameter in upstream.parameters())
     for path, module in cast("Iterator[tuple[str, nn.Module]]", upstream.named_modules()):
         outer: Any = getattr(module, "_hf_hook", None)
         if any(getattr(hook, "offload", False) for hook in (outer, *getattr(outer, "hooks", ()))):
-            raise UnsupportedArchitecture(
-                f"{qualified_name(module)} at {path!r}" if path else qualified_name(module),
+            raise Reader(module, path).unsupported(
                 "weights that accelerate has put elsewhere until a pass needs them. Put them back before: "
-                "accelerate.hooks.remove_hook_from_submodules(upstream)",
+                "accelerate.hooks.remove_hook_from_submodules(upstream)"
             )
+        absent = next((name for name, tensor in _tensors(module) if tensor.is_meta), None)
+        if absent is not None and not outline:
+            raise Reader(module, path).unsupported(f"{absent} is on the meta device, which holds no numbers")
 
 
 def check_counted(upstream: nn.Module, paths: Iterable[str], types: Iterable[str]) -> None:
@@ -129,9 +133,8 @@ def check_counted(upstream: nn.Module, paths: Iterable[str], types: Iterable[str
             foreign = base is not None and root_of(kind.__module__) not in packages | {root_of(base.__module__)}
             problems[kind] = _unknown(kind) if foreign else replaced_on_class(kind, packages, seen)
         if problem := replaced_on_instance(module) or problems[kind]:
-            raise UnsupportedArchitecture(
-                f"{qualified_name(module)} at {path!r}" if path else qualified_name(module),
-                f"{problem}. Hook points stand at functions that it calls, by number, and would be at others",
+            raise Reader(module, path).unsupported(
+                f"{problem}. Hook points stand at functions that it calls, by number, and would be at others"
             )
 
 
@@ -174,10 +177,10 @@ def _hooked(module: nn.Module, path: str, read: set[str]) -> str:
         hooks = [hook for hook in hooks if not _is_harmless(hook)]
         if hooks and (f"{path}.{name}" if path else name) not in read:
             what = "gradients" if "backward" in name else "numbers"
-            return (
-                f"a {_kind(name)} ({name_of(hooks[0])}), which may change its {what}. Remove it before "
-                "(handle.remove()), and edit the hooked model instead: model.hooks({name: function})"
-            )
+            remove = "(handle.remove()), and edit the hooked model instead: model.hooks({name: function})"
+            if name_of(hooks[0]).startswith("torch.nn.utils."):  # what it computes takes the place of a weight
+                remove = "with what torch.nn.utils has for it: prune.remove(module, name), remove_weight_norm(module)"
+            return f"a {_kind(name)} ({name_of(hooks[0])}), which may change its {what}. Remove it before {remove}"
     return ""
 
 
@@ -233,12 +236,19 @@ def _unknown(kind: type[nn.Module]) -> str:
     )
 
 
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and buffers of a module's own."""
+    yield from module.named_parameters(recurse=False)
+    yield from module.named_buffers(recurse=False)
+
+
 def _foreign_tensors(module: nn.Module) -> str:
     """Name a tensor of a class of its own, which may compute something else, or one that a pass changes."""
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return f"max_norm={module.max_norm!r}: a pass changes its weight. Take it off after one (max_norm = None)"
-    tensors = [*module._parameters.items(), *module._buffers.items()]  # pyright: ignore[reportPrivateUsage]
-    for name, tensor in tensors:
-        if tensor is not None and type(tensor) not in TENSORS and not type(tensor).__module__.startswith(FAKE):
-            return f"{name} is a {qualified_name(tensor)}, no plain tensor. Put its plain values in its place before"
+    for name, tensor in _tensors(module):
+        kind, plain = type(tensor), tensor.layout == torch.strided
+        if not plain or (kind not in TENSORS and not kind.__module__.startswith(FAKE)):
+            what = qualified_name(tensor) if plain else f"tensor of layout {tensor.layout}"
+            return f"{name} is a {what}, no plain tensor. Put its plain values in its place before"
     return ""
