@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from torch import nn
 
 from prisma_core.spec import AnySpec, AttentionSpec, EmbedSpec
+from prisma_core.spec.layout import TokenLayout
 
 HEADS = ("num_heads", "num_attention_heads", "num_kv_heads", "num_key_value_heads", "n_heads", "n_head", "heads")
 WIDTHS = ("head_dim", "attention_head_size", "head_size", "head_width")
@@ -29,6 +30,7 @@ def sizes_of(spec: AnySpec) -> dict[str, set[object]]:
         **dict.fromkeys(WIDTHS, widths),
         "all_head_size": {one.n_heads * one.d_head for one in attentions},
         "patch_size": {one.patch for one in _inside(spec, EmbedSpec)},
+        "num_prefix_tokens": {one.n_prefix for one in _inside(spec, TokenLayout)},
     }
 
 

@@ -67,6 +67,7 @@ class Dinov3Adapter(Adapter):
             columns=rope.num_patches_w,
         )
         grid = RopeGrid(coordinates="radians", waves=_waves(rope.inv_freq))
+        pool = backbones.pool(upstream, upstream.model.layer) if upstream.is_a(BACKBONE) else PoolSpec(kind="token")
         return ModelSpec(
             d_model=patch.out_channels,
             image_size=size,
@@ -79,7 +80,7 @@ class Dinov3Adapter(Adapter):
             rope=RopeSpec(layout="half", grid=grid),
             # Of a backbone's feature maps the last one is normed whatever apply_layernorm says.
             ln_final=blocks.READ.norm(upstream.norm),
-            pool=backbones.pool(upstream) if upstream.is_a(BACKBONE) else PoolSpec(kind="token"),
+            pool=pool,
             d_pool=patch.out_channels,
         )
 
