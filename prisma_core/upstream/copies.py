@@ -13,18 +13,24 @@ from torch import Tensor, nn
 
 from prisma_core.errors import UnsupportedArchitecture
 from prisma_core.maps.reader import Reader, qualified_name
-from prisma_core.upstream.replaced import COMPILED, PLAIN, TREE, home_of, is_original, name_of, names_in, root_of
+from prisma_core.upstream.replaced import COMPILED, HOOKS, PLAIN, TREE, home_of, is_original, name_of, names_in, root_of
 
 NO_PARTS = (str, bytes, int, float, complex, Tensor, type, ModuleType, type(None))
 
 
-def copy_module(upstream: nn.Module, *, copy: bool, memo: dict[int, Any] | None = None) -> nn.Module:
+def copy_module(
+    upstream: nn.Module, *, copy: bool = True, hooks: bool = True, memo: dict[int, Any] | None = None
+) -> nn.Module:
     """Copy a module's structure, and its tensors too unless ``copy`` is False: then both share them.
 
     A function that was set on one of its modules and holds another is that of the copy, where it calls the copy's:
     ``attn.forward = lambda x: forward(x) / 2``, with ``forward = attn.forward`` from before.
 
+    >>> rotary = copy_module(upstream.rope.module, hooks=False)
+
     Args:
+        hooks: False leaves them out. An adapter that runs a part of upstream to read it does so: a hook is for the
+            user's passes, and the adapted model is refused for it, by its place.
         memo: what ``copy.deepcopy`` has copied so far; it grows.
 
     Raises:
@@ -56,6 +62,9 @@ def copy_module(upstream: nn.Module, *, copy: bool, memo: dict[int, Any] | None 
         _fill(rebound, function, graph, memo)
     for method, call in bound:
         cast("Any", call).__setstate__((call.func, (copying.deepcopy(method.__self__, memo),), {}, {}))
+    for part in () if hooks else copied.modules():
+        for name in HOOKS:
+            getattr(part, name).clear()
     return copied
 
 

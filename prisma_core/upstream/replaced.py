@@ -22,6 +22,7 @@ from prisma_core.maps.reader import qualified_name
 CALLS = ("__call__", "_call_impl", "forward")  # where the call of a module begins
 COMPILED = "_compiled_call_impl"  # set by module.compile()
 ACCELERATE = ("AlignDevicesHook", "CpuOffload", "SequentialHook")  # its hooks that move tensors
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 TREE = ("_modules", "_parameters", "_buffers")
 PLAIN = {"torch", *sys.stdlib_module_names}
 

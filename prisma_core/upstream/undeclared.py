@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from prisma_core.errors import UnsupportedArchitecture
 from prisma_core.maps.reader import TORCH, Reader, qualified_name
 from prisma_core.spec import AnySpec
-from prisma_core.upstream.replaced import name_of, replaced_on_class, replaced_on_instance, root_of
+from prisma_core.upstream.replaced import HOOKS, name_of, replaced_on_class, replaced_on_instance, root_of
 from prisma_core.upstream.sizes import other_size, sizes_of
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 READ_ONLY = ("transformers.utils.output_capturing",)  # modules of hooks that keep what they are shown
 # transformers' hook that asks for gradients by the embeddings, where activations are checkpointed
 ASKS_FOR_GRADIENTS = "enable_input_require_grads.<locals>.make_inputs_require_grads"
