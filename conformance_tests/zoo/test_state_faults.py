@@ -53,8 +53,16 @@ def tokens_before_the_patches(model: Any) -> None:
     model.num_prefix_tokens += 1
 
 
+def no_number_of_tokens(model: Any) -> None:
+    model.num_prefix_tokens = None
+
+
 def tokens_that_do_not_turn(model: Any) -> None:
     model.blocks[-1].attn.num_prefix_tokens = 0
+
+
+def no_eps(model: Any) -> None:
+    model.layers[-1].layernorm_after.eps = 0.0
 
 
 def one_block_less(model: Any) -> None:
@@ -73,10 +81,12 @@ def one_block_less(model: Any) -> None:
         ("clip", "hf/AltCLIPTextModel", padding, "embeddings'.*padding_idx=0"),
         ("clip", "coca_base", tokens_beside_features, "'visual'.*output_tokens=False"),
         ("timm", "naflexvit_base_patch16_gap", tokens_before_the_patches, "num_prefix_tokens=5.*of 4"),
+        ("timm", "test_vit", no_number_of_tokens, "num_prefix_tokens=None"),
         ("timm", "test_vit", tokens_before_the_patches, r"num_prefix_tokens=\d"),
         ("timm", "eva02_base_patch14_224", tokens_that_do_not_turn, "'blocks.1.attn'.*num_prefix_tokens=0"),
         ("dino", "dinov3_backbone", one_block_less, "'model.layer'.*1 blocks.*stage2"),
         ("dino", "dinov2_backbone", one_block_less, "'encoder.layer'.*1 blocks.*stage2"),
+        ("hf", "ViTModel", no_eps, "eps.*'layers.1.layernorm_after'"),
         ("hf", "VitPoseBackbone", one_block_less, "'encoder.layer'.*1 blocks.*stage2"),
     ],
 )
@@ -100,9 +110,7 @@ def test_a_pooling_that_upstream_s_code_does_not_know_is_none() -> None:
     torch.testing.assert_close(prisma.adapt(model)(x), each)
 
 
-READ_BY_RUNNING = [("timm", "eva02_base_patch14_224"), ("timm", "test_vit_relpos"), ("timm", "beit_base_patch16_224")]
-READ_BY_RUNNING += [("hf", "BeitModel"), ("hf", "Idefics2VisionTransformer"), ("hf", "PixtralVisionModel")]
-READ_BY_RUNNING += [("dino", "dinov3"), ("dino", "meta_v1"), ("dino", "meta_v3")]
+READ_BY_RUNNING = [("timm", "eva02_base_patch14_224"), ("hf", "Idefics2VisionTransformer"), ("dino", "meta_v3")]
 
 
 @pytest.mark.parametrize(("plugin", "name"), READ_BY_RUNNING)

@@ -20,6 +20,7 @@ from torch import nn
 from prisma_core.maps.reader import qualified_name
 
 CALLS = ("__call__", "_call_impl", "forward")  # where the call of a module begins
+READS = ("__getattr__", "__getattribute__")  # where a module finds its tensors and parts
 COMPILED = "_compiled_call_impl"  # set by module.compile()
 ACCELERATE = ("AlignDevicesHook", "CpuOffload", "SequentialHook")  # its hooks that move tensors
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -51,7 +52,7 @@ def replaced_on_class(kind: type[nn.Module], packages: set[str], seen: set[Funct
     """
     known = {*PLAIN, *packages, root_of(kind.__module__)}
     own = (name for name, value in vars(kind).items() if isinstance(value, FunctionType) and name[:2] != "__")
-    names = list(dict.fromkeys((*CALLS, *own)))  # some are called from outside: encode_image
+    names = list(dict.fromkeys((*CALLS, *READS, *own)))  # some are called from outside: encode_image
     for name in names:  # it grows meanwhile
         owner = next((each for each in kind.__mro__ if name in vars(each)), object)
         functions = list(_functions(vars(owner).get(name)))

@@ -40,6 +40,8 @@ def other_size(module: nn.Module, sizes: Mapping[str, set[object]]) -> str:
         value: Any = vars(module)[name]
         if name == "patch_size":  # of a video's the first is that of frames
             value = (value, value) if isinstance(value, int) else tuple(value or ())[-2:]
+        if name == "num_prefix_tokens":
+            value = value or 0
         if sizes[name] and isinstance(value, int | tuple) and value not in sizes[name]:
             known = ", ".join(map(str, sorted(cast("Any", sizes[name]))))
             return f"{name}={vars(module)[name]!r}, where its tensors and the rest of it are of {known}"
