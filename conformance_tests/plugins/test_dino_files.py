@@ -333,6 +333,7 @@ class VisionTransformer(MetaViT):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_fork_of_the_first_one_s_code_is_refused(output: str, fork: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
     module = ModuleType("vision_transformer")
     vars(module).update(MetaViT=MetaViT, torch=torch)
     exec(FORK.replace("{output}", output), vars(module))  # the code of a file of this name
