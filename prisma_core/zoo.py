@@ -150,8 +150,8 @@ def _near(text: str) -> list[str]:
 def adapt(upstream: nn.Module, *, adapter: Adapter | None = None, copy: bool = True) -> ZooModel:
     """Hook a model: the result computes what ``upstream`` computes in evaluation.
 
-    In training mode (``model.train()``) a canonical form computes the same: it has no dropout and no stochastic depth. A
-    hooked upstream draws as upstream does.
+    In training mode (``model.train()``) a canonical form computes the same: it has no dropout and no stochastic depth.
+    A hooked upstream draws as upstream does.
 
     >>> model = adapt(timm.create_model("vit_tiny_patch16_224"))
 
