@@ -10,6 +10,7 @@ from typing import Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from prisma_core.errors import InputError, LoadError, NotApplicable, UnknownName, WeightMapError, suggest
 from prisma_core.errors.arguments import LARGEST, expect, number, several, shown, tensor
@@ -298,6 +299,12 @@ class ZooModel(HookedModel):
 
         Who makes such a model says it here: what is made from the spec alone, a saved file, would lack it.
         """
+        for path, module in self.named_modules():
+            if parametrize.is_parametrized(module) or any(isinstance(value, Tensor) for value in vars(module).values()):
+                return (
+                    f"computes a weight of {path!r} from other tensors (torch.nn.utils.prune.remove and "
+                    "parametrize.remove_parametrizations make it plain)"
+                )
         towers = (tower for tower in self.towers().values() if tower is not self)
         return next((behaviour for tower in towers if (behaviour := tower.unsaved_behaviour())), None)
 

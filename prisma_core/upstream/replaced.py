@@ -57,7 +57,7 @@ def replaced_on_class(kind: type[nn.Module], packages: set[str], seen: set[Funct
         owner = next((each for each in kind.__mro__ if name in vars(each)), object)
         functions = list(_functions(vars(owner).get(name)))
         wrong = [one for one in functions if not _belongs(one, owner.__module__, known)]
-        library = owner is not nn.Module and root_of(owner.__module__) not in PLAIN - {"torch"}
+        library = owner is not nn.Module and name not in READS and root_of(owner.__module__) not in PLAIN - {"torch"}
         if library and not (wrong or any(_is_own(one, owner) for one in functions)):
             wrong = functions or ([vars(owner)[name]] if name in CALLS else [])
         if wrong:
