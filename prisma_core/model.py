@@ -167,6 +167,9 @@ class Origin:
                         f"What {first} and {name} make was changed differently: upstream has one tensor under both "
                         "names and cannot hold the change. Edit both alike."
                     )
+        absent = [name for name in self.persistent if state[name].is_meta]
+        if absent and not all(tensor.is_meta for tensor in canonical.values()):
+            raise WeightMapError(f"No part of this model makes {absent[0]} any more: it was taken out or exchanged.")
         return {name: state[name].contiguous() for name in self.persistent}
 
 
