@@ -10,6 +10,7 @@ from typing import Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from prisma_core.errors import InputError, LoadError, NotApplicable, UnknownName, WeightMapError, suggest
 from prisma_core.errors.arguments import LARGEST, expect, number, several, shown, tensor
@@ -143,8 +144,14 @@ class Origin:
         """Make upstream's state dict from the canonical tensors.
 
         Raises:
-            WeightMapError: they were changed where upstream's state dict has nothing to hold the change.
+            WeightMapError: they were changed where upstream's state dict has nothing to hold the change, or it has
+                more than parameters and buffers.
         """
+        if unknown := [name for name in self.persistent if name not in self.upstream]:
+            raise WeightMapError(
+                f"Upstream's state dict has {unknown[0]!r}, which is none of its parameters and buffers: it renames "
+                "them or holds more, by code of its own. Take off its state dict hooks, and adapt it again."
+            )
         state = self.map.backward(canonical, self.upstream)
         for name in self.upstream.keys() - set(self.persistent):
             if not torch.equal(state[name], self.upstream[name].to(state[name])):
@@ -156,6 +163,9 @@ class Origin:
                         f"What {first} and {name} make was changed differently: upstream has one tensor under both "
                         "names and cannot hold the change. Edit both alike."
                     )
+        absent = [name for name in self.persistent if state[name].is_meta]
+        if absent and not all(tensor.is_meta for tensor in canonical.values()):
+            raise WeightMapError(f"No part of this model makes {absent[0]} any more: it was taken out or exchanged.")
         return {name: state[name].contiguous() for name in self.persistent}
 
 
@@ -288,6 +298,12 @@ class ZooModel(HookedModel):
 
         Who makes such a model says it here: what is made from the spec alone, a saved file, would lack it.
         """
+        for path, module in self.named_modules():
+            if parametrize.is_parametrized(module) or any(isinstance(value, Tensor) for value in vars(module).values()):
+                return (
+                    f"computes a weight of {path!r} from other tensors (torch.nn.utils.prune.remove and "
+                    "parametrize.remove_parametrizations make it plain)"
+                )
         towers = (tower for tower in self.towers().values() if tower is not self)
         return next((behaviour for tower in towers if (behaviour := tower.unsaved_behaviour())), None)
 

@@ -101,6 +101,7 @@ from prisma_core.toolbox.rows import (
     same_for_all,
     score_rows,
 )
+from prisma_core.upstream.copies import copy_module
 
 # fmt: off
 __all__ = [
@@ -116,7 +117,7 @@ __all__ = [
     # readers, rows and checks that adapters share; scopes that unfuse upstream's attention
     "PartReader", "NormClass", "MlpNames", "TRANSFORMERS", "at", "plain_patches", "norm_rows", "linear_rows",
     "same_for_all", "per_block_table", "masks_as_built", "ends_with_last_stage", "eager_attention",
-    "multihead_attention", "switched", "float64_softmax",
+    "multihead_attention", "switched", "float64_softmax", "copy_module",
     # inputs
     "Preprocess", "ImagePreprocess", "VideoPreprocess", "ImageLike", "open_image", "read_video", "restored", "probe",
     "SIZES",

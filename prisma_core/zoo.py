@@ -150,6 +150,9 @@ def _near(text: str) -> list[str]:
 def adapt(upstream: nn.Module, *, adapter: Adapter | None = None, copy: bool = True) -> ZooModel:
     """Hook a model: the result computes what ``upstream`` computes in evaluation.
 
+    In training mode (``model.train()``) a canonical form computes the same: it has no dropout and no stochastic depth.
+    A hooked upstream draws as upstream does.
+
     >>> model = adapt(timm.create_model("vit_tiny_patch16_224"))
 
     It has the preprocessing and the labels that the library has put on the model (timm, transformers).
@@ -327,12 +330,15 @@ def spec_of(adapter: Adapter, upstream: Reader) -> AnySpec | MapSpec:
         with _reading(adapter):
             return returned(adapter.spec, adapter.spec(upstream), kinds)
     except PluginError as error:
-        problem = error.__cause__.__cause__ if isinstance(error.__cause__, SpecError) else error.__cause__
+        cause = error.__cause__
+        problem = cause.__cause__ if isinstance(cause, SpecError) else cause
         names = ("missing", "extra_forbidden")  # of fields: the adapter's mistake; values are the model's
-        if not isinstance(problem, ValidationError) or any(one["type"] in names for one in problem.errors()):
+        if cause is None or not isinstance(problem, ValidationError):
+            raise
+        if any(one["type"] in names for one in problem.errors()):
             raise
         kind = qualified_name(upstream.module)
-        facts = f"facts that no spec can hold ({format_fields(problem)}){_place(problem)}"
+        facts = f"facts that no spec can hold ({format_fields(problem)}){_place(cause)}"
         raise UnsupportedArchitecture(kind, facts) from problem
 
 

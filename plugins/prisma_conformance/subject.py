@@ -26,6 +26,7 @@ from prisma_core.plugin import (
     Reader,
     Row,
     blaming,
+    copy_module,
     device_of,
     returned,
 )
@@ -109,7 +110,7 @@ class Subject:
         self.reference = reference
         self.full = full
         self.note = note
-        self.base = copy.deepcopy(upstream).cpu().eval()
+        self.base = copy_module(upstream).cpu().eval()
         if draw:
             randomise(self.base, self.generator())
         for parameter in self.base.parameters():
@@ -172,7 +173,7 @@ class Subject:
 
     def upstream(self, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> nn.Module:
         """Copy upstream; the caller may change the copy."""
-        return copy.deepcopy(self.base).to(device=device or self.device, dtype=dtype)
+        return copy_module(self.base).to(device=device or self.device, dtype=dtype)
 
     def pair(self, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> Pair:
         """Both sides, shared by all checks: leave them as they are."""

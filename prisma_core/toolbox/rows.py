@@ -65,12 +65,14 @@ def masks_as_built(attn: Reader, *, causal: bool = False) -> None:
         raise attn.unsupported("causal attention: under fused kernels a token reads those before it alone")
 
 
-def ends_with_last_stage(backbone: Reader) -> None:
+def ends_with_last_stage(backbone: Reader, blocks: Reader) -> None:
     """Refuse a backbone whose last feature map is not the last block's.
 
     Raises:
-        UnsupportedArchitecture: it is of an earlier stage.
+        UnsupportedArchitecture: it is of an earlier stage, or there are more stages or fewer.
     """
+    if len(backbone.stage_names) != len(blocks) + 1:  # the first is the embedding
+        raise blocks.unsupported(f"{len(blocks)} blocks, where its stages are {list(backbone.stage_names)!r}")
     if backbone.out_features[-1] != backbone.stage_names[-1]:
         raise backbone.unsupported(
             f"a last feature map that is not the last block's (out_features={list(backbone.out_features)!r}; add "

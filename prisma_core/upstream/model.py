@@ -243,7 +243,11 @@ class HookedUpstream(ZooModel):
 
     def export(self) -> dict[str, Tensor]:
         """Return upstream's own state dict with the model's present weights."""
-        return {name: tensor.detach().contiguous() for name, tensor in self.upstream.state_dict().items()}
+        state: dict[str, Any] = self.upstream.state_dict()
+        for name, value in state.items():
+            if isinstance(value, Tensor):  # packed weights are more
+                state[name] = value.detach().contiguous() if value.layout == torch.strided else value.detach()
+        return state
 
 
 def _separate(upstream: nn.Module, paths: Iterable[str]) -> None:

@@ -14,14 +14,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import FunctionType
 from typing import Any, TypeVar, cast
 
+import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
 from prisma_core.maps.reader import TORCH, Reader, qualified_name
 from prisma_core.spec import AnySpec, AttentionSpec, EmbedSpec
-from prisma_core.upstream.replaced import name_of, replaced_on_class, replaced_on_instance, root_of
+from prisma_core.spec.layout import TokenLayout
+from prisma_core.upstream.replaced import HOOKS, name_of, replaced_on_class, replaced_on_instance, root_of
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 READ_ONLY = ("transformers.utils.output_capturing",)  # modules of hooks that keep what they are shown
 # transformers' hook that asks for gradients by the embeddings, where activations are checkpointed
 ASKS_FOR_GRADIENTS = "enable_input_require_grads.<locals>.make_inputs_require_grads"
@@ -99,7 +100,12 @@ def check_undeclared(
 
 
 def check_at_hand(upstream: nn.Module) -> None:
-    """Refuse a model whose weights accelerate brings for a pass alone: there are none to map or to copy."""
+    """Refuse a model some of whose weights are not there: accelerate brings them for a pass, or they are on ``meta``.
+
+    Raises:
+        UnsupportedArchitecture: a module has none.
+    """
+    outline = all(parameter.is_meta for parameter in upstream.parameters())
     for path, module in cast("Iterator[tuple[str, nn.Module]]", upstream.named_modules()):
         outer: Any = getattr(module, "_hf_hook", None)
         if any(getattr(hook, "offload", False) for hook in (outer, *getattr(outer, "hooks", ()))):
@@ -107,6 +113,9 @@ def check_at_hand(upstream: nn.Module) -> None:
                 "weights that accelerate has put elsewhere until a pass needs them. Put them back before: "
                 "accelerate.hooks.remove_hook_from_submodules(upstream)"
             )
+        absent = next((name for name, tensor in _tensors(module) if tensor.is_meta), None)
+        if absent is not None and not outline:
+            raise Reader(module, path).unsupported(f"{absent} is on the meta device, which holds no numbers")
 
 
 def check_counted(upstream: nn.Module, paths: Iterable[str], types: Iterable[str]) -> None:
@@ -171,10 +180,10 @@ def _hooked(module: nn.Module, path: str, read: set[str]) -> str:
         hooks = [hook for hook in hooks if not _is_harmless(hook)]
         if hooks and (f"{path}.{name}" if path else name) not in read:
             what = "gradients" if "backward" in name else "numbers"
-            return (
-                f"a {_kind(name)} ({name_of(hooks[0])}), which may change its {what}. Remove it before "
-                "(handle.remove()), and edit the hooked model instead: model.hooks({name: function})"
-            )
+            remove = "(handle.remove()), and edit the hooked model instead: model.hooks({name: function})"
+            if name_of(hooks[0]).startswith("torch.nn.utils."):  # what it computes takes the place of a weight
+                remove = "with what torch.nn.utils has for it: prune.remove(module, name), remove_weight_norm(module)"
+            return f"a {_kind(name)} ({name_of(hooks[0])}), which may change its {what}. Remove it before {remove}"
     return ""
 
 
@@ -230,14 +239,21 @@ def _unknown(kind: type[nn.Module]) -> str:
     )
 
 
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and buffers of a module's own."""
+    yield from module.named_parameters(recurse=False)
+    yield from module.named_buffers(recurse=False)
+
+
 def _foreign_tensors(module: nn.Module) -> str:
     """Name a tensor of a class of its own, which may compute something else, or one that a pass changes."""
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return f"max_norm={module.max_norm!r}: a pass changes its weight. Take it off after one (max_norm = None)"
-    tensors = [*module._parameters.items(), *module._buffers.items()]  # pyright: ignore[reportPrivateUsage]
-    for name, tensor in tensors:
-        if tensor is not None and type(tensor) not in TENSORS and not type(tensor).__module__.startswith(FAKE):
-            return f"{name} is a {qualified_name(tensor)}, no plain tensor. Put its plain values in its place before"
+    for name, tensor in _tensors(module):
+        kind, plain = type(tensor), tensor.layout == torch.strided
+        if not plain or (kind not in TENSORS and not kind.__module__.startswith(FAKE)):
+            what = qualified_name(tensor) if plain else f"tensor of layout {tensor.layout}"
+            return f"{name} is a {what}, no plain tensor. Put its plain values in its place before"
     return ""
 
 
@@ -251,6 +267,7 @@ def _sizes_of(spec: AnySpec) -> dict[str, set[object]]:
         **dict.fromkeys(WIDTHS, widths),
         "all_head_size": {one.n_heads * one.d_head for one in attentions},
         "patch_size": {one.patch for one in _inside(spec, EmbedSpec)},
+        "num_prefix_tokens": {one.n_prefix for one in _inside(spec, TokenLayout)},
     }
 
 
@@ -260,6 +277,8 @@ def _other_size(module: nn.Module, sizes: Mapping[str, set[object]]) -> str:
         value: Any = vars(module)[name]
         if name == "patch_size":  # of a video's the first is that of frames
             value = (value, value) if isinstance(value, int) else tuple(value or ())[-2:]
+        if name == "num_prefix_tokens":
+            value = value or 0
         if sizes[name] and isinstance(value, int | tuple) and value not in sizes[name]:
             known = ", ".join(map(str, sorted(cast("Any", sizes[name]))))
             return f"{name}={vars(module)[name]!r}, where its tensors and the rest of it are of {known}"
