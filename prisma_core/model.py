@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from html import escape
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, Literal, NoReturn, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -298,7 +298,7 @@ class ZooModel(HookedModel):
 
         Who makes such a model says it here: what is made from the spec alone, a saved file, would lack it.
         """
-        for path, module in self.named_modules():
+        for path, module in cast("Iterator[tuple[str, nn.Module]]", self.named_modules()):
             if parametrize.is_parametrized(module) or any(isinstance(value, Tensor) for value in vars(module).values()):
                 return (
                     f"computes a weight of {path!r} from other tensors (torch.nn.utils.prune.remove and "

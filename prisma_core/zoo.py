@@ -118,20 +118,26 @@ def reference_of(text: str | Path) -> Reference:
         UnknownName: it has no source; references that it may mean are suggested.
         InputError: it is no text.
     """
-    if isinstance(text, Path):
-        if os.path.isfile(text):  # unlike Path's, False for a name too long
-            raise UnknownName(
-                f"{text} is a file. A folder that prisma.save wrote stands by itself; a file of weights goes with the "
-                f"model it is of, as in timm:vit_base_patch16_224@{text}."
-            )
-        return Reference("file", str(text))
     what = "a reference such as 'timm:vit_base_patch16_224', or a path (prisma.adapt takes a model)"
-    value = expect(text, str, what)
-    name, colon, rest = value.partition(":")
+    value = f"file:{text}" if isinstance(text, Path) else expect(text, str, what).strip()
+    name, colon, rest = (part.strip() for part in value.partition(":"))
+    if name == "file":
+        rest = os.path.expanduser(rest)
+    file = rest if name == "file" else os.path.expanduser(value)
+    if os.path.isfile(file):  # unlike Path's, False for a name too long
+        raise UnknownName(
+            f"{file} is a file. A folder that prisma.save wrote stands by itself; a file of weights goes with the "
+            f"model it is of, as in timm:vit_base_patch16_224@{file}."
+        )
+    if "://" in value and name != "file":
+        page = re.search(r"//(?:www\.)?huggingface\.co/([^/]+/[^/?#]+)", value)
+        hint = f" Did you mean hf:{page[1]}?" if page else ""
+        raise UnknownName(f"{value!r} is an address, and not a reference: expected SOURCE:MODEL.{hint}")
     if colon and name and rest:
         return Reference(name, rest)
-    near = [f"file:{value}"] if os.path.isdir(value) else [] if colon else _near(value)
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    near = [f"file:{value}"] if os.path.isdir(file) else [] if colon else _near(value)
+    lost = f" There is nothing at {file}." if value.startswith((".", "~", "/")) else ""
+    hint = f" Did you mean {' or '.join(near)}?" if near else lost
     raise UnknownName(
         f"{value!r} is not a reference: expected SOURCE:MODEL, such as timm:vit_base_patch16_224.{hint} "
         "`prisma models` lists them."
@@ -140,6 +146,8 @@ def reference_of(text: str | Path) -> Reference:
 
 def _near(text: str) -> list[str]:
     """References that a text without a source may mean."""
+    if text.startswith((".", "~", "/")):  # a path, where nothing is
+        return []
     sources = installed().sources().items()
     unlisted = [f"{name}:{text}" for name, one in sources if one.unlisted and re.fullmatch(one.unlisted, text)]
     models = installed().models()

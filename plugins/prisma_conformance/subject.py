@@ -26,8 +26,11 @@ from prisma_core.plugin import (
     Reader,
     Row,
     blaming,
+    check_flags,
     copy_module,
     device_of,
+    expect,
+    number,
     returned,
 )
 from prisma_core.zoo import adapt_with, read_adapter
@@ -139,7 +142,15 @@ class Subject:
         Raises:
             UnknownName: no such reference.
             UnsupportedArchitecture: an adapter without cases, or a model no adapter takes.
+            InputError: one is of another type, or no such device is there.
         """
+        expect(target, (str, nn.Module, Adapter, Case), "a reference, a model, an adapter or a case")
+        for given, kind, what in ((upstream, nn.Module, "the upstream module"), (adapter, Adapter, "an adapter")):
+            if given is not None:
+                expect(given, kind, what)
+        number(seed, "a seed")
+        check_flags(full=full, pretrained=pretrained)
+        device_of(device)
         for one in resolve(target, upstream=upstream, adapter=adapter, full=full, pretrained=pretrained):
             yield cls(
                 one.case,

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from prisma_core import LoadError, TokenLayout, tensors_of
-from prisma_core.plugin import Facts, LayerQuery, checked, digest, format_fields, path_of, read_json
+from prisma_core.plugin import Facts, LayerQuery, checked, digest, format_fields, path_of, read_json, shown
 
 SCHEMA = 1
 MANIFEST, WHOLE, EXAMPLES, SKIPPED, SHARDS = (
@@ -25,7 +27,9 @@ MANIFEST, WHOLE, EXAMPLES, SKIPPED, SHARDS = (
     "shards",
 )
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Dtype = Literal["bfloat16", "float16", "float32"]
+_NAME = re.compile("[0-9a-f]{16}")
 _SUBSETS = {"pos": None, "patch": "patches", "cls": "cls"}  # of the layout, by axis
 Name: TypeAlias = str | LayerQuery  # of a hook point: full, shorthand, or shorthand and layer
 
@@ -165,17 +169,22 @@ class Manifest(Facts):
         if schema != SCHEMA:
             newer = isinstance(schema, int) and schema > SCHEMA
             what = "update Prisma" if newer else "it is none that Prisma wrote; harvest again"
-            raise LoadError(f"{path} has schema {schema}, and this Prisma reads {SCHEMA}: {what}.")
+            raise LoadError(f"{path} has schema {shown(schema)}, and this Prisma reads {SCHEMA}: {what}.")
         try:
-            return cls.model_validate(facts)
+            manifest = cls.model_validate(facts)
         except ValidationError as error:
             raise LoadError(f"{path} is no manifest of a harvest: {format_fields(error)}.") from error
+        if _NAME.fullmatch(path.parent.name) and manifest.name != path.parent.name:
+            raise LoadError(
+                f"{path} says something else than when it was written: its hash is {manifest.name}. Harvest again."
+            )
+        return manifest
 
 
 class ShardFile(Facts):
     """A file of shards: SHA-256, and how many examples it holds."""
 
-    sha256: str
+    sha256: Sha256
     examples: int = Field(ge=0)
 
 
@@ -191,8 +200,8 @@ class Whole(Facts):
 
     examples: int
     skipped: int
-    shards: dict[str, ShardFile]
-    lines: dict[str, str]
+    shards: dict[Annotated[str, Field(pattern=r"^\d{5,9}\.safetensors$")], ShardFile]
+    lines: dict[Literal["examples.jsonl", "skipped.jsonl"], Sha256]
 
     @model_validator(mode="after")
     def _adds_up(self) -> Whole:
@@ -208,14 +217,13 @@ class Whole(Facts):
             LoadError: it is damaged.
         """
         path = folder / WHOLE
-        if not path.is_file():
+        if not os.path.lexists(path):
             return None
+        facts = read_json(path)
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+            return cls.model_validate(facts)
         except ValidationError as error:
             raise LoadError(f"{path} is damaged: {format_fields(error)}.") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise LoadError(f"{path} is damaged: {error}") from error
 
 
 def example_bytes(points: Iterable[Point], dtype: Dtype) -> int:

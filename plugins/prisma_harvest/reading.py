@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, LoadError, NotApplicable, TokenLayout
-from prisma_core.plugin import Count, check_keywords, checked, keyword_names, resolve_one, several
+from prisma_core.plugin import Count, check_keywords, check_regular, checked, keyword_names, resolve_one, several
 from prisma_harvest.arrow import record_batches
 from prisma_harvest.folder import Line, read_lines
 from prisma_harvest.manifest import (
@@ -184,6 +184,7 @@ class Harvest:
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
     def _part(self, shard: Shard, start: int, stop: int, point: Point) -> Tensor:
+        check_regular(shard.path)
         try:
             with safe_open(shard.path, "pt") as file:
                 whole = file.get_slice(point.name)

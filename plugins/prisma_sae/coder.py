@@ -59,7 +59,7 @@ class CoderFacts(Facts):
     activation: Activation = "relu"
     k: int | None = None
     normalize: Normalize = "none"
-    soft_cap: float | None = None
+    soft_cap: float | None = Field(default=None, ge=1e-6)
     restores: bool = True
     groups: tuple[int, ...] = ()
     model: str | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import os
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -138,9 +139,13 @@ def choice(value: object, options: Iterable[str], what: str) -> str:
 
 
 def path_of(value: Any, what: str = "a path") -> Path:
-    """Return the path of a text or path that is neither empty nor longer than the disk takes."""
+    """Return a path; ``~`` at its beginning is the user's own folder.
+
+    Raises:
+        InputError: it is neither a text nor a path, empty, or longer than the disk takes.
+    """
     if isinstance(value, str | Path) and str(value):
-        path = Path(value)
+        path = Path(os.path.expanduser(value))
         try:
             path.exists()
         except OSError as error:
@@ -154,7 +159,9 @@ def dtype_of(dtype: object) -> torch.dtype | None:
     named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if dtype is None or (isinstance(named, torch.dtype) and named.is_floating_point):
         return cast("torch.dtype | None", named)
-    raise InputError(f"Expected a floating point dtype of torch's, such as torch.float16, got {shown(dtype)}.")
+    raise InputError(
+        f"Expected a floating point dtype of torch's, such as torch.float16 or torch.bfloat16, got {shown(dtype)}."
+    )
 
 
 def device_of(device: object) -> torch.device | None:

@@ -6,6 +6,7 @@ lie beside the old ones under a name with their digest until then, and are moved
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -157,15 +158,12 @@ def _sweep(folder: Path, home: Path, used: set[Path]) -> None:
 
 
 def _text(folder: Path) -> str:
-    try:
-        return read_text(folder / SPEC)
-    except FileNotFoundError:
-        inner = sorted(folder.glob(f"*/{SPEC}"), key=lambda path: path.parent.name != "model")  # a run of training
+    if not os.path.lexists(folder / SPEC):
+        found = folder.glob(f"*/{SPEC}") if os.path.isdir(folder) else ()  # unlike Path's, False for a name too long
+        inner = sorted(found, key=lambda path: path.parent.name != "model")  # a run of training
         hint = f" Did you mean file:{inner[0].parent}?" if inner else ""
-        raise LoadError(f"{folder} holds no {SPEC}: expected a folder written by prisma.save.{hint}") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise LoadError(f"{folder / SPEC} does not describe a model: {reason}.") from error
+        raise LoadError(f"{folder} holds no {SPEC}: expected a folder written by prisma.save.{hint}")
+    return read_text(folder / SPEC)
 
 
 def load_folder(folder: Path, *, weights: bool = True) -> ZooModel:

@@ -8,7 +8,7 @@ from typing import Literal, cast
 import torch
 from einops import rearrange
 from jaxtyping import Shaped
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor
 
 from prisma_core.errors import InputError, UnknownName, suggest
@@ -19,6 +19,7 @@ Index = int | slice | Sequence[int] | Tensor
 IndexSlice = tuple[int, "slice | list[int]"]  # an axis, and what to keep of it
 
 _POS, _HEADS = ("pos", "query_pos"), ("head",)
+_MOST = 1 << 20  # tokens: each has a name and a position
 
 
 class TokenLayout(BriefModel):
@@ -39,6 +40,12 @@ class TokenLayout(BriefModel):
     rows: int = Field(ge=1)
     columns: int = Field(ge=1)
     order: Literal["frame row column", "row column frame"] = "frame row column"
+
+    @model_validator(mode="after")
+    def _countable(self) -> TokenLayout:
+        if self.n_tokens > _MOST:
+            raise ValueError(f"a layout of {self.n_tokens} tokens is larger than the {_MOST} that any model has")
+        return self
 
     @property
     def n_prefix(self) -> int:
@@ -72,7 +79,9 @@ class TokenLayout(BriefModel):
             "all": slice(0, self.n_tokens),
         }
         if subset not in subsets:
-            raise UnknownName(f"No token subset {subset!r}; there are {', '.join(subsets)}.{suggest(subset, subsets)}")
+            raise UnknownName(
+                f"No token subset {shown(subset)}; there are {', '.join(subsets)}.{suggest(subset, subsets)}"
+            )
         return subsets[subset]
 
     def _frame(self, subset: str) -> slice:

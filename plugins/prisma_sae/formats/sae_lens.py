@@ -10,6 +10,7 @@ Source:
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from torch import Tensor
 
 from prisma_core import LoadError
 from prisma_core.plugin import (
+    check_facts,
     checked,
     digest,
+    facts_digest,
     format_fields,
     place,
     read_checkpoint,
@@ -35,6 +38,7 @@ from prisma_sae.formats.files import plain, reference_of
 
 NAME = "SAELens"
 CONFIG, WEIGHTS, OURS, SCALER = "cfg.json", "sae_weights.safetensors", "prisma.json", "activation_scaler.json"
+_SEALED = ("facts", "same")
 _NORMALIZE = ("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in")
 _KINDS = {
     "standard": "standard",
@@ -52,7 +56,7 @@ _KINDS = {
 
 
 def recognises(path: Path) -> bool:
-    return path.is_dir() and any((path / name).is_file() for name in (WEIGHTS, OURS))
+    return path.is_dir() and any(os.path.lexists(path / name) for name in (WEIGHTS, OURS))
 
 
 def read(path: Path) -> SparseCoder:
@@ -61,13 +65,14 @@ def read(path: Path) -> SparseCoder:
     Raises:
         LoadError: a file is missing or damaged, or says what has no meaning here.
     """
-    if (path / OURS).is_file():
+    if os.path.lexists(path / OURS):  # whatever it is: without it the facts would be SAELens' alone
         return settled(path / OURS, lambda: _own(path))
     return _from_sae_lens(path, read_json(path / CONFIG), read_checkpoint(path / WEIGHTS))
 
 
 def _own(path: Path) -> SparseCoder:
     ours = read_json(path / OURS)
+    check_facts({name: ours.get(name) for name in _SEALED}, ours.get("facts_sha256"), path / OURS, "facts_sha256")
     weights = place(path, WEIGHTS, ours.get("sha256"))
     tensors = read_checkpoint(weights)
     if ours.get("sha256") not in (None, digest(tensors)):
@@ -80,7 +85,7 @@ def _own(path: Path) -> SparseCoder:
         return SparseCoder(CoderFacts.model_validate(ours["facts"]), tensors)
     except ValidationError as error:
         raise LoadError(f"{path / OURS} does not describe a sparse coder: {format_fields(error)}.") from error
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise LoadError(f"{path / OURS} does not describe a sparse coder: {error}") from error
 
 
@@ -175,7 +180,8 @@ def save(coder: SparseCoder, folder: str | Path) -> Path:
     if config is not None and "threshold" in tensors:  # there each feature has its own
         tensors["threshold"] = tensors["threshold"].expand(coder.facts.d_sae).contiguous()
     sha256 = digest(tensors)
-    facts = {"schema": 1, "sha256": sha256, "facts": coder.facts.model_dump(mode="json"), "same": same}
+    facts = {"facts": coder.facts.model_dump(mode="json"), "same": same}
+    facts = {"schema": 1, "sha256": sha256, "facts_sha256": facts_digest(facts), **facts}
     with replacing_both(folder / WEIGHTS, folder / OURS, sha256, folder / CONFIG) as (weights, head):
         save_file(tensors, weights)
         head.write_text(_text(facts), encoding="utf-8")
