@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError
-from prisma_core.errors.arguments import shown
+from prisma_core.errors.arguments import in_transform, shown
 
 
 def input_words(shape: tuple[int, ...]) -> tuple[str, str]:
@@ -89,8 +89,3 @@ def may_look(x: Tensor) -> bool:
 
 def _dispatching() -> bool:
     return cast("Any", torch)._C._len_torch_dispatch_stack() > 0
-
-
-def in_transform() -> bool:
-    """Return whether a transform of ``torch.func`` is running, such as ``vmap``."""
-    return cast("Any", torch)._C._functorch.maybe_current_level() is not None

@@ -14,7 +14,7 @@ from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prisma_core.errors import InputError
-from prisma_core.inputs.checks import in_transform
+from prisma_core.errors.arguments import in_transform
 
 ADVICE = (
     "Torch's fused attention has no second derivatives (create_graph=True). Run the forward pass in "

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from prisma_core.errors import PrismaError
+from prisma_core.errors.arguments import in_transform
 from prisma_core.hooks.point import HookPoint
-from prisma_core.inputs.checks import in_transform
 from prisma_core.maps.places import Row
 from prisma_core.toolbox.query_rows import AXIS, Rows
 from prisma_core.upstream.observer import Observer
