@@ -67,6 +67,11 @@ def alive(x: Tensor) -> Tensor:
     return x
 
 
+def in_transform() -> bool:
+    """Return whether a transform of ``torch.func`` is running, such as ``vmap``."""
+    return cast("Any", torch)._C._functorch.maybe_current_level() is not None
+
+
 def unwrapped(x: Tensor) -> Tensor:
     """Return the tensor within those that transforms of ``torch.func`` put around it."""
     functorch = cast(Any, torch)._C._functorch

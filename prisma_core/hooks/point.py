@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import HookError
-from prisma_core.errors.arguments import check_call, check_flags, expect
+from prisma_core.errors.arguments import check_call, check_flags, expect, in_transform
 from prisma_core.errors.migration import unknown_attribute
 from prisma_core.hooks.query import layer_of
 from prisma_core.hooks.recompute import checkpoints, keep
@@ -350,10 +350,10 @@ def _with_gradient_hooks(x: Tensor, hooks: Sequence[PlacedHook], point: HookPoin
     what = f"A backward hook at {hooks[0].name}" if hooks else f"A gradient by an activation ({point.equation})"
     if hooks and torch.compiler.is_compiling():
         raise HookError(f"{what} cannot run in a compiled model; run it eagerly.")
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or (in_transform() and not x.requires_grad):
         raise HookError(
-            f"{what} would be lost: gradients are off there. Leave torch.no_grad(), and checkpoint with "
-            "use_reentrant=False."
+            f"{what} would be lost: gradients are off there. Leave torch.no_grad(), take torch.func.grad inside "
+            "torch.vmap and torch.func.jvp, and checkpoint with use_reentrant=False."
         )
     if not x.requires_grad:
         x = x.detach().requires_grad_()

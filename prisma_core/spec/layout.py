@@ -158,12 +158,39 @@ def axis_of(axis: int, x: Tensor) -> int:
     return number % x.ndim
 
 
+class Marked(list[int]):
+    """The positions that a mask marks.
+
+    Attributes:
+        length: of the mask.
+    """
+
+    def __init__(self, mask: Tensor):
+        super().__init__(cast("list[int]", mask.nonzero().flatten().tolist()))
+        self.length = len(mask)
+
+
+def check_places(places: Sequence[int], n: int, where: str) -> None:
+    """Refuse positions that are not among ``n``, and a mask of another length.
+
+    Args:
+        where: the axis, in words.
+    """
+    if isinstance(places, Marked) and places.length != n:
+        raise InputError(f"A mask needs a truth value for each of {n} places on {where}; got {places.length}.")
+    for each in places:
+        if not -n <= each < n:
+            raise InputError(f"No index {each} on {where}, which has {n} there.")
+
+
 def indices(index: int | Sequence[int] | Tensor) -> list[int]:
     """Return positions given as a number, numbers, or a mask, as a list; at least one.
 
     Raises:
         InputError: they are not whole numbers, or none.
     """
+    if isinstance(index, Marked):
+        return index
     if (number := whole(index)) is not None:
         return [number]
     try:
@@ -177,11 +204,10 @@ def indices(index: int | Sequence[int] | Tensor) -> list[int]:
             f"Expected positions as whole numbers or a mask, got {shown(index)}. A subset of the tokens stands by "
             "itself: pos='cls'."
         )
-    if numbers.dtype == torch.bool:
-        numbers = numbers.nonzero().flatten()
-    if not numbers.numel():
+    places = Marked(numbers) if numbers.dtype == torch.bool else cast("list[int]", numbers.tolist())
+    if not places:
         raise InputError(f"Expected at least one position, got {shown(index)}, which is empty.")
-    return cast("list[int]", numbers.tolist())
+    return places
 
 
 def positions_of(index: Index | None, n: int) -> list[int]:
@@ -202,8 +228,9 @@ def positions_of(index: Index | None, n: int) -> list[int]:
             raise InputError(f"{index!r} selects none of {n} positions.")
         return selected
     numbers = indices(index)
-    if any(not -n <= each < n for each in numbers):
+    if not isinstance(numbers, Marked) and any(not -n <= each < n for each in numbers):
         raise InputError(f"No position {numbers}: there are {n}.")
+    check_places(numbers, n, "this axis")
     return [places[each] for each in numbers]
 
 

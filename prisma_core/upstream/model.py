@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import HookError, InputError, PrismaError
+from prisma_core.errors.arguments import in_transform
 from prisma_core.errors.migration import keyword_names, migration_hint, module_getattr
 from prisma_core.hooks.model import sites_below
 from prisma_core.hooks.point import HookPoint
-from prisma_core.inputs.checks import check_input, check_numbers, check_place, in_transform, input_words
+from prisma_core.inputs.checks import check_input, check_numbers, check_place, input_words
 from prisma_core.maps.places import HookMap, Row
 from prisma_core.model import Size, ZooModel, read_sample
 from prisma_core.spec import MapSpec

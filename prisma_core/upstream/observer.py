@@ -24,7 +24,7 @@ from prisma_core.errors import HookError
 from prisma_core.hooks.recompute import checkpoints, keep
 from prisma_core.maps.places import FUSED, INSIDE, Place
 from prisma_core.maps.reader import Reader
-from prisma_core.toolbox.precision import show, softmax, widened
+from prisma_core.toolbox.precision import show, softmax, unrounded, widened
 from prisma_core.toolbox.query_rows import Rows
 
 
@@ -277,14 +277,17 @@ def _unfused(
         q, mask = rows.of(q), mask if mask is None or mask.shape[-2] == 1 else rows.of(mask)
     if enable_gqa:
         k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
-    scores = (widened(q) * (q.shape[-1] ** -0.5 if scale is None else scale)) @ widened(k).transpose(-2, -1)
+    with unrounded(q):
+        scores = (widened(q) * (q.shape[-1] ** -0.5 if scale is None else scale)) @ widened(k).transpose(-2, -1)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     if rows is None:
         shown = {side: partial(show, partial(run.show, one), dtype=dtype) for side, one in inside.items()}
         scores = shown["scores"](scores) if "scores" in shown else scores
         pattern = softmax(scores)
-        return ((shown["pattern"](pattern) if "pattern" in shown else pattern) @ widened(v)).to(dtype)
+        pattern = shown["pattern"](pattern) if "pattern" in shown else pattern
+        with unrounded(pattern):
+            return (pattern @ widened(v)).to(dtype)
     for side, made in (("scores", lambda: scores), ("pattern", lambda: softmax(scores))):
         if side in inside:
             with run.shown():
