@@ -134,13 +134,19 @@ class Plan:
 
         with ThreadPoolExecutor(1, "prisma-decode") as thread:
             before: Future[Batch] | None = None
-            for group in groups:
-                following = thread.submit(made, group)
+            more = True
+            while more:
+                try:
+                    group = next(groups, None)
+                except BaseException:
+                    if before is not None:
+                        yield before.result()  # it is whole, and comes before the error
+                    raise
+                more = group is not None
+                following = None if group is None else thread.submit(made, group)
                 if before is not None:
                     yield before.result()
                 before = following
-            if before is not None:
-                yield before.result()
 
 
 def _same(batch: Batch) -> Batch:
