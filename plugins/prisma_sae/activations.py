@@ -11,7 +11,8 @@ Activation: TypeAlias = Literal[
     "relu", "tanh-relu", "topk", "topk-signed", "topk-abs", "jumprelu", "jump-signed", "groupmax"
 ]  # fmt: skip
 """``topk`` keeps the k largest, then takes their relu; ``jumprelu`` is relu(h) where h > threshold; the signed ones
-take no relu; ``topk-abs`` keeps the k largest by magnitude, with their signs; ``groupmax`` keeps the largest of each of k groups of neighbours, after relu."""
+take no relu; ``topk-abs`` keeps the k largest by magnitude, with their signs; ``groupmax`` keeps the largest of each of
+k groups of neighbours, after relu."""
 
 Normalize: TypeAlias = Literal["none", "layer_norm", "constant_norm_rescale", "standardize"]
 """``layer_norm``: (x - mean) / (deviation + 1e-5) over the last axis, the deviation with n - 1;

@@ -100,8 +100,8 @@ def _from_sae_lens(path: Path, config: dict[str, Any], tensors: dict[str, Tensor
     if architecture not in _KINDS:
         reason = _OTHERS.get(architecture, "")
         raise LoadError(
-            f"{path} holds the architecture {architecture!r}{reason}; expected one of {', '.join(_KINDS)}. SAELens itself "
-            "loads it."
+            f"{path} holds the architecture {architecture!r}{reason}; expected one of {', '.join(_KINDS)}. SAELens "
+            "itself loads it."
         )
     if architecture == "standard" and activation not in ("relu", "tanh-relu"):
         raise LoadError(f"{path} has the activation {activation!r}; expected relu, tanh-relu or topk.")
