@@ -78,7 +78,7 @@ def test_every_public_name_has_its_place(package: str, anchors: dict[Path, set[s
 
 def test_the_site_holds_pages_and_no_sources(site: Path) -> None:
     kinds = {path.suffix for path in site.rglob("*") if path.is_file() and "assets" not in path.parts}
-    assert kinds == {".html", ".json", ".png", ".svg", ".inv", ".xml"}
+    assert kinds == {".html", ".json", ".css", ".png", ".svg", ".inv", ".xml"}
 
 
 def test_every_page_is_in_the_navigation_once() -> None:
