@@ -41,4 +41,4 @@ ANSWERS = {
 def test_a_word_that_people_search_for_opens_the_page_that_answers(word: str) -> None:
     text = (DOCS / f"{ANSWERS[word]}.md").read_text(encoding="utf-8")
     paragraphs = [each for each in text.split("\n\n") if not each.startswith(("```", "<!--"))]
-    assert re.search(rf"\b{re.escape(word)}\b", " ".join(paragraphs[:2]), re.IGNORECASE)
+    assert re.search(rf"\b{re.escape(word)}", " ".join(paragraphs[:2]), re.IGNORECASE)

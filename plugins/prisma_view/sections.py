@@ -123,7 +123,7 @@ def overview(
         expected = (
             "words to tell apart, such as words=['a cat', 'a dog'] (--words 'a cat, a dog')"
             if not words
-            else "no words: it reads no texts"
+            else "no words: it reads no texts, and names classes of its own if it has some"
         )
         raise InputError(f"{type(model).__name__} takes {expected}.")
     x, seen = prepare(vision_of(model), image)
