@@ -50,6 +50,8 @@ def painter() -> HookedUpstream:
         (torch.zeros(1, 3, 4, 4, dtype=torch.float16), "in torch.float64.*it is in torch.float16"),
         (torch.zeros(1, 3, 4, 4, device="meta"), "on cpu, where the model is; it is on meta"),
         (torch.full((1, 3, 4, 4), torch.nan), "48 values that are NaN"),
+        (torch.zeros(1, 3, 4, 4).to_sparse(), "a dense tensor.*a sparse one"),
+        (torch.nested.nested_tensor([torch.zeros(3, 4, 4)]), "a dense tensor.*a nested one"),
     ],
 )
 def test_inputs_are_refused_in_words(painter: HookedUpstream, given: Any, said: str) -> None:

@@ -30,6 +30,9 @@ def check_input(value: object, shape: tuple[int, ...]) -> Tensor:
     if not isinstance(value, Tensor):
         hint = "" if what == "input" else " model.preprocess makes one."
         raise InputError(f"Expected a tensor, {expected}, got {shown(value)}.{hint}")
+    if value.is_nested or value.layout != torch.strided:
+        kind, way = ("a nested", "torch.stack(list(x))") if value.is_nested else ("a sparse", "x.to_dense()")
+        raise InputError(f"Expected a dense tensor, {expected}, got {kind} one. {way} makes one.")
     if value.ndim != len(shape) + 1:
         hint = f" Add a batch axis: {what}[None]." if value.ndim == len(shape) else ""
         raise InputError(f"Expected {expected}, got shape {list(value.shape)}.{hint}")
