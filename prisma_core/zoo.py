@@ -266,7 +266,8 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> Z
 def export(model: ZooModel) -> dict[str, Tensor]:
     """Write the model's present weights as upstream's own state dict: the weight map run backwards.
 
-    >>> upstream.load_state_dict(export(model))
+    >>> upstream.load_state_dict(export(adapt(upstream)))
+    <All keys matched successfully>
 
     Raises:
         LoadError: the model was not adapted from an upstream one.

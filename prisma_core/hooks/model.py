@@ -74,9 +74,9 @@ class HookedModel(nn.Module):
         Splices, then hooks, then backward hooks, then caches that are being filled; hook points at which nothing runs
         are left out.
 
-        >>> with model.hooks({("z", 0): halve}):
-        ...     model.open_hooks()
-        {'blocks.0.attn.hook_z': [<function halve at 0x...>]}
+        >>> with model.hooks({("z", 0): lambda z, hook: z / 2}):
+        ...     list(model.open_hooks())
+        ['blocks.0.attn.hook_z']
         """
         scopes, hooks = OPEN_SCOPES.get(), dict[str, list[Callable[..., object]]]()
         for name, point in self.hook_points().items():
@@ -167,7 +167,7 @@ class HookedModel(nn.Module):
         >>> with model.caching("resid_post", pos=0) as cache:
         ...     logits = model(image)
         >>> cache["resid_post", -1].shape
-        torch.Size([1, 1, 16])
+        torch.Size([1, 1, 128])
         """
         if unknown:
             check_keywords("caching", unknown, keyword_names(self.caching))
@@ -253,7 +253,7 @@ class HookedModel(nn.Module):
 
         >>> logits, cache = model.run_with_cache(image, names=["resid_post", ("pattern", 0)])
         >>> cache["resid_post", -1].shape, cache["pattern", 0].shape
-        (torch.Size([1, 17, 16]), torch.Size([1, 2, 17, 17]))
+        (torch.Size([1, 145, 128]), torch.Size([1, 4, 145, 145]))
         """
         if loss is not None:
             check_call(loss, 1, "The loss", "a function from the output to one number", HookError)

@@ -120,6 +120,9 @@ class TokenLayout(BriefModel):
         Layout: ``[... pos ...] -> [... row column ...]``, with a frame axis before them if there is more than one
         frame. A tensor that holds patches alone is taken as it is.
 
+        >>> TokenLayout(rows=2, columns=3, cls=True).grid(torch.zeros(1, 7, 8)).shape
+        torch.Size([1, 2, 3, 8])
+
         Raises:
             InputError: the axis holds neither all tokens nor just the patches.
         """

@@ -137,8 +137,8 @@ class LogitAttribution(Stream):
             NotApplicable: the model has no head to count classes of, or its output is no sum over components.
 
         >>> parts, labels = cache.decompose_resid(return_labels=True)
-        >>> cache.logit_attrs(parts, "cat", against="dog").shape  # [component batch]
-        torch.Size([26, 1])
+        >>> cache.logit_attrs(parts, 3, against=5).shape  # [component batch]; classes by number or label
+        torch.Size([8, 1])
         """
         classes, against = _either(classes, tokens, "classes", "tokens"), _either(against, incorrect_tokens)
         if classes is None:

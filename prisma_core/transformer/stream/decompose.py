@@ -227,7 +227,7 @@ class StreamCache(LogitAttribution):
 
         >>> cat = model.W_U[:, 3]  # of a model that reads its class token
         >>> cache.stack_neuron_results(pos_slice="cls", apply_ln=True, project_output_onto=cat).shape
-        torch.Size([36864, 1, 1])
+        torch.Size([768, 1, 1])
         """
         check_flags(return_labels=return_labels, incl_remainder=incl_remainder, apply_ln=apply_ln)
         read = self._reading(layer, apply_ln, pos_slice, project_output_onto)
