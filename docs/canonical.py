@@ -10,8 +10,8 @@ import torch
 from pydantic import BaseModel
 
 from prisma_core.model import tensors_of
-from prisma_core.spec import Interpolation, ModelSpec, NormSpec, PoolSpec, RopeSpec
-from prisma_core.transformer.build import build
+from prisma_core.spec import AnySpec, DualSpec, Interpolation, ModelSpec, NormSpec, PoolSpec, RopeSpec, TextSpec
+from prisma_core.transformer import build
 
 LN, RMS = NormSpec(eps=1e-6), NormSpec(kind="rms", eps=1e-6)
 PLAIN: dict[str, Any] = {"d_model": 24, "layers": 2, "heads": 3, "patch": 4, "image": (8, 12), "n_classes": 10}
@@ -64,6 +64,38 @@ canonical form: [hook the model where it stands](../how-to-other-architectures.m
 """
 
 
+TEXTS = """
+## Texts and pairs
+
+A text tower has the blocks, norms and head of the models above, and these tensors before them. Here the vocabulary has
+50 tokens, and a text at most 9. A [pair of towers](reference.md#pairs-of-towers) has the tensors of both, as
+`vision.{*}` and `text.{*}`, and the logarithm of the factor of the similarities.
+
+| your model has | field | tensors |
+| --- | --- | --- |
+"""
+
+
+def texts() -> list[str]:
+    """The rows of texts and pairs."""
+    plain = TextSpec.plain(n_vocab=50, n_ctx=9, d_model=24, layers=2, heads=3, n_classes=10)
+    suffix = TextSpec.model_validate({**dict(plain), "suffix": True, "pool": {"kind": "last"}})
+    pair = DualSpec(vision=ModelSpec.plain(**PLAIN), text=plain)
+    biased = pair.model_copy(update={"logit_bias": True})
+    towers = {name for name in shapes(pair) if name.startswith(("vision.", "text."))}
+    specs: dict[str, tuple[AnySpec, str, set[str]]] = {
+        "tokens and positions": (plain, "`TextSpec`", set(shapes(pair.vision)) - {"embed.pos_embed"}),
+        "a learned token behind each text": (suffix, "`TextSpec.suffix=True`", set(shapes(plain))),
+        "a pair, and a factor of its similarities": (pair, "`DualSpec`", towers),
+        "a bias of the similarities": (biased, "`DualSpec.logit_bias=True`", set(shapes(pair))),
+    }
+    lines: list[str] = []
+    for words, (spec, field, known) in specs.items():
+        new = [f"`{name}`{_shape(shape)}" for name, shape in shapes(spec).items() if name not in known]
+        lines.append(f"| {words} | {field} | {', '.join(new)} |")
+    return lines
+
+
 def models() -> dict[str, ModelSpec]:
     """The specs of the second table, by what the model has."""
 
@@ -105,6 +137,9 @@ def models() -> dict[str, ModelSpec]:
         "a norm of the patch embedding": ModelSpec.model_validate(
             {**whole, "embed": spec.embed.model_copy(update={"norm": LN})}
         ),
+        "a stem of several layers ([`Adapter.stem`](reference.md#the-plugin), `stem.{*} -> embed.stem.{*}`)": (
+            ModelSpec.model_validate({**whole, "embed": spec.embed.model_copy(update={"stem": "opaque"})})
+        ),
         "a norm before the blocks": plain(ln_pre=LN),
         "no norm behind the blocks": plain(ln_final=None),
         "the mean of the patches, and a norm of it": plain(pool="avg", ln_final=None, ln_pool=LN),
@@ -133,10 +168,10 @@ def page() -> str:
         gone = [f"(`{name}`)" for name in folded(name for name in known if name not in now)]
         fields = ", ".join(f"`{field}`" for field in dict.fromkeys(differences(plain, spec)))
         lines.append(f"| {words} | {fields} | {', '.join([*new, *gone])} |")
-    return "\n".join(lines) + "\n" + ROWS
+    return "\n".join([*lines, TEXTS.rstrip("\n"), *texts()]) + "\n" + ROWS
 
 
-def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+def shapes(spec: AnySpec) -> dict[str, tuple[int, ...]]:
     """The canonical tensors of a spec, ``{l}`` for the layer."""
     with torch.device("meta"):
         model = build(spec)
@@ -144,7 +179,7 @@ def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
-    return "" if shape is None else f" [{' '.join(map(str, shape))}]"
+    return "" if shape is None else f" [{' '.join(map(str, shape)) or 'one number'}]"
 
 
 def folded(names: Iterable[str]) -> list[str]:

@@ -8,7 +8,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -32,6 +32,7 @@ from prisma_core.errors import (
     returned,
 )
 from prisma_core.errors.arguments import check_flags, device_of, dtype_of, expect
+from prisma_core.errors.migration import check_keywords, keywords
 from prisma_core.files.checkpoint import check_finite, check_merged
 from prisma_core.hooks.model import HookedModel
 from prisma_core.host import installed
@@ -42,7 +43,6 @@ from prisma_core.maps.weights import WeightMap
 from prisma_core.model import Origin, ZooModel, assign, tensors_of
 from prisma_core.saving.folder import load_folder, with_own_stem
 from prisma_core.spec import AnySpec, DualSpec, MapSpec, ModelSpec, TextSpec
-from prisma_core.toolbox.options import check_keywords, keywords
 from prisma_core.toolbox.tables import check_rows
 from prisma_core.transformer import HookedDual, HookedText, build
 from prisma_core.transformer.names import optional_hook_names
@@ -158,6 +158,9 @@ def _near(text: str) -> list[str]:
 def adapt(upstream: nn.Module, *, adapter: Adapter | None = None, copy: bool = True) -> ZooModel:
     """Hook a model: the result computes what ``upstream`` computes in evaluation.
 
+    In training mode (``model.train()``) a canonical form computes the same: it has no dropout and no stochastic depth.
+    A hooked upstream draws as upstream does.
+
     >>> model = adapt(timm.create_model("vit_tiny_patch16_224"))
 
     It has the preprocessing and the labels that the library has put on the model (timm, transformers).
@@ -263,7 +266,8 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> Z
 def export(model: ZooModel) -> dict[str, Tensor]:
     """Write the model's present weights as upstream's own state dict: the weight map run backwards.
 
-    >>> upstream.load_state_dict(export(model))
+    >>> upstream.load_state_dict(export(adapt(upstream)))
+    <All keys matched successfully>
 
     Raises:
         LoadError: the model was not adapted from an upstream one.
@@ -335,12 +339,15 @@ def spec_of(adapter: Adapter, upstream: Reader) -> AnySpec | MapSpec:
         with _reading(adapter):
             return returned(adapter.spec, adapter.spec(upstream), kinds)
     except PluginError as error:
-        problem = error.__cause__.__cause__ if isinstance(error.__cause__, SpecError) else error.__cause__
+        cause = error.__cause__
+        problem = cause.__cause__ if isinstance(cause, SpecError) else cause
         names = ("missing", "extra_forbidden")  # of fields: the adapter's mistake; values are the model's
-        if not isinstance(problem, ValidationError) or any(one["type"] in names for one in problem.errors()):
+        if cause is None or not isinstance(problem, ValidationError):
+            raise
+        if any(one["type"] in names for one in problem.errors()):
             raise
         kind = qualified_name(upstream.module)
-        facts = f"facts that no spec can hold ({format_fields(problem)}){_place(problem)}"
+        facts = f"facts that no spec can hold ({format_fields(problem)}){_place(cause)}"
         raise UnsupportedArchitecture(kind, facts) from problem
 
 
@@ -365,24 +372,7 @@ def _place(problem: BaseException) -> str:
 
 
 def output_of(adapter: Adapter, result: Any) -> Tensor:
-    """Ask an adapter for the main output.
-
-    Raises:
-        PluginError: the adapter failed.
-    """
+    """Ask an adapter for the main output; a ``PluginError`` where it fails."""
     with blaming(adapter):
         output = adapter.output(result)
     return returned(adapter.output, output, Tensor)
-
-
-@contextmanager
-def unfused(adapter: Adapter, upstream: nn.Module) -> Generator[None]:
-    """Enter an adapter's scope of unfused attention.
-
-    Raises:
-        PluginError: the adapter failed.
-    """
-    with ExitStack() as stack:
-        with blaming(adapter):
-            stack.enter_context(adapter.unfused_attention(upstream))
-        yield

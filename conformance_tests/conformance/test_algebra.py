@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from prisma_conformance.checks.algebra import equations
+from prisma_conformance.checks.equations import edited_pass
 from prisma_conformance.randomise import randomise
+from twins import twin
 
 from prisma_core import HookedViT, TokenLayout
 from prisma_core.spec import (
@@ -24,6 +26,9 @@ from prisma_core.spec import (
     TextSpec,
 )
 from prisma_core.transformer import ZooModel, build
+from prisma_core.transformer.attention import Attention
+from prisma_core.transformer.block import Block
+from prisma_core.transformer.norm import Norm
 
 LN, RMS = NormSpec(eps=1e-3), NormSpec(kind="rms", eps=1e-2)
 
@@ -32,11 +37,25 @@ LN, RMS = NormSpec(eps=1e-3), NormSpec(kind="rms", eps=1e-2)
 def all_hold(model: ZooModel) -> None:
     given = model.sample_inputs(2, generator=torch.Generator().manual_seed(2))
     inputs = tuple(x.double() if x.is_floating_point() else x for x in given)
+    hold_on_a_plain_pass(model, inputs)
+    assert not wrong_when_edited(model, inputs)
+
+
+def hold_on_a_plain_pass(model: ZooModel, inputs: tuple[torch.Tensor, ...]) -> None:
     _, cache = model.run_with_cache(*inputs)
     errors = equations(model, inputs, cache.store)
     assert {point for point, _ in errors} == set(model.hook_points())
     wrong = {f"{point} = {equation}": error for (point, equation), error in errors.items() if not error <= 1e-10}
     assert not wrong
+
+
+def wrong_when_edited(model: ZooModel, inputs: tuple[torch.Tensor, ...]) -> dict[str, float]:
+    """Evaluate the equations of a pass in which every hook point is edited; return those that fail."""
+    points = [name for name, point in model.hook_points().items() if not point.derived]
+    before, after = edited_pass(model, inputs, points, torch.Generator().manual_seed(3))
+    errors = equations(model, inputs, after, before)
+    assert set(points) - {point for point, _ in errors} <= {"hook_pos_embed"}  # full_embed's equation reads it
+    return {f"{point} = {equation}": error for (point, equation), error in errors.items() if not error <= 1e-10}
 
 
 def test_of_each_kind_of_model(variant: HookedViT) -> None:
@@ -93,3 +112,52 @@ SPECS = {
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_of_each_fact(spec: ModelSpec | TextSpec | DualSpec) -> None:
     all_hold(randomise(build(spec).double(), torch.Generator().manual_seed(1)).eval())
+
+
+MLP_INPUT = """x = computed(self.hook_resid_mid, add, x, attn_out)
+        if kind == "post":
+            x = self.ln1(x)
+        mlp_out = self.mlp(self.ln2(x) if kind == "pre" else x)"""
+BRANCH = """x, kind = self.hook_resid_pre(x), self.spec.kind
+        (inputs,) = head_inputs(x, self.spec, self.hook_q_input, self.hook_k_input, self.hook_v_input)
+        normed = x
+        if kind in ("pre", "parallel"):
+            normed = self.ln1(x)
+            inputs = inputs.after(self.ln1, x, normed)"""
+TWINS = {
+    "the MLP reads the stream before its hooks": (
+        Block,
+        MLP_INPUT,
+        "unedited = add(x, attn_out)\n        " + MLP_INPUT.replace("ln2(x)", "ln2(unedited)"),
+    ),
+    "the stream goes on past its hooks": (
+        Block,
+        BRANCH,
+        BRANCH.replace("x, kind = self", "kept, x, kind = x, self") + "\n        x = kept",
+    ),
+    "values past their hooks": (
+        Attention,
+        "q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)",
+        "q, k, v = self.hook_q(q), self.hook_k(k), (self.hook_v(v) + v) / 2",
+    ),
+    "a norm by its own scale": (
+        Norm,
+        "centred * scale.reciprocal().type_as(centred)",
+        "centred * self._inverse(centred)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TWINS)
+@torch.no_grad()
+def test_a_place_past_which_an_edit_goes_is_seen(name: str, make: Any, image: Any, monkeypatch: Any) -> None:
+    """Each twin computes the same on a plain pass."""
+    kind, right, wrong = TWINS[name]
+    model = make()
+    assert not wrong_when_edited(model, (image,))
+    copy = twin(kind, right, wrong)
+    for method in ("forward", "_divided"):
+        if hasattr(kind, method):
+            monkeypatch.setattr(kind, method, getattr(copy, method))
+    hold_on_a_plain_pass(model, (image,))
+    assert wrong_when_edited(model, (image,))

@@ -9,6 +9,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from prisma_conformance.checks.algebra import equations
+from prisma_conformance.checks.equations import edited_pass
 from prisma_conformance.strategies import SEEDS, random_model, specs, text_specs, vision_specs
 
 from prisma_core.errors import NotApplicable
@@ -35,6 +36,20 @@ def test_every_hook_point_holds_its_equation(spec: AnySpec, seed: int) -> None:
     _, cache = model.run_with_cache(*inputs)
     errors = equations(model, inputs, cache.store)
     assert {point for point, _ in errors} == set(model.hook_points())
+    assert not {point: error for (point, _), error in errors.items() if not error <= CHAINED}
+
+
+@given(specs(), SEEDS)
+@torch.no_grad()
+def test_every_equation_holds_with_every_hook_point_edited(spec: AnySpec, seed: int) -> None:
+    model, generator = random_model(spec, seed), torch.Generator().manual_seed(seed)
+    inputs = model.sample_inputs(2, generator=generator)
+    inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    points = [name for name, point in model.hook_points().items() if not point.derived]
+    before, after = edited_pass(model, inputs, points, generator)
+    errors = equations(model, inputs, after, before)
+    unread = set(points) - {point for point, _ in errors}
+    assert all(point.endswith("hook_pos_embed") for point in unread)  # full_embed's equation reads it
     assert not {point: error for (point, _), error in errors.items() if not error <= CHAINED}
 
 

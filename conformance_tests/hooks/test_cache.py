@@ -314,6 +314,22 @@ def test_a_mask_means_the_positions_it_marks(vit, image):
         vit.run_with_cache(image, names="resid_post", pos=[0.5])
 
 
+@pytest.mark.parametrize("length", [1, 6, 8, 10])
+def test_a_mask_of_another_length_is_refused(vit, image, length):
+    """As torch and numpy refuse it: a mask of the patches alone marks other tokens among all of them."""
+    mask = torch.ones(length, dtype=torch.bool)
+    _, whole = vit.run_with_cache(image)
+    for given in (mask, mask.tolist(), mask.numpy()):
+        for ask in (
+            lambda given=given: vit.run_with_cache(image, names="z", pos=given),
+            lambda given=given: vit.run_with_cache(image, names="pattern", pos=given),
+            lambda given=given: vit.run_with_cache(image, names="z", heads=given),
+            lambda given=given: whole.accumulated_resid(pos_slice=given),
+        ):
+            with pytest.raises(InputError, match="truth value for each"):
+                ask()
+
+
 def test_what_the_user_gives_and_gets_is_not_what_the_cache_holds(vit, image):
     with vit.caching() as cache:
         stream = vit(image, stop_at_layer=1)

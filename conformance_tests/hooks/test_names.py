@@ -5,8 +5,10 @@ from __future__ import annotations
 import operator
 
 import pytest
+from torch import nn
 
 from prisma_core import UnknownName
+from prisma_core.hooks.point import HookPoint
 from prisma_core.hooks.query import layer_of, resolve, resolve_one, short_name
 
 NAMES = [
@@ -107,6 +109,11 @@ def test_an_integer_may_come_from_numpy():
         ("", "No hook point matches"),
         (3, "3 is no name, glob"),
         (["embed", 3], "3 is no name, glob"),
+        (HookPoint("batch pos", "x"), r"HookPoint\('batch pos'\) is no name"),
+        ([HookPoint("batch pos", "x")], r"HookPoint\('batch pos'\) is no name"),
+        (str.upper, "is no name, glob"),
+        (nn.Linear(2, 3), r"Linear\(in_features=2.* is no name"),
+        (nn.ModuleList([nn.ReLU()]), r"ReLU\(\) is no name"),
     ],
 )
 def test_what_selects_nothing_is_an_error(query, words):

@@ -154,3 +154,13 @@ def test_a_dataclass_that_prints_tensors_would_be_found() -> None:
     kind = dataclasses.make_dataclass("Loud", [("x", "Tensor")])
     assert holds_tensors(kind)
     assert hasattr(kind.__repr__, "__wrapped__")
+
+
+def test_a_spec_is_a_table_in_a_notebook_and_its_defaults_are_left_out() -> None:
+    html = TokenLayout(rows=2, columns=3, cls=True)._repr_html_()
+    assert "<caption>TokenLayout</caption>" in html
+    assert "<td>rows</td><td>2</td>" in html
+    assert "frames" not in html
+    assert "&lt;i&gt;" in ModelSpec.plain(d_model=4, layers=1, heads=1, patch=2, image=4).model_copy(
+        update={"d_model": "<i>"}
+    )._repr_html_()  # fmt: skip

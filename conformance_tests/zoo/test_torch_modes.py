@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from windows import Adapter, Upstream
 
 import prisma_core as prisma
-from prisma_core import InputError
+from prisma_core import HookError, InputError
 from prisma_core.toolbox.derivatives import fused_attention
 from prisma_core.zoo import adapt_with
 
@@ -192,6 +192,27 @@ def test_what_was_cached_inside_vmap_and_kept_is_refused_in_words(pair, how):
     for ask in asked(kept[0]).values():
         with pytest.raises(InputError, match=r"torch\.vmap"):
             ask()
+
+
+@pytest.mark.parametrize("how", ["a loss", "a backward hook"])
+def test_gradients_by_activations_are_taken_inside_the_transform_that_takes_gradients(pair, how):
+    _, model, x = pair
+    name, grads = next(name for name in model.hook_points() if name.endswith("resid_mid")), []
+
+    def run(x):
+        if how == "a loss":
+            return model.run_with_cache(x, names=name, loss=lambda logits: logits[0, 0])[0][0, 0]
+        return model.run_with_hooks(x, backward={name: lambda grad, at: grads.append(grad)})[0, 0]
+
+    expected = torch.autograd.grad(run(x := x.requires_grad_()), x)[0]
+    torch.testing.assert_close(torch.func.grad(run)(x.detach()), expected, **CLOSE)
+    model.requires_grad_(False)
+    for transform in (
+        lambda: torch.vmap(lambda one: run(one[None]))(x.detach()),
+        lambda: torch.func.jvp(run, (x,), (x,)),
+    ):
+        with pytest.raises(HookError, match=r"torch\.func\.grad inside torch\.vmap"):
+            transform()
 
 
 @pytest.mark.parametrize("transform", ["grad", "jvp"])

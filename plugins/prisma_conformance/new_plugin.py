@@ -9,7 +9,7 @@ import keyword
 import re
 import shlex
 import textwrap
-from importlib.metadata import packages_distributions
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -127,6 +127,20 @@ def _upstream(kind: str) -> Upstream:
     return Upstream(found.__module__, found.__qualname__, _signature(found), library, distributions[0])
 
 
+def _prisma() -> str:
+    """Return the requirement of Prisma: from this release until the names that the next one deprecates may be gone."""
+    major, minor = version("prisma-interp").split(".")[:2]
+    return f"{_since('prisma-interp')},<{major}.{int(minor) + 2}"
+
+
+def _since(distribution: str) -> str:
+    """Return the requirement of the installed release or a later one."""
+    try:
+        return f"{distribution}>={version(distribution).partition('+')[0]}"
+    except PackageNotFoundError:
+        return distribution
+
+
 def _signature(kind: type) -> str:
     """Return a comment that says what a constructor takes."""
     try:
@@ -149,7 +163,7 @@ def _texts(name: str, dashed: str, upstream: Upstream | None, as_map: bool) -> d
             "type": f"{package}.tiny_vit.TinyViT",
             "library": "torch",
             "distribution": "torch",
-            "requirements": '"prisma-interp"',
+            "requirements": f'"{_prisma()}"',
             "also": "",
             "case_imports": f"\nfrom {package}.tiny_vit import TinyViT",
             "small_body": "    return TinyViT(size=24, patch=8, width=20, heads=2, depth=2, classes=7)",
@@ -163,7 +177,7 @@ def _texts(name: str, dashed: str, upstream: Upstream | None, as_map: bool) -> d
             "type": f"{upstream.module}.{upstream.name}",
             "library": upstream.library,
             "distribution": upstream.distribution,
-            "requirements": f'"prisma-interp", "{upstream.distribution}"',
+            "requirements": f'"{_prisma()}", "{_since(upstream.distribution)}"',
             "also": ", PrismaError",
             "case_imports": line,
             "small_body": f'{upstream.signature}\n    raise PrismaError("To do: {advice}")',

@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -31,6 +32,7 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Dtype = Literal["bfloat16", "float16", "float32"]
 _NAME = re.compile("[0-9a-f]{16}")
 _SUBSETS = {"pos": None, "patch": "patches", "cls": "cls"}  # of the layout, by axis
+GRID = ("frame", "row", "column")  # axes of patches that a model keeps in their places, as Swin and ConvNeXt do
 Name: TypeAlias = str | LayerQuery  # of a hook point: full, shorthand, or shorthand and layer
 
 
@@ -47,14 +49,45 @@ class Point(Facts):
     shape: tuple[int, ...]
 
     @property
+    def grid(self) -> TokenLayout | None:
+        """The layout of its tokens where they are a grid, ``row column`` or ``frame row column``; else None."""
+        lead = dict(zip(takewhile(GRID.__contains__, self.axes.split()), self.shape, strict=False))
+        if not {"row", "column"} <= lead.keys():
+            return None
+        return TokenLayout(frames=lead.get("frame", 1), rows=lead["row"], columns=lead["column"])
+
+    @property
+    def token_axes(self) -> int:
+        """How many of the first axes are of tokens: one, two or three of a grid, none."""
+        if self.grid is not None:
+            return sum(axis in GRID for axis in self.axes.split())
+        return int(self.axes.split()[0] in _SUBSETS)
+
+    @property
     def has_tokens(self) -> bool:
-        """Whether the first axis is of tokens: all that were read, or of a part of the model the patches or the class
-        token alone."""
-        return self.axes.split()[0] in _SUBSETS
+        """Whether the first axes are of tokens: all that were read, of a part of the model the patches or the class
+        token alone, or a grid."""
+        return self.token_axes > 0
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens an example has; 1 where the axes have none."""
+        return math.prod(self.shape[: self.token_axes])
+
+    @property
+    def inner(self) -> tuple[int, ...]:
+        """The shape of one token's activation."""
+        return self.shape[self.token_axes :]
+
+    def by_token(self, x: Tensor) -> Tensor:
+        """Return activations of examples with one axis of tokens, a grid in reading order: ``[example token ...]``."""
+        return x.flatten(1, self.token_axes) if self.has_tokens else x[:, None]
 
 
 def token_positions(layout: TokenLayout | None, pos: Any, point: Point) -> list[int] | None:
     """Return the positions of a hook point's tokens (see ``Manifest.positions``)."""
+    if point.grid is not None:
+        return list(range(point.n_tokens))
     if layout is None or not point.has_tokens:
         return None
     axis = point.axes.split()[0]
@@ -141,7 +174,8 @@ class Manifest(Facts):
 
     @checked
     def positions(self, point: Point) -> list[int] | None:
-        """Return the positions of a hook point's tokens; None where it has no tokens, or the model no layout of them.
+        """Return the positions of a hook point's tokens in ``layout_of(point)``; None where it has no tokens, or no
+        layout of them is known.
 
         ``pos`` cuts the axis of that name alone: what has the patches alone, such as the embedding or the features of a
         coder of patches, has all of them.
@@ -149,10 +183,18 @@ class Manifest(Facts):
         return token_positions(self.layout, self.pos, point)
 
     @checked
+    def layout_of(self, point: Point) -> TokenLayout | None:
+        """Return the layout of a hook point's tokens: that of its grid, else the model's."""
+        return point.grid or self.layout
+
+    @checked
     def tokens(self, point: Point) -> list[str] | None:
         """Return the names of a hook point's tokens, such as ``r3c5``; None where they have none."""
-        names, places = None if self.layout is None else self.layout.token_names(), self.positions(point)
-        return None if names is None or places is None else [names[place] for place in places]
+        layout, places = self.layout_of(point), self.positions(point)
+        if layout is None or places is None:
+            return None
+        names = layout.token_names()
+        return [names[place] for place in places]
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

@@ -177,7 +177,7 @@ def _unit(unit: int, top: Result, shown: Shown, facts: About) -> dict[str, Any]:
         if rows:
             made[name] = [[each, _number(value)] for each, value in rows[unit]]
     for rank in range(top.values.shape[1]):
-        if shown.thumb[unit, rank] < 0:
+        if shown.thumb[unit, rank] < 0 or not top.values[unit, rank]:  # at 0 a unit is off: no image is its top
             continue
         heat: np.ndarray = shown.heat[unit, rank]
         made["top"].append(

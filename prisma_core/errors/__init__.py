@@ -49,6 +49,10 @@ WAYS_OUT = {  # by where the classes are from that stand in the place of a libra
     "peft.": "Merge what peft has added into the weights before: upstream = peft_model.merge_and_unload()",
     "torch._dynamo.": "Put what torch.compile wraps in its place before: wrapper._orig_mod",
     "torch.nn.parallel.": "Put what it wraps in its place before: wrapper.module",
+    "torch.nn.utils.parametrize.": "Put plain values in the place of what computes them before: "
+    "torch.nn.utils.parametrize.remove_parametrizations(module, name)",
+    "torch.distributed.algorithms.": "Put what it wraps in its place before: wrapper._checkpoint_wrapped_module",
+    **dict.fromkeys(("torch.ao.", "torch.distributed.", "torch.fx.", "torch.jit."), "Adapt what it was made of"),
 }
 
 

@@ -13,7 +13,7 @@ from prisma_core.errors import HookError, InputError
 from prisma_core.errors.arguments import unwrapped
 from prisma_core.hooks.point import Stop
 from prisma_core.hooks.recompute import has_no_graph, is_second
-from prisma_core.spec.layout import IndexSlice
+from prisma_core.spec.layout import IndexSlice, check_places
 
 
 @dataclass(eq=False)
@@ -69,9 +69,7 @@ class Keep:
             if not len(range(*index.indices(n))):
                 raise InputError(f"{index!r} selects nothing on axis {axis} of {self.name}, which has {n} there.")
             return x[(slice(None),) * at + (index,)]
-        for each in index:
-            if not -n <= each < n:
-                raise InputError(f"No index {each} on axis {axis} of {self.name}, which has {n} there.")
+        check_places(index, n, f"axis {axis} of {self.name}")
         return x.index_select(at, torch.tensor([each % n for each in index], dtype=torch.long, device=x.device))
 
     def __repr__(self) -> str:

@@ -13,8 +13,10 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias, TypeGuard, cast
 
+from torch import nn
+
 from prisma_core.errors import UnknownName, suggest
-from prisma_core.errors.arguments import check_call, whole
+from prisma_core.errors.arguments import check_call, shown, whole
 
 Predicate: TypeAlias = Callable[[str], bool]
 LayerQuery: TypeAlias = tuple[str, int | None] | tuple[str, int | None, str | None]
@@ -62,20 +64,20 @@ def resolve(query: Query | None, names: Sequence[str], derived: frozenset[str] =
         return [name for name in names if name not in derived]
     if isinstance(query, str):
         return _resolve_text(query, names, derived)
-    if callable(query):
+    if callable(query) and not isinstance(query, nn.Module):
         check_call(query, 1, "The predicate", "predicate(name) -> bool", UnknownName)
-        selected = [name for name in names if name not in derived and query(name)]
-        if not selected:
+        answers = {name: query(name) for name in names if name not in derived}
+        if any(isinstance(answer, str) for answer in answers.values()):  # a hook point returns what it is given
+            raise _no_query(query)
+        if not any(answers.values()):
             raise UnknownName(f"The predicate {query!r} selects none of this model's {len(names)} hook points.")
-        return selected
+        return [name for name, answer in answers.items() if answer]
     if _is_layer_query(query):
         return _with_layer(query, names)
-    try:
-        parts = iter(cast("Iterable[Query]", query))
-    except TypeError as error:
-        raise _no_query(query) from error
+    if not isinstance(query, Iterable):
+        raise _no_query(query)
     known, union = set(names), set[str]()
-    for part in parts:
+    for part in query:
         if cast(object, part) is None:
             raise _no_query(part)
         union.update([part] if isinstance(part, str) and part in known else resolve(part, names, derived))
@@ -128,7 +130,8 @@ def _resolve_text(query: str, names: Sequence[str], derived: frozenset[str]) -> 
 
 
 def _shorthand(query: str, names: Sequence[str]) -> list[str]:
-    selected = [name for name in names if _ends_with(name, query)]
+    last = query.rpartition(".")[2]
+    selected = [name for name in names if name.endswith(last) and _ends_with(name, query)]
     if selected or "." not in query:
         return selected
     tower, rest = query.split(".", 1)
@@ -137,8 +140,6 @@ def _shorthand(query: str, names: Sequence[str]) -> list[str]:
 
 def _ends_with(name: str, shorthand: str) -> bool:
     *path, last = shorthand.split(".")
-    if not name.endswith(last):  # most names, at once
-        return False
     parts = name.split(".")
     if last not in (parts[-1], parts[-1].removeprefix("hook_")):
         return False
@@ -155,8 +156,7 @@ def _is_layer_query(query: object) -> TypeGuard[LayerQuery]:
 
 
 def _with_layer(query: LayerQuery, names: Sequence[str]) -> list[str]:
-    shorthand, layer = query[0], whole(query[1])
-    part = query[2] if len(query) == 3 else None
+    shorthand, layer, part = query[0], whole(query[1]), query[2] if len(query) == 3 else None
     if part := _PARTS.get(part or "", part):
         tower, _, short = shorthand.rpartition(".")
         shorthand = ".".join(filter(None, [tower, part, short]))
@@ -195,6 +195,6 @@ def _unknown(query: object, names: Sequence[str]) -> UnknownName:
 
 def _no_query(query: object) -> UnknownName:
     return UnknownName(
-        f"{query!r} is no name, glob, (shorthand, layer), predicate or collection of those. "
+        f"{shown(query)} is no name, glob, (shorthand, layer), predicate or collection of those. "
         "A cache takes cache['resid_post', 0]; of layer norms cache['scale', 0, 'ln1']."
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prisma_core.errors import InputError
-from prisma_core.errors.arguments import shown
+from prisma_core.errors.arguments import in_transform, shown
 
 
 def input_words(shape: tuple[int, ...]) -> tuple[str, str]:
@@ -47,11 +47,7 @@ def check_input(value: object, shape: tuple[int, ...]) -> Tensor:
 
 
 def check_place(what: str, x: Tensor, weight: Tensor | None) -> None:
-    """Refuse an input that is not where the weights are, or not of their dtype.
-
-    Raises:
-        InputError: with both, and what moves it.
-    """
+    """Refuse an input that is not where the weights are, or not of their dtype; the error says what moves it."""
     if weight is None:
         return
     if x.device != weight.device:
@@ -69,11 +65,7 @@ def check_place(what: str, x: Tensor, weight: Tensor | None) -> None:
 
 
 def check_numbers(what: str, x: Tensor) -> None:
-    """Refuse an input with values that are not numbers, where a check may look at them.
-
-    Raises:
-        InputError: with how many there are.
-    """
+    """Refuse an input with values that are not numbers (``InputError``), where a check may look at them."""
     if not may_look(x) or x.detach().sum().isfinite():  # one sum tells, unless finite values overflow it
         return
     if bad := int((~torch.isfinite(x)).sum()):
@@ -83,11 +75,12 @@ def check_numbers(what: str, x: Tensor) -> None:
 def may_look(x: Tensor) -> bool:
     """Return whether a check may look at the numbers of an input.
 
-    On a GPU it would stop the queue at every call, and neither ``torch.compile`` nor ``torch.vmap`` can trace it.
+    On a GPU it would stop the queue at every call. Neither ``torch.compile`` nor ``torch.vmap`` can trace it, and under
+    ``make_fx``, in a fake mode, and in other modes that see every operation, there may be no numbers.
     """
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not in_transform()
+    traced = torch.compiler.is_compiling() or in_transform() or _dispatching() or torch.jit.is_tracing()
+    return x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) and not traced
 
 
-def in_transform() -> bool:
-    """Return whether a transform of ``torch.func`` is running, such as ``vmap``."""
-    return cast("Any", torch)._C._functorch.maybe_current_level() is not None
+def _dispatching() -> bool:
+    return cast("Any", torch)._C._len_torch_dispatch_stack() > 0

@@ -133,11 +133,7 @@ class SavedFacts(BaseModel):
 
 
 def read_facts(text: str, path: Path) -> SavedFacts:
-    """Return the facts in the text of a ``spec.json``.
-
-    Raises:
-        LoadError: they describe no model.
-    """
+    """Return the facts in the text of a ``spec.json``; a ``LoadError`` where they describe no model."""
     try:
         facts = SavedFacts.model_validate_json(text)
     except (ValidationError, ValueError) as error:

@@ -56,7 +56,8 @@ def save(model: ZooModel, folder: str | Path) -> Path:
     Raises:
         UnsupportedArchitecture: the model has an opaque stem, which a spec cannot describe.
         NotApplicable: the model does something that no spec says, or has no weights.
-        InputError: its labels are not one text a class, or its weights are not all numbers.
+        InputError: its labels are not one text a class, its weights are not all numbers, or its parts are not those of
+            its spec.
         LoadError: the disk is full, read-only, or refuses in another way.
     """
     _check_savable(expect(model, ZooModel, "a model, as prisma.load or prisma.adapt returns"))
@@ -64,6 +65,8 @@ def save(model: ZooModel, folder: str | Path) -> Path:
     tensors = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
     frozen = [name for name, tensor in tensors_of(model).items() if not tensor.requires_grad]
     try:
+        with torch.device("meta"):
+            check_shapes(tensors, tensors_of(build(model.spec)), "What its parts hold now")
         check_finite(tensors, "This model")
     except LoadError as error:
         raise InputError(f"{error} Nothing is saved.") from error
@@ -99,11 +102,7 @@ def _check_savable(model: ZooModel) -> None:
 
 
 def _make(folder: Path) -> None:
-    """Make the folder, and refuse what stands where something is to be written.
-
-    Raises:
-        LoadError: with what it is.
-    """
+    """Make the folder, and refuse what stands where something is to be written: a ``LoadError`` says what it is."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

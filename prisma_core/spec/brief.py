@@ -47,13 +47,16 @@ class BriefModel(BaseModel):
             another = f"{kind}(**{{**dict(it), {name!r}: ...}})"
             raise InputError(f"A {kind} does not change: make another, {another}.") from error
 
+    def _given(self) -> Iterable[tuple[str, str]]:
+        for name, field in type(self).model_fields.items():
+            if field.is_required() or getattr(self, name) != field.get_default(call_default_factory=True):
+                yield name, _code(getattr(self, name))
+
     def __repr__(self) -> str:
-        given = {
-            name: getattr(self, name)
-            for name, field in type(self).model_fields.items()
-            if field.is_required() or getattr(self, name) != field.get_default(call_default_factory=True)
-        }
-        return _call(type(self).__name__, (f"{name}={_code(value)}" for name, value in given.items()))
+        return _call(type(self).__name__, (f"{name}={value}" for name, value in self._given()))
+
+    def _repr_html_(self) -> str:
+        return html_table(type(self).__name__, self._given())
 
     def __str__(self) -> str:
         return repr(self)

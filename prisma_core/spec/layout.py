@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from einops import rearrange
@@ -120,6 +120,9 @@ class TokenLayout(BriefModel):
         Layout: ``[... pos ...] -> [... row column ...]``, with a frame axis before them if there is more than one
         frame. A tensor that holds patches alone is taken as it is.
 
+        >>> TokenLayout(rows=2, columns=3, cls=True).grid(torch.zeros(1, 7, 8)).shape
+        torch.Size([1, 2, 3, 8])
+
         Raises:
             InputError: the axis holds neither all tokens nor just the patches.
         """
@@ -149,21 +152,38 @@ class TokenLayout(BriefModel):
             return names + [f"f{frame}{place}" for place in places for frame in range(self.frames)]
         return names + [f"f{frame}{place}" for frame in range(self.frames) for place in places]
 
-    def model_post_init(self, context: Any) -> None:
-        if self.rows < 1 or self.columns < 1 or self.frames < 1:
-            raise ValueError("a layout has at least one patch")
-
 
 def axis_of(axis: int, x: Tensor) -> int:
-    """Return an axis of a tensor, counted from 0; negative ones count from the end.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Return an axis of a tensor, counted from 0: negative ones count from the end, others are an ``InputError``."""
     number = whole(axis)
     if number is None or not -x.ndim <= number < x.ndim:
         raise InputError(f"Expected the number of an axis of {list(x.shape)}, got {shown(axis)}.")
     return number % x.ndim
+
+
+class Marked(list[int]):
+    """The positions that a mask marks.
+
+    Attributes:
+        length: of the mask.
+    """
+
+    def __init__(self, mask: Tensor):
+        super().__init__(cast("list[int]", mask.nonzero().flatten().tolist()))
+        self.length = len(mask)
+
+
+def check_places(places: Sequence[int], n: int, where: str) -> None:
+    """Refuse positions that are not among ``n``, and a mask of another length.
+
+    Args:
+        where: the axis, in words.
+    """
+    if isinstance(places, Marked) and places.length != n:
+        raise InputError(f"A mask needs a truth value for each of {n} places on {where}; got {places.length}.")
+    for each in places:
+        if not -n <= each < n:
+            raise InputError(f"No index {each} on {where}, which has {n} there.")
 
 
 def indices(index: int | Sequence[int] | Tensor) -> list[int]:
@@ -172,6 +192,8 @@ def indices(index: int | Sequence[int] | Tensor) -> list[int]:
     Raises:
         InputError: they are not whole numbers, or none.
     """
+    if isinstance(index, Marked):
+        return index
     if (number := whole(index)) is not None:
         return [number]
     try:
@@ -185,11 +207,10 @@ def indices(index: int | Sequence[int] | Tensor) -> list[int]:
             f"Expected positions as whole numbers or a mask, got {shown(index)}. A subset of the tokens stands by "
             "itself: pos='cls'."
         )
-    if numbers.dtype == torch.bool:
-        numbers = numbers.nonzero().flatten()
-    if not numbers.numel():
+    places = Marked(numbers) if numbers.dtype == torch.bool else cast("list[int]", numbers.tolist())
+    if not places:
         raise InputError(f"Expected at least one position, got {shown(index)}, which is empty.")
-    return cast("list[int]", numbers.tolist())
+    return places
 
 
 def positions_of(index: Index | None, n: int) -> list[int]:
@@ -210,17 +231,14 @@ def positions_of(index: Index | None, n: int) -> list[int]:
             raise InputError(f"{index!r} selects none of {n} positions.")
         return selected
     numbers = indices(index)
-    if any(not -n <= each < n for each in numbers):
+    if not isinstance(numbers, Marked) and any(not -n <= each < n for each in numbers):
         raise InputError(f"No position {numbers}: there are {n}.")
+    check_places(numbers, n, "this axis")
     return [places[each] for each in numbers]
 
 
 def _range(index: slice, n: int) -> range:
-    """Return the places that a slice selects of ``n``.
-
-    Raises:
-        InputError: it is not of whole numbers, or its step is 0.
-    """
+    """Return the places that a slice of whole numbers selects of ``n``."""
     try:
         return range(n)[index]
     except (TypeError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -13,6 +14,13 @@ HALF = (torch.float16, torch.bfloat16)
 def widened(x: Tensor) -> Tensor:
     """Return ``x`` in float32 if its dtype is a half one, else as it is."""
     return x.float() if x.dtype in HALF else x
+
+
+def unrounded(x: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which products on the device of ``x`` keep their dtype: autocast would round them to half."""
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if autocast else nullcontext()
 
 
 def softmax(scores: Tensor) -> Tensor:

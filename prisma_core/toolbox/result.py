@@ -90,6 +90,9 @@ class Result:
     def sel(self: Self_, **places: Label | Sequence[Label]) -> Self_:
         """Return the part at some places, by axis: an index, a label (the axis goes), or several (the axis stays).
 
+        >>> Result(torch.eye(3), ("layer", "class"), {"class": ("cat", "dog", "cow")}).sel(**{"class": "dog"}).values
+        tensor([0., 1., 0.])
+
         Raises:
             UnknownName: no such axis or label; the nearest are suggested.
         """
@@ -127,6 +130,9 @@ class Result:
 
     def top(self, k: int = 10, *, by_size: bool = True) -> list[tuple[tuple[str, ...], float]]:
         """Return the ``k`` largest values with the labels of their places.
+
+        >>> Result(torch.tensor([1., -3.]), ("class",), {"class": ("cat", "dog")}).top(1)
+        [(('dog',), -3.0)]
 
         Args:
             by_size: the largest by absolute value; False the largest by value.

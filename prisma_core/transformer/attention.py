@@ -14,7 +14,7 @@ from prisma_core.errors import InputError
 from prisma_core.hooks.point import HookPoint
 from prisma_core.spec import AttentionSpec, RopeSpec
 from prisma_core.toolbox.derivatives import fused_attention
-from prisma_core.toolbox.precision import HALF, show, softmax, widened
+from prisma_core.toolbox.precision import HALF, show, softmax, unrounded, widened
 from prisma_core.toolbox.query_rows import Rows
 from prisma_core.transformer.norm import Norm
 from prisma_core.transformer.recipes import computed
@@ -81,7 +81,8 @@ def attend(
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     if scores.wanted or pattern.wanted:
         rows = Rows.asked(scores, pattern)
-        x = (widened(q if rows is None else rows.of(q)) * scale) @ widened(k).transpose(-2, -1)
+        with unrounded(q):
+            x = (widened(q if rows is None else rows.of(q)) * scale) @ widened(k).transpose(-2, -1)
         if bias is not None:
             x = x + (bias if rows is None else rows.of(bias.expand(-1, -1, q.shape[2], -1)))
         if rows is None:
@@ -89,7 +90,8 @@ def attend(
             whole = x.dtype == dtype and dtype not in HALF
             soft = softmax if bias is not None or scores.edited else _softmax
             x = computed(pattern, soft, x) if whole else show(pattern, soft(x), dtype)
-            return (x @ widened(v)).to(dtype).transpose(1, 2)
+            with unrounded(x):
+                return (x @ widened(v)).to(dtype).transpose(1, 2)
         rows.store(scores, x.to(dtype))
         rows.store(pattern, softmax(x).to(dtype))
     return fused_attention(q, k, v, bias, scale).transpose(1, 2)
@@ -221,8 +223,9 @@ class Attention(WeightViews):
         flat = self.ln(z.flatten(2))
         if not self.hook_result.wanted:
             return self.out(flat)
-        heads, w_o = widened(flat.view(z.shape)), widened(self.W_O)
-        result = einsum(heads, w_o, "batch pos head d_head, head d_head d_model -> batch pos head d_model")
+        heads, w_o = widened(flat.view(z.shape)), widened(self.W_O.type_as(flat))
+        with unrounded(flat):
+            result = einsum(heads, w_o, "batch pos head d_head, head d_head d_model -> batch pos head d_model")
         return (show(self.hook_result, result, flat.dtype).sum(2) + self.b_O).type_as(flat)
 
     def _project(self, x: Tensor, inputs: HeadInputs, leading: int | None) -> list[Tensor]:

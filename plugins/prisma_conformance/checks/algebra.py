@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import cast
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prisma_conformance import tolerances
 from prisma_conformance.checks import claims
 from prisma_conformance.checks.claims import Acts, Claim, Claims, Part
+from prisma_conformance.checks.equations import edited_pass
 from prisma_conformance.finding import Finding
 from prisma_conformance.measure import worst
 from prisma_conformance.subject import Inputs, Subject
@@ -24,28 +25,40 @@ from prisma_core.transformer.block import Block, SideBySide
 @torch.no_grad()
 def algebra(subject: Subject) -> Finding:
     """Evaluate the equation of each hook point, and list the points that nothing proves."""
-    passes, bound = subject.passes(), tolerances.routes(subject.spec)
-    errors = equations(subject.pair().model, passes.inputs, passes.acts)
+    passes, bound, model = subject.passes(), tolerances.routes(subject.spec), subject.pair().model
+    errors = equations(model, passes.inputs, passes.acts)
     problems = [f"{point} = {equation}: off by {e:.1e}" for (point, equation), e in errors.items() if not e <= bound]
+    if not problems:
+        points = [name for name, point in model.hook_points().items() if not point.derived]
+        before, after = edited_pass(model, passes.inputs, points, subject.generator(8))
+        for (point, equation), e in equations(model, passes.inputs, after, before).items():
+            if not e <= bound:
+                problems.append(f"{point} = {equation}, with every hook point edited: off by {e:.1e}")
     claimed = {point for point, _ in errors}
     problems += [f"{point} is in no hook map and no equation" for point in _unproven(subject, claimed)]
     kinds = {_family(f"{point} = {equation}") for point, equation in errors}
     return Finding(max(errors.values()), bound, tuple(problems), f"{len(errors)} equations of {len(kinds)} kinds")
 
 
-def equations(model: ZooModel, inputs: Inputs, acts: dict[str, Tensor]) -> dict[tuple[str, str], float]:
+def equations(
+    model: ZooModel, inputs: Inputs, acts: Mapping[str, Tensor], before: Mapping[str, Tensor] | None = None
+) -> dict[tuple[str, str], float]:
     """Error of each equation, by hook point and text.
 
     Args:
         model, inputs: of the pass.
-        acts: all of its activations but the derived ones.
+        acts: all of its activations but the derived ones, as hooks left them.
+        before: what came to each hook point, where hooks changed it. Only the steps are evaluated then: an equation
+            holds between what came to its point and what went on from those it reads.
     """
     errors: dict[tuple[str, str], float] = {}
-    derived = _derived_acts(model, inputs)
+    derived = _derived_acts(model, inputs) if before is None else {}
     claims_about_derived = _derived(model, acts) if derived else ()
-    for store, equations_ in ((acts, _model(model, Acts(acts), inputs)), (derived, claims_about_derived)):
-        for point, equation, value in equations_:
-            errors[point, equation] = max(errors.get((point, equation), 0.0), worst(store[point], value))
+    left = acts if before is None else before
+    for store, equations_ in ((left, _model(model, Acts(acts), inputs)), (derived, claims_about_derived)):
+        for point, equation, value, step in equations_:
+            if step or before is None:
+                errors[point, equation] = max(errors.get((point, equation), 0.0), worst(store[point], value))
     return errors
 
 
@@ -80,14 +93,14 @@ def _model(model: ZooModel, acts: Acts, inputs: Inputs) -> Claims:
         (tokens,) = inputs
         x = yield from _text_embedding(model, acts, tokens)
         x, total = yield from _blocks(model, acts, x, _hidden(model, tokens))
-        yield acts.claim("hook_logits", "unembed(the sum of the parts)", model.unembed(total, tokens))
+        yield acts.claim("hook_logits", "unembed(the sum of the parts)", model.unembed(total, tokens), step=False)
         yield acts.claim("hook_pooled", "the token that pooling names", _named(model, x, tokens))
         yield from _head(model, acts)
     elif isinstance(model, HookedViT):
         (image,) = inputs
         x = yield from _embedding(model, acts, image)
         x, total = yield from _blocks(model, acts, x, None)
-        yield acts.claim("hook_logits", "unembed(the sum of the parts)", model.unembed(total))
+        yield acts.claim("hook_logits", "unembed(the sum of the parts)", model.unembed(total), step=False)
         yield from _pooling(model, acts, x)
         yield from _head(model, acts, x)
 
@@ -105,7 +118,7 @@ def _dual(model: HookedDual, acts: Acts, inputs: Inputs) -> Claims:
     yield acts.claim("hook_logits", "image_embed . text_embed * exp(logit_scale) + logit_bias", similarity + bias)
 
 
-def _derived(model: ZooModel, plain: dict[str, Tensor]) -> Claims:
+def _derived(model: ZooModel, plain: Mapping[str, Tensor]) -> Claims:
     """Claims about derived hook points, and about the logits of the pass that computes them."""
     for prefix, tower in model.towers().items():
         if not isinstance(tower, HookedViT | HookedText):
@@ -184,7 +197,7 @@ def _embedded(model: HookedViT | HookedText, acts: Acts, tokens: Tensor) -> Part
     full = acts["hook_full_embed"]
     if "hook_pos_embed" in acts:
         # The stream begins with full_embed, so resid_pre proves full_embed, and this equation proves pos_embed.
-        yield acts.claim("hook_pos_embed", "full_embed - prefix and embed", full - tokens)
+        yield acts.claim("hook_pos_embed", "full_embed - prefix and embed", full - tokens, step=False)
         tokens = tokens + acts["hook_pos_embed"]
     yield acts.claim("hook_full_embed", "prefix and embed + pos_embed", tokens)
     if model.spec.ln_pre is None:
@@ -212,7 +225,7 @@ def _blocks(
         total = total + sum(inside[part] for part in ("hook_attn_out", "hook_mlp_out") if part in inside)
         point = f"blocks.{index}.hook_resid_post"
     if point:
-        yield acts.claim(point, "embedding + every attn_out + every mlp_out", total)
+        yield acts.claim(point, "embedding + every attn_out + every mlp_out", total, step=False)
     if model.spec.ln_final is not None:
         normed = yield from claims.norm(acts.under("ln_final"), model.ln_final, stream)
         yield acts.claim("hook_ln_final", "ln_final(the last resid_post)", normed)

@@ -28,11 +28,17 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 class Claim(NamedTuple):
-    """Assertion: the activation at ``point`` equals ``value``, computed from other activations and weights."""
+    """Assertion: the activation at ``point`` equals ``value``, computed from other activations and weights.
+
+    Attributes:
+        step: whether the model computes the point from what ``value`` is computed from, so that the equation holds
+            whatever hooks make of that. Sums over all layers, and a pattern's rows, are no steps.
+    """
 
     point: str
     equation: str
     value: Tensor
+    step: bool = True
 
 
 Claims = Iterator[Claim]
@@ -55,8 +61,8 @@ class Acts:
     def under(self, part: str) -> Acts:
         return Acts(self.store, f"{self.at}{part}.")
 
-    def claim(self, name: str, equation: str, value: Tensor) -> Claim:
-        return Claim(self.at + name, equation, value)
+    def claim(self, name: str, equation: str, value: Tensor, *, step: bool = True) -> Claim:
+        return Claim(self.at + name, equation, value, step)
 
 
 # -------------------------------------------------------------------- norms and MLPs
@@ -69,7 +75,7 @@ def norm(acts: Acts, module: nn.Module, x: Tensor) -> Part:
     centred = x - x.mean(-1, keepdim=True) if module.spec.kind == "ln" else x
     scale = (centred.square().mean(-1, keepdim=True) + module.spec.eps).sqrt()
     yield acts.claim("hook_scale", "sqrt(mean square of centred x + eps)", scale)
-    normalized = centred / scale * module.weight + (0 if module.bias is None else module.bias)
+    normalized = centred / acts["hook_scale"] * module.weight + (0 if module.bias is None else module.bias)
     yield acts.claim("hook_normalized", "centred x / scale * weight + bias", normalized)
     return acts["hook_normalized"]
 
@@ -165,7 +171,8 @@ def _attend(
     yield acts.claim("hook_attn_scores", "q . k * scale + bias, masked", masked)
     scores, pattern = acts["hook_attn_scores"], acts["hook_pattern"]
     yield acts.claim("hook_pattern", "softmax(scores)", torch.exp(scores - scores.logsumexp(-1, keepdim=True)))
-    yield acts.claim("hook_pattern", "pattern / the sum of its row", pattern / pattern.sum(-1, keepdim=True))
+    normed = pattern / pattern.sum(-1, keepdim=True)
+    yield acts.claim("hook_pattern", "pattern / the sum of its row", normed, step=False)
     yield acts.claim("hook_z", "pattern v", einsum(pattern, v, "b h q k, b k h d -> b q h d"))
 
 

@@ -16,7 +16,7 @@ from prisma_conformance.checks.formulas import Acts, Formula, Scope
 from prisma_conformance.checks.grammar import Prose
 from prisma_conformance.measure import worst
 from prisma_conformance.subject import Subject
-from prisma_core import HookContext
+from prisma_core import HookContext, ZooModel
 from prisma_core.plugin import MapAdapter, PrismaError, Reader, blaming, returned
 from prisma_core.toolbox.tables import numbered
 
@@ -83,6 +83,22 @@ class Passed(NamedTuple):
     after: Acts
 
 
+def edited_pass(
+    model: ZooModel, inputs: tuple[Tensor, ...], points: Sequence[str], generator: torch.Generator
+) -> Passed:
+    """Run a model with noise added at these hook points."""
+    before: dict[str, Tensor] = {}
+    after: dict[str, Tensor] = {}
+
+    def hook(x: Tensor, at: HookContext) -> Tensor:
+        before[at.name] = x.clone()
+        after[at.name] = x + noise(x, generator) / 4
+        return after[at.name].clone()
+
+    output = model.run_with_hooks(*inputs, hooks=dict.fromkeys(points, hook))
+    return Passed(before, after | {OUTPUT: output})
+
+
 class MapEquations:
     """Everything that is said about the hook points of a hooked upstream.
 
@@ -139,17 +155,7 @@ class MapEquations:
         An equation then holds between what came to a hook point and what went on from those it reads: only if each of
         them is a place that everything behind it reads.
         """
-        before: dict[str, Tensor] = {}
-        after: dict[str, Tensor] = {}
-        generator = self.subject.generator(8)
-
-        def hook(x: Tensor, at: HookContext) -> Tensor:
-            before[at.name] = x.clone()
-            after[at.name] = x + noise(x, generator)
-            return after[at.name].clone()
-
-        logits = self.model.run_with_hooks(*self.inputs, hooks=dict.fromkeys(self.scope.rows, hook))
-        return Passed(before, after | {OUTPUT: logits})
+        return edited_pass(self.model, self.inputs, list(self.scope.rows), self.subject.generator(8))
 
     def evaluate(self, equations: Sequence[Equation]) -> tuple[dict[str, float], list[str]]:
         """Evaluate equations on a plain pass and on an edited one, those left out that are exempt.
@@ -222,4 +228,4 @@ def _normalised(pattern: Tensor) -> tuple[Tensor, Tensor]:
     return pattern, pattern / pattern.sum(-1, keepdim=True)
 
 
-__all__ = ["UNEVALUATED", "Equation", "MapEquations", "Passed", "noise"]
+__all__ = ["UNEVALUATED", "Equation", "MapEquations", "Passed", "edited_pass", "noise"]

@@ -43,6 +43,7 @@ _NORMALIZE = ("none", "layer_norm", "constant_norm_rescale", "expected_average_o
 _KINDS = {
     "standard": "standard",
     "topk": "topk",
+    "abstopk": "topk",
     "jumprelu": "jumprelu",
     "gated": "gated",
     "transcoder": "transcoder",
@@ -52,6 +53,11 @@ _KINDS = {
     # Of checkpoints: finished ones are saved as jumprelu.
     "batchtopk": "batchtopk",
     "matryoshka_batchtopk": "matryoshka",
+}
+
+_OTHERS = {  # which are no function of one row by an encoder, an activation and a decoder
+    "temporal": ", whose features depend on the tokens before",
+    "matching_pursuit": ", whose encoder is a loop over residuals",
 }
 
 
@@ -97,7 +103,11 @@ def _from_sae_lens(path: Path, config: dict[str, Any], tensors: dict[str, Tensor
     if architecture == "standard" and activation == "topk":
         architecture = "topk"
     if architecture not in _KINDS:
-        raise LoadError(f"{path} holds the architecture {architecture!r}; expected one of {', '.join(_KINDS)}.")
+        reason = _OTHERS.get(architecture, "")
+        raise LoadError(
+            f"{path} holds the architecture {architecture!r}{reason}; expected one of {', '.join(_KINDS)}. SAELens "
+            "itself loads it."
+        )
     if architecture == "standard" and activation not in ("relu", "tanh-relu"):
         raise LoadError(f"{path} has the activation {activation!r}; expected relu, tanh-relu or topk.")
     if about.get("finetuning_scaling_factor") and "finetuning_scaling_factor" in tensors:
@@ -134,7 +144,9 @@ def _from_sae_lens(path: Path, config: dict[str, Any], tensors: dict[str, Tensor
 def _activation(architecture: str, activation: str) -> Any:
     if "jumprelu" in architecture or "batchtopk" in architecture:
         return "jumprelu"
-    return "topk" if architecture == "topk" else activation if architecture == "standard" else "relu"
+    if architecture in ("topk", "abstopk"):
+        return {"topk": "topk", "abstopk": "topk-abs"}[architecture]
+    return activation if architecture == "standard" else "relu"
 
 
 def _normalization(path: Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
@@ -203,6 +215,7 @@ def sae_lens_config(coder: SparseCoder) -> dict[str, Any] | None:
         ("relu", False, False): "standard",
         ("relu", True, False): "gated",
         ("topk", False, False): "topk",
+        ("topk-abs", False, False): "abstopk",
         ("jumprelu", False, False): "jumprelu",
         ("relu", False, True): "skip_transcoder" if "W_skip" in tensors else "transcoder",
         ("jumprelu", False, True): "jumprelu_skip_transcoder" if "W_skip" in tensors else "jumprelu_transcoder",
@@ -229,6 +242,6 @@ def sae_lens_config(coder: SparseCoder) -> dict[str, Any] | None:
         "architecture": architecture,
         "metadata": metadata | ({"hook_name_out": facts.hook_out} if transcoder else {}),
     }
-    if facts.activation == "topk":
+    if facts.activation in ("topk", "topk-abs"):
         config |= {"k": facts.k, "rescale_acts_by_decoder_norm": False}
     return config | ({"d_out": facts.d_out} if transcoder else {})
