@@ -126,7 +126,7 @@ class SavedFacts(BaseModel):
     def to_json(self) -> str:
         """Return the text of ``spec.json``."""
         records = {what: record.model_dump(exclude_none=True) for what, record in self.companions.items()}
-        facts = self.model_dump(mode="json") | {"companions": records}
+        facts: dict[str, Any] = self.model_dump(mode="json") | {"companions": records}
         if self.weights is not None:
             facts["weights"]["facts"] = facts_digest(_rest(facts))
         return json.dumps(facts, indent=1) + "\n"
