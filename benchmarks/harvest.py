@@ -5,11 +5,11 @@ All sides of a table run in turn in one process, and the best of the rounds coun
 - ``rates``: a harvest of ready tensors against a loop of forward passes on them, and a harvest of JPEG files against a
   loop that decodes them with the same loader and runs them;
 - ``memory``: resident memory while a harvest goes over many JPEG files;
-- ``read``: shuffled reading against reading in order, from the page cache.
+- ``read``: shuffled reading against reading in order, from the page cache, or with ``--cold`` from the disk.
 
     OMP_NUM_THREADS=1 python benchmarks/harvest.py rates --model timm:vit_tiny_patch16_224 --images 256
     python benchmarks/harvest.py memory --images 20000
-    python benchmarks/harvest.py read
+    python benchmarks/harvest.py read --cold
 """
 
 from __future__ import annotations
@@ -219,12 +219,27 @@ def written(folder: Path, n: int, tokens: int, width: int, batch: int = 32) -> H
     return open_harvest(writer.folder)
 
 
-def reading(n: int, tokens: int, width: int, batch: int, *, rounds: int = 4, **options: Any) -> dict[str, float]:
-    """Return the speed in order in GB/s, and the share of it that shuffled reading has, by clock and processor time."""
+def forget(acts: Harvest) -> None:
+    """Drop a harvest's files from the page cache, so that the next read is one of the disk."""
+    for shard in acts.shards:
+        with shard.path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def reading(
+    n: int, tokens: int, width: int, batch: int, *, rounds: int = 4, cold: bool = False, **options: Any
+) -> dict[str, float]:
+    """Return the speed in order in GB/s, and the share of it that shuffled reading has, by clock and processor time.
+
+    Args:
+        cold: read from the disk, as a harvest larger than memory is, and not from the page cache.
+    """
     with scratch() as folder:
         acts = written(folder, n, tokens, width)
 
         def read(shuffle: bool) -> None:
+            if cold:
+                forget(acts)
             for _ in acts.rows(acts.names[0], batch, shuffle, **options):
                 pass
 
@@ -259,6 +274,7 @@ def rows(options: Options) -> Iterator[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["rates", "memory", "read"])
+    parser.add_argument("--cold", action="store_true", help="read from the disk, not from the page cache")
     parser.add_argument("--model", help="a reference")
     parser.add_argument("--images", type=int)
     parser.add_argument("--rounds", type=int, default=3)
@@ -271,7 +287,7 @@ def main() -> None:
     elif given.what == "memory":
         found = memory(given.model or "toy:scenes-3l", **some)
     else:
-        found = [{"harvest": each, **reading(*each, rounds=given.rounds)} for each in READINGS]
+        found = [{"harvest": each, **reading(*each, rounds=given.rounds, cold=given.cold)} for each in READINGS]
     sys.stdout.write(json.dumps(found, indent=1) + "\n")
 
 

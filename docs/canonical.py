@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from prisma_core.model import tensors_of
 from prisma_core.spec import AnySpec, DualSpec, Interpolation, ModelSpec, NormSpec, PoolSpec, RopeSpec, TextSpec
-from prisma_core.transformer.build import build
+from prisma_core.transformer import build
 
 LN, RMS = NormSpec(eps=1e-6), NormSpec(kind="rms", eps=1e-6)
 PLAIN: dict[str, Any] = {"d_model": 24, "layers": 2, "heads": 3, "patch": 4, "image": (8, 12), "n_classes": 10}

@@ -296,11 +296,7 @@ def _is_ours(distribution: str) -> bool:
 
 
 def _only(owners: Owned[T], claim: str) -> T | None:
-    """The one part that claims a name, or None.
-
-    Raises:
-        PluginError: there are several.
-    """
+    """The one part that claims a name, or None; a ``PluginError`` where there are several."""
     if len(owners) > 1:
         raise PluginError(f"The plugins {owners[0][1]!r} and {owners[1][1]!r} both {claim}. Uninstall one of them.")
     return owners[0][0] if owners else None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from html import escape
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, Literal, NoReturn, cast, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from prisma_core.errors import InputError, LoadError, NotApplicable, UnknownName, WeightMapError, suggest
 from prisma_core.errors.arguments import LARGEST, expect, number, several, shown, tensor
@@ -50,11 +51,7 @@ class LazyProcessor(ABC):
 
     @abstractmethod
     def make(self) -> Any:
-        """Return the object itself.
-
-        Raises:
-            PrismaError: it cannot be made.
-        """
+        """Return the object itself; a ``PrismaError`` says why it cannot be made."""
 
 
 class Processor:
@@ -147,8 +144,14 @@ class Origin:
         """Make upstream's state dict from the canonical tensors.
 
         Raises:
-            WeightMapError: they were changed where upstream's state dict has nothing to hold the change.
+            WeightMapError: they were changed where upstream's state dict has nothing to hold the change, or it has
+                more than parameters and buffers.
         """
+        if unknown := [name for name in self.persistent if name not in self.upstream]:
+            raise WeightMapError(
+                f"Upstream's state dict has {unknown[0]!r}, which is none of its parameters and buffers: it renames "
+                "them or holds more, by code of its own. Take off its state dict hooks, and adapt it again."
+            )
         state = self.map.backward(canonical, self.upstream)
         for name in self.upstream.keys() - set(self.persistent):
             if not torch.equal(state[name], self.upstream[name].to(state[name])):
@@ -160,6 +163,9 @@ class Origin:
                         f"What {first} and {name} make was changed differently: upstream has one tensor under both "
                         "names and cannot hold the change. Edit both alike."
                     )
+        absent = [name for name in self.persistent if state[name].is_meta]
+        if absent and not all(tensor.is_meta for tensor in canonical.values()):
+            raise WeightMapError(f"No part of this model makes {absent[0]} any more: it was taken out or exchanged.")
         return {name: state[name].contiguous() for name in self.persistent}
 
 
@@ -292,6 +298,12 @@ class ZooModel(HookedModel):
 
         Who makes such a model says it here: what is made from the spec alone, a saved file, would lack it.
         """
+        for path, module in cast("Iterator[tuple[str, nn.Module]]", self.named_modules()):
+            if parametrize.is_parametrized(module) or any(isinstance(value, Tensor) for value in vars(module).values()):
+                return (
+                    f"computes a weight of {path!r} from other tensors (torch.nn.utils.prune.remove and "
+                    "parametrize.remove_parametrizations make it plain)"
+                )
         towers = (tower for tower in self.towers().values() if tower is not self)
         return next((behaviour for tower in towers if (behaviour := tower.unsaved_behaviour())), None)
 
@@ -332,11 +344,7 @@ class ZooModel(HookedModel):
 
 
 def read_sample(batch: object, size: object, generator: object) -> int:
-    """Return the batch that ``sample_inputs`` was given, once all of its arguments are known to be of their kind.
-
-    Raises:
-        InputError: one is not.
-    """
+    """Return the batch that ``sample_inputs`` was given, once all of its arguments are of their kind."""
     if size is not None:
         for side in several(size, "a size, as model.sizes() lists them"):
             number(side, "a side of a size", 1, LARGEST)
@@ -346,11 +354,7 @@ def read_sample(batch: object, size: object, generator: object) -> int:
 
 
 def layer_index(index: int | None, default: int, n: int) -> int:
-    """Return which layer an index means; negative ones count from the end, and ``n`` is past the last.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Return which of ``n`` layers an index means: negative ones count from the end, ``n`` is past the last."""
     if index is None:
         return default
     layer = number(index, "a layer")

@@ -34,7 +34,7 @@ from prisma_core.errors.arguments import (
     shown,
     whole,
 )
-from prisma_core.errors.migration import keyword_names
+from prisma_core.errors.migration import check_keywords, keyword_names, keywords
 from prisma_core.files import hub
 from prisma_core.files.atomic import file_digest, holding, locked, place, replacing, replacing_both, settled, write_text
 from prisma_core.files.checkpoint import (
@@ -50,7 +50,7 @@ from prisma_core.files.checkpoint import (
 )
 from prisma_core.files.code import code_in, without_code
 from prisma_core.files.pickles import SavedObject
-from prisma_core.files.texts import parse_json, read_json
+from prisma_core.files.texts import check_facts, check_regular, facts_digest, parse_json, read_json, read_text
 from prisma_core.files.unpickled import read_objects, save_objects
 from prisma_core.hooks.point import Hook, Splice
 from prisma_core.hooks.query import LayerQuery, Query, layer_of, resolve_one, short_name
@@ -87,27 +87,21 @@ from prisma_core.toolbox import screen
 from prisma_core.toolbox.arguments import Count, Indices, Natural, Part, Share, checked
 from prisma_core.toolbox.attention import eager_attention, float64_softmax, multihead_attention, switched
 from prisma_core.toolbox.claims import check_claims, check_layers
-from prisma_core.toolbox.maps import argument, products, same_bias, score_rows
-from prisma_core.toolbox.options import (
-    Above,
-    Eps,
-    Heads,
-    Options,
-    Pixels,
-    Whole,
-    check_keywords,
-    keywords,
-    read_options,
-)
+from prisma_core.toolbox.options import Above, Eps, Heads, Options, Pixels, Whole, read_options
 from prisma_core.toolbox.readers import TRANSFORMERS, MlpNames, NormClass, PartReader, at, plain_patches
 from prisma_core.toolbox.rows import (
+    argument,
     ends_with_last_stage,
     linear_rows,
     masks_as_built,
     norm_rows,
     per_block_table,
+    products,
+    same_bias,
     same_for_all,
+    score_rows,
 )
+from prisma_core.upstream.copies import copy_module
 
 # fmt: off
 __all__ = [
@@ -123,7 +117,7 @@ __all__ = [
     # readers, rows and checks that adapters share; scopes that unfuse upstream's attention
     "PartReader", "NormClass", "MlpNames", "TRANSFORMERS", "at", "plain_patches", "norm_rows", "linear_rows",
     "same_for_all", "per_block_table", "masks_as_built", "ends_with_last_stage", "eager_attention",
-    "multihead_attention", "switched", "float64_softmax",
+    "multihead_attention", "switched", "float64_softmax", "copy_module",
     # inputs
     "Preprocess", "ImagePreprocess", "VideoPreprocess", "ImageLike", "open_image", "read_video", "restored", "probe",
     "SIZES",
@@ -131,7 +125,8 @@ __all__ = [
     "read_checkpoint", "read_states", "read_objects", "save_objects", "SavedObject", "replacing", "replacing_both",
     "write_text", "settled", "place", "file_digest", "locked", "holding", "check_axes", "check_shapes", "check_finite",
     "check_merged", "depth_in", "digest", "check_layers", "check_claims", "read_outline", "hub", "without_code",
-    "code_in", "read_json", "parse_json", "Options", "read_options", "Whole", "Above", "Heads", "Eps", "Pixels",
+    "code_in", "check_regular", "read_text", "read_json", "parse_json", "facts_digest", "check_facts",
+    "Options", "read_options", "Whole", "Above", "Heads", "Eps", "Pixels",
     "check_keywords", "keywords", "keyword_names",
     # techniques and commands
     "Hook", "HookMapping", "Splice", "Query", "LayerQuery", "layer_of", "short_name", "resolve_one", "positions_of",

@@ -8,7 +8,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -32,6 +32,7 @@ from prisma_core.errors import (
     returned,
 )
 from prisma_core.errors.arguments import check_flags, device_of, dtype_of, expect
+from prisma_core.errors.migration import check_keywords, keywords
 from prisma_core.files.checkpoint import check_finite, check_merged
 from prisma_core.hooks.model import HookedModel
 from prisma_core.host import installed
@@ -42,7 +43,6 @@ from prisma_core.maps.weights import WeightMap
 from prisma_core.model import Origin, ZooModel, assign, tensors_of
 from prisma_core.saving.folder import load_folder, with_own_stem
 from prisma_core.spec import AnySpec, DualSpec, MapSpec, ModelSpec, TextSpec
-from prisma_core.toolbox.options import check_keywords, keywords
 from prisma_core.toolbox.tables import check_rows
 from prisma_core.transformer import HookedDual, HookedText, build
 from prisma_core.transformer.names import optional_hook_names
@@ -118,20 +118,26 @@ def reference_of(text: str | Path) -> Reference:
         UnknownName: it has no source; references that it may mean are suggested.
         InputError: it is no text.
     """
-    if isinstance(text, Path):
-        if os.path.isfile(text):  # unlike Path's, False for a name too long
-            raise UnknownName(
-                f"{text} is a file. A folder that prisma.save wrote stands by itself; a file of weights goes with the "
-                f"model it is of, as in timm:vit_base_patch16_224@{text}."
-            )
-        return Reference("file", str(text))
     what = "a reference such as 'timm:vit_base_patch16_224', or a path (prisma.adapt takes a model)"
-    value = expect(text, str, what)
-    name, colon, rest = value.partition(":")
+    value = f"file:{text}" if isinstance(text, Path) else expect(text, str, what).strip()
+    name, colon, rest = (part.strip() for part in value.partition(":"))
+    if name == "file":
+        rest = os.path.expanduser(rest)
+    file = rest if name == "file" else os.path.expanduser(value)
+    if os.path.isfile(file):  # unlike Path's, False for a name too long
+        raise UnknownName(
+            f"{file} is a file. A folder that prisma.save wrote stands by itself; a file of weights goes with the "
+            f"model it is of, as in timm:vit_base_patch16_224@{file}."
+        )
+    if "://" in value and name != "file":
+        page = re.search(r"//(?:www\.)?huggingface\.co/([^/]+/[^/?#]+)", value)
+        hint = f" Did you mean hf:{page[1]}?" if page else ""
+        raise UnknownName(f"{value!r} is an address, and not a reference: expected SOURCE:MODEL.{hint}")
     if colon and name and rest:
         return Reference(name, rest)
-    near = [f"file:{value}"] if os.path.isdir(value) else [] if colon else _near(value)
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    near = [f"file:{value}"] if os.path.isdir(file) else [] if colon else _near(value)
+    lost = f" There is nothing at {file}." if value.startswith((".", "~", "/")) else ""
+    hint = f" Did you mean {' or '.join(near)}?" if near else lost
     raise UnknownName(
         f"{value!r} is not a reference: expected SOURCE:MODEL, such as timm:vit_base_patch16_224.{hint} "
         "`prisma models` lists them."
@@ -140,6 +146,8 @@ def reference_of(text: str | Path) -> Reference:
 
 def _near(text: str) -> list[str]:
     """References that a text without a source may mean."""
+    if text.startswith((".", "~", "/")):  # a path, where nothing is
+        return []
     sources = installed().sources().items()
     unlisted = [f"{name}:{text}" for name, one in sources if one.unlisted and re.fullmatch(one.unlisted, text)]
     models = installed().models()
@@ -149,6 +157,9 @@ def _near(text: str) -> list[str]:
 
 def adapt(upstream: nn.Module, *, adapter: Adapter | None = None, copy: bool = True) -> ZooModel:
     """Hook a model: the result computes what ``upstream`` computes in evaluation.
+
+    In training mode (``model.train()``) a canonical form computes the same: it has no dropout and no stochastic depth.
+    A hooked upstream draws as upstream does.
 
     >>> model = adapt(timm.create_model("vit_tiny_patch16_224"))
 
@@ -255,7 +266,8 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> Z
 def export(model: ZooModel) -> dict[str, Tensor]:
     """Write the model's present weights as upstream's own state dict: the weight map run backwards.
 
-    >>> upstream.load_state_dict(export(model))
+    >>> upstream.load_state_dict(export(adapt(upstream)))
+    <All keys matched successfully>
 
     Raises:
         LoadError: the model was not adapted from an upstream one.
@@ -327,12 +339,15 @@ def spec_of(adapter: Adapter, upstream: Reader) -> AnySpec | MapSpec:
         with _reading(adapter):
             return returned(adapter.spec, adapter.spec(upstream), kinds)
     except PluginError as error:
-        problem = error.__cause__.__cause__ if isinstance(error.__cause__, SpecError) else error.__cause__
+        cause = error.__cause__
+        problem = cause.__cause__ if isinstance(cause, SpecError) else cause
         names = ("missing", "extra_forbidden")  # of fields: the adapter's mistake; values are the model's
-        if not isinstance(problem, ValidationError) or any(one["type"] in names for one in problem.errors()):
+        if cause is None or not isinstance(problem, ValidationError):
+            raise
+        if any(one["type"] in names for one in problem.errors()):
             raise
         kind = qualified_name(upstream.module)
-        facts = f"facts that no spec can hold ({format_fields(problem)}){_place(problem)}"
+        facts = f"facts that no spec can hold ({format_fields(problem)}){_place(cause)}"
         raise UnsupportedArchitecture(kind, facts) from problem
 
 
@@ -357,24 +372,7 @@ def _place(problem: BaseException) -> str:
 
 
 def output_of(adapter: Adapter, result: Any) -> Tensor:
-    """Ask an adapter for the main output.
-
-    Raises:
-        PluginError: the adapter failed.
-    """
+    """Ask an adapter for the main output; a ``PluginError`` where it fails."""
     with blaming(adapter):
         output = adapter.output(result)
     return returned(adapter.output, output, Tensor)
-
-
-@contextmanager
-def unfused(adapter: Adapter, upstream: nn.Module) -> Generator[None]:
-    """Enter an adapter's scope of unfused attention.
-
-    Raises:
-        PluginError: the adapter failed.
-    """
-    with ExitStack() as stack:
-        with blaming(adapter):
-            stack.enter_context(adapter.unfused_attention(upstream))
-        yield

@@ -163,6 +163,16 @@ def test_attention_follows_head_and_query(opened: Chrome, found: Report) -> None
     assert darkness[brightest].replace(" ", "") in ("rgba(8,9,14,0)", "rgb(89140/0)")
 
 
+def test_a_bar_is_as_long_as_its_share(opened: Chrome, found: Report) -> None:
+    drawn = js(
+        opened,
+        """return [...document.querySelectorAll('#top .bar')].map((track) =>
+          track.firstChild.getBoundingClientRect().width / track.getBoundingClientRect().width)""",
+    )
+    shares = found.logits.softmax(-1).topk(len(drawn)).values.tolist()
+    assert drawn == pytest.approx(shares, abs=0.03)
+
+
 def test_attribution_adds_up_for_the_chosen_class(opened: Chrome, found: Report) -> None:
     js(opened, "document.querySelectorAll('#attribution-classes button')[2].click()")
     numbers = js(opened, "return [...document.querySelectorAll('#layers .number')].map((n) => n.textContent)")

@@ -167,3 +167,14 @@ def test_a_plugin_that_leaves_nonsense_among_the_commands(
     ran = run("greet", "you", more=(entry(monkeypatch, "vandal", prisma_commands=breaks),))
     assert (ran.status, ran.out) == (0, "hello you\n")
     assert "vandal (unknown distribution): its commands cannot be read: " in ran.err[0]
+
+
+@pytest.mark.parametrize("group", ["sae", "harvest"])
+def test_a_group_without_a_command_says_what_it_expects(group: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from prisma_core.cli.app import main
+
+    pytest.importorskip(f"prisma_{group}")
+    assert main([group]) == 2
+    shown = capsys.readouterr()
+    assert "Error: Expected a command" in shown.err
+    assert f"prisma {group} --help" in shown.err

@@ -76,6 +76,11 @@ def test_every_public_name_has_its_place(package: str, anchors: dict[Path, set[s
     assert missing == []
 
 
+def test_the_site_holds_pages_and_no_sources(site: Path) -> None:
+    kinds = {path.suffix for path in site.rglob("*") if path.is_file() and "assets" not in path.parts}
+    assert kinds == {".html", ".json", ".css", ".png", ".svg", ".inv", ".xml"}
+
+
 def test_every_page_is_in_the_navigation_once() -> None:
     listed = pages_in(tomllib.loads(CONFIG.read_text("utf-8"))["project"]["nav"])
     there = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}

@@ -277,7 +277,6 @@ CALLS: dict[str, Call] = {
 EXEMPT = {
     "Result.sel": "its arguments have names of the result's own: the tests of results",
     "Result.plot": "options of the plugin that draws",
-    "TokenLayout.model_post_init": "pydantic's",
     "ActivationCache.keys": "",
     **dict.fromkeys(
         [

@@ -13,6 +13,7 @@ from prisma_core.contract.adapter import MapAdapter
 from prisma_core.maps.places import FUSED, HookMap
 from prisma_core.maps.reader import Reader
 from prisma_core.spec import MapSpec
+from prisma_core.upstream.model import HookedUpstream
 
 HEADS, WIDTH, WINDOW = 2, 8, 3
 
@@ -144,3 +145,15 @@ class StepByStep:
     def __exit__(self, *exc: object) -> None:
         for attn in self.attns:
             attn.fused = True
+
+
+def stages(heads: int) -> HookedUpstream:
+    """Return two stages whose hook_z has windows before positions: two heads in the first, in the second as said."""
+    torch.manual_seed(0)
+    rows = "".join(
+        f"{n} -> stages.{n}.blocks.0.attn.hook_z : batch (window pos) (head d_head) -> batch window pos head d_head\n"
+        for n in range(2)
+    )
+    upstream = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 4 * heads), nn.Tanh())
+    table = HookMap.parse(rows + "2 -> hook_logits : batch pos class", window=3, d_head=4)
+    return HookedUpstream(upstream, table, MapSpec(shape=(6, 5)), lambda result: result)

@@ -122,7 +122,7 @@ def test_what_was_recorded_stays_and_nothing_is_left(x):
 
 
 def test_a_module_upstream_lacks_is_an_error(x):
-    with pytest.raises(PrismaError, match=r"no module 'blocks.2'"):
+    with pytest.raises(PrismaError, match=r"at 'blocks' .*no module '2'"):
         read(Upstream(), x, "blocks.2")
 
 

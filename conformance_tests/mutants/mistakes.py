@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from prisma_conformance.doctor.diagnosis import examine
+from prisma_conformance.subject import Subject
 from torch import Tensor
 
 from prisma_core.plugin import Reader
@@ -39,3 +41,11 @@ def edited(table: str, edits: Mapping[str, str]) -> str:
     for old, mark in marks.items():
         table = table.replace(mark, edits[old])
     return table
+
+
+def assert_named(planted: Planted, subject: Subject) -> None:
+    """Assert that the doctor finds a planted mistake and says what is expected of it."""
+    answer = examine(subject)
+    assert not answer.healthy
+    for part in planted.says:
+        assert part in str(answer), str(answer)

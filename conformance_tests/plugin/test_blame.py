@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from networks import Network, NetworkAdapter, fails
+from prisma_conformance.subject import unfused
 
 import prisma_core as prisma
 from prisma_core import InputError, PluginError, UnknownName, UnsupportedArchitecture
 from prisma_core.contract.adapter import Refusal
 from prisma_core.errors import blaming, returned
 from prisma_core.host import Host
-from prisma_core.zoo import adapt_with, unfused
+from prisma_core.zoo import adapt_with
 
 Found = Callable[..., EntryPoint]
 

@@ -41,17 +41,6 @@ TOKENS = torch.randint(50, (3, 9), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    import socket
-
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise AssertionError("the network was touched")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-
-
-@pytest.fixture
 def upstream() -> Any:
     model = open_clip.create_model(NAME, load_weights=False, **SMALL).eval()
     return randomise(model, torch.Generator().manual_seed(2))

@@ -37,17 +37,6 @@ TEXTS = ["a photo of a Cat.", "Dog &amp; cat", "a cat " * 20]
 
 
 @pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    import socket
-
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise AssertionError("the network was touched")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-
-
-@pytest.fixture
 def words(tmp_path: Path) -> Path:
     """Return a folder with a tokenizer of whole words."""
     from tokenizers import Tokenizer as Made

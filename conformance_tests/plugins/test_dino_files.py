@@ -333,6 +333,7 @@ class VisionTransformer(MetaViT):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_fork_of_the_first_one_s_code_is_refused(output: str, fork: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
     module = ModuleType("vision_transformer")
     vars(module).update(MetaViT=MetaViT, torch=torch)
     exec(FORK.replace("{output}", output), vars(module))  # the code of a file of this name
@@ -349,6 +350,9 @@ def test_a_fork_of_the_first_one_s_code_is_refused(output: str, fork: bool, dtyp
     hooked = prisma.adapt(model)
     image = hooked.sample_inputs(2)[0].to(dtype)
     torch.testing.assert_close(hooked(image), model(image), rtol=1e-2, atol=1e-2)
+    model.blocks[1].norm2.register_forward_hook(lambda *args: pytest.fail("a hook ran in no pass of its user's"))
+    with pytest.raises(UnsupportedArchitecture, match=r"'blocks\.1\.norm2'.*forward hook"):
+        prisma.adapt(model)
 
 
 def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:

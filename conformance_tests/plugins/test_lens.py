@@ -8,21 +8,19 @@ import pytest
 import torch
 from prisma_lens import LENS_NAMES, attribute, logit_lens, names_for
 from torch import Tensor
+from windows import stages
 
 from prisma_core import HookedViT, ModelSpec, NotApplicable, Result, TokenLayout, UnknownName
-from prisma_core.maps.places import HookMap
 from prisma_core.spec import (
     AttentionSpec,
     DualSpec,
     Interpolation,
-    MapSpec,
     MlpSpec,
     NormSpec,
     PoolSpec,
     TextSpec,
 )
 from prisma_core.transformer import HookedDual, HookedText
-from prisma_core.upstream.model import HookedUpstream
 
 ANY_SIZE = Interpolation()
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -251,20 +249,8 @@ def test_attribution_of_a_head_for_each_of_two_tokens_sums_to_the_logits() -> No
         torch.testing.assert_close(total(attribute(model, cache, [1, 4], by=by)), logits[:, [1, 4]], **EXACT)
 
 
-def windows(heads: int) -> HookedUpstream:
-    """Return two stages whose hook_z has windows before positions: two heads in the first, in the second as said."""
-    torch.manual_seed(0)
-    rows = "".join(
-        f"{n} -> stages.{n}.blocks.0.attn.hook_z : batch (window pos) (head d_head) -> batch window pos head d_head\n"
-        for n in range(2)
-    )
-    stages = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Linear(8, 4 * heads), torch.nn.Tanh())
-    table = HookMap.parse(rows + "2 -> hook_logits : batch pos class", window=3, d_head=4)
-    return HookedUpstream(stages, table, MapSpec(shape=(6, 5)), lambda result: result)
-
-
 def test_models_without_canonical_form_have_no_lens_and_no_attribution() -> None:
-    model, x = windows(2), torch.randn(1, 6, 5)
+    model, x = stages(2), torch.randn(1, 6, 5)
     _, cache = model.run_with_cache(x)
     for study in (logit_lens, partial(attribute, target=0), partial(attribute, target=0, by="head")):
         with pytest.raises(NotApplicable, match="need a canonical form"):

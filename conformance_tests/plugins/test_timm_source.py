@@ -33,17 +33,6 @@ def upstream() -> Any:
     return model
 
 
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    import socket
-
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise AssertionError("the network was touched")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-
-
 def test_random_weights_need_no_network(no_network: None) -> None:
     model = prisma.load(f"timm:{NAME}", pretrained=False, **SMALL)
     assert model(IMAGE).shape == (2, 1000)

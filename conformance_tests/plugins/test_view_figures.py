@@ -80,7 +80,7 @@ def test_tokens_become_patches_where_the_layout_has_them(layout: TokenLayout) ->
     figure = prisma_view.patches(x, layout)
     expected = layout.grid(x, axis=0).reshape(-1, layout.rows, layout.columns).numpy()
     np.testing.assert_array_equal(np.stack(drawn(figure)), expected)
-    assert f"cls: {x[0]:.3g}" in figure.layout.title.text
+    assert f"cls: {x[0]:.3g}" in figure.layout.title.subtitle.text
     alone = prisma_view.patches(x[layout.n_prefix :], layout)
     np.testing.assert_array_equal(np.stack(drawn(alone)), expected)
 
@@ -107,6 +107,26 @@ def test_bars_with_a_total_end_in_their_sum() -> None:
     assert chart.values[0, 0, :-1].sum() == pytest.approx(chart.values[0, 0, -1], abs=1e-12)
     assert "50" not in chart.labels[1]
     assert any("others" in name for name in chart.labels[1])
+
+
+def test_a_caption_names_the_sum_and_no_attribute_of_the_result() -> None:
+    x, constant = values(3), torch.tensor(0.75, dtype=torch.float64)
+    total = "the logit, with tensors['constant']"
+    result = Result(x, ("component",), total=total, tensors={"constant": constant}, technique="attribute")
+    assert result.plot().chart.notes == ("The last bar is the sum: the logit.",)
+
+
+def test_an_axis_of_the_only_image_is_in_no_title() -> None:
+    one = Result(values(1, 3, 4), ("batch", "layer", "head"), technique="patch")
+    assert one.plot().chart.title == "patch"
+    third = Result(values(1, 3, 4), ("batch", "layer", "head"), {"batch": ("the third",)}, technique="patch")
+    assert third.plot().chart.title == "patch, batch the third"
+
+
+def test_a_place_is_named_by_its_row_and_column() -> None:
+    grid = torch.zeros(3, 4)
+    grid[2, 1] = 5
+    assert "Largest: row 2 column 1, 5 norm" in Result(grid, ("row", "column"), unit="norm").plot().chart.describe()
 
 
 def test_an_image_lies_under_the_patches() -> None:
@@ -245,7 +265,7 @@ def test_a_graph_has_the_edges_of_the_circuit(tmp_path: Path) -> None:
     assert {text.get_text() for text in still.texts} == {*shape.sources, "logits"}
     assert "<figure" in circuit._repr_html_()
     many = Result(values(40, 40), ("source", "target"), {a: tuple(f"m{i}" for i in range(40)) for a in GRAPH}).plot()
-    assert "120 of 1600 edges" in many.layout.title.text
+    assert "120 of 1600 edges" in many.layout.title.subtitle.text
     assert len(drawing(many.chart).edges) == 120
     with pytest.raises(InputError, match="'cat' is no node"):
         Result(values(2, 2), GRAPH, {"source": ("input", "cat"), "target": ("m0", "logits")}).plot()
@@ -265,10 +285,10 @@ def test_changes_are_drawn_with_their_intervals() -> None:
         (low - 0.5, high - 0.5),
         (best - 0.5, best - 0.5),
     ]
-    assert "Changes at 1200" in figure.layout.title.text
+    assert "Changes at 1200" in figure.layout.title.subtitle.text
     still = draw_still(figure.chart).axes[0]
     assert still.lines[-1].get_xdata()[0] == best - 0.5
-    assert "No change." in change_points(0 * x + 1, 0).plot().layout.title.text
+    assert "No change." in change_points(0 * x + 1, 0).plot().layout.title.subtitle.text
 
 
 def test_a_still_image_leaves_out_what_its_font_lacks_and_breaks_a_long_unit() -> None:
@@ -285,7 +305,7 @@ def test_a_still_image_leaves_out_what_its_font_lacks_and_breaks_a_long_unit() -
 def test_panels_that_are_left_out_are_counted() -> None:
     figure = Result(values(30, 3, 4), ("class", "layer", "head")).plot(panels=5)
     assert len(figure.data) == 5
-    assert "5 of 30 panels" in figure.layout.title.text
+    assert "5 of 30 panels" in figure.layout.title.subtitle.text
 
 
 def test_a_notebook_gets_the_library_once_and_an_image_for_where_no_script_runs() -> None:

@@ -73,6 +73,21 @@ def test_images_patches_and_histograms_are_those_of_the_activations(tmp_path: Pa
     assert index_of(page)["share"] == pytest.approx((truth > 0).float().mean((0, 1)).tolist(), abs=1e-3)
 
 
+def test_images_at_which_a_unit_is_off_are_not_its_top_images(tmp_path: Path) -> None:
+    sae = pytest.importorskip("prisma_sae")
+    model, weights = planted(noise=0.3), torch.eye(24)[:2]
+    middle = activations(model, RESID)[:, 1:, 1].amax(1).median()
+    coder = sae.SparseCoder(
+        sae.CoderFacts(kind="standard", d_in=24, d_sae=2, d_out=24, hook=RESID, tokens="patches"),
+        {"W_enc": weights.T.contiguous(), "b_enc": torch.tensor([-1e3, -float(middle)]), "W_dec": weights},
+    )
+    page = prisma_view.gallery(model, images(), coder=coder, out=tmp_path / "g", k=23, **HOW).path
+    off, rare = (each["top"] for each in units_of(page))
+    assert off == []
+    assert 0 < len(rare) < 23
+    assert min(each[1] for each in rare) > 0
+
+
 def test_small_images_are_the_images(tmp_path: Path) -> None:
     page = prisma_view.gallery(planted(), images(3), Z, over="head", out=tmp_path / "g", k=3, **HOW).path
     sheet = np.asarray(Image.open(data_folder(page) / "0000.jpg").convert("L"), dtype=float)

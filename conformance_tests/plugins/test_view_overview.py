@@ -248,3 +248,12 @@ def test_files_are_read_in_the_dtype_that_pixels_meet_first() -> None:
     assert prisma_lens.logit_lens(model, scene).values.isfinite().all()
     assert prisma_view.overview(model, scene).sections
     assert prisma_view.attention_page(model, scene)
+
+
+def test_frames_side_by_side_have_a_line_between_them() -> None:
+    from prisma_view.panels import enlarged
+
+    image = np.asarray(enlarged(torch.zeros(3, 4, 4, 3)))
+    lit = np.flatnonzero(image[0, :, 0])
+    assert set(lit) == {edge + off for edge in (288, 576) for off in (-2, -1, 0, 1)}
+    assert not np.asarray(enlarged(torch.zeros(4, 4, 3))).any()

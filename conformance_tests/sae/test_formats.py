@@ -63,6 +63,28 @@ def test_sae_lens_topk_and_its_rescaling_by_decoder_norms(tmp_path: Path) -> Non
     assert ((coder.encode(X) > 0) != (plain.encode(X) > 0)).any()
 
 
+def test_sae_lens_abstopk_ranks_by_magnitude_and_keeps_signs(tmp_path: Path) -> None:
+    t, how = standard(), V6 | {"architecture": "abstopk", "k": 3}
+    coder, h = sae_lens(tmp_path / "a", t, how), encoded(t)
+    f = h * (h.abs() >= h.abs().topk(3).values[:, -1:])
+    close(coder.encode(X), f)
+    close(coder(X), f @ t["W_dec"] + t["b_dec"])
+    far(coder.encode(X), top(h, 3).relu())
+    scaled = sae_lens(tmp_path / "b", t, how | {"rescale_acts_by_decoder_norm": True})
+    h = h * t["W_dec"].norm(dim=-1)
+    close(scaled.encode(X), h * (h.abs() >= h.abs().topk(3).values[:, -1:]))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"), [("temporal", "tokens before"), ("matching_pursuit", "a loop"), ("novel", "'novel'")]
+)
+def test_sae_lens_architectures_that_are_no_encoder_are_refused(tmp_path: Path, architecture: str, reason: str) -> None:
+    with pytest.raises(LoadError, match=reason):
+        sae_lens(tmp_path, standard(), V6 | {"architecture": architecture})
+    with pytest.raises(LoadError, match="covariance_whitening"):
+        sae_lens(tmp_path, standard(), V6 | {"normalize_activations": "covariance_whitening"})
+
+
 def test_sae_lens_jumprelu_compares_before_the_relu(tmp_path: Path) -> None:
     t = standard() | {"threshold": drawn(5, t=(D_SAE,))["t"].abs()}
     coder = sae_lens(tmp_path, t, V6 | {"architecture": "jumprelu"})
@@ -159,7 +181,7 @@ def test_sae_lens_with_what_has_no_meaning_here_is_refused(tmp_path: Path) -> No
 # -------------------------------------------------------------------- our own
 
 
-@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
+@pytest.mark.parametrize("architecture", ["standard", "topk", "abstopk", "jumprelu", "gated"])
 def test_what_is_saved_is_read_back_and_by_sae_lens_rules_too(tmp_path: Path, architecture: str) -> None:
     t = standard()
     if architecture == "gated":

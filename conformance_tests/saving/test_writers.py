@@ -22,6 +22,7 @@ from prisma_sae import CoderFacts, SparseCoder
 
 import prisma_core as prisma
 from prisma_core import ActivationCache, LoadError, Result
+from prisma_core.files import checkpoint
 from prisma_core.plugin import write_text
 
 # -------------------------------------------------------------------- one mechanism
@@ -89,7 +90,7 @@ class Writer(NamedTuple):
 
 
 def result(seed: int) -> Result:
-    return Result(torch.full((400,), float(seed)), ("unit",), technique="t", unit="u")
+    return Result(torch.full((400,), float(seed)), ("unit",), technique=str(seed), unit="u")
 
 
 def cache(seed: int) -> ActivationCache:
@@ -98,7 +99,10 @@ def cache(seed: int) -> ActivationCache:
 
 
 def seed_of_result(folder: Path) -> int:
-    return int(Result.load(folder / "x.safetensors").values[0])
+    made = Result.load(folder / "x.safetensors")
+    seeds = {int(made.values[0]), int(made.technique)}
+    assert len(seeds) == 1, "a mixture"
+    return seeds.pop()
 
 
 def seed_of_text(folder: Path) -> int:
@@ -282,6 +286,26 @@ def test_a_folder_that_may_not_be_written(writer: Writer) -> None:
     finally:
         home.chmod(0o755)
         shutil.rmtree(home)
+
+
+def test_a_file_that_is_replaced_while_it_is_read(
+    in_float64: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A result's labels and a cache's axes are those of its tensors, though the file is another's after its opening."""
+    for name in ("a result", "a cache"):
+        write = WRITERS[name].write
+        write(0, tmp_path)
+        opened = checkpoint.safe_open
+
+        def replacing(path: Path, form: str, opened: Any = opened, write: Any = write) -> Any:
+            file = opened(path, form)
+            write(1, tmp_path)
+            return file
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "safe_open", replacing)
+            assert WRITERS[name].read(tmp_path) == 0
+        assert WRITERS[name].read(tmp_path) == 1
 
 
 # -------------------------------------------------------------------- pairs that do not belong together

@@ -30,7 +30,7 @@ from prisma_core.spec import (
     TextPoolSpec,
     TextSpec,
 )
-from prisma_core.spec.brief import BriefRepr, folded
+from prisma_core.spec.brief import BriefModel, BriefRepr, folded
 
 # fmt: off
 NAMES = {each.__name__: each for each in (
@@ -154,3 +154,15 @@ def test_a_dataclass_that_prints_tensors_would_be_found() -> None:
     kind = dataclasses.make_dataclass("Loud", [("x", "Tensor")])
     assert holds_tensors(kind)
     assert hasattr(kind.__repr__, "__wrapped__")
+
+
+class Marked(BriefModel):
+    text: str
+
+
+def test_a_spec_is_a_table_in_a_notebook_and_its_defaults_are_left_out() -> None:
+    html = TokenLayout(rows=2, columns=3, cls=True)._repr_html_()
+    assert "<caption>TokenLayout</caption>" in html
+    assert "<td>rows</td><td>2</td>" in html
+    assert "frames" not in html
+    assert "&lt;i&gt;" in Marked(text="<i>")._repr_html_()

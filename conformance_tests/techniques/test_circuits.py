@@ -167,6 +167,14 @@ def test_edges_that_lead_nowhere_are_pruned(model: HookedViT) -> None:
     assert whole.only(["input->m0"]).pruned().edges == ()
 
 
+def test_a_circuit_without_edges_is_another_one(model: HookedViT) -> None:
+    _, whole = edge_scores(model, BRIGHT, DARK, METRIC)
+    before, edge = whole.edges, whole.edges[0]
+    assert set(whole.without(edge).edges) == set(before) - {edge}
+    assert whole.without(*before).complement().edges == before
+    assert whole.edges == before
+
+
 def test_a_circuit_is_written_in_eap_igs_layout(model: HookedViT, tmp_path: Path) -> None:
     _, whole = edge_scores(model, BRIGHT, DARK, METRIC)
     circuit = whole.top(3)
@@ -247,6 +255,9 @@ def test_bad_input_names_what_there_is(model: HookedViT, pair: tuple[Tensor, Ten
     _, whole = edge_scores(model, BRIGHT, DARK, METRIC)
     with pytest.raises(UnknownName, match=r"a0\.h1->a1\.h2<v>"):
         whole.only(["a0.h1->a1.h2<w>"])
+    for backwards in ("m1->m0", "m0->m0", "a1.h0->a1.h1<k>", "m0->a0.h0<q>"):
+        with pytest.raises(UnknownName, match="No edge"):
+            whole.only([backwards])
     with pytest.raises(InputError, match="1 to 75, got 80"):
         whole.top(80)
     with pytest.raises(InputError, match=r"\[2, 3, 6, 6\].*\[1, 3, 6, 6\]"):

@@ -144,5 +144,7 @@ def test_bad_input_names_what_there_is() -> None:
         over_checkpoints({1: planted(), 2: planted(seed=1)}, lambda model: torch.zeros(next(sizes)))
     with pytest.raises(InputError, match=r"\[2, 2\]"):
         change_points(torch.zeros(2, 2))
+    with pytest.raises(InputError, match="one finite number for each"):
+        change_points(torch.tensor([0.0, 1.0, torch.nan, 1.0, 0.0, 1.0]))
     with pytest.raises(InputError, match="3 checkpoints are too few"):
         change_points(torch.zeros(3))

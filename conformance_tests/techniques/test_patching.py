@@ -196,6 +196,8 @@ def test_a_sweep_goes_on_where_it_was_stopped(
         patch_heads(model, BRIGHT, DARK, "nothing", resume=path)
     with pytest.raises(LoadError, match="another sweep"):  # another model
         patch_heads(planted(seed=5), BRIGHT, DARK, METRIC, resume=path)
+    with pytest.raises(LoadError, match="another sweep"):  # another donor for the same clean run
+        patch_heads(model, BRIGHT, DARK / 2, METRIC, resume=path)
 
 
 # -------------------------------------------------------------------- to first order, and along paths

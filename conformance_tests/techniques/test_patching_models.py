@@ -7,6 +7,7 @@ import torch
 from models import build
 from prisma_patch import activation_patch, logit_difference, patch_heads
 from torch import Tensor
+from windows import stages
 
 from prisma_core import HookedViT, InputError, NotApplicable
 from prisma_core.maps.places import HookMap
@@ -101,20 +102,8 @@ def test_regions_of_a_grid_are_patched_as_by_hand() -> None:
         activation_patch(build(), image(1), image(2), metric, at=("resid_pre", 0), over="", region=(0, 1))
 
 
-def windows(heads: int) -> HookedUpstream:
-    """Return two stages whose hook_z has windows before positions: two heads in the first, in the second as said."""
-    torch.manual_seed(0)
-    rows = "".join(
-        f"{n} -> stages.{n}.blocks.0.attn.hook_z : batch (window pos) (head d_head) -> batch window pos head d_head\n"
-        for n in range(2)
-    )
-    stages = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Linear(8, 4 * heads), torch.nn.Tanh())
-    table = HookMap.parse(rows + "2 -> hook_logits : batch pos class", window=3, d_head=4)
-    return HookedUpstream(stages, table, MapSpec(shape=(6, 5)), lambda result: result)
-
-
 def test_heads_stand_on_the_axis_named_head_and_layers_are_counted_across_stages() -> None:
-    model, x = windows(2), torch.randn(3, 6, 5)
+    model, x = stages(2), torch.randn(3, 6, 5)
     effects = patch_heads(model, x, "zero", lambda out: out.mean(1))
     assert effects.axes == ("layer", "head", "batch", "metric0")
     assert effects.labels["layer"] == ("stages.0.blocks.0", "stages.1.blocks.0")
@@ -129,7 +118,7 @@ def test_heads_stand_on_the_axis_named_head_and_layers_are_counted_across_stages
 
 def test_heads_that_differ_by_stage_are_said() -> None:
     with pytest.raises(NotApplicable, match=r"stages\.0\.blocks\.0.* has 2.*stages\.1\.blocks\.0.* has 3"):
-        patch_heads(windows(3), torch.randn(1, 6, 5), "zero", lambda out: out.mean(1))
+        patch_heads(stages(3), torch.randn(1, 6, 5), "zero", lambda out: out.mean(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

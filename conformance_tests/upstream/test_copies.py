@@ -11,12 +11,13 @@ from unittest import mock
 
 import pytest
 import torch
+from prisma_conformance.subject import Subject
 from third_party import Attention, Mapped, drawn, image
 from torch import Tensor, nn
 
 import prisma_core as prisma
 from prisma_core import UnsupportedArchitecture
-from prisma_core.plugin import HookMap, Reader
+from prisma_core.plugin import Case, HookMap, Reader
 from prisma_core.upstream.copies import copy_module
 
 NAMED: Any = None  # what a notebook calls by its global name
@@ -218,6 +219,20 @@ def test_a_function_of_a_class_that_holds_a_module_is_refused(monkeypatch: pytes
     other = drawn()
     with torch.no_grad():
         assert torch.equal(prisma.adapt(other, adapter=Within())(image()), other(image()))  # holds none of its modules
+
+
+@pytest.mark.parametrize("patch", [closure, hook])
+def test_they_are_those_of_the_kit_s_copies(patch: Callable[[Any], None]) -> None:
+    net, x = drawn(), image()
+    patch(net.layers[0])
+    subject = Subject(Case("net", lambda: net), Within(), net)  # with weights of its own
+    upstream, model = subject.pair()
+    with torch.no_grad():
+        assert torch.equal(model(x), upstream(x))
+        before = upstream(x)
+        for weight in net.layers[0].parameters():
+            weight.mul_(1.5)
+        assert torch.equal(upstream(x), before)
 
 
 def test_what_holds_no_module_is_shared() -> None:

@@ -78,7 +78,16 @@ def of_the_library_s_other_class(net: Net, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Block, "forward", third_party.Sequel.forward)
 
 
+def of_reading_attributes(kind: type) -> Patch:
+    def half_of_tensors(self: nn.Module, name: str) -> Any:
+        value = nn.Module.__getattr__(self, name)
+        return value * 0.5 if isinstance(value, Tensor) else value
+
+    return lambda net, patch: patch.setattr(kind, "__getattr__", foreign(half_of_tensors), raising=False)
+
+
 PATCHES: dict[str, Patch] = {
+    "how a class of torch's reads its tensors": of_reading_attributes(nn.Linear),
     "a class's forward": on_class("forward", lambda f: f),
     "a class's forward, as a partial method": on_class("forward", functools.partialmethod),
     "a class's forward, as a descriptor": on_class("forward", Descriptor),

@@ -17,7 +17,7 @@ from prisma_core.plugin import HookMap, Reader, installed
 
 
 def case(plugin: str, name: str) -> Any:
-    pytest.importorskip({"hf": "transformers", "clip": "open_clip"}[plugin])
+    pytest.importorskip({"timm": "timm", "clip": "open_clip"}.get(plugin, "transformers"))
     return next(one for one, _ in installed().cases({plugin}) if one.name == name).build().eval()
 
 
@@ -49,6 +49,27 @@ def tokens_beside_features(model: Any) -> None:
     model.visual.output_tokens = False
 
 
+def tokens_before_the_patches(model: Any) -> None:
+    model.num_prefix_tokens += 1
+
+
+def no_number_of_tokens(model: Any) -> None:
+    model.num_prefix_tokens = None
+
+
+def tokens_that_do_not_turn(model: Any) -> None:
+    model.blocks[-1].attn.num_prefix_tokens = 0
+
+
+def no_eps(model: Any) -> None:
+    model.layers[-1].layernorm_after.eps = 0.0
+
+
+def one_block_less(model: Any) -> None:
+    """Stages are counted by the configuration, so that the last is none."""
+    del (model.model if hasattr(model, "model") else model.encoder).layer[-1]
+
+
 @pytest.mark.parametrize(
     ("plugin", "name", "change", "words"),
     [
@@ -59,6 +80,14 @@ def tokens_beside_features(model: Any) -> None:
         ("hf", "ViTModel", heads, r"attention'.*head_dim=\d+"),
         ("clip", "hf/AltCLIPTextModel", padding, "embeddings'.*padding_idx=0"),
         ("clip", "coca_base", tokens_beside_features, "'visual'.*output_tokens=False"),
+        ("timm", "naflexvit_base_patch16_gap", tokens_before_the_patches, "num_prefix_tokens=5.*of 4"),
+        ("timm", "test_vit", no_number_of_tokens, "num_prefix_tokens=None"),
+        ("timm", "test_vit", tokens_before_the_patches, r"num_prefix_tokens=\d"),
+        ("timm", "eva02_base_patch14_224", tokens_that_do_not_turn, "'blocks.1.attn'.*num_prefix_tokens=0"),
+        ("dino", "dinov3_backbone", one_block_less, "'model.layer'.*1 blocks.*stage2"),
+        ("dino", "dinov2_backbone", one_block_less, "'encoder.layer'.*1 blocks.*stage2"),
+        ("hf", "ViTModel", no_eps, "eps.*'layers.1.layernorm_after'"),
+        ("hf", "VitPoseBackbone", one_block_less, "'encoder.layer'.*1 blocks.*stage2"),
     ],
 )
 @torch.no_grad()
@@ -67,6 +96,34 @@ def test_states_that_no_tensor_shows(plugin: str, name: str, change: Callable[[A
     prisma.adapt(model)
     change(model)
     with pytest.raises(UnsupportedArchitecture, match=words):
+        prisma.adapt(model)
+
+
+@torch.no_grad()
+def test_a_pooling_that_upstream_s_code_does_not_know_is_none() -> None:
+    model = case("timm", "deepseek_vit_412m")
+    x = torch.randn(2, *model.encoder.patch_embed.proj.weight.shape[1:2], *model.encoder.patch_embed.img_size)
+    averaged = prisma.adapt(model)(x)
+    model.global_pool = "token"
+    each = model(x)
+    assert each.ndim == averaged.ndim + 1
+    torch.testing.assert_close(prisma.adapt(model)(x), each)
+
+
+READ_BY_RUNNING = [("timm", "eva02_base_patch14_224"), ("hf", "Idefics2VisionTransformer"), ("dino", "meta_v3")]
+
+
+@pytest.mark.parametrize(("plugin", "name"), READ_BY_RUNNING)
+def test_adapters_that_run_a_part_to_read_it_run_no_hook_of_the_user_s(plugin: str, name: str) -> None:
+    model = case(plugin, name)
+
+    def hook(module: nn.Module, args: Any, result: Any = None) -> None:
+        raise RuntimeError("this was no pass of the user's")
+
+    for module in model.modules():
+        module.register_forward_hook(hook)
+        module.register_forward_pre_hook(hook)
+    with pytest.raises(UnsupportedArchitecture, match="forward pre hook"):
         prisma.adapt(model)
 
 

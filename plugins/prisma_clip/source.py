@@ -216,7 +216,10 @@ def _check_name(name: str, which: str) -> None:
 
     if not _known(name):
         if "/" in name or name.startswith("."):
-            raise LoadError(f"No folder at {name}: expected one with {CONFIG} and weights, or a name of open_clip's.")
+            near = suggest(name.replace("/", "-"), open_clip.list_models())
+            raise LoadError(
+                f"No folder at {name}: expected one with {CONFIG} and weights, or a name of open_clip's.{near}"
+            )
         near = suggest(name, open_clip.list_models())
         raise UnknownName(f"open_clip has no model {name!r}.{near} `prisma models {name}` searches them.")
     if not which or _is_tag(name, which) or Path(which).is_file():

@@ -10,7 +10,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from prisma_core.plugin import checked
 
+
+@checked
 @torch.no_grad()
 def randomise(module: nn.Module, generator: torch.Generator) -> nn.Module:
     """Draw every parameter, every floating buffer that upstream saves, and every norm's eps, in place.

@@ -21,14 +21,9 @@ from prisma_conformance.target import Target
 from prisma_core import Size
 from prisma_core.plugin import (
     Adapter,
-    Case,
     NotApplicable,
     check_call,
-    check_flags,
-    device_of,
-    expect,
     installed,
-    number,
     qualified_name,
 )
 
@@ -76,17 +71,10 @@ def check(
         PrismaError: the adapter given takes no models of this type.
         UnsupportedArchitecture: the model cannot be represented, so there is nothing to check.
     """
-    expect(target, (str, nn.Module, Adapter, Case), "a reference, a model, an adapter or a case")
-    for given, kind, what in ((upstream, nn.Module, "the upstream module"), (adapter, Adapter, "an adapter")):
-        if given is not None:
-            expect(given, kind, what)
     for name, function in (("starting", starting), ("progress", progress)):
         if function is not None:
             check_call(function, 2, name, "a function of two arguments")
-    number(seed, "a seed")
-    check_flags(full=full, pretrained=pretrained)
     selected = select(checks)
-    device_of(device)
     certificates: list[Certificate] = []
     for subject in Subject.of(
         target,

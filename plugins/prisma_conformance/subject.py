@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Literal, NamedTuple
 
 import torch
@@ -26,10 +26,14 @@ from prisma_core.plugin import (
     Reader,
     Row,
     blaming,
+    check_flags,
+    copy_module,
     device_of,
+    expect,
+    number,
     returned,
 )
-from prisma_core.zoo import adapt_with, read_adapter, unfused
+from prisma_core.zoo import adapt_with, read_adapter
 
 Make = Callable[[Adapter, nn.Module], ZooModel]
 Inputs = tuple[Tensor, ...]
@@ -109,7 +113,7 @@ class Subject:
         self.reference = reference
         self.full = full
         self.note = note
-        self.base = copy.deepcopy(upstream).cpu().eval()
+        self.base = copy_module(upstream).cpu().eval()
         if draw:
             randomise(self.base, self.generator())
         for parameter in self.base.parameters():
@@ -138,7 +142,15 @@ class Subject:
         Raises:
             UnknownName: no such reference.
             UnsupportedArchitecture: an adapter without cases, or a model no adapter takes.
+            InputError: one is of another type, or no such device is there.
         """
+        expect(target, (str, nn.Module, Adapter, Case), "a reference, a model, an adapter or a case")
+        for given, kind, what in ((upstream, nn.Module, "the upstream module"), (adapter, Adapter, "an adapter")):
+            if given is not None:
+                expect(given, kind, what)
+        number(seed, "a seed")
+        check_flags(full=full, pretrained=pretrained)
+        device_of(device)
         for one in resolve(target, upstream=upstream, adapter=adapter, full=full, pretrained=pretrained):
             yield cls(
                 one.case,
@@ -172,7 +184,7 @@ class Subject:
 
     def upstream(self, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> nn.Module:
         """Copy upstream; the caller may change the copy."""
-        return copy.deepcopy(self.base).to(device=device or self.device, dtype=dtype)
+        return copy_module(self.base).to(device=device or self.device, dtype=dtype)
 
     def pair(self, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> Pair:
         """Both sides, shared by all checks: leave them as they are."""
@@ -317,3 +329,16 @@ def reader_of(subject: Subject) -> tuple[Reader, nn.Module]:
 
 
 __all__ = ["Inputs", "Make", "Pair", "Passes", "Reference", "Subject", "differentiable", "opaque_stems", "reader_of"]
+
+
+@contextmanager
+def unfused(adapter: Adapter, upstream: nn.Module) -> Generator[None]:
+    """Enter an adapter's scope of unfused attention.
+
+    Raises:
+        PluginError: the adapter failed.
+    """
+    with ExitStack() as stack:
+        with blaming(adapter):
+            stack.enter_context(adapter.unfused_attention(upstream))
+        yield

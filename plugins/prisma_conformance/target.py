@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -20,6 +19,7 @@ from prisma_core.plugin import (
     Source,
     UnsupportedArchitecture,
     blaming,
+    copy_module,
     installed,
     qualified_name,
     returned,
@@ -129,7 +129,7 @@ def _upstream_of(model: ZooModel, upstream: nn.Module | None) -> nn.Module:
     except LoadError as error:
         raise PrismaError(unknown) from error
     if upstream is not None:
-        built = copy.deepcopy(upstream)
+        built = copy_module(upstream)
     elif model.reference is None or model.reference.startswith("file:"):
         raise PrismaError(unknown)
     else:

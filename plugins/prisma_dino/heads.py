@@ -135,11 +135,12 @@ def load_head(path: str | Path, key: str | None = None, *, name: str | None = No
         InputError: it holds no such network.
     """
     tensors = state.read(path, key)
-    for prefix in [name] if name else ["head", "dino_head", "ibot_head"]:
+    for prefix in [name] if name is not None else ["head", "dino_head", "ibot_head"]:
         head = {at.removeprefix(f"{prefix}."): tensor for at, tensor in tensors.items() if at.startswith(f"{prefix}.")}
         if head:
             return _head(head, path)
-    raise LoadError(f"{path} holds no {name or 'projection head'}; its tensors are {', '.join(list(tensors)[:4])}, ...")
+    what = "projection head" if name is None else f"head {name!r}"
+    raise LoadError(f"{path} holds no {what}; its tensors are {', '.join(list(tensors)[:4])}, ...")
 
 
 def _head(tensors: Mapping[str, Tensor], path: str | Path) -> DinoHead:

@@ -70,11 +70,11 @@ def read(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
         InputError: it has no such network.
     """
     states = read_states(path)
-    network = key or "teacher"
+    network = "teacher" if key is None else key
     state = states.get(network, next(iter(states.values())) if len(states) == 1 else {})
     tensors = {WRAPPED.sub("", name): tensor for name, tensor in state.items()}
     inside = {name.removeprefix(f"{network}."): x for name, x in tensors.items() if name.startswith(f"{network}.")}
-    if not (inside or network in states) and (key or not state):
+    if not (inside or network in states) and (key is not None or not state):
         networks = ", ".join(name for name in states if name)
         advice = f"it holds {networks}. Give key= one of them" if networks else "it holds one alone. Leave key= out"
         raise InputError(f"{path} holds no network named {network!r}: {advice}.")

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from prisma_core import LoadError
-from prisma_core.plugin import check_call, checked, file_digest
+from prisma_core.plugin import check_call, check_regular, checked, file_digest, read_text
 from prisma_harvest.folder import read_lines
 from prisma_harvest.manifest import EXAMPLES, MANIFEST, SHARDS, SKIPPED, WHOLE, Whole, as_json
 from prisma_harvest.opening import open_harvest
@@ -54,8 +54,8 @@ def verify(path: str | Path, advance: Callable[[int], None] | None = None) -> li
         try:
             if file_digest(folder / file) != sha256:
                 problems.append(f"{file}: not the bytes that were written")
-        except OSError as error:
-            problems.append(f"{file}: {error.strerror}")
+        except (OSError, LoadError) as error:
+            problems.append(f"{file}: {error.strerror if isinstance(error, OSError) else error}")
         if advance is not None:
             advance(examples)
     found = {one.relative_to(folder).as_posix() for one in folder.rglob("*") if one.is_file()}
@@ -65,7 +65,7 @@ def verify(path: str | Path, advance: Callable[[int], None] | None = None) -> li
 def _record(acts: Harvest, whole: Whole) -> list[str]:
     """Return what is wrong with the record, which no hash covers: it says what the other files hold."""
     problems = list[str]()
-    if (acts.path / WHOLE).read_text(encoding="utf-8") != as_json(whole.model_dump(mode="json")):
+    if read_text(acts.path / WHOLE) != as_json(whole.model_dump(mode="json")):
         problems.append(f"{WHOLE}: not the text that was written")
     held = dict[str, int]()
     for name in (EXAMPLES, SKIPPED):
@@ -77,9 +77,10 @@ def _record(acts: Harvest, whole: Whole) -> list[str]:
     problems += [f"{WHOLE}: says {said[name]}, and {name} has {n}" for name, n in held.items() if said[name] != n]
     for shard in acts.shards:
         try:
+            check_regular(shard.path)
             with safe_open(shard.path, "pt") as file:
                 n = file.get_slice(acts.names[0]).get_shape()[0]
-        except (OSError, SafetensorError):
+        except (OSError, SafetensorError, LoadError):
             continue
         if n != shard.n:
             problems.append(f"{WHOLE}: says {shard.n} examples of {SHARDS}/{shard.path.name}, which holds {n}")

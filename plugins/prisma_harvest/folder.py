@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prisma_core import InputError, LoadError
-from prisma_core.plugin import file_digest, holding, replacing
+from prisma_core.plugin import check_regular, file_digest, holding, replacing
 from prisma_harvest.loading import Batch
 from prisma_harvest.manifest import (
     DTYPES,
@@ -253,6 +253,7 @@ def read_lines(path: Path) -> Iterator[Line]:
     Raises:
         LoadError: it is missing or damaged.
     """
+    check_regular(path)
     try:
         with path.open(encoding="utf-8", errors="surrogateescape") as file:
             for text in file:

@@ -118,7 +118,9 @@ def content_hash(image: Any) -> str:
     if not isinstance(image, Tensor):
         array = np.asarray(image)
         return hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).hexdigest()
-    return hashlib.sha256(f"{image.dtype} {list(image.shape)}".encode() + bytes(tensor_bytes(image))).hexdigest()
+    total = hashlib.sha256(f"{image.dtype} {list(image.shape)}".encode())
+    total.update(tensor_bytes(image))
+    return total.hexdigest()
 
 
 def safe_hash(image: Any) -> str:

@@ -7,8 +7,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +113,40 @@ class Plan:
 
     def batches(self, data: Data, prepare: Prepare) -> Iterator[Batch]:
         """Return the batches, in order whatever the number of workers, which start now."""
-        how: dict[str, Any] = {"batch_size": None, "num_workers": self.workers, "collate_fn": _same}
-        how |= {"pin_memory": self.pin, "worker_init_fn": partial(_end_with, os.getpid()) if self.workers else None}
-        if data.get is None:
-            return iter(DataLoader(_Stream(data, prepare, self), **how))
+        source = _Stream(data, prepare, self) if data.get is None else _Indexed(data, prepare, self.batch)
         last = -(-(data.n or 0) // self.batch)
         numbers = range(self.start, last if self.stop is None else min(self.stop, last))
-        return iter(DataLoader(_Indexed(data, prepare, self.batch), sampler=numbers, **how))
+        if not self.workers:
+            groups = source.groups() if isinstance(source, _Stream) else map(source.group, numbers)
+            return self._ahead(groups)
+        how: dict[str, Any] = {"batch_size": None, "num_workers": self.workers, "collate_fn": _same}
+        how |= {"pin_memory": self.pin, "worker_init_fn": partial(_end_with, os.getpid())}
+        return iter(DataLoader(source, sampler=None if isinstance(source, _Stream) else numbers, **how))
+
+    def _ahead(self, groups: Iterator[Group]) -> Iterator[Batch]:
+        """Yield batches, each made by a thread while the one before it is used.
+
+        Items are read in the caller's thread, which a data set may belong to (as a connection of sqlite does).
+        """
+
+        def made(group: Group) -> Batch:
+            return group.assemble().pin_memory() if self.pin else group.assemble()
+
+        with ThreadPoolExecutor(1, "prisma-decode") as thread:
+            before: Future[Batch] | None = None
+            more = True
+            while more:
+                try:
+                    group = next(groups, None)
+                except BaseException:
+                    if before is not None:
+                        yield before.result()  # it is whole, and comes before the error
+                    raise
+                more = group is not None
+                following = None if group is None else thread.submit(made, group)
+                if before is not None:
+                    yield before.result()
+                before = following
 
 
 def _same(batch: Batch) -> Batch:
@@ -132,17 +161,67 @@ def _end_with(parent: int, worker: int) -> None:
         os._exit(1)
 
 
+@dataclass(frozen=True)
+class Group:
+    """The items of one batch, before they are decoded.
+
+    Attributes:
+        start: the position of the first in the data.
+        items: each as it was read, or why it was not.
+        prepare: from an image to a tensor; None hashes alone.
+    """
+
+    start: int
+    items: Sequence[Item | Exception]
+    prepare: Prepare | None
+
+    def assemble(self) -> Batch:
+        """Decode the items to a batch; one that cannot be read is listed among the skipped."""
+        batch, pixels = Batch(self.start, len(self.items)), list[Tensor]()
+        for source, item in enumerate(self.items, self.start):
+            line: dict[str, Any] = {"source": source}
+            try:
+                if isinstance(item, Exception):
+                    raise item
+                line |= {"path": item.path, "label": item.label, "sha256": content_hash(item.image)}
+                if self.prepare is not None:
+                    pixels.append(self.prepare(opened(item.image)))
+            except UNREADABLE as error:
+                text = " ".join(str(error).split()) or type(error).__name__
+                if isinstance(item, Item) and isinstance(item.image, Path) and item.path:
+                    text = text.replace(str(item.image), item.path)
+                batch.skipped.append({**line, "error": text})
+            else:
+                batch.lines.append(line)
+        shapes = list(dict.fromkeys(tuple(one.shape) for one in pixels))
+        if len(shapes) > 1:
+            last = self.start + len(self.items) - 1
+            batch.problem = f"Images {self.start} to {last} come out in different shapes: {shapes[:3]}."
+        elif pixels:
+            batch.pixels = torch.stack(pixels)
+        return batch
+
+
 @dataclass
 class _Indexed(Dataset[Batch]):
     data: Data
     prepare: Prepare
     batch: int
 
-    def __getitem__(self, number: int) -> Batch:
-        start, get = number * self.batch, self.data.get
-        assert get is not None
+    def group(self, number: int) -> Group:
+        start = number * self.batch
         positions = range(start, min(start + self.batch, self.data.n or 0))
-        return assemble(start, [lambda at=at: get(at) for at in positions], self.prepare)
+        return Group(start, list(map(self._read, positions)), self.prepare)
+
+    def _read(self, position: int) -> Item | Exception:
+        assert self.data.get is not None
+        try:
+            return self.data.get(position)
+        except UNREADABLE as error:
+            return error
+
+    def __getitem__(self, number: int) -> Batch:
+        return self.group(number).assemble()
 
 
 @dataclass
@@ -153,51 +232,14 @@ class _Stream(IterableDataset[Batch]):
     prepare: Prepare
     plan: Plan
 
+    def groups(self) -> Iterator[Group]:
+        items, number = self.data.items(), 0
+        while group := list(islice(items, self.plan.batch)):
+            prepare = self.prepare if number >= self.plan.start else None
+            yield Group(number * self.plan.batch, group, prepare)
+            number += 1
+
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        items: list[Item] = []
-        number = 0
-        for item in self.data.items():
-            items.append(item)
-            if len(items) == self.plan.batch:
-                if number % workers == worker:
-                    yield self._batch(number, items)
-                items, number = [], number + 1
-        if items and number % workers == worker:
-            yield self._batch(number, items)
-
-    def _batch(self, number: int, items: Sequence[Item]) -> Batch:
-        prepare = self.prepare if number >= self.plan.start else None
-        return assemble(number * self.plan.batch, [lambda item=item: item for item in items], prepare)
-
-
-def assemble(start: int, items: Sequence[Callable[[], Item]], prepare: Prepare | None) -> Batch:
-    """Decode items to a batch; one that cannot be read is listed among the skipped.
-
-    Args:
-        start: the position of the first.
-        prepare: from an image to a tensor; None hashes alone.
-    """
-    batch, pixels = Batch(start, len(items)), list[Tensor]()
-    for source, read in enumerate(items, start):
-        line: dict[str, Any] = {"source": source}
-        item = Item(None)
-        try:
-            item = read()
-            line |= {"path": item.path, "label": item.label, "sha256": content_hash(item.image)}
-            if prepare is not None:
-                pixels.append(prepare(opened(item.image)))
-        except UNREADABLE as error:
-            text = " ".join(str(error).split()) or type(error).__name__
-            if isinstance(item.image, Path) and item.path:
-                text = text.replace(str(item.image), item.path)
-            batch.skipped.append({**line, "error": text})
-        else:
-            batch.lines.append(line)
-    shapes = list(dict.fromkeys(tuple(one.shape) for one in pixels))
-    if len(shapes) > 1:
-        batch.problem = f"Images {start} to {start + len(items) - 1} come out in different shapes: {shapes[:3]}."
-    elif pixels:
-        batch.pixels = torch.stack(pixels)
-    return batch
+        return (group.assemble() for group in islice(self.groups(), worker, None, workers))

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import re
 from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from prisma_core import LoadError, TokenLayout, tensors_of
-from prisma_core.plugin import Facts, LayerQuery, checked, digest, format_fields, path_of, read_json
+from prisma_core.plugin import Facts, LayerQuery, checked, digest, format_fields, path_of, read_json, shown
 
 SCHEMA = 1
 MANIFEST, WHOLE, EXAMPLES, SKIPPED, SHARDS = (
@@ -25,8 +28,11 @@ MANIFEST, WHOLE, EXAMPLES, SKIPPED, SHARDS = (
     "shards",
 )
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Dtype = Literal["bfloat16", "float16", "float32"]
+_NAME = re.compile("[0-9a-f]{16}")
 _SUBSETS = {"pos": None, "patch": "patches", "cls": "cls"}  # of the layout, by axis
+GRID = ("frame", "row", "column")  # axes of patches that a model keeps in their places, as Swin and ConvNeXt do
 Name: TypeAlias = str | LayerQuery  # of a hook point: full, shorthand, or shorthand and layer
 
 
@@ -43,14 +49,45 @@ class Point(Facts):
     shape: tuple[int, ...]
 
     @property
+    def grid(self) -> TokenLayout | None:
+        """The layout of its tokens where they are a grid, ``row column`` or ``frame row column``; else None."""
+        lead = dict(zip(takewhile(GRID.__contains__, self.axes.split()), self.shape, strict=False))
+        if not {"row", "column"} <= lead.keys():
+            return None
+        return TokenLayout(frames=lead.get("frame", 1), rows=lead["row"], columns=lead["column"])
+
+    @property
+    def token_axes(self) -> int:
+        """How many of the first axes are of tokens: one, two or three of a grid, none."""
+        if self.grid is not None:
+            return sum(axis in GRID for axis in self.axes.split())
+        return int(self.axes.split()[0] in _SUBSETS)
+
+    @property
     def has_tokens(self) -> bool:
-        """Whether the first axis is of tokens: all that were read, or of a part of the model the patches or the class
-        token alone."""
-        return self.axes.split()[0] in _SUBSETS
+        """Whether the first axes are of tokens: all that were read, of a part of the model the patches or the class
+        token alone, or a grid."""
+        return self.token_axes > 0
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens an example has; 1 where the axes have none."""
+        return math.prod(self.shape[: self.token_axes])
+
+    @property
+    def inner(self) -> tuple[int, ...]:
+        """The shape of one token's activation."""
+        return self.shape[self.token_axes :]
+
+    def by_token(self, x: Tensor) -> Tensor:
+        """Return activations of examples with one axis of tokens, a grid in reading order: ``[example token ...]``."""
+        return x.flatten(1, self.token_axes) if self.has_tokens else x[:, None]
 
 
 def token_positions(layout: TokenLayout | None, pos: Any, point: Point) -> list[int] | None:
     """Return the positions of a hook point's tokens (see ``Manifest.positions``)."""
+    if point.grid is not None:
+        return list(range(point.n_tokens))
     if layout is None or not point.has_tokens:
         return None
     axis = point.axes.split()[0]
@@ -137,7 +174,8 @@ class Manifest(Facts):
 
     @checked
     def positions(self, point: Point) -> list[int] | None:
-        """Return the positions of a hook point's tokens; None where it has no tokens, or the model no layout of them.
+        """Return the positions of a hook point's tokens in ``layout_of(point)``; None where it has no tokens, or no
+        layout of them is known.
 
         ``pos`` cuts the axis of that name alone: what has the patches alone, such as the embedding or the features of a
         coder of patches, has all of them.
@@ -145,10 +183,18 @@ class Manifest(Facts):
         return token_positions(self.layout, self.pos, point)
 
     @checked
+    def layout_of(self, point: Point) -> TokenLayout | None:
+        """Return the layout of a hook point's tokens: that of its grid, else the model's."""
+        return point.grid or self.layout
+
+    @checked
     def tokens(self, point: Point) -> list[str] | None:
         """Return the names of a hook point's tokens, such as ``r3c5``; None where they have none."""
-        names, places = None if self.layout is None else self.layout.token_names(), self.positions(point)
-        return None if names is None or places is None else [names[place] for place in places]
+        layout, places = self.layout_of(point), self.positions(point)
+        if layout is None or places is None:
+            return None
+        names = layout.token_names()
+        return [names[place] for place in places]
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -165,17 +211,22 @@ class Manifest(Facts):
         if schema != SCHEMA:
             newer = isinstance(schema, int) and schema > SCHEMA
             what = "update Prisma" if newer else "it is none that Prisma wrote; harvest again"
-            raise LoadError(f"{path} has schema {schema}, and this Prisma reads {SCHEMA}: {what}.")
+            raise LoadError(f"{path} has schema {shown(schema)}, and this Prisma reads {SCHEMA}: {what}.")
         try:
-            return cls.model_validate(facts)
+            manifest = cls.model_validate(facts)
         except ValidationError as error:
             raise LoadError(f"{path} is no manifest of a harvest: {format_fields(error)}.") from error
+        if _NAME.fullmatch(path.parent.name) and manifest.name != path.parent.name:
+            raise LoadError(
+                f"{path} says something else than when it was written: its hash is {manifest.name}. Harvest again."
+            )
+        return manifest
 
 
 class ShardFile(Facts):
     """A file of shards: SHA-256, and how many examples it holds."""
 
-    sha256: str
+    sha256: Sha256
     examples: int = Field(ge=0)
 
 
@@ -191,8 +242,8 @@ class Whole(Facts):
 
     examples: int
     skipped: int
-    shards: dict[str, ShardFile]
-    lines: dict[str, str]
+    shards: dict[Annotated[str, Field(pattern=r"^\d{5,9}\.safetensors$")], ShardFile]
+    lines: dict[Literal["examples.jsonl", "skipped.jsonl"], Sha256]
 
     @model_validator(mode="after")
     def _adds_up(self) -> Whole:
@@ -208,14 +259,13 @@ class Whole(Facts):
             LoadError: it is damaged.
         """
         path = folder / WHOLE
-        if not path.is_file():
+        if not os.path.lexists(path):
             return None
+        facts = read_json(path)
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+            return cls.model_validate(facts)
         except ValidationError as error:
             raise LoadError(f"{path} is damaged: {format_fields(error)}.") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise LoadError(f"{path} is damaged: {error}") from error
 
 
 def example_bytes(points: Iterable[Point], dtype: Dtype) -> int:

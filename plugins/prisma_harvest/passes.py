@@ -16,7 +16,7 @@ from prisma_core import HookedModel, InputError, TokenLayout, UnknownName, tenso
 from prisma_core.plugin import BriefRepr, Count, Natural, Query, checked, expect, positions_of, qualified_name, shown
 from prisma_harvest.items import UNREADABLE, Item, opened
 from prisma_harvest.loading import Batch, Plan, preparer
-from prisma_harvest.manifest import DataFacts, Dtype, Manifest, ModelFacts, Point, weights_hash
+from prisma_harvest.manifest import GRID, DataFacts, Dtype, Manifest, ModelFacts, Point, weights_hash
 from prisma_harvest.sources import Data, open_data
 
 _FEW = 256  # images that are decoded sooner than processes start
@@ -122,7 +122,9 @@ class Pass(BriefRepr):
         weights = list(tensors_of(self.tower.model).values())
         self.device = weights[0].device if weights else torch.device("cpu")
         self.dtype = next((each.dtype for each in weights if each.is_floating_point()), torch.float32)
-        self._shapes()
+        axes = {name: point.axes for name, point in self.tower.model.hook_points().items()}
+        self._orders = {name: _grid_first(axes[name].split()) for name in self.own_names}
+        self._shapes(axes)
 
     # ---------------------------------------------------------------- the pass
 
@@ -167,9 +169,9 @@ class Pass(BriefRepr):
         pixels = pixels.to(device=self.device, dtype=dtype, non_blocking=True)
         with torch.no_grad():
             _, cache = self.tower.model.run_with_cache(pixels, names=self.own_names, pos=pos, output=False)
-        return {self.tower.prefix + name: cache[name] for name in self.own_names}
+        return {self.tower.prefix + name: cache[name].permute(order) for name, order in self._orders.items()}
 
-    def _shapes(self) -> None:
+    def _shapes(self, axes: Mapping[str, str]) -> None:
         """Run the first image that can be read."""
         pixels = self._first()[None]
         self.layout = self.tower.model.layout_for(pixels.to(self.device, self.dtype))
@@ -181,12 +183,12 @@ class Pass(BriefRepr):
                 raise InputError("This model has no token layout: give pos as a list of positions.")
             n = self.layout.n_tokens if self.layout is not None else max(map(abs, self.pos), default=0) + 1
             self._pos = positions_of(self.pos, n)
-        axes = {name: point.axes for name, point in self.tower.model.hook_points().items()}
         points: list[Point] = []
         for name, x in self._read(pixels, self._pos).items():
             names = axes[name.removeprefix(self.tower.prefix)].split()
             if names[0] != "batch":
                 raise InputError(f"{name} is [{' '.join(names)}]: a harvest holds activations of images, batch first.")
+            names = [names[at] for at in _grid_first(names)]
             points.append(Point(name=name, axes=" ".join(names[1:]), shape=tuple(x.shape[1:])))
         self.points = tuple(points)
 
@@ -250,6 +252,16 @@ class Pass(BriefRepr):
         name = getattr(function, "__qualname__", None)
         named = f"{function.__module__}.{name}" if name else qualified_name(function)
         return named if " at 0x" in text else f"{named}: {text}"
+
+
+def _grid_first(axes: Sequence[str]) -> list[int]:
+    """Return the order in which the axes of a grid come right behind the batch, as tokens do.
+
+    >>> _grid_first(["batch", "d_model", "row", "column"])
+    [0, 2, 3, 1]
+    """
+    grid = [at for at, axis in enumerate(axes) if axis in GRID] if {"row", "column"} <= set(axes) else []
+    return [0, *grid, *(at for at in range(1, len(axes)) if at not in grid)]
 
 
 def _text_hash(text: str) -> str:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, LoadError, NotApplicable, TokenLayout
-from prisma_core.plugin import Count, check_keywords, checked, keyword_names, resolve_one, several
+from prisma_core.plugin import Count, check_keywords, check_regular, checked, keyword_names, resolve_one, several
 from prisma_harvest.arrow import record_batches
 from prisma_harvest.folder import Line, read_lines
 from prisma_harvest.manifest import (
@@ -92,8 +92,17 @@ class Harvest:
         return self.manifest.layout
 
     @checked
+    def layout_of(self, name: Name) -> TokenLayout | None:
+        """Return the layout that ``positions_of`` counts in: that of a hook point's own grid, else the model's.
+
+        Raises:
+            UnknownName: no such hook point.
+        """
+        return self.manifest.layout_of(self.point(name))
+
+    @checked
     def positions_of(self, name: Name) -> list[int] | None:
-        """Return the positions of a hook point's tokens; None where it has no tokens, or the model no layout of them.
+        """Return the positions of a hook point's tokens; None where it has no tokens, or no layout of them is known.
 
         Raises:
             UnknownName: no such hook point.
@@ -184,6 +193,7 @@ class Harvest:
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
     def _part(self, shard: Shard, start: int, stop: int, point: Point) -> Tensor:
+        check_regular(shard.path)
         try:
             with safe_open(shard.path, "pt") as file:
                 whole = file.get_slice(point.name)
@@ -241,8 +251,9 @@ class Harvest:
     ) -> Iterator[Any]:
         """Yield tokens as rows ``[batch d]``: all tokens of all examples, once each.
 
-        Several axes behind the token, such as ``head d_head``, become one; where there is no token axis, an example is
-        a row. The same seed gives the same order.
+        Several axes behind the token, such as ``head d_head``, become one; a grid (``row column d_model``) is its
+        positions in reading order; where there is no token axis, an example is a row. The same seed gives the same
+        order.
 
         Args:
             name: a hook point; a list of them gives tuples of the same tokens' rows.
@@ -320,10 +331,7 @@ class Harvest:
     def _rows(self, points: Sequence[Point], chunk: Chunk) -> tuple[Tensor, ...]:
         shard = self.shards[chunk.shard]
         parts = (self._part(shard, chunk.start, chunk.stop, point) for point in points)
-        return tuple(
-            x.flatten(0, 1).flatten(1) if point.has_tokens else x.flatten(1)
-            for x, point in zip(parts, points, strict=True)
-        )
+        return tuple(point.by_token(x).flatten(0, 1).flatten(1) for x, point in zip(parts, points, strict=True))
 
     # ---------------------------------------------------------------- other forms
 
@@ -352,10 +360,8 @@ def _tokens(point: Point) -> int:
     Raises:
         NotApplicable: its first axis is neither a token nor a feature.
     """
-    if point.has_tokens:
-        return point.shape[0]
-    if len(point.shape) > 1:
+    if not point.has_tokens and len(point.shape) > 1:
         raise NotApplicable(
             f"{point.name} is [{point.axes}], which has no rows of tokens: take harvest.batches or harvest.example."
         )
-    return 1
+    return point.n_tokens

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import LoadError
+from prisma_core.plugin import check_regular
 from prisma_harvest.manifest import DTYPES, Dtype, Point, tensor_bytes
 
 _NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # in the header of safetensors
@@ -41,6 +42,7 @@ class ShardReader:
         Raises:
             LoadError: the file is missing or damaged.
         """
+        check_regular(self.path)
         try:
             with self.path.open("rb", buffering=0) as file:
                 self.starts = self.starts or self._starts(file)

@@ -54,8 +54,7 @@ class Units:
 
     def scores(self, x: Tensor, point: Point) -> Tensor:
         """Return the scores of activations as float32: ``[example token unit]``."""
-        x = x.detach().cpu().float()
-        x = x if point.has_tokens else x[:, None]
+        x = point.by_token(x.detach().cpu().float())
         if self.encode is not None:
             rows = x.flatten(2)
             with torch.no_grad():
@@ -70,10 +69,10 @@ class Units:
         Raises:
             InputError: the hook point or the directions do not fit.
         """
-        axes = point.axes.split()
+        axes = point.axes.split()[point.token_axes :]
         if not point.has_tokens and len(axes) > 1:
             raise InputError(f"{point.name} is [{point.axes}], without tokens: expected a place such as mlp.hook_post.")
-        width = torch.Size(point.shape[1:] if point.has_tokens else point.shape).numel()
+        width = torch.Size(point.inner).numel()
         if self.over not in ("feature", "head"):
             raise InputError(f"Expected over='feature' or 'head', got {self.over!r}.")
         if (self.directions is not None) + (self.encode is not None) + (self.over == "head") > 1:
@@ -87,9 +86,9 @@ class Units:
                     f"{list(self.directions.shape)}."
                 )
             return len(self.directions)
-        if self.over == "head" and axes[1:2] != ["head"]:
+        if self.over == "head" and axes[:1] != ["head"]:
             raise InputError(f"{point.name} is [{point.axes}], without heads: expected z or result.")
-        return point.shape[1] if self.over == "head" else width
+        return point.inner[0] if self.over == "head" else width
 
     def _encoded(self, name: str, width: int) -> int:
         assert self.encode is not None

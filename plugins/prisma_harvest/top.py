@@ -138,7 +138,7 @@ class _Search:
 
     def add(self, first: int, x: Tensor, lines: Sequence[dict[str, Any]] | None) -> None:
         """Take the activations of consecutive examples, ``[example token ...]``."""
-        step = max(1, _SCORES // max(1, self.n * (x.shape[1] if x.ndim > 2 else 1)))
+        step = max(1, _SCORES // max(1, self.n * self.point.n_tokens))
         for start in range(0, len(x), step):
             self._scores(first + start, self.units.scores(x[start : start + step], self.point))
         self.seen, self.groups = first + len(x), self.groups + 1
@@ -212,6 +212,7 @@ class _Search:
 def _about(source: Harvest | Pass, point: Point) -> dict[str, Any]:
     """Return what a reader needs to know of the images and tokens."""
     manifest = source.manifest if isinstance(source, Harvest) else source.manifest("float32", 1)
+    layout = manifest.layout_of(point)
     folder = isinstance(source, Pass) and source.source.kind == "folder"
     return {
         "model": manifest.model.model_dump(mode="json", include={"reference", "weights", "tower"}),
@@ -219,7 +220,7 @@ def _about(source: Harvest | Pass, point: Point) -> dict[str, Any]:
             **manifest.data.model_dump(mode="json", include={"kind", "name", "fingerprint"}),
             "root": str(Path(source.data).absolute()) if folder else None,  # type: ignore[union-attr]
         },
-        "layout": None if manifest.layout is None else manifest.layout.model_dump(mode="json"),
+        "layout": None if layout is None else layout.model_dump(mode="json"),
         "positions": manifest.positions(point),
         "tokens": manifest.tokens(point),
     }

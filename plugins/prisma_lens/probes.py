@@ -201,17 +201,17 @@ def probe_harvest(
 def _rows(acts: Any, name: str, tokens: str, start: int, stop: int) -> Tensor:
     """Return what is read of examples of a harvest: ``[example thing d]``."""
     point = acts.point(name)
-    _, *rest = point.axes.split()
-    x = acts.read(name, start, stop).float()
-    if not rest:
-        return x[:, None]
-    if not point.has_tokens or len(rest) > 1:
+    x = point.by_token(acts.read(name, start, stop).float())
+    if not point.has_tokens and x.ndim == 3:
+        return x
+    if x.ndim != 3:
         raise InputError(f"Probes read activations [pos d]; {name} is [{point.axes}].")
     if tokens == "mean":
         return x.mean(1, keepdim=True)
-    if acts.layout is None:
+    layout = acts.layout_of(name)
+    if layout is None:
         raise InputError(f"This harvest has no token layout, so tokens={tokens!r} means nothing: take 'mean'.")
-    subset = set(acts.layout.positions(tokens))
+    subset = set(layout.positions(tokens))
     there = [at for at, position in enumerate(acts.positions_of(name)) if position in subset]
     if not there:
         raise InputError(f"This harvest holds no {tokens}: it is of {', '.join(acts.tokens_of(name)[:3])} and so on.")

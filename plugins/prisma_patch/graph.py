@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from prisma_core import InputError, LoadError, Result
-from prisma_core.plugin import Count, UnknownName, checked, read_json, suggest, write_text
+from prisma_core.plugin import Count, UnknownName, checked, expect, number, read_json, suggest, write_text
 
 QKV = ("q", "k", "v")
+LARGEST = 1 << 16  # of a size that a file says
 
 
 @dataclass(frozen=True)
@@ -214,16 +215,22 @@ class Circuit:
         try:
             data = read_json(path)
             cfg, nodes, edges = (data[key] for key in ("cfg", "nodes", "edges"))
-            sizes = [int(cfg[key]) for key in ("n_layers", "n_heads", "d_model")]
-            mlps = tuple(layer for layer in range(sizes[0]) if f"m{layer}" in nodes)
-            shape = Shape(*sizes, parallel=bool(cfg["parallel_attn_mlp"]), mlps=mlps)
+            layers, heads, d_model = (number(cfg[key], key, 1, LARGEST) for key in ("n_layers", "n_heads", "d_model"))
+            if layers * heads > len(nodes):  # before anything is made of a count
+                raise InputError(f"{layers} layers of {heads} heads, and {len(nodes)} nodes")
+            mlps = tuple(layer for layer in range(layers) if f"m{layer}" in nodes)
+            parallel = expect(cfg["parallel_attn_mlp"], bool, "parallel_attn_mlp as true or false")
+            shape = Shape(layers, heads, d_model, parallel=parallel, mlps=mlps)
             circuit = cls(shape, torch.zeros(shape.real().shape), torch.zeros_like(shape.real()))
             for name, edge in edges.items():
                 at = circuit.index(name)
-                circuit.scores[at], circuit.kept[at] = _number(edge), bool(edge["in_graph"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, UnknownName) as error:
+                circuit.scores[at] = _number(edge)
+                circuit.kept[at] = expect(edge["in_graph"], bool, f"in_graph of {name} as true or false")
+            if len(edges) != int(shape.real().sum()):
+                raise InputError(f"{int(shape.real().sum())} edges by its sizes, and {len(edges)} in the file")
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, UnknownName, InputError) as error:
             raise LoadError(
-                f"{path} holds no circuit in EAP-IG's layout ({type(error).__name__}: {error}): expected JSON with cfg "
+                f"{path} holds no circuit in EAP-IG's layout ({str(error)[:200]}): expected JSON with cfg "
                 "(n_layers, n_heads, d_model, parallel_attn_mlp), nodes and edges {name: {score, in_graph}}."
             ) from error
         return circuit
@@ -241,4 +248,4 @@ class Circuit:
 
 def _number(edge: Mapping[str, Any]) -> float:
     score = edge["score"]
-    return float("nan") if score is None else float(score)
+    return float("nan") if score is None else float(expect(score, (int, float), "a score as a number"))

@@ -13,6 +13,7 @@ Source:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
@@ -52,7 +53,7 @@ def ablate(
     Args:
         model: the model whose passes are changed.
         at: hook points (see ``prisma_core.hooks.query``).
-        pos: tokens to ablate, as positions or a subset of the layout; None for all.
+        pos: tokens to ablate, as positions (of a grid, in reading order) or a subset of the layout; None for all.
         heads, neurons: heads, or places on the last axis, to ablate; None for all.
         method: ``zero``; ``mean`` over the batch and the tokens of ``reference``, each head and feature by itself;
             ``resample``: activations of ``reference``, in another order than its own.
@@ -211,7 +212,7 @@ def together(*scopes: Scope) -> Scope:
 # -------------------------------------------------------------------- parts
 
 
-Chosen = dict[int, Callable[[int], list[int]]]
+Chosen = dict[tuple[int, ...], Callable[[int], list[int]]]
 """By axis, what is chosen of its places: a function of their number."""
 
 
@@ -234,18 +235,23 @@ def _indices(
         for choice, kinds, what, among in choices:
             if choice is None:
                 continue
-            axis = next((axes.index(kind) for kind in kinds if kind in axes), None)
-            if axis is None:
+            along = next(((axes.index(kind),) for kind in kinds if kind in axes), ())
+            if what == "pos" and {"row", "column"} <= {*axes}:  # a grid is positions in reading order
+                if isinstance(pos, str):
+                    raise InputError(f"{name} ({' '.join(axes)}) is a grid: give pos= as numbers, in reading order.")
+                along = axes.index("row"), axes.index("column")
+            if not along:
                 raise InputError(f"{name} ({' '.join(axes)}) has no axis for {what}=.")
-            chosen[name][axis] = among
+            chosen[name][along] = among
     return chosen
 
 
 def _replaced(x: Tensor, chosen: Chosen, value: Tensor) -> Tensor:
     """Return ``x`` with ``value`` at the chosen places, and everywhere if none are chosen."""
     keep = torch.ones((), dtype=torch.bool, device=x.device)
-    for axis, among in chosen.items():
-        on = torch.zeros(x.shape[axis], dtype=torch.bool, device=x.device)
-        on[among(x.shape[axis])] = True
-        keep = keep & on.view([-1 if each == axis else 1 for each in range(x.ndim)])
+    for along, among in chosen.items():
+        n = math.prod(x.shape[axis] for axis in along)
+        on = torch.zeros(n, dtype=torch.bool, device=x.device)
+        on[among(n)] = True
+        keep = keep & on.view([size if axis in along else 1 for axis, size in enumerate(x.shape)])
     return torch.where(keep, value.expand_as(x), x)

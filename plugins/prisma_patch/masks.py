@@ -52,7 +52,7 @@ def knock_out(
 
     Raises:
         UnknownName: no such subset or layer.
-        NotApplicable: the model's attention has no scores over all tokens.
+        NotApplicable: the model's attention has no scores over all tokens: in windows, say.
     """
     layout = model.layout_for()
     for subset in (queries, keys):
@@ -65,7 +65,7 @@ def knock_out(
         mask[rows[:, None], tokens_among(layout, keys, n_keys)] = True
         return mask
 
-    return _masked(model, hidden, layers, heads)
+    return _masked(model, hidden, layers, heads, by_place=any(each is not None for each in (queries, keys)))
 
 
 @checked
@@ -146,8 +146,14 @@ def _masked(
     hidden: Callable[[int, int], Tensor],
     layers: Layers,
     heads: int | Indices | None,
+    *,
+    by_place: bool = False,
 ) -> Scope:
-    """Return a scope in which scores are minus infinity where ``hidden(queries, keys)`` says so."""
+    """Return a scope in which scores are minus infinity where ``hidden(queries, keys)`` says so.
+
+    Args:
+        by_place: whether it says so by places in the image, which the positions of a window are not.
+    """
     points = model.hook_points()
     every = [name for name in points if name.endswith("hook_attn_scores") and layer_of(name) is not None]
     every = [name for name in every if points[name].axes.split()[-2:] == ["query_pos", "key_pos"]]
@@ -161,8 +167,8 @@ def _masked(
         mask = hidden(x.shape[-2], x.shape[-1]).to(x.device)
         if heads is None:
             return mask.expand_as(x)
-        rows = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
-        rows[positions_of(heads, x.shape[1])] = True
+        rows = torch.zeros(x.shape[-3], dtype=torch.bool, device=x.device)
+        rows[positions_of(heads, x.shape[-3])] = True
         return (mask & rows[:, None, None]).expand_as(x)
 
     def scores(x: Tensor, at: HookContext) -> Tensor:
@@ -172,5 +178,13 @@ def _masked(
         # A query without any key has a row of NaN behind the softmax: it reads zeros.
         return x.masked_fill(on(x), 0.0)
 
+    if by_place and (windows := [name for name in names if "window" in points[name].axes.split()]):
+        raise NotApplicable(
+            f"{windows[0]} is [{points[windows[0]].axes}]: positions there are those of a window, not of the image. "
+            "Hide edges with a hook at it (model.hooks), or ablate places of the stream: ablate(model, 'resid_post', "
+            "pos=...), numbered in reading order."
+        )
+    if heads is not None and (lacking := [name for name in names if points[name].axes.split()[-3] != "head"]):
+        raise NotApplicable(f"{lacking[0]} is [{points[lacking[0]].axes}], without heads to choose.")
     patterns = [name.replace("hook_attn_scores", "hook_pattern") for name in names]
     return model.hooks({**dict.fromkeys(names, scores), **dict.fromkeys(patterns, pattern)})

@@ -7,9 +7,12 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-Activation: TypeAlias = Literal["relu", "tanh-relu", "topk", "topk-signed", "jumprelu", "jump-signed", "groupmax"]
+Activation: TypeAlias = Literal[
+    "relu", "tanh-relu", "topk", "topk-signed", "topk-abs", "jumprelu", "jump-signed", "groupmax"
+]  # fmt: skip
 """``topk`` keeps the k largest, then takes their relu; ``jumprelu`` is relu(h) where h > threshold; the signed ones
-take no relu; ``groupmax`` keeps the largest of each of k groups of neighbours, after relu."""
+take no relu; ``topk-abs`` keeps the k largest by magnitude, with their signs; ``groupmax`` keeps the largest of each of
+k groups of neighbours, after relu."""
 
 Normalize: TypeAlias = Literal["none", "layer_norm", "constant_norm_rescale", "standardize"]
 """``layer_norm``: (x - mean) / (deviation + 1e-5) over the last axis, the deviation with n - 1;
@@ -20,7 +23,7 @@ def activate(h: Tensor, kind: Activation, k: int | None, threshold: Tensor | Non
     """Return features ``[... feature]`` of pre-activations of the same shape.
 
     Args:
-        k: of ``topk``, ``topk-signed`` and ``groupmax``.
+        k: of the kinds of ``topk`` and of ``groupmax``.
         threshold: of ``jumprelu`` and ``jump-signed``: a number, or one for each feature.
     """
     if kind == "relu":
@@ -35,6 +38,9 @@ def activate(h: Tensor, kind: Activation, k: int | None, threshold: Tensor | Non
         groups = torch.relu(h).unflatten(-1, (k, -1))
         values, places = groups.max(-1, keepdim=True)
         return torch.zeros_like(groups).scatter(-1, places, values).flatten(-2)
+    if kind == "topk-abs":
+        places = h.abs().topk(k, dim=-1, sorted=False).indices
+        return torch.zeros_like(h).scatter(-1, places, h.gather(-1, places))
     values, places = h.topk(k, dim=-1, sorted=False)
     return torch.zeros_like(h).scatter(-1, places, values if kind == "topk-signed" else torch.relu(values))
 

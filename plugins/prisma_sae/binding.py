@@ -135,7 +135,7 @@ def token_slice(model: HookedModel, name: str, tokens: Tokens | None) -> slice |
         return None
     layout = layout_at(model, name)
     axes = model.hook_points()[name].axes
-    if tokens == "patches" and "patch" in axes.split():  # it has no others
+    if tokens == "patches" and {"patch", "row"} & set(axes.split()):  # it has no others
         return None
     if layout is None or "pos" not in axes.split():
         raise InputError(f"This coder runs on the tokens {tokens!r}, and {name} ({axes}) has no layout of tokens.")

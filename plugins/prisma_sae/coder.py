@@ -59,7 +59,7 @@ class CoderFacts(Facts):
     activation: Activation = "relu"
     k: int | None = None
     normalize: Normalize = "none"
-    soft_cap: float | None = None
+    soft_cap: float | None = Field(default=None, ge=1e-6)
     restores: bool = True
     groups: tuple[int, ...] = ()
     model: str | None = None
@@ -237,7 +237,7 @@ def _check(facts: CoderFacts, tensors: Mapping[str, Tensor]) -> None:
         one = "threshold" in tensors and not tensors["threshold"].ndim
         shapes["threshold"] = torch.Size() if one else d_sae
     check_shapes(tensors, shapes, f"This {facts.kind} coder ({facts.layout or 'no file'})")
-    if facts.activation in ("topk", "topk-signed", "groupmax"):
+    if facts.activation in ("topk", "topk-signed", "topk-abs", "groupmax"):
         if facts.k is None or not 0 < facts.k <= facts.d_sae:
             raise LoadError(f"The activation {facts.activation} needs k from 1 to {facts.d_sae}, got {facts.k}.")
         if facts.activation == "groupmax" and facts.d_sae % facts.k:

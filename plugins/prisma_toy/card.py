@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import prisma_core as prisma
-from prisma_core.plugin import write_text
+from prisma_core.plugin import read_text, write_text
 from prisma_toy import checkpoints
 from prisma_toy.config import Config
 from prisma_toy.measure import Score, held_out
@@ -55,7 +55,7 @@ def measured(trainer: Trainer) -> str | None:
     card = trainer.folder / MODEL / CARD
     if trainer.step < trainer.config.steps or not card.is_file():
         return None
-    lines = card.read_text(encoding="utf-8").splitlines()
+    lines = read_text(card).splitlines()
     line_held_out = next((line for line in lines if line.startswith(_HELD_OUT)), None)
     return line_held_out and line_held_out.removeprefix(_HELD_OUT).partition("), ")[0] + ")"
 

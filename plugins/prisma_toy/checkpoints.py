@@ -13,7 +13,7 @@ from torch import Tensor
 
 import prisma_core as prisma
 from prisma_core import LoadError, ZooModel
-from prisma_core.plugin import replacing, write_text
+from prisma_core.plugin import check_regular, replacing, write_text
 
 CONFIG, STATE, LOG, CHECKPOINTS = "config.json", "state.safetensors", "log.jsonl", "checkpoints"
 
@@ -31,6 +31,7 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         LoadError: the file is corrupt.
     """
+    check_regular(folder / STATE)
     try:
         with safe_open(folder / STATE, "pt") as file:
             # Copied out of the file: kernels may round by how memory is aligned.
@@ -53,7 +54,7 @@ def save_model(folder: Path, model: ZooModel, step: int) -> Path:
 def log_rows(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a run's log, up to a line that was cut short by a kill or is none of a log."""
     path = folder / LOG
-    if not path.exists():
+    if not path.is_file():
         return
     for line in path.read_bytes().splitlines():
         try:

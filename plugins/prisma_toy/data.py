@@ -85,6 +85,9 @@ def draw_captions(n: Count, seed: int = 0, *, unseen: bool = False) -> captions.
 def draw_motions(n: Count, seed: int = 0) -> motions.Motions:
     """Draw videos of a moving shape: ``[batch frame 1 32 32]``, with its direction and its way.
 
+    >>> draw_motions(2, seed=1).video.shape
+    torch.Size([2, 8, 1, 32, 32])
+
     Raises:
         InputError: none are asked for.
     """

@@ -175,5 +175,9 @@ def waves(sides: tuple[int, ...], d_model: int, height: float = 0.5) -> Tensor:
 
 @checked
 def normalise(image: Tensor) -> Tensor:
-    """Return pixels in 0..1 as a toy model takes them, just as its ``preprocess`` would."""
+    """Return pixels in 0..1 as a toy model takes them, just as its ``preprocess`` would.
+
+    >>> normalise(torch.tensor([0., 0.5, 1.]))
+    tensor([-1.,  0.,  1.])
+    """
     return image * 2 - 1

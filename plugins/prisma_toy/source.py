@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +12,7 @@ from torch import Tensor
 
 import prisma_core as prisma
 from prisma_core import InputError, UnknownName, ZooModel
-from prisma_core.plugin import Loaded, ModelInfo, Source, checked, suggest
+from prisma_core.plugin import Loaded, ModelInfo, Source, checked, read_json, read_text, suggest
 from prisma_toy import checkpoints, fetch
 from prisma_toy.model import draw_weights
 from prisma_toy.scenes import sample_scene
@@ -43,7 +42,7 @@ def series(name: str) -> dict[int, Path]:
     folder = _folder(name)
     steps = {int(path.name.removeprefix("step-")): path for path in folder.glob(f"{checkpoints.CHECKPOINTS}/step-*")}
     if steps:
-        steps[json.loads((folder / checkpoints.CONFIG).read_text(encoding="utf-8"))["steps"]] = folder
+        steps[read_json(folder / checkpoints.CONFIG)["steps"]] = folder
     return dict(sorted(steps.items()))
 
 
@@ -102,7 +101,7 @@ class ToySource(Source):
     def sample(self, rest: str, seed: int = 0) -> Image | list[Image]:
         """Return an image as the model was trained on, or the frames of a video; a scene for models that are none."""
         folders, name = bundled(), rest.partition("@")[0]
-        facts = json.loads((folders[name] / checkpoints.CONFIG).read_text(encoding="utf-8")) if name in folders else {}
+        facts = read_json(folders[name] / checkpoints.CONFIG) if name in folders else {}
         data = facts.get("data", "scenes")
         if data == "scenes":
             return sample_scene(seed + 2).image  # the first one to be seen has two shapes unlike each other
@@ -140,5 +139,5 @@ def _image(pixels: Tensor) -> Image:
 
 def card_title(folder: Path) -> str:
     """Return the first paragraph of a model's card, without the heading."""
-    lines = (folder / "card.md").read_text(encoding="utf-8").splitlines()
+    lines = read_text(folder / "card.md").splitlines()
     return next((line for line in lines if line and not line.startswith("#")), "")

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from prisma_core import InputError, LoadError, ZooModel
-from prisma_core.plugin import holding, write_text
+from prisma_core.plugin import format_fields, holding, read_json, write_text
 from prisma_toy import checkpoints
 from prisma_toy.config import Config
 from prisma_toy.task import Task
@@ -65,14 +65,15 @@ class Trainer:
             LoadError: the folder holds no run, or a damaged one.
         """
         path = folder / checkpoints.CONFIG
-        try:
-            config = Config.model_validate_json(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
+        if not os.path.lexists(path):
             raise LoadError(
                 f"{folder} holds no {checkpoints.CONFIG}, so there is no run to resume: start one without --resume."
-            ) from error
-        except (ValidationError, ValueError, OSError) as error:
-            raise LoadError(f"{path} does not describe a run: {error}") from error
+            )
+        facts = read_json(path)
+        try:
+            config = Config.model_validate(facts)
+        except ValidationError as error:
+            raise LoadError(f"{path} does not describe a run: {format_fields(error)}.") from error
         self = cls.__new__(cls)
         self._build(config, folder)
         if (folder / checkpoints.STATE).exists():

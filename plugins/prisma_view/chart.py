@@ -99,9 +99,10 @@ class Chart:
         )
         if self.kind == "graph":
             size = f"{int((~np.isnan(self.values)).sum())} edges"
-        place = ("->" if self.kind == "graph" else " ").join(
-            cut(x, NAME) for x in (self.panels[panel], self.labels[0][row], self.labels[1][column]) if x
-        )
+        names = (self.labels[0][row], self.labels[1][column])
+        if self.kind == "patches":
+            names = tuple(f"{axis} {name}" for axis, name in zip(self.axes, names, strict=True))
+        place = ("->" if self.kind == "graph" else " ").join(cut(x, NAME) for x in (self.panels[panel], *names) if x)
         return (
             f"{self.title or self.kind}: {size}. Largest: {place}, {self.values[panel, row, column]:.3g} {self.unit}."
         )
@@ -146,7 +147,9 @@ def chart_of(
         rows, columns, notes = *table.pair(kind), ()
     values, titles = table.panelled(rows, columns)
     values, missing = _finite(values)
-    left_out = (f"{panels} of {len(titles)} panels are drawn: choose others with sel().",) * (len(titles) > panels)
+    left_out = (f"{panels} of {len(titles)} panels are drawn; in Python, sel() chooses others.",) * (
+        len(titles) > panels
+    )
     labels = (table.labels.get(rows, ("",)), table.labels[columns])
     if kind == "bars":
         values, labels, more = _largest(values, labels)
@@ -154,13 +157,15 @@ def chart_of(
     if kind == "graph":
         values, notes = _strongest(values)
     common, shown = _common(titles[:panels])
-    about = [cut(each, TITLE) for each in (*(f"{name} {size}" for name, size in table.fixed), *common)]
-    unseen = ("The image is not drawn: it lies under patches alone. Choose a token with sel().",) * (
+    fixed = [f"{name} {place}" for name, place in table.fixed if (name, place) != ("batch", "0")]  # the only one
+    about = [cut(each, TITLE) for each in (*fixed, *common)]
+    unseen = ("The image is not drawn: it lies under patches alone. In Python, sel() chooses a token.",) * (
         image is not None and kind != "patches"
     )
     images = () if image is None else as_images(image, len(table.labels.get("frame", ("",))))
     baseline = (f"Against {result.baseline}.",) * bool(result.baseline)
-    total = (f"Total: {result.total}.",) * bool(result.total)
+    summed = kind == "bars" and any("sum" in note for note in notes)
+    total = (f"Total: {result.total}.",) * (bool(result.total) and not summed)
     return Chart(
         kind, values[:panels], (rows, columns), (_distinct(labels[0]), _distinct(labels[1])), tuple(shown),
         ", ".join([_spoken(result.technique) or "values", *about]), result.unit or "value",

@@ -23,6 +23,15 @@ PARTS = {
     "patching": "patching.png",
 }
 
+TRAINED = Annotated[
+    bool, typer.Option("--pretrained/--no-pretrained", help="Load trained weights, or random ones (no download).")
+]
+OPEN = Annotated[
+    bool | None,
+    typer.Option("--open/--no-open", help="Open the result in a browser.", show_default="where there is a screen"),
+]
+WORDS = Annotated[str | None, typer.Option(help="Texts for a dual encoder, such as 'a cat, a dog'.")]
+
 
 def demo(
     image: Annotated[
@@ -33,16 +42,11 @@ def demo(
         Path | None,
         typer.Option(help="A second image, whose heads are put into the first.", show_default="another sample"),
     ] = None,
-    words: Annotated[str | None, typer.Option(help="Texts for a dual encoder, such as 'a cat, a dog'.")] = None,
+    words: WORDS = None,
     model: Annotated[str, typer.Option(help="What to look into; `prisma models` lists what there is.")] = DEFAULT,
     out: Annotated[Path, typer.Option(help="Folder to write into.")] = Path("prisma-demo"),
-    pretrained: Annotated[
-        bool, typer.Option("--pretrained/--no-pretrained", help="Load trained weights, or random ones (no download).")
-    ] = True,
-    show: Annotated[
-        bool | None,
-        typer.Option("--open/--no-open", help="Open the page in a browser.", show_default="where there is a screen"),
-    ] = None,
+    pretrained: TRAINED = True,
+    show: OPEN = None,
 ) -> None:
     """Look inside a model: one page with its emoji logit lens, attention, attribution and patching.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections import Counter
 from html import escape
 from typing import Any, TypeVar
 
@@ -19,8 +21,20 @@ INK = "#767676"
 """Grey that is legible (4.5:1) on white and on black, since a notebook's background is not ours."""
 LINES = "rgba(128,128,128,.25)"
 CLEAR = "rgba(0,0,0,0)"
-MOST_GAPS = 100
+MOST_GAPS = 60
 """Cells side by side that have lines between them; more are too small for lines."""
+BUTTONS = ["sendChartToCloud", "select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"]
+"""Buttons of Plotly's that figures do without: the first would upload it, the others repeat zoom and reset."""
+CAPTION = 72
+"""Characters of a line of the caption."""
+PANELS, BESIDE = 620, 170
+"""Pixels across all panels, for which heights are chosen, and of what stands beside them: names and colour bar."""
+FIT = f"""const fit = ({{ data, layout }}, width) => {{
+  if (data[0].type !== "heatmap" || data[0].x) return;
+  const {{ t, b }} = layout.margin, share = Math.min(1, Math.max(0.3, (width - {BESIDE}) / {PANELS}));
+  layout.height = t + b + (layout.height - t - b) * share;
+}};"""
+"""JavaScript that makes patches, which keep their form, no taller than they are in a box of some width."""
 OVER = 0.62
 """How much of an image the colours above it cover."""
 
@@ -37,14 +51,20 @@ def draw(chart: Chart, figure: FigureType) -> FigureType:
     {"heat": _heat, "patches": _heat, "bars": _bars, "curves": _curves, "graph": _graph}[chart.kind](figure, chart)
     figure.update_annotations(font_size=12)
     low, high = chart.limits
-    caption = "<br>".join(escape(note) for note in chart.notes)
+    lines = [line for note in chart.notes for line in textwrap.wrap(note, CAPTION)]
     height = _height(chart, rows, columns)
     figure.update_layout(
-        title={"text": escape(chart.title) + (f"<br><sup>{caption}</sup>" if caption else ""), "x": 0.01},
+        title={
+            "text": escape(chart.title), "x": 0.01, "y": 1, "yanchor": "top", "pad": {"t": 34},
+            "subtitle": {"text": "<br>".join(map(escape, lines)), "font": {"size": 12}},
+        },
         font={"color": INK, "family": "system-ui, sans-serif"},
         paper_bgcolor=CLEAR, plot_bgcolor=CLEAR, height=height,
-        modebar={"bgcolor": CLEAR, "color": INK, "activecolor": _rgb(LESS)},
-        margin={"l": 60, "r": 20, "t": 70 + 20 * len(chart.notes) + (6 + 14 * _lines(chart)) * bool(titles), "b": 55},
+        modebar={"bgcolor": CLEAR, "color": INK, "activecolor": _rgb(LESS), "remove": BUTTONS},
+        margin={
+            "l": 60, "r": 60 if chart.kind == "graph" else 20, "b": 55,  # names stand on the right of a graph's nodes
+            "t": 76 + 16 * len(lines) + (6 + 14 * _lines(chart)) * bool(titles),
+        },
         coloraxis={
             "colorscale": "RdBu_r" if chart.signed else "Viridis", "cmin": low, "cmax": high,
             "colorbar": {"title": {"text": escape(chart.unit), "side": "right"}, "thickness": 14},
@@ -58,7 +78,9 @@ def draw(chart: Chart, figure: FigureType) -> FigureType:
 def least_width(chart: Chart) -> int:
     """Return the pixels below which a figure is no narrower, but scrolls: panels side by side need their room."""
     columns = chart.grid[1]
-    return 170 + 150 * columns if columns > 1 else 0
+    if chart.kind == "graph":
+        return 80 * Counter(y for _, y in drawing(chart).nodes.values()).most_common(1)[0][1]
+    return BESIDE + 150 * columns if columns > 1 else 0
 
 
 def _gap(chart: Chart) -> int:
@@ -79,7 +101,7 @@ def _height(chart: Chart, rows: int, columns: int) -> int:
     if chart.kind == "bars":
         return 140 + rows * max(160, 22 * chart.values.shape[-1])
     tall, wide = chart.values.shape[1:]
-    side = 620 / columns
+    side = PANELS / columns
     return round(min(170 + rows * (min(max(side * tall / wide, 90), side * 1.2) + _gap(chart)), 2400))
 
 
@@ -199,7 +221,7 @@ def _graph(figure: go.Figure, chart: Chart) -> None:
     figure.add_trace(
         go.Scatter(
             x=[shown.nodes[name][0] for name in names], y=[shown.nodes[name][1] for name in names], showlegend=False,
-            mode="markers+text", text=[escape(name) for name in names], textposition="middle right",
+            mode="markers+text", text=[escape(name) for name in names], textposition="middle right", cliponaxis=False,
             marker={"size": 12, "color": INK, "opacity": [1 if name in touched else 0.35 for name in names]},
             hovertemplate="%{text}<extra></extra>",
         )

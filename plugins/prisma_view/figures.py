@@ -18,7 +18,7 @@ from prisma_core import InputError, Result, TokenLayout
 from prisma_core.plugin import Count, checked, replacing
 from prisma_view import still
 from prisma_view.chart import Chart, Kind, chart_of
-from prisma_view.drawing import draw, least_width
+from prisma_view.drawing import FIT, draw, least_width
 
 Dots = Annotated[int, Field(ge=20, le=2400)]
 STILL = (".png", ".svg", ".pdf")
@@ -74,8 +74,9 @@ class Figure(go.Figure):
             f'alt="{escape(self.chart.describe())}"><div style="overflow-x:auto"><div id="{name}" role="img" '
             f'style="min-width:{self.least_width}px" aria-label="{escape(self.chart.describe())}"></div></div>'
             f"{library}<script>(() => {{"
-            f"const data = {figure_json(self)};"
+            f"const data = {figure_json(self)}; {FIT}"
             f'const draw = () => {{ const still = document.getElementById("{name}-still");'
+            f'fit(data, document.getElementById("{name}").clientWidth);'
             f'Plotly.newPlot("{name}", data.data, data.layout, {{responsive: true, displaylogo: false}});'
             "still.remove(); };"
             "const wait = (times) => window.Plotly ? draw() : times && setTimeout(() => wait(times - 1), 200);"
@@ -215,11 +216,17 @@ def _page(figure: Figure) -> str:
 <link rel="icon" href="data:,">
 <style>body {{ font-family: system-ui; margin: 1rem; background: Canvas; color: CanvasText; }}
 p {{ overflow-wrap: anywhere; }} .wide {{ overflow-x: auto; }}
-#figure {{ min-width: {figure.least_width}px; }}</style></head>
+#figure {{ min-width: {figure.least_width}px; }}
+#figure text:not(.hoverlayer *, .updatemenu-container *) {{ fill: CanvasText !important; }}
+#figure .updatemenu-item-rect {{ fill: Canvas !important; }}
+#figure .updatemenu-container text {{ fill: CanvasText !important; }}
+</style></head>
 <body><main><div class="wide"><div id="figure" role="img" aria-label="{escape(chart.describe())}"></div></div>
 <p>{escape(chart.describe())}</p></main>
 <script>{get_plotlyjs()}</script><script>
 const figure = {figure_json(figure)};
+{FIT}
+fit(figure, document.getElementById("figure").clientWidth);
 Plotly.newPlot("figure", figure.data, figure.layout, {{responsive: true, displaylogo: false}})
   .then(() => {{ document.documentElement.dataset.ready = "yes"; }});
 </script></body></html>

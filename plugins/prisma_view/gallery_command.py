@@ -11,7 +11,7 @@ import typer
 import prisma_core as prisma
 from prisma_core import InputError, Result
 from prisma_core.plugin import screen
-from prisma_view.command import wants_browser
+from prisma_view.command import OPEN, TRAINED, WORDS, wants_browser
 
 if TYPE_CHECKING:
     from prisma_sae import SparseCoder
@@ -32,20 +32,15 @@ def gallery(
     heads: Annotated[bool, typer.Option("--heads", help="Show heads, by the norm of their output (of z).")] = False,
     k: Annotated[int, typer.Option("-k", min=1, help="Images a unit.")] = 12,
     pos: Annotated[str | None, typer.Option(help="The tokens that are searched.", show_default="all")] = None,
-    words: Annotated[str | None, typer.Option(help="Texts for a dual encoder, such as 'a cat, a dog'.")] = None,
+    words: WORDS = None,
     model: Annotated[
         str | None, typer.Option(help="The model of a harvest or file.", show_default="the one it names")
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("gallery"),
     batch: Annotated[int, typer.Option(help="Images at once.")] = 32,
     limit: Annotated[int | None, typer.Option(help="Search only so many images.")] = None,
-    pretrained: Annotated[
-        bool, typer.Option("--pretrained/--no-pretrained", help="Load trained weights, or random ones (no download).")
-    ] = True,
-    show: Annotated[
-        bool | None,
-        typer.Option("--open/--no-open", help="Open the pages in a browser.", show_default="where there is a screen"),
-    ] = None,
+    pretrained: TRAINED = True,
+    show: OPEN = None,
 ) -> None:
     """Write a folder of pages with the top images of every neuron, head or sparse feature; it needs no server.
 

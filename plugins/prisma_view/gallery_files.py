@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from prisma_core import InputError, Result
-from prisma_core.plugin import UnknownName, locked, replacing, write_text
+from prisma_core.plugin import UnknownName, locked, read_text, replacing, write_text
 from prisma_view.colours import SCALE
 from prisma_view.gallery_images import Shown
 from prisma_view.gallery_units import About
@@ -73,7 +73,7 @@ def write(out: Path, title: str, kind: str, names: tuple[str, ...], top: Result,
 
 def data_folder(page: Path) -> Path:
     """Return the folder of scripts and sheets that a gallery's page names."""
-    return page.parent / re.findall(r'src="(data-[0-9a-f]{8})/index\.js"', page.read_text(encoding="utf-8"))[-1]
+    return page.parent / re.findall(r'src="(data-[0-9a-f]{8})/index\.js"', read_text(page))[-1]
 
 
 def _folders(out: Path) -> list[Path]:
@@ -113,7 +113,7 @@ def unit_page(page: Path, unit: int) -> str:
 
 def _read(script: Path) -> Any:
     """Return the data of a script: the last argument of its one call."""
-    text = script.read_text(encoding="utf-8")
+    text = read_text(script)
     return json.loads(f"[{text[text.index('(') + 1 : text.rindex(')')]}]")[-1]
 
 
@@ -177,7 +177,7 @@ def _unit(unit: int, top: Result, shown: Shown, facts: About) -> dict[str, Any]:
         if rows:
             made[name] = [[each, _number(value)] for each, value in rows[unit]]
     for rank in range(top.values.shape[1]):
-        if shown.thumb[unit, rank] < 0:
+        if shown.thumb[unit, rank] < 0 or not top.values[unit, rank]:  # at 0 a unit is off: no image is its top
             continue
         heat: np.ndarray = shown.heat[unit, rank]
         made["top"].append(

@@ -107,8 +107,8 @@ def lit(run: Pass, units: Units, top: Result, progress: bool | None) -> Shown:
     )  # fmt: skip
     point, shape = again.points[0], tuple(examples.shape)
     searched = SearchUnits(**units.search())
-    chosen = token_positions(again.layout, again.pos, point)
-    grid = _Grid.of(again.layout, chosen, point.shape[0] if point.has_tokens else 1)
+    layout = point.grid or again.layout
+    grid = _Grid.of(layout, token_positions(layout, again.pos, point), point.n_tokens)
     largest = top.values.amax(1).clamp_min(1e-12)
     shown = Shown(
         [], np.full(shape, -1), np.full((*shape, 3), -1), np.zeros((*shape, *grid.shape), np.uint8), grid.names,
@@ -121,7 +121,7 @@ def lit(run: Pass, units: Units, top: Result, progress: bool | None) -> Shown:
                 shown.pixels = batch.pixels[:16].clone()
             for x in activations[units.name]:
                 scores = searched.scores(x[None], point)[0]
-                x = x if point.has_tokens else x[None]
+                x = point.by_token(x[None])[0]
                 thumbs = _Thumbs(run, sources[at], shown.thumbs)
                 if scores.shape[1] != shape[0]:
                     raise InputError(
@@ -135,7 +135,7 @@ def lit(run: Pass, units: Units, top: Result, progress: bool | None) -> Shown:
                     close += off <= _CLOSE * float(largest[unit].abs()) + 1e-3
                     spot = grid.cells[token]
                     shown.spot[unit, rank] = spot
-                    shown.thumb[unit, rank] = thumbs.frame(max(int(spot[0]), 0), again.layout)
+                    shown.thumb[unit, rank] = thumbs.frame(max(int(spot[0]), 0), layout)
                     if grid.shape[0]:
                         here = grid.cells[:, 0] == max(int(spot[0]), 0)
                         share = (values.numpy()[here] / float(largest[unit])).clip(0, 1)

@@ -82,7 +82,7 @@ def feature_maps(model: HookedModel) -> list[str]:
     points = model.hook_points()
     names = [name for name in points if {"row", "column"} <= set(points[name].axes.split())]
     if not names:
-        raise NotApplicable("This model has no activations with rows and columns.")
+        raise NotApplicable("This model has no activations with rows and columns: its patches are tokens.")
     return [name for name in names if name.endswith("hook_resid_post")] or names
 
 

@@ -12,24 +12,19 @@ import prisma_core as prisma
 from prisma_core import InputError
 from prisma_core.plugin import screen
 from prisma_view import lazy
-from prisma_view.command import given_or_sample, overview, wants_browser
+from prisma_view.command import OPEN, TRAINED, WORDS, given_or_sample, overview, wants_browser
+
+IMAGE = Annotated[Path | None, typer.Option(help="An image, or a video for models of videos.", show_default="a sample")]
 
 
 def attention(
     reference: Annotated[str, typer.Argument(help="The model; `prisma models` lists what there is.")],
-    image: Annotated[
-        Path | None, typer.Option(help="An image, or a video for models of videos.", show_default="a sample")
-    ] = None,
+    image: IMAGE = None,
     text: Annotated[str | None, typer.Option(help="A text, for the text tower of a dual encoder.")] = None,
     layers: Annotated[str | None, typer.Option(help="Some layers only, such as 0,5,11.", show_default="all")] = None,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("attention.html"),
-    pretrained: Annotated[
-        bool, typer.Option("--pretrained/--no-pretrained", help="Load trained weights, or random ones (no download).")
-    ] = True,
-    show: Annotated[
-        bool | None,
-        typer.Option("--open/--no-open", help="Open the page in a browser.", show_default="where there is a screen"),
-    ] = None,
+    pretrained: TRAINED = True,
+    show: OPEN = None,
 ) -> None:
     """Write a page with the attention of every layer, head and token on an image, a video or a text."""
     if image is not None and text is not None:
@@ -54,18 +49,11 @@ def attention(
 
 def report(
     reference: Annotated[str, typer.Argument(help="The model; `prisma models` lists what there is.")],
-    image: Annotated[
-        Path | None, typer.Option(help="An image, or a video for models of videos.", show_default="a sample")
-    ] = None,
-    words: Annotated[str | None, typer.Option(help="Texts for a dual encoder, such as 'a cat, a dog'.")] = None,
+    image: IMAGE = None,
+    words: WORDS = None,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
-    pretrained: Annotated[
-        bool, typer.Option("--pretrained/--no-pretrained", help="Load trained weights, or random ones (no download).")
-    ] = True,
-    show: Annotated[
-        bool | None,
-        typer.Option("--open/--no-open", help="Open the page in a browser.", show_default="where there is a screen"),
-    ] = None,
+    pretrained: TRAINED = True,
+    show: OPEN = None,
 ) -> None:
     """Write an overview of any model on an image or video: what it names, fills in, attends to and tells apart."""
     screen.check_output(out, ".html")

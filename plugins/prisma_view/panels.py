@@ -19,6 +19,8 @@ from prisma_view.figures import Figure, plot
 
 SIDE = 288
 """Pixels of the longer side of an image that is drawn from one value for each patch, at least."""
+GAP = 2
+"""Pixels of the line between frames side by side, on either side."""
 STAGES = 3
 """Layers that are shown of a deep model: the first, the last, and those between them."""
 T = TypeVar("T")
@@ -111,4 +113,8 @@ def enlarged(pixels: Tensor) -> Image.Image:
     times = max(1, SIDE // max(pixels.shape[-3:-1]))
     bytes_ = (rows.float().cpu().clamp(0, 1) * 255).round().byte().expand(-1, -1, 3)
     small = Image.fromarray(bytes_.contiguous().numpy())
-    return small.resize((small.width * times, small.height * times), Image.Resampling.NEAREST)
+    large = small.resize((small.width * times, small.height * times), Image.Resampling.NEAREST)
+    for at in range(1, pixels.shape[0] if pixels.ndim == 4 else 1):  # a line between frames, over their edges
+        edge = at * pixels.shape[2] * times
+        large.paste("white", (edge - GAP, 0, edge + GAP, large.height))
+    return large

@@ -17,6 +17,7 @@ from torch import Tensor
 from prisma_core import HookedDual, HookedModel, HookedText, InputError, NotApplicable
 from prisma_core.plugin import checked
 from prisma_view import insides, readings, reconstruction
+from prisma_view.drawing import FIT
 from prisma_view.figures import figure_json
 from prisma_view.images import data_uri
 from prisma_view.pages import framed, rendered, saved
@@ -75,7 +76,11 @@ class Overview:
         """The page as text."""
         figures = [figure for section in self.sections for figure in section.figures]
         return rendered(
-            "overview.html.j2", page=self, plotly=get_plotlyjs(), figures=[figure_json(figure) for figure in figures]
+            "overview.html.j2",
+            page=self,
+            plotly=get_plotlyjs(),
+            fit=FIT,
+            figures=[figure_json(each) for each in figures],
         )
 
     def _repr_html_(self) -> str:
@@ -118,7 +123,7 @@ def overview(
         expected = (
             "words to tell apart, such as words=['a cat', 'a dog'] (--words 'a cat, a dog')"
             if not words
-            else "no words: it reads no texts"
+            else "no words: it reads no texts, and names classes of its own if it has some"
         )
         raise InputError(f"{type(model).__name__} takes {expected}.")
     x, seen = prepare(vision_of(model), image)

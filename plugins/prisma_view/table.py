@@ -83,6 +83,7 @@ class Table:
 
     def with_total(self, result: Result) -> tuple[Table, tuple[str, ...]]:
         """Return the table with a constant and the sum as further bars, where the result has a total."""
+        whole = result.total.partition(", with tensors[")[0]  # these are bars too
         table = self if self.axes else Table(self.values.reshape(1), ("value",), {"value": ("value",)}, self.fixed)
         if not result.total and "constant" not in result.tensors:
             return table, ()
@@ -97,7 +98,9 @@ class Table:
                 more.append(name)
         parts.append(np.concatenate(parts, at).sum(at, keepdims=True))
         labels = {**table.labels, axis: (*names, *more, "sum")}
-        return Table(np.concatenate(parts, at), table.axes, labels, table.fixed), ("The last bar is the sum.",)
+        return Table(np.concatenate(parts, at), table.axes, labels, table.fixed), (
+            f"The last bar is the sum{whole and f': {whole}'}.",
+        )
 
     def on_grid(self) -> tuple[Table, tuple[str, ...]]:
         """Return the table with its token axis unfolded to rows and columns, and the tokens that are no patch in words.

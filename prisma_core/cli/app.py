@@ -163,7 +163,7 @@ def _run(arguments: list[str]) -> int:
     except typer.Exit as leaving:
         return leaving.exit_code
     except _ClickException as error:
-        message = str(error.format_message()).rstrip(".")
+        message = str(error.format_message()).rstrip(".") or "Expected a command"  # its help was shown
         which = getattr(getattr(error, "ctx", None), "command_path", "prisma")
         note("Error", f"{message}{'' if message.endswith('?') else '.'} `{which} --help` lists what there is.")
         return 2

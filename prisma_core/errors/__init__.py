@@ -15,6 +15,8 @@ from typing import TypeVar, cast
 import torch
 from pydantic import BaseModel, ValidationError
 
+_MOST, _LONGEST = 5, 100  # fields, and letters of each, in a message
+
 
 class PrismaError(Exception):
     """Base class: catching it catches every error Prisma raises on purpose."""
@@ -47,6 +49,10 @@ WAYS_OUT = {  # by where the classes are from that stand in the place of a libra
     "peft.": "Merge what peft has added into the weights before: upstream = peft_model.merge_and_unload()",
     "torch._dynamo.": "Put what torch.compile wraps in its place before: wrapper._orig_mod",
     "torch.nn.parallel.": "Put what it wraps in its place before: wrapper.module",
+    "torch.nn.utils.parametrize.": "Put plain values in the place of what computes them before: "
+    "torch.nn.utils.parametrize.remove_parametrizations(module, name)",
+    "torch.distributed.algorithms.": "Put what it wraps in its place before: wrapper._checkpoint_wrapped_module",
+    **dict.fromkeys(("torch.ao.", "torch.distributed.", "torch.fx.", "torch.jit."), "Adapt what it was made of"),
 }
 
 
@@ -94,9 +100,10 @@ def suggest(name: str, options: Iterable[str], n: int = 3) -> str:
     >>> suggest("tim", ["timm", "toy"])
     ' Did you mean timm?'
     """
-    names = list(options) if isinstance(cast("object", name), str) else []
+    names = list(options) if isinstance(cast("object", name), str) and len(name) < 2 * _LONGEST else []
     # Completions come first: by likeness alone a short beginning is far from every long name.
-    completions = sorted((option for option in names if name and option.startswith(name)), key=len)
+    lower = name.strip(" /:").lower() if names else ""
+    completions = sorted((option for option in names if lower and option.lower().startswith(lower)), key=len)
     near = list(dict.fromkeys(completions + difflib.get_close_matches(name, names, n=n, cutoff=0.5)))[:n]
     return f" Did you mean {' or '.join(near)}?" if near else ""
 
@@ -163,13 +170,15 @@ def format_error(problem: BaseException) -> str:
 
 
 def format_fields(problem: ValidationError) -> str:
-    """List the fields that are wrong, with the values that came where those are short."""
+    """List the first fields that are wrong, with the values that came, cut where they are long."""
     fields: list[str] = []
-    for one in problem.errors(include_url=False):
-        field, value = ".".join(map(str, one["loc"])), one["input"]
-        came = "" if isinstance(value, dict | list | BaseModel) else f", not {value!r}"
-        fields.append(f"{f'{field}: ' if field else ''}{one['msg'].removeprefix('Value error, ')}{came}")
-    return "; ".join(fields)
+    for one in problem.errors(include_url=False)[:_MOST]:
+        field, value = ".".join(map(str, one["loc"]))[:_LONGEST], one["input"]
+        came = "" if isinstance(value, dict | list | BaseModel) else f", not {repr(value)[:_LONGEST]}"
+        message = one["msg"].removeprefix("Value error, ")[: 2 * _LONGEST]
+        fields.append(f"{f'{field}: ' if field else ''}{message}{came}")
+    more = problem.error_count() - len(fields)
+    return "; ".join([*fields, *([f"and {more} more"] if more else [])])
 
 
 def _class_of(code: object) -> str:

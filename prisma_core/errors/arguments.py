@@ -1,12 +1,14 @@
 """Readers of arguments: one rule each for numbers, flags, devices, dtypes, paths and tensors, with one clear error.
 
-They read the values that users give; the code after them relies on the types.
+They read the values that users give; the code after them relies on the types. Each raises an ``InputError`` that says
+what was expected and what came.
 """
 
 from __future__ import annotations
 
 import inspect
 import operator
+import os
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -50,11 +52,7 @@ def expect(value: object, kind: type[T] | tuple[type[T], ...], what: str, error:
 
 
 def tensor(value: object, what: str) -> Tensor:
-    """Return a tensor.
-
-    Raises:
-        InputError: it is none.
-    """
+    """Return a tensor."""
     return expect(value, Tensor, f"{what}, a tensor")
 
 
@@ -100,11 +98,7 @@ def whole(value: object) -> int | None:
 
 
 def number(value: object, what: str, low: int | None = None, high: int | None = None) -> int:
-    """Return a whole number, from ``low`` to ``high`` where these are given.
-
-    Raises:
-        InputError: it is none, smaller or larger.
-    """
+    """Return a whole number, from ``low`` to ``high`` where these are given."""
     result = whole(value)
     if result is None or (low is not None and result < low) or (high is not None and result > high):
         least = "" if low is None else f" from {low} to {high}" if high is not None else f" of at least {low}"
@@ -113,11 +107,7 @@ def number(value: object, what: str, low: int | None = None, high: int | None = 
 
 
 def sides(value: object, what: str) -> tuple[int, int]:
-    """Return height and width, or rows and columns; one number stands for both.
-
-    Raises:
-        InputError: they are no two whole numbers of at least 1.
-    """
+    """Return height and width, or rows and columns, of at least 1; one number stands for both."""
     expected = f"{what}, one whole number or two"
     pair = [value, value] if whole(value) is not None else several(value, expected)
     if len(pair) != 2:
@@ -126,21 +116,13 @@ def sides(value: object, what: str) -> tuple[int, int]:
 
 
 def check_flags(**flags: object) -> None:
-    """Check that flags are truth values: where an argument before it is missing, another one stands in a flag's place.
-
-    Raises:
-        InputError: with the flag's name.
-    """
+    """Check that flags are truth values: where an argument before one is missing, another stands in its place."""
     for name, value in flags.items():
         expect(value, (bool, np.bool_), f"{name} to be True or False")
 
 
 def several(value: Any, what: str) -> list[Any]:
-    """Return the members of a collection in order, or of an array or tensor of one axis; at least one.
-
-    Raises:
-        InputError: it is none of these, or empty.
-    """
+    """Return the members of a collection in order, or of an array or tensor of one axis; at least one."""
     members: list[Any] = []
     if isinstance(value, Tensor | np.ndarray):
         members = cast("list[Any]", value.tolist()) if value.ndim == 1 else []
@@ -152,11 +134,7 @@ def several(value: Any, what: str) -> list[Any]:
 
 
 def choice(value: object, options: Iterable[str], what: str) -> str:
-    """Return one of several words.
-
-    Raises:
-        InputError: it is none of them; the nearest are suggested.
-    """
+    """Return one of several words; for another the nearest are suggested."""
     words = list(options)
     if isinstance(value, str) and value in words:
         return value
@@ -166,13 +144,13 @@ def choice(value: object, options: Iterable[str], what: str) -> str:
 
 
 def path_of(value: Any, what: str = "a path") -> Path:
-    """Return a path.
+    """Return a path; ``~`` at its beginning is the user's own folder.
 
     Raises:
         InputError: it is neither a text nor a path, empty, or longer than the disk takes.
     """
     if isinstance(value, str | Path) and str(value):
-        path = Path(value)
+        path = Path(os.path.expanduser(value))
         try:
             path.exists()
         except OSError as error:
@@ -182,23 +160,17 @@ def path_of(value: Any, what: str = "a path") -> Path:
 
 
 def dtype_of(dtype: object) -> torch.dtype | None:
-    """Return the floating point dtype of a name, such as ``float16``; a dtype comes back as it is, and None too.
-
-    Raises:
-        InputError: torch has none of this name, or it is not of floating point numbers.
-    """
+    """Return the floating point dtype of a name, such as ``float16``; a dtype comes back as it is, and None too."""
     named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if dtype is None or (isinstance(named, torch.dtype) and named.is_floating_point):
         return cast("torch.dtype | None", named)
-    raise InputError(f"Expected a floating point dtype of torch's, such as torch.float16, got {shown(dtype)}.")
+    raise InputError(
+        f"Expected a floating point dtype of torch's, such as torch.float16 or torch.bfloat16, got {shown(dtype)}."
+    )
 
 
 def device_of(device: object) -> torch.device | None:
-    """Return a device that is there; None comes back.
-
-    Raises:
-        InputError: torch cannot put anything on it.
-    """
+    """Return a device that is there; None comes back."""
     if device is None:
         return None
     index = whole(device)

@@ -69,19 +69,11 @@ _ATTRIBUTES = {
 }
 
 # Methods of the residual stream: a cache of one canonical transformer has them.
-STREAM_METHODS = frozenset(
-    [
-        "decompose_resid",
-        "accumulated_resid",
-        "stack_head_results",
-        "stack_neuron_results",
-        "apply_ln_to_stack",
-        "project_stack",
-        "logit_attrs",
-        "logit_constant",
-        "directions",
-    ]
-)
+_STREAM_METHODS = """
+    decompose_resid accumulated_resid stack_head_results stack_neuron_results apply_ln_to_stack project_stack
+    logit_attrs logit_constant directions
+"""
+STREAM_METHODS = frozenset(_STREAM_METHODS.split())
 
 
 def _answer(answers: Mapping[str, str], name: str) -> str | None:
@@ -148,24 +140,25 @@ def keyword_names(function: Callable[..., Any]) -> list[str]:
     return [each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
 
 
-def takes_any_keyword(function: Callable[..., Any]) -> bool:
-    """Return whether a function has a ``**parameter``."""
-    return any(each.kind is each.VAR_KEYWORD for each in inspect.signature(function).parameters.values())
+def keywords(function: Callable[..., Any]) -> list[str] | None:
+    """Return the names of the keyword arguments that a function takes, or None if it takes any."""
+    any_name = any(each.kind is each.VAR_KEYWORD for each in inspect.signature(function).parameters.values())
+    return None if any_name else keyword_names(function)
 
 
-def refuse_keywords(who: str, keywords: Iterable[str], accepted: Iterable[str]) -> None:
+def check_keywords(who: str, given: Iterable[str], accepted: Iterable[str] | None) -> None:
     """Refuse the first keyword argument that is not accepted, if there is one.
 
     Args:
         who: the function that was called, for the message.
-        keywords: names of the keywords it was called with.
-        accepted: names of those that there are.
+        given: names of the keywords it was called with.
+        accepted: names of those that there are; None for any.
 
     Raises:
         InputError: one is not accepted; with its counterpart or the nearest names.
     """
-    names = list(accepted)
-    for name in keywords:
+    names = list(accepted or ())
+    for name in () if accepted is None else given:
         if name in names:
             continue
         ours = _KEYWORDS.get(name)

@@ -5,20 +5,24 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from safetensors import SafetensorError
 
 from prisma_core.errors import LoadError
+from prisma_core.errors.arguments import shown
+from prisma_core.files.texts import check_regular
 
 T = TypeVar("T")
 _PREFIX = ".prisma-"
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @contextmanager
@@ -91,13 +95,24 @@ def _waiting(name: str, mark: str) -> str:
 
 
 def place(home: Path, name: str, sha256: str | None) -> Path:
-    """Return where a file or folder of a digest is: beside its place until it is moved there, and then there."""
+    """Return where a file or folder of a digest is: beside its place until it is moved there, and then there.
+
+    Raises:
+        LoadError: the digest, which a file says, is none.
+    """
+    if sha256 is not None and not (isinstance(cast(object, sha256), str) and _SHA256.fullmatch(sha256)):
+        raise LoadError(f"{home} says no SHA-256 of {name}, but {shown(sha256)}: save it again.")
     waiting = beside(home, name, sha256) if sha256 else home / name
     return waiting if waiting.exists() else home / name
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
+    """Return the SHA-256 of a file.
+
+    Raises:
+        LoadError: it is no regular file.
+    """
+    check_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open  # pyright: ignore[reportUnknownVariableType]
-from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from prisma_core.errors import InputError, LoadError
@@ -22,6 +22,7 @@ from prisma_core.files.texts import check_regular
 from prisma_core.files.unpickled import read_objects
 
 _WRAPPERS = ("module.", "_forward_module.", "model.")
+_INSIDE = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")  # torch's, anywhere
 _LORA = re.compile(r"(.*\.)?(lora_\w+|base_layer)\..+|(.*\.)?lora_\w+")
 MERGE = (
     "which are added to another model's. Merge them first, with peft: "
@@ -58,12 +59,54 @@ def read_states(path: str | Path) -> dict[str, dict[str, Tensor]]:
     Raises:
         LoadError: as ``read_checkpoint``.
     """
-    path = Path(path)
+    path = path_of(path)
     check_regular(path)
-    if not path.is_file():
-        raise LoadError(f"{path} is a folder; expected a file of weights." if path.is_dir() else f"No file at {path}.")
+    if not os.path.isfile(path):  # unlike Path's, False for a name too long
+        folder = f"{path} is a folder; expected a file of weights.{_inside(path)}"
+        raise LoadError(folder if os.path.isdir(path) else f"No file at {path}.")
+    _check_beginning(path)
     states = {"": read_safetensors(path)} if path.suffix == ".safetensors" else _states(read_objects(path), path)
     return {name: _unwrapped(state, path) for name, state in states.items()}
+
+
+# What stands in the place of weights, by how it begins, and what to do.
+_BEGINNINGS = {
+    b"version https://git-lfs": "a pointer of Git LFS, and not the file: run `git lfs pull` there",
+    b"<": "a page of the web, and not the file: download it again",
+    b"GGUF": "a file of GGUF, which holds other numbers: take the weights it was made of",
+    b"\x89HDF": "a file of HDF5: load it with the library that wrote it, and save model.state_dict()",
+    b"\x93NUMPY": "a file of numpy: give tensors by name, as safetensors",
+}
+_WHOLE = {  # files of a folder, and how to come to one file of weights
+    ".metadata": "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {0} weights.pt writes one.",
+    "latest": "Of DeepSpeed take {0}/global_step.../mp_rank_00_model_states.pt; of its stage 3 (ZeRO), what "
+    "zero_to_fp32.py there writes.",
+    "model.safetensors": "Give {0}/model.safetensors.",
+    "pytorch_model.bin": "Give {0}/pytorch_model.bin.",
+    "model.safetensors.index.json": "The weights are in several files: read each with safetensors.torch.load_file, and "
+    "save them in one.",
+    "pytorch_model.bin.index.json": "The weights are in several files: read each, and save them in one.",
+}
+
+
+def _inside(folder: Path) -> str:
+    return next((f" {how.format(folder)}" for name, how in _WHOLE.items() if (folder / name).is_file()), "")
+
+
+def _check_beginning(path: Path) -> None:
+    """Refuse a file that is known to hold something else than weights, or weights under another name.
+
+    Raises:
+        LoadError: with what it is.
+    """
+    check_regular(path)
+    with path.open("rb") as file:
+        head = file.read(32)
+    if what := next((what for start, what in _BEGINNINGS.items() if head.startswith(start)), None):
+        raise LoadError(f"{path} is {what}.")
+    kind = ".safetensors" if head[8:10] == b'{"' else ".pt" if head[:2] == b"PK" else path.suffix
+    if kind != path.suffix and ".safetensors" in (kind, path.suffix):
+        raise LoadError(f"{path} holds what a {kind} file holds: call it {path.with_suffix(kind).name}.")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -73,14 +116,27 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         LoadError: the file is missing, truncated or corrupt.
     """
     # Copied out of the mapped file: there they start at any byte, and kernels round by how memory is aligned.
-    return {name: tensor.clone() for name, tensor in _mapped(path).items()}
+    return {name: tensor.clone() for name, tensor in _mapped(path)[0].items()}
 
 
-def _mapped(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, mapped into memory: only what is used is read from the disk."""
+def read_with_header(path: Path, name: str) -> tuple[dict[str, Tensor], str | None]:
+    """Return the tensors of a file that ``write_safetensors`` wrote, and a text of its header, None where it has none.
+
+    Both are of one file, even where another process replaces it meanwhile.
+
+    Raises:
+        LoadError: the file is missing, truncated or corrupt.
+    """
+    tensors, header = _mapped(path)
+    return {key: tensor.clone() for key, tensor in tensors.items()}, header.get(name)
+
+
+def _mapped(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file, mapped into memory (what is used is read), and its header's texts."""
     try:
         check_regular(path)
-        return load_file(path)
+        with cast(Any, safe_open(path, "pt")) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except FileNotFoundError as error:
         raise LoadError(f"No file at {path}.") from error
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
@@ -94,14 +150,8 @@ def read_outline(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
         LoadError: as ``read_checkpoint``.
     """
     path = Path(path)
-    tensors = _unwrapped(_mapped(path), path) if path.suffix == ".safetensors" else read_checkpoint(path, key)
+    tensors = _unwrapped(_mapped(path)[0], path) if path.suffix == ".safetensors" else read_checkpoint(path, key)
     return {name: tensor.to("meta") for name, tensor in tensors.items()}
-
-
-def read_header(path: Path, name: str) -> str | None:
-    """Return a text of a safetensors file's header, which ``write_safetensors`` wrote; None where there is none."""
-    with cast(Any, safe_open(path, "pt")) as file:
-        return cast("dict[str, str]", file.metadata() or {}).get(name)
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> Path:
@@ -165,7 +215,7 @@ def _unwrapped(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Return a state dict without what training puts before its names, such as that of a parallel or averaged model."""
     if lora := next(filter(_LORA.fullmatch, state), None):
         raise LoadError(f"{path} holds LoRA weights ({lora}), {MERGE}")
-    names = {name: name.replace("_orig_mod.", "") for name in state if name != "n_averaged"}
+    names = {name: _INSIDE.sub("", name) for name in state if name != "n_averaged"}
     while wrapper := next((one for one in _WRAPPERS if names and all(x.startswith(one) for x in names.values())), None):
         names = {name: plain.removeprefix(wrapper) for name, plain in names.items()}
     if len(set(names.values())) < len(names) or list(names) == list(names.values()):
@@ -230,6 +280,7 @@ def check_shapes(
         if name in tensors and tensors[name].shape != shape
     ]
     if problems:
+        then = _behind(tensors, expected) or then
         raise LoadError(f"{where} does not fit the model: {_listed(problems)}.{then and f' {then}'}")
     kinds = {name: _kind(one) if isinstance(one, Tensor) else "real" for name, one in expected.items()}
     came = {name: _kind(tensors[name]) for name in kinds}
@@ -237,6 +288,17 @@ def check_shapes(
     if others:
         raise LoadError(f"{where} holds numbers of another kind: {_listed(others)}.{then and f' {then}'}")
     check_finite(tensors, where)
+
+
+def _behind(tensors: Iterable[str], expected: Iterable[str]) -> str:
+    """Return what to do where most of the expected names stand behind one prefix, such as a framework puts there."""
+    names, wanted = set(tensors), list(expected)
+    prefixes = {name.removesuffix(one) for one in wanted[:1] for name in names if name.endswith(f".{one}")}
+    prefix = next((each for each in prefixes if 2 * sum(each + one in names for one in wanted) > len(wanted)), None)
+    if prefix is None:
+        return ""
+    state = f"{{n[{len(prefix)}:]: x for n, x in state.items() if n.startswith({prefix!r})}}"
+    return f"The model's names stand behind {prefix!r} there: save {state}."
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: object) -> None:

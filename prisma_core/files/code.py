@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+from prisma_core.files.texts import check_regular
+
 CODE = "auto_map"
 # Where a configuration says who computes attention: the name of a repository of kernels will do.
 _KERNELS = {f"{what}_implementation{end}" for what in ("attn", "experts") for end in ("", "_internal")}
@@ -74,6 +76,7 @@ def _cleaned(path: Path) -> str | None:
 
 def _read(path: Path, hook: Any = None) -> object:
     """Return the contents of a JSON file; None where it is broken, for which transformers has an error."""
+    check_regular(path)
     try:
         text = path.read_text(encoding="utf-8")
         # Most files, a vocabulary among them, name nothing; an escape may hide a name.

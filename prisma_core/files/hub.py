@@ -6,7 +6,6 @@ saves the first, a checksum adds the second. The environment, timeouts and offli
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import socket
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from prisma_core.errors import LoadError, UnknownName
+from prisma_core.files.atomic import file_digest
 
 SECONDS = 5.0
 INSTEAD = "A local file needs no network."
@@ -158,8 +158,7 @@ def _intact(blob: Path) -> bool | None:
     """Return whether a file of the cache has the checksum it is named after, or None where it has no such name."""
     if not re.fullmatch(r"[0-9a-f]{64}", blob.name) or not blob.is_file():
         return None
-    with blob.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == blob.name
+    return file_digest(blob) == blob.name
 
 
 def reach(reference: str, *, address: str | None = None, instead: str = INSTEAD) -> None:

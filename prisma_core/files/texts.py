@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from prisma_core.errors import LoadError
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def check_regular(path: Path) -> None:
@@ -15,7 +21,7 @@ def check_regular(path: Path) -> None:
     Raises:
         LoadError: it is one.
     """
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    if os.path.exists(path) and not (path.is_file() or path.is_dir()):
         raise LoadError(f"{path} is no regular file, but a pipe, a socket or a device: expected a file on a disk.")
 
 
@@ -23,11 +29,16 @@ def read_text(path: Path) -> str:
     """Return the text of a file.
 
     Raises:
-        LoadError: it is no regular file.
-        OSError, UnicodeDecodeError: as ``Path.read_text``.
+        LoadError: there is no such file, it is no regular one, or no text.
     """
     check_regular(path)
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise LoadError(f"No file at {path}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise LoadError(f"{path} cannot be read: {reason}.") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -36,13 +47,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         LoadError: there is no such file, or it holds no JSON, JSON nested too deeply, or no object.
     """
-    try:
-        return parse_json(read_text(path), path)
-    except FileNotFoundError as error:
-        raise LoadError(f"No file at {path}.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise LoadError(f"{path} is no readable JSON: {reason}.") from error
+    return parse_json(read_text(path), path)
 
 
 def parse_json(text: str | bytes, where: object) -> dict[str, Any]:
@@ -53,8 +58,33 @@ def parse_json(text: str | bytes, where: object) -> dict[str, Any]:
     """
     try:
         value = json.loads(text)
+        if _SURROGATE.search(text if isinstance(text, str) else text.decode("latin-1")):
+            json.dumps(value, ensure_ascii=False).encode()  # halves of a letter can be neither written nor shown
     except (ValueError, RecursionError) as error:
         raise LoadError(f"{where} is no readable JSON: {error}.") from error
     if not isinstance(value, dict):
         raise LoadError(f"{where} holds a {type(value).__name__}; expected a JSON object.")
     return value  # pyright: ignore[reportUnknownVariableType]
+
+
+def facts_digest(facts: Mapping[str, Any]) -> str:
+    """Return a SHA-256 of an object of JSON, however it is written."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def check_facts(facts: Mapping[str, Any], sha256: str | None, path: Path, key: str) -> None:
+    """Refuse a file whose facts are not those that were written.
+
+    Args:
+        facts: what it says, without the digest.
+        sha256: the ``facts_digest`` it was written with; None in files that are older than that.
+        key: where in the file the digest stands, for the message.
+
+    Raises:
+        LoadError: they are others.
+    """
+    if sha256 not in (None, facts_digest(facts)):
+        raise LoadError(
+            f"{path} says something else than when it was written: save it again. If you changed it yourself, remove "
+            f"{key} from it."
+        )

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from prisma_core.errors import LoadError
 from prisma_core.files.pickles import Refused, call, inert, maker, put, read_pickle
+from prisma_core.files.texts import check_regular
 
 MAGIC = 0x1950A86A20F9469CFC6C  # of files before torch 1.6
 MAGIC_BYTES = b"\x80\x02\x8a\n" + MAGIC.to_bytes(10, "little") + b"."
@@ -69,6 +70,7 @@ def read_objects(path: Path, known: Known | None = None, *, start: int = 0, outl
         LoadError: the file wants to run code, claims more than it holds, holds tensors of another kind, is truncated or
             corrupt, or is no file of torch.save.
     """
+    check_regular(path)
     try:
         with path.open("rb") as file:
             return _opened(file, path.stat().st_size, known, start, "meta" if outline else "cpu").read()
@@ -181,7 +183,8 @@ class _File:
             raise Refused(f"holds a tensor that is {kinds[0]}: only plain ones are read from files.")
         raise Refused(
             f"is a pickle that wants to run {path[:200]}: refused, only tensors are read from files. "
-            "Save model.state_dict() again where you trust the file, best as safetensors."
+            "Where you trust the file, torch.load(FILE, weights_only=False) reads it: save the state dict in it again, "
+            "best as safetensors."
         )
 
 

@@ -11,10 +11,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from prisma_core.errors import InputError, LoadError, MissingPart, UnknownName
+from prisma_core.errors import InputError, LoadError, MissingPart, UnknownName, format_fields
 from prisma_core.errors.arguments import alive, device_of, dtype_of, path_of, shown, unwrapped
 from prisma_core.errors.migration import STREAM_METHODS, unknown_attribute
-from prisma_core.files.checkpoint import read_header, read_safetensors, write_safetensors
+from prisma_core.files.checkpoint import read_with_header, write_safetensors
 from prisma_core.hooks.capture import Keep
 from prisma_core.hooks.query import LayerQuery, resolve_one, short_name
 from prisma_core.spec.brief import aligned, folded, html_table
@@ -224,21 +224,21 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
         path = path_of(path)
         if model is not None and not hasattr(model, "cache_type"):
             raise InputError(f"Expected the hooked model that made the cache, got {shown(model)}.")
-        tensors = read_safetensors(path)
-        if (text := read_header(path, _METADATA)) is None:
+        tensors, text = read_with_header(path, _METADATA)
+        if text is None:
             raise LoadError(f"{path} holds tensors but no cache: expected a file written by ActivationCache.save.")
         try:
             header = _File.model_validate_json(text)
         except ValidationError as error:
-            raise LoadError(f"{path} does not describe a cache: {error}") from error
-        if set(header.names) != set(tensors):
+            raise LoadError(f"{path} does not describe a cache: {format_fields(error)}.") from error
+        ndims = {name: len(axes.split()) - 1 + header.has_batch_dim for name, axes in header.axes.items()}
+        if set(header.names) != set(tensors) or any(x.ndim != ndims.get(name, x.ndim) for name, x in tensors.items()):
             raise LoadError(f"{path} does not hold the tensors it names: was it written by something else?")
         if model is not None and header.axes != {name: point.axes for name, point in model.hook_points().items()}:
             raise LoadError(f"{path} is a cache of another model: the hook points are not those of the model given.")
-        fields = {name: getattr(header, name) for name in ("axes", "layout", "has_batch_dim", "pos")}
-        fields |= {"model": model, "tokens": tensors.pop(_TOKENS, None)}
+        fields = dict(header) | {"model": model, "tokens": tensors.pop(_TOKENS, None)}
         kind: type[ActivationCache] = cls if model is None else model.cache_type
-        names = [name for name in header.names if name in tensors]
+        names = [name for name in fields.pop("names") if name in tensors]
         grads = {name.removeprefix(_GRAD): tensors[name] for name in names if name.startswith(_GRAD)}
         gradients = kind(grads, **fields) if grads else None
         store = {name: tensors[name] for name in names if not name.startswith(_GRAD)}

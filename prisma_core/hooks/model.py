@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prisma_core.errors import HookError, InputError
 from prisma_core.errors.arguments import check_call, check_flags, device_of, dtype_of
-from prisma_core.errors.migration import keyword_names, module_getattr, refuse_keywords, takes_any_keyword
+from prisma_core.errors.migration import check_keywords, keyword_names, keywords, module_getattr
 from prisma_core.hooks.cache import ActivationCache
 from prisma_core.hooks.capture import Countdown, Keep, gradients
 from prisma_core.hooks.point import (
@@ -74,9 +74,9 @@ class HookedModel(nn.Module):
         Splices, then hooks, then backward hooks, then caches that are being filled; hook points at which nothing runs
         are left out.
 
-        >>> with model.hooks({("z", 0): halve}):
-        ...     model.open_hooks()
-        {'blocks.0.attn.hook_z': [<function halve at 0x...>]}
+        >>> with model.hooks({("z", 0): lambda z, hook: z / 2}):
+        ...     list(model.open_hooks())
+        ['blocks.0.attn.hook_z']
         """
         scopes, hooks = OPEN_SCOPES.get(), dict[str, list[Callable[..., object]]]()
         for name, point in self.hook_points().items():
@@ -129,7 +129,7 @@ class HookedModel(nn.Module):
         ...     logits = model(image)
         """
         if unknown:
-            refuse_keywords("hooks", unknown, keyword_names(self.hooks))
+            check_keywords("hooks", unknown, keyword_names(self.hooks))
         return ScopeContext(self._scope(self._sites(), hooks, backward), None)
 
     def caching(
@@ -167,10 +167,10 @@ class HookedModel(nn.Module):
         >>> with model.caching("resid_post", pos=0) as cache:
         ...     logits = model(image)
         >>> cache["resid_post", -1].shape
-        torch.Size([1, 1, 16])
+        torch.Size([1, 1, 128])
         """
         if unknown:
-            refuse_keywords("caching", unknown, keyword_names(self.caching))
+            check_keywords("caching", unknown, keyword_names(self.caching))
         sites = self._sites()
         scope, cache = self._scope(sites), self._cache(sites, layout=self.fixed_layout, pos=pos)
         keeps = self._keeps(cache, sites, names, heads=heads, device=device, dtype=dtype, detach=detach)
@@ -253,7 +253,7 @@ class HookedModel(nn.Module):
 
         >>> logits, cache = model.run_with_cache(image, names=["resid_post", ("pattern", 0)])
         >>> cache["resid_post", -1].shape, cache["pattern", 0].shape
-        (torch.Size([1, 17, 16]), torch.Size([1, 2, 17, 17]))
+        (torch.Size([1, 145, 128]), torch.Size([1, 4, 145, 145]))
         """
         if loss is not None:
             check_call(loss, 1, "The loss", "a function from the output to one number", HookError)
@@ -298,11 +298,13 @@ class HookedModel(nn.Module):
             self._refuse_keywords(kwargs, method)
             raise
 
-    def _refuse_keywords(self, kwargs: Mapping[str, Any], method: Callable[..., Any] | None = None) -> None:
+    def _refuse_keywords(
+        self, kwargs: Mapping[str, Any], method: Callable[..., Any] | None = None, forward: Any = None
+    ) -> None:
         """Refuse a keyword that the forward pass does not take; ``method`` is what was called with it, if any."""
-        if not takes_any_keyword(self.forward):
-            accepted = [*(keyword_names(method) if method else []), *keyword_names(self.forward)]
-            refuse_keywords(method.__name__ if method else type(self).__name__, kwargs, accepted)
+        if (names := keywords(forward or self.forward)) is not None:
+            names = [*(keyword_names(method) if method else []), *names]
+            check_keywords(method.__name__ if method else type(self).__name__, kwargs, names)
 
     # ---------------------------------------------------------------- the parts of a scope
 

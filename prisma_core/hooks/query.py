@@ -130,7 +130,8 @@ def _resolve_text(query: str, names: Sequence[str], derived: frozenset[str]) -> 
 
 
 def _shorthand(query: str, names: Sequence[str]) -> list[str]:
-    selected = [name for name in names if _ends_with(name, query)]
+    last = query.rpartition(".")[2]
+    selected = [name for name in names if name.endswith(last) and _ends_with(name, query)]
     if selected or "." not in query:
         return selected
     tower, rest = query.split(".", 1)
@@ -139,8 +140,6 @@ def _shorthand(query: str, names: Sequence[str]) -> list[str]:
 
 def _ends_with(name: str, shorthand: str) -> bool:
     *path, last = shorthand.split(".")
-    if not name.endswith(last):  # most names, at once
-        return False
     parts = name.split(".")
     if last not in (parts[-1], parts[-1].removeprefix("hook_")):
         return False

@@ -47,11 +47,7 @@ def check_input(value: object, shape: tuple[int, ...]) -> Tensor:
 
 
 def check_place(what: str, x: Tensor, weight: Tensor | None) -> None:
-    """Refuse an input that is not where the weights are, or not of their dtype.
-
-    Raises:
-        InputError: with both, and what moves it.
-    """
+    """Refuse an input that is not where the weights are, or not of their dtype; the error says what moves it."""
     if weight is None:
         return
     if x.device != weight.device:
@@ -69,11 +65,7 @@ def check_place(what: str, x: Tensor, weight: Tensor | None) -> None:
 
 
 def check_numbers(what: str, x: Tensor) -> None:
-    """Refuse an input with values that are not numbers, where a check may look at them.
-
-    Raises:
-        InputError: with how many there are.
-    """
+    """Refuse an input with values that are not numbers (``InputError``), where a check may look at them."""
     if not may_look(x) or x.detach().sum().isfinite():  # one sum tells, unless finite values overflow it
         return
     if bad := int((~torch.isfinite(x)).sum()):

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 Side = Annotated[int, Field(gt=0, le=1 << 14)]
 PIXELS = 1 << 28  # of a resized image, at most: what is asked for is far from what a file holds otherwise
-Mean = Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], Field(min_length=1)]
-Std = Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(min_length=1)]
+Mean = Annotated[tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...], Field(min_length=1)]
+Std = Annotated[tuple[Annotated[float, Field(ge=1e-6, le=1e6)], ...], Field(min_length=1)]  # finite in float32
 
 
 class Preprocess(Facts, ImagePreprocess):
@@ -43,7 +43,7 @@ class Preprocess(Facts, ImagePreprocess):
 
     size: tuple[Side, Side]
     resize: Literal["shortest", "longest", "squash"] = "shortest"
-    crop: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    crop: float = Field(default=1.0, ge=1 / PIXELS, allow_inf_nan=False)
     pad: Literal["black", "mean"] = "black"
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
     resampling: Literal["pillow", "torch", "torch_float"] = "pillow"

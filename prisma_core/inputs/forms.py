@@ -59,8 +59,8 @@ class ImagePreprocess(ABC):
         images = cast("Sequence[ImageLike]", image)
         if not images:
             raise InputError("Expected at least one image, got an empty list.")
-        made = [self(one) for one in images]
-        if len({one.shape for one in made}) > 1:
+        made = [self(one if not isinstance(one, list | tuple) else open_image(one)) for one in images]  # none is a list
+        if len({one.shape[1:] for one in made}) > 1:
             sizes = ", ".join(" x ".join(map(str, one.shape[-2:])) for one in made[:5])
             raise InputError(
                 f"These images come out in sizes of their own (height x width: {sizes}), and a batch has one. "

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -46,11 +49,16 @@ def open_image(image: ImageLike, channels: int = 3) -> Image:
 _EXPECTED = f"expected {', '.join(FORMATS[:6])} or another format that runs no program. Save it as PNG."
 
 
-def _read(path: str | Path) -> Image:
+def _read(given: str | Path) -> Image:
     from PIL import Image as images
     from PIL import ImageOps
 
     images.init()
+    path = os.path.expanduser(given)
+    if re.match(r"[a-z]{2,}:/|data:", str(given)) and not os.path.lexists(path):
+        raise InputError(f"{shown(str(given))} is an address: expected a file. Download the image first.")
+    if os.path.isdir(path):
+        raise InputError(f"{path!r} is a folder: give an image, or a list, as in sorted(Path(FOLDER).iterdir()).")
     try:
         check_regular(Path(path))
         with images.open(path, formats=[form for form in FORMATS if form in images.OPEN]) as opened:
@@ -58,7 +66,7 @@ def _read(path: str | Path) -> Image:
             image.load()
             return image
     except FileNotFoundError as error:
-        raise InputError(f"No image at {str(path)!r}.") from error
+        raise InputError(f"No image at {str(given)!r}.") from error
     except images.UnidentifiedImageError as error:
         raise InputError(f"{str(path)!r} is no image that Pillow may read: {_EXPECTED}") from error
     except Exception as error:  # over damaged bytes decoders stumble in any way there is
@@ -91,6 +99,19 @@ def _flattened(image: Image) -> Image:
     return image
 
 
+_NORMALISED = "A tensor that is normalised already goes to the model directly."
+
+
+def _instead(value: object) -> str:
+    if isinstance(value, bytes) or hasattr(value, "read"):
+        return " Open it: PIL.Image.open(io.BytesIO(DATA)), or of an open file PIL.Image.open(FILE)."
+    if isinstance(value, Mapping):
+        return " Of a row of a data set give the image alone, as in row['image']."
+    if isinstance(value, list | tuple):
+        return " Pixels go in as an array: numpy.asarray(image, dtype='uint8'); several images as one flat list."
+    return " Several images go in as a list: list(images)." if hasattr(value, "__iter__") else ""
+
+
 def _from_array(pixels: Any) -> Image:
     import numpy as np
     from PIL import Image as images
@@ -101,7 +122,9 @@ def _from_array(pixels: Any) -> Image:
         except (RuntimeError, TypeError) as error:  # without data, sparse, quantised
             raise InputError(f"Expected a tensor of pixels, got {shown(pixels)} on {pixels.device}: {error}") from error
     if not isinstance(pixels, np.ndarray):
-        raise InputError(f"Expected a path, a Pillow image, an array or a tensor, got {shown(pixels)}.")
+        raise InputError(
+            f"Expected a path, a Pillow image, an array or a tensor, got {shown(pixels)}.{_instead(pixels)}"
+        )
     array = cast("np.ndarray[Any, np.dtype[Any]]", pixels)
     if array.ndim == 3 and array.shape[0] in _CHANNELS and array.shape[2] not in _CHANNELS:
         array = array.transpose(1, 2, 0)
@@ -114,9 +137,10 @@ def _from_array(pixels: Any) -> Image:
         if not np.isfinite(array).all():
             raise InputError(f"The image holds {int((~np.isfinite(array)).sum())} values that are NaN or infinite.")
         if array.min() < 0 or array.max() > 1:
+            bytes_ = array.min() >= 0 and 1 < array.max() <= 255
+            hint = "Pixels in 0..255 go in as bytes: pixels.astype('uint8')." if bytes_ else _NORMALISED
             raise InputError(
-                f"Expected floating point pixels in 0..1, got {array.min():.3g}..{array.max():.3g}. "
-                "A tensor that is normalised already goes to the model directly."
+                f"Expected floating point pixels in 0..1, got {array.min():.3g}..{array.max():.3g}. {hint}"
             )
         array = (array * 255).round().astype(np.uint8)
     elif array.dtype == np.uint16:

@@ -95,8 +95,6 @@ def read_video(
     """
     frames = None if frames is None else number(frames, "frames, how many to take,", 1)
     path = Path(expect(path, (str, Path), "the path of a video"))
-    if not path.is_file():
-        raise InputError(f"No video at {str(path)!r}.")
     _check_beginning(path)
     if decoder == "torchcodec" or (decoder is None and _torchcodec() is not None):
         try:
@@ -112,8 +110,10 @@ def _check_beginning(path: Path) -> None:
     """Refuse files that a decoder may take for a list of other files, or of addresses.
 
     Raises:
-        InputError: it does not begin like a video.
+        InputError: there is no file, or it does not begin like a video.
     """
+    if not path.is_file():
+        raise InputError(f"No video at {str(path)!r}.")
     with path.open("rb") as file:
         head = file.read(1 << 20)
     text = head.partition(b"\0")[0].lower()

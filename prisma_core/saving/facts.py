@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self, cast
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from prisma_core.errors import InputError, LoadError, format_fields
+from prisma_core.files.texts import check_facts, facts_digest
 from prisma_core.inputs import Preprocess
 from prisma_core.inputs.video import VideoPreprocess
 from prisma_core.model import ZooModel
@@ -17,8 +18,12 @@ from prisma_core.spec import AnySpec, DualSpec, Facts, ModelSpec
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 AnyPreprocess = Annotated[
     Annotated[Preprocess, Tag("image")] | Annotated[VideoPreprocess, Tag("video")],
-    Discriminator(lambda given: "video" if "each" in (given if isinstance(given, dict) else vars(given)) else "image"),
+    Discriminator(lambda given: "video" if isinstance(given, VideoPreprocess) or _has(given, "each") else "image"),
 ]
+
+
+def _has(given: Any, key: str) -> bool:
+    return isinstance(given, dict) and key in given
 
 
 class SavedProcessor(Facts):
@@ -40,9 +45,15 @@ class SavedProcessor(Facts):
 
 
 class SavedWeights(Facts):
-    """The record of the weights: their digest (see ``files.checkpoint.digest``)."""
+    """What belongs together.
+
+    Attributes:
+        sha256: of the weights (see ``files.checkpoint.digest``).
+        facts: of all else in the file; files written before there was one have none.
+    """
 
     sha256: Sha256
+    facts: Sha256 | None = None
 
 
 class SavedFacts(BaseModel):
@@ -110,28 +121,28 @@ class SavedFacts(BaseModel):
                 weights=SavedWeights(sha256=sha256),
             )
         except ValidationError as error:
-            raise InputError(f"This model's facts do not go together: {_reason(error)}.") from error
+            raise InputError(f"This model's facts do not go together: {format_fields(error)}.") from error
 
     def to_json(self) -> str:
         """Return the text of ``spec.json``."""
         records = {what: record.model_dump(exclude_none=True) for what, record in self.companions.items()}
-        return json.dumps(self.model_dump(mode="json") | {"companions": records}, indent=1) + "\n"
+        facts = self.model_dump(mode="json") | {"companions": records}
+        if self.weights is not None:
+            facts["weights"]["facts"] = facts_digest(_rest(facts))
+        return json.dumps(facts, indent=1) + "\n"
 
 
 def read_facts(text: str, path: Path) -> SavedFacts:
-    """Return the facts in the text of a ``spec.json``.
-
-    Raises:
-        LoadError: they describe no model.
-    """
+    """Return the facts in the text of a ``spec.json``; a ``LoadError`` where they describe no model."""
     try:
-        return SavedFacts.model_validate_json(text)
+        facts = SavedFacts.model_validate_json(text)
     except (ValidationError, ValueError) as error:
-        reason = _reason(error) if isinstance(error, ValidationError) else str(error)
+        reason = format_fields(error) if isinstance(error, ValidationError) else str(error)
         raise LoadError(f"{path} does not describe a model: {reason}.") from error
+    if facts.weights is not None:
+        check_facts(_rest(json.loads(text)), facts.weights.facts, path, "weights.facts")
+    return facts
 
 
-def _reason(error: ValidationError) -> str:
-    """Return the first of what is wrong, in one line."""
-    text = format_fields(error)
-    return text if len(text) < 300 else f"{text[:300]} ..."
+def _rest(facts: dict[str, Any]) -> dict[str, Any]:
+    return {name: fact for name, fact in facts.items() if name != "weights"}

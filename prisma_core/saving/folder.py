@@ -6,6 +6,7 @@ lie beside the old ones under a name with their digest until then, and are moved
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -55,7 +56,8 @@ def save(model: ZooModel, folder: str | Path) -> Path:
     Raises:
         UnsupportedArchitecture: the model has an opaque stem, which a spec cannot describe.
         NotApplicable: the model does something that no spec says, or has no weights.
-        InputError: its labels are not one text a class, or its weights are not all numbers.
+        InputError: its labels are not one text a class, its weights are not all numbers, or its parts are not those of
+            its spec.
         LoadError: the disk is full, read-only, or refuses in another way.
     """
     _check_savable(expect(model, ZooModel, "a model, as prisma.load or prisma.adapt returns"))
@@ -63,6 +65,8 @@ def save(model: ZooModel, folder: str | Path) -> Path:
     tensors = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
     frozen = [name for name, tensor in tensors_of(model).items() if not tensor.requires_grad]
     try:
+        with torch.device("meta"):
+            check_shapes(tensors, tensors_of(build(model.spec)), "What its parts hold now")
         check_finite(tensors, "This model")
     except LoadError as error:
         raise InputError(f"{error} Nothing is saved.") from error
@@ -98,11 +102,7 @@ def _check_savable(model: ZooModel) -> None:
 
 
 def _make(folder: Path) -> None:
-    """Make the folder, and refuse what stands where something is to be written.
-
-    Raises:
-        LoadError: with what it is.
-    """
+    """Make the folder, and refuse what stands where something is to be written: a ``LoadError`` says what it is."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -158,15 +158,12 @@ def _sweep(folder: Path, home: Path, used: set[Path]) -> None:
 
 
 def _text(folder: Path) -> str:
-    try:
-        return read_text(folder / SPEC)
-    except FileNotFoundError:
-        inner = sorted(folder.glob(f"*/{SPEC}"), key=lambda path: path.parent.name != "model")  # a run of training
+    if not os.path.lexists(folder / SPEC):
+        found = folder.glob(f"*/{SPEC}") if os.path.isdir(folder) else ()  # unlike Path's, False for a name too long
+        inner = sorted(found, key=lambda path: path.parent.name != "model")  # a run of training
         hint = f" Did you mean file:{inner[0].parent}?" if inner else ""
-        raise LoadError(f"{folder} holds no {SPEC}: expected a folder written by prisma.save.{hint}") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise LoadError(f"{folder / SPEC} does not describe a model: {reason}.") from error
+        raise LoadError(f"{folder} holds no {SPEC}: expected a folder written by prisma.save.{hint}")
+    return read_text(folder / SPEC)
 
 
 def load_folder(folder: Path, *, weights: bool = True) -> ZooModel:

@@ -46,11 +46,7 @@ class ProcessorFolder(LazyProcessor):
         return _read(str(self.record.source), self.folder())
 
     def folder(self) -> Path:
-        """Return where the files are.
-
-        Raises:
-            LoadError: they are not those that were saved.
-        """
+        """Return where the files are; a ``LoadError`` where they are not those that were saved."""
         folder = place(self.home, self.what, self.record.sha256)
         if not folder.is_dir() or self.record.sha256 not in (None, digest(folder)):
             raise LoadError(
@@ -114,11 +110,7 @@ def _processors(model: ZooModel) -> dict[str, Any]:
 
 
 def _write(what: str, processor: Any, folder: Path) -> SavedProcessor:
-    """Write one processor.
-
-    Raises:
-        PrismaError: no source does, or what it reads does something else.
-    """
+    """Write one processor; a ``PrismaError`` where no source does, or what it reads does something else."""
     if isinstance(processor, ProcessorFolder):
         shutil.copytree(processor.folder(), folder)
         return processor.record.model_copy(update={"sha256": digest(folder)})

@@ -8,12 +8,12 @@ from dataclasses import fields
 from html import escape
 from itertools import groupby
 from textwrap import indent
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
-from prisma_core.errors import SpecError
+from prisma_core.errors import InputError, SpecError
 
 V = TypeVar("V")
 WIDTH = 100
@@ -22,7 +22,9 @@ _MOST_ITEMS = 16
 
 
 class BriefModel(BaseModel):
-    """A pydantic model whose repr leaves out defaults and writes equal neighbours once: ``12 * (BlockSpec(...),)``.
+    """A pydantic model that does not change.
+
+    Its repr leaves out defaults and writes equal neighbours once: ``12 * (BlockSpec(...),)``.
 
     Raises:
         SpecError: values of wrong types, out of range, or that contradict each other.
@@ -37,13 +39,34 @@ class BriefModel(BaseModel):
     # pydantic calls an ``__init__`` of one's own for models within models too, and would lose the path to the field
     setattr(__init__, "__pydantic_base_init__", True)  # noqa: B010
 
+    def __setattr__(self, name: str, value: object) -> None:
+        try:
+            super().__setattr__(name, value)
+        except ValidationError as error:
+            kind = type(self).__name__
+            raise InputError(
+                f"A {kind} does not change: make another with model_copy(update={{{name!r}: ...}})."
+            ) from error
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy, with other facts where ``update`` has some, which are checked like those of a new one.
+
+        Raises:
+            SpecError: they make no such thing.
+        """
+        copy = super().model_copy(deep=deep)
+        return copy if not update else type(self)(**{**dict(copy), **update})
+
+    def _given(self) -> Iterable[tuple[str, str]]:
+        for name, field in type(self).model_fields.items():
+            if field.is_required() or getattr(self, name) != field.get_default(call_default_factory=True):
+                yield name, _code(getattr(self, name))
+
     def __repr__(self) -> str:
-        given = {
-            name: getattr(self, name)
-            for name, field in type(self).model_fields.items()
-            if field.is_required() or getattr(self, name) != field.get_default(call_default_factory=True)
-        }
-        return _call(type(self).__name__, (f"{name}={_code(value)}" for name, value in given.items()))
+        return _call(type(self).__name__, (f"{name}={value}" for name, value in self._given()))
+
+    def _repr_html_(self) -> str:
+        return html_table(type(self).__name__, self._given())
 
     def __str__(self) -> str:
         return repr(self)

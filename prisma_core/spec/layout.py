@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from einops import rearrange
 from jaxtyping import Shaped
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor
 
 from prisma_core.errors import InputError, UnknownName, suggest
@@ -19,6 +19,7 @@ Index = int | slice | Sequence[int] | Tensor
 IndexSlice = tuple[int, "slice | list[int]"]  # an axis, and what to keep of it
 
 _POS, _HEADS = ("pos", "query_pos"), ("head",)
+_MOST = 1 << 20  # tokens: each has a name and a position
 
 
 class TokenLayout(BriefModel):
@@ -39,6 +40,12 @@ class TokenLayout(BriefModel):
     rows: int = Field(ge=1)
     columns: int = Field(ge=1)
     order: Literal["frame row column", "row column frame"] = "frame row column"
+
+    @model_validator(mode="after")
+    def _countable(self) -> TokenLayout:
+        if self.n_tokens > _MOST:
+            raise ValueError(f"a layout of {self.n_tokens} tokens is larger than the {_MOST} that any model has")
+        return self
 
     @property
     def n_prefix(self) -> int:
@@ -72,7 +79,9 @@ class TokenLayout(BriefModel):
             "all": slice(0, self.n_tokens),
         }
         if subset not in subsets:
-            raise UnknownName(f"No token subset {subset!r}; there are {', '.join(subsets)}.{suggest(subset, subsets)}")
+            raise UnknownName(
+                f"No token subset {shown(subset)}; there are {', '.join(subsets)}.{suggest(subset, subsets)}"
+            )
         return subsets[subset]
 
     def _frame(self, subset: str) -> slice:
@@ -111,6 +120,9 @@ class TokenLayout(BriefModel):
         Layout: ``[... pos ...] -> [... row column ...]``, with a frame axis before them if there is more than one
         frame. A tensor that holds patches alone is taken as it is.
 
+        >>> TokenLayout(rows=2, columns=3, cls=True).grid(torch.zeros(1, 7, 8)).shape
+        torch.Size([1, 2, 3, 8])
+
         Raises:
             InputError: the axis holds neither all tokens nor just the patches.
         """
@@ -140,17 +152,9 @@ class TokenLayout(BriefModel):
             return names + [f"f{frame}{place}" for place in places for frame in range(self.frames)]
         return names + [f"f{frame}{place}" for frame in range(self.frames) for place in places]
 
-    def model_post_init(self, context: Any) -> None:
-        if self.rows < 1 or self.columns < 1 or self.frames < 1:
-            raise ValueError("a layout has at least one patch")
-
 
 def axis_of(axis: int, x: Tensor) -> int:
-    """Return an axis of a tensor, counted from 0; negative ones count from the end.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Return an axis of a tensor, counted from 0: negative ones count from the end, others are an ``InputError``."""
     number = whole(axis)
     if number is None or not -x.ndim <= number < x.ndim:
         raise InputError(f"Expected the number of an axis of {list(x.shape)}, got {shown(axis)}.")
@@ -234,11 +238,7 @@ def positions_of(index: Index | None, n: int) -> list[int]:
 
 
 def _range(index: slice, n: int) -> range:
-    """Return the places that a slice selects of ``n``.
-
-    Raises:
-        InputError: it is not of whole numbers, or its step is 0.
-    """
+    """Return the places that a slice of whole numbers selects of ``n``."""
     try:
         return range(n)[index]
     except (TypeError, ValueError) as error:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prisma_core.errors import InputError
-from prisma_core.errors.migration import keyword_names, refuse_keywords, takes_any_keyword
+from prisma_core.errors.migration import check_keywords
 from prisma_core.inputs import Mean, Std
 
 Whole = Annotated[int, Field(strict=True, ge=1)]
@@ -66,22 +66,3 @@ def read_options(kind: type[Kind], who: str, options: Mapping[str, Any]) -> Kind
         name = str(error.errors()[0]["loc"][0])
         expected = kind.model_fields[name].description
         raise InputError(f"{who} expected {name}= to be {expected}; got {options[name]!r}.") from error
-
-
-def keywords(function: Callable[..., Any]) -> list[str] | None:
-    """Return the names of the keyword arguments that a function takes, or None if it takes any."""
-    return None if takes_any_keyword(function) else keyword_names(function)
-
-
-def check_keywords(who: str, names: Iterable[str], accepted: Iterable[str] | None) -> None:
-    """Refuse keyword arguments that nothing accepts.
-
-    Args:
-        who: what they were given to.
-        accepted: the names there are; None for any.
-
-    Raises:
-        InputError: one is not among them; the nearest are suggested.
-    """
-    if accepted is not None:
-        refuse_keywords(who, names, accepted)

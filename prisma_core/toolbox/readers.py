@@ -127,7 +127,8 @@ class PartReader:
     def positions(self, module: Reader, name: str) -> Reader:
         """Return a table of positions, at a path from the module, which are looked up in order: ``position_ids``."""
         ids = module.get("position_ids")
-        if ids is not None and not torch.equal(ids.flatten(), torch.arange(ids.numel(), device=ids.device)):
+        counted = ids is None or ids.is_meta or torch.equal(ids.flatten(), torch.arange(ids.numel()).to(ids))
+        if not counted:
             raise module.unsupported("position_ids that do not count from 0")
         return self.embedding(at(module, name))
 
@@ -254,7 +255,9 @@ def plain_patches(proj: Reader, conv: Literal["Conv2d", "Conv3d"] = "Conv2d") ->
     Raises:
         UnsupportedArchitecture: it does more: patches overlap, or are padded, dilated or split in groups.
     """
-    if not proj.is_a(conv) or proj.kernel_size != proj.stride:
+    if not proj.is_a(conv):
+        raise proj.unsupported("a patch projection that is no convolution")
+    if proj.kernel_size != proj.stride:
         raise proj.unsupported("patches that overlap")
     padded = proj.padding != "valid" and any(proj.padding)
     if padded or set(proj.dilation) != {1} or (proj.groups, proj.padding_mode) != (1, "zeros"):

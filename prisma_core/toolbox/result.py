@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from prisma_core.errors import InputError, LoadError, PluginError, PrismaError, UnknownName, suggest
-from prisma_core.errors.arguments import check_flags, expect, number, path_of, several, tensor, whole
-from prisma_core.files.checkpoint import read_header, read_safetensors, write_safetensors
+from prisma_core.errors.arguments import check_flags, expect, number, path_of, several, shown, tensor, whole
+from prisma_core.files.checkpoint import read_with_header, write_safetensors
 
 Self_ = TypeVar("Self_", bound="Result")
 Label = int | str
@@ -61,12 +61,13 @@ class Result:
         for text in (*self.axes, self.technique, self.unit, self.baseline, self.total):
             expect(text, str, "axes, technique, unit, baseline and total in words")
         if len(self.axes) != self.values.ndim or len(set(self.axes)) != len(self.axes):
-            names = " ".join(self.axes) or "an empty list"
-            raise InputError(f"Expected a name for each axis of {list(self.values.shape)}, got {names}.")
+            raise InputError(f"Expected a name for each axis of {list(self.values.shape)}, got {shown(self.axes)}.")
         for axis, size in zip(self.axes, self.values.shape, strict=True):
             if axis not in self.labels:
                 continue
             expect(self.labels[axis], (tuple, list), f"labels of {axis!r}, a tuple")
+            for label in self.labels[axis]:
+                expect(label, str, f"labels of {axis!r} in words")
             if len(self.labels[axis]) != size:
                 raise InputError(f"The axis {axis!r} has {size} places and {len(self.labels[axis])} labels.")
         object.__setattr__(self, "values", self.values.detach())
@@ -88,6 +89,9 @@ class Result:
 
     def sel(self: Self_, **places: Label | Sequence[Label]) -> Self_:
         """Return the part at some places, by axis: an index, a label (the axis goes), or several (the axis stays).
+
+        >>> Result(torch.eye(3), ("layer", "class"), {"class": ("cat", "dog", "cow")}).sel(**{"class": "dog"}).values
+        tensor([0., 1., 0.])
 
         Raises:
             UnknownName: no such axis or label; the nearest are suggested.
@@ -126,6 +130,9 @@ class Result:
 
     def top(self, k: int = 10, *, by_size: bool = True) -> list[tuple[tuple[str, ...], float]]:
         """Return the ``k`` largest values with the labels of their places.
+
+        >>> Result(torch.tensor([1., -3.]), ("class",), {"class": ("cat", "dog")}).top(1)
+        [(('dog',), -3.0)]
 
         Args:
             by_size: the largest by absolute value; False the largest by value.
@@ -194,9 +201,9 @@ class Result:
             LoadError: the file is truncated, corrupt, or no result.
         """
         path = path_of(path)
-        tensors = read_safetensors(path)
+        tensors, header = read_with_header(path, _METADATA)
         try:
-            about = cast("dict[str, Any]", json.loads(read_header(path, _METADATA) or ""))
+            about = cast("dict[str, Any]", json.loads(header or ""))
             labels = {axis: tuple(names) for axis, names in about.pop("labels").items()}
             more = {name.removeprefix("tensors/"): each for name, each in tensors.items() if name != "values"}
             return cls(tensors["values"], tuple(about.pop("axes")), labels, tensors=more, **about)

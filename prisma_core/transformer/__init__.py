@@ -1,9 +1,25 @@
 """The canonical transformers, from small parts."""
 
+from torch import nn
+
 from prisma_core.model import ZooModel
-from prisma_core.transformer.build import build
+from prisma_core.spec import AnySpec, DualSpec, ModelSpec
 from prisma_core.transformer.dual import HookedDual
 from prisma_core.transformer.text import HookedText
 from prisma_core.transformer.vit import HookedViT
 
 __all__ = ["ZooModel", "HookedDual", "HookedText", "HookedViT", "build"]
+
+
+def build(spec: AnySpec, stem: nn.Module | None = None) -> ZooModel:
+    """Return the model of a spec, its weights not yet loaded.
+
+    Args:
+        spec: the facts.
+        stem: upstream's own stem module, for specs whose stem is opaque.
+    """
+    if isinstance(spec, ModelSpec):
+        return HookedViT(spec, stem)
+    if isinstance(spec, DualSpec):
+        return HookedDual(spec, stem)
+    return HookedText(spec)

@@ -261,11 +261,7 @@ def end_of(blocks: list[Block | SideBySide], layer: int | None, mlp_input: bool 
 
 
 def check_sum(blocks: list[Block | SideBySide]) -> None:
-    """Refuse blocks whose stream is more than the sum of what they add to it.
-
-    Raises:
-        NotApplicable: a block norms the stream itself.
-    """
+    """Refuse blocks that norm the stream itself (``NotApplicable``): it is more than the sum of what they add to it."""
     for index, block in enumerate(blocks):
         if block.spec.kind == "post":
             raise NotApplicable(

@@ -204,6 +204,11 @@ class HookedDual(ZooModel):
     ) -> Float[Tensor, "batch label"]:
         """Return the probability of each label for each image ``[batch label]``, with no training: zero-shot.
 
+        >>> import prisma_core as prisma
+        >>> clip = prisma.load("toy:clip-scenes")
+        >>> clip.classify(torch.zeros(1, 3, 64, 64), ["red circle", "blue star"], template="a {}").shape
+        torch.Size([1, 2])
+
         Args:
             image: images, or the tensor the model takes.
             labels: names of classes.

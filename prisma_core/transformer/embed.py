@@ -199,11 +199,7 @@ def _wide(x: Tensor, how: Interpolation) -> Tensor:
 
 
 def check_image(image: Tensor, spec: ModelSpec) -> None:
-    """Check that the embedding can take an input.
-
-    Raises:
-        InputError: wrong rank, channels, size, or values that are not numbers.
-    """
+    """Refuse an input of wrong rank, channels or size, or with values that are not numbers (``InputError``)."""
     what, expected = input_words(native := native_shape(spec))
     _check_size(check_input(image, native), spec, expected)
     check_numbers(what, image)

@@ -73,11 +73,7 @@ class Recipe:
         return cls(function, copies, _versions(copies), steps)
 
     def make(self) -> Tensor:
-        """Return the activation.
-
-        Raises:
-            InputError: an operand was edited in place.
-        """
+        """Return the activation; an ``InputError`` where an operand was edited in place."""
         if self.is_edited:
             raise InputError("one of the activations that it is made of was edited in place")
         operands = [each.make() if isinstance(each, Recipe) else each for each in self.operands]

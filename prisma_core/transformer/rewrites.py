@@ -198,11 +198,7 @@ def _sides(spec: ModelSpec) -> list[_Side]:
 
 
 def _copied(spec: ModelSpec, state: State) -> dict[str, Tensor]:
-    """Return a copy of a state dict, once it and the spec are known to be a model's.
-
-    Raises:
-        InputError: they are not, or not of one model.
-    """
+    """Return a copy of a state dict; an ``InputError`` where it and the spec are not of one model."""
     sides = _sides(expect(spec, ModelSpec, "the spec of a vision transformer"))
     expect(state, Mapping, "a state dict, tensors by name")
     copied = dict(state)

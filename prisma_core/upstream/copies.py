@@ -5,46 +5,75 @@ from __future__ import annotations
 import copy as copying
 import dis
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from prisma_core.errors import UnsupportedArchitecture
-from prisma_core.maps.reader import qualified_name
-from prisma_core.upstream.replaced import COMPILED, PLAIN, TREE, home_of, is_original, name_of, names_in, root_of
+from prisma_core.maps.reader import Reader, qualified_name
+from prisma_core.upstream.replaced import COMPILED, HOOKS, PLAIN, TREE, home_of, is_original, name_of, names_in, root_of
 
 NO_PARTS = (str, bytes, int, float, complex, Tensor, type, ModuleType, type(None))
 
 
-def copy_module(upstream: nn.Module, *, copy: bool, memo: dict[int, Any] | None = None) -> nn.Module:
+def copy_module(
+    upstream: nn.Module, *, copy: bool = True, hooks: bool = True, memo: dict[int, Any] | None = None
+) -> nn.Module:
     """Copy a module's structure, and its tensors too unless ``copy`` is False: then both share them.
 
     A function that was set on one of its modules and holds another is that of the copy, where it calls the copy's:
     ``attn.forward = lambda x: forward(x) / 2``, with ``forward = attn.forward`` from before.
 
+    >>> rotary = copy_module(upstream.rope.module, hooks=False)
+
     Args:
+        hooks: False leaves them out. An adapter that runs a part of upstream to read it does so: a hook is for the
+            user's passes, and the adapted model is refused for it, by its place.
         memo: what ``copy.deepcopy`` has copied so far; it grows.
 
     Raises:
-        UnsupportedArchitecture: a function reaches a module by a global name, or is set on a class and holds one. The
-            copy would run what it was copied from.
+        UnsupportedArchitecture: a function reaches a module by a global name, or is set on a class and holds one: the
+            copy would run what it was copied from. Or a part cannot be copied.
     """
-    tensors = () if copy else (*upstream.parameters(), *upstream.buffers())
     memo = {} if memo is None else memo
-    memo |= {id(tensor): tensor for tensor in tensors}
+    for module in upstream.modules():
+        attributes = (value for value in vars(module).values() if isinstance(value, Tensor))
+        for tensor in (*module.parameters(False), *module.buffers(False), *attributes):
+            if not copy:
+                memo[id(tensor)] = tensor
+            elif not tensor.is_leaf:  # computed of parameters, by a hook or since: torch copies none such
+                memo[id(tensor)] = tensor.detach().clone().requires_grad_()
     graph = _Graph(upstream)
     pairs = [(function, _unfilled(function, graph)) for function in graph.functions()]
     memo |= {id(function): rebound for function, rebound in pairs}
     bound = [(method, functools.partial(memo[id(method.__func__)])) for method in graph.methods()]
     memo |= {id(method): call for method, call in bound}  # deepcopy would leave the function of a method as it is
-    copied = copying.deepcopy(upstream, memo)
+    before = dict(memo)
+    try:
+        copied = copying.deepcopy(upstream, memo)
+    except Exception as error:
+        parts = cast("Sequence[tuple[str, nn.Module]]", [*upstream.named_modules()])
+        path, part = next(one for one in reversed(parts) if not _can_copy(one[1], before))
+        problem = f"what it holds cannot be copied ({type(error).__name__}: {error})"
+        raise Reader(part, path).unsupported(problem) from error
     for function, rebound in pairs:
         _fill(rebound, function, graph, memo)
     for method, call in bound:
         cast("Any", call).__setstate__((call.func, (copying.deepcopy(method.__self__, memo),), {}, {}))
+    for part in () if hooks else copied.modules():
+        for name in HOOKS:
+            getattr(part, name).clear()
     return copied
+
+
+def _can_copy(module: nn.Module, memo: Mapping[int, Any]) -> bool:
+    try:
+        copying.deepcopy(module, dict(memo))
+    except Exception:  # noqa: BLE001  # of any class: a part's own method, or what it holds
+        return False
+    return True
 
 
 class _Graph:

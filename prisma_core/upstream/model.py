@@ -12,26 +12,68 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import HookError, InputError, PrismaError
-from prisma_core.errors.migration import (
-    keyword_names,
-    migration_hint,
-    module_getattr,
-    refuse_keywords,
-    takes_any_keyword,
-)
+from prisma_core.errors.arguments import in_transform
+from prisma_core.errors.migration import keyword_names, migration_hint, module_getattr
 from prisma_core.hooks.model import sites_below
 from prisma_core.hooks.point import HookPoint
 from prisma_core.inputs.checks import check_input, check_numbers, check_place, input_words
-from prisma_core.maps.places import HookMap
+from prisma_core.maps.places import HookMap, Row
 from prisma_core.model import Size, ZooModel, read_sample
 from prisma_core.spec import MapSpec
 from prisma_core.spec.brief import NameTable, html_table
 from prisma_core.spec.layout import TokenLayout
 from prisma_core.toolbox.derivatives import explain_second, kernels
+from prisma_core.toolbox.query_rows import AXIS, Rows
 from prisma_core.toolbox.tables import numbered
-from prisma_core.upstream.bound import BoundRow
 from prisma_core.upstream.copies import copy_module
-from prisma_core.upstream.observer import attach, watching
+from prisma_core.upstream.observer import Observer, attach, watching
+
+
+class BoundRow(Observer):
+    """Applies the hooks of a hook point at the place of its row.
+
+    Attributes:
+        point: the hook point, with the row's axes and equation.
+    """
+
+    def __init__(self, row: Row, sizes: Mapping[str, int]):
+        self.row = row
+        self.place = row.place
+        self.sizes = sizes
+        self.point = HookPoint(row.axes, row.equation)
+
+    def passed(self, x: Tensor, batch: int) -> Tensor:
+        """Apply the hooks of the active scope to upstream's tensor, axes ordered as the row says."""
+        sizes = {**self.sizes, "batch": batch}
+        activation = self.row.read(x, sizes)
+        if activation.ndim != len(self.row.axes.split()):
+            raise PrismaError(
+                f"The hook map says {self.row.hook} has the axes {self.row.axes!r}; {self.place} "
+                f"holds {list(activation.shape)}."
+            )
+        activation = activation.clone()
+        result = self.point(activation)
+        if result is activation and not (torch.is_grad_enabled() and activation.requires_grad):
+            return x
+        return _laid_out_as(self.row.write(result, sizes), x)
+
+    def rows(self) -> Rows | None:
+        upstream = self.row.how.partition("->")[0].split()  # the queries stand last but one, or among others
+        alone = upstream[-2:-1] == [AXIS] and AXIS not in self.sizes
+        return Rows.asked(self.point) if alone else None
+
+    def store(self, rows: Rows, x: Tensor, batch: int) -> None:
+        rows.store(self.point, self.row.read(x, {**self.sizes, "batch": batch}))
+
+    def missed(self) -> None:
+        raise PrismaError(f"No tensor passes {self.place}; the hook map names it for {self.row.hook}.")
+
+
+def _laid_out_as(y: Tensor, x: Tensor) -> Tensor:
+    """Return a copy of y, which may be cached, in the memory layout of x, so that kernels add in the same order."""
+    if in_transform() or any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
+        return y.clone()  # of what a transform holds, sizes and steps are not those in memory
+    return torch.empty_strided(x.shape, x.stride(), dtype=y.dtype, device=y.device).copy_(y)
 
 
 class HookedUpstream(ZooModel):
@@ -153,17 +195,17 @@ class HookedUpstream(ZooModel):
         sizes = {name: x.shape[axis] // (shape[axis] // n) for name, (axis, n) in grid.items()}
         return layout.model_copy(update=sizes)
 
-    def _refuse_keywords(self, kwargs: Mapping[str, Any], method: Callable[..., Any] | None = None) -> None:
-        accepted = keyword_names(self.upstream.forward)
+    def _refuse_keywords(
+        self, kwargs: Mapping[str, Any], method: Callable[..., Any] | None = None, forward: Any = None
+    ) -> None:
+        forward = self.upstream.forward
         for name in ("start_at_layer", "stop_at_layer"):
-            if name in kwargs and name not in accepted:
+            if name in kwargs and name not in keyword_names(forward):
                 raise InputError(
                     f"A model without canonical form runs upstream's code from end to end, so it takes no {name!r}. "
                     "Hooks and caches reach every place inside: run_with_hooks, run_with_cache."
                 )
-        if not takes_any_keyword(self.upstream.forward):
-            names = keyword_names(method) if method else []
-            refuse_keywords(method.__name__ if method else type(self).__name__, kwargs, [*names, *accepted])
+        super()._refuse_keywords(kwargs, method, forward)
 
     def _expected(self) -> str:
         return input_words(self.spec.shape)[1]
@@ -202,7 +244,11 @@ class HookedUpstream(ZooModel):
 
     def export(self) -> dict[str, Tensor]:
         """Return upstream's own state dict with the model's present weights."""
-        return {name: tensor.detach().contiguous() for name, tensor in self.upstream.state_dict().items()}
+        state: dict[str, Any] = self.upstream.state_dict()
+        for name, value in state.items():
+            if isinstance(value, Tensor):  # packed weights are more
+                state[name] = value.detach().contiguous() if value.layout == torch.strided else value.detach()
+        return state
 
 
 def _separate(upstream: nn.Module, paths: Iterable[str]) -> None:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from prisma_core.errors import HookError, PrismaError
+from prisma_core.errors import HookError
 from prisma_core.hooks.recompute import checkpoints, keep
 from prisma_core.maps.places import FUSED, INSIDE, Place
+from prisma_core.maps.reader import Reader
 from prisma_core.toolbox.precision import show, softmax, unrounded, widened
 from prisma_core.toolbox.query_rows import Rows
 
@@ -115,19 +116,25 @@ def attach(upstream: nn.Module, observers: Iterable[Observer]) -> list[Removable
     """Register torch hooks for observers; return the handles that remove them.
 
     Raises:
-        PrismaError: upstream has no module of that name.
+        UnsupportedArchitecture: upstream has no module of that name, or it runs no hooks.
     """
     by_module: dict[str, list[Observer]] = {}
     for one in observers:
         by_module.setdefault(one.place.module, []).append(one)
     modules = dict(cast("Iterator[tuple[str, nn.Module]]", upstream.named_modules()))
     if missing := sorted(set(by_module) - set(modules)):
-        raise PrismaError(f"The upstream model has no module {missing[0]!r}; the hook map names it.")
+        path = missing[0]
+        while path not in modules:
+            path = path.rpartition(".")[0]
+        part = missing[0][len(path) :].lstrip(".")
+        raise Reader(modules[path], path).unsupported(f"it has no module {part!r}; the hook map names it")
     # A function belongs to the innermost module that runs, so each module has to be followed.
     functions = any(one.place.function for several in by_module.values() for one in several)
     handles: list[RemovableHandle] = []
     for name, module in modules.items():
         if functions or name in by_module:
+            if isinstance(module, torch.jit.ScriptModule):
+                raise Reader(module, name).unsupported("compiled code, which runs no hooks")
             handles += ModuleHooks(by_module.get(name, [])).place(module, functions=functions)
     return handles
 

@@ -20,8 +20,10 @@ from torch import nn
 from prisma_core.maps.reader import qualified_name
 
 CALLS = ("__call__", "_call_impl", "forward")  # where the call of a module begins
+READS = ("__getattr__", "__getattribute__")  # where a module finds its tensors and parts
 COMPILED = "_compiled_call_impl"  # set by module.compile()
 ACCELERATE = ("AlignDevicesHook", "CpuOffload", "SequentialHook")  # its hooks that move tensors
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 TREE = ("_modules", "_parameters", "_buffers")
 PLAIN = {"torch", *sys.stdlib_module_names}
 
@@ -29,7 +31,7 @@ PLAIN = {"torch", *sys.stdlib_module_names}
 def replaced_on_instance(module: nn.Module) -> str:
     """Say which method was set on a module itself; empty where none was, or it is the class's in a harmless wrapper."""
     for name, value in vars(module).items():
-        if any(name in vars(module)[inside] for inside in TREE):
+        if any(name in vars(module).get(inside, ()) for inside in TREE):
             return f"an attribute {name} in the place of its part of that name. Take it off before (del module.{name})"
         if name not in (*CALLS, COMPILED) and not _is_method(type(module), name):
             continue
@@ -50,12 +52,12 @@ def replaced_on_class(kind: type[nn.Module], packages: set[str], seen: set[Funct
     """
     known = {*PLAIN, *packages, root_of(kind.__module__)}
     own = (name for name, value in vars(kind).items() if isinstance(value, FunctionType) and name[:2] != "__")
-    names = list(dict.fromkeys((*CALLS, *own)))  # some are called from outside: encode_image
+    names = list(dict.fromkeys((*CALLS, *READS, *own)))  # some are called from outside: encode_image
     for name in names:  # it grows meanwhile
         owner = next((each for each in kind.__mro__ if name in vars(each)), object)
         functions = list(_functions(vars(owner).get(name)))
         wrong = [one for one in functions if not _belongs(one, owner.__module__, known)]
-        library = owner is not nn.Module and root_of(owner.__module__) not in PLAIN - {"torch"}
+        library = owner is not nn.Module and name not in READS and root_of(owner.__module__) not in PLAIN - {"torch"}
         if library and not (wrong or any(_is_own(one, owner) for one in functions)):
             wrong = functions or ([vars(owner)[name]] if name in CALLS else [])
         if wrong:

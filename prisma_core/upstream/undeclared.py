@@ -10,19 +10,19 @@ Harmless, and passed: wrappers that change no number (accelerate's that move ten
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import FunctionType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
+import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 
-from prisma_core.errors import UnsupportedArchitecture
 from prisma_core.maps.reader import TORCH, Reader, qualified_name
-from prisma_core.spec import AnySpec
-from prisma_core.upstream.replaced import name_of, replaced_on_class, replaced_on_instance, root_of
-from prisma_core.upstream.sizes import other_size, sizes_of
+from prisma_core.spec import AnySpec, AttentionSpec, EmbedSpec
+from prisma_core.spec.layout import TokenLayout
+from prisma_core.upstream.replaced import HOOKS, name_of, replaced_on_class, replaced_on_instance, root_of
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 READ_ONLY = ("transformers.utils.output_capturing",)  # modules of hooks that keep what they are shown
 # transformers' hook that asks for gradients by the embeddings, where activations are checkpointed
 ASKS_FOR_GRADIENTS = "enable_input_require_grads.<locals>.make_inputs_require_grads"
@@ -40,6 +40,11 @@ WRAPPERS = {  # where each holds what it wraps
     "torch.nn.parallel.data_parallel.DataParallel": "module",
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
 }
+# Sizes that modules carry as plain numbers beside their tensors, by the names that libraries give them. An adapter
+# reads each in one place, and upstream's code may read it in another: heads that were pruned, a patch size set since.
+HEADS = ("num_heads", "num_attention_heads", "num_kv_heads", "num_key_value_heads", "n_heads", "n_head", "heads")
+WIDTHS = ("head_dim", "attention_head_size", "head_size", "head_width")
+T = TypeVar("T")
 
 
 def check_undeclared(
@@ -70,9 +75,9 @@ def check_undeclared(
     packages = {root_of(file) for file in files}
     copied = set[nn.Module]() if stem is None else set(stem.modules())
     unread = _unread(whole, left_out)
-    sizes = sizes_of(spec)
+    sizes = _sizes_of(spec)
     if problem := _globally_hooked():
-        raise UnsupportedArchitecture(qualified_name(whole), problem)
+        raise upstream.unsupported(problem)
     seen, problems = set[FunctionType](), dict[type, str]()
     for path, module in cast("Iterator[tuple[str, nn.Module]]", whole.named_modules(remove_duplicate=False)):
         if module in copied or any(path == part or path.startswith(f"{part}.") for part in unread):
@@ -80,35 +85,37 @@ def check_undeclared(
         kind = type(module)
         if kind not in problems:
             problems[kind] = replaced_on_class(kind, packages, seen)
-        name = qualified_name(module)
-        known = module in recognised or name in ignored or _is_known(kind, files)
+        known = module in recognised or qualified_name(module) in ignored or _is_known(kind, files)
         problem = (
             _hooked(module, path, upstream.record)
             or replaced_on_instance(module)
             or ("" if known else _unknown(kind))
             or problems[kind]
-            or other_size(module, sizes)
+            or _other_size(module, sizes)
             or _foreign_attention(module)
             or _foreign_tensors(module)
         )
         if problem:
-            raise UnsupportedArchitecture(f"{name} at {path!r}" if path else name, problem)
+            raise Reader(module, path).unsupported(problem)
 
 
 def check_at_hand(upstream: nn.Module) -> None:
-    """Refuse a model whose weights accelerate brings for a pass alone: there are none to map or to copy.
+    """Refuse a model some of whose weights are not there: accelerate brings them for a pass, or they are on ``meta``.
 
     Raises:
         UnsupportedArchitecture: a module has none.
     """
+    outline = all(parameter.is_meta for parameter in upstream.parameters())
     for path, module in cast("Iterator[tuple[str, nn.Module]]", upstream.named_modules()):
         outer: Any = getattr(module, "_hf_hook", None)
         if any(getattr(hook, "offload", False) for hook in (outer, *getattr(outer, "hooks", ()))):
-            raise UnsupportedArchitecture(
-                f"{qualified_name(module)} at {path!r}" if path else qualified_name(module),
+            raise Reader(module, path).unsupported(
                 "weights that accelerate has put elsewhere until a pass needs them. Put them back before: "
-                "accelerate.hooks.remove_hook_from_submodules(upstream)",
+                "accelerate.hooks.remove_hook_from_submodules(upstream)"
             )
+        absent = next((name for name, tensor in _tensors(module) if tensor.is_meta), None)
+        if absent is not None and not outline:
+            raise Reader(module, path).unsupported(f"{absent} is on the meta device, which holds no numbers")
 
 
 def check_counted(upstream: nn.Module, paths: Iterable[str], types: Iterable[str]) -> None:
@@ -129,9 +136,8 @@ def check_counted(upstream: nn.Module, paths: Iterable[str], types: Iterable[str
             foreign = base is not None and root_of(kind.__module__) not in packages | {root_of(base.__module__)}
             problems[kind] = _unknown(kind) if foreign else replaced_on_class(kind, packages, seen)
         if problem := replaced_on_instance(module) or problems[kind]:
-            raise UnsupportedArchitecture(
-                f"{qualified_name(module)} at {path!r}" if path else qualified_name(module),
-                f"{problem}. Hook points stand at functions that it calls, by number, and would be at others",
+            raise Reader(module, path).unsupported(
+                f"{problem}. Hook points stand at functions that it calls, by number, and would be at others"
             )
 
 
@@ -174,10 +180,10 @@ def _hooked(module: nn.Module, path: str, read: set[str]) -> str:
         hooks = [hook for hook in hooks if not _is_harmless(hook)]
         if hooks and (f"{path}.{name}" if path else name) not in read:
             what = "gradients" if "backward" in name else "numbers"
-            return (
-                f"a {_kind(name)} ({name_of(hooks[0])}), which may change its {what}. Remove it before "
-                "(handle.remove()), and edit the hooked model instead: model.hooks({name: function})"
-            )
+            remove = "(handle.remove()), and edit the hooked model instead: model.hooks({name: function})"
+            if name_of(hooks[0]).startswith("torch.nn.utils."):  # what it computes takes the place of a weight
+                remove = "with what torch.nn.utils has for it: prune.remove(module, name), remove_weight_norm(module)"
+            return f"a {_kind(name)} ({name_of(hooks[0])}), which may change its {what}. Remove it before {remove}"
     return ""
 
 
@@ -233,12 +239,59 @@ def _unknown(kind: type[nn.Module]) -> str:
     )
 
 
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and buffers of a module's own."""
+    yield from module.named_parameters(recurse=False)
+    yield from module.named_buffers(recurse=False)
+
+
 def _foreign_tensors(module: nn.Module) -> str:
     """Name a tensor of a class of its own, which may compute something else, or one that a pass changes."""
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return f"max_norm={module.max_norm!r}: a pass changes its weight. Take it off after one (max_norm = None)"
-    tensors = [*module._parameters.items(), *module._buffers.items()]  # pyright: ignore[reportPrivateUsage]
-    for name, tensor in tensors:
-        if tensor is not None and type(tensor) not in TENSORS and not type(tensor).__module__.startswith(FAKE):
-            return f"{name} is a {qualified_name(tensor)}, no plain tensor. Put its plain values in its place before"
+    for name, tensor in _tensors(module):
+        kind, plain = type(tensor), tensor.layout == torch.strided
+        if not plain or (kind not in TENSORS and not kind.__module__.startswith(FAKE)):
+            what = qualified_name(tensor) if plain else f"tensor of layout {tensor.layout}"
+            return f"{name} is a {what}, no plain tensor. Put its plain values in its place before"
     return ""
+
+
+def _sizes_of(spec: AnySpec) -> dict[str, set[object]]:
+    """Return the sizes of a spec, by the names that libraries give them."""
+    attentions = list(_inside(spec, AttentionSpec))
+    heads: set[object] = {n for one in attentions for n in (one.n_heads, one.n_kv_heads)}
+    widths: set[object] = {one.d_head for one in attentions}
+    return {
+        **dict.fromkeys(HEADS, heads),
+        **dict.fromkeys(WIDTHS, widths),
+        "all_head_size": {one.n_heads * one.d_head for one in attentions},
+        "patch_size": {one.patch for one in _inside(spec, EmbedSpec)},
+        "num_prefix_tokens": {one.n_prefix for one in _inside(spec, TokenLayout)},
+    }
+
+
+def _other_size(module: nn.Module, sizes: Mapping[str, set[object]]) -> str:
+    """Name a size of a module that the spec does not have; empty where there is none."""
+    for name in sizes.keys() & vars(module).keys():
+        value: Any = vars(module)[name]
+        if name == "patch_size":  # of a video's the first is that of frames
+            value = (value, value) if isinstance(value, int) else tuple(value or ())[-2:]
+        if name == "num_prefix_tokens":
+            value = value or 0
+        if sizes[name] and isinstance(value, int | tuple) and value not in sizes[name]:
+            known = ", ".join(map(str, sorted(cast("Any", sizes[name]))))
+            return f"{name}={vars(module)[name]!r}, where its tensors and the rest of it are of {known}"
+    return ""
+
+
+def _inside(value: object, kind: type[T]) -> Iterator[T]:
+    """Yield the specs of a kind inside another."""
+    if isinstance(value, kind):
+        yield value
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _inside(getattr(value, name), kind)
+    elif isinstance(value, tuple):
+        for one in cast("Iterable[object]", value):
+            yield from _inside(one, kind)

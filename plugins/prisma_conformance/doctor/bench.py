@@ -16,10 +16,10 @@ from prisma_conformance.doctor.numbers import Number, numbers
 from prisma_conformance.doctor.places import all_places
 from prisma_conformance.measure import worst
 from prisma_conformance.recording import Recorder
-from prisma_conformance.subject import Inputs, Subject
+from prisma_conformance.subject import Inputs, Subject, unfused
 from prisma_core import Size, ZooModel, tensors_of
 from prisma_core.plugin import AnySpec, HookMap, Place, PrismaError, Reader, Row, WeightMap
-from prisma_core.zoo import read_adapter, unfused
+from prisma_core.zoo import read_adapter
 
 OUTPUT = "hook_logits"
 

@@ -25,7 +25,7 @@ from prisma_conformance.target import Target
 from prisma_core import tensors_of
 from prisma_core.maps.rule import Rule
 from prisma_core.maps.table import pattern_of
-from prisma_core.plugin import Adapter, HookMap, Row
+from prisma_core.plugin import Adapter, HookMap, Row, check_call
 
 STEPS = 4  # mistakes that are looked for one behind the other
 AT_FAULT = ("weights.accounted", "spec.audit")  # what may say more where the numbers differ
@@ -56,7 +56,10 @@ def diagnose(
     Raises:
         UnknownName: no such reference or model.
         UnsupportedArchitecture: the model cannot be represented.
+        InputError: an argument is of another type, or no such device is there.
     """
+    if progress is not None:
+        check_call(progress, 1, "progress", "a function of one argument")
     subject = next(
         Subject.of(
             target, upstream=upstream, adapter=adapter, device=device, full=full, pretrained=pretrained, seed=seed

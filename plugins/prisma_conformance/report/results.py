@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, ValidationError
 
-from prisma_core.plugin import Facts, LoadError, PrismaError, write_text
+from prisma_core.plugin import Facts, LoadError, PrismaError, checked, format_fields, path_of, read_text, write_text
 
 
 class CheckFailed(PrismaError):
@@ -194,6 +194,7 @@ class Report(Measured):
         return "\n".join(lines)
 
 
+@checked
 def write_certificates(certificates: Iterable[Certificate], path: str | Path) -> Path:
     """Write certificates, one line of JSON each, sorted by name.
 
@@ -201,7 +202,7 @@ def write_certificates(certificates: Iterable[Certificate], path: str | Path) ->
         LoadError: the disk is full, read-only, or refuses in another way.
     """
     lines = [certificate.compact() for certificate in sorted(certificates, key=lambda c: c.name)]
-    return write_text(Path(path), "\n".join(lines) + "\n")
+    return write_text(path_of(path), "\n".join(lines) + "\n")
 
 
 def read_certificates(path: str | Path) -> list[Certificate]:
@@ -211,9 +212,9 @@ def read_certificates(path: str | Path) -> list[Certificate]:
         LoadError: a line is not a certificate.
     """
     certificates: list[Certificate] = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path_of(path)).splitlines(), 1):
         try:
             certificates.append(Certificate.model_validate_json(line))
-        except ValueError as error:
-            raise LoadError(f"{path}, line {number}, is not a certificate: {error}") from error
+        except ValidationError as error:
+            raise LoadError(f"{path}, line {number}, is not a certificate: {format_fields(error)}.") from error
     return certificates

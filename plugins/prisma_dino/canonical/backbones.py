@@ -21,13 +21,13 @@ def main_output(result: Any) -> Tensor:
     return last if last.ndim == 3 else last.flatten(2).transpose(1, 2)
 
 
-def pool(upstream: Reader) -> PoolSpec:
+def pool(upstream: Reader, layers: Reader) -> PoolSpec:
     """Return what the last feature map holds.
 
     Raises:
         UnsupportedArchitecture: it does not come from the last block.
     """
-    ends_with_last_stage(upstream)
+    ends_with_last_stage(upstream, layers)
     every = not (upstream.is_a(V3) or upstream.config.reshape_hidden_states)
     return PoolSpec(kind="none" if every else "patches")
 

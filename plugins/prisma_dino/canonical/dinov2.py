@@ -68,7 +68,7 @@ class Dinov2Adapter(Adapter):
             pool, d_pool = PoolSpec(kind="token_and_avg"), 2 * d_model
             n_classes = blocks.READ.classes(upstream.classifier)
         elif upstream.is_a(*BACKBONES):
-            pool, ln_final = backbones.pool(upstream), upstream.config.apply_layernorm
+            pool, ln_final = backbones.pool(upstream, tower.encoder.layer), upstream.config.apply_layernorm
         return ModelSpec(
             d_model=d_model,
             image_size=size,

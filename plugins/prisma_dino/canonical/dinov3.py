@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
@@ -23,6 +22,7 @@ from prisma_core.plugin import (
     RopeSpec,
     TokenLayout,
     WeightMap,
+    copy_module,
     eager_attention,
     plain_patches,
     same_for_all,
@@ -67,6 +67,7 @@ class Dinov3Adapter(Adapter):
             columns=rope.num_patches_w,
         )
         grid = RopeGrid(coordinates="radians", waves=_waves(rope.inv_freq))
+        pool = backbones.pool(upstream, upstream.model.layer) if upstream.is_a(BACKBONE) else PoolSpec(kind="token")
         return ModelSpec(
             d_model=patch.out_channels,
             image_size=size,
@@ -79,7 +80,7 @@ class Dinov3Adapter(Adapter):
             rope=RopeSpec(layout="half", grid=grid),
             # Of a backbone's feature maps the last one is normed whatever apply_layernorm says.
             ln_final=blocks.READ.norm(upstream.norm),
-            pool=backbones.pool(upstream) if upstream.is_a(BACKBONE) else PoolSpec(kind="token"),
+            pool=pool,
             d_pool=patch.out_channels,
         )
 
@@ -129,7 +130,7 @@ def _waves(tensor: Tensor) -> tuple[float, ...]:
 
 def _rope_tables(module: Reader, spec: ModelSpec) -> Callable[..., Tensor]:
     """Return the function that makes both tables, one after the other, of the frequencies: upstream's own forward."""
-    embed = copy.deepcopy(module.module).eval()
+    embed = copy_module(module.module, hooks=False).eval()
     n_prefix, size = spec.layout.n_prefix, spec.image_size
 
     def tables(waves: Tensor) -> Tensor:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 from torch import Tensor
 from torch.func import functional_call
 
-from prisma_core.plugin import Reader, TokenLayout
+from prisma_core.plugin import Reader, TokenLayout, copy_module
 from prisma_hf.canonical import parts
 from prisma_hf.canonical.names import TowerNames
 
@@ -55,7 +54,7 @@ def rows(tables: dict[str, Reader]) -> str:
 
 def function(readers: dict[str, Reader], layout: TokenLayout) -> Callable[..., Tensor]:
     """Return what makes the bias ``[head query_pos key_pos]`` of its tables, in their order."""
-    modules = [copy.deepcopy(module.module) for module in readers.values()]
+    modules = [copy_module(module.module, hooks=False) for module in readers.values()]
 
     def made(*given: Tensor) -> Tensor:
         window = (layout.rows, layout.columns)

@@ -43,7 +43,7 @@ class EncoderAdapter(Adapter):
             if parts.at(tower, path):
                 raise tower.unsupported(feature)
         if upstream.has("out_features"):
-            ends_with_last_stage(upstream)
+            ends_with_last_stage(upstream, parts.at(tower, names.tower.blocks))
         layout = _layout(tower, names.tower)
         width = _width(tower, names.tower)
         ln_final = _ln_final(tower, names.tower)

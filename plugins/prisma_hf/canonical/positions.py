@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prisma_core.plugin import Interpolation, Reader, TokenLayout
+from prisma_core.plugin import Interpolation, Reader, TokenLayout, copy_module
 from prisma_hf.canonical import bias, parts
 from prisma_hf.canonical.names import TowerNames
 
@@ -96,7 +95,7 @@ def looked_up(tower: Reader, layout: TokenLayout) -> Tensor | None:
 
     Upstream computes them in floating point, and some grids come out uneven.
     """
-    embeddings: Any = copy.deepcopy(tower.embeddings.module).to_empty(device="cpu").float()
+    embeddings: Any = copy_module(tower.embeddings.module, hooks=False).to_empty(device="cpu").float()
     for parameter in embeddings.parameters():
         parameter.zero_()
     count = layout.rows * layout.columns

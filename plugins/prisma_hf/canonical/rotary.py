@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from prisma_core.plugin import Reader, RopeGrid, RopeSpec, TokenLayout
+from prisma_core.plugin import Reader, RopeGrid, RopeSpec, TokenLayout, copy_module
 from prisma_hf.canonical import parts
 from prisma_hf.canonical.names import TowerNames
 
@@ -56,7 +55,7 @@ def rows(
     """
     if not names.rope:
         return "", {}
-    turning = copy.deepcopy(parts.at(tower, names.rope).module).eval()
+    turning = copy_module(parts.at(tower, names.rope).module, hooks=False).eval()
     row, column = torch.meshgrid(torch.arange(layout.rows), torch.arange(layout.columns), indexing="ij")
     grid = torch.stack([row.flatten(), column.flatten()], dim=-1)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from prisma_core import LoadError
-from prisma_core.plugin import read_checkpoint
+from prisma_core.plugin import read_checkpoint, read_text
 from prisma_sae.coder import CoderFacts, SparseCoder
 from prisma_sae.formats.files import reference_of, renamed
 
@@ -108,5 +108,5 @@ def _config(folder: Path) -> dict[str, str]:
     file = folder / "config.yaml"
     if not file.is_file():
         return {}
-    lines = re.findall(r"^(\w+):[ \t]*([^\n#]*?)[ \t]*$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    lines = re.findall(r"^(\w+):[ \t]*([^\n#]*?)[ \t]*$", read_text(file), flags=re.MULTILINE)
     return {key: value.strip("\"'") for key, value in lines if value}

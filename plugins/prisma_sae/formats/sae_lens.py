@@ -10,6 +10,7 @@ Source:
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from torch import Tensor
 
 from prisma_core import LoadError
 from prisma_core.plugin import (
+    check_facts,
     checked,
     digest,
+    facts_digest,
     format_fields,
     place,
     read_checkpoint,
@@ -35,10 +38,12 @@ from prisma_sae.formats.files import plain, reference_of
 
 NAME = "SAELens"
 CONFIG, WEIGHTS, OURS, SCALER = "cfg.json", "sae_weights.safetensors", "prisma.json", "activation_scaler.json"
+_SEALED = ("facts", "same")
 _NORMALIZE = ("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in")
 _KINDS = {
     "standard": "standard",
     "topk": "topk",
+    "abstopk": "topk",
     "jumprelu": "jumprelu",
     "gated": "gated",
     "transcoder": "transcoder",
@@ -50,9 +55,14 @@ _KINDS = {
     "matryoshka_batchtopk": "matryoshka",
 }
 
+_OTHERS = {  # which are no function of one row by an encoder, an activation and a decoder
+    "temporal": ", whose features depend on the tokens before",
+    "matching_pursuit": ", whose encoder is a loop over residuals",
+}
+
 
 def recognises(path: Path) -> bool:
-    return path.is_dir() and any((path / name).is_file() for name in (WEIGHTS, OURS))
+    return path.is_dir() and any(os.path.lexists(path / name) for name in (WEIGHTS, OURS))
 
 
 def read(path: Path) -> SparseCoder:
@@ -61,13 +71,14 @@ def read(path: Path) -> SparseCoder:
     Raises:
         LoadError: a file is missing or damaged, or says what has no meaning here.
     """
-    if (path / OURS).is_file():
+    if os.path.lexists(path / OURS):  # whatever it is: without it the facts would be SAELens' alone
         return settled(path / OURS, lambda: _own(path))
     return _from_sae_lens(path, read_json(path / CONFIG), read_checkpoint(path / WEIGHTS))
 
 
 def _own(path: Path) -> SparseCoder:
     ours = read_json(path / OURS)
+    check_facts({name: ours.get(name) for name in _SEALED}, ours.get("facts_sha256"), path / OURS, "facts_sha256")
     weights = place(path, WEIGHTS, ours.get("sha256"))
     tensors = read_checkpoint(weights)
     if ours.get("sha256") not in (None, digest(tensors)):
@@ -80,7 +91,7 @@ def _own(path: Path) -> SparseCoder:
         return SparseCoder(CoderFacts.model_validate(ours["facts"]), tensors)
     except ValidationError as error:
         raise LoadError(f"{path / OURS} does not describe a sparse coder: {format_fields(error)}.") from error
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise LoadError(f"{path / OURS} does not describe a sparse coder: {error}") from error
 
 
@@ -92,7 +103,11 @@ def _from_sae_lens(path: Path, config: dict[str, Any], tensors: dict[str, Tensor
     if architecture == "standard" and activation == "topk":
         architecture = "topk"
     if architecture not in _KINDS:
-        raise LoadError(f"{path} holds the architecture {architecture!r}; expected one of {', '.join(_KINDS)}.")
+        reason = _OTHERS.get(architecture, "")
+        raise LoadError(
+            f"{path} holds the architecture {architecture!r}{reason}; expected one of {', '.join(_KINDS)}. SAELens "
+            "itself loads it."
+        )
     if architecture == "standard" and activation not in ("relu", "tanh-relu"):
         raise LoadError(f"{path} has the activation {activation!r}; expected relu, tanh-relu or topk.")
     if about.get("finetuning_scaling_factor") and "finetuning_scaling_factor" in tensors:
@@ -129,7 +144,9 @@ def _from_sae_lens(path: Path, config: dict[str, Any], tensors: dict[str, Tensor
 def _activation(architecture: str, activation: str) -> Any:
     if "jumprelu" in architecture or "batchtopk" in architecture:
         return "jumprelu"
-    return "topk" if architecture == "topk" else activation if architecture == "standard" else "relu"
+    if architecture in ("topk", "abstopk"):
+        return {"topk": "topk", "abstopk": "topk-abs"}[architecture]
+    return activation if architecture == "standard" else "relu"
 
 
 def _normalization(path: Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
@@ -175,7 +192,8 @@ def save(coder: SparseCoder, folder: str | Path) -> Path:
     if config is not None and "threshold" in tensors:  # there each feature has its own
         tensors["threshold"] = tensors["threshold"].expand(coder.facts.d_sae).contiguous()
     sha256 = digest(tensors)
-    facts = {"schema": 1, "sha256": sha256, "facts": coder.facts.model_dump(mode="json"), "same": same}
+    facts = {"facts": coder.facts.model_dump(mode="json"), "same": same}
+    facts = {"schema": 1, "sha256": sha256, "facts_sha256": facts_digest(facts), **facts}
     with replacing_both(folder / WEIGHTS, folder / OURS, sha256, folder / CONFIG) as (weights, head):
         save_file(tensors, weights)
         head.write_text(_text(facts), encoding="utf-8")
@@ -197,6 +215,7 @@ def sae_lens_config(coder: SparseCoder) -> dict[str, Any] | None:
         ("relu", False, False): "standard",
         ("relu", True, False): "gated",
         ("topk", False, False): "topk",
+        ("topk-abs", False, False): "abstopk",
         ("jumprelu", False, False): "jumprelu",
         ("relu", False, True): "skip_transcoder" if "W_skip" in tensors else "transcoder",
         ("jumprelu", False, True): "jumprelu_skip_transcoder" if "W_skip" in tensors else "jumprelu_transcoder",
@@ -223,6 +242,6 @@ def sae_lens_config(coder: SparseCoder) -> dict[str, Any] | None:
         "architecture": architecture,
         "metadata": metadata | ({"hook_name_out": facts.hook_out} if transcoder else {}),
     }
-    if facts.activation == "topk":
+    if facts.activation in ("topk", "topk-abs"):
         config |= {"k": facts.k, "rescale_acts_by_decoder_norm": False}
     return config | ({"d_out": facts.d_out} if transcoder else {})

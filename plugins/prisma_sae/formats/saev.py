@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import LoadError
-from prisma_core.plugin import parse_json, read_objects
+from prisma_core.plugin import check_regular, parse_json, read_objects
 from prisma_sae.coder import CoderFacts, SparseCoder, Tokens
 from prisma_sae.formats.files import plain
 
@@ -90,6 +90,7 @@ def read(
 
 
 def _parts(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    check_regular(file)
     with file.open("rb") as opened:
         line = opened.readline(LONGEST_LINE)
     header = parse_json(line, f"The first line of {file}")

@@ -50,8 +50,6 @@ class BeitAdapter(Adapter):
     }
 
     def spec(self, upstream: Reader) -> ModelSpec:
-        if upstream.num_prefix_tokens != 1:
-            raise upstream.unsupported(f"{upstream.num_prefix_tokens} tokens before the patches")
         rows, columns = upstream.patch_embed.grid_size
         shared = upstream.has("rel_pos_bias")
         return ModelSpec(

@@ -61,6 +61,7 @@ IGNORED = {
     "*.head_init_scale": "only for initialisation",
     "*.weight_init_mode": "only for initialisation",
     "*.fix_init": "only for initialisation",
+    "*.num_prefix_tokens": "Prisma compares it with the spec's layout, wherever it stands",
     "*.patch_drop": "drops in training only",
     "PatchDropout*.*": "drops in training only",
     "DropPath.*": "drops in training only",

@@ -45,7 +45,7 @@ IGNORED = {
 }
 
 
-def block(module: Reader, n_prefix: int) -> BlockSpec:
+def block(module: Reader) -> BlockSpec:
     """Return the facts of a block with rotary attention.
 
     Raises:
@@ -56,7 +56,7 @@ def block(module: Reader, n_prefix: int) -> BlockSpec:
         raise module.unsupported("its kind of block")
     return BlockSpec(
         kind=kind,
-        attn=_attention(module.attn, n_prefix),
+        attn=_attention(module.attn),
         mlp=common.mlp(module.mlp),
         ln1=common.norm(module.norm1),
         ln2=common.norm(module.norm2),
@@ -65,13 +65,11 @@ def block(module: Reader, n_prefix: int) -> BlockSpec:
     )
 
 
-def _attention(attn: Reader, n_prefix: int) -> AttentionSpec:
+def _attention(attn: Reader) -> AttentionSpec:
     if not attn.is_a(*ATTENTIONS):
         raise attn.unsupported("its kind of attention")
     if attn.has("gate"):
         raise attn.unsupported("gated attention")
-    if attn.num_prefix_tokens != n_prefix:
-        raise attn.unsupported("prefix tokens that are turned by position")
     return common.heads(attn, n_kv_heads=attn.get("num_kv_heads", attn.num_heads), inner_norm=common.norm(attn.norm))
 
 
@@ -145,7 +143,6 @@ class EvaAdapter(Adapter):
         **ropes.IGNORED,
         **IGNORED,
         "Eva.cls_embed": "read from class token and registers",
-        "Eva.num_prefix_tokens": "read from class token and registers",
         "Eva.rope_mixed": "read from the rotary embedding",
         "Eva.global_pool": "read where there is no attention pooling",
     }
@@ -170,7 +167,7 @@ class EvaAdapter(Adapter):
                 patch, pos=upstream.has("pos_embed"), dynamic=dynamic and (rope is None or rope.grid is not None)
             ),
             layout=layout,
-            blocks=tuple(block(one, layout.n_prefix) for one in upstream.blocks),
+            blocks=tuple(block(one) for one in upstream.blocks),
             rope=rope,
             ln_pre=common.norm(upstream.norm_pre),
             ln_final=common.norm(upstream.norm),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from prisma_core.plugin import Reader
+from prisma_core.plugin import Reader, copy_module
 
 
 def own_tensors(module: Reader) -> list[str]:
@@ -19,7 +18,7 @@ def own_tensors(module: Reader) -> list[str]:
 
 def own_function(module: Reader, method: str, **given: Any) -> Callable[..., Tensor]:
     """Return a method of an upstream module as a differentiable function of the module's tensors."""
-    called = _Method(copy.deepcopy(module.module).eval(), method, given)
+    called = _Method(copy_module(module.module, hooks=False).eval(), method, given)
     names = [f"module.{name}" for name in own_tensors(module)]
 
     def function(*tensors: Tensor) -> Tensor:

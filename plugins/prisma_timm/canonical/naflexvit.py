@@ -73,8 +73,6 @@ class NaFlexVitAdapter(Adapter):
             rows=rows,
             columns=columns,
         )
-        if embeds.num_prefix_tokens != layout.n_prefix:
-            raise embeds.unsupported(f"{embeds.num_prefix_tokens} tokens before the patches")
         rope = ropes.rope(upstream.rope, eva.turning(upstream.blocks), True) if upstream.has("rope") else None
         embed = _embed(embeds, (rows, columns))
         if rope is not None and rope.grid is None:
@@ -91,7 +89,7 @@ class NaFlexVitAdapter(Adapter):
             image_size=size,
             embed=embed,
             layout=layout,
-            blocks=tuple(_block(block, layout.n_prefix) for block in upstream.blocks),
+            blocks=tuple(_block(block) for block in upstream.blocks),
             rope=rope,
             ln_pre=common.norm(upstream.norm_pre),
             ln_final=common.norm(upstream.norm),
@@ -143,8 +141,8 @@ class NaFlexVitAdapter(Adapter):
         return common.explicit_attention(upstream)
 
 
-def _block(block: Reader, n_prefix: int) -> BlockSpec:
-    return eva.block(block, n_prefix) if block.is_a(EVA_BLOCK) else blocks.block(block)
+def _block(block: Reader) -> BlockSpec:
+    return eva.block(block) if block.is_a(EVA_BLOCK) else blocks.block(block)
 
 
 def _rows(block: Reader, at: str) -> str:

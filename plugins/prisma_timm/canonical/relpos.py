@@ -43,8 +43,6 @@ class RelPosAdapter(Adapter):
     def spec(self, upstream: Reader) -> ModelSpec:
         rows, columns = upstream.patch_embed.grid_size
         layout = TokenLayout(cls=int(upstream.has("cls_token")), rows=rows, columns=columns)
-        if upstream.num_prefix_tokens != layout.n_prefix:
-            raise upstream.unsupported(f"{upstream.num_prefix_tokens} tokens before the patches")
         shared = upstream.has("shared_rel_pos")
         return ModelSpec(
             d_model=upstream.embed_dim,

@@ -50,8 +50,6 @@ class VisionTransformerAdapter(Adapter):
             rows=rows,
             columns=columns,
         )
-        if layout.n_prefix != upstream.num_prefix_tokens:
-            raise upstream.unsupported(f"{upstream.num_prefix_tokens} tokens before the patches")
         ln_pool = common.norm(upstream.fc_norm)
         if distilled and (ln_pool is not None or upstream.has("attn_pool")):
             raise upstream.unsupported("a norm or attention before two heads")

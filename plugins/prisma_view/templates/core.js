@@ -44,14 +44,13 @@ const diverging = (share) =>
   `color-mix(in oklab, var(--${share < 0 ? "less" : "more"}) ${Math.round(100 * Math.min(1, Math.abs(share)))}%, var(--zero))`;
 
 function bars(list, entries) {
-  const most = Math.max(...entries.map((entry) => entry.share), 1e-9);
   list.replaceChildren(
     ...entries.map(({ index, share, number }) =>
       make("li", {},
         make("span", { className: "emoji", textContent: emoji(index) }),
         make("span", { className: "name", textContent: className(index), title: className(index) }),
         make("span", { className: "number", textContent: number }),
-        make("span", { className: "bar" }, make("i", { style: { width: `${(100 * share) / Math.max(most, 0.5)}%` } })),
+        make("span", { className: "bar" }, make("i", { style: { width: `${100 * share}%` } })),
       ),
     ),
   );

@@ -1,7 +1,7 @@
 const PAGE = 24;
 let index = null, home = "", order = [], page = 0, current = null;
 const chunks = new Map(), arrived = new Map();
-const short = (x) => (Math.abs(x) >= 1000 || (x && Math.abs(x) < 0.01) ? x.toExponential(1) : Number(x.toPrecision(3)).toString()).replaceAll("-", "−");
+const short = (x) => (Math.abs(x) >= 10000 || (x && Math.abs(x) < 0.0001) ? x.toExponential(1) : Number(x.toPrecision(3)).toString()).replaceAll("-", "−");
 const share = (x) => (x > 0 && x < 0.0001 ? "<0.01 %" : `${Number((100 * x).toPrecision(2))} %`);
 const title = (unit) => (index.sheets ? index.names[unit] : index.names[unit] ? `${unit} ${index.names[unit]}` : String(unit));
 /* The images of a page of one unit are inside it. */
@@ -119,14 +119,14 @@ function part(name, ...content) {
 async function unitPage(unit) {
   const made = await load(unit);
   if (current !== unit) return;
-  const figure = (each, options) => make("figure", {}, tile(each, options), make("figcaption", {}, make("b", { textContent: short(each[1]) }), options.close ? "" : ` ${each[4]}`));
+  const figure = (each, options) => make("figure", {}, tile(each, options), make("figcaption", {}, make("b", { textContent: short(each[1]) }), options.close ? "" : ` ${each[4]}${each[3][1] < 0 ? `, ${each[2]}` : ""}`));
   const at = order.indexOf(unit);
   const link = (name, to) => make("a", { textContent: name, href: to === undefined ? "#" : `#${to}` });
   $("unit").replaceChildren(
     index.sheets ? "" : make("nav", { className: "turn", label: "Units" }, link("all"), ...(at > 0 ? [link(`← ${order[at - 1]}`, order[at - 1])] : []), ...(at >= 0 && at < order.length - 1 ? [link(`${order[at + 1]} →`, order[at + 1])] : [])),
     make("h2", { textContent: `${index.kind} ${title(unit)}`, tabIndex: -1 }),
     make("p", { textContent: `Largest ${short(index.largest[unit])}, mean ${short(index.mean[unit])}, positive on ${share(index.share[unit])} of the tokens of ${index.seen} images (${index.unit}).` }),
-    part("Top images", make("div", { className: "images" }, ...made.top.map((each) => figure(each, { mark: true })))),
+    made.top.length ? part("Top images", make("div", { className: "images" }, ...made.top.map((each) => figure(each, { mark: true })))) : make("p", { className: "note", textContent: "It is 0 on every token: no image is its top." }),
     ...(made.top.some(([, , , spot]) => spot[1] >= 0) ? [part("Top patches and what surrounds them", make("div", { className: "images close" }, ...made.top.filter(([, , , spot]) => spot[1] >= 0).map((each) => figure(each, { close: true }))))] : []),
     make("div", { className: "beside" }, part("Scores", ...histogram(made.histogram)),
       part("Effects on classes", ...(made.effects ? [rows(made.effects), make("p", { className: "note", textContent: index.note })] : [])),

@@ -137,8 +137,8 @@ class LogitAttribution(Stream):
             NotApplicable: the model has no head to count classes of, or its output is no sum over components.
 
         >>> parts, labels = cache.decompose_resid(return_labels=True)
-        >>> cache.logit_attrs(parts, "cat", against="dog").shape  # [component batch]
-        torch.Size([26, 1])
+        >>> cache.logit_attrs(parts, 3, against=5).shape  # [component batch]; classes by number or label
+        torch.Size([8, 1])
         """
         classes, against = _either(classes, tokens, "classes", "tokens"), _either(against, incorrect_tokens)
         if classes is None:
@@ -269,11 +269,7 @@ class LogitAttribution(Stream):
         return share[..., tokens].to(stack)
 
     def _check_stack(self, stack: Tensor) -> None:
-        """Check that a tensor is a stack of this cache's images, or texts.
-
-        Raises:
-            InputError: with the shape expected.
-        """
+        """Refuse what is no stack of this cache's images, or texts (``InputError``)."""
         width, batch = self._spec().d_model, self._n_batch() if self.has_batch_dim else None
         axes = f"component {'pos' if batch is None else f'batch={batch} pos'} d_model={width}"
         x = tensor(stack, f"a stack [{axes}]")

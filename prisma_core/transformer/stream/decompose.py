@@ -181,18 +181,19 @@ class StreamCache(LogitAttribution):
         """
         check_flags(return_labels=return_labels, incl_remainder=incl_remainder, apply_ln=apply_ln)
         read = self._reading(layer, apply_ln, pos_slice, project_output_onto)
-        branches = [(f"blocks.{i}", one) for i, block in enumerate(self._before(layer)) for one in attentions(block)]
+        branches = [(i, one) for i, block in enumerate(self._before(layer)) for one in attentions(block)]
         if source is None:
-            self._need([self._head_source(path, branch) for path, branch in branches])
+            self._need([self._head_source(index, branch) for index, branch in branches])
         else:
-            self._need([f"{path}.{branch.name}.hook_{name}" for path, branch in branches for name in ("pattern", "v")])
+            parts_read = ("hook_pattern", "hook_v")
+            self._need([f"blocks.{i}.{branch.name}.{name}" for i, branch in branches for name in parts_read])
         parts: list[Tensor] = []
         labels: list[str] = []
-        for path, branch in branches:
+        for index, branch in branches:
             make = self._head_results if source is None else self._brought
-            parts.append(make(path, branch, read, source))
+            parts.append(make(index, branch, read, source))
             first = branch.side * len(parts[-1])
-            labels += [f"L{path.removeprefix('blocks.')}H{first + head}" for head in range(len(parts[-1]))]
+            labels += [f"L{index}H{first + head}" for head in range(len(parts[-1]))]
         if not parts and not incl_remainder:
             raise InputError(f"No heads before layer {layer} of {len(self._tower().blocks)}.")
         return self._with_remainder(parts, labels, read, incl_remainder, return_labels)
@@ -226,7 +227,7 @@ class StreamCache(LogitAttribution):
 
         >>> cat = model.W_U[:, 3]  # of a model that reads its class token
         >>> cache.stack_neuron_results(pos_slice="cls", apply_ln=True, project_output_onto=cat).shape
-        torch.Size([36864, 1, 1])
+        torch.Size([768, 1, 1])
         """
         check_flags(return_labels=return_labels, incl_remainder=incl_remainder, apply_ln=apply_ln)
         read = self._reading(layer, apply_ln, pos_slice, project_output_onto)
@@ -258,19 +259,18 @@ class StreamCache(LogitAttribution):
             return [("embed", ["hook_full_embed"])]
         return [("embed", ["hook_full_embed", "hook_pos_embed"]), ("pos_embed", ["hook_pos_embed"])]
 
-    def _head_source(self, path: str, branch: Branch[Attention]) -> str:
+    def _head_source(self, layer: int, branch: Branch[Attention]) -> str:
         """The cached activation that heads' results are made of."""
-        spec = self._tower().layers()[int(path.removeprefix("blocks."))].spec
+        spec, at = self._tower().layers()[layer].spec, f"blocks.{layer}.{branch.name}"
         if spec.kind == "res_post" and spec.ln1 is not None:
-            raise _after_norm(path.removeprefix("blocks."), "heads", "ln1", "attn_out")
-        at = f"{path}.{branch.name}"
+            raise _after_norm(layer, "heads", "ln1", "attn_out")
         if f"{at}.hook_result" in self.store:
             return f"{at}.hook_result"
         return f"{at}.hook_z" if spec.attn.inner_norm is None else f"{at}.ln.hook_normalized"
 
-    def _head_results(self, path: str, branch: Branch[Attention], read: Reading, source: int | None) -> Tensor:
+    def _head_results(self, layer: int, branch: Branch[Attention], read: Reading, source: int | None) -> Tensor:
         """The addends of the heads to the stream: ``[head *batch pos output]``."""
-        name, heads = self._head_source(path, branch), branch.module.spec.n_heads
+        name, heads = self._head_source(layer, branch), branch.module.spec.n_heads
         x = self._at(name, read.pos_slice)
         if name.endswith("hook_normalized"):
             x = rearrange(x, "... (head d_head) -> ... head d_head", head=heads)
@@ -281,12 +281,11 @@ class StreamCache(LogitAttribution):
         w_o = read.along(branch.scaled(branch.module.W_O.to(x)))
         return einsum(x, w_o, "... head d_head, head d_head out -> head ... out")
 
-    def _brought(self, path: str, branch: Branch[Attention], read: Reading, source: int | None) -> Tensor:
+    def _brought(self, layer: int, branch: Branch[Attention], read: Reading, source: int | None) -> Tensor:
         """The addends of the heads that come from one token: ``[head *batch pos output]``."""
-        self._head_source(path, branch)  # refuses a norm between the heads and the stream
-        spec, at = branch.module.spec, f"{path}.{branch.name}"
+        self._head_source(layer, branch)  # refuses a norm between the heads and the stream
+        spec, at = branch.module.spec, f"blocks.{layer}.{branch.name}"
         if spec.inner_norm is not None:
-            layer = path.removeprefix("blocks.")
             raise NotApplicable(f"Layer {layer} norms its heads' outputs, so they are no sum over what they read.")
         pattern, v = self.store[f"{at}.hook_pattern"], self.store[f"{at}.hook_v"]
         heads, keys = spec.n_heads, pattern.shape[-1]
@@ -349,7 +348,7 @@ class StreamCache(LogitAttribution):
         return (stack, labels) if return_labels else stack
 
 
-def _after_norm(layer: int | str, what: str, norm: str, out: str) -> NotApplicable:
+def _after_norm(layer: int, what: str, norm: str, out: str) -> NotApplicable:
     return NotApplicable(
         f"Layer {layer} is a res_post block: {norm} normalises the sum of its {what} before it joins the stream, so "
         f"{out} is no sum over {what}. decompose_resid holds all the same."

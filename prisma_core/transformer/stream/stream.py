@@ -129,11 +129,7 @@ class Stream(RecipeCache):
         return x.index_select(axis, torch.tensor(columns, device=x.device, dtype=torch.long))
 
     def _columns(self, pos_slice: Index | str | None, n: int) -> list[int]:
-        """Indices along the cached token axis.
-
-        Raises:
-            InputError: a subset of the layout of which the cache holds no token.
-        """
+        """Indices along the cached token axis; an ``InputError`` for a subset of which the cache holds no token."""
         if not isinstance(pos_slice, str):
             return positions_of(pos_slice, n)
         cached = self.positions()

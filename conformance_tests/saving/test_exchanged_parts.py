@@ -1,0 +1,72 @@
+"""Parts of a hooked model that were exchanged, and weights that are computed since: no file, no export without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from third_party import Plain, drawn
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+import prisma_core as prisma
+
+
+class Half(nn.Module):
+    def forward(self, weight: Any) -> Any:
+        return weight / 2
+
+
+def without_a_bias(model: Any) -> None:
+    model.blocks[0].mlp.fc_out.bias = None
+
+
+def another_head(model: Any) -> None:
+    model.head = nn.Linear(model.head.in_features, 7)
+
+
+def one_block_less(model: Any) -> None:
+    del model.blocks[1]
+
+
+def another_mlp(model: Any) -> None:
+    model.blocks[0].mlp = nn.Sequential(model.blocks[0].mlp, nn.Tanh())
+
+
+def pruned(model: Any) -> None:
+    prune.l1_unstructured(model.blocks[0].mlp.fc_out, "weight", 0.5)
+
+
+def parametrised(model: Any) -> None:
+    parametrize.register_parametrization(model.blocks[0].mlp.fc_out, "weight", Half())
+
+
+CHANGES = [without_a_bias, another_head, one_block_less, another_mlp, pruned, parametrised]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_no_file_would_hold_is_not_saved(change: Callable[[Any], None], tmp_path: Path) -> None:
+    model = prisma.adapt(drawn(), adapter=Plain())
+    change(model)
+    with pytest.raises(prisma.PrismaError, match=r"fc_out|head|blocks\.1|blocks\.0\.mlp"):
+        prisma.save(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", [one_block_less, another_mlp, pruned, parametrised])
+def test_what_no_state_dict_would_hold_is_not_exported(change: Callable[[Any], None]) -> None:
+    model = prisma.adapt(drawn(), adapter=Plain())
+    change(model)
+    with pytest.raises(prisma.PrismaError, match=r"layers\.1|blocks\.0\.mlp"):
+        prisma.export(model)
+
+
+def test_weights_made_plain_again_are_saved(tmp_path: Path) -> None:
+    model: Any = prisma.adapt(drawn(), adapter=Plain())
+    pruned(model)
+    prune.remove(model.blocks[0].mlp.fc_out, "weight")
+    again: Any = prisma.load(prisma.save(model, tmp_path / "model"))
+    assert (again.blocks[0].mlp.W_out == model.blocks[0].mlp.W_out).all()
+    assert (again.blocks[0].mlp.W_out == 0).any()
