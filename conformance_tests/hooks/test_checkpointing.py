@@ -224,3 +224,28 @@ def test_a_compiled_model(image, reentrant, compiled, in_float64):
     output = run(image.clone().requires_grad_())
     with model.hooks(edits), pytest.raises(HookError, match="runs again for gradients"):
         output.sum().backward()
+
+
+@REENTRANT
+@pytest.mark.usefixtures("compiling")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("part", ["blocks.1", "blocks.1.attn", "blocks.1.mlp"])
+def test_a_compiled_part(plain, image, reentrant, part):
+    """The pass around it is eager, so nothing but the compiled code itself runs inside the checkpoint."""
+    model = build(scale=True, registers=2)
+    module = model.get_submodule(part)
+    module.forward = torch.compile(module.forward, backend="aot_eager")
+    checkpointed(reentrant, [module], saving)
+    edits = {
+        ("resid_mid", 1): lambda x, at: x.tanh(),
+        ("z", 1): lambda x, at: x.tanh(),
+        ("post", 1): lambda x, at: 2 * x,
+    }
+
+    def scoped(model, x):
+        with model.hooks(edits):
+            return model(x)
+
+    expected = gradient(partial(scoped, plain), image)
+    torch.testing.assert_close(gradient(partial(scoped, model), image), expected, **EXACT)
+    assert not torch.allclose(gradient(model, image), expected)

@@ -66,7 +66,7 @@ def resolve(query: Query | None, names: Sequence[str], derived: frozenset[str] =
         return _resolve_text(query, names, derived)
     if callable(query) and not isinstance(query, nn.Module):
         check_call(query, 1, "The predicate", "predicate(name) -> bool", UnknownName)
-        answers = {name: query(name) for name in names if name not in derived}
+        answers: dict[str, object] = {name: query(name) for name in names if name not in derived}
         if any(isinstance(answer, str) for answer in answers.values()):  # a hook point returns what it is given
             raise _no_query(query)
         if not any(answers.values()):
@@ -77,7 +77,7 @@ def resolve(query: Query | None, names: Sequence[str], derived: frozenset[str] =
     if not isinstance(query, Iterable):
         raise _no_query(query)
     known, union = set(names), set[str]()
-    for part in query:
+    for part in cast("Iterable[Query]", query):
         if cast(object, part) is None:
             raise _no_query(part)
         union.update([part] if isinstance(part, str) and part in known else resolve(part, names, derived))

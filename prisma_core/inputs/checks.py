@@ -78,7 +78,7 @@ def may_look(x: Tensor) -> bool:
     On a GPU it would stop the queue at every call. Neither ``torch.compile`` nor ``torch.vmap`` can trace it, and under
     ``make_fx``, in a fake mode, and in other modes that see every operation, there may be no numbers.
     """
-    traced = torch.compiler.is_compiling() or in_transform() or _dispatching() or torch.jit.is_tracing()
+    traced = torch.compiler.is_compiling() or in_transform() or _dispatching() or cast("Any", torch).jit.is_tracing()
     return x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) and not traced
 
 

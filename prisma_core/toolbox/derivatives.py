@@ -46,7 +46,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale:
     """
     with kernels():
         z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    if not z.requires_grad or torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform():
+    if not z.requires_grad or torch.compiler.is_compiling() or cast("Any", torch).jit.is_tracing() or in_transform():
         return z
     return cast("Tensor", _WithGraph.apply(z, q, k, v, bias, scale))
 
