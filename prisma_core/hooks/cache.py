@@ -236,7 +236,7 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
             raise LoadError(f"{path} does not hold the tensors it names: was it written by something else?")
         if model is not None and header.axes != {name: point.axes for name, point in model.hook_points().items()}:
             raise LoadError(f"{path} is a cache of another model: the hook points are not those of the model given.")
-        fields = dict(header) | {"model": model, "tokens": tensors.pop(_TOKENS, None)}
+        fields: dict[str, Any] = dict(header) | {"model": model, "tokens": tensors.pop(_TOKENS, None)}
         kind: type[ActivationCache] = cls if model is None else model.cache_type
         names = [name for name in fields.pop("names") if name in tensors]
         grads = {name.removeprefix(_GRAD): tensors[name] for name in names if name.startswith(_GRAD)}

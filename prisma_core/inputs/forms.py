@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -56,10 +56,10 @@ class ImagePreprocess(ABC):
             image = list(cast("Sequence[ImageLike]", image))
         if not isinstance(image, list | tuple):
             return self.prepared(open_image(image, channels=self.channels))[None]
-        images = cast("Sequence[ImageLike]", image)
+        images = cast("Sequence[Any]", image)
         if not images:
             raise InputError("Expected at least one image, got an empty list.")
-        made = [self(one if not isinstance(one, list | tuple) else open_image(one)) for one in images]  # none is a list
+        made = [self(open_image(cast(Any, one)) if isinstance(one, list | tuple) else one) for one in images]
         if len({one.shape[1:] for one in made}) > 1:
             sizes = ", ".join(" x ".join(map(str, one.shape[-2:])) for one in made[:5])
             raise InputError(
