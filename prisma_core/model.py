@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -307,6 +308,15 @@ class ZooModel(HookedModel):
         towers = (tower for tower in self.towers().values() if tower is not self)
         return next((behaviour for tower in towers if (behaviour := tower.unsaved_behaviour())), None)
 
+    def warn_of_hooks(self) -> None:
+        """Warn of hooks of torch's and forwards that were set on a part: what is written holds none of them."""
+        for path, module in cast("Iterator[tuple[str, nn.Module]]", self.named_modules()):
+            own = vars(module)
+            hooked = own["_forward_hooks"] or own["_forward_pre_hooks"]
+            if hooked or ("forward" in own and "_hf_hook" not in own):  # accelerate's move tensors
+                what = "A hook of torch's" if hooked else "A forward of its own"
+                warnings.warn(f"{what} at {path!r} is not part of what is written.", stacklevel=4)
+
     def export(self) -> dict[str, Tensor]:
         """Write the present weights as upstream's own state dict (``prisma.export``).
 
@@ -319,6 +329,7 @@ class ZooModel(HookedModel):
             raise NotApplicable(f"This model {behaviour}, which upstream's weights cannot hold; export the original.")
         if self.origin is None:
             raise LoadError("This model was not adapted from an upstream one: there is nothing to export to. Use save.")
+        self.warn_of_hooks()
         return self.origin.export({name: tensor.detach() for name, tensor in tensors_of(self).items()})
 
     @abstractmethod

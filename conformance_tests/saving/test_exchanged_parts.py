@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,3 +71,21 @@ def test_weights_made_plain_again_are_saved(tmp_path: Path) -> None:
     again: Any = prisma.load(prisma.save(model, tmp_path / "model"))
     assert (again.blocks[0].mlp.W_out == model.blocks[0].mlp.W_out).all()
     assert (again.blocks[0].mlp.W_out == 0).any()
+
+
+def test_hooks_and_forwards_that_no_file_holds_are_said(tmp_path: Path) -> None:
+    model: Any = prisma.adapt(drawn(), adapter=Plain())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prisma.save(model, tmp_path / "plain")
+        prisma.export(model)
+    hook = model.blocks[0].mlp.register_forward_hook(lambda module, given, result: result * 0)
+    with pytest.warns(UserWarning, match=r"hook of torch's at 'blocks\.0\.mlp' is not part"):
+        prisma.save(model, tmp_path / "hooked")
+    with pytest.warns(UserWarning, match=r"hook of torch's at 'blocks\.0\.mlp' is not part"):
+        prisma.export(model)
+    hook.remove()
+    forward = model.head.forward
+    model.head.forward = lambda x: forward(x) * 2
+    with pytest.warns(UserWarning, match="forward of its own at 'head' is not part"):
+        prisma.save(model, tmp_path / "patched")

@@ -99,6 +99,7 @@ def _check_savable(model: ZooModel) -> None:
         )
     if any(tensor.is_meta for tensor in tensors_of(model).values()):
         raise NotApplicable("This model has no weights to save: they are on the device meta.")
+    model.warn_of_hooks()
 
 
 def _make(folder: Path) -> None:
