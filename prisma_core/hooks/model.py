@@ -298,11 +298,13 @@ class HookedModel(nn.Module):
             self._refuse_keywords(kwargs, method)
             raise
 
-    def _refuse_keywords(
-        self, kwargs: Mapping[str, Any], method: Callable[..., Any] | None = None, forward: Any = None
-    ) -> None:
+    def _code(self) -> Callable[..., Any]:
+        """What takes the keywords of a pass."""
+        return self.forward
+
+    def _refuse_keywords(self, kwargs: Mapping[str, Any], method: Callable[..., Any] | None = None) -> None:
         """Refuse a keyword that the forward pass does not take; ``method`` is what was called with it, if any."""
-        if (names := keywords(forward or self.forward)) is not None:
+        if (names := keywords(self._code())) is not None:
             names = [*(keyword_names(method) if method else []), *names]
             check_keywords(method.__name__ if method else type(self).__name__, kwargs, names)
 

@@ -195,17 +195,17 @@ class HookedUpstream(ZooModel):
         sizes = {name: x.shape[axis] // (shape[axis] // n) for name, (axis, n) in grid.items()}
         return layout.model_copy(update=sizes)
 
-    def _refuse_keywords(
-        self, kwargs: Mapping[str, Any], method: Callable[..., Any] | None = None, forward: Any = None
-    ) -> None:
-        forward = self.upstream.forward
+    def _code(self) -> Callable[..., Any]:
+        return self.upstream.forward
+
+    def _refuse_keywords(self, kwargs: Mapping[str, Any], method: Callable[..., Any] | None = None) -> None:
         for name in ("start_at_layer", "stop_at_layer"):
-            if name in kwargs and name not in keyword_names(forward):
+            if name in kwargs and name not in keyword_names(self._code()):
                 raise InputError(
                     f"A model without canonical form runs upstream's code from end to end, so it takes no {name!r}. "
                     "Hooks and caches reach every place inside: run_with_hooks, run_with_cache."
                 )
-        super()._refuse_keywords(kwargs, method, forward)
+        super()._refuse_keywords(kwargs, method)
 
     def _expected(self) -> str:
         return input_words(self.spec.shape)[1]
