@@ -20,6 +20,8 @@ def words_in(model: Any, tokens: Tensor) -> tuple[list[str], int]:
         n += 1
     decode = getattr(model.tokenizer, "decode", None)
     words = [(decode([each]).strip() if decode else "") or f"token {each}" for each in ids]
+    if decode and not decode([ids[n - 1]]).strip():
+        words[n - 1] = "end of text"
     if model.spec.suffix:  # a token that the tower itself puts behind the text, so that nothing can be cut off
         return [*words, "class token"], len(words) + 1
     return [*words[:n], *["padding"] * (len(words) - n)], n
