@@ -72,7 +72,7 @@ CALLS: dict[str, Callable[[Path], Call]] = {
         kit.write_certificates,
         kit.read_certificates(certificates(place)),
         place / "again.jsonl",
-        takes={"certificates": "[] {} set() array"},
+        takes={"certificates": "[] set() array"},
     ),
 }  # fmt: skip
 

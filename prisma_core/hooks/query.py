@@ -74,10 +74,12 @@ def resolve(query: Query | None, names: Sequence[str], derived: frozenset[str] =
         return [name for name, answer in answers.items() if answer]
     if _is_layer_query(query):
         return _with_layer(query, names)
-    if not isinstance(query, Iterable):
-        raise _no_query(query)
+    try:
+        parts = iter(cast("Iterable[Query]", query))
+    except TypeError as error:
+        raise _no_query(query) from error
     known, union = set(names), set[str]()
-    for part in cast("Iterable[Query]", query):
+    for part in parts:
         if cast(object, part) is None:
             raise _no_query(part)
         union.update([part] if isinstance(part, str) and part in known else resolve(part, names, derived))

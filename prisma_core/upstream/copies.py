@@ -26,7 +26,7 @@ def copy_module(
     A function that was set on one of its modules and holds another is that of the copy, where it calls the copy's:
     ``attn.forward = lambda x: forward(x) / 2``, with ``forward = attn.forward`` from before.
 
-    >>> rotary = copy_module(upstream.rope.module, hooks=False)
+    >>> stem = copy_module(upstream.patch_embed, hooks=False)
 
     Args:
         hooks: False leaves them out. An adapter that runs a part of upstream to read it does so: a hook is for the

@@ -8,7 +8,17 @@ from typing import Literal
 
 from pydantic import ConfigDict, ValidationError
 
-from prisma_core.plugin import Facts, LoadError, PrismaError, checked, format_fields, path_of, read_text, write_text
+from prisma_core.plugin import (
+    Facts,
+    LoadError,
+    PrismaError,
+    checked,
+    expect,
+    format_fields,
+    path_of,
+    read_text,
+    write_text,
+)
 
 
 class CheckFailed(PrismaError):
@@ -201,7 +211,8 @@ def write_certificates(certificates: Iterable[Certificate], path: str | Path) ->
     Raises:
         LoadError: the disk is full, read-only, or refuses in another way.
     """
-    lines = [certificate.compact() for certificate in sorted(certificates, key=lambda c: c.name)]
+    each = [expect(one, Certificate, "certificates, as check(...).certificates has them") for one in certificates]
+    lines = [certificate.compact() for certificate in sorted(each, key=lambda c: c.name)]
     return write_text(path_of(path), "\n".join(lines) + "\n")
 
 
