@@ -272,6 +272,12 @@ def test_a_text_has_words_and_no_padding() -> None:
     assert "<b>cat" not in page.html
 
 
+def test_the_end_of_a_text_is_named_where_its_token_has_no_text() -> None:
+    page = prisma_view.attention_page(prisma.load("toy:clip-scenes"), text="red circle")
+    data, _, _ = unpack(page.html)
+    assert data["words"] == ["red", "circle", "end of text"]
+
+
 def test_towers_and_inputs_must_fit(image: torch.Tensor) -> None:
     model = clip()
     page = prisma_view.attention_page(model, torch.randn(1, 3, 32, 32))
