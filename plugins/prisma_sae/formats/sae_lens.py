@@ -144,9 +144,9 @@ def _from_sae_lens(path: Path, config: dict[str, Any], tensors: dict[str, Tensor
 def _activation(architecture: str, activation: str) -> Any:
     if "jumprelu" in architecture or "batchtopk" in architecture:
         return "jumprelu"
-    if architecture in ("topk", "abstopk"):
-        return {"topk": "topk", "abstopk": "topk-abs"}[architecture]
-    return activation if architecture == "standard" else "relu"
+    if architecture == "abstopk":
+        return "topk-abs"
+    return "topk" if architecture == "topk" else activation if architecture == "standard" else "relu"
 
 
 def _normalization(path: Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
