@@ -17,6 +17,7 @@ import torch
 from prisma_lens import head_scores
 from prisma_view import maps as stored_maps
 
+import prisma_core as prisma
 from prisma_core import HookedModel, InputError, NotApplicable, TokenLayout
 from prisma_core.cli.app import main
 
@@ -179,7 +180,6 @@ def test_attentions_side_by_side_are_one_layer_with_all_their_heads(image: torch
 
 def test_windows_are_shown_as_windows() -> None:
     timm = pytest.importorskip("timm", reason="needs timm: pip install 'prisma-interp[timm]'")
-    import prisma_core as prisma
 
     sizes = {"img_size": 56, "embed_dim": 12, "depths": (2, 1), "num_heads": (2, 3)}
     torch.manual_seed(0)
@@ -196,7 +196,6 @@ def test_windows_are_shown_as_windows() -> None:
 
 def small(name: str, **options: Any) -> Any:
     timm = pytest.importorskip("timm", reason="needs timm: pip install 'prisma-interp[timm]'")
-    import prisma_core as prisma
 
     torch.manual_seed(0)
     return prisma.adapt(timm.create_model(name, **options).eval())
@@ -232,7 +231,6 @@ def test_rows_and_columns_are_those_of_the_stream() -> None:
 
 def test_attention_within_frames_and_along_them_is_shown_as_such() -> None:
     kinds: Any = pytest.importorskip("transformers", reason="needs transformers: pip install 'prisma-interp[hf]'")
-    import prisma_core as prisma
 
     sizes = {"image_size": 32, "patch_size": 16, "num_frames": 3, "hidden_size": 16, "num_hidden_layers": 1}
     config = kinds.TimesformerConfig(**sizes, num_attention_heads=2, intermediate_size=20)
@@ -250,7 +248,6 @@ def test_attention_within_frames_and_along_them_is_shown_as_such() -> None:
 
 def clip() -> Any:
     pytest.importorskip("open_clip", reason="needs open_clip: pip install 'prisma-interp[clip]'")
-    import prisma_core as prisma
 
     vision = {"width": 32, "layers": 2, "head_width": 16, "image_size": 32, "patch_size": 16}
     text = {"width": 32, "layers": 2, "heads": 2}
@@ -290,7 +287,6 @@ def test_towers_and_inputs_must_fit(image: torch.Tensor) -> None:
 
 def test_a_model_without_attention_is_refused() -> None:
     timm = pytest.importorskip("timm", reason="needs timm: pip install 'prisma-interp[timm]'")
-    import prisma_core as prisma
 
     model = prisma.adapt(timm.create_model("test_convnext").eval())
     with pytest.raises(NotApplicable, match=r"hook_points.*prisma_view\.patches"):
