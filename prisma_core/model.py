@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy as copying
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from html import escape
-from typing import Any, Literal, NoReturn, cast, overload
+from typing import Any, Literal, NoReturn, Self, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from prisma_core.hooks.model import HookedModel
 from prisma_core.hooks.point import OPEN_SCOPES, keep_scopes
 from prisma_core.maps.weights import State, WeightMap
 from prisma_core.spec.brief import NameTable, html_table
+from prisma_core.toolbox.additions import set_on_parts
 
 Size = tuple[int, ...]
 
@@ -115,6 +117,7 @@ class Origin:
         persistent: the names in upstream's state dict.
         tied: names of one and the same upstream tensor.
         copied: the canonical tensors that share no memory with upstream's, each with the rule that made it.
+        shapes: of the canonical tensors.
     """
 
     kind: str
@@ -123,6 +126,7 @@ class Origin:
     persistent: list[str] = field(repr=False)
     tied: list[list[str]] = field(repr=False, default_factory=list[list[str]])
     copied: dict[str, str] = field(repr=False, default_factory=dict[str, str])
+    shapes: dict[str, torch.Size] = field(repr=False, default_factory=dict[str, torch.Size])
 
     @classmethod
     def of(cls, kind: str, table: WeightMap, tensors: State, persistent: Iterable[str], canonical: State) -> Origin:
@@ -139,15 +143,22 @@ class Origin:
         for name in tensors:
             by_tensor.setdefault(id(tensors[name]), []).append(name)
         tied = [group for group in by_tensor.values() if len(group) > 1]
-        return cls(kind, table, upstream, names, tied, table.copied(tensors, canonical))
+        shapes = {name: tensor.shape for name, tensor in canonical.items()}
+        return cls(kind, table, upstream, names, tied, table.copied(tensors, canonical), shapes)
 
     def export(self, canonical: State) -> dict[str, Tensor]:
         """Make upstream's state dict from the canonical tensors.
 
         Raises:
-            WeightMapError: they were changed where upstream's state dict has nothing to hold the change, or it has
-                more than parameters and buffers.
+            WeightMapError: they were changed where upstream's state dict has nothing to hold the change, or have
+                another size than upstream's; or it has more than parameters and buffers.
         """
+        for name in self.shapes.keys() & canonical.keys():
+            if canonical[name].shape != self.shapes[name]:
+                raise WeightMapError(
+                    f"{name} is {list(canonical[name].shape)}, and upstream's tensors are of {list(self.shapes[name])}. "
+                    "Make an upstream model of that size, adapt it, and put this model's weights into that one."
+                )
         if unknown := [name for name in self.persistent if name not in self.upstream]:
             raise WeightMapError(
                 f"Upstream's state dict has {unknown[0]!r}, which is none of its parameters and buffers: it renames "
@@ -277,6 +288,16 @@ class ZooModel(HookedModel):
         hooked = compiling and scopes and isinstance(output, Tensor)
         return _in_scopes(output) if hooked else output
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy the model, with weights that a hook computes of others (pruning), of which torch copies none."""
+        for value in (value for part in self.modules() for value in vars(part).values()):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copying.deepcopy(self.__getstate__(), memo))
+        return copied
+
     def extra_repr(self) -> str:
         """The first line of the repr: what it was loaded from, and its size."""
         n = sum(parameter.numel() for parameter in self.parameters())
@@ -309,13 +330,9 @@ class ZooModel(HookedModel):
         return next((behaviour for tower in towers if (behaviour := tower.unsaved_behaviour())), None)
 
     def warn_of_hooks(self) -> None:
-        """Warn of hooks of torch's and forwards that were set on a part: what is written holds none of them."""
-        for path, module in cast("Iterator[tuple[str, nn.Module]]", self.named_modules()):
-            own = vars(module)
-            hooked = own["_forward_hooks"] or own["_forward_pre_hooks"]
-            if hooked or ("forward" in own and "_hf_hook" not in own):  # accelerate's move tensors
-                what = "A hook of torch's" if hooked else "A forward of its own"
-                warnings.warn(f"{what} at {path!r} is not part of what is written.", stacklevel=4)
+        """Warn of what a user has set on a part: what is written holds none of it."""
+        for what in set_on_parts(self):
+            warnings.warn(f"{what} is not part of what is written.", stacklevel=4)
 
     def export(self) -> dict[str, Tensor]:
         """Write the present weights as upstream's own state dict (``prisma.export``).

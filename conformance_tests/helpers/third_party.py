@@ -31,8 +31,10 @@ class Attention(nn.Module):
         return self.proj(nn.functional.scaled_dot_product_attention(q, k, v))
 
 
-def residual(x: Tensor, y: Tensor) -> Tensor:
-    return x + y
+def residual(x: Tensor, y: Tensor, minus: bool = False, *, twice: bool = False) -> Tensor:
+    if minus:
+        return x - y
+    return x + 2 * y if twice else x + y
 
 
 class Block(nn.Module):
@@ -47,7 +49,7 @@ class Block(nn.Module):
         x = residual(x, self.drop(self.attn(self.norm1(x))))
         return residual(x, self.mixed(self.norm2(x)))
 
-    def mixed(self, x: Tensor) -> Tensor:
+    def mixed(self, x: Tensor, halves: int = 0) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
 
 

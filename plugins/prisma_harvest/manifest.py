@@ -104,7 +104,7 @@ class ModelFacts(Facts):
         weights: ``weights_hash`` of the whole model.
         spec: SHA-256 of its spec as JSON, if it has one.
         tower: the prefix of its hook points, ``vision.`` in a pair of towers, else empty.
-        behaviour: what it does beyond its spec, if anything.
+        behaviour: what it does that neither its spec nor its weights say, if anything.
         dtype: of its weights.
         device: the kind of device it ran on.
     """

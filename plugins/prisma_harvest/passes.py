@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, Field
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from prisma_core import HookedModel, InputError, TokenLayout, UnknownName, tensors_of
-from prisma_core.plugin import BriefRepr, Count, Natural, Query, checked, expect, positions_of, qualified_name, shown
+from prisma_core.plugin import (
+    BriefRepr,
+    Count,
+    Natural,
+    Query,
+    behaviour_of,
+    checked,
+    expect,
+    positions_of,
+    qualified_name,
+    set_on_parts,
+    shown,
+)
 from prisma_harvest.items import UNREADABLE, Item, opened
 from prisma_harvest.loading import Batch, Plan, preparer
 from prisma_harvest.manifest import GRID, DataFacts, Dtype, Manifest, ModelFacts, Point, weights_hash
@@ -81,7 +95,8 @@ class Pass(BriefRepr):
         workers: processes that decode; None for one less than there are cores, at most 8, and none for few images.
         data_name: tells data apart that begin alike.
         image_column, label_column: the keys of mappings, where they are not the usual ones.
-        note: goes into the manifest; needed where hooks are open, for they change what is read.
+        note: goes into the manifest; needed where hooks are open, or hooks of torch's or forwards are set on parts, for
+            they change what is read.
     """
 
     model: HookedModel
@@ -113,6 +128,10 @@ class Pass(BriefRepr):
         self.tower = Tower.of(self.model)
         if not self.note and (names := [*self.model.open_hooks(), *self.tower.model.open_hooks()]):
             raise InputError(f"A hook is open at {names[0]}: close it, or say in note= what the harvest is of.")
+        if not self.note and (additions := set_on_parts(self.model)):
+            raise InputError(
+                f"{additions[0]} may change what is read: take it off, or say in note= what the harvest is of."
+            )
         self.own_names = self.tower.resolve(self.names)
         if not self.own_names:
             raise InputError(f"Expected at least one hook point, got names={shown(self.names)}.")
@@ -213,15 +232,14 @@ class Pass(BriefRepr):
     def manifest(self, dtype: Dtype, shard: Count) -> Manifest:
         """Return the manifest of a harvest of this pass."""
         spec = getattr(self.tower.model, "spec", None)
-        behaviour = getattr(self.tower.model, "unsaved_behaviour", lambda: None)()
         return Manifest(
             model=ModelFacts(
                 reference=getattr(self.model, "reference", None),
                 kind=type(self.tower.model).__name__,
                 weights=weights_hash(self.model),
-                spec=_text_hash(spec.model_dump_json()) if isinstance(spec, BaseModel) else None,
+                spec=_text_hash(spec.model_dump_json() + _settings(self.model)) if isinstance(spec, BaseModel) else None,
                 tower=self.tower.prefix,
-                behaviour=behaviour,
+                behaviour=behaviour_of(self.model),
                 dtype=str(self.dtype).removeprefix("torch."),
                 device=self.device.type,
             ),
@@ -262,6 +280,20 @@ def _grid_first(axes: Sequence[str]) -> list[int]:
     """
     grid = [at for at, axis in enumerate(axes) if axis in GRID] if {"row", "column"} <= set(axes) else []
     return [0, *grid, *(at for at in range(1, len(axes)) if at not in grid)]
+
+
+def _settings(model: nn.Module) -> str:
+    """Return the attributes of upstream's own modules as JSON, of a model that runs as they do; empty for others."""
+    plain = (bool, int, float, str, type(None))
+    parts = cast("Iterator[tuple[str, nn.Module]]", model.named_modules())
+    settings = {
+        f"{path}.{name}": value
+        for path, part in parts
+        if "upstream" in path.split(".")
+        for name, value in vars(part).items()
+        if name != "training" and name[0] != "_" and all(isinstance(each, plain) for each in tree_leaves(value))
+    }
+    return json.dumps(settings, sort_keys=True) if settings else ""
 
 
 def _text_hash(text: str) -> str:

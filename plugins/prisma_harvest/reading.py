@@ -12,7 +12,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, LoadError, NotApplicable, TokenLayout
-from prisma_core.plugin import Count, check_keywords, check_regular, checked, keyword_names, resolve_one, several
+from prisma_core.plugin import (
+    Count,
+    behaviour_of,
+    check_keywords,
+    check_regular,
+    checked,
+    keyword_names,
+    resolve_one,
+    several,
+)
 from prisma_harvest.arrow import record_batches
 from prisma_harvest.folder import Line, read_lines
 from prisma_harvest.manifest import (
@@ -123,13 +132,17 @@ class Harvest:
         """Refuse another model than the one whose activations these are.
 
         Raises:
-            InputError: its weights differ.
+            InputError: its weights differ, or what it does beside them.
         """
-        if weights_hash(model) != self.manifest.model.weights:
-            subject = getattr(model, "reference", None) or type(model).__name__
-            facts = self.manifest.model
+        subject, facts = getattr(model, "reference", None) or type(model).__name__, self.manifest.model
+        if weights_hash(model) != facts.weights:
             raise InputError(
                 f"{subject} has other weights than {facts.reference or facts.kind}, which {self.path} is of."
+            )
+        if (behaviour := behaviour_of(model)) != facts.behaviour:
+            raise InputError(
+                f"{subject} has the weights of the model that {self.path} is of, and computes something else. Beside "
+                f"its weights it has: {behaviour or 'nothing'}. That one had: {facts.behaviour or 'nothing'}."
             )
 
     @checked

@@ -112,7 +112,8 @@ def _differences(facts: Any, manifest: Manifest, full: str) -> list[str]:
     """Return what differs between what a coder was trained on and what was read."""
     from prisma_sae.binding import other_model
 
-    differences = other_model(facts, manifest.model.reference, lambda: manifest.model.weights)
+    model = manifest.model
+    differences = other_model(facts, model.reference, lambda: model.weights, lambda: model.behaviour)
     if facts.hook is not None and full not in (facts.hook, f"vision.{facts.hook}"):
         differences.append(f"it reads {facts.hook}, and this is {full}")
     read = "all" if manifest.pos is None else manifest.pos

@@ -48,7 +48,11 @@ class MovingViT(HookedViT):
         return None  # registers are made of patches, so every token is computed
 
     def unsaved_behaviour(self) -> str | None:
-        return "moves neurons' activations from patches into registers at run time"
+        moves = "; ".join(
+            f"layer {move.layer}, neurons {', '.join(map(str, move.neurons))}, registers {move.first} to {move.last - 1}"
+            for move in self.moves
+        )
+        return f"moves neurons' activations from patches into registers at run time ({moves})"
 
 
 class _MovingPoint(HookPoint):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 from prisma_core import HookedModel, InputError, TokenLayout, UnknownName, tensors_of
-from prisma_core.plugin import LayerQuery, digest, several, shown
+from prisma_core.plugin import LayerQuery, behaviour_of, digest, several, shown
 from prisma_sae.coder import CoderFacts, SparseCoder, Tokens
 
 Coders: TypeAlias = SparseCoder | Sequence[SparseCoder] | Mapping[str | LayerQuery, SparseCoder]
@@ -99,23 +99,27 @@ def check(model: HookedModel, coder: SparseCoder, name: str, tokens: Tokens | No
 
 
 def _models(model: HookedModel, coder: SparseCoder) -> list[str]:
-    return other_model(coder.facts, getattr(model, "reference", None), lambda: model_digest(model))
+    reference = getattr(model, "reference", None)
+    return other_model(coder.facts, reference, lambda: model_digest(model), lambda: behaviour_of(model))
 
 
-def other_model(facts: CoderFacts, reference: str | None, weights: Callable[[], str]) -> list[str]:
+def other_model(
+    facts: CoderFacts, reference: str | None, weights: Callable[[], str], behaviour: Callable[[], str | None]
+) -> list[str]:
     """Return how a model is another one than a coder was trained on, in words; empty where it is not.
 
     Args:
         facts: of the coder.
         reference: of the model.
         weights: returns the SHA-256 of its weights; called where the coder knows that of its own.
+        behaviour: returns what it does beside its weights, if anything.
     """
-    if facts.weights is not None:
-        if weights() == facts.weights:
-            return []
+    if facts.weights is not None and weights() != facts.weights:
         return [f"it was trained on {facts.model or 'a model'} with other weights than this model ({reference}) has"]
-    if facts.model is None or reference in (facts.model, *facts.also):
+    if facts.weights is None and facts.model is None:
         return []
+    if facts.weights is not None or reference in (facts.model, *facts.also):
+        return [f"beside its weights this model has: {more}"] if (more := behaviour()) else []
     named = f"is {reference}" if reference else "has no reference (set model.reference if it is the same)"
     return [f"it was trained on {facts.model}, and this model {named}"]
 

@@ -8,7 +8,7 @@ from dataclasses import fields
 from html import escape
 from itertools import groupby
 from textwrap import indent
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
@@ -46,6 +46,11 @@ class BriefModel(BaseModel):
             kind = type(self).__name__
             another = f"{kind}(**{{**dict(it), {name!r}: ...}})"
             raise InputError(f"A {kind} does not change: make another, {another}.") from error
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy with other values, which are checked as those of a new one are."""
+        copied = super().model_copy(update=update, deep=deep)
+        return type(self)(**vars(copied)) if update else copied
 
     def _given(self) -> Iterable[tuple[str, str]]:
         for name, field in type(self).model_fields.items():

@@ -97,6 +97,9 @@ class HookedText(Tower):
         axes = pooled if spec.n_classes is None else pooled.replace("d_model", "class")
         self.hook_logits = HookPoint(axes, f"head({read})" if spec.n_classes is not None else read)
 
+    def plain(self) -> HookedText:
+        return HookedText(self.spec)
+
     def attribute_hint(self, name: str) -> str | None:
         if name == "layout":
             return "texts have no rows and columns of patches; positions of tokens are numbers."

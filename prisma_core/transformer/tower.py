@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prisma_core.errors import InputError, NotApplicable, UnknownName, suggest
 from prisma_core.errors.arguments import number, shown
 from prisma_core.model import ZooModel
+from prisma_core.toolbox.additions import changed_part
 from prisma_core.transformer.circuits import Circuits
 from prisma_core.transformer.stream.readout import Readout
 
@@ -24,6 +25,14 @@ class Tower(Circuits, ZooModel):
     ln_final: nn.Module
     ln_pool: nn.Module
     head: nn.Linear
+
+    @abstractmethod
+    def plain(self) -> Tower:
+        """Return a model as the spec makes it, without weights."""
+
+    def unsaved_behaviour(self) -> str | None:
+        with torch.device("meta"):
+            return super().unsaved_behaviour() or changed_part(self, self.plain())
 
     @property
     def block_dtype(self) -> torch.dtype | None:

@@ -76,6 +76,9 @@ class HookedViT(Tower):
         classes = "class" if spec.n_classes is not None else "d_model"
         self.hook_logits = HookPoint(pooled.replace("d_model", classes), _logits_equation(spec))
 
+    def plain(self) -> HookedViT:
+        return HookedViT(self.spec, self.embed.stem if self.spec.embed.stem == "opaque" else None)
+
     @property
     def layout(self) -> TokenLayout:
         """The token layout at the native size."""

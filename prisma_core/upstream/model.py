@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy as copying
 import re
 from collections.abc import Callable, Iterable, Mapping
 from textwrap import indent
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -143,13 +142,10 @@ class HookedUpstream(ZooModel):
         explain_second(output)
         return output
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> HookedUpstream:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy the model with the functions that were set on upstream's modules."""
         memo[id(self.upstream)] = copy_module(self.upstream, copy=True, memo=memo)
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__setstate__(copying.deepcopy(self.__getstate__(), memo))
-        return copied
+        return super().__deepcopy__(memo)
 
     def __repr__(self) -> str:
         """The size, upstream's class, and which parts have hook points; ``model.upstream`` prints all modules."""

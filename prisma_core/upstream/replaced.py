@@ -1,17 +1,21 @@
 """Functions that stand in the place of a library's own, anywhere in the code that the call of a module reaches.
 
 A class says what its modules compute only as long as its functions are its own. Found are methods that were set on an
-instance or a class, and functions that were set in a module of the library: from ``forward`` on, by name, through what
-each function calls, wraps and closes over.
+instance or a class, functions that were set in a module of the library, and functions with other code or defaults than
+their files have: from ``forward`` on, by name, through what each function calls, wraps and closes over.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, cast
 
@@ -25,6 +29,7 @@ COMPILED = "_compiled_call_impl"  # set by module.compile()
 ACCELERATE = ("AlignDevicesHook", "CpuOffload", "SequentialHook")  # its hooks that move tensors
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 TREE = ("_modules", "_parameters", "_buffers")
+START = time.time()  # a file that was changed since may not be what was imported
 PLAIN = {"torch", *sys.stdlib_module_names}
 
 
@@ -63,11 +68,15 @@ def replaced_on_class(kind: type[nn.Module], packages: set[str], seen: set[Funct
         if wrong:
             return f"a {name} that is not its class's own ({name_of(wrong[0])}). Put back the library's"
         for function in functions:
+            if change := changed(function):
+                return f"a {name} with {change}. Put back the library's"
             if not isinstance(function, FunctionType) or root_of(home_of(function)) not in known - PLAIN:
                 continue
             for place, called in _reached(function, known - PLAIN, seen):
                 if not _belongs(called, place.rpartition(".")[0], known):
                     return f"{name_of(called)} in the place of {place}, which it calls. Put back the library's"
+                if change := changed(called):
+                    return f"{place}, which it calls, with {change}. Put back the library's"
             names += [one for one in names_in(function.__code__) if one not in names and _is_method(kind, one)]
     return ""
 
@@ -124,6 +133,81 @@ def _belongs(value: Any, module: str, known: set[str]) -> bool:
     except (KeyError, OSError, TypeError):
         return module == "__main__"  # a notebook, whose text is not at hand
     return re.search(rf"^\s*(from|import) {re.escape(home)}\b", text, re.MULTILINE) is not None
+
+
+def changed(function: object) -> str:
+    """Say what of a function is not as its file has it; empty where all is, or the file cannot tell."""
+    if not isinstance(function, FunctionType):
+        return ""
+    code = function.__code__
+    if not hasattr(function, "__wrapped__") and code.co_qualname != function.__qualname__:
+        return f"the code of another ({code.co_qualname})"
+    written = _written(str(function.__globals__.get("__name__")))
+    alike = written.get((code.co_qualname, code.co_firstlineno), [])
+    if alike and code not in alike:
+        return "other code than its file has"
+    defaults = _defaults(code) if alike and (function.__defaults__ or function.__kwdefaults__) else None
+    if defaults is None:
+        return ""
+    there = function.__globals__
+    positional, keywords = function.__defaults__ or (), function.__kwdefaults__ or {}
+    if len(positional) != len(defaults[0]) or keywords.keys() != defaults[1].keys():
+        return "other defaults than its file has"
+    pairs = [*zip(defaults[0], positional, strict=True), *((defaults[1][name], keywords[name]) for name in keywords)]
+    wrong = [value for node, value in pairs if not _is_value(node, value, there)]
+    return f"a default of {wrong[0]!r}, which is not its file's" if wrong else ""
+
+
+@functools.lru_cache(1024)
+def _written(module: str) -> dict[tuple[str, int], list[CodeType]]:
+    """Return the code of a module's functions as its file has it, by name and line.
+
+    None of a file that was changed since, or that is read in another way (with assertions rewritten, or checks added).
+    """
+    codes: dict[tuple[str, int], list[CodeType]] = {}
+    loader: Any = getattr(getattr(sys.modules.get(module), "__spec__", None), "loader", None)
+    if type(loader) is not SourceFileLoader:
+        return codes
+    try:
+        old = Path(loader.path).stat().st_mtime < START
+        rest = [loader.get_code(module)] if old else []
+    except (OSError, ImportError, SyntaxError):
+        return codes
+    while rest:
+        code = rest.pop()
+        codes.setdefault((code.co_qualname, code.co_firstlineno), []).append(code)
+        rest += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    return codes
+
+
+@functools.lru_cache(4096)
+def _defaults(code: CodeType) -> tuple[list[ast.expr], dict[str, ast.expr]] | None:
+    """Return the expressions of a function's defaults in its file, by place and by name; None where it is none alone."""
+    try:
+        text = inspect.getsource(code)
+        block = ast.parse(f"if True:\n{text}" if text[:1].isspace() else text).body[0]
+    except (OSError, SyntaxError, IndexError):
+        return None
+    node = block.body[0] if isinstance(block, ast.If) else block
+    if not isinstance(node, ast.FunctionDef):
+        return None
+    by_name = {arg.arg: value for arg, value in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True) if value}
+    return node.args.defaults, by_name
+
+
+def _is_value(node: ast.expr, value: object, there: Mapping[str, Any]) -> bool:
+    """Whether a default is what its expression says: a constant, or what a name stands for; others are not run."""
+    try:
+        said: object = ast.literal_eval(node)
+    except ValueError:
+        names = [each for each in ast.walk(node) if not isinstance(each, ast.Name | ast.Attribute | ast.expr_context)]
+        if names:
+            return True
+        try:
+            return eval(compile(ast.Expression(node), "", "eval"), dict(there)) is value  # noqa: S307  # names alone
+        except (NameError, AttributeError):
+            return True  # of the class that the function stands in
+    return type(said) is type(value) and (said == value or said != said)
 
 
 def _is_own(function: Any, owner: type) -> bool:
