@@ -154,10 +154,11 @@ class Origin:
                 another size than upstream's; or it has more than parameters and buffers.
         """
         for name in self.shapes.keys() & canonical.keys():
-            if canonical[name].shape != self.shapes[name]:
+            now, size = list(canonical[name].shape), list(self.shapes[name])
+            if now != size:
                 raise WeightMapError(
-                    f"{name} is {list(canonical[name].shape)}, and upstream's tensors are of {list(self.shapes[name])}. "
-                    "Make an upstream model of that size, adapt it, and put this model's weights into that one."
+                    f"{name} is {now} now, and upstream's tensors are of {size}. Make an upstream model of the new "
+                    "size, adapt it, and put this model's weights into that one."
                 )
         if unknown := [name for name in self.persistent if name not in self.upstream]:
             raise WeightMapError(

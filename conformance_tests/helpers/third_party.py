@@ -49,8 +49,8 @@ class Block(nn.Module):
         x = residual(x, self.drop(self.attn(self.norm1(x))))
         return residual(x, self.mixed(self.norm2(x)))
 
-    def mixed(self, x: Tensor, halves: int = 0) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+    def mixed(self, x: Tensor, bare: bool = False) -> Tensor:
+        return self.fc2(self.fc1(x) if bare else self.act(self.fc1(x)))
 
 
 class Sequel(Block):

@@ -249,6 +249,25 @@ def test_another_model_place_or_scope_is_an_error_that_says_what_differs(
         model.reference = None
 
 
+@pytest.mark.parametrize("known", ["weights", "model", ""])
+def test_a_model_with_more_than_its_weights_is_another(model: HookedViT, image: Tensor, known: str) -> None:
+    from prisma_sae.binding import model_digest
+
+    about = {"weights": {"weights": model_digest(model)}, "model": {"model": "toy:small"}, "": {}}[known]
+    model.reference = "toy:small"
+    handle = model.blocks[0].mlp.register_forward_hook(lambda module, args, output: output * 2)
+    try:
+        if known:
+            with pytest.raises(InputError, match=r"hook of torch's at 'blocks\.0\.mlp'.*force=True"):
+                splice(model, {HOOK: coder(**about)})
+        with splice(model, {HOOK: coder(**about)}, force=bool(known)):
+            model(image)
+    finally:
+        handle.remove()
+        model.reference = None
+    splice(model, {HOOK: coder(**({"weights": model_digest(model)}))})
+
+
 def test_the_same_weights_under_another_name_are_the_same_model(model: HookedViT) -> None:
     from prisma_sae.binding import model_digest
 

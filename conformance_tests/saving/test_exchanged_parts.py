@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from third_party import Plain, drawn
+import torch
+from third_party import Plain, drawn, image
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import prisma_core as prisma
+from prisma_core.plugin import NormSpec
 
 
 class Half(nn.Module):
@@ -26,6 +29,22 @@ def without_a_bias(model: Any) -> None:
 
 def another_head(model: Any) -> None:
     model.head = nn.Linear(model.head.in_features, 7)
+
+
+def another_activation(model: Any) -> None:
+    model.blocks[0].mlp.act = nn.functional.relu
+
+
+def another_norm(model: Any) -> None:
+    model.blocks[0].ln2.spec = NormSpec(eps=0.1)
+
+
+def another_class(model: Any) -> None:
+    model.blocks[0].mlp.fc_out.__class__ = type("Acme", (nn.Linear,), {})
+
+
+def another_method(model: Any) -> None:
+    model.blocks[0].ln2.centred = lambda x: x * 0
 
 
 def one_block_less(model: Any) -> None:
@@ -44,24 +63,38 @@ def parametrised(model: Any) -> None:
     parametrize.register_parametrization(model.blocks[0].mlp.fc_out, "weight", Half())
 
 
-CHANGES = [without_a_bias, another_head, one_block_less, another_mlp, pruned, parametrised]
+UNSAID = [another_activation, another_norm, another_class, another_method, another_mlp, pruned, parametrised]
+CHANGES = [without_a_bias, another_head, one_block_less, *UNSAID]
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_no_file_would_hold_is_not_saved(change: Callable[[Any], None], tmp_path: Path) -> None:
     model = prisma.adapt(drawn(), adapter=Plain())
     change(model)
-    with pytest.raises(prisma.PrismaError, match=r"fc_out|head|blocks\.1|blocks\.0\.mlp"):
+    with pytest.raises(prisma.PrismaError, match=r"fc_out|head|blocks\.1|blocks\.0\.(mlp|ln2)"):
         prisma.save(model, tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("change", [one_block_less, another_mlp, pruned, parametrised])
+@pytest.mark.parametrize("change", [one_block_less, another_head, *UNSAID])
 def test_what_no_state_dict_would_hold_is_not_exported(change: Callable[[Any], None]) -> None:
     model = prisma.adapt(drawn(), adapter=Plain())
     change(model)
-    with pytest.raises(prisma.PrismaError, match=r"layers\.1|blocks\.0\.mlp"):
+    with pytest.raises(prisma.PrismaError, match=r"layers\.1|blocks\.0\.(mlp|ln2)|head\.weight is \[7, 6\]"):
         prisma.export(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [pruned, parametrised])
+def test_models_whose_weights_are_computed_are_copied(change: Callable[[Any], None]) -> None:
+    model: Any = prisma.adapt(drawn(), adapter=Plain())
+    change(model)
+    again, output = copy.deepcopy(model), model(image())
+    assert torch.equal(again(image()), output)
+    for parameter in again.parameters():
+        parameter.mul_(2)
+    assert torch.equal(model(image()), output)
+    assert not torch.equal(again(image()), output)
 
 
 def test_weights_made_plain_again_are_saved(tmp_path: Path) -> None:

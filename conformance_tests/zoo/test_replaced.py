@@ -86,7 +86,29 @@ def of_reading_attributes(kind: type) -> Patch:
     return lambda net, patch: patch.setattr(kind, "__getattr__", foreign(half_of_tensors), raising=False)
 
 
+def of_a_function(owner: Any, name: str, value: Any) -> Patch:
+    return lambda net, patch: patch.setattr(owner, name, value)
+
+
+def without_activation(net: Net, patch: pytest.MonkeyPatch) -> None:
+    code = Block.mixed.__code__
+    names = tuple("drop" if name == "act" else name for name in code.co_names)
+    patch.setattr(Block.mixed, "__code__", code.replace(co_names=names))
+
+
+def bare(self: Any, x: Tensor, other: bool = False) -> Tensor:
+    return self.fc2(self.fc1(x))
+
+
 PATCHES: dict[str, Patch] = {
+    "a default of the library's function": of_a_function(third_party.residual, "__defaults__", (True,)),
+    "a default by name": of_a_function(third_party.residual, "__kwdefaults__", {"twice": True}),
+    "a default of a method": of_a_function(Block.mixed, "__defaults__", (True,)),
+    "the code of a method": without_activation,
+    "the code of a method, another file's": of_a_function(Block.mixed, "__code__", bare.__code__),
+    "the code of a method, another method's": of_a_function(
+        Block.forward, "__code__", third_party.Sequel.forward.__code__
+    ),
     "how a class of torch's reads its tensors": of_reading_attributes(nn.Linear),
     "a class's forward": on_class("forward", lambda f: f),
     "a class's forward, as a partial method": on_class("forward", functools.partialmethod),
@@ -103,6 +125,9 @@ PATCHES: dict[str, Patch] = {
 }
 
 
+WORDS = r"acme\.patches|Sequel\.forward|a default of True|other code than its file|test_replaced"
+
+
 @pytest.mark.parametrize("where", PATCHES)
 def test_replaced_functions(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     net, before = drawn(), drawn()(image())
@@ -110,7 +135,7 @@ def test_replaced_functions(where: str, monkeypatch: pytest.MonkeyPatch) -> None
     with monkeypatch.context() as patch:
         PATCHES[where](net, patch)
         assert (net(image()) - before).abs().max() > 1e-3
-        with pytest.raises(UnsupportedArchitecture, match=r"acme\.patches|Sequel\.forward"):
+        with pytest.raises(UnsupportedArchitecture, match=WORDS):
             error(net)
         if where != "the call of all modules":  # and so of the hooked model
             assert error(net, Mapped()) < 1e-12  # upstream's own code: kept

@@ -61,6 +61,10 @@ def tokens_that_do_not_turn(model: Any) -> None:
     model.blocks[-1].attn.num_prefix_tokens = 0
 
 
+def no_mask(model: Any) -> None:
+    model.text.transformer.encoder.layer[1].attention.is_cross_attention = True
+
+
 def no_eps(model: Any) -> None:
     model.layers[-1].layernorm_after.eps = 0.0
 
@@ -86,6 +90,7 @@ def one_block_less(model: Any) -> None:
         ("timm", "eva02_base_patch14_224", tokens_that_do_not_turn, "'blocks.1.attn'.*num_prefix_tokens=0"),
         ("dino", "dinov3_backbone", one_block_less, "'model.layer'.*1 blocks.*stage2"),
         ("dino", "dinov2_backbone", one_block_less, "'encoder.layer'.*1 blocks.*stage2"),
+        ("clip", "xlm-roberta-base-ViT-B-32/whole", no_mask, "layer.1.attention'.*is_cross_attention=True"),
         ("hf", "ViTModel", no_eps, "eps.*'layers.1.layernorm_after'"),
         ("hf", "VitPoseBackbone", one_block_less, "'encoder.layer'.*1 blocks.*stage2"),
     ],

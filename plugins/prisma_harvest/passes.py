@@ -237,7 +237,9 @@ class Pass(BriefRepr):
                 reference=getattr(self.model, "reference", None),
                 kind=type(self.tower.model).__name__,
                 weights=weights_hash(self.model),
-                spec=_text_hash(spec.model_dump_json() + _settings(self.model)) if isinstance(spec, BaseModel) else None,
+                spec=_text_hash(spec.model_dump_json() + _settings(self.model))
+                if isinstance(spec, BaseModel)
+                else None,
                 tower=self.tower.prefix,
                 behaviour=behaviour_of(self.model),
                 dtype=str(self.dtype).removeprefix("torch."),

@@ -49,8 +49,8 @@ class MovingViT(HookedViT):
 
     def unsaved_behaviour(self) -> str | None:
         moves = "; ".join(
-            f"layer {move.layer}, neurons {', '.join(map(str, move.neurons))}, registers {move.first} to {move.last - 1}"
-            for move in self.moves
+            f"layer {layer}, neurons {', '.join(map(str, neurons))}, to registers {first} to {last - 1}"
+            for layer, neurons, first, last in self.moves
         )
         return f"moves neurons' activations from patches into registers at run time ({moves})"
 

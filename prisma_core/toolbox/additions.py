@@ -57,9 +57,11 @@ def changed_part(model: nn.Module, plain: nn.Module) -> str | None:
         like = parts.get(path)
         if type(part) is not type(like):
             return f"has a {qualified_name(part)} at {path!r}, where its spec has {like and qualified_name(like)}"
-        for name, value in vars(like).items() if path and type(part) is not nn.Linear else ():  # tensors say its sizes
-            own = vars(part).get(name)
-            if name != "training" and name[0] != "_" and not _alike(own, value):
+        names = vars(like).keys() | {name for name in vars(part) if hasattr(type(part), name)}
+        for name in sorted(names - {"training", "forward"}) if path else ():
+            own, value = vars(part).get(name), vars(like).get(name)
+            sized = type(part) is nn.Linear and name in vars(like)  # as its tensors say
+            if name[0] != "_" and not sized and not _alike(own, value):
                 return f"has {name}={shown(own)} at {path!r}, where its spec has {shown(value)}"
     return None
 

@@ -21,6 +21,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from prisma_core.errors.arguments import shown
 from prisma_core.maps.reader import qualified_name
 
 CALLS = ("__call__", "_call_impl", "forward")  # where the call of a module begins
@@ -155,7 +156,7 @@ def changed(function: object) -> str:
         return "other defaults than its file has"
     pairs = [*zip(defaults[0], positional, strict=True), *((defaults[1][name], keywords[name]) for name in keywords)]
     wrong = [value for node, value in pairs if not _is_value(node, value, there)]
-    return f"a default of {wrong[0]!r}, which is not its file's" if wrong else ""
+    return f"a default of {shown(wrong[0])}, which is not its file's" if wrong else ""
 
 
 @functools.lru_cache(1024)
@@ -182,7 +183,7 @@ def _written(module: str) -> dict[tuple[str, int], list[CodeType]]:
 
 @functools.lru_cache(4096)
 def _defaults(code: CodeType) -> tuple[list[ast.expr], dict[str, ast.expr]] | None:
-    """Return the expressions of a function's defaults in its file, by place and by name; None where it is none alone."""
+    """Return the expressions of a function's defaults in its file, by place and by name; None of what is no ``def``."""
     try:
         text = inspect.getsource(code)
         block = ast.parse(f"if True:\n{text}" if text[:1].isspace() else text).body[0]
@@ -196,18 +197,19 @@ def _defaults(code: CodeType) -> tuple[list[ast.expr], dict[str, ast.expr]] | No
 
 
 def _is_value(node: ast.expr, value: object, there: Mapping[str, Any]) -> bool:
-    """Whether a default is what its expression says: a constant, or what a name stands for; others are not run."""
+    """Whether a default is what its expression says: a constant, or what a name stands for. Others are not run."""
+    path = list[str]()
+    while isinstance(node, ast.Attribute):
+        path.append(node.attr)
+        node = node.value
+    if isinstance(node, ast.Name):
+        said = there.get(node.id, value)  # not a module's name: of the class that the function stands in, or Python's
+        return functools.reduce(lambda each, name: getattr(each, name, value), reversed(path), said) is value
     try:
-        said: object = ast.literal_eval(node)
+        said = ast.literal_eval(node)
     except ValueError:
-        names = [each for each in ast.walk(node) if not isinstance(each, ast.Name | ast.Attribute | ast.expr_context)]
-        if names:
-            return True
-        try:
-            return eval(compile(ast.Expression(node), "", "eval"), dict(there)) is value  # noqa: S307  # names alone
-        except (NameError, AttributeError):
-            return True  # of the class that the function stands in
-    return type(said) is type(value) and (said == value or said != said)
+        return True
+    return type(said) is type(value) and said == value
 
 
 def _is_own(function: Any, owner: type) -> bool:

@@ -267,6 +267,7 @@ def _sizes_of(spec: AnySpec) -> dict[str, set[object]]:
         **dict.fromkeys(WIDTHS, widths),
         "all_head_size": {one.n_heads * one.d_head for one in attentions},
         "patch_size": {one.patch for one in _inside(spec, EmbedSpec)},
+        "is_cross_attention": {False},  # in what reads one input: it would leave the mask of its padding out
         "num_prefix_tokens": {one.n_prefix for one in _inside(spec, TokenLayout)},
     }
 
