@@ -226,6 +226,18 @@ def test_a_compiled_model(image, reentrant, compiled, in_float64):
         output.sum().backward()
 
 
+@pytest.mark.usefixtures("compiling")
+@pytest.mark.filterwarnings("ignore")
+def test_a_cache_around_a_compiled_part_says_why_it_cannot_be(image):
+    model = build(scale=True, registers=2)
+    module = model.get_submodule("blocks.1.mlp")
+    module.forward = torch.compile(module.forward, backend="aot_eager")
+    checkpointed(False, [module], saving)
+    with pytest.raises(HookError, match=r"fired twice.*compiled by itself"), model.caching("post"):
+        model(image.requires_grad_()).sum().backward()
+    assert model.open_hooks() == {}
+
+
 @REENTRANT
 @pytest.mark.usefixtures("compiling")
 @pytest.mark.filterwarnings("ignore")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -187,6 +188,25 @@ def test_what_cannot_be_compiled_is_an_error_not_a_silence(model, image):
     ):
         run(image)
     torch.testing.assert_close(run(image), model(image), **CLOSE)
+
+
+ASKING = {
+    "hooks": lambda model, x: model.run_with_hooks(x, hooks={("z", 0): halve}),
+    "cache": lambda model, x: model.run_with_cache(x, names="z")[1]["z", 1],
+}
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("what", ASKING)
+def test_hooks_and_caches_asked_for_inside_of_a_compiled_function(make, image, what):
+    """Where the function must be one graph, a sentence; else it breaks there, and the numbers are the same."""
+    model = make(layers=2).requires_grad_(False)
+    asking = partial(ASKING[what], model)
+    torch.testing.assert_close(torch.compile(asking, backend="eager")(image), asking(image), **CLOSE)
+    with pytest.raises((HookError, torch._dynamo.exc.Unsupported), match="open the scope around it"):
+        torch.compile(asking, backend="eager", fullgraph=True)(image)
+    assert model.open_hooks() == {}
+    torch.testing.assert_close(asking(image), ASKING[what](model, image), **CLOSE)
 
 
 def test_a_scope_of_several_passes_shares_a_graph_and_tells_what_they_missed(model, image):

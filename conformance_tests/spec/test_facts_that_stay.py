@@ -27,7 +27,7 @@ def test_pydantics_own_ways_raise_pydantics_error() -> None:
     with pytest.raises(ValidationError):
         TokenLayout.model_validate({"rows": 0})
     layout = TokenLayout(rows=2, columns=3)
-    with pytest.raises(SpecError, match="rows: .* not -4"):
+    with pytest.raises(SpecError, match=r"rows: .* not -4"):
         layout.model_copy(update={"rows": -4})
     with pytest.raises(SpecError, match="row: Extra"):
         layout.model_copy(update={"row": 4})

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import prisma_core as prisma
+from prisma_core import HookError
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 SMALL = {
@@ -32,6 +33,15 @@ def edited(model):
     return lambda x: model.run_with_hooks(x, hooks={"*.hook_resid_mid": lambda a, at: a + a.tanh()})
 
 
+class Asking(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return edited(self.model)(x)
+
+
 def linear(f, x):
     output, tangent = torch.func.linearize(f, x)
     return torch.stack([output, tangent(torch.ones_like(x))])
@@ -51,6 +61,24 @@ def test_the_same_numbers(pair, way):
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         expected = WAYS[way](upstream, x)
     torch.testing.assert_close(WAYS[way](model, x), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("pair", ["vit_tiny_patch16_224"], indirect=True)
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_in_a_scope_and_of_what_opens_one(pair, strict):
+    """The scope around is in the graph; one inside is a sentence where torch reads code, and works where it runs it."""
+    _, model, x = pair
+    plain, expected, around = model(x), edited(model)(x), {"*.hook_resid_mid": lambda a, at: a + a.tanh()}
+    with model.hooks(around):
+        exported = torch.export.export(model, (x,), strict=strict).module()
+    torch.testing.assert_close(exported(x), expected, **CLOSE)
+    torch.testing.assert_close(torch.export.export(model, (x,), strict=strict).module()(x), plain, **CLOSE)
+    inside = Asking(model)
+    if strict:
+        with pytest.raises((HookError, torch._dynamo.exc.Unsupported), match="open the scope around it"):
+            torch.export.export(inside, (x,), strict=True)
+    else:
+        torch.testing.assert_close(torch.export.export(inside, (x,), strict=False).module()(x), expected, **CLOSE)
 
 
 def test_hooks_are_recorded(pair):

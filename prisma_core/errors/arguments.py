@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prisma_core.errors import InputError, PrismaError, suggest
+from prisma_core.errors import HookError, InputError, PrismaError, suggest
 
 T = TypeVar("T")
 LONGEST = 80  # letters of a value in a message
@@ -65,6 +65,15 @@ def alive(x: Tensor) -> Tensor:
             "from the function, as in torch.vmap(lambda image: dict(model.run_with_cache(image[None])[1]))(images)."
         )
     return x
+
+
+def check_eager() -> None:
+    """Refuse to make a scope inside of what ``torch.compile`` or ``torch.export`` traces: it has no code for that."""
+    if torch.compiler.is_dynamo_compiling():
+        raise HookError(
+            "Hooks and caches cannot be asked for inside of what is compiled or exported. Compile the model, and open "
+            "the scope around it: with model.hooks(...): compiled(images)."
+        )
 
 
 def in_transform() -> bool:

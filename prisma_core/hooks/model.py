@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import HookError, InputError
-from prisma_core.errors.arguments import check_call, check_flags, device_of, dtype_of
+from prisma_core.errors.arguments import check_call, check_eager, check_flags, device_of, dtype_of
 from prisma_core.errors.migration import check_keywords, keyword_names, keywords, module_getattr
 from prisma_core.hooks.cache import ActivationCache
 from prisma_core.hooks.capture import Countdown, Keep, gradients
@@ -312,9 +312,9 @@ class HookedModel(nn.Module):
 
     def _sites(self) -> dict[str, Site]:
         """Walk the modules, and return every hook point with its owner by full name, in firing order."""
-        sites = sites_below(self)
+        check_eager()
         spliced = [scope.splices for scope in OPEN_SCOPES.get() if scope.splices]
-        return dict(with_splices(sites, spliced)) if spliced else sites
+        return dict(with_splices(sites_below(self), spliced)) if spliced else sites_below(self)
 
     def _scope(
         self,

@@ -237,8 +237,7 @@ class Scope:
     def close(self) -> None:
         """Empty the scope, and take it off the open ones of this thread or task."""
         self.is_open, self.touched, self.began = False, frozenset(), ()
-        self.splices, self.edits, self.backward, self.captures = {}, {}, {}, {}
-        self.completed, self.expected = {}, []
+        self.splices, self.edits, self.backward, self.captures, self.completed, self.expected = {}, {}, {}, {}, {}, []
         OPEN_SCOPES.set(tuple(scope for scope in OPEN_SCOPES.get() if scope.is_open))
 
     def again(self) -> Callable[[], ScopeContext[None]]:
@@ -290,7 +289,7 @@ class ScopeContext(AbstractContextManager[Value]):
         return f"<scope, {state}{': ' if names else ''}{', '.join(names[:3])}{more}>"
 
     def __del__(self) -> None:
-        if self.scope.is_open:  # entered by hand, and forgotten
+        if vars(self) and self.scope.is_open:  # entered by hand, and forgotten; torch.compile makes empty ones
             self.scope.close()
 
 
