@@ -228,7 +228,7 @@ def test_a_compiled_model(image, reentrant, compiled, in_float64):
 
 @pytest.mark.usefixtures("compiling")
 @pytest.mark.filterwarnings("ignore")
-def test_a_cache_around_a_compiled_part_says_why_it_cannot_be(image):
+def test_a_cache_around_a_compiled_part_says_why_it_cannot_be(image, in_float64):
     model = build(scale=True, registers=2)
     module = model.get_submodule("blocks.1.mlp")
     module.forward = torch.compile(module.forward, backend="aot_eager")
