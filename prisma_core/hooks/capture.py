@@ -42,8 +42,8 @@ class Keep:
             return
         if self.name in self.store:
             raise HookError(
-                f"{self.name} fired twice: a cache holds one pass. Open a new scope for the next one. What runs several "
-                "times in one pass, by upstream's code or checkpointed and compiled by itself, cannot be cached."
+                f"{self.name} fired twice: a cache holds one pass. Open a new scope for the next one. What runs "
+                "several times in one pass, by upstream's code or compiled in a checkpoint, cannot be cached."
             )
         if not self.detach and has_no_graph():
             raise HookError(f"{self.name} has no graph here; checkpoint with use_reentrant=False.")

@@ -171,7 +171,7 @@ def _written(module: str) -> dict[tuple[str, int], list[CodeType]]:
         return codes
     try:
         old = Path(loader.path).stat().st_mtime < START
-        rest = [loader.get_code(module)] if old else []
+        rest = [cast("CodeType", loader.get_code(module))] if old else []
     except (OSError, ImportError, SyntaxError):
         return codes
     while rest:
