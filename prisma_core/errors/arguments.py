@@ -194,7 +194,8 @@ def check_call(function: object, n: int, what: str, expected: str, error: type[P
         InputError: with the signature it has.
     """
     module = isinstance(function, nn.Module)
-    if not callable(function) or (module and type(function).forward is nn.Module.forward):
+    unmade = isinstance(function, type) and issubclass(function, nn.Module)
+    if not callable(function) or unmade or (module and type(function).forward is nn.Module.forward):
         raise error(f"{what} is {shown(function)}; expected {expected}.")
     try:
         signature = inspect.signature(function.forward if module else function)

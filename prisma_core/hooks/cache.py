@@ -76,10 +76,7 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
         if name in STREAM_METHODS:
             raise MissingPart(self._no_stream())
         if name == "tower":
-            need = "give it to ActivationCache.load(path, model=model)"
-            raise MissingPart(
-                f"This cache has no model; {need}." if self.model is None else "This model has no towers."
-            )
+            raise MissingPart(self._no_stream() if self.model is None else "This model has no towers.")
         raise unknown_attribute(self, name)
 
     def _no_stream(self) -> str:

@@ -79,10 +79,13 @@ def resolve(query: Query | None, names: Sequence[str], derived: frozenset[str] =
     except TypeError as error:
         raise _no_query(query) from error
     known, union = set(names), set[str]()
-    for part in parts:
-        if cast(object, part) is None:
-            raise _no_query(part)
-        union.update([part] if isinstance(part, str) and part in known else resolve(part, names, derived))
+    try:
+        for part in parts:
+            if cast(object, part) is None:
+                raise _no_query(part)
+            union.update([part] if isinstance(part, str) and part in known else resolve(part, names, derived))
+    except RecursionError as error:  # a list that holds itself
+        raise _no_query(query) from error
     return [name for name in names if name in union]
 
 
@@ -121,9 +124,8 @@ def _resolve_text(query: str, names: Sequence[str], derived: frozenset[str]) -> 
     if query in names:
         return [query]
     if any(char in query for char in "*?["):
-        selected = [
-            name for name in fnmatch.filter(names, query) if name not in derived or name.rsplit(".", 1)[-1] in query
-        ]
+        found = fnmatch.filter(names, query)
+        selected = [name for name in found if name not in derived or name.rsplit(".", 1)[-1] in query]
     else:
         selected = _shorthand(query, names)
     if not selected:
