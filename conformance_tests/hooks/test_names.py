@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import pytest
 from torch import nn
@@ -119,6 +120,15 @@ def test_an_integer_may_come_from_numpy():
 def test_what_selects_nothing_is_an_error(query, words):
     with pytest.raises(UnknownName, match=words):
         found(query)
+
+
+def test_a_list_that_holds_itself_is_no_name():
+    inner: list[Any] = []
+    outer = [inner]
+    inner.append(outer)
+    for query in (inner, outer, ["embed", inner]):
+        with pytest.raises(UnknownName, match=r"\[\.\.\.\].* is no name"):
+            found(query)
 
 
 def test_an_error_lists_the_shorthands():

@@ -118,6 +118,19 @@ def quantised(net: Net) -> None:
     exchanged(net.float(), made[0])
 
 
+def coded(net: Net) -> None:
+    part(net).weight = nn.Parameter(part(net).weight.detach().to(torch.int8), requires_grad=False)
+
+
+def coded_in_eight_bits(net: Net) -> None:
+    part(net).weight = nn.Parameter(part(net).weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+
+
+def of_bitsandbytes(net: Net) -> None:
+    kind = type("Linear8bitLt", (nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
+    part(net).__class__ = kind
+
+
 def scripted(net: Net) -> None:
     exchanged(net, torch.jit.script(part(net)))
 
@@ -158,6 +171,9 @@ def elsewhere(net: Net) -> None:
 
 OTHERS: dict[Callable[[Net], None], tuple[str, str | None]] = {  # the words of a canonical form, of a hooked upstream
     quantised: (f"dynamic.*{PLACE}.*(expect|made of)", None),
+    coded: (f"'{PLACE}'.*torch.int8: codes of quantised weights", None),
+    coded_in_eight_bits: (f"'{PLACE}'.*torch.float8_e4m3fn: codes of quantised weights", None),
+    of_bitsandbytes: (f"Linear8bitLt at '{PLACE}'.*Quantised weights: adapt what they were made of", None),
     scripted: (f"ScriptModule.*{PLACE}.*made of", f"ScriptModule.*{PLACE}.*runs no hooks.*made of"),
     traced: (f"{PLACE}.*made of", f"{PLACE}.*runs no hooks"),
     symbolic: (f"GraphModule.*{PLACE}.*made of", None),
