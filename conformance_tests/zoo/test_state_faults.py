@@ -116,6 +116,18 @@ def test_a_scale_that_the_fused_kernel_is_not_given(name: str, fused: bool) -> N
     assert torch.equal(after(x), before(x)) == fused
 
 
+@pytest.mark.parametrize("name", ["dinov2.layers.attention.MemEffAttention", "dinov3.layers.attention.SelfAttention"])
+def test_a_scale_that_some_of_metas_kernels_are_not_given(name: str) -> None:
+    model = case("dino", "meta_v3")
+    attention = model.blocks[0].attn
+    own, (home, _, kind) = type(attention), name.rpartition(".")
+    attention.scale *= 2
+    prisma.adapt(model)
+    attention.__class__ = type(kind, (own,), {"__module__": home})
+    with pytest.raises(UnsupportedArchitecture, match=rf"{kind} at 'blocks.0.attn'.*scale="):
+        prisma.adapt(model)
+
+
 @torch.no_grad()
 def test_a_scale_that_open_clips_fused_kernel_is_not_given() -> None:
     open_clip = pytest.importorskip("open_clip")
