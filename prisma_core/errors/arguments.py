@@ -194,8 +194,9 @@ def check_call(function: object, n: int, what: str, expected: str, error: type[P
         InputError: with the signature it has.
     """
     module = isinstance(function, nn.Module)
-    unmade = isinstance(function, type) and issubclass(function, nn.Module)
-    if not callable(function) or unmade or (module and type(function).forward is nn.Module.forward):
+    if isinstance(function, type) and issubclass(function, nn.Module):
+        raise error(f"{what} is the class {function.__name__}; expected one of its objects, as {expected}.")
+    if not callable(function) or (module and type(function).forward is nn.Module.forward):
         raise error(f"{what} is {shown(function)}; expected {expected}.")
     try:
         signature = inspect.signature(function.forward if module else function)
