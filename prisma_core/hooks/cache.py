@@ -21,8 +21,7 @@ from prisma_core.spec.brief import aligned, folded, html_table
 from prisma_core.spec.layout import Index, TokenLayout, positions_of
 from prisma_core.spec.views import TokenViews
 
-_GRAD, _TOKENS = "grad/", "given/tokens"
-_METADATA = "prisma_cache"
+_GRAD, _TOKENS, _METADATA = "grad/", "given/tokens", "prisma_cache"
 
 
 @dataclass(eq=False, repr=False)

@@ -70,7 +70,8 @@ def resolve(query: Query | None, names: Sequence[str], derived: frozenset[str] =
         if any(isinstance(answer, str) for answer in answers.values()):  # a hook point returns what it is given
             raise _no_query(query)
         if not any(answers.values()):
-            raise UnknownName(f"The predicate {query!r} selects none of this model's {len(names)} hook points.")
+            why = " Derived points are asked for by name, and by no predicate." if any(map(query, derived)) else ""
+            raise UnknownName(f"The predicate {query!r} selects none of this model's {len(names)} hook points.{why}")
         return [name for name, answer in answers.items() if answer]
     if _is_layer_query(query):
         return _with_layer(query, names)
