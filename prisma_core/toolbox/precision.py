@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -19,7 +19,7 @@ def widened(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def taking_gradients() -> Iterator[None]:
+def taking_gradients() -> Generator[None]:
     """Open a scope in which gradients are taken, whatever the caller's mode.
 
     Raises:
