@@ -75,7 +75,8 @@ class OpenClipSource(Source):
         return _loaded(model, Tokenizer(_text(_config(name), options), f"open_clip:{name}"))
 
     def describe(self, upstream: nn.Module) -> Loaded:
-        config = getattr(getattr(upstream, "visual", upstream), "preprocess_cfg", None)
+        visual: Any = getattr(upstream, "visual", upstream)
+        config: Any = getattr(visual, "preprocess_cfg", None)
         with suppress(LoadError):  # what cannot be repeated is not said
             return Loaded(upstream, preprocess(config) if config else None)
         return Loaded(upstream)
