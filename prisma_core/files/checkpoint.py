@@ -323,7 +323,9 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _kind(tensor: Tensor) -> str:
-    return "complex" if tensor.is_complex() else "real" if tensor.is_floating_point() else "whole"
+    if tensor.is_floating_point():
+        return "real" if tensor.itemsize > 1 else "real of 8 bits (a code of quantised weights)"
+    return "complex" if tensor.is_complex() else "whole"
 
 
 def _listed(problems: list[str], most: int = 5) -> str:
