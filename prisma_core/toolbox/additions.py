@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, cast
 
 from torch import nn
@@ -52,7 +52,7 @@ def changed_part(model: nn.Module, plain: nn.Module) -> str | None:
 
     Compared are classes, and attributes that are no tensors: sizes, functions, the specs of parts.
     """
-    parts = cast("Mapping[str, nn.Module]", dict(plain.named_modules()))
+    parts = dict(cast("Iterator[tuple[str, nn.Module]]", plain.named_modules()))
     for path, part in cast("Iterator[tuple[str, nn.Module]]", model.named_modules()):
         like = parts.get(path)
         if type(part) is not type(like):
