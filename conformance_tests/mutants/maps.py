@@ -204,7 +204,7 @@ MAP_MUTANTS = [
     MapMutant(
         "columns read as rows",
         CONVNEXT,
-        "hook_embed has the axes 'batch row column d_model', and so 12 rows and 8 columns of an image of 32 x 48",
+        "hook_embed has the axes 'batch row column d_model', and so 16 rows and 8 columns of an image of 32 x 64",
         axes=(("hook_embed", "batch d_model column row -> batch row column d_model"),),
     ),
     MapMutant(
@@ -222,7 +222,7 @@ MAP_MUTANTS = [
         "heads named positions",
         SAM,
         "blocks.0.attn.hook_z has the axes 'batch window head pos d_head': expected the heads before the last",
-        axes=(("blocks.0.attn.hook_z", "(batch window pos) head d_head -> batch window head pos d_head"),),
+        axes=(("blocks.0.attn.hook_z", "(batch window head) pos d_head -> batch window head pos d_head"),),
     ),
     MapMutant(
         "queries named keys",

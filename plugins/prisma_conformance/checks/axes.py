@@ -43,9 +43,11 @@ def _orders(name: str, axes: list[str], square: list[str]) -> Iterator[str]:
         yield "what begins with 'd_' last"
     if {"row", "column"} & {*axes} and ("row", "column") not in pairwise(axes):
         yield "'row column'"
-    before_last = -3 if name in SQUARES else -2
-    if any(axis in HEADS for axis in axes) and axes[before_last] not in HEADS:
-        yield "the heads before queries and keys" if name in SQUARES else "the heads before the last"
+    heads = [at - len(axes) for at, axis in enumerate(axes) if axis in HEADS]
+    if heads and axes[-1].startswith(("query", "key")) and heads != [-3]:
+        yield "the heads before queries and keys"
+    if heads and name in VECTORS and heads != [-2]:
+        yield "the heads before the last"
     if name in SQUARES and not (axes[-2].startswith("query") and axes[-1].startswith("key")):
         yield "'query_pos key_pos' last"
     if name in VECTORS and "head" in square and len(axes) == len(square) and not any(axis in HEADS for axis in axes):
