@@ -225,6 +225,12 @@ MAP_MUTANTS = [
         axes=(("blocks.0.attn.hook_z", "(batch window head) pos d_head -> batch window head pos d_head"),),
     ),
     MapMutant(
+        "windows named positions",
+        SWIN,
+        "attn.hook_v has the axes 'batch pos window head d_head': expected 'batch window' first, as scores have it",
+        axes=(("stages.0.blocks.0.attn.hook_v", "(batch pos) head window d_head -> batch pos window head d_head"),),
+    ),
+    MapMutant(
         "queries named keys",
         HIERA,
         "hook_pattern has the axes 'batch window head key_pos query_pos': expected 'query_pos key_pos' last",

@@ -50,6 +50,9 @@ def _orders(name: str, axes: list[str], square: list[str]) -> Iterator[str]:
         yield "the heads before the last"
     if name in SQUARES and not (axes[-2].startswith("query") and axes[-1].startswith("key")):
         yield "'query_pos key_pos' last"
+    lead = square[: -3 if "head" in square else -2] if name in VECTORS else []
+    if axes[: len(lead)] != lead:
+        yield f"'{' '.join(lead)}' first, as scores have it"
     if name in VECTORS and "head" in square and len(axes) == len(square) and not any(axis in HEADS for axis in axes):
         yield "'head', as scores have it"
 
