@@ -233,6 +233,24 @@ def test_an_exempt_point_is_counted_apart() -> None:
     assert found.detail.startswith("38 of 39 hook points proven by equations; exempt: hook_pooled")
 
 
+class Wrapped(Upstream):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"out": super().forward(x)}
+
+
+class Unwrapping(Adapter):
+    def output(self, result: dict[str, Tensor]) -> Tensor:
+        return result["out"]
+
+
+def test_an_output_that_only_the_adapter_can_read_has_its_reference_in_the_case() -> None:
+    case = Case("toy", Wrapped)
+    found = run_check(CHECKS["parity.logits"], Subject(case, Unwrapping(), Wrapped().eval()))
+    assert "Case('toy', ..., forward=lambda model, x: model(x)[...])" in found.detail
+    case = Case("toy", Wrapped, forward=lambda model, x: model(x)["out"])
+    assert run_check(CHECKS["parity.logits"], Subject(case, Unwrapping(), Wrapped().eval())).passed
+
+
 # -------------------------------------------------------------------- formulas
 
 
