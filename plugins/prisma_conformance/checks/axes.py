@@ -37,7 +37,7 @@ def misnamed(rows: Mapping[str, Row], acts: Acts, image: Tensor) -> Iterator[str
 
 def _orders(name: str, axes: list[str], square: list[str]) -> Iterator[str]:
     """Yield the orders that axes lack; ``square`` has those of the attention's scores or pattern, if there are any."""
-    if axes[0] != "batch":
+    if not axes[0].startswith("batch"):  # or ``batch_frame``, of both
         yield "'batch' first"
     if any(axis.startswith("d_") for axis in axes[:-1]):
         yield "what begins with 'd_' last"
