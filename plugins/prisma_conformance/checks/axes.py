@@ -25,8 +25,8 @@ def misnamed(rows: Mapping[str, Row], acts: Acts, image: Tensor) -> Iterator[str
     """
     for point, row in rows.items():
         axes, (part, _, name) = row.axes.split(), point.rpartition(".")
-        square = next((rows[at].axes.split() for one in SQUARES if (at := f"{part}.{one}") in rows), [])
-        for order in _orders(name, axes, square):
+        square = next((rows[at].axes for one in SQUARES if (at := f"{part}.{one}") in rows), "")
+        for order in _orders(name, axes, square.split()):
             yield f"{point} has the axes '{row.axes}': expected {order}"
         if {"row", "column"} <= {*axes} and image.ndim >= 4:
             (height, width), sizes = image.shape[-2:], dict(zip(axes, acts[point].shape, strict=True))

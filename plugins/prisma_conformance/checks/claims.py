@@ -193,7 +193,7 @@ def block(acts: Acts, layer: Block | SideBySide, rope: Rope | None, hidden: Tens
     pre, kind = acts["hook_resid_pre"], layer.spec.kind
     if kind == "post":
         return (yield from _post(acts, layer, hidden))
-    out = torch.zeros_like(pre)
+    normed, out = pre, torch.zeros_like(pre)
     yield from _head_inputs(acts, layer)
     parts = zip(*(_parts(layer, part) for part in ("attn", "ln1", "ls1")), strict=True)
     for side, ((name, attn), (ln, ln1), (_, scale)) in enumerate(parts):
