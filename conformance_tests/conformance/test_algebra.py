@@ -26,7 +26,7 @@ from prisma_core.spec import (
     TextSpec,
 )
 from prisma_core.transformer import ZooModel, build
-from prisma_core.transformer.attention import Attention
+from prisma_core.transformer.attention import Attention, HeadInputs
 from prisma_core.transformer.block import Block
 from prisma_core.transformer.norm import Norm
 
@@ -42,20 +42,32 @@ def all_hold(model: ZooModel) -> None:
 
 
 def hold_on_a_plain_pass(model: ZooModel, inputs: tuple[torch.Tensor, ...]) -> None:
-    _, cache = model.run_with_cache(*inputs)
-    errors = equations(model, inputs, cache.store)
-    assert {point for point, _ in errors} == set(model.hook_points())
-    wrong = {f"{point} = {equation}": error for (point, equation), error in errors.items() if not error <= 1e-10}
-    assert not wrong
+    """With and without the derived activations."""
+    for names in groups(model):
+        _, cache = model.run_with_cache(*inputs, names=names)
+        errors = equations(model, inputs, cache.store)
+        assert {point for point, _ in errors} == set(names)
+        wrong = {f"{point} = {equation}": error for (point, equation), error in errors.items() if not error <= 1e-10}
+        assert not wrong
 
 
 def wrong_when_edited(model: ZooModel, inputs: tuple[torch.Tensor, ...]) -> dict[str, float]:
-    """Evaluate the equations of a pass in which every hook point is edited; return those that fail."""
-    points = [name for name, point in model.hook_points().items() if not point.derived]
-    before, after = edited_pass(model, inputs, points, torch.Generator().manual_seed(3))
-    errors = equations(model, inputs, after, before)
-    assert set(points) - {point for point, _ in errors} <= {"hook_pos_embed"}  # full_embed's equation reads it
-    return {f"{point} = {equation}": error for (point, equation), error in errors.items() if not error <= 1e-10}
+    """Evaluate the equations of passes in which every hook point is edited; return those that fail.
+
+    One pass leaves the derived points out, for the model computes other things then.
+    """
+    wrong: dict[str, float] = {}
+    for names in groups(model):
+        before, after = edited_pass(model, inputs, names, torch.Generator().manual_seed(3))
+        errors = equations(model, inputs, after, before)
+        assert set(names) - {point for point, _ in errors} <= {"hook_pos_embed"}  # full_embed's equation reads it
+        wrong |= {f"{point} = {equation}": error for (point, equation), error in errors.items() if not error <= 1e-10}
+    return wrong
+
+
+def groups(model: ZooModel) -> tuple[list[str], list[str]]:
+    points = model.hook_points()
+    return list(points), [name for name, point in points.items() if not point.derived]
 
 
 def test_of_each_kind_of_model(variant: HookedViT) -> None:
@@ -145,6 +157,21 @@ TWINS = {
         "centred * scale.reciprocal().type_as(centred)",
         "centred * self._inverse(centred)",
     ),
+    "inputs of heads past the hooks of the norm": (
+        HeadInputs,
+        "norm.fused(each) + change",
+        "norm.fused(each)",
+    ),
+    "values past the hooks of their heads' inputs": (
+        Attention,
+        "parts[index] = projected + bias",
+        "parts[index] = (projected + bias + parts[index]) / 2",
+    ),
+    "results of heads past their hooks": (
+        Attention,
+        "show(self.hook_result, result, flat.dtype).sum(2)",
+        "((show(self.hook_result, result, flat.dtype) + result) / 2).sum(2)",
+    ),
 }
 
 
@@ -156,7 +183,7 @@ def test_a_place_past_which_an_edit_goes_is_seen(name: str, make: Any, image: An
     model = make()
     assert not wrong_when_edited(model, (image,))
     copy = twin(kind, right, wrong)
-    for method in ("forward", "_divided"):
+    for method in ("forward", "_divided", "_project", "after"):
         if hasattr(kind, method):
             monkeypatch.setattr(kind, method, getattr(copy, method))
     hold_on_a_plain_pass(model, (image,))

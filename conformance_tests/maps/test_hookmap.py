@@ -223,6 +223,16 @@ def test_a_function_that_fails_is_named(function, words):
         row.read(torch.zeros(2, 3), {})
 
 
+def test_one_axis_may_have_several_lengths() -> None:
+    table = HookMap.parse("one -> a : b (head d) -> b head d\ntwo -> b : b (head2 d) -> b head2 d", head=2, head2=3)
+    one, two = table.rows
+    assert one.axes == two.axes == "b head d"
+    x = torch.randn(1, 6)
+    assert one.read(x, table.sizes).shape == (1, 2, 3)
+    assert two.read(x, table.sizes).shape == (1, 3, 2)
+    assert torch.equal(two.write(two.read(x, table.sizes), table.sizes), x)
+
+
 def test_two_rows_that_speak_of_one_hook_point():
     table = HookMap.parse("a.{l} -> blocks.{l}.hook_x") | HookMap.parse("b -> blocks.0.hook_x")
     with pytest.raises(PrismaError, match=r"several rows for blocks\.0\.hook_x"):

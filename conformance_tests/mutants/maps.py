@@ -29,6 +29,7 @@ class MapMutant:
         name: what is wrong.
         model: the architecture whose map it is made in.
         places: where hook points are read instead; their axes and formulas stay.
+        axes: einops patterns or axes instead.
         says: what the check must find, in its own words.
         equations: formulas or prose behind ``=`` instead.
         exempt: what the adapter leaves out.
@@ -39,6 +40,7 @@ class MapMutant:
     model: str
     says: str
     places: tuple[tuple[str, str], ...] = ()
+    axes: tuple[tuple[str, str], ...] = ()
     equations: tuple[tuple[str, str], ...] = ()
     exempt: tuple[tuple[str, str], ...] = ()
     check: str = "maps.proven"
@@ -53,17 +55,16 @@ class MapMutant:
 def broken(adapter: Any, mutant: MapMutant) -> MapAdapter:
     """An adapter with the mistake in its table."""
     assert isinstance(adapter, MapAdapter)
-    places, equations = dict(mutant.places), dict(mutant.equations)
+    places, axes, equations = dict(mutant.places), dict(mutant.axes), dict(mutant.equations)
 
     def change(table: HookMap) -> HookMap:
         rows = {row.hook: row for row in table.rows}
         lines: list[str] = []
-        assert set(places) | set(equations) <= set(rows)
+        assert set(places) | set(axes) | set(equations) <= set(rows)
         for hook, row in rows.items():
             equation = equations.get(hook, row.equation)
-            lines.append(
-                f"{places.get(hook, row.place)} -> {hook} : {row.how}" + (f" = {equation}" if equation else "")
-            )
+            line = f"{places.get(hook, row.place)} -> {hook} : {axes.get(hook, row.how)}"
+            lines.append(line + (f" = {equation}" if equation else ""))
         return HookMap.parse("\n".join(lines), **table.sizes)
 
     class Broken(type(adapter)):  # type: ignore[misc]
@@ -193,6 +194,52 @@ MAP_MUTANTS = [
         SWIN,
         "1 hook points could hold anything, for no equation fails when they are changed: hook_embed",
         equations=(("hook_embed", "patches times weights, normed"),),
+    ),
+    MapMutant(
+        "rows named columns",
+        SWIN,
+        "blocks.1.hook_resid_mid has the axes 'batch column row d_model': expected 'row column'",
+        axes=(("stages.0.blocks.1.hook_resid_mid", "batch column row d_model"),),
+    ),
+    MapMutant(
+        "columns read as rows",
+        CONVNEXT,
+        "hook_embed has the axes 'batch row column d_model', and so 16 rows and 8 columns of an image of 32 x 64",
+        axes=(("hook_embed", "batch d_model column row -> batch row column d_model"),),
+    ),
+    MapMutant(
+        "heads named windows",
+        SWIN,
+        "hook_pattern has the axes 'batch head window query_pos key_pos': expected the heads before queries and keys",
+        axes=(
+            (
+                "stages.0.blocks.0.attn.hook_pattern",
+                "(batch head) window query_pos key_pos -> batch head window query_pos key_pos",
+            ),
+        ),
+    ),
+    MapMutant(
+        "heads named positions",
+        SAM,
+        "blocks.0.attn.hook_z has the axes 'batch window head pos d_head': expected the heads before the last",
+        axes=(("blocks.0.attn.hook_z", "(batch window head) pos d_head -> batch window head pos d_head"),),
+    ),
+    MapMutant(
+        "windows named positions",
+        SWIN,
+        "attn.hook_v has the axes 'batch pos window head d_head': expected 'batch window' first, as scores have it",
+        axes=(("stages.0.blocks.0.attn.hook_v", "(batch pos) head window d_head -> batch pos window head d_head"),),
+    ),
+    MapMutant(
+        "queries named keys",
+        HIERA,
+        "hook_pattern has the axes 'batch window head key_pos query_pos': expected 'query_pos key_pos' last",
+        axes=(
+            (
+                "blocks.1.attn.hook_pattern",
+                "batch head window key_pos query_pos -> batch window head key_pos query_pos",
+            ),
+        ),
     ),
     MapMutant(
         "an exemption that is not needed",

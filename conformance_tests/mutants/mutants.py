@@ -315,6 +315,13 @@ class Doubled(HookPoint):
         return x
 
 
+class Halving(HookPoint):
+    """Passes half of an edit on."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x + super().__call__(x)) / 2
+
+
 class Silent(HookPoint):
     def __call__(self, x: Tensor) -> Tensor:
         return x

@@ -17,6 +17,7 @@ from .mutants import (
     CASES,
     Cutting,
     Doubled,
+    Halving,
     Ignoring,
     Mutant,
     Rounding,
@@ -268,6 +269,18 @@ MUTANTS = [
         "algebra",
         "blocks.0.attn.hook_result = z W_O, of each head: off by",
         edit=point("blocks.0.attn.hook_result", Squared),
+    ),
+    Mutant(
+        "results of heads, half of an edit",
+        "algebra",
+        "blocks.0.hook_attn_out = z W_O + b_O, scaled, with every hook point edited: off by",
+        edit=point("blocks.0.attn.hook_result", Halving),
+    ),
+    Mutant(
+        "inputs of heads, half of an edit",
+        "algebra",
+        "blocks.1.attn.hook_k = x W_K + b_K, normed, with every hook point edited: off by",
+        edit=point("blocks.1.hook_k_input", Halving),
     ),
     Mutant(
         "a hook point that nothing speaks of",

@@ -68,7 +68,7 @@ STREAM, HEADWISE, FOLDED = (
     "batch head pos d -> batch pos head d",
     "batch pos (head d) -> batch pos head d",
 )
-MLP = "batch d_mlp pos -> batch pos d_mlp"
+SQUARE, MLP = "batch head query_pos key_pos", "batch d_mlp pos -> batch pos d_mlp"
 
 
 def block_rows(at: str) -> str:
@@ -78,9 +78,9 @@ def block_rows(at: str) -> str:
         {at}.attn.q         ->  {at}.attn.hook_q          : {FOLDED}  = {at}.attn.q(ln1.normalized)
         {at}.attn.k         ->  {at}.attn.hook_k          : {FOLDED}  = {at}.attn.k(ln1.normalized)
         {at}.attn.v         ->  {at}.attn.hook_v          : {FOLDED}  = {at}.attn.v(ln1.normalized)
-        {at}.attn @ softmax : in  ->  {at}.attn.hook_attn_scores  : batch head q k  = {at}.attn.scale * q . k
-        {at}.attn @ softmax ->  {at}.attn.hook_softmax    : batch head q k  = softmax(attn_scores)
-        {at}.attn.mix       ->  {at}.attn.hook_pattern    : batch q k head -> batch head q k
+        {at}.attn @ softmax : in  ->  {at}.attn.hook_attn_scores  : {SQUARE}  = {at}.attn.scale * q . k
+        {at}.attn @ softmax ->  {at}.attn.hook_softmax    : {SQUARE}  = softmax(attn_scores)
+        {at}.attn.mix       ->  {at}.attn.hook_pattern    : batch query_pos key_pos head -> batch head query_pos key_pos
         {at}.attn @ matmul#1 -> {at}.attn.hook_z          : {HEADWISE}
         {at}.attn           ->  {at}.hook_attn_out        : {STREAM}  = {at}.attn.out(attn.z)
         {at} @ add          ->  {at}.hook_resid_mid       : {STREAM}
@@ -231,6 +231,24 @@ def test_an_exempt_point_is_counted_apart() -> None:
     found = result(Adapter(rows, MIXED | {"hook_pooled": "upstream picks a token by chance"}))
     assert found.passed, str(found)
     assert found.detail.startswith("38 of 39 hook points proven by equations; exempt: hook_pooled")
+
+
+class Wrapped(Upstream):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"out": super().forward(x)}
+
+
+class Unwrapping(Adapter):
+    def output(self, result: dict[str, Tensor]) -> Tensor:
+        return result["out"]
+
+
+def test_an_output_that_only_the_adapter_can_read_has_its_reference_in_the_case() -> None:
+    case = Case("toy", Wrapped)
+    found = run_check(CHECKS["parity.logits"], Subject(case, Unwrapping(), Wrapped().eval()))
+    assert "Case('toy', ..., forward=lambda model, x: model(x)[...])" in found.detail
+    case = Case("toy", Wrapped, forward=lambda model, x: model(x)["out"])
+    assert run_check(CHECKS["parity.logits"], Subject(case, Unwrapping(), Wrapped().eval())).passed
 
 
 # -------------------------------------------------------------------- formulas

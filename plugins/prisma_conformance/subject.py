@@ -23,6 +23,7 @@ from prisma_core.plugin import (
     HookMap,
     InputError,
     MapAdapter,
+    PrismaError,
     Reader,
     Row,
     blaming,
@@ -227,7 +228,15 @@ class Subject:
             with blaming(self.case.forward, name):
                 return returned(name, self.case.forward(upstream, *inputs), Tensor)
         if self.form == "mapped":  # its own output() reads the hooked model's output too, so it cannot be the reference
-            return Adapter.output(self.adapter, upstream(*inputs))
+            result = upstream(*inputs)
+            try:
+                return Adapter.output(self.adapter, result)
+            except PrismaError as problem:
+                raise PrismaError(
+                    f"Upstream returns {type(result).__name__}, and the adapter's output() reads what the hooked model "
+                    "returns, so it cannot be its own reference. The case has to say where the main output is: "
+                    f"Case({self.case.name!r}, ..., forward=lambda model, x: model(x)[...])."
+                ) from problem
         with blaming(self.adapter):
             return returned(self.adapter.call, self.adapter.call(upstream, *inputs), Tensor)
 

@@ -79,7 +79,7 @@ class AutoencoderAdapter(MapAdapter):
         """
         for index in range(len(mae.decoder.decoder_layers)):
             layer = _layer(f"{at}decoder.decoder_layers.{index}", f"decoder.blocks.{index}", "", fused=fused)
-            rows += layer.replace("head d_head", "dechead d_head")
+            rows += layer.replace("head d_head", "head2 d_head")
         last = f"blocks.{len(mae.decoder.decoder_layers) - 1}.resid_post"
         rows += f"""
             {at}decoder.decoder_norm  ->  decoder.hook_ln_final  : {STREAM}  = {at}decoder.decoder_norm({last})
@@ -87,7 +87,7 @@ class AutoencoderAdapter(MapAdapter):
         """
         heads = mae.vit.layers[0].attention.num_attention_heads
         decoding = mae.decoder.decoder_layers[0].attention.num_attention_heads
-        return HookMap.parse(rows, head=heads, dechead=decoding)
+        return HookMap.parse(rows, head=heads, head2=decoding)
 
     def reference_places(self, upstream: Reader) -> HookMap:
         if not _fused(upstream):

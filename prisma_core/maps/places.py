@@ -14,10 +14,10 @@ call). Where several tensors come out, ``: out`` is the first and ``: out1`` the
 For a model without a canonical form (``prisma_core.upstream``) the table is all there is, so each row names the axes as
 well, alone or as the right side of its einops, and may end in an equation. The fused kernel can be opened there::
 
-    blocks.{l}                    ->  blocks.{l}.hook_resid_post     : batch pos d_model  = resid_mid + mlp_out
-    blocks.{l}.attn @ softmax     ->  blocks.{l}.attn.hook_pattern   : (batch window) head q k -> batch window head q k
-    blocks.{l}.attn @ scaled_dot_product_attention : scores  ->  blocks.{l}.attn.hook_attn_scores  : batch head q k
-    blocks.{l}.attn @ scaled_dot_product_attention : pattern ->  blocks.{l}.attn.hook_pattern      : batch head q k
+    blocks.{l}            ->  blocks.{l}.hook_resid_post    : batch pos d_model  = resid_mid + mlp_out
+    attn.{l} @ softmax -> blocks.{l}.attn.hook_pattern : (batch head) query_pos key_pos -> batch head query_pos key_pos
+    attn.{l} @ scaled_dot_product_attention : scores  -> blocks.{l}.attn.hook_attn_scores : batch head query_pos key_pos
+    attn.{l} @ scaled_dot_product_attention : pattern -> blocks.{l}.attn.hook_pattern     : batch head query_pos key_pos
 """
 
 from __future__ import annotations
@@ -143,8 +143,8 @@ class Row(Line):
 
     @property
     def axes(self) -> str:
-        """The names of the activation's axes; empty where the row does not say."""
-        return "" if self.function else self.how.partition("->")[2].strip() or self.how
+        """The names of the activation's axes, ``head`` for ``head2``; empty where the row does not say."""
+        return "" if self.function else re.sub(r"(?<=[a-z])\d+", "", self.how.partition("->")[2].strip() or self.how)
 
     def bind(self, values: Mapping[str, str]) -> Row:
         """Fill in the marks."""

@@ -94,15 +94,15 @@ def score_rows(
 ) -> str:
     """Write the rows of scores and pattern of one attention.
 
-    >>> print(score_rows("blocks.0.attn", "blocks.0.attn", "batch head q k", fused=False, scores="q . k"))
-    blocks.0.attn @ softmax : in  ->  blocks.0.attn.hook_attn_scores  : batch head q k  = q . k
-    blocks.0.attn @ softmax  ->  blocks.0.attn.hook_pattern  : batch head q k  = softmax(attn_scores)
+    >>> print(score_rows("blocks.0.attn", "blocks.0.attn", "batch head query_pos key_pos", fused=False, scores="q . k"))
+    blocks.0.attn @ softmax : in  ->  blocks.0.attn.hook_attn_scores  : batch head query_pos key_pos  = q . k
+    blocks.0.attn @ softmax  ->  blocks.0.attn.hook_pattern  : batch head query_pos key_pos  = softmax(attn_scores)
     <BLANKLINE>
 
     Args:
         source: upstream's module.
         target: our part.
-        axes: of both, or einops: ``(batch window) head q k -> batch window head q k``.
+        axes: of both, or einops: ``(batch window) head query_pos key_pos -> ...``.
         fused: whether it calls the fused kernel, which is then opened; else it takes a softmax in a step of its own.
         softmax: the place of that step behind the module: ``.softmax`` where it is a module.
         scores: what scores are: a formula, or words where ``MapAdapter.equations`` proves them.

@@ -26,12 +26,17 @@ from prisma_core.transformer.block import Block, SideBySide
 def algebra(subject: Subject) -> Finding:
     """Evaluate the equation of each hook point, and list the points that nothing proves."""
     passes, bound, model = subject.passes(), tolerances.routes(subject.spec), subject.pair().model
-    errors = equations(model, passes.inputs, passes.acts)
+    first, points = tuple(x[:1] for x in passes.inputs), list(model.hook_points())  # derived activations are large
+    whole = dict(model.run_with_cache(*first, names=points)[1].store)
+    runs = [(passes.inputs, passes.acts), (first, whole)]
+    errors: dict[tuple[str, str], float] = {}
+    for inputs, acts in runs:
+        for claim, error in equations(model, inputs, acts).items():
+            errors[claim] = max(errors.get(claim, 0.0), error)
     problems = [f"{point} = {equation}: off by {e:.1e}" for (point, equation), e in errors.items() if not e <= bound]
-    if not problems:
-        points = [name for name, point in model.hook_points().items() if not point.derived]
-        before, after = edited_pass(model, passes.inputs, points, subject.generator(8))
-        for (point, equation), e in equations(model, passes.inputs, after, before).items():
+    for inputs, acts in runs if not problems else ():
+        before, after = edited_pass(model, inputs, list(acts), subject.generator(8))
+        for (point, equation), e in equations(model, inputs, after, before).items():
             if not e <= bound:
                 problems.append(f"{point} = {equation}, with every hook point edited: off by {e:.1e}")
     claimed = {point for point, _ in errors}
@@ -47,29 +52,16 @@ def equations(
 
     Args:
         model, inputs: of the pass.
-        acts: all of its activations but the derived ones, as hooks left them.
+        acts: its activations, as hooks left them: all, or all but the derived ones, which it then has not computed.
         before: what came to each hook point, where hooks changed it. Only the steps are evaluated then: an equation
             holds between what came to its point and what went on from those it reads.
     """
     errors: dict[tuple[str, str], float] = {}
-    derived = _derived_acts(model, inputs) if before is None else {}
-    claims_about_derived = _derived(model, acts) if derived else ()
     left = acts if before is None else before
-    for store, equations_ in ((left, _model(model, Acts(acts), inputs)), (derived, claims_about_derived)):
-        for point, equation, value, step in equations_:
-            if step or before is None:
-                errors[point, equation] = max(errors.get((point, equation), 0.0), worst(store[point], value))
+    for point, equation, value, step in _model(model, Acts(acts), inputs):
+        if step or before is None:
+            errors[point, equation] = max(errors.get((point, equation), 0.0), worst(left[point], value))
     return errors
-
-
-def _derived_acts(model: ZooModel, inputs: Inputs) -> dict[str, Tensor]:
-    """Run the first input once with all derived hook points: they are large."""
-    derived = [name for name, point in model.hook_points().items() if point.derived]
-    if not derived:
-        return {}
-    logits = [name for name in model.hook_points() if name.endswith("hook_logits")]
-    _, cache = model.run_with_cache(*(x[:1] for x in inputs), names=[*derived, *logits])
-    return dict(cache.store)
 
 
 def _unproven(subject: Subject, claimed: set[str]) -> list[str]:
@@ -116,17 +108,6 @@ def _dual(model: HookedDual, acts: Acts, inputs: Inputs) -> Claims:
     similarity = torch.einsum("ie,te->it", *embeds) * torch.exp(model.logit_scale)
     bias = model.logit_bias if model.spec.logit_bias else 0
     yield acts.claim("hook_logits", "image_embed . text_embed * exp(logit_scale) + logit_bias", similarity + bias)
-
-
-def _derived(model: ZooModel, plain: Mapping[str, Tensor]) -> Claims:
-    """Claims about derived hook points, and about the logits of the pass that computes them."""
-    for prefix, tower in model.towers().items():
-        if not isinstance(tower, HookedViT | HookedText):
-            continue
-        acts = Acts({name: x[:1] for name, x in plain.items() if name.startswith(prefix)}, prefix)
-        for index, layer in _layers(tower):
-            yield from claims.derived(acts.under(f"blocks.{index}"), layer)
-        yield acts.claim("hook_logits", "the same, whatever is asked for", acts["hook_logits"])
 
 
 def _layers(model: HookedViT | HookedText) -> list[tuple[int, Block | SideBySide]]:

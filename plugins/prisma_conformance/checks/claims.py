@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -72,12 +72,17 @@ def norm(acts: Acts, module: nn.Module, x: Tensor) -> Part:
     """Claims about a norm of ``x [... d]``; nothing where there is none."""
     if not isinstance(module, Norm):
         return x
-    centred = x - x.mean(-1, keepdim=True) if module.spec.kind == "ln" else x
-    scale = (centred.square().mean(-1, keepdim=True) + module.spec.eps).sqrt()
+    centred, scale = _centred(module, x)
     yield acts.claim("hook_scale", "sqrt(mean square of centred x + eps)", scale)
     normalized = centred / acts["hook_scale"] * module.weight + (0 if module.bias is None else module.bias)
     yield acts.claim("hook_normalized", "centred x / scale * weight + bias", normalized)
     return acts["hook_normalized"]
+
+
+def _centred(module: Norm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x`` less its mean where the norm takes it out, and what that is divided by."""
+    centred = x - x.mean(-1, keepdim=True) if module.spec.kind == "ln" else x
+    return centred, (centred.square().mean(-1, keepdim=True) + module.spec.eps).sqrt()
 
 
 def mlp(acts: Acts, module: MLP, x: Tensor) -> Part:
@@ -103,22 +108,22 @@ def mlp(acts: Acts, module: MLP, x: Tensor) -> Part:
 # -------------------------------------------------------------------- attention
 
 
-def attention(acts: Acts, attn: Attention, x: Tensor, rope: Rope | None, hidden: Tensor | None) -> Part:
+def attention(acts: Acts, attn: Attention, x: Sequence[Tensor], rope: Rope | None, hidden: Tensor | None) -> Part:
     """Claims about attention.
 
     Args:
         acts, attn: its activations and the module.
-        x: its input ``[batch pos d_model]``.
+        x: what queries, keys and values are made of: ``[batch pos 1|head d_model]`` each.
         rope: tables of this layer.
         hidden: keys that each query may not read: ``[batch 1 query_pos key_pos]``.
     """
-    onto = "batch pos d_model, head d_model d_head -> batch pos head d_head"
-    over = attn.spec.qk_norm_over
-    q = yield from _head_norm(acts.under("q_norm"), attn.q_norm, over, einsum(x, attn.W_Q, onto) + attn.b_Q)
-    k = yield from _head_norm(acts.under("k_norm"), attn.k_norm, over, einsum(x, attn.W_K, onto) + attn.b_K)
+    weights = ((attn.W_Q, attn.b_Q), (attn.W_K, attn.b_K), (attn.W_V, attn.b_V))
+    q, k, v = (torch.einsum("bphm,hmd->bphd", one, W) + b for one, (W, b) in zip(x, weights, strict=True))
+    q = yield from _head_norm(acts.under("q_norm"), attn.q_norm, attn.spec.qk_norm_over, q)
+    k = yield from _head_norm(acts.under("k_norm"), attn.k_norm, attn.spec.qk_norm_over, k)
     yield acts.claim("hook_q", "x W_Q + b_Q, normed", q)
     yield acts.claim("hook_k", "x W_K + b_K, normed", k)
-    yield acts.claim("hook_v", "x W_V + b_V", einsum(x, attn.W_V, onto) + attn.b_V)
+    yield acts.claim("hook_v", "x W_V + b_V", v)
     q, k, v = acts["hook_q"], acts["hook_k"], acts["hook_v"]
     if rope is not None and attn.rope_layout is not None:
         yield acts.claim("hook_rot_q", "q turned by its position", _turned(q, rope, attn.rope_layout))
@@ -128,8 +133,12 @@ def attention(acts: Acts, attn: Attention, x: Tensor, rope: Rope | None, hidden:
     k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
     yield from _attend(acts, attn.spec, q, k, v, attn.attn_bias if attn.spec.bias else None, hidden)
     z = yield from norm(acts.under("ln"), attn.ln, acts["hook_z"].flatten(2))
-    out = einsum(z.view(acts["hook_z"].shape), attn.W_O, "batch pos head d, head d d_model -> batch pos d_model")
-    return out + attn.b_O
+    z = z.view(acts["hook_z"].shape)
+    if "hook_result" not in acts:
+        return einsum(z, attn.W_O, "batch pos head d, head d d_model -> batch pos d_model") + attn.b_O
+    result = einsum(z, attn.W_O, "batch pos head d, head d d_model -> batch pos head d_model")
+    yield acts.claim("hook_result", "z W_O, of each head", result)
+    return acts["hook_result"].sum(2) + attn.b_O
 
 
 def pool_attention(acts: Acts, attn: PoolAttention, x: Tensor) -> Part:
@@ -185,11 +194,13 @@ def block(acts: Acts, layer: Block | SideBySide, rope: Rope | None, hidden: Tens
     if kind == "post":
         return (yield from _post(acts, layer, hidden))
     normed, out = pre, torch.zeros_like(pre)
-    for (name, attn), (ln, ln1), (_, scale) in zip(*(_parts(layer, p) for p in ("attn", "ln1", "ls1")), strict=True):
+    yield from _head_inputs(acts, layer)
+    parts = zip(*(_parts(layer, part) for part in ("attn", "ln1", "ls1")), strict=True)
+    for side, ((name, attn), (ln, ln1), (_, scale)) in enumerate(parts):
         assert isinstance(attn, Attention)
-        if kind in ("pre", "parallel"):
-            normed = yield from norm(acts.under(ln), ln1, pre)
-        attended = yield from attention(acts.under(name), attn, normed, rope, hidden)
+        before = ln1 if kind in ("pre", "parallel") else nn.Identity()
+        normed = yield from norm(acts.under(ln), before, pre)
+        attended = yield from attention(acts.under(name), attn, _read(acts, layer, side, before, normed), rope, hidden)
         if kind == "res_post":
             attended = yield from norm(acts.under(ln), ln1, attended)
         out = out + attended * _gamma(scale)
@@ -208,7 +219,10 @@ def block(acts: Acts, layer: Block | SideBySide, rope: Rope | None, hidden: Tens
 def _post(acts: Acts, layer: Block | SideBySide, hidden: Tensor | None) -> Part:
     assert isinstance(layer, Block)
     pre = acts["hook_resid_pre"]
-    attended = yield from attention(acts.under("attn"), layer.attn, pre, None, hidden)
+    yield from _head_inputs(acts, layer)
+    attended = yield from attention(
+        acts.under("attn"), layer.attn, _read(acts, layer, 0, nn.Identity(), pre), None, hidden
+    )
     yield acts.claim("hook_attn_out", "z W_O + b_O, scaled", attended * _gamma(layer.ls1))
     yield acts.claim("hook_resid_mid", "resid_pre + attn_out", pre + acts["hook_attn_out"])
     stream = yield from norm(acts.under("ln1"), layer.ln1, acts["hook_resid_mid"])
@@ -234,18 +248,46 @@ def _mlps(acts: Acts, layer: Block | SideBySide, x: Tensor) -> Claims:
     yield acts.claim("hook_mlp_out", "post W_out + b_out, scaled", total)
 
 
-def derived(acts: Acts, layer: Block | SideBySide) -> Claims:
-    """Claims about a block's derived hook points, which are computed when they are named, from the others."""
-    pre, spec = acts["hook_resid_pre"], layer.spec.attn
-    for point, heads in (("q", spec.n_heads), ("k", spec.n_kv_heads), ("v", spec.n_kv_heads)):
-        copies = pre[:, :, None].expand(-1, -1, heads * layer.spec.n_parallel, -1)
-        yield acts.claim(f"hook_{point}_input", "resid_pre, once for each head", copies)
-    for name, attn in _parts(layer, "attn"):
-        assert isinstance(attn, Attention)
-        inside = acts.under(name)
-        z = inside["hook_z"] if spec.inner_norm is None else inside["ln.hook_normalized"].view(inside["hook_z"].shape)
-        result = einsum(z, attn.W_O, "batch pos head d, head d d_model -> batch pos head d_model")
-        yield inside.claim("hook_result", "z W_O, of each head", result)
+def _head_inputs(acts: Acts, layer: Block | SideBySide) -> Claims:
+    """Claims about the inputs of single heads, in a pass that computes them."""
+    pre = acts["hook_resid_pre"]
+    for point, heads in _heads(layer):
+        if point in acts:
+            yield acts.claim(point, "resid_pre, once for each head", pre[:, :, None].expand(-1, -1, heads, -1))
+
+
+def _read(acts: Acts, layer: Block | SideBySide, side: int, before: nn.Module, normed: Tensor) -> list[Tensor]:
+    """What queries, keys and values of one attention are made of: ``[batch pos 1|head d_model]`` each.
+
+    That is the norm of each head's input in a pass that computes these, with what hooks have added to the norm of the
+    stream, and else the latter.
+
+    Args:
+        acts, layer: of the block.
+        side: number of the attention among those side by side.
+        before: the norm before it.
+        normed: the norm of the stream as hooks left it.
+    """
+    change = (normed - _fused(before, acts["hook_resid_pre"])).unsqueeze(2)
+    return [
+        _fused(before, acts[point].chunk(layer.spec.n_parallel, 2)[side]) + change
+        if point in acts
+        else normed.unsqueeze(2)
+        for point, _ in _heads(layer)
+    ]
+
+
+def _heads(layer: Block | SideBySide) -> list[tuple[str, int]]:
+    """The points of the inputs of single heads, with the number of heads."""
+    n, n_kv, sides = layer.spec.attn.n_heads, layer.spec.attn.n_kv_heads, layer.spec.n_parallel
+    return [("hook_q_input", n * sides), ("hook_k_input", n_kv * sides), ("hook_v_input", n_kv * sides)]
+
+
+def _fused(module: nn.Module, x: Tensor) -> Tensor:
+    if not isinstance(module, Norm):
+        return x
+    centred, scale = _centred(module, x)
+    return centred / scale * module.weight + (0 if module.bias is None else module.bias)
 
 
 def _parts(layer: Block | SideBySide, part: str) -> Iterator[tuple[str, nn.Module]]:

@@ -7,6 +7,7 @@ import fnmatch
 import torch
 
 from prisma_conformance import tolerances
+from prisma_conformance.checks.axes import misnamed
 from prisma_conformance.checks.equations import MapEquations
 from prisma_conformance.finding import Finding
 from prisma_conformance.subject import Subject
@@ -26,6 +27,7 @@ def proven(subject: Subject) -> Finding:
     exempt = [point for point in unproven if equations.reason(point) is not None]
     if len(unproven) > len(exempt):
         problems.append(_unproven([point for point in unproven if point not in exempt], equations))
+    problems += misnamed(equations.scope.rows, equations.clean.after, equations.inputs[0])
     problems += _idle_exemptions(equations, provers, own)
     detail = f"{len(provers) - len(unproven)} of {len(provers)} hook points proven by equations"
     if exempt:

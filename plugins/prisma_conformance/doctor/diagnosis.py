@@ -136,7 +136,12 @@ def _compared(bench: Bench, trial: Trial, progress: Callable[[str], None] | None
         size=size,
         evidence=()
         if improvements or size is not None
-        else (*_conflicts(search), *_evidence(bench, trial, first), *_feeding(bench, trial, first)),
+        else (
+            *_conflicts(search),
+            *_beyond(trial),
+            *_evidence(bench, trial, first),
+            *_feeding(bench, trial, first),
+        ),
         remedies=tuple(one.remedy for one in improvements[:MOST]),
         tried=search.tried,
         then=then,
@@ -152,6 +157,14 @@ def _conflicts(search: Search) -> list[str]:
     ]
 
 
+def _beyond(trial: Trial) -> Iterator[str]:
+    """Upstream's layers that rows with a mark would take, if the spec had a block for them."""
+    sources = [source for rule in trial.table.rows for source in rule.names if "{l}" in source]
+    matches = [match for name in trial.spare for source in sources if (match := pattern_of(source).fullmatch(name))]
+    if layers := sorted({int(match["l"]) for match in matches}):
+        yield f"The rows with {{l}} would take upstream's layers {layers} too: the spec has too few blocks."
+
+
 def _evidence(bench: Bench, trial: Trial, first: str) -> tuple[str, ...]:
     model, _ = bench.model()
     axes = model.hook_points()[first].axes.split()
@@ -165,13 +178,15 @@ def _feeding(bench: Bench, trial: Trial, first: str) -> Iterator[str]:
     """The rows whose tensors make the first hook point that differs, and none before it."""
     before = list(trial.errors)[: list(trial.errors).index(first)] if first in trial.errors else []
     rows: dict[str, None] = {}
+    beside: dict[str, None] = {}  # such as of queries, keys and values in one tensor, of which the values differ
     for names, change in feeding(bench.model()[0]):
         after = attempt(bench, change)
         if after is None or first not in after.ours or torch.equal(after.ours[first], trial.ours[first]):
             continue
-        if all(torch.equal(after.ours[name], trial.ours[name]) for name in before):
-            rows |= {str(rule): None for rule in trial.table.rows if _makes(rule, names)}
-    if rows:
+        moved = [name for name in before if not torch.equal(after.ours[name], trial.ours[name])]
+        if {name.rpartition(".")[0] for name in moved} <= {first.rpartition(".")[0]}:
+            (beside if moved else rows).update({str(rule): None for rule in trial.table.rows if _makes(rule, names)})
+    if rows := rows or beside:
         yield f"Rows whose tensors act here first: {', '.join(repr(row) for row in rows)}."
 
 

@@ -22,6 +22,7 @@ Part = Callable[[Tensor], Tensor]
 def tensors(model: ZooModel) -> Iterator[Change]:
     """Yield rearrangements of tensors, and exchanges of tensors of one shape."""
     names = {name: list(members.values()) for name, members in families(tensors_of(model)).items()}
+    yield from _layers(names)
     yield from _projections(model, names)
     yield from _exchanges(model, names)
     yield from _transposed(model, names)
@@ -43,6 +44,33 @@ def _each(says: str, names: Iterable[str], change: Part) -> Change:
         now = tensors_of(model)
         for name in names:
             now[name].copy_(change(now[name].detach().clone()))
+
+    return Change(says, edit=edit)
+
+
+# -------------------------------------------------------------------- layers
+
+
+def _layers(names: Mapping[str, list[str]]) -> Iterator[Change]:
+    """Blocks in another order: the last first, or each in the place of a neighbour."""
+    stacks: dict[str, list[list[str]]] = {}
+    for family, members in names.items():
+        if "blocks.{l}." in family and len(members) > 1:
+            stacks.setdefault(family.partition("{l}")[0], []).append(members)
+    for stack, several in stacks.items():
+        layers = range(max(map(len, several)))
+        for order in dict.fromkeys(tuple(way) for way in (layers[::-1], [*layers[1:], 0], [layers[-1], *layers[:-1]])):
+            says = f"{stack}{{l}}: rows that take upstream's layers in the order {list(order)}"
+            yield _permuted(says, [(members, order) for members in several])
+
+
+def _permuted(says: str, several: list[tuple[list[str], tuple[int, ...]]]) -> Change:
+    def edit(model: ZooModel) -> None:
+        now = tensors_of(model)
+        for members, order in several:
+            held = [now[members[layer]].detach().clone() for layer in order]
+            for name, tensor in zip(members, held, strict=True):
+                now[name].copy_(tensor)
 
     return Change(says, edit=edit)
 
@@ -176,6 +204,7 @@ def _tokens(tower: str, layout: TokenLayout, now: Mapping[str, Tensor]) -> Itera
         "column by column": lambda x: _head(x, n, rearrange(x[n:], "(f c r) d -> (f r c) d", **grid)),
         "none on prefix tokens": lambda x: torch.cat([torch.zeros_like(x[:n]), x[n:]]),
         "those of the prefix behind those of the patches": lambda x: x.roll(n, 0),
+        "those of the patches before those of the prefix": lambda x: x.roll(-n, 0),
         "in the opposite order": lambda x: _head(x, n, x[n:].flip(0)),
     }
     for says, change in changes.items():
