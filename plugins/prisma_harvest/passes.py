@@ -182,7 +182,8 @@ class Pass(BriefRepr):
             if isinstance(self.pos, slice | Tensor) and self.layout is None:
                 raise InputError("This model has no token layout: give pos as a list of positions.")
             n = self.layout.n_tokens if self.layout is not None else max(map(abs, self.pos), default=0) + 1
-            self._pos = positions_of(self.pos, n)
+            places = positions_of(self.pos, n)  # its errors, and without a layout no more: a negative one is the pass's
+            self._pos = places if self.layout is not None else list(self.pos)
         points: list[Point] = []
         for name, x in self._read(pixels, self._pos).items():
             names = axes[name.removeprefix(self.tower.prefix)].split()

@@ -27,7 +27,8 @@ def listed(
     from prisma_sae.published import catalogue, figures_of
 
     everything = catalogue()
-    chosen = [each for each in everything if any((word or "") in part for part in (each.name, each.model, each.hook))]
+    wanted = (word or "").lower()
+    chosen = [each for each in everything if any(wanted in part.lower() for part in (each.name, each.model, each.hook))]
     if not chosen:
         raise UnknownName(f"No coder matches {word!r}. `prisma sae list` lists all {len(everything)}.")
     if json:
