@@ -152,7 +152,7 @@ def test_targets_at_a_place_of_a_grid() -> None:
     whole = feature_attribution(net, images, coders, [1]).values
     assert torch.allclose(sum(at, torch.zeros(())), whole, atol=1e-6)
     value = net.upstream.conv(images)[:, 1, 1, 2].relu()  # row 1, column 2: position 5
-    assert torch.allclose(at[5][0, :, 1], value, atol=1e-6)
+    assert torch.allclose(at[5][0, 1], value, atol=1e-6)
 
 
 WINDOWS = {
@@ -166,7 +166,8 @@ WINDOWS = {
 def test_tokens_of_windows_and_frames_are_rows(kind: str, files: Path, tmp_path: Path) -> None:
     """A row a token, window by window; where those are in the image is not known, and nothing says otherwise."""
     rows = f"permuted -> {NAME} : {WINDOWS[kind]}\n{HEAD}"
-    net = HookedUpstream(Net().eval(), HookMap.parse(rows), MapSpec(shape=(3, 4, 6)), lambda y: y)
+    spec = MapSpec(shape=(3, 4, 6), layout=TokenLayout(rows=2, columns=3))
+    net = HookedUpstream(Net().eval(), HookMap.parse(rows), spec, lambda y: y)
     net.preprocess = Preprocess(size=(4, 6))
     want = expected(net, files)
     acts = harvest(net, files, NAME, out=tmp_path / "out", dtype="float32", batch=4)
@@ -190,3 +191,13 @@ def test_patterns_of_windows_are_no_rows() -> None:
     assert not Point(name="x", axes="window head query_pos key_pos", shape=(2, 2, 3, 3)).has_tokens
     assert not Point(name="x", axes="frame head query_pos key_pos", shape=(2, 2, 3, 3)).has_tokens
     assert Point(name="x", axes="window pos head d_head", shape=(2, 3, 2, 4)).inner == (2, 4)
+
+
+def test_negative_positions_without_a_layout_count_from_the_end(files: Path, tmp_path: Path) -> None:
+    rows = f"permuted -> {NAME} : batch frame pos d_model\n{HEAD}"
+    net = HookedUpstream(Net().eval(), HookMap.parse(rows), MapSpec(shape=(3, 4, 6)), lambda y: y)
+    net.preprocess = Preprocess(size=(4, 6))
+    for pos in ([-1], -1):
+        acts = harvest(net, files, NAME, out=tmp_path / str(pos), pos=pos, dtype="float32", batch=4)
+        want = expected(net, files)[:, [2, 5]]
+        assert torch.allclose(acts.read(NAME, 0, 10).flatten(1, 2), want, atol=1e-6)

@@ -222,5 +222,8 @@ def test_a_pair_of_towers_gives_the_vision_tower(model: HookedViT, photos: Path,
     assert torch.equal(acts.read(names[0], 0, 4), cache["resid_post", 1].float())
     assert acts.manifest.model.tower == "vision."
     assert harvest(pair, photos, ("z", 0), out=tmp_path / "out", batch=4).names == names[1:]
+    mixed = [names[0], ("z", 0), "vision.blocks.1.mlp.*pre"]  # with and without the prefix
+    several = harvest(pair, photos, mixed, out=tmp_path / "out").names
+    assert sorted(several) == [*sorted(names), "vision.blocks.1.mlp.hook_pre"]
     with pytest.raises(UnknownName, match=r"text\.blocks\.0"):
         harvest(pair, photos, "text.blocks.0.hook_resid_post", out=tmp_path / "out")

@@ -103,13 +103,12 @@ def test_a_splice_on_a_hooked_upstream_model() -> None:
     model, image, hook = upstream()
     assert isinstance(model, prisma.HookedUpstream)
     clean, cache = model.run_with_cache(image, names=hook)
-    x = cache[hook].permute(0, 2, 3, 1)  # a ConvNeXt: channels first
-    d = x.shape[-1]
+    d = cache[hook].shape[-1]
     with splice(model, square(d, hook), force=True):
         logits, inside = model.run_with_cache(image, names="sae.features")
         assert torch.allclose(logits, clean, atol=1e-5)
     name = f"{hook}.sae.hook_features"
-    torch.testing.assert_close(inside[name], torch.cat([x.relu(), (-x).relu()], -1))
+    torch.testing.assert_close(inside[name], torch.cat([cache[hook].relu(), (-cache[hook]).relu()], -1))
     tensors = drawn(0, W_enc=(d, 9), b_enc=(9,), W_dec=(9, d))
     other = SparseCoder(CoderFacts(kind="standard", d_in=d, d_sae=9, d_out=d, hook=hook), tensors)
     with splice(model, other, force=True):

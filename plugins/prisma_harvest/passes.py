@@ -46,7 +46,7 @@ class Tower:
             UnknownName: it selects nothing of the tower.
         """
         try:
-            return self.model.resolve(names)
+            return self.model.resolve(self._unprefixed(names))
         except UnknownName:
             if not self.prefix:
                 raise
@@ -54,6 +54,11 @@ class Tower:
         if lost := [name for name in full if not name.startswith(self.prefix)]:
             raise UnknownName(f"{lost[0]} is not in the tower {self.prefix!r}, which sees the images.")
         return [name.removeprefix(self.prefix) for name in full]
+
+    def _unprefixed(self, names: Any) -> Any:
+        if isinstance(names, list):
+            return [self._unprefixed(name) for name in names]
+        return names.removeprefix(self.prefix) if isinstance(names, str) else names
 
 
 @checked

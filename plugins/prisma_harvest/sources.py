@@ -123,7 +123,7 @@ def _files(folder: Path) -> list[Path]:
     films = sum(path.suffix.lower() in FILMS for path in found)
     tars = any(folder.glob("*.tar"))
     if 0 < films < len(found) or (found and tars):
-        kinds = [("videos", films), ("images", films < len(found)), ("tar files", tars)]
+        kinds = [("images", films < len(found)), ("videos", films), ("tar files", tars)]
         there = " and ".join(kind for kind, n in kinds if n)
         raise InputError(f"{folder} holds {there}: give a folder of one kind, or a list.")
     return sorted(found)
