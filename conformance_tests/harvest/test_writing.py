@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,6 +154,25 @@ def test_what_cannot_be_harvested_is_refused(model: HookedViT, photos: Path, tmp
         model.blocks[0].mlp.fc_out.weight.mul_(1e9)
     with pytest.raises(InputError, match=r"too large for float16.*bfloat16"):
         harvest(model, photos, NAMES, out=out, dtype="float16")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_nan_is_written_and_said(model: HookedViT, photos: Path, tmp_path: Path, dtype: Any) -> None:
+    """Infinite numbers, as masked scores hold them, are no news; of float16 they are refused."""
+
+    def broken(x: torch.Tensor, at: object) -> torch.Tensor:
+        x[-1, 1] = torch.nan
+        x[0, 0] = -torch.inf if dtype != "float16" else 0
+        return x
+
+    how: dict[str, Any] = {"note": "edited", "batch": 13, "shard": 13, "workers": 0, "dtype": dtype, "on_error": "skip"}
+    (photos / "cats" / "00.png").write_bytes(b"no image")
+    with model.hooks({FULL[0]: broken}), pytest.warns(UserWarning, match=rf"{FULL[0]} is NaN for image 12 ") as told:
+        acts = harvest(model, photos, NAMES[:1], out=tmp_path / "out", **how)
+    assert len(told) == 1
+    line = list(acts.examples())[11]
+    assert f"({line['path']})" in str(told[0].message)
+    assert torch.isnan(acts.example(11, FULL[0])[1]).all()
 
 
 def test_a_corrupt_shard_is_found(model: HookedViT, photos: Path, tmp_path: Path) -> None:
