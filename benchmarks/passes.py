@@ -176,14 +176,14 @@ def rows(options: Options) -> Iterator[Row]:
         hooked = prisma.adapt(upstream, copy=False)
         for batch in options.batches:
             image = torch.randn(batch, 3, *hooked.spec.image_size, device=options.device)
-            # Both sides' caches may be alive for a moment, and the kernels want room too.
+            # Both sides' caches may be alive for a moment, and the kernels want room too; a graph holds as much.
             too_large = 2.5 * (needed := full_cache_bytes(upstream, batch)) > free_bytes(options.device)
             known = sides(upstream, hooked, image)
             for what, other in PAIRS:
                 row = Row("passes", name, batch, what, other)
                 if "compiled" in what and not options.compiled:
                     continue
-                if too_large and what == "full cache":
+                if too_large and what in ("full cache", "gradients of the residual stream"):
                     yield Row(
                         "passes", name, batch, what, other, note=f"holds {needed / 2**30:.0f} GiB twice: left out"
                     )

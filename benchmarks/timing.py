@@ -67,12 +67,14 @@ def once(side: Side, options: Options) -> float:
 def against(one: Side, other: Side, options: Options, *, warm: int = 2) -> dict[str, Any]:
     """Run two sides in turn, the first one changing, and return a row's numbers.
 
-    Each side runs for about half of the budget in seconds, at least 3 and at most 101 times, after ``warm`` runs that
-    do not count.
+    Each side runs for about half of the budget in seconds, at least 3 and at most 101 times, after ``warm`` runs more
+    that do not count, or fewer where these take longer than the budget.
     """
-    for side in (one, other) * warm:
-        side()
-    pair = once(one, options) + once(other, options)
+    began = options.clock()
+    for _ in range(warm + 1):
+        pair = once(one, options) + once(other, options)
+        if options.clock() - began > options.budget:
+            break
     runs = min(101, max(3, round(options.budget / pair)))
     times: tuple[list[float], list[float]] = ([], [])
     for index in range(runs):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prisma_harvest.runs import Run
 
-BLOCK_BYTES = 4 * 2**20
+BLOCK_BYTES = 2**19  # half of what a core's second-level cache holds: a block is taken while it is there
 Rows = tuple[Tensor, ...]
 
 

@@ -361,8 +361,9 @@ class HookedModel(nn.Module):
                     "axis of their own. Cache it whole; of frames take cache.frame(...)."
                 )
         check_axes(list(axes.values()), pos, heads)
-        cuts = {name: index_slices(axes[name], None if name in whole else pos, heads) for name in axes}
-        return {name: cache.keep_type(cache.store, name, cut, **how) for name, cut in cuts.items()}
+        kinds = {(axes[name], name in whole) for name in axes}
+        cuts = {kind: index_slices(kind[0], None if kind[1] else pos, heads) for kind in kinds}
+        return {name: cache.keep_type(cache.store, name, cuts[axes[name], name in whole], **how) for name in axes}
 
 
 def _has_subset(site: Site, subset: str) -> bool:

@@ -302,9 +302,10 @@ def keep_scopes(scopes: Sequence[Scope]) -> None:
 
 
 def _fire(scopes: tuple[Scope, ...], point: HookPoint, x: Tensor) -> Tensor:
-    keep_scopes(scopes)
-    if torch.compiler.is_compiling():  # where checkpoints are looked for when it runs (prisma_core/model.py)
-        x = torch.ops.prisma.in_scopes(x)
+    if torch.compiler.is_compiling():
+        x = torch.ops.prisma.in_scopes(x)  # looks for checkpoints when it runs (prisma_core/model.py)
+    else:
+        keep_scopes(scopes)
     key, edited, captured, differentiated = point.key, False, False, False
     for scope in scopes:
         if (splice := scope.splices.get(key)) is not None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError
-from prisma_core.errors.arguments import alive, unwrapped
+from prisma_core.errors.arguments import alive, in_transform
 from prisma_core.hooks.cache import ActivationCache, alone
 from prisma_core.hooks.capture import Keep
 from prisma_core.hooks.point import HookPoint
@@ -66,7 +66,7 @@ class Recipe:
         weights = sum(each.numel() for each in operands if isinstance(each, nn.Parameter))
         tensors = [x, *(each for each in operands if isinstance(each, Tensor))]
         # Edits in place of what is made in inference mode are not counted; a transform of torch.func ends.
-        uncounted = any(each.is_inference() or unwrapped(each) is not each for each in tensors)
+        uncounted = in_transform() or any(each.is_inference() for each in tensors)
         if weights >= x.numel() or steps > STEPS or uncounted or _autocast(x.device.type):
             return None
         copies = tuple(each.detach().clone() if isinstance(each, nn.Parameter) else each for each in operands)
