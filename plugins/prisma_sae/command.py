@@ -256,7 +256,7 @@ def _batches(
     pair = isinstance(model, HookedDual)
     classes = sorted(set(folders)) if pair else list(getattr(model, "labels", None) or ())
     others = [folder for folder in folders if folder not in classes] if len(classes) > 1 else folders
-    if others:
+    if others and any(each.is_dir() for each in images):
         screen.note("Note", f"no loss, for folders name no class of this model: {others[0]}.", "dim")
 
     def made() -> Any:
