@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from PIL import Image
 from prisma_harvest import Pass
 from torch import Tensor
 
-from prisma_core import HookedViT
+from prisma_core import HookedViT, InputError
 
 
 class Owned:
@@ -52,5 +53,18 @@ def test_whole_batches_come_before_the_error_of_the_one_behind(model: HookedViT)
     batches = Pass(model, data, ("resid_post", 1), batch=2, workers=0).run()
     data.last = 5  # the sample for the fingerprint could be read
     assert [next(batches)[0].start for _ in range(2)] == [0, 2]
+    with pytest.raises(InputError, match=r"Image 5 .*raised KeyError: 'no such row'"):
+        next(batches)
+
+
+def test_whole_batches_come_before_the_error_of_a_stream(model: HookedViT) -> None:
+    """A stream that raises is at its end: there is no image to skip, and the error is its own."""
+
+    def stream() -> Iterator[Image.Image]:
+        data = Owned(9)
+        return (data[index] for index in range(10))
+
+    batches = Pass(model, stream(), ("resid_post", 1), batch=2, workers=0).run()
+    assert [next(batches)[0].start for _ in range(4)] == [0, 2, 4, 6]
     with pytest.raises(KeyError, match="no such row"):
         next(batches)

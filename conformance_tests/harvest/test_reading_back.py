@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from prisma_harvest import Harvest, harvest
@@ -126,6 +128,22 @@ def test_ranks_and_workers_share_every_row_out_once(acts: Harvest, shuffle: bool
         shares.append(torch.cat(list(DataLoader(data, batch_size=None, num_workers=workers))))
     assert multiset(torch.cat(shares)) == multiset(ordered)
     assert max(map(len, shares)) - min(map(len, shares)) <= 10 * max(1, workers)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_share_of_nothing_is_empty(acts: Harvest, shuffle: bool) -> None:
+    shares = [list(acts.rows(RESID, 7, shuffle=shuffle, part=(which, 60))) for which in range(60)]
+    assert [] in shares
+    assert sum(len(rows) for share in shares for rows in share) == 530
+
+
+def test_names_that_are_not_utf_8_are_text_in_arrow(model: HookedViT, tmp_path: Path) -> None:
+    name = os.fsdecode(b"\xff.png")
+    image = np.zeros((6, 6, 3), np.uint8)
+    made = harvest(model, [{"image": image, "path": name, "label": name}], RESID, out=tmp_path, workers=0)
+    assert [line["path"] for line in made.examples()] == [name]
+    table = made.to_arrow().read_all()
+    assert (table["path"][0].as_py(), table["label"][0].as_py()) == ("\ufffd.png", "\ufffd.png")
 
 
 def test_a_damaged_shard_is_told_by_both_readers(acts: Harvest) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import math
-import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,18 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from photo_data import Map, images, tar
 from PIL import Image
 from prisma_harvest import Pass, harvest, open_data
-from torch.utils.data import Dataset
 
 from prisma_core import HookedViT, InputError, ModelSpec, TokenLayout
 from prisma_core.plugin import EmbedSpec, Preprocess, VideoPreprocess
 
 NAME = "blocks.1.hook_resid_post"
-
-
-def images(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("*.png"))
 
 
 def expected(model: HookedViT, folder: Path) -> torch.Tensor:
@@ -35,17 +29,6 @@ def read(model: HookedViT, data: Any, out: Path, **options: Any) -> tuple[torch.
     acts = harvest(model, data, NAME, out=out, batch=4, dtype="float32", **options)
     lines = list(acts.examples())
     return acts.read(NAME, 0, len(acts)), [line["label"] for line in lines], [line["path"] for line in lines]
-
-
-class Map(Dataset[Any]):
-    def __init__(self, folder: Path):
-        self.paths = images(folder)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, torch.Tensor]:
-        return Image.open(self.paths[index]), torch.tensor(index % 7)
 
 
 class Again:
@@ -91,15 +74,6 @@ def test_a_set_of_datasets(model: HookedViT, photos: Path, tmp_path: Path) -> No
     stream = data.to_iterable_dataset(num_shards=1)
     values, _, _ = read(model, stream, tmp_path / "stream", image_column="photo", workers=0)
     assert torch.equal(values, expected(model, photos))
-
-
-def tar(path: Path, members: dict[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as file:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            file.addfile(info, io.BytesIO(data))
 
 
 def test_webdataset_shards(model: HookedViT, photos: Path, tmp_path: Path) -> None:
@@ -167,6 +141,12 @@ def test_videos(make: Callable[..., HookedViT], tmp_path: Path) -> None:
     parts = [model.run_with_cache(part, names=[NAME], pos="frame 1")[1][NAME] for part in pixels.split(2)]
     assert torch.equal(acts.read(NAME, 0, 3), torch.cat(parts).float())
     assert acts.tokens_of(acts.names[0]) == ["f1r0c0", "f1r0c1", "f1r1c0", "f1r1c1"]
+    tar(tmp_path / "films.tar", {path.name: path.read_bytes() for path in paths})
+    shards = harvest(model, tmp_path / "films.tar", NAME, out=tmp_path / "out", batch=2, dtype="float32", pos="frame 1")
+    assert torch.equal(shards.read(NAME, 0, 3), acts.read(NAME, 0, 3))
+    tar(tmp_path / "text.tar", {"0.mp4": b"neither"})
+    with pytest.raises(InputError, match="7 bytes are neither an image nor a video"):
+        Pass(model, tmp_path / "text.tar", NAME)
 
 
 def test_data_that_cannot_be_harvested(model: HookedViT, photos: Path, tmp_path: Path) -> None:

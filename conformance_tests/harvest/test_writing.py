@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -155,6 +156,25 @@ def test_what_cannot_be_harvested_is_refused(model: HookedViT, photos: Path, tmp
         harvest(model, photos, NAMES, out=out, dtype="float16")
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_nan_is_written_and_said(model: HookedViT, photos: Path, tmp_path: Path, dtype: Any) -> None:
+    """Infinite numbers, as masked scores hold them, are no news; of float16 they are refused."""
+
+    def broken(x: torch.Tensor, at: object) -> torch.Tensor:
+        x[-1, 1] = torch.nan
+        x[0, 0] = -torch.inf if dtype != "float16" else 0
+        return x
+
+    how: dict[str, Any] = {"note": "edited", "batch": 13, "shard": 13, "workers": 0, "dtype": dtype, "on_error": "skip"}
+    (photos / "cats" / "00.png").write_bytes(b"no image")
+    with model.hooks({FULL[0]: broken}), pytest.warns(UserWarning, match=rf"{FULL[0]} is NaN for image 12 ") as told:
+        acts = harvest(model, photos, NAMES[:1], out=tmp_path / "out", **how)
+    assert len(told) == 1
+    line = list(acts.examples())[11]
+    assert f"({line['path']})" in str(told[0].message)
+    assert torch.isnan(acts.example(11, FULL[0])[1]).all()
+
+
 def test_a_corrupt_shard_is_found(model: HookedViT, photos: Path, tmp_path: Path) -> None:
     acts = harvest(model, photos, NAMES, out=tmp_path / "out", batch=4, shard=8)
     assert verify(acts.path) == verify(tmp_path / "out") == []
@@ -222,5 +242,8 @@ def test_a_pair_of_towers_gives_the_vision_tower(model: HookedViT, photos: Path,
     assert torch.equal(acts.read(names[0], 0, 4), cache["resid_post", 1].float())
     assert acts.manifest.model.tower == "vision."
     assert harvest(pair, photos, ("z", 0), out=tmp_path / "out", batch=4).names == names[1:]
+    mixed = [names[0], ("z", 0), "vision.blocks.1.mlp.*pre"]  # with and without the prefix
+    several = harvest(pair, photos, mixed, out=tmp_path / "out").names
+    assert sorted(several) == [*sorted(names), "vision.blocks.1.mlp.hook_pre"]
     with pytest.raises(UnknownName, match=r"text\.blocks\.0"):
         harvest(pair, photos, "text.blocks.0.hook_resid_post", out=tmp_path / "out")

@@ -12,10 +12,12 @@ import pytest
 import torch
 from coders import D_IN, D_SAE, class_of, standard
 from PIL import Image
-from prisma_sae import catalogue, load, published, read, save
+from prisma_sae import CoderFacts, SparseCoder, catalogue, load, published, read, save
 from prisma_sae.formats import FORMATS
 from prisma_sae.published import Entry, entry
+from prisma_toy import sample_scene
 
+import prisma_core as prisma
 from prisma_core import LoadError, UnknownName
 from prisma_core.cli.app import main
 from prisma_core.plugin import Preprocess
@@ -210,6 +212,47 @@ def test_a_folder_without_images_is_one_line(tmp_path: Path, capsys: pytest.Capt
     assert main(["sae", "train", "toy:scenes-3l", str(tmp_path), *place]) == 1
     assert f"Error: There are no images in {tmp_path}." in capsys.readouterr().err.replace("\n", "")
     assert not (tmp_path / "new").exists()
+
+
+def drawn_into(folder: Path, *classes: str) -> Path:
+    for at, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        sample_scene(at).image.save(folder / name / "0.PNG")
+        sample_scene(at + 9).image.save(folder / name / "1.jpg")
+    (folder / ".DS_Store").write_bytes(b"no image")
+    (folder / "labels.txt").write_text("no image")
+    return folder
+
+
+def test_folders_name_the_classes_of_a_pair_of_towers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Losses stand beside those that were published for CLIP: with its scale, and without."""
+    model = prisma.load("toy:clip-scenes")
+    d, hook = model.vision.spec.d_model, "blocks.1.hook_resid_post"
+    facts = CoderFacts(kind="standard", d_in=d, d_sae=9, d_out=d, hook=hook, model="toy:clip-scenes", tokens="all")
+    drawn = torch.Generator().manual_seed(0)
+    tensors = {"W_enc": torch.randn(d, 9, generator=drawn), "b_enc": torch.zeros(9), "W_dec": torch.zeros(9, d)}
+    coder = save(SparseCoder(facts, tensors | {"b_dec": torch.zeros(d)}), tmp_path / "coder")
+    folder = drawn_into(tmp_path / "classes", "blue square", "red circle/more")
+    command = ["sae", "eval", str(coder), str(folder), "--json", "--template", "a {}"]
+    assert main(command) == 0
+    measures = json.loads(capsys.readouterr().out)
+    files = sorted(folder.rglob("*/*.*"))
+    labels = torch.tensor([0, 0, 1, 1])
+    texts = model.tokens(["a blue square", "a red circle"])
+    with torch.no_grad():
+        want = torch.nn.functional.cross_entropy(model(model.preprocess(files), texts), labels)
+    assert measures["loss"]["here"] == pytest.approx(want.item(), rel=1e-4)
+    assert measures["loss_no_scale"]["here"] != pytest.approx(want.item(), rel=1e-2)
+    assert main([*command[:-1], "no place"]) == 1
+    assert "'no place'" in capsys.readouterr().err
+
+
+def test_folders_that_name_no_class_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = drawn_into(tmp_path / "classes", "some", "other")
+    assert main(["sae", "eval", "scenes-3l", str(folder), "--json"]) == 0
+    said = capsys.readouterr()
+    assert "loss" not in json.loads(said.out)
+    assert "no class of this model: other" in said.err
 
 
 @pytest.mark.parametrize(

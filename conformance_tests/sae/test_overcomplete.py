@@ -84,6 +84,31 @@ def test_the_running_threshold_itself_is_kept(tmp_path: Path) -> None:
     assert torch.equal(ours > 0, kept > 0)
 
 
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("name", ["TopKSAE", "multiplier"])
+def test_a_checkpoint_of_universal_sae_is_its_state_dict(tmp_path: Path, name: str, parallel: bool) -> None:
+    model = trained(MODELS[name]())
+    state = (torch.nn.DataParallel(model) if parallel else model).state_dict()
+    optimizer = torch.optim.Adam(model.parameters())
+    saved = {
+        "epoch": 3,
+        "model_state_dict": state,
+        "optimizer_state_dict": optimizer.state_dict(),
+        "learning_rate": 0.1,
+    }
+    torch.save(saved, tmp_path / "checkpoint.pth")
+    with pytest.raises(LoadError, match="does not say how many features"):
+        read(tmp_path / "checkpoint.pth")
+    coder = read(tmp_path / "checkpoint.pth", k=3)
+    with torch.no_grad():
+        _, codes = model.eval().encode(X)
+        torch.testing.assert_close(coder.encode(X), codes)
+        torch.testing.assert_close(coder(X), model.decode(codes))
+    torch.save(model, tmp_path / "whole.pth")
+    with pytest.raises(LoadError, match="leave out k=3"):
+        read(tmp_path / "whole.pth", k=3)
+
+
 def test_models_that_are_no_linear_encoder_or_were_never_trained_are_refused(tmp_path: Path) -> None:
     refused = {
         "MpSAE": library.MpSAE(D, K, k=2),

@@ -50,7 +50,7 @@ def record_batches(
         start = 0
         while group := list(islice(lines, batch)):
             columns = [[line[name] for line in group] for name in ("example", "source", "path", "label", "sha256")]
-            columns[3] = [None if label is None else str(label) for label in columns[3]]
+            columns[2], columns[3] = (list(map(_text, column)) for column in columns[2:4])
             arrays = [pyarrow.array(column, type=kind) for column, (_, kind) in zip(columns, fields, strict=True)]
             for point in points:
                 x = read(point.name, start, start + len(group)).flatten(1)
@@ -60,6 +60,11 @@ def record_batches(
             start += len(group)
 
     return pyarrow.RecordBatchReader.from_batches(schema, batches())
+
+
+def _text(value: Any) -> str | None:
+    """Return a path or a label as text that Arrow holds: bytes of a name that are not UTF-8 as the sign for those."""
+    return None if value is None else str(value).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _field(pyarrow: Any, point: Point, number: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import json
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -59,6 +60,7 @@ class Writer:
         self.buffers: dict[str, Tensor] = {}
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future[None] | None = None
+        self.told = set[str]()
 
     # ---------------------------------------------------------------- the folder
 
@@ -186,11 +188,22 @@ class Writer:
             point.name: self.buffers[point.name][: self.rows] if self.rows else self._buffer(0, point.shape)
             for point in self.manifest.points
         }
-        for name, x in tensors.items() if self.manifest.dtype == "float16" else ():
-            if torch.isinf(x).any():
-                raise InputError(f"{name} holds values too large for float16: use dtype='bfloat16'.")
+        for name, x in tensors.items():
+            if not torch.isfinite(x).all():
+                self._not_finite(name, x)
         self.pending = self.thread.submit(self._save, self.shard, tensors, self.lines)
         self.shard, self.rows, self.lines, self.buffers = self.shard + 1, 0, [], {}
+
+    def _not_finite(self, name: str, x: Tensor) -> None:
+        """Refuse what float16 cannot hold, and tell of NaN once a hook point: nothing can be trained on it."""
+        if self.manifest.dtype == "float16" and torch.isinf(x).any():
+            raise InputError(f"{name} holds values too large for float16: use dtype='bfloat16'.")
+        rows = torch.isnan(x).flatten(1).any(1)
+        if rows.any() and name not in self.told:
+            self.told.add(name)
+            line = [line for line in self.lines if "error" not in line][int(rows.nonzero()[0])]
+            of = f"image {line['source']} ({line.get('path') or 'without a path'})"
+            warnings.warn(f"{name} is NaN for {of}, and perhaps for others: it is written as it is.", stacklevel=2)
 
     def _save(self, shard: int, tensors: dict[str, Tensor], lines: list[Line]) -> None:
         _write(self._lines_path(shard), map(_text, lines))

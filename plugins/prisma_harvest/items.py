@@ -6,17 +6,18 @@ import hashlib
 import io
 import math
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from prisma_core import InputError
-from prisma_core.plugin import file_digest, shown
+from prisma_core.plugin import file_digest, open_image, read_video, shown
 from prisma_harvest.manifest import tensor_bytes
 
 UNREADABLE = (InputError, OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
@@ -90,15 +91,32 @@ def plain(label: Any) -> Any:
 
 
 def opened(image: Any) -> Any:
-    """Return encoded bytes as a Pillow image, turned as its camera says; anything else as it is."""
+    """Return encoded bytes as a Pillow image, or as the frames of a video; anything else as it is.
+
+    Raises:
+        InputError: the bytes are neither.
+    """
     if isinstance(image, Mapping) and image.get("bytes") is not None:  # datasets' form of an image that is not decoded
         image = image["bytes"]
     if not isinstance(image, bytes):
         return image
-    with Image.open(io.BytesIO(image)) as file:
-        turned = ImageOps.exif_transpose(file)
-        turned.load()
-    return turned
+    try:
+        with Image.open(io.BytesIO(image)) as file:
+            return open_image(file)
+    except UnidentifiedImageError:
+        return _frames(image)
+    except Exception as error:  # over damaged bytes decoders stumble in any way there is
+        raise InputError(f"The bytes are not an image that Pillow can read: {error}") from error
+
+
+def _frames(film: bytes) -> Tensor:
+    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
+        file.write(film)
+        file.flush()
+        try:
+            return read_video(file.name)
+        except InputError as error:
+            raise InputError(f"The {len(film)} bytes are neither an image nor a video.") from error
 
 
 def content_hash(image: Any) -> str:

@@ -183,7 +183,8 @@ class Group:
             try:
                 if isinstance(item, Exception):
                     raise item
-                line |= {"path": item.path, "label": item.label, "sha256": content_hash(item.image)}
+                line |= {"path": item.path, "label": item.label}
+                line["sha256"] = content_hash(item.image)
                 if self.prepare is not None:
                     pixels.append(self.prepare(opened(item.image)))
             except UNREADABLE as error:

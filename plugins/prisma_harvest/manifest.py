@@ -33,6 +33,7 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 _NAME = re.compile("[0-9a-f]{16}")
 _SUBSETS = {"pos": None, "patch": "patches", "cls": "cls"}  # of the layout, by axis
 GRID = ("frame", "row", "column")  # axes of patches that a model keeps in their places, as Swin and ConvNeXt do
+_TOKENS = (*_SUBSETS, "window", *GRID)  # of windows and frames each has its own tokens behind it
 Name: TypeAlias = str | LayerQuery  # of a hook point: full, shorthand, or shorthand and layer
 
 
@@ -58,10 +59,10 @@ class Point(Facts):
 
     @property
     def token_axes(self) -> int:
-        """How many of the first axes are of tokens: one, two or three of a grid, none."""
-        if self.grid is not None:
-            return sum(axis in GRID for axis in self.axes.split())
-        return int(self.axes.split()[0] in _SUBSETS)
+        """How many of the first axes are of tokens: one; two or three of a grid; of windows or frames, with the tokens
+        in each, two; none."""
+        first = list(takewhile(_TOKENS.__contains__, self.axes.split()))
+        return len(first) if self.grid is not None or set(first) & set(_SUBSETS) else 0
 
     @property
     def has_tokens(self) -> bool:
@@ -88,7 +89,7 @@ def token_positions(layout: TokenLayout | None, pos: Any, point: Point) -> list[
     """Return the positions of a hook point's tokens (see ``Manifest.positions``)."""
     if point.grid is not None:
         return list(range(point.n_tokens))
-    if layout is None or not point.has_tokens:
+    if layout is None or point.token_axes != 1:  # where the tokens of a window are, the model alone knows
         return None
     axis = point.axes.split()[0]
     places = layout.positions(pos if axis == "pos" else _SUBSETS[axis])

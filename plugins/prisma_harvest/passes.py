@@ -60,7 +60,7 @@ class Tower:
             UnknownName: it selects nothing of the tower.
         """
         try:
-            return self.model.resolve(names)
+            return self.model.resolve(self._unprefixed(names))
         except UnknownName:
             if not self.prefix:
                 raise
@@ -68,6 +68,11 @@ class Tower:
         if lost := [name for name in full if not name.startswith(self.prefix)]:
             raise UnknownName(f"{lost[0]} is not in the tower {self.prefix!r}, which sees the images.")
         return [name.removeprefix(self.prefix) for name in full]
+
+    def _unprefixed(self, names: Any) -> Any:
+        if isinstance(names, list):
+            return [self._unprefixed(name) for name in names]
+        return names.removeprefix(self.prefix) if isinstance(names, str) else names
 
 
 @checked
@@ -201,7 +206,8 @@ class Pass(BriefRepr):
             if isinstance(self.pos, slice | Tensor) and self.layout is None:
                 raise InputError("This model has no token layout: give pos as a list of positions.")
             n = self.layout.n_tokens if self.layout is not None else max(map(abs, self.pos), default=0) + 1
-            self._pos = positions_of(self.pos, n)
+            places = positions_of(self.pos, n)  # its errors, and without a layout no more: a negative one is the pass's
+            self._pos = places if self.layout is not None else list(self.pos)
         points: list[Point] = []
         for name, x in self._read(pixels, self._pos).items():
             names = axes[name.removeprefix(self.tower.prefix)].split()

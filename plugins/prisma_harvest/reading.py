@@ -299,7 +299,7 @@ class Harvest:
         if len(tokens) > 1:
             raise NotApplicable(f"These hook points differ in tokens: {', '.join(each.name for each in points)}.")
         chunks = self._chunks(points, shuffle, seed, part)
-        if shuffle:
+        if shuffle and chunks:
             made = self._shuffled(points, chunks, batch, buffer, seed + part[0])
         else:
             made = buffered((self._rows(points, chunk) for chunk in chunks), batch)

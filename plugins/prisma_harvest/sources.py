@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,9 +15,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from PIL import Image
+from torch.utils.data import IterableDataset
 
 from prisma_core import InputError, Result
-from prisma_core.plugin import Count, checked, path_of, shown
+from prisma_core.plugin import Count, blaming, checked, path_of, shown
 from prisma_harvest.items import LABELS, UNREADABLE, Item, item_of, safe_hash
 
 FILMS = frozenset(f".{ending}" for ending in ["avi", "m4v", "mkv", "mov", "mp4", "mpeg", "mpg", "ogv", "webm", "wmv"])
@@ -61,10 +63,10 @@ def open_data(
     1
 
     Args:
-        data: a folder of images or of videos (the folders in it are labels), tar shards of WebDataset (a path, a glob,
-            ``shards-{000..009}.tar``, or a list), a list of images or of ``(image, label)``, a torch ``Dataset`` or a
-            ``datasets.Dataset`` (anything with a length and items), or any iterable of images, ``(image, label)`` or
-            mappings.
+        data: a folder of images or of videos (the folders in it are labels; links are followed), tar shards of
+            WebDataset (a path, a glob, ``shards-{000..009}.tar``, or a list), a list of images or of
+            ``(image, label)``, a torch ``Dataset`` or a ``datasets.Dataset`` (anything with a length and items), or
+            any iterable of images, ``(image, label)`` or mappings.
         limit: take only so many from the start.
         image_column, label_column: the keys of mappings, where they are not the usual ones.
 
@@ -74,10 +76,10 @@ def open_data(
     columns = (image_column, label_column)
     if isinstance(data, str | Path):
         path_of(data, "a folder of images or tar shards as data")
-    if isinstance(data, str | Path) and Path(data).is_dir() and not list(Path(data).glob("*.tar")):
+    if isinstance(data, str | Path) and Path(data).is_dir() and (files := _files(Path(data))):
         if given := [column for column in columns if column is not None]:
             raise InputError(f"{data} is a folder, whose images have no columns: leave out {given[0]!r}.")
-        items = _folder(Path(data), limit)
+        items = _folder(Path(data), files, limit)
     elif (paths := _tars(data)) is not None:
         items = _tar(paths, columns, limit)
     elif (
@@ -88,7 +90,7 @@ def open_data(
         raise InputError(
             f"Expected a folder of images, tar shards, a list, a data set or an iterable as data, got {shown(data)}."
         )
-    elif hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+    elif hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, IterableDataset):
         items = _indexed(data, columns, limit)
     else:
         return _stream(data, columns, limit)
@@ -104,14 +106,36 @@ def _sha(value: Any) -> str:
 # -------------------------------------------------------------------- kinds
 
 
-def _folder(folder: Path, limit: int | None) -> Data:
-    endings = set(Image.registered_extensions())
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings | FILMS and path.is_file())
-    films = [path for path in files if path.suffix.lower() in FILMS]
-    if films and len(films) < len(files):
-        raise InputError(f"{folder} holds images and videos: give a folder of one kind, or a list.")
+def _files(folder: Path) -> list[Path]:
+    """Return the images, or the videos, below a folder and the folders that it links to.
+
+    Raises:
+        InputError: it holds several kinds of data, or a folder in it cannot be read.
+    """
+    Image.init()
+    endings, found = FILMS | set(Image.registered_extensions()), list[Path]()
+    for place, folders, names in os.walk(folder, onerror=_unread, followlinks=True):
+        if os.path.islink(place) and Path(place).resolve() in (each.resolve() for each in Path(place).parents):
+            folders.clear()  # a link to a folder that it is in
+            continue
+        paths = (Path(place, name) for name in names if os.path.splitext(name)[1].lower() in endings)
+        found += [path for path in paths if path.is_file() or path.is_symlink()]
+    films = sum(path.suffix.lower() in FILMS for path in found)
+    tars = any(folder.glob("*.tar"))
+    if 0 < films < len(found) or (found and tars):
+        kinds = [("images", films < len(found)), ("videos", films), ("tar files", tars)]
+        there = " and ".join(kind for kind, n in kinds if n)
+        raise InputError(f"{folder} holds {there}: give a folder of one kind, or a list.")
+    return sorted(found)
+
+
+def _unread(error: OSError) -> None:
+    raise InputError(f"{error.filename} cannot be read: {error.strerror}.")
+
+
+def _folder(folder: Path, files: Sequence[Path], limit: int | None) -> Data:
     names = [path.relative_to(folder).as_posix() for path in files][:limit]
-    sizes = [path.stat().st_size for path in files[:limit]]
+    sizes = [path.stat().st_size if path.exists() else None for path in files[:limit]]  # a link may lead nowhere
 
     def get(index: int) -> Item:
         parts = PurePosixPath(names[index]).parts
@@ -185,7 +209,9 @@ def _indexed(data: Any, columns: tuple[str | None, str | None], limit: int | Non
     n = len(data) if limit is None else min(limit, len(data))
 
     def get(index: int) -> Item:
-        return item_of(data[index], columns)
+        with blaming(data, error=InputError):
+            value = data[index]
+        return item_of(value, columns)
 
     spread = {round(i * (n - 1) / (_SAMPLE - 1)) for i in range(_SAMPLE)} if n else ()
     places = range(n) if isinstance(data, list | tuple) else sorted(spread)

@@ -211,8 +211,10 @@ def _rows(acts: Any, name: str, tokens: str, start: int, stop: int) -> Tensor:
     layout = acts.layout_of(name)
     if layout is None:
         raise InputError(f"This harvest has no token layout, so tokens={tokens!r} means nothing: take 'mean'.")
-    subset = set(layout.positions(tokens))
-    there = [at for at, position in enumerate(acts.positions_of(name)) if position in subset]
+    subset, positions = set(layout.positions(tokens)), acts.positions_of(name)
+    if positions is None:
+        raise InputError(f"Where the tokens of {name} [{point.axes}] are is not known: take tokens='mean'.")
+    there = [at for at, position in enumerate(positions) if position in subset]
     if not there:
         raise InputError(f"This harvest holds no {tokens}: it is of {', '.join(acts.tokens_of(name)[:3])} and so on.")
     return x[:, there] if tokens == "patches" else x[:, there].mean(1, keepdim=True)

@@ -94,6 +94,7 @@ def feature_attribution(
 def _at(features: Tensor, pos: int, name: str) -> Tensor:
     if features.ndim < 3:
         raise InputError(f"{name} has no tokens to choose from; leave pos out.")
+    features = features.flatten(1, -2)  # a grid is positions in reading order
     return features[:, positions_of([pos], features.shape[1])]
 
 

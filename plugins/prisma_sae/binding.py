@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
+from torch import Tensor
+
 from prisma_core import HookedModel, InputError, TokenLayout, UnknownName, tensors_of
 from prisma_core.plugin import LayerQuery, behaviour_of, digest, several, shown
 from prisma_sae.coder import CoderFacts, SparseCoder, Tokens
@@ -129,6 +131,52 @@ def model_digest(model: HookedModel) -> str:
     return digest(tensors_of(model))
 
 
+_TOKENS = ("pos", "patch", "cls", "window", "frame", "row", "column")
+
+
+class Places:
+    """The vectors of an activation that a coder runs on, whatever the order of its axes.
+
+    >>> Places("batch d_model row column", None).lead, Places("batch pos head d_head", None).lead
+    (('batch', 'row', 'column'), ('batch', 'pos'))
+
+    Args:
+        axes: of the hook point: those up to the last one of tokens come first, others become one vector.
+        cut: the positions on the axis ``pos`` to run on; None for all.
+    """
+
+    def __init__(self, axes: str, cut: slice | None):
+        names, self.cut = axes.split(), cut
+        last = max((at for at, name in enumerate(names) if name in _TOKENS), default=max(0, len(names) - 2))
+        first = [at for at in range(last + 1) if not names[at].startswith("d_")]
+        self.order = [*first, *(at for at in range(len(names)) if at not in first)]
+        self.back = [self.order.index(at) for at in range(len(names))]
+        self.lead = tuple(names[at] for at in first)
+        self.at = (slice(None),) * (self.lead.index("pos") if cut is not None else 0) + (cut or slice(None),)
+
+    def read(self, x: Tensor) -> Tensor:
+        """Return the vectors of an activation: ``[batch token d]``, with as many axes of tokens as it has."""
+        return x.permute(self.order).flatten(len(self.lead))[self.at]
+
+    def write(self, x: Tensor, vectors: Tensor) -> Tensor:
+        """Return an activation with other vectors in their places."""
+        x = x.permute(self.order)
+        made = vectors.unflatten(-1, x.shape[len(self.lead) :])
+        if self.cut is not None:
+            made, new = x.clone(), made
+            made[self.at] = new
+        return made.permute(self.back)
+
+
+def places_at(model: HookedModel, name: str, tokens: Tokens | None) -> Places:
+    """Return the vectors of a hook point that a coder of these tokens runs on.
+
+    Raises:
+        InputError: the hook point, or the model, has no such tokens.
+    """
+    return Places(model.hook_points()[name].axes, token_slice(model, name, tokens))
+
+
 def token_slice(model: HookedModel, name: str, tokens: Tokens | None) -> slice | None:
     """Return which positions of a hook point a coder runs on, or None for all.
 
@@ -139,7 +187,7 @@ def token_slice(model: HookedModel, name: str, tokens: Tokens | None) -> slice |
         return None
     layout = layout_at(model, name)
     axes = model.hook_points()[name].axes
-    if tokens == "patches" and {"patch", "row"} & set(axes.split()):  # it has no others
+    if tokens == "patches" and {"patch", "row", "window"} & set(axes.split()):  # it has no others
         return None
     if layout is None or "pos" not in axes.split():
         raise InputError(f"This coder runs on the tokens {tokens!r}, and {name} ({axes}) has no layout of tokens.")

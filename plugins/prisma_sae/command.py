@@ -27,7 +27,8 @@ def listed(
     from prisma_sae.published import catalogue, figures_of
 
     everything = catalogue()
-    chosen = [each for each in everything if any((word or "") in part for part in (each.name, each.model, each.hook))]
+    wanted = (word or "").lower()
+    chosen = [each for each in everything if any(wanted in part.lower() for part in (each.name, each.model, each.hook))]
     if not chosen:
         raise UnknownName(f"No coder matches {word!r}. `prisma sae list` lists all {len(everything)}.")
     if json:
@@ -77,12 +78,14 @@ def evaluated(
     hook: Annotated[str | None, typer.Option(help="The hook point.", show_default="the coder's own")] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="How many samples, where no images are given.")] = 32,
     batch: Annotated[int, typer.Option(min=1, help="Images of a pass.")] = 16,
+    template: Annotated[str, typer.Option(help="Of a pair of towers: a class's sentence.")] = "a photo of a {}.",
     force: Annotated[bool, typer.Option("--force", help="Measure it where it was not trained.")] = False,
     json: Json = False,
 ) -> None:
     """Measure a coder in its model, beside the figures that it was published with.
 
-    Images in folders that are named as the model names its classes have labels: then the loss is measured too.
+    Images in folders that are named as the model names its classes have labels: then the loss is measured too. Of a
+    pair of towers the folders' names are the classes, each in a sentence.
     """
     from prisma_sae.evaluate import beside, evaluate
     from prisma_sae.published import open_coder
@@ -91,11 +94,10 @@ def evaluated(
     reference = _reference(model or coder.facts.model)
     subject = _model(reference)
     with _bar("measuring") as bar:
-        batches, total = _batches(subject, reference, images, n, batch)
+        batches, total, texts = _batches(subject, reference, images, n, batch, template)
         line = bar.add_task("images", total=total)
-        result = evaluate(
-            subject, coder, batches, hook=hook, force=force, progress=lambda seen: bar.update(line, completed=seen)
-        )
+        shown: Any = lambda seen: bar.update(line, completed=seen)  # noqa: E731
+        result = evaluate(subject, coder, batches, texts=texts, hook=hook, force=force, progress=shown)
     rows = beside(result, coder.facts.figures)
     if json:
         screen.show_json({measure: {"here": here, "published": figure} for measure, here, figure in rows})
@@ -204,13 +206,21 @@ def _bar(what: str) -> Any:
     return progress.Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
 
 
-def _files(images: list[Path]) -> list[Path]:
+def _files(images: list[Path]) -> list[tuple[Path, str]]:
+    """Return images with the folder that names their class: of a folder, the first one inside, or itself."""
+    from prisma_harvest import open_data
+
     from prisma_core import InputError
 
-    paths = [path for each in images for path in (sorted(each.rglob("*")) if each.is_dir() else [each])]
-    files = [path for path in paths if not path.is_dir()]
-    if images and not files:
-        raise InputError(f"There are no images in {', '.join(map(str, images))}.")
+    files = list[tuple[Path, str]]()
+    for each in images:
+        if not each.is_dir():
+            files.append((each, each.absolute().parent.name))
+            continue
+        data = open_data(each)
+        if data.kind != "folder" or data.n is None or data.get is None:
+            raise InputError(f"{each} holds tar shards: expected a folder of images.")
+        files += [(item.image, item.label or each.absolute().name) for item in map(data.get, range(data.n))]
     return files
 
 
@@ -226,24 +236,39 @@ def _sample(reference: str, seed: int) -> Any:
     return image
 
 
-def _batches(model: Any, reference: str, images: list[Path] | None, n: int, batch: int) -> tuple[Any, int]:
-    """Return batches of inputs, with labels where folders name classes, and the number of images."""
+def _batches(
+    model: Any, reference: str, images: list[Path] | None, n: int, batch: int, template: str
+) -> tuple[Any, int, Any]:
+    """Return batches of inputs, with labels where folders name classes, how many images there are, and the tokens of
+    the classes' prompts, of a pair of towers."""
     import torch
 
+    from prisma_core import HookedDual, InputError
+
+    if "{}" not in template:
+        raise InputError(f"Expected a sentence with {{}} where the class goes, got {template!r}.")
     if not images:
         parts = [range(n)[start : start + batch] for start in range(0, n, batch)]
-        return _Again(lambda: (model.preprocess([_sample(reference, seed) for seed in part]) for part in parts)), n
+        drawn = _Again(lambda: (model.preprocess([_sample(reference, seed) for seed in part]) for part in parts))
+        return drawn, n, None
     files = _files(images)
-    labels: tuple[str, ...] = getattr(model, "labels", None) or ()
-    classes = [labels.index(path.parent.name) if path.parent.name in labels else -1 for path in files]
-    known = bool(classes) and min(classes) >= 0
+    folders = [folder for _, folder in files]
+    pair = isinstance(model, HookedDual)
+    classes = sorted(set(folders)) if pair else list(getattr(model, "labels", None) or ())
+    others = [folder for folder in folders if folder not in classes] if len(classes) > 1 else folders
+    if others and any(each.is_dir() for each in images):
+        screen.note("Note", f"no loss, for folders name no class of this model: {others[0]}.", "dim")
 
     def made() -> Any:
         for start in range(0, len(files), batch):
-            inputs = model.preprocess(files[start : start + batch])
-            yield (inputs, torch.tensor(classes[start : start + batch])) if known else inputs
+            inputs = model.preprocess([path for path, _ in files[start : start + batch]])
+            known = [] if others else [classes.index(folder) for folder in folders[start : start + batch]]
+            yield (inputs, torch.tensor(known)) if known else inputs
 
-    return _Again(made), len(files)
+    texts = None
+    if pair and not others:
+        texts = model.tokens([template.replace("{}", name) for name in classes])
+    return _Again(made), len(files), texts
 
 
 @dataclass
@@ -301,7 +326,7 @@ def _rows(
         start = index * size
         if not images:
             return model.preprocess([_sample(reference, seed) for seed in range(start, start + size)])
-        return model.preprocess([files[at % len(files)] for at in range(start, start + size)])
+        return model.preprocess([files[at % len(files)][0] for at in range(start, start + size)])
 
     yield from activation_rows(model, inputs, hook, tokens=tokens, batch=batch, buffer=8 * batch, seed=seed)  # type: ignore[arg-type]
 

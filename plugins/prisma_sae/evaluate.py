@@ -27,7 +27,7 @@ from torch import Tensor
 
 from prisma_core import HookedDual, HookedModel, InputError, Result
 from prisma_core.plugin import Count, Share, check_call, checked, shown
-from prisma_sae.binding import check, find, layout_at, placed, token_slice
+from prisma_sae.binding import check, find, layout_at, placed, places_at
 from prisma_sae.coder import SparseCoder
 from prisma_sae.splice import splice
 
@@ -172,7 +172,7 @@ class _Run:
         self, model: HookedModel, coder: SparseCoder, name: str, reads: str, texts: Tensor | None, embed: bool
     ):
         self.model, self.coder, self.name, self.reads, self.texts = model, coder, name, reads, texts
-        self.places = token_slice(model, name, coder.facts.tokens)
+        self.places, self.source = (places_at(model, each, coder.facts.tokens) for each in (name, reads))
         layout = layout_at(model, name)
         self.cls = layout.cls if layout is not None and coder.facts.tokens in (None, "all") else 0
         self.embed = "*hook_image_embed" if isinstance(model, HookedDual) else "*hook_pooled"
@@ -188,7 +188,7 @@ class _Run:
             raise InputError("Some batches have labels and others have none: give all of them labels, or none.")
         self.labelled = labels is not None
         _, cache = self.model.run_with_cache(*self._arguments(inputs), names=self.name, output=False)
-        x = self._tokens(cache[self.name]).flatten(0, -2).double()
+        x = self.places.read(cache[self.name]).flatten(0, -2).double()
         self.sums.rows, self.sums.total = self.sums.rows + len(x), self.sums.total + x.sum(0)
 
     def _arguments(self, inputs: Tensor) -> tuple[Tensor, ...]:
@@ -199,7 +199,7 @@ class _Run:
         names = [self.name, self.reads, *([self.embed] if self.embeds else [])]
         arguments = self._arguments(inputs)
         output, cache = self.model.run_with_cache(*arguments, names=names)
-        target, source = self._tokens(cache[self.name]), self._tokens(cache[self.reads])
+        target, source = self.places.read(cache[self.name]), self.source.read(cache[self.reads])
         features = self.coder.encode(source)
         self._rows(target.flatten(0, -2), self.coder.decode(features, source).to(target).flatten(0, -2))
         on = features > 0 if bool((features >= 0).all()) else features != 0
@@ -215,11 +215,6 @@ class _Run:
             self.embeddings.append(cache[next(each for each in cache if each.endswith(self.embed[1:]))].flatten(1))
         if labels is not None:
             self._loss(arguments, labels, output)
-
-    def _tokens(self, x: Tensor) -> Tensor:
-        lead = self.model.hook_points()[self.name].axes.split()
-        x = x.flatten(lead.index("pos") + 1) if "pos" in lead else x
-        return x if self.places is None else x[:, self.places]
 
     def _rows(self, x: Tensor, y: Tensor) -> None:
         x, y, sums = x.double(), y.double(), self.sums
@@ -250,8 +245,7 @@ class _Run:
         self.sums.labelled += len(labels)
 
     def _zero(self, x: Tensor, at: object) -> Tensor:
-        x[:, self.places or slice(None)] = 0
-        return x
+        return self.places.write(x, torch.zeros_like(self.places.read(x)))
 
     def result(self, dense: float, embeddings: Tensor | None) -> Result:
         """Return the measures of all batches."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prisma_core import HookedModel
 from prisma_core.plugin import Count, LayerQuery, check_call, checked, resolve_one
-from prisma_sae.binding import token_slice
+from prisma_sae.binding import places_at
 from prisma_sae.coder import Tokens
 
 
@@ -47,15 +47,13 @@ def activation_rows(
     """
     check_call(images, 1, "images=", "images(pass) -> a tensor, or None at the end")
     names = [resolve_one(hook, list(model.hook_points()))]
-    places, axes = token_slice(model, names[0], tokens), model.hook_points()[names[0]].axes.split()
-    lead = axes.index("pos") + 1 if "pos" in axes else len(axes) - 1
+    places = places_at(model, names[0], tokens)
     generator, held = torch.Generator().manual_seed(seed), list[Tensor]()
 
     def one_pass(inputs: Tensor) -> Tensor:
         with torch.no_grad():
             _, cache = model.run_with_cache(inputs, names=names, output=False)
-        x = cache[names[0]].flatten(lead)
-        return (x if places is None else x[:, places]).flatten(0, -2)
+        return places.read(cache[names[0]]).flatten(0, -2)
 
     index, more = 0, True
     while more:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from prisma_core import HookedModel, HookError, HookPoint, InputError
 from prisma_core.plugin import Splice, checked
-from prisma_sae.binding import Coders, check, find, placed, token_slice
+from prisma_sae.binding import Coders, Places, check, find, placed, places_at
 from prisma_sae.coder import SparseCoder, Tokens
 
 INPUT, FEATURES, RECON, ERROR = "sae.hook_input", "sae.hook_features", "sae.hook_recon", "sae.hook_error"
@@ -71,36 +71,36 @@ def splice(
     for name, coder in placed(model, coders).items():
         if not force:
             check(model, coder, name, tokens)
-        axes = model.hook_points()[name].axes
-        source = _source(model, coder, name)
         scope = tokens or coder.facts.tokens
-        splices[name] = CoderSplice(coder, axes, scope, token_slice(model, name, scope), error_term, source)
+        source = _source(model, coder, scope)
+        splices[name] = CoderSplice(coder, scope, places_at(model, name, scope), error_term, source)
         if source is not None:
             reads[source.name] = source
     return model.splicing(splices, reads=reads)
 
 
-def _source(model: HookedModel, coder: SparseCoder, name: str) -> Source | None:
+def _source(model: HookedModel, coder: SparseCoder, tokens: Tokens | None) -> Source | None:
     facts = coder.facts
     if not coder.is_transcoder:
         if facts.kind == "transcoder" and facts.hook is None:
             raise InputError("This transcoder does not say what it reads: coder.with_facts(hook=..., hook_out=...).")
         return None
-    return Source(find(model, str(facts.hook)))
+    name = find(model, str(facts.hook))
+    return Source(name, places_at(model, name, tokens))
 
 
 class Source:
     """What a transcoder reads in the pass under way, kept from there to where it writes, thread by thread."""
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, places: Places):
+        self.name, self.places = name, places
         self.seen: dict[int, tuple[Tensor, FrameType | None]] = {}
 
     def __call__(self, x: Tensor) -> None:
         self.seen[_thread()] = x, _running_pass()
 
     def take(self) -> Tensor:
-        """Return the activation, and forget it.
+        """Return the vectors of the activation, and forget it.
 
         Raises:
             HookError: the pass did not go by it.
@@ -111,7 +111,7 @@ class Source:
                 f"The transcoder reads {self.name}, which this pass did not go by: start before it. If blocks are "
                 "checkpointed one by one, checkpoint the model as a whole: what is computed again is one block."
             )
-        return x
+        return self.places.read(x)
 
 
 def _thread() -> int:
@@ -131,26 +131,18 @@ class CoderSplice:
 
     Args:
         coder: the coder.
-        axes: of the hook point.
-        tokens, places: the tokens that it runs on, by name and as positions; None for all.
+        tokens: the tokens that it runs on; None for all.
+        places: their vectors in the activation.
         error_term: add what it does not reconstruct.
         source: of a transcoder, what it reads.
     """
 
     def __init__(
-        self,
-        coder: SparseCoder,
-        axes: str,
-        tokens: Tokens | None,
-        places: slice | None,
-        error_term: bool,
-        source: Source | None,
+        self, coder: SparseCoder, tokens: Tokens | None, places: Places, error_term: bool, source: Source | None
     ):
         self.coder, self.places, self.source, self.error_term = coder, places, source, error_term
-        names = axes.split()
-        self.lead = names.index("pos") + 1 if "pos" in names else len(names) - 1
         token = {"cls": "cls", "patches": "patch"}.get(tokens or "", "pos")
-        lead = " ".join(token if name == "pos" else name for name in names[: self.lead])
+        lead = " ".join(token if name == "pos" else name for name in places.lead)
         self.input = HookPoint(f"{lead} d_in", "what the coder reads")
         self.features = HookPoint(f"{lead} feature", "activate((normalize(x) - b_in) W_enc + b_enc)")
         self.recon = HookPoint(f"{lead} d_out", "features W_dec + b_dec, in the units of the activation")
@@ -162,18 +154,9 @@ class CoderSplice:
         return points | ({ERROR: self.error} if self.error_term else {})
 
     def __call__(self, x: Tensor) -> Tensor:
-        target = self._cut(x)
-        source = target if self.source is None else self._cut(self.source.take())
-        made = self._coded(source, target).unflatten(-1, x.shape[self.lead :])
-        if self.places is None:
-            return made
-        y = x.clone()
-        y[:, self.places] = made
-        return y
-
-    def _cut(self, x: Tensor) -> Tensor:
-        x = x.flatten(self.lead)
-        return x if self.places is None else x[:, self.places]
+        target = self.places.read(x)
+        source = target if self.source is None else self.source.take()
+        return self.places.write(x, self._coded(source, target))
 
     def _coded(self, source: Tensor, target: Tensor) -> Tensor:
         u = self.input(source)

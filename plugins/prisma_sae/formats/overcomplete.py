@@ -1,10 +1,12 @@
 """overcomplete's models, pickled whole: read without overcomplete and without running anything.
 
 Readable are encoders that are one linear layer, with batch norm or none; other encoders are refused. A dictionary that
-was fused for evaluation is taken as it is; of an archetypal one it spares the points it was made of.
+was fused for evaluation is taken as it is; of an archetypal one it spares the points it was made of. UniversalSAE's
+checkpoints are the state dict of such a TopK model, and do not say their ``k``.
 
 Source:
-    overcomplete 0.3.0: ``sae/{modules,dictionary,archetypal_dictionary,topk_sae,batchtopk_sae,jump_sae}.py``.
+    overcomplete 0.3.0: ``sae/{modules,dictionary,archetypal_dictionary,topk_sae,batchtopk_sae,jump_sae}.py``;
+    UniversalSAE: ``{"epoch", "model_state_dict", "optimizer_state_dict", "learning_rate"}``.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ from torch import Tensor
 from prisma_core import LoadError
 from prisma_core.plugin import SavedObject, read_objects
 from prisma_sae.coder import CoderFacts, SparseCoder, Tokens
+from prisma_sae.formats.files import renamed
 from prisma_sae.pickled import outline, tensors_in
 
 NAME = "overcomplete"
+STATE, _LAYER = "model_state_dict", "encoder.final_block.0"
 
 
 def _known(name: str) -> bool:
@@ -28,29 +32,56 @@ def _known(name: str) -> bool:
 
 
 def recognises(path: Path) -> bool:
-    return (
-        path.is_file()
-        and path.suffix in (".pt", ".pth")
-        and any(name.startswith("overcomplete.") for name in outline(path)[1])
-    )
+    if not path.is_file() or path.suffix not in (".pt", ".pth"):
+        return False
+    saved, names = outline(path)
+    held = saved.get(STATE) if isinstance(saved, dict) else None
+    bare = isinstance(held, dict) and any(str(name).endswith("dictionary._weights") for name in held)
+    return bare or any(name.startswith("overcomplete.") for name in names)
 
 
-def read(path: Path, *, hook: str | None = None, tokens: Tokens | None = None, model: str | None = None) -> SparseCoder:
-    """Read a pickled model.
+def read(
+    path: Path,
+    *,
+    hook: str | None = None,
+    tokens: Tokens | None = None,
+    model: str | None = None,
+    k: int | None = None,
+) -> SparseCoder:
+    """Read a pickled model, or a checkpoint of UniversalSAE.
 
     Args:
         path: the file.
         hook, tokens, model: where it belongs: files do not say it.
+        k: of a checkpoint, which does not say how many features are on.
 
     Raises:
         LoadError: the file is damaged, wants to run other code, or is of a kind that is no single linear encoder.
     """
     module = read_objects(path, _known)
+    if isinstance(module, dict) and isinstance(module.get(STATE), dict):
+        return _checkpoint(module[STATE], path, k, hook=hook, tokens=tokens, model=model)
+    if k is not None:
+        raise LoadError(f"{path} is a whole model, which says its k: leave out k={k}.")
     if isinstance(module, SavedObject) and isinstance(module.get("module"), SavedObject):  # DataParallel
         module = module.get("module")
     if not isinstance(module, SavedObject):
         raise LoadError(f"{path} holds a {type(module).__name__}; expected a model of overcomplete's.")
     return _coder(module, str(path), hook=hook, tokens=tokens, model=model)
+
+
+def _checkpoint(held: dict[str, Tensor], path: Path, k: int | None, **place: Any) -> SparseCoder:
+    if k is None:
+        raise LoadError(f"{path} is a state dict, which does not say how many features are on: read(path, k=...).")
+    held = {name.removeprefix("module."): tensor for name, tensor in held.items()}  # DataParallel
+    names = {f"{_LAYER}.weight.T": "W_enc", f"{_LAYER}.bias": "b_enc", "dictionary._weights": "W_dec"}
+    tensors = renamed(held, names, path, unread=["dictionary.multiplier"])
+    if "dictionary.multiplier" in held:
+        tensors["W_dec"] = held["dictionary.multiplier"].detach().exp() * tensors["W_dec"]
+    d_in, d_sae = tensors["W_enc"].shape
+    d_out = tensors["W_dec"].shape[1]
+    facts = CoderFacts(kind="topk", d_in=d_in, d_sae=d_sae, d_out=d_out, activation="topk", k=k, layout=NAME, **place)
+    return SparseCoder(facts, tensors | {"b_dec": torch.zeros_like(tensors["W_dec"][0])})
 
 
 def _coder(module: SavedObject, where: str, **place: Any) -> SparseCoder:
