@@ -88,6 +88,7 @@ from prisma_core.toolbox.arguments import Count, Indices, Natural, Part, Share, 
 from prisma_core.toolbox.attention import eager_attention, float64_softmax, multihead_attention, switched
 from prisma_core.toolbox.claims import check_claims, check_layers
 from prisma_core.toolbox.options import Above, Eps, Heads, Options, Pixels, Whole, read_options
+from prisma_core.toolbox.precision import taking_gradients, widened
 from prisma_core.toolbox.readers import TRANSFORMERS, MlpNames, NormClass, PartReader, at, plain_patches
 from prisma_core.toolbox.rows import (
     argument,
@@ -133,7 +134,7 @@ __all__ = [
     "indices", "screen", "Host", "PluginInfo", "installed",
     # arguments of public functions
     "checked", "Count", "Natural", "Part", "Share", "Indices", "shown", "whole", "number", "several", "path_of",
-    "check_call", "check_flags", "expect", "device_of",
+    "check_call", "check_flags", "expect", "device_of", "taking_gradients", "widened",
     # errors
     "PrismaError", "UnknownName", "HookError", "UnsupportedArchitecture", "WeightMapError", "NotApplicable",
     "MissingPart", "LoadError", "InputError", "PluginError", "suggest", "blaming", "returned", "format_fields",

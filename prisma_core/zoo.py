@@ -163,7 +163,7 @@ def adapt(upstream: nn.Module, *, adapter: Adapter | None = None, copy: bool = T
 
     >>> model = adapt(timm.create_model("vit_tiny_patch16_224"))
 
-    It has the preprocessing and the labels that the library has put on the model (timm, transformers).
+    It has the preprocessing and the labels that the library has put on the model (timm, transformers, open_clip).
 
     Args:
         upstream: a model of a type some installed plugin adapts, or one in ``torch.compile`` or ``DataParallel``. It is

@@ -36,6 +36,7 @@ NO_NUMBERS = r"holds numbers of another kind: .* expected real|holds weights tha
 BROKEN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "whole": (lambda x: (x * 100).to(torch.int64), NO_NUMBERS),
     "bytes": (lambda x: (x * 100).to(torch.int8), NO_NUMBERS),
+    "eight bits": (lambda x: x.to(torch.float8_e4m3fn), NO_NUMBERS),
     "logical": (lambda x: x > 0, NO_NUMBERS),
     "complex": (lambda x: x.to(torch.complex64), NO_NUMBERS),
     "one NaN": (lambda x: x.flatten().index_fill(0, torch.tensor(3), torch.nan).view(x.shape), "NaN or infinite"),

@@ -53,6 +53,16 @@ def test_folders_of_any_source(source: str, tmp_path: Path) -> None:
         prisma.load(f"{source}:{adapter(tmp_path / 'lora')}")
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+def test_a_part_of_what_peft_writes(name: str, tmp_path: Path) -> None:
+    whole = adapter(tmp_path / "lora")
+    (tmp_path / "part").mkdir()
+    source = whole / (name if (whole / name).exists() else "adapter_model.safetensors")
+    (tmp_path / "part" / name).write_bytes(source.read_bytes())
+    with pytest.raises(LoadError, match=rf"{name}.*merge_and_unload"):
+        prisma.load(f"hf:{tmp_path / 'part'}")
+
+
 @pytest.mark.parametrize("name", [*LORA, f"{AT}.base_layer.weight", "blocks.0.attn.qkv.lora_magnitude_vector"])
 def test_files_of_any_kind(name: str, tmp_path: Path) -> None:
     state = {name: torch.ones(4, 4), "blocks.0.norm1.weight": torch.ones(4)}

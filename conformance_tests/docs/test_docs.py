@@ -333,3 +333,16 @@ def test_every_plugin_hook_is_documented_and_documented_hooks_exist() -> None:
     hooks = {name for name in vars(hookspecs) if name.startswith("prisma_")}
     assert hooks == {"prisma_sources", "prisma_adapters", "prisma_cases", "prisma_commands"}
     assert set(re.findall(r"`(prisma_(?:sources|adapters|cases|commands)\w*)\b", text)) == hooks
+
+
+def test_the_tests_that_the_security_page_names_are_there() -> None:
+    page = (ROOT / "docs" / "security.md").read_text("utf-8")
+    files = {path.name: path.read_text("utf-8") for path in (ROOT / "conformance_tests").rglob("test_*.py")}
+    named = set(re.findall(r"`(?:[\w/]+/)?(test_\w+)(\.py)?`", page))
+    assert len(named) > 25
+    gone = [
+        name
+        for name, ending in sorted(named)
+        if (name + ending not in files if ending else not any(f"def {name}(" in text for text in files.values()))
+    ]
+    assert not gone, gone

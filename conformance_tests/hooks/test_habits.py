@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import prisma_core
-from prisma_core import HookedModel, HookPoint, InputError, NotApplicable, UnknownName
+from prisma_core import HookedModel, HookError, HookPoint, InputError, NotApplicable, UnknownName
 from prisma_core.errors.migration import UnknownAttribute, migration_hint
 from prisma_core.hooks.point import HookContext, Scope, ScopeContext
 
@@ -161,6 +161,22 @@ def test_a_type_error_of_the_pass_is_not_taken_for_a_keyword(vit, image):
         vit.run_with_hooks(image, hooks={"z": broken}, stop_at_layer=None)
     with pytest.raises(TypeError, match="image"):
         vit()
+
+
+def test_masks_are_edits_of_the_scores(vit, image):
+    for call in (vit, vit.run_with_cache, lambda *args, **mask: vit.run_with_hooks(*args, hooks={}, **mask)):
+        with pytest.raises(InputError, match=r"takes no 'attention_mask'.*hooks=.*attn_scores"):
+            call(image, attention_mask=torch.ones(1))
+
+
+def test_a_class_of_modules_is_no_hook(vit, image):
+    class Twice(torch.nn.Module):
+        def forward(self, x, at):
+            return x * 2
+
+    with pytest.raises(HookError, match=r"the class Twice.*hook\(activation, at\)"):
+        vit.run_with_hooks(image, hooks={"z": Twice})
+    vit.run_with_hooks(image, hooks={"z": Twice()})
 
 
 def test_a_scope_is_no_decorator(vit, image):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import pytest
 from torch import nn
@@ -105,7 +106,8 @@ def test_an_integer_may_come_from_numpy():
         (("zz", 0), r"No hook point matches \('zz', 0\)"),
         (("embed", 0), "hook_embed is in no layer: ask for 'embed' alone"),
         (["embed", "nothing"], "No hook point matches 'nothing'"),
-        (lambda name: False, "selects none of this model's 111 hook points"),
+        (lambda name: False, r"selects none of this model's 111 hook points\.$"),
+        (lambda name: name.endswith("result"), "Derived points are asked for by name, and by no predicate"),
         ("", "No hook point matches"),
         (3, "3 is no name, glob"),
         (["embed", 3], "3 is no name, glob"),
@@ -119,6 +121,15 @@ def test_an_integer_may_come_from_numpy():
 def test_what_selects_nothing_is_an_error(query, words):
     with pytest.raises(UnknownName, match=words):
         found(query)
+
+
+def test_a_list_that_holds_itself_is_no_name():
+    inner: list[Any] = []
+    outer = [inner]
+    inner.append(outer)
+    for query in (inner, outer, ["embed", inner]):
+        with pytest.raises(UnknownName, match=r"\[\.\.\.\].* is no name"):
+            found(query)
 
 
 def test_an_error_lists_the_shorthands():

@@ -59,6 +59,19 @@ def test_demo_of_a_users_own_images(
     assert " sees: " in told
 
 
+def test_a_page_that_is_not_prismas_stays(
+    saved: str, images: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "index.html"
+    page.write_text("<title>My thesis on Prisma</title>", encoding="utf-8")
+    assert main(["demo", "--no-open", *options_of(saved, images, tmp_path)]) == 1
+    assert "give another folder with --out" in capsys.readouterr().err
+    assert page.read_text(encoding="utf-8") == "<title>My thesis on Prisma</title>"
+    page.unlink()
+    for _ in range(2):  # its own are replaced
+        assert main(["demo", "--no-open", *options_of(saved, images, tmp_path)]) == 0
+
+
 def test_demo_without_options_needs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["demo", "--no-open"]) == 0

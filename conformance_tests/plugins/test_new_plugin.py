@@ -102,6 +102,46 @@ def test_its_commands_in_a_fresh_environment(environment: Environment, tmp_path:
     assert told.count("passed: ") == 2
 
 
+UNDECLARED = """
+import prisma_core as prisma
+from prisma_core.plugin import installed
+
+
+def taken():
+    try:
+        return bool(prisma.adapt(upstream))
+    except prisma.UnsupportedArchitecture:
+        return False
+
+
+for plugin in ("torchvision", "made_up"):
+    upstream = installed().cases({plugin})[0][0].build().eval()
+    assert taken()
+    for path, module in upstream.named_modules():
+        own = type(module)
+        if "forward" not in vars(own):
+            continue
+        for how in (module.register_forward_hook, module.register_forward_pre_hook):
+            handle = how(lambda *given: None)
+            assert not taken(), (path, how)
+            handle.remove()
+        module.__class__ = type(own.__name__, (own,), {"__module__": "acme", "forward": lambda self, *given: None})
+        assert not taken(), (path, "a class of its own")
+        module.__class__ = own
+        module.forward = lambda *given: None
+        assert not taken(), (path, "a forward of its own")
+        del module.forward
+    assert taken()
+    print(plugin, "refuses")
+"""
+
+
+def test_their_adapters_refuse_what_no_tensor_shows(environment: Environment, tmp_path: Path) -> None:
+    told = environment.run("-c", UNDECLARED, cwd=tmp_path)
+    assert "torchvision refuses" in told
+    assert "made_up refuses" in told
+
+
 def test_a_map_that_was_written_proves_every_hook_point(environment: Environment, tmp_path: Path) -> None:
     code = "from prisma_conformance import check; print(check('made_of_places:tiny', checks='maps.proven'))"
     assert "32 of 32 hook points proven by equations" in environment.run("-c", code, cwd=tmp_path)

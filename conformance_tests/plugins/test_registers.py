@@ -76,6 +76,16 @@ def test_norms_are_those_of_the_stream_and_outliers_stand_where_they_were_plante
 
 
 @torch.no_grad()
+def test_norms_that_half_precision_does_not_hold() -> None:
+    model, x = vit(), images()
+    model.embed.pos_embed[3, :2] = torch.tensor([60000.0, 40000.0])
+    exact = token_norms(model, x).norms
+    half = token_norms(model.half(), x.half()).norms
+    assert exact.max() > 65504
+    torch.testing.assert_close(half.double(), exact, rtol=1e-2, atol=1e-2)
+
+
+@torch.no_grad()
 def test_the_planted_neuron_is_found_and_moved_into_an_added_token() -> None:
     model, x = vit(registers=0), images()
     plant(model, 1, 7, spot=6)

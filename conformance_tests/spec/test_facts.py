@@ -64,6 +64,14 @@ def test_a_grid_of_frames():
     assert torch.equal(grid[:, 1, 0, 2], x[:, VIDEO.token_names().index("f1r0c2")])
 
 
+def test_a_grid_along_another_axis_names_the_one_that_fits():
+    layout = TokenLayout(rows=2, columns=3, cls=True)
+    pattern = torch.zeros(2, 4, 7)  # [batch head key]
+    with pytest.raises(InputError, match="axis=2"):
+        layout.grid(pattern)
+    assert layout.grid(pattern, axis=2).shape == (2, 4, 2, 3)
+
+
 def test_a_grid_of_something_else_is_an_error():
     with pytest.raises(InputError, match="Axis 1 holds 7 positions; this layout has 10 tokens, of which 6 are patches"):
         LAYOUT.grid(torch.zeros(2, 7, 3))

@@ -34,6 +34,34 @@ def coder() -> sae.SparseCoder:
     return sae.SparseCoder(facts, {name: torch.zeros(shape) for name, shape in shapes.items()})
 
 
+INSIDE: dict[str, Callable[[Any], Any]] = {
+    "attribute": lambda given: lens.attribute(model(), given, 1),
+    "attribute by neuron": lambda given: lens.attribute(model(), given, 1, by="neuron"),
+    "fit_tuned_lens": lambda given: lens.fit_tuned_lens(model(), [given], epochs=1),
+    "gradient_x_activation": lambda given: lens.gradient_x_activation(model(), given, 1),
+    "relevance": lambda given: lens.relevance(model(), given, 1),
+    "edge_scores": lambda given: patch.edge_scores(model(), given[:1], given[1:], (1, 2)),
+    "attribution_patch": lambda given: patch.attribution_patch(
+        model(), given[:1], given[1:], (1, 2), at="z", over="layer head"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_gradients_are_not_taken_in_inference_mode(name: str) -> None:
+    with torch.no_grad():
+        INSIDE[name](X)
+    with torch.inference_mode(), pytest.raises(PrismaError, match=r"torch\.inference_mode"):
+        INSIDE[name](X)
+
+
+def test_a_cache_made_in_inference_mode_is_not_attributed() -> None:
+    with torch.inference_mode():
+        _, made = model().run_with_cache(X)
+    with pytest.raises(InputError, match=r"made in torch\.inference_mode.*torch\.no_grad"):
+        lens.attribute(model(), made, 1)
+
+
 SCOPES: dict[str, Callable[[], Any]] = {
     "hooks": lambda: model().hooks({"z": lambda x, at: None}),
     "caching": lambda: model().caching("z"),

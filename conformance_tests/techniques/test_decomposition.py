@@ -155,6 +155,9 @@ def test_texts_that_made_the_outputs_are_found_in_order_of_their_variance() -> N
     moved, again = textspan(outputs + 100 * pool[5], pool, 3)  # a mean explains nothing
     assert moved == chosen
     torch.testing.assert_close(again, shares, rtol=1e-3, atol=1e-4)
+    half, rounded = textspan((300 * outputs).half(), pool.half(), 3)  # whose squares float16 does not hold
+    assert half == chosen
+    torch.testing.assert_close(rounded, shares, rtol=1e-3, atol=1e-3)
 
 
 def test_textspan_takes_out_what_it_has_named() -> None:

@@ -51,6 +51,22 @@ def test_what_transformers_says_about_a_model() -> None:
         assert prisma.adapt(model).labels is None
 
 
+@pytest.mark.parametrize("part", ["whole", "visual"])
+@pytest.mark.parametrize("told", [{}, {"image_mean": (0.1, 0.2, 0.3), "image_interpolation": "bilinear"}], ids=str)
+def test_what_open_clip_says_about_a_model(part: str, told: dict[str, Any]) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    sizes = {"width": 32, "layers": 1, "head_width": 16, "image_size": 32, "patch_size": 8}
+    text = {"width": 16, "heads": 2, "layers": 1}
+    model, _, transform = open_clip.create_model_and_transforms(
+        "ViT-B-32", embed_dim=8, vision_cfg=sizes, text_cfg=text, **told
+    )
+    image = Image.effect_noise((60, 40), 90).convert("RGB")
+    adapted = prisma.adapt(model if part == "whole" else model.visual)
+    assert torch.equal(adapted.preprocess(image)[0], transform(image))
+    model.visual.preprocess_cfg |= {"resize_mode": "longest", "fill_color": 9}  # which no Preprocess does
+    assert not prisma.adapt(model).preprocess
+
+
 class Wrapper(nn.Module):
     def __init__(self, backbone: nn.Module):
         super().__init__()

@@ -118,6 +118,11 @@ def quantised(net: Net) -> None:
     exchanged(net.float(), made[0])
 
 
+def of_bitsandbytes(net: Net) -> None:
+    kind = type("Linear8bitLt", (nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
+    part(net).__class__ = kind
+
+
 def scripted(net: Net) -> None:
     exchanged(net, torch.jit.script(part(net)))
 
@@ -158,6 +163,7 @@ def elsewhere(net: Net) -> None:
 
 OTHERS: dict[Callable[[Net], None], tuple[str, str | None]] = {  # the words of a canonical form, of a hooked upstream
     quantised: (f"dynamic.*{PLACE}.*(expect|made of)", None),
+    of_bitsandbytes: (f"Linear8bitLt at '{PLACE}'.*Quantised weights: adapt what they were made of", None),
     scripted: (f"ScriptModule.*{PLACE}.*made of", f"ScriptModule.*{PLACE}.*runs no hooks.*made of"),
     traced: (f"{PLACE}.*made of", f"{PLACE}.*runs no hooks"),
     symbolic: (f"GraphModule.*{PLACE}.*made of", None),
@@ -187,6 +193,14 @@ def test_parts_that_torch_makes_of_others(change: Callable[[Net], None], adapter
     assert any(name.startswith("blocks.1.") for name in cache)
     net.load_state_dict(prisma.export(model))
     torch.testing.assert_close(net(x), logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_codes_are_no_weights(dtype: torch.dtype) -> None:
+    net = drawn()
+    part(net).weight = nn.Parameter(part(net).weight.detach().to(dtype), requires_grad=False)
+    with pytest.raises(UnsupportedArchitecture, match=f"'{PLACE}'.*weight is of {dtype}: codes of quantised weights"):
+        prisma.adapt(net, adapter=Plain())
 
 
 def test_a_hook_map_that_names_a_part_of_what_is_wrapped() -> None:

@@ -99,6 +99,48 @@ def test_states_that_no_tensor_shows(plugin: str, name: str, change: Callable[[A
         prisma.adapt(model)
 
 
+@pytest.mark.parametrize("name", ["test_vit", "beit_base_patch16_224", "eva02_base_patch14_224", "test_vit4"])
+@pytest.mark.parametrize("fused", [True, False])
+@torch.no_grad()
+def test_a_scale_that_the_fused_kernel_is_not_given(name: str, fused: bool) -> None:
+    """Upstream's attribute counts where attention goes step by step, and nowhere else."""
+    model = case("timm", name).double()
+    before = prisma.adapt(model)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn, module.scale = fused, 30 * module.scale
+    after = prisma.adapt(model)
+    x = after.sample_inputs()[0].double()
+    torch.testing.assert_close(after(x), model(x), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(after.run_with_cache(x)[0], model(x), rtol=1e-10, atol=1e-10)
+    assert torch.equal(after(x), before(x)) == fused
+
+
+@pytest.mark.parametrize("name", ["dinov2.layers.attention.MemEffAttention", "dinov3.layers.attention.SelfAttention"])
+def test_a_scale_that_some_of_metas_kernels_are_not_given(name: str) -> None:
+    model = case("dino", "meta_v3")
+    attention = model.blocks[0].attn
+    own, (home, _, kind) = type(attention), name.rpartition(".")
+    attention.scale *= 2
+    prisma.adapt(model)
+    attention.__class__ = type(kind, (own,), {"__module__": home})
+    with pytest.raises(UnsupportedArchitecture, match=rf"{kind} at 'blocks.0.attn'.*scale="):
+        prisma.adapt(model)
+
+
+@torch.no_grad()
+def test_a_scale_that_open_clips_fused_kernel_is_not_given() -> None:
+    open_clip = pytest.importorskip("open_clip")
+    sizes = {"width": 32, "layers": 1, "head_width": 16, "image_size": 32, "patch_size": 8, "qk_norm": True}
+    text = {"width": 16, "heads": 2, "layers": 1}
+    model = open_clip.create_model("ViT-B-32", embed_dim=8, vision_cfg=sizes, text_cfg=text).eval().double()
+    attention = model.visual.transformer.resblocks[0].attn
+    attention.scale, x = 30 * attention.scale, torch.randn(1, 3, 32, 32).double()
+    torch.testing.assert_close(prisma.adapt(model).encode_image(x), model.encode_image(x), rtol=1e-10, atol=1e-10)
+    attention.use_fsdpa = False  # which open_clip cannot run
+    assert prisma.adapt(model).spec.vision.blocks[0].attn.scale == attention.scale
+
+
 @torch.no_grad()
 def test_a_pooling_that_upstream_s_code_does_not_know_is_none() -> None:
     model = case("timm", "deepseek_vit_412m")

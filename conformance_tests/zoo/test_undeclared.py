@@ -233,6 +233,31 @@ def test_an_attention_function_of_the_users() -> None:
         prisma.adapt(model)
 
 
+def test_functions_that_are_of_no_module() -> None:
+    """Such as code that was run from a text: its ``__module__`` is None, or that of another module's builtins."""
+    tr = pytest.importorskip("transformers")
+    space: dict[str, Any] = {}
+    exec("def own(module, *args, **how):\n    return args[-1] * 2", space)
+    own = space["own"]
+    for home in (None, "", "transformers.utils.output_capturing", "torch"):
+        own.__module__ = home
+        net = drawn()
+        handle = net.norm.register_forward_hook(own)
+        with pytest.raises(UnsupportedArchitecture, match=r"'norm'.*forward hook"):
+            prisma.adapt(net, adapter=Plain())
+        handle.remove()
+        handle = nn.modules.module.register_module_forward_hook(own)
+        with pytest.raises(UnsupportedArchitecture, match="global forward hook"):
+            prisma.adapt(net, adapter=Plain())
+        handle.remove()
+    tr.AttentionInterface.register("homeless", own)
+    small = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+    model = tr.ViTModel(tr.ViTConfig(**small, image_size=32)).eval()
+    model.set_attn_implementation("homeless")
+    with pytest.raises(UnsupportedArchitecture, match="'homeless'"):
+        prisma.adapt(model)
+
+
 def test_a_hook_that_asks_for_gradients_changes_no_number() -> None:
     tr = pytest.importorskip("transformers")
     sizes = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,13 @@ class OpenClipSource(Source):
                 f"open_clip:{name}@FILE, or give pretrained=False for random weights."
             )
         return _loaded(model, Tokenizer(_text(_config(name), options), f"open_clip:{name}"))
+
+    def describe(self, upstream: nn.Module) -> Loaded:
+        visual: Any = getattr(upstream, "visual", upstream)
+        config: Any = getattr(visual, "preprocess_cfg", None)
+        with suppress(LoadError):  # what cannot be repeated is not said
+            return Loaded(upstream, preprocess(config) if config else None)
+        return Loaded(upstream)
 
     def models(self) -> Iterator[ModelInfo]:
         import open_clip
@@ -163,7 +171,8 @@ def _fetched(name: str, tag: str) -> Path:
     names = [filename] if filename else list(WEIGHTS)
     if filename.endswith((".bin", ".pth", ".pt")):
         names.insert(0, filename.rpartition(".")[0] + ".safetensors")
-    return hub.fetch(repository, names, reference=reference)
+    instead = f"A local file needs no network: open_clip:{name}@FILE. Nor do random weights: pretrained=False."
+    return hub.fetch(repository, names, reference=reference, instead=instead)
 
 
 # -------------------------------------------------------------------- names

@@ -189,7 +189,8 @@ def build(tensors: Mapping[str, Tensor], where: object, given: Options) -> MetaV
     backbone = {name: tensor for name, tensor in tensors.items() if not HEADS.fullmatch(name)}
     with torch.device("meta"):
         model = MetaViT(architecture(backbone, where, given))
-    unset = [name for name, tensor in backbone.items() if not bool(torch.isfinite(tensor).all())]
+    real = {name: tensor for name, tensor in backbone.items() if tensor.is_floating_point() and tensor.itemsize > 1}
+    unset = [name for name, tensor in real.items() if not bool(torch.isfinite(tensor).all())]
     if unset:
         raise LoadError(
             f"{where} holds values that are NaN or infinite, in {', '.join(unset[:3])}. "

@@ -258,7 +258,7 @@ def read_lines(path: Path) -> Iterator[Line]:
         with path.open(encoding="utf-8", errors="surrogateescape") as file:
             for text in file:
                 yield json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LoadError(f"{path} cannot be read: {error}. Remove the folder and harvest again.") from error
 
 

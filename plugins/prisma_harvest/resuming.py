@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prisma_core import InputError, LoadError
-from prisma_core.plugin import replacing
+from prisma_core.plugin import parse_json, replacing
 from prisma_harvest.manifest import Point
 from prisma_harvest.passes import Pass
 from prisma_harvest.reading import Harvest
@@ -68,7 +68,7 @@ class Kept:
             return
         try:
             with safe_open(self.path, "pt") as file:
-                facts = json.loads((file.metadata() or {}).get("top_examples", "{}"))
+                facts = parse_json((file.metadata() or {}).get("top_examples", "{}"), self.path)
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
         except (OSError, SafetensorError, ValueError) as error:
             raise LoadError(f"{self.path} cannot be read: {error}. Remove it to begin anew.") from error

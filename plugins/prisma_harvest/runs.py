@@ -55,7 +55,7 @@ class ShardReader:
                         if not read:
                             raise EOFError("it is cut off")
                         at += read
-        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError) as error:
             raise LoadError(f"{self.path} cannot be read: {error}. `prisma harvest verify` tells what is.") from error
 
     def _starts(self, file: FileIO) -> list[int]:

@@ -9,6 +9,7 @@ from prisma_core.plugin import LoadError, check_merged, hub, read_json
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+INSTEAD = "A folder needs no network: hf:FOLDER. Nor does a class with random weights: hf:ViTModel, pretrained=False."
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,17 @@ class Place:
         """
         if self.local:
             return Path(self.name)
-        config = hub.fetch(self.name, [CONFIG, ADAPTER], revision=self.revision, reference=str(self))
+        config = hub.fetch(self.name, [CONFIG, ADAPTER], revision=self.revision, reference=str(self), instead=INSTEAD)
         if config.name == ADAPTER:
             check_merged(config.parent)
         file = hub.cached(self.name, WEIGHTS, revision=self.revision)
         if not weights or (file is not None and _whole(file)):
             return config.parent
-        main = hub.fetch(self.name, WEIGHTS, revision=self.revision, reference=str(self))
+        main = hub.fetch(self.name, WEIGHTS, revision=self.revision, reference=str(self), instead=INSTEAD)
         patterns = ["*.json", "*.py"]  # code is not run unless the user says so
         if main.suffix == ".json":  # an index: the weights are in several files
             patterns.append("model-*.safetensors" if "safetensors" in main.name else "pytorch_model-*.bin")
-        return hub.snapshot(self.name, patterns, revision=self.revision, reference=str(self))
+        return hub.snapshot(self.name, patterns, revision=self.revision, reference=str(self), instead=INSTEAD)
 
     def cached_config(self) -> Path | None:
         """Return the folder of a configuration that needs no download, or None."""

@@ -79,7 +79,8 @@ def _check_kinds(model: nn.Module, held: dict[str, Tensor], where: object) -> No
     others = [
         f"{name} ({str(one.dtype).removeprefix('torch.')})"
         for name, one in held.items()
-        if not one.is_floating_point() and (one.is_complex() or name.rpartition(".")[2] not in whole)
+        if (one.itemsize < 2 or not one.is_floating_point())
+        and (one.is_complex() or name.rpartition(".")[2] not in whole)
     ]
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""

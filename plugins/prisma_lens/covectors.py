@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import InputError, NotApplicable, Result
-from prisma_core.plugin import layer_of
+from prisma_core.plugin import layer_of, taking_gradients
 from prisma_lens.readouts import Readout, at_token
 
 
@@ -30,7 +30,7 @@ def covectors(cache: Any, reading: Readout, token: int | None = None) -> Iterato
         UnknownName: the cache lacks activations.
     """
     stream = cache["attn_out", -1]
-    with torch.enable_grad():
+    with taking_gradients():
         x = torch.zeros_like(stream, requires_grad=True)
         outputs = at_token(cache.project_stack(x[None])[0], token)
         if reading.unit_length:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import HookedModel, HookedViT, InputError, NotApplicable, Result, TokenLayout, attentions
-from prisma_core.plugin import Count, checked
+from prisma_core.plugin import Count, checked, widened
 from prisma_lens.attribute import check_sum_of
 from prisma_lens.heads import layer_pattern, pattern_names
 from prisma_lens.inputs import as_input
@@ -148,9 +148,9 @@ def _copied(own: HookedViT, images: Tensor, where: Tensor, n_prefix: int) -> Ten
         name, spec = f"blocks.{layer}.{branch.name}", branch.module.spec
         if spec.inner_norm is not None:
             raise NotApplicable(f"Layer {layer} norms its heads' outputs, so they are no sum over what they read.")
-        stream = cache["resid_pre", layer]
+        stream = widened(cache["resid_pre", layer])
         content = (stream - stream.mean(1, keepdim=True))[image, copies]  # [batch pair d_model]
-        v = cache[f"{name}.hook_v"].repeat_interleave(spec.n_heads // spec.n_kv_heads, 2)
+        v = widened(cache[f"{name}.hook_v"]).repeat_interleave(spec.n_heads // spec.n_kv_heads, 2)
         v = (v - v.mean(1, keepdim=True))[image, copies]
         written = torch.einsum("bphe,hed->bphd", v, branch.scaled(branch.module.W_O).to(v))
         weight = cache[f"{name}.hook_pattern"][image, :, queries, copies]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import HookedDual, InputError, NotApplicable, Result
-from prisma_core.plugin import Count, Indices, checked
+from prisma_core.plugin import Count, Indices, checked, widened
 from prisma_lens.decomposition import head_outputs
 
 
@@ -43,6 +43,7 @@ def textspan(outputs: Tensor, texts: Tensor, k: Count = 5) -> tuple[list[int], T
     """
     if outputs.ndim != 2 or texts.ndim != 2 or outputs.shape[1] != texts.shape[1]:
         raise InputError(f"Expected outputs [image d] and texts [text d], got {[*outputs.shape]} and {[*texts.shape]}.")
+    outputs = widened(outputs)
     c = outputs - outputs.mean(0)
     _, sizes, basis = torch.linalg.svd(c, full_matrices=False)
     basis = basis[sizes > sizes[:1] * 1e-6]

@@ -42,6 +42,7 @@ from prisma_core.plugin import (
     save_objects,
     settled,
     shown,
+    taking_gradients,
 )
 from prisma_lens.bar import bar
 from prisma_lens.inputs import as_batches
@@ -247,7 +248,7 @@ def fit_tuned_lens(
             seen = 0
             for batch, _ in bar(as_batches(train), f"Epoch {epoch + 1} of {epochs}", progress):
                 streams, final = _streams(model, own, batch, tokens, tower, read)
-                with torch.enable_grad():
+                with taking_gradients():
                     loss = torch.stack(
                         [_kl(final, read(lens.translate(x, at))).mean() for at, x in enumerate(streams)]
                     ).sum()

@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import Tensor
 
 from prisma_core import HookContext, HookedDual, HookedModel, InputError, NotApplicable, Result
-from prisma_core.plugin import Above, Count, Query, checked, layer_of
+from prisma_core.plugin import Above, Count, Query, checked, layer_of, taking_gradients
 from prisma_patch.interventions import Scope
 from prisma_patch.sweeps import bar
 
@@ -100,7 +100,7 @@ def learn_word(
         others = [own.compare(seen, own.encode_text([t.replace("{}", w) for t in distinct])) for w in against]
         fixed = torch.stack([x[every, row] for x in others], 1) if others else None
     for _ in bar(range(steps), "Steps", progress):
-        with torch.enable_grad(), _spoken(own, token, vector):
+        with taking_gradients(), _spoken(own, token, vector):
             fits = own.compare(seen, own.text(tokens))[every, row]
             loss = -fits.mean() if fixed is None else -torch.cat([fits[:, None], fixed], 1).log_softmax(1)[:, 0].mean()
             (vector.grad,) = torch.autograd.grad(loss, [vector])

@@ -12,7 +12,7 @@ from prisma_lens.metrics import Metric
 from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, HookedText, HookedViT, InputError, NotApplicable
-from prisma_core.plugin import shown
+from prisma_core.plugin import shown, taking_gradients
 from prisma_patch.graph import QKV, Circuit, Shape
 
 NodeHook = Callable[[Tensor, HookContext], Tensor]
@@ -107,7 +107,7 @@ class Graph:
         def start(x: Tensor, at: HookContext) -> Tensor:
             return x + shift
 
-        with torch.enable_grad():
+        with taking_gradients():
             output = self.model.run_with_hooks(clean, hooks=self._hooks(moved, start, lambda written, at: written))
             gradients = torch.autograd.grad(loss(output), list(zeros.values()))
         return dict(zip(zeros, gradients, strict=True))

@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import Tensor
 
 from prisma_core import HookedDual, HookedViT, InputError, NotApplicable, TokenLayout
-from prisma_core.plugin import BriefRepr, Count, checked, positions_of, shown
+from prisma_core.plugin import BriefRepr, Count, checked, positions_of, shown, widened
 
 Tokens: TypeAlias = str | int | Sequence[int] | Tensor
 FACTOR = 3.0
@@ -124,7 +124,8 @@ def token_norms(
     norms: list[Tensor] = []
     for part in _batches(images, batch_size, progress, "norms"):
         _, cache = model.run_with_cache(part, names="resid_post", output=False)
-        norms.append(torch.stack([cache["resid_post", layer].norm(dim=-1) for layer in range(len(model.blocks))]))
+        streams = (widened(cache["resid_post", layer]) for layer in range(len(model.blocks)))
+        norms.append(torch.stack([stream.norm(dim=-1) for stream in streams]))
     return TokenNorms(torch.cat(norms, dim=1), model.layout_for(images))
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, Result
-from prisma_core.plugin import Indices, LayerQuery, checked, positions_of
+from prisma_core.plugin import Indices, LayerQuery, checked, positions_of, taking_gradients
 from prisma_sae.binding import placed
 from prisma_sae.coder import SparseCoder
 from prisma_sae.splice import FEATURES, splice
@@ -65,7 +65,7 @@ def feature_attribution(
     n = by_name[order[1]].facts.d_sae
     if bad := [each for each in wanted if not 0 <= each < n]:
         raise InputError(f"No feature {bad[0]} in the coder at {order[1]}: they run from 0 to {n - 1}.")
-    with torch.enable_grad(), splice(model, by_name, error_term=True, force=force):
+    with taking_gradients(), splice(model, by_name, error_term=True, force=force):
         gradients: list[Tensor] = []
         with model.caching([source, target], detach=False) as cache, model.hooks({source: _leaf}):
             model(images)

@@ -50,13 +50,14 @@ def weights(reference: str, cfg: Any) -> Path | None:
         LoadError: they cannot be reached, or came corrupted.
     """
     reference = f"timm:{reference}"
+    instead = f"A local file needs no network: {reference}@FILE. Nor do random weights: pretrained=False."
     if cfg.hf_hub_id:
         repository, _, revision = cfg.hf_hub_id.partition("@")
         names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-        return hub.fetch(repository, names, revision=revision or None, reference=reference)
+        return hub.fetch(repository, names, revision=revision or None, reference=reference, instead=instead)
     parts = urlsplit(cfg.url)
     path = Path(torch_hub.get_dir()) / "checkpoints" / Path(parts.path).name
     if path.is_file():
         return path
-    hub.reach(reference, address=f"{parts.scheme}://{parts.netloc}")
+    hub.reach(reference, address=f"{parts.scheme}://{parts.netloc}", instead=instead)
     return None

@@ -37,7 +37,7 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             # Copied out of the file: kernels may round by how memory is aligned.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             return tensors, json.loads(file.metadata()["facts"])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LoadError(f"{folder / STATE} is not a state that prisma train wrote: {error}") from error
 
 
@@ -60,7 +60,7 @@ def log_rows(folder: Path) -> Iterator[dict[str, Any]]:
         try:
             row = json.loads(line)
             yield {**row, "step": int(row["step"]), "loss": float(row["loss"]), "score": float(row["score"])}
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return
 
 

@@ -55,6 +55,9 @@ def demo(
     Without options it shows the small model that comes with Prisma, on an image drawn for it; nothing is downloaded.
     """
     screen.check_output(out, folder=True)
+    there = out / "index.html"
+    if there.is_file() and "· Prisma</title>" not in there.read_text(encoding="utf-8", errors="replace"):
+        raise InputError(f"{there} is no page of Prisma's, and would be replaced: give another folder with --out.")
     for path in (image, other):  # what is not there is told before anything is loaded or written
         if path is not None and not path.is_file():
             open_image(path)

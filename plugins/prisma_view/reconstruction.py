@@ -20,7 +20,7 @@ from torch import Tensor
 
 import prisma_core as prisma
 from prisma_core import HookedViT, NotApplicable, Result
-from prisma_core.plugin import installed, layer_of
+from prisma_core.plugin import installed, layer_of, taking_gradients
 from prisma_view.figures import plot
 from prisma_view.images import data_uri
 from prisma_view.panels import Section, Subject, enlarged, spread
@@ -76,7 +76,7 @@ def _put(stream: Tensor) -> Callable[[Tensor, Any], Tensor]:
 
 def _unseen(subject: Subject) -> Tensor:
     """Return which pixels no output depends on, ``[1 1 height width]``: those of the patches that the model hides."""
-    with torch.enable_grad(), _same_draw():
+    with taking_gradients(), _same_draw():
         x = subject.x.detach().clone().requires_grad_()
         (gradient,) = torch.autograd.grad(subject.model(x).float().square().sum(), x)
     height, width = subject.model.spec.pixels

@@ -52,7 +52,8 @@ WAYS_OUT = {  # by where the classes are from that stand in the place of a libra
     "torch.nn.utils.parametrize.": "Put plain values in the place of what computes them before: "
     "torch.nn.utils.parametrize.remove_parametrizations(module, name)",
     "torch.distributed.algorithms.": "Put what it wraps in its place before: wrapper._checkpoint_wrapped_module",
-    **dict.fromkeys(("torch.ao.", "torch.distributed.", "torch.fx.", "torch.jit."), "Adapt what it was made of"),
+    **dict.fromkeys(("bitsandbytes.", "torchao.", "torch.ao."), "Quantised weights: adapt what they were made of"),
+    **dict.fromkeys(("torch.distributed.", "torch.fx.", "torch.jit."), "Adapt what it was made of"),
 }
 
 

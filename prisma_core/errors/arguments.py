@@ -194,6 +194,8 @@ def check_call(function: object, n: int, what: str, expected: str, error: type[P
         InputError: with the signature it has.
     """
     module = isinstance(function, nn.Module)
+    if inspect.isclass(function) and issubclass(function, nn.Module):
+        raise error(f"{what} is the class {function.__name__}; expected one of its objects, as {expected}.")
     if not callable(function) or (module and type(function).forward is nn.Module.forward):
         raise error(f"{what} is {shown(function)}; expected {expected}.")
     try:

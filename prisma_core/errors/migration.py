@@ -30,6 +30,7 @@ _INSTEAD = {
     "reset_hooks_end clear_contexts": "hooks end with their scope, and nothing is left on the model.",
     "is_permanent": "hooks end with their scope; keep the scope open, or put an ExitStack around it.",
     "prepend_bos": "tokens are what the model's own tokenizer makes of a text: model.tokens(text).",
+    "attention_mask mask": "what is read is edited in the scores: hooks={'attn_scores': function}, which sets -inf.",
     "start_at_layer": "only a vision transformer can go on from a stream. Of a pair of towers that is model.vision.",
     "stop_at_layer": "only one transformer has layers to stop at. Of a pair give it to model.vision or model.text.",
 }

@@ -205,10 +205,11 @@ def check_merged(folder: Path) -> None:
     """Refuse a folder that holds LoRA weights, which are not the model's own: libraries read past them without peft.
 
     Raises:
-        LoadError: it holds an ``adapter_config.json``, as peft writes it.
+        LoadError: it holds what peft writes: ``adapter_config.json``, or weights under its names.
     """
-    if os.path.isfile(folder / "adapter_config.json"):  # unlike Path's, False for a name too long
-        raise LoadError(f"{folder} holds LoRA weights (adapter_config.json), {MERGE}")
+    for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
+        if os.path.isfile(folder / name):  # unlike Path's, False for a name too long
+            raise LoadError(f"{folder} holds LoRA weights ({name}), {MERGE}")
 
 
 def _unwrapped(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -322,7 +323,9 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _kind(tensor: Tensor) -> str:
-    return "complex" if tensor.is_complex() else "real" if tensor.is_floating_point() else "whole"
+    if tensor.is_floating_point():
+        return "real" if tensor.itemsize > 1 else "real of 8 bits (a code of quantised weights)"
+    return "complex" if tensor.is_complex() else "whole"
 
 
 def _listed(problems: list[str], most: int = 5) -> str:

@@ -25,7 +25,9 @@ INSTEAD = "A local file needs no network."
 Result = TypeVar("Result")
 
 
-def fetch(repository: str, names: Sequence[str], *, revision: str | None = None, reference: str) -> Path:
+def fetch(
+    repository: str, names: Sequence[str], *, revision: str | None = None, reference: str, instead: str = INSTEAD
+) -> Path:
     """Return the first of these files that a repository has, downloaded if need be, with the hub library's own bar.
 
     Args:
@@ -33,6 +35,7 @@ def fetch(repository: str, names: Sequence[str], *, revision: str | None = None,
         names: of files, the one to prefer first.
         revision: a branch, tag or commit.
         reference: what the user asked for, for messages.
+        instead: what else one may do, for messages.
 
     Raises:
         UnknownName: no such repository or revision, or it has none of these files.
@@ -42,7 +45,7 @@ def fetch(repository: str, names: Sequence[str], *, revision: str | None = None,
 
     if (path := cached(repository, names, revision=revision)) is not None:
         return path
-    reach(reference)
+    reach(reference, instead=instead)
     for name in names:
         try:
             download = partial(hf_hub_download, repository, name, revision=revision)

@@ -21,8 +21,7 @@ from prisma_core.spec.brief import aligned, folded, html_table
 from prisma_core.spec.layout import Index, TokenLayout, positions_of
 from prisma_core.spec.views import TokenViews
 
-_GRAD, _TOKENS = "grad/", "given/tokens"
-_METADATA = "prisma_cache"
+_GRAD, _TOKENS, _METADATA = "grad/", "given/tokens", "prisma_cache"
 
 
 @dataclass(eq=False, repr=False)
@@ -76,10 +75,7 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
         if name in STREAM_METHODS:
             raise MissingPart(self._no_stream())
         if name == "tower":
-            need = "give it to ActivationCache.load(path, model=model)"
-            raise MissingPart(
-                f"This cache has no model; {need}." if self.model is None else "This model has no towers."
-            )
+            raise MissingPart(self._no_stream() if self.model is None else "This model has no towers.")
         raise unknown_attribute(self, name)
 
     def _no_stream(self) -> str:

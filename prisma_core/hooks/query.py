@@ -70,7 +70,8 @@ def resolve(query: Query | None, names: Sequence[str], derived: frozenset[str] =
         if any(isinstance(answer, str) for answer in answers.values()):  # a hook point returns what it is given
             raise _no_query(query)
         if not any(answers.values()):
-            raise UnknownName(f"The predicate {query!r} selects none of this model's {len(names)} hook points.")
+            why = " Derived points are asked for by name, and by no predicate." if any(map(query, derived)) else ""
+            raise UnknownName(f"The predicate {query!r} selects none of this model's {len(names)} hook points.{why}")
         return [name for name, answer in answers.items() if answer]
     if _is_layer_query(query):
         return _with_layer(query, names)
@@ -79,10 +80,13 @@ def resolve(query: Query | None, names: Sequence[str], derived: frozenset[str] =
     except TypeError as error:
         raise _no_query(query) from error
     known, union = set(names), set[str]()
-    for part in parts:
-        if cast(object, part) is None:
-            raise _no_query(part)
-        union.update([part] if isinstance(part, str) and part in known else resolve(part, names, derived))
+    try:
+        for part in parts:
+            if cast(object, part) is None:
+                raise _no_query(part)
+            union.update([part] if isinstance(part, str) and part in known else resolve(part, names, derived))
+    except RecursionError as error:  # a list that holds itself
+        raise _no_query(query) from error
     return [name for name in names if name in union]
 
 
@@ -121,9 +125,8 @@ def _resolve_text(query: str, names: Sequence[str], derived: frozenset[str]) -> 
     if query in names:
         return [query]
     if any(char in query for char in "*?["):
-        selected = [
-            name for name in fnmatch.filter(names, query) if name not in derived or name.rsplit(".", 1)[-1] in query
-        ]
+        found = fnmatch.filter(names, query)
+        selected = [name for name in found if name not in derived or name.rsplit(".", 1)[-1] in query]
     else:
         selected = _shorthand(query, names)
     if not selected:

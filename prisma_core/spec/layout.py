@@ -130,9 +130,11 @@ class TokenLayout(BriefModel):
         if x.shape[axis] == self.n_tokens:
             x = x.narrow(axis, self.n_prefix, self.n_patches)
         elif x.shape[axis] != self.n_patches:
+            fits = [at for at, size in enumerate(x.shape) if size in (self.n_tokens, self.n_patches)]
+            hint = f"Give the axis of tokens: axis={fits[0]}." if fits else "Was the cache taken with a token slice?"
             raise InputError(
                 f"Axis {axis} holds {x.shape[axis]} positions; this layout has {self.n_tokens} tokens, "
-                f"of which {self.n_patches} are patches. Was the cache taken with a token slice?"
+                f"of which {self.n_patches} are patches. {hint}"
             )
         x = x.movedim(axis, 0)
         x = rearrange(

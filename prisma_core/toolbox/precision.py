@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+
+from prisma_core.errors import InputError
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -14,6 +16,25 @@ HALF = (torch.float16, torch.bfloat16)
 def widened(x: Tensor) -> Tensor:
     """Return ``x`` in float32 if its dtype is a half one, else as it is."""
     return x.float() if x.dtype in HALF else x
+
+
+@contextmanager
+def taking_gradients() -> Generator[None]:
+    """Open a scope in which gradients are taken, whatever the caller's mode.
+
+    Raises:
+        InputError: the caller is in ``torch.inference_mode()``, or a tensor was made in it.
+    """
+    if torch.is_inference_mode_enabled():
+        raise InputError("This takes gradients, of which torch.inference_mode() has none: use torch.no_grad() instead.")
+    try:
+        with torch.enable_grad():
+            yield
+    except RuntimeError as error:
+        if "inference tensor" not in str(error).lower():
+            raise
+        made = "This takes gradients through what was made in torch.inference_mode(), which has none"
+        raise InputError(f"{made}: make the cache or image again, in torch.no_grad().") from error
 
 
 def unrounded(x: Tensor) -> AbstractContextManager[object]:

@@ -207,7 +207,7 @@ class Result:
             labels = {axis: tuple(names) for axis, names in about.pop("labels").items()}
             more = {name.removeprefix("tensors/"): each for name, each in tensors.items() if name != "values"}
             return cls(tensors["values"], tuple(about.pop("axes")), labels, tensors=more, **about)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise LoadError(f"{path} holds no result: expected a file written by Result.save.") from error
 
     # ---------------------------------------------------------------- to look at

@@ -183,7 +183,7 @@ class HookedViT(Tower):
         grid = native if grid is None else tuple(number(n, "a side of the grid", 1) for n in several(grid, "a grid"))
         if len(grid) != len(native):
             raise InputError(f"Expected a grid of {len(native)} sides, such as {native}, got {shown(grid)}.")
-        if stream.ndim != 3 or stream.shape[-1] != self.spec.d_model:
+        if stream.ndim != 3 or stream.shape[-1] != self.spec.d_model or stream.shape[1] == 0:
             raise InputError(
                 f"start_at_layer={layer} needs a residual stream [batch pos {self.spec.d_model}], "
                 f"got shape {list(stream.shape)}."

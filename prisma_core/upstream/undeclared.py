@@ -23,7 +23,7 @@ from prisma_core.spec import AnySpec, AttentionSpec, EmbedSpec
 from prisma_core.spec.layout import TokenLayout
 from prisma_core.upstream.replaced import HOOKS, name_of, replaced_on_class, replaced_on_instance, root_of
 
-READ_ONLY = ("transformers.utils.output_capturing",)  # modules of hooks that keep what they are shown
+READ_ONLY = ("transformers.utils.output_capturing.",)  # modules of hooks that keep what they are shown
 # transformers' hook that asks for gradients by the embeddings, where activations are checkpointed
 ASKS_FOR_GRADIENTS = "enable_input_require_grads.<locals>.make_inputs_require_grads"
 EAGER = (None, "eager")
@@ -163,7 +163,7 @@ def _unread(whole: nn.Module, left_out: Collection[str]) -> list[str]:
 def _globally_hooked() -> str:
     for name in HOOKS:
         for hook in cast("dict[int, object]", getattr(nn.modules.module, f"_global{name}", {})).values():
-            if root_of(getattr(hook, "__module__", None) or "") != "torch":
+            if root_of(name_of(hook)) != "torch":
                 return (
                     f"a global {_kind(name)} ({name_of(hook)}), which runs in all modules. Remove it (handle.remove())"
                 )
@@ -188,8 +188,8 @@ def _hooked(module: nn.Module, path: str, read: set[str]) -> str:
 
 
 def _is_harmless(hook: object) -> bool:
-    home, name = getattr(hook, "__module__", ""), getattr(hook, "__qualname__", "")
-    return home in READ_ONLY or (home.partition(".")[0] == "transformers" and name.endswith(ASKS_FOR_GRADIENTS))
+    name = name_of(hook)
+    return name.startswith(READ_ONLY) or (root_of(name) == "transformers" and name.endswith(ASKS_FOR_GRADIENTS))
 
 
 def _foreign_attention(module: nn.Module) -> str:
@@ -199,7 +199,7 @@ def _foreign_attention(module: nn.Module) -> str:
     if name in EAGER or not isinstance(name, str) or library is None:
         return ""
     function = library.ALL_ATTENTION_FUNCTIONS.get(name)
-    if getattr(function, "__module__", "").partition(".")[0] == "transformers":
+    if root_of(name_of(function)) == "transformers":
         return ""
     return (
         f"the attention function {name!r}, which is not transformers' own. Choose one of its own before: "
@@ -253,7 +253,9 @@ def _foreign_tensors(module: nn.Module) -> str:
         kind, plain = type(tensor), tensor.layout == torch.strided
         if not plain or (kind not in TENSORS and not kind.__module__.startswith(FAKE)):
             what = qualified_name(tensor) if plain else f"tensor of layout {tensor.layout}"
-            return f"{name} is a {what}, no plain tensor. Put its plain values in its place before"
+            return f"{name} is a {what}, no plain tensor (quantised?). Put its plain values in its place before"
+        if isinstance(tensor, nn.Parameter) and (tensor.itemsize < 2 or not tensor.is_floating_point()):
+            return f"{name} is of {tensor.dtype}: codes of quantised weights. Put the weights in its place before"
     return ""
 
 

@@ -37,11 +37,12 @@ def _custom_attention(module: Reader) -> AttentionSpec:
     if module.has("head_scale") or module.scale_heads:
         raise module.unsupported("a learned scale for each head")
     linear(module.out_proj)
+    fused, scale = module.use_fsdpa, module.scale  # which the fused kernel does not get
     return AttentionSpec(
         n_heads=module.num_heads,
         n_kv_heads=module.num_heads,
         d_head=module.head_dim,
-        scale=module.scale,
+        scale=module.head_dim**-0.5 if fused else scale,
         qk_norm=READ.qk_norm(module.ln_q, module.ln_k),
         inner_norm=norm(module.ln_inner),
     )

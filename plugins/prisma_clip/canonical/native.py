@@ -29,7 +29,6 @@ IGNORED = {
     "MultiheadAttention.[kv]dim": "the shape of the weights",
     "MultiheadAttention.*_proj_*": "the shape of the weights",
     "Attention.logit_scale_max": "read where there is a logit scale, which is refused",
-    "Attention.use_fsdpa": "which kernel runs; the numbers are the same",
     "LayerScale.inplace": "the numbers are the same",
     "PatchDropout.*": "does nothing in evaluation",
     "VisionTransformer.output_tokens": "whether all tokens are returned beside the features",

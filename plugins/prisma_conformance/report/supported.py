@@ -99,7 +99,7 @@ def read_supported(plugins: Host) -> dict[str, Supported]:
             rows = _LIST.validate_python(json.loads(text))
         except (FileNotFoundError, NotADirectoryError, ModuleNotFoundError):
             continue  # it carries none
-        except (ValueError, ValidationError) as problem:
+        except (ValueError, ValidationError, RecursionError) as problem:
             plugins.broke(
                 info.name, f"{NAME} is not what `python -m prisma_conformance.report.table` writes: {problem}"
             )

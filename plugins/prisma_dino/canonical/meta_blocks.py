@@ -49,11 +49,11 @@ def block(module: Reader) -> BlockSpec:
     if not attn.qkv.is_a(*MASKED):
         READ.linear(attn.qkv)
     READ.linear(attn.proj)
-    width = attn.qkv.out_features // 3
+    d_head = attn.qkv.out_features // 3 // attn.num_heads
+    if attn.scale != d_head**-0.5 and not attn.is_a(f"{OURS}.Attention", f"{FIRST}.Attention"):
+        raise attn.unsupported(f"scale={attn.scale!r}, which it gives to some of its kernels and not to others")
     return BlockSpec(
-        attn=AttentionSpec(
-            n_heads=attn.num_heads, n_kv_heads=attn.num_heads, d_head=width // attn.num_heads, scale=attn.scale
-        ),
+        attn=AttentionSpec(n_heads=attn.num_heads, n_kv_heads=attn.num_heads, d_head=d_head, scale=attn.scale),
         mlp=READ.mlp(module.mlp),
         ln1=READ.norm(module.norm1),
         ln2=READ.norm(module.norm2),

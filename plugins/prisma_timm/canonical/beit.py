@@ -103,12 +103,13 @@ def _block(block: Reader, shared: bool) -> BlockSpec:
     if scaled != block.has("gamma_2"):
         raise block.unsupported("a scale of only one of attention and MLP")
     common.linear(attn.qkv)
+    d_head = common.linear(attn.proj).in_features // attn.num_heads
     return BlockSpec(
         attn=AttentionSpec(
             n_heads=attn.num_heads,
             n_kv_heads=attn.num_heads,
-            d_head=common.linear(attn.proj).in_features // attn.num_heads,
-            scale=attn.scale,
+            d_head=d_head,
+            scale=common.scale(attn, d_head),
             bias=shared or attn.has("relative_position_bias_table"),
         ),
         mlp=common.mlp(block.mlp),

@@ -130,8 +130,20 @@ def heads(attn: Reader, **more: Any) -> AttentionSpec:
     n, qk_norm = attn.num_heads, READ.qk_norm(attn.q_norm, attn.k_norm)
     for name in filter(attn.has, PROJECTIONS):
         linear(getattr(attn, name))
-    shared = {"n_heads": n, "n_kv_heads": n, "d_head": attn.head_dim, "scale": attn.scale, "qk_norm": qk_norm}
+    shared = {
+        "n_heads": n,
+        "n_kv_heads": n,
+        "d_head": attn.head_dim,
+        "scale": scale(attn, attn.head_dim),
+        "qk_norm": qk_norm,
+    }
     return AttentionSpec.model_validate(shared | more)
+
+
+def scale(attn: Reader, width: int) -> float:
+    """Return what scores are multiplied by: timm hands ``scale`` to no fused kernel, which goes by the heads' width."""
+    own = attn.scale
+    return width**-0.5 if attn.fused_attn else own
 
 
 def end_rows() -> str:
