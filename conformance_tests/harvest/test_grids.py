@@ -201,3 +201,20 @@ def test_negative_positions_without_a_layout_count_from_the_end(files: Path, tmp
         acts = harvest(net, files, NAME, out=tmp_path / str(pos), pos=pos, dtype="float32", batch=4)
         want = expected(net, files)[:, [2, 5]]
         assert torch.allclose(acts.read(NAME, 0, 10).flatten(1, 2), want, atol=1e-6)
+
+
+class Flat(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.permuted(self.conv(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+@pytest.mark.parametrize("pos", [[-2], [0, -1], [3]])
+def test_positions_of_a_model_without_a_layout_are_counted_by_the_pass(
+    files: Path, tmp_path: Path, pos: list[int]
+) -> None:
+    table = f"permuted -> {NAME} : batch pos d_model\n{HEAD}"
+    flat = HookedUpstream(Flat().eval(), HookMap.parse(table), MapSpec(shape=(3, 4, 6)), lambda y: y)
+    flat.preprocess = Preprocess(size=(4, 6))
+    acts = harvest(flat, files, NAME, pos=pos, dtype="float32", out=tmp_path / "out")
+    assert acts.layout is None
+    torch.testing.assert_close(acts.read(NAME, 0, 10), expected(flat, files)[:, pos])

@@ -159,7 +159,7 @@ def test_images_of_coders_of_dino_were_cut_and_not_squashed() -> None:
 
 
 def test_list_shows_what_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["sae", "list", "dino-b16"])
+    main(["sae", "list", "DINO-B16"])  # in whatever case
     out = capsys.readouterr().out
     assert out.count("\n") == 13
     assert "dino-b16-all-8-resid-post" in out
