@@ -43,6 +43,11 @@ def test_an_input_of_another_dtype_or_device(vit: HookedViT, image: Tensor) -> N
         vit.to("meta")(image.float())
 
 
+def test_a_stream_of_no_tokens(vit: HookedViT) -> None:
+    with pytest.raises(InputError, match=r"residual stream \[batch pos \d+\], got shape \[1, 0, \d+\]"):
+        vit(torch.zeros(1, 0, vit.spec.d_model, dtype=torch.float64), start_at_layer=1)
+
+
 def test_autocast_brings_dtypes_together(vit: HookedViT, image: Tensor) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.isfinite(vit.float()(image.bfloat16())).all()
