@@ -153,12 +153,11 @@ class Origin:
             WeightMapError: they were changed where upstream's state dict has nothing to hold the change, or have
                 another size than upstream's; or it has more than parameters and buffers.
         """
-        for name in self.shapes.keys() & canonical.keys():
-            now, size = list(canonical[name].shape), list(self.shapes[name])
-            if now != size:
+        for name, size in self.shapes.items():
+            if name in canonical and canonical[name].shape != size:
                 raise WeightMapError(
-                    f"{name} is {now} now, and upstream's tensors are of {size}. Make an upstream model of the new "
-                    "size, adapt it, and put this model's weights into that one."
+                    f"{name} is {list(canonical[name].shape)} now, and upstream's tensors are of {list(size)}. Make an "
+                    "upstream model of the new size, adapt it, and put this model's weights into that one."
                 )
         if unknown := [name for name in self.persistent if name not in self.upstream]:
             raise WeightMapError(

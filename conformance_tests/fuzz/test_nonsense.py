@@ -142,6 +142,7 @@ CALLS: dict[str, Call] = {
     ),
     "attentions": call(prisma.attentions, VIT.blocks[0]),
     "mlps": call(prisma.mlps, VIT.blocks[0]),
+    "BriefModel.model_copy": call(VISION.model_copy, update={"n_classes": 3}, takes={"update": "None {}"}),
     "ModelSpec.plain": call(
         ModelSpec.plain,
         patch=1,

@@ -17,7 +17,7 @@ import pytest
 import torch
 from prisma_harvest import harvest, open_harvest
 
-from prisma_core import HookedViT, LoadError
+from prisma_core import HookedViT, InputError, LoadError
 
 FORK = multiprocessing.get_context("fork")
 NAMES = [("resid_post", 0), ("z", 1)]
@@ -141,7 +141,7 @@ def test_what_is_done_is_not_done_again(model: HookedViT, tmp_path: Path) -> Non
                 raise KeyError("no such row")
             return super().__getitem__(index)
 
-    with pytest.raises(KeyError, match="no such row"):
+    with pytest.raises(InputError, match=r"Image 89 .*no such row"):
         run(model, Broken(91, pause=1e-9), tmp_path)
     Broken.asked.clear()
     acts = open_harvest(run(model, Broken(91), tmp_path))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from prisma_conformance import Images
 from torch import nn
 
@@ -80,8 +79,9 @@ def _images(**update: object):
     return images
 
 
-def _act(model: HookedViT) -> None:
-    model.blocks[0].mlp.act = F.silu
+def _forward(model: HookedViT) -> None:
+    own = model.blocks[0].mlp.forward
+    model.blocks[0].mlp.forward = lambda x: 2 * own(x)
 
 
 def _random_bias(model: HookedViT) -> None:
@@ -380,7 +380,7 @@ MUTANTS = [
     Mutant("another filter", "preprocess", "differs by", images=_images(interpolation="bilinear")),
     Mutant("another mean", "preprocess", "differs by", images=_images(mean=(0.5, 0.5, 0.5))),
     Mutant("blue first", "preprocess", "differs by", images=_images(order="bgr")),
-    Mutant("a fact that the spec does not hold", "save.load", "the logits come back changed", edit=_act),
+    Mutant("a fact that the spec does not hold", "save.load", "the logits come back changed", edit=_forward),
     Mutant(
         "state kept on a hook point",
         "threads",

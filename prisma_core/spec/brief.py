@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError, SpecError
+from prisma_core.errors.arguments import check_flags, expect
 
 V = TypeVar("V")
 WIDTH = 100
@@ -48,7 +49,14 @@ class BriefModel(BaseModel):
             raise InputError(f"A {kind} does not change: make another, {another}.") from error
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Return a copy with other values, which are checked as those of a new one are."""
+        """Return a copy with other values, which are checked as those of a new one are.
+
+        Raises:
+            SpecError: they do not fit together.
+            InputError: ``update`` is no mapping from fields to values.
+        """
+        check_flags(deep=deep)
+        expect(update, (Mapping, type(None)), "other values by field, such as {'d_model': 192}")
         copied = super().model_copy(update=update, deep=deep)
         return type(self)(**vars(copied)) if update else copied
 

@@ -19,9 +19,10 @@ def set_on_parts(model: nn.Module) -> list[str]:
 
     A library's own hooks are its code, and are left out.
 
-    >>> hook = model.blocks[0].mlp.register_forward_hook(lambda module, args, output: output * 2)
+    >>> handle = model.blocks[0].mlp.register_forward_hook(print)
     >>> set_on_parts(model)
     ["A hook of torch's at 'blocks.0.mlp'"]
+    >>> handle.remove()
     """
     everywhere = [hook for name in HOOKS for hook in getattr(nn.modules.module, f"_global{name}").values()]
     additions = ["A hook of torch's in all modules"] if any(map(_is_users, everywhere)) else []
