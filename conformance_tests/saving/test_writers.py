@@ -23,7 +23,7 @@ from prisma_sae import CoderFacts, SparseCoder
 import prisma_core as prisma
 from prisma_core import ActivationCache, LoadError, Result
 from prisma_core.files import checkpoint
-from prisma_core.plugin import write_text
+from prisma_core.plugin import settled, write_text
 
 # -------------------------------------------------------------------- one mechanism
 
@@ -247,6 +247,40 @@ def test_readers_beside_two_writers(writer: Writer, tmp_path: Path) -> None:
     assert writer.read(tmp_path) in (0, 1)
 
 
+def test_a_file_that_is_replaced_between_its_header_and_its_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, other = result(0).save(tmp_path / "x.safetensors"), result(1).save(tmp_path / "other.safetensors")
+    own = torch.UntypedStorage.from_file
+
+    def opened(*given: Any, **options: Any) -> Any:
+        if other.exists():
+            os.replace(other, path)
+        return own(*given, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", staticmethod(opened))
+    assert seed_of_result(tmp_path) == 1  # and no mixture
+    assert not other.exists()
+
+
+def test_a_file_that_goes_between_a_look_and_its_reading(tmp_path: Path) -> None:
+    gone = FileNotFoundError(2, "gone", "params.pt")
+
+    def reading(*answers: Any) -> Callable[[], Any]:
+        rest = iter(answers)
+
+        def read() -> Any:
+            if isinstance(answer := next(rest), Exception):
+                raise answer
+            return answer
+
+        return read
+
+    assert settled(tmp_path / "head.json", reading(gone, 1)) == 1
+    with pytest.raises(LoadError, match=r"No file at params\.pt"):
+        settled(tmp_path / "head.json", reading(gone, gone, 1))
+
+
 @needs_fork
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_disk_that_takes_no_more(writer: Writer, tmp_path: Path) -> None:
@@ -295,17 +329,17 @@ def test_a_file_that_is_replaced_while_it_is_read(
     for name in ("a result", "a cache"):
         write = WRITERS[name].write
         write(0, tmp_path)
-        opened = checkpoint.safe_open
+        opened, left = checkpoint.safe_open, iter([write])
 
-        def replacing(path: Path, form: str, opened: Any = opened, write: Any = write) -> Any:
+        def replacing(path: Path, form: str, opened: Any = opened, once: Any = left) -> Any:
             file = opened(path, form)
-            write(1, tmp_path)
+            for write in once:
+                write(1, tmp_path)
             return file
 
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, "safe_open", replacing)
-            assert WRITERS[name].read(tmp_path) == 0
-        assert WRITERS[name].read(tmp_path) == 1
+            assert WRITERS[name].read(tmp_path) == 1
 
 
 # -------------------------------------------------------------------- pairs that do not belong together

@@ -125,16 +125,17 @@ def settled(head: Path, read: Callable[[], T]) -> T:
     """
     tries = unchanged = 0
     while True:
-        before = _version(head)
+        before = version(head)
         try:
             return read()
-        except LoadError:
-            tries, unchanged = tries + 1, unchanged + int(_version(head) == before)
+        except (LoadError, FileNotFoundError) as error:  # a file that was there may be gone when it is opened
+            tries, unchanged = tries + 1, unchanged + int(version(head) == before)
             if unchanged == 2 or tries == 100:
-                raise
+                raise error if isinstance(error, LoadError) else LoadError(f"No file at {error.filename}.") from error
 
 
-def _version(path: Path) -> tuple[int, ...]:
+def version(path: Path) -> tuple[int, ...]:
+    """Return what is another once a file was replaced; nothing where there is none."""
     with suppress(OSError, ValueError):
         facts = path.stat()
         return facts.st_ino, facts.st_mtime_ns

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prisma_core.errors import InputError, LoadError
 from prisma_core.errors.arguments import path_of
-from prisma_core.files.atomic import replacing
+from prisma_core.files.atomic import replacing, version
 from prisma_core.files.texts import check_regular
 from prisma_core.files.unpickled import read_objects
 
@@ -133,14 +133,23 @@ def read_with_header(path: Path, name: str) -> tuple[dict[str, Tensor], str | No
 
 def _mapped(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors of a safetensors file, mapped into memory (what is used is read), and its header's texts."""
-    try:
-        check_regular(path)
-        with cast(Any, safe_open(path, "pt")) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise LoadError(f"No file at {path}.") from error
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise LoadError(f"{path} is not a readable safetensors file (truncated or corrupt?): {error}") from error
+    for _ in range(100):
+        before = version(path)
+        try:
+            check_regular(path)
+            with cast(Any, safe_open(path, "pt")) as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                header: dict[str, str] = file.metadata() or {}
+        except FileNotFoundError as error:
+            raise LoadError(f"No file at {path}.") from error
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            if version(path) == before:
+                unread = f"{path} is not a readable safetensors file (truncated or corrupt?): {error}"
+                raise LoadError(unread) from error
+        else:  # safetensors opens a file twice, for its header and for its numbers
+            if version(path) == before:
+                return tensors, header
+    raise LoadError(f"{path} is replaced again and again while it is read: read a copy of it.")
 
 
 def read_outline(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
