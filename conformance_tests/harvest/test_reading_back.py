@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -168,12 +167,14 @@ def test_batches_that_are_kept_do_not_change(acts: Harvest) -> None:
     assert all(torch.equal(rows, copy) for rows, copy in kept)
 
 
-def test_a_reader_that_is_left_early_leaves_no_thread(acts: Harvest) -> None:
-    rows = iter(acts.rows(RESID, 16, shuffle=True, buffer=32))
-    next(rows)
-    assert [each.name for each in threading.enumerate() if each.name.startswith("prisma-shuffle")]
-    rows.close()  # type: ignore[attr-defined]
-    assert not [each.name for each in threading.enumerate() if each.name.startswith("prisma-shuffle")]
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no word of what will be read")
+def test_what_comes_next_is_announced(acts: Harvest, monkeypatch: pytest.MonkeyPatch) -> None:
+    announced: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, start, size, advice: announced.append((start, size)))
+    rows = acts.rows(RESID, 16, shuffle=True, buffer=32)
+    assert sum(len(each) for each in rows) == 53 * 10
+    assert announced
+    assert all(start > 0 and size > 0 for start, size in announced)
 
 
 def test_epochs_differ(acts: Harvest) -> None:

@@ -273,7 +273,7 @@ class Harvest:
             batch: rows at once; the last batch may be shorter.
             shuffle: read runs of 4 MiB in random order into a buffer, and give out its rows in random order. Rows of
                 one file that all fit in the buffer are read in order, and given out without it.
-            buffer: how many rows it holds; memory is that of two of them.
+            buffer: how many rows it holds.
             seed: of the order.
             part: (which, of how many): this share of the examples alone; shares differ by one example at most.
             drop_last: leave a shorter last batch out.
@@ -327,8 +327,7 @@ class Harvest:
         rows = min(max(1, buffer // batch) * batch, n)
         if rows == n and [shard.n * per for shard in shards.values()] == [n]:
             return self._shuffled_file(points, chunks, runs, batch, seed)
-        first, second = (buffers(points, dtype, rows, per) for _ in range(2))  # pages that nobody fills take no memory
-        return shuffled(runs, batch, (first, second), seed)
+        return shuffled(runs, batch, buffers(points, dtype, rows, per), seed)
 
     def _shuffled_file(
         self, points: Sequence[Point], chunks: Sequence[Chunk], runs: Sequence[Run], batch: int, seed: int

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -17,6 +19,11 @@ from prisma_core.plugin import check_regular
 from prisma_harvest.manifest import DTYPES, Dtype, Point, tensor_bytes
 
 _NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # in the header of safetensors
+
+
+def _will_need(file: int, start: int, size: int) -> None:
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, start, size, os.POSIX_FADV_WILLNEED)
 
 
 @dataclass
@@ -57,6 +64,16 @@ class ShardReader:
                         at += read
         except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError) as error:
             raise LoadError(f"{self.path} cannot be read: {error}. `prisma harvest verify` tells what is.") from error
+
+    def announce(self, start: int, stop: int, places: Sequence[Tensor]) -> None:
+        """Tell the system that rows will be read. What is wrong with the file is told by ``read``."""
+        with suppress(LoadError, OSError, ValueError, KeyError, TypeError, RecursionError):
+            check_regular(self.path)
+            with self.path.open("rb", 0) as file:
+                self.starts = self.starts or self._starts(file)
+                for first, place in zip(self.starts, places, strict=True):
+                    row = place[0].nbytes
+                    _will_need(file.fileno(), first + start * row, (stop - start) * row)
 
     def _starts(self, file: FileIO) -> list[int]:
         """Return where the tensors begin.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import cycle
 from typing import NamedTuple
 
 import torch
@@ -67,35 +65,44 @@ def buffered(runs: Iterable[Rows], batch: int) -> Iterator[Rows]:
         yield _joined(held)
 
 
-def shuffled(runs: Iterable[Run], batch: int, places: tuple[Rows, Rows], seed: int) -> Iterator[Rows]:
-    """Yield rows in random order out of two buffers: a thread reads into one while the other is given out.
+def shuffled(runs: Sequence[Run], batch: int, places: Rows, seed: int) -> Iterator[Rows]:
+    """Yield rows in random order out of a buffer. While it is given out, the system reads on the disk what comes next.
+
+    A second buffer that a thread fills meanwhile would be slower: two together do not stay in a processor's cache.
 
     Args:
-        places: the buffers, each ``[row d]`` for each hook point; whatever they hold is overwritten.
+        places: the buffer, ``[row d]`` for each hook point; whatever it holds is overwritten.
     """
-    generator, filled = torch.Generator().manual_seed(seed), _filled(runs, cycle(places))
-    with ThreadPoolExecutor(1, "prisma-shuffle") as thread:
-        rows = next(filled, None)
-        while rows is not None:
-            following = thread.submit(next, filled, None)
-            yield from drawn(rows, batch, generator)
-            rows = following.result()
+    generator = torch.Generator().manual_seed(seed)
+    for rows in _filled(runs, places):
+        yield from drawn(rows, batch, generator)
 
 
-def _filled(runs: Iterable[Run], places: Iterator[Rows]) -> Iterator[Rows]:
-    """Yield buffers that are full of the rows of runs, in order; the last one as far as it is."""
-    buffer, n = next(places), 0
-    for run in runs:
+def _filled(runs: Sequence[Run], buffer: Rows) -> Iterator[Rows]:
+    """Yield the buffer each time it is full of the rows of runs, in order; the last time as far as it is."""
+    n = 0
+    for index, run in enumerate(runs):
         at = run.start
         while at < run.stop:
             taken = min(run.stop - at, len(buffer[0]) - n)
             run.shard.read(at, [place[n : n + taken] for place in buffer])
             at, n = at + taken, n + taken
             if n == len(buffer[0]):
+                _announce(runs[index:], buffer)
                 yield buffer
-                buffer, n = next(places), 0
+                n = 0
     if n:
         yield tuple(place[:n] for place in buffer)
+
+
+def _announce(runs: Sequence[Run], buffer: Rows) -> None:
+    """Tell the system which runs the buffer is filled with next."""
+    n = 0
+    for run in runs:
+        run.shard.announce(run.start, run.stop, buffer)
+        n += run.stop - run.start
+        if n >= len(buffer[0]):
+            return
 
 
 def drawn(places: Rows, batch: int, generator: torch.Generator) -> Iterator[Rows]:
