@@ -12,13 +12,14 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = [ROOT / "prisma_core", *sorted(path.parent for path in (ROOT / "plugins").glob("*/__init__.py"))]
 
 
-def imports(package: Path) -> dict[str, set[str]]:
-    """The modules of a package, each with those of them that it names in an import.
+def imports(*packages: Path) -> dict[str, set[str]]:
+    """The modules of packages, each with those of them that it names in an import.
 
     That a module runs its package's ``__init__`` first is none of them: it would make a circle of every re-export.
     """
     files = {
         ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in packages
         for path in package.rglob("*.py")
     }
     graph: dict[str, set[str]] = {}
@@ -50,6 +51,10 @@ def test_no_circle_of_files(package: Path) -> None:
     graph = imports(package)
     assert sum(map(len, graph.values())) >= len(graph) - 1, "a module that neither imports nor is imported"
     assert circle(graph) == []
+
+
+def test_no_circle_through_several_packages() -> None:
+    assert circle(imports(*PACKAGES)) == []
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def _bar(what: str) -> Any:
 
 def _files(images: list[Path]) -> list[tuple[Path, str]]:
     """Return images with the folder that names their class: of a folder, the first one inside, or itself."""
-    from prisma_harvest import open_data
+    from prisma_harvest.sources import open_data
 
     from prisma_core import InputError
 
@@ -283,14 +283,13 @@ class _Again:
 
 def _harvest(path: Path, model: Any, tokens: str | None) -> Any:
     """Return a harvest, open, if it is of this model and of these tokens."""
-    import importlib
-
     from prisma_core import InputError, PluginError
 
     try:
-        acts = importlib.import_module("prisma_harvest").open_harvest(path)
+        from prisma_harvest.opening import open_harvest
     except ImportError as error:
         raise PluginError("Reading a harvest needs prisma_harvest, which is not installed.") from error
+    acts = open_harvest(path)
     acts.check_model(model)
     read = "all" if acts.manifest.pos is None else acts.manifest.pos
     if read not in ("all", "cls", "patches") or tokens not in (None, read):
