@@ -128,6 +128,19 @@ def test_a_pass_may_stop_inside(plain, image, reentrant):
 
 
 @REENTRANT
+@pytest.mark.parametrize("names", [None, "result", "z"])
+def test_gradients_taken_while_a_cache_is_open(plain, image, reentrant, names):
+    """What is computed again goes by captures that are full."""
+    expected = gradient(plain, image)
+    with plain.caching(names) as cache:
+        again = gradient(partial(checkpoint, plain, use_reentrant=reentrant), image)
+    torch.testing.assert_close(again, expected, **EXACT)
+    with torch.no_grad():
+        first = plain.run_with_cache(image, names=names)[1]
+    assert all(torch.equal(cache[name], first[name]) for name in first)
+
+
+@REENTRANT
 def test_a_scope_opened_only_for_the_second_computation_is_refused(plain, image, reentrant):
     output = checkpoint(plain, image.requires_grad_(), use_reentrant=reentrant)
     with plain.hooks(EDITS), pytest.raises(HookError, match="runs again for gradients"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import operator
 import os
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import HookError, InputError, PrismaError, suggest
+
+_functorch = cast(Any, torch)._C._functorch  # the next ones are asked at each hook point
+in_any_autocast = cast("Callable[[], bool]", cast(Any, torch)._C._is_any_autocast_enabled)
 
 T = TypeVar("T")
 LONGEST = 80  # letters of a value in a message
@@ -58,8 +61,7 @@ def tensor(value: object, what: str) -> Tensor:
 
 def alive(x: Tensor) -> Tensor:
     """Return a tensor, unless it is of a ``torch.vmap`` that has ended."""
-    functorch = cast(Any, torch)._C._functorch
-    if unwrapped(x) is not x and functorch.maybe_get_level(x) > (functorch.maybe_current_level() or 0):
+    if unwrapped(x) is not x and _functorch.maybe_get_level(x) > (_functorch.maybe_current_level() or 0):
         raise InputError(
             "This activation was made inside torch.vmap, which has ended: it belongs to one input there. Return it "
             "from the function, as in torch.vmap(lambda image: dict(model.run_with_cache(image[None])[1]))(images)."
@@ -78,14 +80,13 @@ def check_eager() -> None:
 
 def in_transform() -> bool:
     """Return whether a transform of ``torch.func`` is running, such as ``vmap``."""
-    return cast("Any", torch)._C._functorch.maybe_current_level() is not None
+    return _functorch.maybe_current_level() is not None
 
 
 def unwrapped(x: Tensor) -> Tensor:
     """Return the tensor within those that transforms of ``torch.func`` put around it."""
-    functorch = cast(Any, torch)._C._functorch
-    while not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(x):
-        x = functorch.get_unwrapped(x)
+    while not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
     return x
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -18,7 +18,7 @@ from prisma_core.files.checkpoint import read_with_header, write_safetensors
 from prisma_core.hooks.capture import Keep
 from prisma_core.hooks.query import LayerQuery, resolve_one, short_name
 from prisma_core.spec.brief import aligned, folded, html_table
-from prisma_core.spec.layout import Index, TokenLayout, positions_of
+from prisma_core.spec.layout import Index, IndexSlice, TokenLayout, positions_of
 from prisma_core.spec.views import TokenViews
 
 _GRAD, _TOKENS, _METADATA = "grad/", "given/tokens", "prisma_cache"
@@ -32,7 +32,6 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
     shorthand, or shorthand with layer and part of the block.
 
     Attributes:
-        keep_type: the class of the captures that fill the store.
         store: the activations themselves.
         axes: the axes of every hook point of the model, cached or not, by full name.
         model: the model that made them, for caches that read its weights.
@@ -46,8 +45,6 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
     >>> cache["scale", -1].shape, cache["scale", 0, "ln1"][0, 0].item(), list(cache)[0]
     (torch.Size([1, 17, 1]), 0, 'blocks.0.ln1.hook_scale')
     """
-
-    keep_type: ClassVar[type[Keep]] = Keep
 
     store: MutableMapping[str, Tensor]
     axes: dict[str, str] = field(default_factory=dict[str, str], kw_only=True)
@@ -100,6 +97,10 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
 
     def _n_tokens(self) -> int | None:
         return None if self.layout is None else self.layout.n_tokens
+
+    def keeps(self, cuts: Mapping[str, tuple[IndexSlice, ...]], **how: Any) -> dict[str, Keep]:
+        """Return captures that fill the cache, by name; ``how`` is ``device``, ``dtype`` and ``detach``."""
+        return {name: Keep(self.store, name, slices, **how) for name, slices in cuts.items()}
 
     # ---------------------------------------------------------------- a mapping
 

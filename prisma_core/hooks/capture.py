@@ -38,9 +38,9 @@ class Keep:
 
     def __call__(self, x: Tensor, *, cut: int | None = None) -> None:
         """Store an activation, of which ``cut`` is an axis that holds no more than what is kept of it."""
-        if self.name in self.store and is_second():
-            return
         if self.name in self.store:
+            if is_second():
+                return
             raise HookError(
                 f"{self.name} fired twice: a cache holds one pass. Open a new scope for the next one. What runs "
                 "several times in one pass, by upstream's code or compiled in a checkpoint, cannot be cached."

@@ -80,9 +80,7 @@ class HookedModel(nn.Module):
         """
         scopes, hooks = OPEN_SCOPES.get(), dict[str, list[Callable[..., object]]]()
         for name, point in self.hook_points().items():
-            placed: list[Callable[..., object]] = [
-                scope.splices[point.key].splice for scope in scopes if point.key in scope.splices
-            ]
+            placed: list[Any] = [each.splices[point.key].splice for each in scopes if point.key in each.splices]
             placed += [hook.hook for scope in scopes for hook in scope.edits.get(point.key, ())]
             placed += [hook.hook for scope in scopes for hook in scope.backward.get(point.key, ())]
             captures = [capture for scope in scopes for capture in scope.captures.get(point.key, ())]
@@ -343,7 +341,7 @@ class HookedModel(nn.Module):
     ) -> dict[str, Keep]:
         """Return the captures that fill a cache, by full name; ``how`` is ``device``, ``dtype`` and ``detach``."""
         check_flags(detach=how["detach"])
-        how["device"], how["dtype"] = device_of(how["device"]), dtype_of(how["dtype"])
+        how = {**how, "device": device_of(how["device"]), "dtype": dtype_of(how["dtype"])}
         axes = {name: sites[name].point.axes for name in select(sites, query)}
         pos, whole = cache.pos, set[str]()
         if isinstance(pos, str):
@@ -361,9 +359,9 @@ class HookedModel(nn.Module):
                     "axis of their own. Cache it whole; of frames take cache.frame(...)."
                 )
         check_axes(list(axes.values()), pos, heads)
-        kinds = {(axes[name], name in whole) for name in axes}
-        cuts = {kind: index_slices(kind[0], None if kind[1] else pos, heads) for kind in kinds}
-        return {name: cache.keep_type(cache.store, name, cuts[axes[name], name in whole], **how) for name in axes}
+        kinds = {name: (each, name in whole) for name, each in axes.items()}
+        cuts = {kind: index_slices(kind[0], None if kind[1] else pos, heads) for kind in set(kinds.values())}
+        return cache.keeps({name: cuts[kind] for name, kind in kinds.items()}, **how)
 
 
 def _has_subset(site: Site, subset: str) -> bool:
@@ -385,6 +383,6 @@ def _walk(module: nn.Module, owner: nn.Module, path: str, sites: dict[str, Site]
     for name, value in vars(module).items():
         if name not in _OF_TORCH and isinstance(value, HookPoint):
             sites[path + name] = Site(value, owner)
-    for name, child in cast("Mapping[str, nn.Module | None]", vars(module)["_modules"]).items():
+    for name, child in vars(module)["_modules"].items():
         if child is not None and child not in seen:
             _walk(child, child if isinstance(child, HookedModel) else owner, f"{path}{name}.", sites, seen)

@@ -203,6 +203,7 @@ class Scope:
         completed: by model, whether a pass ran to its end while the scope was open.
         expected: what has to be reached, with the model whose completed passes count, or None for surely.
         began: the calls of ``torch.utils.checkpoint`` in which the scope was opened.
+        reads: whether it reads and no more, and was opened where no gradients are taken.
     """
 
     points: frozenset[HookPoint]
@@ -215,6 +216,7 @@ class Scope:
     touched: frozenset[str] = frozenset()
     is_open: bool = False
     began: tuple[FrameType, ...] = ()
+    reads: bool = False
 
     def expect(self, item: Expected, owner: nn.Module | None) -> None:
         """Note what has to be reached if a pass of its owner runs to its end; without an owner, surely."""
@@ -224,13 +226,12 @@ class Scope:
 
     def unreached(self) -> list[str]:
         """Return the names of what was expected and not reached."""
-        return [
-            item.name for item, owner in self.expected if not item.reached and (owner is None or self.completed[owner])
-        ]
+        return [x.name for x, owner in self.expected if not x.reached and (owner is None or self.completed[owner])]
 
     def open(self) -> None:
         """Add the scope to the open ones of this thread or task."""
         self.is_open, self.began = True, checkpoints()
+        self.reads = not (torch.is_grad_enabled() or self.splices or self.edits or self.backward)
         self.touched = frozenset((*self.splices, *self.edits, *self.backward, *self.captures))
         OPEN_SCOPES.set((*(scope for scope in OPEN_SCOPES.get() if scope.is_open), self))
 
@@ -294,8 +295,8 @@ class ScopeContext(AbstractContextManager[Value]):
 
 
 def keep_scopes(scopes: Sequence[Scope]) -> None:
-    """Have what is being checkpointed, if anything is, computed again in these scopes."""
-    if scopes and (calls := checkpoints()):
+    """Have what is being checkpointed, if anything is that gradients are taken of, computed again in these scopes."""
+    if (torch.is_grad_enabled() or not all(scope.reads for scope in scopes)) and (calls := checkpoints()):
         for scope in scopes:
             keep(calls, scope, scope.began, scope.again)
 

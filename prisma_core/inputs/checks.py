@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 
 from prisma_core.errors import InputError
 from prisma_core.errors.arguments import in_transform, shown
+
+_n_modes = cast("Any", torch)._C._len_torch_dispatch_stack
+_is_tracing = cast("Any", torch).jit.is_tracing
 
 
 def input_words(shape: tuple[int, ...]) -> tuple[str, str]:
@@ -66,7 +70,7 @@ def check_place(what: str, x: Tensor, weight: Tensor | None) -> None:
 
 def check_numbers(what: str, x: Tensor) -> None:
     """Refuse an input with values that are not numbers (``InputError``), where a check may look at them."""
-    if not may_look(x) or x.detach().sum().isfinite():  # one sum tells, unless finite values overflow it
+    if not may_look(x) or math.isfinite(x.detach().sum().item()):  # one sum tells, unless finite values overflow it
         return
     if bad := int((~torch.isfinite(x)).sum()):
         raise InputError(f"The {what} holds {bad} values that are NaN or infinite.")
@@ -78,9 +82,6 @@ def may_look(x: Tensor) -> bool:
     On a GPU it would stop the queue at every call. Neither ``torch.compile`` nor ``torch.vmap`` can trace it, and under
     ``make_fx``, in a fake mode, and in other modes that see every operation, there may be no numbers.
     """
-    traced = torch.compiler.is_compiling() or in_transform() or _dispatching() or cast("Any", torch).jit.is_tracing()
-    return x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) and not traced
-
-
-def _dispatching() -> bool:
-    return cast("Any", torch)._C._len_torch_dispatch_stack() > 0
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu":
+        return False
+    return not (in_transform() or _n_modes() or _is_tracing())

@@ -16,6 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from prisma_core.errors import InputError
 from prisma_core.errors.arguments import in_transform
 
+_functorch = cast("Any", torch)._C._functorch
+_AS_IT_IS = nullcontext()
 ADVICE = (
     "Torch's fused attention has no second derivatives (create_graph=True). Run the forward pass in "
     "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)."
@@ -27,11 +29,12 @@ def kernels() -> AbstractContextManager[object]:
 
     It can tell forward mode, and derivatives of derivatives in ``torch.func``.
     """
-    functorch = cast("Any", torch)._C._functorch
-    levels: list[Any] = [] if torch.compiler.is_compiling() else functorch.get_interpreter_stack() or []
-    nested = sum(level.key() == functorch.TransformType.Grad for level in levels) > 1
+    levels: list[Any] = []
+    if not torch.compiler.is_compiling() and in_transform():
+        levels = _functorch.get_interpreter_stack()
+    nested = bool(levels) and sum(level.key() == _functorch.TransformType.Grad for level in levels) > 1
     forward = cast("Any", forward_ad)._current_level >= 0
-    return cast("AbstractContextManager[object]", sdpa_kernel(SDPBackend.MATH)) if nested or forward else nullcontext()
+    return cast("AbstractContextManager[object]", sdpa_kernel(SDPBackend.MATH)) if nested or forward else _AS_IT_IS
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:

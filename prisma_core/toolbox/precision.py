@@ -6,11 +6,13 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prisma_core.errors import InputError
+from prisma_core.errors.arguments import in_any_autocast
 
 HALF = (torch.float16, torch.bfloat16)
+_AS_IT_IS = nullcontext()
 
 
 def widened(x: Tensor) -> Tensor:
@@ -39,9 +41,13 @@ def taking_gradients() -> Generator[None]:
 
 def unrounded(x: Tensor) -> AbstractContextManager[object]:
     """Return a context in which products on the device of ``x`` keep their dtype: autocast would round them to half."""
+    return torch.autocast(x.device.type, enabled=False) if in_any_autocast() and autocast_on(x) else _AS_IT_IS
+
+
+def autocast_on(x: Tensor) -> bool:
+    """Return whether autocast is on, on the device of ``x``."""
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if autocast else nullcontext()
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def softmax(scores: Tensor) -> Tensor:
@@ -72,13 +78,20 @@ def show(point: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Te
     return torch.where(same & ~finite, x, hooked.to(x.dtype) + rounding)
 
 
-def joining(x: Tensor, stream: Tensor, dtype: torch.dtype | None) -> Tensor:
+def joining(x: Tensor, stream: Tensor, blocks: nn.Module) -> Tensor:
     """Return prefix tokens or positions as they join a stream of another dtype.
 
     They are rounded to the stream's where the blocks compute in that, as open_clip does in half precision. Elsewhere
     torch takes the wider dtype of the two.
 
     Args:
-        dtype: that of the blocks' matrices.
+        blocks: those of the model; the dtype of their matrices counts.
     """
-    return x.to(stream.dtype) if stream.dtype == dtype else x
+    if x.dtype == stream.dtype:
+        return x
+    return x.to(stream.dtype) if stream.dtype == matrix_dtype(blocks) else x
+
+
+def matrix_dtype(blocks: nn.Module) -> torch.dtype | None:
+    """Return the dtype of the blocks' matrices; None where they have none."""
+    return next((each.dtype for each in blocks.parameters() if each.ndim > 1 and each.is_floating_point()), None)

@@ -229,16 +229,16 @@ class Attention(WeightViews):
         return (show(self.hook_result, result, flat.dtype).sum(2) + self.b_O).type_as(flat)
 
     def _project(self, x: Tensor, inputs: HeadInputs, leading: int | None) -> list[Tensor]:
+        heads = [size // self.spec.d_head for size in self.sizes]
         if leading is None or not _is_plain(self.qkv):
-            together: Tensor = self.qkv(x)
-            flat = list(torch.split(together, self.sizes, dim=-1))
-            flat[0] = flat[0][:, :leading]
+            parts = self._by_head(self.qkv(x), heads)
+            if leading is not None:
+                parts[0] = parts[0][:, :leading]
         else:
             n, weight, bias = self.sizes[0], self.qkv.weight, self.qkv.bias
             queries: Tensor = F.linear(x[:, :leading], weight[:n], bias[:n])
             others: Tensor = F.linear(x, weight[n:], bias[n:])
-            flat = [queries, *torch.split(others, self.sizes[1:], dim=-1)]
-        parts: list[Tensor] = [part.unflatten(-1, (-1, self.spec.d_head)) for part in flat]
+            parts = [*self._by_head(queries, heads[:1]), *self._by_head(others, heads[1:])]
         for index, x_head in enumerate(inputs):
             if x_head is not None:
                 x_head = x_head[:, :leading] if index == 0 else x_head
@@ -248,6 +248,11 @@ class Attention(WeightViews):
                 )
                 parts[index] = projected + bias
         return parts
+
+    def _by_head(self, x: Tensor, heads: list[int]) -> list[Tensor]:
+        """Return the parts of a projection, with as many heads each: ``[batch pos head d_head]``."""
+        split = x.reshape(x.shape[0], x.shape[1], -1, self.spec.d_head)
+        return list(split.split_with_sizes(heads, 2))
 
     def _bias(self, mask: Tensor | None, k: Tensor) -> Tensor | None:
         bias, dtype, n = None, k.dtype, k.shape[1]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prisma_core.errors import InputError, NotApplicable
 from prisma_core.errors.arguments import expect, number
-from prisma_core.hooks.point import HookPoint
+from prisma_core.hooks.point import OPEN_SCOPES, HookPoint
 from prisma_core.spec import BlockSpec, RopeSpec
 from prisma_core.transformer.attention import NO_INPUTS, Attention, HeadInputs, Rope
 from prisma_core.transformer.mlp import MLP
@@ -174,7 +174,7 @@ def head_inputs(x: Tensor, spec: BlockSpec, *points: HookPoint) -> list[HeadInpu
         spec: of the block.
         points: hook points of the inputs of queries, keys and values, each with the heads of all attentions.
     """
-    if not any(point.wanted for point in points):
+    if not OPEN_SCOPES.get() or not any(point.wanted for point in points):
         return [NO_INPUTS] * spec.n_parallel
     columns: list[list[Tensor | None]] = []
     for point, n in zip(points, (spec.attn.n_heads, spec.attn.n_kv_heads, spec.attn.n_kv_heads), strict=True):

@@ -97,17 +97,17 @@ class Embed(nn.Module):
         return self.norm(patches.contiguous() if self.spec.by_token else patches)
 
     def with_prefix(
-        self, x: Float[Tensor, "batch patch d_model"], dtype: torch.dtype | None = None
+        self, x: Float[Tensor, "batch patch d_model"], blocks: nn.Module
     ) -> Float[Tensor, "batch pos d_model"]:
         """Return patches with the prefix tokens before them: ``[batch pos d_model]``.
 
         Args:
             x: the patches.
-            dtype: that of the blocks' matrices.
+            blocks: those of the model.
         """
         if not self.layout.n_prefix:
             return x
-        return torch.cat([joining(self.prefix, x, dtype).expand(x.shape[0], -1, -1), x], dim=1)
+        return torch.cat([joining(self.prefix, x, blocks).expand(x.shape[0], -1, -1), x], dim=1)
 
     def positions(self, grid: Grid) -> Float[Tensor, "pos d_model"]:
         """Return the position embedding for a grid of patches: ``[pos d_model]``."""

@@ -52,12 +52,15 @@ class Norm(nn.Module):
         return self._fused(x, self.weight, self.bias)
 
     def _fused(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.spec.kind == "ln":
-            return F.layer_norm(*self._operands(x, weight, bias), self.spec.eps).type_as(x)
-        if self.spec.in_float32:
+        spec = self.spec
+        if spec.kind == "ln":
+            operands = self._operands(x, weight, bias) if spec.in_float32 else (x, (self.width,), weight, bias)
+            y = F.layer_norm(*operands, spec.eps)
+            return y if y.dtype == x.dtype else y.type_as(x)
+        if spec.in_float32:
             wide = x.float()
             return self._weighted(wide * self._inverse(wide), x, weight, bias)
-        return F.rms_norm(x, (self.width,), weight, self.spec.eps)
+        return F.rms_norm(x, (self.width,), weight, spec.eps)
 
     def linear(self, x: Float[Tensor, " *x width"], scale: Float[Tensor, " *scale 1"]) -> Float[Tensor, " *both width"]:
         """Return the norm of ``x`` with a given scale and no bias, which is linear in ``x``."""
@@ -89,8 +92,7 @@ class Norm(nn.Module):
 
     def _shown(self, inverse: Tensor, x: Tensor) -> Tensor:
         """Return the scale of ``x`` after its hook point."""
-        inverse = inverse.to(torch.promote_types(x.dtype, torch.float32))
-        return show(self.hook_scale, inverse.reciprocal(), x.dtype)
+        return show(self.hook_scale, widened(inverse).reciprocal(), x.dtype)
 
     def _read(self, x: Tensor) -> Tensor:
         """Show the scale without changing the kernel: no hook can change it, no gradient is asked for."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 from weakref import ref
@@ -14,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError
-from prisma_core.errors.arguments import alive, in_transform
+from prisma_core.errors.arguments import alive, in_any_autocast, in_transform
 from prisma_core.hooks.cache import ActivationCache, alone
 from prisma_core.hooks.capture import Keep
-from prisma_core.hooks.point import HookPoint
+from prisma_core.hooks.point import OPEN_SCOPES, HookPoint
 from prisma_core.spec.layout import IndexSlice
-from prisma_core.toolbox.query_rows import captures
+from prisma_core.toolbox.precision import unrounded
 
 STEPS = 8  # recipes made one from the other, as along the residual stream, before a tensor is stored again
 
@@ -37,14 +36,16 @@ def computed(
     """
     x = function(*operands) if value is None else value
     y = point(x)
-    if y is x and point.wanted and not torch.compiler.is_compiling():  # no hook changed it
-        for capture in captures(point):
-            if isinstance(capture, RecipeKeep):
-                capture.derive(x, function, operands)
+    scopes = OPEN_SCOPES.get()
+    if scopes and y is x and not torch.compiler.is_compiling():  # no hook changed it
+        for scope in scopes:
+            for capture in scope.captures.get(point.key, ()):
+                if isinstance(capture, RecipeKeep):
+                    capture.derive(x, function, operands)
     return y
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Recipe:
     """How an activation is made of others.
 
@@ -56,30 +57,16 @@ class Recipe:
 
     function: Callable[..., Tensor]
     operands: tuple[object, ...]
-    versions: tuple[int, ...] = ()
+    versions: list[int] = field(default_factory=list[int])
     steps: int = 1
-
-    @classmethod
-    def of(cls, x: Tensor, function: Callable[..., Tensor], operands: list[object]) -> Recipe | None:
-        """Return a recipe of ``x``; None where it takes more memory, or may not give the same bits later."""
-        steps = 1 + max((each.steps for each in operands if isinstance(each, Recipe)), default=0)
-        weights = sum(each.numel() for each in operands if isinstance(each, nn.Parameter))
-        tensors = [x, *(each for each in operands if isinstance(each, Tensor))]
-        # Edits in place of what is made in inference mode are not counted; a transform of torch.func ends.
-        uncounted = in_transform() or any(each.is_inference() for each in tensors)
-        if weights >= x.numel() or steps > STEPS or uncounted or _autocast(x.device.type):
-            return None
-        copies = tuple(each.detach().clone() if isinstance(each, nn.Parameter) else each for each in operands)
-        return cls(function, copies, _versions(copies), steps)
 
     def make(self) -> Tensor:
         """Return the activation; an ``InputError`` where an operand was edited in place."""
         if self.is_edited:
             raise InputError("one of the activations that it is made of was edited in place")
         operands = [each.make() if isinstance(each, Recipe) else each for each in self.operands]
-        kind = next(each.device.type for each in operands if isinstance(each, Tensor))
-        plain = torch.autocast(kind, enabled=False) if _autocast(kind) else nullcontext()
-        with torch.inference_mode(False), torch.no_grad(), plain:
+        like = next(each for each in operands if isinstance(each, Tensor))
+        with torch.inference_mode(False), torch.no_grad(), unrounded(like):
             return self.function(*operands)
 
     @property
@@ -101,13 +88,11 @@ class Store(UserDict[str, Tensor]):
 
     Attributes:
         data: what is held: tensors and recipes.
-        seen: by identity, a tensor of the pass, what was kept of it, and the name.
     """
 
     def __init__(self, entries: Mapping[str, Tensor | Recipe]):
         super().__init__()
         self.data = cast(Any, dict(entries))
-        self.seen: dict[int, tuple[ref[Tensor], tuple[IndexSlice, ...], str]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.data,)
@@ -121,48 +106,81 @@ class Store(UserDict[str, Tensor]):
             raise InputError(f"{name} is gone: {error}. Edit a clone() of what a cache returns.") from None
         return alive(cast(Tensor, entry))
 
-    def entry_of(self, x: object, slices: tuple[IndexSlice, ...]) -> object | None:
-        """Return what is held of a tensor of the pass; None if it is not here with these slices."""
-        tensor, kept, name = self.seen.get(id(x), (None, (), ""))
-        return self.data.get(name) if tensor is not None and tensor() is x and kept == slices else None
 
-
+@dataclass(eq=False, repr=False)
 class RecipeKeep(Keep):
-    """Stores one activation, or the recipe of it."""
+    """Stores one activation, or the recipe of it.
+
+    Attributes:
+        store: what a ``Store`` holds.
+        seen: by identity, a tensor of the pass, and what is held of it with which slices; the tensor itself, or else
+            a reference tells whether it is still that one.
+    """
+
+    seen: dict[int, tuple[ref[Tensor] | None, tuple[IndexSlice, ...], Tensor | Recipe]] = field(
+        default_factory=dict[Any, Any]
+    )
 
     def __call__(self, x: Tensor, *, cut: int | None = None) -> None:
-        store, known = cast(Any, self.store), torch.compiler.is_compiling() or self.reached
-        twin = None if known else store.entry_of(x, self.slices)
+        new = not torch.compiler.is_compiling() and self.name not in self.store
         super().__call__(x, cut=cut)
-        if twin is not None:
-            store.data[self.name] = twin
-        elif not known:
-            store.seen[id(x)] = (ref(x), self.slices, self.name)
+        if new:
+            twin: Any = self._held(x, self.slices)
+            if twin is not None:
+                self.store[self.name] = twin
+            else:
+                kept = self.store[self.name]
+                self.seen[id(x)] = (None if kept is x else ref(x), self.slices, kept)
 
-    def derive(self, x: Tensor, function: Callable[..., Tensor], operands: tuple[object, ...]) -> None:
-        """Replace the activation that was just stored by how it is made, if it is made of what is stored."""
-        store = cast(Store, self.store)
-        entry = store.entry_of(x, ())
-        plain = isinstance(entry, Tensor) and entry.dtype == x.dtype and entry.device == x.device
-        if self.slices or not self.detach or not plain:
+    def _held(self, x: Tensor, slices: tuple[IndexSlice, ...] = ()) -> Tensor | Recipe | None:
+        """Return what is held of a tensor of the pass; None if it is not here with these slices."""
+        record = self.seen.get(id(x))
+        if record is None or record[1] != slices:
+            return None
+        reference, _, held = record
+        return held if held is x or (reference is not None and reference() is x) else None
+
+    def derive(self, x: Tensor, function: Callable[..., Tensor], operands: Sequence[Tensor | None]) -> None:
+        """Replace the activation that was just stored by how it is made, if it is made of what is stored.
+
+        It stays where a recipe takes more memory, or may not give the same bits later.
+        """
+        # A transform of torch.func ends, and edits in place of what inference mode makes are not counted.
+        if self.slices or not self.detach or in_any_autocast() or in_transform() or torch.is_inference_mode_enabled():
             return
-        known = [each is None or isinstance(each, nn.Parameter) for each in operands]
-        entries = [each if one else store.entry_of(each, ()) for each, one in zip(operands, known, strict=True)]
-        if any(each is None and not one for each, one in zip(entries, known, strict=True)):
+        held = self._held(x)
+        if held is not x and not (isinstance(held, Tensor) and held.dtype == x.dtype and held.device == x.device):
             return
-        recipe = Recipe.of(x, function, entries)
-        if recipe is not None:
-            store.data[self.name] = cast(Any, recipe)
+        weights, steps = 0, 1
+        made: list[object] = []
+        for each in operands:
+            entry: Any = None if each is None else self._held(each)
+            if entry is None and each is not None:
+                if not isinstance(each, nn.Parameter):
+                    return
+                weights += each.numel()
+                entry = (each.detach() if torch.is_grad_enabled() else each).clone()  # of none, clone() takes none
+            if type(entry) is Recipe:
+                steps = max(steps, 1 + entry.steps)
+            elif entry is not None and entry.is_inference():
+                return
+            made.append(entry)
+        if steps <= STEPS and (not weights or weights < x.numel()):
+            recipe: Any = Recipe(function, tuple(made), _versions(made), steps)
+            self.store[self.name], self.seen[id(x)] = recipe, (ref(x), (), recipe)
 
 
 @dataclass(eq=False, repr=False)
 class RecipeCache(ActivationCache):
     """A cache that holds recipes in the place of activations that are functions of others in it."""
 
-    keep_type = RecipeKeep
-
     def __post_init__(self) -> None:
         self.store = cast(Any, self.store if isinstance(self.store, Store) else Store(self.store))
+
+    def keeps(self, cuts: Mapping[str, tuple[IndexSlice, ...]], **how: Any) -> dict[str, Keep]:
+        store = cast(Store, self.store)
+        how["seen"] = {}
+        return {name: RecipeKeep(store.data, name, slices, **how) for name, slices in cuts.items()}
 
     @property
     def _entries(self) -> dict[str, Tensor | Recipe]:
@@ -185,12 +203,8 @@ class RecipeCache(ActivationCache):
 
 def _copied(function: Callable[..., Tensor], operands: tuple[object, ...], is_edited: bool, steps: int) -> Recipe:
     """Return a recipe of copied operands, which count their edits anew."""
-    return Recipe(function, operands, (-1,) if is_edited else _versions(operands), steps)
+    return Recipe(function, operands, [-1] if is_edited else _versions(operands), steps)
 
 
-def _versions(operands: tuple[object, ...]) -> tuple[int, ...]:
-    return tuple(each._version for each in operands if isinstance(each, Tensor))  # pyright: ignore[reportPrivateUsage]
-
-
-def _autocast(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+def _versions(operands: Sequence[Any]) -> list[int]:
+    return [each._version for each in operands if isinstance(each, Tensor)]  # pyright: ignore[reportPrivateUsage]

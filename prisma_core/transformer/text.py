@@ -19,7 +19,7 @@ from prisma_core.inputs.checks import check_place, may_look
 from prisma_core.model import MissingProcessor, Processor, Size, layer_index, read_sample
 from prisma_core.spec import TextPoolSpec, TextSpec
 from prisma_core.toolbox.arguments import checked
-from prisma_core.toolbox.precision import joining
+from prisma_core.toolbox.precision import joining, matrix_dtype
 from prisma_core.transformer.block import STREAM, make_block
 from prisma_core.transformer.mlp import MLP
 from prisma_core.transformer.norm import norm_or_identity
@@ -135,11 +135,11 @@ class HookedText(Tower):
             InputError: tokens of another shape or kind.
         """
         self._check(tokens)
-        dtype = self.block_dtype
-        x = self.hook_embed(self.embed(tokens)).to(dtype=dtype)  # rows are looked up: in which dtype the blocks say
+        dtype = matrix_dtype(self.blocks)  # rows are looked up: in which dtype the blocks say
+        x = self.hook_embed(self.embed(tokens)).to(dtype=dtype)
         if self.spec.suffix:
-            x = torch.cat([x, joining(self.embed.suffix, x, dtype).expand(x.shape[0], 1, -1)], dim=1)
-        pos = joining(self.positions(tokens), x, dtype)
+            x = torch.cat([x, joining(self.embed.suffix, x, self.blocks).expand(x.shape[0], 1, -1)], dim=1)
+        pos = joining(self.positions(tokens), x, self.blocks)
         if self.hook_pos_embed.wanted:
             pos = self.hook_pos_embed(pos.expand(x.shape).clone())  # a cache must not see later edits of weights
         x = self.hook_full_embed(x + pos)

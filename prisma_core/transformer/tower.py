@@ -34,12 +34,6 @@ class Tower(Circuits, ZooModel):
         with torch.device("meta"):
             return super().unsaved_behaviour() or changed_part(self, self.plain())
 
-    @property
-    def block_dtype(self) -> torch.dtype | None:
-        """The dtype of the blocks' matrices; None where they have none."""
-        matrices = (each for each in self.blocks.parameters() if each.ndim > 1 and each.is_floating_point())
-        return next((each.dtype for each in matrices), None)
-
     def _check_stream(self, x: Tensor) -> None:
         if not isinstance(cast("object", x), Tensor) or x.shape[-1:] != (self.spec.d_model,):
             raise InputError(f"Expected a residual stream [batch pos {self.spec.d_model}], got {shown(x)}.")

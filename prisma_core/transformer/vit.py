@@ -89,8 +89,10 @@ class HookedViT(Tower):
         image = next((each for each in inputs if isinstance(each, Tensor) and each.ndim == rank), None)
         if image is None:
             return self.spec.layout
-        *frames, rows, columns = patch_grid(self.spec, image)
-        return self.spec.layout.model_copy(update={"frames": (*frames, 1)[0], "rows": rows, "columns": columns})
+        layout, (*frames, rows, columns) = self.spec.layout, patch_grid(self.spec, image)
+        grid = {"frames": (*frames, 1)[0], "rows": rows, "columns": columns}
+        native = {side: getattr(layout, side) for side in grid}
+        return layout if grid == native else layout.model_copy(update=grid)
 
     @property
     def fixed_layout(self) -> TokenLayout | None:
@@ -200,10 +202,9 @@ class HookedViT(Tower):
         return copy_if_cached(stream), grid
 
     def _embedded(self, image: Tensor, grid: Grid) -> Tensor:
-        dtype = self.block_dtype
-        x = self.embed.with_prefix(self.hook_embed(self.embed(image)), dtype)
+        x = self.embed.with_prefix(self.hook_embed(self.embed(image)), self.blocks)
         if self.spec.embed.pos:
-            pos = joining(self.embed.positions(grid), x, dtype)
+            pos = joining(self.embed.positions(grid), x, self.blocks)
             if self.hook_pos_embed.wanted:
                 pos = self.hook_pos_embed(pos.expand(x.shape).clone())  # a cache must not see later edits of weights
             x = x + pos
