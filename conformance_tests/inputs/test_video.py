@@ -13,7 +13,8 @@ from torch import Tensor
 import prisma_core as prisma
 from prisma_core import HookedViT, InputError, ModelSpec, SpecError, TokenLayout, UnknownName
 from prisma_core.cli.outline import shapes
-from prisma_core.spec import EmbedSpec, Interpolation, RopeCount, RopeSpec, read_spec
+from prisma_core.saving.facts import SavedFacts
+from prisma_core.spec import EmbedSpec, Interpolation, RopeCount, RopeSpec
 from prisma_core.transformer.rope import count_tables
 
 FRAMES, ROWS, COLUMNS, TUBE, PATCH = 3, 2, 4, 2, (4, 3)
@@ -183,7 +184,7 @@ def test_a_video_of_any_length(film: Make) -> None:
 
 def test_facts_survive_json(film: Make) -> None:
     spec = film(rope=ROPE, embed=embedding(pos=False, any_length=True)).spec
-    assert read_spec(spec.model_dump(mode="json")) == spec
+    assert SavedFacts.model_validate_json(SavedFacts(spec=spec).to_json()).spec == spec
 
 
 # ---------------------------------------------------------------- by time

@@ -1,6 +1,6 @@
 """The facts of a model: frozen, checked, and the same after a trip through JSON; and the layout of its tokens."""
 
-from prisma_core.spec.models import AnySpec, DualSpec, MapSpec, ModelSpec, TextPoolSpec, TextSpec, read_spec
+from prisma_core.spec.models import AnySpec, DualSpec, MapSpec, ModelSpec, TextPoolSpec, TextSpec
 from prisma_core.spec.parts import (
     Activation,
     AttentionSpec,
@@ -35,5 +35,4 @@ __all__ = [
     "RopeSpec",
     "TextPoolSpec",
     "TextSpec",
-    "read_spec",
 ]

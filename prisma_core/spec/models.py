@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from pydantic import Field, TypeAdapter, model_validator
+from pydantic import Field, model_validator
 
 from prisma_core.errors.arguments import number, sides
 from prisma_core.spec.alike import AllBlocks
@@ -321,9 +321,3 @@ class MapSpec(Facts):
 
 
 AnySpec: TypeAlias = ModelSpec | TextSpec | DualSpec
-_ADAPTER: TypeAdapter[AnySpec] = TypeAdapter(Annotated[AnySpec, Field(discriminator="kind")])
-
-
-def read_spec(facts: dict[str, Any]) -> AnySpec:
-    """Return the spec that ``model_dump`` made these facts of; a ``ValidationError`` where they are none."""
-    return _ADAPTER.validate_python({"kind": "vision", **facts})
