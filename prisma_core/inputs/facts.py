@@ -53,15 +53,11 @@ class Preprocess(Facts, ImagePreprocess):
     order: Literal["rgb", "bgr"] = "rgb"
 
     @model_validator(mode="after")
-    def _filter(self) -> Preprocess:
+    def _together(self) -> Preprocess:
         if self.resampling != "pillow" and self.interpolation == "lanczos":
             raise ValueError("torch has no lanczos filter: use resampling='pillow'")
         if self.resampling == "torch_float" and (self.resize, self.crop) != ("squash", 1.0):
             raise ValueError("resampling='torch_float' goes with resize='squash' and crop=1")
-        return self
-
-    @model_validator(mode="after")
-    def _paired(self) -> Preprocess:
         if len(self.mean) != len(self.std):
             raise ValueError(f"mean and std are one number a channel each, got {len(self.mean)} and {len(self.std)}")
         return self

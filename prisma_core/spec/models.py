@@ -97,31 +97,19 @@ class ModelSpec(AllBlocks, Facts):
         return cls(**plain | whole)
 
     @model_validator(mode="after")
-    def _two_heads(self) -> ModelSpec:
+    def _together(self) -> ModelSpec:
         if self.n_heads_out == 2 and (self.pool.kind != "token" or self.ln_pool is not None):
             raise ValueError("two heads read the class and the distillation token, with no norm between")
-        return self
-
-    @model_validator(mode="after")
-    def _turned(self) -> ModelSpec:
         attns = [block.attn for block in self.blocks]
         if self.rope is not None and len({attn.d_head for attn in attns}) > 1:
             raise ValueError("rotary tables have one width, so the heads of all blocks have it too")
         heads = {n for attn in attns for n in (attn.n_heads, attn.n_kv_heads)}
         if self.rope is not None and self.rope.per_head and len(heads) > 1:
             raise ValueError("rotary tables of each head (per_head) need as many keys as queries, in every block")
-        return self
-
-    @model_validator(mode="after")
-    def _frames(self) -> ModelSpec:
         if self.layout.frames > 1 and self.embed.tubelet is None:
             raise ValueError(f"{self.layout.frames} frames of patches need a video: give the embedding a tubelet")
         if self.layout.order != "frame row column":
             raise ValueError(f"patches of a canonical model run frame by frame, not in the order {self.layout.order!r}")
-        return self
-
-    @model_validator(mode="after")
-    def _stream(self) -> ModelSpec:
         if any(block.kind == "post" for block in self.blocks):
             raise ValueError("post-norm models of images are not covered: blocks of kind 'post' are those of texts")
         return self

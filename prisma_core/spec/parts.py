@@ -238,13 +238,9 @@ class EmbedSpec(Facts):
     interpolation: Interpolation | None = None
 
     @model_validator(mode="after")
-    def _resizable(self) -> EmbedSpec:
+    def _together(self) -> EmbedSpec:
         if self.pos_grid is not None and self.interpolation is None:
             raise ValueError("positions of another grid than the native one need an interpolation")
-        return self
-
-    @model_validator(mode="after")
-    def _videos(self) -> EmbedSpec:
         if self.tubelet is not None and (self.stem == "opaque" or self.pos_factorized):
             raise ValueError("a video's patches come from one convolution, and its positions are not factorized")
         if self.any_length and (self.tubelet is None or self.pos):
