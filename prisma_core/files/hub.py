@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from prisma_core.errors import LoadError, UnknownName
 from prisma_core.files.atomic import file_digest
@@ -127,24 +127,17 @@ def asking(reference: str, download: Callable[[], Result]) -> Result:
         raise LoadError(f"{reference} is not in the cache, and the hub does not send it: {_sentence(error)}") from error
     except errors.EntryNotFoundError:
         raise
-    except _broken() as error:
+    except (OSError, RuntimeError, getattr(errors, "HTTPError", OSError)) as error:  # by the hub library's version
         raise LoadError(
             f"The download of {reference} broke off: {_sentence(error)} Try again: it goes on from there."
         ) from error
 
 
-def _broken() -> tuple[type[Exception], ...]:
-    """Return the errors of a broken connection, which depend on the hub library's version."""
-    from huggingface_hub import errors
-
-    base = cast("type[Exception]", getattr(errors, "HTTPError", OSError))
-    return (OSError, RuntimeError, base)
-
-
 def forget(path: Path) -> bool:
     """Remove a file from the hub's cache if it is not what the hub sent; return whether it was removed."""
     blob = path.resolve()
-    if _intact(blob) is not False:
+    named = re.fullmatch(r"[0-9a-f]{64}", blob.name) is not None and blob.is_file()  # after its checksum
+    if not named or file_digest(blob) == blob.name:
         return False
     path.unlink(missing_ok=True)
     blob.unlink(missing_ok=True)
@@ -155,13 +148,6 @@ def _checked(path: Path) -> Path:
     if forget(path):
         raise LoadError(f"{path.name} came corrupted: its checksum is not the hub's. It was removed; try again.")
     return path
-
-
-def _intact(blob: Path) -> bool | None:
-    """Return whether a file of the cache has the checksum it is named after, or None where it has no such name."""
-    if not re.fullmatch(r"[0-9a-f]{64}", blob.name) or not blob.is_file():
-        return None
-    return file_digest(blob) == blob.name
 
 
 def reach(reference: str, *, address: str | None = None, instead: str = INSTEAD) -> None:

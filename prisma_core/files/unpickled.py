@@ -1,8 +1,7 @@
-"""Files of ``torch.save``, read without an unpickler of torch's or Python's: nothing in them is imported or run.
+"""Files of ``torch.save``, their pickles read by ``pickles.py``: nothing in them is imported or run.
 
-A small machine follows the pickle's instructions. It makes numbers, texts, containers and plain tensors, an ``Inert``
-where checkpoints hold other objects beside tensors, and a ``SavedObject`` of a class that the caller knows by name. It
-changes nothing in the process, and asks for no more memory than the file is long.
+Tensors are plain ones. Other objects beside them become an ``Inert``, those of a class that the caller knows by name a
+``SavedObject``. No more memory is asked for than the file is long.
 """
 
 from __future__ import annotations
