@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from prisma_core.errors import LoadError, UnknownName
 from prisma_core.files.atomic import file_digest
@@ -113,6 +113,7 @@ def asking(reference: str, download: Callable[[], Result]) -> Result:
     """
     from huggingface_hub import errors
 
+    of_http = cast("type[Exception]", getattr(errors, "HTTPError", OSError))  # by the library's version
     try:
         return download()
     except errors.GatedRepoError as error:
@@ -127,7 +128,7 @@ def asking(reference: str, download: Callable[[], Result]) -> Result:
         raise LoadError(f"{reference} is not in the cache, and the hub does not send it: {_sentence(error)}") from error
     except errors.EntryNotFoundError:
         raise
-    except (OSError, RuntimeError, getattr(errors, "HTTPError", OSError)) as error:  # by the hub library's version
+    except (OSError, RuntimeError, of_http) as error:
         raise LoadError(
             f"The download of {reference} broke off: {_sentence(error)} Try again: it goes on from there."
         ) from error
