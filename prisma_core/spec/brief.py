@@ -130,10 +130,11 @@ def aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
     return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
 
 
-def html_table(title: str, rows: Iterable[tuple[str, ...]]) -> str:
-    """Return rows as an HTML table with a caption; everything in it is text."""
+def html_table(title: str, rows: Iterable[tuple[str, ...]], head: tuple[str, ...] = ()) -> str:
+    """Return rows as an HTML table with a caption, and a head if there is one; everything in it is text."""
+    top = f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>" if head else ""
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><caption>{escape(title)}</caption>{body}</table>"
+    return f"<table><caption>{escape(title)}</caption>{top}{body}</table>"
 
 
 def layer_range(numbers: list[int]) -> str:

@@ -41,13 +41,9 @@ def taking_gradients() -> Generator[None]:
 
 def unrounded(x: Tensor) -> AbstractContextManager[object]:
     """Return a context in which products on the device of ``x`` keep their dtype: autocast would round them to half."""
-    return torch.autocast(x.device.type, enabled=False) if in_any_autocast() and autocast_on(x) else _AS_IT_IS
-
-
-def autocast_on(x: Tensor) -> bool:
-    """Return whether autocast is on, on the device of ``x``."""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    on = in_any_autocast() and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else _AS_IT_IS
 
 
 def softmax(scores: Tensor) -> Tensor:

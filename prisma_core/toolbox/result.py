@@ -6,7 +6,6 @@ import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from html import escape
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from prisma_core.errors import InputError, LoadError, PluginError, PrismaError, UnknownName, suggest
 from prisma_core.errors.arguments import check_flags, expect, number, path_of, several, shown, tensor, whole
 from prisma_core.files.checkpoint import read_with_header, write_safetensors
+from prisma_core.spec.brief import html_table
 
 Self_ = TypeVar("Self_", bound="Result")
 Label = int | str
@@ -227,14 +227,10 @@ class Result:
         return f"{figure}<details><summary>Largest values</summary>{self._table()}</details>"
 
     def _table(self) -> str:
-        head = "".join(f"<th>{escape(axis)}</th>" for axis in (*self.axes, self.unit or "value"))
-        rows = "".join(
-            f"<tr>{''.join(f'<td>{escape(each)}</td>' for each in place)}<td>{value:+.4g}</td></tr>"
-            for place, value in self.top(_SHOWN)
-        )
+        rows = [(*place, f"{value:+.4g}") for place, value in self.top(_SHOWN)]
         caption = ", ".join(f"{axis} {size}" for axis, size in self.shape.items())
-        title = escape(f"{self.technique or type(self).__name__} ({caption}), largest first")
-        return f"<table><caption>{title}</caption><tr>{head}</tr>{rows}</table>"
+        title = f"{self.technique or type(self).__name__} ({caption}), largest first"
+        return html_table(title, rows, (*self.axes, self.unit or "value"))
 
     def __iter__(self) -> Iterator[Any]:
         raise TypeError(f"A {type(self).__name__} is no sequence: take .values, .sel(...) or .top(k).")
