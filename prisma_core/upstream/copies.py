@@ -183,12 +183,11 @@ def _globals(code: CodeType) -> frozenset[str]:
 
 def _unfilled(function: FunctionType, graph: _Graph) -> FunctionType:
     """Return a function with empty cells where it holds a module of the model; it shares the others."""
-    cells = tuple(CellType() if _holds(cell, graph) else cell for cell in function.__closure__ or ())
+    cells = tuple(
+        CellType() if cell != CellType() and graph.holds(cell.cell_contents) else cell
+        for cell in function.__closure__ or ()
+    )
     return FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
-
-
-def _holds(cell: CellType, graph: _Graph) -> bool:
-    return cell != CellType() and graph.holds(cell.cell_contents)
 
 
 def _fill(rebound: FunctionType, function: FunctionType, graph: _Graph, memo: dict[int, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from textwrap import indent
 from typing import Any, Self
 
@@ -26,6 +27,8 @@ from prisma_core.toolbox.query_rows import AXIS, Rows
 from prisma_core.toolbox.tables import numbered
 from prisma_core.upstream.copies import copy_module
 from prisma_core.upstream.observer import Observer, attach, watching
+
+_AS_IT_IS = nullcontext()
 
 
 class BoundRow(Observer):
@@ -126,19 +129,12 @@ class HookedUpstream(ZooModel):
 
     def _run(self, *inputs: Any, **kwargs: Any) -> Tensor:
         active = [bound for bound in self._rows if bound.point.wanted]
-        if not active:
-            with kernels():
-                return self._read(self.upstream(*inputs, **kwargs))
-        if torch.compiler.is_compiling():
+        if active and torch.compiler.is_compiling():
             raise HookError(
                 f"Hooks at {active[0].row.hook} cannot run in a compiled model of this kind; run it eagerly."
             )
-        with kernels(), watching(active, _batch(inputs, kwargs)):
-            return self._read(self.upstream(*inputs, **kwargs))
-
-    def _read(self, result: Any) -> Tensor:
-        """Return the main output of upstream's result."""
-        output = self._output(result)
+        with kernels(), watching(active, _batch(inputs, kwargs)) if active else _AS_IT_IS:
+            output = self._output(self.upstream(*inputs, **kwargs))
         explain_second(output)
         return output
 

@@ -64,7 +64,8 @@ def replaced_on_class(kind: type[nn.Module], packages: set[str], seen: set[Funct
         functions = list(_functions(vars(owner).get(name)))
         wrong = [one for one in functions if not _belongs(one, owner.__module__, known)]
         library = owner is not nn.Module and name not in READS and root_of(owner.__module__) not in PLAIN - {"torch"}
-        if library and not (wrong or any(_is_own(one, owner) for one in functions)):
+        homes = {name_of(one).rpartition(".")[0] for one in functions}
+        if library and not wrong and f"{owner.__module__}.{owner.__qualname__}" not in homes:
             wrong = functions or ([vars(owner)[name]] if name in CALLS else [])
         if wrong:
             return f"a {name} that is not its class's own ({name_of(wrong[0])}). Put back the library's"
@@ -210,10 +211,6 @@ def _is_value(node: ast.expr, value: object, there: Mapping[str, Any]) -> bool:
     except ValueError:
         return True
     return type(said) is type(value) and said == value
-
-
-def _is_own(function: Any, owner: type) -> bool:
-    return name_of(function).rpartition(".")[0] == f"{owner.__module__}.{owner.__qualname__}"
 
 
 def _is_method(kind: type, name: str) -> bool:
