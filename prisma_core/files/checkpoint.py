@@ -99,6 +99,7 @@ def _check_beginning(path: Path) -> None:
     Raises:
         LoadError: with what it is.
     """
+    check_regular(path)
     with path.open("rb") as file:
         head = file.read(32)
     if what := next((what for start, what in _BEGINNINGS.items() if head.startswith(start)), None):
