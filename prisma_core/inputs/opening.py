@@ -82,14 +82,11 @@ def _flattened(image: Image) -> Image:
         image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, TypeError) as error:  # data that are damaged
         raise InputError(f"EXIF data that cannot be read ({error}). Remove them: del image.info['exif'].") from error
-    if image.mode.startswith("I"):  # 16 bits; Pillow opens some such files with 32
+    if image.mode.startswith(("I", "F")):
         import numpy as np
 
-        return _from_array(np.asarray(image).clip(0, 65535).astype(np.uint16))
-    if image.mode == "F":
-        import numpy as np
-
-        return _from_array(np.asarray(image))
+        pixels = np.asarray(image)  # of whole numbers 16 bits; Pillow opens some such files with 32
+        return _from_array(pixels if image.mode == "F" else pixels.clip(0, 65535).astype(np.uint16))
     if image.mode == "LAB":
         raise InputError("Pillow has no colours of LAB images: convert this one with PIL.ImageCms before.")
     if image.has_transparency_data:

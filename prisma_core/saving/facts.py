@@ -83,14 +83,10 @@ class SavedFacts(BaseModel):
         return cast(Any, facts)
 
     @model_validator(mode="after")
-    def _labels(self) -> Self:
+    def _together(self) -> Self:
         n = None if isinstance(self.spec, DualSpec) else self.spec.n_classes
         if self.labels is not None and n is not None and len(self.labels) != n:
             raise ValueError(f"there are {n} classes and {len(self.labels)} labels")
-        return self
-
-    @model_validator(mode="after")
-    def _grid(self) -> Self:
         spec = self.spec.vision if isinstance(self.spec, DualSpec) else self.spec
         if not isinstance(spec, ModelSpec) or spec.embed.stem == "opaque":
             return self

@@ -201,12 +201,8 @@ def _wide(x: Tensor, how: Interpolation) -> Tensor:
 def check_image(image: Tensor, spec: ModelSpec) -> None:
     """Refuse an input of wrong rank, channels or size, or with values that are not numbers (``InputError``)."""
     what, expected = input_words(native := native_shape(spec))
-    _check_size(check_input(image, native), spec, expected)
-    check_numbers(what, image)
-
-
-def _check_size(image: Tensor, spec: ModelSpec, expected: str) -> None:
-    embed, size = spec.embed, (image.shape[-2], image.shape[-1])
+    image, embed = check_input(image, native), spec.embed
+    size = (image.shape[-2], image.shape[-1])
     if size != spec.image_size and spec.fixed_size:
         raise InputError(
             f"Expected {expected}, got shape {list(image.shape)}: this model takes one size. model.preprocess resizes, "
@@ -217,9 +213,9 @@ def _check_size(image: Tensor, spec: ModelSpec, expected: str) -> None:
             f"Expected height and width to be multiples of the patch {embed.patch[0]}x{embed.patch[1]}, "
             f"got {size[0]}x{size[1]}."
         )
-    if embed.tubelet is None or image.shape[1] == spec.n_frames:
-        return
-    if not embed.any_length:
-        raise InputError(f"Expected {expected}, got {image.shape[1]} frames: this model takes videos of one length.")
-    if image.shape[1] % embed.tubelet or not image.shape[1]:
-        raise InputError(f"Expected a multiple of {embed.tubelet} frames, got {image.shape[1]}.")
+    if embed.tubelet is not None and (n := image.shape[1]) != spec.n_frames:
+        if not embed.any_length:
+            raise InputError(f"Expected {expected}, got {n} frames: this model takes videos of one length.")
+        if n % embed.tubelet or not n:
+            raise InputError(f"Expected a multiple of {embed.tubelet} frames, got {n}.")
+    check_numbers(what, image)

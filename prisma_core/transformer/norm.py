@@ -54,8 +54,7 @@ class Norm(nn.Module):
     def _fused(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         spec = self.spec
         if spec.kind == "ln":
-            operands = self._operands(x, weight, bias) if spec.in_float32 else (x, (self.width,), weight, bias)
-            y = F.layer_norm(*operands, spec.eps)
+            y = F.layer_norm(*self._operands(x, weight, bias), spec.eps)
             return y if y.dtype == x.dtype else y.type_as(x)
         if spec.in_float32:
             wide = x.float()

@@ -62,7 +62,8 @@ class Stack(Tensor):
         with _AS_TENSORS():
             result = func(*args, **options)
         if func is Tensor.numpy or func is Tensor.__array__:
-            return _read_only(result)
+            result.flags.writeable = False
+            return result
         return tree_map_only(Tensor, lambda x: _of_memory(x, stacks), result) if stacks else result
 
     def set_(self, *values: object, **options: object) -> NoReturn:  # the one method that torch does not ask about
@@ -104,8 +105,3 @@ def _of_memory(x: Tensor, stacks: list[Stack]) -> Tensor:
     """Return a result as a stack if it shares memory with one of these."""
     owner = next((stack for stack in stacks if _share_memory(x, stack)), None)
     return x if owner is None else Stack.of(x.as_subclass(Tensor) if type(x) is Stack else x, owner.place)
-
-
-def _read_only(array: Any) -> Any:
-    array.flags.writeable = False
-    return array
