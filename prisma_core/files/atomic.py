@@ -144,11 +144,7 @@ def version(path: Path) -> tuple[int, ...]:
 
 @contextmanager
 def writing(place: Path) -> Generator[None]:
-    """Raise what a disk refuses as one error that names the place.
-
-    Raises:
-        LoadError: in the place of an OSError and of safetensors' own error.
-    """
+    """Raise what a disk refuses, and safetensors' own error, as one ``LoadError`` that names the place."""
     if "\0" in str(place):
         raise LoadError(f"{str(place)!r} cannot be written: no path holds a NUL.")
     try:
@@ -159,11 +155,7 @@ def writing(place: Path) -> Generator[None]:
 
 
 def check_writable(path: Path, *, folder: bool = False) -> None:
-    """Check that a file, or a folder, can be written at a place. Nothing is left behind.
-
-    Raises:
-        LoadError: the disk refuses, or something else is there: a folder, a file, a device.
-    """
+    """Check that a file, or a folder, can be written at a place, else a ``LoadError``. Nothing is left behind."""
     with writing(path):
         if path.exists() and not (path.is_dir() if folder else path.is_file()):
             raise OSError(errno.EEXIST, f"what is there is no {'folder' if folder else 'file'}")

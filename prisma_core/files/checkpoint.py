@@ -94,11 +94,7 @@ def _inside(folder: Path) -> str:
 
 
 def _check_beginning(path: Path) -> None:
-    """Refuse a file that is known to hold something else than weights, or weights under another name.
-
-    Raises:
-        LoadError: with what it is.
-    """
+    """Refuse a file known to hold something else than weights, or weights under another name (``LoadError``)."""
     check_regular(path)
     with path.open("rb") as file:
         head = file.read(32)
@@ -110,11 +106,7 @@ def _check_beginning(path: Path) -> None:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file.
-
-    Raises:
-        LoadError: the file is missing, truncated or corrupt.
-    """
+    """Return the tensors of a safetensors file; a ``LoadError`` where it is missing, truncated or corrupt."""
     # Copied out of the mapped file: there they start at any byte, and kernels round by how memory is aligned.
     return {name: tensor.clone() for name, tensor in _mapped(path)[0].items()}
 
@@ -122,10 +114,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_with_header(path: Path, name: str) -> tuple[dict[str, Tensor], str | None]:
     """Return the tensors of a file that ``write_safetensors`` wrote, and a text of its header, None where it has none.
 
-    Both are of one file, even where another process replaces it meanwhile.
-
-    Raises:
-        LoadError: the file is missing, truncated or corrupt.
+    Both are of one file, even where another process replaces it meanwhile. It raises what ``read_safetensors`` does.
     """
     tensors, header = _mapped(path)
     return {key: tensor.clone() for key, tensor in tensors.items()}, header.get(name)

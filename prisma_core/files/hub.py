@@ -81,16 +81,13 @@ def snapshot(
     """Return a folder with a repository's top-level files of these patterns, downloaded if need be.
 
     Args:
-        repository: its id on the hub.
+        repository, revision, reference, instead: as in ``fetch``.
         patterns: globs of files.
-        revision: a branch, tag or commit.
-        reference: what the user asked for, for messages.
         needs: files that make a snapshot in the cache complete, any one of them; without them it is asked for anew.
-        instead: what else one may do, for messages.
 
     Raises:
         UnknownName: no such repository or revision.
-        LoadError: the hub cannot be reached, or what came is broken; then the next try downloads it again.
+        LoadError: as in ``fetch``.
     """
     from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
 
@@ -155,9 +152,8 @@ def reach(reference: str, *, address: str | None = None, instead: str = INSTEAD)
     """Probe a server once, before the hub's library retries.
 
     Args:
-        reference: what the user asked for, for messages.
+        reference, instead: as in ``fetch``.
         address: of the server; default the hub.
-        instead: what else one may do.
 
     Raises:
         LoadError: offline mode is on, or nothing answers within seconds.

@@ -22,13 +22,10 @@ def input_words(shape: tuple[int, ...]) -> tuple[str, str]:
 
 
 def check_input(value: object, shape: tuple[int, ...]) -> Tensor:
-    """Return an input with a batch axis, the channels of a shape, and floating point numbers.
+    """Return an input with a batch axis, the channels of a shape, and floating point numbers; else an ``InputError``.
 
     Args:
         shape: of one image, video or other input, without the batch.
-
-    Raises:
-        InputError: it is no tensor, or has another number of axes or channels, or whole numbers.
     """
     what, expected = input_words(shape)
     if not isinstance(value, Tensor):

@@ -107,11 +107,7 @@ def read_video(
 
 
 def _check_beginning(path: Path) -> None:
-    """Refuse files that a decoder may take for a list of other files, or of addresses.
-
-    Raises:
-        InputError: there is no file, or it does not begin like a video.
-    """
+    """Refuse what a decoder may take for a list of other files or addresses, and what is no file (``InputError``)."""
     if not path.is_file():
         raise InputError(f"No video at {str(path)!r}.")
     with path.open("rb") as file:
@@ -125,10 +121,7 @@ def _check_beginning(path: Path) -> None:
 
 
 def evenly(n: int, number: int | None, what: str) -> list[int]:
-    """Return which of ``n`` frames to take: the first of each of ``number`` equal parts.
-
-    Raises:
-        InputError: there are fewer.
+    """Return which of ``n`` frames to take: the first of each of ``number`` equal parts; an ``InputError`` for fewer.
 
     Source: transformers' default_sample_indices_fn.
 

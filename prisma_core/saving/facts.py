@@ -101,11 +101,7 @@ class SavedFacts(BaseModel):
 
     @classmethod
     def of(cls, model: ZooModel, sha256: str, frozen: list[str]) -> Self:
-        """Return the facts of a model.
-
-        Raises:
-            InputError: labels that are no texts, or not one a class.
-        """
+        """Return the facts of a model; an ``InputError`` for labels that are no texts, or not one a class."""
         preprocess = vars(model.towers().get("vision.", model)).get("preprocess")
         try:
             return cls(

@@ -36,13 +36,7 @@ class ProcessorFolder(LazyProcessor):
     home: Path
 
     def make(self) -> Any:
-        """Return the processor, made by the source that wrote it.
-
-        Raises:
-            UnknownName: no plugin has the source.
-            PluginError: its library is not installed.
-            LoadError: the files are not those that were saved, or cannot be read.
-        """
+        """Return the processor, made by the source that wrote it."""
         return _read(str(self.record.source), self.folder())
 
     def folder(self) -> Path:

@@ -176,11 +176,7 @@ class Marked(list[int]):
 
 
 def check_places(places: Sequence[int], n: int, where: str) -> None:
-    """Refuse positions that are not among ``n``, and a mask of another length.
-
-    Args:
-        where: the axis, in words.
-    """
+    """Refuse positions that are not among the ``n`` of an axis (``where``, in words), and a mask of another length."""
     if isinstance(places, Marked) and places.length != n:
         raise InputError(f"A mask needs a truth value for each of {n} places on {where}; got {places.length}.")
     for each in places:

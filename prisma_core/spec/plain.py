@@ -18,15 +18,9 @@ PARTS = (BlockSpec, AttentionSpec, MlpSpec)
 def facts_by_part(
     facts: Mapping[str, Any], parts: Iterable[type[BaseModel]], hidden: Iterable[tuple[type[BaseModel], str]] = ()
 ) -> dict[type[BaseModel], dict[str, Any]]:
-    """Return the facts of each part; one that several parts have goes to each of them.
+    """Return the facts of each part, by field; one that several parts have goes to each of them.
 
-    Args:
-        facts: values by the name of a field.
-        parts: the kinds of spec there are.
-        hidden: fields that are not given by name.
-
-    Raises:
-        InputError: no part has such a field; the nearest are suggested.
+    Fields in ``hidden`` are not given by name. A name that no part has is an ``InputError``; the nearest are suggested.
     """
     names = {part: [name for name in part.model_fields if (part, name) not in set(hidden)] for part in parts}
     known = {name for fields in names.values() for name in fields}

@@ -40,12 +40,8 @@ def kernels() -> AbstractContextManager[object]:
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """Return ``softmax(q . k * scale + bias) v`` by torch's fused kernel, with derivatives of any order.
 
-    Gradients that carry a graph (``create_graph=True``) are computed step by step.
-
-    Args:
-        q, k, v: ``[batch head pos d_head]``.
-        bias: added to the scores.
-        scale: factor of the scores.
+    ``q``, ``k`` and ``v`` are ``[batch head pos d_head]``. Gradients that carry a graph (``create_graph=True``) are
+    computed step by step.
     """
     with kernels():
         z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)

@@ -53,15 +53,10 @@ def softmax(scores: Tensor) -> Tensor:
 
 
 def show(point: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``x`` after a hook point that shows it in the dtype of the model.
+    """Return ``x`` after a hook point that shows it in the model's dtype; it is in that, or in float32 beside a half.
 
     Numbers that hooks leave as they are keep their precision; those that hooks change are taken as given. Gradients
     pass through the hook point, except where the number is too large for the dtype.
-
-    Args:
-        point: where hooks read and replace ``x``.
-        x: an activation in the model's dtype, or in float32 if that is a half one.
-        dtype: that of the model.
     """
     if x.dtype == dtype:
         return point(x)
@@ -77,11 +72,8 @@ def show(point: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Te
 def joining(x: Tensor, stream: Tensor, blocks: nn.Module) -> Tensor:
     """Return prefix tokens or positions as they join a stream of another dtype.
 
-    They are rounded to the stream's where the blocks compute in that, as open_clip does in half precision. Elsewhere
-    torch takes the wider dtype of the two.
-
-    Args:
-        blocks: those of the model; the dtype of their matrices counts.
+    They are rounded to the stream's where the matrices of the model's blocks are in that, as open_clip does in half
+    precision. Elsewhere torch takes the wider dtype of the two.
     """
     if x.dtype == stream.dtype:
         return x

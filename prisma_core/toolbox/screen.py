@@ -25,10 +25,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 def console(**options: Any) -> Console:
     """A console that writes texts as they are: names, labels and paths in them are no markup, and steer no terminal.
 
-    What has a style is a ``rich.text.Text``, or is printed with ``style=``.
-
-    Args:
-        options: of ``rich.console.Console``, such as ``stderr=True``.
+    What has a style is a ``rich.text.Text``, or is printed with ``style=``. Options are rich's, as ``stderr=True``.
     """
     from rich.console import Console
 

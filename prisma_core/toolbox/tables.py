@@ -46,14 +46,9 @@ def numbered(table: HookMap, upstream: nn.Module) -> list[Row]:
 
 
 def check_rows(table: HookMap, points: Collection[str], optional: Collection[str]) -> None:
-    """Refuse rows of hook points that no model has: nothing would ever read them.
+    """Refuse rows of hook points that no model has (``UnknownName``): nothing would ever read them.
 
-    Args:
-        points: the model's hook points.
-        optional: hook points of parts that it might have, ``{l}`` and the like in the place of numbers.
-
-    Raises:
-        UnknownName: a row is for no hook point; the nearest are suggested.
+    ``optional`` are hook points of parts that it might have, ``{l}`` and the like in the place of numbers.
     """
     families = set(map(_family, optional))
     for row in table.rows:

@@ -12,12 +12,7 @@ __all__ = ["ZooModel", "HookedDual", "HookedText", "HookedViT", "build"]
 
 
 def build(spec: AnySpec, stem: nn.Module | None = None) -> ZooModel:
-    """Return the model of a spec, its weights not yet loaded.
-
-    Args:
-        spec: the facts.
-        stem: upstream's own stem module, for specs whose stem is opaque.
-    """
+    """Return the model of a spec, its weights not yet loaded; ``stem`` is upstream's own, of opaque ones."""
     if isinstance(spec, ModelSpec):
         return HookedViT(spec, stem)
     if isinstance(spec, DualSpec):

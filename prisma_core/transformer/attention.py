@@ -30,14 +30,10 @@ class HeadInputs(NamedTuple):
     v: Tensor | None = None
 
     def after(self, norm: nn.Module, x: Tensor, normed: Tensor) -> HeadInputs:
-        """Return the inputs after a norm, past its hook points.
+        """Return the inputs after what stands before the attention, a norm or an identity, past its hook points.
 
-        What hooks there change in the norm of the stream is added, so that they reach every head.
-
-        Args:
-            norm: what stands between the stream and the attention: a norm or an identity.
-            x: the stream.
-            normed: the stream after the norm and its hooks.
+        What hooks there change in the norm of the stream is added, so that they reach every head: ``x`` is the stream,
+        ``normed`` what they made of its norm.
         """
         if not isinstance(norm, Norm) or all(each is None for each in self):
             return self
@@ -67,13 +63,7 @@ def attend(
     """Return ``softmax(q . k * scale + bias) v``, by the fused kernel unless whole scores or patterns are asked for.
 
     Where scopes only keep some queries' rows of them, these rows are computed beside the kernel. Half dtypes are
-    computed in float32 where the kernel is not used.
-
-    Args:
-        q, k, v: queries, keys, values; each key and value head serves as many query heads, side by side.
-        scale: factor of the scores.
-        bias: added to the scores.
-        scores, pattern: hook points before and after the softmax.
+    computed in float32 where the kernel is not used. Each key and value head serves as many query heads, side by side.
     """
     dtype, groups = q.dtype, q.shape[2] // k.shape[2]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -169,10 +169,7 @@ def head_input_points(spec: BlockSpec) -> tuple[HookPoint, HookPoint, HookPoint]
 def head_inputs(x: Tensor, spec: BlockSpec, *points: HookPoint) -> list[HeadInputs]:
     """Return what each head of each attention reads of the stream, where a scope asks for inputs of single heads.
 
-    Args:
-        x: the residual stream.
-        spec: of the block.
-        points: hook points of the inputs of queries, keys and values, each with the heads of all attentions.
+    ``points`` are of the inputs of queries, keys and values, each with the heads of all attentions.
     """
     if not OPEN_SCOPES.get() or not any(point.wanted for point in points):
         return [NO_INPUTS] * spec.n_parallel

@@ -99,12 +99,7 @@ class Embed(nn.Module):
     def with_prefix(
         self, x: Float[Tensor, "batch patch d_model"], blocks: nn.Module
     ) -> Float[Tensor, "batch pos d_model"]:
-        """Return patches with the prefix tokens before them: ``[batch pos d_model]``.
-
-        Args:
-            x: the patches.
-            blocks: those of the model.
-        """
+        """Return patches with the prefix tokens before them: ``[batch pos d_model]``; ``blocks`` are the model's."""
         if not self.layout.n_prefix:
             return x
         return torch.cat([joining(self.prefix, x, blocks).expand(x.shape[0], -1, -1), x], dim=1)

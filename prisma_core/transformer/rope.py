@@ -40,10 +40,7 @@ def rotate(
 def grid_tables(
     spec: RopeGrid, layout: Layout, rows: int, columns: int, n_prefix: int, like: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return cos and sin ``[pos 1 d_head]`` for a grid of patches, prefix rows the identity.
-
-    Args:
-        like: gives dtype and device.
+    """Return cos and sin ``[pos 1 d_head]`` of the dtype of ``like`` for a grid of patches, prefix rows the identity.
 
     Source: timm's RotaryEmbeddingCat and RotaryEmbeddingDinoV3: coordinates in float32, angles in the model's dtype.
     Pixtral's, with waves of its own for each axis, takes the angles in float32.

@@ -248,11 +248,7 @@ class HookedText(Tower):
 
 
 def tokens_of(model: HookedText, text: Tensor | str | Sequence[str], reference: str | None) -> Int[Tensor, "text pos"]:
-    """Return what ``tokens`` of a text tower, or of the model it is part of, returns.
-
-    Args:
-        reference: what the whole was loaded from first.
-    """
+    """Return ``tokens`` of a text tower, for it or the whole it is part of, which was loaded from ``reference``."""
     if isinstance(text, Tensor):
         return text
     several = cast("Iterable[object]", text) if isinstance(cast("object", text), Iterable) else ()

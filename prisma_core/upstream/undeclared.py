@@ -100,11 +100,7 @@ def check_undeclared(
 
 
 def check_at_hand(upstream: nn.Module) -> None:
-    """Refuse a model some of whose weights are not there: accelerate brings them for a pass, or they are on ``meta``.
-
-    Raises:
-        UnsupportedArchitecture: a module has none.
-    """
+    """Refuse a model without some of its weights: accelerate brings them for a pass, or they are on ``meta``."""
     outline = all(parameter.is_meta for parameter in upstream.parameters())
     for path, module in cast("Iterator[tuple[str, nn.Module]]", upstream.named_modules()):
         outer: Any = getattr(module, "_hf_hook", None)
@@ -119,14 +115,11 @@ def check_at_hand(upstream: nn.Module) -> None:
 
 
 def check_counted(upstream: nn.Module, paths: Iterable[str], types: Iterable[str]) -> None:
-    """Refuse other code than its class's in a module whose calls of functions are counted.
+    """Refuse other code than its class's in a module whose calls of functions are counted: others may stand there.
 
     Args:
         paths: of the modules in which hook points stand at functions.
         types: qualified names of the classes that the adapter takes.
-
-    Raises:
-        UnsupportedArchitecture: a hook point may stand at another function.
     """
     packages, seen, problems = {root_of(name) for name in types}, set[FunctionType](), dict[type, str]()
     for path in sorted(paths):
