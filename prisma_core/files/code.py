@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from prisma_core.files.texts import check_regular
+from prisma_core.files.texts import check_regular, leaves
 
 CODE = "auto_map"
 # Where a configuration says who computes attention: the name of a repository of kernels will do.
@@ -45,21 +45,9 @@ def without_code(folder: Path) -> Generator[Path]:
 
 def code_in(folder: Path) -> str:
     """Return a sentence that names the classes a folder's configurations bring along, or an empty text."""
-    names = dict.fromkeys(name for path in sorted(folder.glob("*.json")) for name in _named(_read(path)))
+    texts = (text for path in sorted(folder.glob("*.json")) for text in leaves(_read(path)))
+    names = dict.fromkeys(name for keys, name in texts if CODE in keys and isinstance(name, str))
     return f" It names code of its own ({', '.join(list(names)[:3])}), which is not run." if names else ""
-
-
-def _named(value: object) -> Iterator[str]:
-    """Yield the texts under the key ``auto_map``, at any depth."""
-    inner: list[tuple[Any, bool]] = [(value, False)]
-    while inner:
-        one, named = inner.pop(0)
-        if isinstance(one, dict):
-            inner += [(each, named or key == CODE) for key, each in cast("dict[str, Any]", one).items()]
-        elif isinstance(one, list):
-            inner += [(each, named) for each in cast("list[Any]", one)]
-        elif named and isinstance(one, str):
-            yield one
 
 
 def _cleaned(path: Path) -> str | None:

@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from prisma_core.errors import LoadError
 
@@ -65,6 +65,18 @@ def parse_json(text: str | bytes, where: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise LoadError(f"{where} holds a {type(value).__name__}; expected a JSON object.")
     return value  # pyright: ignore[reportUnknownVariableType]
+
+
+def leaves(value: object) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Yield the values in an object of JSON that hold no others, each with the keys that lead to it."""
+    rest: list[tuple[tuple[str, ...], object]] = [((), value)]
+    for keys, one in rest:  # it grows meanwhile
+        if isinstance(one, Mapping):
+            rest += [((*keys, str(key)), each) for key, each in cast("Mapping[object, object]", one).items()]
+        elif isinstance(one, list | tuple):
+            rest += [(keys, each) for each in cast("list[object]", one)]
+        else:
+            yield keys, one
 
 
 def facts_digest(facts: Mapping[str, Any]) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from prisma_core.errors import LoadError
+from prisma_core.files.texts import leaves
 
 LAYERS = 512  # of a model whose weights are not there to be counted
 LABELS = 1 << 20
@@ -27,7 +27,10 @@ def check_layers(config: object, held: Mapping[str, Tensor] | None, where: objec
     Raises:
         LoadError: with the field.
     """
-    for name, n in _counts(config):
+    for keys, n in leaves(config):
+        name = keys[-1] if keys else ""
+        if not (isinstance(n, int) and _COUNT.fullmatch(name)):
+            continue
         labels = name.endswith("labels")
         most = LABELS if labels else max(LAYERS, len(held or ()))
         if n > most:
@@ -54,18 +57,6 @@ def check_claims(model: nn.Module, held: Mapping[str, Tensor] | None, where: obj
     size, memory = sum(tensor.nbytes for tensor in tensors), _memory()
     if size > memory:
         raise LoadError(f"{where} describes a model of {size / 2**30:.0f} GiB; this machine has {memory / 2**30:.0f}.")
-
-
-def _counts(config: object) -> Iterator[tuple[str, int]]:
-    rest: list[tuple[str, object]] = [("", config)]
-    while rest:
-        name, value = rest.pop()
-        if isinstance(value, Mapping):
-            rest += [(str(key), one) for key, one in cast("Mapping[Any, object]", value).items()]
-        elif isinstance(value, list | tuple):
-            rest += [(name, one) for one in cast("list[object]", value)]
-        elif isinstance(value, int) and _COUNT.fullmatch(name):
-            yield name, value
 
 
 def _memory() -> float:
