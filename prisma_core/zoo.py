@@ -311,12 +311,7 @@ class Reading(NamedTuple):
 
 
 def read_adapter(adapter: Adapter, upstream: Reader) -> Reading:
-    """Ask an adapter for everything about a module, with one reader.
-
-    Raises:
-        UnsupportedArchitecture: facts that no spec can hold.
-        PluginError: the adapter failed.
-    """
+    """Ask an adapter for everything about a module, with one reader; it raises what ``spec_of`` does."""
     spec = spec_of(adapter, upstream)
     with _reading(adapter):
         if isinstance(spec, MapSpec):
