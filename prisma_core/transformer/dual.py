@@ -231,11 +231,7 @@ class HookedDual(ZooModel):
         return self(self._pixels(image), tokens).softmax(-1)
 
     def tokens(self, text: Tensor | str | Sequence[str]) -> Int[Tensor, "text pos"]:
-        """Return tokens ``[text pos]`` of texts, on the model's device; tokens come back as they are.
-
-        Raises:
-            InputError: there is no tokenizer, or these are no texts.
-        """
+        """Return tokens ``[text pos]`` of texts, as ``text.tokens`` does; with the same errors."""
         return tokens_of(self.text, text, self.reference)
 
     def _pixels(self, image: Any) -> Tensor:

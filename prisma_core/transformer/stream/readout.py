@@ -37,21 +37,17 @@ class Readout:
             shares: those of the tokens of ``x``.
         """
         if self.attn is not None:
-            return self._attended(x, shares[0], per_token=per_token)
+            w_v, w_o, share = self.attn.W_V.to(x), self.attn.W_O.to(x), shares[0]
+            if per_token:
+                v = einsum(x, w_v, "... pos d, head d inner -> ... head pos inner") * share[..., None]
+                return einsum(v, w_o, "... head pos inner, head inner out -> ... pos out")
+            read = einsum(x, share, "... pos d, ... head pos -> ... head d")
+            return einsum(read, w_v, w_o, "... head d, head d inner, head inner out -> ... out")
         if not shares:
             return x
         if per_token:
             return torch.cat([x * share[..., None] for share in shares], dim=-1)
         return torch.cat([einsum(x, share, "... pos d, ... pos -> ... d") for share in shares], dim=-1)
-
-    def _attended(self, x: Tensor, share: Tensor, *, per_token: bool) -> Tensor:
-        assert self.attn is not None
-        w_v, w_o = self.attn.W_V.to(x), self.attn.W_O.to(x)
-        if per_token:
-            v = einsum(x, w_v, "... pos d, head d inner -> ... head pos inner") * share[..., None]
-            return einsum(v, w_o, "... head pos inner, head inner out -> ... pos out")
-        read = einsum(x, share, "... pos d, ... head pos -> ... head d")
-        return einsum(read, w_v, w_o, "... head d, head d inner, head inner out -> ... out")
 
     def pooled_constant(self, x: Tensor) -> Tensor:
         """Return ``[... d_pool]`` of what all tokens share, ``[... d_model]``, with what pooling itself adds."""
