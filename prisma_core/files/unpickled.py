@@ -103,8 +103,9 @@ class _File:
         self.storages: dict[str | int, Tensor] = {}
         self.held = self.claimed = self.copied = 0
 
-    def read(self) -> object:
-        raise NotImplementedError
+    def read(self) -> Any:
+        """Return the object of the pickle at which the file stands."""
+        return read_pickle(self.file, self.find, self.stored)
 
     def storage(self, key: str | int, kind: torch.dtype, numel: int) -> Tensor:
         raise NotImplementedError
@@ -190,7 +191,7 @@ class _File:
 class _Zip(_File):
     """The form that torch writes since 1.6."""
 
-    def read(self) -> object:
+    def read(self) -> Any:
         self.archive = zipfile.ZipFile(self.file)
         names = self.archive.namelist()
         self.root = names[0].partition("/")[0]
@@ -222,19 +223,17 @@ class _Zip(_File):
 class _Stream(_File):
     """The form before torch 1.6: pickles, then one storage after the other."""
 
-    def read(self) -> object:
-        if self.next() != MAGIC:
+    def read(self) -> Any:
+        following = super().read
+        if following() != MAGIC:
             raise Refused("is not a file that torch.save wrote, or it is corrupt.")
-        self.next()  # the version of this form; there was one
-        _check_order("little" if self.next()["little_endian"] else "big")
-        made = self.next()
-        for key in self.next():
+        following()  # the version of this form; there was one
+        _check_order("little" if following()["little_endian"] else "big")
+        made = following()
+        for key in following():
             self.file.seek(struct.calcsize("<q"), 1)  # its length, which the pickle has too
             _fill(self.storages[key], self.file)
         return made
-
-    def next(self) -> Any:
-        return read_pickle(self.file, self.find, self.stored)
 
     def storage(self, key: str | int, kind: torch.dtype, numel: int) -> Tensor:
         if key not in self.storages:
@@ -244,9 +243,6 @@ class _Stream(_File):
 
 class _Plain(_File):
     """A pickle that another library wrote, in which each storage is a file of torch's."""
-
-    def read(self) -> object:
-        return read_pickle(self.file, self.find, self.stored)
 
     def find(self, module: str, name: str) -> Any:
         return self.inside if (module, name) == ("torch.storage", "_load_from_bytes") else super().find(module, name)
