@@ -1,4 +1,4 @@
-"""Processes that do not begin as copies, and streams that share themselves out: the same examples, none twice, none lost."""
+"""Processes that do not begin as copies, and streams that share themselves out: the same examples, none lost."""
 
 from __future__ import annotations
 

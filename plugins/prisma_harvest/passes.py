@@ -97,8 +97,8 @@ class Pass(BriefRepr):
         preprocess: ``"model"`` for the model's own, a function of a Pillow image, or None for data that are tensors.
         limit: take only so many images from the start.
         on_error: what an image that cannot be read does: ``"stop"``, or ``"skip"``: it is left out and listed.
-        workers: processes that decode; of a stream, threads. None for one less than there are cores, at most 8, and none
-            for few images; for threads too where processes do not start by ``fork``.
+        workers: processes that decode; of a stream, threads. None for one less than there are cores, at most 8, and
+            none for few images; they are threads too where processes do not begin by ``fork``.
         data_name: tells data apart that begin alike.
         image_column, label_column: the keys of mappings, where they are not the usual ones.
         note: goes into the manifest; needed where hooks are open, or hooks of torch's or forwards are set on parts, for

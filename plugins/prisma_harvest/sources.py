@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeAlias
 
 from PIL import Image
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from prisma_core import InputError, Result
 from prisma_core.plugin import Count, blaming, checked, path_of, shown
@@ -84,6 +84,8 @@ def open_data(
         items = _folder(Path(data), files, limit)
     elif (paths := _tars(data)) is not None:
         items = _tar(paths, columns, limit)
+    elif isinstance(data, DataLoader):
+        raise InputError("Expected images one by one, and a DataLoader gives batches: give loader.dataset.")
     elif (
         isinstance(data, str | Path | Mapping | Result)
         or getattr(data, "ndim", 1) == 0
