@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,21 @@ def test_a_group_of_processes(acts: Harvest, tmp_path: Path, how: str | None, wo
 
 
 def test_outside_of_a_group_a_copy_waits_for_one(acts: Harvest) -> None:
-    copy = pickle.loads(pickle.dumps(acts.dataset(RESID, 16)))
-    assert isinstance(copy, RowDataset)
-    assert (copy.rank, copy.world) == (None, None)
-    assert torch.equal(torch.cat(list(copy)), torch.cat(list(acts.rows(RESID, 16))))
+    other = pickle.loads(pickle.dumps(acts.dataset(RESID, 16)))
+    assert isinstance(other, RowDataset)
+    assert (other.rank, other.world) == (None, None)
+    assert torch.equal(torch.cat(list(other)), torch.cat(list(acts.rows(RESID, 16))))
+
+
+@pytest.mark.parametrize("how", ["fork", "spawn", "forkserver"])
+def test_workers_that_persist_are_told_of_the_epoch(acts: Harvest, how: str) -> None:
+    data = acts.dataset(RESID, 16, shuffle=True, buffer=64)
+    copies = [data, copy.deepcopy(data), pickle.loads(pickle.dumps(data))]
+    for each in copies[: 3 if how == "fork" else 1]:
+        loader = DataLoader(
+            each, batch_size=None, num_workers=1, multiprocessing_context=how, persistent_workers=True
+        )  # of one, so that the order is that of one process
+        for epoch in (0, 3, 1):
+            each.epoch = epoch
+            alone = acts.dataset(RESID, 16, shuffle=True, buffer=64, epoch=epoch)
+            assert torch.equal(torch.cat(list(loader)), torch.cat(list(alone))), epoch

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from prisma_core import InputError
@@ -59,7 +59,7 @@ def item_of(value: Any, columns: tuple[str | None, str | None] = (None, None)) -
             raise InputError(f"No image among {', '.join(map(str, value))}: name its key with image_column=.")
         label, path = _key(columns[1], LABELS, keys), _key(None, _PATHS, keys)
         label_text = None if label is None else plain(_decoded(str(label), value[label]))
-        return Item(value[image], label_text, None if path is None else str(value[path]))
+        return Item(_undecoded(value[image]), label_text, None if path is None else _encodable(str(value[path])))
     return Item(value, None, str(value) if isinstance(value, str | Path) else None)
 
 
@@ -69,6 +69,23 @@ def _key(asked: str | None, usual: Sequence[str], keys: Mapping[str, Any]) -> An
             raise InputError(f"No column {asked!r}: there are {', '.join(keys)}.")
         return keys[asked.lower()]
     return next((keys[name] for name in usual if name in keys), None)
+
+
+def _undecoded(image: Any) -> Any:
+    """Return datasets' form of an image that is not decoded as its bytes, or its path; anything else as it is."""
+    if not isinstance(image, Mapping) or not image.keys() <= {"bytes", "path"}:
+        return image
+    content, path = image.get("bytes"), image.get("path")
+    return content if content is not None or path is None else Path(path)
+
+
+def _encodable(text: str) -> str:
+    """Return text as a file of JSON holds it: half a character, which no file holds, as a question mark."""
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode()
+    return text
 
 
 def _decoded(key: str, value: Any) -> Any:
@@ -83,11 +100,13 @@ def plain(label: Any) -> Any:
     """Return a label as JSON has it; NaN, with which tables mark that there is none, as None."""
     if isinstance(label, Tensor | np.ndarray | np.generic):
         label = label.tolist()
+    if isinstance(label, bytes):
+        label = label.decode("utf-8", "replace")
     if isinstance(label, list | tuple):
         return [plain(each) for each in label]
     if isinstance(label, float) and not math.isfinite(label):
         return None if math.isnan(label) else str(label)
-    return label if isinstance(label, str | int | float | None) else str(label)
+    return label if isinstance(label, int | float | None) else _encodable(str(label))
 
 
 def opened(image: Any) -> Any:
@@ -96,8 +115,6 @@ def opened(image: Any) -> Any:
     Raises:
         InputError: the bytes are neither.
     """
-    if isinstance(image, Mapping) and image.get("bytes") is not None:  # datasets' form of an image that is not decoded
-        image = image["bytes"]
     if not isinstance(image, bytes):
         return image
     try:
@@ -123,12 +140,10 @@ def content_hash(image: Any) -> str:
     """Return the SHA-256 of an image as it came: of a file's bytes, else of its pixels with shape and type."""
     if isinstance(image, str | Path):
         return file_digest(Path(image))
-    if isinstance(image, Mapping):
-        image = image.get("bytes") or b""
     if isinstance(image, bytes):
         return hashlib.sha256(image).hexdigest()
     if isinstance(image, Image.Image):
-        return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
+        return hashlib.sha256(f"{image.mode} {image.size}{_beside(image)}".encode() + image.tobytes()).hexdigest()
     if isinstance(image, list):
         return hashlib.sha256("".join(map(content_hash, image)).encode()).hexdigest()
     if isinstance(image, Tensor) and image.is_meta:
@@ -139,6 +154,17 @@ def content_hash(image: Any) -> str:
     total = hashlib.sha256(f"{image.dtype} {list(image.shape)}".encode())
     total.update(tensor_bytes(image))
     return total.hexdigest()
+
+
+def _beside(image: Image.Image) -> str:
+    """Return what a Pillow image looks like by, besides its pixels: its palette, transparency and orientation."""
+    palette = image.getpalette(None)  # in its own mode; decodes the image, which brings the rest
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (OSError, SyntaxError, ValueError, TypeError):  # damaged, which opening it tells
+        turned = "unreadable"
+    facts = [palette, image.info.get("transparency"), turned]
+    return "" if facts == [None, None, 1] else f" {facts}"
 
 
 def safe_hash(image: Any) -> str:

@@ -1,22 +1,25 @@
-"""Batches of tensors, decoded by worker processes beside the pass, always in the same order."""
+"""Batches of tensors, decoded by processes or threads beside the pass, always in the same order."""
 
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from pickle import PicklingError
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from prisma_core import InputError
 from prisma_core.plugin import BriefRepr, check_call, open_image
@@ -101,7 +104,8 @@ class Plan:
         batch: examples in one.
         start: the number of the first batch that is decoded; of a stream, those before it are read and hashed alone.
         stop: the number behind the last one, of data that are no stream; None for all.
-        workers: processes that decode; 0 for none.
+        workers: processes that read and decode, of data that are no stream; 0 for none.
+        threads: how many decode where no processes do.
         pin: whether to pin the pixels.
     """
 
@@ -109,22 +113,43 @@ class Plan:
     start: int = 0
     stop: int | None = None
     workers: int = 0
+    threads: int = 1
     pin: bool = False
 
     def batches(self, data: Data, prepare: Prepare) -> Iterator[Batch]:
-        """Return the batches, in order whatever the number of workers, which start now."""
-        source = _Stream(data, prepare, self) if data.get is None else _Indexed(data, prepare, self.batch)
-        last = -(-(data.n or 0) // self.batch)
+        """Return the batches, in order whatever the number of workers, which start now.
+
+        Raises:
+            InputError: the data, or ``prepare``, cannot be sent to processes.
+        """
+        if data.get is None:
+            return self._ahead(self._groups(data, prepare))
+        source, last = _Indexed(data, prepare, self.batch), -(-(data.n or 0) // self.batch)
         numbers = range(self.start, last if self.stop is None else min(self.stop, last))
         if not self.workers:
-            groups = source.groups() if isinstance(source, _Stream) else map(source.group, numbers)
-            return self._ahead(groups)
+            return self._ahead(map(source.group, numbers))
         how: dict[str, Any] = {"batch_size": None, "num_workers": self.workers, "collate_fn": _same}
         how |= {"pin_memory": self.pin, "worker_init_fn": partial(_end_with, os.getpid())}
-        return iter(DataLoader(source, sampler=None if isinstance(source, _Stream) else numbers, **how))
+        try:
+            return iter(DataLoader(source, sampler=numbers, **how))
+        except (AttributeError, TypeError, PicklingError) as error:  # what pickle raises
+            said = " ".join(str(error).split())
+            raise InputError(
+                f"workers= are processes, which {start_method()!r} begins here, and the data or preprocess= cannot be "
+                f"sent to them: {said}. Define what it names at the top of a module, or give workers=0, which decodes "
+                "in a thread."
+            ) from error
+
+    def _groups(self, data: Data, prepare: Prepare) -> Iterator[Group]:
+        """Yield the batches of a stream. Processes would each read all of it, and what shares itself out over the
+        workers of torch, as many a data set does, would give each a part of it."""
+        items, number = data.items(), 0
+        while group := list(islice(items, self.batch)):
+            yield Group(number * self.batch, group, prepare if number >= self.start else None)
+            number += 1
 
     def _ahead(self, groups: Iterator[Group]) -> Iterator[Batch]:
-        """Yield batches, each made by a thread while the one before it is used.
+        """Yield batches, made by threads while those before them are used.
 
         Items are read in the caller's thread, which a data set may belong to (as a connection of sqlite does).
         """
@@ -132,21 +157,27 @@ class Plan:
         def made(group: Group) -> Batch:
             return group.assemble().pin_memory() if self.pin else group.assemble()
 
-        with ThreadPoolExecutor(1, "prisma-decode") as thread:
-            before: Future[Batch] | None = None
+        with ThreadPoolExecutor(self.threads, "prisma-decode") as pool:
+            before = deque[Future[Batch]]()
             more = True
-            while more:
+            while more or before:
                 try:
-                    group = next(groups, None)
+                    while more and len(before) <= self.threads:
+                        group = next(groups, None)
+                        more = group is not None
+                        if group is not None:
+                            before.append(pool.submit(made, group))
                 except BaseException:
-                    if before is not None:
-                        yield before.result()  # it is whole, and comes before the error
+                    for batch in before:  # they are whole, and come before the error
+                        yield batch.result()
                     raise
-                more = group is not None
-                following = None if group is None else thread.submit(made, group)
-                if before is not None:
-                    yield before.result()
-                before = following
+                if before:
+                    yield before.popleft().result()
+
+
+def start_method() -> str:
+    """Return how processes begin here: ``fork``, or what needs everything sent to them."""
+    return multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
 
 
 def _same(batch: Batch) -> Batch:
@@ -157,7 +188,7 @@ def _end_with(parent: int, worker: int) -> None:
     """Let a worker end with its parent, however that ends: torch's own check misses a kill during the start."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of linux/prctl.h
-    if os.getppid() != parent:
+    if start_method() != "forkserver" and os.getppid() != parent:
         os._exit(1)
 
 
@@ -223,24 +254,3 @@ class _Indexed(Dataset[Batch]):
 
     def __getitem__(self, number: int) -> Batch:
         return self.group(number).assemble()
-
-
-@dataclass
-class _Stream(IterableDataset[Batch]):
-    """Each worker reads the whole stream and decodes every n-th batch, so that the order is that of one process."""
-
-    data: Data
-    prepare: Prepare
-    plan: Plan
-
-    def groups(self) -> Iterator[Group]:
-        items, number = self.data.items(), 0
-        while group := list(islice(items, self.plan.batch)):
-            prepare = self.prepare if number >= self.plan.start else None
-            yield Group(number * self.plan.batch, group, prepare)
-            number += 1
-
-    def __iter__(self) -> Iterator[Batch]:
-        info = get_worker_info()
-        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        return (group.assemble() for group in islice(self.groups(), worker, None, workers))

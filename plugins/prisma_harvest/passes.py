@@ -29,7 +29,7 @@ from prisma_core.plugin import (
     shown,
 )
 from prisma_harvest.items import UNREADABLE, Item, opened
-from prisma_harvest.loading import Batch, Plan, preparer
+from prisma_harvest.loading import Batch, Plan, preparer, start_method
 from prisma_harvest.manifest import GRID, DataFacts, Dtype, Manifest, ModelFacts, Point, weights_hash
 from prisma_harvest.sources import Data, open_data
 
@@ -97,7 +97,8 @@ class Pass(BriefRepr):
         preprocess: ``"model"`` for the model's own, a function of a Pillow image, or None for data that are tensors.
         limit: take only so many images from the start.
         on_error: what an image that cannot be read does: ``"stop"``, or ``"skip"``: it is left out and listed.
-        workers: processes that decode; None for one less than there are cores, at most 8, and none for few images.
+        workers: processes that decode; of a stream, threads. None for one less than there are cores, at most 8, and
+            none for few images; they are threads too where processes do not begin by ``fork``.
         data_name: tells data apart that begin alike.
         image_column, label_column: the keys of mappings, where they are not the usual ones.
         note: goes into the manifest; needed where hooks are open, or hooks of torch's or forwards are set on parts, for
@@ -169,8 +170,10 @@ class Pass(BriefRepr):
         """Return the decoded batches from one number to before another; workers start at once."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         few = self.source.n is not None and self.source.n < _FEW
-        workers = self.workers if self.workers is not None else 0 if few else min(8, cores - 1)
-        plan = Plan(self.batch, start, stop, workers, pin=self.device.type == "cuda")
+        n = self.workers if self.workers is not None else 0 if few else min(8, cores - 1)
+        # Processes that do not begin as copies run the caller's script again, which has to be written for that.
+        processes = n if self.workers is not None or start_method() == "fork" else 0
+        plan = Plan(self.batch, start, stop, processes, max(1, n), pin=self.device.type == "cuda")
         return plan.batches(self.source, self.prepare)
 
     @checked

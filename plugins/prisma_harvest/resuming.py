@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prisma_core import InputError, LoadError
 from prisma_core.plugin import parse_json, replacing
-from prisma_harvest.manifest import Point
+from prisma_harvest.manifest import Manifest, Point
 from prisma_harvest.passes import Pass
 from prisma_harvest.reading import Harvest
 from prisma_harvest.scoring import Units
@@ -34,7 +34,7 @@ class Search(Protocol):
 def mark(source: Harvest | Pass, point: Point, units: Units, k: int, per: str) -> str:
     """Return a hash that two searches share if they are the same."""
     of = (
-        [folder.name for folder in source.folders]
+        [Manifest.read(folder).name for folder in source.folders]  # a folder may be called as one likes
         if isinstance(source, Harvest)
         else [source.manifest("float32", 1).name]
     )

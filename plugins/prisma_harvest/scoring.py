@@ -85,6 +85,8 @@ class Units:
                     f"{point.name} has {width} numbers a token: expected directions [direction {width}], got "
                     f"{list(self.directions.shape)}."
                 )
+            if not bool(torch.isfinite(self.directions).all()):
+                raise InputError("Expected directions of finite numbers, got some that are NaN or infinite.")
             return len(self.directions)
         if self.over == "head" and axes[:1] != ["head"]:
             raise InputError(f"{point.name} is [{point.axes}], without heads: expected z or result.")

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from PIL import Image
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from prisma_core import InputError, Result
 from prisma_core.plugin import Count, blaming, checked, path_of, shown
@@ -23,6 +23,8 @@ from prisma_harvest.items import LABELS, UNREADABLE, Item, item_of, safe_hash
 
 FILMS = frozenset(f".{ending}" for ending in ["avi", "m4v", "mkv", "mov", "mp4", "mpeg", "mpg", "ogv", "webm", "wmv"])
 _SAMPLE, _BEGINNING = 16, 8
+Columns: TypeAlias = tuple[str | None, str | None]  # the keys of image and label in mappings, where they are not usual
+Member: TypeAlias = tuple[Path, str, dict[str, tuple[int, int]]]  # the shard, the key, offset and size by ending
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Data:
     get: Callable[[int], Item] | None = None
     stream: Iterable[Any] | None = None
     head: Item | None = None
-    columns: tuple[str | None, str | None] = (None, None)
+    columns: Columns = (None, None)
 
     def items(self) -> Iterator[Item]:
         """Yield the items of a stream from its start."""
@@ -82,6 +84,8 @@ def open_data(
         items = _folder(Path(data), files, limit)
     elif (paths := _tars(data)) is not None:
         items = _tar(paths, columns, limit)
+    elif isinstance(data, DataLoader):
+        raise InputError("Expected images one by one, and a DataLoader gives batches: give loader.dataset.")
     elif (
         isinstance(data, str | Path | Mapping | Result)
         or getattr(data, "ndim", 1) == 0
@@ -136,12 +140,20 @@ def _unread(error: OSError) -> None:
 def _folder(folder: Path, files: Sequence[Path], limit: int | None) -> Data:
     names = [path.relative_to(folder).as_posix() for path in files][:limit]
     sizes = [path.stat().st_size if path.exists() else None for path in files[:limit]]  # a link may lead nowhere
+    return Data("folder", _sha([names, sizes]), len(names), _Files(folder.absolute(), names))
 
-    def get(index: int) -> Item:
-        parts = PurePosixPath(names[index]).parts
-        return Item(folder / names[index], parts[0] if len(parts) > 1 else None, names[index])
 
-    return Data("folder", _sha([names, sizes]), len(names), get)
+@dataclass(frozen=True)
+class _Files:
+    """Images by number: like all that follow, a class, for processes that do not begin as copies of this one."""
+
+    folder: Path
+    names: Sequence[str]
+
+    def __call__(self, index: int) -> Item:
+        name = self.names[index]
+        parts = PurePosixPath(name).parts
+        return Item(self.folder / name, parts[0] if len(parts) > 1 else None, name)
 
 
 def _tars(data: Any) -> list[Path] | None:
@@ -171,9 +183,9 @@ def _braces(text: str) -> list[str]:
     return [each for number in numbers for each in _braces(text[: match.start()] + number + text[match.end() :])]
 
 
-def _tar(paths: Sequence[Path], columns: tuple[str | None, str | None], limit: int | None) -> Data:
+def _tar(paths: Sequence[Path], columns: Columns, limit: int | None) -> Data:
     """Index the shards of WebDataset: members that share a name up to its first dot are one example."""
-    index: list[tuple[Path, str, dict[str, tuple[int, int]]]] = []
+    index: list[Member] = []
     for path in paths:
         groups: dict[str, dict[str, tuple[int, int]]] = {}
         try:
@@ -186,11 +198,19 @@ def _tar(paths: Sequence[Path], columns: tuple[str | None, str | None], limit: i
                         groups.setdefault(full, {})[ending.lower()] = (member.offset_data, member.size)
         except (tarfile.TarError, OSError) as error:
             raise InputError(f"{path} is no uncompressed tar file that can be read: {error}") from error
-        index += [(path, key, parts) for key, parts in groups.items()]
+        index += [(path.absolute(), key, parts) for key, parts in groups.items()]
     index = index[:limit]
+    names = [[path.name, key, {ending: size for ending, (_, size) in parts.items()}] for path, key, parts in index]
+    return Data("tar", _sha(names), len(index), _Members(index, columns))
 
-    def get(position: int) -> Item:
-        path, key, parts = index[position]
+
+@dataclass(frozen=True)
+class _Members:
+    index: Sequence[Member]
+    columns: Columns
+
+    def __call__(self, position: int) -> Item:
+        path, key, parts = self.index[position]
         with path.open("rb") as file:
             value: dict[str, Any] = {"__key__": f"{path.name}/{key}"}
             for ending, (offset, size) in parts.items():
@@ -199,20 +219,12 @@ def _tar(paths: Sequence[Path], columns: tuple[str | None, str | None], limit: i
         if "json" in value and not any(name in value for name in LABELS):
             facts = json.loads(value.pop("json"))
             value |= {name: facts[name] for name in LABELS if isinstance(facts, dict) and name in facts}
-        return item_of(value, columns)
-
-    names = [[path.name, key, {ending: size for ending, (_, size) in parts.items()}] for path, key, parts in index]
-    return Data("tar", _sha(names), len(index), get)
+        return item_of(value, self.columns)
 
 
-def _indexed(data: Any, columns: tuple[str | None, str | None], limit: int | None) -> Data:
+def _indexed(data: Any, columns: Columns, limit: int | None) -> Data:
     n = len(data) if limit is None else min(limit, len(data))
-
-    def get(index: int) -> Item:
-        with blaming(data, error=InputError):
-            value = data[index]
-        return item_of(value, columns)
-
+    get = _Values(data, columns)
     spread = {round(i * (n - 1) / (_SAMPLE - 1)) for i in range(_SAMPLE)} if n else ()
     places = range(n) if isinstance(data, list | tuple) else sorted(spread)
     hashes = [_fingerprint(get, index) for index in places]
@@ -222,6 +234,17 @@ def _indexed(data: Any, columns: tuple[str | None, str | None], limit: int | Non
             "harvested, for nothing could be resumed or checked. Turn it off."
         )
     return Data("indexed", _sha([n, hashes]), n, get)
+
+
+@dataclass(frozen=True)
+class _Values:
+    data: Any
+    columns: Columns
+
+    def __call__(self, index: int) -> Item:
+        with blaming(self.data, error=InputError):
+            value = self.data[index]
+        return item_of(value, self.columns)
 
 
 def _fingerprint(get: Callable[[int], Item], index: int) -> Any:
@@ -235,18 +258,18 @@ def _fingerprint(get: Callable[[int], Item], index: int) -> Any:
     return [safe_hash(item.image), item.label]
 
 
-def _stream(data: Iterable[Any], columns: tuple[str | None, str | None], limit: int | None) -> Data:
+def _stream(data: Iterable[Any], columns: Columns, limit: int | None) -> Data:
     iterator = iter(data)
     beginning = list(islice(iterator, _BEGINNING if limit is None else min(limit, _BEGINNING)))
     if not beginning:
         raise InputError("There are no data: the iterable is empty. A generator is used up once: make a new one.")
     hashes = [[safe_hash(item.image), item.label] for item in (item_of(value, columns) for value in beginning)]
-    values = _Values(data, limit) if iterator is not data else _Once(chain(beginning, iterator), limit)
+    values = _Begun(data, limit) if iterator is not data else _Once(chain(beginning, iterator), limit)
     return Data("stream", _sha(hashes), stream=values, columns=columns, head=item_of(beginning[0], columns))
 
 
 @dataclass
-class _Values:
+class _Begun:
     """An iterable up to a limit."""
 
     values: Iterable[Any]
@@ -257,7 +280,7 @@ class _Values:
 
 
 @dataclass
-class _Once(_Values):
+class _Once(_Begun):
     """A generator, which is used up by the first who reads it."""
 
     used: bool = False

@@ -24,7 +24,7 @@ class RowDataset(IterableDataset[Any]):
         name: a hook point, or a list of them.
         batch: rows at once.
         shuffle, buffer, seed, drop_last: see ``Harvest.rows``; the buffer is each worker's own.
-        epoch: added to the seed; set it before each epoch.
+        epoch: added to the seed; set it before each epoch. Workers that persist are told of it.
         rank, world: which share this process takes; None asks ``torch.distributed``, where it runs.
     """
 
@@ -39,6 +39,14 @@ class RowDataset(IterableDataset[Any]):
     rank: int | None = None
     world: int | None = None
 
+    def __post_init__(self) -> None:
+        self._epoch = torch.tensor(self.epoch).share_memory_()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "epoch" and "_epoch" in vars(self):
+            self._epoch.fill_(value)
+        super().__setattr__(name, value)
+
     def _share(self) -> tuple[int | None, int | None]:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self.rank, self.world
@@ -50,6 +58,10 @@ class RowDataset(IterableDataset[Any]):
         rank, world = self._share()
         return {**vars(self), "rank": rank, "world": world}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._epoch.share_memory_()  # which it is in a worker, and not in a copy
+
     def __iter__(self) -> Iterator[Any]:
         rank, world = (default if each is None else each for each, default in zip(self._share(), (0, 1), strict=True))
         info = get_worker_info()
@@ -59,7 +71,7 @@ class RowDataset(IterableDataset[Any]):
             self.batch,
             self.shuffle,
             self.buffer,
-            self.seed + self.epoch,
+            self.seed + int(self._epoch),
             part=(rank * workers + worker, world * workers),
             drop_last=self.drop_last,
         )
