@@ -72,9 +72,9 @@ class Norm(nn.Module):
     def _read(self, x: Tensor) -> Tensor:
         """Show the scale without changing the kernel: no hook can change it, no gradient is asked for."""
         spec = self.spec
-        operand, *others = _operands(spec, x, self.weight, self.bias)
+        operand, width, weight, bias = _operands(spec, x, self.weight, self.bias)
         if spec.kind == "ln" and operand.dtype not in HALF:
-            normalized, _, inverse = torch.native_layer_norm(operand, *others, spec.eps)
+            normalized, _, inverse = torch.native_layer_norm(operand, width, weight, bias, spec.eps)
             self._shown(inverse, x)
             return normalized.type_as(x)
         self._shown(_inverse(spec, self.centred(widened(operand))), x)
