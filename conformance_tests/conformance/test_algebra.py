@@ -154,8 +154,8 @@ TWINS = {
     ),
     "a norm by its own scale": (
         Norm,
-        "centred * scale.reciprocal().type_as(centred)",
-        "centred * self._inverse(centred)",
+        "_divided(self.spec, x, scale, self.weight",
+        "_divided(self.spec, x, _inverse(self.spec, centred).reciprocal(), self.weight",
     ),
     "inputs of heads past the hooks of the norm": (
         HeadInputs,
@@ -183,7 +183,7 @@ def test_a_place_past_which_an_edit_goes_is_seen(name: str, make: Any, image: An
     model = make()
     assert not wrong_when_edited(model, (image,))
     copy = twin(kind, right, wrong)
-    for method in ("forward", "_divided", "_project", "after"):
+    for method in ("forward", "_explicit", "_project", "after"):
         if hasattr(kind, method):
             monkeypatch.setattr(kind, method, getattr(copy, method))
     hold_on_a_plain_pass(model, (image,))

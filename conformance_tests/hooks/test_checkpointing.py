@@ -141,6 +141,16 @@ def test_gradients_taken_while_a_cache_is_open(plain, image, reentrant, names):
 
 
 @REENTRANT
+@pytest.mark.parametrize("names", [None, ["scale", "pattern"], "z"])
+def test_gradients_in_a_cache_that_was_opened_without(plain, image, reentrant, names):
+    expected = gradient(plain, image)
+    with torch.no_grad(), plain.caching(names) as cache, torch.enable_grad():
+        again = gradient(partial(checkpoint, plain, use_reentrant=reentrant), image)
+    torch.testing.assert_close(again, expected, **EXACT)
+    torch.testing.assert_close(dict(cache), dict(plain.run_with_cache(image, names=names)[1]), **EXACT)
+
+
+@REENTRANT
 def test_a_scope_opened_only_for_the_second_computation_is_refused(plain, image, reentrant):
     output = checkpoint(plain, image.requires_grad_(), use_reentrant=reentrant)
     with plain.hooks(EDITS), pytest.raises(HookError, match="runs again for gradients"):

@@ -33,6 +33,15 @@ class Twice:
         return self.whole(x + self.half(x))
 
 
+class InPlace:
+    """Edits what it is given."""
+
+    points: Mapping[str, HookPoint] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+
 @pytest.fixture(scope="module")
 def model() -> HookedViT:
     return prisma.load("toy:scenes-3l")
@@ -166,3 +175,19 @@ def test_hook_points_of_splices_pass_the_kits_check_of_liveness(image: Tensor) -
 
     with model.splicing({AT: Deaf()}):
         assert any("hook_half" in problem for problem in live(subject(model)).problems)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("place", [AT, "blocks.1.attn.hook_q", "blocks.1.ln2.hook_normalized"])
+def test_edits_in_place_of_a_splice_and_of_what_reads_reach_nothing_else(
+    model: HookedViT, place: str, gradients: bool
+) -> None:
+    image, before = model.sample(1), "blocks.1.hook_resid_mid"
+    with torch.set_grad_enabled(gradients):
+        expected, cache = model.run_with_cache(image)
+        with model.caching() as first, model.splicing({place: InPlace()}, reads={before: lambda x: x.zero_()}):
+            model(image)
+        with model.splicing({}, reads={before: lambda x: x.zero_()}):
+            torch.testing.assert_close(model(image), expected)
+    torch.testing.assert_close(first[before], cache[before])
+    torch.testing.assert_close(first[place], 2 * cache[place])

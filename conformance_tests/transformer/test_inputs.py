@@ -58,3 +58,12 @@ def test_an_image_that_no_patch_fits(make: Callable[..., HookedViT]) -> None:
         make(interpolation=True)(torch.zeros(1, 3, 10, 12))
     with pytest.raises(InputError, match=r"4x4.*0x12"):
         make(interpolation=True)(torch.zeros(1, 3, 0, 12))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_batch_of_none(variant: HookedViT, image: Tensor, gradients: bool) -> None:
+    with torch.set_grad_enabled(gradients):
+        logits, cache = variant.run_with_cache(image[:0])
+        expected, whole = variant.run_with_cache(image)
+    assert logits.shape == (0, *expected.shape[1:])
+    assert {name: x.shape for name, x in cache.items()} == {name: (0, *x.shape[1:]) for name, x in whole.items()}

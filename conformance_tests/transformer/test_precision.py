@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from models import build
 
 from prisma_core.hooks.point import HookPoint, Scope, ScopeContext
 from prisma_core.spec import NormSpec
-from prisma_core.toolbox.precision import HALF
+from prisma_core.toolbox.precision import HALF, autocast_on
 from prisma_core.transformer.attention import attend
 from prisma_core.transformer.norm import Norm
 
@@ -141,3 +144,16 @@ def test_decompositions_of_half_precision(dtype):
         total = cache.project_stack(cache.decompose_resid()).float().sum(0) + cache.logit_constant()
     assert total.isfinite().all()
     assert (total - logits).abs().max() <= 64 * torch.finfo(dtype).eps * cache.decompose_resid().abs().max()
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "xpu", "mps", "mtia", "privateuseone"])
+def test_autocast_is_seen_on_every_device(kind: str) -> None:
+    """Torch's question about all devices leaves some of them out."""
+    x: Any = SimpleNamespace(device=torch.device(kind), is_cpu=kind == "cpu", is_cuda=kind == "cuda")
+    assert not autocast_on(x)
+    torch.set_autocast_enabled(kind, True)
+    try:
+        assert autocast_on(x)
+    finally:
+        torch.set_autocast_enabled(kind, False)
+    assert not autocast_on(x)

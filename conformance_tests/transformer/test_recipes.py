@@ -7,9 +7,11 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 
 import prisma_core as prisma
 from prisma_core import ActivationCache, InputError
+from prisma_core.transformer.norm import Norm
 from prisma_core.transformer.recipes import STEPS, Recipe, RecipeKeep
 from prisma_core.transformer.stream import StreamCache
 
@@ -146,6 +148,59 @@ def test_weights_that_change_after_the_pass(vit, image):
         for parameter in vit.parameters():
             parameter.mul_(2)
     assert_same(cache, before)
+
+
+def test_facts_of_a_part_that_change_after_the_pass(variant, image):
+    _, cache = variant.run_with_cache(image)
+    whole = {name: x.clone() for name, x in variant.run_with_cache(image)[1].items()}
+    for part in variant.modules():
+        if isinstance(part, Norm):
+            part.spec = part.spec.model_copy(update={"eps": 9.0, "kind": "rms"})
+    assert_same(cache, whole)
+
+
+EDITED = {
+    "blocks.0": "blocks.0.hook_resid_post",
+    "blocks.0.ln1": "blocks.0.ln1.hook_normalized",
+    "blocks.1.mlp.fc_in": "blocks.1.mlp.hook_pre",
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("how", [{}, {"names": ["resid_post", "normalized", "pre", "resid_pre"]}, {"pos": slice(0, 9)}])
+@pytest.mark.parametrize("kind", ["hook", "hook before the next", "hook of all modules", "forward"])
+@pytest.mark.parametrize("place", EDITED)
+def test_what_runs_beside_hook_points_may_edit_in_place(vit, image, place, kind, how, mode):
+    """A cache holds what was at the hook point, and after it the edit."""
+    part = vit.get_submodule(place)
+
+    def edit(module, inputs, output=None):
+        if kind == "hook of all modules" and module is not part:
+            return
+        (inputs[0] if output is None else output).detach().mul_(1.5)
+
+    if kind == "hook of all modules":
+        handle = nn.modules.module.register_module_forward_hook(edit)
+    elif kind == "hook":
+        handle = part.register_forward_hook(edit)
+    elif kind == "hook before the next":
+        readers = {"blocks.0": "blocks.1", "blocks.0.ln1": "blocks.0.attn", "blocks.1.mlp.fc_in": "blocks.1.mlp"}
+        handle = vit.get_submodule(readers[place]).register_forward_pre_hook(edit)
+    else:
+        plain = part.forward
+        part.forward = lambda *args, **kwargs: plain(*args, **kwargs).mul_(1.5)
+        handle = None
+    seen = {}
+    try:
+        with mode():
+            with vit.hooks({"*": lambda x, at: seen.update({at.name: x.clone()})}):
+                vit(image)
+            _, cache = vit.run_with_cache(image, **how)
+    finally:
+        if handle is not None:
+            handle.remove()
+    for name in cache:
+        torch.testing.assert_close(cache[name], seen[name].detach(), rtol=1e-9, atol=1e-9)
 
 
 def test_where_it_is_asked_for_does_not_matter(vit, image, stored):

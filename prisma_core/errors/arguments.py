@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import operator
 import os
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from prisma_core.errors import HookError, InputError, PrismaError, suggest
 
-_functorch = cast(Any, torch)._C._functorch  # the next ones are asked at each hook point
-in_any_autocast = cast("Callable[[], bool]", cast(Any, torch)._C._is_any_autocast_enabled)
+_functorch = cast(Any, torch)._C._functorch
 
 T = TypeVar("T")
 LONGEST = 80  # letters of a value in a message

@@ -23,6 +23,7 @@ class Keep:
     Attributes:
         store: where, by name.
         slices: what to keep of which axis.
+        copy: whether what runs next may edit the activation in place.
     """
 
     store: MutableMapping[str, Tensor]
@@ -31,6 +32,7 @@ class Keep:
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
     detach: bool = True
+    copy: bool = False
 
     @property
     def reached(self) -> bool:
@@ -55,7 +57,7 @@ class Keep:
         whole = x.numel()
         for axis, _ in self.slices:
             x = x if axis == done else self.along(x, axis, axis)
-        if x.numel() < whole:
+        if x.numel() < whole or (self.copy and self.detach):
             x = x.clone()  # a view would keep the whole activation alive
         if self.device is not None or self.dtype is not None:
             x = x.to(device=self.device, dtype=self.dtype)
@@ -63,8 +65,7 @@ class Keep:
 
     def along(self, x: Tensor, axis: int, at: int) -> Tensor:
         """Return what is kept along one axis of the activation, of a tensor that has it at ``at``."""
-        index = dict(self.slices)[axis]
-        n = x.shape[at]
+        index, n = dict(self.slices)[axis], x.shape[at]
         if isinstance(index, slice):
             if not len(range(*index.indices(n))):
                 raise InputError(f"{index!r} selects nothing on axis {axis} of {self.name}, which has {n} there.")

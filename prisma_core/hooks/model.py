@@ -333,8 +333,7 @@ class HookedModel(nn.Module):
         return scope
 
     def _cache(self, sites: Mapping[str, Site], **fields: Any) -> ActivationCache:
-        axes = {name: site.point.axes for name, site in sites.items()}
-        return self.cache_type({}, axes=axes, model=self, **fields)
+        return self.cache_type({}, axes={name: site.point.axes for name, site in sites.items()}, model=self, **fields)
 
     def _keeps(
         self, cache: ActivationCache, sites: Mapping[str, Site], query: Query | None, heads: Index | None, **how: Any

@@ -88,8 +88,7 @@ class HookPoint:
     @property
     def edited(self) -> bool:
         """Whether an open scope may change the activation, or ask for its gradient."""
-        scopes = OPEN_SCOPES.get()
-        return any(self.key in each for scope in scopes for each in (scope.edits, scope.backward, scope.splices))
+        return any(self.key in at for one in OPEN_SCOPES.get() for at in (one.edits, one.backward, one.splices))
 
     def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
         """Take the state of another, as a copy: in the same order, and no scope of the other runs here."""
@@ -187,7 +186,7 @@ class PlacedSplice(Placed):
 
     def __call__(self, x: Tensor) -> Tensor:
         self.reached = True
-        return checked(self.splice(x), x, self.at, "splice", "activation")
+        return checked(self.splice(x.clone()), x, self.at, "splice", "activation")  # edits in place reach nothing else
 
 
 @dataclass(eq=False)
@@ -298,7 +297,7 @@ def keep_scopes(scopes: Sequence[Scope]) -> None:
     """Have what is being checkpointed, if anything is that gradients are taken of, computed again in these scopes."""
     if (torch.is_grad_enabled() or not all(scope.reads for scope in scopes)) and (calls := checkpoints()):
         for scope in scopes:
-            keep(calls, scope, scope.began, scope.again)
+            keep(calls, scope, scope.began, scope.again, scope.reads)
 
 
 def _fire(scopes: tuple[Scope, ...], point: HookPoint, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch.utils.checkpoint
 
 from prisma_core.errors import HookError
 
+Calls = tuple[FrameType, ...]
 Enter = Callable[[], AbstractContextManager[object]]
 _TORCHS = torch.utils.checkpoint.__dict__
 _AGAIN = ("backward", "unpack_hook")  # torch's functions that run one again, with use_reentrant=True and False
@@ -41,10 +42,9 @@ class _Function:
             return self.function(*args)
 
 
-def checkpoints() -> tuple[FrameType, ...]:
+def checkpoints() -> Calls:
     """Return the running calls of ``torch.utils.checkpoint``, innermost first; none in a compiled model."""
-    calls: list[FrameType] = []
-    frame = None if torch.compiler.is_compiling() else currentframe()
+    calls, frame = list[FrameType](), None if torch.compiler.is_compiling() else currentframe()
     while frame is not None:
         if frame.f_globals is _TORCHS:
             calls.append(frame)
@@ -52,7 +52,7 @@ def checkpoints() -> tuple[FrameType, ...]:
     return tuple(calls)
 
 
-def keep(calls: tuple[FrameType, ...], key: object, began: tuple[FrameType, ...], again: Callable[[], Enter]) -> None:
+def keep(calls: Calls, key: object, began: Calls, again: Callable[[], Enter], optional: bool = False) -> None:
     """Have what is being checkpointed computed again in a context, as it is now.
 
     Args:
@@ -60,12 +60,13 @@ def keep(calls: tuple[FrameType, ...], key: object, began: tuple[FrameType, ...]
         key: of the context, which is entered once.
         began: the checkpoints that ran when it was entered.
         again: returns what enters such a context.
+        optional: whether it does without where gradients are off at first (``use_reentrant=True``).
 
     Raises:
         HookError: this is the second computation, and the first was not in the context.
     """
     for call in calls:
-        if call in began:
+        if call in began or (optional and call.f_code.co_name == "backward"):
             return
         if call.f_code.co_name in _AGAIN:
             raise HookError(

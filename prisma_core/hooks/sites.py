@@ -57,7 +57,7 @@ class PlacedRead(Placed):
 
     def __call__(self, x: Tensor) -> None:
         self.reached = True
-        self.read(x)
+        self.read(x.clone())
 
 
 def with_splices(

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError
-from prisma_core.errors.arguments import in_any_autocast
 
 HALF = (torch.float16, torch.bfloat16)
 _AS_IT_IS = nullcontext()
+_in_any_autocast = cast("Callable[[], bool]", cast(Any, torch)._C._is_any_autocast_enabled)
 
 
 def widened(x: Tensor) -> Tensor:
@@ -41,9 +42,15 @@ def taking_gradients() -> Generator[None]:
 
 def unrounded(x: Tensor) -> AbstractContextManager[object]:
     """Return a context in which products on the device of ``x`` keep their dtype: autocast would round them to half."""
+    return torch.autocast(x.device.type, enabled=False) if autocast_on(x) else _AS_IT_IS
+
+
+def autocast_on(x: Tensor) -> bool:
+    """Return whether autocast is on, on the device of ``x``."""
+    if (x.is_cpu or x.is_cuda) and not _in_any_autocast():  # the quick question, which leaves out devices such as mps
+        return False
     device = x.device.type
-    on = in_any_autocast() and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else _AS_IT_IS
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def softmax(scores: Tensor) -> Tensor:

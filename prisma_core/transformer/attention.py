@@ -241,7 +241,7 @@ class Attention(WeightViews):
 
     def _by_head(self, x: Tensor, heads: list[int]) -> list[Tensor]:
         """Return the parts of a projection, with as many heads each: ``[batch pos head d_head]``."""
-        split = x.reshape(x.shape[0], x.shape[1], -1, self.spec.d_head)
+        split = x.reshape(x.shape[0], x.shape[1], sum(heads), self.spec.d_head)
         return list(split.split_with_sizes(heads, 2))
 
     def _bias(self, mask: Tensor | None, k: Tensor) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -45,21 +47,11 @@ class Norm(nn.Module):
             if self.hook_scale.edited or x.requires_grad:
                 return self._explicit(x)
             value = self._read(x)
-        return computed(self.hook_normalized, self._fused, x, self.weight, self.bias, value=value)
+        return computed(self.hook_normalized, partial(_fused, self.spec), x, self.weight, self.bias, value=value)
 
     def fused(self, x: Float[Tensor, "*outer width"]) -> Float[Tensor, "*outer width"]:
         """Return the norm of ``x`` past all hook points."""
-        return self._fused(x, self.weight, self.bias)
-
-    def _fused(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        spec = self.spec
-        if spec.kind == "ln":
-            y = F.layer_norm(*self._operands(x, weight, bias), spec.eps)
-            return y if y.dtype == x.dtype else y.type_as(x)
-        if spec.in_float32:
-            wide = x.float()
-            return self._weighted(wide * self._inverse(wide), x, weight, bias)
-        return F.rms_norm(x, (self.width,), weight, spec.eps)
+        return _fused(self.spec, x, self.weight, self.bias)
 
     def linear(self, x: Float[Tensor, " *x width"], scale: Float[Tensor, " *scale 1"]) -> Float[Tensor, " *both width"]:
         """Return the norm of ``x`` with a given scale and no bias, which is linear in ``x``."""
@@ -67,27 +59,11 @@ class Norm(nn.Module):
 
     def centred(self, x: Tensor) -> Tensor:
         """Return ``x`` less its mean over the last axis, where this norm takes that out."""
-        return x - x.mean(-1, keepdim=True) if self.spec.kind == "ln" else x
+        return _centred(self.spec, x)
 
     def divisor(self, scale: Tensor) -> Tensor:
         """Return a scale as a hook point showed it: in float32, and where a half dtype rounded it to 0, sqrt(eps)."""
         return scale if scale.dtype not in HALF else scale.float().where(scale != 0, self.spec.eps**0.5)
-
-    def _operands(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, list[int], Tensor, Tensor | None]:
-        if not self.spec.in_float32:
-            return x, [self.width], weight, bias
-        return x.float(), [self.width], weight.float(), None if bias is None else bias.float()
-
-    def _weighted(self, scaled: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not self.spec.weight_in_float32:
-            return (scaled.type_as(x) * weight).type_as(x)
-        scaled = scaled * weight.to(scaled)
-        return (scaled if bias is None else scaled + bias.to(scaled)).type_as(x)
-
-    def _inverse(self, centred: Tensor) -> Tensor:
-        return torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + self.spec.eps)
 
     def _shown(self, inverse: Tensor, x: Tensor) -> Tensor:
         """Return the scale of ``x`` after its hook point."""
@@ -95,28 +71,69 @@ class Norm(nn.Module):
 
     def _read(self, x: Tensor) -> Tensor:
         """Show the scale without changing the kernel: no hook can change it, no gradient is asked for."""
-        operand, width, weight, bias = self._operands(x, self.weight, self.bias)
-        if self.spec.kind == "ln" and operand.dtype not in HALF:
-            normalized, _, inverse = torch.native_layer_norm(operand, width, weight, bias, self.spec.eps)
+        spec = self.spec
+        operand, width, weight, bias = _operands(spec, x, self.weight, self.bias)
+        if spec.kind == "ln" and operand.dtype not in HALF:
+            normalized, _, inverse = torch.native_layer_norm(operand, width, weight, bias, spec.eps)
             self._shown(inverse, x)
             return normalized.type_as(x)
-        self._shown(self._inverse(self.centred(widened(operand))), x)
+        self._shown(_inverse(spec, self.centred(widened(operand))), x)
         return self.fused(x)
 
     def _explicit(self, x: Tensor) -> Tensor:
-        centred = self.centred(self._wide(x))
-        scale = self._shown(self._inverse(centred), x)
-        value = self._divided(x, scale, self.weight, self.bias, centred)
-        return computed(self.hook_normalized, self._divided, x, scale, self.weight, self.bias, value=value)
+        centred = self.centred(_wide(self.spec, x))
+        scale = self._shown(_inverse(self.spec, centred), x)
+        value = _divided(self.spec, x, scale, self.weight, self.bias, centred)
+        divided = partial(_divided, self.spec)
+        return computed(self.hook_normalized, divided, x, scale, self.weight, self.bias, value=value)
 
-    def _divided(
-        self, x: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, centred: Tensor | None = None
-    ) -> Tensor:
-        centred = self.centred(self._wide(x)) if centred is None else centred
-        return self._weighted(centred * scale.reciprocal().type_as(centred), x, weight, bias)
 
-    def _wide(self, x: Tensor) -> Tensor:
-        return x.float() if self.spec.in_float32 else widened(x)
+# ---------------------------------------------- of a spec, which is frozen: recipes of activations must not change
+
+
+def _fused(spec: NormSpec, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if spec.kind == "ln":
+        operands = _operands(spec, x, weight, bias) if spec.in_float32 else (x, weight.shape, weight, bias)
+        y = F.layer_norm(*operands, spec.eps)
+        return y if y.dtype == x.dtype else y.type_as(x)
+    if spec.in_float32:
+        wide = x.float()
+        return _weighted(spec, wide * _inverse(spec, wide), x, weight, bias)
+    return F.rms_norm(x, weight.shape, weight, spec.eps)
+
+
+def _divided(
+    spec: NormSpec, x: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, centred: Tensor | None = None
+) -> Tensor:
+    centred = _centred(spec, _wide(spec, x)) if centred is None else centred
+    return _weighted(spec, centred * scale.reciprocal().type_as(centred), x, weight, bias)
+
+
+def _operands(
+    spec: NormSpec, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, torch.Size, Tensor, Tensor | None]:
+    if not spec.in_float32:
+        return x, weight.shape, weight, bias
+    return x.float(), weight.shape, weight.float(), None if bias is None else bias.float()
+
+
+def _weighted(spec: NormSpec, scaled: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not spec.weight_in_float32:
+        return (scaled.type_as(x) * weight).type_as(x)
+    scaled = scaled * weight.to(scaled)
+    return (scaled if bias is None else scaled + bias.to(scaled)).type_as(x)
+
+
+def _centred(spec: NormSpec, x: Tensor) -> Tensor:
+    return x - x.mean(-1, keepdim=True) if spec.kind == "ln" else x
+
+
+def _inverse(spec: NormSpec, centred: Tensor) -> Tensor:
+    return torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + spec.eps)
+
+
+def _wide(spec: NormSpec, x: Tensor) -> Tensor:
+    return x.float() if spec.in_float32 else widened(x)
 
 
 def norm_or_identity(spec: NormSpec | None, width: int, axes: str = "batch pos d_model") -> Norm | nn.Identity:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from prisma_core.errors import InputError
-from prisma_core.errors.arguments import alive, in_any_autocast, in_transform
+from prisma_core.errors.arguments import alive, in_transform
 from prisma_core.hooks.cache import ActivationCache, alone
 from prisma_core.hooks.capture import Keep
 from prisma_core.hooks.point import OPEN_SCOPES, HookPoint
 from prisma_core.spec.layout import IndexSlice
-from prisma_core.toolbox.precision import unrounded
+from prisma_core.toolbox.additions import HOOKS
+from prisma_core.toolbox.precision import autocast_on, unrounded
 
 STEPS = 8  # recipes made one from the other, as along the residual stream, before a tensor is stored again
 
@@ -146,7 +147,7 @@ class RecipeKeep(Keep):
         It stays where a recipe takes more memory, or may not give the same bits later.
         """
         # A transform of torch.func ends, and edits in place of what inference mode makes are not counted.
-        if self.slices or not self.detach or in_any_autocast() or in_transform() or torch.is_inference_mode_enabled():
+        if self.slices or not self.detach or autocast_on(x) or in_transform() or torch.is_inference_mode_enabled():
             return
         held = self._held(x)
         if held is not x and not (isinstance(held, Tensor) and held.dtype == x.dtype and held.device == x.device):
@@ -179,6 +180,9 @@ class RecipeCache(ActivationCache):
 
     def keeps(self, cuts: Mapping[str, tuple[IndexSlice, ...]], **how: Any) -> dict[str, Keep]:
         store = cast(Store, self.store)
+        everywhere = (getattr(nn.modules.module, f"_global{name}") for name in HOOKS)
+        if any(everywhere) or (self.model is not None and _may_edit(self.model)):
+            return super().keeps(cuts, **how, copy=True)
         how["seen"] = {}
         return {name: RecipeKeep(store.data, name, slices, **how) for name, slices in cuts.items()}
 
@@ -199,6 +203,14 @@ class RecipeCache(ActivationCache):
         }
         gradients = None if self.gradients is None else self.gradients.remove_batch_dim()
         return replace(self, store=cast(Any, Store(store)), gradients=gradients, has_batch_dim=False)
+
+
+def _may_edit(module: nn.Module) -> bool:
+    """Return whether hooks of torch's or a user's forwards run in a pass: they may edit in place what a cache holds."""
+    own = vars(module)
+    if own["_forward_pre_hooks"] or own["_forward_hooks"] or "forward" in own:
+        return True
+    return any(each is not None and _may_edit(each) for each in own["_modules"].values())
 
 
 def _copied(function: Callable[..., Tensor], operands: tuple[object, ...], is_edited: bool, steps: int) -> Recipe:
