@@ -172,7 +172,7 @@ def format_error(problem: BaseException) -> str:
         text = str(problem)
     except Exception as other:  # noqa: BLE001  # of any kind: the class is somebody's own
         text = f"(its text cannot be made: {type(other).__name__})"
-    short = text if len(text) <= _LETTERS else f"{text[:_LETTERS]} ..."
+    short = text if len(text) <= _LETTERS else f"{text[:_LETTERS]} (and more)"
     return " ".join(f"{type(problem).__name__}: {short}".split()).rstrip(".:")
 
 
