@@ -91,13 +91,13 @@ class Host:
         except Exception:  # noqa: BLE001  # of one distribution, whose name the error does not say
             points: dict[str, list[EntryPoint]] = {}  # the first of a name is the one that is imported
             for dist in distributions():
-                if (name := _named(dist)) in points:
+                if (name := _named(dist).rpartition(" ")[0]) in points:
                     continue
                 try:
                     points[name] = [point for point in dist.entry_points if point.group == hookspecs.GROUP]
                 except Exception as problem:  # noqa: BLE001
                     error = f"its entry points cannot be read: {format_error(problem)}"
-                    self.infos[name] = PluginInfo(name, "", name, error)
+                    self.infos[name] = PluginInfo(name, "", _named(dist), error)
             return [point for several in points.values() for point in several]
 
     def _add(self, point: EntryPoint) -> None:
@@ -320,10 +320,10 @@ def _distribution(point: EntryPoint) -> str:
 def _named(dist: Distribution) -> str:
     """A distribution's name and version; its folder's where the first cannot be read."""
     try:
-        name, version = dist.metadata["Name"], dist.metadata["Version"]
+        name, version = dist.name, dist.version
     except Exception:  # noqa: BLE001  # of any kind: a folder may hold anything
         name = version = None
-    return f"{name} {version}" if name and version else f"{getattr(dist, '_path', 'a distribution')} (without metadata)"
+    return f"{name} {version}" if name and version else f"{getattr(dist, '_path', 'a distribution')} unreadable"
 
 
 def _is_ours(distribution: str) -> bool:
