@@ -62,7 +62,7 @@ def _rounding(drawn: Drawn, dtype: torch.dtype | None = None) -> float:
     """Return how far a cut cache may be off: where it keeps rows of patterns, its pass is the fused one."""
     if not any(short_name(name).endswith(("attn_scores", "pattern")) for name in drawn.names):
         return 0.0
-    return ROUNDING if dtype is None else 2 * torch.finfo(dtype).eps
+    return max(ROUNDING, 0.0 if dtype is None else 2 * torch.finfo(dtype).eps)  # the passes', and the cast's
 
 
 def _sizes(drawn: Drawn, cache: Any, axes: tuple[str, ...]) -> list[int]:

@@ -60,7 +60,7 @@ def test_every_shorthand_of_a_name_selects_it(data: st.DataObject, kind: str) ->
     shorthand = ".".join(parts[data.draw(st.integers(0, len(parts) - 1)) :])
     shorthand = data.draw(st.sampled_from([shorthand, shorthand.replace("hook_", "")]))
     selected = resolve(shorthand, names, derived)
-    assert name in selected
+    assert name in selected or selected == [shorthand]  # a pair's own logits, and those of a tower: the full name wins
     assert all(short_name(each) == short_name(name) for each in selected)
     layer = layer_of(name)
     if layer is not None:

@@ -39,10 +39,19 @@ class RowDataset(IterableDataset[Any]):
     rank: int | None = None
     world: int | None = None
 
+    def _share(self) -> tuple[int | None, int | None]:
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self.rank, self.world
+        rank = torch.distributed.get_rank() if self.rank is None else self.rank
+        return rank, torch.distributed.get_world_size() if self.world is None else self.world
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for a worker that is started anew: no group of processes runs in it."""
+        rank, world = self._share()
+        return {**vars(self), "rank": rank, "world": world}
+
     def __iter__(self) -> Iterator[Any]:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = self.rank if self.rank is not None else torch.distributed.get_rank() if distributed else 0
-        world = self.world if self.world is not None else torch.distributed.get_world_size() if distributed else 1
+        rank, world = (default if each is None else each for each, default in zip(self._share(), (0, 1), strict=True))
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         return self.rows(

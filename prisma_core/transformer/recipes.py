@@ -159,7 +159,7 @@ class RecipeKeep(Keep):
                 if not isinstance(each, nn.Parameter):
                     return
                 weights += each.numel()
-                entry = (each.detach() if torch.is_grad_enabled() else each).clone()  # of none, clone() takes none
+                entry = (each.detach() if torch.is_grad_enabled() else each).clone()  # a copy outside of any graph
             if type(entry) is Recipe:
                 steps = max(steps, 1 + entry.steps)
             elif entry is not None and entry.is_inference():
