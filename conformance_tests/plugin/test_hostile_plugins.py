@@ -218,6 +218,12 @@ def test_settings_of_everybody_are_put_back_and_told(
     assert not [one for one in warnings.filters if one[0] == "error"]
 
 
+def test_a_precision_that_torch_does_not_tell_is_no_error(found: Found, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch raises where a backend's own precision was set."""
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", throws(RuntimeError("mix of the legacy and new APIs")))
+    assert Host([found("fine", prisma_sources=lambda: [Fine()])]).infos["fine"].error is None
+
+
 def test_random_numbers_do_not_hang_on_plugins(found: Found) -> None:
     torch.manual_seed(7)
     random.seed(7)
