@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import threading
-from collections.abc import Callable, Container, Generator, Iterable
+from collections.abc import Callable, Collection, Container, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import EntryPoint, distributions, entry_points
-from itertools import islice
+from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import pluggy
@@ -30,7 +31,8 @@ from prisma_core.errors import (
 )
 from prisma_core.hooks.model import HookedModel
 from prisma_core.maps.reader import qualified_name
-from prisma_core.toolbox.screen import note
+from prisma_core.toolbox.screen import aside, note
+from prisma_core.toolbox.settings import kept_settings, raised_by_code
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,13 +70,15 @@ class Host:
 
     def __init__(self, points: Iterable[EntryPoint] | None = None):
         self.infos: dict[str, PluginInfo] = {}
-        self._manager = pluggy.PluginManager(hookspecs.GROUP)
-        self._manager.add_hookspecs(hookspecs)
+        self._managers: dict[str, pluggy.PluginManager] = {}  # one each: pluggy compares the plugins of a manager
         entries = self._installed() if points is None else points
         for point in sorted(entries, key=lambda point: (not _is_ours(_distribution(point)), point.name, point.value)):
             self._add(point)
         adapters = self._parts("prisma_adapters", Adapter, Refusal)
-        self._refusals = {kind: part for part, _ in adapters if isinstance(part, Refusal) for kind in part.types}
+        self._refusals: dict[str, Refusal] = {}
+        for part, _ in adapters:  # Prisma's own come first
+            if isinstance(part, Refusal):
+                self._refusals = dict.fromkeys(part.types, part) | self._refusals
         self._adapters = self._claims(
             "adapter of", [(part, by) for part, by in adapters if isinstance(part, Adapter)], lambda part: part.types
         )
@@ -85,14 +89,16 @@ class Host:
         try:
             return list(entry_points(group=hookspecs.GROUP))
         except Exception:  # noqa: BLE001  # of one distribution, whose name the error does not say
-            points: list[EntryPoint] = []
+            points: dict[str, list[EntryPoint]] = {}  # the first of a name is the one that is imported
             for dist in distributions():
+                if (name := _named(dist).rpartition(" ")[0]) in points:
+                    continue
                 try:
-                    points += [point for point in dist.entry_points if point.group == hookspecs.GROUP]
+                    points[name] = [point for point in dist.entry_points if point.group == hookspecs.GROUP]
                 except Exception as problem:  # noqa: BLE001
                     error = f"its entry points cannot be read: {format_error(problem)}"
-                    self.infos[dist.name] = PluginInfo(dist.name, "", f"{dist.name} {dist.version}", error)
-            return points
+                    self.infos[name] = PluginInfo(name, "", _named(dist), error)
+            return [point for several in points.values() for point in several]
 
     def _add(self, point: EntryPoint) -> None:
         name, error = point.name, None
@@ -102,25 +108,30 @@ class Host:
         self.infos[name] = PluginInfo(name, point.value, _distribution(point), error)
         if error is None:
             with self._apart(name):
-                self._manager.register(point.load(), name)
-                self._manager.check_pending()
-            if self.infos[name].error and self._manager.has_plugin(name):
-                self._manager.unregister(name=name)
+                manager = pluggy.PluginManager(hookspecs.GROUP)
+                manager.add_hookspecs(hookspecs)
+                manager.register(point.load(), name)
+                manager.check_pending()
+                self._managers[name] = manager
 
     @contextmanager
     def _apart(self, plugin: str, place: str = "") -> Generator[None]:
-        """Note what a plugin's code raises, and go on without it."""
+        """Note what a plugin's code raises or changes for all, and go on without it."""
         late = threading.Timer(PATIENCE, note, ("waiting for", f"the plugin {plugin} ({self.infos[plugin].module})"))
         late.daemon = True
         late.start()
+        changed: list[str] = []
         try:
-            yield
-        except KeyboardInterrupt:
-            raise
-        except BaseException as problem:  # noqa: BLE001  # SystemExit, or pytest's Skipped: it must not end the others
+            with aside(), kept_settings(changed):
+                yield
+        except BaseException as problem:  # SystemExit, or pytest's Skipped: it must not end the others
+            if isinstance(problem, KeyboardInterrupt) and not raised_by_code(problem):
+                raise KeyboardInterrupt(f"while the plugin {plugin} ({self.infos[plugin].module}) ran") from problem
             self.broke(plugin, place + format_error(problem))
         finally:
             late.cancel()
+        if changed:
+            self.broke(plugin, f"{place}it changed {', '.join(changed)}; that was put back. Change it where it is used")
 
     def broke(self, plugin: str, error: str) -> None:
         """Note why a plugin, or a part of it, is left out; the first reason stays."""
@@ -128,10 +139,10 @@ class Host:
 
     def _callers(self, hook: str) -> Generator[tuple[str, Callable[..., list[Any]]]]:
         """Yield each plugin that implements a hook, with pluggy's own call of it."""
-        plugins = {one.plugin_name: one.plugin for one in getattr(self._manager.hook, hook).get_hookimpls()}
-        for name in plugins:
-            others = [plugin for other, plugin in plugins.items() if other != name]
-            yield name, self._manager.subset_hook_caller(hook, others)
+        for name, manager in self._managers.items():
+            call = getattr(manager.hook, hook)
+            if call.get_hookimpls():
+                yield name, call
 
     def _parts(self, hook: str, *kinds: type[T], only: Container[str] | None = None) -> Owned[T]:
         """Collect the parts that plugins return for a hook; those of the wrong kind are left out."""
@@ -154,9 +165,11 @@ class Host:
     def _claims(self, what: str, parts: Owned[T], names: Callable[[T], Iterable[str]]) -> dict[str, Owned[T]]:
         """Group parts by the names they claim; Prisma's own keep theirs, and a clash is noted where it comes from."""
         claims: dict[str, Owned[T]] = {}
-        for part, plugin in parts:
-            for name in names(part):
-                claims.setdefault(name, []).append((part, plugin))
+        for plugin, several in groupby(parts, lambda owned: owned[1]):
+            with self._apart(plugin):
+                for part, _ in several:
+                    for name in names(part):
+                        claims.setdefault(name, []).append((part, plugin))
         for name, owners in claims.items():
             claimants = [plugin for _, plugin in owners] + (["Prisma"] if name in RESERVED else [])
             ours = [owner for owner in owners if _is_ours(self.infos[owner[1]].distribution)]
@@ -214,10 +227,23 @@ class Host:
         models: list[ModelInfo] = []
         for name, source in self.sources().items():
             if not _missing(source):
-                with self._apart(self._sources[name][0][1], f"models of {name}: "):
-                    infos = list(islice(source.models(), MOST))
-                    models += [returned(source.models, info, ModelInfo) for info in infos]
+                plugin = self._sources[name][0][1]
+                with self._apart(plugin, f"models of {name}: "):
+                    infos: dict[str, ModelInfo] = {}
+                    for info in islice(source.models(), MOST):
+                        if flaw := _unlistable(returned(source.models, info, ModelInfo), name, infos):
+                            self.broke(plugin, f"models of {name}: {flaw}")
+                        else:
+                            infos[info.reference] = info
+                    models += infos.values()
         return models
+
+    def loadable(self, name: str, rests: Collection[str]) -> Collection[str] | None:
+        """Ask a source which of its models an adapter takes; None if that is not known, or where it fails."""
+        with self._apart(self._sources[name][0][1], f"loadable of {name}: "):
+            answer = self.source(name).loadable(rests)
+            return None if answer is None else {rest for rest in rests if rest in answer}
+        return None
 
     def adapter(self, upstream: object) -> Adapter:
         """Look up the adapter for an upstream model's type.
@@ -288,11 +314,20 @@ class Host:
 
 
 def _distribution(point: EntryPoint) -> str:
-    return f"{point.dist.name} {point.dist.version}" if point.dist else "unknown distribution"
+    return _named(point.dist) if point.dist else "unknown distribution"
+
+
+def _named(dist: Distribution) -> str:
+    """A distribution's name and version; its folder's where the first cannot be read."""
+    try:
+        name, version = dist.name, dist.version
+    except Exception:  # noqa: BLE001  # of any kind: a folder may hold anything
+        name = version = None
+    return f"{name} {version}" if name and version else f"{getattr(dist, '_path', 'a distribution')} unreadable"
 
 
 def _is_ours(distribution: str) -> bool:
-    return distribution.startswith(f"{DISTRIBUTION} ")
+    return re.fullmatch(rf"{DISTRIBUTION} \S+", distribution) is not None
 
 
 def _only(owners: Owned[T], claim: str) -> T | None:
@@ -314,9 +349,27 @@ def _flaw(part: object, kinds: tuple[type, ...]) -> str | None:
         text = types if isinstance(types, str) else None
         came, example = (repr(text), text) if text else ("no tuple of names", "package.module.Class")
         return f": {name}.types is {came}; expected a tuple: types = ({example!r},)"
-    if isinstance(part, Source) and not isinstance(label := cast("object", getattr(part, "name", None)), str):
-        return f": {name}.name is {label!r}; expected the part of a reference before the colon: name = 'mine'"
+    if isinstance(part, Source):
+        label = cast("object", getattr(part, "name", None))
+        if not isinstance(label, str) or not re.fullmatch(r"[\w.-]+", label):
+            return f": {name}.name is {label!r}; expected the part of a reference before the colon: name = 'mine'"
+        for field in ("library", "install", "unlisted"):
+            if not isinstance(value := cast("object", getattr(part, field)), str | None):
+                return f": {name}.{field} is {value!r}; expected text"
+        re.compile(part.unlisted or "")
     return None
+
+
+def _unlistable(info: ModelInfo, source: str, others: Container[str]) -> str | None:
+    """The reason why a line of ``prisma models`` cannot be shown; None if it can."""
+    texts = cast("tuple[object, ...]", (info.reference, info.family, info.note))
+    if not all(isinstance(text, str) for text in texts):
+        return f"{describe(next(text for text in texts if not isinstance(text, str)))} where a ModelInfo has a text"
+    if not f"{info.reference}{info.family}".isprintable():
+        return f"{info.reference!r} of {info.family!r} has letters that cannot be shown"
+    if info.reference in others:
+        return f"{info.reference!r} is listed twice"
+    return None if info.reference.startswith(f"{source}:") else f"{info.reference!r} does not begin with '{source}:'"
 
 
 def _missing(source: Source) -> str | None:
@@ -324,7 +377,7 @@ def _missing(source: Source) -> str | None:
         return None
     try:
         installed = importlib.util.find_spec(source.library) is not None
-    except (ImportError, ValueError):  # the package a dotted name lies in is missing, or was half imported
+    except Exception:  # noqa: BLE001  # the package a dotted name lies in is missing, half imported, or raises
         installed = False
     return None if installed else source.install
 

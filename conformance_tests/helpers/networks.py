@@ -56,7 +56,7 @@ class Counting(Source):
         return Loaded(Network())
 
     def models(self) -> Iterator[ModelInfo]:
-        yield ModelInfo("counting:one", "ones", pretrained=False)
+        yield ModelInfo(f"{self.name}:one", "ones", pretrained=False)
 
 
 def fails() -> Any:

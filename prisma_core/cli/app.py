@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import torch
 import typer
-from rich.errors import MarkupError
 from rich.text import Text
 
 from prisma_core.cli.info import info
 from prisma_core.cli.models import models, plugins
 from prisma_core.errors import PrismaError, format_error
 from prisma_core.host import Host, installed
-from prisma_core.toolbox.screen import note, out
+from prisma_core.toolbox.screen import note, out, printable
 
 # Typer has its own copy of click in some versions and takes the library in others; its errors know their base.
 _ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -53,58 +52,54 @@ def build(plugins_of: Host) -> typer.Typer:
     app.callback()(_options)
     for command in (models, plugins, info):
         app.command(rich_help_panel="Commands")(command)
-    owners = {_name(command): "Prisma" for command in app.registered_commands}
+    owners = dict.fromkeys(typer.main.get_group(app).commands, "Prisma")
     for theirs, plugin in plugins_of.commands(_new):
         for kind in ("registered_commands", "registered_groups"):
             try:
                 for command in getattr(theirs, kind):
-                    if problem := _problem(command, owners):
+                    alone = _new()
+                    getattr(alone, kind).append(command)
+                    adds: dict[str, Any] = typer.main.get_group(
+                        alone
+                    ).commands  # a group without a name may add several
+                    if problem := next(filter(None, (_problem(name, adds[name], owners) for name in adds)), None):
                         plugins_of.broke(plugin, problem)
                         continue
-                    owners[_name(command)] = f"the plugin {plugin!r}"
+                    owners |= dict.fromkeys(adds, f"the plugin {plugin!r}")
                     getattr(app, kind).append(command)
             except Exception as problem:  # noqa: BLE001  # of any kind: what it left in typer's lists is no command
                 plugins_of.broke(plugin, f"its commands cannot be read: {format_error(problem)}")
     return app
 
 
-def _problem(command: typer.models.CommandInfo | typer.models.TyperInfo, owners: dict[str, str]) -> str | None:
-    """Say why a command cannot join those that there are; None if it can."""
-    name = _name(command)
+def _problem(name: str, command: Any, owners: Mapping[str, str]) -> str | None:
+    """Say why a command of click's cannot join those that there are; None if it can."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        return f"{name!r} is no name of a command: expected letters, digits and hyphens"
     if name in owners:
         return f"the command {name!r} is taken by {owners[name]}"
     problem = _broken_help(command)
     return problem and f"the help of its command {name!r} cannot be shown: {problem}"
 
 
-def _broken_help(command: typer.models.CommandInfo | typer.models.TyperInfo) -> str | None:
-    """Say what is wrong with the markup of a command's help, which would break the help of all; None if nothing is."""
-    texts: list[object] = [command.help, command.short_help, command.epilog]
-    if callable(callback := command.callback):
-        texts.append(callback.__doc__)
-        try:
-            hints = get_type_hints(callback, include_extras=True)
-        except Exception as problem:  # noqa: BLE001  # of any kind: typer evaluates them too
-            return format_error(problem)
-        defaults = [parameter.default for parameter in inspect.signature(callback).parameters.values()]
-        about = [one for hint in hints.values() for one in getattr(hint, "__metadata__", ())]
-        texts += [getattr(one, "help", None) for one in (*defaults, *about)]
+def _broken_help(command: Any) -> str | None:
+    """Say what is wrong with the texts of a command's help, which would break the help of all; None if nothing is."""
     try:
+        texts = [command.get_short_help_str() if not command.hidden else "", command.deprecated]
+        for part in (command, *command.params):
+            given = [getattr(part, name, None) for name in ("help", "short_help", "epilog", "rich_help_panel")]
+            texts += [getattr(one, "value", one) for one in given]  # of typer's placeholder of what was not given
         for text in texts:
-            if isinstance(text, str):
-                Text.from_markup(text)
-    except MarkupError as problem:
-        return str(problem)
-    inner = command.typer_instance if isinstance(command, typer.models.TyperInfo) else None
-    parts = (*inner.registered_commands, *inner.registered_groups) if inner else ()
-    return next((problem for part in parts if (problem := _broken_help(part))), None)
-
-
-def _name(command: typer.models.CommandInfo | typer.models.TyperInfo) -> str:
-    if command.name:
-        return command.name
-    callback = command.callback
-    return callback.__name__.lower().replace("_", "-") if callable(callback) else ""
+            if not isinstance(text, str | bool | None):
+                return f"{text!r} is no text"
+            if isinstance(text, str) and printable(text) != text:
+                return f"{text!r} has letters that steer a terminal"
+            Text.from_markup(text if isinstance(text, str) else "")
+    except Exception as problem:  # noqa: BLE001  # of any kind: a class of commands may be the plugin's own
+        return format_error(problem)
+    return next(
+        (problem for part in getattr(command, "commands", {}).values() if (problem := _broken_help(part))), None
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -127,8 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(words or ["--help"])
         except PrismaError as error:
             return _failed(str(error), debug)
-        except (KeyboardInterrupt, typer.Abort):
-            return _failed("interrupted.", debug, 130)
+        except (KeyboardInterrupt, typer.Abort) as error:
+            return _failed(f"interrupted {error}".rstrip() + ".", debug, 130)
         except BrokenPipeError:  # the reader of the answer has seen enough, such as ``| head -1``
             with suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it on leaving
@@ -152,9 +147,7 @@ def _run(arguments: list[str]) -> int:
         note("Error", f"Empty argument {before}(a variable of the shell that is not set?). Leave it out, or fill it.")
         return 2
     app = build(installed())
-    for plugin in installed().infos.values():
-        if plugin.error:
-            note("plugin left out", f"{plugin.name} ({plugin.distribution}): {plugin.error}", "yellow")
+    told = _tell_broken(())
     try:
         command = typer.main.get_command(app)
         with command.make_context("prisma", arguments) as context:  # main() has answers of its own to signals
@@ -167,7 +160,18 @@ def _run(arguments: list[str]) -> int:
         which = getattr(getattr(error, "ctx", None), "command_path", "prisma")
         note("Error", f"{message}{'' if message.endswith('?') else '.'} `{which} --help` lists what there is.")
         return 2
+    finally:
+        _tell_broken(told)  # what came to light by the command
     return 0
+
+
+def _tell_broken(told: Collection[str]) -> set[str]:
+    """Write a line for each broken plugin that was not told of; return the names of all that are broken."""
+    broken = {plugin.name: plugin for plugin in installed().infos.values() if plugin.error}
+    for name, plugin in broken.items():
+        if name not in told:
+            note("plugin left out", f"{name} ({plugin.distribution}): {plugin.error}", "yellow")
+    return set(broken)
 
 
 def _failed(message: str, debug: bool, status: int = 1) -> int:

@@ -77,7 +77,7 @@ def _loads(infos: list[ModelInfo]) -> dict[str, bool | None]:
     for info in infos:
         name, _, rest = info.reference.partition(":")
         rests.setdefault(name, []).append(rest)
-    answers = {name: installed().source(name).loadable(several) for name, several in rests.items()}
+    answers = {name: installed().loadable(name, several) for name, several in rests.items()}
     return {
         f"{name}:{rest}": None if (loadable := answers[name]) is None else rest in loadable
         for name, several in rests.items()
@@ -92,7 +92,7 @@ def _show(infos: list[ModelInfo], loads: dict[str, bool | None], everything: boo
     for info in infos:
         weights = "trained" if info.pretrained else ""
         word = {True: "yes", False: "no adapter", None: ""}[loads[info.reference]]
-        cells = (info.reference, info.family, weights, *([word] if everything else []), info.note)
+        cells = (info.reference, info.family, weights, *([word] if everything else []), " ".join(info.note.split()))
         grid.add_row(*cells)
     show(grid)
 

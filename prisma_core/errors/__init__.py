@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 _MOST, _LONGEST = 5, 100  # fields, and letters of each, in a message
+_LETTERS = 2_000  # of an error's own text
 
 
 class PrismaError(Exception):
@@ -164,10 +165,15 @@ def describe(value: object) -> str:
 
 
 def format_error(problem: BaseException) -> str:
-    """Write an error on one line."""
+    """Write an error on one line, cut where it is long."""
     if isinstance(problem, ValidationError):
         return f"a ValidationError of {problem.title}: {format_fields(problem)}"
-    return " ".join(f"{type(problem).__name__}: {problem}".split()).rstrip(".")
+    try:
+        text = str(problem)
+    except Exception as other:  # noqa: BLE001  # of any kind: the class is somebody's own
+        text = f"(its text cannot be made: {type(other).__name__})"
+    short = text if len(text) <= _LETTERS else f"{text[:_LETTERS]} (and more)"
+    return " ".join(f"{type(problem).__name__}: {short}".split()).rstrip(".:")
 
 
 def format_fields(problem: ValidationError) -> str:

@@ -6,8 +6,9 @@ import json
 import math
 import re
 import sys
+import threading
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:  # imported by the functions that write: loading a model needs
     from rich.table import Table
     from rich.text import Text
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def console(**options: Any) -> Console:
@@ -40,12 +41,28 @@ def console(**options: Any) -> Console:
 
 
 def printable(text: str) -> str:
-    r"""Write control characters as escapes: of a terminal they set the title, the colours, the clipboard.
+    r"""Write control characters as escapes: they set a terminal's title, colours, clipboard, and the order of letters.
 
     >>> printable("a\tcat\x1b[2J")
     'a\tcat\\x1b[2J'
     """
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+_lock, _asides = threading.Lock(), list[redirect_stdout[Any]]()
+
+
+@contextmanager
+def aside() -> Generator[None]:
+    """Send what other code prints in a block to stderr: stdout is for answers. Blocks of several threads overlap."""
+    with _lock:
+        _asides.append(redirect_stdout(sys.stdout if _asides else sys.stderr))
+        _asides[-1].__enter__()
+    try:
+        yield
+    finally:
+        with _lock:
+            _asides.pop().__exit__(None, None, None)
 
 
 def out() -> Console:

@@ -94,8 +94,10 @@ def read_supported(plugins: Host) -> dict[str, Supported]:
     supported: dict[str, Supported] = {}
     types = plugins.types()
     for info in plugins.plugins():
+        if not (package := _package(info.module)):
+            continue  # a module by itself
         try:
-            text = (files(_package(info.module)) / NAME).read_text(encoding="utf-8")
+            text = (files(package) / NAME).read_text(encoding="utf-8")
             rows = _LIST.validate_python(json.loads(text))
         except (FileNotFoundError, NotADirectoryError, ModuleNotFoundError):
             continue  # it carries none

@@ -1,0 +1,81 @@
+"""What a plugin's code may change for everybody while it is imported: settings that other people's numbers hang on."""
+
+from __future__ import annotations
+
+import dis
+import random
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def _set_device(device: torch.device) -> None:
+    torch.set_default_device(None if device.type == "cpu" else device)  # None: a device of its own slows every call
+
+
+def _precision() -> str | None:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # set for a backend by itself (torch.backends.cuda.matmul.fp32_precision): torch says no more
+        return None
+
+
+def _set_precision(precision: str | None) -> None:
+    if precision is not None:
+        torch.set_float32_matmul_precision(precision)
+
+
+_SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
+    "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "torch's default device": (torch.get_default_device, _set_device),
+    "whether torch takes gradients": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "torch's precision of float32 products": (_precision, _set_precision),
+    "whether torch is deterministic": (
+        torch.are_deterministic_algorithms_enabled,
+        torch.use_deterministic_algorithms,
+    ),
+    "the number of torch's threads": (torch.get_num_threads, torch.set_num_threads),
+}
+
+
+@contextmanager
+def kept_settings(changed: list[str]) -> Generator[None]:
+    """Put back what a block changes for all, and name it; random numbers and warnings without a word, as imports do.
+
+    Args:
+        changed: gets a text for each setting that was another one when the block ended.
+    """
+    before = {name: get() for name, (get, _) in _SETTINGS.items()}
+    drawn, torch_drawn = random.getstate(), torch.get_rng_state()
+    filters = list(warnings.filters)
+    paths, threads = list(sys.path), set(threading.enumerate())
+    try:
+        yield
+    finally:
+        for name, (get, put) in _SETTINGS.items():
+            if (now := get()) != before[name]:
+                put(before[name])
+                changed.append(f"{name} to {now}")
+        random.setstate(drawn)
+        torch.set_rng_state(torch_drawn)
+        if errors := [one for one in warnings.filters if one[0] == "error" and one not in filters]:
+            warnings.filters[:] = [one for one in warnings.filters if one not in errors]  # type: ignore[index]
+            changed.append("warnings to errors")
+        if lost := [path for path in paths if path not in sys.path]:
+            sys.path += lost
+            changed.append("where Python finds modules")
+        if any(not thread.daemon for thread in set(threading.enumerate()) - threads):
+            changed.append("when Python can leave: it left a thread that is no daemon")
+
+
+def raised_by_code(problem: BaseException) -> bool:
+    """Whether a ``raise`` made an error, and not a signal, which comes between any two instructions."""
+    trace = problem.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
