@@ -69,7 +69,8 @@ def kept_settings(changed: list[str]) -> Generator[None]:
         if lost := [path for path in paths if path not in sys.path]:
             sys.path += lost
             changed.append("where Python finds modules")
-        if any(not thread.daemon for thread in set(threading.enumerate()) - threads):
+        alone = sum(not thread.daemon for thread in threads) == 1  # else another thread may have started one
+        if alone and any(not thread.daemon for thread in set(threading.enumerate()) - threads):
             changed.append("when Python can leave: it left a thread that is no daemon")
 
 
