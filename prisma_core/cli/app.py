@@ -59,7 +59,7 @@ def build(plugins_of: Host) -> typer.Typer:
                 for command in getattr(theirs, kind):
                     alone = _new()
                     getattr(alone, kind).append(command)
-                    adds: Any = typer.main.get_group(alone).commands  # a group without a name may add several
+                    adds: Mapping[str, Any] = typer.main.get_group(alone).commands  # several of a group without a name
                     if problem := next(filter(None, (_problem(name, adds[name], owners) for name in adds)), None):
                         plugins_of.broke(plugin, problem)
                         continue
