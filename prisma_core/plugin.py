@@ -85,7 +85,7 @@ from prisma_core.spec.brief import BriefRepr
 from prisma_core.spec.layout import TokenLayout, indices, positions_of
 from prisma_core.toolbox import screen
 from prisma_core.toolbox.additions import behaviour_of, set_on_parts
-from prisma_core.toolbox.arguments import Count, Indices, Natural, Part, Share, checked
+from prisma_core.toolbox.arguments import Count, Indices, Natural, Part, Seed, Share, checked
 from prisma_core.toolbox.attention import eager_attention, float64_softmax, multihead_attention, switched
 from prisma_core.toolbox.claims import check_claims, check_layers
 from prisma_core.toolbox.options import Above, Eps, Heads, Options, Pixels, Whole, read_options
@@ -134,7 +134,7 @@ __all__ = [
     "Hook", "HookMapping", "Splice", "Query", "LayerQuery", "layer_of", "short_name", "resolve_one", "positions_of",
     "indices", "behaviour_of", "set_on_parts", "screen", "Host", "PluginInfo", "installed",
     # arguments of public functions
-    "checked", "Count", "Natural", "Part", "Share", "Indices", "shown", "whole", "number", "several", "path_of",
+    "checked", "Count", "Natural", "Part", "Share", "Indices", "Seed", "shown", "whole", "number", "several", "path_of",
     "check_call", "check_flags", "expect", "device_of", "taking_gradients", "widened",
     # errors
     "PrismaError", "UnknownName", "HookError", "UnsupportedArchitecture", "WeightMapError", "NotApplicable",

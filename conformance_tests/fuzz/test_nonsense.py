@@ -285,7 +285,13 @@ EXEMPT = {
             for kind in ("HookedModel", "HookedViT", "HookedText", "HookedDual", "HookedUpstream")
             for name in ("layout_for", "tokens_in", "attribute_hint")
         ]
-        + ["Circuits.place_of", "HookedViT.readouts", "HookedText.readouts"],
+        + [
+            "ActivationCache.keeps",
+            "RecipeCache.keeps",
+            "Circuits.place_of",
+            "HookedViT.readouts",
+            "HookedText.readouts",
+        ],
         "called by the core with what it has at hand",
     ),
 }

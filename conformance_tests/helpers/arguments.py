@@ -33,6 +33,7 @@ NONSENSE: dict[str, Callable[[], Any]] = {
     "nan": lambda: float("nan"),
     "-99": lambda: -99,
     "10**18": lambda: 10**18,
+    "10**30": lambda: 10**30,  # of more than 64 bits
     "''": lambda: "",
     "nonsense": lambda: "nonsense",
     "[]": lambda: [],
@@ -53,7 +54,7 @@ ANYTHING = " ".join(NONSENSE)  # an argument that is kept or passed on, whatever
 # What arguments of a name take, whichever function has them; with their annotations, numpy's numbers and None.
 ANY_TEXT = "'' nonsense"
 TAKES = {"seed": "-99 10**18", "lr": "3.5 tensor 10**18", "folder": "nonsense", "path": "nonsense", "title": ANY_TEXT}
-NUMBER = re.compile(r"\b(int|Count|Natural|Indices|Above|Registers)\b")
+NUMBER = re.compile(r"\b(int|Count|Natural|Seed|Indices|Above|Registers)\b")
 NUMBERS = ("pos", "queries", "keys")
 
 
@@ -85,7 +86,8 @@ class Call:
     def listed(self, argument: str) -> set[str]:
         """Return the words of the nonsense that an argument takes; a flag takes True."""
         flag = inspect.signature(self.function).parameters[argument].annotation in ("bool", bool)
-        return set(self.takes.get(argument, "True" if flag else "").split())
+        words = set(self.takes.get(argument, "True" if flag else "").split())
+        return words | ({"10**30"} if "10**18" in words and argument != "seed" else set())
 
     def run(self, **replaced: Any) -> Any:
         """Call with some arguments replaced."""

@@ -149,7 +149,7 @@ class Subject:
         for given, kind, what in ((upstream, nn.Module, "the upstream module"), (adapter, Adapter, "an adapter")):
             if given is not None:
                 expect(given, kind, what)
-        number(seed, "a seed")
+        number(seed, "a seed", -(1 << 62), 1 << 62)
         check_flags(full=full, pretrained=pretrained)
         device_of(device)
         for one in resolve(target, upstream=upstream, adapter=adapter, full=full, pretrained=pretrained):

@@ -14,6 +14,7 @@ from torch import Tensor
 from prisma_core import HookedModel, InputError, LoadError, NotApplicable, TokenLayout
 from prisma_core.plugin import (
     Count,
+    Seed,
     behaviour_of,
     check_keywords,
     check_regular,
@@ -233,7 +234,7 @@ class Harvest:
         batch: int,
         shuffle: bool = False,
         buffer: int = ...,
-        seed: int = 0,
+        seed: Seed = 0,
         *,
         part: tuple[int, int] = (0, 1),
         drop_last: bool = False,
@@ -245,7 +246,7 @@ class Harvest:
         batch: int,
         shuffle: bool = False,
         buffer: int = ...,
-        seed: int = 0,
+        seed: Seed = 0,
         *,
         part: tuple[int, int] = (0, 1),
         drop_last: bool = False,
@@ -257,7 +258,7 @@ class Harvest:
         batch: Count,
         shuffle: bool = False,
         buffer: Count = 2**16,
-        seed: int = 0,
+        seed: Seed = 0,
         *,
         part: tuple[int, int] = (0, 1),
         drop_last: bool = False,
@@ -306,7 +307,7 @@ class Harvest:
         alone = not isinstance(name, list)
         return (group[0] if alone else group for group in made if not drop_last or len(group[0]) == batch)
 
-    def _chunks(self, points: Sequence[Point], shuffle: bool, seed: int, part: tuple[int, int]) -> list[Chunk]:
+    def _chunks(self, points: Sequence[Point], shuffle: bool, seed: Seed, part: tuple[int, int]) -> list[Chunk]:
         size = max(1, CHUNK_BYTES // max(1, example_bytes(points[:1], self.manifest.dtype)))
         chunks = cut([shard.n for shard in self.shards], size)
         if shuffle:

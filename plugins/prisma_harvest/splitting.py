@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
+from prisma_core.plugin import number
 from prisma_harvest.manifest import Name
 
 
@@ -43,6 +44,8 @@ class RowDataset(IterableDataset[Any]):
         self._epoch = torch.tensor(self.epoch).share_memory_()
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("epoch", "seed"):
+            value = number(value, f"{name}=", -(1 << 63), (1 << 63) - 1)
         if name == "epoch" and "_epoch" in vars(self):
             self._epoch.fill_(value)
         super().__setattr__(name, value)

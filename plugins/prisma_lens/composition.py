@@ -19,14 +19,14 @@ from typing import Literal
 import torch
 
 from prisma_core import HookedModel, Result
-from prisma_core.plugin import checked
+from prisma_core.plugin import Seed, checked
 from prisma_lens.readouts import TowerName, tower_of
 
 
 @checked
 @torch.no_grad()
 def composition(
-    model: HookedModel, mode: Literal["Q", "K", "V"] = "V", *, tower: TowerName = "vision", seed: int = 0
+    model: HookedModel, mode: Literal["Q", "K", "V"] = "V", *, tower: TowerName = "vision", seed: Seed = 0
 ) -> Result:
     """Return how much of what each head writes each later head reads: ``[layer head later_layer later_head]``.
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import HookedModel, HookedViT, InputError, NotApplicable, Result, TokenLayout, attentions
-from prisma_core.plugin import Count, checked, widened
+from prisma_core.plugin import Count, Seed, checked, widened
 from prisma_lens.attribute import check_sum_of
 from prisma_lens.heads import layer_pattern, pattern_names
 from prisma_lens.inputs import as_input
@@ -34,7 +34,7 @@ KINDS = {"copy": (0, 0), "right": (0, 1), "left": (0, -1), "above": (-1, 0), "be
 
 @checked
 @torch.no_grad()
-def induction(model: HookedModel, images: Any, *, pairs: Count = 4, batch_size: Count = 16, seed: int = 0) -> Result:
+def induction(model: HookedModel, images: Any, *, pairs: Count = 4, batch_size: Count = 16, seed: Seed = 0) -> Result:
     """Return how much more each head attends to a patch's copy, or beside it, than without one: ``[kind layer head]``.
 
     >>> import prisma_core as prisma, torch

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, PluginError, Result
-from prisma_core.plugin import Count, LayerQuery, Part, Query, blaming, checked, layer_of, several, shown
+from prisma_core.plugin import Count, LayerQuery, Part, Query, Seed, blaming, checked, layer_of, several, shown
 from prisma_lens.inputs import TOKEN_AXES, as_batches, as_input, points_of, vision_of
 
 
@@ -37,7 +37,7 @@ def probe(
     labels: Sequence[str] | None = None,
     held_out: Part = 0.25,
     control: bool = True,
-    seed: int = 0,
+    seed: Seed = 0,
     **options: Any,
 ) -> Result:
     """Return the held-out accuracy of a linear probe and of its control at each hook point: ``[place task]``.
@@ -126,7 +126,7 @@ def probe_harvest(
     control: bool = True,
     epochs: Count = 5,
     batch: Count = 256,
-    seed: int = 0,
+    seed: Seed = 0,
     **options: Any,
 ) -> Result:
     """Return what ``probe`` does of activations on disk, which need not fit in memory: ``[place task]``.

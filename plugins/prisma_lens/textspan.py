@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import HookedDual, InputError, NotApplicable, Result
-from prisma_core.plugin import Count, Indices, checked, widened
+from prisma_core.plugin import Count, Indices, Seed, checked, widened
 from prisma_lens.decomposition import head_outputs
 
 
@@ -75,7 +75,7 @@ def name_heads(
     *,
     k: Count = 5,
     layers: Indices | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Result:
     """Return the share of variance of each head's output that each of its texts explains: ``[head rank]``.
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import prisma_core as prisma
 from prisma_core import HookedModel, InputError, LoadError, PluginError, Result
-from prisma_core.plugin import Count, Natural, Part, blaming, checked, read_checkpoint, replacing, shown
+from prisma_core.plugin import Count, Natural, Part, Seed, blaming, checked, read_checkpoint, replacing, shown
 from prisma_patch.sweeps import bar
 
 Checkpoints = Mapping[int, Any]  # a model, a reference as text, or a folder as a Path: texts stay texts
@@ -114,7 +114,7 @@ def change_points(
     level: Part = 0.9,
     significance: Part = 0.01,
     resamples: Count = 500,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Result:
     """Return the change points of a series with their intervals: ``[change bound]``, bounds low, best, high.
 

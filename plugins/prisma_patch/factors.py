@@ -30,7 +30,7 @@ from prisma_lens.probes import linear_solver
 from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, Result
-from prisma_core.plugin import Part, Query, checked, layer_of, positions_of, shown
+from prisma_core.plugin import Part, Query, Seed, checked, layer_of, positions_of, shown
 from prisma_patch.places import Positions, token_positions
 from prisma_patch.sweeps import bar
 
@@ -62,7 +62,7 @@ def factors_by_place(
     pos: Positions = None,
     read_at: str = "hook_pooled",
     held_out: Part = 0.5,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = False,
 ) -> Result:
     """Return how well each factor is read at each place, and how far it goes when the place is swapped.

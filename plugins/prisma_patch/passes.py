@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import HookContext, HookedDual, HookedModel, HookedViT, InputError
-from prisma_core.plugin import BlockSpec, BriefRepr, checked, layer_of
+from prisma_core.plugin import BlockSpec, BriefRepr, checked, layer_of, shown
 
 Inputs: TypeAlias = tuple[Tensor, ...]
 Part: TypeAlias = tuple[Any, ...]
@@ -45,10 +45,11 @@ class Variant(BriefRepr):
         """
         try:
             rows[self.part]
-        except (IndexError, TypeError) as error:  # torch's ways to say it
+        except (IndexError, TypeError, ValueError) as error:  # torch's ways to say it
+            places = ", ".join(shown(each) for each in self.part if not isinstance(each, slice))
             raise InputError(
-                f"{self.name} is {list(rows.shape)} and has no such places ({error}): pos is a position, several, a "
-                "slice or a subset of the layout such as 'cls'."
+                f"{self.name} is {list(rows.shape)} and has no such places ({error}), for {places}: pos is a position, "
+                "several, a slice or a subset of the layout such as 'cls'."
             ) from error
         if self.source is None:
             rows[self.part] = 0
@@ -158,8 +159,9 @@ class RestartedPasses(Passes):
         axis, n = self._token_axis(variant), self.streams[0].shape[1]
         if axis is None or isinstance(variant.part[axis], slice):
             return n
-        places = torch.as_tensor(variant.part[axis])
-        return n if int(places.min()) < 0 else int(places.max()) + 1
+        part = variant.part[axis]
+        places = [part] if isinstance(part, int) else part.flatten().tolist() if isinstance(part, Tensor) else part
+        return n if min(places) < 0 else min(n, max(places) + 1)
 
     def _is_read(self, variant: Variant) -> bool:
         """Return whether a variant fits a last block that computes no more tokens than are read."""

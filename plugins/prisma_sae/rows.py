@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import HookedModel
-from prisma_core.plugin import Count, LayerQuery, check_call, checked, resolve_one
+from prisma_core.plugin import Count, LayerQuery, Seed, check_call, checked, resolve_one
 from prisma_sae.binding import places_at
 from prisma_sae.coder import Tokens
 
@@ -22,7 +22,7 @@ def activation_rows(
     tokens: Tokens | None = None,
     batch: Count = 1024,
     buffer: Count = 16384,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Iterator[Tensor]:
     """Yield batches of rows ``[batch d]`` of a hook point, drawn at random from a buffer, as long as there are images.
 

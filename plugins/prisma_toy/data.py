@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prisma_core.plugin import BriefRepr, Count, InputError, Share, checked
+from prisma_core.plugin import BriefRepr, Count, InputError, Seed, Share, checked
 from prisma_toy import captions, counting, digits, dsprites, motions, scenes
 from prisma_toy.scenes import SampleScene
 
@@ -25,14 +25,14 @@ class Sprites(BriefRepr):
     factors: Tensor
 
 
-def _chances(n: Count, seed: int) -> torch.Generator:
+def _chances(n: Count, seed: Seed) -> torch.Generator:
     if n < 1:
         raise InputError(f"Expected at least one image to draw, got n={n}.")
     return torch.Generator().manual_seed(seed)
 
 
 @checked
-def draw_scenes(n: Count, seed: int = 0, *, size: Count = 96, two: Share = 0.0) -> scenes.Scenes:
+def draw_scenes(n: Count, seed: Seed = 0, *, size: Count = 96, two: Share = 0.0) -> scenes.Scenes:
     """Draw scenes of coloured shapes with their classes, ``scenes.LABELS``.
 
     Args:
@@ -64,7 +64,7 @@ def patch_classes(scene: scenes.Scenes | SampleScene | counting.Sums, rows: Coun
 
 
 @checked
-def draw_captions(n: Count, seed: int = 0, *, unseen: bool = False) -> captions.Captioned:
+def draw_captions(n: Count, seed: Seed = 0, *, unseen: bool = False) -> captions.Captioned:
     """Draw scenes of one or two shapes with a caption each.
 
     Args:
@@ -82,7 +82,7 @@ def draw_captions(n: Count, seed: int = 0, *, unseen: bool = False) -> captions.
 
 
 @checked
-def draw_motions(n: Count, seed: int = 0) -> motions.Motions:
+def draw_motions(n: Count, seed: Seed = 0) -> motions.Motions:
     """Draw videos of a moving shape: ``[batch frame 1 32 32]``, with its direction and its way.
 
     >>> draw_motions(2, seed=1).video.shape
@@ -95,7 +95,7 @@ def draw_motions(n: Count, seed: int = 0) -> motions.Motions:
 
 
 @checked
-def draw_sums(n: Count, seed: int = 0, *, split: counting.Split = "all") -> counting.Sums:
+def draw_sums(n: Count, seed: Seed = 0, *, split: counting.Split = "all") -> counting.Sums:
     """Draw images of the counting set ("2 apples and 2 apples: how many?").
 
     Args:
@@ -114,7 +114,7 @@ def draw_sums(n: Count, seed: int = 0, *, split: counting.Split = "all") -> coun
 
 
 @checked
-def draw_sprites(n: Count, seed: int = 0) -> Sprites:
+def draw_sprites(n: Count, seed: Seed = 0) -> Sprites:
     """Draw sprites after the factors of the dSprites data set.
 
     Raises:
@@ -125,7 +125,7 @@ def draw_sprites(n: Count, seed: int = 0) -> Sprites:
 
 
 @checked
-def draw_digits(n: Count, seed: int = 0, *, training: bool = False) -> tuple[Tensor, Tensor]:
+def draw_digits(n: Count, seed: Seed = 0, *, training: bool = False) -> tuple[Tensor, Tensor]:
     """Draw handwritten digits from those that scikit-learn ships: images ``[batch 1 8 8]``, digits ``[batch]``.
 
     Args:

@@ -9,14 +9,14 @@ from torch import Tensor
 
 import prisma_core as prisma
 from prisma_core import HookedViT, InputError, NotApplicable, Result
-from prisma_core.plugin import Share, checked
+from prisma_core.plugin import Seed, Share, checked
 from prisma_toy.masking import GREY, draw_hidden, hide, reconstruct
 from prisma_toy.source import series
 
 
 @checked
 def reconstructions(
-    image: Tensor, hidden: Tensor | None = None, *, name: str = "mae-scenes", share: Share = 0.6, seed: int = 0
+    image: Tensor, hidden: Tensor | None = None, *, name: str = "mae-scenes", share: Share = 0.6, seed: Seed = 0
 ) -> Result:
     """Return what each checkpoint of a masked autoencoder makes of images: ``[checkpoint batch channel row column]``.
 

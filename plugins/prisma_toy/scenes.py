@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from prisma_core.plugin import BriefRepr, Count, checked
+from prisma_core.plugin import BriefRepr, Count, Seed, checked
 from prisma_toy.canvas import ground, uniform
 from prisma_toy.shapes import KINDS, PATTERNS, coverage
 
@@ -200,7 +200,7 @@ class SampleScene:
 
 
 @checked
-def sample_scene(seed: int = 0, n_shapes: Count = 2, size: Count = 384) -> SampleScene:
+def sample_scene(seed: Seed = 0, n_shapes: Count = 2, size: Count = 384) -> SampleScene:
     """Return a scene of ``n_shapes`` (at most 4) shapes of different classes, larger than the model's input.
 
     >>> sample_scene(seed=0).image.size

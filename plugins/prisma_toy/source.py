@@ -12,7 +12,7 @@ from torch import Tensor
 
 import prisma_core as prisma
 from prisma_core import InputError, UnknownName, ZooModel
-from prisma_core.plugin import Loaded, ModelInfo, Source, checked, read_json, read_text, suggest
+from prisma_core.plugin import Loaded, ModelInfo, Seed, Source, checked, read_json, read_text, suggest
 from prisma_toy import checkpoints, fetch
 from prisma_toy.model import draw_weights
 from prisma_toy.scenes import sample_scene
@@ -98,7 +98,7 @@ class ToySource(Source):
         name = rest.partition("@")[0]
         return {step: f"{self.name}:{name}@{step}" for step in series(name)} if name in bundled() else {}
 
-    def sample(self, rest: str, seed: int = 0) -> Image | list[Image]:
+    def sample(self, rest: str, seed: Seed = 0) -> Image | list[Image]:
         """Return an image as the model was trained on, or the frames of a video; a scene for models that are none."""
         folders, name = bundled(), rest.partition("@")[0]
         facts = read_json(folders[name] / checkpoints.CONFIG) if name in folders else {}
@@ -126,7 +126,7 @@ def _at(reference: str) -> Path:
     return steps[step]
 
 
-def _sample(one: Task, seed: int) -> Image | list[Image]:
+def _sample(one: Task, seed: Seed) -> Image | list[Image]:
     pixels = one.batch(1, "held-out", seed, 0).image[0]
     if one.tubelet is None:
         return _image(pixels)

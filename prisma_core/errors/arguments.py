@@ -186,7 +186,7 @@ def device_of(device: object) -> torch.device | None:
     try:
         if index is not None or isinstance(device, str | torch.device):
             return torch.empty(0, device=cast("str", device) if index is None else index).device
-    except (RuntimeError, AssertionError, OverflowError):  # torch's ways to say so
+    except (RuntimeError, AssertionError, OverflowError, ValueError):  # torch's ways to say so
         pass
     there = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     raise InputError(f"Expected a device of torch's, got {shown(device)}; there is {' and '.join(there)}.")

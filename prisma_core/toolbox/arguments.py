@@ -32,6 +32,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Natural = Annotated[int, Field(ge=0, le=LARGEST)]
+Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 Indices = Annotated[Sequence[int], Field(min_length=1)]
 Part = Annotated[float, Field(gt=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -154,7 +154,7 @@ class FactoredMatrix:
         leading = self.shape[:-2]
         if not isinstance(factor, Tensor):
             if isinstance(factor, Number) and factor is not True and factor is not False:
-                return factor
+                return float(factor) if isinstance(factor, int) and abs(factor) >= 1 << 63 else factor
             raise InputError(f"Expected a number or a tensor of numbers, got {type(factor).__name__}.")
         if factor.numel() == 1:
             return factor.reshape(())
@@ -286,9 +286,14 @@ class FactoredMatrix:
 
 def _is_index(item: object) -> bool:
     """Return whether torch takes an item of an index for what it is: it would round numbers and count truths."""
-    if item is None or item is Ellipsis or isinstance(item, slice) or whole(item) is not None:
+    if item is None or item is Ellipsis or isinstance(item, slice):
         return True
-    numbers = torch.as_tensor(item) if isinstance(item, list | Tensor | np.ndarray) else torch.empty(())
+    if (n := whole(item)) is not None:
+        return abs(n) < 1 << 63
+    try:
+        numbers = torch.as_tensor(item) if isinstance(item, list | Tensor | np.ndarray) else torch.empty(())
+    except (TypeError, ValueError):  # texts, lists of unequal length, numbers of more than 64 bits
+        return False
     return numbers.ndim > 0 and not numbers.is_floating_point()
 
 
