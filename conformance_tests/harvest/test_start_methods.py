@@ -12,6 +12,7 @@ import pytest
 import torch
 from photo_data import tar
 from prisma_harvest import Pass, harvest, open_data
+from sent import Numbered
 from torch.utils.data import IterableDataset, get_worker_info
 
 from prisma_core import HookedViT, InputError
@@ -26,19 +27,6 @@ def method(request: pytest.FixtureRequest) -> Iterator[str]:
     multiprocessing.set_start_method(request.param, force=True)
     yield request.param
     multiprocessing.set_start_method(before, force=True)
-
-
-class Numbered:
-    """Tensors by number, labelled with the process that read them."""
-
-    def __init__(self, n: int):
-        self.n = n
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return torch.full((3, 6, 6), float(index), dtype=torch.float64), os.getpid()
 
 
 class Parted(IterableDataset[Any]):

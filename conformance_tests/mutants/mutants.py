@@ -248,10 +248,9 @@ def scale_after_hook(model: HookedViT) -> None:
 
 
 def add_in_place(model: HookedViT) -> None:
-    """The stream is added to in place, under the feet of whoever kept it."""
-    layer = model.blocks[0]
+    """The stream is added to in place, under the feet of whoever kept it; by a class, which nobody sees."""
 
-    def forward(x: Tensor, rope: Any = None, mask: Tensor | None = None) -> Tensor:
+    def forward(layer: Any, x: Tensor, rope: Any = None, mask: Tensor | None = None) -> Tensor:
         x = layer.hook_resid_pre(x)
         x = x if x.requires_grad else x.data
         normed = layer.ln1(x)
@@ -262,7 +261,7 @@ def add_in_place(model: HookedViT) -> None:
         x = layer.hook_resid_mid(x)
         return layer.hook_resid_post(x + layer.hook_mlp_out(layer.ls2(layer.mlp(layer.ln2(x)))))
 
-    layer.forward = forward
+    model.blocks[0].__class__ = type("Adding", (type(model.blocks[0]),), {"forward": forward})
 
 
 # -------------------------------------------------------------------- broken hook points

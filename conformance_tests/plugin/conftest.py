@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -39,3 +40,11 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Host]:
         return host
 
     return use
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C means what Python makes of it, also where the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -124,6 +124,7 @@ def test_what_is_no_exception_and_what_has_no_end(
     assert isinstance(host.adapter(Network()), NetworkAdapter)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_is_the_users(found: Found) -> None:
     def interrupted() -> Any:
         signal.raise_signal(signal.SIGINT)

@@ -93,6 +93,7 @@ def test_whatever_a_plugin_raises(found: Found, fine: EntryPoint, problem: BaseE
     assert len(told) < 3_000
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_while_a_plugin_runs_names_it(found: Found) -> None:
     import _thread
 

@@ -44,12 +44,12 @@ class _Function:
 
 def checkpoints() -> Calls:
     """Return the running calls of ``torch.utils.checkpoint``, innermost first; none in a compiled model."""
-    calls, frame = list[FrameType](), None if torch.compiler.is_compiling() else currentframe()
+    calls, frame = (), None if torch.compiler.is_compiling() else currentframe()
     while frame is not None:
         if frame.f_globals is _TORCHS:
-            calls.append(frame)
+            calls = (*calls, frame)
         frame = frame.f_back
-    return tuple(calls)
+    return calls
 
 
 def keep(calls: Calls, key: object, began: Calls, again: Callable[[], Enter], optional: bool = False) -> None:
