@@ -86,7 +86,9 @@ def test_the_three_lines_of_old_test_suites_work(pytester: pytest.Pytester) -> N
         """
     )
     ran = pytester.runpytest_subprocess("-p", "no:cacheprovider", "--conformance-device", "cpu", "-v")
-    ran.assert_outcomes(passed=2, skipped=1, warnings=1)
+    outcomes = ran.parseoutcomes()  # pytest has warnings of its own, by its release
+    assert {name: n for name, n in outcomes.items() if "warning" not in name} == {"passed": 2, "skipped": 1}
+    assert str(ran.stdout).count("DeprecationWarning: prisma_core.conformance") == 1
     ran.stdout.fnmatch_lines(["*test_conformance?tiny-weights.roundtrip? PASSED*"])
     ran.stdout.fnmatch_lines(["*DeprecationWarning: prisma_core.conformance is prisma_conformance now*"])
     ran.stdout.fnmatch_lines(["1 of 1 mine architectures passed*"])

@@ -207,7 +207,7 @@ def _set(change: Callable[[], object]) -> Callable[[], list[Source]]:
 def test_settings_of_everybody_are_put_back_and_told(
     found: Found, fine: EntryPoint, change: Callable[[], object], words: str
 ) -> None:
-    paths = list(sys.path)
+    paths, errors = list(sys.path), [one for one in warnings.filters if one[0] == "error"]  # pytest has some
     told = alone(Host([found("bad", prisma_sources=_set(change)), fine]))
     assert words in told
     assert torch.get_default_dtype() is torch.float32
@@ -216,7 +216,7 @@ def test_settings_of_everybody_are_put_back_and_told(
     assert torch.get_float32_matmul_precision() == "highest"
     assert not torch.are_deterministic_algorithms_enabled()
     assert sys.path == paths
-    assert not [one for one in warnings.filters if one[0] == "error"]
+    assert [one for one in warnings.filters if one[0] == "error"] == errors
 
 
 def test_a_precision_that_torch_does_not_tell_is_no_error(found: Found, monkeypatch: pytest.MonkeyPatch) -> None:

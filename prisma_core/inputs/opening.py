@@ -60,6 +60,7 @@ def _read(given: str | Path) -> Image:
     if os.path.isdir(path):
         raise InputError(f"{path!r} is a folder: give an image, or a list, as in sorted(Path(FOLDER).iterdir()).")
     try:
+        os.stat(path)  # of an empty name Path makes the folder
         check_regular(Path(path))
         with images.open(path, formats=[form for form in FORMATS if form in images.OPEN]) as opened:
             image = ImageOps.exif_transpose(opened)
