@@ -25,7 +25,7 @@ class Sprites(BriefRepr):
     factors: Tensor
 
 
-def _chances(n: Count, seed: Seed) -> torch.Generator:
+def _chances(n: Count, seed: int) -> torch.Generator:
     if n < 1:
         raise InputError(f"Expected at least one image to draw, got n={n}.")
     return torch.Generator().manual_seed(seed)

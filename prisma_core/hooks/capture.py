@@ -58,7 +58,7 @@ class Keep:
         for axis, _ in self.slices:
             x = x if axis == done else self.along(x, axis, axis)
         if x.numel() < whole or (self.copy and self.detach):
-            x = x.clone()  # a view would keep the whole activation alive
+            x = x.clone()  # a view would keep the whole activation alive, and change with it
         if self.device is not None or self.dtype is not None:
             x = x.to(device=self.device, dtype=self.dtype)
         return x

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -15,9 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prisma_core.errors import InputError
 from prisma_core.errors.arguments import in_transform
+from prisma_core.toolbox.precision import AS_IT_IS
 
 _functorch = cast("Any", torch)._C._functorch
-_AS_IT_IS = nullcontext()
 ADVICE = (
     "Torch's fused attention has no second derivatives (create_graph=True). Run the forward pass in "
     "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)."
@@ -34,7 +34,7 @@ def kernels() -> AbstractContextManager[object]:
         levels = _functorch.get_interpreter_stack()
     nested = bool(levels) and sum(level.key() == _functorch.TransformType.Grad for level in levels) > 1
     forward = cast("Any", forward_ad)._current_level >= 0
-    return cast("AbstractContextManager[object]", sdpa_kernel(SDPBackend.MATH)) if nested or forward else _AS_IT_IS
+    return cast("AbstractContextManager[object]", sdpa_kernel(SDPBackend.MATH)) if nested or forward else AS_IT_IS
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prisma_core.errors import InputError
 
 HALF = (torch.float16, torch.bfloat16)
-_AS_IT_IS = nullcontext()
+AS_IT_IS = nullcontext()  # one for all: it keeps nothing
 _in_any_autocast = cast("Callable[[], bool]", cast(Any, torch)._C._is_any_autocast_enabled)
 
 
@@ -42,7 +42,7 @@ def taking_gradients() -> Generator[None]:
 
 def unrounded(x: Tensor) -> AbstractContextManager[object]:
     """Return a context in which products on the device of ``x`` keep their dtype: autocast would round them to half."""
-    return torch.autocast(x.device.type, enabled=False) if autocast_on(x) else _AS_IT_IS
+    return torch.autocast(x.device.type, enabled=False) if autocast_on(x) else AS_IT_IS
 
 
 def autocast_on(x: Tensor) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from textwrap import indent
 from typing import Any, Self
 
@@ -23,12 +22,11 @@ from prisma_core.spec import MapSpec
 from prisma_core.spec.brief import NameTable, html_table
 from prisma_core.spec.layout import TokenLayout
 from prisma_core.toolbox.derivatives import explain_second, kernels
+from prisma_core.toolbox.precision import AS_IT_IS
 from prisma_core.toolbox.query_rows import AXIS, Rows
 from prisma_core.toolbox.tables import numbered
 from prisma_core.upstream.copies import copy_module
 from prisma_core.upstream.observer import Observer, attach, watching
-
-_AS_IT_IS = nullcontext()
 
 
 class BoundRow(Observer):
@@ -133,7 +131,7 @@ class HookedUpstream(ZooModel):
             raise HookError(
                 f"Hooks at {active[0].row.hook} cannot run in a compiled model of this kind; run it eagerly."
             )
-        with kernels(), watching(active, _batch(inputs, kwargs)) if active else _AS_IT_IS:
+        with kernels(), watching(active, _batch(inputs, kwargs)) if active else AS_IT_IS:
             output = self._output(self.upstream(*inputs, **kwargs))
         explain_second(output)
         return output
