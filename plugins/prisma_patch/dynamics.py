@@ -98,7 +98,7 @@ def over_checkpoints(
     return Result(
         values,
         ("checkpoint", *axes),
-        {"checkpoint": tuple(map(str, sorted(checkpoints))), **(about.labels if about is not None else {})},
+        {"checkpoint": tuple(key.partition(".")[0] for key in rows), **(about.labels if about is not None else {})},
         technique=f"over_checkpoints{f' of {about.technique}' if about is not None and about.technique else ''}",
         unit=about.unit if about is not None else "the metric",
     )
