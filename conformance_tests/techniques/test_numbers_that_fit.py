@@ -1,4 +1,4 @@
-"""What goes in beside a model fits or is refused: metrics, labels, files to resume from, subsets of tokens, directions."""
+"""What goes in beside a model fits or is refused: metrics, labels, files to resume from, tokens, directions."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ def test_a_series_does_not_go_on_from_another_run_with_the_same_first_checkpoint
     held = patch.over_checkpoints({0: first, 9: last}, size, resume=file)
     seen: list[HookedViT] = []
     again = patch.over_checkpoints({0: first, 9: last}, lambda one: seen.append(one) or size(one), resume=file)
-    assert torch.equal(held.values, again.values) and seen == [first] and again.names("checkpoint") == ("0", "9")
+    assert torch.equal(held.values, again.values)
+    assert seen == [first]
+    assert again.names("checkpoint") == ("0", "9")
     with torch.no_grad():
         last.blocks[1].attn.W_O.mul_(2)
     with pytest.raises(LoadError, match="step 9"):
@@ -142,7 +144,7 @@ def test_mean_ablation_refuses_labels_of_some_batches(order: int) -> None:
 def test_textspan_of_texts_that_lie_elsewhere_is_empty_and_of_odd_numbers_refused() -> None:
     along = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     chosen, shares = lens.textspan(along, torch.tensor([[0.0, 1.0]]))
-    assert chosen == [] and shares.shape == (0,)
+    assert (chosen, shares.shape) == ([], (0,))
     for outputs, texts in ((along / 0, along), (along, along / 0), (along.long(), along)):
         with pytest.raises(InputError, match="finite"):
             lens.textspan(outputs, texts)
@@ -242,7 +244,8 @@ def test_shares_of_attention_are_as_exact_as_the_model() -> None:
 def test_tables_hold_numbers_as_they_are() -> None:
     large = Result(torch.tensor([2**24 + 1, 3]), ("place",))
     exact = Result(torch.tensor([1 + 2.0**-40, 0.5], dtype=torch.double), ("place",))
-    assert large.top(1)[0][1] == 2**24 + 1 and exact.top(1)[0][1] == 1 + 2.0**-40
+    assert large.top(1)[0][1] == 2**24 + 1
+    assert exact.top(1)[0][1] == 1 + 2.0**-40
     pytest.importorskip("pandas", reason="the table of a result is pandas'")
     assert large.to_dataframe()["value"].tolist() == [2**24 + 1, 3]
     assert exact.to_dataframe()["value"].tolist() == [1 + 2.0**-40, 0.5]
@@ -254,6 +257,6 @@ def test_register_neurons_take_norms_of_this_model_and_layers_with_neurons() -> 
     fewer = type(norms)(norms.norms[:1], norms.layout)
     with pytest.raises(InputError, match=f"after {len(made.blocks)} blocks"):
         registers.register_neurons(made, X, norms=fewer, factor=1.0001)
+    bare = prisma.load("toy:dsprites-attn-1l")
     with pytest.raises(NotApplicable, match="no neuron"):
-        bare = prisma.load("toy:dsprites-attn-1l")
         registers.register_neurons(bare, torch.rand(2, 1, 64, 64), factor=1.0001)

@@ -1,4 +1,4 @@
-"""Techniques inside of scopes: what they return is of the edited model, as one whose weights were edited says, or refused."""
+"""Techniques inside of scopes: what they return is of the model as it is edited, or they refuse in words."""
 
 from __future__ import annotations
 
