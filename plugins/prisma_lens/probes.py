@@ -281,7 +281,8 @@ def _direction(name: str, solver: Any, scaler: Any) -> dict[str, Tensor]:
 
 def _row_names(solver: Any, labels: Sequence[str] | None) -> list[str]:
     """Return the class that each row of a probe's weights is of; of two classes there is one row, of the second."""
-    names = [labels[each] if labels is not None else str(each) for each in solver.classes_.tolist()]
+    classes = [int(each) for each in solver.classes_]
+    names = [str(each) if labels is None else labels[each] for each in classes]
     return names[-len(solver.coef_) :]
 
 

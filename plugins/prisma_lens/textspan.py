@@ -67,7 +67,7 @@ def textspan(outputs: Tensor, texts: Tensor, k: Count = 5) -> tuple[list[int], T
         chosen.append(best)
         shares.append((c @ unit).square().sum() / total)
         c, t = c - (c @ unit)[:, None] * unit, t - (t @ unit)[:, None] * unit
-    return chosen, torch.stack(shares) if shares else c.new_zeros(0)
+    return chosen, torch.stack(shares) if shares else torch.zeros(0).to(c)
 
 
 @checked
