@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy as copying
 import dis
 import functools
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, cast
@@ -58,6 +59,10 @@ def copy_module(
         path, part = next(one for one in reversed(parts) if not _can_copy(one[1], before))
         problem = f"what it holds cannot be copied ({type(error).__name__}: {error})"
         raise Reader(part, path).unsupported(problem) from error
+    for tensor, made in zip(upstream.parameters(), copied.parameters(), strict=True):
+        if tensor is not made:  # torch copies no hooks of gradients
+            for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+                setattr(made, name, getattr(tensor, name) and OrderedDict(getattr(tensor, name)))
     for function, rebound in pairs:
         _fill(rebound, function, graph, memo)
     for method, call in bound:
