@@ -23,6 +23,7 @@ from prisma_core.contract.adapter import Refusal
 from prisma_core.contract.source import Loaded, ModelInfo, Source
 from prisma_core.host import Host
 from prisma_core.toolbox.screen import printable
+from prisma_core.zoo import load_upstream
 
 Found = Callable[..., EntryPoint]
 
@@ -255,6 +256,15 @@ def test_what_a_plugin_prints_is_no_answer(found: Found, capsys: pytest.CaptureF
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err == "noise\n"
+
+    class Loud(Bad):
+        def load(self, rest: str, **options: Any) -> Loaded:
+            print("noise")  # noqa: T201
+            return super().load(rest, **options)
+
+    load_upstream(Loud(), "one")
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", "noise\n")
 
 
 # -------------------------------------------------------------------- Prisma's own come first
