@@ -217,7 +217,7 @@ def _function_for_part(module: nn.Module, path: str, read: set[str]) -> str:
         code = [one.__code__ for each in kind.__mro__ for one in vars(each).values() if isinstance(one, FunctionType)]
         if any(name in names_in(one) for one in code):
             return (
-                f"a function {name} ({name_of(value)}), which no adapter has read. Put a module in its place before. An "
+                f"a function {name} ({name_of(value)}), which no adapter has read. Put a module in its place. An "
                 f"adapter that knows it reads it: reader.{name}"
             )
     return ""
