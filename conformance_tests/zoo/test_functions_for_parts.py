@@ -60,6 +60,14 @@ def test_functions_in_the_place_of_timm_s_parts(name: str, part: str) -> None:
         prisma.adapt(model)
 
 
+def test_a_function_that_the_constructor_alone_calls_passes() -> None:
+    """torchvision's models hold ``norm_layer``, with which their parts were made."""
+    net, x = drawn(), image()
+    layer: Any = net.layers[1]
+    layer.norm_layer = functools.partial(nn.LayerNorm, eps=1e-6)
+    torch.testing.assert_close(prisma.adapt(net, adapter=Plain())(x), net(x))
+
+
 def test_a_method_that_torch_compiles_on_an_instance_passes() -> None:
     net, x = drawn(), image()
     layer: Any = net.layers[1]

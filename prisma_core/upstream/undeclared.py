@@ -214,8 +214,8 @@ def _function_for_part(module: nn.Module, path: str, read: set[str]) -> str:
         known = isinstance(value, type) or root_of(name_of(value)) == root_of(kind.__module__) or hasattr(kind, name)
         if known or not callable(value) or f"{path}.{name}".lstrip(".") in read:
             continue
-        code = [one.__code__ for each in kind.__mro__ for one in vars(each).values() if isinstance(one, FunctionType)]
-        if any(name in names_in(one) for one in code):
+        own = [each for base in kind.__mro__ for each in vars(base).items() if isinstance(each[1], FunctionType)]
+        if any(name in names_in(one.__code__) for method, one in own if method != "__init__"):
             return (
                 f"a function {name} ({name_of(value)}), which no adapter has read. Put a module in its place. An "
                 f"adapter that knows it reads it: reader.{name}"
