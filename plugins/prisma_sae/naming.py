@@ -61,7 +61,7 @@ def name_features(
     """
     precise = precision(activations, shares)
     if not 0 < shares.shape[-1] == len(labels):
-        raise InputError(f"Expected a label for each of {shares.shape[-1]} classes, at least one, got {shown(labels)}.")
+        raise InputError(f"Expected labels, at least one, for each of {shares.shape[-1]} classes, got {shown(labels)}.")
     best, which = precise.max(-1)
     often = (activations > 0).sum(0) >= least
     named = (often & (best >= threshold)).nonzero().flatten().tolist()
