@@ -191,6 +191,14 @@ def test_infinite_activations_are_said(model: HookedViT, photos: Path, tmp_path:
         harvest(model, photos, NAMES[:1], out=tmp_path / "out", **how)
 
 
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300])
+def test_a_folder_that_no_disk_takes_is_told(model: HookedViT, photos: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="out= to be a path that the disk takes"):
+        harvest(model, photos, NAMES, out=tmp_path / name)
+    with pytest.raises(InputError, match="path= to be a path that the disk takes"):
+        open_harvest(tmp_path / name)
+
+
 def test_a_corrupt_shard_is_found(model: HookedViT, photos: Path, tmp_path: Path) -> None:
     acts = harvest(model, photos, NAMES, out=tmp_path / "out", batch=4, shard=8)
     assert verify(acts.path) == verify(tmp_path / "out") == []
