@@ -9,7 +9,18 @@ import pytest
 import torch
 from coders import D_IN, D_SAE, rows, standard
 from models import build
-from prisma_sae import CoderFacts, SparseCoder, TrainConfig, evaluate, name_features, read, save, splice, train
+from prisma_sae import (
+    CoderFacts,
+    SparseCoder,
+    TrainConfig,
+    evaluate,
+    name_features,
+    open_coder,
+    read,
+    save,
+    splice,
+    train,
+)
 from torch import Tensor
 
 from prisma_core import HookedViT, InputError
@@ -119,3 +130,9 @@ def test_rows_that_are_alike_or_beyond_float32_are_told() -> None:
             train([batch, X], config, steps=2)
     with pytest.raises(InputError, match=r"Batch 1 .*float32"):
         train([X, X.double() * 1e200], config, steps=2)
+
+
+def test_a_name_that_no_disk_takes_is_no_coder() -> None:
+    for name in ("x" * 300, "a\0b"):
+        with pytest.raises(InputError, match="path"):
+            open_coder(name)
