@@ -7,7 +7,7 @@ TransformerLens'; ``layer`` is the block whose input is decomposed, and None or 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from einops import einsum, rearrange
@@ -16,14 +16,10 @@ from torch import Tensor
 
 from prisma_core.errors import InputError, NotApplicable
 from prisma_core.errors.arguments import check_flags, choice, number, shown, tensor
-from prisma_core.spec.layout import positions_of
-from prisma_core.transformer.block import attentions, end_of, mlps
+from prisma_core.spec.layout import Index, positions_of
+from prisma_core.transformer.attention import Attention
+from prisma_core.transformer.block import Branch, attentions, end_of, mlps
 from prisma_core.transformer.stream.attribution import LogitAttribution
-
-if TYPE_CHECKING:
-    from prisma_core.spec.layout import Index
-    from prisma_core.transformer.attention import Attention
-    from prisma_core.transformer.block import Branch
 
 Stack: TypeAlias = Float[Tensor, "component *batch pos d_model"]
 Projected: TypeAlias = Float[Tensor, " component *batch"]
