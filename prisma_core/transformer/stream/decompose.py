@@ -90,26 +90,24 @@ class StreamCache(LogitAttribution):
         choice(mode, ("all", "mlp", "attn"), "the mode")
         check_flags(mlp_input=mlp_input, apply_ln=apply_ln, incl_embeds=incl_embeds, return_labels=return_labels)
         blocks = self._before(layer, mlp_input)
-        places: list[tuple[str, str]] = []
+        places = self._start() if incl_embeds else []
         for index, block in enumerate(blocks):
             if mode != "mlp":
-                places.append((f"{index}_attn_out", f"blocks.{index}.hook_attn_out"))
+                places.append((f"{index}_attn_out", [f"blocks.{index}.hook_attn_out"]))
             if mode != "attn" and block.spec.mlp is not None:
-                places.append((f"{index}_mlp_out", f"blocks.{index}.hook_mlp_out"))
+                places.append((f"{index}_mlp_out", [f"blocks.{index}.hook_mlp_out"]))
         if mlp_input and mode != "mlp":
-            places.append((f"{len(blocks)}_attn_out", f"blocks.{len(blocks)}.hook_attn_out"))
-        start = self._start() if incl_embeds else []
-        self._need([*(name for _, names in start for name in names), *(name for _, name in places)])
-        parts: list[Tensor] = []
-        for _, names in start:
-            whole, *less = (self._at(name, pos_slice) for name in names)
-            parts.append(whole - less[0] if less else whole)
-        parts += [self._at(name, pos_slice) for _, name in places]
-        if not parts:
+            places.append((f"{len(blocks)}_attn_out", [f"blocks.{len(blocks)}.hook_attn_out"]))
+        self._need([name for _, names in places for name in names])
+        if not places:
             raise InputError(
                 f"Nothing is added to the stream before layer {layer} with mode={mode!r}, incl_embeds=False."
             )
-        labels = [label for label, _ in (*start, *places)]
+        parts: list[Tensor] = []
+        for _, names in places:
+            whole, *less = (self._at(name, pos_slice) for name in names)
+            parts.append(whole - less[0] if less else whole)
+        labels = [label for label, _ in places]
         read = Reading(layer, mlp_input, apply_ln, pos_slice)
         return self._finished(torch.stack(parts), labels, read, return_labels)
 
