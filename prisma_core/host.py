@@ -27,11 +27,11 @@ from prisma_core.errors import (
     UnsupportedArchitecture,
     describe,
     format_error,
+    qualified_name,
     returned,
     suggest,
 )
 from prisma_core.hooks.model import HookedModel
-from prisma_core.maps.reader import qualified_name
 from prisma_core.toolbox.screen import aside, note
 from prisma_core.toolbox.settings import kept_settings, raised_by_code
 
