@@ -29,6 +29,7 @@ from prisma_core.errors import (
     blaming,
     describe,
     format_fields,
+    qualified_name,
     returned,
 )
 from prisma_core.errors.arguments import check_flags, device_of, dtype_of, expect
@@ -37,7 +38,7 @@ from prisma_core.files.checkpoint import check_finite, check_merged
 from prisma_core.hooks.model import HookedModel
 from prisma_core.host import installed
 from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader, qualified_name
+from prisma_core.maps.reader import Reader
 from prisma_core.maps.table import pattern_of
 from prisma_core.maps.weights import WeightMap
 from prisma_core.model import Origin, ZooModel, assign, tensors_of

@@ -12,8 +12,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from prisma_core.errors import UnsupportedArchitecture
-from prisma_core.maps.reader import Reader, qualified_name
+from prisma_core.errors import UnsupportedArchitecture, qualified_name
+from prisma_core.maps.reader import Reader
 from prisma_core.upstream.replaced import COMPILED, HOOKS, PLAIN, TREE, home_of, is_original, name_of, names_in, root_of
 
 NO_PARTS = (str, bytes, int, float, complex, Tensor, type, ModuleType, type(None))

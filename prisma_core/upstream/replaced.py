@@ -22,8 +22,8 @@ from typing import Any, cast
 
 from torch import nn
 
+from prisma_core.errors import qualified_name
 from prisma_core.errors.arguments import shown
-from prisma_core.maps.reader import qualified_name
 
 CALLS = ("__call__", "_call_impl", "forward")  # where the call of a module begins
 READS = ("__getattr__", "__getattribute__")  # where a module finds its tensors and parts

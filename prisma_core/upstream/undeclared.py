@@ -18,7 +18,8 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from prisma_core.maps.reader import TORCH, Reader, qualified_name
+from prisma_core.errors import qualified_name
+from prisma_core.maps.reader import TORCH, Reader
 from prisma_core.spec import AnySpec, AttentionSpec, EmbedSpec
 from prisma_core.spec.layout import TokenLayout
 from prisma_core.upstream.replaced import (
