@@ -47,7 +47,7 @@ def truth(factors: ModuleType) -> None:
 
 TWINS = {
     "swapped with itself": ("theirs = cache[place.name][partner]", "theirs = cache[place.name][test]"),
-    "every head at once": ('"head": None if head is None else head', '"head": None'),
+    "every head at once": ('"head": head}', '"head": None}'),
     "probes fitted to the labels of others": ("y[train].numpy())", "y[train.roll(1)].numpy())"),
 }
 

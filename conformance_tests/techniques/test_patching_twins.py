@@ -216,8 +216,8 @@ TRUTHS: dict[str, tuple[str, Callable[[ModuleType], None], str, str]] = {
         "for scope in self.scopes:",
         "for scope in self.scopes[:1]:",
     ),
-    "steering the other way": ("interventions", steering, "moved = x + scale * d", "moved = x - scale * d"),
-    "projection on a direction that is no unit": ("interventions", projection, "unit = d / d.norm()", "unit = d"),
+    "steering the other way": ("interventions", steering, "moved = x + (scale", "moved = x - (scale"),
+    "projection on a direction that is no unit": ("interventions", projection, "unit = (d / d.norm())", "unit = d"),
     "freezing that holds nothing": ("interventions", freezing, "return held[at.name].to(x)", "return x"),
 }
 

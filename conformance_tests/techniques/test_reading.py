@@ -90,7 +90,7 @@ def test_rollout_follows_the_mark_to_the_class_token(model: HookedViT) -> None:
     mixed = rollout(model, BRIGHT)
     torch.testing.assert_close(mixed.values.sum(-1), torch.ones_like(mixed.values[..., 0]))
     _, cache = model.run_with_cache(BRIGHT, names="pattern")
-    steps = [0.5 * torch.eye(10) + 0.5 * cache["pattern", layer].float().mean(1)[0] for layer in range(2)]
+    steps = [0.5 * torch.eye(10) + 0.5 * cache["pattern", layer].mean(1)[0] for layer in range(2)]
     torch.testing.assert_close(mixed.values[0], steps[1] @ steps[0])
     alone = rollout(model, BRIGHT, residual=0.0, heads=lambda pattern: pattern.amax(1)).sel(pos="cls")
     assert alone.values[0].argmax().item() == SOURCE

@@ -38,14 +38,14 @@ def of_probe(path: Path, source: Harvest | Pass, name: Name) -> dict[str, Any]:
         InputError: the file is no probe's.
         UnknownName: the probe does not read this hook point.
     """
+    from prisma_lens.probes import check_probe
+
     probe, full = Result.load(path), _full(source, name)
-    if probe.technique != "probe":
-        raise InputError(f"Expected a probe in {path}, got a result of {probe.technique!r}.")
+    check_probe(probe)
     weight = probe.tensors.get(f"{full}/weight")
     if weight is None:
         raise UnknownName(f"The probe in {path} reads {', '.join(probe.facts['names'])}, and this is {full}.")
-    labels = probe.facts["labels"][-len(weight) :]
-    return {"directions": weight, "labels": labels or [str(at) for at in range(len(weight))]}
+    return {"directions": weight, "labels": list(probe.facts["rows"])}
 
 
 class TextReading(nn.Module):

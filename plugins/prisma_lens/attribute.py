@@ -24,10 +24,12 @@ from torch import Tensor
 
 from prisma_core import ActivationCache, HookedModel, InputError, NotApplicable, Result, attentions, mlps
 from prisma_core.plugin import checked
-from prisma_lens.covectors import constant, covectors, probe_covectors
+from prisma_lens.covectors import check_total, constant, covectors, probe_covectors
+from prisma_lens.probes import check_probe
 from prisma_lens.readouts import (
     Target,
     TowerName,
+    at_token,
     cache_of,
     check_pooled,
     first_given_out,
@@ -94,14 +96,19 @@ def attribute(
         what all other components add, both ``[batch class]``. Together they sum to the logit.
 
     Raises:
-        NotApplicable: the stream or the output is no sum of such components; the message says why.
+        NotApplicable: the stream or the output is no sum of such components, or a hook that is open edits it elsewhere;
+            the message says why.
         UnknownName: the cache lacks activations, or there is no such class.
         InputError: the cache is another model's, or the target does not fit.
     """
     if by not in _AXES:
         raise InputError(f"Expected by= one of {', '.join(map(repr, _AXES))}, got {by!r}.")
     own, sources = tower_of(model, tower), by.endswith("source")
-    cache = cache_of(model, given, lambda each: names_for(each, by), tower)
+    read_at = list[str]()
+    if isinstance(target, Result):
+        check_probe(target)
+        read_at = [target.facts["names"][target.index("place", place)]]
+    cache = cache_of(model, given, lambda each: [*names_for(each, by), *read_at], tower)
     if not cache.has_batch_dim:
         raise InputError("This cache has no batch axis: take it with run_with_cache(...), remove_batch_dim=False.")
     whole = pos is None and gives_every_token(own) and not isinstance(target, Result)
@@ -118,7 +125,7 @@ def attribute(
     blocks = own.layers()
     if isinstance(target, Result):
         refuse_with_probe(against=against, labels=labels, pos=pos)
-        paths, fixed, names, end = probe_covectors(cache, target, place)
+        paths, fixed, names, end, read = probe_covectors(cache, target, place)
         blocks = blocks[:end]
         if not blocks and by != "layer":
             raise NotApplicable("This probe reads the stream before the first block: nothing but embeddings is there.")
@@ -128,6 +135,7 @@ def attribute(
         reading = readout(model, target, against, tower=tower, labels=labels)
         token, names = token_read(own, cache, pos), reading.labels
         paths, fixed = covectors(cache, reading, token), constant(cache, reading, token)
+        read = reading(at_token(cache["hook_logits"], token))
     columns = [split[by](cache, blocks, g, keep) for g in paths]
     values, rest = (
         each[0][..., None] if len(each) == 1 else torch.stack(each, -1) for each in zip(*columns, strict=True)
@@ -136,6 +144,10 @@ def attribute(
     tokens = _tokens(cache, axes, values.shape)
     if whole and keep and (first := first_given_out(own)):
         values, rest, tokens = values[..., first:, :], rest[..., first:, :], {k: v[first:] for k, v in tokens.items()}
+    parts, others = values.flatten(0, len(_AXES[by]) - 1), rest
+    if keep and not whole:
+        parts, others = parts.movedim(2, 1).flatten(0, 1), rest.sum(1)
+    check_total(cache, parts, (others, fixed), read)
     tensors = {"constant": fixed, **({} if by == "layer" else {"rest": rest})}
     return Result(
         values,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -51,8 +51,8 @@ def constant(cache: Any, reading: Readout, token: int | None = None) -> Tensor:
 
 def probe_covectors(
     cache: Any, probe: Result, place: str | int = -1
-) -> tuple[list[Tensor], Tensor, tuple[str, ...], int]:
-    """Return the same of a probe at one of its places: covectors, constant, labels, and how many blocks come before.
+) -> tuple[list[Tensor], Tensor, tuple[str, ...], int, Tensor]:
+    """Return the same of a probe at one of its places: covectors, constant, labels, blocks before it, and its reading.
 
     Args:
         cache: of one tower.
@@ -63,8 +63,6 @@ def probe_covectors(
         InputError: it is no probe of the residual stream.
         NotApplicable: it reads every patch by itself.
     """
-    if probe.technique != "probe":
-        raise InputError(f"Expected the Result of probe, classes, texts or directions, got one of {probe.technique!r}.")
     name = probe.facts["names"][probe.index("place", place)]
     layer, tokens = layer_of(name), probe.facts["tokens"]
     if layer is None or not name.endswith(("hook_resid_pre", "hook_resid_post")):
@@ -76,9 +74,50 @@ def probe_covectors(
     share[cache.layout.slice(tokens) if tokens != "mean" else slice(None)] = 1
     weight, bias = (probe.tensors[f"{name}/{part}"].to(stream) for part in ("weight", "bias"))
     paths = [(share / share.sum())[:, None] * row for row in weight]
-    labels = probe.facts["labels"][-len(weight) :] or [str(at) for at in range(len(weight))]
     end = layer + name.endswith("hook_resid_post")
-    return [path.expand_as(stream) for path in paths], bias.expand(len(stream), -1), tuple(labels), end
+    read = cache[name][:, share != 0].mean(1) @ weight.T + bias
+    return (
+        [path.expand_as(stream) for path in paths],
+        bias.expand(len(stream), -1),
+        tuple(probe.facts["rows"]),
+        end,
+        read,
+    )
+
+
+def check_total(cache: Any, parts: Tensor, rest: Sequence[Tensor], reading: Tensor) -> None:
+    """Refuse parts that are not what a reading is made of, beyond what dtypes round.
+
+    Args:
+        cache: what they were made from.
+        parts: what should sum to the reading: ``[part ...]``.
+        rest: with these.
+        reading: of the pass itself.
+
+    Raises:
+        NotApplicable: a hook edited the stream, or what lies between parts and reading.
+    """
+    total, size = parts.sum(0), parts.abs().sum(0) + reading.abs()
+    for one in rest:
+        total, size = total + one, size + one.abs()
+    off = (total - reading).abs() > _rounding(cache) * size
+    if bool(off.any()):
+        raise NotApplicable(
+            f"The components sum to {total[off][0]:.6g}, and the pass gave {reading.expand_as(off)[off][0]:.6g}: a "
+            "hook edits the stream, what a layer adds to it or what reads it, or weights changed since the cache was "
+            "taken. Edits of embeddings and of what components are made of can be attributed: q, k, v, pattern, z of "
+            "heads, post of neurons."
+        )
+
+
+def _rounding(cache: Any) -> float:
+    """Return the share of a sum's size that passes in the dtypes of a cache may be off by."""
+    dtypes = {x.dtype for x in cache.values() if x.is_floating_point()}
+    if dtypes == {torch.float64}:
+        return 1e-9
+    if dtypes <= {torch.float32, torch.float64}:
+        return 1e-3 if torch.get_float32_matmul_precision() == "highest" else 3e-2  # TF32 has ten bits
+    return 0.3
 
 
 def lengths(cache: Any) -> Tensor:

@@ -25,7 +25,7 @@ from prisma_core import ActivationCache, HookedDual, HookedModel, InputError, No
 from prisma_core.plugin import checked, shown
 from prisma_lens.attribute import attribute, check_sum_of, head_inputs, names_for
 from prisma_lens.bar import bar
-from prisma_lens.covectors import lengths
+from prisma_lens.covectors import check_total, lengths
 from prisma_lens.inputs import as_batches, as_input
 from prisma_lens.readouts import Target, at_token, cache_of, check_pooled, readout, token_read, tower_of
 
@@ -81,6 +81,7 @@ def head_outputs(
         others = at_token(others + cache.project_stack(biases.expand(shape))[0] + cache.logit_constant(), token)
         parts.append(torch.stack(layers).cpu())
         rests.append((others / scale).cpu())
+        check_total(cache, parts[-1].flatten(0, 1), rests[-1:], (at_token(cache["hook_logits"], token) / scale).cpu())
     if not parts:
         raise InputError("There are no images.")
     values = torch.cat(parts, 2)
@@ -132,7 +133,7 @@ def mean_ablation(
     """
     own = tower_of(model, "vision")
     check_pooled(own, "answer to an image", pos)
-    reading, stacks, truths, given = readout(model, target), list[Tensor](), list[Tensor](), False
+    reading, stacks, truths = readout(model, target), list[Tensor](), list[Tensor]()
     labels: list[str] = []
     for images, truth in bar(as_batches(data), "Images", progress):
         cache = cache_of(model, images, names_for)
@@ -140,11 +141,17 @@ def mean_ablation(
         outputs, fixed = cache.project_stack(parts), cache.logit_constant()[None]  # constants are their own mean
         token = token_read(own, cache, pos)
         outputs = torch.cat([at_token(outputs, token), at_token(fixed, token).expand(1, len(images), -1)])
+        check_total(cache, outputs, (), at_token(cache["hook_logits"], token))
         # Parts of vectors of unit length, as the equation has it: a long vector's must not weigh more in the mean.
         stacks.append(outputs / unit_scale(model, cache) @ reading.vectors.to(outputs).T)
-        given = truth is not None
         if truth is not None:
             truths.append(truth)
+        n = stacks[-1].shape[1]
+        if len(truths) not in (0, len(stacks)) or (truth is not None and truth.shape != (n,)):
+            raise InputError(
+                f"Expected a label for each image of every batch, or none at all: got {shown(truth)} for {n} images, "
+                f"and labels of {len(truths)} of {len(stacks)} batches."
+            )
     if not stacks or sum(each.shape[1] for each in stacks) < 2 or len(reading.labels) < 2:
         raise InputError(
             f"Expected at least two images, and two texts or classes to tell apart; got "
@@ -152,8 +159,8 @@ def mean_ablation(
         )
     stack = torch.cat(stacks, 1)  # [component image class]
     intact = stack.sum(0).argmax(-1)  # biases, the same for all texts, change no answer
-    truth = torch.cat(truths).to(intact) if given else intact
-    if given and not bool(((truth >= 0) & (truth < len(reading.labels))).all()):
+    truth = torch.cat(truths).to(intact.device) if truths else intact
+    if truth.is_floating_point() or not bool(((truth >= 0) & (truth < len(reading.labels))).all()):
         raise InputError(
             f"Expected labels from 0 to {len(reading.labels) - 1}, places among the targets; got {shown(truth)}."
         )
@@ -172,7 +179,7 @@ def mean_ablation(
         ("kind", "layer"),
         {"kind": ("attn", "mlp"), "layer": tuple(f"L{layer}" for layer in range(n))},
         technique="mean_ablation",
-        unit="accuracy" if given else "share of the intact model's answers",
+        unit="accuracy" if truths else "share of the intact model's answers",
         baseline="the direct effects of all layers up to this one replaced by their means over the images",
         facts={"intact": (intact == truth).float().mean().item(), "images": stack.shape[1]},
     )

@@ -86,9 +86,7 @@ def integrated_gradients(
     output, cache = model.run_with_cache(*inputs, names=name)
     a = cache[name]
     if isinstance(baseline, Tensor):
-        if baseline.shape[-a.ndim + 1 :] != a.shape[1:] or (
-            baseline.ndim == a.ndim and len(baseline) not in (1, len(a))
-        ):
+        if tuple(baseline.shape) not in {tuple(a.shape), (1, *a.shape[1:]), tuple(a.shape[1:])}:
             raise InputError(f"Expected a baseline {list(a.shape)}, as {name} is; got {list(baseline.shape)}.")
         b = baseline.to(a).expand_as(a)
     elif baseline == "zero":

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, NotApplicable, Result, TokenLayout
-from prisma_core.plugin import Count, Share, blaming, checked, layer_of, shown
+from prisma_core.plugin import Count, Share, blaming, checked, layer_of, shown, widened
 from prisma_lens.inputs import as_input, vision_of
 
 MODULI = range(2, 9)
@@ -68,10 +68,10 @@ def head_scores(model: HookedModel, images: Any, *, batch_size: Count = 16) -> R
     for part in images.split(batch_size):
         with torch.no_grad():
             _, cache = model.run_with_cache(part, names=list(chain(*names)), output=False)
-        patches = [layer_pattern(cache, each)[:, :, layout.n_prefix :].float() for each in names]
+        patches = [widened(layer_pattern(cache, each)[:, :, layout.n_prefix :]) for each in names]
         if len({x.shape[1] for x in patches}) != 1:
             raise NotApplicable("The layers differ in their number of heads, so there is no [layer head] to return.")
-        here = masks.to(patches[0].device)
+        here = masks.to(patches[0])
         shares = torch.stack([torch.einsum("bhqk,cqk->ch", x, here) / x.shape[2] for x in patches], 1)
         total = (total.to(shares) if n else torch.zeros_like(shares)) + shares
         n += len(part)
@@ -187,9 +187,9 @@ def mixing_steps(
         )
     steps = list[Tensor]()
     for each in names:
-        pattern = layer_pattern(cache, each).float()
+        pattern = widened(layer_pattern(cache, each))
         one = pattern.mean(1) if heads is None else _merged(heads, pattern)
-        step = residual * torch.eye(one.shape[-1], device=one.device) + (1 - residual) * one
+        step = residual * torch.eye(one.shape[-1]).to(one) + (1 - residual) * one
         steps.append(step / step.sum(-1, keepdim=True))
     return steps, () if layout is None else tuple(layout.token_names())
 

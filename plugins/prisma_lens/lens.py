@@ -24,6 +24,7 @@ from torch import Tensor
 
 from prisma_core import ActivationCache, HookedModel, HookedText, HookedViT, InputError, NotApplicable, Result
 from prisma_core.plugin import Count, checked
+from prisma_lens.probes import check_probe
 from prisma_lens.readouts import (
     Target,
     TowerName,
@@ -175,8 +176,7 @@ def _of_probe(
     model: HookedModel, given: Any, probe: Result, tower: TowerName
 ) -> tuple[Any, Iterator[tuple[str, Tensor]], Callable[[Tensor, str], Tensor], tuple[str, ...]]:
     """Return the cache, the streams by label, what reads one, and the names of the probe's classes."""
-    if probe.technique != "probe":
-        raise InputError(f"Expected the Result of probe, classes, texts or directions, got one of {probe.technique!r}.")
+    check_probe(probe)
     places = dict(zip(probe.names("place"), probe.facts["names"], strict=True))
     cache = cache_of(model, given, lambda each: list(places.values()), tower)
 
@@ -184,10 +184,7 @@ def _of_probe(
         weight, bias = (probe.tensors[f"{places[stage]}/{part}"].to(stream) for part in ("weight", "bias"))
         return stream @ weight.T + bias
 
-    n = probe.tensors[f"{next(iter(places.values()))}/weight"].shape[0]
-    names = tuple(probe.facts["labels"])
-    names = names[-1:] if n == 1 else names  # of two classes a probe has one direction, towards the second
-    return cache, ((stage, cache[name]) for stage, name in places.items()), read, names if len(names) == n else ()
+    return cache, ((stage, cache[name]) for stage, name in places.items()), read, tuple(probe.facts["rows"])
 
 
 def _read(

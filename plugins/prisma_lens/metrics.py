@@ -61,8 +61,8 @@ def as_metric(model: HookedModel, metric: MetricLike, *, single: bool = False) -
     Args:
         model: the model whose labels name the classes.
         metric: a function of the model's output with a number for each image ``[batch]`` or several ``[batch ...]``
-            (of one image, the number alone will do); or a class, as index or label, for its logit; or two classes, for
-            the difference of their logits.
+            (of one image, the number alone will do; whole numbers and true or false become floating point numbers); or
+            a class, as index or label, for its logit; or two classes, for the difference of their logits.
         single: one number for each image alone, as gradients and means need it.
 
     Raises:
@@ -84,11 +84,12 @@ def as_metric(model: HookedModel, metric: MetricLike, *, single: bool = False) -
             values = cast(object, metric(output))
         if isinstance(values, Tensor) and not values.ndim and len(output) == 1:
             values = values[None]  # of one image, the number alone
-        if not isinstance(values, Tensor) or not values.ndim or len(values) != len(output):
+        if not isinstance(values, Tensor) or not values.ndim or len(values) != len(output) or values.is_complex():
             raise InputError(
                 f"Expected a metric that returns a number for each image, [batch ...]: of an output "
                 f"{list(output.shape)} it returned {shown(values)}."
             )
+        values = values if values.is_floating_point() else values.float()  # of argmax, or of a comparison
         if single and values.ndim != 1:
             raise InputError(
                 f"Expected a metric with one number for each image, [batch]: of an output {list(output.shape)} it "

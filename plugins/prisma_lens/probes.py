@@ -60,8 +60,9 @@ def probe(
         options: of scikit-learn's ``LogisticRegression``.
 
     Returns:
-        ``values`` as above, and in ``tensors`` for each hook point ``NAME/weight`` ``[class d]``, in the activation's
-        own units: a direction that attribution, lens and steering take.
+        ``values`` as above, and in ``tensors`` for each hook point ``NAME/weight`` ``[row d]``, in the activation's
+        own units: a direction that attribution, lens and steering take. ``facts["rows"]`` names the class of each row:
+        one for each class that was fitted, of two classes the second alone.
 
     Raises:
         InputError: there are no data or too few, the labels do not fit the tokens, or the activation has heads.
@@ -75,7 +76,7 @@ def probe(
     rows: dict[str, list[Tensor]] = {name: [] for name in wanted}
     truth: list[Tensor] = []
     examples: list[Tensor] = []
-    seen = 0
+    rows_of, seen = list[str](), 0
     for images, given in as_batches(data):
         if given is None:
             raise InputError("Probes are fitted to labels: expected batches (images, labels).")
@@ -85,12 +86,13 @@ def probe(
         for name in wanted:
             x = _read(cache, name, tokens)
             rows[name].append(x.flatten(0, -2).float().cpu())
-        per = x.flatten(1, -2).shape[1] if x.ndim > 2 else 1
-        fit = (len(images), per) if tokens == "patches" else (len(images),)
-        if tuple(given.shape) != fit:
-            raise InputError(
-                f"tokens={tokens!r} needs labels {list(fit)}, one for each thing read; got {list(given.shape)}."
-            )
+            per = x.flatten(1, -2).shape[1] if x.ndim > 2 else 1
+            fit = (len(images), per) if tokens == "patches" else (len(images),)
+            if tuple(given.shape) != fit:
+                raise InputError(
+                    f"tokens={tokens!r} needs labels {list(fit)} for {name}, one for each thing read; got "
+                    f"{list(given.shape)}."
+                )
         truth.append(given.flatten().cpu())
         examples.append(torch.arange(seen, seen + len(images)).repeat_interleave(per))
         seen += len(images)
@@ -111,7 +113,8 @@ def probe(
             values[at, column] = float(solver.score(scaled[test.numpy()], y[test].numpy()))
             if task == "probe":
                 tensors |= _direction(name, solver, scaler)
-    return _result(wanted, values, tensors, tasks, test, {"tokens": tokens, "labels": list(labels or ())})
+                rows_of = _row_names(solver, labels)
+    return _result(wanted, values, tensors, tasks, test, {"tokens": tokens, "rows": rows_of})
 
 
 @checked
@@ -169,7 +172,7 @@ def probe_harvest(
     target, example = given.flatten().cpu(), torch.arange(n).repeat_interleave(given[0].numel())
     test, tasks = _split(target, example, labels, held_out, control, seed)
     test, truths = test.view(n, -1), {task: y.view(n, -1) for task, y in tasks.items()}
-    generator, classes = torch.Generator().manual_seed(seed), target.unique().numpy()
+    generator, classes, rows_of = torch.Generator().manual_seed(seed), target.unique().numpy(), list[str]()
     tensors, values = dict[str, Tensor](), torch.zeros(len(wanted), len(tasks))
 
     def read(name: str, held: bool) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -195,7 +198,8 @@ def probe_harvest(
             right = [float((solvers[task].predict(scaler.transform(x)) == y).sum()) for task, y in ys.items()]
             values[place] += torch.tensor(right) / int(test.sum())
         tensors |= _direction(name, solvers["probe"], scaler)
-    return _result(wanted, values, tensors, tasks, test, {"tokens": tokens, "labels": list(labels or ())})
+        rows_of = _row_names(solvers["probe"], labels)
+    return _result(wanted, values, tensors, tasks, test, {"tokens": tokens, "rows": rows_of})
 
 
 def _rows(acts: Any, name: str, tokens: str, start: int, stop: int) -> Tensor:
@@ -218,6 +222,18 @@ def _rows(acts: Any, name: str, tokens: str, start: int, stop: int) -> Tensor:
     if not there:
         raise InputError(f"This harvest holds no {tokens}: it is of {', '.join(acts.tokens_of(name)[:3])} and so on.")
     return x[:, there] if tokens == "patches" else x[:, there].mean(1, keepdim=True)
+
+
+def check_probe(probe: Result) -> None:
+    """Refuse a result that is no probe's.
+
+    Raises:
+        InputError: it is another technique's, or lacks what ``probe`` writes.
+    """
+    if probe.technique != "probe":
+        raise InputError(f"Expected the Result of probe, classes, texts or directions, got one of {probe.technique!r}.")
+    if lacking := {"names", "tokens", "rows"} - {*probe.facts}:
+        raise InputError(f"This Result of probe has no facts {', '.join(sorted(lacking))}: fit the probe again.")
 
 
 def linear_solver(name: str) -> tuple[Any, Any]:
@@ -261,6 +277,12 @@ def _direction(name: str, solver: Any, scaler: Any) -> dict[str, Tensor]:
     weight = torch.from_numpy(solver.coef_ / scaler.scale_).float()
     bias = torch.from_numpy(solver.intercept_).float() - weight @ torch.from_numpy(scaler.mean_).float()
     return {f"{name}/weight": weight, f"{name}/bias": bias}
+
+
+def _row_names(solver: Any, labels: Sequence[str] | None) -> list[str]:
+    """Return the class that each row of a probe's weights is of; of two classes there is one row, of the second."""
+    names = [labels[each] if labels is not None else str(each) for each in solver.classes_.tolist()]
+    return names[-len(solver.coef_) :]
 
 
 def _result(

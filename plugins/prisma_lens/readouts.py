@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -151,8 +151,13 @@ def token_outputs(model: HookedViT | HookedText, stream: Tensor) -> Tensor:
     """Return the output ``[... out]`` of every token of a residual stream ``[... d_model]``, each taken alone.
 
     Raises:
-        NotApplicable: the model has one head for each of several tokens, or blocks that norm the stream.
+        NotApplicable: the model has one head for each of several tokens, blocks that norm the stream, or a scope is
+            open behind it.
     """
+    names = [*model.hook_points()]
+    refuse_open(
+        model, names[names.index(f"blocks.{len(model.blocks) - 1}.hook_resid_post") + 1 :], "a lens reads there"
+    )
     if isinstance(model, HookedViT) and model.spec.n_heads_out > 1:
         raise NotApplicable(
             f"This model reads {model.spec.n_heads_out} tokens with a head each and averages their logits; a lens "
@@ -194,6 +199,19 @@ def tower_of(model: HookedModel, tower: TowerName) -> HookedViT | HookedText:
             "gradients and attention patterns work on it all the same."
         )
     return model
+
+
+def refuse_open(model: HookedModel, names: Iterable[str], why: str) -> None:
+    """Refuse scopes that are open at hook points where a technique computes outside of the model's pass.
+
+    Raises:
+        NotApplicable: with the hook point.
+    """
+    points = model.hook_points()
+    if name := next((name for name in names if points[name].wanted), None):
+        raise NotApplicable(
+            f"A scope is open at {name}, and {why} outside of the pass: close it, or hook another place."
+        )
 
 
 def refuse_with_probe(**options: object) -> None:

@@ -25,7 +25,17 @@ from prisma_core.plugin import Indices, checked
 from prisma_lens.attribute import check_sum_of, names_for
 from prisma_lens.covectors import covectors
 from prisma_lens.decomposition import unit_scale
-from prisma_lens.readouts import Target, TowerName, at_token, cache_of, check_pooled, readout, token_read, tower_of
+from prisma_lens.readouts import (
+    Target,
+    TowerName,
+    at_token,
+    cache_of,
+    check_pooled,
+    readout,
+    refuse_open,
+    token_read,
+    tower_of,
+)
 
 
 @checked
@@ -54,11 +64,13 @@ def second_order(
         pos: the token whose output is read, of a model that gives out every token.
 
     Raises:
-        NotApplicable: a norm stands between heads or neurons and the stream, or the model has no MLPs.
+        NotApplicable: a norm stands between heads or neurons and the stream, the model has no MLPs, or a scope is open
+            on the path from neurons to the output.
         UnknownName, InputError: as in ``attribute``.
     """
     own = tower_of(model, tower)
     check_pooled(own, "reading that neurons add to", pos)
+    _check_open(own)
     reading = readout(model, target, against, tower=tower, labels=labels)
     cache = cache_of(model, given, second_order_names, tower)
     for layer, block in enumerate(own.layers()):
@@ -123,6 +135,7 @@ def neuron_outputs(
     """
     own = tower_of(model, "vision")
     check_pooled(own, "vector that neurons add to", pos)
+    _check_open(own)
     n = len(own.blocks)
     if not -n <= layer < n:
         raise InputError(f"No layer {layer}: there are {n}.")
@@ -173,6 +186,15 @@ def second_order_names(model: HookedModel, tower: TowerName = "vision") -> list[
             wanted += [f"blocks.{layer}.{branch.name}.hook_pattern", f"{_path(layer, branch)}.hook_scale"]
     points = own.hook_points()
     return [name for name in wanted if name in points]
+
+
+def _check_open(own: Any) -> None:
+    """Refuse hooks on the path from neurons to the output, which is computed from weights."""
+    freely = ("hook_q", "hook_k", "hook_q_input", "hook_k_input", "hook_rot_q", "hook_rot_k", "hook_attn_scores")
+    freely += ("hook_pattern", "hook_scale", "ln2.hook_normalized", "hook_pre", "hook_pre_linear", "hook_post")
+    names = [*own.hook_points()]
+    within = names[names.index("blocks.0.hook_resid_pre") :]
+    refuse_open(own, [name for name in within if not name.endswith(freely)], "the path from neurons on is computed")
 
 
 def _back(cache: Any, layer: int, block: Any, g: Tensor) -> Tensor:

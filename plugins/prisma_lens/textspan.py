@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import HookedDual, InputError, NotApplicable, Result
-from prisma_core.plugin import Count, Indices, Seed, checked, widened
+from prisma_core.plugin import Count, Indices, Seed, checked, shown, widened
 from prisma_lens.decomposition import head_outputs
 
 
@@ -36,13 +36,17 @@ def textspan(outputs: Tensor, texts: Tensor, k: Count = 5) -> tuple[list[int], T
     Args:
         outputs: ``[image d]``.
         texts: vectors of the pool ``[text d]``.
-        k: how many to choose; fewer come back where the outputs have fewer dimensions.
+        k: how many to choose; fewer come back where the outputs have fewer dimensions, none where no text lies along
+            them.
 
     Raises:
-        InputError: the outputs do not vary, or the widths differ.
+        InputError: the outputs do not vary or are not finite, or the widths differ.
     """
     if outputs.ndim != 2 or texts.ndim != 2 or outputs.shape[1] != texts.shape[1]:
         raise InputError(f"Expected outputs [image d] and texts [text d], got {[*outputs.shape]} and {[*texts.shape]}.")
+    for what, x in (("outputs", outputs), ("texts", texts)):
+        if not x.is_floating_point() or not bool(x.isfinite().all()):
+            raise InputError(f"Expected {what} as finite floating point numbers, got {shown(x)}.")
     outputs = widened(outputs)
     c = outputs - outputs.mean(0)
     _, sizes, basis = torch.linalg.svd(c, full_matrices=False)
@@ -63,7 +67,7 @@ def textspan(outputs: Tensor, texts: Tensor, k: Count = 5) -> tuple[list[int], T
         chosen.append(best)
         shares.append((c @ unit).square().sum() / total)
         c, t = c - (c @ unit)[:, None] * unit, t - (t @ unit)[:, None] * unit
-    return chosen, torch.stack(shares)
+    return chosen, torch.stack(shares) if shares else c.new_zeros(0)
 
 
 @checked

@@ -43,6 +43,7 @@ from prisma_core.plugin import (
     settled,
     shown,
     taking_gradients,
+    widened,
 )
 from prisma_lens.bar import bar
 from prisma_lens.inputs import as_batches
@@ -84,7 +85,7 @@ class TunedLens(nn.Module):
             "unembed_hash": unembed_hash(model),
             "lens_type": "linear_tuned_lens",
         }
-        return cls(config).to(next(model.parameters()))
+        return cls(config).to(widened(next(model.parameters())))  # steps of Adam vanish in half precision
 
     def __len__(self) -> int:
         return len(self.layer_translators)
@@ -237,6 +238,7 @@ def fit_tuned_lens(
     lens = TunedLens.of(own)
     if start is not None:
         start.check(own)
+        lens = TunedLens(start.config).to(next(lens.parameters()))
         lens.load_state_dict(start.state_dict())
     with blaming(optimizer, f"optimizer={shown(optimizer)}", InputError):
         solver = optimizer(lens.parameters(), lr=lr, **options)
@@ -344,5 +346,5 @@ def _streams(
 
 
 def _kl(final: Tensor, logits: Tensor) -> Tensor:
-    truth = final.log_softmax(-1)
+    truth, logits = widened(final).log_softmax(-1), widened(logits)
     return (truth.exp() * (truth - logits.log_softmax(-1))).sum(-1)

@@ -27,8 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import prisma_core as prisma
-from prisma_core import HookedModel, InputError, LoadError, PluginError, Result
-from prisma_core.plugin import Count, Natural, Part, Seed, blaming, checked, read_checkpoint, replacing, shown
+from prisma_core import HookedModel, InputError, LoadError, PluginError, Result, tensors_of
+from prisma_core.plugin import Count, Natural, Part, Seed, blaming, checked, digest, read_checkpoint, replacing, shown
 from prisma_patch.sweeps import bar
 
 Checkpoints = Mapping[int, Any]  # a model, a reference as text, or a folder as a Path: texts stay texts
@@ -54,8 +54,9 @@ def over_checkpoints(
             reference or folder is loaded when its turn comes, and let go.
         metric: a function of the model: a number, a tensor, or the result of a technique, of one shape throughout.
         progress: show a bar.
-        resume: a ``.safetensors`` file that keeps what was measured; a series that was stopped goes on from it. The
-            first checkpoint is measured again, to tell that the file is of this metric.
+        resume: a ``.safetensors`` file that keeps what was measured; a series that was stopped goes on from it. Every
+            checkpoint is loaded again and its weights are compared, and the first is measured again, to tell that the
+            file is of this series and metric.
 
     Raises:
         InputError: there are no checkpoints, or the metric has another shape at one.
@@ -67,10 +68,13 @@ def over_checkpoints(
     states = {} if path is None or not path.is_file() else read_checkpoint(path)
     rows, about = dict[str, Tensor](), None
     for step in bar(sorted(checkpoints), "Checkpoints", progress):
-        if rows and str(step) in states:
-            rows[str(step)] = states[str(step)]
-            continue
         model = _loaded(checkpoints[step])
+        key = str(step) if path is None else f"{step}.{digest(tensors_of(model))[:16]}"
+        if any(name.partition(".")[0] == str(step) and name != key for name in states):
+            raise LoadError(f"{path} is of another model at step {step}: choose another file, or remove it.")
+        if rows and key in states:
+            rows[key] = states[key]
+            continue
         with torch.no_grad(), blaming(metric, "The metric", InputError):
             value = metric(model)
         about = value if isinstance(value, Result) else about
@@ -80,16 +84,12 @@ def over_checkpoints(
                 raise InputError(f"Expected a metric that returns a number, a tensor or a Result; got {shown(row)}.")
             row = torch.as_tensor(row)
         row = row.detach().cpu().contiguous()
-        if (
-            not rows
-            and states
-            and not (str(step) in states and torch.allclose(states[str(step)], row, rtol=1e-3, atol=1e-6))
-        ):
+        if not rows and states and not (key in states and torch.allclose(states[key], row, rtol=1e-3, atol=1e-6)):
             raise LoadError(f"{path} is of another metric or series: choose another file, or remove it.")
         if rows and row.shape != next(iter(rows.values())).shape:
             first = list(next(iter(rows.values())).shape)
             raise InputError(f"The metric is {first} at the first checkpoint and {list(row.shape)} at step {step}.")
-        rows[str(step)] = row.clone()
+        rows[key] = row.clone()
         if path is not None:
             with replacing(path) as fresh:
                 save_file(rows | {name: states[name] for name in states if name not in rows}, fresh)
@@ -98,7 +98,7 @@ def over_checkpoints(
     return Result(
         values,
         ("checkpoint", *axes),
-        {"checkpoint": tuple(rows), **(about.labels if about is not None else {})},
+        {"checkpoint": tuple(key.partition(".")[0] for key in rows), **(about.labels if about is not None else {})},
         technique=f"over_checkpoints{f' of {about.technique}' if about is not None and about.technique else ''}",
         unit=about.unit if about is not None else "the metric",
     )

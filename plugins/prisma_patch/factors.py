@@ -30,7 +30,7 @@ from prisma_lens.probes import linear_solver
 from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, Result
-from prisma_core.plugin import Part, Query, Seed, checked, layer_of, positions_of, shown
+from prisma_core.plugin import Part, Query, Seed, blaming, checked, layer_of, positions_of, shown
 from prisma_patch.places import Positions, token_positions
 from prisma_patch.sweeps import bar
 
@@ -81,7 +81,7 @@ def factors_by_place(
         factors: by name, a number for each image ``[example]``, or several ``[example column]``.
         at: hook points (see ``prisma_core.hooks.query``).
         by_head: take each head as a place of its own, where a hook point has heads.
-        pos: tokens to read (their mean) and to swap; None for all.
+        pos: tokens to read (their mean) and to swap, where hook points have an axis ``pos``; None for all.
         read_at: the hook point at which factors are read out.
         held_out: the share of images that probes are measured on and that are swapped.
         seed: of the split and the pairs.
@@ -91,7 +91,8 @@ def factors_by_place(
         ``[place factor measure]``, and in ``tensors`` the ``readout`` R^2 of each factor at ``read_at``.
 
     Raises:
-        InputError: factors and images differ in number, or a factor is the same throughout.
+        InputError: factors and images differ in number, a factor is the same throughout or not finite, or a hook point
+            has no positions to choose from.
         PluginError: scikit-learn is not installed.
     """
     model = vision_of(model)
@@ -112,8 +113,11 @@ def factors_by_place(
     with torch.no_grad():
         _, cache = model.run_with_cache(images, names=[*names, read_at], output=False)
     tokens = token_positions(model.layout_for(images), pos)
-    if tokens is not None:
-        tokens = positions_of(tokens, max(cache[name].shape[1] for name in names))
+    for name in names if tokens is not None else []:
+        axes = points[name].axes.split()
+        if "pos" not in axes:
+            raise InputError(f"{name} ({' '.join(axes)}) has no positions to choose from; leave pos out.")
+        tokens = positions_of(tokens, cache[name].shape[axes.index("pos")])
     places = [Place(name, head) for name in names for head in _heads(points[name].axes, cache[name], by_head)]
     readouts = {factor: _Ridge(_flat(cache[read_at]), y, train) for factor, y in targets.items()}
     values = torch.zeros(len(places), len(targets), 2, dtype=torch.double)
@@ -158,7 +162,8 @@ class _Ridge:
 
         strengths = [10.0**power for power in range(-4, 5)]
         self.solver: Any = make_pipeline(StandardScaler(), RidgeCV(strengths))
-        self.solver.fit(x[train].numpy(), y[train].numpy())
+        with blaming(RidgeCV, "scikit-learn's RidgeCV", InputError):
+            self.solver.fit(x[train].numpy(), y[train].numpy())
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.from_numpy(self.solver.predict(x.numpy())).view(len(x), -1)
@@ -176,6 +181,8 @@ def _targets(images: Tensor, factors: Mapping[str, Tensor]) -> dict[str, Tensor]
                 f"got {shown(given)}."
             )
         y = given.detach().double().cpu().reshape(len(given), -1)
+        if not bool(y.isfinite().all()):
+            raise InputError(f"Expected finite numbers of the factor {name!r}, got {shown(y)}.")
         if bool((y.std(0) == 0).any()):
             raise InputError(f"The factor {name!r} is the same in all {len(y)} images: draw images that differ in it.")
         targets[name] = y
@@ -190,7 +197,7 @@ def _heads(axes: str, x: Tensor, by_head: bool) -> Sequence[int | None]:
 
 
 def _index(axes: str, head: int | None, tokens: list[int] | None) -> tuple[Any, ...]:
-    choices = {"pos": tokens, "patch": tokens, "head": None if head is None else head}
+    choices = {"pos": tokens, "head": head}
     return tuple(slice(None) if choices.get(axis) is None else choices[axis] for axis in axes.split())
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from prisma_core import ActivationCache, HookContext, HookedModel, InputError
 from prisma_core.plugin import Indices, Query, checked, positions_of
 from prisma_patch.passes import Inputs
-from prisma_patch.places import Positions, token_positions, tokens_among
+from prisma_patch.places import Positions, layout_at, token_positions, tokens_among
 
 Scope = AbstractContextManager[None]
 
@@ -122,18 +122,20 @@ def steer(
 
     Raises:
         UnknownName: no such hook point or subset.
-        InputError: the direction has another width.
+        InputError: the direction has another width, or is zero and to be taken out.
     """
     names = points_of(model, at)
     index = _indices(model, names, pos)
+    if project and not 0 < (length := float(direction.detach().cpu().double().norm())) < math.inf:
+        raise InputError(f"Expected a direction of some length to take out, got one of length {length:.3g}.")
 
     def edit(x: Tensor, at: HookContext) -> Tensor:
         if direction.ndim != 1 or direction.shape[0] != x.shape[-1]:
             raise InputError(f"Expected a direction [{x.shape[-1]}] for {at.name}, got shape {list(direction.shape)}.")
-        d = direction.to(x)
-        moved = x + scale * d
+        d = direction.to(x.device, torch.promote_types(x.dtype, torch.float32))  # its length may overflow
+        moved = x + (scale * d).to(x)
         if project:
-            unit = d / d.norm()
+            unit = (d / d.norm()).to(x)
             moved = moved - (x @ unit)[..., None] * unit
         return _replaced(x, index[at.name], moved)
 
@@ -157,13 +159,14 @@ def freeze(model: HookedModel, cache: ActivationCache, names: Query | None = Non
         names: which activations; None for all in the cache that are not derived.
 
     Raises:
-        UnknownName: the cache lacks one.
+        UnknownName: the cache lacks one, or the model has none of its hook points.
         InputError: the cache is another model's, or of inputs of other shapes.
     """
     if cache.model is not None and cache.model is not model:
         raise InputError("This cache is of another model: expected one that this very model's run_with_cache returned.")
     points = model.hook_points()
-    chosen = [name for name in cache if not points[name].derived] if names is None else points_of(model, names)
+    chosen = points_of(model, [*cache] if names is None else names)
+    chosen = [name for name in chosen if names is not None or not points[name].derived]
     held = {name: cache[name] for name in chosen}
 
     def edit(x: Tensor, at: HookContext) -> Tensor:
@@ -220,11 +223,11 @@ def _indices(
     model: HookedModel, names: list[str], pos: Positions, heads: Any = None, neurons: Any = None
 ) -> dict[str, Chosen]:
     """Return for each hook point what is chosen along which axis of its activation."""
-    layout, points = model.layout_for(), model.hook_points()
-    if isinstance(pos, str):
-        token_positions(layout, pos)  # says now what no pass could find
-    chosen = dict[str, Chosen]()
+    points, chosen = model.hook_points(), dict[str, Chosen]()
     for name in names:
+        layout = layout_at(model, [name])
+        if isinstance(pos, str):
+            token_positions(layout, pos)  # says now what no pass could find
         axes = points[name].axes.split()
         choices: list[tuple[Any, tuple[str, ...], str, Callable[[int], list[int]]]] = [
             (pos, ("pos", "query_pos"), "pos", partial(tokens_among, layout, pos)),

@@ -25,7 +25,7 @@ from prisma_core import HookContext, HookedModel, InputError, Result
 from prisma_core.plugin import Natural, Query, checked
 from prisma_patch.passes import Inputs, passes_of
 from prisma_patch.patching import arranged, sweep_of, variants_of
-from prisma_patch.places import Places
+from prisma_patch.places import Places, layout_at
 from prisma_patch.sweeps import run
 
 
@@ -67,7 +67,7 @@ def attribution_patch(
     measure, loss, inputs = as_metric(model, metric), as_loss(model, metric), as_inputs(model, clean)
     others = as_inputs(model, other)
     axes, names = sweep_of(model, at, over)
-    places = Places(model, names, axes, model.layout_for(*inputs), None, None, None)
+    places = Places(model, names, axes, layout_at(model, names, *inputs), None, None, None)
     with torch.no_grad():
         _, theirs = model.run_with_cache(*others, names=names, output=False)
     output, ours = model.run_with_cache(*inputs, names=names, loss=loss)

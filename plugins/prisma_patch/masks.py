@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from prisma_lens.inputs import vision_of
 from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, InputError, NotApplicable, TokenLayout
@@ -45,7 +46,7 @@ def knock_out(
     (1.0, 1.0)
 
     Args:
-        model: the model whose passes are changed.
+        model: the model whose passes are changed; of a dual encoder its vision tower is (``model.text`` is another).
         queries, keys: tokens, as positions or a subset of the layout (``"cls"``, ``"patches"``); None for all.
         layers: layers to change; None for all.
         heads: heads to change; None for all.
@@ -54,6 +55,7 @@ def knock_out(
         UnknownName: no such subset or layer.
         NotApplicable: the model's attention has no scores over all tokens: in windows, say.
     """
+    model = vision_of(model)
     layout = model.layout_for()
     for subset in (queries, keys):
         if isinstance(subset, str):
@@ -83,6 +85,7 @@ def causal(model: HookedModel, *, layers: Layers = None, heads: int | Indices | 
     Args:
         model, layers, heads: as in ``knock_out``.
     """
+    model = vision_of(model)
     return _masked(model, lambda q, k: _except_prefix(model, torch.ones(q, k, dtype=torch.bool).triu(1)), layers, heads)
 
 
@@ -108,6 +111,7 @@ def local(
         NotApplicable: the model has no grid of patches.
         InputError: in a pass of images of another size than the model's own.
     """
+    model = vision_of(model)
     layout = model.layout_for()
     if layout is None:
         raise NotApplicable("This model has no token layout, so no patch has neighbours.")

@@ -29,7 +29,7 @@ from torch import Tensor
 from prisma_core import HookedModel, InputError, NotApplicable, Result
 from prisma_core.plugin import Count, Indices, Query, checked, layer_of, shown
 from prisma_patch.passes import Inputs, Variant, passes_of
-from prisma_patch.places import Places, Positions, Region, block_of, check_layers_swept, check_reach
+from prisma_patch.places import Places, Positions, Region, block_of, check_layers_swept, check_reach, layout_at
 from prisma_patch.sweeps import run
 
 Other: TypeAlias = Tensor | tuple[Tensor, ...] | Literal["zero", "mean", "resample"]
@@ -87,7 +87,7 @@ def activation_patch(
     """
     inputs, others = as_inputs(model, clean), other if isinstance(other, str) else as_inputs(model, other)
     measure, (axes, names) = as_metric(model, metric), sweep_of(model, at, over)
-    layout = model.layout_for(*inputs)
+    layout = layout_at(model, names, *inputs)
     places = Places(model, names, axes, layout, pos, heads, region)
     check_reach(model, names, places)
     sources = _sources(model, inputs, others, reference, names)

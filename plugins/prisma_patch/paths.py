@@ -23,7 +23,7 @@ from torch import Tensor
 from prisma_core import HookContext, HookedModel, InputError, NotApplicable, Result
 from prisma_core.plugin import Indices, Query, checked, layer_of, positions_of
 from prisma_patch.passes import Inputs
-from prisma_patch.places import Positions, token_positions
+from prisma_patch.places import Positions, layout_at, token_positions
 
 FROZEN = ("hook_z", "hook_mlp_out")
 
@@ -92,7 +92,7 @@ def path_patch(
             "sender."
         )
     base = measure(output)
-    tokens = token_positions(model.layout_for(*ours), pos)
+    tokens = token_positions(layout_at(model, senders, *ours), pos)
 
     def send(x: Tensor, at: HookContext) -> Tensor:
         return _mixed(model, at.name, x, cache[at.name].to(x), heads, tokens)

@@ -14,6 +14,11 @@ Positions: TypeAlias = int | slice | Sequence[int] | str | None
 Region: TypeAlias = tuple[int | slice, int | slice] | None
 
 
+def layout_at(model: HookedModel, names: Sequence[str], *inputs: Any) -> TokenLayout | None:
+    """Return which token is where at hook points: of a pair's text tower that is not known."""
+    return None if any(name.startswith("text.") for name in names) else model.layout_for(*inputs)
+
+
 def token_positions(layout: TokenLayout | None, pos: Positions) -> list[int] | None:
     """Return the token positions that are meant, or None for all.
 
@@ -24,11 +29,11 @@ def token_positions(layout: TokenLayout | None, pos: Positions) -> list[int] | N
         return None
     if isinstance(pos, str):
         if layout is None:
-            raise InputError(f"This model has no token layout, so pos={pos!r} means nothing; give positions.")
+            raise InputError(f"There is no token layout here, so pos={pos!r} means nothing; give positions.")
         return layout.positions(pos)
     if isinstance(pos, slice):
         if layout is None:
-            raise InputError("A slice of positions needs the number of tokens, which this model does not know.")
+            raise InputError("A slice of positions needs the number of tokens, which is not known here.")
         return layout.positions(pos)
     return indices(pos)
 

@@ -84,7 +84,7 @@ def run(
     store = None
     with torch.no_grad():
         if resume is not None:
-            store = _Kept(Path(resume), variants, passes.inputs, metric(passes.clean()))
+            store = _Kept(Path(resume), variants, passes.inputs, passes.clean(), metric)
             effects = store.read()
         order = sorted((at for at in range(len(variants)) if at not in effects), key=lambda at: (groups[at], at))
         batches = list(_batches(order, groups, max(1, batch_size // passes.inputs[0].shape[0])))
@@ -111,17 +111,19 @@ def _batches(order: Sequence[int], groups: Sequence[int], step: int) -> Iterator
 class _Kept:
     """The effects of a sweep so far, in a file that belongs to this sweep alone.
 
-    Its mark depends on the places, the inputs, what is put in, and the metric of the clean run, which another model or
-    another metric would change.
+    Its mark depends on the places, the inputs, what is put in, the output of the clean run, which another model would
+    change, and the metric of it and of noise, which another metric would change.
     """
 
-    def __init__(self, path: Path, variants: Sequence[Variant], inputs: Inputs, clean: Tensor):
+    def __init__(self, path: Path, variants: Sequence[Variant], inputs: Inputs, clean: Tensor, metric: Metric):
         if path.suffix != ".safetensors":
             raise InputError(f"Expected a path that ends in .safetensors to resume from, got {path}.")
         text = json.dumps([[variant.name, repr(variant.part)] for variant in variants])
         digest = hashlib.sha256(text.encode())
         sources = {variant.name: variant.source for variant in variants if variant.source is not None}
-        for each in (*inputs, clean, *sources.values()):
+        generator = torch.Generator().manual_seed(0)
+        noise = [torch.randn(clean.shape, generator=generator).to(clean) for _ in range(8)]  # a distance is 0 at clean
+        for each in (*inputs, clean, *map(metric, (clean, *noise)), *sources.values()):
             digest.update(each.detach().cpu().double().contiguous().numpy().tobytes())
         self.path, self.mark = path, digest.hexdigest()[:16]
 

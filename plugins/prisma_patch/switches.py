@@ -2,9 +2,10 @@
 
 Equation:
     Heads are ranked by how far each alone moves logit(b) - logit(a) towards b when its output is taken from the other
-    image; they are added in that order until argmax is b, then each that is not needed is taken out again.
+    image; they are added in that order until argmax is b, then those that are not needed are taken out one by one.
 Cost:
-    One sweep over all heads, then at most twice as many passes as heads in the set.
+    One sweep over all heads, then a pass for each head that is added, and one for each that is left in every round of
+    taking out; the last round takes none out.
 Misleads:
     Greedy: the set cannot be made smaller by taking one head out, but another set may be smaller still.
 Source:
@@ -24,7 +25,7 @@ from prisma_core import HookContext, HookedModel, InputError, NotApplicable, Res
 from prisma_core.plugin import BriefRepr, Query, checked, layer_of
 from prisma_patch.passes import Inputs
 from prisma_patch.patching import activation_patch, variants_of
-from prisma_patch.places import Places, Positions
+from prisma_patch.places import Places, Positions, layout_at
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,7 +100,7 @@ def switch(
     effects = activation_patch(model, clean, other, metric, at=at, over="layer head", pos=pos, progress=progress)
     names = [name for name in points_of(model, at) if layer_of(name) is not None]
     _, theirs = model.run_with_cache(*others, names=names, output=False)
-    places = Places(model, names, ["layer", "head"], model.layout_for(*ours), pos, None, None)
+    places = Places(model, names, ["layer", "head"], layout_at(model, names, *ours), pos, None, None)
     heads = variants_of(places, names, theirs, theirs)
     n_heads = effects.shape["head"]
     order = effects.values[..., 0].flatten().argsort(descending=True).tolist()
@@ -120,7 +121,9 @@ def switch(
         if int(run(chosen)[0].argmax()) == second:
             flipped = True
             break
-    if flipped:
+    size = 0 if flipped else len(chosen)
+    while size != len(chosen):  # a head that was needed may not be once another is out
+        size = len(chosen)
         for each in list(chosen):
             fewer = [other for other in chosen if other != each]
             if fewer and int(run(fewer)[0].argmax()) == second:

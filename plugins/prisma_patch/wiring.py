@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from einops import einsum
+from prisma_lens.inputs import as_input
 from prisma_lens.metrics import Metric
+from prisma_lens.readouts import refuse_open
 from torch import Tensor
 
 from prisma_core import HookContext, HookedModel, HookedText, HookedViT, InputError, NotApplicable
@@ -34,7 +37,7 @@ class Graph:
         """Return the graph of a model, once it and the inputs are known to fit.
 
         Raises:
-            NotApplicable: the model's stream is no sum of what heads and MLPs add to it.
+            NotApplicable: the model's stream is no sum of what heads and MLPs add to it, or a scope is open in it.
             InputError: the pairs do not fit together.
         """
         if not isinstance(model, HookedViT | HookedText):
@@ -44,7 +47,7 @@ class Graph:
             )
         if not isinstance(clean, Tensor) or not isinstance(corrupt, Tensor):
             raise InputError(f"Expected inputs as tensors, got {shown(clean)} and {shown(corrupt)}.")
-        if clean.shape != corrupt.shape:
+        if clean.shape != corrupt.shape or not len(as_input(model, clean)):
             raise InputError(
                 f"Expected pairs, one corrupt input for each clean: {clean.shape} against {corrupt.shape}."
             )
@@ -53,7 +56,10 @@ class Graph:
                 "Expected pairs of texts of the same length: here they end at other tokens, so what is masked or read "
                 "at the end differs, which no edge carries."
             )
-        blocks = model.spec.blocks
+        blocks, layered = model.spec.blocks, re.compile(r"blocks\.\d+\.(attn\.|hook_[qkv]_input|ln1\.)")
+        names = [name for name in model.hook_points() if name.startswith("blocks.") and not layered.match(name)]
+        names += [name for name in model.hook_points() if ".ln1." in name and blocks[0].kind == "parallel"]
+        refuse_open(model, names, "what edges carry is computed there")
         attn = blocks[0].attn
         for layer, block in enumerate(blocks):
             normed = block.kind == "res_post" and (block.ln1 is not None)

@@ -60,7 +60,7 @@ def register_neurons(
 
     Raises:
         InputError: there is no image, or cutoff and factor say nothing (see ``TokenNorms.outliers``).
-        NotApplicable: no patch of these images is an outlier.
+        NotApplicable: no patch of these images is an outlier, or no MLP comes before one.
 
     Neurons of gated MLPs are active with either sign, so what counts is the size.
 
@@ -69,8 +69,11 @@ def register_neurons(
     check_vit(model)
     check_images(images)
     norms = norms or token_norms(model, images, batch_size=batch_size, progress=progress)
-    if norms.norms.shape[1] != len(images):
-        raise InputError(f"Expected norms of these {len(images)} images, got those of {norms.norms.shape[1]}.")
+    if norms.norms.shape[:2] != (len(model.blocks), len(images)):
+        raise InputError(
+            f"Expected norms of these {len(images)} images after {len(model.blocks)} blocks, got those of "
+            f"{norms.norms.shape[1]} after {norms.norms.shape[0]}."
+        )
     first = norms.first_layer(cutoff=cutoff, factor=factor)
     if first is None:
         raise NotApplicable(
@@ -81,6 +84,10 @@ def register_neurons(
     patches = norms.layout.slice("patches")
     outlying = norms.outliers(cutoff=cutoff, factor=factor)[first][:, patches]
     names = [f"blocks.{layer}.mlp.hook_post" for layer in range(first + 1) if model.spec.blocks[layer].mlp is not None]
+    if not names:
+        raise NotApplicable(
+            f"No layer up to {first} has an MLP, and patches are outliers behind it: no neuron wrote them."
+        )
     sums: dict[str, Tensor] = {}
     for part, mask in track(
         list(zip(images.split(batch_size), outlying.split(batch_size), strict=True)),

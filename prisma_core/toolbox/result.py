@@ -16,6 +16,7 @@ from prisma_core.errors import InputError, LoadError, PluginError, PrismaError, 
 from prisma_core.errors.arguments import check_flags, expect, number, path_of, several, shown, tensor, whole
 from prisma_core.files.checkpoint import read_with_header, write_safetensors
 from prisma_core.spec.brief import html_table
+from prisma_core.toolbox.precision import widened
 
 Self_ = TypeVar("Self_", bound="Result")
 Label = int | str
@@ -138,7 +139,7 @@ class Result:
             by_size: the largest by absolute value; False the largest by value.
         """
         check_flags(by_size=by_size)
-        flat = self.values.flatten().float()
+        flat = self.values.flatten().cpu().double()
         order = (flat.abs() if by_size else flat).topk(min(number(k, "how many", 1), flat.numel())).indices
         names = [self.names(axis) for axis in self.axes]
         places = torch.stack(torch.unravel_index(order, self.values.shape), -1) if self.axes else order[:, None][:, :0]
@@ -154,7 +155,7 @@ class Result:
             PluginError: pandas is not installed.
         """
         pandas = _library("pandas")
-        values = self.values.detach().flatten().float().cpu().numpy()
+        values = widened(self.values).flatten().cpu().numpy()
         if not self.axes:
             return pandas.DataFrame({"value": values})
         index = pandas.MultiIndex.from_product([self.names(axis) for axis in self.axes], names=list(self.axes))
@@ -169,7 +170,7 @@ class Result:
         labels = {axis: list(self.names(axis)) for axis in self.axes if axis in self.labels}
         about = {"technique": self.technique, "unit": self.unit, "baseline": self.baseline, "total": self.total}
         return _library("xarray").DataArray(
-            self.values.float().cpu().numpy(), dims=self.axes, coords=labels, attrs=about
+            widened(self.values).cpu().numpy(), dims=self.axes, coords=labels, attrs=about
         )
 
     def plot(self, **options: Any) -> Any:
