@@ -13,6 +13,7 @@ from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import pluggy
+from torch import nn
 
 from prisma_core.contract import hookspecs
 from prisma_core.contract.adapter import Adapter, Refusal
@@ -26,16 +27,15 @@ from prisma_core.errors import (
     UnsupportedArchitecture,
     describe,
     format_error,
+    qualified_name,
     returned,
     suggest,
 )
 from prisma_core.hooks.model import HookedModel
-from prisma_core.maps.reader import qualified_name
 from prisma_core.toolbox.screen import aside, note
 from prisma_core.toolbox.settings import kept_settings, raised_by_code
 
 if TYPE_CHECKING:
-    from torch import nn
     from typer import Typer
 
 T = TypeVar("T")
@@ -261,7 +261,7 @@ class Host:
         if kind in self._refusals:
             refusal = self._refusals[kind]
             feature = f"{refusal.feature}{self._within(upstream)}"
-            raise replace(refusal, feature=feature).error(cast("nn.Module", upstream))
+            raise replace(refusal, feature=feature).error(cast(nn.Module, upstream))
         raise UnsupportedArchitecture(
             kind,
             f"no installed plugin adapts this type{self._alike(type(upstream))}{self._within(upstream)}; a hook map of "

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from html import escape
-from typing import Any, Literal, NoReturn, Self, cast, overload
+from typing import Any, Literal, NoReturn, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,28 +75,6 @@ class Processor:
         if not (value is None or callable(value) or isinstance(value, LazyProcessor)):
             raise InputError(f"Expected model.{self.name} as a function, or None, got {shown(value)}.")
         vars(model)[self.name] = value
-
-
-class Labels:
-    """A model's attribute for the names of its classes: a text each, or None."""
-
-    @overload
-    def __get__(self, model: None, owner: type) -> Labels: ...
-    @overload
-    def __get__(self, model: object, owner: type) -> tuple[str, ...] | None: ...
-    def __get__(self, model: object, owner: type) -> Labels | tuple[str, ...] | None:
-        return self if model is None else vars(model).get("labels")
-
-    def __set__(self, model: object, value: Iterable[str] | None) -> None:
-        names = None if value is None else tuple(several(value, "labels, a text for each class"))
-        for name in names or ():
-            expect(name, str, "labels, a text for each class")
-        n = getattr(getattr(model, "spec", None), "n_classes", None)
-        if names is not None and n not in (None, len(names)):
-            raise InputError(
-                f"This model has {n} classes and {shown(value)} holds {len(names)} labels: give one for each."
-            )
-        vars(model)["labels"] = names
 
 
 NO_PREPROCESS = MissingProcessor(
@@ -212,14 +190,6 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             module._buffers[attribute] = x.detach()  # pyright: ignore[reportPrivateUsage]
 
 
-_UNSUPPORTED = {  # by torch, in words of its own: what to do
-    "Inference tensors cannot be saved": (
-        "This pass takes gradients, and an input or a weight was made in torch.inference_mode(): it takes none. Make "
-        "it outside of that: x.clone(), or load the model again; or run the pass in torch.no_grad()."
-    ),
-}
-
-
 @torch.library.custom_op("prisma::in_scopes", mutates_args=(), schema="(Tensor x) -> Tensor")
 def _in_scopes(x: Tensor) -> Tensor:
     """Have what is being checkpointed around a compiled model computed again in the open scopes; return a copy.
@@ -252,21 +222,35 @@ class ZooModel(HookedModel):
         spec: the facts.
         preprocess: from images, or videos, to the tensor the model takes; set when the model is loaded. Where
             it is unset it is false, and using it raises an InputError that says what to set.
-        labels: names of the classes, one each, if the model has any.
         reference: what it was loaded from.
         origin: what it was adapted from.
     """
 
     spec: Any  # each model says which of AnySpec
     preprocess = Processor()
-    labels = Labels()
 
     def __init__(self) -> None:
         super().__init__()
         self.preprocess = NO_PREPROCESS
-        self.labels = None
         self.reference: str | None = None
         self.origin: Origin | None = None
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """Names of the classes, one each, if the model has any."""
+        return vars(self).get("labels")
+
+    @labels.setter
+    def labels(self, value: Iterable[str] | None) -> None:
+        names = None if value is None else tuple(several(value, "labels, a text for each class"))
+        for name in names or ():
+            expect(name, str, "labels, a text for each class")
+        n = getattr(getattr(self, "spec", None), "n_classes", None)
+        if names is not None and n not in (None, len(names)):
+            raise InputError(
+                f"This model has {n} classes and {shown(value)} holds {len(names)} labels: give one for each."
+            )
+        vars(self)["labels"] = names
 
     def __setattr__(self, name: str, value: Any) -> None:
         if hasattr(getattr(type(self), name, None), "__set__"):  # torch would take a preprocess of its own for a part
@@ -281,10 +265,12 @@ class ZooModel(HookedModel):
         try:
             output = super().__call__(*inputs, **kwargs)
         except RuntimeError as error:
-            for words, advice in _UNSUPPORTED.items():
-                if words in str(error):
-                    raise InputError(advice) from error
-            raise
+            if "Inference tensors cannot be saved" not in str(error):
+                raise
+            raise InputError(
+                "This pass takes gradients, and an input or a weight was made in torch.inference_mode(): it takes "
+                "none. Make it outside of that: x.clone(), or load the model again; or run the pass in torch.no_grad()."
+            ) from error
         hooked = compiling and scopes and isinstance(output, Tensor)
         return _in_scopes(output) if hooked else output
 

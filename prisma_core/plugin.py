@@ -20,6 +20,7 @@ from prisma_core.errors import (
     WeightMapError,
     blaming,
     format_fields,
+    qualified_name,
     returned,
     suggest,
 )
@@ -59,7 +60,7 @@ from prisma_core.host import Host, PluginInfo, installed
 from prisma_core.inputs import SIZES, ImageLike, ImagePreprocess, Preprocess, open_image, probe, restored
 from prisma_core.inputs.video import VideoPreprocess, read_video
 from prisma_core.maps.places import FUSED, HookMap, Place, Row
-from prisma_core.maps.reader import Reader, qualified_name
+from prisma_core.maps.reader import Reader
 from prisma_core.maps.weights import WeightMap
 from prisma_core.spec import (
     Activation,

@@ -29,6 +29,7 @@ from prisma_core.errors import (
     blaming,
     describe,
     format_fields,
+    qualified_name,
     returned,
 )
 from prisma_core.errors.arguments import check_flags, device_of, dtype_of, expect
@@ -37,7 +38,7 @@ from prisma_core.files.checkpoint import check_finite, check_merged
 from prisma_core.hooks.model import HookedModel
 from prisma_core.host import installed
 from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader, qualified_name
+from prisma_core.maps.reader import Reader
 from prisma_core.maps.table import pattern_of
 from prisma_core.maps.weights import WeightMap
 from prisma_core.model import Origin, ZooModel, assign, tensors_of
@@ -49,6 +50,7 @@ from prisma_core.transformer import HookedDual, HookedText, build
 from prisma_core.transformer.names import optional_hook_names
 from prisma_core.upstream.copies import copy_module
 from prisma_core.upstream.model import HookedUpstream
+from prisma_core.upstream.replaced import name_of
 from prisma_core.upstream.undeclared import check_at_hand, check_counted, check_undeclared, unwrapped
 
 
@@ -355,6 +357,8 @@ def _reading(adapter: Adapter) -> Generator[None]:
             yield
     except PluginError as error:
         problem = error.__cause__
+        if isinstance(problem, AttributeError) and (part := _no_module(problem)) is not None:
+            raise part from problem
         if problem is None or not (place := _place(problem)):
             raise
         raise PluginError(f"{str(error).rstrip('.')}{place}.") from problem
@@ -362,9 +366,22 @@ def _reading(adapter: Adapter) -> Generator[None]:
 
 def _place(problem: BaseException) -> str:
     """Say which module the code that raised an error had as a reader."""
-    frames = traceback.walk_tb(problem.__traceback__)
-    readers = [one for frame, _ in frames for one in frame.f_locals.values() if isinstance(one, Reader) and one.path]
+    readers = [one for one in _readers(problem) if one.path]
     return f". It was reading {readers[-1].path!r}" if readers else ""
+
+
+def _no_module(problem: AttributeError) -> UnsupportedArchitecture | None:
+    """Name a function that an adapter took for a part, because it stands in the place of one."""
+    for reader in reversed(_readers(problem)):
+        for name, value in vars(reader.module).items():
+            if callable(value) and problem.obj is value:
+                return reader.unsupported(f"a function {name} ({name_of(value)}). Put a module in its place before")
+    return None
+
+
+def _readers(problem: BaseException) -> list[Reader]:
+    frames = traceback.walk_tb(problem.__traceback__)
+    return [one for frame, _ in frames for one in frame.f_locals.values() if isinstance(one, Reader)]
 
 
 def output_of(adapter: Adapter, result: Any) -> Tensor:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from prisma_core import InputError
 from prisma_core.contract.adapter import Adapter, MapAdapter
+from prisma_core.errors import qualified_name
 from prisma_core.host import installed
 from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import qualified_name
 from prisma_core.spec import MapSpec
 from prisma_core.zoo import adapt_with
 

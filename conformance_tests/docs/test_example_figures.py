@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,8 @@ def test_every_technique_has_a_figure_or_a_reason() -> None:
 def test_an_example_draws_its_figure(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "prisma_lens.bridge":
         pytest.importorskip("captum")
+    if not (release := version("matplotlib")).startswith(f"{figures.DRAWN_WITH}."):
+        pytest.skip(f"the figures were drawn with matplotlib {figures.DRAWN_WITH}, and here is {release}")
     torch.set_default_dtype(torch.float32)
     monkeypatch.chdir(tmp_path)
     chart = figures.run(name).chart

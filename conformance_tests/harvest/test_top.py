@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from planted import MARK, SOURCE, marked, planted
 from prisma_harvest import Pass, harvest, resuming, top, top_examples
 from prisma_harvest.scoring import Units
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from prisma_core import HookedViT, InputError, LoadError, Result
 
@@ -149,6 +152,32 @@ def test_a_search_goes_on_where_it_was(
     assert result.facts == whole.facts
     with pytest.raises(LoadError, match="another search"):
         top_examples(sources(model, tmp_path, [RESID])[kind], RESID, 6, per="patch", resume=path)
+
+
+@pytest.mark.parametrize("change", ["seen", "lines", "no seen", "values", "no sum"])
+def test_a_search_whose_file_was_changed_is_refused(model: HookedViT, tmp_path: Path, change: str) -> None:
+    """Gone on from, it would leave images out, or name others."""
+    path, source = tmp_path / "search.safetensors", sources(model, tmp_path, [RESID])["harvest"]
+    whole = top_examples(source, RESID, 2, resume=path)
+    assert torch.equal(top_examples(source, RESID, 2, resume=path).values, whole.values)
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["top_examples"])
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if change.startswith("no "):
+        (facts if change == "no seen" else state).pop(change.removeprefix("no "))
+    elif change == "values":
+        state["values"][0, 0] += 1
+    else:
+        facts[change] = {"seen": 4, "lines": {"0": {"path": "another"}}}[change]
+    save_file(state, path, {"top_examples": json.dumps(facts)})
+    with pytest.raises(LoadError, match=r"not what was written.*begin anew"):
+        top_examples(source, RESID, 2, resume=path)
+
+
+@pytest.mark.parametrize("how", [{"directions": torch.ones(2, 24) * 1j}, {"encode": lambda rows: rows * 1j}])
+def test_complex_scores_are_refused(model: HookedViT, tmp_path: Path, how: Any) -> None:
+    with pytest.raises(InputError, match="real"):
+        top_examples(sources(model, tmp_path, [RESID])["harvest"], RESID, 2, **how)
 
 
 def test_memory_is_bounded_by_k(model: HookedViT) -> None:

@@ -158,7 +158,7 @@ def test_what_cannot_be_harvested_is_refused(model: HookedViT, photos: Path, tmp
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_nan_is_written_and_said(model: HookedViT, photos: Path, tmp_path: Path, dtype: Any) -> None:
-    """Infinite numbers, as masked scores hold them, are no news; of float16 they are refused."""
+    """Numbers of -inf, as masked scores hold them, are no news; of float16 they are refused."""
 
     def broken(x: torch.Tensor, at: object) -> torch.Tensor:
         x[-1, 1] = torch.nan
@@ -167,12 +167,36 @@ def test_nan_is_written_and_said(model: HookedViT, photos: Path, tmp_path: Path,
 
     how: dict[str, Any] = {"note": "edited", "batch": 13, "shard": 13, "workers": 0, "dtype": dtype, "on_error": "skip"}
     (photos / "cats" / "00.png").write_bytes(b"no image")
-    with model.hooks({FULL[0]: broken}), pytest.warns(UserWarning, match=rf"{FULL[0]} is NaN for image 12 ") as told:
+    with (
+        model.hooks({FULL[0]: broken}),
+        pytest.warns(UserWarning, match=rf"{FULL[0]} is NaN or infinite for image 12 ") as told,
+    ):
         acts = harvest(model, photos, NAMES[:1], out=tmp_path / "out", **how)
     assert len(told) == 1
     line = list(acts.examples())[11]
     assert f"({line['path']})" in str(told[0].message)
     assert torch.isnan(acts.example(11, FULL[0])[1]).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_infinite_activations_are_said(model: HookedViT, photos: Path, tmp_path: Path, dtype: Any) -> None:
+    """3.4e38 is a number in float32, and infinite in bfloat16, which keeps 8 digits."""
+
+    def large(x: torch.Tensor, at: object) -> torch.Tensor:
+        x[-1, 1] = 3.4e38 if dtype == "bfloat16" else torch.inf
+        return x
+
+    how: dict[str, Any] = {"note": "edited", "batch": 14, "workers": 0, "dtype": dtype}
+    with model.hooks({FULL[0]: large}), pytest.warns(UserWarning, match=rf"{FULL[0]} is NaN or infinite for image"):
+        harvest(model, photos, NAMES[:1], out=tmp_path / "out", **how)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300])
+def test_a_folder_that_no_disk_takes_is_told(model: HookedViT, photos: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="out= to be a path that the disk takes"):
+        harvest(model, photos, NAMES, out=tmp_path / name)
+    with pytest.raises(InputError, match="path= to be a path that the disk takes"):
+        open_harvest(tmp_path / name)
 
 
 def test_a_corrupt_shard_is_found(model: HookedViT, photos: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -63,3 +65,49 @@ def test_a_loss_must_be_one_number_and_needs_the_output(vit, image):
         vit.run_with_cache(image, loss=lambda logits: logits)
     with pytest.raises(HookError, match="A loss needs the output"):
         vit.run_with_cache(image, loss=loss_of, output=False)
+
+
+# -------------------------------------------------------------------- what a cache with a graph holds stays
+
+
+def _edits_result(module, args, result):
+    result.mul_(2)
+
+
+def _edits_argument(module, args, result):
+    args[0].mul_(2)
+
+
+@pytest.mark.parametrize("edit", [_edits_result, _edits_argument])
+@pytest.mark.parametrize("with_loss", [False, True])
+def test_hooks_of_torch_s_that_edit_in_place_leave_a_cache_with_a_graph(vit, image, edit, with_loss):
+    handle = vit.blocks[0].register_forward_hook(edit)
+    try:
+        logits, plain = vit.run_with_cache(image)
+        how = {"loss": loss_of} if with_loss else {"detach": False}
+        again, cache = vit.run_with_cache(image, **how)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(again, logits)
+    assert all(torch.equal(cache[name], plain[name]) for name in plain)
+    if not with_loss:  # what is cached is what the output was computed of
+        (grad,) = torch.autograd.grad(loss_of(again), [cache["resid_post", 0]])
+        assert grad.any()
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_a_deep_copy_of_a_cache_shares_the_model(vit, image, detach):
+    _, cache = vit.run_with_cache(image, detach=detach)
+    copied = copy.deepcopy(cache)
+    assert copied.model is vit
+    assert all(torch.equal(copied[name], cache[name]) for name in cache)
+    with torch.no_grad():
+        copied["resid_post", 1].zero_()
+    assert cache["resid_post", 1].any()
+    if not detach:
+        assert torch.autograd.grad(copied["resid_post", 0].sum(), [vit.embed.proj.weight])[0].any()
+
+
+def test_a_deep_copy_of_a_cache_has_its_gradients(vit, image):
+    _, cache = vit.run_with_cache(image, loss=loss_of)
+    assert all(torch.equal(value, cache.grad[name]) for name, value in copy.deepcopy(cache).grad.items())

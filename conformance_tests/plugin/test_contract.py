@@ -34,6 +34,7 @@ class Luci(Adapter):
 
     def spec(self, upstream: Reader) -> Any:
         upstream.classes.update(dict(upstream.module.named_modules()))
+        upstream.record.update(f"{path}.act" for path in upstream.classes)
         return self._or("spec", upstream.module.spec)
 
     def weights(self, upstream: Reader, spec: Any) -> Any:

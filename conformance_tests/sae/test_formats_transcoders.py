@@ -73,6 +73,29 @@ def test_circuit_tracer_transposes_its_encoder(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+def test_circuit_tracers_activations_take_no_relu(tmp_path: Path) -> None:
+    t = standard()
+    held = {**t, "W_enc": t["W_enc"].T.contiguous()}
+    h = encoded(t, minus=None)
+    below = torch.linspace(-4, 2, D_SAE)
+    jump, topk = h * (h > below), torch.zeros_like(h)
+    for row, places in enumerate(h.topk(14).indices.tolist()):
+        topk[row, places] = h[row, places]
+    assert (jump < 0).any()
+    assert (topk < 0).any()
+    save_file(held | {"activation_function.threshold": below}, tmp_path / "layer_0.safetensors")
+    close(read(tmp_path, layer=0).encode(X), jump)
+    save_file(held | {"k": torch.tensor(14)}, tmp_path / "layer_0.safetensors")  # as its own saver writes it
+    close(read(tmp_path, layer=0).encode(X), topk)
+    save_file(held, tmp_path / "layer_0.safetensors")
+    (tmp_path / "config.yaml").write_text("activation: topk\nk: 14\n")
+    close(read(tmp_path, layer=0).encode(X), topk)
+    save_file(held | {"activation_function.threshold": below}, tmp_path / "layer_0.safetensors")
+    close(read(tmp_path, layer=0).encode(X), topk)
+    (tmp_path / "config.yaml").write_text("activation: relu\n")
+    close(read(tmp_path, layer=0).encode(X), h.relu())
+
+
 def test_circuit_tracers_cross_layer_transcoders_write_to_each_later_layer(tmp_path: Path) -> None:
     t = drawn(0, W_enc=(D_IN, D_SAE), b_enc=(D_SAE,), b_dec=(D_IN,))
     decoders = drawn(1, W_dec=(D_SAE, 2, D_IN))["W_dec"]

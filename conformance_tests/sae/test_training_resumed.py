@@ -134,6 +134,27 @@ def test_another_training_other_rows_and_a_damaged_file_are_refused(tmp_path: Pa
         train(batches(), config(), steps=30, resume=tmp_path / "training.zip")
 
 
+@pytest.mark.parametrize("change", ["step", "lr", "weight", "beside", "no runs", "a tensor"])
+def test_a_training_whose_file_was_changed_is_refused(tmp_path: Path, change: str) -> None:
+    """Gone on from, it would end in another coder."""
+    path = tmp_path / "training.pt"
+    killed(path, "batchtopk", 9)
+    kept: Any = torch.load(path, weights_only=False)
+    if change == "step":
+        kept["step"] = 99
+    elif change == "lr":
+        kept["runs"][""]["optimizer"]["param_groups"][0]["lr"] = 5.0
+    elif change == "weight":
+        next(iter(kept["runs"][""]["model"].values())).view(-1)[0] += 1
+    elif change == "beside":
+        kept["runs"][""]["beside"]["elsewhere/top_k"] = 1
+    elif change == "no runs":
+        del kept["runs"]
+    torch.save(torch.ones(2) if change == "a tensor" else kept, path)
+    with pytest.raises(LoadError, match=r"not what was written.*begin anew"):
+        train(batches(), config("batchtopk"), steps=30, resume=path)
+
+
 def test_from_a_harvest_to_a_coder_in_the_model_by_commands(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,7 +71,7 @@ REFUSED = {
     "a number in a list of positions": ({"several": [1, 2.5]}, r"several\[1\]= to be a whole number; got 2.5"),
     "a truth as text": ({"flag": "no"}, "True or False; got 'no'"),
     "another word": ({"word": "c"}, "'a' or 'b'; got 'c'"),
-    "no path": ({"place": ""}, "a path or None; got ''"),
+    "no path": ({"place": ""}, "a path that the disk takes or None; got ''"),
     "a list for a tensor": ({"x": [1.0]}, r"a tensor or None; got \[1.0\]"),
     "one of two": ({"pair": (1,)}, r"pair\[1\]= to be given; got \(1,\)"),
     "a table of texts": ({"table": {"a": "b"}}, r"table\['a'\]= to be a whole number; got 'b'"),

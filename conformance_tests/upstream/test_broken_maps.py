@@ -19,8 +19,9 @@ from prisma_core import (
 )
 from prisma_core.contract.adapter import MapAdapter
 from prisma_core.contract.case import Case
+from prisma_core.errors import qualified_name
 from prisma_core.maps.places import HookMap, Place
-from prisma_core.maps.reader import Reader, qualified_name
+from prisma_core.maps.reader import Reader
 from prisma_core.upstream import observer
 from prisma_core.zoo import adapt_with
 

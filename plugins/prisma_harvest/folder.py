@@ -195,15 +195,17 @@ class Writer:
         self.shard, self.rows, self.lines, self.buffers = self.shard + 1, 0, [], {}
 
     def _not_finite(self, name: str, x: Tensor) -> None:
-        """Refuse what float16 cannot hold, and tell of NaN once a hook point: nothing can be trained on it."""
+        """Refuse what float16 cannot hold, and tell of others once a hook point: nothing can be trained on them."""
         if self.manifest.dtype == "float16" and torch.isinf(x).any():
             raise InputError(f"{name} holds values too large for float16: use dtype='bfloat16'.")
-        rows = torch.isnan(x).flatten(1).any(1)
+        rows = (torch.isnan(x) | (x == torch.inf)).flatten(1).any(1)  # masked scores are -inf
         if rows.any() and name not in self.told:
             self.told.add(name)
             line = [line for line in self.lines if "error" not in line][int(rows.nonzero()[0])]
             of = f"image {line['source']} ({line.get('path') or 'without a path'})"
-            warnings.warn(f"{name} is NaN for {of}, and perhaps for others: it is written as it is.", stacklevel=2)
+            warnings.warn(
+                f"{name} is NaN or infinite for {of}, and perhaps for others: it is written as it is.", stacklevel=2
+            )
 
     def _save(self, shard: int, tensors: dict[str, Tensor], lines: list[Line]) -> None:
         _write(self._lines_path(shard), map(_text, lines))

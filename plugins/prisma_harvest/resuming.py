@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prisma_core import InputError, LoadError
-from prisma_core.plugin import parse_json, replacing
+from prisma_core.plugin import digest, facts_digest, parse_json, replacing
 from prisma_harvest.manifest import Manifest, Point
 from prisma_harvest.passes import Pass
 from prisma_harvest.reading import Harvest
@@ -70,10 +70,12 @@ class Kept:
             with safe_open(self.path, "pt") as file:
                 facts = parse_json((file.metadata() or {}).get("top_examples", "{}"), self.path)
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+            if facts.get("mark") != self.mark:
+                raise LoadError(f"{self.path} is of another search: choose another file, or remove it.")
+            if facts.pop("sha256", None) != _seal(facts, state):
+                raise ValueError("it is not what was written")
         except (OSError, SafetensorError, ValueError) as error:
             raise LoadError(f"{self.path} cannot be read: {error}. Remove it to begin anew.") from error
-        if facts.get("mark") != self.mark:
-            raise LoadError(f"{self.path} is of another search: choose another file, or remove it.")
         search.state, search.seen, search.groups = state, facts["seen"], facts["groups"]
         search.lines = {int(example): line for example, line in facts["lines"].items()}
 
@@ -81,9 +83,15 @@ class Kept:
         """Write the search, unless that was just done."""
         if not now and time.monotonic() - self.last < SAVE_EVERY:
             return
-        facts = {"mark": self.mark, "seen": search.seen, "groups": search.groups, "lines": search.lines}
+        lines = {str(example): line for example, line in search.lines.items()}
+        facts: dict[str, Any] = {"mark": self.mark, "seen": search.seen, "groups": search.groups, "lines": lines}
+        state = {name: x.contiguous() for name, x in search.state.items()}
+        facts["sha256"] = _seal(facts, state)
         with replacing(self.path) as beside:
-            save_file(
-                {name: x.contiguous() for name, x in search.state.items()}, beside, {"top_examples": json.dumps(facts)}
-            )
+            save_file(state, beside, {"top_examples": json.dumps(facts)})
         self.last = time.monotonic()
+
+
+def _seal(facts: dict[str, Any], state: dict[str, Tensor]) -> str:
+    """Return a digest of all that a search goes on from."""
+    return facts_digest({"facts": facts, "state": digest(state)})

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from prisma_core import InputError, tensors_of
-from prisma_core.plugin import check_call, digest
+from prisma_core.plugin import check_call, digest, shown
 from prisma_harvest.manifest import Point, tensor_bytes
 
 Encode: TypeAlias = Callable[[Tensor], Tensor]
@@ -85,8 +85,8 @@ class Units:
                     f"{point.name} has {width} numbers a token: expected directions [direction {width}], got "
                     f"{list(self.directions.shape)}."
                 )
-            if not bool(torch.isfinite(self.directions).all()):
-                raise InputError("Expected directions of finite numbers, got some that are NaN or infinite.")
+            if self.directions.is_complex() or not bool(torch.isfinite(self.directions).all()):
+                raise InputError("Expected directions of finite real numbers, got NaN, infinite or complex ones.")
             return len(self.directions)
         if self.over == "head" and axes[:1] != ["head"]:
             raise InputError(f"{point.name} is [{point.axes}], without heads: expected z or result.")
@@ -97,9 +97,10 @@ class Units:
         check_call(self.encode, 1, "encode=", "encode(rows) -> scores")
         with torch.no_grad():
             scores = self.encode(torch.zeros(2, width))
-        if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != 2:
-            said = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise InputError(f"Expected encode to take rows [2 {width}] of {name} to [2 unit], got {said}.")
+        if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != 2 or scores.is_complex():
+            raise InputError(
+                f"Expected encode to take rows [2 {width}] of {name} to real scores [2 unit], got {shown(scores)}."
+            )
         return scores.shape[1]
 
     def mark(self) -> bytes:

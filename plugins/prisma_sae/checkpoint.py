@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from prisma_core import InputError, LoadError
-from prisma_core.plugin import Facts, digest, read_objects, replacing, save_objects
+from prisma_core.plugin import Facts, digest, facts_digest, read_objects, replacing, save_objects
 
 SAVE_EVERY = 30.0  # seconds
 
@@ -55,6 +56,8 @@ class Checkpoint:
             return 0
         try:
             kept = read_objects(self.path)
+            if not isinstance(kept, dict) or kept.pop("sha256", None) != _seal(kept):
+                raise ValueError("it is not what was written")
             same = (kept["mark"], kept["first"]) == (self.mark, self.first)
             if same:
                 self.batch = kept["batch"]
@@ -82,7 +85,17 @@ class Checkpoint:
         if step < self.steps and time.monotonic() - self.last < SAVE_EVERY:
             return
         states = {name: run.state() for name, run in runs.items()}
-        facts = {"mark": self.mark, "first": self.first, "batch": digest({"": batch}), "step": step, "runs": states}
+        facts: dict[str, Any] = {"mark": self.mark, "first": self.first, "batch": digest({"": batch})}
+        facts |= {"step": step, "runs": states}
+        facts["sha256"] = _seal(facts)
         with replacing(self.path) as beside:
             save_objects(facts, beside)
         self.last = time.monotonic()
+
+
+def _seal(kept: Mapping[str, Any]) -> str:
+    """Return a digest of all that a training goes on from."""
+    leaves = {keystr(path): leaf for path, leaf in tree_leaves_with_path(kept)}
+    tensors = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, Tensor)}
+    others = {path: repr(leaf) for path, leaf in leaves.items() if path not in tensors}
+    return facts_digest({"tensors": digest(tensors), "others": others})

@@ -16,6 +16,7 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -79,6 +80,8 @@ TENSORS = (
     *("input_mean", "input_scale"),
 )
 
+_CHOOSING = ("topk", "topk-signed", "topk-abs", "groupmax")  # features by comparing them with others
+
 
 class SparseCoder(nn.Module):
     """A sparse autoencoder or transcoder.
@@ -96,6 +99,7 @@ class SparseCoder(nn.Module):
         tensors: ``W_enc [d_in d_sae]``, ``W_dec [d_sae d_out]``, ``b_enc [d_sae]`` (of a gated one ``b_gate``,
             ``r_mag``, ``b_mag`` in its place); where there are any, ``b_dec [d_out]``, ``b_in [d_in]`` (taken off the
             input), ``W_skip [d_out d_in]``, ``threshold`` (a number or ``[d_sae]``), ``input_mean``, ``input_scale``.
+            Of several dtypes they become the one that holds them all.
 
     Raises:
         LoadError: a tensor is missing, unknown or misshapen, or an activation lacks its ``k`` or threshold.
@@ -106,8 +110,9 @@ class SparseCoder(nn.Module):
         super().__init__()
         self.facts = facts
         _check(facts, tensors)
+        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
         for name in TENSORS:
-            self.register_buffer(name, tensors.get(name))
+            self.register_buffer(name, tensors[name].to(dtype) if name in tensors else None)
 
     @property
     def is_transcoder(self) -> bool:
@@ -132,10 +137,11 @@ class SparseCoder(nn.Module):
                 has a skip connection.
 
         Raises:
-            InputError: ``x`` is needed and was not given, or the features are another coder's.
+            InputError: ``x`` is needed and was not given, or the features are another coder's or another input's.
         """
-        if not isinstance(features, Tensor) or features.shape[-1:] != (self.facts.d_sae,):
-            raise InputError(f"Expected features [... {self.facts.d_sae}] of this coder, got {shown(features)}.")
+        features = self._fitting(features, self.facts.d_sae, "features").to(self.W_dec.dtype)
+        if isinstance(x, Tensor) and x.shape[:-1] != features.shape[:-1]:
+            raise InputError(f"Expected the activations that {shown(features)} were encoded from, got {shown(x)}.")
         by_input = self.facts.normalize in ("layer_norm", "constant_norm_rescale") and self.facts.restores
         if x is None and (by_input or self.W_skip is not None):
             why = "has a skip connection" if self.W_skip is not None else f"normalises by {self.facts.normalize}"
@@ -157,10 +163,15 @@ class SparseCoder(nn.Module):
         """Return the coder of the first ``n`` features: of a Matryoshka coder, the one trained on that prefix.
 
         Raises:
-            InputError: there are not as many.
+            InputError: there are not as many, or which of them are on depends on the others, as with TopK.
         """
         if not 0 < n <= self.facts.d_sae:
             raise InputError(f"Expected 1 to {self.facts.d_sae} features, got {n}.")
+        if n < self.facts.d_sae and self.facts.activation in _CHOOSING:
+            raise InputError(
+                f"Which features are on by {self.facts.activation} depends on all {self.facts.d_sae}, so the first {n} "
+                f"are no coder of their own: f = coder.encode(x); f[..., {n}:] = 0; coder.decode(f, x)."
+            )
         axes = {"W_enc": 1, "W_dec": 0} | dict.fromkeys(("b_enc", "b_gate", "r_mag", "b_mag", "threshold"), 0)
         tensors = {
             name: tensor.narrow(axes[name], 0, n) if name in axes and tensor.ndim else tensor
@@ -188,7 +199,7 @@ class SparseCoder(nn.Module):
         Raises:
             InputError: they are of another width.
         """
-        facts, u = self.facts, self._fitting(u)
+        facts, u = self.facts, self._fitting(u, self.facts.d_in, "activations")
         u = u if self.b_in is None else u - self.b_in
         if self.r_mag is not None:
             open_gates = (u @ self.W_enc + self.b_gate) > 0
@@ -198,19 +209,18 @@ class SparseCoder(nn.Module):
             f = activate(u @ self.W_enc + self.b_enc, facts.activation, facts.k, self.threshold)
         return f if facts.soft_cap is None else facts.soft_cap * torch.tanh(f / facts.soft_cap)
 
-    def _fitting(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor) or x.shape[-1:] != (self.facts.d_in,):
-            raise InputError(f"Expected activations [... {self.facts.d_in}] for this coder, got {shown(x)}.")
+    def _fitting(self, x: Tensor, width: int, what: str) -> Tensor:
+        if not isinstance(x, Tensor) or x.shape[-1:] != (width,) or x.is_complex():
+            raise InputError(f"Expected {what} [... {width}] for this coder, real ones, got {shown(x)}.")
         if x.device != self.W_enc.device:
             raise InputError(
-                f"The activations are on {x.device}, and this coder on {self.W_enc.device}: "
-                f"coder.to({str(x.device)!r})."
+                f"The {what} are on {x.device}, and this coder on {self.W_enc.device}: coder.to({str(x.device)!r})."
             )
         return x
 
     def _read(self, x: Tensor) -> tuple[Tensor, Statistics, Tensor]:
         """Return an input normalised, what undoes that, and the input itself, in the coder's dtype."""
-        x = self._fitting(x).to(self.W_enc.dtype)
+        x = self._fitting(x, self.facts.d_in, "activations").to(self.W_enc.dtype)
         u, statistics = normalized(x, self.facts.normalize, self.input_mean, self.input_scale)
         return u, statistics, x
 
@@ -237,7 +247,7 @@ def _check(facts: CoderFacts, tensors: Mapping[str, Tensor]) -> None:
         one = "threshold" in tensors and not tensors["threshold"].ndim
         shapes["threshold"] = torch.Size() if one else d_sae
     check_shapes(tensors, shapes, f"This {facts.kind} coder ({facts.layout or 'no file'})")
-    if facts.activation in ("topk", "topk-signed", "topk-abs", "groupmax"):
+    if facts.activation in _CHOOSING:
         if facts.k is None or not 0 < facts.k <= facts.d_sae:
             raise LoadError(f"The activation {facts.activation} needs k from 1 to {facts.d_sae}, got {facts.k}.")
         if facts.activation == "groupmax" and facts.d_sae % facts.k:

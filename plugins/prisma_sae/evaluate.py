@@ -189,6 +189,10 @@ class _Run:
         self.labelled = labels is not None
         _, cache = self.model.run_with_cache(*self._arguments(inputs), names=self.name, output=False)
         x = self.places.read(cache[self.name]).flatten(0, -2).double()
+        if not bool(torch.isfinite(x).all()):
+            raise InputError(
+                f"{self.name} is NaN or infinite in this model, on these images: there is nothing to measure."
+            )
         self.sums.rows, self.sums.total = self.sums.rows + len(x), self.sums.total + x.sum(0)
 
     def _arguments(self, inputs: Tensor) -> tuple[Tensor, ...]:
@@ -202,7 +206,7 @@ class _Run:
         target, source = self.places.read(cache[self.name]), self.source.read(cache[self.reads])
         features = self.coder.encode(source)
         self._rows(target.flatten(0, -2), self.coder.decode(features, source).to(target).flatten(0, -2))
-        on = features > 0 if bool((features >= 0).all()) else features != 0
+        on = features != 0
         counts = on.sum(-1).double()
         sums = self.sums
         sums.l0 += float(counts.sum())

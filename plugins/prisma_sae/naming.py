@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from prisma_core import InputError
@@ -34,7 +35,7 @@ def precision(activations: Tensor, shares: Tensor) -> Tensor:
             f"Expected activations [token feature] and shares [token class] of the same tokens, got "
             f"{shown(activations)} and {shown(shares)}."
         )
-    return (activations.T.double() @ shares.double()) / activations.sum(0).double()[:, None]
+    return (activations.T.double() @ shares.double()) / activations.sum(0, dtype=torch.float64)[:, None]
 
 
 @checked
@@ -58,9 +59,10 @@ def name_features(
     Raises:
         InputError: activations, shares and labels do not fit.
     """
-    best, which = precision(activations, shares).max(-1)
-    if shares.shape[-1] != len(labels):
-        raise InputError(f"Expected a label for each of {shares.shape[-1]} classes, got {shown(labels)}.")
+    precise = precision(activations, shares)
+    if not 0 < shares.shape[-1] == len(labels):
+        raise InputError(f"Expected labels, at least one, for each of {shares.shape[-1]} classes, got {shown(labels)}.")
+    best, which = precise.max(-1)
     often = (activations > 0).sum(0) >= least
     named = (often & (best >= threshold)).nonzero().flatten().tolist()
     return {index: labels[int(which[index])] for index in named}

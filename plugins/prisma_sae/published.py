@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prisma_core import InputError, LoadError, UnknownName
-from prisma_core.plugin import Facts, checked, hub, suggest
+from prisma_core.plugin import Facts, checked, hub, path_of, suggest
 from prisma_sae.coder import Kind, SparseCoder, Tokens
 from prisma_sae.formats import read
 
@@ -157,9 +157,10 @@ def open_coder(name: str, *, file: str | None = None) -> SparseCoder:
 
     Raises:
         UnknownName: no such name.
+        InputError: it can be neither.
         LoadError: the file cannot be fetched or read.
     """
-    return read(name) if file is None and Path(name).exists() else load(name, file=file)
+    return read(name) if file is None and path_of(name).exists() else load(name, file=file)
 
 
 def _fetched(line: Entry, file: str | None) -> Path:

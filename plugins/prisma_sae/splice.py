@@ -14,7 +14,7 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from inspect import currentframe
 from threading import get_ident
@@ -67,7 +67,7 @@ def splice(
         HookError: a hook point is spliced already.
     """
     splices: dict[str, Splice] = {}
-    reads = {}
+    sources: dict[str, list[Source]] = {}
     for name, coder in placed(model, coders).items():
         if not force:
             check(model, coder, name, tokens)
@@ -75,8 +75,8 @@ def splice(
         source = _source(model, coder, scope)
         splices[name] = CoderSplice(coder, scope, places_at(model, name, scope), error_term, source)
         if source is not None:
-            reads[source.name] = source
-    return model.splicing(splices, reads=reads)
+            sources.setdefault(source.name, []).append(source)
+    return model.splicing(splices, reads={name: _seen_by(each) for name, each in sources.items()})
 
 
 def _source(model: HookedModel, coder: SparseCoder, tokens: Tokens | None) -> Source | None:
@@ -87,6 +87,16 @@ def _source(model: HookedModel, coder: SparseCoder, tokens: Tokens | None) -> So
         return None
     name = find(model, str(facts.hook))
     return Source(name, places_at(model, name, tokens))
+
+
+def _seen_by(sources: Sequence[Source]) -> Callable[[Tensor], None]:
+    """Return what several transcoders that read one activation make of it: each keeps it for itself."""
+
+    def see(x: Tensor) -> None:
+        for source in sources:
+            source(x)
+
+    return see
 
 
 class Source:

@@ -146,11 +146,11 @@ def _batches(rows: Iterable[Tensor], steps: int) -> Iterator[Tensor]:
             raise InputError(f"Expected batches of rows [row d] of floating point numbers, got {came}.")
         if width not in (None, batch.shape[1]):
             raise InputError(f"The first batch has rows of {width} numbers, batch {step} of {batch.shape[1]}.")
-        width = batch.shape[1]
+        width, batch = batch.shape[1], batch.detach().float()
         if not len(batch) or not bool(torch.isfinite(batch).all()):
-            what = "numbers that are NaN or infinite" if len(batch) else "no rows"
+            what = "numbers that are NaN or infinite in float32" if len(batch) else "no rows"
             raise InputError(f"Batch {step} holds {what}.")
-        yield batch.detach().float()
+        yield batch
 
 
 def library() -> Any:
@@ -173,9 +173,15 @@ class _Run:
     def __init__(self, config: TrainConfig, sample: Tensor, steps: int):
         self.config = config
         self.mean = sample.mean(0)
-        self.scale = ((sample - self.mean).norm(dim=-1).mean() / sample.shape[1] ** 0.5).clamp_min(1e-12)
-        if not bool(self.scale.isfinite()):
+        spread = (sample - self.mean).norm(dim=-1).mean()
+        if not bool(spread.isfinite()):
             raise InputError("The rows are too large for float32: their squares are infinite.")
+        if bool(spread <= 1e-6 * sample.norm(dim=-1).mean()):  # rounding alone, or one row
+            raise InputError(
+                f"The first rows ({len(sample)}) are alike, and how far rows are apart is the unit of training: "
+                "give larger batches, shuffled."
+            )
+        self.scale = spread / sample.shape[1] ** 0.5
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = _model(config, (sample - self.mean) / self.scale)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from prisma_core.spec import brief
+from prisma_core.cli.outline import outline, shapes
+from prisma_core.hooks.model import HookedModel
+from prisma_core.spec import AnySpec, DualSpec, Facts, MapSpec, ModelSpec, brief
 from prisma_core.toolbox.screen import out, show, show_json, table
-
-if TYPE_CHECKING:
-    from prisma_core.hooks.model import HookedModel
 
 WIDE = 130  # columns that the table of hook points needs to have each on one line
 REFERENCE = Annotated[str, typer.Argument(help="SOURCE:MODEL, such as timm:vit_base_patch16_224.", show_default=False)]
@@ -28,8 +27,6 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON, every hook point by itself.")] = False,
 ) -> None:
     """Show a model's facts, tokens and hook points with their shapes."""
-    from prisma_core.cli.outline import outline
-
     model = outline(reference)
     rows = hook_rows(model, pattern)
     if as_json:
@@ -61,8 +58,6 @@ def _points(rows: list[dict[str, Any]], *, narrow: bool) -> Table:
 
 def _stated(model: HookedModel) -> list[tuple[str, str]]:
     """Return rows of the facts of a model that are not what they are by default; each tower's under its name."""
-    from prisma_core.spec import AnySpec, DualSpec
-
     spec: Any = getattr(model, "spec", None)
     if not isinstance(spec, AnySpec):
         return []
@@ -79,8 +74,6 @@ def _stated(model: HookedModel) -> list[tuple[str, str]]:
 
 def hook_rows(model: HookedModel, pattern: str | None = None) -> list[dict[str, Any]]:
     """Return a row for every hook point: name, axes, shape, equation, derived."""
-    from prisma_core.cli.outline import shapes
-
     sizes = shapes(model)
     points = model.hook_points()
     return [
@@ -102,8 +95,6 @@ def folded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _facts(model: HookedModel) -> dict[str, Any]:
-    from prisma_core.spec import Facts, MapSpec, ModelSpec
-
     spec: Any = getattr(model, "spec", None)
     layout: Any = getattr(model, "layout", None)
     preprocess: Any = getattr(model, "preprocess", None) or None

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.text import Text
 
+from prisma_core.contract.source import ModelInfo
 from prisma_core.errors import PluginError, UnknownName, suggest
+from prisma_core.host import installed
 from prisma_core.toolbox.screen import note, show, show_json, table, working
-
-if TYPE_CHECKING:
-    from prisma_core.contract.source import ModelInfo
 
 
 def models(
@@ -29,8 +28,6 @@ def models(
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
 ) -> None:
     """List and search models that can be loaded, or their classes."""
-    from prisma_core.host import installed
-
     if classes:
         _classes(context, search or [], as_json)
         return
@@ -71,8 +68,6 @@ def _classes(context: typer.Context, search: list[str], as_json: bool) -> None:
 
 def _loads(infos: list[ModelInfo]) -> dict[str, bool | None]:
     """Return for each reference whether an adapter takes it; None where the source does not know."""
-    from prisma_core.host import installed
-
     rests: dict[str, list[str]] = {}
     for info in infos:
         name, _, rest = info.reference.partition(":")
@@ -130,8 +125,6 @@ def plugins(as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")]
 
     The exit status is 1 where one is broken.
     """
-    from prisma_core.host import installed
-
     infos = installed().plugins()
     grid = table("plugin", "module", "distribution", "state")
     for info in infos:

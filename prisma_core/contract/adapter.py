@@ -10,11 +10,11 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from prisma_core.errors import PrismaError, UnsupportedArchitecture
+from prisma_core.errors import PrismaError, UnsupportedArchitecture, qualified_name
 from prisma_core.inputs import ImagePreprocess
 from prisma_core.inputs.video import VideoPreprocess
 from prisma_core.maps.places import HookMap
-from prisma_core.maps.reader import Reader, qualified_name
+from prisma_core.maps.reader import Reader
 from prisma_core.maps.weights import WeightMap
 from prisma_core.spec import AnySpec
 

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from prisma_core.errors import LoadError
+from prisma_core.errors import LoadError, qualified_name
 from prisma_core.inputs import ImagePreprocess
 from prisma_core.inputs.video import VideoPreprocess
-from prisma_core.maps.reader import qualified_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -153,8 +153,18 @@ def returned(by: Callable[..., object] | str, value: object, kinds: type[T] | tu
         return value
     types = kinds if isinstance(kinds, tuple) else (kinds,)
     expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in types)
-    name = by if isinstance(by, str) else f"{_class_of(getattr(by, '__self__', by))}.{by.__name__}"
+    name = by if isinstance(by, str) else f"{qualified_name(getattr(by, '__self__', by))}.{by.__name__}"
     raise PluginError(f"{name} returned {describe(value)}; expected {expected}.")
+
+
+def qualified_name(value: object) -> str:
+    """Name an object's type: ``package.module.Class``.
+
+    >>> qualified_name(torch.nn.Linear(1, 1))
+    'torch.nn.modules.linear.Linear'
+    """
+    kind = type(value)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def describe(value: object) -> str:
@@ -188,17 +198,13 @@ def format_fields(problem: ValidationError) -> str:
     return "; ".join([*fields, *([f"and {more} more"] if more else [])])
 
 
-def _class_of(code: object) -> str:
-    return f"{type(code).__module__}.{type(code).__qualname__}"
-
-
 def _raiser(code: object, problem: BaseException) -> str:
     """Name the object's class, with the outermost of its methods that an error passed."""
     for frame, _ in traceback.walk_tb(problem.__traceback__):
         first, method = frame.f_code.co_varnames[:1], frame.f_code.co_name
         if first and frame.f_locals.get(first[0]) is code and hasattr(type(code), method):
-            return f"{_class_of(code)}.{method}"
-    return _class_of(code)
+            return f"{qualified_name(code)}.{method}"
+    return qualified_name(code)
 
 
 def _line(problem: BaseException, module: str) -> str:

@@ -156,9 +156,9 @@ def path_of(value: Any, what: str = "a path") -> Path:
     """Return a path; ``~`` at its beginning is the user's own folder.
 
     Raises:
-        InputError: it is neither a text nor a path, empty, or longer than the disk takes.
+        InputError: it is neither a text nor a path, empty, has a zero byte, or is longer than the disk takes.
     """
-    if isinstance(value, str | Path) and str(value):
+    if isinstance(value, str | Path) and str(value) and "\0" not in str(value):
         path = Path(os.path.expanduser(value))
         try:
             path.exists()

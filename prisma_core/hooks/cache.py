@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -63,9 +64,7 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
             MissingPart: there was no loss.
         """
         if self.gradients is None:
-            raise MissingPart(
-                "This cache holds no gradients: take it with run_with_cache(..., loss=function of the output)."
-            )
+            raise MissingPart("This cache holds no gradients: take it with run_with_cache(..., loss=function).")
         return self.gradients
 
     def __getattr__(self, name: str) -> Any:
@@ -89,8 +88,7 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
 
     def positions(self) -> list[int] | None:
         """Return which tokens the cache holds along ``pos``, or None if it knows neither layout nor text."""
-        n = self._n_tokens()
-        if n is None:
+        if (n := self._n_tokens()) is None:
             return None
         places = self.layout.slice(self.pos) if self.layout is not None and isinstance(self.pos, str) else self.pos
         return positions_of(None if isinstance(places, str) else places, n)
@@ -171,6 +169,11 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
         store = {name: change(name, tensor) for name, tensor in self.items()}
         return replace(self, store=store, gradients=gradients, **fields)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ActivationCache:
+        """Copy the activations, those with a graph too; the model stays the cache's own."""
+        memo |= {id(x): x.clone() for x in self._tensors() if id(x) not in memo}
+        return replace(self, store=deepcopy(self.store, memo), gradients=deepcopy(self.gradients, memo))
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> ActivationCache:
         """Return the cache on another device or in another dtype; this one stays as it is."""
         place, kind = device_of(device), dtype_of(dtype)
@@ -182,9 +185,7 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
         Raises:
             InputError: the batch holds more than one.
         """
-        if not self.has_batch_dim:
-            return self
-        return self._with(alone, has_batch_dim=False)
+        return self._with(alone, has_batch_dim=False) if self.has_batch_dim else self
 
     # ---------------------------------------------------------------- files
 
@@ -218,10 +219,9 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
         Raises:
             LoadError: the file is truncated, corrupt, no cache, or of a model with other hook points.
         """
-        path = path_of(path)
         if model is not None and not hasattr(model, "cache_type"):
             raise InputError(f"Expected the hooked model that made the cache, got {shown(model)}.")
-        tensors, text = read_with_header(path, _METADATA)
+        tensors, text = read_with_header(path := path_of(path), _METADATA)
         if text is None:
             raise LoadError(f"{path} holds tensors but no cache: expected a file written by ActivationCache.save.")
         try:
@@ -237,9 +237,8 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
         kind: type[ActivationCache] = cls if model is None else model.cache_type
         names = [name for name in fields.pop("names") if name in tensors]
         grads = {name.removeprefix(_GRAD): tensors[name] for name in names if name.startswith(_GRAD)}
-        gradients = kind(grads, **fields) if grads else None
         store = {name: tensors[name] for name in names if not name.startswith(_GRAD)}
-        return kind(store, gradients=gradients, **fields)
+        return kind(store, gradients=kind(grads, **fields) if grads else None, **fields)
 
 
 class _File(BaseModel):

@@ -23,7 +23,7 @@ class Keep:
     Attributes:
         store: where, by name.
         slices: what to keep of which axis.
-        copy: whether what runs next may edit the activation in place.
+        copy: whether other code may edit the activation in place, so that the store has a tensor of its own.
     """
 
     store: MutableMapping[str, Tensor]
@@ -57,7 +57,7 @@ class Keep:
         whole = x.numel()
         for axis, _ in self.slices:
             x = x if axis == done else self.along(x, axis, axis)
-        if x.numel() < whole or (self.copy and self.detach):
+        if x.numel() < whole:
             x = x.clone()  # a view would keep the whole activation alive, and change with it
         if self.device is not None or self.dtype is not None:
             x = x.to(device=self.device, dtype=self.dtype)

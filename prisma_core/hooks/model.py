@@ -269,7 +269,7 @@ class HookedModel(nn.Module):
             key = sites[name].point.key
             if loss is not None:  # gradients are by what flows through the model: cuts and casts come after them
                 scope.backward[key] = ()
-                keep = Keep(whole, name, detach=False)
+                keep = Keep(whole, name, detach=False, copy=keep.copy)
             scope.captures[key] = (keep,) if output else (keep, stop)
             if names is not None:
                 scope.expect(keep, None)

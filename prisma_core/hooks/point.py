@@ -305,7 +305,7 @@ def _fire(scopes: tuple[Scope, ...], point: HookPoint, x: Tensor) -> Tensor:
         x = torch.ops.prisma.in_scopes(x)  # looks for checkpoints when it runs (prisma_core/model.py)
     else:
         keep_scopes(scopes)
-    key, edited, captured, differentiated = point.key, False, False, False
+    key, edited, captured, differentiated, shared = point.key, False, False, False, False
     for scope in scopes:
         if (splice := scope.splices.get(key)) is not None:
             x = splice(x)
@@ -314,15 +314,16 @@ def _fire(scopes: tuple[Scope, ...], point: HookPoint, x: Tensor) -> Tensor:
             x = _hooked(hook, x, "activation")
             edited = True
         captured = captured or bool(scope.captures)
+        shared = shared or any(getattr(one, "copy", False) for one in scope.captures.get(key, ()))
         differentiated = differentiated or key in scope.backward
-    if edited and captured:
+    if shared or (edited and captured):
         x = x.clone()  # a hook may hold on to its argument or its result, and a cache must not change
     if differentiated:
         x = _with_gradient_hooks(x, [hook for scope in scopes for hook in scope.backward.get(key, ())], point)
     for scope in scopes:
         for capture in scope.captures.get(key, ()):
             capture(x)  # not a copy: nothing below edits in place
-    return x
+    return x.clone() if shared else x
 
 
 def _hooked(hook: PlacedHook, x: Tensor, what: str) -> Tensor:

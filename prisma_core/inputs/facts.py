@@ -68,9 +68,9 @@ class Preprocess(Facts, ImagePreprocess):
 
     def prepared(self, image: Image) -> Tensor:
         if self.resampling == "torch_float":
-            pixels = self._interpolated(self._pixels(image)[None], *self.size)[0]
+            pixels = self._interpolated(_bytes(image)[None].float() / 255, *self.size)[0]
         else:
-            pixels = self._pixels(self.fit(image))
+            pixels = _bytes(self.fit(image)).float() / 255
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         pixels = (pixels - mean) / std
         return pixels.flip(0) if self.order == "bgr" else pixels
@@ -102,13 +102,10 @@ class Preprocess(Facts, ImagePreprocess):
 
     def _resized(self, image: Image, height: int, width: int) -> Image:
         """Source: torchvision's resize of tensors."""
-        import numpy as np
         from PIL import Image as images
 
-        array = np.asarray(image)
-        pixels = torch.from_numpy(array.reshape(*array.shape[:2], -1).transpose(2, 0, 1).copy())[None]
-        resized = self._interpolated(pixels, height, width)[0].permute(1, 2, 0).numpy()
-        return images.fromarray(resized[:, :, 0] if array.ndim == 2 else resized)
+        resized = self._interpolated(_bytes(image)[None], height, width)[0].permute(1, 2, 0).numpy()
+        return images.fromarray(resized[:, :, 0] if resized.shape[2] == 1 else resized)
 
     def _interpolated(self, pixels: Tensor, height: int, width: int) -> Tensor:
         smooth = self.interpolation in ("bilinear", "bicubic")
@@ -140,13 +137,13 @@ class Preprocess(Facts, ImagePreprocess):
         canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
         return canvas
 
-    def _pixels(self, image: Image) -> Tensor:
-        import numpy as np
-
-        array = np.asarray(image)
-        if array.ndim == 2:
-            array = array[:, :, None]
-        return torch.from_numpy(array.transpose(2, 0, 1).copy()).float() / 255
-
     def denormalise(self, pixels: Tensor) -> Tensor:
         return restored(pixels, self.mean, self.std, self.order)
+
+
+def _bytes(image: Image) -> Tensor:
+    """Return the bytes of an image: ``[channel height width]``."""
+    import numpy as np
+
+    array = np.asarray(image)
+    return torch.from_numpy(array.reshape(*array.shape[:2], -1).transpose(2, 0, 1).copy())

@@ -7,20 +7,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from prisma_core.errors import UnsupportedArchitecture
+from prisma_core.errors import UnsupportedArchitecture, qualified_name
 
 T = TypeVar("T")
 TORCH = "torch.nn.modules."
-
-
-def qualified_name(value: object) -> str:
-    """Name an object's type: ``package.module.Class``.
-
-    >>> qualified_name(nn.Linear(1, 1))
-    'torch.nn.modules.linear.Linear'
-    """
-    kind = type(value)
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 class Reader:

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
-from prisma_core.errors import InputError, LoadError, NotApplicable, UnsupportedArchitecture
+from prisma_core.errors import InputError, LoadError, NotApplicable, UnsupportedArchitecture, qualified_name
 from prisma_core.errors.arguments import expect, path_of
 from prisma_core.files.atomic import beside, locked, move, place, settled, staging, writing
-from prisma_core.files.checkpoint import check_finite, check_shapes, digest, read_outline, read_safetensors
+from prisma_core.files.checkpoint import check_shapes, digest, read_outline, read_safetensors
 from prisma_core.files.texts import read_text
-from prisma_core.maps.reader import qualified_name
 from prisma_core.model import ZooModel, assign, tensors_of
 from prisma_core.saving import processors
 from prisma_core.saving.facts import SavedFacts, SavedProcessor, read_facts
@@ -67,7 +66,6 @@ def save(model: ZooModel, folder: str | Path) -> Path:
     try:
         with torch.device("meta"):
             check_shapes(tensors, tensors_of(build(model.spec)), "What its parts hold now")
-        check_finite(tensors, "This model")
     except LoadError as error:
         raise InputError(f"{error} Nothing is saved.") from error
     facts = SavedFacts.of(model, digest(tensors), frozen)

@@ -6,10 +6,7 @@ from functools import reduce
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from prisma_core.errors import MissingPart
-from prisma_core.spec.parts import Activation
-
-if TYPE_CHECKING:
-    from prisma_core.spec.parts import BlockSpec
+from prisma_core.spec.parts import Activation, BlockSpec
 
 T = TypeVar("T")
 

@@ -7,9 +7,9 @@ from typing import Any, cast
 
 from torch import nn
 
+from prisma_core.errors import qualified_name
 from prisma_core.errors.arguments import shown
 from prisma_core.hooks.point import HookPoint
-from prisma_core.maps.reader import qualified_name
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 

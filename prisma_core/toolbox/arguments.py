@@ -200,7 +200,7 @@ _RULES: dict[Any, Callable[[Any], object]] = {
     float: _read("a number", _float),
     bool: _read("True or False", _bool),
     str: _instance(str, "a text"),
-    Path: _read("a path", path_of),
+    Path: _read("a path that the disk takes", path_of),
     NoneType: _instance(NoneType, "None"),
     Sequence: _instance(Sequence, "a list", but=(str, bytes)),
     Mapping: _instance(Mapping, "a dictionary"),

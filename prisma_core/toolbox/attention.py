@@ -50,14 +50,9 @@ def _configurations(upstream: nn.Module) -> list[object]:
     return list(configs.values())
 
 
-@contextmanager
-def float64_softmax() -> Generator[None]:
+class float64_softmax(TorchFunctionMode):  # used as a scope
     """Keep a softmax of float64 in float64 where upstream asks for float32."""
-    with _Float64Softmax():
-        yield
 
-
-class _Float64Softmax(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         rounds = getattr(func, "__name__", "") == "softmax" and kwargs.get("dtype") is torch.float32

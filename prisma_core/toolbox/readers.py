@@ -110,6 +110,7 @@ class PartReader:
             name = "gelu_tanh" if module.approximate == "tanh" else "gelu"
         if name is None or not computes(module.module, name):
             raise module.unsupported("its activation function" if name is None else f"a function that is not {name}")
+        module.record.update(f"{module.path}.{held}" for held in vars(module.module))  # it was tried with what it holds
         return name
 
     def linear(self, module: Reader) -> Reader:

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from prisma_core.errors import InputError, NotApplicable
 from prisma_core.errors.arguments import check_call, expect
+from prisma_core.maps.weights import State
 from prisma_core.spec import AttentionSpec, BlockSpec, ModelSpec, NormSpec
 from prisma_core.transformer.factored import FactoredMatrix
 from prisma_core.transformer.vit import HookedViT
 
-State: TypeAlias = Mapping[str, Tensor]
 Rewrite: TypeAlias = Callable[[ModelSpec, State], dict[str, Tensor]]
 
 

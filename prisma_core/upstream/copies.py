@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy as copying
 import dis
 import functools
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from prisma_core.errors import UnsupportedArchitecture
-from prisma_core.maps.reader import Reader, qualified_name
+from prisma_core.errors import UnsupportedArchitecture, qualified_name
+from prisma_core.maps.reader import Reader
 from prisma_core.upstream.replaced import COMPILED, HOOKS, PLAIN, TREE, home_of, is_original, name_of, names_in, root_of
 
 NO_PARTS = (str, bytes, int, float, complex, Tensor, type, ModuleType, type(None))
@@ -58,6 +59,10 @@ def copy_module(
         path, part = next(one for one in reversed(parts) if not _can_copy(one[1], before))
         problem = f"what it holds cannot be copied ({type(error).__name__}: {error})"
         raise Reader(part, path).unsupported(problem) from error
+    for tensor, made in zip(upstream.parameters(), copied.parameters(), strict=True):
+        if tensor is not made:  # torch copies no hooks of gradients
+            for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+                setattr(made, name, getattr(tensor, name) and OrderedDict(getattr(tensor, name)))
     for function, rebound in pairs:
         _fill(rebound, function, graph, memo)
     for method, call in bound:

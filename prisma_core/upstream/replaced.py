@@ -13,6 +13,7 @@ import inspect
 import re
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -21,8 +22,8 @@ from typing import Any, cast
 
 from torch import nn
 
+from prisma_core.errors import qualified_name
 from prisma_core.errors.arguments import shown
-from prisma_core.maps.reader import qualified_name
 
 CALLS = ("__call__", "_call_impl", "forward")  # where the call of a module begins
 READS = ("__getattr__", "__getattribute__")  # where a module finds its tensors and parts
@@ -36,6 +37,10 @@ PLAIN = {"torch", *sys.stdlib_module_names}
 
 def replaced_on_instance(module: nn.Module) -> str:
     """Say which method was set on a module itself; empty where none was, or it is the class's in a harmless wrapper."""
+    for name in TREE:
+        tree: object = vars(module).get(name)
+        if isinstance(tree, dict) and (kind := type(cast("object", tree))) not in (dict, OrderedDict):
+            return f"its {name} in a {kind.__module__}.{kind.__qualname__}, which may give others. Take them out before"
     for name, value in vars(module).items():
         if any(name in vars(module).get(inside, ()) for inside in TREE):
             return f"an attribute {name} in the place of its part of that name. Take it off before (del module.{name})"
@@ -141,16 +146,24 @@ def changed(function: object) -> str:
     """Say what of a function is not as its file has it; empty where all is, or the file cannot tell."""
     if not isinstance(function, FunctionType):
         return ""
-    code = function.__code__
-    if not hasattr(function, "__wrapped__") and code.co_qualname != function.__qualname__:
+    code, inner = function.__code__, getattr(function, "__wrapped__", None)
+    if inner is None and code.co_qualname != function.__qualname__:
         return f"the code of another ({code.co_qualname})"
+    home = home_of(function)
+    if isinstance(inner, FunctionType) and root_of(home) == "torch" and not home.startswith("torch._dynamo."):
+        definition = _definition(inspect.unwrap(inner).__code__)
+        if definition is not None and not definition.decorator_list:
+            return f"a wrapper ({name_of(function)}), which its file does not have"
     written = _written(str(function.__globals__.get("__name__")))
     alike = written.get((code.co_qualname, code.co_firstlineno), [])
-    if alike and code not in alike:
+    if written and code not in alike:
         return "other code than its file has"
-    defaults = _defaults(code) if alike and (function.__defaults__ or function.__kwdefaults__) else None
-    if defaults is None:
+    definition = _definition(code) if alike and (function.__defaults__ or function.__kwdefaults__) else None
+    if definition is None:
         return ""
+    arguments = definition.args
+    by_name = {arg.arg: each for arg, each in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if each}
+    defaults = arguments.defaults, by_name
     there = function.__globals__
     positional, keywords = function.__defaults__ or (), function.__kwdefaults__ or {}
     if len(positional) != len(defaults[0]) or keywords.keys() != defaults[1].keys():
@@ -183,18 +196,15 @@ def _written(module: str) -> dict[tuple[str, int], list[CodeType]]:
 
 
 @functools.lru_cache(4096)
-def _defaults(code: CodeType) -> tuple[list[ast.expr], dict[str, ast.expr]] | None:
-    """Return the expressions of a function's defaults in its file, by place and by name; None of what is no ``def``."""
+def _definition(code: CodeType) -> ast.FunctionDef | None:
+    """Return how a function is written in its file; None of what is no ``def``."""
     try:
         text = inspect.getsource(code)
         block = ast.parse(f"if True:\n{text}" if text[:1].isspace() else text).body[0]
     except (OSError, SyntaxError, IndexError):
         return None
     node = block.body[0] if isinstance(block, ast.If) else block
-    if not isinstance(node, ast.FunctionDef):
-        return None
-    by_name = {arg.arg: value for arg, value in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True) if value}
-    return node.args.defaults, by_name
+    return node if isinstance(node, ast.FunctionDef) else None
 
 
 def _is_value(node: ast.expr, value: object, there: Mapping[str, Any]) -> bool:

@@ -18,10 +18,20 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from prisma_core.maps.reader import TORCH, Reader, qualified_name
+from prisma_core.errors import qualified_name
+from prisma_core.maps.reader import TORCH, Reader
 from prisma_core.spec import AnySpec, AttentionSpec, EmbedSpec
 from prisma_core.spec.layout import TokenLayout
-from prisma_core.upstream.replaced import HOOKS, name_of, replaced_on_class, replaced_on_instance, root_of
+from prisma_core.upstream.replaced import (
+    HOOKS,
+    PLAIN,
+    home_of,
+    name_of,
+    names_in,
+    replaced_on_class,
+    replaced_on_instance,
+    root_of,
+)
 
 READ_ONLY = ("transformers.utils.output_capturing.",)  # modules of hooks that keep what they are shown
 # transformers' hook that asks for gradients by the embeddings, where activations are checkpointed
@@ -35,6 +45,8 @@ SAID = {
 }
 TENSORS = (Tensor, nn.Parameter)
 FAKE = "torch._subclasses."  # tensors without data
+BASE: Any = Tensor.__mro__[1]  # whose methods compute
+PRINTED = ("__repr__", "__str__", "__format__", "__dir__")
 WRAPPERS = {  # where each holds what it wraps
     "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
     "torch.nn.parallel.data_parallel.DataParallel": "module",
@@ -89,6 +101,7 @@ def check_undeclared(
         problem = (
             _hooked(module, path, upstream.record)
             or replaced_on_instance(module)
+            or _function_for_part(module, path, upstream.record)
             or ("" if known else _unknown(kind))
             or problems[kind]
             or _other_size(module, sizes)
@@ -100,7 +113,17 @@ def check_undeclared(
 
 
 def check_at_hand(upstream: nn.Module) -> None:
-    """Refuse a model without some of its weights: accelerate brings them for a pass, or they are on ``meta``."""
+    """Refuse a model without some of its weights: accelerate brings them for a pass, or they are on ``meta``.
+
+    And any model in a process in which methods of ``torch.Tensor`` are not torch's, for Prisma's own code calls them.
+    """
+    for name, value in vars(Tensor).items():
+        own = not isinstance(value, FunctionType) or root_of(home_of(value)) in PLAIN
+        if not own and hasattr(BASE, name) and name not in PRINTED:
+            problem = (
+                f"{name_of(value)} in the place of torch.Tensor.{name}, which runs in all modules. Put back torch's"
+            )
+            raise Reader(upstream).unsupported(problem)
     outline = all(parameter.is_meta for parameter in upstream.parameters())
     for path, module in cast("Iterator[tuple[str, nn.Module]]", upstream.named_modules()):
         outer: Any = getattr(module, "_hf_hook", None)
@@ -185,6 +208,22 @@ def _is_harmless(hook: object) -> bool:
     return name.startswith(READ_ONLY) or (root_of(name) == "transformers" and name.endswith(ASKS_FOR_GRADIENTS))
 
 
+def _function_for_part(module: nn.Module, path: str, read: set[str]) -> str:
+    """Name a function that stands in a module and that no adapter has read: where the class may call a part."""
+    kind = type(module)
+    for name, value in vars(module).items():
+        known = isinstance(value, type) or root_of(name_of(value)) == root_of(kind.__module__) or hasattr(kind, name)
+        if known or not callable(value) or f"{path}.{name}".lstrip(".") in read:
+            continue
+        own = [each for base in kind.__mro__ for each in vars(base).items() if isinstance(each[1], FunctionType)]
+        if any(name in names_in(one.__code__) for method, one in own if method != "__init__"):
+            return (
+                f"a function {name} ({name_of(value)}), which no adapter has read. Put a module in its place. An "
+                f"adapter that knows it reads it: reader.{name}"
+            )
+    return ""
+
+
 def _foreign_attention(module: nn.Module) -> str:
     """Name an attention function that is not transformers' own."""
     name = getattr(getattr(module, "config", None), "_attn_implementation", None)
@@ -247,6 +286,8 @@ def _foreign_tensors(module: nn.Module) -> str:
         if not plain or (kind not in TENSORS and not kind.__module__.startswith(FAKE)):
             what = qualified_name(tensor) if plain else f"tensor of layout {tensor.layout}"
             return f"{name} is a {what}, no plain tensor (quantised?). Put its plain values in its place before"
+        if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:  # pyright: ignore[reportPrivateUsage]
+            return f"a hook of the gradient of {name}, which a copy would not have. Remove it before (handle.remove())"
         if isinstance(tensor, nn.Parameter) and (tensor.itemsize < 2 or not tensor.is_floating_point()):
             return f"{name} is of {tensor.dtype}: codes of quantised weights. Put the weights in its place before"
     return ""

@@ -1,10 +1,11 @@
 """circuit-tracer's per-layer transcoders: ``layer_<i>.safetensors`` with ``config.yaml``; and one layer of its
 cross-layer ones: ``W_enc_<i>.safetensors`` with ``W_dec_<i>.safetensors``, to the layer itself.
 
-``W_enc`` is ``[feature, d_in]`` there, the transpose of SAELens'.
+``W_enc`` is ``[feature, d_in]`` there, the transpose of SAELens'. Its TopK takes no relu, nor does its JumpReLU, whose
+thresholds can be below zero.
 
 Source:
-    circuit-tracer: ``transcoder/{single_layer_transcoder,cross_layer_transcoder}.py``.
+    circuit-tracer: ``transcoder/{single_layer_transcoder,cross_layer_transcoder,activation_functions}.py``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from prisma_core import LoadError
 from prisma_core.plugin import read_checkpoint, read_text
+from prisma_sae.activations import Activation
 from prisma_sae.coder import CoderFacts, SparseCoder
 from prisma_sae.formats.files import reference_of, renamed
 
@@ -61,14 +63,15 @@ def read(
     crossing = file.name.startswith("W_enc_")
     tensors = _cross(file, own, own if to is None else to) if crossing else _single(file)
     target = own if to is None else to
+    activation, k = _activation(config, tensors)
     reads, writes = hook or config.get("feature_input_hook"), hook_out or config.get("feature_output_hook")
     facts = CoderFacts(
         kind="transcoder",
         d_in=tensors["W_enc"].shape[0],
         d_sae=tensors["W_enc"].shape[1],
         d_out=tensors["W_dec"].shape[1],
-        activation="jumprelu" if "threshold" in tensors else "topk" if "k" in config else "relu",
-        k=int(config["k"]) if "k" in config else None,
+        activation=activation,
+        k=k,
         model=reference_of(config.get("model_name")),
         hook=reads and f"blocks.{own}.{_POINTS.get(reads, reads)}",
         hook_out=writes and f"blocks.{target}.{writes}",
@@ -78,6 +81,16 @@ def read(
     return SparseCoder(facts, tensors)
 
 
+def _activation(config: dict[str, str], tensors: dict[str, Tensor]) -> tuple[Activation, int | None]:
+    """Return the activation and its k: what ``config.yaml`` names, else what the tensors are of."""
+    k, named = config.get("k", tensors.pop("k", None)), config.get("activation")
+    if named in ("topk", "relu"):
+        tensors.pop("threshold", None)
+    if "threshold" in tensors:
+        return ("jumprelu" if bool((tensors["threshold"] >= 0).all()) else "jump-signed"), None
+    return ("relu", None) if k is None or named == "relu" else ("topk-signed", int(k))
+
+
 # What TransformerLens calls the input of an MLP is the output of the norm before it with us.
 _POINTS = {"mlp.hook_in": "ln2.hook_normalized"}
 
@@ -85,7 +98,7 @@ _POINTS = {"mlp.hook_in": "ln2.hook_normalized"}
 def _single(file: Path) -> dict[str, Tensor]:
     held = read_checkpoint(file)
     names = {"W_enc.T": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
-    optional = {"activation_function.threshold": "threshold", "W_skip": "W_skip"}
+    optional = {"activation_function.threshold": "threshold", "W_skip": "W_skip", "k": "k"}
     return renamed(held, names | {old: new for old, new in optional.items() if old in held}, file)
 
 

@@ -128,7 +128,7 @@ def _from_sae_lens(path: Path, config: dict[str, Any], tensors: dict[str, Tensor
         d_sae=tensors["W_enc"].shape[1],
         d_out=tensors["W_dec"].shape[1],
         activation=_activation(architecture, activation),
-        k=k,
+        k=k if k is None or k == int(k) else None,  # of BatchTopK a mean over rows
         groups=tuple(about.get("matryoshka_widths") or ()),
         normalize=normalize,
         restores=not transcoder,  # SAELens' transcoders leave their output normalised

@@ -53,6 +53,7 @@ class EncoderAdapter(Adapter):
         **eva.IGNORED,
         "*.output_fmt": "how tokens are laid out between modules",
         "*.feature_dim": "how tokens are laid out between modules",
+        "*Classifier.embed_dim": "the width of the encoder, which is read",
         "*.out_features": "the width of a projector, and that is refused",
         "*.merge_size": "of a projector, and that is refused",
         "*.downsample_ratio": "of a projector, and that is refused",
@@ -63,17 +64,22 @@ class EncoderAdapter(Adapter):
         encoder = _encoder(upstream)
         rows, columns = encoder.patch_embed.grid_size
         rope = ropes.rope(encoder.rope, eva.turning(encoder.blocks), dynamic=True)
+        embed = _embed(encoder)
+        if rope.grid is None:
+            if embed.pos_grid is not None:
+                raise encoder.rope.unsupported("frequencies of its own, with positions of another grid")
+            embed = embed.model_copy(update={"interpolation": None})
         return ModelSpec(
             d_model=encoder.embed_dim,
             image_size=encoder.patch_embed.img_size,
-            embed=_embed(encoder),
+            embed=embed,
             layout=TokenLayout(rows=rows, columns=columns),
             blocks=tuple(eva.block(one) for one in encoder.blocks),
             rope=rope,
             ln_final=common.norm(encoder.norm) if upstream.is_a(DEEPSEEK) else None,
             pool=PoolSpec(kind="avg" if upstream.global_pool == "avg" else "none"),
             ln_pool=common.norm(upstream.norm),
-            d_pool=upstream.embed_dim,
+            d_pool=encoder.embed_dim,
             n_classes=common.classes(upstream.head),
         )
 

@@ -76,8 +76,9 @@ def _attention(attn: Reader) -> AttentionSpec:
 def turning(blocks: Reader) -> Literal["interleaved", "half"]:
     """Return which channels the blocks' attentions turn together."""
     half = bool(blocks[0].attn.rotate_half)
-    if any(bool(one.attn.rotate_half) != half for one in blocks):
-        raise blocks.unsupported("blocks that turn different channels")
+    for one in blocks:
+        if bool(one.attn.rotate_half) != half:
+            raise one.attn.unsupported("positions that turn other channels than those of the first block")
     return "half" if half else "interleaved"
 
 

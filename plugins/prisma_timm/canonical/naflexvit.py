@@ -181,7 +181,9 @@ def _embed(embeds: Reader, native: tuple[int, int]) -> EmbedSpec:
         raise embeds.unsupported(f"{kind!r} positions")
     how, kept = Interpolation(), native
     if kind != "none":
-        kept = tuple(embeds.pos_embed_grid_size)
+        learned = kind == "learned"
+        kept = embeds.pos_embed.shape[1:3] if learned else (embeds.pos_embed_y.shape[1], embeds.pos_embed_x.shape[1])
+        kept = tuple(kept)
         how = Interpolation(
             mode=embeds.pos_embed_interp_mode,
             antialias=embeds.pos_embed_antialias,

@@ -74,7 +74,7 @@ class RelPosAdapter(Adapter):
             source, owners = "shared_rel_pos", [upstream.shared_rel_pos]
         names = ", ".join(f"{source}.{name}" for name in functions.own_tensors(owners[0]))
         table += f"[{names}]  ->  blocks.{{l}}.attn.attn_bias  :  {{bias}}"
-        return WeightMap.parse(table, {"bias": _bias(upstream, owners)})
+        return WeightMap.parse(table, {"bias": _bias(owners)})
 
     def hooks(self, upstream: Reader, spec: ModelSpec) -> HookMap:
         at = "blocks.{l}"
@@ -126,10 +126,10 @@ def _block_rows(block: Reader) -> str:
     )
 
 
-def _bias(upstream: Reader, owners: list[Reader]) -> Callable[..., Tensor]:
-    facts = {_kind(owner) for owner in owners}
-    if len(facts) > 1:
-        raise upstream.unsupported("layers whose biases are made differently")
+def _bias(owners: list[Reader]) -> Callable[..., Tensor]:
+    for owner in owners:
+        if _kind(owner) != _kind(owners[0]):
+            raise owner.unsupported("biases made in another way than the first layer's")
     make = functions.own_function(owners[0], "get_bias")
     return lambda *tensors: make(*tensors)[0]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from einops import einsum
@@ -14,13 +14,11 @@ from torch import Tensor
 from prisma_core.errors import InputError
 from prisma_core.errors.arguments import check_flags, several, shown, tensor, whole
 from prisma_core.spec import TextSpec
+from prisma_core.spec.layout import Index
 from prisma_core.transformer.norm import Norm
 from prisma_core.transformer.stream.readout import Readout
 from prisma_core.transformer.stream.stream import Stream
 from prisma_core.transformer.tower import class_index
-
-if TYPE_CHECKING:
-    from prisma_core.spec.layout import Index
 
 Classes = int | str | Sequence["int | str"] | Tensor
 

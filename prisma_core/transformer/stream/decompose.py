@@ -7,7 +7,7 @@ TransformerLens'; ``layer`` is the block whose input is decomposed, and None or 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from einops import einsum, rearrange
@@ -16,14 +16,10 @@ from torch import Tensor
 
 from prisma_core.errors import InputError, NotApplicable
 from prisma_core.errors.arguments import check_flags, choice, number, shown, tensor
-from prisma_core.spec.layout import positions_of
-from prisma_core.transformer.block import attentions, end_of, mlps
+from prisma_core.spec.layout import Index, positions_of
+from prisma_core.transformer.attention import Attention
+from prisma_core.transformer.block import Branch, attentions, end_of, mlps
 from prisma_core.transformer.stream.attribution import LogitAttribution
-
-if TYPE_CHECKING:
-    from prisma_core.spec.layout import Index
-    from prisma_core.transformer.attention import Attention
-    from prisma_core.transformer.block import Branch
 
 Stack: TypeAlias = Float[Tensor, "component *batch pos d_model"]
 Projected: TypeAlias = Float[Tensor, " component *batch"]
@@ -94,26 +90,24 @@ class StreamCache(LogitAttribution):
         choice(mode, ("all", "mlp", "attn"), "the mode")
         check_flags(mlp_input=mlp_input, apply_ln=apply_ln, incl_embeds=incl_embeds, return_labels=return_labels)
         blocks = self._before(layer, mlp_input)
-        places: list[tuple[str, str]] = []
+        places = self._start() if incl_embeds else []
         for index, block in enumerate(blocks):
             if mode != "mlp":
-                places.append((f"{index}_attn_out", f"blocks.{index}.hook_attn_out"))
+                places.append((f"{index}_attn_out", [f"blocks.{index}.hook_attn_out"]))
             if mode != "attn" and block.spec.mlp is not None:
-                places.append((f"{index}_mlp_out", f"blocks.{index}.hook_mlp_out"))
+                places.append((f"{index}_mlp_out", [f"blocks.{index}.hook_mlp_out"]))
         if mlp_input and mode != "mlp":
-            places.append((f"{len(blocks)}_attn_out", f"blocks.{len(blocks)}.hook_attn_out"))
-        start = self._start() if incl_embeds else []
-        self._need([*(name for _, names in start for name in names), *(name for _, name in places)])
-        parts: list[Tensor] = []
-        for _, names in start:
-            whole, *less = (self._at(name, pos_slice) for name in names)
-            parts.append(whole - less[0] if less else whole)
-        parts += [self._at(name, pos_slice) for _, name in places]
-        if not parts:
+            places.append((f"{len(blocks)}_attn_out", [f"blocks.{len(blocks)}.hook_attn_out"]))
+        self._need([name for _, names in places for name in names])
+        if not places:
             raise InputError(
                 f"Nothing is added to the stream before layer {layer} with mode={mode!r}, incl_embeds=False."
             )
-        labels = [label for label, _ in (*start, *places)]
+        parts: list[Tensor] = []
+        for _, names in places:
+            whole, *less = (self._at(name, pos_slice) for name in names)
+            parts.append(whole - less[0] if less else whole)
+        labels = [label for label, _ in places]
         read = Reading(layer, mlp_input, apply_ln, pos_slice)
         return self._finished(torch.stack(parts), labels, read, return_labels)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from einops import einsum
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from prisma_core.transformer.pool import PoolAttention
+from prisma_core.transformer.pool import PoolAttention
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -11,16 +11,11 @@ from torch import Tensor
 from prisma_core.errors import InputError, NotApplicable, UnknownName
 from prisma_core.hooks.query import layer_of
 from prisma_core.spec import ModelSpec, TextSpec
-from prisma_core.spec.layout import positions_of
-from prisma_core.transformer.block import check_sum, end_of
+from prisma_core.spec.layout import Index, positions_of
+from prisma_core.transformer.block import Block, SideBySide, check_sum, end_of
 from prisma_core.transformer.norm import Norm
 from prisma_core.transformer.recipes import RecipeCache
 from prisma_core.transformer.tower import Tower
-
-if TYPE_CHECKING:
-    from prisma_core.spec.layout import Index
-    from prisma_core.transformer.block import Block, SideBySide
-
 
 S = TypeVar("S", bound="Stream")
 
