@@ -16,6 +16,7 @@ from prisma_patch import ablate, attribution_patch, edge_scores, freeze, knock_o
 from torch import Tensor
 
 from prisma_core import HookedModel, InputError, NotApplicable
+from prisma_core.plugin import widened
 
 from .drawing import Drawn, close, models
 from .test_technique_properties import REFUSING, changed, run
@@ -209,10 +210,10 @@ def test_scores_and_relevance_of_heads_are_sums_over_the_patterns(drawn: Drawn) 
     patterns = [torch.cat([cache[name] for name in each], 1).detach() for each in layers]
     here = range(layout.n_prefix, layout.n_tokens)
     alone = torch.stack([x[:, :, here, here].mean((0, 2)) for x in patterns])
-    assert close(found.sel(kind="self").values, alone.float(), 1e-5)
+    assert close(found.sel(kind="self").values, widened(alone), 1e-5)
     if layout.n_prefix and "cls" in found.names("kind"):
         token = torch.stack([x[:, :, layout.n_prefix :, 0].mean((0, 2)) for x in patterns])
-        assert close(found.sel(kind="cls").values, token.float(), 1e-5)
+        assert close(found.sel(kind="cls").values, widened(token), 1e-5)
     assume(drawn.spec.pool.kind not in ("none", "patches"))
     rows = run(relevance, model, images, lambda output: output[:, 0]).values
     total = torch.eye(rows.shape[-1], dtype=rows.dtype)

@@ -17,6 +17,7 @@ from prisma_patch import activation_patch, path_patch
 from torch import Tensor
 
 from prisma_core import NotApplicable, Result
+from prisma_core.plugin import widened
 
 from .drawing import Drawn, close, models
 
@@ -154,9 +155,9 @@ def test_all_paths_are_a_patch_and_the_direct_one_holds_the_rest(drawn: Drawn, d
 def test_rollout_is_the_product_of_the_layers(drawn: Drawn) -> None:
     mixed = run(rollout, drawn.model, drawn.inputs[0])
     _, cache = drawn.model.run_with_cache(*drawn.inputs, names="pattern")
-    product_of = torch.eye(mixed.values.shape[-1])
+    product_of = torch.eye(mixed.values.shape[-1], dtype=mixed.values.dtype)
     for layer in range(drawn.spec.n_layers):
         pattern = torch.cat([x for name, x in cache.items() if name.startswith(f"blocks.{layer}.")], 1)
-        product_of = (torch.eye(pattern.shape[-1]) + pattern.mean(1).float()) / 2 @ product_of
+        product_of = (torch.eye(pattern.shape[-1], dtype=product_of.dtype) + widened(pattern).mean(1)) / 2 @ product_of
     assert close(mixed.values, product_of.expand_as(mixed.values), SINGLE)
     assert close(mixed.values.sum(-1), torch.ones_like(mixed.values[..., 0]), SINGLE)

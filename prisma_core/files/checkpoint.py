@@ -95,6 +95,7 @@ def _inside(folder: Path) -> str:
 
 def _check_beginning(path: Path) -> None:
     """Refuse a file known to hold something else than weights, or weights under another name (``LoadError``)."""
+    check_regular(path)
     with path.open("rb") as file:
         head = file.read(32)
     if what := next((what for start, what in _BEGINNINGS.items() if head.startswith(start)), None):

@@ -110,7 +110,8 @@ class PartReader:
             name = "gelu_tanh" if module.approximate == "tanh" else "gelu"
         if name is None or not computes(module.module, name):
             raise module.unsupported("its activation function" if name is None else f"a function that is not {name}")
-        module.record.update(f"{module.path}.{held}" for held in vars(module.module))  # it was tried with what it holds
+        held = [each for each in vars(module.module) if each[0] != "_"]  # it was tried with these
+        module.record.update(f"{module.path}.{each}" for each in held)
         return name
 
     def linear(self, module: Reader) -> Reader:
