@@ -329,7 +329,7 @@ def test_a_folder_where_a_file_should_be(name: str, old: HookedViT, tmp_path: Pa
 
 def test_a_path_that_none_is(old: HookedViT, tmp_path: Path) -> None:
     for path in ("k\0", "k" * 300):
-        with pytest.raises((LoadError, InputError), match="path of a folder|cannot be written"):
+        with pytest.raises((LoadError, InputError), match=r"path of a folder|cannot be written"):
             prisma.save(old, tmp_path / path)
         with pytest.raises((LoadError, InputError)):
             prisma.load(f"file:{tmp_path / path}")
