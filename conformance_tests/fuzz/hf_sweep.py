@@ -33,10 +33,10 @@ from .hf_fields import ACT2FN, UNDECLARED, Config, Move, configurations, moved, 
 def drawn(upstream: nn.Module) -> nn.Module:
     """Return a model in float64 with every parameter drawn, and every eps as it was built."""
     built = [(vars(part), vars(part)["eps"]) for part in upstream.modules() if isinstance(vars(part).get("eps"), float)]
-    randomise(upstream, torch.Generator().manual_seed(0))
+    randomise(upstream.double(), torch.Generator().manual_seed(0))
     for attributes, eps in built:
         attributes["eps"] = eps
-    return upstream.eval().double()
+    return upstream.eval()
 
 
 class Verdict(NamedTuple):

@@ -49,11 +49,11 @@ def _drawn(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator).to(like)
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
 
 
 def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
-    return (torch.rand(like.shape, generator=generator) + 0.5).to(like)
+    return (torch.rand(like.shape, generator=generator, dtype=torch.float64) + 0.5).to(like)
 
 
 def _draw_eps(module: nn.Module, generator: torch.Generator) -> None:

@@ -114,7 +114,7 @@ class Subject:
         self.reference = reference
         self.full = full
         self.note = note
-        self.base = copy_module(upstream).cpu().eval()
+        self.base = copy_module(upstream).cpu().double().eval()  # numbers that float32 does not hold are drawn, too
         if draw:
             randomise(self.base, self.generator())
         for parameter in self.base.parameters():

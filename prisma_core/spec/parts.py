@@ -184,6 +184,8 @@ class Interpolation(Facts):
         square: resized to a square of the longer side, then cut to the grid.
         offset: the grid is scaled by (side + offset) / native side, instead of to its sides.
         in_float32: computed in float32 whatever the positions are, even float64.
+        rounded: what else goes through float32: ``prefix``, the positions before those that are resized; ``native``,
+            those of the native size, which are not resized.
         weights_in_float32: computed as sums of positions by weights in float32, instead of by torch's function: of the
             four around a patch, in the dtype of the positions; antialiased, of all, in float32.
     """
@@ -194,6 +196,7 @@ class Interpolation(Facts):
     square: bool = False
     offset: float = 0.0
     in_float32: bool = True
+    rounded: Literal["", "prefix", "native"] = ""
     weights_in_float32: bool = False
 
     @model_validator(mode="after")

@@ -28,7 +28,10 @@ from prisma_core.plugin import (
 SIGLIP2 = "transformers.models.siglip2.modeling_siglip2.Siglip2VisionModel"
 BICUBIC = Interpolation(antialias=False, in_float32=False)
 # In float32: with torch's function on the CPU alone, where antialiasing needs it.
-BILINEAR = (Interpolation(mode="bilinear"), Interpolation(mode="bilinear", weights_in_float32=True))
+BILINEAR = (
+    Interpolation(mode="bilinear", rounded="native"),
+    Interpolation(mode="bilinear", rounded="native", weights_in_float32=True),
+)
 
 
 class ClipVision(Tower):

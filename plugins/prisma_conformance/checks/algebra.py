@@ -150,9 +150,10 @@ def _positions(model: HookedViT) -> Tensor | None:
     embed, layout = model.embed, model.spec.layout
     if not embed.spec.pos or embed.pos_grid != (layout.rows, layout.columns):
         return None
-    if not embed.spec.pos_factorized:
-        return embed.pos_embed
     how = embed.spec.interpolation
+    if not embed.spec.pos_factorized:
+        in_float32 = how is not None and how.rounded == "native"
+        return embed.pos_embed.float().double() if in_float32 else embed.pos_embed
     if how is not None and how.square and layout.rows != layout.columns:
         return None
     patches = (embed.pos_rows[:, None] + embed.pos_columns).flatten(0, 1)

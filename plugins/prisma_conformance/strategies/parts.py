@@ -46,6 +46,7 @@ INTERPOLATIONS = st.builds(
     antialias=st.booleans(),
     square=st.booleans(),
     in_float32=st.booleans(),
+    rounded=st.sampled_from(["", "prefix", "native"]),
 )
 
 

@@ -191,10 +191,12 @@ def _grid(upstream: Reader, *, rotary: bool) -> tuple[int, int]:
 
 
 def _interpolation(upstream: Reader) -> Interpolation:
+    in_float32 = upstream.get("interpolate_in_float32", upstream.is_a(V2))
     return Interpolation(  # the first DINO keeps none of these as attributes
         antialias=bool(upstream.get("interpolate_antialias", False)),
         offset=upstream.get("interpolate_offset", 0.1) or 0.0,
-        in_float32=upstream.get("interpolate_in_float32", upstream.is_a(V2)),
+        in_float32=in_float32,
+        rounded="prefix" if in_float32 else "",
     )
 
 
