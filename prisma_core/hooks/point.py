@@ -351,7 +351,7 @@ def checked(value: object, x: Tensor, at: HookContext, who: str, what: str) -> T
 
 def _with_gradient_hooks(x: Tensor, hooks: Sequence[PlacedHook], point: HookPoint) -> Tensor:
     what = f"A backward hook at {hooks[0].name}" if hooks else f"A gradient by an activation ({point.equation})"
-    if hooks and torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         raise HookError(f"{what} cannot run in a compiled model; run it eagerly.")
     if not torch.is_grad_enabled() or (in_transform() and not x.requires_grad):
         raise HookError(
