@@ -113,7 +113,7 @@ def check_total(cache: Any, parts: Tensor, rest: Sequence[Tensor], reading: Tens
 
 def _rounding(cache: Any) -> float:
     """Return the share of a sum's size that passes in the dtypes of a cache may be off by."""
-    dtypes = {x.dtype for x in cache.values() if x.is_floating_point()}
+    dtypes = {x.dtype for x in (*cache.values(), *cache.model.parameters()) if x.is_floating_point()}
     if dtypes == {torch.float64}:
         return 1e-9
     if dtypes <= {torch.float32, torch.float64}:
