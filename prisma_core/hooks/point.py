@@ -197,8 +197,7 @@ class Scope:
 
     Attributes:
         points: every hook point of the model that the scope is opened on.
-        touched: those at which something runs, while the scope is open.
-        shared: those at which other code may edit in place what is captured.
+        touched, shared: where something runs, while the scope is open; where other code may edit what is captured.
         backward: gradient hooks; an empty tuple makes the activation part of a graph.
         completed: by model, whether a pass ran to its end while the scope was open.
         expected: what has to be reached, with the model whose completed passes count, or None for surely.
@@ -234,7 +233,7 @@ class Scope:
         self.is_open, self.began = True, checkpoints()
         self.reads = not (torch.is_grad_enabled() or self.splices or self.edits or self.backward)
         self.touched = frozenset((*self.splices, *self.edits, *self.backward, *self.captures))
-        self.shared = frozenset(key for key, at in self.captures.items() if any(getattr(one, "copy", False) for one in at))
+        self.shared = frozenset(key for key, at in self.captures.items() if any(getattr(x, "copy", False) for x in at))
         OPEN_SCOPES.set((*(scope for scope in OPEN_SCOPES.get() if scope.is_open), self))
 
     def close(self) -> None:

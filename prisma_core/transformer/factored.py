@@ -291,7 +291,7 @@ def _is_index(item: object) -> bool:
     if (n := whole(item)) is not None:
         return abs(n) < 1 << 63
     try:
-        numbers = torch.as_tensor(item, device="cpu") if isinstance(item, list | Tensor | np.ndarray) else torch.empty(())
+        numbers = torch.as_tensor(item) if isinstance(item, list | Tensor | np.ndarray) else torch.empty(())
     except (TypeError, ValueError):  # texts, lists of unequal length, numbers of more than 64 bits
         return False
     return numbers.ndim > 0 and not numbers.is_floating_point()
