@@ -86,8 +86,11 @@ class World:
     def visible(self) -> list[Expected]:
         return [each for each in self.seen[self.here] if each.is_open]
 
-    def foretold(self, x: float) -> float:
-        """Return the output of a pass in the context of the step, and note what hooks should see."""
+    def foretold(self, x: float, last: str | None = None, raises: bool = False) -> float:
+        """Return the output of a pass in the context of the step, and note what hooks should see.
+
+        Of a pass that a cache stops at the ``last`` hook point, or a hook of it ``raises`` at, what is there by then.
+        """
         for point in POINTS:
             x += 1
             scopes = self.visible()
@@ -98,12 +101,16 @@ class World:
                     scope.reached.add(point)
                     x *= factor
                     scope.then()
+            if point == last and raises:
+                return x
             for scope in scopes:
                 if scope.is_open and point in scope.at and scope.at[point] is None:
                     if point in scope.cached:
                         raise TwiceError
                     scope.cached[point] = x
                     scope.reached.add(point)
+            if point == last:
+                return x
         for scope in self.visible():
             scope.completed = True
         return x
@@ -176,10 +183,29 @@ class World:
     def plain(self) -> None:
         self.compare(lambda: self.model(IMAGE))
 
-    def compare(self, run: Callable[[], Tensor]) -> None:
+    def stopped(self, point: str) -> None:
+        """Run a pass that stops at a hook point."""
+        names = {"names": point, "output": False}
+        self.compare(lambda: self.model.run_with_cache(IMAGE, **names)[1][point], point)
+
+    def broken(self, point: str, error: type[BaseException]) -> None:
+        """Run a pass in which a hook raises."""
+
+        def act(x: Tensor, at: Any) -> None:
+            raise error
+
+        def run() -> Tensor:
+            seen = list[Tensor]()
+            with pytest.raises(error), self.model.hooks({point: lambda x, at: seen.append(x)}):
+                self.model.run_with_hooks(IMAGE, hooks={point: act})
+            return seen[0]
+
+        self.compare(run, point, raises=True)
+
+    def compare(self, run: Callable[[], Tensor], last: str | None = None, *, raises: bool = False) -> None:
         """Run a pass, and compare its output or error with what is expected."""
         try:
-            expected = self.foretold(float(IMAGE))
+            expected = self.foretold(float(IMAGE), last, raises)
         except TwiceError:
             with pytest.raises(HookError, match="fired twice"):
                 run()
@@ -239,6 +265,8 @@ STEP = st.one_of(
     st.tuples(st.just("open"), PLACES, st.sampled_from(["enter", "generator"])),
     st.tuples(st.just("close"), st.integers(0, 400), st.sampled_from(["leave", "error", "forget"])),
     st.tuples(st.just("pass"), st.none(), st.none()),
+    st.tuples(st.just("stopped"), st.sampled_from(POINTS), st.none()),
+    st.tuples(st.just("broken"), st.sampled_from(POINTS), st.sampled_from([ValueError, KeyboardInterrupt])),
     st.tuples(
         st.just("inner"),
         st.sampled_from(POINTS),
@@ -265,6 +293,10 @@ def test_what_is_on_is_what_a_plain_account_says(program: list[Any]) -> None:
             world.run(lambda scope=scope, second=second: world.close(scope, second), thread)
         elif kind == "pass":
             world.run(world.plain, thread)
+        elif kind == "stopped":
+            world.run(lambda first=first: world.stopped(first), thread)
+        elif kind == "broken":
+            world.run(lambda first=first, second=second: world.broken(first, second), thread)
         elif kind == "inner":
             world.run(lambda first=first, second=second: world.inner(first, second), thread)
         elif kind == "fork" and len(world.contexts) < 6:

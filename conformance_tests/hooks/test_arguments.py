@@ -15,6 +15,7 @@ WRONG = {
     "a slice backwards": ({"pos": slice(None, None, -1)}, "forward"),
     "heads by name": ({"names": "z", "heads": "x"}, "whole numbers"),
     "half a slice": ({"pos": slice(0.5, None)}, r"slice of whole numbers, got slice\(0\.5"),
+    "a slice of truths": ({"pos": slice(True, None)}, r"slice of whole numbers, got slice\(True"),
     "a slice of no steps": ({"heads": slice(0, 2, 0), "names": "z"}, "step cannot be zero"),
     "some truths and numbers": ({"pos": [True, 2]}, "whole numbers or a mask"),
     "a table of positions": ({"pos": [[0], [1]]}, "whole numbers or a mask"),

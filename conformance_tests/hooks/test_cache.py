@@ -282,6 +282,22 @@ def test_without_output_the_pass_stops_at_the_last_activation(vit, image):
     assert torch.equal(vit(image), vit(image))
 
 
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_hooks_of_torchs_before_the_model_run_where_the_pass_stops_early(vit, image, everywhere):
+    def twice(module, given):
+        return (2 * given[0],) if module is vit else None
+
+    expected = vit.run_with_cache(2 * image, names="resid_pre", output=False)[1]
+    register = torch.nn.modules.module.register_module_forward_pre_hook
+    handle = register(twice) if everywhere else vit.register_forward_pre_hook(twice)
+    _, whole = vit.run_with_cache(image, names="resid_pre")
+    _, stopped = vit.run_with_cache(image, names="resid_pre", output=False)
+    handle.remove()
+    for name in expected:
+        assert torch.equal(whole[name], expected[name])
+        assert torch.equal(stopped[name], expected[name])
+
+
 def test_start_and_stop(vit, image):
     logits, cache = vit.run_with_cache(image, names="resid_pre")
     assert torch.equal(vit(cache["resid_pre", 1], start_at_layer=1), logits)

@@ -172,6 +172,21 @@ def test_a_model_compiled_in_place(model, image):
     assert graphs() > 0
 
 
+@pytest.mark.parametrize("part", ["", "blocks.0", "blocks.0.mlp"])
+def test_gradients_by_activations_of_what_is_compiled_in_place(make, image, part):
+    """What a compiled graph gives out does not depend on what else it gives out, so such points run eagerly."""
+    model, plain = (make(layers=1, scale=True) for _ in range(2))
+    model.get_submodule(part).compile(backend="aot_eager")
+    asked = {"loss": lambda logits: logits[:, 0].sum(), "names": ["resid_mid", "mlp.post"]}
+    for _ in range(2):
+        _, cache = model.run_with_cache(image, **asked)
+        _, eager = plain.run_with_cache(image, **asked)
+        for name in eager:
+            assert eager.grad[name].any()
+            torch.testing.assert_close(cache.grad[name], eager.grad[name], **CLOSE)
+        model(image)
+
+
 def test_what_cannot_be_compiled_is_an_error_not_a_silence(model, image):
     run = compiled(model)
     errors = (HookError, torch._dynamo.exc.Unsupported)

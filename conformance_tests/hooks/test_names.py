@@ -105,6 +105,7 @@ def test_an_integer_may_come_from_numpy():
         (("z", -13), "Layers run from 0 to 11"),
         (("zz", 0), r"No hook point matches \('zz', 0\)"),
         (("embed", 0), "hook_embed is in no layer: ask for 'embed' alone"),
+        (("ln_final.scale", 0), r"ln_final\.hook_scale is in no layer: ask for 'ln_final\.scale' alone"),
         (["embed", "nothing"], "No hook point matches 'nothing'"),
         (lambda name: False, r"selects none of this model's 111 hook points\.$"),
         (lambda name: name.endswith("result"), "Derived points are asked for by name, and by no predicate"),

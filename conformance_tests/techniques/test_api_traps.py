@@ -55,6 +55,18 @@ def test_gradients_are_not_taken_in_inference_mode(name: str) -> None:
         INSIDE[name](X)
 
 
+@pytest.mark.parametrize("kept", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_cache_in_another_dtype_than_the_models(dtype: torch.dtype, kept: torch.dtype) -> None:
+    """It is read, as exactly as the coarser of the two is."""
+    made, images = build(registers=2, n_classes=5).to(dtype), X.to(dtype)
+    _, cache = made.run_with_cache(images, dtype=kept)
+    loose = max(torch.finfo(dtype).eps, torch.finfo(kept).eps)
+    for read in (lens.logit_lens, lambda *given: lens.attribute(*given, 1, by="head")):
+        found, expected = (read(made, given).values.double() for given in (cache, images))
+        assert (found - expected).abs().max() <= 20 * loose * expected.abs().max()
+
+
 def test_a_cache_made_in_inference_mode_is_not_attributed() -> None:
     with torch.inference_mode():
         _, made = model().run_with_cache(X)

@@ -10,6 +10,7 @@ import prisma_patch as patch
 import pytest
 import torch
 from models import build
+from prisma_lens.covectors import check_total
 from torch import Tensor
 
 import prisma_core as prisma
@@ -51,6 +52,23 @@ def test_sums_that_a_hook_breaks_are_refused(name: str, call: Callable[..., Any]
     with halved(made, name), pytest.raises(NotApplicable):
         call(made, X, 1, **options)
     call(made, X, 1, **options)
+
+
+@pytest.mark.parametrize("by", ["layer", "head", "neuron", "source"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_that_are_a_few_percent_off_are_refused_in_half_precision(dtype: torch.dtype, by: Any) -> None:
+    made, images = model().to(dtype), X.to(dtype)
+    found = lens.attribute(made, images, 1, by=by)
+    parts, rest = found.values.flatten(0, found.axes.index("batch") - 1), list(found.tensors.values())
+    _, cache = made.run_with_cache(images, names="hook_logits")
+    read = cache["hook_logits"][:, 1:2]
+    check_total(cache, parts, rest, read)
+    size = sum((each.float().abs() for each in rest), parts.float().abs().sum(0))
+    for sign in (1, -1):
+        with pytest.raises(NotApplicable, match="sum to"):
+            check_total(cache, parts, rest, read + sign * 0.1 * size)
+    with halved(made, "blocks.1.hook_resid_post"), pytest.raises(NotApplicable, match="sum to"):
+        lens.attribute(made, images, 1, by=by)
 
 
 @pytest.mark.parametrize(

@@ -91,13 +91,24 @@ def test_vmap_and_grad_over_images(variant, image):
     def logit(x):
         return variant(x[None]).flatten()[1]
 
-    if variant.spec.blocks[0].attn.bias:
-        pytest.skip("torch's fused kernel takes no bias that requires gradients under vmap")
     given = image.clone().requires_grad_()
     expected = torch.stack([torch.autograd.grad(logit(x), given)[0][i] for i, x in enumerate(given)])
     torch.testing.assert_close(torch.vmap(torch.func.grad(logit))(image), expected, **EXACT)
     torch.testing.assert_close(torch.vmap(lambda x: variant(x[None])[0])(image), variant(image), **EXACT)
     torch.testing.assert_close(torch.func.jacrev(logit)(image[0]), expected[0], **EXACT)
+
+
+def test_forward_derivatives_by_every_activation(variant, image):
+    """In forward mode no tensor says that derivatives are taken; kernels give some that are zero."""
+
+    def activations(x):
+        return tuple(variant.run_with_cache(x, detach=False)[1].values())
+
+    tangent = torch.randn_like(image)
+    _, forward = torch.func.jvp(activations, (image,), (tangent,))
+    _, expected = torch.autograd.functional.jvp(activations, image, tangent)
+    for each, other in zip(forward, expected, strict=True):
+        torch.testing.assert_close(each, other, rtol=1e-9, atol=1e-9)
 
 
 def test_vmap_over_texts(in_float64):

@@ -36,6 +36,22 @@ def test_each_part_runs_where_the_model_is(part: str, device: torch.device) -> N
     passes(variant_of(**VARIANTS[part], layers=1).to(device), device, torch.float32)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_default_device_of_torch_is_not_where_the_model_is(kind: str) -> None:
+    model, positions = drawn(KINDS[kind]), [0, -1]
+    inputs = model.sample_inputs(generator=torch.Generator().manual_seed(0))
+    picture = np.zeros((9, 8, 3), dtype=np.uint8)
+    prepare = Preprocess(size=(8, 8), mean=(0.5, 0.4, 0.3), std=(0.5, 0.4, 0.3))
+    _, expected = model.run_with_cache(*inputs, pos=positions)
+    with torch.device("meta"):
+        again = model.sample_inputs(generator=torch.Generator().manual_seed(0))
+        _, cache = model.run_with_cache(*again, pos=positions)
+        pixels = prepare(picture)
+    assert torch.equal(pixels, prepare(picture))
+    for name in expected:
+        assert torch.equal(cache[name], expected[name])
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_runs_in_half_precision(kind: str, dtype: torch.dtype) -> None:

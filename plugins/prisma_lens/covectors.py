@@ -97,7 +97,8 @@ def check_total(cache: Any, parts: Tensor, rest: Sequence[Tensor], reading: Tens
     Raises:
         NotApplicable: a hook edited the stream, or what lies between parts and reading.
     """
-    total, size = parts.sum(0), parts.abs().sum(0) + reading.abs()
+    wide = torch.promote_types(parts.dtype, torch.float32)  # sums of many halves would round more than each half does
+    total, size = parts.sum(0, dtype=wide), parts.abs().sum(0, dtype=wide) + reading.abs()
     for one in rest:
         total, size = total + one, size + one.abs()
     off = (total - reading).abs() > _rounding(cache) * size
@@ -112,12 +113,12 @@ def check_total(cache: Any, parts: Tensor, rest: Sequence[Tensor], reading: Tens
 
 def _rounding(cache: Any) -> float:
     """Return the share of a sum's size that passes in the dtypes of a cache may be off by."""
-    dtypes = {x.dtype for x in cache.values() if x.is_floating_point()}
+    dtypes = {x.dtype for x in (*cache.values(), *cache.model.parameters()) if x.is_floating_point()}
     if dtypes == {torch.float64}:
         return 1e-9
     if dtypes <= {torch.float32, torch.float64}:
         return 1e-3 if torch.get_float32_matmul_precision() == "highest" else 3e-2  # TF32 has ten bits
-    return 0.3
+    return 0.04  # 5 steps of bfloat16, 41 of float16: of 2,400 random models, strained ones too, the worst had 3 and 12
 
 
 def lengths(cache: Any) -> Tensor:

@@ -168,7 +168,8 @@ def token_outputs(model: HookedViT | HookedText, stream: Tensor) -> Tensor:
             "This model's blocks norm the stream itself (post-norm, as BERT does), so a stream inside is not what its "
             "head could read. Its streams are in the cache all the same."
         )
-    x = stream.reshape(-1, 1, stream.shape[-1])
+    x, like = stream.reshape(-1, 1, stream.shape[-1]), model.input_like
+    x = x.to(like if all(x.dtype != each.dtype for each in model.parameters()) else like.device)  # caches may be cast
     if model.spec.ln_final is not None:
         x = model.ln_final(x)
     x = model.ln_pool(x[:, 0] if isinstance(model, HookedText) else model.pool(x, 0))

@@ -101,6 +101,5 @@ def gradients(loss: Callable[[Any], Tensor], output: object, activations: Mappin
         raise HookError(f"The loss must be one number; got {came}. Pick a logit or take a mean.")
     if not value.requires_grad:
         raise HookError("The loss carries no graph: compute it without detach(), outside torch.inference_mode().")
-    tensors = list(activations.values())
-    grads = torch.autograd.grad(value, tensors, allow_unused=True, retain_graph=True, materialize_grads=True)
+    grads = torch.autograd.grad(value, list(activations.values()), retain_graph=True, materialize_grads=True)
     return dict(zip(activations, grads, strict=True))

@@ -289,7 +289,7 @@ class HookedModel(nn.Module):
             with ScopeContext(scope, None, kwargs):
                 if output:
                     return self(*inputs, **kwargs)
-                self.forward(*inputs, **kwargs)
+                self._call_impl(*inputs, **kwargs)  # torch's hooks run too; compiled code cannot stop
         except Stop:
             return None
         except (TypeError, InputError):

@@ -197,7 +197,7 @@ class Scope:
 
     Attributes:
         points: every hook point of the model that the scope is opened on.
-        touched: those at which something runs, while the scope is open.
+        touched, shared: where something runs, while the scope is open; where other code may edit what is captured.
         backward: gradient hooks; an empty tuple makes the activation part of a graph.
         completed: by model, whether a pass ran to its end while the scope was open.
         expected: what has to be reached, with the model whose completed passes count, or None for surely.
@@ -213,6 +213,7 @@ class Scope:
     completed: dict[nn.Module, bool] = field(default_factory=dict[Any, Any])
     expected: list[tuple[Expected, nn.Module | None]] = field(default_factory=list[Any])
     touched: frozenset[str] = frozenset()
+    shared: frozenset[str] = frozenset()
     is_open: bool = False
     began: tuple[FrameType, ...] = ()
     reads: bool = False
@@ -232,6 +233,7 @@ class Scope:
         self.is_open, self.began = True, checkpoints()
         self.reads = not (torch.is_grad_enabled() or self.splices or self.edits or self.backward)
         self.touched = frozenset((*self.splices, *self.edits, *self.backward, *self.captures))
+        self.shared = frozenset(key for key, at in self.captures.items() if any(getattr(x, "copy", False) for x in at))
         OPEN_SCOPES.set((*(scope for scope in OPEN_SCOPES.get() if scope.is_open), self))
 
     def close(self) -> None:
@@ -305,7 +307,7 @@ def _fire(scopes: tuple[Scope, ...], point: HookPoint, x: Tensor) -> Tensor:
         x = torch.ops.prisma.in_scopes(x)  # looks for checkpoints when it runs (prisma_core/model.py)
     else:
         keep_scopes(scopes)
-    key, edited, captured, differentiated, shared = point.key, False, False, False, False
+    key, edited, differentiated, shared = point.key, False, False, False
     for scope in scopes:
         if (splice := scope.splices.get(key)) is not None:
             x = splice(x)
@@ -313,10 +315,9 @@ def _fire(scopes: tuple[Scope, ...], point: HookPoint, x: Tensor) -> Tensor:
         for hook in scope.edits.get(key, ()):
             x = _hooked(hook, x, "activation")
             edited = True
-        captured = captured or bool(scope.captures)
-        shared = shared or any(getattr(one, "copy", False) for one in scope.captures.get(key, ()))
+        shared = shared or key in scope.shared
         differentiated = differentiated or key in scope.backward
-    if shared or (edited and captured):
+    if shared or (edited and any(scope.captures for scope in scopes)):
         x = x.clone()  # a hook may hold on to its argument or its result, and a cache must not change
     if differentiated:
         x = _with_gradient_hooks(x, [hook for scope in scopes for hook in scope.backward.get(key, ())], point)
@@ -351,7 +352,7 @@ def checked(value: object, x: Tensor, at: HookContext, who: str, what: str) -> T
 
 def _with_gradient_hooks(x: Tensor, hooks: Sequence[PlacedHook], point: HookPoint) -> Tensor:
     what = f"A backward hook at {hooks[0].name}" if hooks else f"A gradient by an activation ({point.equation})"
-    if hooks and torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         raise HookError(f"{what} cannot run in a compiled model; run it eagerly.")
     if not torch.is_grad_enabled() or (in_transform() and not x.requires_grad):
         raise HookError(

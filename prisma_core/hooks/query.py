@@ -179,7 +179,7 @@ def _with_layer(query: LayerQuery, names: Sequence[str]) -> list[str]:
             depths[tower] = max(depths.get(tower, 0), int(match[1]) + 1)
     places = [(name, name[: match.start()], int(match[1])) for name in selected if (match := _LAYER.search(name))]
     if not places:
-        raise UnknownName(f"{selected[0]} is in no layer: ask for {short_name(selected[0])!r} alone.")
+        raise UnknownName(f"{selected[0]} is in no layer: ask for {shorthand!r} alone.")
     in_layer = [name for name, tower, at in places if at == (layer if layer >= 0 else depths[tower] + layer)]
     if not in_layer:
         last = max(depths[tower] for _, tower, _ in places) - 1

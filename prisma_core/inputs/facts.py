@@ -71,7 +71,7 @@ class Preprocess(Facts, ImagePreprocess):
             pixels = self._interpolated(_bytes(image)[None].float() / 255, *self.size)[0]
         else:
             pixels = _bytes(self.fit(image)).float() / 255
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        mean, std = (torch.tensor(values, device="cpu").view(-1, 1, 1) for values in (self.mean, self.std))
         pixels = (pixels - mean) / std
         return pixels.flip(0) if self.order == "bgr" else pixels
 

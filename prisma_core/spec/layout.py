@@ -195,7 +195,7 @@ def indices(index: int | Sequence[int] | Tensor) -> list[int]:
     if (number := whole(index)) is not None:
         return [number]
     try:
-        numbers = torch.as_tensor(index)
+        numbers = torch.as_tensor(index, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError):
         numbers = torch.empty(())
     mixed = isinstance(index, list | tuple) and len({isinstance(each, bool) for each in index}) > 1
@@ -237,6 +237,8 @@ def positions_of(index: Index | None, n: int) -> list[int]:
 
 def _range(index: slice, n: int) -> range:
     """Return the places that a slice of whole numbers selects of ``n``."""
+    if any(each is not None and whole(each) is None for each in (index.start, index.stop, index.step)):
+        raise InputError(f"Expected a slice of whole numbers, got {index!r}.")
     try:
         return range(n)[index]
     except (TypeError, ValueError) as error:

@@ -14,7 +14,7 @@ from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prisma_core.errors import InputError
-from prisma_core.errors.arguments import in_transform
+from prisma_core.errors.arguments import in_transform, unwrapped
 from prisma_core.toolbox.precision import AS_IT_IS
 
 _functorch = cast("Any", torch)._C._functorch
@@ -24,17 +24,22 @@ ADVICE = (
 )
 
 
-def kernels() -> AbstractContextManager[object]:
+def in_forward_mode() -> bool:
+    """Return whether derivatives are being taken in forward mode (``jvp``), which no tensor shows."""
+    return cast("Any", forward_ad)._current_level >= 0
+
+
+def kernels(bias: Tensor | None = None) -> AbstractContextManager[object]:
     """Return a context in which attention has the derivatives that are being taken, where the forward pass can tell.
 
-    It can tell forward mode, and derivatives of derivatives in ``torch.func``.
+    It can tell forward mode, and in ``torch.func`` derivatives of derivatives, and those by a ``bias`` of the scores.
     """
     levels: list[Any] = []
     if not torch.compiler.is_compiling() and in_transform():
         levels = _functorch.get_interpreter_stack()
-    nested = bool(levels) and sum(level.key() == _functorch.TransformType.Grad for level in levels) > 1
-    forward = cast("Any", forward_ad)._current_level >= 0
-    return cast("AbstractContextManager[object]", sdpa_kernel(SDPBackend.MATH)) if nested or forward else AS_IT_IS
+    nested = sum(level.key() == _functorch.TransformType.Grad for level in levels) > 1
+    beyond = nested or in_forward_mode() or (bool(levels) and bias is not None and unwrapped(bias).requires_grad)
+    return cast("AbstractContextManager[object]", sdpa_kernel(SDPBackend.MATH)) if beyond else AS_IT_IS
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -43,7 +48,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale:
     ``q``, ``k`` and ``v`` are ``[batch head pos d_head]``. Gradients that carry a graph (``create_graph=True``) are
     computed step by step.
     """
-    with kernels():
+    with kernels(bias):
         z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     if not z.requires_grad or torch.compiler.is_compiling() or cast("Any", torch).jit.is_tracing() or in_transform():
         return z

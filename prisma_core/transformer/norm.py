@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prisma_core.hooks.point import HookPoint
 from prisma_core.spec import NormSpec
+from prisma_core.toolbox.derivatives import in_forward_mode
 from prisma_core.toolbox.precision import HALF, show, widened
 from prisma_core.transformer.recipes import computed
 
@@ -44,7 +45,7 @@ class Norm(nn.Module):
     def forward(self, x: Float[Tensor, "*outer width"]) -> Float[Tensor, "*outer width"]:
         value = None
         if self.hook_scale.wanted:
-            if self.hook_scale.edited or x.requires_grad:
+            if self.hook_scale.edited or x.requires_grad or in_forward_mode():
                 return self._explicit(x)
             value = self._read(x)
         return computed(self.hook_normalized, partial(_fused, self.spec), x, self.weight, self.bias, value=value)

@@ -113,15 +113,16 @@ class HookedText(Tower):
     ) -> tuple[Tensor, ...]:
         batch, length = read_sample(batch, size, generator), size[0] if size else self.spec.n_ctx
         special = {self.spec.pad_id, self.spec.pool.eos_id}
-        plain = torch.tensor([token for token in range(self.spec.n_vocab) if token not in special])
-        tokens = plain[torch.randint(len(plain), (batch, length), generator=generator)]
-        # Texts of different lengths: the end of the text stands somewhere, and only padding comes after it.
-        ends = torch.randint(min(1, length - 1), length, (batch,), generator=generator)
-        after = torch.arange(length) > ends[:, None]
-        if self.spec.pad_id is not None:
-            tokens = torch.where(after, self.spec.pad_id, tokens)
-        if self.spec.pool.eos_id is not None:
-            tokens[torch.arange(batch), ends] = self.spec.pool.eos_id
+        with torch.device("cpu"):
+            plain = torch.tensor([token for token in range(self.spec.n_vocab) if token not in special])
+            tokens = plain[torch.randint(len(plain), (batch, length), generator=generator)]
+            # Texts of different lengths: the end of the text stands somewhere, and only padding comes after it.
+            ends = torch.randint(min(1, length - 1), length, (batch,), generator=generator)
+            after = torch.arange(length) > ends[:, None]
+            if self.spec.pad_id is not None:
+                tokens = torch.where(after, self.spec.pad_id, tokens)
+            if self.spec.pool.eos_id is not None:
+                tokens[torch.arange(batch), ends] = self.spec.pool.eos_id
         return (tokens,)
 
     def forward(self, tokens: Int[Tensor, "batch pos"], *, stop_at_layer: int | None = None) -> Tensor:

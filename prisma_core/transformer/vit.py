@@ -124,7 +124,7 @@ class HookedViT(Tower):
         batch, shape = read_sample(batch, size, generator), list(native_shape(self.spec))
         if size is not None:
             shape = [*size[:-2], self.spec.embed.in_channels, *size[-2:]]
-        return (torch.randn(batch, *shape, generator=generator),)
+        return (torch.randn(batch, *shape, generator=generator, device="cpu"),)
 
     def forward(
         self,

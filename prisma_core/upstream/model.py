@@ -230,7 +230,7 @@ class HookedUpstream(ZooModel):
                     f"Expected a size of at most {len(shape)} axes, as in {list(shape)}; got {list(size)}."
                 )
             shape = self._sized(size)
-        return (torch.randn(batch, *shape, generator=generator),)
+        return (torch.randn(batch, *shape, generator=generator, device="cpu"),)
 
     def export(self) -> dict[str, Tensor]:
         """Return upstream's own state dict with the model's present weights."""
