@@ -106,7 +106,7 @@ def test_ten_thousand_blocks(folder: Path) -> None:
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 100_000, "\0" * 100, '"' + "\\ud800" + '"', "1e999999"])
 def test_a_file_that_is_hard_to_read(text: str, folder: Path) -> None:
     (folder / "spec.json").write_text(text)
-    with pytest.raises(LoadError, match=r"spec\.json does not describe a model"):
+    with pytest.raises(LoadError, match=r"spec\.json (is no readable JSON|holds a float)"):
         prisma.load(f"file:{folder}")
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
-from prisma_core.errors import InputError, LoadError, format_fields
-from prisma_core.files.texts import check_facts, facts_digest
+from prisma_core.errors import InputError, format_fields
+from prisma_core.files.texts import check_facts, facts_digest, parse_json, read_fields
 from prisma_core.inputs import Preprocess
 from prisma_core.inputs.video import VideoPreprocess
 from prisma_core.model import ZooModel
@@ -64,7 +64,7 @@ class SavedFacts(BaseModel):
         weights: none in folders written before there was a digest.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     spec: Annotated[AnySpec, Field(discriminator="kind")]
     preprocess: AnyPreprocess | None = None
@@ -73,14 +73,6 @@ class SavedFacts(BaseModel):
     frozen: tuple[str, ...] = ()
     weights: SavedWeights | None = None
     companions: dict[Literal["tokenizer", "preprocess"], SavedProcessor] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _kind(cls, facts: Any) -> Any:
-        spec = cast("dict[str, Any]", facts).get("spec") if isinstance(facts, dict) else None
-        if isinstance(spec, dict):  # once there was one kind, and no name for it
-            cast("dict[str, Any]", spec).setdefault("kind", "vision")
-        return cast(Any, facts)
 
     @model_validator(mode="after")
     def _together(self) -> Self:
@@ -126,13 +118,12 @@ class SavedFacts(BaseModel):
 
 def read_facts(text: str, path: Path) -> SavedFacts:
     """Return the facts in the text of a ``spec.json``; a ``LoadError`` where they describe no model."""
-    try:
-        facts = SavedFacts.model_validate_json(text)
-    except (ValidationError, ValueError) as error:
-        reason = format_fields(error) if isinstance(error, ValidationError) else str(error)
-        raise LoadError(f"{path} does not describe a model: {reason}.") from error
+    said = parse_json(text, path)
+    spec = said.get("spec")  # once there was one kind, and no name for it
+    named = {**said, "spec": {"kind": "vision", **spec}} if isinstance(spec, dict) else said
+    facts = read_fields(SavedFacts, named, f"{path} does not describe a model")
     if facts.weights is not None:
-        check_facts(_rest(json.loads(text)), facts.weights.facts, path, "weights.facts")
+        check_facts(_rest(said), facts.weights.facts, path, "weights.facts")
     return facts
 
 

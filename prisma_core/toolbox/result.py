@@ -15,6 +15,7 @@ from torch import Tensor
 from prisma_core.errors import InputError, LoadError, PluginError, PrismaError, UnknownName, suggest
 from prisma_core.errors.arguments import check_flags, expect, number, path_of, several, shown, tensor, whole
 from prisma_core.files.checkpoint import read_with_header, write_safetensors
+from prisma_core.files.texts import parse_json
 from prisma_core.spec.brief import html_table
 from prisma_core.toolbox.precision import widened
 
@@ -204,7 +205,7 @@ class Result:
         path = path_of(path)
         tensors, header = read_with_header(path, _METADATA)
         try:
-            about = cast("dict[str, Any]", json.loads(header or ""))
+            about = parse_json(header or "", path)
             labels = {axis: tuple(names) for axis, names in about.pop("labels").items()}
             more = {name.removeprefix("tensors/"): each for name, each in tensors.items() if name != "values"}
             return cls(tensors["values"], tuple(about.pop("axes")), labels, tensors=more, **about)
