@@ -20,6 +20,7 @@ from prisma_core.errors import (
     WeightMapError,
     blaming,
     format_fields,
+    printable,
     qualified_name,
     returned,
     suggest,
@@ -149,4 +150,5 @@ __all__ = [
     # errors
     "PrismaError", "UnknownName", "HookError", "UnsupportedArchitecture", "WeightMapError", "NotApplicable",
     "MissingPart", "LoadError", "InputError", "PluginError", "suggest", "blaming", "returned", "format_fields",
+    "printable",
 ]
