@@ -53,8 +53,8 @@ def check_place(what: str, x: Tensor, weight: Tensor | None) -> None:
         return
     if weight.is_meta and not x.is_meta:
         raise InputError(
-            "This model is on the meta device, where weights have shapes and no numbers: load it with its weights (of an "
-            f"upstream that accelerate has offloaded, put them back before adapting), or give {what}.to('meta')."
+            "This model is on the meta device, where weights have shapes and no numbers: load it with its weights "
+            f"(of an upstream that accelerate has offloaded, before it is adapted), or give {what}.to('meta')."
         )
     if x.device != weight.device:
         raise InputError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
@@ -119,8 +119,9 @@ class SavedFacts(BaseModel):
 def read_facts(text: str, path: Path) -> SavedFacts:
     """Return the facts in the text of a ``spec.json``; a ``LoadError`` where they describe no model."""
     said = parse_json(text, path)
-    spec = said.get("spec")  # once there was one kind, and no name for it
-    named = {**said, "spec": {"kind": "vision", **spec}} if isinstance(spec, dict) else said
+    named = dict(said)
+    if isinstance(spec := said.get("spec"), dict):  # once there was one kind, and no name for it
+        named["spec"] = {"kind": "vision", **cast("dict[str, Any]", spec)}
     facts = read_fields(SavedFacts, named, f"{path} does not describe a model")
     if facts.weights is not None:
         check_facts(_rest(said), facts.weights.facts, path, "weights.facts")

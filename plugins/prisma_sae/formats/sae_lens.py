@@ -78,7 +78,8 @@ def read(path: Path) -> SparseCoder:
 
 def _own(path: Path) -> SparseCoder:
     ours = read_json(path / OURS)
-    if (schema := ours.get("schema")) != SCHEMA or (unknown := sorted(set(ours) - {*_SEALED, *_BESIDE})):
+    schema, unknown = ours.get("schema"), sorted(set(ours) - {*_SEALED, *_BESIDE})
+    if schema != SCHEMA or unknown:
         what = f"schema {shown(schema)}" if schema != SCHEMA else f"a field {unknown[0]!r}"
         raise LoadError(f"{path / OURS} has {what}, which this Prisma does not know: update Prisma.")
     check_facts({name: ours.get(name) for name in _SEALED}, ours.get("facts_sha256"), path / OURS, "facts_sha256")
