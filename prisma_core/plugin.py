@@ -20,6 +20,7 @@ from prisma_core.errors import (
     WeightMapError,
     blaming,
     format_fields,
+    printable,
     qualified_name,
     returned,
     suggest,
@@ -51,7 +52,15 @@ from prisma_core.files.checkpoint import (
 )
 from prisma_core.files.code import code_in, without_code
 from prisma_core.files.pickles import SavedObject
-from prisma_core.files.texts import check_facts, check_regular, facts_digest, parse_json, read_json, read_text
+from prisma_core.files.texts import (
+    check_facts,
+    check_regular,
+    facts_digest,
+    parse_json,
+    read_fields,
+    read_json,
+    read_text,
+)
 from prisma_core.files.unpickled import read_objects, save_objects
 from prisma_core.hooks.point import Hook, Splice
 from prisma_core.hooks.query import LayerQuery, Query, layer_of, resolve_one, short_name
@@ -128,7 +137,8 @@ __all__ = [
     "read_checkpoint", "read_states", "read_objects", "save_objects", "SavedObject", "replacing", "replacing_both",
     "write_text", "settled", "place", "file_digest", "locked", "holding", "check_axes", "check_shapes", "check_finite",
     "check_merged", "depth_in", "digest", "check_layers", "check_claims", "read_outline", "hub", "without_code",
-    "code_in", "check_regular", "read_text", "read_json", "parse_json", "facts_digest", "check_facts",
+    "code_in", "check_regular", "read_text", "read_json", "parse_json", "read_fields", "facts_digest",
+    "check_facts",
     "Options", "read_options", "Whole", "Above", "Heads", "Eps", "Pixels",
     "check_keywords", "keywords", "keyword_names",
     # techniques and commands
@@ -140,4 +150,5 @@ __all__ = [
     # errors
     "PrismaError", "UnknownName", "HookError", "UnsupportedArchitecture", "WeightMapError", "NotApplicable",
     "MissingPart", "LoadError", "InputError", "PluginError", "suggest", "blaming", "returned", "format_fields",
+    "printable",
 ]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import collections
 import pickle
+import struct
 import sys
 import threading
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -312,3 +314,30 @@ def test_which_of_several(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2)}, tmp_path / "one.pt")
     with pytest.raises(LoadError, match="none named 'ema': leave key= out"):
         read_checkpoint(tmp_path / "one.pt", "ema")
+
+
+# ------------------------------------------------------------ archives and headers
+
+
+def test_an_archive_that_holds_a_file_twice_is_refused(tmp_path: Path) -> None:
+    """Readers of archives differ in which of the two they take."""
+    torch.save({"a": torch.arange(4.0)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt", "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("a/data/0", bytes(16))
+    with pytest.raises(LoadError, match="holds a file twice"):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+def test_an_archive_of_something_else_says_what_it_holds(tmp_path: Path) -> None:
+    with (tmp_path / "a.pt").open("wb") as file:
+        np.savez(file, weight=np.ones(2))
+    with pytest.raises(LoadError, match=r"torch.save did not write; it holds weight\.npy"):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("n", range(56, 65))
+def test_a_header_of_any_length_is_one(n: int, tmp_path: Path) -> None:
+    """Its length stands first: of 60, it is the letter that pages of the web begin with."""
+    header = b'{"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}'.ljust(n)
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", n) + header + struct.pack("<f", 2.5))
+    assert read_checkpoint(tmp_path / "a.safetensors") == {"a": torch.tensor(2.5)}

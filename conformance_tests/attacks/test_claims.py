@@ -71,7 +71,11 @@ WRONG: list[tuple[tuple[Any, ...], Any, str]] = [
     (("spec", "embed", "patch"), [-1, -1], r"embed\.patch\.0: .*greater than 0"),
     (("spec", "layout", "cls"), -1, r"layout\.cls: .*greater than or equal to 0"),
     (("spec", "image_size"), [5, -1], r"image_size\.1: .*greater than 0"),
-    (("spec", "image_size"), [16, 12], "make no grid of 2 x 3 patches"),
+    (
+        ("spec", "image_size"),
+        [16, 12],
+        r"an image of \(16, 12\) pixels has \(4, 3\) rows and columns .* the layout says \(2, 3\)",
+    ),
     (("spec", "blocks", 0, "attn", "scale"), float("nan"), "attn.scale: .*finite"),
     (("spec", "ln_final", "eps"), float("inf"), "ln_final.eps: .*finite"),
     (("labels",), 5, "labels"),
@@ -106,7 +110,7 @@ def test_ten_thousand_blocks(folder: Path) -> None:
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 100_000, "\0" * 100, '"' + "\\ud800" + '"', "1e999999"])
 def test_a_file_that_is_hard_to_read(text: str, folder: Path) -> None:
     (folder / "spec.json").write_text(text)
-    with pytest.raises(LoadError, match=r"spec\.json does not describe a model"):
+    with pytest.raises(LoadError, match=r"spec\.json (is no readable JSON|holds a float)"):
         prisma.load(f"file:{folder}")
 
 

@@ -245,9 +245,9 @@ def test_a_count_that_a_coder_claims(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("saved", "told"),
     [
-        ({"model": {"latent_bias": 1, "encoder": None}}, "no whole file of MSAE"),
-        ({"model": {"latent_bias": torch.ones(3)}}, "KeyError: 'encoder'"),
-        ({"model": {"latent_bias": torch.ones(3), "encoder": "a text"}}, "no whole file of MSAE"),
+        ({"model": {"latent_bias": 1, "encoder": None}}, "lacks pre_bias"),
+        ({"model": {"latent_bias": torch.ones(3), "pre_bias": torch.ones(3)}}, "lacks encoder"),
+        ({"model": {"latent_bias": torch.ones(3), "encoder": "a text", "pre_bias": 1}}, "no whole file of MSAE"),
     ],
 )
 def test_coders_that_lack_something(saved: Any, told: str, tmp_path: Path) -> None:

@@ -109,6 +109,33 @@ def test_a_checkpoint_of_universal_sae_is_its_state_dict(tmp_path: Path, name: s
         read(tmp_path / "whole.pth", k=3)
 
 
+@pytest.mark.parametrize("evaluated", [True, False])
+@pytest.mark.parametrize("normalization", ["l2", "max_l2", "l1", "max_l1", "identity"])
+def test_a_training_ends_behind_a_step(tmp_path: Path, normalization: str, evaluated: bool) -> None:
+    """Rows have other lengths then, and what an earlier evaluation fused is no longer the dictionary."""
+    model = trained(library.TopKSAE(D, K, top_k=3, dictionary_params={"normalization": normalization}))
+    if evaluated:
+        model.eval().train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02
+    torch.save(model, tmp_path / "whole.pth")
+    torch.save({"model_state_dict": model.state_dict(), "epoch": 1}, tmp_path / "state.pth")
+    stale = model.dictionary._fused_dictionary
+    model.eval()
+    assert stale is None or (stale - model.get_dictionary()).abs().max() > 0.01
+    with torch.no_grad():
+        output = model(X)[2]
+    assert torch.equal(read(tmp_path / "whole.pth").W_dec, model.get_dictionary())
+    torch.testing.assert_close(read(tmp_path / "whole.pth")(X), output)
+    torch.testing.assert_close(read(tmp_path / "state.pth", k=3, normalization=normalization)(X), output)
+    if normalization == "l2":  # the default of overcomplete's, which rows of about length 1 tell
+        torch.testing.assert_close(read(tmp_path / "state.pth", k=3)(X), output)
+    else:
+        with pytest.raises(LoadError, match=r"rows of length .* normalization="):
+            read(tmp_path / "state.pth", k=3)
+
+
 def test_models_that_are_no_linear_encoder_or_were_never_trained_are_refused(tmp_path: Path) -> None:
     refused = {
         "MpSAE": library.MpSAE(D, K, k=2),

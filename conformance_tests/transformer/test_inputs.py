@@ -39,7 +39,9 @@ def test_an_input_of_another_dtype_or_device(vit: HookedViT, image: Tensor) -> N
         vit(image)
     with pytest.raises(InputError, match=fact.format("stream")):
         vit(stream.double(), start_at_layer=1)
-    with pytest.raises(InputError, match=r"image on meta.*cpu"):
+    with pytest.raises(InputError, match=r"image on cpu.*meta"):
+        vit(image.float().to("meta"))
+    with pytest.raises(InputError, match=r"model is on the meta device, where weights have shapes and no numbers"):
         vit.to("meta")(image.float())
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from prisma_core import LoadError, TokenLayout, tensors_of
-from prisma_core.plugin import Facts, LayerQuery, checked, digest, format_fields, path_of, read_json, shown
+from prisma_core.plugin import Facts, LayerQuery, checked, digest, path_of, read_fields, read_json, shown
 
 SCHEMA = 1
 MANIFEST, WHOLE, EXAMPLES, SKIPPED, SHARDS = (
@@ -213,10 +213,7 @@ class Manifest(Facts):
             newer = isinstance(schema, int) and schema > SCHEMA
             what = "update Prisma" if newer else "it is none that Prisma wrote; harvest again"
             raise LoadError(f"{path} has schema {shown(schema)}, and this Prisma reads {SCHEMA}: {what}.")
-        try:
-            manifest = cls.model_validate(facts)
-        except ValidationError as error:
-            raise LoadError(f"{path} is no manifest of a harvest: {format_fields(error)}.") from error
+        manifest = read_fields(cls, facts, f"{path} is no manifest of a harvest")
         if _NAME.fullmatch(path.parent.name) and manifest.name != path.parent.name:
             raise LoadError(
                 f"{path} says something else than when it was written: its hash is {manifest.name}. Harvest again."
@@ -262,11 +259,7 @@ class Whole(Facts):
         path = folder / WHOLE
         if not os.path.lexists(path):
             return None
-        facts = read_json(path)
-        try:
-            return cls.model_validate(facts)
-        except ValidationError as error:
-            raise LoadError(f"{path} is damaged: {format_fields(error)}.") from error
+        return read_fields(cls, read_json(path), f"{path} is damaged")
 
 
 def example_bytes(points: Iterable[Point], dtype: Dtype) -> int:

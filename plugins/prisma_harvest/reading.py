@@ -20,6 +20,7 @@ from prisma_core.plugin import (
     check_regular,
     checked,
     keyword_names,
+    printable,
     resolve_one,
     several,
 )
@@ -79,6 +80,7 @@ class Harvest:
 
     def __repr__(self) -> str:
         points = ", ".join(f"{point.name} {list(point.shape)}" for point in self.points)
+        points = printable(points)
         return f"Harvest({len(self)} examples of {points} in {self.manifest.dtype}, {self.folders[0]})"
 
     @property

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import InputError, LoadError, Result
-from prisma_core.plugin import Count, UnknownName, checked, expect, number, read_json, suggest, write_text
+from prisma_core.plugin import Count, UnknownName, checked, expect, number, read_json, shown, suggest, write_text
 
 QKV = ("q", "k", "v")
 LARGEST = 1 << 16  # of a size that a file says
@@ -248,4 +248,6 @@ class Circuit:
 
 def _number(edge: Mapping[str, Any]) -> float:
     score = edge["score"]
-    return float("nan") if score is None else float(expect(score, (int, float), "a score as a number"))
+    if type(score) not in (int, float, type(None)):
+        raise InputError(f"Expected a score as a number, got {shown(score)}.")
+    return float("nan") if score is None else float(score)

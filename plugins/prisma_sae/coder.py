@@ -25,7 +25,7 @@ from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from prisma_core import InputError, LoadError
-from prisma_core.plugin import Count, Facts, check_shapes, checked, format_fields, shown
+from prisma_core.plugin import Count, Facts, check_shapes, checked, format_fields, printable, shown
 from prisma_sae.activations import Activation, Normalize, Statistics, activate, normalized
 
 Kind = Literal["standard", "topk", "batchtopk", "jumprelu", "gated", "transcoder", "matryoshka", "archetypal"]
@@ -228,7 +228,7 @@ class SparseCoder(nn.Module):
         facts = self.facts
         place = " -> ".join(name for name in (facts.hook, facts.hook_out) if name)
         about = (facts.kind, f"{facts.d_in} -> {facts.d_sae}", place, facts.tokens and f"tokens {facts.tokens}")
-        return ", ".join(each for each in (*about, facts.model) if each)
+        return printable(", ".join(each for each in (*about, facts.model) if each))
 
     def __getattr__(self, name: str) -> Any:  # buffers, for type checkers
         return super().__getattr__(name)

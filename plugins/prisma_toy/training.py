@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from prisma_core import InputError, LoadError, ZooModel
-from prisma_core.plugin import format_fields, holding, read_json, write_text
+from prisma_core.plugin import holding, read_fields, read_json, write_text
 from prisma_toy import checkpoints
 from prisma_toy.config import Config
 from prisma_toy.task import Task
@@ -69,11 +69,7 @@ class Trainer:
             raise LoadError(
                 f"{folder} holds no {checkpoints.CONFIG}, so there is no run to resume: start one without --resume."
             )
-        facts = read_json(path)
-        try:
-            config = Config.model_validate(facts)
-        except ValidationError as error:
-            raise LoadError(f"{path} does not describe a run: {format_fields(error)}.") from error
+        config = read_fields(Config, read_json(path), f"{path} does not describe a run")
         self = cls.__new__(cls)
         self._build(config, folder)
         if (folder / checkpoints.STATE).exists():

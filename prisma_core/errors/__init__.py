@@ -6,6 +6,7 @@ Each message says what was expected, what came, and what to do next.
 from __future__ import annotations
 
 import difflib
+import re
 import traceback
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
@@ -17,10 +18,26 @@ from pydantic import BaseModel, ValidationError
 
 _MOST, _LONGEST = 5, 100  # fields, and letters of each, in a message
 _LETTERS = 2_000  # of an error's own text
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    r"""Write control characters as escapes: they set a terminal's title, colours, clipboard, and the order of letters.
+
+    >>> printable("a\tcat\x1b[2J")
+    'a\tcat\\x1b[2J'
+    """
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class PrismaError(Exception):
-    """Base class: catching it catches every error Prisma raises on purpose."""
+    """Base class: catching it catches every error Prisma raises on purpose.
+
+    Its text steers no terminal, whatever names of a file stand in it.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class UnknownName(PrismaError):

@@ -98,9 +98,11 @@ def _check_beginning(path: Path) -> None:
     check_regular(path)
     with path.open("rb") as file:
         head = file.read(32)
-    if what := next((what for start, what in _BEGINNINGS.items() if head.startswith(start)), None):
+    is_safetensors = head[8:10] == b'{"'  # a header of 60 letters begins like a page
+    what = next((what for start, what in _BEGINNINGS.items() if head.startswith(start)), None)
+    if what is not None and not is_safetensors:
         raise LoadError(f"{path} is {what}.")
-    kind = ".safetensors" if head[8:10] == b'{"' else ".pt" if head[:2] == b"PK" else path.suffix
+    kind = ".safetensors" if is_safetensors else ".pt" if head[:2] == b"PK" else path.suffix
     if kind != path.suffix and ".safetensors" in (kind, path.suffix):
         raise LoadError(f"{path} holds what a {kind} file holds: call it {path.with_suffix(kind).name}.")
 

@@ -76,6 +76,7 @@ def maker(path: str) -> Callable[..., SavedObject]:
     def make(*_: Any) -> SavedObject:
         return SavedObject(path)
 
+    make.__qualname__ = path  # of a function that is named and not called
     return make
 
 

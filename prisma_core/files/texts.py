@@ -8,10 +8,13 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
-from prisma_core.errors import LoadError
+from pydantic import BaseModel, ValidationError
 
+from prisma_core.errors import LoadError, format_fields
+
+Kind = TypeVar("Kind", bound=BaseModel)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -54,10 +57,10 @@ def parse_json(text: str | bytes, where: object) -> dict[str, Any]:
     """Return the object that a text of JSON holds.
 
     Raises:
-        LoadError: it holds something else.
+        LoadError: it holds something else, or an object that names a field twice.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_once)
         if _SURROGATE.search(text if isinstance(text, str) else text.decode("latin-1")):
             json.dumps(value, ensure_ascii=False).encode()  # halves of a letter can be neither written nor shown
     except (ValueError, RecursionError) as error:
@@ -65,6 +68,31 @@ def parse_json(text: str | bytes, where: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise LoadError(f"{where} holds a {type(value).__name__}; expected a JSON object.")
     return value  # pyright: ignore[reportUnknownVariableType]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it says {next(name for name in fields if names.count(name) > 1)[:200]!r} twice")
+    return fields
+
+
+def read_fields(kind: type[Kind], facts: Mapping[str, Any], wrong: str) -> Kind:
+    """Return facts of a file, each of the very type that its field has: no text for a number, no number for a flag.
+
+    Args:
+        wrong: the first words of the message, such as ``FILE does not describe a model``.
+
+    Raises:
+        LoadError: a field is missing, unknown, or of another type or value.
+    """
+    try:
+        return kind.model_validate_json(json.dumps(facts), strict=True)
+    except ValidationError as error:
+        raise LoadError(f"{wrong}: {format_fields(error)}.") from error
+    except (ValueError, RecursionError) as error:
+        raise LoadError(f"{wrong}: {error}.") from error
 
 
 def leaves(value: object) -> Iterator[tuple[tuple[str, ...], object]]:

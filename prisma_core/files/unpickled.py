@@ -38,6 +38,7 @@ _INERT = {f"{home}.{kind.__name__}" for home in ("builtins", "__builtin__") for 
 _INERT.update(("types.SimpleNamespace", "torch.Tensor"))
 _INERT.update(("torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"))
 _NOT_PLAIN = {"sparse": "sparse", "qtensor": "quantised", "nested": "nested", "meta": "without data"}
+_NOT_PLAIN["wrapper_subclass"] = "of a class of its own (quantised?)"
 
 
 Known = Callable[[str], bool]
@@ -200,6 +201,10 @@ class _Zip(_File):
                 "is a TorchScript archive, which holds code: refused. Where you trust it, "
                 "torch.save(torch.jit.load(FILE).state_dict(), NEW) writes a file that is read."
             )
+        if len(set(names)) < len(names):
+            raise Refused("is an archive that holds a file twice: refused.")
+        if f"{self.root}/data.pkl" not in names:
+            raise Refused(f"is an archive that torch.save did not write; it holds {', '.join(names[:3])[:200]}.")
         if f"{self.root}/byteorder" in names:
             _check_order(self.open("byteorder").read(8).decode())
         return read_pickle(self.open("data.pkl"), self.find, self.stored)

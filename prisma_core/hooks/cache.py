@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from prisma_core.errors import InputError, LoadError, MissingPart, UnknownName, format_fields
+from prisma_core.errors import InputError, LoadError, MissingPart, UnknownName
 from prisma_core.errors.arguments import alive, device_of, dtype_of, path_of, shown, unwrapped
 from prisma_core.errors.migration import STREAM_METHODS, unknown_attribute
 from prisma_core.files.checkpoint import read_with_header, write_safetensors
+from prisma_core.files.texts import parse_json, read_fields
 from prisma_core.hooks.capture import Keep
 from prisma_core.hooks.query import LayerQuery, resolve_one, short_name
 from prisma_core.spec.brief import aligned, folded, html_table
@@ -224,10 +225,7 @@ class ActivationCache(TokenViews, Mapping[str, Tensor]):
         tensors, text = read_with_header(path := path_of(path), _METADATA)
         if text is None:
             raise LoadError(f"{path} holds tensors but no cache: expected a file written by ActivationCache.save.")
-        try:
-            header = _File.model_validate_json(text)
-        except ValidationError as error:
-            raise LoadError(f"{path} does not describe a cache: {format_fields(error)}.") from error
+        header = read_fields(_File, parse_json(text, path), f"{path} does not describe a cache")
         ndims = {name: len(axes.split()) - 1 + header.has_batch_dim for name, axes in header.axes.items()}
         if set(header.names) != set(tensors) or any(x.ndim != ndims.get(name, x.ndim) for name, x in tensors.items()):
             raise LoadError(f"{path} does not hold the tensors it names: was it written by something else?")

@@ -51,6 +51,11 @@ def check_place(what: str, x: Tensor, weight: Tensor | None) -> None:
     """Refuse an input that is not where the weights are, or not of their dtype; the error says what moves it."""
     if weight is None:
         return
+    if weight.is_meta and not x.is_meta:
+        raise InputError(
+            "This model is on the meta device, where weights have shapes and no numbers: load it with its weights "
+            f"(of an upstream that accelerate has offloaded, before it is adapted), or give {what}.to('meta')."
+        )
     if x.device != weight.device:
         raise InputError(
             f"Expected the {what} on {weight.device}, where the model is; it is on {x.device}. "

@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
-from prisma_core.errors import InputError, LoadError, format_fields
-from prisma_core.files.texts import check_facts, facts_digest
+from prisma_core.errors import InputError, format_fields
+from prisma_core.files.texts import check_facts, facts_digest, parse_json, read_fields
 from prisma_core.inputs import Preprocess
 from prisma_core.inputs.video import VideoPreprocess
 from prisma_core.model import ZooModel
-from prisma_core.spec import AnySpec, DualSpec, Facts, ModelSpec
+from prisma_core.spec import AnySpec, DualSpec, Facts
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 AnyPreprocess = Annotated[
@@ -64,7 +64,7 @@ class SavedFacts(BaseModel):
         weights: none in folders written before there was a digest.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     spec: Annotated[AnySpec, Field(discriminator="kind")]
     preprocess: AnyPreprocess | None = None
@@ -74,29 +74,11 @@ class SavedFacts(BaseModel):
     weights: SavedWeights | None = None
     companions: dict[Literal["tokenizer", "preprocess"], SavedProcessor] = {}
 
-    @model_validator(mode="before")
-    @classmethod
-    def _kind(cls, facts: Any) -> Any:
-        spec = cast("dict[str, Any]", facts).get("spec") if isinstance(facts, dict) else None
-        if isinstance(spec, dict):  # once there was one kind, and no name for it
-            cast("dict[str, Any]", spec).setdefault("kind", "vision")
-        return cast(Any, facts)
-
     @model_validator(mode="after")
     def _together(self) -> Self:
         n = None if isinstance(self.spec, DualSpec) else self.spec.n_classes
         if self.labels is not None and n is not None and len(self.labels) != n:
             raise ValueError(f"there are {n} classes and {len(self.labels)} labels")
-        spec = self.spec.vision if isinstance(self.spec, DualSpec) else self.spec
-        if not isinstance(spec, ModelSpec) or spec.embed.stem == "opaque":
-            return self
-        sides = zip(spec.image_size, spec.embed.patch, strict=True)
-        grid = [side // patch if patch > 0 else 0 for side, patch in sides]
-        if min(grid) < 1 or grid != [spec.layout.rows, spec.layout.columns]:
-            raise ValueError(
-                f"image_size={spec.image_size} and patch={spec.embed.patch} make no grid of {spec.layout.rows} x "
-                f"{spec.layout.columns} patches, which the layout has"
-            )
         return self
 
     @classmethod
@@ -126,13 +108,13 @@ class SavedFacts(BaseModel):
 
 def read_facts(text: str, path: Path) -> SavedFacts:
     """Return the facts in the text of a ``spec.json``; a ``LoadError`` where they describe no model."""
-    try:
-        facts = SavedFacts.model_validate_json(text)
-    except (ValidationError, ValueError) as error:
-        reason = format_fields(error) if isinstance(error, ValidationError) else str(error)
-        raise LoadError(f"{path} does not describe a model: {reason}.") from error
+    said = parse_json(text, path)
+    named = dict(said)
+    if isinstance(spec := said.get("spec"), dict):  # once there was one kind, and no name for it
+        named["spec"] = {"kind": "vision", **cast("dict[str, Any]", spec)}
+    facts = read_fields(SavedFacts, named, f"{path} does not describe a model")
     if facts.weights is not None:
-        check_facts(_rest(json.loads(text)), facts.weights.facts, path, "weights.facts")
+        check_facts(_rest(said), facts.weights.facts, path, "weights.facts")
     return facts
 
 

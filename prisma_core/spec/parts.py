@@ -27,7 +27,7 @@ class NormSpec(Facts):
     """
 
     kind: Literal["ln", "rms"] = "ln"
-    eps: float = Field(gt=0)
+    eps: float = Field(gt=0, lt=1)
     in_float32: bool = False
     weight_in_float32: bool = True
 
@@ -118,7 +118,7 @@ class AttentionSpec(Facts):
     n_heads: int = Field(gt=0)
     n_kv_heads: int = Field(gt=0)
     d_head: int = Field(gt=0)
-    scale: float
+    scale: float = Field(gt=0)
     qk_norm: NormSpec | None = None
     qk_norm_over: Literal["head", "all_heads"] = "head"
     inner_norm: NormSpec | None = None

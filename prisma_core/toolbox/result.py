@@ -12,9 +12,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from prisma_core.errors import InputError, LoadError, PluginError, PrismaError, UnknownName, suggest
+from prisma_core.errors import InputError, LoadError, PluginError, PrismaError, UnknownName, printable, suggest
 from prisma_core.errors.arguments import check_flags, expect, number, path_of, several, shown, tensor, whole
 from prisma_core.files.checkpoint import read_with_header, write_safetensors
+from prisma_core.files.texts import parse_json
 from prisma_core.spec.brief import html_table
 from prisma_core.toolbox.precision import widened
 
@@ -204,7 +205,7 @@ class Result:
         path = path_of(path)
         tensors, header = read_with_header(path, _METADATA)
         try:
-            about = cast("dict[str, Any]", json.loads(header or ""))
+            about = parse_json(header or "", path)
             labels = {axis: tuple(names) for axis, names in about.pop("labels").items()}
             more = {name.removeprefix("tensors/"): each for name, each in tensors.items() if name != "values"}
             return cls(tensors["values"], tuple(about.pop("axes")), labels, tensors=more, **about)
@@ -218,7 +219,8 @@ class Result:
         about = ", ".join(each for each in (self.technique, self.unit, self.baseline) if each)
         rows = [f"  {' '.join(place) or 'value'}: {value:+.4g}" for place, value in self.top(_SHOWN)]
         more = self.values.numel() - len(rows)
-        return "\n".join([f"{head}{f': {about}' if about else ''}", *rows, *([f"  ... {more} more"] if more else [])])
+        lines = [f"{head}{f': {about}' if about else ''}", *rows, *([f"  ... {more} more"] if more else [])]
+        return printable("\n".join(lines))
 
     def _repr_html_(self) -> str:
         try:

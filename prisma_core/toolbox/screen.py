@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 import threading
 from collections.abc import Generator
@@ -12,15 +11,13 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from prisma_core.errors import InputError
+from prisma_core.errors import InputError, printable
 from prisma_core.files.atomic import check_writable
 
 if TYPE_CHECKING:  # imported by the functions that write: loading a model needs neither
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def console(**options: Any) -> Console:
@@ -38,15 +35,6 @@ def console(**options: Any) -> Console:
             raise BrokenPipeError  # rich would end the process
 
     return Literal(highlight=False, markup=False, emoji=False, **options)
-
-
-def printable(text: str) -> str:
-    r"""Write control characters as escapes: they set a terminal's title, colours, clipboard, and the order of letters.
-
-    >>> printable("a\tcat\x1b[2J")
-    'a\tcat\\x1b[2J'
-    """
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 _lock, _asides = threading.Lock(), list[redirect_stdout[Any]]()

@@ -104,7 +104,8 @@ def _single(file: Path) -> dict[str, Tensor]:
 
 def _cross(file: Path, own: int, to: int) -> dict[str, Tensor]:
     held = read_checkpoint(file)
-    written = read_checkpoint(file.with_name(f"W_dec_{own}.safetensors"))[f"W_dec_{own}"]
+    other = file.with_name(f"W_dec_{own}.safetensors")
+    written = renamed(read_checkpoint(other), {f"W_dec_{own}": "W_dec"}, other)["W_dec"]
     if not own <= to < own + written.shape[1]:
         raise LoadError(f"{file} writes to the layers {own} to {own + written.shape[1] - 1}, not to {to}.")
     names = {f"W_enc_{own}.T": "W_enc", f"b_enc_{own}": "b_enc"}

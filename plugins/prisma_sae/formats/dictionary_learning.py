@@ -70,7 +70,8 @@ def read(path: Path, *, use_threshold: bool = False, hook: str | None = None) ->
     if name not in _CLASSES:
         raise LoadError(f"{path} holds a {name}; expected one of {', '.join(_CLASSES)}.")
     kind, names = _CLASSES[name]
-    tensors = renamed(held, names, path, unread=_OF_TRAINING)
+    unread = _OF_TRAINING if kind in ("topk", "batchtopk", "matryoshka") else ()
+    tensors = renamed(held, names, path, unread=unread)
     if name not in ("AutoEncoderNew", "JumpReluAutoEncoder"):
         tensors["b_in"] = tensors["b_dec"]
     if use_threshold and kind == "topk":

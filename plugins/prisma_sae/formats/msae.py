@@ -19,6 +19,7 @@ from torch import Tensor
 from prisma_core import LoadError
 from prisma_core.plugin import read_objects
 from prisma_sae.coder import CoderFacts, SparseCoder
+from prisma_sae.formats.files import renamed
 from prisma_sae.pickled import outline
 
 NAME = "MSAE"
@@ -62,26 +63,22 @@ def read(
             "give activation= and k=."
         )
     k = k or (int(match[4]) if match and match[4] else None)
-    decoder = model["decoder"] if "decoder" in model else model["encoder"].T  # tied
-    tensors = {
-        "W_enc": model["encoder"],
-        "b_enc": model["latent_bias"],
-        "W_dec": decoder.contiguous(),
-        "b_dec": model["pre_bias"],
-        "b_in": model["pre_bias"],
-    }
+    names = {"encoder": "W_enc", "latent_bias": "b_enc", "pre_bias": "b_dec"}
+    names["decoder" if "decoder" in model else "encoder.T"] = "W_dec"  # tied
+    tensors = renamed(model, names, path, unread=["latents_activation_frequency"])
+    tensors["b_in"] = tensors["b_dec"]
     factor, mean = saved.get("scaling_factor"), saved.get("mean_center")
     scaled = factor is not None and float(factor) not in (0.0, 1.0)
     centred = isinstance(mean, Tensor) and mean.ndim == 1 and bool(mean.any())
-    if centred:
+    if centred and isinstance(mean, Tensor):
         tensors["input_mean"] = mean
     if scaled:
-        tensors["input_scale"] = torch.tensor(1 / float(factor), dtype=model["encoder"].dtype)
+        tensors["input_scale"] = torch.tensor(1 / float(factor), dtype=tensors["W_enc"].dtype)
     facts = CoderFacts(
         kind="matryoshka" if "TopK" in named else "standard",
-        d_in=model["encoder"].shape[0],
-        d_sae=model["encoder"].shape[1],
-        d_out=decoder.shape[1],
+        d_in=tensors["W_enc"].shape[0],
+        d_sae=tensors["W_enc"].shape[1],
+        d_out=tensors["W_dec"].shape[1],
         activation=_ACTIVATIONS[named],  # type: ignore[arg-type]
         k=k,
         normalize="standardize" if scaled or centred else "none",
@@ -90,4 +87,4 @@ def read(
         layout=NAME,
         more={"file": path.name},
     )
-    return SparseCoder(facts, {name: tensor.detach() for name, tensor in tensors.items()})
+    return SparseCoder(facts, tensors)

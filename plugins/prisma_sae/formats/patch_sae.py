@@ -14,7 +14,7 @@ from pathlib import Path
 from prisma_core import LoadError
 from prisma_core.plugin import SavedObject, read_objects
 from prisma_sae.coder import CoderFacts, SparseCoder
-from prisma_sae.formats.files import plain, reference_of
+from prisma_sae.formats.files import plain, reference_of, renamed
 from prisma_sae.pickled import outline
 
 NAME = "PatchSAE"
@@ -51,7 +51,7 @@ def read(path: Path, *, n_layers: int | None = None) -> SparseCoder:
                 f"{path} counts its layer from the end ({layer}): say how many blocks the model has, n_layers=12."
             )
         layer += n_layers
-    tensors = {name: saved["state_dict"][name].detach() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    tensors = renamed(saved["state_dict"], {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}, path)
     tensors["b_in"] = tensors["b_dec"]
     facts = CoderFacts(
         kind="standard",

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,12 +24,13 @@ from prisma_core.plugin import (
     checked,
     digest,
     facts_digest,
-    format_fields,
     place,
     read_checkpoint,
+    read_fields,
     read_json,
     replacing_both,
     settled,
+    shown,
     write_text,
 )
 from prisma_sae.coder import CoderFacts, SparseCoder
@@ -38,7 +38,7 @@ from prisma_sae.formats.files import plain, reference_of
 
 NAME = "SAELens"
 CONFIG, WEIGHTS, OURS, SCALER = "cfg.json", "sae_weights.safetensors", "prisma.json", "activation_scaler.json"
-_SEALED = ("facts", "same")
+_SEALED, _BESIDE, SCHEMA = ("facts", "same"), ("schema", "sha256", "facts_sha256"), 1
 _NORMALIZE = ("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in")
 _KINDS = {
     "standard": "standard",
@@ -78,6 +78,10 @@ def read(path: Path) -> SparseCoder:
 
 def _own(path: Path) -> SparseCoder:
     ours = read_json(path / OURS)
+    schema, unknown = ours.get("schema"), sorted(set(ours) - {*_SEALED, *_BESIDE})
+    if schema != SCHEMA or unknown:
+        what = f"schema {shown(schema)}" if schema != SCHEMA else f"a field {unknown[0]!r}"
+        raise LoadError(f"{path / OURS} has {what}, which this Prisma does not know: update Prisma.")
     check_facts({name: ours.get(name) for name in _SEALED}, ours.get("facts_sha256"), path / OURS, "facts_sha256")
     weights = place(path, WEIGHTS, ours.get("sha256"))
     tensors = read_checkpoint(weights)
@@ -88,9 +92,8 @@ def _own(path: Path) -> SparseCoder:
         )
     try:
         tensors |= {name: tensors[other] for name, other in ours["same"].items()}
-        return SparseCoder(CoderFacts.model_validate(ours["facts"]), tensors)
-    except ValidationError as error:
-        raise LoadError(f"{path / OURS} does not describe a sparse coder: {format_fields(error)}.") from error
+        wrong = f"{path / OURS} does not describe a sparse coder"
+        return SparseCoder(read_fields(CoderFacts, ours["facts"], wrong), tensors)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise LoadError(f"{path / OURS} does not describe a sparse coder: {error}") from error
 
@@ -193,7 +196,7 @@ def save(coder: SparseCoder, folder: str | Path) -> Path:
         tensors["threshold"] = tensors["threshold"].expand(coder.facts.d_sae).contiguous()
     sha256 = digest(tensors)
     facts = {"facts": coder.facts.model_dump(mode="json"), "same": same}
-    facts = {"schema": 1, "sha256": sha256, "facts_sha256": facts_digest(facts), **facts}
+    facts = {"schema": SCHEMA, "sha256": sha256, "facts_sha256": facts_digest(facts), **facts}
     with replacing_both(folder / WEIGHTS, folder / OURS, sha256, folder / CONFIG) as (weights, head):
         save_file(tensors, weights)
         head.write_text(_text(facts), encoding="utf-8")

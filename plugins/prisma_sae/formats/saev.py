@@ -18,7 +18,7 @@ from torch import Tensor
 from prisma_core import LoadError
 from prisma_core.plugin import check_regular, parse_json, read_objects
 from prisma_sae.coder import CoderFacts, SparseCoder, Tokens
-from prisma_sae.formats.files import plain
+from prisma_sae.formats.files import plain, renamed
 
 NAME = "saev"
 LONGEST_LINE = 1 << 20
@@ -97,8 +97,8 @@ def _parts(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors = read_objects(file, start=len(line))
     if not isinstance(tensors, dict):
         raise LoadError(f"{file} is no file of saev's: expected a line with a JSON object, then tensors by name.")
-    names = ("W_enc", "b_enc", "W_dec", "b_dec", "activation.threshold")
-    return header, {name: tensors[name].detach() for name in names if name in tensors}
+    names = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec", "activation.threshold") if name in tensors}
+    return header, renamed(tensors, names, file)
 
 
 def _activation(file: Path, header: dict[str, Any], config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
