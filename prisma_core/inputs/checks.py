@@ -82,9 +82,9 @@ def check_plain(what: str, x: Tensor) -> None:
         for name in vars(kind):
             if name in OVERRIDES or (hasattr(_BASE, name) and not hasattr(object, name)):
                 raise InputError(
-                    f"Expected the {what} as a plain tensor, got {qualified_name(x)}, whose {name} may change what functions of torch compute. "
-                    "Prisma calls others than upstream does, so the numbers would not be upstream's. "
-                    f"{what}.as_subclass(torch.Tensor) is one."
+                    f"Expected the {what} as a plain tensor, got {qualified_name(x)}, whose {name} may change what "
+                    "functions of torch compute. Prisma calls others than upstream does, so the numbers would not be "
+                    f"upstream's. {what}.as_subclass(torch.Tensor) is a plain one."
                 )
 
 
