@@ -163,6 +163,12 @@ def is_original(value: Any, module: nn.Module, name: str) -> bool:
     return isinstance(value, MethodType) and value.__self__ is module and value.__func__ is getattr(type(module), name)
 
 
+def is_checkpointing(value: object) -> bool:
+    """Whether a function is torch's that computes activations again, which changes no number."""
+    homes = {home_of(one) for one in functions_of(value) if isinstance(one, FunctionType)}
+    return "torch.utils.checkpoint" in homes and all(root_of(home) in PLAIN for home in homes)
+
+
 def _belongs(value: Any, module: str, known: set[str]) -> bool:
     """Whether a callable comes from a known package, or from one that the module imports by its own text."""
     home = _package(value)

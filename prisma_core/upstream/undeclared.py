@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from prisma_core.errors import qualified_name
+from prisma_core.errors import describe, qualified_name
 from prisma_core.inputs.checks import foreign_mode
 from prisma_core.maps.reader import TORCH, Reader
 from prisma_core.maps.table import pattern_of
@@ -31,6 +31,7 @@ from prisma_core.upstream.replaced import (
     HOOKS,
     foreign_in,
     functions_of,
+    is_checkpointing,
     name_of,
     names_in,
     replaced_on_class,
@@ -55,6 +56,17 @@ WRAPPERS = {  # where each holds what it wraps
     "torch.nn.parallel.data_parallel.DataParallel": "module",
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
 }
+# by what a module says what it holds
+WALKS = (
+    "named_modules",
+    "modules",
+    "named_children",
+    "children",
+    "named_parameters",
+    "parameters",
+    "named_buffers",
+    "buffers",
+)
 # Sizes that modules carry as plain numbers beside their tensors, by the names that libraries give them. An adapter
 # reads each in one place, and upstream's code may read it in another: heads that were pruned, a patch size set since.
 HEADS = ("num_heads", "num_attention_heads", "num_kv_heads", "num_key_value_heads", "n_heads", "n_head", "heads")
@@ -85,7 +97,7 @@ def check_undeclared(
         UnsupportedArchitecture: it names the module, and what to do.
     """
     whole = upstream.module
-    parts = list(cast("Iterator[tuple[str, nn.Module]]", whole.named_modules(remove_duplicate=False)))
+    parts = list(_tree(whole))
     recognised = {whole, *(module for path, module in parts if path in upstream.classes)}
     files = {name.rpartition(".")[0] for name in (*types, *map(qualified_name, recognised))}
     packages = {root_of(file) for file in files}
@@ -120,12 +132,19 @@ def check_undeclared(
 def check_at_hand(upstream: nn.Module) -> None:
     """Refuse a model without some of its weights: accelerate brings them for a pass, or they are on ``meta``.
 
-    And any model in a process in which methods of ``torch.Tensor`` are not torch's, for Prisma's own code calls them.
+    And one that holds other things than modules and tensors, or does not say what it holds; and any model in a process
+    in which methods of ``torch.Tensor`` are not torch's, for Prisma's own code calls them.
     """
     if problem := foreign_in(Tensor, nn.Parameter):
         raise Reader(upstream).unsupported(problem)
-    outline = all(parameter.is_meta for parameter in upstream.parameters())
-    for path, module in cast("Iterator[tuple[str, nn.Module]]", upstream.named_modules()):
+    parts = list(_tree(upstream))
+    outline = all(
+        tensor.is_meta for _, module in parts for tensor in vars(module)["_parameters"].values() if tensor is not None
+    )
+    for path, module in parts:
+        if (walk := next((name for name in WALKS if name in vars(module)), None)) is not None:
+            problem = f"a {walk} of this instance's own ({name_of(vars(module)[walk])}), which may hide what it holds"
+            raise Reader(module, path).unsupported(f"{problem}. Take it off before (del module.{walk})")
         outer: Any = getattr(module, "_hf_hook", None)
         if any(getattr(hook, "offload", False) for hook in (outer, *getattr(outer, "hooks", ()))):
             raise Reader(module, path).unsupported(
@@ -135,6 +154,22 @@ def check_at_hand(upstream: nn.Module) -> None:
         absent = next((name for name, tensor in _tensors(module) if tensor.is_meta), None)
         if absent is not None and not outline:
             raise Reader(module, path).unsupported(f"{absent} is on the meta device, which holds no numbers")
+
+
+def _tree(module: nn.Module, path: str = "", above: tuple[nn.Module, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
+    """Yield a module and those inside with their paths, each as often as it stands there."""
+    for place, kind in (("_parameters", Tensor), ("_buffers", Tensor), ("_modules", nn.Module)):
+        for name, value in vars(module)[place].items():
+            if value is not None and not isinstance(value, kind):
+                what = f"{describe(value)} as {name} among its {place[1:]}. Put a {kind.__name__} in its place before"
+                raise Reader(module, path).unsupported(what)
+    above = (*above, module)
+    yield path, module
+    for name, child in vars(module)["_modules"].items():
+        if any(child is one for one in above):
+            raise Reader(module, path).unsupported(f"a part {name} that holds this module itself. Take it off before")
+        if child is not None:
+            yield from _tree(child, f"{path}.{name}".lstrip("."), above)
 
 
 def check_counted(upstream: nn.Module, paths: Iterable[str], types: Iterable[str]) -> None:
@@ -224,6 +259,7 @@ def _beside_parts(module: nn.Module, path: str, read: set[str], mapped: Sequence
         full = f"{path}.{name}".lstrip(".")
         tensor = isinstance(value, Tensor)
         known = isinstance(value, type) or root_of(name_of(value)) == root_of(kind.__module__) or hasattr(kind, name)
+        known = known or is_checkpointing(value)
         if not tensor and (known or not callable(value)):
             continue
         if full in read and not (tensor and _is(full, mapped)):  # a map reads what is in the state dict
