@@ -180,3 +180,22 @@ def test_a_tensor_that_no_code_of_the_class_reads_passes() -> None:
     layer: Any = net.layers[1]
     layer.seen = torch.ones(3)
     torch.testing.assert_close(prisma.adapt(net, adapter=Plain())(x), net(x))
+
+
+@pytest.mark.parametrize("name", ["Idefics3VisionTransformer", "Idefics2VisionTransformer"])
+def test_a_bias_that_is_a_buffer_where_an_adapter_runs_a_part(name: str) -> None:
+    """Its copy has tensors without values, of which none may be left as memory was."""
+    pytest.importorskip("transformers")
+    model = case("hf", name).double()
+    patch = model.embeddings.patch_embedding
+    value = torch.full_like(patch.bias, 5.0)
+    del patch.bias
+    patch.register_buffer("bias", value)
+    torch.use_deterministic_algorithms(True)  # memory that was not written to holds NaN
+    try:
+        hooked: Any = prisma.adapt(model)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    (x,) = hooked.sample_inputs(2)
+    x = x.double()
+    torch.testing.assert_close(hooked(x), model(x).last_hidden_state, rtol=1e-9, atol=1e-10)

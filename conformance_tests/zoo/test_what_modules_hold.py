@@ -34,7 +34,7 @@ def itself(net: Any) -> None:
 
 
 HELD: dict[str, tuple[Callable[[Any], None], str]] = {
-    "a function": (a_function, r"'layers\.1'.*a function.* as drop among its modules"),
+    "a function": (a_function, r"'layers\.1'.*a builtin_function.* as drop among its modules"),
     "a number": (a_number, r"'layers\.1\.norm1'.*a float as bias among its parameters"),
     "an array": (an_array, r"'layers\.1\.norm1'.*a list as mean among its buffers"),
     "itself": (itself, r"'layers\.1'.*a part owner that holds this module itself"),

@@ -74,7 +74,7 @@ def replaced_on_class(kind: type[nn.Module], packages: set[str], seen: set[Funct
         seen: the functions of modules that were followed before; it grows.
     """
     known = {*PLAIN, *packages, root_of(kind.__module__)}
-    own = (name for name, value in vars(kind).items() if isinstance(value, FunctionType) and name[:2] != "__")
+    own = (name for name, value in vars(kind).items() if name[:2] != "__" and next(functions_of(value), None))
     names = list(dict.fromkeys((*CALLS, *READS, *ITEMS, *own)))  # some are called from outside: encode_image
     for name in names:  # it grows meanwhile
         owner = next((each for each in kind.__mro__ if name in vars(each)), object)
