@@ -144,21 +144,6 @@ def test_a_function_for_a_part_of_a_class_whose_forward_is_wrapped(name: str, pa
         prisma.adapt(model)
 
 
-class Odd(dict[str, Any]):
-    def __getitem__(self, name: str) -> Any:
-        return nn.Sequential(super().__getitem__(name), nn.Tanh())
-
-    def values(self) -> Any:
-        return [self[name] for name in self]
-
-
-def test_parts_in_a_dictionary_of_another_class() -> None:
-    net: Any = drawn()
-    net.layers._modules = Odd(net.layers._modules)
-    with pytest.raises(prisma.PrismaError, match=r"'layers|layers\.0"):
-        prisma.adapt(net, adapter=Plain())
-
-
 # -------------------------------------------------------------------- tensors
 
 

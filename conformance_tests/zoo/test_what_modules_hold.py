@@ -50,6 +50,32 @@ def test_what_is_no_part_and_no_tensor(kind: str, adapter: Any) -> None:
         prisma.adapt(net, adapter=adapter)
 
 
+class Doubling(dict[str, Any]):
+    def __getitem__(self, name: str) -> Any:
+        return super().__getitem__(name) * 2 if name == "weight" else super().__getitem__(name)
+
+    def values(self) -> Any:
+        return [nn.Sequential(value) for value in super().values()]
+
+
+@FORMS
+@pytest.mark.parametrize(("path", "place"), [("layers.1.fc1", "_parameters"), ("layers", "_modules")])
+def test_parts_and_parameters_in_a_dictionary_of_another_class(path: str, place: str, adapter: Any) -> None:
+    net: Any = drawn()
+    module = net.get_submodule(path)
+    setattr(module, place, Doubling(vars(module)[place]))
+    with pytest.raises(UnsupportedArchitecture, match=rf"'{path}'.*its {place} in a .*Doubling"):
+        prisma.adapt(net, adapter=adapter)
+
+
+@FORMS
+def test_an_attribute_of_a_class_in_the_place_of_a_part(adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    net: Any = drawn()
+    monkeypatch.setattr(type(net.layers[1]), "drop", property(lambda block: lambda x: x * 2), raising=False)
+    with pytest.raises(UnsupportedArchitecture, match=r"'layers\.0'.*an attribute drop of its class"):
+        prisma.adapt(net, adapter=adapter)
+
+
 @FORMS
 @pytest.mark.parametrize("path", ["", "layers.1"])
 @pytest.mark.parametrize("walk", ["named_modules", "named_parameters", "children"])

@@ -13,7 +13,6 @@ import inspect
 import re
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -49,10 +48,6 @@ PRINTED = ("__repr__", "__str__", "__format__", "__dir__")
 
 def replaced_on_instance(module: nn.Module) -> str:
     """Say which method was set on a module itself; empty where none was, or it is the class's in a harmless wrapper."""
-    for name in TREE:
-        tree: object = vars(module).get(name)
-        if isinstance(tree, dict) and (kind := type(cast("object", tree))) not in (dict, OrderedDict):
-            return f"its {name} in a {kind.__module__}.{kind.__qualname__}, which may give others. Take them out before"
     for name, value in vars(module).items():
         if any(name in vars(module).get(inside, ()) for inside in TREE):
             return f"an attribute {name} in the place of its part of that name. Take it off before (del module.{name})"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import Any, TypeVar, cast
@@ -159,7 +160,14 @@ def check_at_hand(upstream: nn.Module) -> None:
 def _tree(module: nn.Module, path: str = "", above: tuple[nn.Module, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
     """Yield a module and those inside with their paths, each as often as it stands there."""
     for place, kind in (("_parameters", Tensor), ("_buffers", Tensor), ("_modules", nn.Module)):
-        for name, value in vars(module)[place].items():
+        held = vars(module)[place]
+        if type(held) not in (dict, OrderedDict):
+            what = f"its {place} in a {qualified_name(held)}, which may give others. Take them out before"
+            raise Reader(module, path).unsupported(what)
+        for name, value in held.items():
+            if hasattr(type(module), name):
+                what = f"an attribute {name} of its class in the place of its part of that name. Take it off before"
+                raise Reader(module, path).unsupported(what)
             if value is not None and not isinstance(value, kind):
                 what = f"{describe(value)} as {name} among its {place[1:]}. Put a {kind.__name__} in its place before"
                 raise Reader(module, path).unsupported(what)
