@@ -42,6 +42,7 @@ COMPUTED: dict[Any, Any] = {
     torch: cast("Any", torch)._C._VariableFunctions,
     nn.functional: nn.functional,
 }
+NAMES: dict[Any, str] = {Tensor: "torch.Tensor", nn.Parameter: "torch.nn.Parameter"}
 OVERRIDES = ("__torch_function__", "__torch_dispatch__")
 PRINTED = ("__repr__", "__str__", "__format__", "__dir__")
 
@@ -107,7 +108,7 @@ def foreign_in(*owners: object) -> str:
                 continue
             if isinstance(value, type) or (isinstance(value, BuiltinFunctionType) and value.__name__ == name):
                 continue
-            home = {Tensor: "torch.Tensor", nn.Parameter: "torch.nn.Parameter"}.get(owner) or owner.__name__
+            home = NAMES.get(owner) or owner.__name__
             wrong = [one for one in list(functions_of(value)) or [value] if _package(one) not in PLAIN]
             if isinstance(owner, ModuleType) and _is_exchanged(value, f"{home}.{name}"):
                 wrong = [value]
