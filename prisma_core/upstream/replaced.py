@@ -31,6 +31,10 @@ COMPILED = "_compiled_call_impl"  # set by module.compile()
 ACCELERATE = ("AlignDevicesHook", "CpuOffload", "SequentialHook")  # its hooks that move tensors
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 TREE = ("_modules", "_parameters", "_buffers")
+WALKS = (  # by what a module says what it holds
+    *("named_modules", "modules", "named_children", "children"),
+    *("named_parameters", "parameters", "named_buffers", "buffers"),
+)
 START = time.time()  # a file that was changed since may not be what was imported
 PLAIN = {"torch", *sys.stdlib_module_names} - {"unittest"}  # whose mocks stand for other functions
 FUNCTIONAL = "torch.nn.functional"

@@ -31,6 +31,7 @@ from prisma_core.spec import AnySpec, AttentionSpec, EmbedSpec
 from prisma_core.spec.layout import TokenLayout
 from prisma_core.upstream.replaced import (
     HOOKS,
+    WALKS,
     foreign_in,
     functions_of,
     is_checkpointing,
@@ -58,17 +59,6 @@ WRAPPERS = {  # where each holds what it wraps
     "torch.nn.parallel.data_parallel.DataParallel": "module",
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
 }
-# by what a module says what it holds
-WALKS = (
-    "named_modules",
-    "modules",
-    "named_children",
-    "children",
-    "named_parameters",
-    "parameters",
-    "named_buffers",
-    "buffers",
-)
 # Sizes that modules carry as plain numbers beside their tensors, by the names that libraries give them. An adapter
 # reads each in one place, and upstream's code may read it in another: heads that were pruned, a patch size set since.
 HEADS = ("num_heads", "num_attention_heads", "num_kv_heads", "num_key_value_heads", "n_heads", "n_head", "heads")
