@@ -151,8 +151,8 @@ def check_at_hand(upstream: nn.Module) -> None:
 def _tree(module: nn.Module, path: str = "", above: tuple[nn.Module, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
     """Yield a module and those inside with their paths, each as often as it stands there."""
     for place, kind in (("_parameters", Tensor), ("_buffers", Tensor), ("_modules", nn.Module)):
-        held = vars(module)[place]
-        if type(held) not in (dict, OrderedDict):
+        held: Any = getattr(module, place)
+        if type(held) not in (dict, OrderedDict) and root_of(qualified_name(held)) != "torch":
             what = f"its {place} in a {qualified_name(held)}, which may give others. Take them out before"
             raise Reader(module, path).unsupported(what)
         for name, value in held.items():
