@@ -130,9 +130,7 @@ def check_at_hand(upstream: nn.Module) -> None:
     if problem := foreign_in(Tensor, nn.Parameter):
         raise Reader(upstream).unsupported(problem)
     parts = list(_tree(upstream))
-    outline = all(
-        tensor.is_meta for _, module in parts for tensor in vars(module)["_parameters"].values() if tensor is not None
-    )
+    outline = all(tensor.is_meta for _, module in parts for tensor in module._parameters.values() if tensor is not None)
     for path, module in parts:
         if (walk := next((name for name in WALKS if name in vars(module)), None)) is not None:
             problem = f"a {walk} of this instance's own ({name_of(vars(module)[walk])}), which may hide what it holds"
@@ -164,7 +162,7 @@ def _tree(module: nn.Module, path: str = "", above: tuple[nn.Module, ...] = ()) 
                 raise Reader(module, path).unsupported(what)
     above = (*above, module)
     yield path, module
-    for name, child in vars(module)["_modules"].items():
+    for name, child in held.items():  # its modules, the last
         if any(child is one for one in above):
             raise Reader(module, path).unsupported(f"a part {name} that holds this module itself. Take it off before")
         if child is not None:
