@@ -39,7 +39,6 @@ from prisma_core.hooks.model import HookedModel
 from prisma_core.host import installed
 from prisma_core.maps.places import HookMap
 from prisma_core.maps.reader import Reader
-from prisma_core.maps.table import pattern_of
 from prisma_core.maps.weights import WeightMap
 from prisma_core.model import Origin, ZooModel, assign, tensors_of
 from prisma_core.saving.folder import load_folder, with_own_stem
@@ -238,13 +237,7 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> Z
         adapters = (adapter, *adapter.parts(reader))
         types = [name for each in adapters for name in each.types]
         ignored = [name for each in adapters for name in each.ignored]
-    mapped = [pattern_of(name) for row in table.rows for name in row.names]
-    unread = {
-        name
-        for name in tensors_of(upstream)
-        if table.reason_to_ignore(name) is not None and not any(pattern.fullmatch(name) for pattern in mapped)
-    }
-    check_undeclared(reader, spec, types, ignored, unread, stem)
+    check_undeclared(reader, spec, types, ignored, table, stem)
     with torch.device("meta"):
         model = build(spec)
     if stem is not None:

@@ -27,6 +27,8 @@ _INDEXES = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_
 class DeviceTensor(Tensor):
     """A tensor on the fake device. Below Python it has no numbers, as torch's fake tensors."""
 
+    __module__ = "torch.fake_device"  # as a device of torch's own is
+
     inner: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -100,12 +102,16 @@ def _inner(x: Any) -> Any:
 
 
 class _Dispatch(TorchDispatchMode):
+    __module__ = "torch.fake_device"  # as a device of torch's own is
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
 
 
 class _Functions(TorchFunctionMode):
     """Functions in which torch reads a device below Python, or creates a tensor past any dispatch."""
+
+    __module__ = "torch.fake_device"  # as a device of torch's own is
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

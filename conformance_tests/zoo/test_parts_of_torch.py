@@ -108,7 +108,7 @@ def test_weights_that_are_computed_are_a_hooked_upstream_s_too(kind: str, copy: 
 def test_a_canonical_form_says_how_they_become_plain(kind: str) -> None:
     net = drawn()
     COMPUTED[kind](net)
-    way = rf"{PLACE}.*(prune\.remove|remove_weight_norm|remove_parametrizations)|needs {PLACE}\.weight"
+    way = rf"{PLACE}.*(prune\.remove|remove_weight_norm|remove_parametrizations|Set an nn\.Parameter)"
     with pytest.raises(prisma.PrismaError, match=way):
         prisma.adapt(net, adapter=Plain())
 

@@ -165,6 +165,8 @@ def test_a_pooling_that_upstream_s_code_does_not_know_is_none() -> None:
     each = model(x)
     assert each.ndim == averaged.ndim + 1
     torch.testing.assert_close(prisma.adapt(model)(x), each)
+    model, x = model.double(), x.double()  # in which its norms compute in float32
+    torch.testing.assert_close(prisma.adapt(model)(x), model(x), rtol=1e-10, atol=1e-12)
 
 
 READ_BY_RUNNING = [("timm", "eva02_base_patch14_224"), ("hf", "Idefics2VisionTransformer"), ("dino", "meta_v3")]

@@ -7,12 +7,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack  # pyright: ignore[reportPrivateUsage]
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack  # pyright: ignore[reportPrivateUsage]
 
-from prisma_core.errors import InputError
+from prisma_core.errors import InputError, qualified_name
 from prisma_core.errors.arguments import in_transform, shown
 
 _n_modes = cast("Any", torch)._C._len_torch_dispatch_stack
+_n_function_modes = cast("Any", torch)._C._len_torch_function_stack
 _is_tracing = cast("Any", torch).jit.is_tracing
+KNOWN = ("torch", "torchvision", "prisma_core")  # whose classes of tensors, and modes, change no number
+_BASE: Any = Tensor.__mro__[1]  # whose methods compute
+OVERRIDES = ("__torch_function__", "__torch_dispatch__")
 
 
 def input_words(shape: tuple[int, ...]) -> tuple[str, str]:
@@ -45,6 +51,41 @@ def check_input(value: object, shape: tuple[int, ...]) -> Tensor:
     if not value.is_floating_point():
         raise InputError(f"Expected floating point numbers, got {value.dtype}. model.preprocess scales pixels.")
     return value
+
+
+def foreign_mode() -> str:
+    """Say which mode of the user's may change what functions of torch compute; empty where none is on."""
+    if torch.compiler.is_compiling() or not (_n_modes() or _n_function_modes()):
+        return ""
+    for mode in (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()):
+        kind = cast("type", type(mode))
+        if kind.__module__.partition(".")[0] not in KNOWN:
+            return (
+                f"a mode that is on ({qualified_name(mode)}), which may change what functions of torch compute. Prisma "
+                "calls others than upstream does, so the numbers would not be upstream's. Leave the mode before"
+            )
+    return ""
+
+
+def check_plain(what: str, x: Tensor) -> None:
+    """Refuse an input whose class computes in its own way, and any in a mode that may: upstream calls other functions.
+
+    The form that runs upstream's own code takes both.
+    """
+    if problem := foreign_mode():
+        raise InputError(f"Expected a pass without {problem}.")
+    if type(x) in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
+        return
+    for kind in type(x).__mro__:
+        if kind is Tensor or kind.__module__.partition(".")[0] in KNOWN:
+            return
+        for name in vars(kind):
+            if name in OVERRIDES or (hasattr(_BASE, name) and not hasattr(object, name)):
+                raise InputError(
+                    f"Expected the {what} as a plain tensor, got {qualified_name(x)}, whose {name} may change what "
+                    "functions of torch compute. Prisma calls others than upstream does, so the numbers would not be "
+                    f"upstream's. {what}.as_subclass(torch.Tensor) is a plain one."
+                )
 
 
 def check_place(what: str, x: Tensor, weight: Tensor | None) -> None:

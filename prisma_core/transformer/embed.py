@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prisma_core.errors import InputError
 from prisma_core.errors.arguments import expect, shown, sides, tensor
-from prisma_core.inputs.checks import check_input, check_numbers, input_words
+from prisma_core.inputs.checks import check_input, check_numbers, check_plain, input_words
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec
 from prisma_core.spec.layout import TokenLayout
 from prisma_core.toolbox.precision import joining
@@ -199,6 +199,7 @@ def check_image(image: Tensor, spec: ModelSpec) -> None:
     """Refuse an input of wrong rank, channels or size, or with values that are not numbers (``InputError``)."""
     what, expected = input_words(native := native_shape(spec))
     image, embed = check_input(image, native), spec.embed
+    check_plain(what, image)
     size = (image.shape[-2], image.shape[-1])
     if size != spec.image_size and spec.fixed_size:
         raise InputError(

@@ -93,14 +93,13 @@ class Norm(nn.Module):
 
 
 def _fused(spec: NormSpec, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if spec.kind == "ln":
-        operands = _operands(spec, x, weight, bias) if spec.in_float32 else (x, weight.shape, weight, bias)
-        y = F.layer_norm(*operands, spec.eps)
-        return y if y.dtype == x.dtype else y.type_as(x)
-    if spec.in_float32:
+    if not spec.weight_in_float32:  # no kernel of torch's
         wide = x.float()
         return _weighted(spec, wide * _inverse(spec, wide), x, weight, bias)
-    return F.rms_norm(x, weight.shape, weight, spec.eps)
+    wide, width, weight, bias = _operands(spec, x, weight, bias)
+    ln = spec.kind == "ln"
+    y = F.layer_norm(wide, width, weight, bias, spec.eps) if ln else F.rms_norm(wide, width, weight, spec.eps)
+    return y if y.dtype == x.dtype else y.type_as(x)
 
 
 def _divided(

@@ -15,7 +15,7 @@ from prisma_core.errors import InputError, NotApplicable
 from prisma_core.errors.arguments import shown
 from prisma_core.errors.migration import migration_hint
 from prisma_core.hooks.point import HookPoint
-from prisma_core.inputs.checks import check_place, may_look
+from prisma_core.inputs.checks import check_place, check_plain, may_look
 from prisma_core.model import MissingProcessor, Processor, Size, layer_index, read_sample
 from prisma_core.spec import TextPoolSpec, TextSpec
 from prisma_core.toolbox.arguments import checked
@@ -239,6 +239,7 @@ class HookedText(Tower):
             raise InputError(
                 f"Expected tokens [batch pos] of whole numbers, got shape {list(tokens.shape)} of {tokens.dtype}."
             )
+        check_plain("tokens", tokens)
         check_place("tokens", tokens, self.embed.W_E)
         if tokens.shape[1] > self.spec.n_ctx:
             raise InputError(f"Expected at most {self.spec.n_ctx} tokens, got {tokens.shape[1]}: cut the text.")

@@ -13,14 +13,14 @@ import inspect
 import re
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from prisma_core.errors import qualified_name
 from prisma_core.errors.arguments import shown
@@ -31,16 +31,28 @@ COMPILED = "_compiled_call_impl"  # set by module.compile()
 ACCELERATE = ("AlignDevicesHook", "CpuOffload", "SequentialHook")  # its hooks that move tensors
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 TREE = ("_modules", "_parameters", "_buffers")
+WALKS = (  # by what a module says what it holds
+    *("named_modules", "modules", "named_children", "children"),
+    *("named_parameters", "parameters", "named_buffers", "buffers"),
+)
 START = time.time()  # a file that was changed since may not be what was imported
-PLAIN = {"torch", *sys.stdlib_module_names}
+PLAIN = {"torch", *sys.stdlib_module_names} - {"unittest"}  # whose mocks stand for other functions
+FUNCTIONAL = "torch.nn.functional"
+ITEMS = ("__iter__", "__getitem__", "__len__")  # of containers
+# by what holds torch's functions, what has the names of those that compute
+COMPUTED: dict[Any, Any] = {
+    Tensor: Tensor.__mro__[1],
+    nn.Parameter: Tensor.__mro__[1],
+    torch: cast("Any", torch)._C._VariableFunctions,
+    nn.functional: nn.functional,
+}
+NAMES: dict[Any, str] = {Tensor: "torch.Tensor", nn.Parameter: "torch.nn.Parameter"}
+OVERRIDES = ("__torch_function__", "__torch_dispatch__")
+PRINTED = ("__repr__", "__str__", "__format__", "__dir__")
 
 
 def replaced_on_instance(module: nn.Module) -> str:
     """Say which method was set on a module itself; empty where none was, or it is the class's in a harmless wrapper."""
-    for name in TREE:
-        tree: object = vars(module).get(name)
-        if isinstance(tree, dict) and (kind := type(cast("object", tree))) not in (dict, OrderedDict):
-            return f"its {name} in a {kind.__module__}.{kind.__qualname__}, which may give others. Take them out before"
     for name, value in vars(module).items():
         if any(name in vars(module).get(inside, ()) for inside in TREE):
             return f"an attribute {name} in the place of its part of that name. Take it off before (del module.{name})"
@@ -62,11 +74,11 @@ def replaced_on_class(kind: type[nn.Module], packages: set[str], seen: set[Funct
         seen: the functions of modules that were followed before; it grows.
     """
     known = {*PLAIN, *packages, root_of(kind.__module__)}
-    own = (name for name, value in vars(kind).items() if isinstance(value, FunctionType) and name[:2] != "__")
-    names = list(dict.fromkeys((*CALLS, *READS, *own)))  # some are called from outside: encode_image
+    own = (name for name, value in vars(kind).items() if name[:2] != "__" and next(functions_of(value), None))
+    names = list(dict.fromkeys((*CALLS, *READS, *ITEMS, *own)))  # some are called from outside: encode_image
     for name in names:  # it grows meanwhile
         owner = next((each for each in kind.__mro__ if name in vars(each)), object)
-        functions = list(_functions(vars(owner).get(name)))
+        functions = list(functions_of(vars(owner).get(name)))
         wrong = [one for one in functions if not _belongs(one, owner.__module__, known)]
         library = owner is not nn.Module and name not in READS and root_of(owner.__module__) not in PLAIN - {"torch"}
         homes = {name_of(one).rpartition(".")[0] for one in functions}
@@ -77,14 +89,35 @@ def replaced_on_class(kind: type[nn.Module], packages: set[str], seen: set[Funct
         for function in functions:
             if change := changed(function):
                 return f"a {name} with {change}. Put back the library's"
-            if not isinstance(function, FunctionType) or root_of(home_of(function)) not in known - PLAIN:
+            if not isinstance(function, FunctionType) or root_of(home_of(function)) not in known - PLAIN | {"torch"}:
                 continue
-            for place, called in _reached(function, known - PLAIN, seen):
-                if not _belongs(called, place.rpartition(".")[0], known):
+            for place, called, exchanged in _reached(function, known - PLAIN, seen):
+                if exchanged or not _belongs(called, place.rpartition(".")[0], known):
                     return f"{name_of(called)} in the place of {place}, which it calls. Put back the library's"
                 if change := changed(called):
                     return f"{place}, which it calls, with {change}. Put back the library's"
             names += [one for one in names_in(function.__code__) if one not in names and _is_method(kind, one)]
+    return ""
+
+
+def foreign_in(*owners: object) -> str:
+    """Say what stands for a function of torch's; empty where nothing does. Prisma's own code calls these, as all does.
+
+    Args:
+        owners: of ``torch.Tensor``, ``torch.nn.Parameter``, ``torch`` and ``torch.nn.functional``.
+    """
+    for owner in cast("tuple[Any, ...]", owners):
+        for name, value in cast("dict[str, Any]", vars(owner)).items():
+            if name in PRINTED or not (hasattr(COMPUTED[owner], name) or name in OVERRIDES):
+                continue
+            if isinstance(value, type) or (isinstance(value, BuiltinFunctionType) and value.__name__ == name):
+                continue
+            home = NAMES.get(owner) or owner.__name__
+            wrong = [one for one in list(functions_of(value)) or [value] if _package(one) not in PLAIN]
+            if isinstance(owner, ModuleType) and _is_exchanged(value, f"{home}.{name}"):
+                wrong = [value]
+            if wrong:
+                return f"{name_of(wrong[0])} in the place of {home}.{name}, which runs in all modules. Put back torch's"
     return ""
 
 
@@ -130,16 +163,31 @@ def is_original(value: Any, module: nn.Module, name: str) -> bool:
     return isinstance(value, MethodType) and value.__self__ is module and value.__func__ is getattr(type(module), name)
 
 
+def is_checkpointing(value: object) -> bool:
+    """Whether a function is torch's that computes activations again, which changes no number."""
+    homes = {home_of(one) for one in functions_of(value) if isinstance(one, FunctionType)}
+    return "torch.utils.checkpoint" in homes and all(root_of(home) in PLAIN for home in homes)
+
+
 def _belongs(value: Any, module: str, known: set[str]) -> bool:
     """Whether a callable comes from a known package, or from one that the module imports by its own text."""
-    home = root_of(home_of(value) if isinstance(value, FunctionType) else type(value).__module__)
+    home = _package(value)
     if home in (PLAIN if root_of(module) == "torch" else known):
         return True
+    if module == "__main__":  # a notebook, whose text is not at hand
+        return True
+    return re.search(rf"^\s*(from|import) {re.escape(home)}\b", _text_of(module), re.MULTILINE) is not None
+
+
+def _package(value: Any) -> str:
+    return root_of(home_of(value) if isinstance(value, FunctionType) else type(value).__module__)
+
+
+def _text_of(module: str) -> str:
     try:
-        text = inspect.getsource(sys.modules[module])
+        return inspect.getsource(sys.modules[module])
     except (KeyError, OSError, TypeError):
-        return module == "__main__"  # a notebook, whose text is not at hand
-    return re.search(rf"^\s*(from|import) {re.escape(home)}\b", text, re.MULTILINE) is not None
+        return ""
 
 
 def changed(function: object) -> str:
@@ -151,8 +199,11 @@ def changed(function: object) -> str:
         return f"the code of another ({code.co_qualname})"
     home = home_of(function)
     if isinstance(inner, FunctionType) and root_of(home) == "torch" and not home.startswith("torch._dynamo."):
-        definition = _definition(inspect.unwrap(inner).__code__)
-        if definition is not None and not definition.decorator_list:
+        innermost = inspect.unwrap(inner)
+        definition = _definition(innermost.__code__)
+        if definition is not None and not any(
+            _is_torch(one, innermost.__globals__) for one in definition.decorator_list
+        ):
             return f"a wrapper ({name_of(function)}), which its file does not have"
     written = _written(str(function.__globals__.get("__name__")))
     alike = written.get((code.co_qualname, code.co_firstlineno), [])
@@ -207,6 +258,14 @@ def _definition(code: CodeType) -> ast.FunctionDef | None:
     return node if isinstance(node, ast.FunctionDef) else None
 
 
+def _is_torch(node: ast.expr, there: Mapping[str, Any]) -> bool:
+    """Whether a decorator is torch's: what it is called by begins with a name for something of torch's."""
+    while isinstance(node, ast.Call | ast.Attribute):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    value = there.get(node.id) if isinstance(node, ast.Name) else None
+    return root_of(value.__name__ if isinstance(value, ModuleType) else name_of(value)) == "torch"
+
+
 def _is_value(node: ast.expr, value: object, there: Mapping[str, Any]) -> bool:
     """Whether a default is what its expression says: a constant, or what a name stands for. Others are not run."""
     path = list[str]()
@@ -225,10 +284,10 @@ def _is_value(node: ast.expr, value: object, there: Mapping[str, Any]) -> bool:
 
 def _is_method(kind: type, name: str) -> bool:
     value = inspect.getattr_static(kind, name, None)
-    return not hasattr(nn.Module, name) and next(_functions(value), None) is not None
+    return not hasattr(nn.Module, name) and next(functions_of(value), None) is not None
 
 
-def _functions(value: Any) -> Iterator[Any]:
+def functions_of(value: Any) -> Iterator[Any]:
     """Yield what stands behind an attribute of a class: functions, what they wrap and what they close over."""
     rest, seen = [value], list[Any]()
     while rest:
@@ -246,8 +305,22 @@ def _functions(value: Any) -> Iterator[Any]:
             rest += [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if cell != CellType()]
 
 
-def _reached(function: FunctionType, into: set[str], seen: set[FunctionType]) -> Iterator[tuple[str, FunctionType]]:
-    """Yield the functions that a function calls by name, with their places; so on in those of the packages ``into``."""
+def _is_exchanged(value: object, place: str) -> bool:
+    """Whether a name of a module's stands for something of another name than its file has there."""
+    module, _, name = place.rpartition(".")
+    if isinstance(value, ModuleType):
+        return sys.modules.get(value.__name__) is not value
+    own: object = getattr(value, "__name__", name)
+    if own == name or not isinstance(own, str) or not callable(value):
+        return False
+    short, own = (one.replace("_", "") for one in (name, own))
+    if short.endswith(own) or own.endswith(short):  # torch.special.erf is special_erf
+        return False
+    return root_of(module) == "torch" or re.search(rf"^def {name}\b", _text_of(module), re.MULTILINE) is not None
+
+
+def _reached(function: FunctionType, into: set[str], seen: set[FunctionType]) -> Iterator[tuple[str, Any, bool]]:
+    """Yield what a function calls by name, with its place, and whether it is exchanged; so on in packages ``into``."""
     rest = [function]
     while rest:
         function = rest.pop()
@@ -263,8 +336,11 @@ def _reached(function: FunctionType, into: set[str], seen: set[FunctionType]) ->
             for one in inner:
                 places |= {f"{one.__name__}.{name}": vars(one)[name] for name in names & vars(one).keys()}
         for place, value in places.items():
-            for called in _functions(value) if isinstance(value, FunctionType) else ():
-                if isinstance(called, FunctionType):
-                    yield place, called
-                    if root_of(home_of(called)) in into:
-                        rest.append(called)
+            if _is_exchanged(value, place):
+                yield place, value, True
+            for called in functions_of(value):
+                yield place, called, False
+                if isinstance(called, FunctionType) and (
+                    root_of(home := home_of(called)) in into or home == FUNCTIONAL
+                ):
+                    rest.append(called)

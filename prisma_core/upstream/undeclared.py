@@ -10,8 +10,10 @@ Harmless, and passed: wrappers that change no number (accelerate's that move ten
 from __future__ import annotations
 
 import itertools
+import re
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import Any, TypeVar, cast
 
@@ -19,14 +21,20 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from prisma_core.errors import qualified_name
+from prisma_core.errors import describe, qualified_name
+from prisma_core.inputs.checks import foreign_mode
 from prisma_core.maps.reader import TORCH, Reader
+from prisma_core.maps.table import pattern_of
+from prisma_core.maps.weights import WeightMap
+from prisma_core.model import tensors_of
 from prisma_core.spec import AnySpec, AttentionSpec, EmbedSpec
 from prisma_core.spec.layout import TokenLayout
 from prisma_core.upstream.replaced import (
     HOOKS,
-    PLAIN,
-    home_of,
+    WALKS,
+    foreign_in,
+    functions_of,
+    is_checkpointing,
     name_of,
     names_in,
     replaced_on_class,
@@ -46,8 +54,6 @@ SAID = {
 }
 TENSORS = (Tensor, nn.Parameter)
 FAKE = "torch._subclasses."  # tensors without data
-BASE: Any = Tensor.__mro__[1]  # whose methods compute
-PRINTED = ("__repr__", "__str__", "__format__", "__dir__")
 WRAPPERS = {  # where each holds what it wraps
     "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
     "torch.nn.parallel.data_parallel.DataParallel": "module",
@@ -65,7 +71,7 @@ def check_undeclared(
     spec: AnySpec,
     types: Iterable[str],
     ignored: Iterable[str],
-    left_out: Collection[str],
+    table: WeightMap,
     stem: nn.Module | None = None,
 ) -> None:
     """Refuse a module that does more than its tensors and attributes say.
@@ -76,23 +82,25 @@ def check_undeclared(
         types: qualified names of the classes that the adapter takes. It knows what stands beside them, and beside the
             classes that the reader recognised, in the same file: all classes there that derive from no other.
         ignored: what the adapter ignores with a reason. A qualified name is that of a class which computes nothing.
-        left_out: tensors that the adapter ignores, with a reason. Modules of such tensors alone make no number.
+        table: what it has mapped. Modules of tensors alone that it ignores, with a reason, make no number.
         stem: what is copied as it is, so that nothing in it is lost.
 
     Raises:
         UnsupportedArchitecture: it names the module, and what to do.
     """
     whole = upstream.module
-    recognised = {whole, *(whole.get_submodule(path) for path in upstream.classes)}
+    parts = list(_tree(whole))
+    recognised = {whole, *(module for path, module in parts if path in upstream.classes)}
     files = {name.rpartition(".")[0] for name in (*types, *map(qualified_name, recognised))}
     packages = {root_of(file) for file in files}
     copied = set[nn.Module]() if stem is None else set(stem.modules())
-    unread = _unread(whole, left_out)
+    mapped = [pattern_of(name) for row in table.rows for name in row.names]
+    unread = _unread(parts, table, mapped)
     sizes = _sizes_of(spec)
-    if problem := _globally_hooked():
+    if problem := _globally_hooked() or foreign_in(torch, nn.functional) or foreign_mode():
         raise upstream.unsupported(problem)
     seen, problems = set[FunctionType](), dict[type, str]()
-    for path, module in cast("Iterator[tuple[str, nn.Module]]", whole.named_modules(remove_duplicate=False)):
+    for path, module in parts:
         if module in copied or any(path == part or path.startswith(f"{part}.") for part in unread):
             continue
         kind = type(module)
@@ -102,7 +110,7 @@ def check_undeclared(
         problem = (
             _hooked(module, path, upstream.record)
             or replaced_on_instance(module)
-            or _function_for_part(module, path, upstream.record)
+            or _beside_parts(module, path, upstream.record, mapped)
             or ("" if known else _unknown(kind))
             or problems[kind]
             or _other_size(module, sizes)
@@ -116,17 +124,17 @@ def check_undeclared(
 def check_at_hand(upstream: nn.Module) -> None:
     """Refuse a model without some of its weights: accelerate brings them for a pass, or they are on ``meta``.
 
-    And any model in a process in which methods of ``torch.Tensor`` are not torch's, for Prisma's own code calls them.
+    And one that holds other things than modules and tensors, or does not say what it holds; and any model in a process
+    in which methods of ``torch.Tensor`` are not torch's, for Prisma's own code calls them.
     """
-    for name, value in vars(Tensor).items():
-        own = not isinstance(value, FunctionType) or root_of(home_of(value)) in PLAIN
-        if not own and hasattr(BASE, name) and name not in PRINTED:
-            problem = (
-                f"{name_of(value)} in the place of torch.Tensor.{name}, which runs in all modules. Put back torch's"
-            )
-            raise Reader(upstream).unsupported(problem)
-    outline = all(parameter.is_meta for parameter in upstream.parameters())
-    for path, module in cast("Iterator[tuple[str, nn.Module]]", upstream.named_modules()):
+    if problem := foreign_in(Tensor, nn.Parameter):
+        raise Reader(upstream).unsupported(problem)
+    parts = list(_tree(upstream))
+    outline = all(tensor.is_meta for _, module in parts for tensor in module._parameters.values() if tensor is not None)
+    for path, module in parts:
+        if (walk := next((name for name in WALKS if name in vars(module)), None)) is not None:
+            problem = f"a {walk} of this instance's own ({name_of(vars(module)[walk])}), which may hide what it holds"
+            raise Reader(module, path).unsupported(f"{problem}. Take it off before (del module.{walk})")
         outer: Any = getattr(module, "_hf_hook", None)
         if any(getattr(hook, "offload", False) for hook in (outer, *getattr(outer, "hooks", ()))):
             raise Reader(module, path).unsupported(
@@ -136,6 +144,29 @@ def check_at_hand(upstream: nn.Module) -> None:
         absent = next((name for name, tensor in _tensors(module) if tensor.is_meta), None)
         if absent is not None and not outline:
             raise Reader(module, path).unsupported(f"{absent} is on the meta device, which holds no numbers")
+
+
+def _tree(module: nn.Module, path: str = "", above: tuple[nn.Module, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
+    """Yield a module and those inside with their paths, each as often as it stands there."""
+    for place, kind in (("_parameters", Tensor), ("_buffers", Tensor), ("_modules", nn.Module)):
+        held: Any = getattr(module, place)
+        if type(held) not in (dict, OrderedDict) and root_of(qualified_name(held)) != "torch":
+            what = f"its {place} in a {qualified_name(held)}, which may give others. Take them out before"
+            raise Reader(module, path).unsupported(what)
+        for name, value in held.items():
+            if hasattr(type(module), name):
+                what = f"an attribute {name} of its class in the place of its part of that name. Take it off before"
+                raise Reader(module, path).unsupported(what)
+            if value is not None and not isinstance(value, kind):
+                what = f"{describe(value)} as {name} among its {place[1:]}. Put a {kind.__name__} in its place before"
+                raise Reader(module, path).unsupported(what)
+    above = (*above, module)
+    yield path, module
+    for name, child in held.items():  # its modules, the last
+        if any(child is one for one in above):
+            raise Reader(module, path).unsupported(f"a part {name} that holds this module itself. Take it off before")
+        if child is not None:
+            yield from _tree(child, f"{path}.{name}".lstrip("."), above)
 
 
 def check_counted(upstream: nn.Module, paths: Iterable[str], types: Iterable[str]) -> None:
@@ -167,14 +198,20 @@ def unwrapped(upstream: nn.Module) -> nn.Module:
     return upstream
 
 
-def _unread(whole: nn.Module, left_out: Collection[str]) -> list[str]:
+def _unread(parts: Sequence[tuple[str, nn.Module]], table: WeightMap, mapped: Sequence[re.Pattern[str]]) -> list[str]:
     """Return the paths of modules all of whose tensors are ignored."""
+    ignored = {name for name in tensors_of(parts[0][1]) if table.reason_to_ignore(name) is not None}
+    left_out = {name for name in ignored if not _is(name, mapped)}
     paths: list[str] = []
-    for path, module in cast("Iterator[tuple[str, nn.Module]]", whole.named_modules(remove_duplicate=False)):
-        tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-        if path and tensors and all(f"{path}.{name}" in left_out for name, _ in tensors):
+    for path, module in parts:
+        tensors = tensors_of(module)
+        if path and tensors and all(f"{path}.{name}" in left_out for name in tensors):
             paths.append(path)
     return paths
+
+
+def _is(name: str, patterns: Iterable[re.Pattern[str]]) -> bool:
+    return any(pattern.fullmatch(name) for pattern in patterns)
 
 
 def _globally_hooked() -> str:
@@ -209,15 +246,26 @@ def _is_harmless(hook: object) -> bool:
     return name.startswith(READ_ONLY) or (root_of(name) == "transformers" and name.endswith(ASKS_FOR_GRADIENTS))
 
 
-def _function_for_part(module: nn.Module, path: str, read: set[str]) -> str:
-    """Name a function that stands in a module and that no adapter has read: where the class may call a part."""
+def _beside_parts(module: nn.Module, path: str, read: set[str], mapped: Sequence[re.Pattern[str]]) -> str:
+    """Name what stands in a module where its class may use a part or a parameter, and no adapter has read.
+
+    That is a function, or a tensor that is no parameter and no buffer.
+    """
     kind = type(module)
     for name, value in vars(module).items():
+        full = f"{path}.{name}".lstrip(".")
+        tensor = isinstance(value, Tensor)
         known = isinstance(value, type) or root_of(name_of(value)) == root_of(kind.__module__) or hasattr(kind, name)
-        if known or not callable(value) or f"{path}.{name}".lstrip(".") in read:
+        known = known or is_checkpointing(value)
+        if not tensor and (known or not callable(value)):
             continue
-        own = [each for base in kind.__mro__ for each in vars(base).items() if isinstance(each[1], FunctionType)]
-        if any(name in names_in(one.__code__) for method, one in own if method != "__init__"):
+        if full in read and not (tensor and _is(full, mapped)):  # a map reads what is in the state dict
+            continue
+        methods = (one for base in kind.__mro__ for method, one in vars(base).items() if method != "__init__")
+        code = (one.__code__ for method in methods for one in functions_of(method) if isinstance(one, FunctionType))
+        if any(name in names_in(one) for one in code):
+            if tensor:
+                return f"a tensor {name} in no state dict: no parameter, no buffer. Set an nn.Parameter in its place"
             return (
                 f"a function {name} ({name_of(value)}), which no adapter has read. Put a module in its place. An "
                 f"adapter that knows it reads it: reader.{name}"

@@ -96,8 +96,8 @@ def looked_up(tower: Reader, layout: TokenLayout) -> Tensor | None:
     Upstream computes them in floating point, and some grids come out uneven.
     """
     embeddings: Any = copy_module(tower.embeddings.module, hooks=False).to_empty(device="cpu").float()
-    for parameter in embeddings.parameters():
-        parameter.zero_()
+    for tensor in (*embeddings.parameters(), *embeddings.buffers()):
+        tensor.zero_()
     count = layout.rows * layout.columns
     embeddings.position_embedding.weight.copy_(torch.arange(count).float()[:, None])
     patch = embeddings.patch_embedding
