@@ -7,6 +7,7 @@ import torch
 from prisma_conformance.gradients import pull_back
 
 from prisma_core import PrismaError, WeightMapError
+from prisma_core.maps.places import HookMap
 from prisma_core.maps.rule import Rule
 from prisma_core.maps.weights import WeightMap
 
@@ -20,6 +21,20 @@ def shapes(**named):
 def sized(sizes):
     torch.manual_seed(0)
     return {name: torch.randn(shape) for name, shape in sizes.items()}
+
+
+@pytest.mark.parametrize("functions", [{"f": None}, ["f"], {"g": len, "f": "len"}, "f"])
+def test_what_is_no_function_is_none_that_was_given(functions):
+    known = "there are g" if isinstance(functions, dict) and "g" in functions else "none were given"
+    with pytest.raises(WeightMapError, match=rf"no function \{{f\}} was given; {known}\."):
+        WeightMap.parse("a -> b : {f}", functions)
+
+
+@pytest.mark.parametrize("table", [WeightMap, HookMap])
+@pytest.mark.parametrize(("odd", "came"), [("a -> b", "a str"), (None, "None"), (Rule, "the class Rule")])
+def test_what_is_no_line_makes_no_table(table, odd, came):
+    with pytest.raises(PrismaError, match=rf"Expected lines, as {table.__name__}\.parse reads them; got {came}\."):
+        table((*WeightMap.parse("a -> b").rows, odd))
 
 
 CASES = {

@@ -13,7 +13,7 @@ from prisma_core.files.texts import check_facts, facts_digest
 from prisma_core.inputs import Preprocess
 from prisma_core.inputs.video import VideoPreprocess
 from prisma_core.model import ZooModel
-from prisma_core.spec import AnySpec, DualSpec, Facts, ModelSpec
+from prisma_core.spec import AnySpec, DualSpec, Facts
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 AnyPreprocess = Annotated[
@@ -87,16 +87,6 @@ class SavedFacts(BaseModel):
         n = None if isinstance(self.spec, DualSpec) else self.spec.n_classes
         if self.labels is not None and n is not None and len(self.labels) != n:
             raise ValueError(f"there are {n} classes and {len(self.labels)} labels")
-        spec = self.spec.vision if isinstance(self.spec, DualSpec) else self.spec
-        if not isinstance(spec, ModelSpec) or spec.embed.stem == "opaque":
-            return self
-        sides = zip(spec.image_size, spec.embed.patch, strict=True)
-        grid = [side // patch if patch > 0 else 0 for side, patch in sides]
-        if min(grid) < 1 or grid != [spec.layout.rows, spec.layout.columns]:
-            raise ValueError(
-                f"image_size={spec.image_size} and patch={spec.embed.patch} make no grid of {spec.layout.rows} x "
-                f"{spec.layout.columns} patches, which the layout has"
-            )
         return self
 
     @classmethod

@@ -67,7 +67,11 @@ class Altered(Adapter):
         self.table = Completed(())
 
     def spec(self, upstream: Reader) -> AnySpec:
-        return self.change.spec(self.inner.spec(upstream))
+        spec = self.change.spec(self.inner.spec(upstream))
+        upstream.classes.update(
+            path for path, _ in upstream.module.named_modules()
+        )  # a change may ask for their tensors
+        return spec
 
     def weights(self, upstream: Reader, spec: AnySpec) -> WeightMap:
         table = self.change.table(self.inner.weights(upstream, spec))
