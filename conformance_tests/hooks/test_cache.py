@@ -30,6 +30,14 @@ def test_every_form_of_names(vit, image, names):
     assert list(cache) == ["blocks.0.attn.hook_z", "blocks.1.attn.hook_z"]
 
 
+@pytest.mark.parametrize("query", ["v", "attn.v", "blocks.0.attn.hook_v", ("v", 0), ("z", 1)])
+def test_a_cache_of_one_activation_holds_no_other(vit, image, query):
+    _, cache = vit.run_with_cache(image, names=[("z", 0)])
+    assert torch.equal(cache["z"], cache["blocks.0.attn.hook_z"])
+    with pytest.raises(UnknownName):
+        cache[query]
+
+
 def test_all_is_all_that_is_not_derived(variant, image):
     _, cache = variant.run_with_cache(image)
     assert set(cache) == {name for name, point in variant.hook_points().items() if not point.derived}
