@@ -26,6 +26,7 @@ from prisma_core.errors import (
     SpecError,
     UnknownName,
     UnsupportedArchitecture,
+    WeightMapError,
     blaming,
     describe,
     format_fields,
@@ -36,7 +37,7 @@ from prisma_core.errors.arguments import check_flags, device_of, dtype_of, expec
 from prisma_core.errors.migration import check_keywords, keywords
 from prisma_core.files.checkpoint import check_finite, check_merged
 from prisma_core.hooks.model import HookedModel
-from prisma_core.host import installed
+from prisma_core.host import flaw_of, installed
 from prisma_core.maps.places import HookMap
 from prisma_core.maps.reader import Reader
 from prisma_core.maps.table import pattern_of
@@ -203,6 +204,8 @@ def _adapt(upstream: nn.Module, adapter: Adapter | None, *, copy: bool) -> ZooMo
         adapter = installed().adapter(model)
     elif not isinstance(cast("object", adapter), Adapter):
         raise InputError(f"adapter= takes an Adapter, such as MyAdapter(); got {describe(adapter)}.")
+    elif flaw := flaw_of(adapter, (Adapter,)):
+        raise InputError(f"{flaw.lstrip(': ')}.")
     elif (kind := qualified_name(model)) not in adapter.types:
         raise InputError(
             f"{type(adapter).__name__} adapts {', '.join(adapter.types) or 'no type'}; this model is a {kind}. Give an "
@@ -254,6 +257,10 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> Z
     theirs = tensors_of(upstream)
     with torch.enable_grad():  # a tensor made of a trainable one is trainable, whatever mode the caller is in
         tensors = table.forward(theirs, {name: tensor.shape for name, tensor in tensors_of(model).items()})
+    if odd := next((name for name, tensor in tensors.items() if not tensor.is_floating_point()), None):
+        raise WeightMapError(
+            f"{odd}: expected real numbers, got {tensors[odd].dtype}: the rule that makes it casts them."
+        )
     shared = {tensor.untyped_storage().data_ptr() for tensor in theirs.values()} if copy else set[int]()
     places: set[tuple[int, torch.Size]] = set()
     for name, tensor in tensors.items():  # one upstream tensor may make several: each is to be edited on its own

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import nn
 
 from prisma_core import HookedModel, ZooModel, export
+from prisma_core.host import flaw_of
 from prisma_core.plugin import (
     Adapter,
     Case,
@@ -23,6 +25,7 @@ from prisma_core.plugin import (
     installed,
     qualified_name,
     returned,
+    shown,
 )
 from prisma_core.zoo import load_upstream, reference_of, spec_of
 
@@ -104,6 +107,11 @@ def _cases_of(adapter: Adapter, kind: str | None = None) -> Iterator[Case]:
 
 
 def _of_case(case: Case, adapter: Adapter | None, full: bool) -> Resolved:
+    skips = cast("object", case.skips)
+    if not isinstance(cast("object", case.name), str) or not case.name.isprintable():
+        raise PluginError(f"The name of a case is {case.name!r}; expected text that can be shown.")
+    if not isinstance(skips, Mapping) or not all(isinstance(why, str) and why for why in case.skips.values()):
+        raise PluginError(f"skips of the case {case.name!r} is {shown(skips)}; expected each check with its reason.")
     built = _built(case, full=full)
     return Resolved(case, built, _adapter(built, adapter), full=full)
 
@@ -206,6 +214,8 @@ def _adapter(upstream: nn.Module, adapter: Adapter | None) -> Adapter:
     """
     if adapter is None:
         return installed().adapter(upstream)
+    if flaw := flaw_of(adapter, (Adapter,)):
+        raise PrismaError(f"{flaw.lstrip(': ')}.")
     if qualified_name(upstream) not in adapter.types:
         raise PrismaError(
             f"{type(adapter).__name__} adapts {', '.join(adapter.types) or 'no type'}; what is to be checked is a "
