@@ -38,6 +38,17 @@ def test_a_cache_of_one_activation_holds_no_other(vit, image, query):
         cache[query]
 
 
+@pytest.mark.parametrize(
+    "how", [{"device": "meta"}, {"dtype": torch.float16}, {"device": "meta", "dtype": torch.float16}]
+)
+def test_a_cache_is_kept_where_and_as_it_is_asked(vit, image, how):
+    _, cache = vit.run_with_cache(image, names=["z", ("v", 0)], **how)
+    assert len(cache) == 3
+    for activation in cache.values():
+        assert activation.device.type == how.get("device", "cpu")
+        assert activation.dtype is how.get("dtype", image.dtype)
+
+
 def test_all_is_all_that_is_not_derived(variant, image):
     _, cache = variant.run_with_cache(image)
     assert set(cache) == {name for name, point in variant.hook_points().items() if not point.derived}
