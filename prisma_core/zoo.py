@@ -257,7 +257,8 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> Z
     theirs = tensors_of(upstream)
     with torch.enable_grad():  # a tensor made of a trainable one is trainable, whatever mode the caller is in
         tensors = table.forward(theirs, {name: tensor.shape for name, tensor in tensors_of(model).items()})
-    if odd := next((name for name, tensor in tensors.items() if not tensor.is_floating_point()), None):
+    real = [name for name, tensor in tensors_of(model).items() if tensor.is_floating_point()]
+    if odd := next((name for name in real if not tensors[name].is_floating_point()), None):
         raise WeightMapError(
             f"{odd}: expected real numbers, got {tensors[odd].dtype}: the rule that makes it casts them."
         )
