@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,9 @@ from models import image, in_float64, make, variant, vit  # noqa: F401  # fixtur
 
 from prisma_core import host
 
-# Workers share the cores, and the models are tiny: more threads only wait for each other.
+# Workers share the cores, and the models are tiny: more threads only wait for each other, in processes of tests too.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # On a slow machine a plugin's import can take longer than a user is left without a word; tests compare what is written.
 host.PATIENCE = 600.0

@@ -82,8 +82,7 @@ class Moved:
             assert isinstance(theirs, torch.Tensor)
         except Exception as error:  # noqa: BLE001  # upstream's own, of any type
             return Outcome("upstream fails", f"{type(error).__name__}: {error}")
-        if theirs.shape == self.output.shape and torch.equal(theirs, self.output):
-            return Outcome("no effect")
+        still = theirs.shape == self.output.shape and torch.equal(theirs, self.output)  # an adapter may read it alone
         if not theirs.isfinite().all() or (theirs.numel() > 1 and not float(theirs.std()) > 0):
             return Outcome("upstream fails", "its output is constant or NaN")
         try:
@@ -92,9 +91,10 @@ class Moved:
                 ours = model(*self.inputs)
         except PrismaError as error:
             named = any(place in str(error) for place in places(move))
-            return Outcome("refused" if named else "refused elsewhere", f"{type(error).__name__}: {error}")
+            kind = "no effect" if still else "refused" if named else "refused elsewhere"
+            return Outcome(kind, f"{type(error).__name__}: {error}")
         except Exception as error:  # noqa: BLE001
             return Outcome("defect", f"{type(error).__name__}: {error}")
         if not (error := worst(ours, theirs)) <= tolerances.FLOAT64:
             return Outcome("defect", f"logits differ by {error:.1e} of their standard deviation")
-        return Outcome("agrees")
+        return Outcome("no effect" if still else "agrees")

@@ -87,9 +87,12 @@ def test_what_is_missing_is_named(changed: list[str], said: str, capsys: pytest.
     assert said in " ".join(capsys.readouterr().err.split()).replace("FOLDER", "folder")
 
 
-def test_a_set_that_datasets_does_not_find(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_set_that_datasets_does_not_find(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What that library raises is one line, and not an error of Prisma's code."""
-    pytest.importorskip("datasets")
+    # Without a network it tries again for half a minute.
+    monkeypatch.setattr(pytest.importorskip("datasets").config, "HF_HUB_OFFLINE", True)
     assert main(words(tmp_path, "--data", "hf:no-such-set-anywhere")) == 1
     said = " ".join(capsys.readouterr().err.split())
     assert "library datasets raised" in said

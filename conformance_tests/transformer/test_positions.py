@@ -47,3 +47,16 @@ OTHER = [{"mode": "bicubic"}, {"in_float32": False}, {"antialias": False}, {"ali
 def test_sums_by_weights_that_nothing_computes(fact: dict[str, object]) -> None:
     with pytest.raises(ValidationError, match="weights_in_float32 goes with mode='bilinear'"):
         Interpolation.model_validate({"mode": "bilinear", "weights_in_float32": True} | fact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 7])
+def test_one_column_of_patches_is_one_row_turned(length: int, antialias: bool, mode: str, dtype: torch.dtype) -> None:
+    """For grids in some orders of memory, torch's own kernel repeats the first row there."""
+    how = Interpolation(mode=mode, antialias=antialias, in_float32=dtype == torch.float32)
+    table = rows().to(dtype)
+    turned = table.reshape(4, 6, 10).transpose(0, 1).flatten(0, 1)
+    column, row = resize_positions(table, how, (4, 6), (length, 1)), resize_positions(turned, how, (6, 4), (1, length))
+    torch.testing.assert_close(column, row, rtol=0, atol=1e-6)

@@ -41,6 +41,10 @@ def heads(model: Any) -> None:
     model.layers[-1].attention.head_dim //= 2
 
 
+def heads_that_only_the_adapter_reads(model: Any) -> None:
+    model.encoder.layers[-1].self_attn.num_heads = 1
+
+
 def padding(model: Any) -> None:
     model.roberta.embeddings.padding_idx = 0
 
@@ -82,6 +86,12 @@ def one_block_less(model: Any) -> None:
         ("hf", "Data2VecVisionForImageClassification", flag_of_a_bias, "attention'.*has_relative_position_bias=False"),
         ("hf", "Data2VecVisionForImageClassification", hook_where_one_pattern_ignores, "pooler'.*forward hook"),
         ("hf", "ViTModel", heads, r"attention'.*head_dim=\d+"),
+        (
+            "hf",
+            "Idefics2VisionTransformer",
+            heads_that_only_the_adapter_reads,
+            "self_attn'.*num_heads=1 beside head_dim=8",
+        ),
         ("clip", "hf/AltCLIPTextModel", padding, "embeddings'.*padding_idx=0"),
         ("clip", "coca_base", tokens_beside_features, "'visual'.*output_tokens=False"),
         ("timm", "naflexvit_base_patch16_gap", tokens_before_the_patches, "num_prefix_tokens=5.*of 4"),

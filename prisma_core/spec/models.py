@@ -108,6 +108,12 @@ class ModelSpec(AllBlocks, Facts):
             raise ValueError("rotary tables of each head (per_head) need as many keys as queries, in every block")
         if self.layout.frames > 1 and self.embed.tubelet is None:
             raise ValueError(f"{self.layout.frames} frames of patches need a video: give the embedding a tubelet")
+        grid = tuple(side // patch for side, patch in zip(self.image_size, self.embed.patch, strict=True))
+        if grid != (self.layout.rows, self.layout.columns):
+            raise ValueError(
+                f"an image of {self.image_size} pixels has {grid} rows and columns of patches of {self.embed.patch}, "
+                f"and the layout says {(self.layout.rows, self.layout.columns)}"
+            )
         if self.layout.order != "frame row column":
             raise ValueError(f"patches of a canonical model run frame by frame, not in the order {self.layout.order!r}")
         grid = tuple(side // patch for side, patch in zip(self.image_size, self.embed.patch, strict=True))

@@ -145,7 +145,8 @@ def resize_positions(
     if how.weights_in_float32:
         return _weighted(table, how, native, size)
     whole = (max(size), max(size)) if how.square else size
-    grid = rearrange(_wide(table, how), "(r c) d -> 1 d r c", r=native[0])
+    # Channels last, as upstream's: for others torch's kernel repeats the first row where one column is asked for.
+    grid = _wide(table, how).reshape(1, *native, -1).permute(0, 3, 1, 2)
     resize = partial(F.interpolate, mode=how.mode, align_corners=how.align_corners, antialias=how.antialias)
     if how.offset:
         scales = [(side + how.offset) / length for side, length in zip(whole, native, strict=True)]

@@ -9,6 +9,7 @@ Harmless, and passed: wrappers that change no number (accelerate's that move ten
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import FunctionType
@@ -296,11 +297,13 @@ def _foreign_tensors(module: nn.Module) -> str:
 def _sizes_of(spec: AnySpec) -> dict[str, set[object]]:
     """Return the sizes of a spec, by the names that libraries give them."""
     attentions = list(_inside(spec, AttentionSpec))
-    heads: set[object] = {n for one in attentions for n in (one.n_heads, one.n_kv_heads)}
-    widths: set[object] = {one.d_head for one in attentions}
+    pairs = {(n, one.d_head) for one in attentions for n in (one.n_heads, one.n_kv_heads)}
+    heads: set[object] = {n for n, _ in pairs}
+    widths: set[object] = {width for _, width in pairs}
     return {
         **dict.fromkeys(HEADS, heads),
         **dict.fromkeys(WIDTHS, widths),
+        "heads and width": {*pairs},
         "all_head_size": {one.n_heads * one.d_head for one in attentions},
         "patch_size": {one.patch for one in _inside(spec, EmbedSpec)},
         "is_cross_attention": {False},  # in what reads one input: it would leave the mask of its padding out
@@ -319,6 +322,11 @@ def _other_size(module: nn.Module, sizes: Mapping[str, set[object]]) -> str:
         if sizes[name] and isinstance(value, int | tuple) and value not in sizes[name]:
             known = ", ".join(map(str, sorted(cast("Any", sizes[name]))))
             return f"{name}={vars(module)[name]!r}, where its tensors and the rest of it are of {known}"
+    own, pairs = vars(module), sizes["heads and width"]
+    for heads, width in itertools.product(own.keys() & HEADS, own.keys() & WIDTHS):
+        pair = own[heads], own[width]
+        if pairs and pair not in pairs and all(isinstance(one, int) for one in pair):
+            return f"{heads}={pair[0]} beside {width}={pair[1]}, of which its forward may read one alone"
     return ""
 
 
