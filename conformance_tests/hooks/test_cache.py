@@ -49,6 +49,13 @@ def test_a_cache_is_kept_where_and_as_it_is_asked(vit, image, how):
         assert activation.dtype is how.get("dtype", image.dtype)
 
 
+def test_graphs_may_be_asked_for_where_there_are_none(vit, image):
+    with torch.no_grad():
+        _, cache = vit.run_with_cache(image, names=["z"], detach=False)
+    assert len(cache) == 2
+    assert not any(activation.requires_grad for activation in cache.values())
+
+
 def test_all_is_all_that_is_not_derived(variant, image):
     _, cache = variant.run_with_cache(image)
     assert set(cache) == {name for name, point in variant.hook_points().items() if not point.derived}
