@@ -26,7 +26,6 @@ from prisma_core.errors import (
     SpecError,
     UnknownName,
     UnsupportedArchitecture,
-    WeightMapError,
     blaming,
     describe,
     format_fields,
@@ -257,11 +256,6 @@ def adapt_with(adapter: Adapter, upstream: nn.Module, *, copy: bool = True) -> Z
     theirs = tensors_of(upstream)
     with torch.enable_grad():  # a tensor made of a trainable one is trainable, whatever mode the caller is in
         tensors = table.forward(theirs, {name: tensor.shape for name, tensor in tensors_of(model).items()})
-    real = [name for name, tensor in tensors_of(model).items() if tensor.is_floating_point()]
-    if odd := next((name for name in real if not tensors[name].is_floating_point()), None):
-        raise WeightMapError(
-            f"{odd}: expected real numbers, got {tensors[odd].dtype}: the rule that makes it casts them."
-        )
     shared = {tensor.untyped_storage().data_ptr() for tensor in theirs.values()} if copy else set[int]()
     places: set[tuple[int, torch.Size]] = set()
     for name, tensor in tensors.items():  # one upstream tensor may make several: each is to be edited on its own
