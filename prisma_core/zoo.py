@@ -372,14 +372,14 @@ def _place(problem: BaseException) -> str:
     if isinstance(problem, SpecError | ValidationError):
         path = min((one.path for one in readers), key=len, default="")
         return f". It was reading {path!r}" if path else ""
-    reader, name, value = readers[0].latest if readers else (None, "", None)
+    reader, name, value = cast("list[Any]", readers[0].latest if readers else [None, "", None])
     path = f"{reader.path}.{name}".lstrip(".") if name else ""
     return f". The last that it read: {path!r}, {shown(value)}" if name else ""
 
 
 def _no_module(problem: BaseException) -> UnsupportedArchitecture | None:
     """Name a function that an adapter took for a part, because it stands in the place of one."""
-    reader, name, value = readers[0].latest if (readers := _readers(problem)) else (None, "", None)
+    reader, name, value = cast("list[Any]", one[0].latest if (one := _readers(problem)) else [None, "", None])
     meant = getattr(problem, "obj", None) is value or f"'{type(value).__name__}' object" in str(problem)
     if name and meant and callable(value) and not isinstance(value, nn.Module):
         return reader.unsupported(f"a function {name} ({name_of(value)}). Put a module in its place before")
@@ -390,7 +390,7 @@ def _readers(problem: BaseException) -> list[Reader]:
     """The readers of the innermost call that has any."""
     frames = (frame.f_locals.values() for frame, _ in traceback.walk_tb(problem.__traceback__))
     readers = [[one for one in values if isinstance(one, Reader)] for values in frames]
-    return next((several for several in reversed(readers) if several), [])
+    return next((several for several in reversed(readers) if several), list[Reader]())
 
 
 def output_of(adapter: Adapter, result: Any) -> Tensor:

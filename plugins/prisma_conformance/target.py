@@ -110,7 +110,8 @@ def _of_case(case: Case, adapter: Adapter | None, full: bool) -> Resolved:
     skips = cast("object", case.skips)
     if not isinstance(cast("object", case.name), str) or not case.name.isprintable():
         raise PluginError(f"The name of a case is {case.name!r}; expected text that can be shown.")
-    if not isinstance(skips, Mapping) or not all(isinstance(why, str) and why for why in case.skips.values()):
+    reasons = cast("Mapping[str, object]", skips).values() if isinstance(skips, Mapping) else [None]
+    if not all(isinstance(why, str) and why for why in reasons):
         raise PluginError(f"skips of the case {case.name!r} is {shown(skips)}; expected each check with its reason.")
     built = _built(case, full=full)
     return Resolved(case, built, _adapter(built, adapter), full=full)
