@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import cycle
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -28,7 +29,8 @@ class Recorder:
         self.model = model
         self.tensors: dict[Place, Tensor] = {}
         names: dict[nn.Module, list[str]] = {}
-        for name, module in model.named_modules(remove_duplicate=False):
+        modules = cast("Iterator[tuple[str, nn.Module]]", model.named_modules(remove_duplicate=False))
+        for name, module in modules:
             names.setdefault(module, []).append(name)
         alike = {name: several for several in names.values() for name in several}
         self._copies = [_Copy(place, self.tensors, alike.get(place.module, [])) for place in dict.fromkeys(places)]

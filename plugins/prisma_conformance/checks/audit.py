@@ -63,7 +63,7 @@ def _reasons(adapter: Adapter) -> dict[str, str]:
         PluginError: it is no mapping, or there is no reason.
     """
     name = f"{type(adapter).__name__}.ignored"
-    ignored: dict[object, object] = dict(returned(name, adapter.ignored, Mapping))
+    ignored = cast("Mapping[object, object]", returned(name, cast("object", adapter.ignored), Mapping))
     if bare := [key for key, why in ignored.items() if not isinstance(why, str) or not why.strip()]:
         raise PluginError(f"{name} gives no reason for {bare[0]!r}: say why it does not matter.")
     return {str(key): str(why) for key, why in ignored.items()}
