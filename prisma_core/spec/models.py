@@ -116,12 +116,6 @@ class ModelSpec(AllBlocks, Facts):
             )
         if self.layout.order != "frame row column":
             raise ValueError(f"patches of a canonical model run frame by frame, not in the order {self.layout.order!r}")
-        grid = tuple(side // patch for side, patch in zip(self.image_size, self.embed.patch, strict=True))
-        if self.embed.stem != "opaque" and grid != (self.layout.rows, self.layout.columns):
-            raise ValueError(
-                f"image_size={self.image_size} and patch={self.embed.patch} make no grid of {self.layout.rows} x "
-                f"{self.layout.columns} patches, which the layout has"
-            )
         if any(block.kind == "post" for block in self.blocks):
             raise ValueError("post-norm models of images are not covered: blocks of kind 'post' are those of texts")
         return self
