@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from prisma_core import HookedModel, ZooModel, export
-from prisma_core.host import flaw_of
 from prisma_core.plugin import (
     Adapter,
     Case,
@@ -215,8 +214,10 @@ def _adapter(upstream: nn.Module, adapter: Adapter | None) -> Adapter:
     """
     if adapter is None:
         return installed().adapter(upstream)
-    if flaw := flaw_of(adapter, (Adapter,)):
-        raise PrismaError(f"{flaw.lstrip(': ')}.")
+    types = cast("object", adapter.types)
+    if not isinstance(types, tuple) or not all(isinstance(one, str) for one in cast("tuple[object, ...]", types)):
+        name = type(adapter).__name__
+        raise PrismaError(f"{name}.types is {shown(types)}; expected a tuple: types = ('package.module.Class',).")
     if qualified_name(upstream) not in adapter.types:
         raise PrismaError(
             f"{type(adapter).__name__} adapts {', '.join(adapter.types) or 'no type'}; what is to be checked is a "
