@@ -156,7 +156,7 @@ class Host:
                             self.broke(plugin, f"{hook} gave a {name}; return a list of them: return [{name}()]")
                             continue
                         for part in list(islice(cast("Iterable[T]", answer), MOST)):
-                            if flaw := _flaw(part, kinds):
+                            if flaw := flaw_of(part, kinds):
                                 self.broke(plugin, hook + flaw)
                             else:
                                 parts.append((part, plugin))
@@ -337,7 +337,7 @@ def _only(owners: Owned[T], claim: str) -> T | None:
     return owners[0][0] if owners else None
 
 
-def _flaw(part: object, kinds: tuple[type, ...]) -> str | None:
+def flaw_of(part: object, kinds: tuple[type, ...]) -> str | None:
     """The reason why a part cannot be used, to follow the hook's name; None if it can."""
     name = type(part).__name__
     if not isinstance(part, kinds):

@@ -173,6 +173,7 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
     Raises:
         UnknownName: the model has no parameter or buffer of a name.
+        WeightMapError: a tensor holds no real numbers, and the model's does.
     """
     known = tensors_of(model)
     expect(tensors, Mapping, "tensors by name")
@@ -180,6 +181,8 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if name not in known:
             raise UnknownName(f"No parameter or buffer {name!r} in this {type(model).__name__}.{suggest(name, known)}")
         x = tensor(value, f"{name!r}")
+        if known[name].is_floating_point() > x.is_floating_point():
+            raise WeightMapError(f"{name}: expected real numbers, got {x.dtype}. Cast them where they are made.")
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         if attribute in module._parameters:  # pyright: ignore[reportPrivateUsage]

@@ -32,11 +32,11 @@ from prisma_core.errors import (
     qualified_name,
     returned,
 )
-from prisma_core.errors.arguments import check_flags, device_of, dtype_of, expect
+from prisma_core.errors.arguments import check_flags, device_of, dtype_of, expect, shown
 from prisma_core.errors.migration import check_keywords, keywords
 from prisma_core.files.checkpoint import check_finite, check_merged
 from prisma_core.hooks.model import HookedModel
-from prisma_core.host import installed
+from prisma_core.host import flaw_of, installed
 from prisma_core.maps.places import HookMap
 from prisma_core.maps.reader import Reader
 from prisma_core.maps.weights import WeightMap
@@ -202,6 +202,8 @@ def _adapt(upstream: nn.Module, adapter: Adapter | None, *, copy: bool) -> ZooMo
         adapter = installed().adapter(model)
     elif not isinstance(cast("object", adapter), Adapter):
         raise InputError(f"adapter= takes an Adapter, such as MyAdapter(); got {describe(adapter)}.")
+    elif flaw := flaw_of(adapter, (Adapter,)):
+        raise InputError(f"{flaw.lstrip(': ')}.")
     elif (kind := qualified_name(model)) not in adapter.types:
         raise InputError(
             f"{type(adapter).__name__} adapts {', '.join(adapter.types) or 'no type'}; this model is a {kind}. Give an "
@@ -350,7 +352,7 @@ def _reading(adapter: Adapter) -> Generator[None]:
             yield
     except PluginError as error:
         problem = error.__cause__
-        if isinstance(problem, AttributeError) and (part := _no_module(problem)) is not None:
+        if isinstance(problem, AttributeError | TypeError) and (part := _no_module(problem)) is not None:
             raise part from problem
         if problem is None or not (place := _place(problem)):
             raise
@@ -358,23 +360,30 @@ def _reading(adapter: Adapter) -> Generator[None]:
 
 
 def _place(problem: BaseException) -> str:
-    """Say which module the code that raised an error had as a reader."""
-    readers = [one for one in _readers(problem) if one.path]
-    return f". It was reading {readers[-1].path!r}" if readers else ""
+    """Say which part's facts the code wrote down wrongly, or what it had read last when it raised an error."""
+    readers = _readers(problem)
+    if isinstance(problem, SpecError | ValidationError):
+        path = min((one.path for one in readers), key=len, default="")
+        return f". It was reading {path!r}" if path else ""
+    reader, name, value = cast("list[Any]", readers[0].latest if readers else [None, "", None])
+    path = f"{reader.path}.{name}".lstrip(".") if name else ""
+    return f". The last that it read: {path!r}, {shown(value)}" if name else ""
 
 
-def _no_module(problem: AttributeError) -> UnsupportedArchitecture | None:
+def _no_module(problem: BaseException) -> UnsupportedArchitecture | None:
     """Name a function that an adapter took for a part, because it stands in the place of one."""
-    for reader in reversed(_readers(problem)):
-        for name, value in vars(reader.module).items():
-            if callable(value) and problem.obj is value:
-                return reader.unsupported(f"a function {name} ({name_of(value)}). Put a module in its place before")
+    reader, name, value = cast("list[Any]", one[0].latest if (one := _readers(problem)) else [None, "", None])
+    meant = getattr(problem, "obj", None) is value or f"'{type(value).__name__}' object" in str(problem)
+    if name and meant and callable(value) and not isinstance(value, nn.Module):
+        return reader.unsupported(f"a function {name} ({name_of(value)}). Put a module in its place before")
     return None
 
 
 def _readers(problem: BaseException) -> list[Reader]:
-    frames = traceback.walk_tb(problem.__traceback__)
-    return [one for frame, _ in frames for one in frame.f_locals.values() if isinstance(one, Reader)]
+    """The readers of the innermost call that has any."""
+    frames = (frame.f_locals.values() for frame, _ in traceback.walk_tb(problem.__traceback__))
+    readers = [[one for one in values if isinstance(one, Reader)] for values in frames]
+    return next((several for several in reversed(readers) if several), list[Reader]())
 
 
 def output_of(adapter: Adapter, result: Any) -> Tensor:

@@ -71,11 +71,7 @@ WRONG: list[tuple[tuple[Any, ...], Any, str]] = [
     (("spec", "embed", "patch"), [-1, -1], r"embed\.patch\.0: .*greater than 0"),
     (("spec", "layout", "cls"), -1, r"layout\.cls: .*greater than or equal to 0"),
     (("spec", "image_size"), [5, -1], r"image_size\.1: .*greater than 0"),
-    (
-        ("spec", "image_size"),
-        [16, 12],
-        r"an image of \(16, 12\) pixels has \(4, 3\) rows and columns .* the layout says \(2, 3\)",
-    ),
+    (("spec", "image_size"), [16, 12], r"the layout says \(2, 3\)"),
     (("spec", "blocks", 0, "attn", "scale"), float("nan"), "attn.scale: .*finite"),
     (("spec", "ln_final", "eps"), float("inf"), "ln_final.eps: .*finite"),
     (("labels",), 5, "labels"),

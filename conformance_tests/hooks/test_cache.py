@@ -30,6 +30,32 @@ def test_every_form_of_names(vit, image, names):
     assert list(cache) == ["blocks.0.attn.hook_z", "blocks.1.attn.hook_z"]
 
 
+@pytest.mark.parametrize("query", ["v", "attn.v", "blocks.0.attn.hook_v", ("v", 0), ("z", 1)])
+def test_a_cache_of_one_activation_holds_no_other(vit, image, query):
+    _, cache = vit.run_with_cache(image, names=[("z", 0)])
+    assert torch.equal(cache["z"], cache["blocks.0.attn.hook_z"])
+    with pytest.raises(UnknownName):
+        cache[query]
+
+
+@pytest.mark.parametrize(
+    "how", [{"device": "meta"}, {"dtype": torch.float16}, {"device": "meta", "dtype": torch.float16}]
+)
+def test_a_cache_is_kept_where_and_as_it_is_asked(vit, image, how):
+    _, cache = vit.run_with_cache(image, names=["z", ("v", 0)], **how)
+    assert len(cache) == 3
+    for activation in cache.values():
+        assert activation.device.type == how.get("device", "cpu")
+        assert activation.dtype is how.get("dtype", image.dtype)
+
+
+def test_graphs_may_be_asked_for_where_there_are_none(vit, image):
+    with torch.no_grad():
+        _, cache = vit.run_with_cache(image, names=["z"], detach=False)
+    assert len(cache) == 2
+    assert not any(activation.requires_grad for activation in cache.values())
+
+
 def test_all_is_all_that_is_not_derived(variant, image):
     _, cache = variant.run_with_cache(image)
     assert set(cache) == {name for name, point in variant.hook_points().items() if not point.derived}

@@ -190,3 +190,19 @@ def test_edits_in_place_of_a_splice_and_of_what_reads_reach_nothing_else(
         with model.splicing({}, reads={before: lambda x: x.zero_()}):
             torch.testing.assert_close(model(image), expected)
     torch.testing.assert_close(first[before], cache[before])
+
+
+def test_what_a_splice_holds_on_to_is_not_what_a_cache_holds(model: HookedViT, image: Tensor) -> None:
+    kept: list[Tensor] = []
+
+    class Keeping(Twice):
+        def __call__(self, x: Tensor) -> Tensor:
+            kept.append(super().__call__(x))
+            return kept[-1]
+
+    with model.splicing({AT: Keeping()}):
+        _, cache = model.run_with_cache(image, names=[AT])
+    before = cache[AT].clone()
+    kept[0].zero_()
+    assert before.any()
+    assert torch.equal(cache[AT], before)

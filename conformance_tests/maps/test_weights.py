@@ -7,6 +7,7 @@ import torch
 from prisma_conformance.gradients import pull_back
 
 from prisma_core import PrismaError, WeightMapError
+from prisma_core.maps.places import HookMap
 from prisma_core.maps.rule import Rule
 from prisma_core.maps.weights import WeightMap
 
@@ -20,6 +21,41 @@ def shapes(**named):
 def sized(sizes):
     torch.manual_seed(0)
     return {name: torch.randn(shape) for name, shape in sizes.items()}
+
+
+def test_lines_are_left_out_by_what_they_make():
+    table = WeightMap.parse("a.{l} -> b.{l}\nc -> [d, e]\nf -> g")
+    assert [str(rule) for rule in table.without("b.{l}", "e").rows] == ["f -> g"]
+    assert [str(rule) for rule in table.without("b.3", "g").rows] == ["a.{l} -> b.{l}", "c -> [d, e]"]
+    assert table.without() == table
+
+
+def test_what_is_copied_is_what_shares_no_memory_with_upstream():
+    table = WeightMap.parse("a -> b\n[c, d] -> e\nzeros -> g\nh -> i : x y -> y x")
+    upstream = sized({"a": (2,), "c": (1, 2), "d": (2, 2), "h": (2, 3)})
+    canonical = table.forward(upstream, shapes(b=(2,), e=(3, 2), g=(4,), i=(3, 2)))
+    assert table.copied(upstream, canonical) == {"e": "[c, d] -> e"}
+
+
+@pytest.mark.parametrize("table", [WeightMap, HookMap])
+@pytest.mark.parametrize("text", [b"a -> b", None, ["a -> b"], 3])
+def test_a_table_is_a_text(table, text):
+    with pytest.raises(PrismaError, match=f"expected a text with a (rule|row) a line, got {type(text).__name__}"):
+        table.parse(text)
+
+
+@pytest.mark.parametrize("functions", [{"f": None}, ["f"], {"g": len, "f": "len"}, "f"])
+def test_what_is_no_function_is_none_that_was_given(functions):
+    known = "there are g" if isinstance(functions, dict) and "g" in functions else "none were given"
+    with pytest.raises(WeightMapError, match=rf"no function \{{f\}} was given; {known}\."):
+        WeightMap.parse("a -> b : {f}", functions)
+
+
+@pytest.mark.parametrize("table", [WeightMap, HookMap])
+@pytest.mark.parametrize(("odd", "came"), [("a -> b", "a str"), (None, "None"), (Rule, "the class Rule")])
+def test_what_is_no_line_makes_no_table(table, odd, came):
+    with pytest.raises(PrismaError, match=rf"Expected lines, as {table.__name__}\.parse reads them; got {came}\."):
+        table((*WeightMap.parse("a -> b").rows, odd))
 
 
 CASES = {

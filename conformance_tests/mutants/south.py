@@ -197,12 +197,13 @@ class SouthAdapter(Adapter):
             "ln2": lambda layer: norm(layer.before_mlp),
             "act": lambda layer: "gelu",
             "heads": lambda layer: layer.attention.heads,
+            "kv_heads": lambda layer: fact["heads"](layer),
             "scale": lambda layer: layer.attention.scale,
             "attn_scale": lambda layer: True,
             "mlp_scale": lambda layer: True,
             "kind": lambda layer: "pre",
         }
-        self.fact = right | dict(fact or {})
+        fact = self.fact = right | dict(fact or {})
 
     def spec(self, upstream: Reader) -> ModelSpec:
         fact, patch = self.fact, upstream.patch
@@ -225,7 +226,7 @@ class SouthAdapter(Adapter):
         fact, width = self.fact, layer.attention.q.out_features
         heads = fact["heads"](layer)
         scale = fact["scale"](layer)
-        attn = AttentionSpec(n_heads=heads, n_kv_heads=heads, d_head=width // heads, scale=scale)
+        attn = AttentionSpec(n_heads=heads, n_kv_heads=fact["kv_heads"](layer), d_head=width // heads, scale=scale)
         return BlockSpec(
             kind=fact["kind"](layer),
             attn=attn,

@@ -9,11 +9,13 @@ import torch
 from einops import rearrange
 from prisma_conformance import randomise
 from prisma_conformance.doctor.diagnosis import examine
+from prisma_conformance.doctor.facts import facts
+from prisma_conformance.doctor.numbers import Number
 from prisma_conformance.subject import Subject
 from torch import Tensor
 
 from conformance_tests.helpers import cascade
-from prisma_core import TokenLayout
+from prisma_core import ModelSpec, TokenLayout
 from prisma_core.plugin import NormSpec, PoolSpec, Reader, RopeSpec
 
 from .mistakes import Planted, assert_named, edited
@@ -192,6 +194,55 @@ PLANTED = [
         },
     ),
     Planted(
+        "rows of one tensor in another order",
+        ("blocks.{l}.attn.qkv.bias: another order of rows, (three d h), not (three h d)", "and the logits"),
+        functions={"turned": lambda *qkv: torch.cat([rearrange(x, "(h d) -> (d h)", h=3) for x in qkv])},
+        weights={
+            f"{QKV} -> blocks.{{l}}.attn.qkv.{{*}}": f"{QKV.replace('{*}', 'weight')} -> blocks.{{l}}.attn.qkv.weight\n"
+            f"{QKV.replace('{*}', 'bias')} -> blocks.{{l}}.attn.qkv.bias : {{turned}}"
+        },
+    ),
+    Planted(
+        "heads of the output interleaved",
+        ("blocks.{l}.attn.out.weight: columns in the order (h d), not (d h)", "and the logits"),
+        functions={"turned": lambda x: rearrange(x, "o (d h) -> o (h d)", h=3) if x.ndim == 2 else x},
+        weights={"blocks.{l}.attn.out.{*}": "blocks.{l}.attn.out.{*} : {turned}"},
+    ),
+    Planted(
+        "positions of patches one place on",
+        ("embed.pos_embed: one place back",),
+        functions={"p": lambda x: torch.cat([x.new_zeros(PREFIX, 24), x[0].roll(1, 0)])},
+        weights={"[zeros, positions : 1 n d -> n d] ->  embed.pos_embed": "positions -> embed.pos_embed : {p}"},
+    ),
+    Planted(
+        "the first norm of a block forgotten",
+        (
+            "blocks.0.ln1.bias (no rule)",
+            f"the row '{AT}.before_attention.{{*}} -> blocks.{{l}}.ln1.{{*}}'",
+            "and the logits",
+        ),
+        weights={f"{AT}.before_attention.{{*}}         ->  blocks.{{l}}.ln1.{{*}}": ""},
+    ),
+    Planted(
+        "the last norm left out",
+        (
+            "ln_final=NormSpec(kind='ln', eps=...) (it is None): upstream's norm.eps",
+            "the row 'norm.{*} -> ln_final.{*}'",
+        ),
+        fact={"ln_final": lambda upstream: None},
+        weights={"norm.{*}                          ->  ln_final.{*}": "ignore norm.* : of training"},
+    ),
+    Planted(
+        "a last norm whose class nobody asked for",
+        ("at 'norm' is not supported: a class that the adapter has not recognised", "ln_final.eps="),
+        fact={"ln_final": lambda upstream: _eps(upstream.layers[0].before_mlp)},
+    ),
+    Planted(
+        "one head of keys",
+        ("n_kv_heads=3 (it is 1)", "and the logits"),
+        fact={"kv_heads": lambda layer: 1},
+    ),
+    Planted(
         "rows of queries and keys exchanged",
         ("blocks.{l}.attn.hook_q",),
         hooks={"attention.q    ": "attention.k    ", "attention.k    ": "attention.q    "},
@@ -212,6 +263,24 @@ def test_the_doctor_names_the_mistake_and_the_place(planted: Planted) -> None:
 def test_the_doctor_finds_nothing_wrong_with_what_is_right() -> None:
     answer = examine(subject_of(Planted("nothing", ())))
     assert answer.healthy, str(answer)
+
+
+def test_layers_whose_rows_do_not_fit_are_not_too_many() -> None:
+    cut = Planted("", (), functions={"cut": lambda x: x[1:]}, weights={"mlp.fc_in.{*}": "mlp.fc_in.{*} : {cut}"})
+    answer = str(examine(subject_of(cut)))
+    assert "blocks.0.mlp.fc_in.weight: expected shape" in answer
+    assert "too few blocks" not in answer
+
+
+def test_a_scale_may_be_a_power_of_what_upstream_holds() -> None:
+    spec = ModelSpec.plain()
+    says = [change.says for change in facts(spec, "blocks.0.attn.hook_z", [Number("t", {-1: 4.0}, read=False)])]
+    for value, power in (("4", ""), ("0.25", "**-1"), ("0.5", "**-0.5")):
+        assert (
+            f"blocks.{{l}}.attn.scale={value} (it is 0.408248): upstream's t{power}, which the adapter does not read"
+            in says
+        )
+    assert len(says) == len(set(says))
 
 
 def test_one_eps_for_all_norms_that_is_another_is_named_once() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from prisma_conformance import (
     CHECKS,
+    Case,
     Certificate,
     CheckFailed,
     CheckResult,
@@ -35,9 +36,11 @@ from prisma_core.transformer import HookedText
 pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 
 from .mutants import CASES, built
+from .north import HOOKS, NorthAdapter, NorthViT
 from .table import MUTANTS
 
 pytest_plugins = ["pytester"]
+EXCHANGED = HOOKS.replace("attn.q_norm  ", "attn.k_norm  ", 1)  # queries read where keys are
 FAST = ["parity.logits", "weights.*"]
 
 
@@ -132,6 +135,24 @@ def test_a_hooked_model_is_checked_with_its_present_weights() -> None:
     subject = next(Subject.of(hooked, upstream=upstream))
     assert torch.equal(subject.base.head.bias, hooked.head.bias)
     assert not torch.equal(upstream.head.bias, hooked.head.bias)
+
+
+@pytest.mark.parametrize("shared", ["", "attn", "norm1"])
+def test_a_part_used_twice_is_compared_under_each_of_its_names(shared: str) -> None:
+    def build() -> nn.Module:
+        model = NorthViT()
+        if shared:
+            setattr(model.layers[1], shared, getattr(model.layers[0], shared))
+        else:
+            model.layers[1] = model.layers[0]
+        return model
+
+    right, wrong = (check(Case("twice", build), adapter=NorthAdapter(hooks=hooks)) for hooks in (HOOKS, EXCHANGED))
+    assert right.passed, str(right)
+    assert right.certificate["parity.hooks"].detail.startswith("34 of 52 ")
+    (failed,) = (result for result in wrong.results if not result.passed and not result.skipped)
+    assert failed.name == "parity.hooks"
+    assert "blocks.1.attn.hook_q differs" in failed.detail
 
 
 def test_a_failed_report_raises_with_the_numbers() -> None:

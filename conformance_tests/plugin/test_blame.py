@@ -12,12 +12,15 @@ import pytest
 import torch
 from networks import Network, NetworkAdapter, fails
 from prisma_conformance.subject import unfused
+from torch import nn
 
 import prisma_core as prisma
 from prisma_core import InputError, PluginError, UnknownName, UnsupportedArchitecture
 from prisma_core.contract.adapter import Refusal
 from prisma_core.errors import blaming, returned
 from prisma_core.host import Host
+from prisma_core.maps.reader import Reader
+from prisma_core.spec import MapSpec
 from prisma_core.zoo import adapt_with
 
 Found = Callable[..., EntryPoint]
@@ -114,6 +117,39 @@ def test_the_outermost_method_of_the_object_is_named() -> None:
     with pytest.raises(UnknownName, match="of Prisma"), blaming(one):
         raise UnknownName("of Prisma")
     assert returned(one.deep, 3, int) == 3
+
+
+def _reads_layers(upstream: Reader) -> MapSpec:
+    widths = [layer.width + upstream.head.out_features for layer in upstream.layers]
+    return MapSpec(shape=(4,), n_classes=sum(widths))
+
+
+@pytest.mark.parametrize(
+    ("layers", "kind", "words"),
+    [
+        (lambda x: x, UnsupportedArchitecture, r"a function layers \(.*\)\. Put a module in its place before"),
+        ([3], PluginError, r"'int' object has no attribute 'width' .*\. The last that it read: 'layers', \[3\]"),
+        (None, PluginError, r"not iterable .*\. The last that it read: 'layers', None"),
+        (torch.zeros(1), PluginError, r"'width' .*\. The last that it read: 'layers', a Tensor \[1\]"),
+        (nn.ModuleList([nn.Linear(1, 1)]), UnsupportedArchitecture, r"Linear at 'layers\.0' .* no attribute 'width'"),
+    ],
+    ids=["function", "list", "None", "Tensor", "modules"],
+)
+@pytest.mark.parametrize("by", ["attribute", "__getattr__"])
+def test_what_stands_in_the_place_of_blocks_is_named(layers: Any, kind: type, words: str, by: str) -> None:
+    class Answering(Network):
+        def __getattr__(self, name: str) -> Any:
+            return layers if name == "layers" else super().__getattr__(name)
+
+    class Layered(NetworkAdapter):
+        def spec(self, upstream: Reader) -> Any:
+            return _reads_layers(upstream)
+
+    upstream = Answering() if by == "__getattr__" else Network()
+    if by == "attribute":
+        upstream.layers = layers
+    with pytest.raises(kind, match=words):
+        adapt_with(Layered(), upstream)
 
 
 # ------------------------------------------------------------------ an adapter given by hand

@@ -12,6 +12,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -201,6 +202,9 @@ def _set(change: Callable[[], object]) -> Callable[[], list[Source]]:
         (lambda: torch.set_grad_enabled(False), "whether torch takes gradients to False"),
         (lambda: torch.set_float32_matmul_precision("medium"), "torch's precision of float32 products to medium"),
         (lambda: torch.use_deterministic_algorithms(True), "whether torch is deterministic to True"),
+        (lambda: torch.set_autocast_enabled("cpu", True), "torch's autocast on the CPU to True"),
+        (lambda: sys.setrecursionlimit(5_000), "how deep Python may call to 5000"),
+        (lambda: np.seterr(all="raise"), "what numpy does about errors to {'divide': 'raise'"),
         (lambda: warnings.simplefilter("error"), "it changed warnings to errors"),
         (lambda: sys.path.clear(), "it changed where Python finds modules"),
     ],
@@ -216,6 +220,7 @@ def test_settings_of_everybody_are_put_back_and_told(
     assert torch.is_grad_enabled()
     assert torch.get_float32_matmul_precision() == "highest"
     assert not torch.are_deterministic_algorithms_enabled()
+    assert (torch.is_autocast_enabled("cpu"), np.geterr()["under"]) == (False, "ignore")
     assert sys.path == paths
     assert [one for one in warnings.filters if one[0] == "error"] == errors
 
@@ -227,13 +232,15 @@ def test_a_precision_that_torch_does_not_tell_is_no_error(found: Found, monkeypa
 
 
 def test_random_numbers_do_not_hang_on_plugins(found: Found) -> None:
-    torch.manual_seed(7)
-    random.seed(7)
-    expected = torch.rand(1), random.random()
-    torch.manual_seed(7)
-    random.seed(7)
-    plugins = Host([found("bad", prisma_sources=_set(lambda: (torch.manual_seed(0), random.seed(0))))])
-    assert (torch.rand(1), random.random()) == expected
+    for seed in (torch.manual_seed, random.seed, np.random.seed):
+        seed(7)
+    expected = torch.rand(1), random.random(), np.random.rand()
+    for seed in (torch.manual_seed, random.seed, np.random.seed):
+        seed(7)
+    plugins = Host(
+        [found("bad", prisma_sources=_set(lambda: (torch.manual_seed(0), random.seed(0), np.random.seed(0))))]
+    )
+    assert (torch.rand(1), random.random(), np.random.rand()) == expected
     assert plugins.infos["bad"].error is None
 
 

@@ -57,6 +57,14 @@ def test_blocks_of_any_kind_without_an_mlp(in_float64, image, kind):
     assert "blocks.0.hook_mlp_out" not in vit.hook_points()
 
 
+def test_the_grid_is_that_of_the_image_and_its_patches():
+    plain = ModelSpec.plain(patch=4, image=(8, 12))
+    for field, size, patch in (("image_size", (12, 12), (4, 4)), ("embed", (8, 12), (2, 4))):
+        wrong = {"image_size": size, "embed": {**plain.embed.model_dump(), "patch": patch}}
+        with pytest.raises(SpecError, match=r"and the layout says \(2, 3\)"):
+            ModelSpec(**{**dict(plain), field: wrong[field]})
+
+
 def test_rotary_tables_fit_every_head():
     per_head = RopeSpec(layout="half", per_head=True)
     ModelSpec.plain(heads=2, rope=per_head)

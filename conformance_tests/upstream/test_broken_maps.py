@@ -38,6 +38,7 @@ pytestmark = pytest.mark.usefixtures("in_float64")
         ("embed -> hook_embed : batch pos d -> batch (pos d)", "must name its axes"),
         ("embed -> hook_embed : a b c\nhead -> hook_embed : a b", "several rows for hook_embed"),
         ("layers.{l} -> blocks.{l}.hook_resid_post : batch pos d_model", "leaves numbers open"),
+        ("embed -> blocks.{l}.hook_resid_post : batch pos d_model", "'embed -> .*' leaves numbers open"),
         ("embed : scores -> hook_embed : a b c", "is not a place"),
         ("embed -> upstream.hook_embed : a b c", "is the model's own"),
     ],

@@ -189,7 +189,9 @@ def test_adapters_that_run_a_part_to_read_it_run_no_hook_of_the_user_s(plugin: s
 def test_a_failure_of_an_adapter_names_what_it_read() -> None:
     model = case("clip", "ViT-B-16")
     model.visual.pool_type = "argmax"
-    with pytest.raises(prisma.PrismaError, match=r"KeyError: 'argmax'.*It was reading 'visual'"):
+    with pytest.raises(
+        prisma.PrismaError, match=r"KeyError: 'argmax'.*The last that it read: 'visual.pool_type', 'argmax'"
+    ):
         prisma.adapt(model)
 
 

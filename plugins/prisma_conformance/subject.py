@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,11 @@ from prisma_core.plugin import (
     AnySpec,
     Case,
     HookMap,
+    ImagePreprocess,
+    Images,
     InputError,
     MapAdapter,
+    PluginError,
     PrismaError,
     Reader,
     Row,
@@ -172,6 +175,27 @@ class Subject:
         other.adapter, other.make = adapter, make
         other._pairs, other._passes = {}, None
         return other
+
+    def images(self) -> Images | None:
+        """Our and upstream's preprocessing; None where the case has none.
+
+        Raises:
+            PluginError: the case returns something else, or the reference does; also later, when it is called.
+        """
+        case, name = self.case, f"images of the case {self.case.name!r}"
+        if case.images is None:
+            return None
+        with blaming(case.images, name):
+            ours, theirs = returned(name, case.images(self.base), Images)
+
+        def reference(image: Any) -> Tensor:
+            with blaming(theirs, f"the reference of {name}"):
+                x = returned(f"the reference of {name}", theirs(image), Tensor)
+            if x.ndim != 3:
+                raise PluginError(f"The reference of {name} returned {list(x.shape)}; expected [channel height width].")
+            return x
+
+        return Images(returned(name, ours, ImagePreprocess), reference)
 
     def generator(self, offset: int = 0) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed + offset)

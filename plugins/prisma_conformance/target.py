@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from prisma_core.plugin import (
     installed,
     qualified_name,
     returned,
+    shown,
 )
 from prisma_core.zoo import load_upstream, reference_of, spec_of
 
@@ -104,6 +106,12 @@ def _cases_of(adapter: Adapter, kind: str | None = None) -> Iterator[Case]:
 
 
 def _of_case(case: Case, adapter: Adapter | None, full: bool) -> Resolved:
+    skips = cast("object", case.skips)
+    if not isinstance(cast("object", case.name), str) or not case.name.isprintable():
+        raise PluginError(f"The name of a case is {case.name!r}; expected text that can be shown.")
+    reasons = cast("Mapping[str, object]", skips).values() if isinstance(skips, Mapping) else [None]
+    if not all(isinstance(why, str) and why for why in reasons):
+        raise PluginError(f"skips of the case {case.name!r} is {shown(skips)}; expected each check with its reason.")
     built = _built(case, full=full)
     return Resolved(case, built, _adapter(built, adapter), full=full)
 
@@ -206,6 +214,10 @@ def _adapter(upstream: nn.Module, adapter: Adapter | None) -> Adapter:
     """
     if adapter is None:
         return installed().adapter(upstream)
+    types = cast("object", adapter.types)
+    if not isinstance(types, tuple) or not all(isinstance(one, str) for one in cast("tuple[object, ...]", types)):
+        name = type(adapter).__name__
+        raise PrismaError(f"{name}.types is {shown(types)}; expected a tuple: types = ('package.module.Class',).")
     if qualified_name(upstream) not in adapter.types:
         raise PrismaError(
             f"{type(adapter).__name__} adapts {', '.join(adapter.types) or 'no type'}; what is to be checked is a "

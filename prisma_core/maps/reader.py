@@ -26,6 +26,7 @@ class Reader:
         path: its name in the model that was given to the adapter.
         record: the names of all attributes read so far, in the whole model.
         classes: the paths of all modules whose class was recognised.
+        latest: the reader, the name and the value of the attribute that was read last, in the whole model.
     """
 
     def __init__(self, module: nn.Module, path: str = "", above: Reader | None = None):
@@ -33,6 +34,7 @@ class Reader:
         self.path = path
         self.record: set[str] = above.record if above is not None else set()
         self.classes: set[str] = above.classes if above is not None else set()
+        self.latest: list[Any] = above.latest if above is not None else [self, "", module]
 
     def _below(self, name: str) -> str:
         return f"{self.path}.{name}" if self.path else name
@@ -44,6 +46,7 @@ class Reader:
             raise self.unsupported(f"no attribute {name!r} (another version?)")
         self.record.add(self._below(name))
         value = getattr(self.module, name)
+        self.latest[:] = self, name, value
         return Reader(value, self._below(name), self) if isinstance(value, nn.Module) else value
 
     def has(self, name: str) -> bool:

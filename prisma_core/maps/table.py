@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Generic, Self, SupportsIndex, TypeAlias, TypeV
 from einops import EinopsError, rearrange
 from torch import Tensor
 
-from prisma_core.errors import PrismaError, blaming, returned
+from prisma_core.errors import PrismaError, blaming, describe, returned
 
 MARK = re.compile(r"\{([^\W\d]\w*|\*)\}")  # {l} and the like for a number, {*} for any rest
 FUNCTION = re.compile(r"\{\w+\}")  # in the place of an einops pattern
@@ -99,13 +99,15 @@ class Line(ABC):
         """The line with the function that it names; a ``PrismaError`` says how to give it to a ``table``."""
         if (name := self.function) is None:
             return self
-        if name not in (functions := functions or {}):
-            known = f"there are {', '.join(functions)}" if functions else "none were given"
+        given = functions.items() if isinstance(functions, Mapping) else ()
+        known = {key: call for key, call in given if callable(call)}
+        if name not in known:
+            there = f"there are {', '.join(known)}" if known else "none were given"
             raise self.error(
-                f"{self}: no function {self.how} was given; {known}. "
+                f"{self}: no function {self.how} was given; {there}. "
                 f"Pass it: {table}.parse(table, functions={{{name!r}: {name}}})."
             )
-        return replace(cast("Any", self), call=functions[name])
+        return replace(cast("Any", self), call=known[name])
 
     def compute(self, *tensors: Tensor) -> Tensor:
         """Call the line's function with upstream's tensors; a ``PrismaError`` says where it fails."""
@@ -170,6 +172,10 @@ class Table(Generic[L]):
 
     rows: tuple[L, ...]
     sizes: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    def __post_init__(self) -> None:
+        if odd := [row for row in self.rows if not isinstance(cast("object", row), Line)]:
+            raise PrismaError(f"Expected lines, as {type(self).__name__}.parse reads them; got {describe(odd[0])}.")
 
     def prefixed(self, upstream: str, canonical: str) -> Self:
         """The table for models that hold upstream's and Prisma's as parts: ``prefixed("trunk.", "vision.")``.

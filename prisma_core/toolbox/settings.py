@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -40,6 +41,12 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
         torch.use_deterministic_algorithms,
     ),
     "the number of torch's threads": (torch.get_num_threads, torch.set_num_threads),
+    "torch's autocast on the CPU": (
+        lambda: torch.is_autocast_enabled("cpu"),
+        lambda on: torch.set_autocast_enabled("cpu", on),
+    ),
+    "how deep Python may call": (sys.getrecursionlimit, sys.setrecursionlimit),
+    "what numpy does about errors": (np.geterr, lambda errors: np.seterr(**errors)),
 }
 
 
@@ -51,7 +58,7 @@ def kept_settings(changed: list[str]) -> Generator[None]:
         changed: gets a text for each setting that was another one when the block ended.
     """
     before = {name: get() for name, (get, _) in _SETTINGS.items()}
-    drawn, torch_drawn = random.getstate(), torch.get_rng_state()
+    drawn, torch_drawn, numpy_drawn = random.getstate(), torch.get_rng_state(), np.random.get_state()
     filters = list(warnings.filters)
     paths, threads = list(sys.path), set(threading.enumerate())
     try:
@@ -63,6 +70,7 @@ def kept_settings(changed: list[str]) -> Generator[None]:
                 changed.append(f"{name} to {now}")
         random.setstate(drawn)
         torch.set_rng_state(torch_drawn)
+        np.random.set_state(numpy_drawn)
         if errors := [one for one in warnings.filters if one[0] == "error" and one not in filters]:
             warnings.filters[:] = [one for one in warnings.filters if one not in errors]  # type: ignore[index]
             changed.append("warnings to errors")

@@ -34,12 +34,13 @@ def numbered(table: HookMap, upstream: nn.Module) -> list[Row]:
         values: dict[tuple[int, ...], list[str]] = {}
         for row in rows:
             matches = [match for name in modules if (match := pattern_of(row.place.module).fullmatch(name))]
-            if not matches and MARK.search(row.hook):
+            marks = set(MARK.findall(row.hook))
+            if marks and not (matches and marks <= set(MARK.findall(row.place.module))):
                 raise PrismaError(
                     f"'{row.place} -> {row.hook}' leaves numbers open: upstream has no module {row.place.module!r} "
                     "for any number. Write the marks where its modules have numbers."
                 )
-            for each in [match.groupdict() for match in matches] if MARK.search(row.hook) else [{}]:
+            for each in [match.groupdict() for match in matches] if marks else [{}]:
                 values.setdefault(tuple(map(int, each.values())), []).append(bind(row.hook, each))
         hooks += [hook for key in sorted(values) for hook in values[key]]
     return table.bound(hooks)

@@ -10,7 +10,7 @@ from torch import nn
 
 from prisma_conformance.finding import Finding
 from prisma_conformance.subject import Subject, reader_of
-from prisma_core.plugin import WeightMap, qualified_name
+from prisma_core.plugin import Adapter, PluginError, WeightMap, qualified_name, returned
 
 # Attributes of torch's own modules that the shapes of the weights imply, or that do nothing in evaluation.
 HARMLESS: Mapping[str, frozenset[str]] = {
@@ -35,9 +35,9 @@ def audit(subject: Subject) -> Finding:
     record = reader.record
     stem = subject.adapter.stem(reader, subject.spec)
     opaque = {id(part) for part in stem.modules()} if stem is not None else set[int]()
-    ignored = dict(subject.adapter.ignored)
+    ignored = _reasons(subject.adapter)
     for part in subject.adapter.parts(reader):
-        ignored |= part.ignored
+        ignored |= _reasons(part)
     apart = _ignored_modules(upstream, subject.adapter.weights(reader, subject.spec))
     problems: dict[str, list[str]] = {}  # by class, attribute and value: where
     n_attributes = 0
@@ -54,6 +54,19 @@ def audit(subject: Subject) -> Finding:
                 problems.setdefault(_say(module, name, f" ({type(child).__name__})"), []).append(path)
     said = tuple(f"{what}{_at(paths)} is neither read nor ignored with a reason" for what, paths in problems.items())
     return Finding(problems=said, detail=f"{n_attributes} attributes, {len(record)} paths read")
+
+
+def _reasons(adapter: Adapter) -> dict[str, str]:
+    """What an adapter ignores, each with its reason.
+
+    Raises:
+        PluginError: it is no mapping, or there is no reason.
+    """
+    name = f"{type(adapter).__name__}.ignored"
+    ignored = cast("Mapping[object, object]", returned(name, cast("object", adapter.ignored), Mapping))
+    if bare := [key for key, why in ignored.items() if not isinstance(why, str) or not why.strip()]:
+        raise PluginError(f"{name} gives no reason for {bare[0]!r}: say why it does not matter.")
+    return {str(key): str(why) for key, why in ignored.items()}
 
 
 def _ignored_modules(upstream: nn.Module, table: WeightMap) -> list[str]:

@@ -18,9 +18,10 @@ from prisma_core.plugin import Hook, HookMapping, NotApplicable, probe
 
 def preprocess(subject: Subject) -> Finding:
     """Compare preprocessing with upstream's own transform, on images of five sizes."""
-    if subject.case.images is None:
+    images = subject.images()
+    if images is None:
         raise NotApplicable("the case names no transform of upstream's own")
-    ours, reference = subject.case.images(subject.base)
+    ours, reference = images
     errors: dict[str, float] = {}
     height, width = ours(probe(61, 43)).shape[-2:]  # the model's size
     # Upright and lying, smaller and larger than that: resizing differs in each.

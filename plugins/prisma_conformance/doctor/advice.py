@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 from prisma_conformance.doctor.preprocessing import mended
 from prisma_conformance.finding import Check
@@ -11,7 +12,7 @@ from prisma_conformance.report.results import CheckResult
 from prisma_conformance.run import run_check
 from prisma_conformance.subject import Subject
 from prisma_core.maps.table import pattern_of
-from prisma_core.plugin import Preprocess
+from prisma_core.plugin import Preprocess, PrismaError
 
 TO_DO: dict[str, str] = {
     "parity.logits": "the dtype or the size in the message is what differs",
@@ -28,11 +29,13 @@ TO_DO: dict[str, str] = {
     "threads": "something outside of the pass keeps state: the adapter's module, or a function of its tables",
 }
 
+CHANGED = "adapting changed upstream's"
+
 # The same of models without a canonical form, where another thing is at fault.
 TO_DO_OF_MAPS: dict[str, str] = {
     "hooks.live": "a row's place is one that not everything behind it reads, or is passed twice, or rows are not in "
     "the order in which they fire",
-    "weights.accounted": "the adapter changes upstream's tensors, in spec(), hooks() or unfused_attention()",
+    "weights.accounted": "the adapter changes upstream, in a method or in a function of its tables: take copies there",
     "maps.proven": "write a formula behind '=' in the rows that are named, or their sides in equations()",
     "threads": "unfused_attention() changes something that other threads see",
 }
@@ -45,15 +48,18 @@ def failures(subject: Subject, checks: Iterable[Check]) -> Iterator[str]:
         if result.skipped is None and not result.passed:
             to_do = TO_DO | (TO_DO_OF_MAPS if subject.form == "mapped" else {})
             advice = (one.name == "preprocess" and _preprocess(subject)) or to_do.get(one.name)
+            if CHANGED in result.detail:
+                advice = TO_DO_OF_MAPS["weights.accounted"]
             yield f"{_said(result, subject)}{f' To do: {advice}.' if advice else ''}"
 
 
 def _preprocess(subject: Subject) -> str | None:
     """The fields of a ``Preprocess`` that have to be others, where some make it agree."""
-    assert subject.case.images is not None
-    ours, reference = subject.case.images(subject.base)
-    fields = mended(ours, reference) if isinstance(ours, Preprocess) else None
-    return f"it agrees with {fields}" if fields else None
+    with suppress(PrismaError):  # the check has said it
+        ours, reference = subject.images() or (None, None)
+        if isinstance(ours, Preprocess) and reference is not None and (fields := mended(ours, reference)):
+            return f"it agrees with {fields}"
+    return None
 
 
 def _said(result: CheckResult, subject: Subject) -> str:

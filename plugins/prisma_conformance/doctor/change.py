@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -67,7 +67,10 @@ class Altered(Adapter):
         self.table = Completed(())
 
     def spec(self, upstream: Reader) -> AnySpec:
-        return self.change.spec(self.inner.spec(upstream))
+        spec = self.change.spec(self.inner.spec(upstream))
+        modules = cast("Iterator[tuple[str, nn.Module]]", upstream.module.named_modules())
+        upstream.classes.update(path for path, _ in modules)  # a change may ask for their tensors
+        return spec
 
     def weights(self, upstream: Reader, spec: AnySpec) -> WeightMap:
         table = self.change.table(self.inner.weights(upstream, spec))

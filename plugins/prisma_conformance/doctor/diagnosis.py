@@ -159,9 +159,12 @@ def _conflicts(search: Search) -> list[str]:
 
 def _beyond(trial: Trial) -> Iterator[str]:
     """Upstream's layers that rows with a mark would take, if the spec had a block for them."""
-    sources = [source for rule in trial.table.rows for source in rule.names if "{l}" in source]
-    matches = [match for name in trial.spare for source in sources if (match := pattern_of(source).fullmatch(name))]
-    if layers := sorted({int(match["l"]) for match in matches}):
+    sources = [(source, rule) for rule in trial.table.rows for source in rule.names if "{l}" in source]
+    matches = [
+        (match, rule) for name in trial.spare for one, rule in sources if (match := pattern_of(one).fullmatch(name))
+    ]
+    beyond = [match for match, rule in matches if not set(rule.bind(match.groupdict()).targets) & set(trial.shapes)]
+    if layers := sorted({int(match["l"]) for match in beyond}):
         yield f"The rows with {{l}} would take upstream's layers {layers} too: the spec has too few blocks."
 
 

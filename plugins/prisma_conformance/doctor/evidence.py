@@ -26,6 +26,9 @@ def evidence(
         yield f"Upstream's has the shape {list(theirs.shape)}, ours {list(ours.shape)}: {' '.join(axes)}."
     if ours.shape != theirs.shape or ours.ndim < 2:
         return
+    if _close(ours, theirs):
+        yield "At the place that its row reads it agrees: what call() or output() of the adapter returns is another."
+        return
     if _close(theirs, torch.zeros_like(theirs)) or not torch.isfinite(ours).all():
         return
     for axis in range(1, ours.ndim):

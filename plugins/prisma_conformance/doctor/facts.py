@@ -100,10 +100,12 @@ def _of_field(spec: AnySpec, members: list[Field], everywhere: bool, numbers: Se
     for value in choices(one.kind, one.value):
         yield Change(f"{name}={value!r} (it is {one.value!r})", _setting(members, lambda field, v=value: v))
     if isinstance(one.value, float):
-        for number in (*numbers, *_usual(spec, one)):
+        several, tried = (*numbers, *_usual(spec, one)), [{field.path: field.value for field in members}]
+        for number in (each for one in several for each in one.powers()) if one.path[-1] == "scale" else several:
             values = {field.path: number.at(field.layer) for field in members}
-            if None in values.values() or not any(_differ(values[field.path], field.value) for field in members):
+            if None in values.values() or any(not _differ(values, others) for others in tried):
                 continue
+            tried.append(values)
             if one.path[-1] == "eps" and not all(value is not None and 0 < value < 0.1 for value in values.values()):
                 continue
             shown = f"{values[one.path]:g}" if len(set(values.values())) == 1 else "that of each layer"
@@ -165,8 +167,8 @@ def _usual(spec: AnySpec, field: Field) -> Iterator[Number]:
         yield from (Number(f"{name}**-0.5", {-1: width**-0.5}, None) for name, width in widths.items())
 
 
-def _differ(one: float | None, other: float) -> bool:
-    return one is not None and abs(one - other) > 1e-9 * abs(other)
+def _differ(one: Mapping[Path, float | None], other: Mapping[Path, float | None]) -> bool:
+    return any(abs((one[path] or 0) - (value or 0)) > 1e-9 * abs(value or 0) for path, value in other.items())
 
 
 # -------------------------------------------------------------------- several facts at once
@@ -198,6 +200,10 @@ def _heads(spec: AnySpec) -> Iterator[Change]:
     """Another number of heads of the same width together, with the scale as it is and the usual one."""
     attns = [one for one in fields(spec) if isinstance(one.value, AttentionSpec) and one.layer is not None]
     if not attns or any(one.value.n_heads != one.value.n_kv_heads for one in attns):
+        values = _setting(attns, lambda field: field.value.model_copy(update={"n_kv_heads": field.value.n_heads}))
+        if attns:
+            change = f"{attns[0].family}.n_kv_heads={attns[0].value.n_heads} (it is {attns[0].value.n_kv_heads})"
+            yield Change(change, values)
         return
     width, old = attns[0].value.n_heads * attns[0].value.d_head, attns[0].value.n_heads
     for n in (n for n in range(1, width + 1) if width % n == 0 and n != old):

@@ -27,6 +27,14 @@ class Number(NamedTuple):
         """The number for a layer, or for a part outside the layers."""
         return self.values.get(-1, None if layer is None else self.values.get(layer))
 
+    def powers(self) -> Iterator[Number]:
+        """It, and what a scale is made of it: temperatures divide, and widths do so by their root."""
+        yield self
+        for power in (-1, -0.5):
+            values = {layer: value**power for layer, value in self.values.items() if value > 0}
+            if self.read is not None and len(values) == len(self.values):
+                yield self._replace(name=f"{self.name}**{power}", values=values)
+
     def __str__(self) -> str:
         if self.read is None:
             return f": {self.name}" if self.name else ""

@@ -83,7 +83,7 @@ def _lines(d: Diagnosis) -> list[str]:
         lines.append(f"{d.name}: the models could not be compared. {d.problem}")
         if d.first is None and not d.remedies:
             return lines + list(d.failures)
-        lines.append("With ones and zeros in the place of what no row makes:")
+        lines.append("With every class taken as known, and ones and zeros in the place of what no row makes:")
     if d.equations:
         lines.append(f"{d.name}: {len(d.equations)} equations of the hook map fail, the first at {d.first}.")
         lines += d.equations[:MOST]

@@ -45,6 +45,24 @@ def missing(names: Collection[str], upstream: Shapes, canonical: Shapes, spare: 
             yield from (_row(f"{source} -> {target}", how) for how in patterns(*shapes))
 
 
+def missing_modules(
+    names: Collection[str], upstream: Shapes, canonical: Shapes, spare: Collection[str]
+) -> Iterator[Change]:
+    """Yield a row for all tensors of a canonical module, of an upstream module like it."""
+    parts, theirs = _parts(names, canonical), _parts(spare, upstream)
+    for target, shapes in parts.items():
+        yield from (_row(f"{one}.{{*}} -> {target}.{{*}}", "") for one, other in theirs.items() if other == shapes)
+
+
+def _parts(names: Collection[str], shapes: Shapes) -> dict[str, dict[tuple[str, str], torch.Size]]:
+    """By module, ``{l}`` for the layer: the shape of each of its tensors in each layer, where it has several."""
+    result: dict[str, dict[tuple[str, str], torch.Size]] = {}
+    for family, members in families(names).items():
+        part, _, last = family.rpartition(".")
+        result.setdefault(part, {}).update({(last, layer): shapes[name] for layer, name in members.items()})
+    return {part: tensors for part, tensors in result.items() if len({last for last, _ in tensors}) > 1 and part}
+
+
 def reshaped(names: Collection[str], table: WeightMap, upstream: Shapes, canonical: Shapes) -> Iterator[Change]:
     """Yield the rows of these canonical tensors with an einops pattern that makes the shape fit."""
     for target, targets in families(names).items():

@@ -14,7 +14,7 @@ from prisma_conformance.doctor.layouts import layouts
 from prisma_conformance.doctor.pooling import pooling
 from prisma_conformance.doctor.result import Remedy
 from prisma_conformance.doctor.rotary import rotary
-from prisma_conformance.doctor.rows import extended, missing, reshaped, rows
+from prisma_conformance.doctor.rows import extended, missing, missing_modules, reshaped, rows
 from prisma_conformance.doctor.tensors import tensors
 from prisma_core import Size
 
@@ -98,6 +98,7 @@ class Search:
         trial, theirs, ours = self.trial, self.bench.shapes, self.trial.shapes
         yield reshaped(trial.gaps, trial.table, theirs, ours)
         yield extended(trial.gaps, trial.table, theirs, ours, (*trial.spare, "zeros"))
+        yield missing_modules(trial.gaps, theirs, ours, trial.spare)
         yield missing(trial.gaps, theirs, ours, trial.spare)
         if trial.tokens is None or trial.tokens[0] != trial.tokens[1]:
             yield layouts(trial.spec, trial.tokens and trial.tokens[1])
@@ -124,6 +125,7 @@ class Search:
             names = next(iter(families(gaps).values())).values()
             shapes, spare = self.bench.shapes, after.spare
             for row in (
+                *missing_modules(gaps, shapes, after.shapes, spare),
                 *missing(list(names), shapes, after.shapes, spare),
                 *extended(list(names), after.table, shapes, after.shapes, [x for x in spare if x in self.trial.spare]),
             ):

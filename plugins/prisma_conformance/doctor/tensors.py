@@ -87,21 +87,30 @@ def _projections(model: ZooModel, names: Mapping[str, list[str]]) -> Iterator[Ch
             continue
         sizes = {"h": spec.n_heads, "d": spec.d_head}
         if match[2] == "out":
-            yield _each(
-                f"{family}: columns in the order (d h), not (h d)", members, _ordered("... (d h) -> ... (h d)", sizes)
-            )
+            for one, other in (("d h", "h d"), ("h d", "d h")):
+                says = f"{family}: columns in the order ({one}), not ({other})"
+                yield _each(says, members, _ordered(f"... ({one}) -> ... ({other})", sizes))
             continue
-        part = f"{match[1]}.qkv"
-        both = [*members, *names.get(f"{part}.bias", [])]
-        for order in list(permutations(range(3)))[1:]:
-            said = ", ".join(("queries", "keys", "values")[index] for index in order)
-            moved = [("queries", "keys", "values")[i] for i, index in enumerate(order) if i != index]
-            what = f"{moved[0]} and {moved[1]} exchanged" if len(moved) == 2 else f"{said} in this order"
-            yield _each(f"{part}: {what}", both, _chunks(order))
-        for order in ("h t d", "h d t", "t d h", "d t h", "d h t"):
-            what = "q, k and v of each head side by side" if order == "h t d" else "another order of rows"
-            says = f"{part}: {what}, ({order.replace('t', 'three')}), not (three h d)"
-            yield _each(says, both, _ordered(f"({order}) ... -> (t h d) ...", {**sizes, "t": 3}))
+        part, bias = f"{match[1]}.qkv", names.get(f"{match[1]}.qkv.bias", [])
+        yield from _orders(part, [*members, *bias], sizes)
+        if bias:
+            for alone in ("bias", "weight"):
+                yield from _orders(f"{part}.{alone}", names[f"{part}.{alone}"], sizes)
+
+
+def _orders(part: str, tensors: list[str], sizes: Mapping[str, int]) -> Iterator[Change]:
+    """The rows of fused queries, keys and values in other orders."""
+    for order in list(permutations(range(3)))[1:]:
+        said = ", ".join(("queries", "keys", "values")[index] for index in order)
+        moved = [("queries", "keys", "values")[i] for i, index in enumerate(order) if i != index]
+        what = f"{moved[0]} and {moved[1]} exchanged" if len(moved) == 2 else f"{said} in this order"
+        yield _each(f"{part}: {what}", tensors, _chunks(order))
+    for order in ("h t d", "h d t", "t d h", "d t h", "d h t"):
+        what = "q, k and v of each head side by side" if order == "h t d" else "another order of rows"
+        for one, other in ((order, "t h d"), ("t h d", order)):  # a row may turn what it should leave
+            says = f"{part}: {what if other == 't h d' else 'another order of rows'}, "
+            says += f"({one.replace('t', 'three')}), not ({other.replace('t', 'three')})"
+            yield _each(says, tensors, _ordered(f"({one}) ... -> ({other}) ...", {**sizes, "t": 3}))
 
 
 def _ordered(pattern: str, sizes: Mapping[str, int]) -> Part:
@@ -206,6 +215,10 @@ def _tokens(tower: str, layout: TokenLayout, now: Mapping[str, Tensor]) -> Itera
         "those of the prefix behind those of the patches": lambda x: x.roll(n, 0),
         "those of the patches before those of the prefix": lambda x: x.roll(-n, 0),
         "in the opposite order": lambda x: _head(x, n, x[n:].flip(0)),
+        "one place on": lambda x: _rolled(x, 1),
+        "one place back": lambda x: _rolled(x, -1),
+        "those of the patches one place on": lambda x: _head(x, n, x[n:].roll(1, 0)),
+        "those of the patches one place back": lambda x: _head(x, n, x[n:].roll(-1, 0)),
     }
     for says, change in changes.items():
         yield _each(f"{positions}: {says}", [positions], change)
@@ -219,6 +232,12 @@ def _tokens(tower: str, layout: TokenLayout, now: Mapping[str, Tensor]) -> Itera
 
 def _head(x: Tensor, n: int, rest: Tensor) -> Tensor:
     return torch.cat([x[:n], rest])
+
+
+def _rolled(x: Tensor, shift: int) -> Tensor:
+    """The rows of tokens that have a position, turned among themselves."""
+    have = x.any(1)
+    return x.masked_scatter(have[:, None], x[have].roll(shift, 0))
 
 
 __all__ = ["feeding", "tensors"]
