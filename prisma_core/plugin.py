@@ -51,16 +51,9 @@ from prisma_core.files.checkpoint import (
     read_states,
 )
 from prisma_core.files.code import code_in, without_code
+from prisma_core.files.facts import check_facts, facts_digest, read_fields
 from prisma_core.files.pickles import SavedObject
-from prisma_core.files.texts import (
-    check_facts,
-    check_regular,
-    facts_digest,
-    parse_json,
-    read_fields,
-    read_json,
-    read_text,
-)
+from prisma_core.files.texts import check_regular, parse_json, read_json, read_text
 from prisma_core.files.unpickled import read_objects, save_objects
 from prisma_core.hooks.point import Hook, Splice
 from prisma_core.hooks.query import LayerQuery, Query, layer_of, resolve_one, short_name
@@ -137,18 +130,17 @@ __all__ = [
     "read_checkpoint", "read_states", "read_objects", "save_objects", "SavedObject", "replacing", "replacing_both",
     "write_text", "settled", "place", "file_digest", "locked", "holding", "check_axes", "check_shapes", "check_finite",
     "check_merged", "depth_in", "digest", "check_layers", "check_claims", "read_outline", "hub", "without_code",
-    "code_in", "check_regular", "read_text", "read_json", "parse_json", "read_fields", "facts_digest",
-    "check_facts",
+    "code_in", "check_regular", "read_text", "read_json", "parse_json", "read_fields", "facts_digest", "check_facts",
     "Options", "read_options", "Whole", "Above", "Heads", "Eps", "Pixels",
     "check_keywords", "keywords", "keyword_names",
     # techniques and commands
     "Hook", "HookMapping", "Splice", "Query", "LayerQuery", "layer_of", "short_name", "resolve_one", "positions_of",
-    "indices", "behaviour_of", "set_on_parts", "screen", "Host", "PluginInfo", "installed",
+    "indices", "behaviour_of", "set_on_parts", "screen", "printable", "Host", "PluginInfo", "installed",
     # arguments of public functions
     "checked", "Count", "Natural", "Part", "Share", "Indices", "Seed", "shown", "whole", "number", "several", "path_of",
     "check_call", "check_flags", "expect", "device_of", "taking_gradients", "widened",
     # errors
     "PrismaError", "UnknownName", "HookError", "UnsupportedArchitecture", "WeightMapError", "NotApplicable",
-    "MissingPart", "LoadError", "InputError", "PluginError", "suggest", "blaming", "returned", "format_fields",
-    "printable",
+    "MissingPart", "LoadError", "InputError", "PluginError", "suggest", "blaming", "returned", "printable",
+    "format_fields",
 ]

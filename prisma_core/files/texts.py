@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
-from pydantic import BaseModel, ValidationError
+from prisma_core.errors import LoadError
 
-from prisma_core.errors import LoadError, format_fields
-
-Kind = TypeVar("Kind", bound=BaseModel)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -71,28 +67,12 @@ def parse_json(text: str | bytes, where: object) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it says {next(name for name in fields if names.count(name) > 1)[:200]!r} twice")
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"it says {name[:200]!r} twice")
+        fields[name] = value
     return fields
-
-
-def read_fields(kind: type[Kind], facts: Mapping[str, Any], wrong: str) -> Kind:
-    """Return facts of a file, each of the very type that its field has: no text for a number, no number for a flag.
-
-    Args:
-        wrong: the first words of the message, such as ``FILE does not describe a model``.
-
-    Raises:
-        LoadError: a field is missing, unknown, or of another type or value.
-    """
-    try:
-        return kind.model_validate_json(json.dumps(facts), strict=True)
-    except ValidationError as error:
-        raise LoadError(f"{wrong}: {format_fields(error)}.") from error
-    except (ValueError, RecursionError) as error:
-        raise LoadError(f"{wrong}: {error}.") from error
 
 
 def leaves(value: object) -> Iterator[tuple[tuple[str, ...], object]]:
@@ -105,26 +85,3 @@ def leaves(value: object) -> Iterator[tuple[tuple[str, ...], object]]:
             rest += [(keys, each) for each in cast("list[object]", one)]
         else:
             yield keys, one
-
-
-def facts_digest(facts: Mapping[str, Any]) -> str:
-    """Return a SHA-256 of an object of JSON, however it is written."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def check_facts(facts: Mapping[str, Any], sha256: str | None, path: Path, key: str) -> None:
-    """Refuse a file whose facts are not those that were written.
-
-    Args:
-        facts: what it says, without the digest.
-        sha256: the ``facts_digest`` it was written with; None in files that are older than that.
-        key: where in the file the digest stands, for the message.
-
-    Raises:
-        LoadError: they are others.
-    """
-    if sha256 not in (None, facts_digest(facts)):
-        raise LoadError(
-            f"{path} says something else than when it was written: save it again. If you changed it yourself, remove "
-            f"{key} from it."
-        )

@@ -16,7 +16,8 @@ from prisma_core.errors import InputError, LoadError, MissingPart, UnknownName
 from prisma_core.errors.arguments import alive, device_of, dtype_of, path_of, shown, unwrapped
 from prisma_core.errors.migration import STREAM_METHODS, unknown_attribute
 from prisma_core.files.checkpoint import read_with_header, write_safetensors
-from prisma_core.files.texts import parse_json, read_fields
+from prisma_core.files.facts import read_fields
+from prisma_core.files.texts import parse_json
 from prisma_core.hooks.capture import Keep
 from prisma_core.hooks.query import LayerQuery, resolve_one, short_name
 from prisma_core.spec.brief import aligned, folded, html_table

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, Self, cast
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from prisma_core.errors import InputError, format_fields
-from prisma_core.files.texts import check_facts, facts_digest, parse_json, read_fields
+from prisma_core.files.facts import check_facts, facts_digest, read_fields
+from prisma_core.files.texts import parse_json
 from prisma_core.inputs import Preprocess
 from prisma_core.inputs.video import VideoPreprocess
 from prisma_core.model import ZooModel
