@@ -141,6 +141,5 @@ __all__ = [
     "check_call", "check_flags", "expect", "device_of", "taking_gradients", "widened",
     # errors
     "PrismaError", "UnknownName", "HookError", "UnsupportedArchitecture", "WeightMapError", "NotApplicable",
-    "MissingPart", "LoadError", "InputError", "PluginError", "suggest", "blaming", "returned", "printable",
-    "format_fields",
+    "MissingPart", "LoadError", "InputError", "PluginError", "suggest", "blaming", "returned", "format_fields",
 ]
