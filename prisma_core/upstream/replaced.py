@@ -35,8 +35,9 @@ WALKS = (  # by what a module says what it holds
     *("named_modules", "modules", "named_children", "children"),
     *("named_parameters", "parameters", "named_buffers", "buffers"),
 )
+OURS = "prisma_core"
 START = time.time()  # a file that was changed since may not be what was imported
-PLAIN = {"torch", *sys.stdlib_module_names} - {"unittest"}  # whose mocks stand for other functions
+PLAIN = {"torch", OURS, *sys.stdlib_module_names} - {"unittest"}  # whose mocks stand for other functions
 FUNCTIONAL = "torch.nn.functional"
 ITEMS = ("__iter__", "__getitem__", "__len__")  # of containers
 # by what holds torch's functions, what has the names of those that compute
@@ -311,7 +312,7 @@ def _is_exchanged(value: object, place: str) -> bool:
     if isinstance(value, ModuleType):
         return sys.modules.get(value.__name__) is not value
     own: object = getattr(value, "__name__", name)
-    if own == name or not isinstance(own, str) or not callable(value):
+    if own == name or not isinstance(own, str) or not callable(value) or _package(value) == OURS:
         return False
     short, own = (one.replace("_", "") for one in (name, own))
     if short.endswith(own) or own.endswith(short):  # torch.special.erf is special_erf
