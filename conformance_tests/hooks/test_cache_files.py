@@ -60,7 +60,7 @@ def test_files_that_are_no_cache(vit, make, image, tmp_path):
         ActivationCache.load(tmp_path / "tensors")
     facts = {"names": ["other"], "axes": {}, "layout": None, "has_batch_dim": True, "pos": None}
     for name, text, words in (
-        ("nonsense", "{", "does not describe a cache"),
+        ("nonsense", "{", "is no readable JSON"),
         ("unknown", json.dumps(facts | {"new": 1}), "does not describe a cache"),
         ("other", json.dumps(facts), "does not hold the tensors it names"),
     ):

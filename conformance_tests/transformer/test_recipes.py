@@ -155,7 +155,7 @@ def test_facts_of_a_part_that_change_after_the_pass(variant, image):
     whole = {name: x.clone() for name, x in variant.run_with_cache(image)[1].items()}
     for part in variant.modules():
         if isinstance(part, Norm):
-            part.spec = part.spec.model_copy(update={"eps": 9.0, "kind": "rms"})
+            part.spec = part.spec.model_copy(update={"eps": 0.9, "kind": "rms"})
     assert_same(cache, whole)
 
 

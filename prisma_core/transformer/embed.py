@@ -112,11 +112,12 @@ class Embed(nn.Module):
             columns = self._axis(self.pos_columns, size[1], max(size))
             patches = (rows[:, None] + columns[None, :]).flatten(0, 1)
             return torch.cat([patches.new_zeros(n_prefix, patches.shape[1]), patches])
-        how, frames = self.spec.interpolation or Interpolation(), self.layout.frames
-        rounded = self.pos_embed.float().to(self.pos_embed.dtype) if how.rounded else self.pos_embed
+        too = "" if self.spec.interpolation is None else self.spec.interpolation.rounded
+        rounded = self.pos_embed.float().to(self.pos_embed.dtype) if too else self.pos_embed
         if size == self.pos_grid:
-            return rounded if how.rounded == "native" else self.pos_embed
+            return rounded if too == "native" else self.pos_embed
         prefix, patches = rounded[:n_prefix], self.pos_embed[n_prefix:]
+        how, frames = self.spec.interpolation or Interpolation(), self.layout.frames
         resized = [resize_positions(frame, how, self.pos_grid, size) for frame in patches.chunk(frames)]
         return torch.cat([prefix, *(frame.to(patches.dtype) for frame in resized)])
 

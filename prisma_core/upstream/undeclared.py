@@ -130,8 +130,8 @@ def check_at_hand(upstream: nn.Module) -> None:
     if problem := foreign_in(Tensor, nn.Parameter):
         raise Reader(upstream).unsupported(problem)
     parts = list(_tree(upstream))
-    held = [tensor for _, module in parts for tensor in vars(module)["_parameters"].values() if tensor is not None]
-    outline = all(tensor.is_meta for tensor in held)
+    held = (cast("Any", module)._parameters.values() for _, module in parts)
+    outline = all(tensor.is_meta for several in held for tensor in several if tensor is not None)
     for path, module in parts:
         if (walk := next((name for name in WALKS if name in vars(module)), None)) is not None:
             problem = f"a {walk} of this instance's own ({name_of(vars(module)[walk])}), which may hide what it holds"
