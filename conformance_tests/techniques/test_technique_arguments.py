@@ -47,6 +47,7 @@ MANY, CLASSES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed
 N = M.layout.n_tokens
 FRESH = itertools.count()
 TEXT = "'' nonsense"
+SCOPES = "Path" if hasattr(Path, "__enter__") else ""  # until Python 3.13 a path is a scope
 
 
 def entered(scope: Any) -> Any:
@@ -251,7 +252,7 @@ CALLS: dict[str, Callable[[], Call]] = {
         takes={"scale": "3.5 -99 10**18 int64 tensor"},
     ),
     "patch: freeze": lambda: call(patch.freeze, M, M.run_with_cache(X, names="z")[1], then=entered),
-    "patch: together": lambda: call(patch.together, patch.causal(M), then=entered, takes={"scopes": "Path"}),
+    "patch: together": lambda: call(patch.together, patch.causal(M), then=entered, takes={"scopes": SCOPES}),
     "patch: sweep": lambda: call(patch.sweep, M, X, [patch.Variant(Z, (slice(None), 0), None)], "cat"),
     "patch: Variant.apply": lambda: call(patch.Variant(Z, (slice(None), 0), None).apply, torch.randn(2, N, 2, 6)),
     # prisma_registers
