@@ -112,11 +112,11 @@ class Embed(nn.Module):
             columns = self._axis(self.pos_columns, size[1], max(size))
             patches = (rows[:, None] + columns[None, :]).flatten(0, 1)
             return torch.cat([patches.new_zeros(n_prefix, patches.shape[1]), patches])
-        too = "" if self.spec.interpolation is None else self.spec.interpolation.rounded
-        rounded = self.pos_embed.float().to(self.pos_embed.dtype) if too else self.pos_embed
+        rounded = "" if self.spec.interpolation is None else self.spec.interpolation.rounded
         if size == self.pos_grid:
-            return rounded if too == "native" else self.pos_embed
-        prefix, patches = rounded[:n_prefix], self.pos_embed[n_prefix:]
+            return _rounded(self.pos_embed) if rounded == "native" else self.pos_embed
+        prefix, patches = self.pos_embed[:n_prefix], self.pos_embed[n_prefix:]
+        prefix = _rounded(prefix) if rounded == "prefix" else prefix
         how, frames = self.spec.interpolation or Interpolation(), self.layout.frames
         resized = [resize_positions(frame, how, self.pos_grid, size) for frame in patches.chunk(frames)]
         return torch.cat([prefix, *(frame.to(patches.dtype) for frame in resized)])
@@ -190,6 +190,10 @@ def _neighbours(how: Interpolation, native: int, length: int, device: torch.devi
     before, both = at.floor(), torch.arange(2, device=device)
     weights = (1 - (at[:, None] - before[:, None] - both).abs()).clamp(min=0)
     return (before.long()[:, None] + both).clamp(0, native - 1), weights
+
+
+def _rounded(x: Tensor) -> Tensor:
+    return x.float().to(x.dtype)
 
 
 def _wide(x: Tensor, how: Interpolation) -> Tensor:
