@@ -365,18 +365,22 @@ def _place(problem: BaseException) -> str:
     if isinstance(problem, SpecError | ValidationError):
         path = min((one.path for one in readers), key=len, default="")
         return f". It was reading {path!r}" if path else ""
-    reader, name, value = cast("list[Any]", readers[0].latest if readers else [None, "", None])
+    reader, name, value = _latest(readers)
     path = f"{reader.path}.{name}".lstrip(".") if name else ""
     return f". The last that it read: {path!r}, {shown(value)}" if name else ""
 
 
 def _no_module(problem: BaseException) -> UnsupportedArchitecture | None:
     """Name a function that an adapter took for a part, because it stands in the place of one."""
-    reader, name, value = cast("list[Any]", one[0].latest if (one := _readers(problem)) else [None, "", None])
+    reader, name, value = _latest(_readers(problem))
     meant = getattr(problem, "obj", None) is value or f"'{type(value).__name__}' object" in str(problem)
     if name and meant and callable(value) and not isinstance(value, nn.Module):
         return reader.unsupported(f"a function {name} ({name_of(value)}). Put a module in its place before")
     return None
+
+
+def _latest(readers: list[Reader]) -> list[Any]:
+    return readers[0].latest if readers else [None, "", None]
 
 
 def _readers(problem: BaseException) -> list[Reader]:

@@ -37,8 +37,10 @@ _INERT_MODULES = {"numpy", "argparse", "pathlib", "datetime", "omegaconf", "_cod
 _INERT = {f"{home}.{kind.__name__}" for home in ("builtins", "__builtin__") for kind in (set, slice, list, dict, int)}
 _INERT.update(("types.SimpleNamespace", "torch.Tensor"))
 _INERT.update(("torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"))
-_NOT_PLAIN = {"sparse": "sparse", "qtensor": "quantised", "nested": "nested", "meta": "without data"}
-_NOT_PLAIN["wrapper_subclass"] = "of a class of its own (quantised?)"
+_NOT_PLAIN = {
+    **{"sparse": "sparse", "qtensor": "quantised", "nested": "nested", "meta": "without data"},
+    "wrapper_subclass": "of a class of its own (quantised?)",
+}
 
 
 Known = Callable[[str], bool]

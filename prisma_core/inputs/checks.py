@@ -17,7 +17,7 @@ _n_modes = cast("Any", torch)._C._len_torch_dispatch_stack
 _n_function_modes = cast("Any", torch)._C._len_torch_function_stack
 _is_tracing = cast("Any", torch).jit.is_tracing
 KNOWN = ("torch", "torchvision", "prisma_core")  # whose classes of tensors, and modes, change no number
-_BASE: Any = Tensor.__mro__[1]  # whose methods compute
+BASE: Any = Tensor.__mro__[1]  # whose methods compute
 OVERRIDES = ("__torch_function__", "__torch_dispatch__")
 
 
@@ -80,7 +80,7 @@ def check_plain(what: str, x: Tensor) -> None:
         if kind is Tensor or kind.__module__.partition(".")[0] in KNOWN:
             return
         for name in vars(kind):
-            if name in OVERRIDES or (hasattr(_BASE, name) and not hasattr(object, name)):
+            if name in OVERRIDES or (hasattr(BASE, name) and not hasattr(object, name)):
                 raise InputError(
                     f"Expected the {what} as a plain tensor, got {qualified_name(x)}, whose {name} may change what "
                     "functions of torch compute. Prisma calls others than upstream does, so the numbers would not be "

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from prisma_core.errors import qualified_name
 from prisma_core.errors.arguments import shown
+from prisma_core.inputs.checks import BASE, OVERRIDES
 
 CALLS = ("__call__", "_call_impl", "forward")  # where the call of a module begins
 READS = ("__getattr__", "__getattribute__")  # where a module finds its tensors and parts
@@ -42,13 +43,12 @@ FUNCTIONAL = "torch.nn.functional"
 ITEMS = ("__iter__", "__getitem__", "__len__")  # of containers
 # by what holds torch's functions, what has the names of those that compute
 COMPUTED: dict[Any, Any] = {
-    Tensor: Tensor.__mro__[1],
-    nn.Parameter: Tensor.__mro__[1],
+    Tensor: BASE,
+    nn.Parameter: BASE,
     torch: cast("Any", torch)._C._VariableFunctions,
     nn.functional: nn.functional,
 }
 NAMES: dict[Any, str] = {Tensor: "torch.Tensor", nn.Parameter: "torch.nn.Parameter"}
-OVERRIDES = ("__torch_function__", "__torch_dispatch__")
 PRINTED = ("__repr__", "__str__", "__format__", "__dir__")
 
 
@@ -284,7 +284,7 @@ def _is_value(node: ast.expr, value: object, there: Mapping[str, Any]) -> bool:
 
 
 def _is_method(kind: type, name: str) -> bool:
-    value = inspect.getattr_static(kind, name, None)
+    value = next((vars(each)[name] for each in kind.__mro__ if name in vars(each)), None)
     return not hasattr(nn.Module, name) and next(functions_of(value), None) is not None
 
 

@@ -256,9 +256,9 @@ def _beside_parts(module: nn.Module, path: str, read: set[str], mapped: Sequence
     for name, value in vars(module).items():
         full = f"{path}.{name}".lstrip(".")
         tensor = isinstance(value, Tensor)
-        known = isinstance(value, type) or root_of(name_of(value)) == root_of(kind.__module__) or hasattr(kind, name)
-        known = known or is_checkpointing(value)
-        if not tensor and (known or not callable(value)):
+        if not tensor and (not callable(value) or isinstance(value, type) or hasattr(kind, name)):
+            continue
+        if not tensor and (root_of(name_of(value)) == root_of(kind.__module__) or is_checkpointing(value)):
             continue
         if full in read and not (tensor and _is(full, mapped)):  # a map reads what is in the state dict
             continue
