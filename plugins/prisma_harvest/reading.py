@@ -80,8 +80,7 @@ class Harvest:
 
     def __repr__(self) -> str:
         points = ", ".join(f"{point.name} {list(point.shape)}" for point in self.points)
-        points = printable(points)
-        return f"Harvest({len(self)} examples of {points} in {self.manifest.dtype}, {self.folders[0]})"
+        return printable(f"Harvest({len(self)} examples of {points} in {self.manifest.dtype}, {self.folders[0]})")
 
     @property
     def path(self) -> Path:

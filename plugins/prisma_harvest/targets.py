@@ -38,10 +38,10 @@ def of_probe(path: Path, source: Harvest | Pass, name: Name) -> dict[str, Any]:
         InputError: the file is no probe's.
         UnknownName: the probe does not read this hook point.
     """
+    from prisma_lens.covectors import check_probe
+
     probe, full = Result.load(path), _full(source, name)
-    if probe.technique != "probe" or "rows" not in probe.facts:
-        what = "older probe, to be fitted again" if probe.technique == "probe" else f"result of {probe.technique!r}"
-        raise InputError(f"Expected a probe in {path}, got a {what}.")
+    check_probe(probe)
     weight = probe.tensors.get(f"{full}/weight")
     if weight is None:
         raise UnknownName(f"The probe in {path} reads {', '.join(probe.facts['names'])}, and this is {full}.")

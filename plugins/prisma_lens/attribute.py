@@ -24,8 +24,7 @@ from torch import Tensor
 
 from prisma_core import ActivationCache, HookedModel, InputError, NotApplicable, Result, attentions, mlps
 from prisma_core.plugin import checked
-from prisma_lens.covectors import check_total, constant, covectors, probe_covectors
-from prisma_lens.probes import check_probe
+from prisma_lens.covectors import check_probe, check_total, constant, covectors, probe_covectors
 from prisma_lens.readouts import (
     Target,
     TowerName,

@@ -85,6 +85,18 @@ def probe_covectors(
     )
 
 
+def check_probe(probe: Result) -> None:
+    """Refuse a result that is no probe's.
+
+    Raises:
+        InputError: it is another technique's, or lacks what ``probe`` writes.
+    """
+    if probe.technique != "probe":
+        raise InputError(f"Expected the Result of probe, classes, texts or directions, got one of {probe.technique!r}.")
+    if lacking := {"names", "tokens", "rows"} - {*probe.facts}:
+        raise InputError(f"This Result of probe has no facts {', '.join(sorted(lacking))}: fit the probe again.")
+
+
 def check_total(cache: Any, parts: Tensor, rest: Sequence[Tensor], reading: Tensor) -> None:
     """Refuse parts that are not what a reading is made of, beyond what dtypes round.
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from prisma_core import ActivationCache, HookedModel, HookedText, HookedViT, InputError, NotApplicable, Result
 from prisma_core.plugin import Count, checked
-from prisma_lens.probes import check_probe
+from prisma_lens.covectors import check_probe
 from prisma_lens.readouts import (
     Target,
     TowerName,

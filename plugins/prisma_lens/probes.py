@@ -224,18 +224,6 @@ def _rows(acts: Any, name: str, tokens: str, start: int, stop: int) -> Tensor:
     return x[:, there] if tokens == "patches" else x[:, there].mean(1, keepdim=True)
 
 
-def check_probe(probe: Result) -> None:
-    """Refuse a result that is no probe's.
-
-    Raises:
-        InputError: it is another technique's, or lacks what ``probe`` writes.
-    """
-    if probe.technique != "probe":
-        raise InputError(f"Expected the Result of probe, classes, texts or directions, got one of {probe.technique!r}.")
-    if lacking := {"names", "tokens", "rows"} - {*probe.facts}:
-        raise InputError(f"This Result of probe has no facts {', '.join(sorted(lacking))}: fit the probe again.")
-
-
 def linear_solver(name: str) -> tuple[Any, Any]:
     """Return a class of scikit-learn's linear models, and its scaler.
 

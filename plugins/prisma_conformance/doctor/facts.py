@@ -199,11 +199,12 @@ def _one_kind(spec: AnySpec) -> Iterator[Change]:
 def _heads(spec: AnySpec) -> Iterator[Change]:
     """Another number of heads of the same width together, with the scale as it is and the usual one."""
     attns = [one for one in fields(spec) if isinstance(one.value, AttentionSpec) and one.layer is not None]
-    if not attns or any(one.value.n_heads != one.value.n_kv_heads for one in attns):
-        values = _setting(attns, lambda field: field.value.model_copy(update={"n_kv_heads": field.value.n_heads}))
-        if attns:
-            change = f"{attns[0].family}.n_kv_heads={attns[0].value.n_heads} (it is {attns[0].value.n_kv_heads})"
-            yield Change(change, values)
+    if not attns:
+        return
+    if any(one.value.n_heads != one.value.n_kv_heads for one in attns):
+        says = f"{attns[0].family}.n_kv_heads={attns[0].value.n_heads} (it is {attns[0].value.n_kv_heads})"
+        alike = _setting(attns, lambda field: field.value.model_copy(update={"n_kv_heads": field.value.n_heads}))
+        yield Change(says, alike)
         return
     width, old = attns[0].value.n_heads * attns[0].value.d_head, attns[0].value.n_heads
     for n in (n for n in range(1, width + 1) if width % n == 0 and n != old):
