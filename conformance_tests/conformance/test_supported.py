@@ -24,7 +24,7 @@ from prisma_core.contract.adapter import Adapter
 
 class Ours(Adapter):
     types = ("acme.Net", "acme.Old")
-    def spec(self, upstream): raise NotImplementedError
+    def spec(self, upstream): raise NotImplementedError  # only its types are asked for
     weights = hooks = spec
 
 @hookimpl

@@ -53,7 +53,7 @@ class HalvingSource(Source):
     name = "halves"
 
     def load(self, rest: str, **options: Any) -> Loaded:
-        raise NotImplementedError
+        raise NotImplementedError  # it only opens images again
 
     def models(self) -> Iterator[ModelInfo]:
         yield from ()

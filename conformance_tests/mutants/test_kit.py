@@ -25,7 +25,7 @@ from prisma_conformance.pytest import summary
 from prisma_conformance.report.table import supported, write_table
 from prisma_conformance.subject import Subject
 from prisma_conformance.tolerances import FLOAT64
-from torch import nn
+from torch import Tensor, nn
 
 import prisma_core as prisma
 from prisma_core import PrismaError, UnknownName
@@ -135,6 +135,20 @@ def test_a_hooked_model_is_checked_with_its_present_weights() -> None:
     subject = next(Subject.of(hooked, upstream=upstream))
     assert torch.equal(subject.base.head.bias, hooked.head.bias)
     assert not torch.equal(upstream.head.bias, hooked.head.bias)
+
+
+def test_a_parameter_that_upstream_rounds_to_float32_is_seen() -> None:
+    """In a model of numbers that float32 holds, it would not be."""
+
+    def rounding(upstream: nn.Module, image: Tensor) -> Tensor:
+        other = copy.deepcopy(upstream)
+        other.positions.copy_(other.positions.float())
+        return other(image)["logits"]
+
+    for forward in (None, rounding):
+        report = check(Case("rounds", NorthViT, forward=forward), adapter=NorthAdapter(), checks="parity.logits")
+        assert report.passed == (forward is None), str(report)
+    assert "float64: logits differ" in report.certificate["parity.logits"].detail
 
 
 @pytest.mark.parametrize("shared", ["", "attn", "norm1"])

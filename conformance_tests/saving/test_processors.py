@@ -53,7 +53,7 @@ class LetterSource(Source):
     install = 'pip install "letters"'
 
     def load(self, rest: str, **options: Any) -> Loaded:
-        raise NotImplementedError
+        raise NotImplementedError  # it only makes processors again
 
     def models(self) -> Iterator[ModelInfo]:
         yield from ()

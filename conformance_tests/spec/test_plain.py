@@ -80,9 +80,3 @@ def test_a_fact_nobody_has_is_an_error_with_the_nearest(name, near):
 def test_facts_that_contradict_each_other():
     with pytest.raises(SpecError, match="two heads"):
         ModelSpec.plain(pool="avg", distillation=1, n_heads_out=2)
-
-
-def test_the_layout_is_the_grid_of_the_image():
-    """Another grid takes positions of other places, without a word."""
-    with pytest.raises(SpecError, match=r"\(8, 12\) pixels has \(2, 3\) rows and columns .* layout says \(3, 2\)"):
-        ModelSpec.plain(patch=4, image=(8, 12), rows=3, columns=2)

@@ -58,6 +58,9 @@ def test_blocks_of_any_kind_without_an_mlp(in_float64, image, kind):
 
 
 def test_the_grid_is_that_of_the_image_and_its_patches():
+    """Another one takes positions of other places, without a word."""
+    with pytest.raises(SpecError, match=r"\(8, 12\) pixels has \(2, 3\) rows and columns .* layout says \(3, 2\)"):
+        ModelSpec.plain(patch=4, image=(8, 12), rows=3, columns=2)
     plain = ModelSpec.plain(patch=4, image=(8, 12))
     for field, size, patch in (("image_size", (12, 12), (4, 4)), ("embed", (8, 12), (2, 4))):
         wrong = {"image_size": size, "embed": {**plain.embed.model_dump(), "patch": patch}}

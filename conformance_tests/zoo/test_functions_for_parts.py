@@ -11,17 +11,13 @@ import pytest
 import torch
 from third_party import Attention, Mapped, Plain, drawn, image
 from torch import Tensor, nn
+from upstreams import case
 
 import prisma_core as prisma
 from prisma_core import UnsupportedArchitecture
-from prisma_core.plugin import HookMap, Reader, installed
+from prisma_core.plugin import HookMap, Reader
 
 PLACE = "layers.1"
-
-
-def case(name: str) -> Any:
-    pytest.importorskip("timm")
-    return next(one for one, _ in installed().cases({"timm"}) if one.name == name).build().eval()
 
 
 class Everywhere(Mapped):
@@ -49,7 +45,7 @@ def test_a_function_in_the_place_of_a_part_that_no_adapter_reads(function: Calla
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "beit_base_patch16_224", "eva02_tiny_patch14_224"])
 @pytest.mark.parametrize("part", ["drop_path1", "mlp.drop1", "attn.proj_drop", "norm1", "attn", "mlp"])
 def test_functions_in_the_place_of_timm_s_parts(name: str, part: str) -> None:
-    model = case(name)
+    model = case("timm", name)
     prisma.adapt(model)
     path, _, last = f"blocks.1.{part}".rpartition(".")
     above = model.get_submodule(path)
@@ -93,7 +89,7 @@ def test_a_wrapper_of_compilation_around_a_library_s_method_passes(monkeypatch: 
 
 
 def test_a_class_that_says_it_is_of_the_library_s_file() -> None:
-    model = case("vit_tiny_patch16_224")
+    model = case("timm", "vit_tiny_patch16_224")
     attn = model.blocks[1].attn
     text = "class Attention(Library):\n    def forward(self, *args):\n        return Library.forward(self, *args) * 2\n"
     names: dict[str, Any] = {"Library": type(attn), "__name__": type(attn).__module__}
@@ -159,7 +155,7 @@ def test_hooks_of_a_weight_s_gradient(register: str, copy: bool) -> None:
 
 
 def test_a_grid_of_positions_is_that_of_the_tensor() -> None:
-    model = case("naflexvit_base_patch16_gap")
+    model = case("timm", "naflexvit_base_patch16_gap")
     x = prisma.adapt(model).sample_inputs(2)
     rows, columns = model.embeds.pos_embed_grid_size
     model.embeds.pos_embed_grid_size = (columns, rows)  # which upstream's forward does not read
@@ -167,7 +163,7 @@ def test_a_grid_of_positions_is_that_of_the_tensor() -> None:
 
 
 def test_frequencies_that_another_grid_would_not_have() -> None:
-    model = case("qwen3_vit_88m")
+    model = case("timm", "qwen3_vit_88m")
     model.encoder.rope.rotate_half ^= True
     with pytest.raises(UnsupportedArchitecture, match=r"'encoder\.rope'.*frequencies of its own"):
         prisma.adapt(model)
@@ -181,7 +177,7 @@ def test_frequencies_that_another_grid_would_not_have() -> None:
     ],
 )
 def test_a_layer_that_differs_is_named(name: str, change: Callable[[Any], None]) -> None:
-    model = case(name)
+    model = case("timm", name)
     change(model)
     with pytest.raises(UnsupportedArchitecture, match=r"at 'blocks\.1\.attn"):
         prisma.adapt(model)

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from upstreams import case
 
 import prisma_core as prisma
 from prisma_core import InputError, UnsupportedArchitecture
-from prisma_core.plugin import installed
 
 
 class ByFunction(Tensor):
@@ -65,10 +65,7 @@ def test_an_input_that_computes_in_its_own_way(kind: type[Tensor]) -> None:
 
 @pytest.mark.parametrize("name", ["ViT-B-16", "hf/CLIPTextModel"])
 def test_tokens_that_compute_in_their_own_way(name: str) -> None:
-    pytest.importorskip("open_clip")
-    pytest.importorskip("transformers")
-    upstream = next(one for one, _ in installed().cases({"clip"}) if one.name == name).build().eval()
-    model: Any = prisma.adapt(upstream)
+    model: Any = prisma.adapt(case("clip", name))
     tokens = model.sample_inputs(2)[-1].as_subclass(ByFunction)
     run = model.encode_text if name == "ViT-B-16" else model
     with pytest.raises(InputError, match=r"Expected the tokens as a plain tensor, got .*ByFunction"):

@@ -15,14 +15,10 @@ import torch
 import torch.nn.functional as F
 from third_party import Mapped, Plain, drawn, image
 from torch import Tensor, nn
+from upstreams import case
 
 import prisma_core as prisma
 from prisma_core import UnsupportedArchitecture
-from prisma_core.plugin import installed
-
-
-def case(plugin: str, name: str) -> Any:
-    return next(one for one, _ in installed().cases({plugin}) if one.name == name).build().eval()
 
 
 def refused(words: str, net: nn.Module | None = None) -> None:
@@ -124,7 +120,6 @@ def test_methods_of_tensors_that_are_no_functions(kind: str, monkeypatch: pytest
 def test_torch_s_wrappers_around_methods_that_a_library_wraps_itself(
     part: str, wrap: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("transformers")
     model = case("hf", "ViTModel")
     kind = type(model.get_submodule(part))
     prisma.adapt(model)
@@ -135,7 +130,6 @@ def test_torch_s_wrappers_around_methods_that_a_library_wraps_itself(
 
 @pytest.mark.parametrize(("name", "part"), [("Tipsv2VisionModel", "drop_path"), ("InternVLVisionModel", "dropout")])
 def test_a_function_for_a_part_of_a_class_whose_forward_is_wrapped(name: str, part: str) -> None:
-    pytest.importorskip("transformers")
     model = case("hf", name)
     layer = model.encoder.layer[1]
     delattr(layer, part)
@@ -150,7 +144,6 @@ def test_a_function_for_a_part_of_a_class_whose_forward_is_wrapped(name: str, pa
 @pytest.mark.parametrize(("path", "name"), [("ln_1", "weight"), ("ln_2", "bias"), ("attn", "in_proj_bias")])
 def test_a_tensor_that_is_no_parameter_in_the_place_of_one(path: str, name: str) -> None:
     """A norm without weights is one whose weights are ones: these would be left out."""
-    pytest.importorskip("open_clip")
     model = case("clip", "ViT-B-16")
     part = model.visual.transformer.resblocks[1].get_submodule(path)
     value = getattr(part, name).detach() * 1.5 + 0.1
@@ -170,7 +163,6 @@ def test_a_tensor_that_no_code_of_the_class_reads_passes() -> None:
 @pytest.mark.parametrize("name", ["Idefics3VisionTransformer", "Idefics2VisionTransformer"])
 def test_a_bias_that_is_a_buffer_where_an_adapter_runs_a_part(name: str) -> None:
     """Its copy has tensors without values, of which none may be left as memory was."""
-    pytest.importorskip("transformers")
     model = case("hf", name).double()
     patch = model.embeddings.patch_embedding
     value = torch.full_like(patch.bias, 5.0)

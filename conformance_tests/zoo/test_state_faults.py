@@ -10,15 +10,11 @@ import pytest
 import torch
 from third_party import Block, Mapped, Plain, drawn, image
 from torch import Tensor, nn
+from upstreams import case
 
 import prisma_core as prisma
 from prisma_core import UnsupportedArchitecture
-from prisma_core.plugin import HookMap, Reader, installed
-
-
-def case(plugin: str, name: str) -> Any:
-    pytest.importorskip({"timm": "timm", "clip": "open_clip"}.get(plugin, "transformers"))
-    return next(one for one, _ in installed().cases({plugin}) if one.name == name).build().eval()
+from prisma_core.plugin import HookMap, Reader
 
 
 def reversed_ids(model: Any) -> None:

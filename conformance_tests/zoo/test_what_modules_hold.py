@@ -9,10 +9,10 @@ import pytest
 import torch
 from third_party import Mapped, Plain, drawn, image
 from torch import Tensor, nn
+from upstreams import case
 
 import prisma_core as prisma
 from prisma_core import UnsupportedArchitecture
-from prisma_core.plugin import installed
 
 FORMS = pytest.mark.parametrize("adapter", [Plain(), Mapped()], ids=["canonical", "hooked upstream"])
 
@@ -91,8 +91,7 @@ def test_a_module_that_does_not_say_what_it_holds(walk: str, path: str, adapter:
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize(("plugin", "name"), [("hf", "ViTModel"), ("clip", "hf/CLIPVisionModel")])
 def test_a_model_that_computes_activations_again_passes(plugin: str, name: str, reentrant: bool) -> None:
-    pytest.importorskip("transformers")
-    upstream = next(one for one, _ in installed().cases({plugin}) if one.name == name).build().eval()
+    upstream = case(plugin, name)
     expected = prisma.adapt(upstream)
     upstream.gradient_checkpointing_enable({"use_reentrant": reentrant})
     (x,) = expected.sample_inputs(2)
