@@ -70,7 +70,7 @@ def read(
     factor, mean = saved.get("scaling_factor"), saved.get("mean_center")
     scaled = factor is not None and float(factor) not in (0.0, 1.0)
     centred = isinstance(mean, Tensor) and mean.ndim == 1 and bool(mean.any())
-    if centred and isinstance(mean, Tensor):
+    if centred:
         tensors["input_mean"] = mean
     if scaled:
         tensors["input_scale"] = torch.tensor(1 / float(factor), dtype=tensors["W_enc"].dtype)
