@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from prisma_sae import CoderFacts, SparseCoder
 import prisma_core as prisma
 from prisma_core import ActivationCache, LoadError, Result
 from prisma_core.files import checkpoint
-from prisma_core.plugin import settled, write_text
+from prisma_core.plugin import locked, settled, write_text
 
 # -------------------------------------------------------------------- one mechanism
 
@@ -230,6 +231,21 @@ def test_a_kill_at_any_step(writer: Writer, tmp_path: Path) -> None:
     writer.write(0, tmp_path)
     assert writer.read(tmp_path) == 0
     assert len(list(tmp_path.iterdir())) <= 3  # what the killed left is removed
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_process_forked_meanwhile_holds_nothing(tmp_path: Path) -> None:
+    """As workers that another thread starts while a model is saved: they live on, and have the lock's handle too."""
+    with locked(tmp_path) as held:
+        worker = child(lambda: time.sleep(60))
+    try:
+        with locked(tmp_path, wait=False) as again:
+            assert held
+            assert again
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
 
 
 @needs_fork

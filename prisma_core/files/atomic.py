@@ -21,7 +21,8 @@ from prisma_core.errors.arguments import shown
 from prisma_core.files.texts import check_regular
 
 T = TypeVar("T")
-_PREFIX = ".prisma-"
+_PREFIX = ".prisma-writing-"
+_STAGED = _PREFIX + "[a-z0-9_]" * 8  # as tempfile names them: a folder of the user's own is called otherwise
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -171,7 +172,7 @@ def staging(folder: Path) -> Generator[Path]:
 
     Those that killed processes left in ``folder`` are removed too: no living process holds them.
     """
-    for left in folder.glob(f"{_PREFIX}*"):
+    for left in folder.glob(_STAGED):
         with locked(left, wait=False) as mine:
             if mine and not left.is_symlink():
                 shutil.rmtree(left, ignore_errors=True)
@@ -208,6 +209,7 @@ def locked(folder: Path, *, wait: bool = True) -> Generator[bool]:
             held = False
         yield held
     finally:
+        fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough: a process forked meanwhile has the handle too
         os.close(handle)
 
 
