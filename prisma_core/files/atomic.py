@@ -104,7 +104,7 @@ def place(home: Path, name: str, sha256: str | None) -> Path:
     if sha256 is not None and not (isinstance(cast(object, sha256), str) and _SHA256.fullmatch(sha256)):
         raise LoadError(f"{home} says no SHA-256 of {name}, but {shown(sha256)}: save it again.")
     waiting = beside(home, name, sha256) if sha256 else home / name
-    return waiting if waiting.exists() else home / name
+    return waiting if os.path.exists(waiting) else home / name  # unlike Path's, False behind a closed folder
 
 
 def file_digest(path: Path) -> str:
@@ -235,7 +235,8 @@ def move(source: Path, target: Path) -> None:
     A link in its place is replaced, not followed.
     """
     if source.is_file():
-        source.chmod(0o666 & ~_umask(source.parent))  # safetensors writes files for their owner alone
+        with suppress(PermissionError):  # a disk without modes
+            source.chmod(0o666 & ~_umask(source.parent))  # safetensors writes files for their owner alone
     for path in (source, *source.rglob("*")):
         _sync(path)
     os.replace(source, target)
@@ -249,7 +250,7 @@ def _umask(folder: Path) -> int:
 
 
 def _sync(path: Path) -> None:
-    with suppress(PermissionError, IsADirectoryError):  # some systems do not open folders
+    with suppress(OSError if path.is_dir() else PermissionError):  # not every system and disk syncs a folder's names
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
