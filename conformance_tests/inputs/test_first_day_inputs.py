@@ -103,7 +103,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "nothing": (lambda: None, "got None"),
     "an image and its label": (lambda: (IMAGE, 3), r"got 3\..*one flat list, without their labels"),
     "images with labels": (lambda: [(IMAGE, 3)], r"one flat list, without their labels"),
-    "an image whose file was closed": (lambda: closed("a.png"), r"its file is closed\. Call image\.load\(\) before"),
+    "an image whose file was closed": (lambda: closed("a.png"), r"its file is closed: call image\.load\(\) while"),
     "an image whose file is cut": (lambda: cut("a.png"), "cannot be decoded: image file is truncated"),
     "rows of several lengths": (lambda: torch.nested.nested_tensor([torch.zeros(3, 5)]), "a Tensor nested of"),
     "floats up to 255": (lambda: PIXELS.astype(float), r"astype\('uint8'\)"),

@@ -43,10 +43,8 @@ def open_image(image: ImageLike, channels: int = 3) -> Image:
         try:
             image.load()
         except Exception as error:  # decoders stumble in any way there is
-            why = (
-                f"{str(error) or 'its file is closed'}. Call image.load() before its file is closed, or give the path."
-            )
-            raise InputError(f"{shown(image)} cannot be decoded: {why}") from error
+            why = str(error) or "its file is closed: call image.load() while it is open, or give the path"
+            raise InputError(f"This image of {image.width} x {image.height} cannot be decoded: {why}.") from error
         opened = image
     else:
         opened = _from_array(image)
