@@ -350,3 +350,19 @@ def test_a_tensor_under_a_name_that_is_no_text_is_not_left_out(key: Any, tmp_pat
         read_checkpoint(tmp_path / "w.pth")
     torch.save({"model": STATE, key: torch.ones(2)}, tmp_path / "w.pth")
     assert set(read_checkpoint(tmp_path / "w.pth")) == set(STATE)
+
+
+def test_two_state_dicts_of_one_name(tmp_path: Path) -> None:
+    torch.save({1: STATE, "1": STATE}, tmp_path / "w.pth")
+    with pytest.raises(LoadError, match="two state dicts of one name"):
+        read_checkpoint(tmp_path / "w.pth")
+
+
+def test_two_models_in_one_archive(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        torch.save({"w": torch.ones(3)}, tmp_path / f"{name}.pth")
+    with zipfile.ZipFile(tmp_path / "one.pth", "a") as whole, zipfile.ZipFile(tmp_path / "two.pth") as other:
+        for name in other.namelist():
+            whole.writestr(name, other.read(name))
+    with pytest.raises(LoadError, match=r"an archive that torch\.save did not write"):
+        read_checkpoint(tmp_path / "one.pth")
