@@ -200,7 +200,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, **facts: Any) -> tarfile.Ta
         (member("y.png", tarfile.FIFOTYPE), r"'y\.png' as a link, or with gaps"),
         (member("y.png", pax_headers={"GNU.sparse.map": "0,0", "GNU.sparse.size": str(1 << 40)}), "with gaps"),
     ],
-    ids=str,
+    ids=["twice", "twice by case", "in another folder", "a hard link", "a link", "a pipe", "a file with gaps"],
 )
 def test_what_a_tar_file_would_lose(other: tarfile.TarInfo, words: str, tmp_path: Path) -> None:
     """Of two files of a name one was read; links were left out; of a file with gaps the bytes stand elsewhere."""
