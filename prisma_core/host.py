@@ -33,7 +33,7 @@ from prisma_core.errors import (
 )
 from prisma_core.hooks.model import HookedModel
 from prisma_core.toolbox.screen import aside, note
-from prisma_core.toolbox.settings import kept_settings, raised_by_code
+from prisma_core.toolbox.settings import kept_settings, raised_by_code, told
 
 if TYPE_CHECKING:
     from typer import Typer
@@ -135,7 +135,7 @@ class Host:
         finally:
             late.cancel()
         if changed:
-            self.broke(plugin, f"{place}it changed {', '.join(changed)}; that was put back. Change it where it is used")
+            self.broke(plugin, told(f"{place}it", changed))
 
     def broke(self, plugin: str, error: str) -> None:
         """Note why a plugin, or a part of it, is left out; the first reason stays."""

@@ -43,7 +43,7 @@ from prisma_core.maps.weights import WeightMap
 from prisma_core.model import Origin, ZooModel, assign, tensors_of
 from prisma_core.saving.folder import load_folder, with_own_stem
 from prisma_core.spec import AnySpec, DualSpec, MapSpec, ModelSpec, TextSpec
-from prisma_core.toolbox.screen import aside
+from prisma_core.toolbox.settings import guest
 from prisma_core.toolbox.tables import check_rows
 from prisma_core.transformer import HookedDual, HookedText, build
 from prisma_core.transformer.names import optional_hook_names
@@ -288,7 +288,7 @@ def load_upstream(source: Source, rest: str, **options: Any) -> Loaded:
     """
     check_keywords(f"{source.name}:", options, keywords(source.load))
     try:
-        with aside(), blaming(source):
+        with guest(qualified_name(source)), blaming(source):
             loaded = source.load(rest, **options)
     except PluginError as error:
         problem = error.__cause__
@@ -350,7 +350,7 @@ def spec_of(adapter: Adapter, upstream: Reader) -> AnySpec | MapSpec:
 def _reading(adapter: Adapter) -> Generator[None]:
     """``blaming``, with the module that the adapter read when it failed."""
     try:
-        with aside(), blaming(adapter):
+        with guest(qualified_name(adapter)), blaming(adapter):
             yield
     except PluginError as error:
         problem = error.__cause__
