@@ -6,6 +6,7 @@ A technique may refuse a model, with a reason: such cases are not counted.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import product
 from typing import Any, TypeVar
 
@@ -13,7 +14,8 @@ import torch
 from hypothesis import HealthCheck, assume, given, reject, settings
 from hypothesis import strategies as st
 from prisma_lens import attribute, head_outputs, logit_lens, neuron_outputs, rollout, second_order
-from prisma_patch import activation_patch, path_patch
+from prisma_patch import activation_patch, knock_out, path_patch
+from prisma_registers import without_registers
 from torch import Tensor
 
 from prisma_core import NotApplicable, Result
@@ -109,6 +111,19 @@ def test_second_order_effects_are_the_same_forwards_and_backwards(drawn: Drawn) 
     for layer, effects in enumerate(run(second_order, drawn.model, images, every, **last).values):
         forwards = run(neuron_outputs, drawn.model, images, layer, range(len(effects)), **last).values
         assert close(effects, forwards)
+
+
+@REFUSING
+@given(models(["vision"]))
+@torch.no_grad()
+def test_a_model_without_registers_is_one_that_hides_them(drawn: Drawn) -> None:
+    layout, pool = drawn.spec.layout, drawn.spec.pool
+    assume(layout.registers and pool.kind != "none")  # all tokens would be fewer
+    with knock_out(drawn.model, keys="registers"):
+        hidden = drawn.model(*drawn.inputs)
+    with ExitStack() as stack:
+        bare = run(stack.enter_context, without_registers(drawn.model))
+        assert close(bare(*drawn.inputs), hidden)
 
 
 @given(models(), st.data())

@@ -93,3 +93,14 @@ def test_a_model_without_blocks_is_unsupported(name: str) -> None:
     build = of(name).build
     with moved([(type(build()), "depth", 0)]), pytest.raises(UnsupportedArchitecture, match="0 parts: there is no"):
         prisma.adapt(build())
+
+
+@pytest.mark.parametrize("name", ["qwen3_vit_88m", "deepseek_vit_412m"])
+def test_a_model_without_a_native_size_is_unsupported(name: str) -> None:
+    build = of(name).build
+    upstream: Any = build()
+    with (
+        moved([(type(upstream.encoder), "img_size", None)]),
+        pytest.raises(UnsupportedArchitecture, match="no native image size"),
+    ):
+        prisma.adapt(build())

@@ -17,6 +17,8 @@ open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed:
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
 
+from prisma_clip.cases import with_bert  # noqa: E402
+
 WIDTH, LAYERS, HEADS, EMBED, SIDE, PATCH, EPS = 48, 3, 3, 20, 16, 4, 1e-5
 
 
@@ -94,3 +96,8 @@ def test_open_clip_and_timm() -> None:
     assert set(acts) == set(other_acts)
     for name in acts:
         assert torch.allclose(acts[name], other_acts[name], atol=1e-11), name
+
+
+def test_a_text_tower_of_transformers_in_open_clip_is_checked_by_itself() -> None:
+    tower = with_bert("roberta-ViT-B-32", "Roberta").text
+    prisma.check(tower, checks="parity.*").raise_for_failures()

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from prisma_conformance.randomise import randomise
+from prisma_dino import meta_cases
 from prisma_dino.canonical.dinov2 import Dinov2Adapter
 from prisma_dino.canonical.dinov3 import Dinov3Adapter
 from prisma_dino.canonical.meta_adapter import MetaAdapter
 from prisma_dino.cases import V2, V3, build
+from prisma_dino.meta import Architecture
 from torch import nn
 
 import prisma_core as prisma
@@ -103,6 +105,17 @@ def test_two_biases_of_three_may_be_missing(lacking: tuple[str, str]) -> None:
     state = upstream.state_dict()
     assert prisma.export(model).keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in prisma.export(model).items())
+
+
+@pytest.mark.parametrize("shape", [{"patch": (4, 2)}, {"grid": (2, 3)}])
+def test_metas_positions_of_an_image_that_is_not_square_are_refused(shape: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedArchitecture, match="not square"):  # Meta resizes them at their native size, too
+        prisma.adapt(meta_cases.build(Architecture(**{**meta_cases.SMALL, **shape})))
+    upstream = meta_cases.build(Architecture(**{**meta_cases.SMALL, **meta_cases.THIRD, **shape}))  # they turn
+    randomise(upstream.double(), torch.Generator().manual_seed(0))
+    model = prisma.adapt(upstream)
+    image = torch.randn(1, 3, *model.sizes()[0], dtype=torch.float64)
+    torch.testing.assert_close(model(image), upstream(image), rtol=1e-10, atol=1e-10)
 
 
 def test_registers_that_the_config_denies_are_refused() -> None:

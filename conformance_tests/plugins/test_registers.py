@@ -179,9 +179,6 @@ def test_what_cannot_be_done_is_said() -> None:
         pass
     with pytest.raises(NotApplicable, match="no tokens of the kind 'registers'"):
         attention_to(bare, x)
-    mean = vit(registers=2, pool=PoolSpec(kind="avg", with_prefix=True))
-    with pytest.raises(NotApplicable, match="avg pooling reads registers"), without_registers(mean):
-        pass
     with pytest.raises(InputError, match=r"values \[2 12\], got shape \[1, 12\]"):
         extra_registers(bare, 2, values=torch.zeros(1, 12)).__enter__()
     with pytest.raises(InputError, match="No neuron 20 in layer 0: there are 20"):
@@ -190,6 +187,35 @@ def test_what_cannot_be_done_is_said() -> None:
         register_neurons(bare, x, cutoff=1e9)
     with pytest.raises(InputError, match="at least one image"):
         token_norms(bare, x[:0])
+
+
+@pytest.mark.parametrize(
+    ("pool", "facts"),
+    [
+        ("avg", {"with_prefix": True}),
+        ("token_and_avg", {"with_prefix": True}),
+        ("token", {"cls": 0}),
+        ("token_and_avg", {"cls": 0}),
+    ],
+)
+def test_registers_that_a_pooling_reads_keep_their_number(pool: str, facts: dict[str, Any]) -> None:
+    model = HookedViT(ModelSpec.plain(registers=2, pool=pool, **facts))
+    for scope in (without_registers(model), extra_registers(model, 1)):
+        with pytest.raises(NotApplicable, match=f"{pool} pooling reads registers"), scope:
+            pass
+
+
+def test_attention_by_head_of_sides_and_of_layers_that_differ() -> None:
+    spec = ModelSpec.plain(registers=2, n_parallel=2)
+    model, x = HookedViT(spec), torch.randn(2, 3, 8, 12)
+    _, cache = model.run_with_cache(x, names="*hook_pattern")
+    wanted = torch.cat([cache[f"blocks.1.attn.{side}.hook_pattern"] for side in (0, 1)], 1)
+    found = attention_to(model, x, "registers")
+    torch.testing.assert_close(found[1], wanted[:, :, 3:, 1:3].sum(-1).mean((0, 2)))
+    other = spec.blocks[1].model_copy(update={"n_parallel": 1})
+    uneven = HookedViT(spec.model_copy(update={"blocks": (spec.blocks[0], other)}))
+    with pytest.raises(NotApplicable, match="differ in their number of heads"):
+        attention_to(uneven, x, "registers")
 
 
 SAID: dict[str, tuple[str, Callable[[HookedViT, Tensor], object]]] = {

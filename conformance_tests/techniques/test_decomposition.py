@@ -12,6 +12,7 @@ from planted_dual import WORDS, planted_dual, random_dual
 from prisma_lens import (
     attribute,
     head_outputs,
+    induction,
     mean_ablation,
     name_heads,
     neuron_outputs,
@@ -327,3 +328,18 @@ def test_what_second_order_does_not_fit_is_said(images: Tensor) -> None:
         neuron_outputs(random_dual(), images, 5, [0])
     with pytest.raises(InputError, match="0 to 19"):
         neuron_outputs(random_dual(), images, 0, [20])
+
+
+@pytest.mark.parametrize(
+    "study",
+    [
+        lambda model, images: attribute(model, images, 0, by="source"),
+        lambda model, images: segment(model, images, 0),
+        lambda model, images: second_order(model, images, 0),
+        lambda model, images: neuron_outputs(model, images, 0, [0]),
+        lambda model, images: induction(model, images, pairs=1),
+    ],
+)
+def test_heads_that_are_normed_behind_their_values_are_no_sum_over_what_they_read(study: Any, images: Tensor) -> None:
+    with pytest.raises(NotApplicable, match="norms its heads' outputs"):
+        study(build(inner_norm=True).double(), images)

@@ -230,8 +230,7 @@ def _sources(cache: Any, blocks: list[Any], g: Tensor, keep: bool, merged: bool 
         check_sum_of(layer, block, "ln1", "heads", "attn_out")
         for branch in attentions(block):
             spec, name = branch.module.spec, f"blocks.{layer}.{branch.name}"
-            if spec.inner_norm is not None:
-                raise NotApplicable(f"Layer {layer} norms its heads' outputs, so they are no sum over what they read.")
+            check_linear_in_values(layer, branch)
             pattern, v = cache[f"{name}.hook_pattern"], cache[f"{name}.hook_v"]
             if v.shape[1] != pattern.shape[-1]:
                 raise NotApplicable(f"{name}.hook_v holds {v.shape[1]} of {pattern.shape[-1]} tokens: cache all.")
@@ -314,6 +313,16 @@ def check_sum_of(layer: int, block: Any, norm: str, what: str, out: str) -> None
             f"Layer {layer} is a res_post block: {norm} normalises the sum of its {what} before it joins the stream, "
             f"so {out} is no sum over {what}. by='layer' holds all the same."
         )
+
+
+def check_linear_in_values(layer: int, branch: Any) -> None:
+    """Refuse an attention with a norm between its values and its output projection.
+
+    Raises:
+        NotApplicable: it has one.
+    """
+    if branch.module.spec.inner_norm is not None:
+        raise NotApplicable(f"Layer {layer} norms its heads' outputs, so they are no sum over what they read.")
 
 
 def _labels(cache: Any, blocks: list[Any], by: str, shape: Sequence[int]) -> dict[str, tuple[str, ...]]:

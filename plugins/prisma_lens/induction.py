@@ -24,7 +24,7 @@ from torch import Tensor
 
 from prisma_core import HookedModel, HookedViT, InputError, NotApplicable, Result, TokenLayout, attentions
 from prisma_core.plugin import Count, Seed, checked, widened
-from prisma_lens.attribute import check_sum_of
+from prisma_lens.attribute import check_linear_in_values, check_sum_of
 from prisma_lens.heads import layer_pattern, pattern_names
 from prisma_lens.inputs import as_input
 from prisma_lens.readouts import tower_of
@@ -146,8 +146,7 @@ def _copied(own: HookedViT, images: Tensor, where: Tensor, n_prefix: int) -> Ten
     for layer, block, branch in branches:
         check_sum_of(layer, block, "ln1", "heads", "attn_out")
         name, spec = f"blocks.{layer}.{branch.name}", branch.module.spec
-        if spec.inner_norm is not None:
-            raise NotApplicable(f"Layer {layer} norms its heads' outputs, so they are no sum over what they read.")
+        check_linear_in_values(layer, branch)
         stream = widened(cache["resid_pre", layer])
         content = (stream - stream.mean(1, keepdim=True))[image, copies]  # [batch pair d_model]
         v = widened(cache[f"{name}.hook_v"]).repeat_interleave(spec.n_heads // spec.n_kv_heads, 2)

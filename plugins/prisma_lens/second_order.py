@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from prisma_core import HookedModel, InputError, NotApplicable, Result, attentions, mlps
 from prisma_core.plugin import Indices, checked
-from prisma_lens.attribute import check_sum_of, names_for
+from prisma_lens.attribute import check_linear_in_values, check_sum_of, names_for
 from prisma_lens.covectors import covectors
 from prisma_lens.decomposition import unit_scale
 from prisma_lens.readouts import (
@@ -157,7 +157,7 @@ def neuron_outputs(
             check_sum_of(later, block, "ln1", "heads", "attn_out")
             for branch, norm in zip(attentions(block), _norms(block), strict=True):
                 y = norm.linear(x, cache[f"{_path(later, branch)}.hook_scale"]) if norm is not None else x
-                v = torch.einsum("bpd,hde->bphe", y, _values(branch, y))
+                v = torch.einsum("bpd,hde->bphe", y, _values(later, branch, y))
                 z = torch.einsum("bhqk,bkhe->bqhe", cache[f"blocks.{later}.{branch.name}.hook_pattern"], v)
                 total += torch.einsum("bqhe,hed->bqd", z, branch.scaled(branch.module.W_O).to(z))
         outputs.append(at_token(cache.project_stack(total[None])[0], token) / unit_scale(model, cache))
@@ -201,12 +201,10 @@ def _back(cache: Any, layer: int, block: Any, g: Tensor) -> Tensor:
     """Return the covector of the stream before a block, through its attention alone: ``[batch pos d_model]``."""
     total = torch.zeros_like(g)
     for branch, norm in zip(attentions(block), _norms(block), strict=True):
-        if branch.module.spec.inner_norm is not None:
-            raise NotApplicable(f"Layer {layer} norms its heads' outputs, so they are no sum over what they read.")
         along = torch.einsum("bqd,hed->bhqe", g, branch.scaled(branch.module.W_O).to(g))
         pattern = cache[f"blocks.{layer}.{branch.name}.hook_pattern"].to(g)
         arrived = torch.einsum("bhqk,bhqe->bhke", pattern, along)
-        u = torch.einsum("bhke,hde->bkd", arrived, _values(branch, g))
+        u = torch.einsum("bhke,hde->bkd", arrived, _values(layer, branch, g))
         if norm is not None:
             scale = norm.divisor(cache[f"{_path(layer, branch)}.hook_scale"])
             u = norm.centred(u * norm.weight.to(u) / scale).to(g)  # the transpose of Norm.linear
@@ -214,8 +212,9 @@ def _back(cache: Any, layer: int, block: Any, g: Tensor) -> Tensor:
     return total
 
 
-def _values(branch: Any, like: Tensor) -> Tensor:
-    """Return W_V of every head: ``[head d_model d_head]``."""
+def _values(layer: int, branch: Any, like: Tensor) -> Tensor:
+    """Return W_V of every head, where its values reach the stream linearly: ``[head d_model d_head]``."""
+    check_linear_in_values(layer, branch)
     w_v = branch.module.W_V.to(like)
     return w_v.repeat_interleave(branch.module.spec.n_heads // len(w_v), 0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple, TypeAlias, cast
 
 import torch
@@ -11,7 +12,7 @@ from jaxtyping import Bool, Float
 from rich.progress import track
 from torch import Tensor
 
-from prisma_core import HookedDual, HookedViT, InputError, NotApplicable, TokenLayout
+from prisma_core import HookedDual, HookedViT, InputError, NotApplicable, TokenLayout, attentions
 from prisma_core.plugin import BriefRepr, Count, checked, positions_of, shown, widened
 
 Tokens: TypeAlias = str | int | Sequence[int] | Tensor
@@ -149,7 +150,8 @@ def attention_to(
     torch.Size([3, 4])
 
     Args:
-        model: any hooked vision transformer whose layers have as many heads.
+        model: any hooked vision transformer whose layers have as many heads; those of attentions side by side follow
+            each other.
         images: ``[batch channel height width]``.
         keys, queries: a subset of the layout (cls, distillation, registers, prefix, patches or all), or positions, such
             as those of outliers, or a mask of them.
@@ -160,16 +162,23 @@ def attention_to(
     Raises:
         UnknownName: there is no such subset.
         InputError: there is no such position, or no image.
-        NotApplicable: the model has no token of that kind, or is no vision transformer in canonical form.
+        NotApplicable: the model has no token of that kind, its layers differ in their number of heads, or it is no
+            vision transformer in canonical form.
     """
     check_vit(model)
     check_images(images)
     layout = model.layout_for(images)
     to, of = _positions(layout, keys), _positions(layout, queries)
+    names = [
+        [f"blocks.{layer}.{one.name}.hook_pattern" for one in attentions(block)]
+        for layer, block in enumerate(model.layers())
+    ]
+    if len({block.n_parallel * block.attn.n_heads for block in model.spec.blocks}) > 1:
+        raise NotApplicable("The layers differ in their number of heads, so there is no [layer head] to return.")
     found: list[Tensor] = []
     for part in _batches(images, batch_size, progress, "attention"):
-        _, cache = model.run_with_cache(part, names="blocks.*.attn.hook_pattern", output=False)
-        patterns = [cache["attn.pattern", layer] for layer in range(len(model.blocks))]
+        _, cache = model.run_with_cache(part, names=list(chain(*names)), output=False)
+        patterns = [torch.cat([cache[name] for name in layer], 1) for layer in names]
         found.append(torch.stack([pattern[:, :, of][..., to].sum(-1).mean(-1).T for pattern in patterns]))
     shares = torch.cat(found, dim=-1)
     return shares if per_image else shares.mean(-1)

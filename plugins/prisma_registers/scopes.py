@@ -117,7 +117,8 @@ def extra_registers(
 
     Raises:
         InputError: ``n`` is below 1, or values have another shape.
-        NotApplicable: the model's pooling reads its prefix tokens, so more of them change what it pools.
+        NotApplicable: the model's pooling reads its prefix tokens, or the first token where no class token stands
+            there, so more of them change what it pools.
     """
     check_vit(model)
     yield _wider(model, n, values)
@@ -207,7 +208,9 @@ def _resized(model: HookedViT, drop: range, added: Tensor | None, moves: Iterabl
     moved = (*(model.moves if isinstance(model, MovingViT) else ()), *moves)
     if not isinstance(model, MovingViT) and (beyond := model.unsaved_behaviour()):
         raise NotApplicable(f"This model {beyond}, which would be lost with another number of registers.")
-    if pool.with_prefix and pool.kind in ("avg", "attention"):
+    averaged = pool.with_prefix and pool.kind in ("avg", "attention", "token_and_avg")
+    first = pool.kind in ("token", "token_and_avg") and not layout.cls + layout.distillation
+    if averaged or first:
         raise NotApplicable(
             f"This model's {pool.kind} pooling reads registers, so another number changes what it pools."
         )

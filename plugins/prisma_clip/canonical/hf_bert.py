@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prisma_clip.canonical.common import READ, linear, norm, norm_hooks
 from prisma_clip.canonical.hf_parts import Tower, models
@@ -227,6 +227,9 @@ class OpenClipText(Tower):
                 proj.2 : in  ->  head_mlp.hook_post
             """
         return _hooks("transformer.embeddings", "transformer.encoder.layer", spec) | HookMap.parse(ends)
+
+    def call(self, upstream: nn.Module, *inputs: Tensor) -> Tensor:
+        return self.output(upstream(*inputs))
 
 
 def _projection(proj: Reader) -> tuple[int | None, MlpSpec | None]:

@@ -94,6 +94,8 @@ class MetaAdapter(Adapter):
         rows, columns = _grid(upstream, rotary=rotary)
         registers = next((name for name in REGISTERS if upstream.has(name)), None)
         down, across = proj.kernel_size
+        if not rotary and rows * down != columns * across:
+            raise upstream.unsupported("an image that is not square: its positions are resized at their native size")
         return ModelSpec(
             d_model=proj.out_channels,
             image_size=(rows * down, columns * across),

@@ -50,7 +50,7 @@ class BeitAdapter(Adapter):
     }
 
     def spec(self, upstream: Reader) -> ModelSpec:
-        rows, columns = upstream.patch_embed.grid_size
+        rows, columns = common.grid(upstream.patch_embed)
         shared = upstream.has("rel_pos_bias")
         return ModelSpec(
             d_model=upstream.embed_dim,

@@ -101,6 +101,14 @@ def explicit_attention(upstream: nn.Module) -> AbstractContextManager[None]:
     return switched(fused, "fused_attn", False)
 
 
+def grid(patches: Reader) -> tuple[int, int]:
+    """Return the rows and columns of patches of an image of the native size."""
+    if patches.grid_size is None:
+        raise patches.unsupported("no native image size")
+    rows, columns = patches.grid_size
+    return rows, columns
+
+
 def patch_embed(module: Reader, *, pos: bool, dynamic: bool) -> EmbedSpec:
     """Return the facts of timm's PatchEmbed.
 
@@ -113,8 +121,6 @@ def patch_embed(module: Reader, *, pos: bool, dynamic: bool) -> EmbedSpec:
     if module.dynamic_img_pad:
         raise module.unsupported("padding of images")
     plain_patches(module.proj)
-    if module.img_size is None:
-        raise module.unsupported("no native image size")
     any_size = not module.strict_img_size
     return EmbedSpec(
         patch=module.patch_size,

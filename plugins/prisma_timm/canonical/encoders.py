@@ -62,7 +62,7 @@ class EncoderAdapter(Adapter):
 
     def spec(self, upstream: Reader) -> ModelSpec:
         encoder = _encoder(upstream)
-        rows, columns = encoder.patch_embed.grid_size
+        rows, columns = common.grid(encoder.patch_embed)
         rope = ropes.rope(encoder.rope, eva.turning(encoder.blocks), dynamic=True)
         embed = _embed(encoder)
         if rope.grid is None:

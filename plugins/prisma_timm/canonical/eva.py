@@ -150,7 +150,7 @@ class EvaAdapter(Adapter):
 
     def spec(self, upstream: Reader) -> ModelSpec:
         patch = upstream.patch_embed
-        rows, columns = patch.grid_size
+        rows, columns = common.grid(patch)
         layout = TokenLayout(
             cls=int(upstream.has("cls_token")),
             registers=upstream.reg_token.shape[1] if upstream.has("reg_token") else 0,

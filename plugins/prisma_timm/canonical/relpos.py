@@ -41,7 +41,7 @@ class RelPosAdapter(Adapter):
     }
 
     def spec(self, upstream: Reader) -> ModelSpec:
-        rows, columns = upstream.patch_embed.grid_size
+        rows, columns = common.grid(upstream.patch_embed)
         layout = TokenLayout(cls=int(upstream.has("cls_token")), rows=rows, columns=columns)
         shared = upstream.has("shared_rel_pos")
         return ModelSpec(

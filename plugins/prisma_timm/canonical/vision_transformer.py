@@ -42,7 +42,7 @@ class VisionTransformerAdapter(Adapter):
 
     def spec(self, upstream: Reader) -> ModelSpec:
         distilled = upstream.is_a(DISTILLED)
-        rows, columns = upstream.patch_embed.grid_size
+        rows, columns = common.grid(upstream.patch_embed)
         layout = TokenLayout(
             cls=int(upstream.has_class_token),
             distillation=int(distilled),
