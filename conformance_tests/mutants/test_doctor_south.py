@@ -42,6 +42,17 @@ def _by_columns(turn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda x: table(turn)(x.roll(2, 1))
 
 
+def _one_head(x: Tensor) -> Tensor:
+    """The rows of a middle head with three channels in a cycle."""
+    first, middle, last = x.chunk(3)
+    return torch.cat([first, middle[[1, 2, 0, 3, 4, 5, 6, 7]], last])
+
+
+def _each_head(x: Tensor) -> Tensor:
+    """The columns of each head in a cycle that is one channel longer."""
+    return torch.stack([head.roll(n, 1) for n, head in enumerate(x.chunk(3, 1), 1)], 1).flatten(1)
+
+
 def _eps(reader: Reader, eps: float = 1e-5) -> NormSpec:
     return norm(reader).model_copy(update={"eps": eps})
 
@@ -206,6 +217,24 @@ PLANTED = [
         "heads of the output interleaved",
         ("blocks.{l}.attn.out.weight: columns in the order (h d), not (d h)", "and the logits"),
         functions={"turned": lambda x: rearrange(x, "o (d h) -> o (h d)", h=3) if x.ndim == 2 else x},
+        weights={"blocks.{l}.attn.out.{*}": "blocks.{l}.attn.out.{*} : {turned}"},
+    ),
+    Planted(
+        "channels of one head of queries in another order",
+        (
+            "They differ at head [1] alone, of 3.",
+            "Upstream's is ours in another order of d_head at head 1: [2, 0, 1, 3, 4, 5, 6, 7].",
+        ),
+        functions={"turned": lambda q, k, v: torch.cat([_one_head(q), k, v])},
+        weights={f"{QKV} -> blocks.{{l}}.attn.qkv.{{*}}": f"{QKV} -> blocks.{{l}}.attn.qkv.{{*}} : {{turned}}"},
+    ),
+    Planted(
+        "channels of each head of the output in another order",
+        (
+            "Upstream's output projection reads z in another order of d_head at head 0: [7, 0, 1, 2, 3, 4, 5, 6]; "
+            "1: [6, 7, 0, 1, 2, 3, 4, 5]; 2: [5, 6, 7, 0, 1, 2, 3, 4].",
+        ),
+        functions={"turned": lambda x: _each_head(x) if x.ndim == 2 else x},
         weights={"blocks.{l}.attn.out.{*}": "blocks.{l}.attn.out.{*} : {turned}"},
     ),
     Planted(

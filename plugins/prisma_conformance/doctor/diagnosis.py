@@ -12,7 +12,7 @@ from torch import nn
 from prisma_conformance import tolerances
 from prisma_conformance.doctor.advice import failures
 from prisma_conformance.doctor.bench import Bench, Trial, attempt
-from prisma_conformance.doctor.evidence import evidence
+from prisma_conformance.doctor.evidence import evidence, reordered
 from prisma_conformance.doctor.families import families
 from prisma_conformance.doctor.maps import absent_places, examine_map
 from prisma_conformance.doctor.places import fitting
@@ -26,6 +26,7 @@ from prisma_core import tensors_of
 from prisma_core.maps.rule import Rule
 from prisma_core.maps.table import pattern_of
 from prisma_core.plugin import Adapter, HookMap, Row, check_call
+from prisma_core.transformer.block import Block
 
 STEPS = 4  # mistakes that are looked for one behind the other
 AT_FAULT = ("weights.accounted", "spec.audit")  # what may say more where the numbers differ
@@ -140,6 +141,7 @@ def _compared(bench: Bench, trial: Trial, progress: Callable[[str], None] | None
             *_conflicts(search),
             *_beyond(trial),
             *_evidence(bench, trial, first),
+            *_output_columns(bench, trial, first),
             *_feeding(bench, trial, first),
         ),
         remedies=tuple(one.remedy for one in improvements[:MOST]),
@@ -175,6 +177,17 @@ def _evidence(bench: Bench, trial: Trial, first: str) -> tuple[str, ...]:
     if first not in trial.theirs:
         return ()
     return tuple(evidence(trial.ours[first], trial.theirs[first], axes, spare, bench.numbers))
+
+
+def _output_columns(bench: Bench, trial: Trial, first: str) -> Iterator[str]:
+    """The order in which an attention's output projection would have to read its heads, or their channels."""
+    path = first.rpartition(".")[0]
+    block = bench.model()[0].get_submodule(path)
+    if first in trial.theirs and first.endswith("hook_attn_out") and isinstance(block, Block):
+        z, attn = trial.ours[f"{path}.attn.hook_z"], block.attn
+        addend = trial.theirs[first] / getattr(block.ls1, "gamma", 1.0)
+        read = ((addend - attn.b_O) @ attn.W_O.flatten(0, 1).pinverse()).view(z.shape)
+        yield from reordered(z, read, ("batch", "pos", "head", "d_head"), "Upstream's output projection reads z")
 
 
 def _feeding(bench: Bench, trial: Trial, first: str) -> Iterator[str]:
