@@ -220,6 +220,15 @@ PLANTED = [
         weights={"blocks.{l}.attn.out.{*}": "blocks.{l}.attn.out.{*} : {turned}"},
     ),
     Planted(
+        "weights of a norm without the 1 that upstream adds",
+        ("blocks.{l}.ln1.weight: 1 more than what its row makes", "and the logits"),
+        functions={"less": lambda x: x - 1},
+        weights={
+            f"{AT}.before_attention.{{*}}         ->  blocks.{{l}}.ln1.{{*}}": f"{AT}.before_attention.weight -> "
+            f"blocks.{{l}}.ln1.weight : {{less}}\n{AT}.before_attention.bias -> blocks.{{l}}.ln1.bias"
+        },
+    ),
+    Planted(
         "channels of one head of queries in another order",
         (
             "They differ at head [1] alone, of 3.",

@@ -12,6 +12,7 @@ from torch import nn
 from prisma_conformance import tolerances
 from prisma_conformance.doctor.advice import failures
 from prisma_conformance.doctor.bench import Bench, Trial, attempt
+from prisma_conformance.doctor.change import Change
 from prisma_conformance.doctor.evidence import evidence, reordered
 from prisma_conformance.doctor.families import families
 from prisma_conformance.doctor.maps import absent_places, examine_map
@@ -151,11 +152,11 @@ def _compared(bench: Bench, trial: Trial, progress: Callable[[str], None] | None
 
 
 def _conflicts(search: Search) -> list[str]:
-    """What one field cannot say: a value that mends one hook point and breaks another."""
+    """What one field of a spec cannot say: a value that mends one hook point and breaks another."""
     return [
         f"With {change.says}, it agrees, and {other} does not: one field stands for both. "
         "Refuse models in which the two differ: reader.expect(NAME=VALUE)."
-        for change, other in search.conflicts[:1]
+        for change, other in [one for one in search.conflicts if one[0].spec is not Change.spec][:1]
     ]
 
 

@@ -53,7 +53,7 @@ def evidence(
             if _close(operate(ours, constant), theirs):
                 of = " and ".join(axes[axis] for axis in kept)
                 missing = "scale" if what == "times" else "summand"
-                source = _equal(constant, spare)
+                source = _equal(constant, spare) or ", or is another"
                 yield f"Upstream's is ours {what} a number for each {of}: a {missing} is missing{source}."
                 return
     yield from reordered(ours, theirs, axes)
@@ -61,7 +61,8 @@ def evidence(
 
 def _kept(axes: Sequence[str]) -> list[tuple[int, ...]]:
     last, second = len(axes) - 1, len(axes) - 2
-    return [(last,), *([(second,), (second, last)] if second > 0 else [])]
+    every = tuple(range(1, len(axes)))  # the same for all inputs
+    return list(dict.fromkeys([(last,), *([(second,), (second, last), every] if second > 0 else [])]))
 
 
 def _median(x: Tensor, kept: tuple[int, ...]) -> Tensor:
