@@ -220,6 +220,12 @@ PLANTED = [
         weights={"blocks.{l}.attn.out.{*}": "blocks.{l}.attn.out.{*} : {turned}"},
     ),
     Planted(
+        "classes in another order",
+        ("Upstream's is ours in another order of class: [6, 5, 4, 3, 2, 1, 0].", "'head.{*} -> head.{*} : {turned}'"),
+        functions={"turned": lambda x: x.flip(0)},
+        weights={"head.{*}                          ->  head.{*}": "head.{*} -> head.{*} : {turned}"},
+    ),
+    Planted(
         "weights of a norm without the 1 that upstream adds",
         ("blocks.{l}.ln1.weight: 1 more than what its row makes", "and the logits"),
         functions={"less": lambda x: x - 1},

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from prisma_conformance import CHECKS, Case
 from prisma_conformance.checks import axes, live, running
-from prisma_conformance.report.results import DeviceFailed
+from prisma_conformance.finding import Finding
+from prisma_conformance.measure import typical, worst
+from prisma_conformance.report.results import Certificate, CheckResult, DeviceFailed, Report
 from prisma_conformance.run import run_check
 from prisma_conformance.subject import Subject
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ from prisma_core.zoo import adapt_with
 
 pytest.importorskip("timm", reason="timm is not installed: pip install 'prisma-interp[timm]'")
 
-from .mutants import CASES, Mutant, built, parameters, point
+from .mutants import CASES, Cutting, Ignoring, Mutant, built, parameters, point
 from .north import NorthAdapter, NorthViT
 
 
@@ -114,6 +116,18 @@ MUTANTS = [
         "hooks.live",
         "the gradient by hook_embed is not finite",
         edit=point("blocks.0.hook_resid_pre", Infinite),
+    ),
+    Mutant(
+        "an edit of what heads return ignored",
+        "hooks.live",
+        "an edit at blocks.0.attn.hook_result does not reach the output",
+        edit=point("blocks.0.attn.hook_result", Ignoring),
+    ),
+    Mutant(
+        "what heads return without a gradient",
+        "hooks.live",
+        "no gradient reaches blocks.0.attn.hook_result",
+        edit=point("blocks.0.attn.hook_result", Cutting),
     ),
     Mutant(
         "the gradient of one weight cut off",
@@ -264,6 +278,74 @@ def test_a_device_that_breaks_ends_the_run() -> None:
         run_check(CHECKS["parity.logits"], subject)
 
 
+class Dropout(nn.Module):
+    """No class of torch's, whatever its name is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = 0.1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_attributes_are_excused_in_torchs_own_classes_alone() -> None:
+    upstream = NorthViT()
+    upstream.norm.drop, upstream.norm.dropped = nn.Dropout(), Dropout()
+    problems = run_check(CHECKS["spec.audit"], Subject(Case("north", NorthViT), Recognising(), upstream, seed=1)).detail
+    assert problems.count("neither read nor ignored") == 1
+    assert "test_rare_problems.Dropout.p = 0.1 at 'norm.dropped' is neither read" in problems
+
+
+class Recognising(NorthAdapter):
+    """Asks for the class of a part, and for nothing of it."""
+
+    def spec(self, upstream: Any) -> Any:
+        upstream.norm.dropped.expect(f"{__name__}.Dropout")
+        return super().spec(upstream)
+
+
+# -------------------------------------------------------------------- what a number and a report say
+
+
+def test_what_cannot_be_compared_is_as_wrong_as_can_be() -> None:
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).double()
+    hidden = x.masked_fill(x < 0, -torch.inf)
+    for measure in (worst, typical):
+        assert measure(x, x) == 0
+        assert measure(x, x[:1]) == measure(x[0], x) == torch.inf
+        assert measure(x * torch.nan, x) == measure(x, x * torch.nan) == torch.inf
+    assert worst(x[:0], x[:0]) == 0
+    assert worst(hidden, hidden) == worst(hidden, x.masked_fill(x < 0, torch.finfo(x.dtype).min)) == 0
+    assert worst(x, hidden) == worst(hidden, x) == torch.inf
+
+
+@pytest.mark.parametrize(
+    ("error", "problems", "passed"),
+    [
+        (0.5, (), True),
+        (1.0, (), True),
+        (1.5, (), False),
+        (float("nan"), (), False),
+        (None, (), True),
+        (0.5, ("x",), False),
+    ],
+)
+def test_a_finding_passes_within_its_bound_alone(error: float | None, problems: tuple[str, ...], passed: bool) -> None:
+    assert Finding(error, 1.0, problems).passed == passed
+
+
+def test_nothing_that_ran_is_no_pass() -> None:
+    facts = {"name": "x", "upstream": "a.B", "library": "a", "version": "1", "torch": "2"}
+    right, skipped, wrong = (
+        CheckResult(name="x", passed=one == 0, skipped="why" if one == 1 else None) for one in range(3)
+    )
+    for results, passed in (((), False), ((skipped,), False), ((right, skipped), True), ((right, wrong), False)):
+        certificate = Certificate(**facts, results=results)
+        assert certificate.passed == Report(certificates=(certificate,)).passed == passed
+    assert not Report(certificates=()).passed
+
+
 # -------------------------------------------------------------------- hooked upstreams
 
 
@@ -274,6 +356,21 @@ def test_a_device_that_breaks_ends_the_run() -> None:
             "weights.accounted",
             lambda upstream, model: upstream.head.bias.data.add_(1),
             "adapting or running changed upstream's head.bias",
+        ),
+        (
+            "weights.accounted",
+            lambda upstream, model: upstream.head.register_forward_hook(lambda *_: None),
+            "changed upstream's head._forward_hooks",
+        ),
+        (
+            "weights.accounted",
+            lambda upstream, model: setattr(upstream.head, "forward", upstream.head.forward),
+            "changed upstream's head.forward",
+        ),
+        (
+            "weights.accounted",
+            lambda upstream, model: upstream.head.bias.requires_grad_(False),
+            "changed upstream's head.bias.requires_grad",
         ),
         ("weights.accounted", lambda upstream, model: model.upstream.head.bias.data.add_(1), "head.bias differs"),
         (

@@ -197,7 +197,7 @@ def _one_kind(spec: AnySpec) -> Iterator[Change]:
 
 
 def _heads(spec: AnySpec) -> Iterator[Change]:
-    """Other numbers of heads: of keys and values; and of all, as wide together, with the scale as it is and the usual."""
+    """Other numbers of heads: of keys and values; of all, as wide together, with the scale as it is and the usual."""
     attns = [one for one in fields(spec) if isinstance(one.value, AttentionSpec) and one.layer is not None]
     if not attns:
         return
