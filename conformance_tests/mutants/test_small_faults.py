@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import pytest
 import torch
-from prisma_conformance import CHECKS, Case
+from prisma_conformance import CHECKS, Case, Images, randomise
 from prisma_conformance.checks import axes
 from prisma_conformance.finding import Finding
 from prisma_conformance.measure import typical, worst
@@ -16,6 +17,7 @@ from prisma_conformance.subject import Subject
 from torch import Tensor, nn
 from windows import Adapter, Upstream
 
+from prisma_core.inputs import Preprocess
 from prisma_core.maps.places import HookMap
 from prisma_core.zoo import adapt_with
 
@@ -48,6 +50,45 @@ class Recognising(NorthAdapter):
     def spec(self, upstream: Any) -> Any:
         upstream.norm.dropped.expect(f"{__name__}.Dropout")
         return super().spec(upstream)
+
+
+class Shift(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+class Shifted(NorthViT):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = Shift()
+
+
+def test_a_part_without_weights_has_to_be_read() -> None:
+    class Unaware(NorthAdapter):
+        types = (f"{__name__}.Shifted",)
+
+    detail = run_check(CHECKS["spec.audit"], Subject(Case("shifted", Shifted), Unaware(), Shifted(), seed=1)).detail
+    assert detail == f"{__name__}.Shifted.shift (Shift) is neither read nor ignored with a reason"
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_preprocessing_is_compared_on_each_image(number: int) -> None:
+    ours, calls = Preprocess(size=(12, 16)), count()
+    images = Images(ours, lambda image: ours.prepared(image) + (next(calls) == number))
+    case = Case("north", NorthViT, images=lambda upstream: images)
+    result = run_check(CHECKS["preprocess"], Subject(case, NorthAdapter(), NorthViT()))
+    assert result.detail.startswith("an image of ")
+    assert result.detail.count("differs by 1.0e+00") == 1
+
+
+def test_saved_buffers_are_drawn_and_constants_stay() -> None:
+    module = nn.BatchNorm1d(5)
+    module.register_buffer("constant", torch.ones(5), persistent=False)
+    randomise(module, torch.Generator().manual_seed(0))
+    assert module.running_mean.std() > 0.05
+    assert (module.running_var > 0).all()
+    assert module.running_var.std() > 0.05
+    assert module.constant.equal(torch.ones(5))
 
 
 # -------------------------------------------------------------------- what a number and a report say
@@ -153,3 +194,12 @@ def test_a_hooked_upstream_that_is_another_is_seen(check: str, change: Any, says
 def test_axes_out_of_order_are_named(names: str, says: list[str]) -> None:
     (row,) = HookMap.parse(f"place -> hook_x : {names}").rows
     assert list(axes.misnamed({row.hook: row}, {row.hook: torch.zeros(2, 3, 4)}, torch.zeros(2, 3))) == says
+
+
+def test_an_attention_with_heads_has_them_in_its_vectors() -> None:
+    table = HookMap.parse("""
+        scores -> attn.hook_attn_scores : batch head query_pos key_pos
+        q      -> attn.hook_q           : batch pos group d_head
+    """)
+    (said,) = axes.misnamed({row.hook: row for row in table.rows}, {}, torch.zeros(2, 3))
+    assert said == "attn.hook_q has the axes 'batch pos group d_head': expected 'head', as scores have it"
