@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -302,6 +303,12 @@ PLANTED = [
 @pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.name.replace(" ", "-"))
 def test_the_doctor_names_the_mistake_and_the_place(planted: Planted) -> None:
     assert_named(planted, subject_of(planted))
+
+
+def test_an_output_behind_the_softmax_is_named() -> None:
+    case = replace(CASE, forward=lambda model, image: model(image).softmax(-1))
+    answer = str(examine(Subject(case, SouthAdapter(), SouthViT(), seed=1)))
+    assert "Upstream's is the softmax of ours." in answer
 
 
 def test_the_doctor_finds_nothing_wrong_with_what_is_right() -> None:

@@ -131,6 +131,12 @@ MUTANTS = [
         edit=forward("head", biased_alone),
     ),
     Mutant(
+        "a gradient that is off by a millionth",
+        "parity.gradients",
+        "the gradient by head.bias differs by 1.0e-06",
+        edit=forward("head", lambda part, own, x: own(x) + 1e-6 * (part.bias - part.bias.detach())),
+    ),
+    Mutant(
         "the gradient by a tensor that no row takes",
         "parity.gradients",
         "the gradient by head.bias differs by",

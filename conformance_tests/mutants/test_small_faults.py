@@ -14,11 +14,13 @@ from prisma_conformance.measure import typical, worst
 from prisma_conformance.report.results import Certificate, CheckResult, Report
 from prisma_conformance.run import run_check
 from prisma_conformance.subject import Subject
+from prisma_conformance.tolerances import FLOAT64, routes
 from torch import Tensor, nn
 from windows import Adapter, Upstream
 
 from prisma_core.inputs import Preprocess
 from prisma_core.maps.places import HookMap
+from prisma_core.spec import ModelSpec, NormSpec
 from prisma_core.zoo import adapt_with
 
 from .mistakes import biased_alone, forward
@@ -104,6 +106,14 @@ def test_what_cannot_be_compared_is_as_wrong_as_can_be() -> None:
     assert worst(x[:0], x[:0]) == 0
     assert worst(hidden, hidden) == worst(hidden, x.masked_fill(x < 0, torch.finfo(x.dtype).min)) == 0
     assert worst(x, hidden) == worst(hidden, x) == torch.inf
+
+
+def test_what_rounds_to_float32_is_allowed_its_rounding_and_no_more() -> None:
+    exact, rounding = (
+        ModelSpec.plain(norm=NormSpec(eps=1e-5, in_float32=rounds), layers=1) for rounds in (False, True)
+    )
+    assert routes(exact) == FLOAT64
+    assert 10 * torch.finfo(torch.float32).eps < routes(rounding) < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,9 @@ def evidence(
         return
     if _close(theirs, torch.zeros_like(theirs)) or not torch.isfinite(ours).all():
         return
+    if _close(ours.softmax(-1), theirs):
+        yield "Upstream's is the softmax of ours."
+        return
     for axis in range(1, ours.ndim):
         apart = ((ours - theirs).movedim(axis, 0).flatten(1).abs().amax(1) > 1e3 * tolerances.FLOAT64).nonzero()
         if 0 < len(apart) <= ours.shape[axis] // 2:
