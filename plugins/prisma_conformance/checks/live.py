@@ -14,7 +14,7 @@ from prisma_conformance.finding import Finding
 from prisma_conformance.measure import worst
 from prisma_conformance.subject import Inputs, Subject, differentiable
 from prisma_core import HookContext, HookedUpstream, ZooModel
-from prisma_core.plugin import HookError
+from prisma_core.plugin import HookError, HookMapping
 
 Hook = Callable[[Tensor, HookContext], "Tensor | None"]
 
@@ -92,7 +92,7 @@ def _same(model: ZooModel, ours: Tensor, theirs: Tensor) -> bool:
     return torch.equal(ours, theirs) if on_cpu else worst(ours, theirs) <= tolerances.routes(model.spec)
 
 
-def _unchanging(names: list[str]) -> dict[str | tuple[str, int], Hook]:
+def _unchanging(names: list[str]) -> HookMapping:
     return {name: _give_back if index % 2 else _give_nothing for index, name in enumerate(names)}
 
 
