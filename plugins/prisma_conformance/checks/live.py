@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -15,8 +14,6 @@ from prisma_conformance.measure import worst
 from prisma_conformance.subject import Inputs, Subject, differentiable
 from prisma_core import HookContext, HookedUpstream, ZooModel
 from prisma_core.plugin import HookError, HookMapping
-
-Hook = Callable[[Tensor, HookContext], "Tensor | None"]
 
 
 def live(subject: Subject) -> Finding:
