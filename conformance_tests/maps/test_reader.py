@@ -35,6 +35,15 @@ def test_parts_are_counted_as_often_as_they_are_used() -> None:
             reader[index]
 
 
+def test_a_part_is_true_where_it_is_so_upstream() -> None:
+    """An adapter may say ``norm(upstream.norm) if upstream.norm else None``."""
+    parts = (nn.LayerNorm(2), nn.GELU(), nn.Identity(), nn.Sequential(), nn.Sequential(nn.GELU()), None)
+    model = nn.Module()
+    for number, part in enumerate(parts):
+        setattr(model, f"part{number}", part)
+        assert bool(getattr(Reader(model), f"part{number}")) == bool(part), part
+
+
 def test_a_class_is_recognised_by_its_name_alone() -> None:
     reader = Reader(upstream())
     assert reader[1].expect(approximate="tanh").path == "1"

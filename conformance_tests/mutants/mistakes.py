@@ -1,4 +1,4 @@
-"""Mistakes planted in the adapter of a third party: edits of its facts, functions and tables."""
+"""Mistakes planted in the adapter of a third party: edits of its facts, functions and tables; of a part's forward."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch.nn.functional as F
 from prisma_conformance.doctor.diagnosis import examine
 from prisma_conformance.subject import Subject
-from torch import Tensor
+from torch import Tensor, nn
 
 from prisma_core.plugin import Reader
 
@@ -49,3 +50,19 @@ def assert_named(planted: Planted, subject: Subject) -> None:
     assert not answer.healthy
     for part in planted.says:
         assert part in str(answer), str(answer)
+
+
+def forward(path: str, wrong: Callable[..., Tensor]) -> Callable[[nn.Module], None]:
+    """Return a change of the forward of a part; ``wrong`` takes the part, its own forward and the input."""
+
+    def change(model: nn.Module) -> None:
+        part = model.get_submodule(path)
+        own = part.forward
+        part.forward = lambda x: wrong(part, own, x)
+
+    return change
+
+
+def biased_alone(part: nn.Linear, own: object, x: Tensor) -> Tensor:
+    """The numbers of a linear layer, without the gradient by its bias."""
+    return F.linear(x, part.weight, part.bias.detach())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,6 +41,17 @@ def _slower(turn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 def _by_columns(turn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda x: table(turn)(x.roll(2, 1))
+
+
+def _one_head(x: Tensor) -> Tensor:
+    """The rows of a middle head with three channels in a cycle."""
+    first, middle, last = x.chunk(3)
+    return torch.cat([first, middle[[1, 2, 0, 3, 4, 5, 6, 7]], last])
+
+
+def _each_head(x: Tensor) -> Tensor:
+    """The columns of each head in a cycle that is one channel longer."""
+    return torch.stack([head.roll(n, 1) for n, head in enumerate(x.chunk(3, 1), 1)], 1).flatten(1)
 
 
 def _eps(reader: Reader, eps: float = 1e-5) -> NormSpec:
@@ -209,6 +221,39 @@ PLANTED = [
         weights={"blocks.{l}.attn.out.{*}": "blocks.{l}.attn.out.{*} : {turned}"},
     ),
     Planted(
+        "classes in another order",
+        ("Upstream's is ours in another order of class: [6, 5, 4, 3, 2, 1, 0].", "'head.{*} -> head.{*} : {turned}'"),
+        functions={"turned": lambda x: x.flip(0)},
+        weights={"head.{*}                          ->  head.{*}": "head.{*} -> head.{*} : {turned}"},
+    ),
+    Planted(
+        "weights of a norm without the 1 that upstream adds",
+        ("blocks.{l}.ln1.weight: 1 more than what its row makes", "and the logits"),
+        functions={"less": lambda x: x - 1},
+        weights={
+            f"{AT}.before_attention.{{*}}         ->  blocks.{{l}}.ln1.{{*}}": f"{AT}.before_attention.weight -> "
+            f"blocks.{{l}}.ln1.weight : {{less}}\n{AT}.before_attention.bias -> blocks.{{l}}.ln1.bias"
+        },
+    ),
+    Planted(
+        "channels of one head of queries in another order",
+        (
+            "They differ at head [1] alone, of 3.",
+            "Upstream's is ours in another order of d_head at head 1: [2, 0, 1, 3, 4, 5, 6, 7].",
+        ),
+        functions={"turned": lambda q, k, v: torch.cat([_one_head(q), k, v])},
+        weights={f"{QKV} -> blocks.{{l}}.attn.qkv.{{*}}": f"{QKV} -> blocks.{{l}}.attn.qkv.{{*}} : {{turned}}"},
+    ),
+    Planted(
+        "channels of each head of the output in another order",
+        (
+            "Upstream's output projection reads z in another order of d_head at head 0: [7, 0, 1, 2, 3, 4, 5, 6]; "
+            "1: [6, 7, 0, 1, 2, 3, 4, 5]; 2: [5, 6, 7, 0, 1, 2, 3, 4].",
+        ),
+        functions={"turned": lambda x: _each_head(x) if x.ndim == 2 else x},
+        weights={"blocks.{l}.attn.out.{*}": "blocks.{l}.attn.out.{*} : {turned}"},
+    ),
+    Planted(
         "positions of patches one place on",
         ("embed.pos_embed: one place back",),
         functions={"p": lambda x: torch.cat([x.new_zeros(PREFIX, 24), x[0].roll(1, 0)])},
@@ -258,6 +303,12 @@ PLANTED = [
 @pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.name.replace(" ", "-"))
 def test_the_doctor_names_the_mistake_and_the_place(planted: Planted) -> None:
     assert_named(planted, subject_of(planted))
+
+
+def test_an_output_behind_the_softmax_is_named() -> None:
+    case = replace(CASE, forward=lambda model, image: model(image).softmax(-1))
+    answer = str(examine(Subject(case, SouthAdapter(), SouthViT(), seed=1)))
+    assert "Upstream's is the softmax of ours." in answer
 
 
 def test_the_doctor_finds_nothing_wrong_with_what_is_right() -> None:

@@ -177,6 +177,19 @@ def test_a_place_that_not_everything_reads_is_caught_while_it_is_edited() -> Non
     assert found.passed, str(found)
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_stream_goes_from_block_to_block(layer: int) -> None:
+    found = result(
+        Adapter(f"""
+            blocks.0          ->  blocks.0.hook_resid_post  : {STREAM}
+            blocks.{layer} : in     ->  blocks.1.hook_resid_pre   : {STREAM}
+        """),
+        "algebra",
+    )
+    assert found.passed == (layer == 1)
+    assert found.passed or "blocks.1.hook_resid_pre = blocks.0.resid_post: off by" in found.detail
+
+
 UNPROVEN = {
     "prose": ("= gelu(pre)", "= act(pre)", "blocks.0.mlp.hook_post ('act(pre)' is prose: 'act' is no function"),
     "no text": ("= blocks.0.norm1(resid_pre)", "", "blocks.0.ln1.hook_normalized"),

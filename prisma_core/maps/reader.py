@@ -32,8 +32,7 @@ class Reader:
     def __init__(self, module: nn.Module, path: str = "", above: Reader | None = None):
         self.module = module
         self.path = path
-        self.record: set[str] = above.record if above is not None else set()
-        self.classes: set[str] = above.classes if above is not None else set()
+        self.record, self.classes = (set[str](), set[str]()) if above is None else (above.record, above.classes)
         self.latest: list[Any] = above.latest if above is not None else [self, "", module]
 
     def _below(self, name: str) -> str:
@@ -65,8 +64,7 @@ class Reader:
         True
         """
         full = qualified_name(self.module)
-        known = full in names or (full.startswith(TORCH) and full.rpartition(".")[2] in names)
-        if known:
+        if known := full in names or (full.startswith(TORCH) and full.rpartition(".")[2] in names):
             self.classes.add(self.path)
         return known
 
@@ -76,8 +74,7 @@ class Reader:
         >>> Reader(nn.Linear(1, 1)).of_class({"torch.nn.modules.linear.Linear": "linear"})
         'linear'
         """
-        value = table.get(qualified_name(self.module))
-        if value is not None:
+        if (value := table.get(qualified_name(self.module))) is not None:
             self.classes.add(self.path)
         return value
 
@@ -106,6 +103,9 @@ class Reader:
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+    def __bool__(self) -> bool:  # a norm is there, though it has no parts
+        return bool(self.module)
 
     def unsupported(self, feature: str) -> UnsupportedArchitecture:
         """The error that names this module and a feature that Prisma cannot represent."""

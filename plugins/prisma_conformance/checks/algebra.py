@@ -60,7 +60,7 @@ def equations(
     left = acts if before is None else before
     for point, equation, value, step in _model(model, Acts(acts), inputs):
         if step or before is None:
-            errors[point, equation] = max(errors.get((point, equation), 0.0), worst(left[point], value))
+            errors[point, equation] = worst(left[point], value)
     return errors
 
 

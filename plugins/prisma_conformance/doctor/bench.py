@@ -137,10 +137,12 @@ class Bench:
         places = self._read(inputs, rows)
         sizes = {**hooks.sizes, "batch": len(inputs[0])}
         tensors = {row.hook: row.read(places[row.place], sizes) for row in rows if row.place in places}
-        errors = {name: worst(cache.store[name], tensor) for name, tensor in tensors.items()}
         error = worst(logits, theirs)
+        if OUTPUT in points:  # with a row or without
+            tensors.setdefault(OUTPUT, theirs)
+        errors = {name: worst(cache.store[name], tensor) for name, tensor in tensors.items()}
         if OUTPUT in points:
-            errors[OUTPUT] = max(error, errors.get(OUTPUT, 0.0))
+            errors[OUTPUT] = max(error, errors[OUTPUT])
         return Trial(
             {name: errors[name] for name in points if name in errors},
             error,

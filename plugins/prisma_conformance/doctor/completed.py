@@ -13,7 +13,7 @@ from prisma_core.maps.rule import Rule
 from prisma_core.maps.table import pattern_of
 from prisma_core.plugin import WeightMap, WeightMapError
 
-_FACTOR = re.compile(r".*gamma|(.*\.)?(ln\w*|\w*norm)(\.\d+)?\.weight")
+FACTOR = re.compile(r".*gamma|(.*\.)?(ln\w*|\w*norm)(\.\d+)?\.weight")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Completed(WeightMap):
                 state |= self._of(rule, upstream, shapes, like)
             except WeightMapError as problem:
                 self.gaps[name] = str(problem)
-                make = torch.ones if _FACTOR.fullmatch(name) else torch.zeros
+                make = torch.ones if FACTOR.fullmatch(name) else torch.zeros
                 state[name] = make(shape, dtype=like.dtype, device=like.device)
         return state
 
@@ -64,4 +64,4 @@ class Completed(WeightMap):
         return tensors
 
 
-__all__ = ["Completed"]
+__all__ = ["FACTOR", "Completed"]

@@ -12,7 +12,8 @@ from torch import nn
 from prisma_conformance import tolerances
 from prisma_conformance.doctor.advice import failures
 from prisma_conformance.doctor.bench import Bench, Trial, attempt
-from prisma_conformance.doctor.evidence import evidence
+from prisma_conformance.doctor.change import Change
+from prisma_conformance.doctor.evidence import evidence, reordered
 from prisma_conformance.doctor.families import families
 from prisma_conformance.doctor.maps import absent_places, examine_map
 from prisma_conformance.doctor.places import fitting
@@ -26,6 +27,7 @@ from prisma_core import tensors_of
 from prisma_core.maps.rule import Rule
 from prisma_core.maps.table import pattern_of
 from prisma_core.plugin import Adapter, HookMap, Row, check_call
+from prisma_core.transformer.block import Block
 
 STEPS = 4  # mistakes that are looked for one behind the other
 AT_FAULT = ("weights.accounted", "spec.audit")  # what may say more where the numbers differ
@@ -140,6 +142,7 @@ def _compared(bench: Bench, trial: Trial, progress: Callable[[str], None] | None
             *_conflicts(search),
             *_beyond(trial),
             *_evidence(bench, trial, first),
+            *_output_columns(bench, trial, first),
             *_feeding(bench, trial, first),
         ),
         remedies=tuple(one.remedy for one in improvements[:MOST]),
@@ -149,11 +152,11 @@ def _compared(bench: Bench, trial: Trial, progress: Callable[[str], None] | None
 
 
 def _conflicts(search: Search) -> list[str]:
-    """What one field cannot say: a value that mends one hook point and breaks another."""
+    """What one field of a spec cannot say: a value that mends one hook point and breaks another."""
     return [
         f"With {change.says}, it agrees, and {other} does not: one field stands for both. "
         "Refuse models in which the two differ: reader.expect(NAME=VALUE)."
-        for change, other in search.conflicts[:1]
+        for change, other in [one for one in search.conflicts if one[0].spec is not Change.spec][:1]
     ]
 
 
@@ -175,6 +178,17 @@ def _evidence(bench: Bench, trial: Trial, first: str) -> tuple[str, ...]:
     if first not in trial.theirs:
         return ()
     return tuple(evidence(trial.ours[first], trial.theirs[first], axes, spare, bench.numbers))
+
+
+def _output_columns(bench: Bench, trial: Trial, first: str) -> Iterator[str]:
+    """The order in which an attention's output projection would have to read its heads, or their channels."""
+    path = first.rpartition(".")[0]
+    block = bench.model()[0].get_submodule(path)
+    if first in trial.theirs and first.endswith("hook_attn_out") and isinstance(block, Block):
+        z, attn = trial.ours[f"{path}.attn.hook_z"], block.attn
+        addend = trial.theirs[first] / getattr(block.ls1, "gamma", 1.0)
+        read = ((addend - attn.b_O) @ attn.W_O.flatten(0, 1).pinverse()).view(z.shape)
+        yield from reordered(z, read, ("batch", "pos", "head", "d_head"), "Upstream's output projection reads z")
 
 
 def _feeding(bench: Bench, trial: Trial, first: str) -> Iterator[str]:

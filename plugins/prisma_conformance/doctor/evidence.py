@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice, permutations
 
 import torch
 from torch import Tensor
@@ -31,10 +32,14 @@ def evidence(
         return
     if _close(theirs, torch.zeros_like(theirs)) or not torch.isfinite(ours).all():
         return
+    if _close(ours.softmax(-1), theirs):
+        yield "Upstream's is the softmax of ours."
+        return
     for axis in range(1, ours.ndim):
         apart = ((ours - theirs).movedim(axis, 0).flatten(1).abs().amax(1) > 1e3 * tolerances.FLOAT64).nonzero()
         if 0 < len(apart) <= ours.shape[axis] // 2:
             yield f"They differ at {axes[axis]} {apart.flatten().tolist()[:12]} alone, of {ours.shape[axis]}."
+            yield from reordered(ours, theirs, axes)
             return
     operations: tuple[tuple[str, Tensor, Callable[[Tensor, Tensor], Tensor]], ...] = (
         ("times", theirs / ours, torch.mul),
@@ -51,15 +56,16 @@ def evidence(
             if _close(operate(ours, constant), theirs):
                 of = " and ".join(axes[axis] for axis in kept)
                 missing = "scale" if what == "times" else "summand"
-                source = _equal(constant, spare)
+                source = _equal(constant, spare) or ", or is another"
                 yield f"Upstream's is ours {what} a number for each {of}: a {missing} is missing{source}."
                 return
-    yield from _reordered(ours, theirs, axes)
+    yield from reordered(ours, theirs, axes)
 
 
 def _kept(axes: Sequence[str]) -> list[tuple[int, ...]]:
     last, second = len(axes) - 1, len(axes) - 2
-    return [(last,), *([(second,), (second, last)] if second > 0 else [])]
+    every = tuple(range(1, len(axes)))  # the same for all inputs
+    return list(dict.fromkeys([(last,), *([(second,), (second, last), every] if second > 0 else [])]))
 
 
 def _median(x: Tensor, kept: tuple[int, ...]) -> Tensor:
@@ -89,19 +95,40 @@ def _equal(constant: Tensor, spare: Mapping[str, Tensor]) -> str:
     return ""
 
 
-def _reordered(ours: Tensor, theirs: Tensor, axes: Sequence[str]) -> Iterator[str]:
-    """Find an axis along which the two hold the same numbers in another order."""
-    for axis in range(1, ours.ndim):
-        if not _close(ours.sort(axis).values, theirs.sort(axis).values):
-            continue
-        one, other = (x.movedim(axis, 0).flatten(1) for x in (ours, theirs))
-        order = [int((one - row).abs().amax(1).argmin()) for row in other]
-        if sorted(order) == list(range(len(one))):
-            shown = f"{order[:12]}{' ...' if len(order) > 12 else ''}"
-            yield f"Upstream's is ours in another order of {axes[axis]}: {shown}."
+def reordered(ours: Tensor, theirs: Tensor, axes: Sequence[str], says: str = "Upstream's is ours") -> Iterator[str]:
+    """Find an axis along which the two hold the same numbers in another order, or in one of its own for each place.
+
+    Args:
+        ours, theirs, axes: as ``evidence`` takes them.
+        says: how the sentence begins.
+    """
+    if not _close(ours.flatten().sort().values, theirs.flatten().sort().values):
+        return
+    several = range(1, ours.ndim)
+    for axis in several:
+        if order := order_of(ours, theirs, axis):
+            yield f"{says} in another order of {axes[axis]}: {_short(order)}."
             return
-    if ours.ndim > 2 and _close(ours.flatten().sort().values, theirs.flatten().sort().values):
-        yield "Upstream's holds the same numbers in another order."
+    for by, axis in permutations(several, 2):
+        pairs = zip(ours.unbind(by), theirs.unbind(by), strict=True)
+        orders = [order_of(one, other, axis - (by < axis)) for one, other in pairs]
+        if all(orders):
+            where = (f"{at}: {_short(order)}" for at, order in enumerate(orders) if order != sorted(order))
+            yield f"{says} in another order of {axes[axis]} at {axes[by]} {'; '.join(islice(where, 6))}."
+            return
+    if ours.ndim > 2:
+        yield f"{says} with its numbers in another order."
 
 
-__all__ = ["evidence"]
+def order_of(ours: Tensor, theirs: Tensor, axis: int = 0) -> list[int]:
+    """The order in which ours are theirs along an axis; none if they differ in more."""
+    one, other = (x.movedim(axis, 0).flatten(1) for x in (ours, theirs))
+    order = [int((one - row).abs().amax(1).argmin()) for row in other]
+    return order if sorted(order) == list(range(len(one))) and _close(one[order], other) else []
+
+
+def _short(order: Sequence[int]) -> str:
+    return f"{list(order[:12])}{' ...' if len(order) > 12 else ''}"
+
+
+__all__ = ["evidence", "order_of", "reordered"]

@@ -197,16 +197,17 @@ def _one_kind(spec: AnySpec) -> Iterator[Change]:
 
 
 def _heads(spec: AnySpec) -> Iterator[Change]:
-    """Another number of heads of the same width together, with the scale as it is and the usual one."""
+    """Other numbers of heads: of keys and values; of all, as wide together, with the scale as it is and the usual."""
     attns = [one for one in fields(spec) if isinstance(one.value, AttentionSpec) and one.layer is not None]
     if not attns:
         return
-    if any(one.value.n_heads != one.value.n_kv_heads for one in attns):
-        says = f"{attns[0].family}.n_kv_heads={attns[0].value.n_heads} (it is {attns[0].value.n_kv_heads})"
-        alike = _setting(attns, lambda field: field.value.model_copy(update={"n_kv_heads": field.value.n_heads}))
-        yield Change(says, alike)
+    first = attns[0].value
+    for n in (n for n in range(first.n_heads, 0, -1) if first.n_heads % n == 0 and n != first.n_kv_heads):
+        says = f"{attns[0].family}.n_kv_heads={n} (it is {first.n_kv_heads})"
+        yield Change(says, _setting(attns, lambda field, n=n: field.value.model_copy(update={"n_kv_heads": n})))
+    if first.n_heads != first.n_kv_heads:
         return
-    width, old = attns[0].value.n_heads * attns[0].value.d_head, attns[0].value.n_heads
+    width, old = first.n_heads * first.d_head, first.n_heads
     for n in (n for n in range(1, width + 1) if width % n == 0 and n != old):
         for scale in (None, (width // n) ** -0.5):
             heads = {"n_heads": n, "n_kv_heads": n, "d_head": width // n}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prisma_conformance import tolerances
 from prisma_conformance.doctor.change import Change
+from prisma_conformance.doctor.evidence import order_of
 from prisma_core import tensors_of
 from prisma_core.plugin import RopeSpec, TokenLayout
 
@@ -77,9 +78,9 @@ def _said(angle: Tensor, ours: Tensor, layout: TokenLayout) -> str:
     n = layout.n_prefix
     if not _close(angle[:n], ours[:n]):
         return "upstream turns tokens of the prefix too" if _close(ours[:n], 0 * ours[:n]) else "prefix tokens"
-    if order := _order(angle.T, ours.T):
+    if order := order_of(ours.T, angle.T):
         return f"pairs of channels in the order {order}"
-    if order := _order(angle[n:], ours[n:]):
+    if order := order_of(ours[n:], angle[n:]):
         return f"patches in the order {order}"
     ratio = (angle[n:] / ours[n:]).nan_to_num(1.0, 1.0, 1.0).median(0).values
     if _close((ours * ratio).cos(), angle.cos()) and _close((ours * ratio).sin(), angle.sin()):
@@ -93,12 +94,6 @@ def _said(angle: Tensor, ours: Tensor, layout: TokenLayout) -> str:
         if not _close(new, old):
             said.append(f"each {axis} turns pairs by {_short(new)} (it is {_short(old)})")
     return f"{'; '.join(said) or 'another origin'}: another base or unit of positions"
-
-
-def _order(theirs: Tensor, ours: Tensor) -> list[int]:
-    """The order in which ours are theirs, along the first axis; none if they differ in more."""
-    order = [int((ours - row).abs().sum(1).argmin()) for row in theirs]
-    return order if sorted(order) == list(range(len(ours))) and _close(theirs, ours[order]) else []
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

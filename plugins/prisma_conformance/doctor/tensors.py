@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from prisma_conformance.doctor.change import Change
+from prisma_conformance.doctor.completed import FACTOR
 from prisma_conformance.doctor.families import families
 from prisma_core import ZooModel, tensors_of
 from prisma_core.plugin import AttentionSpec, TokenLayout
@@ -33,8 +34,12 @@ def tensors(model: ZooModel) -> Iterator[Change]:
             yield _each(f"no {name}: zeros in its row", names[name], torch.zeros_like)
         elif name.endswith(("gamma", "scale")):
             yield _each(f"no {name}: ones in its row", names[name], torch.ones_like)
+        elif name.endswith("attn_bias"):
+            yield _each(f"{name}: queries and keys exchanged", names[name], lambda x: x.transpose(-1, -2))
         elif name.endswith("rope_sin"):
             yield _each(f"{name} with its sign changed", names[name], torch.neg)
+        if FACTOR.fullmatch(name):
+            yield _each(f"{name}: 1 more than what its row makes", names[name], lambda x: 1 + x)
 
 
 def _each(says: str, names: Iterable[str], change: Part) -> Change:
