@@ -19,7 +19,7 @@ from prisma_core.toolbox.query_rows import Rows
 from prisma_core.transformer.norm import Norm
 from prisma_core.transformer.recipes import computed
 from prisma_core.transformer.rope import Layout, rotate
-from prisma_core.transformer.weights import WeightViews
+from prisma_core.transformer.weights import WeightViews, check_linear, is_linear
 
 
 class HeadInputs(NamedTuple):
@@ -35,10 +35,11 @@ class HeadInputs(NamedTuple):
         What hooks there change in the norm of the stream is added, so that they reach every head: ``x`` is the stream,
         ``normed`` what they made of its norm.
         """
-        if not isinstance(norm, Norm) or all(each is None for each in self):
+        if isinstance(norm, nn.Identity) or all(each is None for each in self):
             return self
-        change = (normed - norm.fused(x)).unsqueeze(2)
-        return HeadInputs(*(None if each is None else norm.fused(each) + change for each in self))
+        apply = norm.fused if isinstance(norm, Norm) else norm  # what stands in its place has no hook points
+        change = (normed - apply(x)).unsqueeze(2)
+        return HeadInputs(*(None if each is None else apply(each) + change for each in self))
 
 
 NO_INPUTS = HeadInputs()
@@ -213,6 +214,7 @@ class Attention(WeightViews):
         flat = self.ln(z.flatten(2))
         if not self.hook_result.wanted:
             return self.out(flat)
+        check_linear(self.out, "out", "hook_result")
         heads, w_o = widened(flat.view(z.shape)), widened(self.W_O.type_as(flat))
         with unrounded(flat):
             result = einsum(heads, w_o, "batch pos head d_head, head d_head d_model -> batch pos head d_model")
@@ -220,7 +222,7 @@ class Attention(WeightViews):
 
     def _project(self, x: Tensor, inputs: HeadInputs, leading: int | None) -> list[Tensor]:
         heads = [size // self.spec.d_head for size in self.sizes]
-        if leading is None or not _is_plain(self.qkv):
+        if leading is None or not is_linear(self.qkv):
             parts = self._by_head(self.qkv(x), heads)
             if leading is not None:
                 parts[0] = parts[0][:, :leading]
@@ -231,6 +233,7 @@ class Attention(WeightViews):
             parts = [*self._by_head(queries, heads[:1]), *self._by_head(others, heads[1:])]
         for index, x_head in enumerate(inputs):
             if x_head is not None:
+                check_linear(self.qkv, "qkv", "inputs of single heads")
                 x_head = x_head[:, :leading] if index == 0 else x_head
                 weight, bias = self._part(index, self.qkv.weight), self._part(index, self.qkv.bias)
                 projected: Tensor = einsum(
@@ -255,13 +258,6 @@ class Attention(WeightViews):
             return bias
         hidden = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
         return hidden if bias is None else bias + hidden
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """Return whether a layer is its weight and bias alone: no adapter, no hook of torch's, no forward of its own."""
-    fields = vars(layer)
-    changed = [name for name in ("_forward_hooks", "_forward_pre_hooks", "forward") if fields.get(name)]
-    return type(layer) is nn.Linear and not changed
 
 
 def _qk_norm(spec: AttentionSpec, heads: int, head_axis: str) -> Norm | nn.Identity:
