@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from models import build
-from prisma_lens import attribute, head_outputs, names_for, probe, second_order
+from prisma_lens import attribute, head_outputs, probe, relevance, second_order
 from torch import Tensor
 
 import prisma_core as prisma
@@ -76,6 +77,19 @@ def test_an_edit_of_the_stream_is_still_refused(model: HookedViT, image: Tensor,
         cache = model.run_with_cache(image)[1]
         with pytest.raises(NotApplicable, match="components sum to"):
             attribute(model, cache, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_relevance_beside_a_tokens_own(model: HookedViT, image: Tensor, dtype: torch.dtype) -> None:
+    def own(model: HookedViT, image: Tensor) -> Tensor:
+        return relevance(model, image, lambda logits: logits[:, 0] / 30).values.diagonal(dim1=1, dim2=2)
+
+    exact = own(model, image)
+    assert 1e-4 < exact.max() < 0.01  # beside the 1 of the equation
+    with torch.autocast("cpu", dtype):
+        mixed = own(model, image)
+    for made in (mixed, own(copy.deepcopy(model).to(dtype), image.to(dtype))):
+        assert (made - exact).abs().max() <= 32 * torch.finfo(dtype).eps * exact.max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
