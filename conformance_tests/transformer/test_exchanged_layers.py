@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import build
+from prisma_lens import attribute
 from prisma_patch import activation_patch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
@@ -87,9 +88,7 @@ def test_what_more_than_weights_computes_is_not_computed_from_weights(
 
 
 @pytest.mark.parametrize("change", NO_MORE)
-def test_a_layer_that_is_its_weights_alone(
-    model: HookedViT, image: Tensor, change: Callable[[Any, str], None]
-) -> None:
+def test_a_layer_that_is_its_weights_alone(model: HookedViT, image: Tensor, change: Callable[[Any, str], None]) -> None:
     for layer in ("out", "qkv"):
         change(model.blocks[0].attn, layer)
     plain = model(image)
@@ -147,3 +146,35 @@ def test_sweeps_of_a_model_whose_parts_bring_tokens_together(
         effect = (model.run_with_hooks(image, hooks={("resid_pre", 1): put}) - model(image))[:, 0]
         torch.testing.assert_close(made.values[0, pos], effect, rtol=1e-9, atol=1e-9)
     assert (model(image) - before(image)).abs().max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantised_layers_have_no_weights_to_show(model: HookedViT, image: Tensor) -> None:
+    quantised: Any = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    plain = quantised(image)
+    _, cache = quantised.run_with_cache(image)
+    attn, mlp = quantised.blocks[0].attn, quantised.blocks[0].mlp
+    for part, names in ((attn, "W_Q W_K W_V W_O b_Q b_K b_V b_O"), (mlp, "W_in W_out b_in b_out")):
+        for name in names.split():
+            with pytest.raises(NotApplicable, match=r"quantized\.dynamic.*packs its (weight|bias).*made of"):
+                getattr(part, name)
+    for by in ("head", "neuron", "source"):
+        with pytest.raises(NotApplicable, match="packs its weight"):
+            attribute(quantised, cache, 0, by=by)
+    torch.testing.assert_close(quantised(image), plain)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_sweep_of_a_quantised_model_computes_all_tokens(model: HookedViT, image: Tensor) -> None:
+    """Ranges follow what a layer is given: of some tokens they would be others."""
+    quantised: Any = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    image, other = image[:1], image[1:]
+    stream = quantised.run_with_cache(other)[1]["resid_pre", 1]
+    made = activation_patch(quantised, image, other, 0, at=("resid_pre", 1), over="layer pos", batch_size=1)
+    for pos in range(stream.shape[1]):
+
+        def put(x: Tensor, at: object, pos: int = pos) -> None:
+            x[:, pos] = stream[:, pos]
+
+        effect = (quantised.run_with_hooks(image, hooks={("resid_pre", 1): put}) - quantised(image))[:, 0]
+        torch.testing.assert_close(made.values[0, pos], effect)

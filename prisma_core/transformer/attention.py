@@ -19,7 +19,7 @@ from prisma_core.toolbox.query_rows import Rows
 from prisma_core.transformer.norm import Norm
 from prisma_core.transformer.recipes import computed
 from prisma_core.transformer.rope import Layout, rotate
-from prisma_core.transformer.weights import WeightViews, check_linear, is_linear
+from prisma_core.transformer.weights import WeightViews, check_linear, held, is_linear
 
 
 class HeadInputs(NamedTuple):
@@ -140,42 +140,44 @@ class Attention(WeightViews):
     @property
     def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
         """Query weights, a view: ``[head d_model d_head]``."""
-        return self._part(0, self.qkv.weight)
+        return self._part(0, held(self.qkv, "weight"))
 
     @property
     def W_K(self) -> Float[Tensor, "kv_head d_model d_head"]:
         """Key weights, a view: ``[kv_head d_model d_head]``."""
-        return self._part(1, self.qkv.weight)
+        return self._part(1, held(self.qkv, "weight"))
 
     @property
     def W_V(self) -> Float[Tensor, "kv_head d_model d_head"]:
         """Value weights, a view: ``[kv_head d_model d_head]``."""
-        return self._part(2, self.qkv.weight)
+        return self._part(2, held(self.qkv, "weight"))
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
         """Output weights, a view: ``[head d_head d_model]``."""
-        return rearrange(self.out.weight, "d_model (head d_head) -> head d_head d_model", head=self.spec.n_heads)
+        return rearrange(
+            held(self.out, "weight"), "d_model (head d_head) -> head d_head d_model", head=self.spec.n_heads
+        )
 
     @property
     def b_Q(self) -> Float[Tensor, "head d_head"]:
         """Query bias, a view: ``[head d_head]``."""
-        return self._part(0, self.qkv.bias)
+        return self._part(0, held(self.qkv, "bias"))
 
     @property
     def b_K(self) -> Float[Tensor, "kv_head d_head"]:
         """Key bias, a view: ``[kv_head d_head]``."""
-        return self._part(1, self.qkv.bias)
+        return self._part(1, held(self.qkv, "bias"))
 
     @property
     def b_V(self) -> Float[Tensor, "kv_head d_head"]:
         """Value bias, a view: ``[kv_head d_head]``."""
-        return self._part(2, self.qkv.bias)
+        return self._part(2, held(self.qkv, "bias"))
 
     @property
     def b_O(self) -> Float[Tensor, " d_model"]:
         """Output bias: ``[d_model]``."""
-        return self.out.bias
+        return held(self.out, "bias")
 
     # ---------------------------------------------------------------- forward
 

@@ -38,6 +38,21 @@ def check_linear(layer: nn.Module, name: str, what: str) -> None:
         )
 
 
+def held(layer: nn.Module, name: str) -> Tensor:
+    """Return the weight or bias of a layer.
+
+    Raises:
+        NotApplicable: it is packed, as quantised layers hold theirs, and read by a method.
+    """
+    value = getattr(layer, name)
+    if callable(value):
+        raise NotApplicable(
+            f"A {qualified_name(layer)} packs its {name}, so there is no tensor to show. Take the model that it was "
+            "made of; activations, edits and patches work here all the same."
+        )
+    return value
+
+
 class WeightViews(nn.Module):
     """A module whose properties ``W_Q`` and the like show its weights: writing into one edits the model."""
 
