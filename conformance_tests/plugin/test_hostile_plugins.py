@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import random
 import re
 import sys
-import threading
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import pytest
-import torch
 from torch import nn
 
 from prisma_core import hookimpl
@@ -182,90 +177,15 @@ def test_a_library_whose_search_raises(found: Found, fine: EntryPoint, monkeypat
     alone(plugins)
 
 
-# -------------------------------------------------------------------- what it changes for everybody
-
-
-def _set(change: Callable[[], object]) -> Callable[[], list[Source]]:
-    def sources() -> list[Source]:
-        change()
-        return []
-
-    return sources
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda: torch.set_default_dtype(torch.float64), "it changed torch's default dtype to torch.float64; that was"),
-        (lambda: torch.set_default_device("meta"), "torch's default device to meta"),
-        (lambda: torch.set_grad_enabled(False), "whether torch takes gradients to False"),
-        (lambda: torch.set_float32_matmul_precision("medium"), "torch's precision of float32 products to medium"),
-        (lambda: torch.use_deterministic_algorithms(True), "whether torch is deterministic to True"),
-        (lambda: torch.set_autocast_enabled("cpu", True), "torch's autocast on the CPU to True"),
-        (lambda: sys.setrecursionlimit(5_000), "how deep Python may call to 5000"),
-        (lambda: np.seterr(all="raise"), "what numpy does about errors to {'divide': 'raise'"),
-        (lambda: warnings.simplefilter("error"), "it changed warnings to errors"),
-        (lambda: sys.path.clear(), "it changed where Python finds modules"),
-    ],
-)
-def test_settings_of_everybody_are_put_back_and_told(
-    found: Found, fine: EntryPoint, change: Callable[[], object], words: str
-) -> None:
-    paths, errors = list(sys.path), [one for one in warnings.filters if one[0] == "error"]  # pytest has some
-    told = alone(Host([found("bad", prisma_sources=_set(change)), fine]))
-    assert words in told
-    assert torch.get_default_dtype() is torch.float32
-    assert torch.ones(1).device.type == "cpu"
-    assert torch.is_grad_enabled()
-    assert torch.get_float32_matmul_precision() == "highest"
-    assert not torch.are_deterministic_algorithms_enabled()
-    assert (torch.is_autocast_enabled("cpu"), np.geterr()["under"]) == (False, "ignore")
-    assert sys.path == paths
-    assert [one for one in warnings.filters if one[0] == "error"] == errors
-
-
-def test_a_precision_that_torch_does_not_tell_is_no_error(found: Found, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch raises where a backend's own precision was set."""
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", throws(RuntimeError("mix of the legacy and new APIs")))
-    assert Host([found("fine", prisma_sources=lambda: [Fine()])]).infos["fine"].error is None
-
-
-def test_random_numbers_do_not_hang_on_plugins(found: Found) -> None:
-    for seed in (torch.manual_seed, random.seed, np.random.seed):
-        seed(7)
-    expected = torch.rand(1), random.random(), np.random.rand()
-    for seed in (torch.manual_seed, random.seed, np.random.seed):
-        seed(7)
-    plugins = Host(
-        [found("bad", prisma_sources=_set(lambda: (torch.manual_seed(0), random.seed(0), np.random.seed(0))))]
-    )
-    assert (torch.rand(1), random.random(), np.random.rand()) == expected
-    assert plugins.infos["bad"].error is None
-
-
-@pytest.mark.parametrize("others", [False, True], ids=["nothing else runs", "another thread may have started it"])
-def test_a_thread_that_keeps_python_from_leaving_is_told(
-    found: Found, fine: EntryPoint, monkeypatch: pytest.MonkeyPatch, others: bool
-) -> None:
-    earlier = {thread for thread in threading.enumerate() if thread is not threading.current_thread()}
-    enumerate_threads = threading.enumerate  # without what other tests left running
-    monkeypatch.setattr(threading, "enumerate", lambda: [one for one in enumerate_threads() if one not in earlier])
-    done = threading.Event()
-    if others:
-        threading.Thread(target=done.wait).start()
-    told = alone(Host([found("bad", prisma_sources=_set(threading.Thread(target=done.wait).start)), fine]))
-    done.set()
-    assert ("it left a thread that is no daemon" in told) == (not others)
-
-
 def test_what_a_plugin_prints_is_no_answer(found: Found, capsys: pytest.CaptureFixture[str]) -> None:
     out = sys.stdout
 
-    def closing() -> None:
+    def closing() -> list[Source]:
         print("noise")  # noqa: T201
         sys.stdout = None  # type: ignore[assignment]
+        return []
 
-    Host([found("bad", prisma_sources=_set(closing))])
+    Host([found("bad", prisma_sources=closing)])
     assert sys.stdout is out
     shown = capsys.readouterr()
     assert shown.out == ""

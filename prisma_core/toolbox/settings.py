@@ -1,18 +1,26 @@
-"""What a plugin's code may change for everybody while it is imported: settings that other people's numbers hang on."""
+"""What a plugin's code may change for everybody while it is imported: what other people's work hangs on."""
 
 from __future__ import annotations
 
 import dis
+import gc
+import locale
+import logging
+import multiprocessing
+import os
 import random
+import signal
+import socket
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch.nn.modules import module as torch_module
 
 
 def _set_device(device: torch.device) -> None:
@@ -31,6 +39,41 @@ def _set_precision(precision: str | None) -> None:
         torch.set_float32_matmul_precision(precision)
 
 
+def _in_all_modules() -> dict[str, dict[int, Any]]:
+    held = cast("dict[str, Any]", vars(torch_module))
+    dicts = [name for name, value in held.items() if "_global_" in name and isinstance(value, dict)]
+    return {name: dict(held[name]) for name in dicts if held[name]}
+
+
+def _set_in_all_modules(before: dict[str, dict[int, Any]]) -> None:
+    for name in _in_all_modules() | before:
+        hooks = vars(torch_module)[name]
+        hooks.clear()
+        hooks.update(before.get(name, {}))
+
+
+def _folder() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # it was removed
+        return None
+
+
+def _set_folder(folder: str | None) -> None:
+    if folder is not None:
+        with suppress(OSError):
+            os.chdir(folder)
+
+
+def _interrupt() -> Any:
+    return signal.getsignal(signal.SIGINT)
+
+
+def _set_interrupt(handler: Any) -> None:
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, handler)
+
+
 _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "torch's default device": (torch.get_default_device, _set_device),
@@ -45,8 +88,21 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
         lambda: torch.is_autocast_enabled("cpu"),
         lambda on: torch.set_autocast_enabled("cpu", on),
     ),
+    "what torch runs in all modules": (_in_all_modules, _set_in_all_modules),
     "how deep Python may call": (sys.getrecursionlimit, sys.setrecursionlimit),
     "what numpy does about errors": (np.geterr, lambda errors: np.seterr(**errors)),
+    "what Ctrl-C does": (_interrupt, _set_interrupt),
+    "what Python does about an error": (lambda: sys.excepthook, lambda hook: setattr(sys, "excepthook", hook)),
+    "whether Python frees circles": (gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
+    "the folder that relative paths start from": (_folder, _set_folder),
+    "the locale": (lambda: locale.setlocale(locale.LC_ALL), lambda name: locale.setlocale(locale.LC_ALL, name)),
+    "the level below which nothing is logged": (lambda: logging.root.manager.disable, logging.disable),
+    "the level of the root logger": (lambda: logging.root.level, logging.root.setLevel),
+    "how long a socket waits": (socket.getdefaulttimeout, socket.setdefaulttimeout),
+    "how processes start": (
+        lambda: multiprocessing.get_start_method(allow_none=True),
+        lambda method: multiprocessing.set_start_method(method, force=True),
+    ),
 }
 
 
@@ -59,7 +115,7 @@ def kept_settings(changed: list[str]) -> Generator[None]:
     """
     before = {name: get() for name, (get, _) in _SETTINGS.items()}
     drawn, torch_drawn, numpy_drawn = random.getstate(), torch.get_rng_state(), np.random.get_state()
-    filters = list(warnings.filters)
+    filters, variables = list(warnings.filters), dict(os.environ)
     paths, threads = list(sys.path), set(threading.enumerate())
     try:
         yield
@@ -77,6 +133,9 @@ def kept_settings(changed: list[str]) -> Generator[None]:
         if lost := [path for path in paths if path not in sys.path]:
             sys.path += lost
             changed.append("where Python finds modules")
+        if gone := [name for name in variables if name not in os.environ]:
+            os.environ.update({name: variables[name] for name in gone})
+            changed.append(f"the environment: {', '.join(gone[:3])}{', ...' if gone[3:] else ''} were taken out")
         alone = sum(not thread.daemon for thread in threads) == 1  # else another thread may have started one
         if alone and any(not thread.daemon for thread in set(threading.enumerate()) - threads):
             changed.append("when Python can leave: it left a thread that is no daemon")
