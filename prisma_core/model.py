@@ -272,7 +272,8 @@ class ZooModel(HookedModel):
                 raise
             raise InputError(
                 "This pass takes gradients, and an input, a weight or what a hook returned was made in "
-                "torch.inference_mode(): it takes none. Make it outside of that: x.clone(), or load the model again; or run the pass in torch.no_grad()."
+                "torch.inference_mode(): it takes none. Make it outside of that: x.clone(), or load the model again; "
+                "or run the pass in torch.no_grad()."
             ) from error
         hooked = compiling and scopes and isinstance(output, Tensor) and not torch.compiler.is_exporting()
         return _in_scopes(output) if hooked else output  # an exported graph knows no operator of ours
@@ -289,8 +290,8 @@ class ZooModel(HookedModel):
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise NotApplicable(
-            "torch.jit.script reads Python as a language of its own, without hooks. torch.export.export(model, (image,)) "
-            "and torch.jit.trace(model, image) hold what runs, with the hooks that are open around them."
+            "torch.jit.script reads Python as a language of its own, without hooks. torch.export.export(model, "
+            "(image,)) and torch.jit.trace(model, image) hold what runs, with the hooks that are open around them."
         )
 
     def extra_repr(self) -> str:
