@@ -19,7 +19,7 @@ from prisma_core.toolbox.query_rows import Rows
 from prisma_core.transformer.norm import Norm
 from prisma_core.transformer.recipes import computed
 from prisma_core.transformer.rope import Layout, rotate
-from prisma_core.transformer.weights import WeightViews, check_linear, held, is_linear
+from prisma_core.transformer.weights import WeightViews, check_linear, held
 
 
 class HeadInputs(NamedTuple):
@@ -224,7 +224,7 @@ class Attention(WeightViews):
 
     def _project(self, x: Tensor, inputs: HeadInputs, leading: int | None) -> list[Tensor]:
         heads = [size // self.spec.d_head for size in self.sizes]
-        if leading is None or not is_linear(self.qkv):
+        if leading is None or not _is_plain(self.qkv):
             parts = self._by_head(self.qkv(x), heads)
             if leading is not None:
                 parts[0] = parts[0][:, :leading]
@@ -260,6 +260,13 @@ class Attention(WeightViews):
             return bias
         hidden = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
         return hidden if bias is None else bias + hidden
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Return whether a layer is its weight and bias alone: no adapter, no hook of torch's, no forward of its own."""
+    fields = vars(layer)
+    changed = [name for name in ("_forward_hooks", "_forward_pre_hooks", "forward") if fields.get(name)]
+    return type(layer) is nn.Linear and not changed
 
 
 def _qk_norm(spec: AttentionSpec, heads: int, head_axis: str) -> Norm | nn.Identity:

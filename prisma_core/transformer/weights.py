@@ -18,20 +18,17 @@ _AS_TENSORS = cast("Any", torch)._C.DisableTorchFunctionSubclass
 _share_memory: Callable[[Tensor, Tensor], bool] = cast("Any", torch)._C._is_alias_of
 
 
-def is_linear(layer: nn.Module) -> bool:
-    """Return whether a layer is its weight and bias alone: no other class's, no user's hook of torch's or forward."""
-    kind = type(layer).__mro__[1] if parametrize.is_parametrized(layer) else type(layer)
-    return kind is nn.Linear and not set_on_parts(layer)
-
-
 def check_linear(layer: nn.Module, name: str, what: str) -> None:
     """Refuse what is computed from the weights of a layer, in its place, where it is more than these.
 
     Raises:
         NotApplicable: another class, such as a quantised or LoRA layer, a hook of torch's, or a forward of its own.
     """
-    if not torch.compiler.is_compiling() and not is_linear(layer):
-        more = next(iter(set_on_parts(layer)), f"A {qualified_name(layer)}").partition(" at ")[0]
+    if torch.compiler.is_compiling():
+        return
+    kind, added = type(layer).__mro__[parametrize.is_parametrized(layer)], set_on_parts(layer)
+    if kind is not nn.Linear or added:
+        more = added[0].partition(" at ")[0] if added else f"A {qualified_name(layer)}"
         raise NotApplicable(
             f"{what} would be made from the weights of {name} alone. {more} stands there, which computes more, so the "
             "numbers would not be the model's. Ask for other hook points, or put a plain nn.Linear there."
