@@ -88,7 +88,7 @@ def _passed() -> float:
         (lambda: np.seterr(all="raise"), "what numpy does about errors to {'divide': 'raise'"),
         (lambda: warnings.simplefilter("error"), "it changed warnings to errors"),
         (sys.path.clear, "it changed where Python finds modules"),
-        (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN), "what Ctrl-C does to"),
+        (lambda: signal.signal(signal.SIGINT, lambda number, frame: None), "what Ctrl-C does to"),
         (lambda: setattr(sys, "excepthook", print), "what Python does about an error to <built-in function print>"),
         (gc.disable, "whether Python frees circles to False"),
         (lambda: os.chdir("/"), "the folder that relative paths start from to /;"),
