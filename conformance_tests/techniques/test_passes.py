@@ -13,8 +13,8 @@ from torch import Tensor
 from twins import twin
 
 from prisma_core import HookedDual, HookedViT
-from prisma_core.transformer.mlp import MLP
 from prisma_core.spec import DualSpec, TextSpec
+from prisma_core.transformer.mlp import MLP
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 METRIC = logit_difference(4, 2)
