@@ -32,7 +32,7 @@ from prisma_core.errors import (
     qualified_name,
     returned,
 )
-from prisma_core.errors.arguments import check_flags, device_of, dtype_of, expect, shown
+from prisma_core.errors.arguments import check_flags, device_of, dtype_of, expect, path_of, several, shown
 from prisma_core.errors.migration import check_keywords, keywords
 from prisma_core.files.checkpoint import check_finite, check_merged
 from prisma_core.hooks.model import HookedModel
@@ -93,7 +93,7 @@ def load(
         check_merged(Path(rest).expanduser())
     if source == "file":
         check_keywords("file:", options, ())
-        model = load_folder(Path(rest))
+        model = load_folder(path_of(rest))
     else:
         loaded = load_upstream(installed().source(source), rest, **options)
         model = loaded.model if isinstance(loaded.model, HookedModel) else _adapt(loaded.model, None, copy=False)
@@ -222,7 +222,8 @@ def _adapt(upstream: nn.Module, adapter: Adapter | None, *, copy: bool) -> ZooMo
 def _labels(model: ZooModel, loaded: Loaded) -> tuple[str, ...] | None:
     """Return the class names that a library knows; None for a head of another number of classes: it was replaced."""
     n = getattr(model.spec, "n_classes", None)
-    return loaded.labels if loaded.labels is None or n in (None, len(loaded.labels)) else None
+    labels = several(loaded.labels, "labels, a text for each class") if loaded.labels else None
+    return tuple(labels) if labels and n in (None, len(labels)) else None
 
 
 @_normal_mode()
@@ -296,7 +297,8 @@ def load_upstream(source: Source, rest: str, **options: Any) -> Loaded:
                 f"{source.name}:{rest} takes no such option (given: {', '.join(options)}): {problem}."
             ) from problem
         raise
-    return returned(source.load, loaded, Loaded)
+    returned(source.load, returned(source.load, loaded, Loaded).model, nn.Module)
+    return loaded
 
 
 class Reading(NamedTuple):
