@@ -271,11 +271,12 @@ class ZooModel(HookedModel):
             if "Inference tensors cannot be saved" not in str(error):
                 raise
             raise InputError(
-                "This pass takes gradients, and an input or a weight was made in torch.inference_mode(): it takes "
-                "none. Make it outside of that: x.clone(), or load the model again; or run the pass in torch.no_grad()."
+                "This pass takes gradients, and an input, a weight or what a hook returned was made in "
+                "torch.inference_mode(): it takes none. Make it outside of that: x.clone(), or load the model again; "
+                "or run the pass in torch.no_grad()."
             ) from error
-        hooked = compiling and scopes and isinstance(output, Tensor)
-        return _in_scopes(output) if hooked else output
+        hooked = compiling and scopes and isinstance(output, Tensor) and not torch.compiler.is_exporting()
+        return _in_scopes(output) if hooked else output  # an exported graph knows no operator of ours
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy the model, with weights that a hook computes of others (pruning), of which torch copies none."""
@@ -286,6 +287,12 @@ class ZooModel(HookedModel):
         memo[id(self)] = copied
         copied.__setstate__(copying.deepcopy(self.__getstate__(), memo))
         return copied
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise NotApplicable(
+            "torch.jit.script reads Python as a language of its own, without hooks. torch.export.export(model, "
+            "(image,)) and torch.jit.trace(model, image) hold what runs, with the hooks that are open around them."
+        )
 
     def extra_repr(self) -> str:
         """The first line of the repr: what it was loaded from, and its size."""

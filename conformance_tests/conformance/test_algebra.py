@@ -159,8 +159,8 @@ TWINS = {
     ),
     "inputs of heads past the hooks of the norm": (
         HeadInputs,
-        "norm.fused(each) + change",
-        "norm.fused(each)",
+        "apply(each) + change",
+        "apply(each)",
     ),
     "values past the hooks of their heads' inputs": (
         Attention,

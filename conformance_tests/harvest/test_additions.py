@@ -57,6 +57,15 @@ def forward(model: Any) -> Iterator[None]:
 ADDITIONS = {"blocks.0.mlp": hook, "'blocks.0.mlp'": hook_before, "all modules": hook_of_all, "A forward": forward}
 
 
+def test_autocast_is_in_no_manifest(model: Any, photos: Any, tmp_path: Path) -> None:
+    exact = harvest(model, photos, NAMES, out=tmp_path, batch=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(InputError, match=r"autocast is on.*torch\.float64.*note="):
+            harvest(model, photos, NAMES, out=tmp_path, batch=4)
+        noted = harvest(model, photos, NAMES, out=tmp_path, batch=4, note="under autocast")
+    assert noted.path != exact.path
+
+
 @pytest.mark.parametrize("where", ADDITIONS)
 def test_what_was_set_on_parts_is_said_in_a_note(model: HookedViT, photos: Path, tmp_path: Path, where: str) -> None:
     plain = harvest(model, photos, NAMES, out=tmp_path, batch=4)

@@ -35,5 +35,6 @@ def twin(technique: Callable[..., Any] | ModuleType, right: str, wrong: str) -> 
 def rejects(truth: Callable[[Any], None], technique: Callable[..., Any], right: str, wrong: str) -> None:
     """Assert that a planted truth holds of a technique and not of its broken twin."""
     truth(technique)
+    broken = twin(technique, right, wrong)
     with pytest.raises(AssertionError):
-        truth(twin(technique, right, wrong))
+        truth(broken)

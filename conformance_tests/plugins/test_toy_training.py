@@ -340,3 +340,15 @@ def test_a_log_with_a_line_that_is_none_is_cut_there(tmp_path: Path, line: bytes
     assert [row["step"] for row in checkpoints.log_rows(folder)] == [1]
     start({}, folder, resume=True)
     assert [json.loads(each)["step"] for each in log.read_text().splitlines()] == [1]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_log_on_a_full_disk(tmp_path: Path):
+    trainer = start({**SMALL, "steps": 4}, tmp_path, resume=False)
+    log = tmp_path / "log.jsonl"
+    log.unlink(missing_ok=True)
+    log.symlink_to("/dev/full")
+    with pytest.raises(LoadError, match=r"log\.jsonl cannot be written: No space left on device.*--resume"):
+        list(trainer.run(log_every=1))
+    log.unlink()
+    assert list(Trainer.resume(tmp_path).run())[-1].step == 4

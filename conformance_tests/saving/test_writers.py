@@ -339,6 +339,25 @@ def test_a_disk_that_takes_no_more(writer: Writer, tmp_path: Path) -> None:
 
 @needs_fork
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("form", ["png", "svg", "pdf", "html"])
+def test_a_figure_on_a_disk_that_takes_no_more(form: str, tmp_path: Path) -> None:
+    import resource
+
+    path = Result(torch.rand(3, 4), ("layer", "head")).plot().save(tmp_path / f"x.{form}")
+    before = path.read_bytes()
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+        with pytest.raises(LoadError, match="cannot be written: File too large"):
+            Result(torch.rand(3, 4), ("layer", "head")).plot().save(path)
+
+    assert os.waitpid(child(limited), 0)[1] == 0
+    assert path.read_bytes() == before
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_folder_that_may_not_be_written(writer: Writer) -> None:
     home = Path(tempfile.mkdtemp())  # where whoever is not root may look too
     home.chmod(0o755)

@@ -21,7 +21,7 @@ from prisma_lens import (
     textspan,
 )
 from torch import Tensor
-from twins import rejects
+from twins import rejects, twin
 
 from prisma_core import HookedDual, InputError, NotApplicable
 
@@ -73,8 +73,10 @@ def test_a_twin_that_forgets_the_length_does_not_sum(images: Tensor) -> None:
         total = found.values.sum((0, 1)) + found.tensors["rest"]
         torch.testing.assert_close(total, clip.encode_image(images, normalize=True), **EXACT)
 
-    rejects(truth, head_outputs, "layers.append(cache.project_stack(torch.cat(heads)) / scale)",
-            "layers.append(cache.project_stack(torch.cat(heads)))")  # fmt: skip
+    right = "layers.append(at_token(cache.project_stack(torch.cat(heads)), token) / scale)"
+    truth(head_outputs)
+    with pytest.raises(NotApplicable, match="components sum to"):  # it compares with the pass itself
+        truth(twin(head_outputs, right, right.replace(" / scale", "")))
 
 
 # -------------------------------------------------------------------- mean ablation
@@ -292,7 +294,7 @@ def test_a_planted_neuron_speaks_through_the_head_that_reads_it() -> None:
 
     rejects(truth, neuron_outputs, "post[..., neuron, None] * vectors[neuron]", "post[..., neuron, None] * vectors[0]")
     rejects(truth, neuron_outputs, "total += torch.einsum", "total -= torch.einsum")
-    rejects(truth, neuron_outputs, "[0] / unit_scale(model, cache)", "[0]")
+    rejects(truth, neuron_outputs, "[0], token) / unit_scale(model, cache)", "[0], token)")
 
 
 @pytest.mark.parametrize(("pool", "pos"), [("none", -1), ("patches", 3)])

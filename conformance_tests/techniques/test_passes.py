@@ -14,6 +14,7 @@ from twins import twin
 
 from prisma_core import HookedDual, HookedViT
 from prisma_core.spec import DualSpec, TextSpec
+from prisma_core.transformer.mlp import MLP
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 METRIC = logit_difference(4, 2)
@@ -60,11 +61,14 @@ def test_passes_equal_whole_passes(
 def rows_of(model: HookedViT, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> list[tuple[int, int]]:
     """Return how many (inputs, tokens) the MLP of each layer is given, one entry a call."""
     seen: list[tuple[int, int, int]] = []
-    for layer, block in enumerate(model.blocks):
-        right = block.mlp.forward
-        monkeypatch.setattr(
-            block.mlp, "forward", lambda x, layer=layer, right=right: seen.append((layer, *x.shape[:2])) or right(x)
-        )
+    layers: dict[Any, int] = {block.mlp: layer for layer, block in enumerate(model.blocks)}
+    right = MLP.forward
+
+    def forward(mlp: MLP, x: Tensor) -> Tensor:  # a forward of an instance's own would be run on all tokens
+        seen.append((layers[mlp], *x.shape[:2]))
+        return right(mlp, x)
+
+    monkeypatch.setattr(MLP, "forward", forward)
     activation_patch(model, image(1), image(2), METRIC, **options)
     return [(layer, tokens) for layer, inputs, tokens in seen if inputs > 2]  # the clean runs are of two
 

@@ -141,7 +141,7 @@ def test_integrated_gradients_sum_to_the_change(model: HookedViT, right: str, wr
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("(x * grad.mean(over, keepdim=True)).sum(-1)", "(x * grad).sum(-1)"),
+        ("x * grad.mean(list(range(1, 1 + n_places)), keepdim=True)", "x * grad"),
         ("x, grad = cache.patches(name),", "x, grad = cache.patches(name).transpose(1, 2),"),
     ],
 )  # fmt: skip

@@ -147,6 +147,12 @@ class Pass(BriefRepr):
         weights = list(tensors_of(self.tower.model).values())
         self.device = weights[0].device if weights else torch.device("cpu")
         self.dtype = next((each.dtype for each in weights if each.is_floating_point()), torch.float32)
+        kind = self.device.type
+        if not self.note and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            raise InputError(
+                f"torch.autocast is on, and the manifest says that the model ran in {self.dtype}: leave it, or say in "
+                "note= what the harvest is of. A model is loaded in a half dtype by dtype='bfloat16'."
+            )
         axes = {name: point.axes for name, point in self.tower.model.hook_points().items()}
         self._orders = {name: _grid_first(axes[name].split()) for name in self.own_names}
         self._shapes(axes)

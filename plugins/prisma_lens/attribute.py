@@ -202,7 +202,7 @@ def _heads(cache: Any, blocks: list[Any], g: Tensor, keep: bool) -> tuple[Tensor
     for layer, block in enumerate(blocks):
         check_sum_of(layer, block, "ln1", "heads", "attn_out")
         for branch in attentions(block):
-            z = head_inputs(cache, layer, branch)[:, at]
+            z = head_inputs(cache, layer, branch)[:, at].to(g)
             along = torch.einsum("bpd,hed->bphe", g, branch.scaled(branch.module.W_O).to(g))
             rows.append(_spread(torch.einsum("bphe,bphe->hbp", z, along), at, cache, keep))
             rest = rest + _bias(g, branch.scaled(branch.module.b_O), at, cache, keep)
@@ -215,7 +215,7 @@ def _neurons(cache: Any, blocks: list[Any], g: Tensor, keep: bool) -> tuple[Tens
     for layer, block in enumerate(blocks):
         check_sum_of(layer, block, "ln2", "neurons", "mlp_out")
         for branch in mlps(block):
-            post = cache[f"blocks.{layer}.{branch.name}.hook_post"][:, at]
+            post = cache[f"blocks.{layer}.{branch.name}.hook_post"][:, at].to(g)
             along = g @ branch.scaled(branch.module.W_out).to(g).T
             added = (post * along).movedim(-1, 0) if keep else torch.einsum("bpn,bpn->nb", post, along)[..., None]
             rows.append(_spread(added, at, cache, keep))
@@ -253,7 +253,7 @@ def _stack(cache: Any, blocks: list[Any], g: Tensor, mode: str, keep: bool, at: 
     """What embeddings and layers of one kind add: ``[component batch]``, or with ``pos`` behind it."""
     where = None if isinstance(at, slice) else at.tolist()
     stack = cache.decompose_resid(len(blocks), mode=mode, pos_slice=where)
-    return _spread(torch.einsum("cbpd,bpd->cbp", stack, g), at, cache, keep)
+    return _spread(torch.einsum("cbpd,bpd->cbp", stack.to(g), g), at, cache, keep)
 
 
 def _bias(g: Tensor, bias: Tensor, at: Any, cache: Any, keep: bool) -> Tensor:

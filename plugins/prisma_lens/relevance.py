@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import HookedDual, HookedModel, Result
-from prisma_core.plugin import checked
+from prisma_core.plugin import checked, widened
 from prisma_lens.heads import layer_pattern, pattern_names
 from prisma_lens.inputs import Inputs, as_inputs
 from prisma_lens.metrics import MetricLike, as_loss
@@ -58,14 +58,14 @@ def relevance(
     layers, layout = pattern_names(own, given)
     layers = [[f"{prefix}{name}" for name in names] for names in layers]
     _, cache = model.run_with_cache(*inputs, names=list(chain(*layers)), loss=measure)
-    supports = [(layer_pattern(cache, names) * layer_pattern(cache.grad, names)).relu().mean(1) for names in layers]
-    eye = torch.eye(supports[0].shape[-1], device=supports[0].device, dtype=supports[0].dtype)
-    total = eye.expand_as(supports[0])
+    pairs = ((layer_pattern(cache, names), layer_pattern(cache.grad, names)) for names in layers)
+    supports = [(widened(pattern) * widened(gradient)).relu().mean(1) for pattern, gradient in pairs]
+    total = torch.zeros_like(supports[0])  # without each token's own 1, beside which a half dtype has no small shares
     for support in supports:
-        total = total + support @ total
+        total = total + support + support @ total
     tokens = () if layout is None else tuple(layout.token_names())
     return Result(
-        total - eye,
+        total,
         ("batch", "pos", "source"),
         {"pos": tokens, "source": tokens} if tokens else {},
         technique="relevance",

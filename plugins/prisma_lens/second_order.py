@@ -84,7 +84,9 @@ def second_order(
         for layer in reversed(range(len(own.blocks))):
             block = own.layers()[layer]
             added = [
-                torch.einsum("bpn,bpn->nb", cache[f"blocks.{layer}.{each.name}.hook_post"], through @ _out(each, g).T)
+                torch.einsum(
+                    "bpn,bpn->nb", cache[f"blocks.{layer}.{each.name}.hook_post"].to(g), through @ _out(each, g).T
+                )
                 for each in mlps(block)
             ]
             rows.append(torch.cat(added))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prisma_core import HookContext, HookedDual, HookedModel, HookedViT, InputError
-from prisma_core.plugin import BlockSpec, BriefRepr, checked, layer_of, shown
+from prisma_core.plugin import BlockSpec, BriefRepr, behaviour_of, checked, layer_of, shown
 
 Inputs: TypeAlias = tuple[Tensor, ...]
 Part: TypeAlias = tuple[Any, ...]
@@ -125,7 +125,8 @@ class RestartedPasses(Passes):
     cut: dict[tuple[BlockSpec, str], bool] = field(default_factory=dict[Any, bool])
 
     def __post_init__(self) -> None:
-        self.read = None if self.model.open_hooks() else self.model.leading_read
+        whole = self.model.open_hooks() or behaviour_of(self.model)  # parts of other classes may mix tokens
+        self.read = None if whole else self.model.leading_read
         self.output, cache = self.model.run_with_cache(*self.inputs, names="*.hook_resid_pre")
         self.streams = [cache["resid_pre", layer] for layer in range(self.model.spec.n_layers)]
 

@@ -6,10 +6,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from pydantic import ValidationError
@@ -128,10 +129,13 @@ class Trainer:
         Args:
             save_every: seconds between savings of the state; a kill costs no more than that.
             log_every: steps between rows of the log.
+
+        Raises:
+            LoadError: the disk refuses.
         """
         torch.set_num_threads(self.config.threads)
         saved = time.monotonic()
-        with open(self.folder / checkpoints.LOG, "a", encoding="utf-8") as log:
+        with self._log() as log:
             while self.step < self.config.steps:
                 progress = self._advance()
                 if self.step % log_every == 0 or self.step in (1, self.config.steps):
@@ -145,6 +149,15 @@ class Trainer:
                     self._save()
                     saved = time.monotonic()
                 yield progress
+
+    @contextmanager
+    def _log(self) -> Generator[TextIO]:
+        path = self.folder / checkpoints.LOG
+        try:
+            with open(path, "a", encoding="utf-8") as log:
+                yield log
+        except OSError as error:
+            raise LoadError(f"{path} cannot be written: {error.strerror}. --resume goes on with the run.") from error
 
     def _advance(self) -> Progress:
         config = self.config

@@ -53,7 +53,7 @@ class Figure(go.Figure):
             if path.suffix == ".html":
                 fresh.write_text(_page(self), encoding="utf-8")
             else:
-                still.draw(self.chart).savefig(fresh, dpi=dpi)
+                fresh.write_bytes(still.encoded(still.draw(self.chart), path.suffix[1:], dpi))
         return path
 
     @property

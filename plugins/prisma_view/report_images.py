@@ -19,7 +19,7 @@ from prisma_view.colours import QUIET, REST, Colour
 from prisma_view.findings import Report, head_values
 from prisma_view.glyphs import glyph
 from prisma_view.page import class_colours
-from prisma_view.still import panel_of, plain, scale
+from prisma_view.still import encoded, panel_of, plain, scale
 from prisma_view.words import component_name, rest_name, stage_name
 
 MOST_STAGES = 4
@@ -51,7 +51,7 @@ def write_images(
     for name, figure in report_images(found, trained=trained).items():
         paths.append(Path(folder) / f"{name}.{form}")
         with replacing(paths[-1]) as fresh:
-            figure.savefig(fresh, dpi=DPI)
+            fresh.write_bytes(encoded(figure, form, DPI))
     return paths
 
 

@@ -69,9 +69,14 @@ def scale(chart: Chart, figure: Figure, axes: Any) -> None:
 
 def png(chart: Chart, dpi: int = 80) -> str:
     """Return a chart as the data URI of a PNG."""
+    return "data:image/png;base64," + base64.b64encode(encoded(draw(chart), "png", dpi)).decode()
+
+
+def encoded(figure: Figure, form: str, dpi: int) -> bytes:
+    """Return a figure as a file: matplotlib's writer of PDF fails in its own way where a disk is full."""
     stream = io.BytesIO()
-    draw(chart).savefig(stream, format="png", dpi=dpi)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+    figure.savefig(stream, format=form, dpi=dpi)
+    return stream.getvalue()
 
 
 def plain(text: str) -> str:

@@ -304,7 +304,7 @@ def keep_scopes(scopes: Sequence[Scope]) -> None:
 
 def _fire(scopes: tuple[Scope, ...], point: HookPoint, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
-        x = torch.ops.prisma.in_scopes(x)  # looks for checkpoints when it runs (prisma_core/model.py)
+        x = x if torch.compiler.is_exporting() else torch.ops.prisma.in_scopes(x)  # looks for checkpoints when it runs
     else:
         keep_scopes(scopes)
     key, edited, differentiated, shared = point.key, False, False, False

@@ -19,7 +19,7 @@ from prisma_core.toolbox.query_rows import Rows
 from prisma_core.transformer.norm import Norm
 from prisma_core.transformer.recipes import computed
 from prisma_core.transformer.rope import Layout, rotate
-from prisma_core.transformer.weights import WeightViews
+from prisma_core.transformer.weights import WeightViews, check_linear, held
 
 
 class HeadInputs(NamedTuple):
@@ -35,10 +35,11 @@ class HeadInputs(NamedTuple):
         What hooks there change in the norm of the stream is added, so that they reach every head: ``x`` is the stream,
         ``normed`` what they made of its norm.
         """
-        if not isinstance(norm, Norm) or all(each is None for each in self):
+        if isinstance(norm, nn.Identity) or all(each is None for each in self):
             return self
-        change = (normed - norm.fused(x)).unsqueeze(2)
-        return HeadInputs(*(None if each is None else norm.fused(each) + change for each in self))
+        apply = norm.fused if isinstance(norm, Norm) else norm  # what stands in its place has no hook points
+        change = (normed - apply(x)).unsqueeze(2)
+        return HeadInputs(*(None if each is None else apply(each) + change for each in self))
 
 
 NO_INPUTS = HeadInputs()
@@ -139,42 +140,44 @@ class Attention(WeightViews):
     @property
     def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
         """Query weights, a view: ``[head d_model d_head]``."""
-        return self._part(0, self.qkv.weight)
+        return self._part(0, held(self.qkv, "weight"))
 
     @property
     def W_K(self) -> Float[Tensor, "kv_head d_model d_head"]:
         """Key weights, a view: ``[kv_head d_model d_head]``."""
-        return self._part(1, self.qkv.weight)
+        return self._part(1, held(self.qkv, "weight"))
 
     @property
     def W_V(self) -> Float[Tensor, "kv_head d_model d_head"]:
         """Value weights, a view: ``[kv_head d_model d_head]``."""
-        return self._part(2, self.qkv.weight)
+        return self._part(2, held(self.qkv, "weight"))
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
         """Output weights, a view: ``[head d_head d_model]``."""
-        return rearrange(self.out.weight, "d_model (head d_head) -> head d_head d_model", head=self.spec.n_heads)
+        return rearrange(
+            held(self.out, "weight"), "d_model (head d_head) -> head d_head d_model", head=self.spec.n_heads
+        )
 
     @property
     def b_Q(self) -> Float[Tensor, "head d_head"]:
         """Query bias, a view: ``[head d_head]``."""
-        return self._part(0, self.qkv.bias)
+        return self._part(0, held(self.qkv, "bias"))
 
     @property
     def b_K(self) -> Float[Tensor, "kv_head d_head"]:
         """Key bias, a view: ``[kv_head d_head]``."""
-        return self._part(1, self.qkv.bias)
+        return self._part(1, held(self.qkv, "bias"))
 
     @property
     def b_V(self) -> Float[Tensor, "kv_head d_head"]:
         """Value bias, a view: ``[kv_head d_head]``."""
-        return self._part(2, self.qkv.bias)
+        return self._part(2, held(self.qkv, "bias"))
 
     @property
     def b_O(self) -> Float[Tensor, " d_model"]:
         """Output bias: ``[d_model]``."""
-        return self.out.bias
+        return held(self.out, "bias")
 
     # ---------------------------------------------------------------- forward
 
@@ -213,6 +216,7 @@ class Attention(WeightViews):
         flat = self.ln(z.flatten(2))
         if not self.hook_result.wanted:
             return self.out(flat)
+        check_linear(self.out, "out", "hook_result")
         heads, w_o = widened(flat.view(z.shape)), widened(self.W_O.type_as(flat))
         with unrounded(flat):
             result = einsum(heads, w_o, "batch pos head d_head, head d_head d_model -> batch pos head d_model")
@@ -231,6 +235,7 @@ class Attention(WeightViews):
             parts = [*self._by_head(queries, heads[:1]), *self._by_head(others, heads[1:])]
         for index, x_head in enumerate(inputs):
             if x_head is not None:
+                check_linear(self.qkv, "qkv", "inputs of single heads")
                 x_head = x_head[:, :leading] if index == 0 else x_head
                 weight, bias = self._part(index, self.qkv.weight), self._part(index, self.qkv.bias)
                 projected: Tensor = einsum(

@@ -9,7 +9,7 @@ from prisma_core.hooks.point import HookPoint
 from prisma_core.spec import MlpSpec
 from prisma_core.toolbox.activations import ACTIVATIONS
 from prisma_core.transformer.norm import norm_or_identity
-from prisma_core.transformer.weights import WeightViews
+from prisma_core.transformer.weights import WeightViews, held
 
 
 class MLP(WeightViews):
@@ -42,27 +42,27 @@ class MLP(WeightViews):
     @property
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
         """Input weights, a view: ``[d_model d_mlp]``."""
-        return self.fc_in.weight.T
+        return held(self.fc_in, "weight").T
 
     @property
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
         """Gate weights of a gated MLP, a view: ``[d_model d_mlp]``."""
-        return self.fc_gate.weight.T
+        return held(self.fc_gate, "weight").T
 
     @property
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
         """Output weights, a view: ``[d_mlp d_model]``."""
-        return self.fc_out.weight.T
+        return held(self.fc_out, "weight").T
 
     @property
     def b_in(self) -> Float[Tensor, " d_mlp"]:
         """Input bias: ``[d_mlp]``."""
-        return self.fc_in.bias
+        return held(self.fc_in, "bias")
 
     @property
     def b_out(self) -> Float[Tensor, " d_model"]:
         """Output bias: ``[d_model]``."""
-        return self.fc_out.bias
+        return held(self.fc_out, "bias")
 
     def forward(self, x: Float[Tensor, "*tokens d_in"]) -> Float[Tensor, "*tokens d_out"]:
         x = self.pre_norm(x)

@@ -12,7 +12,7 @@ from prisma_core.spec import AttentionSpec, PoolSpec
 from prisma_core.transformer.attention import attend
 from prisma_core.transformer.mlp import MLP
 from prisma_core.transformer.norm import norm_or_identity
-from prisma_core.transformer.weights import WeightViews
+from prisma_core.transformer.weights import WeightViews, held
 
 
 class Pool(nn.Module):
@@ -84,22 +84,24 @@ class PoolAttention(WeightViews):
     @property
     def W_Q(self) -> Float[Tensor, "head d_in d_head"]:
         """Query weights, a view: ``[head d_model d_head]``."""
-        return self._by_head(self.q.weight)
+        return self._by_head(held(self.q, "weight"))
 
     @property
     def W_K(self) -> Float[Tensor, "head d_in d_head"]:
         """Key weights, a view: ``[head d_model d_head]``."""
-        return self._by_head(self.kv.weight.chunk(2)[0])
+        return self._by_head(held(self.kv, "weight").chunk(2)[0])
 
     @property
     def W_V(self) -> Float[Tensor, "head d_in d_head"]:
         """Value weights, a view: ``[head d_model d_head]``."""
-        return self._by_head(self.kv.weight.chunk(2)[1])
+        return self._by_head(held(self.kv, "weight").chunk(2)[1])
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_out"]:
         """Output weights, a view: ``[head d_head d_model]``."""
-        return rearrange(self.out.weight, "d_model (head d_head) -> head d_head d_model", head=self.spec.n_heads)
+        return rearrange(
+            held(self.out, "weight"), "d_model (head d_head) -> head d_head d_model", head=self.spec.n_heads
+        )
 
     def _by_head(self, weight: Tensor) -> Tensor:
         return rearrange(weight, "(head d_head) d_model -> head d_model d_head", head=self.spec.n_heads)

@@ -8,12 +8,46 @@ from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from prisma_core.errors import InputError
+from prisma_core.errors import InputError, NotApplicable, qualified_name
+from prisma_core.toolbox.additions import set_on_parts
 
 _AS_TENSORS = cast("Any", torch)._C.DisableTorchFunctionSubclass
 _share_memory: Callable[[Tensor, Tensor], bool] = cast("Any", torch)._C._is_alias_of
+
+
+def check_linear(layer: nn.Module, name: str, what: str) -> None:
+    """Refuse what is computed from the weights of a layer, in its place, where it is more than these.
+
+    Raises:
+        NotApplicable: another class, such as a quantised or LoRA layer, a hook of torch's, or a forward of its own.
+    """
+    if torch.compiler.is_compiling():
+        return
+    kind, added = type(layer).__mro__[parametrize.is_parametrized(layer)], set_on_parts(layer)
+    if kind is not nn.Linear or added:
+        more = added[0].partition(" at ")[0] if added else f"A {qualified_name(layer)}"
+        raise NotApplicable(
+            f"{what} would be made from the weights of {name} alone. {more} stands there, which computes more, so the "
+            "numbers would not be the model's. Ask for other hook points, or put a plain nn.Linear there."
+        )
+
+
+def held(layer: nn.Module, name: str) -> Tensor:
+    """Return the weight or bias of a layer.
+
+    Raises:
+        NotApplicable: it is packed, as quantised layers hold theirs, and read by a method.
+    """
+    value = getattr(layer, name)
+    if callable(value):
+        raise NotApplicable(
+            f"A {qualified_name(layer)} packs its {name}, so there is no tensor to show. Take the model that it was "
+            "made of; activations, edits and patches work here all the same."
+        )
+    return value
 
 
 class WeightViews(nn.Module):

@@ -19,6 +19,7 @@ from prisma_core.transformer.norm import Norm
 from prisma_core.transformer.stream.readout import Readout
 from prisma_core.transformer.stream.stream import Stream
 from prisma_core.transformer.tower import class_index
+from prisma_core.transformer.weights import held
 
 Classes = int | str | Sequence["int | str"] | Tensor
 
@@ -97,7 +98,9 @@ class LogitAttribution(Stream):
         if batch_slice is not None:
             return self.apply_slice_to_batch_dim(batch_slice).project_stack(residual_stack, pos_slice, per_token)
         outputs = [
-            pooled if read.head is None else einsum(pooled, read.head.weight.to(pooled), "... d, out d -> ... out")
+            pooled
+            if read.head is None
+            else einsum(pooled, held(read.head, "weight").to(pooled), "... d, out d -> ... out")
             for read, pooled in self._read(residual_stack, pos_slice, per_token)
         ]
         return torch.stack(outputs).mean(0)
@@ -149,7 +152,7 @@ class LogitAttribution(Stream):
         for read, pooled in self._read(residual_stack, pos_slice, per_token):
             weight = direction.to(pooled)
             if read.head is not None:
-                weight = einsum(weight, read.head.weight.to(pooled), "... out, out d -> ... d")
+                weight = einsum(weight, held(read.head, "weight").to(pooled), "... out, out d -> ... d")
             if weight.ndim > 1 and (per_token or not read.shares):
                 weight = weight[:, None]  # one for each image, the same for all of its tokens
             attrs.append(einsum(pooled, weight, "... d, ... d -> ..."))
@@ -184,7 +187,9 @@ class LogitAttribution(Stream):
                 scale = self.store["ln_pool.hook_scale"] if not by_token else self._at("ln_pool.hook_scale", pos_slice)
                 x = norm.linear(x, scale)
                 x = x if norm.bias is None else x + norm.bias.to(x)
-            outputs.append(x if read.head is None else x @ read.head.weight.to(x).T + read.head.bias.to(x))
+            outputs.append(
+                x if read.head is None else x @ held(read.head, "weight").to(x).T + held(read.head, "bias").to(x)
+            )
         output = torch.stack(outputs).mean(0)
         if classes is None:
             return output
