@@ -33,7 +33,7 @@ from prisma_core.errors import (
 )
 from prisma_core.hooks.model import HookedModel
 from prisma_core.toolbox.screen import aside, note
-from prisma_core.toolbox.settings import kept_settings, raised_by_code
+from prisma_core.toolbox.settings import kept_settings, raised_by_code, told
 
 if TYPE_CHECKING:
     from typer import Typer
@@ -105,6 +105,8 @@ class Host:
         if holder := self.infos.get(name):
             name = f"{name} ({point.value})"
             error = f"the name {point.name!r} is taken by {holder.module} of {holder.distribution}"
+        elif point.pattern.match(point.value) is None:
+            error = f"its entry point is {point.value!r}; expected a module, as in my_plugin or my.package:plugin"
         self.infos[name] = PluginInfo(name, point.value, _distribution(point), error)
         if error is None:
             with self._apart(name):
@@ -112,6 +114,8 @@ class Host:
                 manager.add_hookspecs(hookspecs)
                 manager.register(point.load(), name)
                 manager.check_pending()
+                if not any(call.get_hookimpls() for call in vars(manager.hook).values()):
+                    self.broke(name, "it has no hooks; expected functions such as prisma_sources, each under @hookimpl")
                 self._managers[name] = manager
 
     @contextmanager
@@ -131,7 +135,7 @@ class Host:
         finally:
             late.cancel()
         if changed:
-            self.broke(plugin, f"{place}it changed {', '.join(changed)}; that was put back. Change it where it is used")
+            self.broke(plugin, told(f"{place}it", changed))
 
     def broke(self, plugin: str, error: str) -> None:
         """Note why a plugin, or a part of it, is left out; the first reason stays."""
@@ -235,6 +239,8 @@ class Host:
                             self.broke(plugin, f"models of {name}: {flaw}")
                         else:
                             infos[info.reference] = info
+                    if len(infos) == MOST:
+                        self.broke(plugin, f"models of {name}: it lists {MOST} and more, which are left out")
                     models += infos.values()
         return models
 

@@ -32,7 +32,7 @@ from prisma_core.errors import (
     qualified_name,
     returned,
 )
-from prisma_core.errors.arguments import check_flags, device_of, dtype_of, expect, shown
+from prisma_core.errors.arguments import check_flags, device_of, dtype_of, expect, path_of, several, shown
 from prisma_core.errors.migration import check_keywords, keywords
 from prisma_core.files.checkpoint import check_finite, check_merged
 from prisma_core.hooks.model import HookedModel
@@ -43,7 +43,7 @@ from prisma_core.maps.weights import WeightMap
 from prisma_core.model import Origin, ZooModel, assign, tensors_of
 from prisma_core.saving.folder import load_folder, with_own_stem
 from prisma_core.spec import AnySpec, DualSpec, MapSpec, ModelSpec, TextSpec
-from prisma_core.toolbox.screen import aside
+from prisma_core.toolbox.settings import guest
 from prisma_core.toolbox.tables import check_rows
 from prisma_core.transformer import HookedDual, HookedText, build
 from prisma_core.transformer.names import optional_hook_names
@@ -93,7 +93,7 @@ def load(
         check_merged(Path(rest).expanduser())
     if source == "file":
         check_keywords("file:", options, ())
-        model = load_folder(Path(rest))
+        model = load_folder(path_of(rest))
     else:
         loaded = load_upstream(installed().source(source), rest, **options)
         model = loaded.model if isinstance(loaded.model, HookedModel) else _adapt(loaded.model, None, copy=False)
@@ -222,7 +222,8 @@ def _adapt(upstream: nn.Module, adapter: Adapter | None, *, copy: bool) -> ZooMo
 def _labels(model: ZooModel, loaded: Loaded) -> tuple[str, ...] | None:
     """Return the class names that a library knows; None for a head of another number of classes: it was replaced."""
     n = getattr(model.spec, "n_classes", None)
-    return loaded.labels if loaded.labels is None or n in (None, len(loaded.labels)) else None
+    labels = several(loaded.labels, "labels, a text for each class") if loaded.labels else None
+    return tuple(labels) if labels and n in (None, len(labels)) else None
 
 
 @_normal_mode()
@@ -287,7 +288,7 @@ def load_upstream(source: Source, rest: str, **options: Any) -> Loaded:
     """
     check_keywords(f"{source.name}:", options, keywords(source.load))
     try:
-        with aside(), blaming(source):
+        with guest(qualified_name(source)), blaming(source):
             loaded = source.load(rest, **options)
     except PluginError as error:
         problem = error.__cause__
@@ -296,7 +297,8 @@ def load_upstream(source: Source, rest: str, **options: Any) -> Loaded:
                 f"{source.name}:{rest} takes no such option (given: {', '.join(options)}): {problem}."
             ) from problem
         raise
-    return returned(source.load, loaded, Loaded)
+    returned(source.load, returned(source.load, loaded, Loaded).model, nn.Module)
+    return loaded
 
 
 class Reading(NamedTuple):
@@ -348,7 +350,7 @@ def spec_of(adapter: Adapter, upstream: Reader) -> AnySpec | MapSpec:
 def _reading(adapter: Adapter) -> Generator[None]:
     """``blaming``, with the module that the adapter read when it failed."""
     try:
-        with aside(), blaming(adapter):
+        with guest(qualified_name(adapter)), blaming(adapter):
             yield
     except PluginError as error:
         problem = error.__cause__

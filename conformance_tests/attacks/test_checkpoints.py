@@ -341,3 +341,28 @@ def test_a_header_of_any_length_is_one(n: int, tmp_path: Path) -> None:
     header = b'{"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}'.ljust(n)
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", n) + header + struct.pack("<f", 2.5))
     assert read_checkpoint(tmp_path / "a.safetensors") == {"a": torch.tensor(2.5)}
+
+
+@pytest.mark.parametrize("key", [("w", 1), b"w", torch.float32, torch.Size([2]), None, 3])
+def test_a_tensor_under_a_name_that_is_no_text_is_not_left_out(key: Any, tmp_path: Path) -> None:
+    torch.save({**STATE, key: torch.ones(2)}, tmp_path / "w.pth")
+    with pytest.raises(LoadError, match="expected tensors by name"):
+        read_checkpoint(tmp_path / "w.pth")
+    torch.save({"model": STATE, key: torch.ones(2)}, tmp_path / "w.pth")
+    assert set(read_checkpoint(tmp_path / "w.pth")) == set(STATE)
+
+
+def test_two_state_dicts_of_one_name(tmp_path: Path) -> None:
+    torch.save({1: STATE, "1": STATE}, tmp_path / "w.pth")
+    with pytest.raises(LoadError, match="two state dicts of one name"):
+        read_checkpoint(tmp_path / "w.pth")
+
+
+def test_two_models_in_one_archive(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        torch.save({"w": torch.ones(3)}, tmp_path / f"{name}.pth")
+    with zipfile.ZipFile(tmp_path / "one.pth", "a") as whole, zipfile.ZipFile(tmp_path / "two.pth") as other:
+        for name in other.namelist():
+            whole.writestr(name, other.read(name))
+    with pytest.raises(LoadError, match=r"an archive that torch\.save did not write"):
+        read_checkpoint(tmp_path / "one.pth")

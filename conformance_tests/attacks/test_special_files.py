@@ -8,7 +8,9 @@ import re
 import shutil
 import signal
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,10 @@ class StillWaiting(BaseException):
     """Nothing takes it for an error of a file."""
 
 
+def root() -> bool:
+    return os.geteuid() == 0
+
+
 def bound(path: Path) -> None:
     os.chdir(path.parent)  # the address of a socket is short
     socket.socket(socket.AF_UNIX).bind(path.name)
@@ -48,6 +54,8 @@ MAKERS: dict[str, Callable[[Path], Any]] = {
     "a folder": Path.mkdir,
     "a link to itself": lambda path: path.symlink_to(path.name),
     "a link to nothing": lambda path: path.symlink_to("nowhere"),
+    # As root, whom no permission keeps out, reading the memory at address 0 fails.
+    "a file that cannot be read": lambda path: path.symlink_to("/proc/self/mem") if root() else path.touch(mode=0),
 }
 DEVICES = ("a pipe", "a socket", "an endless device", "an empty device")
 
@@ -147,6 +155,49 @@ def test_everything_that_prisma_wrote_is_files(name: str, tmp_path: Path) -> Non
             os.chdir(tmp_path)
             shutil.rmtree(other)
     assert refused >= len(MAKERS)
+
+
+@contextmanager
+def nobody() -> Iterator[None]:
+    """Run a block as a user without rights, where the tests run as root."""
+    (os.setegid(65534), os.seteuid(65534)) if (was := root()) else None
+    try:
+        yield
+    finally:
+        (os.seteuid(0), os.setegid(0)) if was else None
+
+
+@pytest.fixture
+def anyones() -> Iterator[Path]:
+    """A folder in which every user may look; pytest's are root's alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_everything_behind_a_closed_folder(name: str, anyones: Path) -> None:
+    """Each file lies there and is linked to, and then what was written lies there as a whole."""
+    (home := anyones / "home").mkdir()
+    (closed := anyones / "closed").mkdir()
+    right = SUBJECTS[name].write(home) and SUBJECTS[name].read(home)
+    for place in [path.relative_to(home) for path in home.rglob("*") if path.is_file()]:
+        shutil.copytree(home, other := anyones / "other")
+        (other / place).rename(closed / "file")
+        (other / place).symlink_to(closed / "file")
+        closed.chmod(0)
+        with nobody():
+            try:
+                assert same(SUBJECTS[name].read(other), right)
+            except PrismaError as error:
+                assert "\n" not in str(error)  # noqa: PT017
+        closed.chmod(0o700)
+        shutil.rmtree(other)
+    home.chmod(0)
+    with nobody(), pytest.raises(PrismaError, match=r"Permission denied|holds no harvest"):
+        SUBJECTS[name].read(home)
+    home.chmod(0o700)
 
 
 # -------------------------------------------------------------------- one mechanism

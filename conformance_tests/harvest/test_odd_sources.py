@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -178,3 +179,42 @@ def test_what_is_skipped_has_the_same_words_each_time(
     ]
     assert content(runs[0].path) == content(runs[1].path)
     assert len(list(runs[0].skipped())) == 2
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, **facts: Any) -> tarfile.TarInfo:
+    made = tarfile.TarInfo(name)
+    made.type, made.linkname = kind, "x.png"
+    for fact, value in facts.items():
+        setattr(made, fact, value)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (member("x.png"), r"'x\.png' twice"),
+        (member("x.PNG"), r"'x\.PNG' twice"),
+        (member("./x.png"), ""),
+        (member("y.png", tarfile.LNKTYPE), r"'y\.png' as a link, or with gaps"),
+        (member("y.png", tarfile.SYMTYPE), r"'y\.png' as a link, or with gaps"),
+        (member("y.png", tarfile.FIFOTYPE), r"'y\.png' as a link, or with gaps"),
+        (member("y.png", pax_headers={"GNU.sparse.map": "0,0", "GNU.sparse.size": str(1 << 40)}), "with gaps"),
+    ],
+    ids=["twice", "twice by case", "in another folder", "a hard link", "a link", "a pipe", "a file with gaps"],
+)
+def test_what_a_tar_file_would_lose(other: tarfile.TarInfo, words: str, tmp_path: Path) -> None:
+    """Of two files of a name one was read; links were left out; of a file with gaps the bytes stand elsewhere."""
+    with tarfile.open(tmp_path / "one.tar", "w", format=tarfile.PAX_FORMAT) as tar_file:
+        tar_file.addfile(member("x.png"), io.BytesIO())
+        tar_file.addfile(other, io.BytesIO())
+    if not words:
+        assert open_data(tmp_path / "one.tar").n == 2
+        return
+    with pytest.raises(InputError, match=words):
+        open_data(tmp_path / "one.tar")
+
+
+def test_labels_that_nest_without_end(model: HookedViT, tmp_path: Path) -> None:
+    tar(tmp_path / "one.tar", {"x.png": b"", "x.json": b"[" * 100_000})
+    with pytest.raises(InputError, match="its JSON is nested too deeply"):
+        harvest(model, tmp_path / "one.tar", NAME, out=tmp_path / "out")

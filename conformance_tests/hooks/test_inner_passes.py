@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
+from prisma_core import HookError
 from prisma_core.hooks.point import OPEN_SCOPES
 
 # -------------------------------------------------------------------- passes inside hooks
@@ -98,3 +99,22 @@ def test_a_loss_may_run_the_model(vit, image, other):
     assert all(torch.equal(cache[name], plain[name]) for name in plain)
     for name in plain.grad:
         torch.testing.assert_close(cache.grad[name], plain.grad[name], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("output", [True, False])
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_cache_holds_no_pass_inside_a_hook_of_torchs(vit, image, other, kind, output):
+    """Torch's hooks pause no scopes: what such a pass goes by would be taken for the pass that is cached."""
+    began = []
+
+    def inner(*args):
+        if not began:
+            began.append(1)
+            vit(other)
+
+    handle = getattr(vit.blocks[0], kind)(inner)
+    with pytest.raises(HookError, match=r"fired twice|began inside"):
+        vit.run_with_cache(image, names=("resid_post", 1), output=output)
+    handle.remove()
+    assert OPEN_SCOPES.get() == ()
+    vit.run_with_cache(image, names=("resid_post", 1), output=output)

@@ -71,6 +71,17 @@ def test_lists_of_batches_of_several_lengths_are_one_batch() -> None:
     assert PREPARE([PIXELS[None], np.stack([PIXELS, PIXELS])]).shape == (3, 3, 16, 16)
 
 
+def closed(name: str) -> Image.Image:
+    with Image.open(name) as image:
+        return image
+
+
+def cut(name: str) -> Image.Image:
+    Image.effect_noise((64, 64), 50).save(name)
+    Path(name).write_bytes(Path(name).read_bytes()[:1000])
+    return Image.open(name)
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a folder": (
         lambda: Path("."),
@@ -78,6 +89,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "an empty name": (lambda: "", "No image at ''"),
     "an address": (lambda: "https://example.com/cat.jpg", "is an address.*Download"),
+    "an address of a store": (lambda: "s3://bucket/cat.jpg", "is an address.*Download"),
     "a file's address": (lambda: "file:///a.png", "is an address"),
     "data in an address": (lambda: "data:image/png;base64,iVBORw0KGgo=", "is an address"),
     "bytes": (lambda: Path("a.png").read_bytes(), r"PIL\.Image\.open\(io\.BytesIO"),
@@ -89,6 +101,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a set": (lambda: {"a.png"}, r"as a list: list\(images\)"),
     "a row of a data set": (lambda: {"image": IMAGE, "label": 3}, r"the image alone, as in row\['image'\]"),
     "nothing": (lambda: None, "got None"),
+    "an image and its label": (lambda: (IMAGE, 3), r"got 3\..*one flat list, without their labels"),
+    "images with labels": (lambda: [(IMAGE, 3)], r"one flat list, without their labels"),
+    "an image whose file was closed": (lambda: closed("a.png"), r"its file is closed: call image\.load\(\) while"),
+    "an image whose file is cut": (lambda: cut("a.png"), "cannot be decoded: image file is truncated"),
+    "rows of several lengths": (lambda: torch.nested.nested_tensor([torch.zeros(3, 5)]), "a Tensor nested of"),
     "floats up to 255": (lambda: PIXELS.astype(float), r"astype\('uint8'\)"),
     "floats from -1 to 1": (lambda: PIXELS / 127.5 - 1, "normalised already"),
     "whole numbers of 64 bits": (lambda: PIXELS.astype(int), "uint8, uint16 or floats"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -160,6 +161,18 @@ def test_a_list_of_models_that_is_none(found: Found, models: Callable[[Source], 
     assert [info.reference for info in host.models()] == ["fine:one"]
     assert error in str(host.infos["bad"].error)
     assert host.infos["fine"].error is None
+
+
+def test_a_list_of_models_that_never_ends_is_told(found: Found, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prisma_core.host.MOST", 5)
+
+    def models(source: Source) -> Iterator[ModelInfo]:
+        yield from (ModelInfo(f"counting:{n}", "many", pretrained=True) for n in itertools.count())
+
+    endless = type("Endless", (Counting,), {"models": models})
+    host = Host([found("bad", prisma_sources=lambda: [endless()])])
+    assert len(host.models()) == 5
+    assert host.infos["bad"].error == "models of counting: it lists 5 and more, which are left out"
 
 
 class Distribution:

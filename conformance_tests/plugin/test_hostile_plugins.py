@@ -20,6 +20,7 @@ from prisma_core.host import Host
 from prisma_core.toolbox.screen import printable
 from prisma_core.zoo import load_upstream
 
+NO_SOURCES = "from prisma_core import hookimpl\n@hookimpl\ndef prisma_sources(): return []\n"
 Found = Callable[..., EntryPoint]
 
 
@@ -254,7 +255,7 @@ def test_a_plugin_of_one_module_carries_no_table(
 ) -> None:
     from prisma_conformance.report.supported import read_supported
 
-    (tmp_path / "plugin_of_one_module.py").write_text("")
+    (tmp_path / "plugin_of_one_module.py").write_text(NO_SOURCES)
     monkeypatch.syspath_prepend(str(tmp_path))
     plugins = use(EntryPoint("one", "plugin_of_one_module", "prisma"))
     assert read_supported(plugins) == {}

@@ -13,12 +13,13 @@ import torch
 import typer
 from torch import nn
 
-from prisma_core import HookedViT, PluginError, UnknownName, UnsupportedArchitecture, host
+from prisma_core import HookedViT, PluginError, PrismaError, UnknownName, UnsupportedArchitecture, host
 from prisma_core.cli.app import build
 from prisma_core.contract.adapter import Adapter
 from prisma_core.contract.source import Loaded, ModelInfo, Source
 from prisma_core.host import Host
 
+NO_SOURCES = "from prisma_core import hookimpl\n@hookimpl\ndef prisma_sources(): return []\n"
 Found = Callable[..., EntryPoint]
 
 
@@ -87,6 +88,7 @@ def test_a_plugin_that_raises_on_import(good: EntryPoint, tmp_path: Any, monkeyp
         (tmp_path / f"plugin_that_{name}.py").write_text(line + "\n")
     monkeypatch.syspath_prepend(tmp_path)
     broken = [EntryPoint(name, f"plugin_that_{name}", "prisma") for name in ("raises", "leaves", "garbled", "vanished")]
+    broken += [EntryPoint(f"odd {value}", value, "prisma") for value in ("", "a module", "a.b:c d")]
     host = Host([*broken, good])
     told = states(host)
     assert told["raises"] == "ZeroDivisionError: division by zero"
@@ -94,6 +96,8 @@ def test_a_plugin_that_raises_on_import(good: EntryPoint, tmp_path: Any, monkeyp
     assert told["garbled"] is not None
     assert told["garbled"].startswith("SyntaxError")
     assert told["vanished"] == "ModuleNotFoundError: No module named 'plugin_that_vanished'"
+    for value in ("", "a module", "a.b:c d"):
+        assert str(told[f"odd {value}"]).startswith(f"its entry point is {value!r}; expected a module")
     assert told["good"] is None
     assert_good_works(host)
     with pytest.raises(UnknownName, match=r"raises .ZeroDivisionError"):
@@ -129,6 +133,7 @@ def _stops_midway() -> Iterator[Source]:
         ),
         ({"prisma_adapters": lambda: FakeAdapter()}, "gave a FakeAdapter; return a list of them"),
         ({"prisma_sauces": lambda: []}, "unknown hook"),
+        ({}, "it has no hooks; expected functions such as prisma_sources, each under @hookimpl"),
         ({"prisma_sources": lambda wrong: []}, "wrong"),
     ],
 )
@@ -240,6 +245,29 @@ def test_a_source_may_hand_over_a_hooked_model(
     assert torch.isfinite(model(image)).all()
 
 
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"model": None}, r"Ready\.load returned None; expected Module"),
+        ({"model": nn.Linear}, r"Ready\.load returned the class Linear; expected Module"),
+        ({"labels": 5}, "Expected labels, a text for each class, got 5"),
+        ({"labels": "abc"}, "Expected labels, a text for each class, got 'abc'"),
+    ],
+)
+def test_what_a_source_hands_over_is_looked_at(
+    found: Found, vit: HookedViT, use: Callable[..., Host], facts: dict[str, Any], words: str
+) -> None:
+    import prisma_core as prisma
+
+    class Ready(source_of("ready")):  # type: ignore[misc]
+        def load(self, rest: str, **options: Any) -> Loaded:
+            return Loaded(**{"model": vit, **facts})
+
+    use(found("ready", prisma_sources=lambda: [Ready()]))
+    with pytest.raises(PrismaError, match=words):
+        prisma.load("ready:any")
+
+
 def test_the_plugins_that_come_along_are_all_well() -> None:
     host = Host()
     told = states(host)
@@ -282,7 +310,7 @@ def test_entry_points_that_are_no_text_harm_their_distribution_alone(
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         (info / "entry_points.txt").write_bytes(content)
-    (tmp_path / "fine_plugin.py").write_text("")
+    (tmp_path / "fine_plugin.py").write_text(NO_SOURCES)
     monkeypatch.syspath_prepend(str(tmp_path))
     infos = Host().infos
     assert "UnicodeDecodeError" in str(infos["broken"].error)

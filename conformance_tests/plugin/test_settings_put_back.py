@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -22,8 +22,9 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook
 
-from prisma_core.contract.source import Source
+from prisma_core.contract.source import Loaded, ModelInfo, Source
 from prisma_core.host import Host
+from prisma_core.zoo import load_upstream
 
 Found = Callable[..., EntryPoint]
 
@@ -154,3 +155,30 @@ def test_a_thread_that_keeps_python_from_leaving_is_told(
     error = _error_of(found, threading.Thread(target=done.wait).start)
     done.set()
     assert ("it left a thread that is no daemon" in error) == (not others)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda: torch.set_default_dtype(torch.float64), "Late changed torch's default dtype to torch.float64; that"),
+        (lambda: torch.set_default_device("meta"), "Late changed torch's default device to meta; that"),
+        (lambda: torch.set_grad_enabled(False), "Late changed whether torch takes gradients to False; that"),
+        (lambda: torch.set_autocast_enabled("cpu", True), "Late changed torch's autocast on the CPU to True; that"),
+        (lambda: np.seterr(all="raise"), "Late changed what numpy does about errors to"),
+    ],
+)
+def test_what_numbers_hang_on_is_put_back_when_a_model_is_loaded(change: Callable[[], object], words: str) -> None:
+    class Late(Source):
+        name = "late"
+
+        def load(self, rest: str, **options: Any) -> Loaded:
+            change()
+            return Loaded(torch.nn.Linear(1, 1, device="cpu"))
+
+        def models(self) -> Iterator[ModelInfo]:
+            yield from ()
+
+    before = _state()
+    with pytest.warns(UserWarning, match=words):
+        load_upstream(Late(), "one")
+    assert _state() == before

@@ -93,7 +93,7 @@ class Writer:
 
     def tidy(self) -> None:
         """Remove what killed writers left."""
-        for remains in self.folder.rglob(".prisma-*"):
+        for remains in self.folder.rglob(".prisma-writing-*"):
             shutil.rmtree(remains, ignore_errors=True)
         if Whole.read(self.folder) is not None:
             shutil.rmtree(self.folder / _LINES, ignore_errors=True)

@@ -193,9 +193,16 @@ def _tar(paths: Sequence[Path], columns: Columns, limit: int | None) -> Data:
                 for member in tar:
                     place, _, name = member.name.rpartition("/")
                     key, _, ending = name.partition(".")
-                    if member.isfile() and key and ending:
-                        full = f"{place}/{key}" if place else key
-                        groups.setdefault(full, {})[ending.lower()] = (member.offset_data, member.size)
+                    if not (key and ending) or member.isdir():
+                        continue
+                    parts = groups.setdefault(f"{place}/{key}" if place else key, {})
+                    if not member.isreg() or member.issparse() or ending.lower() in parts:
+                        kind = "twice" if member.isreg() and not member.issparse() else "as a link, or with gaps"
+                        raise InputError(
+                            f"{path} holds {member.name!r} {kind}: pack each file once, as it is (of GNU tar "
+                            "--hard-dereference -h, and no --sparse)."
+                        )
+                    parts[ending.lower()] = (member.offset_data, member.size)
         except (tarfile.TarError, OSError) as error:
             raise InputError(f"{path} is no uncompressed tar file that can be read: {error}") from error
         index += [(path.absolute(), key, parts) for key, parts in groups.items()]
@@ -217,9 +224,16 @@ class _Members:
                 file.seek(offset)
                 value[ending] = file.read(size)
         if "json" in value and not any(name in value for name in LABELS):
-            facts = json.loads(value.pop("json"))
+            facts = _json(value.pop("json"))
             value |= {name: facts[name] for name in LABELS if isinstance(facts, dict) and name in facts}
         return item_of(value, self.columns)
+
+
+def _json(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its JSON is nested too deeply") from error
 
 
 def _indexed(data: Any, columns: Columns, limit: int | None) -> Data:

@@ -34,7 +34,8 @@ def shown(value: Any) -> str:
     """
     if isinstance(value, Tensor | np.ndarray):
         array = cast("Tensor", value)
-        return f"a {type(array).__name__} {list(array.shape)} of {array.dtype}"
+        shape = "nested" if getattr(array, "is_nested", False) else list(array.shape)
+        return f"a {type(array).__name__} {shape} of {array.dtype}"
     text = repr(value)
     return text if len(text) <= LONGEST and "\n" not in text else f"a value of type {type(value).__name__}"
 
@@ -156,12 +157,14 @@ def path_of(value: Any, what: str = "a path") -> Path:
     """Return a path; ``~`` at its beginning is the user's own folder.
 
     Raises:
-        InputError: it is neither a text nor a path, empty, has a zero byte, or is longer than the disk takes.
+        InputError: it is neither a text nor a path, empty, has a zero byte, is longer than the disk takes, or lies in a
+            folder, or is one, in which nobody else may look.
     """
     if isinstance(value, str | Path) and str(value) and "\0" not in str(value):
         path = Path(os.path.expanduser(value))
         try:
-            path.exists()
+            if path.is_dir():
+                os.stat(f"{path}/.")  # whether what lies in it may be looked at
         except OSError as error:
             raise InputError(f"{what} cannot be {shown(str(value))}: {error.strerror}.") from error
         return path

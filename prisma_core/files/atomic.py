@@ -21,7 +21,8 @@ from prisma_core.errors.arguments import shown
 from prisma_core.files.texts import check_regular
 
 T = TypeVar("T")
-_PREFIX = ".prisma-"
+_PREFIX = ".prisma-writing-"
+_STAGED = _PREFIX + "[a-z0-9_]" * 8  # as tempfile names them: a folder of the user's own is called otherwise
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -103,7 +104,7 @@ def place(home: Path, name: str, sha256: str | None) -> Path:
     if sha256 is not None and not (isinstance(cast(object, sha256), str) and _SHA256.fullmatch(sha256)):
         raise LoadError(f"{home} says no SHA-256 of {name}, but {shown(sha256)}: save it again.")
     waiting = beside(home, name, sha256) if sha256 else home / name
-    return waiting if waiting.exists() else home / name
+    return waiting if os.path.exists(waiting) else home / name  # unlike Path's, False behind a closed folder
 
 
 def file_digest(path: Path) -> str:
@@ -171,7 +172,7 @@ def staging(folder: Path) -> Generator[Path]:
 
     Those that killed processes left in ``folder`` are removed too: no living process holds them.
     """
-    for left in folder.glob(f"{_PREFIX}*"):
+    for left in folder.glob(_STAGED):
         with locked(left, wait=False) as mine:
             if mine and not left.is_symlink():
                 shutil.rmtree(left, ignore_errors=True)
@@ -208,6 +209,7 @@ def locked(folder: Path, *, wait: bool = True) -> Generator[bool]:
             held = False
         yield held
     finally:
+        fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough: a process forked meanwhile has the handle too
         os.close(handle)
 
 
@@ -233,7 +235,8 @@ def move(source: Path, target: Path) -> None:
     A link in its place is replaced, not followed.
     """
     if source.is_file():
-        source.chmod(0o666 & ~_umask(source.parent))  # safetensors writes files for their owner alone
+        with suppress(PermissionError):  # a disk without modes
+            source.chmod(0o666 & ~_umask(source.parent))  # safetensors writes files for their owner alone
     for path in (source, *source.rglob("*")):
         _sync(path)
     os.replace(source, target)
@@ -247,7 +250,7 @@ def _umask(folder: Path) -> int:
 
 
 def _sync(path: Path) -> None:
-    with suppress(PermissionError, IsADirectoryError):  # some systems do not open folders
+    with suppress(OSError if path.is_dir() else PermissionError):  # not every system and disk syncs a folder's names
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

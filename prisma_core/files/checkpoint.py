@@ -198,6 +198,8 @@ def _states(value: object, path: Path) -> dict[str, dict[str, Tensor]]:
         raise LoadError(
             f"{path} holds a {type(cast(object, value)).__name__} without a state dict: expected tensors by name."
         )
+    if len(states) < sum(map(_is_state, inside.values())):
+        raise LoadError(f"{path} holds two state dicts of one name, a number and a text: of {', '.join(states)}.")
     return states
 
 

@@ -87,9 +87,10 @@ def call(make: Any, given: Any) -> Any:
 
 
 def put(target: Any, pairs: Iterable[Any] = ()) -> Any:
-    """Put pairs into a dictionary; keys other than plain values are left out, since hashing them may never end."""
+    """Put pairs into a dictionary; keys other than plain values become inert, since hashing them may never end."""
     if isinstance(target, dict):
-        cast("dict[Any, Any]", target).update((key, value) for key, value in pairs if isinstance(key, _KEYS))
+        plain = ((key if isinstance(key, _KEYS) else Inert(), value) for key, value in pairs)
+        cast("dict[Any, Any]", target).update(plain)
     return cast(Any, target)
 
 

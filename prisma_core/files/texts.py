@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -15,12 +16,20 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def check_regular(path: Path) -> None:
-    """Refuse a pipe, a socket or a device in the place of a file: reading it might never end.
+    """Refuse a file that may not be read, and a pipe, a socket or a device, whose reading might never end.
 
     Raises:
         LoadError: it is one.
     """
-    if os.path.exists(path) and not (path.is_file() or path.is_dir()):
+    try:
+        if stat.S_ISREG(mode := os.stat(path).st_mode):
+            with open(path, "rb") as file:
+                file.read(1)
+    except (FileNotFoundError, NotADirectoryError):
+        return  # who reads it says what is missing
+    except OSError as error:
+        raise LoadError(f"{path} cannot be read: {error.strerror}.") from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise LoadError(f"{path} is no regular file, but a pipe, a socket or a device: expected a file on a disk.")
 
 

@@ -205,7 +205,7 @@ class _Zip(_File):
             )
         if len(set(names)) < len(names):
             raise Refused("is an archive that holds a file twice: refused.")
-        if f"{self.root}/data.pkl" not in names:
+        if f"{self.root}/data.pkl" not in names or not all(name.startswith(f"{self.root}/") for name in names):
             raise Refused(f"is an archive that torch.save did not write; it holds {', '.join(names[:3])[:200]}.")
         if f"{self.root}/byteorder" in names:
             _check_order(self.open("byteorder").read(8).decode())

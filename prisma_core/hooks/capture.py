@@ -79,14 +79,15 @@ class Keep:
 
 @dataclass(eq=False)
 class Countdown:
-    """Stops the pass at the last of ``n`` captures."""
+    """Stops the pass of a model at the last of ``n`` captures."""
 
     n: int
+    model: object
 
     def __call__(self, x: Tensor) -> None:
         self.n -= 1
         if self.n == 0:
-            raise Stop
+            raise Stop(self.model)
 
 
 def gradients(loss: Callable[[Any], Tensor], output: object, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:

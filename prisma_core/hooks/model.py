@@ -53,6 +53,9 @@ class HookedModel(nn.Module):
         except TypeError:
             self._refuse_keywords(kwargs)
             raise
+        except Stop as stop:
+            inner = "A pass began inside of one that is cached, in a hook of torch's: begin it in one of model.hooks."
+            raise HookError(inner) if self in stop.args else stop from None
         scopes = OPEN_SCOPES.get()
         for scope in scopes:
             if self in scope.completed:
@@ -179,10 +182,7 @@ class HookedModel(nn.Module):
         return ScopeContext(scope, cache)
 
     def splicing(
-        self,
-        splices: Mapping[str | LayerQuery, Splice],
-        *,
-        reads: Mapping[str | LayerQuery, Capture] | None = None,
+        self, splices: Mapping[str | LayerQuery, Splice], *, reads: Mapping[str | LayerQuery, Capture] | None = None
     ) -> AbstractContextManager[None]:
         """Return a scope in which functions stand in the place of activations, with hook points of their own.
 
@@ -264,7 +264,7 @@ class HookedModel(nn.Module):
         about: dict[str, Any] = {"layout": layout, "tokens": self.tokens_in(*inputs, **kwargs), "pos": pos}
         cache, whole = self._cache(sites, **about), dict[str, Tensor]()
         keeps = self._keeps(cache, sites, names, heads=heads, device=device, dtype=dtype, detach=detach)
-        stop = Countdown(len(keeps))
+        stop = Countdown(len(keeps), self)
         for name, keep in keeps.items():
             key = sites[name].point.key
             if loss is not None:  # gradients are by what flows through the model: cuts and casts come after them

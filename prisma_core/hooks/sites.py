@@ -91,8 +91,7 @@ def splicing_scope(
         taken = [sub for sub in splice.points if f"{name}.{sub}" in sites]
         if taken or sites[name].point.key in scope.splices:
             raise HookError(f"{name} is spliced already{f', and has {taken[0]}' if taken else ''}: leave that scope.")
-        placed = PlacedSplice(HookContext(name, sites[name].point.axes), splice)
-        scope.splices[sites[name].point.key] = placed
+        placed = scope.splices[sites[name].point.key] = PlacedSplice(HookContext(name, sites[name].point.axes), splice)
         scope.points |= frozenset(splice.points.values())
         scope.expect(placed, sites[name].owner)
     for query, read in reads.items():

@@ -40,6 +40,11 @@ def open_image(image: ImageLike, channels: int = 3) -> Image:
         form = getattr(image, "format", None)
         if form not in (None, *FORMATS) and getattr(image, "tile", None):  # opened, and not decoded yet
             raise InputError(f"This image is a file of {form}, which is not decoded here: {_EXPECTED}")
+        try:
+            image.load()
+        except Exception as error:  # decoders stumble in any way there is
+            why = str(error) or "its file is closed: call image.load() while it is open, or give the path"
+            raise InputError(f"This image of {image.width} x {image.height} cannot be decoded: {why}.") from error
         opened = image
     else:
         opened = _from_array(image)
@@ -55,7 +60,7 @@ def _read(given: str | Path) -> Image:
 
     images.init()
     path = os.path.expanduser(given)
-    if re.match(r"[a-z]{2,}:/|data:", str(given)) and not os.path.lexists(path):
+    if re.match(r"[a-z][a-z0-9]+:/|data:", str(given)) and not os.path.lexists(path):
         raise InputError(f"{shown(str(given))} is an address: expected a file. Download the image first.")
     if os.path.isdir(path):
         raise InputError(f"{path!r} is a folder: give an image, or a list, as in sorted(Path(FOLDER).iterdir()).")
@@ -105,8 +110,9 @@ def _instead(value: object) -> str:
         return " Open it: PIL.Image.open(io.BytesIO(DATA)), or of an open file PIL.Image.open(FILE)."
     if isinstance(value, Mapping):
         return " Of a row of a data set give the image alone, as in row['image']."
-    if isinstance(value, list | tuple):
-        return " Pixels go in as an array: numpy.asarray(image, dtype='uint8'); several images as one flat list."
+    if isinstance(value, list | tuple | int):
+        pixels = "" if isinstance(value, int) else " Pixels go in as an array: numpy.asarray(image, dtype='uint8');"
+        return f"{pixels} Several images go in as one flat list, without their labels."
     return " Several images go in as a list: list(images)." if hasattr(value, "__iter__") else ""
 
 

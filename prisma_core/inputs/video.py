@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prisma_core.errors import InputError, PluginError
 from prisma_core.errors.arguments import expect, number
+from prisma_core.files.texts import check_regular
 from prisma_core.inputs import ImageLike, Preprocess
 from prisma_core.spec import Facts
 
@@ -91,6 +92,7 @@ def read_video(
     Raises:
         InputError: there is no such file, it is no video, is cut off or damaged, or has fewer frames; or fewer than one
             frame is wanted.
+        LoadError: it may not be read.
         PluginError: neither torchcodec nor PyAV is installed.
     """
     frames = None if frames is None else number(frames, "frames, how many to take,", 1)
@@ -110,6 +112,7 @@ def _check_beginning(path: Path) -> None:
     """Refuse what a decoder may take for a list of other files or addresses, and what is no file (``InputError``)."""
     if not path.is_file():
         raise InputError(f"No video at {str(path)!r}.")
+    check_regular(path)
     with path.open("rb") as file:
         head = file.read(1 << 20)
     text = head.partition(b"\0")[0].lower()

@@ -21,7 +21,7 @@ from prisma_core.errors import InputError, LoadError, NotApplicable, Unsupported
 from prisma_core.errors.arguments import expect, path_of
 from prisma_core.files.atomic import beside, locked, move, place, settled, staging, writing
 from prisma_core.files.checkpoint import check_shapes, digest, read_outline, read_safetensors
-from prisma_core.files.texts import read_text
+from prisma_core.files.texts import check_regular, read_text
 from prisma_core.model import ZooModel, assign, tensors_of
 from prisma_core.saving import processors
 from prisma_core.saving.facts import SavedFacts, SavedProcessor, read_facts
@@ -183,6 +183,7 @@ def _loaded(folder: Path, text: str, weights: bool) -> ZooModel:
     facts = read_facts(text, folder / SPEC)
     sha256 = facts.weights and facts.weights.sha256
     path = place(folder, WEIGHTS, sha256)
+    check_regular(path)
     if not path.is_file():
         raise LoadError(f"{folder} holds no {WEIGHTS}: expected a folder written by prisma.save.")
     n_tensors, n_blocks = len(read_outline(path)), _n_blocks(facts.spec)

@@ -158,8 +158,11 @@ def _read(words: str, read: Callable[[Any], object]) -> Callable[[Any], object]:
     def validate(value: object) -> object:
         try:
             return read(value)
-        except (TypeError, ValueError, RuntimeError, InputError):
-            raise PydanticCustomError("expected", "{words}", {"words": words}) from None
+        except (TypeError, ValueError, RuntimeError, InputError) as error:
+            reason = getattr(error.__cause__, "strerror", None)  # the disk's own
+            raise PydanticCustomError(
+                "expected", "{words}", {"words": f"{words} ({reason})" if reason else words}
+            ) from None
 
     return validate
 

@@ -14,13 +14,15 @@ import socket
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
 from torch.nn.modules import module as torch_module
+
+from prisma_core.toolbox.screen import aside
 
 
 def _set_device(device: torch.device) -> None:
@@ -74,23 +76,29 @@ def _set_interrupt(handler: Any) -> None:
         signal.signal(signal.SIGINT, handler)
 
 
-_SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
+_Settings: TypeAlias = dict[str, tuple[Callable[[], Any], Callable[[Any], object]]]
+
+_OF_NUMBERS: _Settings = {
     "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "torch's default device": (torch.get_default_device, _set_device),
     "whether torch takes gradients": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "torch's autocast on the CPU": (
+        lambda: torch.is_autocast_enabled("cpu"),
+        lambda on: torch.set_autocast_enabled("cpu", on),
+    ),
+    "what numpy does about errors": (np.geterr, lambda errors: np.seterr(**errors)),
+}
+
+_OF_ALL: _Settings = {
+    **_OF_NUMBERS,
     "torch's precision of float32 products": (_precision, _set_precision),
     "whether torch is deterministic": (
         torch.are_deterministic_algorithms_enabled,
         torch.use_deterministic_algorithms,
     ),
     "the number of torch's threads": (torch.get_num_threads, torch.set_num_threads),
-    "torch's autocast on the CPU": (
-        lambda: torch.is_autocast_enabled("cpu"),
-        lambda on: torch.set_autocast_enabled("cpu", on),
-    ),
     "what torch runs in all modules": (_in_all_modules, _set_in_all_modules),
     "how deep Python may call": (sys.getrecursionlimit, sys.setrecursionlimit),
-    "what numpy does about errors": (np.geterr, lambda errors: np.seterr(**errors)),
     "what Ctrl-C does": (_interrupt, _set_interrupt),
     "what Python does about an error": (lambda: sys.excepthook, lambda hook: setattr(sys, "excepthook", hook)),
     "whether Python frees circles": (gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
@@ -107,23 +115,51 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
 
 
 @contextmanager
+def _kept(settings: _Settings, changed: list[str]) -> Generator[None]:
+    before = {name: get() for name, (get, _) in settings.items()}
+    try:
+        yield
+    finally:
+        for name, (get, put) in settings.items():
+            if (now := get()) != before[name]:
+                put(before[name])
+                changed.append(f"{name} to {now}")
+
+
+@contextmanager
+def guest(name: str) -> Generator[None]:
+    """Run a plugin's code: what numbers hang on is put back, with a warning; what it prints goes to stderr.
+
+    What is not of a thread stays (but the default dtype): another thread of the user's may have changed it.
+    """
+    changed: list[str] = []
+    try:
+        with aside(), _kept(_OF_NUMBERS, changed):
+            yield
+    finally:
+        if changed:
+            warnings.warn(told(name, changed), stacklevel=4)
+
+
+def told(name: str, changed: Sequence[str]) -> str:
+    """Say what a plugin's code changed."""
+    return f"{name} changed {', '.join(changed)}; that was put back. Change it where it is used"
+
+
+@contextmanager
 def kept_settings(changed: list[str]) -> Generator[None]:
     """Put back what a block changes for all, and name it; random numbers and warnings without a word, as imports do.
 
     Args:
         changed: gets a text for each setting that was another one when the block ended.
     """
-    before = {name: get() for name, (get, _) in _SETTINGS.items()}
     drawn, torch_drawn, numpy_drawn = random.getstate(), torch.get_rng_state(), np.random.get_state()
     filters, variables = list(warnings.filters), dict(os.environ)
     paths, threads = list(sys.path), set(threading.enumerate())
     try:
-        yield
+        with _kept(_OF_ALL, changed):
+            yield
     finally:
-        for name, (get, put) in _SETTINGS.items():
-            if (now := get()) != before[name]:
-                put(before[name])
-                changed.append(f"{name} to {now}")
         random.setstate(drawn)
         torch.set_rng_state(torch_drawn)
         np.random.set_state(numpy_drawn)

@@ -34,6 +34,7 @@ def recognises(path: Path) -> bool:
         path = path / "sae.pt"
     if not path.is_file():
         return False
+    check_regular(path)
     with path.open("rb") as file:
         return file.read(1) == b"{"
 
