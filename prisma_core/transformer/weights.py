@@ -24,8 +24,6 @@ def check_linear(layer: nn.Module, name: str, what: str) -> None:
     Raises:
         NotApplicable: another class, such as a quantised or LoRA layer, a hook of torch's, or a forward of its own.
     """
-    if torch.compiler.is_compiling():
-        return
     kind, added = type(layer).__mro__[parametrize.is_parametrized(layer)], set_on_parts(layer)
     if kind is not nn.Linear or added:
         more = added[0].partition(" at ")[0] if added else f"A {qualified_name(layer)}"
