@@ -87,6 +87,18 @@ def test_what_more_than_weights_computes_is_not_computed_from_weights(
     torch.testing.assert_close(model(image), plain)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("change", MORE)
+def test_a_compiled_model_sees_it_too(model: HookedViT, image: Tensor, change: Callable[[Any, str], None]) -> None:
+    torch._dynamo.reset()
+    change(model.blocks[1].attn, "out")
+    compiled = torch.compile(model, backend="eager")
+    edited = model.hooks({"blocks.1.attn.hook_result": lambda result, context: result})
+    with edited, pytest.raises(NotApplicable, match="from the weights of out alone"):
+        compiled(image)
+    torch.testing.assert_close(compiled(image), model(image))
+
+
 @pytest.mark.parametrize("change", NO_MORE)
 def test_a_layer_that_is_its_weights_alone(model: HookedViT, image: Tensor, change: Callable[[Any, str], None]) -> None:
     for layer in ("out", "qkv"):
