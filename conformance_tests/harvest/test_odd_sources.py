@@ -218,3 +218,8 @@ def test_labels_that_nest_without_end(model: HookedViT, tmp_path: Path) -> None:
     tar(tmp_path / "one.tar", {"x.png": b"", "x.json": b"[" * 100_000})
     with pytest.raises(InputError, match="its JSON is nested too deeply"):
         harvest(model, tmp_path / "one.tar", NAME, out=tmp_path / "out")
+
+
+def test_a_range_of_shards_is_read_no_further_than_its_first_gap(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"No tar shard at .*shards-0\.tar"):
+        open_data(f"{tmp_path}/shards-{{0..99999999999}}.tar")

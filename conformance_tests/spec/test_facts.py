@@ -57,6 +57,14 @@ def test_a_grid_has_each_patch_where_its_name_says(shape, axis, patches_alone):
             assert torch.equal(grid.select(at, row).select(at, column), x.select(axis, position)), name
 
 
+@pytest.mark.parametrize("layout", [LAYOUT, VIDEO])
+def test_a_token_is_found_by_its_own_name(layout):
+    for position, name in enumerate(layout.token_names()):
+        assert layout.positions(name) == [position]
+    with pytest.raises(UnknownName, match=r"and the tokens cls to (f1)?r1c2\."):
+        layout.positions("r7c7")
+
+
 def test_a_grid_of_frames():
     x = torch.randn(2, 13, 5)
     grid = VIDEO.grid(x)

@@ -168,19 +168,24 @@ def _tars(data: Any) -> list[Path] | None:
         return None
     if not all(text.endswith(".tar") for text in texts):
         return None
-    paths = [Path(path) for text in texts for one in _braces(text) for path in (sorted(glob.glob(one)) or [one])]
-    if lost := [str(path) for path in paths if not path.is_file()]:
-        raise InputError(f"No tar shard at {lost[0]}. Shards of another machine: download them, or give an iterable.")
+    paths: list[Path] = []
+    for one in chain.from_iterable(map(_braces, texts)):
+        paths += map(Path, sorted(glob.glob(one)) or [one])
+        if not paths[-1].is_file():
+            raise InputError(
+                f"No tar shard at {paths[-1]}. Shards of another machine: download them, or give an iterable."
+            )
     return paths
 
 
-def _braces(text: str) -> list[str]:
+def _braces(text: str) -> Iterator[str]:
     match = re.search(r"\{(\d+)\.\.(\d+)\}", text)
     if match is None:
-        return [text]
+        yield text
+        return
     first, last = match.groups()
-    numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    return [each for number in numbers for each in _braces(text[: match.start()] + number + text[match.end() :])]
+    for number in range(int(first), int(last) + 1):
+        yield from _braces(text[: match.start()] + str(number).zfill(len(first)) + text[match.end() :])
 
 
 def _tar(paths: Sequence[Path], columns: Columns, limit: int | None) -> Data:

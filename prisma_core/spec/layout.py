@@ -62,10 +62,11 @@ class TokenLayout(BriefModel):
     def slice(self, subset: str) -> slice:
         """Return the positions of a subset: cls, distillation, registers, prefix, patches, all, or one ``frame 3``.
 
-        Frames are those of patches, counted from 0; negative ones count from the end.
+        Frames are those of patches, counted from 0; negative ones count from the end. A token's own name stands for it
+        alone: ``r0c1``, as ``token_names`` has them.
 
         Raises:
-            UnknownName: the subset is none of these, or there is no such frame.
+            UnknownName: the subset is none of these, or there is no such frame or token.
         """
         if expect(subset, str, "a subset of the tokens, such as 'cls'").startswith("frame "):
             return self._frame(subset)
@@ -78,11 +79,13 @@ class TokenLayout(BriefModel):
             "patches": slice(self.n_prefix, self.n_tokens),
             "all": slice(0, self.n_tokens),
         }
-        if subset not in subsets:
-            raise UnknownName(
-                f"No token subset {shown(subset)}; there are {', '.join(subsets)}.{suggest(subset, subsets)}"
-            )
-        return subsets[subset]
+        if subset in subsets:
+            return subsets[subset]
+        names = self.token_names()
+        if subset in names:
+            return slice(names.index(subset), names.index(subset) + 1)
+        known = f"there are {', '.join(subsets)}, and the tokens {names[0]} to {names[-1]}"
+        raise UnknownName(f"No token subset {shown(subset)}; {known}.{suggest(subset, subsets)}")
 
     def _frame(self, subset: str) -> slice:
         number, size = subset.removeprefix("frame "), self.rows * self.columns
