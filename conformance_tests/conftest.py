@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,16 @@ def device() -> Iterator[torch.device]:
     """The fake device."""
     with fake_device() as place:
         yield place
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """What one test compiled is not what the next one meets: graphs are shared by all models of a class."""
+    yield
+    compiler: Any = sys.modules.get("torch._dynamo")
+    if compiler is not None and compiler.utils.counters["frames"]:
+        compiler.reset()
+        compiler.utils.counters.clear()
 
 
 @pytest.fixture

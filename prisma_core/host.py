@@ -112,10 +112,11 @@ class Host:
             with self._apart(name):
                 manager = pluggy.PluginManager(hookspecs.GROUP)
                 manager.add_hookspecs(hookspecs)
-                manager.register(point.load(), name)
+                manager.register(module := point.load(), name)
                 manager.check_pending()
-                if not any(call.get_hookimpls() for call in vars(manager.hook).values()):
-                    self.broke(name, "it has no hooks; expected functions such as prisma_sources, each under @hookimpl")
+                for hook, call in vars(manager.hook).items():
+                    if hasattr(module, hook) and not call.get_hookimpls():
+                        self.broke(name, f"its {hook} is no hook: put @hookimpl over the function")
                 self._managers[name] = manager
 
     @contextmanager
@@ -216,11 +217,9 @@ class Host:
 
     def source_of(self, part: object) -> Source | None:
         """Return the source whose library, or whose own package, an object's class comes from."""
-        package = type(part).__module__.partition(".")[0]
+        package = qualified_name(part).split(".")[0]
         sources = self.sources().values()
-        return next(
-            (each for each in sources if package in (each.library, type(each).__module__.partition(".")[0])), None
-        )
+        return next((each for each in sources if package in (each.library, qualified_name(each).split(".")[0])), None)
 
     def missing(self) -> dict[str, str]:
         """The sources whose library is not installed, with the command that installs it."""

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from prisma_core import HookError
+from prisma_core import HookError, ModelSpec
+from prisma_core.transformer.embed import check_image
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -295,3 +296,11 @@ def test_inductor(model, image):
     torch.testing.assert_close(output, logits, rtol=1e-3, atol=1e-3)
     for name in eager:
         torch.testing.assert_close(cache[name], eager[name], rtol=1e-3, atol=1e-3)
+
+
+def test_a_size_that_the_compiler_holds_open():
+    """As that of a second model is: a text of it was made at each pass, which no compiler can trace."""
+    checked = compiled(lambda x, spec: (check_image(x, spec), x + 1)[1])
+    for rows in (8, 12, 16):
+        spec = ModelSpec.plain(layers=1, image=(rows, 8), patch=4, d_model=16, heads=2, d_mlp=20, n_classes=3)
+        assert checked(torch.zeros(1, 3, rows, 8), spec).shape == (1, 3, rows, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
@@ -133,7 +134,6 @@ def _stops_midway() -> Iterator[Source]:
         ),
         ({"prisma_adapters": lambda: FakeAdapter()}, "gave a FakeAdapter; return a list of them"),
         ({"prisma_sauces": lambda: []}, "unknown hook"),
-        ({}, "it has no hooks; expected functions such as prisma_sources, each under @hookimpl"),
         ({"prisma_sources": lambda wrong: []}, "wrong"),
     ],
 )
@@ -147,6 +147,16 @@ def test_a_plugin_that_breaks_the_contract(
     assert "\n" not in told["bad"]
     assert told["good"] is None
     assert_good_works(host)
+
+
+def test_a_function_that_was_not_marked_is_told(
+    good: EntryPoint, found: Found, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = [found("bad", prisma_adapters=lambda: []), found("techniques_alone"), good]
+    monkeypatch.setattr(sys.modules[points[0].value], "prisma_sources", lambda: [], raising=False)
+    told = states(Host(points))
+    assert told["bad"] == "its prisma_sources is no hook: put @hookimpl over the function"
+    assert (told["techniques_alone"], told["good"]) == (None, None)
 
 
 def test_two_plugins_of_one_name(good: EntryPoint, found: Found) -> None:

@@ -6,6 +6,7 @@ import gc
 import locale
 import logging
 import multiprocessing
+import operator
 import os
 import random
 import signal
@@ -88,7 +89,7 @@ def _passed() -> float:
         (lambda: sys.setrecursionlimit(5_000), "how deep Python may call to 5000"),
         (lambda: np.seterr(all="raise"), "what numpy does about errors to {'divide': 'raise'"),
         (lambda: warnings.simplefilter("error"), "it changed warnings to errors"),
-        (sys.path.clear, "it changed where Python finds modules"),
+        (lambda: operator.setitem(sys.path, slice(None), []), "it changed where Python finds modules"),
         (lambda: signal.signal(signal.SIGINT, lambda number, frame: None), "what Ctrl-C does to"),
         (lambda: setattr(sys, "excepthook", print), "what Python does about an error to <built-in function print>"),
         (gc.disable, "whether Python frees circles to False"),

@@ -23,7 +23,6 @@ FEATURES = "blocks.1.hook_resid_post.sae.hook_features"
 @pytest.fixture(autouse=True)
 def _float32() -> None:
     torch.set_default_dtype(torch.float32)
-    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ def test_sources_sum_to_heads(vit: HookedViT, image: Tensor) -> None:
 @pytest.mark.parametrize(
     ("by", "right", "wrong"),
     [
-        ("layer", 'torch.einsum("cbpd,bpd->cbp", stack, g)', 'torch.einsum("cbpd,bpd->cbp", stack, g.roll(1, 0))'),
+        ("layer", '"cbpd,bpd->cbp", stack.to(g), g)', '"cbpd,bpd->cbp", stack.to(g), g.roll(1, 0))'),
         ("head", 'torch.einsum("bphe,bphe->hbp", z, along)', 'torch.einsum("bphe,bphe->hbp", z.roll(1, 2), along)'),
         ("neuron", "g @ branch.scaled(branch.module.W_out).to(g).T", "g @ branch.module.W_out.to(g).T"),
         ("head source", "pattern[:, :, at].to(g)", "pattern.mT[:, :, at].to(g)"),

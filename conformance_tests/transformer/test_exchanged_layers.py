@@ -90,7 +90,6 @@ def test_what_more_than_weights_computes_is_not_computed_from_weights(
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("change", MORE)
 def test_a_compiled_model_sees_it_too(model: HookedViT, image: Tensor, change: Callable[[Any, str], None]) -> None:
-    torch._dynamo.reset()
     change(model.blocks[1].attn, "out")
     compiled = torch.compile(model, backend="eager")
     edited = model.hooks({"blocks.1.attn.hook_result": lambda result, context: result})

@@ -21,10 +21,18 @@ BASE: Any = Tensor.__mro__[1]  # whose methods compute
 OVERRIDES = ("__torch_function__", "__torch_dispatch__")
 
 
-def input_words(shape: tuple[int, ...]) -> tuple[str, str]:
-    """Return the words for an input of a shape in messages: ``image``, and ``an image [batch 3 224 224]``."""
-    what = {3: "image", 4: "video"}.get(len(shape), "input")
-    return what, f"{'a' if what == 'video' else 'an'} {what} [batch {' '.join(map(str, shape))}]"
+def input_kind(shape: tuple[int, ...]) -> str:
+    """Return the word for an input of a shape in messages: ``image``, ``video`` or ``input``."""
+    return {3: "image", 4: "video"}.get(len(shape), "input")
+
+
+def input_words(shape: tuple[int, ...]) -> str:
+    """Say what an input of a shape is: ``an image [batch 3 224 224]``.
+
+    For errors alone: a compiler has no text for a number that it holds open, as that of channels is for a second model.
+    """
+    what = input_kind(shape)
+    return f"{'a' if what == 'video' else 'an'} {what} [batch {' '.join(map(str, shape))}]"
 
 
 def check_input(value: object, shape: tuple[int, ...]) -> Tensor:
@@ -33,19 +41,19 @@ def check_input(value: object, shape: tuple[int, ...]) -> Tensor:
     Args:
         shape: of one image, video or other input, without the batch.
     """
-    what, expected = input_words(shape)
+    what = input_kind(shape)
     if not isinstance(value, Tensor):
         hint = "" if what == "input" else " model.preprocess makes one."
-        raise InputError(f"Expected a tensor, {expected}, got {shown(value)}.{hint}")
+        raise InputError(f"Expected a tensor, {input_words(shape)}, got {shown(value)}.{hint}")
     if value.is_nested or value.layout != torch.strided:
         kind, way = ("a nested", "torch.stack(list(x))") if value.is_nested else ("a sparse", "x.to_dense()")
-        raise InputError(f"Expected a dense tensor, {expected}, got {kind} one. {way} makes one.")
+        raise InputError(f"Expected a dense tensor, {input_words(shape)}, got {kind} one. {way} makes one.")
     if value.ndim != len(shape) + 1:
         hint = f" Add a batch axis: {what}[None]." if value.ndim == len(shape) else ""
-        raise InputError(f"Expected {expected}, got shape {list(value.shape)}.{hint}")
+        raise InputError(f"Expected {input_words(shape)}, got shape {list(value.shape)}.{hint}")
     if len(shape) > 2 and value.shape[-3] != shape[-3]:
         raise InputError(
-            f"Expected {shape[-3]} channels in {expected}, got shape {list(value.shape)}. "
+            f"Expected {shape[-3]} channels in {input_words(shape)}, got shape {list(value.shape)}. "
             "model.preprocess makes the right tensor."
         )
     if not value.is_floating_point():

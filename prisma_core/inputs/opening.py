@@ -43,7 +43,8 @@ def open_image(image: ImageLike, channels: int = 3) -> Image:
         try:
             image.load()
         except Exception as error:  # decoders stumble in any way there is
-            why = str(error) or "its file is closed: call image.load() while it is open, or give the path"
+            closed = "its file is closed: call image.load() while it is open, or give the path"
+            why = closed if getattr(image, "fp", image) is None else error
             raise InputError(f"This image of {image.width} x {image.height} cannot be decoded: {why}.") from error
         opened = image
     else:

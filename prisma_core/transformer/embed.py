@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prisma_core.errors import InputError
 from prisma_core.errors.arguments import expect, shown, sides, tensor
-from prisma_core.inputs.checks import check_input, check_numbers, check_plain, input_words
+from prisma_core.inputs.checks import check_input, check_numbers, check_plain, input_kind, input_words
 from prisma_core.spec import EmbedSpec, Interpolation, ModelSpec
 from prisma_core.spec.layout import TokenLayout
 from prisma_core.toolbox.precision import joining
@@ -202,14 +202,15 @@ def _wide(x: Tensor, how: Interpolation) -> Tensor:
 
 def check_image(image: Tensor, spec: ModelSpec) -> None:
     """Refuse an input of wrong rank, channels or size, or with values that are not numbers (``InputError``)."""
-    what, expected = input_words(native := native_shape(spec))
-    image, embed = check_input(image, native), spec.embed
+    what, embed = input_kind(native := native_shape(spec)), spec.embed
+    image = check_input(image, native)
     check_plain(what, image)
     size = (image.shape[-2], image.shape[-1])
     if size != spec.image_size and spec.fixed_size:
         raise InputError(
-            f"Expected {expected}, got shape {list(image.shape)}: this model takes one size. model.preprocess resizes, "
-            "unless upstream's own processor leaves images at sizes of theirs: then resize them before."
+            f"Expected {input_words(native)}, got shape {list(image.shape)}: this model takes one size. "
+            "model.preprocess resizes, unless upstream's own processor leaves images at sizes of theirs: then resize "
+            "them before."
         )
     if size != spec.image_size and (not all(size) or size[0] % embed.patch[0] or size[1] % embed.patch[1]):
         raise InputError(
@@ -218,7 +219,7 @@ def check_image(image: Tensor, spec: ModelSpec) -> None:
         )
     if embed.tubelet is not None and (n := image.shape[1]) != spec.n_frames:
         if not embed.any_length:
-            raise InputError(f"Expected {expected}, got {n} frames: this model takes videos of one length.")
+            raise InputError(f"Expected {input_words(native)}, got {n} frames: this model takes videos of one length.")
         if n % embed.tubelet or not n:
             raise InputError(f"Expected a multiple of {embed.tubelet} frames, got {n}.")
     check_numbers(what, image)

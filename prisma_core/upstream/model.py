@@ -15,7 +15,7 @@ from prisma_core.errors.arguments import in_transform
 from prisma_core.errors.migration import keyword_names, migration_hint, module_getattr
 from prisma_core.hooks.model import sites_below
 from prisma_core.hooks.point import HookPoint
-from prisma_core.inputs.checks import check_input, check_numbers, check_place, input_words
+from prisma_core.inputs.checks import check_input, check_numbers, check_place, input_kind, input_words
 from prisma_core.maps.places import HookMap, Row
 from prisma_core.model import Size, ZooModel, read_sample
 from prisma_core.spec import MapSpec
@@ -198,7 +198,7 @@ class HookedUpstream(ZooModel):
         super()._refuse_keywords(kwargs, method)
 
     def _expected(self) -> str:
-        return input_words(self.spec.shape)[1]
+        return input_words(self.spec.shape)
 
     def _shapes(self) -> list[Size]:
         return [self._sized(size) for size in ((), *self.spec.sizes)]
@@ -210,7 +210,7 @@ class HookedUpstream(ZooModel):
         """Return the first input, checked against the spec; None where it was given by a name only upstream knows."""
         if not inputs and kwargs:
             return None
-        what, _ = input_words(self.spec.shape)
+        what = input_kind(self.spec.shape)
         x = check_input(inputs[0] if inputs else None, self.spec.shape)
         check_place(what, x, next((each for each in self.parameters() if each.is_floating_point()), None))
         check_numbers(what, x)

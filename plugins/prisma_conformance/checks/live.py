@@ -23,6 +23,7 @@ def live(subject: Subject) -> Finding:
     points = model.hook_points()
     plain = [name for name, point in points.items() if not point.derived]
     derived = [name for name, point in points.items() if point.derived]
+    before = {name for name, point in points.items() if point.wanted}  # by scopes around the check: nothing ran yet
     with torch.no_grad():
         clean = model(*inputs)
         problems = [*_fires_once(model, inputs, plain), *_fires_once(model, inputs, derived)]
@@ -31,7 +32,7 @@ def live(subject: Subject) -> Finding:
         error = _identity(model, inputs, clean, [*plain, *derived], problems)
         problems += _edits_reach(subject, model, inputs, plain, derived)
         problems += _in_place_equals_returned(subject, model, inputs, plain)
-        problems += _nothing_left(model, inputs, clean, plain)
+        problems += _nothing_left(model, inputs, clean, plain, before)
     # Derived points kind by kind: the inputs of each head bypass what reads the shared one.
     for names in (plain, *_kinds(derived).values()):
         problems += _gradients_flow(subject, model, inputs, names)
@@ -164,7 +165,7 @@ def _in_place_equals_returned(subject: Subject, model: ZooModel, inputs: Inputs,
     return [] if torch.equal(returned, edited) else ["editing in place and returning give different logits"]
 
 
-def _nothing_left(model: ZooModel, inputs: Inputs, clean: Tensor, plain: list[str]) -> list[str]:
+def _nothing_left(model: ZooModel, inputs: Inputs, clean: Tensor, plain: list[str], before: set[str]) -> list[str]:
     problems: list[str] = []
 
     class Oops(Exception):
@@ -186,7 +187,7 @@ def _nothing_left(model: ZooModel, inputs: Inputs, clean: Tensor, plain: list[st
                 problems.append(f"a hook at {name} that fails goes unseen ({expected.__name__} expected)")
             if not torch.equal(model(*inputs), clean):
                 problems.append(f"after a hook at {name} has failed, logits stay changed")
-    wanted = [name for name, point in model.hook_points().items() if point.wanted]
+    wanted = [name for name, point in model.hook_points().items() if point.wanted and name not in before]
     return problems + [f"{name} is still wanted after its scope has ended" for name in wanted]
 
 
