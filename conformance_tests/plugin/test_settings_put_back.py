@@ -91,7 +91,7 @@ def _passed() -> float:
         (lambda: warnings.simplefilter("error"), "it changed warnings to errors"),
         (lambda: operator.setitem(sys.path, slice(None), []), "it changed where Python finds modules"),
         (lambda: signal.signal(signal.SIGINT, lambda number, frame: None), "what Ctrl-C does to"),
-        (lambda: setattr(sys, "excepthook", print), "what Python does about an error to <built-in function print>"),
+        (lambda: setattr(sys, "excepthook", print), "what Python does about an error to <"),
         (gc.disable, "whether Python frees circles to False"),
         (lambda: os.chdir("/"), "the folder that relative paths start from to /;"),
         (lambda: locale.setlocale(locale.LC_ALL, "C.UTF-8"), "the locale to C.UTF-8"),
