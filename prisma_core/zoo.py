@@ -297,7 +297,8 @@ def load_upstream(source: Source, rest: str, **options: Any) -> Loaded:
                 f"{source.name}:{rest} takes no such option (given: {', '.join(options)}): {problem}."
             ) from problem
         raise
-    returned(source.load, returned(source.load, loaded, Loaded).model, nn.Module)
+    loaded = returned(source.load, loaded, Loaded)
+    returned(source.load, loaded.model, nn.Module)
     return loaded
 
 

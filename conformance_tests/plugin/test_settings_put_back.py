@@ -51,7 +51,6 @@ def _state() -> dict[str, Any]:
         "products": torch.get_float32_matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "autocast": torch.is_autocast_enabled("cpu"),
-        "linear": torch.nn.Linear(1, 1, bias=False).requires_grad_(False).weight.dtype,
         "doubled": _passed(),
         "depth": sys.getrecursionlimit(),
         "numpy": np.geterr(),

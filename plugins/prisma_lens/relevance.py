@@ -65,7 +65,7 @@ def relevance(
         total = total + support + support @ total
     tokens = () if layout is None else tuple(layout.token_names())
     return Result(
-        total.to(layer_pattern(cache, layers[0]).dtype),
+        total.to(cache[layers[0][0]].dtype),
         ("batch", "pos", "source"),
         {"pos": tokens, "source": tokens} if tokens else {},
         technique="relevance",

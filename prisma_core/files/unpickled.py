@@ -38,7 +38,10 @@ _INERT = {f"{home}.{kind.__name__}" for home in ("builtins", "__builtin__") for 
 _INERT.update(("types.SimpleNamespace", "torch.Tensor"))
 _INERT.update(("torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"))
 _NOT_PLAIN = {
-    **{"sparse": "sparse", "qtensor": "quantised", "nested": "nested", "meta": "without data"},
+    "sparse": "sparse",
+    "qtensor": "quantised",
+    "nested": "nested",
+    "meta": "without data",
     "wrapper_subclass": "of a class of its own (quantised?)",
 }
 
